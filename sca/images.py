@@ -1,0 +1,184 @@
+"""Opening pictures the way their viewer sees them, and finding the pictures a user means."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from sca.masks import PIXEL_LIMIT
+
+# fmt: off
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)
+# fmt: on
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A picture that cannot be opened; the message is one line that says which, why and what to do."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
+
+    16-bit grey keeps its white at 65535. 32-bit and floating grey is taken as 0..1 (floating only), 0..255 or 0..65535,
+    the first of these that holds all its values; else its own range is stretched. Raises `ImageError`.
+    """
+    shown = show(path)
+    try:
+        if os.path.isdir(path):
+            raise ImageError(f"{shown} is a folder, not an image; name a file in it")
+        if not os.stat(path).st_size:
+            raise ImageError(f"{shown} is empty (0 bytes); copy or download it again")
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
+            return _read(file, shown)
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot open the image {shown}: {_reason(error)}") from error
+
+
+def find_images(arguments: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The pictures that files, folders and glob patterns name, and a line for each argument or folder that failed.
+
+    Files are taken as they are; folders are searched with all their subfolders, and they and patterns give the files
+    with a suffix of `SUFFIXES`, sorted, hidden ones left out. A picture named twice comes once, at its first place.
+    """
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    for argument in arguments:
+        path = Path(os.path.expanduser(argument))
+        try:
+            for image in _named(path, problems):
+                found.setdefault(os.path.abspath(image), image)
+        except ImageError as error:
+            problems.append(str(error))
+        except (OSError, ValueError) as error:
+            problems.append(f"{show(path)}: {_reason(error)}")
+    return list(found.values()), problems
+
+
+def show(path: str | Path) -> str:
+    """A path on one line."""
+    text = str(path)
+    return text if text and text.isprintable() else repr(text)
+
+
+def _read(file: BinaryIO, shown: str) -> Image.Image:
+    try:
+        image = Image.open(file)
+        if image.format == "EPS":
+            raise Image.UnidentifiedImageError("EPS is a program")
+        if image.width * image.height > PIXEL_LIMIT:
+            raise ImageError(
+                f"{shown} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
+                f"{PIXEL_LIMIT:,} are allowed; scale it down"
+            )
+        image.load()
+        return _upright(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{shown}: {str(error).split(',')[0]}; scale it down") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{shown} is not an image that can be read; convert it to JPEG or PNG") from error
+    except MemoryError as error:
+        raise ImageError(f"{shown}: not enough memory to open it; scale it down") from error
+    except Exception as error:  # a decoder may raise anything for damaged data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{shown} is truncated or damaged ({reason}); copy or export it again") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A loaded picture as RGB, turned as its EXIF says and without the EXIF, so that nobody turns it again."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata turns nothing
+        turn = None
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_grey(np.asarray(image)))
+    elif image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(colours, mask=colours.getchannel("A"))
+    rgb = image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
+    rgb.info = {}
+    return rgb
+
+
+def _grey(values: np.ndarray) -> np.ndarray:
+    """(height, width) int32 or float32 -> uint8, see `open_image`; what is not finite becomes the least value."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = float(values[finite].min()), float(values[finite].max())
+    whites = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
+    ranges = [(0.0, float(white)) for white in whites if low >= 0 and high <= white]
+    black, white = ranges[0] if ranges else (low, high)
+    scaled = (np.where(finite, values, low).astype(np.float64) - black) * (255 / ((white - black) or 1))
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _named(path: Path, problems: list[str]) -> list[Path]:
+    """The pictures that one argument names; a folder that may not be listed is a line in `problems`."""
+    if path.is_dir():
+        images = _below(path, problems)
+    elif os.path.lexists(path):
+        images = [path]
+    elif glob.has_magic(str(path)):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        if not matches:
+            raise ImageError(f"nothing matches the pattern {show(path)}; check the folder and the suffix")
+        images = [match for match in matches if match.is_file() and match.suffix.lower() in SUFFIXES]
+        if "**" not in str(path):
+            images += [image for match in matches if match.is_dir() for image in _below(match, problems)]
+    else:
+        raise ImageError(f"there is no file, folder or match for {show(path)}; check the name")
+    if not images:
+        raise ImageError(f"no images in {show(path)}; looked for {' '.join(SUFFIXES)}")
+    return images
+
+
+def _below(folder: Path, problems: list[str]) -> list[Path]:
+    """Pictures in a folder and its subfolders, sorted."""
+    images = []
+    listing = os.walk(folder, onerror=lambda error: problems.append(f"{show(error.filename)}: {_reason(error)}"))
+    for parent, folders, names in listing:
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suited = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+        images += [Path(parent, name) for name in suited if not name.startswith(".")]
+    return sorted(images)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file; check the name"
+    if isinstance(error, PermissionError):
+        where = f" ({show(error.filename)})" if error.filename else ""
+        return f"permission denied{where}; ask for read access"
+    code = getattr(error, "errno", None)
+    if code == errno.ENAMETOOLONG:
+        return "the name is too long; check it"
+    return os.strerror(code) if code else " ".join(str(error).split())

@@ -1,0 +1,95 @@
+"""Masks and their COCO run-length codes.
+
+A mask is a (height, width) array, true inside. A code (RLE) is `{"size": [height, width], "counts": str}`: small, and
+what captions and files carry. `area` and `box_of` take either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+RLE = Mapping[str, Any]
+PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """(height, width) array -> RLE."""
+    code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def decode(code: RLE) -> np.ndarray:
+    """RLE -> (height, width) bool."""
+    return coco.decode(code).astype(bool)
+
+
+def area(mask: np.ndarray | RLE) -> int:
+    """Pixels inside."""
+    return int(coco.area(_code(mask)))
+
+
+def box_of(mask: np.ndarray | RLE) -> tuple[float, float, float, float] | None:
+    """The tight box x1 y1 x2 y2, right and lower edge exclusive; None if nothing is inside."""
+    code = _code(mask)
+    if not area(code):
+        return None
+    x, y, width, height = (float(value) for value in coco.toBbox(code))
+    return x, y, x + width, y + height
+
+
+def checked(code: Any) -> dict[str, Any]:
+    """An RLE that came from outside, compressed or with `counts` as a list of numbers, as the compressed kind.
+
+    ValueError when it is no RLE. The runs must fill the mask: pycocotools leaves the rest of it to chance.
+    """
+    if not isinstance(code, Mapping) or not {"size", "counts"} <= code.keys():
+        raise ValueError("an RLE is an object with 'size' [height, width] and 'counts'")
+    size, counts = code["size"], code["counts"]
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_count(side) and side > 0 for side in size):
+        raise ValueError(f"'size' of an RLE is [height, width] in whole pixels, not {size!r:.40}")
+    height, width = size
+    if height * width > PIXEL_LIMIT:
+        raise ValueError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")
+    if isinstance(counts, str) and counts.isascii():
+        runs = _runs(counts)
+    elif isinstance(counts, list) and all(_is_count(run) for run in counts):
+        runs = counts
+    else:
+        raise ValueError("'counts' of an RLE is a string, or a list of whole numbers")
+    if any(run < 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(f"the runs in 'counts' do not fill the {height} x {width} pixels of 'size'")
+    if isinstance(counts, list):
+        counts = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode("ascii")
+    return {"size": [height, width], "counts": counts}
+
+
+def _runs(counts: str) -> list[int]:
+    """The run lengths in a compressed string: from the fourth on as the difference to the run two back."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError("'counts' is not a compressed RLE string")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("'counts' is cut short")
+    return runs
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _code(mask: np.ndarray | RLE) -> RLE:
+    return mask if isinstance(mask, Mapping) else encode(mask)

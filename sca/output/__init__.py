@@ -1,0 +1,106 @@
+"""Writing captions: JSON lines, COCO, pictures and pages, image after image.
+
+    with Writers("out", ("jsonl", "png"), model="sam-vit-b+query+gpt2-large") as writers:
+        for path, image, captions in ...:
+            writers.add(path, image, captions)
+
+Whatever ends the run, an interrupt or a full disk, the images that are done stay written and no file is left half
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from PIL import Image
+from sca_registry.contracts import Caption
+
+from sca.output.coco import Coco
+from sca.output.files import OutputError, open_folder
+from sca.output.html import Html
+from sca.output.jsonl import Jsonl, Stream
+from sca.output.png import Png
+
+__all__ = ["FORMATS", "OutputError", "Writers"]
+
+
+class Writer(Protocol):
+    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None: ...
+
+    def close(self, finished: bool = True) -> None: ...
+
+
+_KINDS: dict[str, tuple[str, Callable[[Path, str | None], Writer]]] = {
+    "jsonl": ("captions.jsonl", Jsonl),
+    "coco": ("coco.json", Coco),
+    "png": (".", Png),
+    "html": ("captions.html", Html),
+}
+FORMATS = tuple(_KINDS)
+
+
+class Writers:
+    """One or several formats in one folder, which is made. `ValueError` for a format that is not in `FORMATS`.
+
+    `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.html`, and for png the
+    folder, in which each image has a file `STEM.captions.png`.
+    """
+
+    def __init__(self, folder: str | Path, formats: Iterable[str] = ("jsonl",), model: str | None = None):
+        formats = tuple(dict.fromkeys(formats))
+        unknown = [name for name in formats if name not in _KINDS]
+        if unknown:
+            raise ValueError(f"no output format named '{unknown[0]}'; there are: {', '.join(FORMATS)}")
+        folder = Path(folder)
+        open_folder(folder)
+        self.paths = {name: folder / _KINDS[name][0] for name in formats}
+        self._writers: list[Writer] = []
+        try:
+            for name, path in self.paths.items():
+                self._writers.append(_KINDS[name][1](path, model))
+        except BaseException:
+            self.close(finished=False)
+            raise
+
+    @classmethod
+    def to_stream(cls, stream: TextIO | Any, model: str | None = None) -> Writers:
+        """JSON lines on a text stream, such as standard output; it is flushed after each image and never closed."""
+        writers = cls.__new__(cls)
+        writers.paths = {}
+        writers._writers = [Jsonl(Stream(stream), model)]
+        return writers
+
+    def add(self, path: str | Path, image: Image.Image, captions: Sequence[Caption]) -> None:
+        """Writes the captions of one image, given as RGB and by the path that the records shall name."""
+        for writer in self._writers:
+            writer.add(str(path), image, captions)
+
+    def close(self, finished: bool = True) -> None:
+        """Completes every format; the first `OutputError` is raised when all have had their turn.
+
+        A run that is not `finished` and has no image leaves older files as they are.
+        """
+        writers, self._writers = self._writers, []
+        failures = []
+        for writer in writers:
+            try:
+                writer.close(finished)
+            except OutputError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close(finished=error is None)
+        except OutputError:
+            if error is None:
+                raise

@@ -1,0 +1,76 @@
+"""COCO JSON: instances with captions, in one file that `pycocotools.coco.COCO` loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from sca_registry.contracts import Caption
+
+from sca import masks
+from sca.output.files import OutputFile
+from sca.output.jsonl import record
+
+CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
+
+
+class Coco:
+    """Annotations go to disk as they come; the file has its name when it is closed.
+
+    Images and annotations are numbered from 1. An annotation has what COCO's instances and captions have, and `score`
+    and `region` (the prompt's place in the request). `bbox` is x, y, width, height. A region without a mask has its box
+    as a polygon, as pycocotools does for results that are boxes; one with neither has an empty `bbox` and no polygon.
+    """
+
+    def __init__(self, path: Path, model: str | None = None):
+        self._file = OutputFile(path)
+        self._images: list[dict[str, Any]] = []
+        self._annotations = 0
+        info = {"description": "captions of regions", "model": model}
+        self._file.write(f'{{"info": {json.dumps(info)},\n"annotations": [')
+
+    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+        number = len(self._images) + 1
+        lines = [
+            json.dumps(_annotation(place, number, path, image, caption), allow_nan=False)
+            for place, caption in enumerate(captions, self._annotations + 1)
+        ]
+        if lines:
+            self._file.write((",\n" if self._annotations else "\n") + ",\n".join(lines))
+        self._annotations += len(lines)
+        self._images.append({"id": number, "file_name": path, "width": image.width, "height": image.height})
+
+    def close(self, finished: bool = True) -> None:
+        """Keeps the images that are done; of a run that failed before the first, nothing."""
+        if not finished and not self._images:
+            self._file.drop()
+            return
+        try:
+            self._file.write(f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([CATEGORY])}}}\n')
+        except BaseException:
+            self._file.drop()
+            raise
+        self._file.keep()
+
+
+def _annotation(number: int, image_number: int, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+    plain = record(path, image, caption)
+    mask, box = plain["mask"], plain["box"]
+    if box is None and mask:
+        box = masks.box_of(mask)
+    x1, y1, x2, y2 = box or (0.0, 0.0, 0.0, 0.0)
+    return {
+        "id": number,
+        "image_id": image_number,
+        "category_id": CATEGORY["id"],
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": masks.area(mask) if mask else (x2 - x1) * (y2 - y1),
+        "segmentation": mask or ([[x1, y1, x2, y1, x2, y2, x1, y2]] if box else []),
+        "iscrowd": 0,
+        "caption": plain["caption"],
+        "score": plain["score"],
+        "region": plain["region"],
+    }

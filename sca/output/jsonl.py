@@ -1,0 +1,103 @@
+"""JSON lines: one line a region."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from sca_registry.contracts import Caption, Prompt
+
+from sca import masks
+from sca.output.files import OutputFile, unwritable
+
+
+class Sink(Protocol):
+    def write(self, piece: str) -> None: ...
+
+    def keep(self) -> None: ...
+
+
+class Stream:
+    """A text stream, standard output say, that is not ours to close; what is written is flushed."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, piece: str) -> None:
+        """A pipe whose reader has gone raises BrokenPipeError as ever; another failure is an `OutputError`."""
+        try:
+            self._stream.write(piece)
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise unwritable(getattr(self._stream, "name", "the stream"), error) from error
+
+    def keep(self) -> None:
+        """All is written already."""
+
+
+class Jsonl:
+    """Appends the lines of an image as soon as it is done; the first replaces an older file.
+
+    A line has `image` (its path as given), `width`, `height`, `region` (the prompt's place in the request), `prompt`
+    (what was asked), `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `iou`, `model`. Coordinates are in
+    pixels of the image as its viewer sees it; what is not known is null. Only ASCII is written, so that no terminal,
+    locale or line-reader is in the way.
+    """
+
+    def __init__(self, target: Path | Stream, model: str | None = None):
+        self._target = target
+        self._sink: Sink | None = None
+        self._model = model
+
+    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+        records = ({**record(path, image, caption), "model": self._model} for caption in captions)
+        self._open().write("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in records))
+
+    def close(self, finished: bool = True) -> None:
+        """A run that finished has a file, if an empty one."""
+        if finished or self._sink:
+            self._open().keep()
+
+    def _open(self) -> Sink:
+        if self._sink is None:
+            self._sink = OutputFile(self._target, in_place=True) if isinstance(self._target, Path) else self._target
+        return self._sink
+
+
+def record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+    """A caption as plain values that JSON can write."""
+    mask = caption.mask
+    return {
+        "image": path,
+        "width": image.width,
+        "height": image.height,
+        "region": int(caption.region),
+        "prompt": asked(caption.prompt),
+        "box": None if caption.box is None else [float(value) for value in caption.box],
+        "mask": None if mask is None else {"size": [int(side) for side in mask["size"]], "counts": mask["counts"]},
+        "caption": caption.text,
+        "score": _finite(caption.score),
+        "iou": _finite(caption.iou),
+    }
+
+
+def asked(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as plain values: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE."""
+    plain: dict[str, Any] = {}
+    if prompt.box is not None:
+        plain["box"] = [float(value) for value in prompt.box]
+    if prompt.points:
+        plain["points"] = [[float(x), float(y), int(label)] for x, y, label in prompt.points]
+    if prompt.mask is not None:
+        plain["mask"] = masks.encode(prompt.mask)
+    return plain
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

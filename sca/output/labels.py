@@ -1,0 +1,114 @@
+"""Text on a picture: captions as blocks of lines, and the places where they hide least."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Rectangle = tuple[int, int, int, int]
+
+LINES = 4  # a longer caption ends in an ellipsis
+# Pillow's own font knows little more than ASCII; of these, where one is installed, the first that has all characters.
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf")
+
+
+class Block:
+    """A caption wrapped to `width` pixels; `size` is (width, height) with its margin."""
+
+    def __init__(self, text: str, font_size: int, width: int):
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(no caption)"
+        self._font, text = _legible(text, font_size)
+        self.margin = max(2, font_size // 4)
+        self.text = "\n".join(_wrapped(text, self._font, width - 2 * self.margin))
+        left, top, right, bottom = _ruler().multiline_textbbox((0, 0), self.text, self._font, spacing=self.margin)
+        self._offset = self.margin - left, self.margin - top
+        self.size = round(right - left + 2 * self.margin + 0.5), round(bottom - top + 2 * self.margin + 0.5)
+
+    def draw(self, canvas: ImageDraw.ImageDraw, x: int, y: int, ink: tuple, background: tuple) -> None:
+        """With its left upper corner at x, y."""
+        canvas.rectangle((x, y, x + self.size[0] - 1, y + self.size[1] - 1), fill=background)
+        at = (x + self._offset[0], y + self._offset[1])
+        canvas.multiline_text(at, self.text, fill=ink, font=self._font, spacing=self.margin)
+
+
+def place(size: tuple[int, int], near: Rectangle, taken: list[Rectangle], canvas: tuple[int, int]) -> Rectangle:
+    """The place inside the canvas (width, height) that covers least of the taken rectangles, then leaves most of
+    `near` in sight, then is nearest to it.
+
+    Above, below and inside the rectangle `near` (its upper left corner first) come before places further away.
+    """
+    width, height = size
+    x1, y1, x2, y2 = near
+    good = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1), (x1, y2 - height), (x2, y1), (x1 - width, y1)]
+    grid = np.mgrid[0 : max(canvas[0] - width, 0) + 1 : height, 0 : max(canvas[1] - height, 0) + 1 : height]
+    corners = np.concatenate([np.array(good), grid.reshape(2, -1).T])  # (K, 2) x y
+    corners = np.clip(corners, 0, np.maximum(np.subtract(canvas, size), 0))
+    covered = sum((_shared(corners, size, other) for other in taken), np.zeros(len(corners)))
+    hides = _shared(corners, size, near) * 3 > (x2 - x1) * (y2 - y1)
+    away = np.abs(corners - np.array(good[0])).sum(1) + max(canvas)
+    away[: len(good)] = np.arange(len(good))
+    x, y = (int(value) for value in corners[np.lexsort((away, hides, covered))[0]])
+    return x, y, x + width, y + height
+
+
+def _shared(corners: np.ndarray, size: tuple[int, int], other: Rectangle) -> np.ndarray:
+    """(K, 2) upper left corners of rectangles of one size -> (K,) pixels that each shares with another rectangle."""
+    low, high = np.maximum(corners, other[:2]), np.minimum(corners + np.array(size), other[2:])
+    return np.clip(high - low, 0, None).prod(1)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        line = f"{lines[-1]} {word}".strip()
+        if font.getlength(line) <= width:
+            lines[-1] = line
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+        if len(lines) > LINES:
+            break
+    if len(lines) > LINES:
+        last = lines[LINES - 1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        lines = [*lines[: LINES - 1], f"{last.rstrip()}..."]
+    return lines
+
+
+def _legible(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
+    """A font that can write the text; where none can, the text with its accents folded and Pillow's font."""
+    for name in (None, *_FONTS):
+        font = _font(name, size)
+        if font and not any(_missing(font, character) for character in set(text)):
+            return font, text
+    folded = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return _font(None, size), folded
+
+
+@functools.cache
+def _font(name: str | None, size: int) -> Any:
+    """An installed font, or Pillow's own for None."""
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(4096)
+def _missing(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether the font would show its box for unknown characters."""
+    return not character.isspace() and bytes(font.getmask(character)) == bytes(font.getmask("\uffff"))
+
+
+@functools.cache
+def _ruler() -> ImageDraw.ImageDraw:
+    return ImageDraw.Draw(Image.new("L", (1, 1)))

@@ -1,0 +1,403 @@
+"""What a user points at: written on a command line, or listed in a file. Everything is in pixels of the image."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from sca_registry.contracts import Prompt
+
+from sca import masks
+from sca.images import show
+
+Box = tuple[float, float, float, float]
+Point = tuple[float, float, int]
+
+_BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
+_POINT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
+_REGION = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be used; the message is one line that says which, why and what to do."""
+
+
+# --- on a command line ----------------------------------------------------------------------------------------------
+
+
+def parse_box(text: str) -> Box:
+    """`"x1,y1,x2,y2"`; whether it fits an image is for `check`."""
+    return _box(text.split(","), text)
+
+
+def parse_point(text: str) -> Point:
+    """`"x,y"`, inside, or `"x,y,label"` with label 1 inside or 0 outside."""
+    return _point(text.split(","), text)
+
+
+def parse_region(text: str) -> Prompt:
+    """`"box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"`, each part where wanted, points as many as wanted."""
+    box, points, mask = None, [], None
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, _, value = part.partition("=")
+        match name.strip():
+            case "box" if box is None:
+                box = parse_box(value)
+            case "point":
+                points.append(parse_point(value))
+            case "mask" if mask is None:
+                mask = read_mask(value.strip())
+            case "box" | "mask" as twice:
+                raise PromptError(f"{_quoted(text)} has two of '{twice}'; a region has at most one")
+            case other:
+                raise PromptError(f"{_quoted(other)} is no part of a region; {_REGION}")
+    prompt = Prompt(box, tuple(points), mask)
+    if not prompt:
+        raise PromptError(f"{_quoted(text)} points at nothing; {_REGION}")
+    return prompt
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """A mask file as (height, width) bool: inside is what is not zero, nor transparent, in an image or .npy array."""
+    try:
+        if str(path).lower().endswith(".npy"):
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if values.ndim != 2 or values.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers"
+                )
+            return np.asarray(values != 0)
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("LA", "RGBA"):
+                values = np.asarray(upright)
+                return values[..., :-1].any(-1) & (values[..., -1] != 0)
+            values = np.asarray(upright) != 0
+            return values if values.ndim == 2 else values.any(-1)
+    except Exception as error:  # a decoder may raise anything for damaged data
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise PromptError(
+            f"cannot read the mask {show(path)}: {reason}; give an image or a .npy array, not zero inside"
+        ) from error
+
+
+# --- against an image -----------------------------------------------------------------------------------------------
+
+
+def check(prompt: Prompt, width: int, height: int) -> Prompt:
+    """The prompt as plain numbers, its box clipped to the image; `PromptError` if it does not fit `width` x `height`.
+
+    A box may reach over the edge, since boxes often do by a pixel, but not lie outside. A point lies in
+    0 <= x < width, 0 <= y < height. A mask has the image's size and something inside.
+    """
+    if not prompt:
+        raise PromptError("the prompt is empty; give a box, a point or a mask")
+    box = None if prompt.box is None else _clipped(_box(prompt.box), width, height)
+    points = tuple(_point(point) for point in prompt.points)
+    for x, y, label in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise PromptError(
+                f"the point {x:g},{y:g},{label} is outside the {width} x {height} image; "
+                f"x goes from 0 to below {width}, y from 0 to below {height}"
+            )
+    return Prompt(box, points, None if prompt.mask is None else _fitting(prompt.mask, width, height))
+
+
+def _clipped(box: Box, width: int, height: int) -> Box:
+    x1, y1, x2, y2 = box
+    text = ",".join(f"{value:g}" for value in box)
+    for low, high, axis in ((x1, x2, "x"), (y1, y2, "y")):
+        if high <= low:
+            state = "empty" if high == low else "reversed"
+            hint = ""
+            if x2 > 0 and y2 > 0:
+                hint = f" (x,y,width,height {text} would be {x1:g},{y1:g},{x1 + x2:g},{y1 + y2:g})"
+            raise PromptError(
+                f"the box {text} is {state}: {axis}2 must be greater than {axis}1; write x1,y1,x2,y2{hint}"
+            )
+    clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        raise PromptError(
+            f"the box {text} lies outside the {width} x {height} image; boxes are x1,y1,x2,y2 in its pixels"
+        )
+    return clipped
+
+
+def _fitting(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
+        raise PromptError(f"the mask is an array of {mask.dtype} with shape {mask.shape}; give (height, width) bool")
+    if mask.shape != (height, width):
+        raise PromptError(
+            f"the mask is {mask.shape[1]} x {mask.shape[0]}, the image {width} x {height} (width x height); "
+            "give a mask of the image's size"
+        )
+    inside = mask.astype(bool)
+    if not inside.any():
+        raise PromptError("the mask is empty: it is zero everywhere; mark the region with another value")
+    return inside
+
+
+# --- in files -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One region of a prompts file as small as it was written: masks are decoded when they are asked for."""
+
+    where: str  # the file and the record, for messages
+    box: Box | None = None
+    points: tuple[Point, ...] = ()
+    mask: dict[str, Any] | Path | None = None
+
+    def prompt(self) -> Prompt:
+        try:
+            mask = read_mask(self.mask) if isinstance(self.mask, Path) else None
+        except PromptError as error:
+            raise PromptError(f"{self.where}, 'mask': {error}") from error
+        return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
+
+
+class RegionPrompts(Mapping[str, list[Prompt]]):
+    """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order."""
+
+    def __init__(self, path: Path, entries: Mapping[str, list[_Entry]]):
+        self.path = path
+        self._entries = entries
+
+    def __getitem__(self, key: str) -> list[Prompt]:
+        return [entry.prompt() for entry in self._entries[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def count(self, key: str) -> int:
+        """How many regions an image has."""
+        return len(self._entries[key])
+
+    def match(self, images: Sequence[str | Path]) -> dict[Path, str]:
+        """The key of each image that has one.
+
+        A key is a path, relative to the prompts file's folder or else to the working folder; a key that is the path of
+        no image given counts by its file name. `PromptError` if a file name could mean several images or keys.
+        """
+        paths = [Path(image) for image in images]
+        keys = {os.path.realpath(key): key for key in self}
+        keys |= {os.path.realpath(self.path.parent / key): key for key in self}
+        found = {image: keys[real] for image in paths if (real := os.path.realpath(image)) in keys}
+        taken = set(found.values())
+        by_name: dict[str, list[str]] = {}
+        for key in self:
+            if key not in taken:
+                by_name.setdefault(_file_name(key), []).append(key)
+        rest = [image for image in paths if image not in found]
+        sharing = Counter(image.name for image in dict.fromkeys(rest))
+        for image in rest:
+            named = by_name.get(image.name, [])
+            if named and (len(named) > 1 or sharing[image.name] > 1):
+                several = (
+                    f"the keys {', '.join(map(_quoted, named))}" if len(named) > 1 else f"{sharing[image.name]} images"
+                )
+                raise PromptError(
+                    f"{show(self.path)}: the file name {_quoted(image.name)} could mean {several}; "
+                    "write image paths relative to the prompts file"
+                )
+            if named:
+                found[image] = named[0]
+        return {image: found[image] for image in paths if image in found}
+
+
+def read_prompts(path: str | Path) -> RegionPrompts:
+    """A prompts file: JSON lines when its suffix is .jsonl or .ndjson, else COCO JSON.
+
+    A line is one region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`,
+    or what `sca` wrote for one, whose `prompt` is asked again. Mask files are named relative to the prompts file. Of
+    COCO, `bbox` is taken as x, y, width, height, or else the box of `segmentation`; images without annotations have an
+    empty list. Errors name the file, the line or record, and the field; whether a prompt fits is for `check`.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            lines = path.suffix.lower() in (".jsonl", ".ndjson")
+            return RegionPrompts(path, _lines(file, path) if lines else _coco(_json(file.read(), show(path)), path))
+    except OSError as error:
+        raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+
+
+def _lines(file, path: Path) -> dict[str, list[_Entry]]:
+    entries: dict[str, list[_Entry]] = {}
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"{show(path)}, line {number}"
+        record = _json(line, where)
+        if not isinstance(record, dict):
+            raise PromptError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
+        image = _text(record, "image", where)
+        asked = record.get("prompt", record)
+        if not isinstance(asked, dict):
+            raise PromptError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {_quoted(asked)}")
+        box, points, mask = (asked.get(name) for name in ("box", "points", "mask"))
+        if box is None and not points and mask is None:
+            raise PromptError(f"{where}: no 'box', 'points' or 'mask', only {', '.join(map(_quoted, asked))}")
+        box = None if box is None else _at(where, "box", _box, box)
+        points = () if points is None else _at(where, "points", _points, points)
+        if isinstance(mask, str):
+            mask = path.parent / mask
+            if not mask.is_file():
+                raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
+        elif mask is not None:
+            mask = _at(where, "mask", masks.checked, mask)
+        entries.setdefault(image, []).append(_Entry(where, box, points, mask))
+    return entries
+
+
+def _coco(content: Any, path: Path) -> dict[str, list[_Entry]]:
+    for name in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise PromptError(
+                f"{show(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
+            )
+    keys: dict[Any, str] = {}
+    entries: dict[str, list[_Entry]] = {}
+    for place, image in enumerate(content["images"]):
+        where = f"{show(path)}, images[{place}]"
+        number, name = _id(image, "id", where), _text(image, "file_name", where)
+        if number in keys or name in entries:
+            field = "'id'" if number in keys else "'file_name'"
+            raise PromptError(f"{where}, {field}: another image has it too; each image has its own")
+        keys[number], entries[name] = name, []
+    for place, annotation in enumerate(content["annotations"]):
+        where = f"{show(path)}, annotations[{place}]"
+        number = _id(annotation, "image_id", where)
+        if number not in keys:
+            raise PromptError(f"{where}, 'image_id': no image has the id {_quoted(number)}")
+        if annotation.get("bbox") is not None:
+            box = _at(where, "bbox", _box_of_sides, annotation["bbox"])
+        elif annotation.get("segmentation"):
+            box = _at(where, "segmentation", _box_of_segmentation, annotation["segmentation"])
+        else:
+            raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+        entries[keys[number]].append(_Entry(where, box))
+    return entries
+
+
+def _box_of_sides(value: Any) -> Box:
+    x, y, width, height = _numbers(value, (4,), value, "a bbox is 4 numbers x,y,width,height in pixels")
+    return x, y, x + width, y + height
+
+
+def _box_of_segmentation(value: Any) -> Box:
+    if isinstance(value, dict):
+        box = masks.box_of(masks.checked(value))
+        if box is None:
+            raise PromptError("the mask is empty; remove the annotation or give a 'bbox'")
+        return box
+    shape = "a segmentation is an RLE or a list of polygons [x, y, x, y, ...] of at least 3 corners"
+    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
+        raise PromptError(f"{shape}, not {_quoted(value)}")
+    corners: list[float] = []
+    for polygon in value:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise PromptError(f"{shape}, not {_quoted(polygon)}")
+        corners += _numbers(polygon, (len(polygon),), polygon, shape)
+    return min(corners[::2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2])
+
+
+# --- the pieces -----------------------------------------------------------------------------------------------------
+
+
+def _box(values: Any, given: Any = None) -> Box:
+    x1, y1, x2, y2 = _numbers(values, (4,), given, _BOX)
+    return x1, y1, x2, y2
+
+
+def _point(values: Any, given: Any = None) -> Point:
+    x, y, *label = _numbers(values, (2, 3), given, _POINT)
+    if label not in ([], [0], [1]):
+        raise PromptError(
+            f"the label of the point {_quoted(values if given is None else given)} is not 1 or 0; {_POINT}"
+        )
+    return x, y, int(label[0]) if label else 1
+
+
+def _points(values: Any) -> tuple[Point, ...]:
+    if not isinstance(values, list):
+        raise PromptError(f"a list of points [[x, y, label]], not {_quoted(values)}")
+    return tuple(_point(point) for point in values)
+
+
+def _numbers(values: Any, lengths: tuple[int, ...], given: Any, form: str) -> list[float]:
+    """So many finite numbers, or text that writes them on a command line (`given` is then the whole of it)."""
+    given = values if given is None else given
+    if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) not in lengths:
+        raise PromptError(f"{form}, not {_quoted(given)}")
+    found = []
+    for value in values:
+        try:
+            if isinstance(given, str):
+                number = float(value)
+            else:
+                number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise PromptError(f"{_quoted(value)} in {_quoted(given)} is not a finite number; {form}")
+        found.append(number)
+    return found
+
+
+def _at(where: str, field: str, read: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise PromptError(f"{where}, '{field}': {error}") from error
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise PromptError(f"{where}: not JSON at {place}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise PromptError(f"{where}: not JSON that can be read: {type(error).__name__}") from error
+
+
+def _text(record: Any, field: str, where: str) -> str:
+    value = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise PromptError(f"{where}, '{field}': the image's file name as text, not {_quoted(value)}")
+    return value
+
+
+def _id(record: Any, field: str, where: str) -> int | str:
+    value = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        raise PromptError(f"{where}, '{field}': a number or text, not {_quoted(value)}")
+    return value
+
+
+def _file_name(key: str) -> str:
+    return re.split(r"[\\/]", key)[-1]
+
+
+def _quoted(value: Any) -> str:
+    """A value on one line, not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sca import masks
+from sca.output.outline import outline
+
+mask_arrays = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
+
+
+@given(mask_arrays)
+def test_a_mask_survives_its_code(mask):
+    code = masks.encode(mask)
+    assert (masks.decode(code) == mask).all()
+    assert masks.area(code) == masks.area(mask) == mask.sum()
+    assert masks.checked(code) == code
+    rows, columns = np.nonzero(mask)
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if mask.any() else None
+    assert masks.box_of(code) == masks.box_of(mask) == box
+
+
+@given(mask_arrays)
+def test_a_code_cut_short_is_refused(mask):
+    code = masks.encode(mask)
+    with pytest.raises(ValueError, match="counts"):
+        masks.checked({**code, "counts": code["counts"][:-1]})
+
+
+@given(mask_arrays)
+def test_an_outline_holds_exactly_its_mask(mask):
+    """Filled by the even-odd rule: a pixel is inside if an odd number of vertical edges lies left of it."""
+    assert (filled(outline(mask), mask.shape) == mask).all()
+
+
+def test_a_large_mask_has_a_coarser_outline_that_loses_nothing():
+    mask = np.zeros((3000, 2000), bool)
+    mask[5, 7] = True
+    mask[2000:2990, 100:1999] = True
+    drawn = filled(outline(mask), mask.shape)
+    assert drawn[mask].all()
+    assert drawn.sum() < mask.sum() * 1.02
+    assert len(outline(np.random.default_rng(0).random((2000, 2000)) < 0.5)) < 5_000_000
+
+
+def filled(path: str, shape: tuple[int, int]) -> np.ndarray:
+    flips = np.zeros((shape[0], shape[1] + 1), int)
+    for loop in path.split("M")[1:]:
+        start, *steps = loop.removesuffix("z").split("h")
+        x, y = map(int, start.split())
+        first = (x, y)
+        for step in steps:
+            across, down = map(int, step.split("v"))
+            x += across
+            flips[min(y, y + down) : max(y, y + down), x] += 1
+            y += down
+        assert (x, y) == first
+    return (np.cumsum(flips, 1) % 2 == 1)[:, :-1]

@@ -1,0 +1,231 @@
+"""Pictures open the way their viewer sees them, or are refused in one line."""
+
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from sca.images import ImageError, find_images, open_image
+
+
+def refusal(path) -> str:
+    with pytest.raises(ImageError) as raised:
+        open_image(path)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert os.path.basename(path) in message
+    return message
+
+
+@pytest.fixture
+def nobody():
+    """A user without rights to the test's folder."""
+    if os.name != "posix":
+        pytest.skip("rights are another matter here")
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    if user == 0:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "bmp", "gif"])
+def test_common_formats_open_as_rgb(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (7, 5), (200, 100, 50)).save(path)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (7, 5))
+    assert np.abs(np.asarray(image).astype(int) - (200, 100, 50)).max() < 12
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_once(tmp_path, suffix, orientation):
+    """The stored picture of each orientation shows the same scene: red left, blue right below."""
+    seen = np.full((32, 64, 3), 128, np.uint8)
+    seen[:, :16], seen[16:, 48:] = (255, 0, 0), (0, 0, 255)
+    stored = {
+        1: seen,
+        2: seen[:, ::-1],
+        3: seen[::-1, ::-1],
+        4: seen[::-1],
+        5: seen.transpose(1, 0, 2),
+        6: np.rot90(seen),
+        7: seen[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(seen, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
+    image = open_image(path)
+    assert image.size == (64, 32)
+    assert np.abs(np.asarray(image).astype(int) - seen)[4:32:8, 8::16].max() < 40
+    assert not image.getexif(), "a second reader of the EXIF would turn it again"
+
+
+def test_16_bit_grey_keeps_its_scale(tmp_path):
+    ramp = np.array([[0, 255, 300, 40000, 65535]], np.uint16)
+    for suffix in ("png", "tif"):
+        Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+        assert np.asarray(open_image(tmp_path / f"a.{suffix}"))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 51.0, 255.0]], np.float32), [0, 51, 255]),
+        (np.array([[0, 32896, 65535]], np.int32), [0, 128, 255]),
+        (np.array([[0, 7, 200]], np.int32), [0, 7, 200]),
+        (np.array([[-100.0, 0.0, 100.0]], np.float32), [0, 128, 255]),
+        (np.array([[np.nan, 0.0, 1.0]], np.float32), [0, 0, 255]),
+        (np.array([[np.nan, np.nan]], np.float32), [0, 0]),
+        (np.array([[-3.0, -3.0]], np.float32), [0, 0]),
+    ],
+)
+def test_32_bit_grey_is_scaled_by_what_holds_its_values(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
+def test_transparency_shows_white(tmp_path, mode):
+    """Left transparent black, right opaque black."""
+    path = tmp_path / "a.png"
+    grey = Image.fromarray(np.array([[0, 10]], np.uint8))
+    if mode in ("LA", "RGBA"):
+        image = grey.convert(mode)
+        image.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
+        image.save(path)
+    elif mode == "P":
+        grey.convert("P").save(path, transparency=0)
+    else:
+        grey.convert(mode).save(path, transparency=0 if mode == "L" else (0, 0, 0))
+    assert np.asarray(open_image(path))[0, :, 0].tolist() == [255, 10]
+
+
+def test_half_transparency_is_composited(tmp_path):
+    Image.new("RGBA", (2, 2), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_cmyk_opens_in_its_colours(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = open_image(tmp_path / "a.jpg").getpixel((4, 4))
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_the_first_frame_of_many_is_taken(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "tif", "webp"):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        red, _, blue = open_image(path).getpixel((0, 0))
+        assert red > 200 > 50 > blue
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000)])
+def test_extreme_sizes_open(tmp_path, size):
+    Image.new("L", size).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == size
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    assert "no such file" in refusal(tmp_path / "missing.jpg")
+    assert "is a folder" in refusal(tmp_path)
+    assert "0 bytes" in refusal(tmp_path / "empty.jpg")
+    assert "not an image" in refusal(tmp_path / "text.jpg")
+    assert "not an image" in refusal(tmp_path / "program.eps")
+    with pytest.raises(ImageError, match="nul"):
+        open_image("nul\0.jpg")
+    with pytest.raises(ImageError) as raised:
+        open_image(tmp_path / "two\nlines.jpg")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "gif", "bmp"])
+def test_a_truncated_image_is_refused(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "damaged" in refusal(path) or "not an image" in refusal(path)
+
+
+def test_a_decompression_bomb_is_refused_with_its_pixels(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))
+    message = refusal(tmp_path / "a.png")
+    assert "200000000" in message
+    assert "178956970" in message
+
+
+def test_the_limit_is_twice_pillows_warning_and_nothing_warns(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("L", (40, 40)).save(tmp_path / "a.png")
+    Image.new("L", (50, 50)).save(tmp_path / "b.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "a.png").size == (40, 40)
+    assert "2500 pixels" in refusal(tmp_path / "b.png")
+
+
+def test_an_unlimited_pillow_does_not_lift_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr("sca.images.PIXEL_LIMIT", 2000)
+    Image.new("L", (50, 50)).save(tmp_path / "b.png")
+    assert "2,500 pixels (50 x 50)" in refusal(tmp_path / "b.png")
+
+
+def test_a_forbidden_image_is_refused(tmp_path, nobody_reads):
+    assert "permission denied" in nobody_reads(tmp_path)
+
+
+@pytest.fixture
+def nobody_reads(request):
+    def read(folder):
+        Image.new("L", (2, 2)).save(folder / "a.png")
+        (folder / "a.png").chmod(0)
+        request.getfixturevalue("nobody")
+        return refusal(folder / "a.png")
+
+    return read
+
+
+def test_files_folders_and_patterns_are_found_once_and_sorted(tmp_path):
+    for name in ("b.JPG", "a.png", "sub/c.webp", ".hidden.png", "._b.jpg", "notes.txt", ".cache/d.png", "sub/[1].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images, problems = find_images([tmp_path / "sub" / "c.webp", tmp_path, str(tmp_path / "*.png")])
+    assert [str(image.relative_to(tmp_path)) for image in images] == ["sub/c.webp", "a.png", "b.JPG", "sub/[1].png"]
+    assert problems == []
+    assert find_images([str(tmp_path / "sub" / "[1].png")])[0] == [tmp_path / "sub" / "[1].png"], "a name, no pattern"
+    assert len(find_images([str(tmp_path / "**")])[0]) == 4
+    assert find_images([str(tmp_path / "s*")])[0] == [tmp_path / "sub" / "[1].png", tmp_path / "sub" / "c.webp"]
+    assert find_images([tmp_path / "notes.txt"])[0] == [tmp_path / "notes.txt"], "a file is taken at its word"
+
+
+def test_one_problem_does_not_stop_the_others(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "none").mkdir()
+    images, problems = find_images(
+        [tmp_path / "missing.png", str(tmp_path / "x*.png"), tmp_path / "none", "bad\0", tmp_path / "a.png"]
+    )
+    assert images == [tmp_path / "a.png"]
+    assert len(problems) == 4
+    assert not any("\n" in problem for problem in problems)
+    for problem, words in zip(problems, ("no file, folder", "nothing matches", "no images", "bad"), strict=True):
+        assert words in problem

@@ -1,0 +1,300 @@
+"""Prompts are read as they were meant, or refused in one line that names the place."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sca_registry.contracts import Prompt
+
+from sca import masks
+from sca.prompts import PromptError, check, parse_box, parse_point, parse_region, read_prompts
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(PromptError) as raised:
+        call(*arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def disc(width=20, height=10) -> np.ndarray:
+    mask = np.zeros((height, width), bool)
+    mask[2:6, 3:9] = True
+    return mask
+
+
+# --- on a command line
+
+
+def test_boxes_and_points_are_parsed():
+    assert parse_box("1, 2,3.5,4") == (1, 2, 3.5, 4)
+    assert parse_point("1,2") == (1, 2, 1)
+    assert parse_point("1,2,0") == (1, 2, 0)
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,4,5", "1,2,3,x", "nan,1,2,3", "1,2,3,inf", "1;2;3;4", "1 2 3 4"])
+def test_a_wrong_box_is_refused_with_its_form(text):
+    message = refusal(parse_box, text)
+    assert repr(text) in message
+    assert "x1,y1,x2,y2" in message
+
+
+@pytest.mark.parametrize("text", ["", "1", "1,2,3", "1,2,-1", "1,2,0.5", "1,2,in", "x,2", "nan,2", "1,2,1,1"])
+def test_a_wrong_point_is_refused_with_its_form(text):
+    assert "x,y,label" in refusal(parse_point, text)
+
+
+def test_a_region_joins_box_points_and_mask(tmp_path):
+    Image.fromarray(disc()).save(tmp_path / "mask.png")
+    prompt = parse_region(f"box=1,2,3,4; point=5,6;point=7,8,0;mask={tmp_path / 'mask.png'};")
+    assert prompt.box == (1, 2, 3, 4)
+    assert prompt.points == ((5, 6, 1), (7, 8, 0))
+    assert (prompt.mask == disc()).all()
+
+
+@pytest.mark.parametrize("text", ["", ";", "box", "bux=1,2,3,4", "box=1,2,3,4;box=1,2,3,4", "mask=", "1,2,3,4"])
+def test_a_wrong_region_is_refused(text):
+    refusal(parse_region, text)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16", "npy", "npy float"])
+def test_any_mask_file_is_inside_where_it_is_not_zero(tmp_path, mode):
+    path = tmp_path / ("mask.npy" if "npy" in mode else "mask.png")
+    if "npy" in mode:
+        np.save(path, disc().astype(float) * 0.3 if "float" in mode else disc())
+    elif mode == "I;16":
+        Image.fromarray(disc().astype(np.uint16)).save(path)
+    elif mode == "P":
+        image = Image.fromarray(disc().astype(np.uint8)).convert("P")
+        image.putpalette([0, 0, 0, 0, 0, 0] + [9] * 762)  # inside is black too: the index counts
+        image.putdata(disc().astype(np.uint8).ravel().tolist())
+        image.save(path)
+    else:
+        Image.fromarray(disc()).convert(mode).save(path)
+    assert (parse_region(f"mask={path}").mask == disc()).all()
+
+
+def test_a_mask_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "a.png").write_text("text")
+    np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    for name in ("missing.png", "a.png", "cube.npy", "objects.npy", "missing.npy"):
+        assert name in refusal(parse_region, f"mask={tmp_path / name}")
+
+
+# --- against an image
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ((5, 1, 2, 4), "reversed"),
+        ((1, 5, 2, 4), "reversed"),
+        ((5, 1, 5, 4), "empty"),
+        ((20, 0, 25, 5), "outside"),
+        ((-5, 0, 0, 5), "outside"),
+        ((0, -9, 5, -1), "outside"),
+        ((float("nan"), 0, 1, 1), "finite"),
+        ((0, 0, float("inf"), 1), "finite"),
+        (("1", "2", "3", "4"), "finite"),
+        ((True, 0, 5, 5), "finite"),
+        ((1, 2, 3), "4 numbers"),
+        ("1,2,3,4", "4 numbers"),
+        (7, "4 numbers"),
+    ],
+)
+def test_a_box_that_does_not_fit_is_refused(box, words):
+    assert words in refusal(check, Prompt(box=box), 20, 10)
+
+
+def test_a_reversed_box_is_read_as_sides_in_the_hint():
+    assert "10,20,15,60" in refusal(check, Prompt(box=(10, 20, 5, 40)), 100, 100)
+
+
+def test_a_box_over_the_edge_is_clipped():
+    assert check(Prompt(box=(-1, -1, 20.5, 11)), 20, 10).box == (0, 0, 20, 10)
+    inside = Prompt(box=(1.5, 2, 3, 4))
+    assert check(inside, 20, 10) == inside
+
+
+def test_numbers_become_plain():
+    prompt = check(Prompt(box=np.array([1, 2, 3, 4], np.float32), points=[np.array([1, 2, 1])]), 20, 10)
+    assert prompt == Prompt(box=(1.0, 2.0, 3.0, 4.0), points=((1.0, 2.0, 1),))
+    json.dumps([prompt.box, prompt.points])
+
+
+@pytest.mark.parametrize("point", [(20, 1, 1), (1, 10, 1), (-0.1, 1, 0), (1, float("nan"), 1), (1, 2, 2), (1, "2", 1)])
+def test_a_point_that_does_not_fit_is_refused(point):
+    refusal(check, Prompt(points=((1, 1, 1), point)), 20, 10)
+
+
+def test_points_reach_to_the_last_pixel():
+    assert check(Prompt(points=((0, 0, 0), (19.9, 9.9, 1))), 20, 10).points[1] == (19.9, 9.9, 1)
+
+
+def test_a_mask_must_fit_and_mark_something():
+    assert (check(Prompt(mask=disc().astype(np.uint8) * 255), 20, 10).mask == disc()).all()
+    assert check(Prompt(mask=disc().astype(int)), 20, 10).mask.dtype == bool
+    assert "20 x 10, the image 10 x 20" in refusal(check, Prompt(mask=disc()), 10, 20)
+    assert "empty" in refusal(check, Prompt(mask=np.zeros((10, 20), bool)), 20, 10)
+    assert "shape" in refusal(check, Prompt(mask=np.zeros((1, 10, 20), bool)), 20, 10)
+
+
+def test_an_empty_prompt_is_refused():
+    assert "empty" in refusal(check, Prompt(), 20, 10)
+
+
+# --- in files
+
+
+def write_lines(path, *records):
+    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records), "utf-8")
+    return path
+
+
+def test_json_lines_are_read(tmp_path):
+    Image.fromarray(disc()).save(tmp_path / "m.png")
+    runs = [22, 4, 6, 4, 6, 4, 6, 4, 6, 4, 6, 4, 124]
+    path = write_lines(
+        tmp_path / "regions.jsonl",
+        {"image": "b.jpg", "box": [1, 2, 3, 4]},
+        "",
+        {"image": "a.jpg", "points": [[1, 2, 0], [3, 4]], "box": None},
+        {"image": "b.jpg", "mask": "m.png"},
+        {"image": "b.jpg", "mask": masks.encode(disc())},
+        {"image": "b.jpg", "mask": {"size": [10, 20], "counts": [32, *runs[1:-1], 114]}},
+        {"image": "b.jpg", "prompt": {"box": [5, 6, 7, 8]}, "box": [0, 0, 1, 1], "caption": "written by us"},
+    )
+    prompts = read_prompts(path)
+    assert list(prompts) == ["b.jpg", "a.jpg"]
+    assert prompts["a.jpg"] == [Prompt(points=((1, 2, 0), (3, 4, 1)))]
+    boxed, *masked, again = prompts["b.jpg"]
+    assert (boxed.box, again.box) == ((1, 2, 3, 4), (5, 6, 7, 8))
+    assert prompts.count("b.jpg") == 5
+    assert all((prompt.mask == disc()).all() for prompt in masked)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "object"),
+        ({"box": [1, 2, 3, 4]}, "'image'"),
+        ({"image": 3, "box": [1, 2, 3, 4]}, "'image'"),
+        ({"image": "a"}, "no 'box', 'points' or 'mask'"),
+        ({"image": "a", "bbox": [1, 2, 3, 4]}, "only 'image', 'bbox'"),
+        ({"image": "a", "box": [1, 2, 3]}, "'box'"),
+        ({"image": "a", "box": [1, 2, 3, "4"]}, "'box'"),
+        ({"image": "a", "box": "1,2,3,4"}, "'box'"),
+        ('{"image": "a", "box": [1, 2, 3, NaN]}', "'box'"),
+        ('{"image": "a", "box": [1, 2, 3, 1' + "0" * 400 + "]}", "'box'"),
+        ({"image": "a", "points": [1, 2, 1]}, "'points'"),
+        ({"image": "a", "points": {"x": 1}}, "'points'"),
+        ({"image": "a", "points": [[1, 2, 3]]}, "'points'"),
+        ({"image": "a", "mask": "missing.png"}, "'mask'"),
+        ({"image": "a", "mask": 3}, "'mask'"),
+        ({"image": "a", "mask": {"size": [3, 4], "counts": ""}}, "do not fill"),
+        ({"image": "a", "mask": {"size": [3, 4], "counts": "4"}}, "do not fill"),
+        ({"image": "a", "mask": {"size": [3, 4], "counts": [5, 6]}}, "do not fill"),
+        ({"image": "a", "mask": {"size": [3, 4], "counts": [13, -1]}}, "do not fill"),
+        ({"image": "a", "mask": {"size": [3, 4], "counts": "\x01é"}}, "'mask'"),
+        ({"image": "a", "mask": {"size": [3, 4], "counts": "PPP"}}, "'mask'"),
+        ({"image": "a", "mask": {"size": [10**6, 10**6], "counts": [10**12]}}, "larger"),
+        ({"image": "a", "mask": {"size": [3], "counts": "4"}}, "'size'"),
+        ({"image": "a", "prompt": [1, 2, 3, 4]}, "'prompt'"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, record, words):
+    path = write_lines(tmp_path / "regions.jsonl", {"image": "a", "box": [1, 2, 3, 4]}, record)
+    message = refusal(read_prompts, path)
+    assert f"{path}, line 2" in message
+    assert words in message
+    assert len(message) < 400 + len(str(path))
+
+
+def coco(**changes):
+    return {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}, {"id": 3, "file_name": "c.jpg"}],
+        "annotations": [
+            {"image_id": 2, "bbox": [1, 2, 3, 4], "segmentation": [[0, 0, 9, 0, 9, 9]]},
+            {"image_id": 1, "segmentation": [[5, 1, 9, 1, 9, 8], [4, 2, 6, 2, 6, 3]]},
+            {"image_id": 1, "segmentation": masks.encode(disc())},
+            {"image_id": 1, "segmentation": {"size": [4, 4], "counts": [5, 2, 9]}},
+        ],
+    } | changes
+
+
+def test_coco_is_read_as_boxes(tmp_path):
+    path = write_lines(tmp_path / "instances.json", coco())
+    prompts = read_prompts(path)
+    assert [prompt.box for prompt in prompts["a.jpg"]] == [(4, 1, 9, 8), (3, 2, 9, 6), (1, 1, 2, 3)]
+    assert prompts["b.jpg"] == [Prompt(box=(1, 2, 4, 6))]
+    assert prompts["c.jpg"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "'images'"),
+        ({"images": []}, "'annotations'"),
+        (coco(images=[{"id": 1}]), "images[0], 'file_name'"),
+        (coco(images=[{"file_name": "a"}]), "images[0], 'id'"),
+        (coco(images=[{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]), "images[1], 'id'"),
+        (coco(images=[{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]), "images[1], 'file_name'"),
+        (coco(annotations=[{"image_id": 9, "bbox": [1, 2, 3, 4]}]), "annotations[0], 'image_id'"),
+        (coco(annotations=[{"image_id": [], "bbox": [1, 2, 3, 4]}]), "annotations[0], 'image_id'"),
+        (coco(annotations=[7]), "annotations[0], 'image_id'"),
+        (coco(annotations=[{"image_id": 1}]), "annotations[0]"),
+        (coco(annotations=[{"image_id": 1, "bbox": [1, 2, 3]}]), "annotations[0], 'bbox'"),
+        (coco(annotations=[{"image_id": 1, "segmentation": [[1, 2]]}]), "annotations[0], 'segmentation'"),
+        (coco(annotations=[{"image_id": 1, "segmentation": "x"}]), "annotations[0], 'segmentation'"),
+        (coco(annotations=[{"image_id": 1, "segmentation": {"size": [2, 2], "counts": [4]}}]), "empty"),
+    ],
+)
+def test_a_wrong_coco_record_is_named(tmp_path, content, words):
+    path = write_lines(tmp_path / "instances.json", content)
+    message = refusal(read_prompts, path)
+    assert str(path) in message
+    assert words in message
+
+
+def test_files_that_are_no_prompts_are_refused(tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.json").touch()
+    for name in ("missing.jsonl", "bytes.json", "empty.json", "."):
+        refusal(read_prompts, tmp_path / name)
+
+
+def test_a_mask_file_that_cannot_be_read_is_named_with_its_line(tmp_path):
+    (tmp_path / "m.png").write_text("text")
+    prompts = read_prompts(write_lines(tmp_path / "regions.jsonl", {"image": "a", "mask": "m.png"}))
+    assert "line 1, 'mask'" in refusal(prompts.__getitem__, "a")
+
+
+def lines_for(path, *keys):
+    return read_prompts(write_lines(path, *({"image": key, "box": [0, 0, 1, 1]} for key in keys)))
+
+
+def test_images_are_matched_by_path_and_else_by_name(tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    keys = ["../pics/a.jpg", "b.jpg", "pics/c.jpg", "C:\\old\\d.jpg", "e.jpg"]
+    prompts = lines_for(tmp_path / "lists" / "r.jsonl", *keys)
+    pics = [tmp_path / "pics" / name for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "other.jpg")]
+    assert prompts.match(pics) == dict(zip(pics[:4], keys[:4], strict=True))
+
+
+def test_a_path_settles_what_a_name_does_not(tmp_path):
+    prompts = lines_for(tmp_path / "r.jsonl", "x/a.jpg", "y/a.jpg")
+    pictures = [tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"]
+    assert list(prompts.match(pictures).values()) == ["x/a.jpg", "y/a.jpg"]
+
+
+def test_ambiguous_names_are_refused(tmp_path):
+    two_keys = lines_for(tmp_path / "r.jsonl", "x/a.jpg", "y/a.jpg")
+    assert "'x/a.jpg', 'y/a.jpg'" in refusal(two_keys.match, [tmp_path / "z" / "a.jpg"])
+    one_key = lines_for(tmp_path / "s.jsonl", "a.jpg")
+    assert "2 images" in refusal(one_key.match, [tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"])
