@@ -1,0 +1,1 @@
+"""Comparing combinations of parts."""

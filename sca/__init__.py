@@ -1,0 +1,54 @@
+"""Segment and caption any region of any image, with parts chosen by name.
+
+    import sca
+    model = sca.load("sca-tiny")
+    predictor = sca.Predictor(model)
+
+Importing this module is cheap: torch comes with the first name that needs it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sca_registry.contracts import Caption as Caption
+    from sca_registry.contracts import Prompt as Prompt
+    from sca_registry.spec import ModelSpec as ModelSpec
+
+    from sca.build import build as build
+    from sca.build import compose as compose
+    from sca.checkpoint import load as load
+    from sca.checkpoint import save as save
+    from sca.everything import Everything as Everything
+    from sca.everything import caption_everything as caption_everything
+    from sca.images import open_image as open_image
+    from sca.model import SegmentCaptioner as SegmentCaptioner
+    from sca.predictor import Predictor as Predictor
+    from sca.processing import Processor as Processor
+
+_WHERE = {
+    "Caption": "sca_registry.contracts",
+    "Everything": "sca.everything",
+    "ModelSpec": "sca_registry.spec",
+    "Predictor": "sca.predictor",
+    "Processor": "sca.processing",
+    "Prompt": "sca_registry.contracts",
+    "SegmentCaptioner": "sca.model",
+    "build": "sca.build",
+    "caption_everything": "sca.everything",
+    "compose": "sca.build",
+    "load": "sca.checkpoint",
+    "open_image": "sca.images",
+    "save": "sca.checkpoint",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sca' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

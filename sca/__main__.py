@@ -1,0 +1,5 @@
+"""`python -m sca`."""
+
+from sca.cli import main
+
+main()

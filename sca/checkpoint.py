@@ -1,0 +1,188 @@
+"""Checkpoints: what was trained, in one folder that always loads.
+
+spec.json              the names and options of every part, and a format version
+weights.safetensors    the tensors that have no other source: what was trained, and parts without pretrained weights
+origin.json            which distribution and version gave each part
+tokenizer/             where the language model was trained here
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sca_registry import registry, zoo
+from sca_registry.spec import ModelSpec
+
+from sca.build import build, parts
+
+if TYPE_CHECKING:
+    from sca.model import SegmentCaptioner
+
+WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message is one line that says which and why."""
+
+
+def save(model: SegmentCaptioner, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Writes a checkpoint folder; a kill at any moment leaves the old one or the new one, whole.
+
+    dtype: of the stored floating tensors (default: as they are).
+    """
+    folder = Path(folder)
+    previous = _previous(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _recover(folder)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write(model, draft, dtype)
+            if folder.exists():
+                os.rename(folder, previous)
+            os.rename(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            _recover(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot save a checkpoint to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SegmentCaptioner:
+    """A model from a checkpoint folder or a zoo name, in eval mode.
+
+    Every stored tensor must have its place and every place without another source its tensor; otherwise
+    CheckpointError names them.
+    """
+    folder = locate(source)
+    spec = _read_spec(folder)
+    model = build(spec)
+    expected = stored(model)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
+    missing, unexpected = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit its {SPEC}: missing {_some(missing)}; unexpected {_some(unexpected)}"
+        )
+    own = model.state_dict()
+    for name, tensor in found.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} is {tuple(tensor.shape)} and the {SPEC} asks for {tuple(own[name].shape)}"
+            )
+    model.load_state_dict(found, strict=False)  # the names were compared above, both ways
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a checkpoint: a path, or the name of a zoo model."""
+    folder = Path(source)
+    _recover(folder)
+    if folder.is_dir():
+        return folder
+    if str(source) in zoo.names():
+        package, _, inside = zoo.get(str(source)).checkpoint.partition(":")
+        return Path(str(files(package).joinpath(inside)))
+    if folder.exists():
+        raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
+    raise CheckpointError(
+        f"no model named {str(source)!r} and no folder there. The zoo has: {', '.join(zoo.names())}. "
+        "A folder that `sca train` wrote works too."
+    )
+
+
+def stored(model: SegmentCaptioner) -> set[str]:
+    """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source."""
+    elsewhere = set()
+    for part_name in ("encoder", "segmenter", "language_model"):
+        part = getattr(model, part_name)
+        if getattr(part, "checkpoint", None):
+            elsewhere |= {f"{part_name}.{name}" for name in part.state_dict()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return set(model.state_dict()) - (elsewhere - trained)
+
+
+def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> None:
+    names = stored(model)
+    tied: dict[int, str] = {}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name in names:
+            tensor = tensor.detach().cpu()
+            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            if tied.setdefault(tensor.data_ptr(), name) != name:
+                tensor = tensor.clone()  # tied weights are written twice
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / SPEC, model.spec.to_dict())
+    _write_json(folder / ORIGIN, origin(model))
+    tokenizer = model.language_model.tokenizer
+    if tokenizer is not None and not getattr(model.language_model, "checkpoint", None):
+        tokenizer.save(str(folder / "tokenizer"))
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def origin(model: SegmentCaptioner) -> dict[str, Any]:
+    """Which distribution and version gives each part of a model."""
+    givers = {}
+    for kind, part in parts(model.spec, model.encoder).items():
+        entry = registry(kind).describe(part.name)
+        givers[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
+    return {"written_by": f"segment-caption-anything {version('segment-caption-anything')}", "parts": givers}
+
+
+def _read_spec(folder: Path) -> ModelSpec:
+    try:
+        return ModelSpec.from_dict(json.loads((folder / SPEC).read_text("utf-8")))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / SPEC} is not JSON ({error})") from error
+
+
+def _write_json(path: Path, table: Any) -> None:
+    path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.previous"
+
+
+def _recover(folder: Path) -> None:
+    """A kill between the two renames of `save` leaves only the previous checkpoint: give it its name back."""
+    previous = _previous(folder)
+    if previous.is_dir() and not folder.exists():
+        os.rename(previous, folder)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"

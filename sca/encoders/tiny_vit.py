@@ -1,0 +1,81 @@
+"""A small vision transformer with a convolutional stem and SAM's neck, for models that train on a laptop."""
+
+from __future__ import annotations
+
+import torch
+from sca_registry.contracts import ImageFormat
+from torch import Tensor, nn
+from transformers import SamVisionConfig
+from transformers.models.sam.modeling_sam import SamVisionNeck
+
+
+class TinyVit(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, channels, S/8, S/8) features.
+
+    The stem of strided convolutions makes a transformer of this size learn fast ("Early convolutions help transformers
+    see better", arXiv 2106.14881); blocks are pre-norm (ViT, arXiv 2010.11929), the neck is SAM's (arXiv 2304.02643).
+
+    size: S, a multiple of 8. width, depth, heads: of the transformer. stem: channels at 1/2 and 1/4 of the resolution.
+    blocks: residual convolution blocks at 1/4 of the resolution. fit: "pad" or "stretch", see `ImageFormat`.
+    """
+
+    stride = 8
+    default_segmenter = "sam"
+    checkpoint = None
+
+    def __init__(
+        self,
+        size: int = 128,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        channels: int = 96,
+        stem: tuple[int, int] = (32, 64),
+        blocks: int = 1,
+        fit: str = "pad",
+    ):
+        super().__init__()
+        if size % self.stride:
+            raise ValueError(f"size {size} must be a multiple of the stride {self.stride}")
+        self.image = ImageFormat(size=size, fit=fit)
+        self.channels = channels
+        half, quarter = stem
+        self.stem = nn.Sequential(
+            *_convolution(3, half),
+            *_convolution(half, quarter),
+            *(ConvolutionBlock(quarter) for _ in range(blocks)),
+            nn.Conv2d(quarter, width, 3, stride=2, padding=1),
+        )
+        grid = size // self.stride
+        self.position = nn.Parameter(torch.zeros(1, grid * grid, width))
+        nn.init.normal_(self.position, std=0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        for parameter in self.transformer.parameters():  # the layers are copies of one: draw each anew
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        self.neck = SamVisionNeck(SamVisionConfig(hidden_size=width, output_channels=channels))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # (B, width, S/8, S/8)
+        tokens = patches.flatten(2).transpose(1, 2) + self.position  # (B, h*w, width)
+        return self.neck(self.transformer(tokens).unflatten(1, patches.shape[-2:]))
+
+
+class ConvolutionBlock(nn.Module):
+    """Two 3x3 convolutions around a skip connection, (B, C, h, w) -> the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_convolution(channels, channels, stride=1),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.gelu(features + self.layers(features))
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 2) -> tuple[nn.Module, ...]:
+    return (nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())

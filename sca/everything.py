@@ -1,0 +1,98 @@
+"""Segment and caption everything: masks of a grid of points, and captions for those that survive.
+
+The filters are SAM's automatic mask generator's (arXiv 2304.02643). The image is encoded once, and words are generated
+only for the masks that are left at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sca_registry.contracts import Caption, Prompt, Prompts
+from torch import Tensor
+
+from sca.masks import area, box_of, encode
+from sca.nn.boxes import suppress
+from sca.nn.masks import tight_boxes
+from sca.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Everything:
+    """points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut
+    at `+offset` and at `-offset` logits. nms: of two boxes that overlap more, the better stays. area, largest: least
+    and greatest share of the image.
+    """
+
+    points: int = 32
+    iou: float = 0.88
+    stability: float = 0.95
+    offset: float = 1.0
+    nms: float = 0.7
+    area: float = 0.0
+    largest: float = 1.0
+
+
+@torch.inference_mode()
+def caption_everything(
+    predictor: Predictor,
+    task: str = "caption",
+    options: Everything | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **generation: Any,
+) -> list[Caption]:
+    """A caption for every region found in the predictor's image, best first; each is captioned from its own box.
+
+    progress: called with the points looked at and all of them.
+    """
+    options = options or Everything()
+    if predictor.image is None:
+        raise ValueError("there is no image yet: call set_image(image) first")
+    logits, scores = _candidates(predictor, options, progress)
+    boxes = tight_boxes(logits > 0)
+    kept = suppress(boxes, scores, options.nms)
+    request, masks, ious = [], [], []
+    for row in kept.tolist():
+        mask = predictor.processor.masks(logits[row][None, None], predictor.frame)[0, 0] > 0
+        code = encode(mask.cpu().numpy())
+        share = area(code) / (predictor.frame.width * predictor.frame.height)
+        if 0 < share >= options.area and share <= options.largest:
+            request.append(Prompt(box=box_of(code)))
+            masks.append(code)
+            ious.append(min(float(scores[row]), 1.0))
+    if not request:
+        return []
+    captions = predictor.predict(request, task=task, **generation)
+    return [replace(c, mask=mask, iou=iou) for c, mask, iou in zip(captions, masks, ious, strict=True)]
+
+
+def _candidates(
+    predictor: Predictor, options: Everything, progress: Callable[[int, int], None] | None
+) -> tuple[Tensor, Tensor]:
+    """Masks (K, 4h, 4w) that pass the filters, and their predicted IoU (K,)."""
+    if getattr(predictor.model.segmenter, "masks", None) is None:
+        raise ValueError(
+            f"everything needs masks, and the segmenter {type(predictor.model.segmenter).__name__} gives none: "
+            "build the model with segmenter=sam"
+        )
+    width, height = predictor.frame.used
+    steps = (torch.arange(options.points) + 0.5) / options.points
+    y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
+    points = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)  # (points ** 2, 1, 2), input frame
+    prompts = Prompts(
+        torch.zeros(len(points), dtype=torch.long), points=points, labels=torch.ones(len(points), 1, dtype=torch.long)
+    ).to(predictor.device)
+    found = []
+    for number, chunk in enumerate(prompts.chunks(predictor.regions)):
+        regions = predictor.model.segment(predictor.features, chunk)
+        masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
+        sure, possible = (masks > options.offset).sum((1, 2)), (masks > -options.offset).sum((1, 2))
+        good = (scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)
+        found.append((masks[good], scores[good]))
+        if progress:
+            progress(min((number + 1) * predictor.regions, len(points)), len(points))
+    masks, scores = zip(*found, strict=True)
+    return torch.cat(masks), torch.cat(scores)

@@ -1,0 +1,139 @@
+"""Any decoder-only language model of transformers, fed with embeddings instead of words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from sca_registry.contracts import Generated, Tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+from transformers.pytorch_utils import Conv1D
+
+
+class CausalLanguageModel(nn.Module):
+    """Wraps a causal `PreTrainedModel`. Captions are padded on the right, so that no word ever sees a pad.
+
+    width: E. tokenizer: None for a checkpoint without one; ids still work.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.width = model.get_input_embeddings().embedding_dim
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        return self.model.base_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def head(self, states: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prefix: Tensor,
+        max_new_tokens: int,
+        beams: int = 1,
+        captions: int = 1,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Generated:
+        """`captions` ids a row, best first. Beams search for the likeliest, `sample` draws; greedy otherwise."""
+        if captions > 1 and not sample and captions > beams:
+            raise ValueError(
+                f"{captions} captions a region need at least as many beams (there are {beams}) or sample=true"
+            )
+        pad, eos = self._ends()
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
+        with _quiet():
+            found = self.model.generate(
+                inputs_embeds=prefix,
+                attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
+                max_new_tokens=max_new_tokens,
+                num_beams=beams,
+                do_sample=sample,
+                num_return_sequences=captions,
+                pad_token_id=pad,
+                eos_token_id=eos,
+                return_dict_in_generate=True,
+                output_scores=True,
+                **sampling,
+            )
+        ids = found.sequences
+        steps = self.model.compute_transition_scores(
+            ids, found.scores, getattr(found, "beam_indices", None), normalize_logits=beams == 1
+        )
+        ends = (ids == eos).int().cumsum(1) - (ids == eos).int()  # how many ends came before
+        counted = (ends == 0).to(steps.dtype)[:, : steps.shape[1]]
+        scores = (steps.masked_fill(counted == 0, 0.0)).sum(1) / counted.sum(1)
+        return Generated(
+            ids.unflatten(0, (len(prefix), captions)), scores.float().unflatten(0, (len(prefix), captions))
+        )
+
+    def adapt(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
+        """LoRA (arXiv 2106.09685) by peft, on the layers named `targets`, or those peft knows for the architecture.
+
+        Raises ValueError for a target that matches no layer, with the linear layers there are.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        kind = self.model.config.model_type
+        linear = (nn.Linear, Conv1D)
+        layers = sorted(
+            {name.split(".")[-1] for name, module in self.model.named_modules() if isinstance(module, linear)}
+        )
+        wanted = list(targets or KNOWN.get(kind, ()))
+        missing = [name for name in wanted if name not in layers]
+        if missing or not wanted:
+            problem = f"match no layer: {', '.join(missing)}" if wanted else f"have no default for {kind!r}: name them"
+            raise ValueError(f"LoRA targets {problem}. The linear layers are: {', '.join(layers)}")
+        fan = any(isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in wanted)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, fan_in_fan_out=fan)
+        inject_adapter_in_model(config, self.model)
+
+    def _ends(self) -> tuple[int, int]:
+        eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id
+        pad = self.tokenizer.pad if self.tokenizer else self.model.config.pad_token_id
+        return (eos if pad is None else pad), eos
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers remarks on generation from embeddings; the remarks are not a user's business."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+class TextTokenizer:
+    """A transformers tokenizer as the contract wants it: ends with eos, begins with nothing."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.eos = tokenizer.eos_token_id
+        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """At most `limit` ids, the end included."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids[: None if limit is None else limit - 1], self.eos]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = list(ids)
+        if self.eos in ids:
+            ids = ids[: ids.index(self.eos)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def save(self, folder: str) -> None:
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,37 @@
+"""A GPT-2 of a few hundred thousand parameters with a byte-level vocabulary of its own, trained from scratch."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+
+END = "<|end|>"
+
+
+class TinyGpt2(CausalLanguageModel):
+    """GPT-2's architecture (Radford et al. 2019) at width E, `depth` layers and room for `positions` tokens.
+
+    The tokenizer is byte-level BPE: it can spell any text, and the words of the data it was made from are one id each.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, positions: int = 96, dropout: float = 0.0):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"), eos_token=END, pad_token=END
+        )
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=positions,
+            n_embd=width,
+            n_layer=depth,
+            n_head=heads,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        super().__init__(GPT2LMHeadModel(config), TextTokenizer(tokenizer))

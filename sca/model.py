@@ -1,0 +1,128 @@
+"""The composed model: encode, segment, mix, caption, in that order and on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sca_registry.contracts import Batch, Encoder, Generated, LanguageModel, Mixer, Output, Prompts, Regions, Segmenter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sca.nn.projection import Projection
+
+if TYPE_CHECKING:
+    from sca_registry.spec import ModelSpec
+
+LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
+
+
+class SegmentCaptioner(nn.Module):
+    """An encoder, a segmenter, a mixer and a language model (SCA, arXiv 2312.00869), frozen as `spec.trainable` says.
+
+    The language model reads a prefix of K positions: task tokens, then projected queries. There is no beginning-of-text
+    token: the last position of the prefix predicts the first word.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, encoder: Encoder, segmenter: Segmenter, mixer: Mixer, language_model: LanguageModel
+    ):
+        super().__init__()
+        self.spec = spec
+        self.encoder = encoder
+        self.segmenter = segmenter
+        self.mixer = mixer
+        self.language_model = language_model
+        self.projection = Projection(mixer.width, language_model.width, **spec.projection)
+        self.task_tokens = nn.Parameter(torch.randn(2, spec.task_tokens, language_model.width) * 0.02)
+        self.freeze()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, C, h, w), once an image."""
+        return self.encoder(pixels)
+
+    def segment(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
+        return self.segmenter(features, prompts, multimask)
+
+    def mix(self, regions: Regions) -> Tensor:
+        """Queries (N, Q, D)."""
+        return self.mixer(regions)
+
+    def prefix(self, queries: Tensor, task: Tensor) -> Tensor:
+        """(N, Q, D) and (N,) task ids -> (N, K, E)."""
+        return torch.cat((self.task_tokens[task], self.projection(queries)), dim=1)
+
+    def forward(self, batch: Batch, weights: Mapping[str, float] | None = None) -> Output:
+        """Losses by name, and their sum weighted by `weights` (1 where it is silent)."""
+        features = batch.features if batch.features is not None else self.encode(batch.pixels)
+        regions = self.segment(features, batch.prompts)
+        queries = self.mix(regions)
+        losses, logits = {}, None
+        if batch.ids is not None:
+            logits = self.logits(self.prefix(queries, batch.task), batch.ids, batch.mask)
+            losses["caption"] = caption_loss(logits, batch.ids, batch.mask)
+        if batch.targets is not None and hasattr(self.segmenter, "loss"):
+            losses |= self.segmenter.loss(regions, batch.targets)
+        loss = sum((weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
+        return Output(loss, losses, logits, regions, queries)
+
+    def logits(self, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(N, K, E) and (N, L) -> (N, L, V): position i predicts `ids[:, i]`, the first from the prefix's last."""
+        words = self.language_model.embed(ids[:, :-1])  # what follows the last word is not asked
+        seen = torch.cat((mask.new_ones(prefix.shape[:2]), mask[:, :-1]), dim=1)
+        states = self.language_model.hidden(torch.cat((prefix, words.to(prefix.dtype)), dim=1), seen)
+        return self.language_model.head(states[:, prefix.shape[1] - 1 :])
+
+    @torch.no_grad()
+    def generate(self, features: Tensor, prompts: Prompts, task: Tensor, **generation: Any) -> Generated:
+        prefix = self.prefix(self.mix(self.segment(features, prompts)), task)
+        return self.language_model.generate(prefix, **{**self.spec.generation, **generation})
+
+    # --- what trains --------------------------------------------------------------------------------------------------
+
+    def part(self, name: str) -> nn.Module | nn.Parameter | None:
+        return self.segmenter.neck if name == "neck" and hasattr(self.segmenter, "neck") else getattr(self, name, None)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once, under the name `spec.trainable` uses for it."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            group = name.split(".")[0]
+            if name.startswith("segmenter.neck."):
+                group = "neck"
+            elif "lora_" in name:
+                group = "lora"
+            groups.setdefault(group, []).append(parameter)
+        return groups
+
+    def freeze(self) -> None:
+        """Only `spec.trainable` groups get gradients. Codes that are never trained (SAM's random frequencies) stay."""
+        for group, parameters in self.groups().items():
+            if group not in self.spec.trainable:
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SegmentCaptioner:
+        """A part with nothing to train stays in eval mode: no dropout, no statistics."""
+        super().train(mode)
+        for module in self.children():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        return self
+
+    def freeze_report(self) -> str:
+        """One line a group: parameters, and whether they train."""
+        lines = []
+        for group, parameters in self.groups().items():
+            count, trains = sum(p.numel() for p in parameters), any(p.requires_grad for p in parameters)
+            lines.append(f"{group:<15}{count:>15,}  {'trains' if trains else 'frozen'}")
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return "\n".join([*lines, f"{'in all':<15}{sum(p.numel() for p in self.parameters()):>15,}  {trained:,} train"])
+
+
+def caption_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy with label smoothing, averaged over the words and ends of all regions."""
+    targets = ids.masked_fill(mask == 0, -100)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), label_smoothing=LABEL_SMOOTHING)

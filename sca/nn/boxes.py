@@ -1,0 +1,27 @@
+"""Box arithmetic, x1 y1 x2 y2 with exclusive far edges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def box_iou(first: Tensor, second: Tensor) -> Tensor:
+    """(N, 4) and (K, 4) -> (N, K)."""
+    corner = torch.maximum(first[:, None, :2], second[None, :, :2])
+    far = torch.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared = (far - corner).clamp(min=0).prod(2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (first, second)]
+    return shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-6)
+
+
+def suppress(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Greedy non-maximum suppression: the places of the boxes that stay, best first."""
+    order = scores.argsort(descending=True, stable=True)
+    close = (box_iou(boxes[order], boxes[order]) > iou).triu(diagonal=1).cpu().numpy()
+    alive = [True] * len(order)
+    for row in range(len(order)):
+        if alive[row]:
+            for other in close[row].nonzero()[0]:
+                alive[other] = False
+    return order[torch.tensor(alive, dtype=torch.bool, device=order.device)]

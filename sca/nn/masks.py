@@ -1,0 +1,29 @@
+"""Small operations on batches of masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(grid: Tensor, weights: Tensor) -> Tensor:
+    """The mean of (N, D, h, w) features under (N, h, w) weights in 0..1: (N, D). In an empty mask every cell counts."""
+    weights = weights.flatten(1) + 1e-4
+    return torch.einsum("ndx,nx->nd", grid.flatten(2), weights / weights.sum(1, keepdim=True))
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """(N, h, w) bool -> (N, 4) x1 y1 x2 y2 in mask cells, the far edges exclusive; zeros where a mask is empty."""
+    spans = []
+    for dim in (1, 2):  # columns, then rows
+        hit = masks.any(dim)  # (N, w), (N, h)
+        cells = torch.arange(hit.shape[1], device=masks.device)
+        first = torch.where(hit, cells, hit.shape[1]).amin(1)
+        last = torch.where(hit, cells + 1, 0).amax(1)
+        spans += [torch.minimum(first, last), last]
+    return torch.stack((spans[0], spans[2], spans[1], spans[3]), dim=1).float()
+
+
+def best_masks(masks: Tensor, scores: Tensor) -> Tensor:
+    """Of (N, M, h, w) masks those with the highest of (N, M) scores: (N, h, w)."""
+    return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)]

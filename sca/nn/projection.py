@@ -1,0 +1,25 @@
+"""From the mixer's width to the language model's."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Projection(nn.Sequential):
+    """(N, Q, D) -> (N, Q, E): one linear layer, or three with GELU between ("mlp"), as in SCA (arXiv 2312.00869).
+
+    norm: "none", or a LayerNorm "pre", "post" or "both".
+    """
+
+    def __init__(self, width: int, target: int, kind: str = "linear", norm: str = "none"):
+        if kind not in ("linear", "mlp"):
+            raise ValueError(f"no projection {kind!r}: there are 'linear' and 'mlp'")
+        if norm not in ("none", "pre", "post", "both"):
+            raise ValueError(f"no projection norm {norm!r}: there are 'none', 'pre', 'post' and 'both'")
+        layers: list[nn.Module] = [nn.LayerNorm(width)] if norm in ("pre", "both") else []
+        layers.append(nn.Linear(width, target))
+        if kind == "mlp":
+            layers += [nn.GELU(), nn.Linear(target, target), nn.GELU(), nn.Linear(target, target)]
+        if norm in ("post", "both"):
+            layers.append(nn.LayerNorm(target))
+        super().__init__(*layers)

@@ -1,0 +1,140 @@
+"""From a picture and what a user points at to masks and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sca_registry.contracts import TASKS, Caption, Prompt, Prompts
+from torch import Tensor
+
+from sca.masks import box_of, encode
+from sca.nn.masks import best_masks
+from sca.processing import Frame, Processor
+
+if TYPE_CHECKING:
+    from sca.model import SegmentCaptioner
+
+
+class Predictor:
+    """Set an image once, then point at it as often as wanted: its features are computed once and kept.
+
+    regions: how many regions go through the mixer at a time; a memory limit, not a result.
+    """
+
+    def __init__(self, model: SegmentCaptioner, regions: int = 64):
+        self.model = model.eval()
+        self.processor = Processor.of(model.encoder)
+        self.regions = regions
+        self.image: Image.Image | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.task_tokens.device
+
+    def set_image(self, image: Image.Image | np.ndarray) -> None:
+        """A PIL picture or an (height, width, 3) uint8 array in RGB."""
+        self.image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        self.features = self.encode([self.image])
+        self.frame = self.processor.frame(*self.image.size)
+
+    def predict(
+        self,
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        task: str = "caption",
+        **generation: Any,
+    ) -> list[Caption]:
+        """One caption for each prompt, then for each box x1 y1 x2 y2, then for each point x y (pixels of the image).
+
+        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p.
+        """
+        if self.image is None:
+            raise ValueError("there is no image yet: call set_image(image) first")
+        request = [*prompts]
+        request += [Prompt(box=tuple(map(float, box))) for box in boxes]
+        request += [Prompt(points=((float(point[0]), float(point[1]), 1),)) for point in points]
+        return self._answer(self.features, [self.frame], [request], task, generation)[0]
+
+    def describe(
+        self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
+    ) -> list[Caption]:
+        self.set_image(image)
+        return self.predict(prompts, task=task, **generation)
+
+    def describe_all(
+        self,
+        images: Sequence[Image.Image],
+        requests: Sequence[Sequence[Prompt]],
+        task: str = "caption",
+        **generation: Any,
+    ) -> list[list[Caption]]:
+        """Several images in one batch, each with any number of prompts: a list of captions an image."""
+        frames = [self.processor.frame(*image.size) for image in images]
+        return self._answer(self.encode(images), frames, requests, task, generation)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features (B, C, h, w)."""
+        return self.model.encode(self.processor.pixels(images).to(self.device, self.model.task_tokens.dtype))
+
+    @torch.inference_mode()
+    def _answer(
+        self,
+        features: Tensor,
+        frames: Sequence[Frame],
+        requests: Sequence[Sequence[Prompt]],
+        task: str,
+        generation: Mapping[str, Any],
+    ) -> list[list[Caption]]:
+        if task not in TASKS:
+            raise ValueError(f"no task {task!r}: there are {' and '.join(map(repr, TASKS))}")
+        flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
+        answers: list[Caption | None] = [None] * len(flat)
+        for places, prompts in self.processor.prompts(requests, frames):
+            texts, scores, masks, ious = self._bucket(features, frames, prompts, TASKS.index(task), generation)
+            for row, place in enumerate(places):
+                _, prompt, region = flat[place]
+                box = prompt.box or (masks[row] and box_of(masks[row]))
+                answers[place] = Caption(texts[row], scores[row], box, masks[row], ious[row], prompt, region)
+        captions: list[list[Caption]] = [[] for _ in requests]
+        for (owner, _, _), answer in zip(flat, answers, strict=True):
+            captions[owner].append(answer)
+        return captions
+
+    def _bucket(
+        self, features: Tensor, frames: Sequence[Frame], prompts: Prompts, task: int, generation: Mapping[str, Any]
+    ) -> tuple[list[str], list[float], list[Any], list[Any]]:
+        """Text, score, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last two may be None."""
+        prefixes, masks, ious = [], [], []
+        for chunk in prompts.to(self.device).chunks(self.regions):
+            regions = self.model.segment(features, chunk)
+            tasks = torch.full((len(chunk),), task, device=self.device)
+            prefixes.append(self.model.prefix(self.model.mix(regions), tasks))
+            if regions.masks is not None:
+                masks += self._masks(best_masks(regions.masks, regions.scores), chunk.owner, frames)
+                ious += regions.scores.amax(1).float().clamp(0, 1).tolist()
+        settings = {**self.model.spec.generation, **generation}
+        generated = self.model.language_model.generate(torch.cat(prefixes), **settings)
+        nothing = [None] * len(prompts)
+        scores = generated.scores[:, 0].exp().tolist()
+        return self._texts(generated.ids[:, 0]), scores, masks or nothing, ious or nothing
+
+    def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
+        """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size logits of many regions are large."""
+        for row, image in zip(logits, owner.tolist(), strict=True):
+            yield encode((self.processor.masks(row[None, None], frames[image])[0, 0] > 0).cpu().numpy())
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        tokenizer = self.model.language_model.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "the language model has no tokenizer, so it gives ids and no words: use "
+                "SegmentCaptioner.generate, or a checkpoint that has one"
+            )
+        return [tokenizer.decode(row) for row in ids.tolist()]

@@ -1,0 +1,129 @@
+"""From pictures and pointing to tensors of the input frame, and from masks back to pictures.
+
+Frames: an image's own pixels (as its viewer sees it), and the input frame, the SxS square that the encoder reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from sca_registry.contracts import Encoder, ImageFormat, Prompt, Prompts
+from torch import Tensor
+from torch.nn import functional as F
+
+MASK_PROMPT_LOGIT = 10.0  # how sure a mask drawn by a user is, as a logit
+
+
+class Frame(NamedTuple):
+    """How one image lies in the input frame: `scale` takes image pixels to frame pixels, x and y apart."""
+
+    width: int
+    height: int
+    used: tuple[int, int]  # width and height that the image takes up in the frame
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        return self.used[0] / self.width, self.used[1] / self.height
+
+
+class Processor:
+    """Knows one encoder's `ImageFormat` and the side of its feature grid. Works on the CPU, copies nothing it keeps."""
+
+    def __init__(self, image: ImageFormat, grid: int):
+        self.image = image
+        self.grid = grid
+        self._resample = Image.Resampling[image.resample.upper()]
+        self._mean = np.asarray(image.mean, dtype=np.float32)
+        self._std = np.asarray(image.std, dtype=np.float32)
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Processor:
+        return cls(encoder.image, encoder.image.size // encoder.stride)
+
+    def frame(self, width: int, height: int) -> Frame:
+        size = self.image.size
+        if self.image.fit == "stretch":
+            return Frame(width, height, (size, size))
+        scale = size / max(width, height)
+        return Frame(width, height, (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))))
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB pictures -> (B, 3, S, S), normalised; what a padded picture does not fill is zero."""
+        size = self.image.size
+        batch = np.zeros((len(images), 3, size, size), dtype=np.float32)
+        for row, image in zip(batch, images, strict=True):
+            width, height = self.frame(*image.size).used
+            values = np.asarray(image.convert("RGB").resize((width, height), self._resample), dtype=np.float32) / 255.0
+            values = (values - self._mean) / self._std
+            if self.image.order == "bgr":
+                values = values[:, :, ::-1]
+            row[:, :height, :width] = values.transpose(2, 0, 1)
+        return torch.from_numpy(batch)
+
+    def prompts(self, requests: Sequence[Sequence[Prompt]], frames: Sequence[Frame]) -> list[tuple[list[int], Prompts]]:
+        """Requests of B images -> homogeneous buckets, each with the place of its rows in the flattened request."""
+        buckets: dict[tuple, list[tuple[int, int, Prompt]]] = {}
+        place = 0
+        for owner, request in enumerate(requests):
+            for prompt in request:
+                shape = (prompt.box is not None, len(prompt.points), prompt.mask is not None)
+                buckets.setdefault(shape, []).append((place, owner, prompt))
+                place += 1
+        return [([place for place, _, _ in rows], self._bucket(rows, frames)) for rows in buckets.values()]
+
+    def _bucket(self, rows: list[tuple[int, int, Prompt]], frames: Sequence[Frame]) -> Prompts:
+        first = rows[0][2]
+        scales = torch.tensor([frames[owner].scale for _, owner, _ in rows])  # (N, 2)
+        boxes = points = labels = masks = None
+        if first.box is not None:
+            boxes = torch.tensor([prompt.box for _, _, prompt in rows], dtype=torch.float32) * scales.repeat(1, 2)
+        if first.points:
+            given = torch.tensor([prompt.points for _, _, prompt in rows], dtype=torch.float32)  # (N, P, 3)
+            points, labels = given[:, :, :2] * scales[:, None], given[:, :, 2].long()
+        if first.mask is not None:
+            masks = torch.stack([self.mask_prompt(prompt.mask, frames[owner]) for _, owner, prompt in rows])
+        return Prompts(torch.tensor([owner for _, owner, _ in rows]), boxes, points, labels, masks)
+
+    def coverage(self, mask: np.ndarray, frame: Frame) -> Tensor:
+        """A mask in image pixels -> (4h, 4w), the share of each cell of the input frame that it covers."""
+        side, size = 4 * self.grid, self.image.size
+        width, height = (round(used * side / size) for used in frame.used)
+        covered = np.zeros((side, side), dtype=np.float32)
+        picture = Image.fromarray(mask.astype(np.uint8) * 255)
+        small = picture.resize((max(width, 1), max(height, 1)), Image.Resampling.BOX)
+        covered[: max(height, 1), : max(width, 1)] = np.asarray(small, dtype=np.float32) / 255.0
+        return torch.from_numpy(covered)
+
+    def valid(self, frame: Frame) -> Tensor:
+        """(4h, 4w) bool: the cells that show the image and not its padding."""
+        return self.coverage(np.ones((1, 1), dtype=bool), frame) > 0
+
+    def mask_prompt(self, mask: np.ndarray, frame: Frame) -> Tensor:
+        """A mask in image pixels -> logits (1, 4h, 4w)."""
+        return ((self.coverage(mask, frame) * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(0)
+
+    def masks(self, logits: Tensor, frame: Frame) -> Tensor:
+        """(N, M, 4h, 4w) logits -> (N, M, height, width) logits in the image's own pixels, as SAM's processor does."""
+        size = self.image.size
+        full = F.interpolate(logits.float(), (size, size), mode="bilinear", align_corners=False)
+        width, height = frame.used
+        return F.interpolate(
+            full[..., :height, :width], (frame.height, frame.width), mode="bilinear", align_corners=False
+        )
+
+    def image_boxes(self, boxes: Iterable[Sequence[float]], frame: Frame) -> list[tuple[float, float, float, float]]:
+        """Boxes x1 y1 x2 y2 of the input frame -> image pixels, cut at the image's edge."""
+        across, down = frame.scale
+        return [
+            (
+                min(max(x1 / across, 0.0), frame.width),
+                min(max(y1 / down, 0.0), frame.height),
+                min(max(x2 / across, 0.0), frame.width),
+                min(max(y2 / down, 0.0), frame.height),
+            )
+            for x1, y1, x2, y2 in boxes
+        ]

@@ -1,0 +1,59 @@
+"""Regions from boxes and points alone: no masks and no weights of SAM, for encoders that bring no segmenter."""
+
+from __future__ import annotations
+
+import torch
+from sca_registry.contracts import Encoder, Prompts, Regions
+from torch import Tensor, nn
+
+from sca.segmenters.sam import FeatureNeck
+
+
+class BoxSegmenter(nn.Module):
+    """Corners and points become tokens; every region looks at its image's features as they are.
+
+    width: D (default: the encoder's channels; another width adds a trainable neck). Tokens are random-Fourier codes of
+    the coordinates plus a learned kind (outside, inside, first and second corner), as in SAM's prompt encoder
+    (arXiv 2304.02643). Mask prompts are refused: there is nothing here that could read them.
+    """
+
+    def __init__(self, encoder: Encoder, width: int | None = None):
+        super().__init__()
+        self.channels = width or encoder.channels
+        self.size = encoder.image.size
+        self.grid = self.size // encoder.stride
+        self.neck = FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()
+        self.register_buffer("frequencies", torch.randn(2, self.channels // 2))
+        self.kinds = nn.Embedding(4, self.channels)
+
+    def forward(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
+        if prompts.masks is not None:
+            raise ValueError("the segmenter 'box' takes boxes and points; for mask prompts use segmenter=sam")
+        image = self.neck(features)
+        tokens = []
+        if prompts.points is not None:
+            tokens.append(self.code(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0)))
+        if prompts.boxes is not None:
+            corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2), input frame
+            tokens.append(self.code(corners + 0.5) + self.kinds.weight[2:])
+        tokens = torch.cat(tokens, dim=1)  # (N, P', D)
+        return Regions(
+            owner=prompts.owner,
+            image=image,
+            size=self.size,
+            dense=image.new_zeros(self.channels, 1, 1),
+            position=self.position(),
+            prompt_tokens=tokens,
+            tokens=tokens,
+            boxes=prompts.boxes,
+        )
+
+    def code(self, coordinates: Tensor) -> Tensor:
+        """(..., 2) x y in the input frame -> (..., D)."""
+        angles = 2 * torch.pi * (2 * coordinates / self.size - 1).to(self.frequencies.dtype) @ self.frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+    def position(self) -> Tensor:
+        centres = (torch.arange(self.grid, device=self.frequencies.device) + 0.5) * (self.size / self.grid)
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return self.code(torch.stack((x, y), dim=-1)).permute(2, 0, 1)

@@ -1,0 +1,179 @@
+"""SAM's prompt encoder and mask decoder (Segment Anything, arXiv 2304.02643), on transformers' modules.
+
+They are called step by step rather than through `SamMaskDecoder.forward`, because captions need what it keeps to
+itself: the fused tokens and the image as each region sees it.
+"""
+
+from __future__ import annotations
+
+import torch
+from sca_registry.contracts import Encoder, Prompts, Regions, Targets
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import SamConfig, SamPromptEncoderConfig, SamVisionConfig
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionNeck
+
+from sca.nn.masks import best_masks, tight_boxes
+from sca.nn.two_way import TwoWayTransformer, decoder_config
+
+
+class SamSegmenter(nn.Module):
+    """Features and prompts -> masks, predicted IoU, fused tokens and a private grid for every region.
+
+    width: D (default: the encoder's channels; another width adds a trainable SAM neck). depth, heads, mlp: of the
+    two-way transformer. drawn: boxes and points are drawn into the dense prompt as well, so that a small model trained
+    from scratch looks at the right place from its first step; SAM's own weights have not seen that.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        width: int | None = None,
+        depth: int = 2,
+        heads: int = 8,
+        mlp: int = 2048,
+        drawn: bool = False,
+    ):
+        super().__init__()
+        self.channels = width or encoder.channels
+        self.size = encoder.image.size
+        self.grid = self.size // encoder.stride
+        self.drawn = drawn
+        self.neck = nn.Identity()
+        if self.channels != encoder.channels:
+            self.neck = FeatureNeck(encoder.channels, self.channels)
+        decoder = decoder_config(self.channels, depth, heads, mlp, iou_head_hidden_dim=self.channels)
+        self.prompt_encoder = SamPromptEncoder(
+            SamConfig(
+                vision_config=SamVisionConfig(num_pos_feats=self.channels // 2),
+                prompt_encoder_config=SamPromptEncoderConfig(
+                    hidden_size=self.channels,
+                    image_size=self.size,
+                    patch_size=encoder.stride,
+                    mask_input_channels=16,
+                ),
+                mask_decoder_config=decoder,
+            )
+        )
+        self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
+        self.decoder = SamMaskDecoder(decoder)
+        self.decoder.transformer = TwoWayTransformer(self.channels, depth, heads, mlp)
+
+    def forward(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
+        image = self.neck(features)  # (B, D, h, w)
+        prompt_tokens, dense = self.embed(prompts)
+        position = self.position()
+        grid = image[prompts.owner] + dense  # (N, D, h, w)
+        outputs = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
+        tokens = torch.cat((outputs.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
+        tokens, grid = self.decoder.transformer(tokens, grid, position)
+        masks, scores = self.masks(tokens, grid)
+        chosen = slice(1, None) if multimask else slice(0, 1)
+        masks, scores = masks[:, chosen], scores[:, chosen]
+        return Regions(
+            owner=prompts.owner,
+            image=image,
+            size=self.size,
+            dense=dense,
+            position=position,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            mask_tokens=tokens[:, 1 : outputs.shape[0]][:, chosen],
+            grid=grid,
+            masks=masks,
+            scores=scores,
+            boxes=prompts.boxes if prompts.boxes is not None else self._boxes(masks, scores),
+        )
+
+    def embed(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Prompt tokens (N, P', D) and the dense prompt: (N, D, h, w) for mask and drawn prompts, else (D, 1, 1)."""
+
+        def rows(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.unsqueeze(1)
+
+        masks = draw(prompts, 4 * self.grid, self.size) if self.drawn and prompts.masks is None else prompts.masks
+        if masks is not None:
+            masks = masks.to(self.prompt_encoder.no_mask_embed.weight.dtype)
+        tokens, dense = self.prompt_encoder(rows(prompts.points), rows(prompts.labels), rows(prompts.boxes), masks)
+        if tokens is None:  # a mask alone has no tokens
+            tokens = dense.new_zeros(len(prompts), 1, 0, self.channels)
+        if masks is None:
+            dense = self.prompt_encoder.no_mask_embed.weight.reshape(-1, 1, 1)
+        return tokens.squeeze(1), dense
+
+    def position(self) -> Tensor:
+        """The random-Fourier code of each cell's centre, (D, h, w)."""
+        code = self.prompt_encoder.shared_embedding
+        centres = (torch.arange(self.grid, device=code.positional_embedding.device) + 0.5) / self.grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return code(torch.stack((x, y), dim=-1).unsqueeze(0)).squeeze(0).permute(2, 0, 1)
+
+    def masks(self, tokens: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits (N, M + 1, 4h, 4w) and IoU (N, M + 1) of fused tokens and grids; the first is the single mask."""
+        decoder = self.decoder
+        upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(grid)))
+        upscaled = decoder.activation(decoder.upscale_conv2(upscaled))  # (N, D/8, 4h, 4w)
+        weights = [network(tokens[:, 1 + index]) for index, network in enumerate(decoder.output_hypernetworks_mlps)]
+        masks = torch.einsum("nmc,nchw->nmhw", torch.stack(weights, dim=1), upscaled)
+        return masks, decoder.iou_prediction_head(tokens[:, 0])
+
+    def _boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
+        return tight_boxes(best_masks(masks.detach(), scores) > 0) * (self.size / masks.shape[-1])
+
+    def loss(self, regions: Regions, targets: Targets) -> dict[str, Tensor]:
+        """SAM's losses: 20 focal + dice for the best of the masks, squared error for every predicted IoU.
+
+        `targets.masks` (N, 4h, 4w) soft truth. Cells that show padding and regions without a mask do not count.
+        """
+        has = targets.has_mask
+        if not has.any():
+            zero = regions.masks.sum() * 0.0
+            return {"mask": zero, "iou": zero}
+        logits, scores = regions.masks[has].float(), regions.scores[has].float()
+        truth = targets.masks[has].unsqueeze(1).expand_as(logits)
+        valid = targets.valid[has].unsqueeze(1)
+        cells = valid.sum((2, 3)).clamp(min=1)
+        shares = logits.sigmoid()
+        surprise = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        right = shares * truth + (1 - shares) * (1 - truth)
+        balance = 0.25 * truth + 0.75 * (1 - truth)
+        focal = (balance * (1 - right).square() * surprise * valid).sum((2, 3)) / cells  # (N, M)
+        shares = shares * valid
+        both = shares.sum((2, 3)) + (truth * valid).sum((2, 3))
+        dice = 1 - (2 * (shares * truth).sum((2, 3)) + 1) / (both + 1)
+        with torch.no_grad():
+            sure, true = (logits > 0) & valid, (truth > 0.5) & valid
+            iou = (sure & true).sum((2, 3)) / (sure | true).sum((2, 3)).clamp(min=1)
+        return {
+            "mask": (20 * focal + dice).min(dim=1).values.mean(),
+            "iou": F.mse_loss(scores, iou.to(scores.dtype)),
+        }
+
+
+def draw(prompts: Prompts, side: int, size: int) -> Tensor:
+    """Boxes and points of the input frame as pictures (N, 1, side, side): 1 inside the box and -1 around it, and a soft
+    dot of height 2 for each point, negative for points outside the region.
+    """
+    centres = (torch.arange(side, device=prompts.owner.device) + 0.5) * (size / side)
+    picture = torch.zeros(len(prompts), side, side, device=prompts.owner.device)
+    if prompts.boxes is not None:
+        x1, y1, x2, y2 = prompts.boxes.float()[:, :, None].unbind(1)  # (N, 1) each
+        across, down = (x1 <= centres) & (centres <= x2), (y1 <= centres) & (centres <= y2)  # (N, side)
+        picture += (down[:, :, None] & across[:, None]) * 2.0 - 1.0
+    if prompts.points is not None:
+        away = (prompts.points.float()[..., None] + 0.5 - centres).square()  # (N, P, 2, side)
+        x, y = (-away / (2 * (size / 32) ** 2)).exp().unbind(2)
+        height = torch.where(prompts.labels == 1, 2.0, torch.where(prompts.labels == 0, -2.0, 0.0))
+        picture += torch.einsum("np,npy,npx->nyx", height, y, x)
+    return picture.unsqueeze(1)
+
+
+class FeatureNeck(nn.Module):
+    """SAM's neck between an encoder of one width and a segmenter of another: (B, C, h, w) -> (B, D, h, w)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.layers = SamVisionNeck(SamVisionConfig(hidden_size=inputs, output_channels=outputs))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.permute(0, 2, 3, 1))
