@@ -1,0 +1,219 @@
+"""From annotated images to batches: what is drawn for each region, and how examples are put together.
+
+Everything drawn at random is a function of the seed and of the place in the stream, never of global state: a resumed
+run sees exactly what the interrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from sca_registry.contracts import (
+    CAPTION,
+    RECOGNITION,
+    Batch,
+    Dataset,
+    Prompt,
+    Prompts,
+    Region,
+    Sample,
+    Targets,
+    Tokenizer,
+)
+from torch import Tensor
+
+from sca.masks import decode
+from sca.processing import Processor
+
+Augmentation = Callable[[Sample, np.random.Generator], Sample]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn for a region.
+
+    prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". recognition: the share of
+    regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its beginning, in
+    which all learn names (SCA's weak supervision, arXiv 2312.00869). telling: the share of phrases that are a region's
+    last and most telling one rather than any. regions: at most so many of an image. jitter: standard deviation of a
+    box's corners, as a share of its sides. words: at most so many tokens, the end included.
+    """
+
+    prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
+    recognition: float = 0.0
+    names_first: float = 0.0
+    telling: float = 0.0
+    regions: int = 16
+    jitter: float = 0.0
+    words: int = 20
+
+
+@dataclass
+class Example:
+    """One image of a batch with R regions; boxes and points in the input frame, masks as shares of (4h, 4w) cells."""
+
+    pixels: Tensor  # (3, S, S)
+    boxes: Tensor  # (R, 4)
+    points: Tensor  # (R, 1, 2)
+    masks: Tensor  # (R, 4h, 4w)
+    valid: Tensor  # (4h, 4w)
+    has_mask: Tensor  # (R,)
+    ids: list[list[int]]
+    task: Tensor  # (R,)
+    labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, -100 where unknown
+    prompt: str  # the kind drawn for this place in the stream
+
+
+class ExampleStream(torch.utils.data.Dataset):
+    """`length` examples of a dataset, over as many epochs as it takes, each epoch in an order of its own."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        processor: Processor,
+        tokenizer: Tokenizer,
+        drawing: Drawing,
+        length: int,
+        seed: int = 0,
+        attributes: Mapping[str, Sequence[str]] | None = None,
+        augment: Augmentation | None = None,
+    ):
+        self.dataset = dataset
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self.drawing = drawing
+        self.length = length
+        self.seed = seed
+        self.attributes = attributes or {}
+        self.augment = augment
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> Example:
+        epoch, index = divmod(place, len(self.dataset))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
+        draw = np.random.default_rng([self.seed, 1, place])
+        sample = self.dataset[int(self._order[1][index])]
+        if self.augment:
+            sample = self.augment(sample, draw)
+        return self._example(sample, draw, names=place < self.drawing.names_first * self.length)
+
+    def _example(self, sample: Sample, draw: np.random.Generator, names: bool) -> Example:
+        frame = self.processor.frame(*sample.image.size)
+        regions = [r for r in sample.regions if r.name or r.phrases]
+        regions = [regions[i] for i in draw.permutation(len(regions))[: self.drawing.regions]]
+        side, size = 4 * self.processor.grid, self.processor.image.size
+        tasks, ids, boxes, points, masks = [], [], [], [], []
+        for region in regions:
+            task, text = self._words(region, draw, names)
+            tasks.append(task)
+            ids.append(self.tokenizer.encode(text, self.drawing.words))
+            boxes.append(_jittered(region.box, self.drawing.jitter, draw))
+            mask = None if region.mask is None else decode(region.mask)
+            points.append(_point(region, mask, draw))
+            masks.append(torch.zeros(side, side) if mask is None else self.processor.coverage(mask, frame))
+        scale = torch.tensor(frame.scale)
+        labels = {
+            name: torch.tensor(
+                [_place(values, r.attributes.get(name, r.name if name == "name" else None)) for r in regions]
+            )
+            for name, values in self.attributes.items()
+        }
+        kinds, shares = zip(*self.drawing.prompts.items(), strict=True)
+        return Example(
+            pixels=self.processor.pixels([sample.image])[0],
+            boxes=(torch.tensor(boxes).reshape(-1, 2, 2) * scale).flatten(1).clamp(0, size),
+            points=torch.tensor(points).reshape(-1, 1, 2) * scale,
+            masks=torch.stack(masks) if masks else torch.zeros(0, side, side),
+            valid=self.processor.valid(frame),
+            has_mask=torch.tensor([r.mask is not None for r in regions], dtype=torch.bool),
+            ids=ids,
+            task=torch.tensor(tasks, dtype=torch.long),
+            labels=labels,
+            prompt=str(draw.choice(kinds, p=np.asarray(shares) / sum(shares))),
+        )
+
+    def _words(self, region: Region, draw: np.random.Generator, names: bool) -> tuple[int, str]:
+        if region.name and (names or not region.phrases or draw.random() < self.drawing.recognition):
+            return RECOGNITION, region.name
+        telling = draw.random() < self.drawing.telling
+        return CAPTION, region.phrases[-1 if telling else draw.integers(len(region.phrases))]
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Several streams in one, in proportion to their weights; whose turn it is at a place is drawn from the seed."""
+
+    def __init__(self, streams: Sequence[ExampleStream], weights: Sequence[float], length: int, seed: int = 0):
+        self.streams = streams
+        draw = np.random.default_rng([seed, 2])
+        self._stream = draw.choice(len(streams), size=length, p=np.asarray(weights) / sum(weights))
+        self._place = np.zeros(length, dtype=int)  # in its own stream
+        for number in range(len(streams)):
+            mine = self._stream == number
+            self._place[mine] = np.arange(mine.sum())
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __getitem__(self, place: int) -> Example:
+        return self.streams[self._stream[place]][int(self._place[place])]
+
+
+def collate(examples: Sequence[Example], pad: int) -> Batch:
+    """Examples with any number of regions -> one flat batch, prompted as the first example drew it."""
+    counts = torch.tensor([len(example.ids) for example in examples])
+    owner = torch.repeat_interleave(torch.arange(len(examples)), counts)
+    ids = [torch.tensor(words) for example in examples for words in example.ids]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(words) for words in ids])
+    by_box, by_point = "box" in examples[0].prompt, "point" in examples[0].prompt
+    points = torch.cat([example.points for example in examples])
+    return Batch(
+        pixels=torch.stack([example.pixels for example in examples]),
+        prompts=Prompts(
+            owner,
+            boxes=torch.cat([example.boxes for example in examples]) if by_box else None,
+            points=points if by_point else None,
+            labels=torch.ones(points.shape[:2], dtype=torch.long) if by_point else None,
+        ),
+        task=torch.cat([example.task for example in examples]),
+        ids=padded,
+        mask=(torch.arange(padded.shape[1]) < lengths[:, None]).long(),
+        targets=Targets(
+            masks=torch.cat([example.masks for example in examples]),
+            valid=torch.stack([example.valid for example in examples])[owner],
+            has_mask=torch.cat([example.has_mask for example in examples]),
+        ),
+        extra={name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels},
+    )
+
+
+def point_prompt(region: Region, draw: np.random.Generator) -> Prompt:
+    """A point drawn inside the region's mask, or its box where it has none; image pixels."""
+    x, y = _point(region, None if region.mask is None else decode(region.mask), draw)
+    return Prompt(points=((x, y, 1),))
+
+
+def _point(region: Region, mask: np.ndarray | None, draw: np.random.Generator) -> tuple[float, float]:
+    if mask is not None and mask.any():
+        inside = np.flatnonzero(mask)
+        y, x = divmod(int(inside[draw.integers(len(inside))]), mask.shape[1])
+        return float(x), float(y)
+    x1, y1, x2, y2 = region.box
+    return float(draw.uniform(x1, x2)), float(draw.uniform(y1, y2))
+
+
+def _jittered(box: Sequence[float], jitter: float, draw: np.random.Generator) -> list[float]:
+    x1, y1, x2, y2 = box
+    sides = np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
+    return (np.array(box) + draw.normal(size=4).clip(-2, 2) * jitter * sides).tolist()
+
+
+def _place(values: Sequence[str], value: str | None) -> int:
+    return values.index(value) if value in values else -100

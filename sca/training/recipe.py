@@ -1,0 +1,139 @@
+"""Recipes: what is trained, on what, how long and by which losses, in one TOML file.
+
+[model]          a `ModelSpec`
+[data.NAME]      dataset (a registered name), weight, augment, and the dataset's own options; as many as wanted
+[train]          `TrainOptions`
+[loss]           a weight for each loss; `attributes` is an auxiliary head that only training has
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sca_registry import RegistryError
+from sca_registry.messages import unknown
+from sca_registry.overrides import override
+from sca_registry.spec import ModelSpec
+
+LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0}
+PROMPTS = ("box", "point", "box-and-point")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """steps: optimiser steps. images: of a step, over all processes and accumulated parts. start: a checkpoint or zoo
+    name whose weights training starts from. learning_rate: the peak, after `warmup` steps and before a cosine to zero.
+    prompts, recognition, names_first, telling, regions, jitter, words: see `Drawing`. processes: started on this
+    machine unless a launcher did it. save: steps between checkpoints to resume from. workers: processes that prepare data.
+    """
+
+    steps: int = 1000
+    images: int = 16
+    start: str = ""
+    learning_rate: float = 1e-3
+    adam_beta2: float = 0.999
+    weight_decay: float = 1e-4
+    warmup: int = 200
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "float32"
+    prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
+    recognition: float = 0.0
+    names_first: float = 0.0
+    telling: float = 0.0
+    regions: int = 16
+    jitter: float = 0.0
+    words: int = 20
+    processes: int = 1
+    workers: int = 0
+    save: int = 500
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    model: ModelSpec
+    data: Mapping[str, Mapping[str, Any]]
+    train: TrainOptions
+    loss: Mapping[str, float]
+    summary: str = ""
+    source: str = ""
+
+    @classmethod
+    def read(cls, name: str, assignments: Iterable[str] = ()) -> Recipe:
+        """A shipped recipe by name, or a TOML file, changed by `key=value`.
+
+        Raises RegistryError for a name, a key or a value that is wrong.
+        """
+        try:
+            table = tomllib.loads(recipe_text(name))
+        except tomllib.TOMLDecodeError as error:
+            raise RegistryError(f"the recipe {name} is not TOML: {error}") from error
+        return cls.from_dict(Path(name).stem if name.endswith(".toml") else name, table, assignments)
+
+    @classmethod
+    def from_dict(cls, name: str, table: Mapping[str, Any], assignments: Iterable[str] = ()) -> Recipe:
+        for key in table:
+            if key not in (known := ("summary", "source", "model", "data", "train", "loss")):
+                raise unknown(f"a recipe has no {key!r}", key, known)
+        defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
+        full = {
+            "model": table.get("model", {}),
+            "data": table.get("data", {}),
+            "train": defaults | table.get("train", {}),
+            "loss": LOSSES | table.get("loss", {}),
+        }
+        full = override(full, assignments)
+        for known, given in ((defaults, full["train"]), (LOSSES, full["loss"])):
+            for key in given:
+                if key not in known:
+                    raise unknown(f"a recipe's [{'train' if known is defaults else 'loss'}] has no {key!r}", key, known)
+        for key, value in full["train"].items():
+            _check_type(key, value, defaults[key])
+        for kind in full["train"]["prompts"]:
+            if kind not in PROMPTS:
+                raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
+        if not full["data"]:
+            raise RegistryError(f"the recipe {name} has no data: give it a table [data.NAME] with dataset = '...'")
+        return cls(
+            name,
+            ModelSpec.from_dict(full["model"]),
+            full["data"],
+            TrainOptions(**full["train"]),
+            full["loss"],
+            table.get("summary", ""),
+            table.get("source", ""),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What repeats the run: good for JSON and for TOML."""
+        train = {each.name: getattr(self.train, each.name) for each in fields(TrainOptions)}
+        return {"model": self.model.to_dict(), "data": dict(self.data), "train": train, "loss": dict(self.loss)}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    shipped = files("sca.training.recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in shipped if file.name.endswith(".toml"))
+
+
+def recipe_text(name: str) -> str:
+    """The TOML of a shipped recipe, or of a file. Raises RegistryError, with the closest name, if there is neither."""
+    if name in recipe_names():
+        return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
+    if name.endswith(".toml") and Path(name).is_file():
+        return Path(name).read_text("utf-8")
+    raise unknown(f"no recipe named {name!r}, and no TOML file there", name, recipe_names())
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    wanted = (int, float) if isinstance(default, float) else Mapping if isinstance(default, Mapping) else type(default)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        names = {int: "a whole number", str: "text", Mapping: "a table"}
+        raise RegistryError(f"train.{key} is {value!r}: give {names.get(wanted, 'a number')}")
