@@ -1,0 +1,33 @@
+"""What can be named, and what each kind of part must do. Imports no torch."""
+
+from sca_registry.messages import RegistryError
+from sca_registry.plugins import refresh
+from sca_registry.registry import REGISTRIES, Entry, Registry, registry
+
+encoders = REGISTRIES["encoders"]
+segmenters = REGISTRIES["segmenters"]
+mixers = REGISTRIES["mixers"]
+language_models = REGISTRIES["language_models"]
+datasets = REGISTRIES["datasets"]
+metrics = REGISTRIES["metrics"]
+proposers = REGISTRIES["proposers"]
+captioners = REGISTRIES["captioners"]
+launchers = REGISTRIES["launchers"]
+
+__all__ = [
+    "REGISTRIES",
+    "Entry",
+    "Registry",
+    "RegistryError",
+    "captioners",
+    "datasets",
+    "encoders",
+    "language_models",
+    "launchers",
+    "metrics",
+    "mixers",
+    "proposers",
+    "refresh",
+    "registry",
+    "segmenters",
+]

@@ -1,0 +1,117 @@
+"""Cards: the facts about a named part that a chooser wants, in TOML, readable without importing the part.
+
+One file for each kind of part, one table for each name:
+
+    [query]
+    factory = "sca.mixers.query:QueryMixer"
+    summary = "Learned queries in a two-way transformer."
+    source = "SCA, arXiv 2312.00869"
+    licence = "Apache-2.0"
+
+`factory` is required; the other fields are those of `Card`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sca_registry.messages import RegistryError, unknown
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a name before anything is imported. None or empty: the card does not say."""
+
+    name: str
+    factory: str  # "module:attribute"
+    options: Mapping[str, Any] = field(default_factory=dict)  # given to the factory unless the caller says otherwise
+    summary: str = ""
+    source: str = ""  # a paper, or a hub id and its revision
+    licence: str = ""
+    parameters: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)  # what building without weights needs to know
+    extra: str = ""  # the optional dependencies of the distribution that must be installed
+    gives: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind downstream can rely on
+    needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
+    needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
+
+
+TYPES = {
+    "factory": str,
+    "options": dict,
+    "summary": str,
+    "source": str,
+    "licence": str,
+    "parameters": int,
+    "config": dict,
+    "extra": str,
+    "gives": list,
+    "needs": list,
+    "needs_with": dict,
+}
+
+
+def read_cards(text: str) -> dict[str, Card | RegistryError]:
+    """Every name in a card file, with its card or with what is wrong with it.
+
+    Raises RegistryError if the text is not TOML at all.
+    """
+    import tomllib
+
+    try:
+        tables = tomllib.loads(text)
+    except ValueError as error:
+        raise RegistryError(f"not a card file: {error}") from error
+    cards: dict[str, Card | RegistryError] = {}
+    for name, table in tables.items():
+        try:
+            cards[name] = _card(name, table)
+        except RegistryError as error:
+            cards[name] = error
+    return cards
+
+
+@functools.cache
+def builtin_cards(plural: str) -> dict[str, Card]:
+    """The cards of this distribution for one kind; a kind without a card file has none."""
+    from importlib.resources import files
+
+    file = files("sca_registry") / "cards" / f"{plural}.toml"
+    cards = read_cards(file.read_text("utf-8")) if file.is_file() else {}
+    assert all(isinstance(card, Card) for card in cards.values()), cards
+    return cards
+
+
+def check_name(name: object) -> None:
+    """Raises RegistryError unless `name` can be a name: it has to survive `a+b`, `dist:name` and a command line."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RegistryError(f"{name!r} cannot be a name: use ASCII letters, digits, '.', '_' and '-'")
+
+
+def check_factory(factory: str) -> None:
+    """Raises RegistryError unless `factory` reads like module:attribute."""
+    if not FACTORY.fullmatch(factory):
+        raise RegistryError(f"{factory!r} is not a factory: write it as 'package.module:attribute'")
+
+
+def _card(name: str, table: Any) -> Card:
+    check_name(name)
+    if not isinstance(table, dict) or "factory" not in table:
+        raise RegistryError(
+            f"the card {name!r} has no factory: write [{name}] and factory = 'package.module:attribute'"
+        )
+    for key, value in table.items():
+        if key not in TYPES:
+            raise unknown(f"the card {name!r} has an unknown field {key!r}", key, TYPES)
+        if not isinstance(value, TYPES[key]):
+            raise RegistryError(f"{key} of the card {name!r} is {value!r} and should be of type {TYPES[key].__name__}")
+    check_factory(table["factory"])
+    facts = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return Card(name, **facts)

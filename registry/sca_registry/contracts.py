@@ -1,0 +1,355 @@
+"""What each kind of part takes and gives.
+
+The shapes on this page are the whole agreement between encoders, segmenters, mixers, language models, data and metrics.
+Nothing here imports torch: the dataclasses call methods of the tensors they are given, and the protocols are for
+readers and type checkers. Letters: B images, N regions over the whole batch, P points a region, M candidate masks, D
+the segmenter's width, Q queries, E the language model's width, L words of the longest caption, V vocabulary, S side of
+the square input frame in pixels, h and w the feature grid (S divided by the encoder's stride).
+
+Regions are flat: N counts regions over the whole batch, and a sorted `owner` says which image each belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from torch import Tensor
+
+RECOGNITION, CAPTION = 0, 1
+TASKS = ("recognition", "caption")
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How an encoder wants its pictures.
+
+    `mean` and `std` are for channel values in 0..1. `fit="pad"` scales the longest side to `size` and fills right and
+    below with zeros after normalising; `fit="stretch"` scales both sides to `size`.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    order: Literal["rgb", "bgr"] = "rgb"
+    resample: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    fit: Literal["pad", "stretch"] = "pad"
+
+
+class _Rows:
+    """Row-wise operations for dataclasses whose tensors all have N rows."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, rows: Any):
+        """The chosen rows (a slice, an index tensor or a boolean tensor), all fields together."""
+        return self._each(lambda value: value[rows])
+
+    def to(self, *where: Any, **how: Any):
+        """Moved like `Tensor.to`; a dtype is given to the floating fields only."""
+        return self._each(lambda value: _moved(value, where, how))
+
+    def _each(self, change: Callable[[Tensor], Tensor]):
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in changed.items() if hasattr(value, "shape")})
+
+
+def _moved(value: Tensor, where: tuple, how: Mapping[str, Any]) -> Tensor:
+    moved = value.to(*where, **how)
+    return moved if value.is_floating_point() else moved.to(value.dtype)
+
+
+@dataclass
+class Prompts(_Rows):
+    """What a user points at, in pixels of the SxS input frame. Homogeneous: every row has the same kinds of prompt.
+
+    A mixed request is bucketed by the Processor, so that nothing is ever padded: SAM's attention is unmasked and its
+    label -1 is a learned token, not filler.
+    """
+
+    owner: Tensor  # (N,) long, sorted: the image each region belongs to
+    boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2
+    points: Tensor | None = None  # (N, P, 2) x y
+    labels: Tensor | None = None  # (N, P) 1 inside, 0 outside, -1 SAM's "not a point"
+    masks: Tensor | None = None  # (N, 1, 4h, 4w) logits
+
+    def chunks(self, size: int) -> Iterator[Prompts]:
+        """At most `size` regions at a time, in order."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+@dataclass
+class Regions:
+    """What a segmenter knows of each prompted region, before a caption is thought of."""
+
+    owner: Tensor  # (N,)
+    image: Tensor  # (B, D, h, w) the encoder's features at the segmenter's width, before any prompt
+    size: int  # S
+    dense: Tensor  # (D, 1, 1) or (N, D, h, w) the dense prompt
+    position: Tensor  # (D, h, w) the position code of the grid
+    prompt_tokens: Tensor  # (N, P', D) the prompt as raw tokens
+    tokens: Tensor  # (N, T, D) tokens after they have looked at the image
+    mask_tokens: Tensor | None = None  # (N, M, D) the fused tokens of the masks, aligned with `masks`
+    grid: Tensor | None = None  # (N, D, h, w) the image as each region sees it
+    masks: Tensor | None = None  # (N, M, 4h, 4w) logits
+    scores: Tensor | None = None  # (N, M) predicted IoU
+    boxes: Tensor | None = None  # (N, 4) the given box, else the tight box of the best mask; input frame
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+
+class Generated(NamedTuple):
+    """Word ids without the prefix, and how sure the model was."""
+
+    ids: Tensor  # (N, R, T) R captions a region, best first; after the end only `tokenizer.eos` or pad
+    scores: Tensor  # (N, R) mean log-probability a token, the end counted
+
+
+@dataclass
+class Targets(_Rows):
+    """The truth a segmenter learns from."""
+
+    masks: Tensor  # (N, 4h, 4w) in 0..1: the share of each cell that the region covers
+    valid: Tensor  # (N, 4h, 4w) bool: cells that show the image and not its padding
+    has_mask: Tensor  # (N,) bool: regions whose truth has a mask
+
+
+@dataclass
+class Batch:
+    """Images, prompts and, when there is something to learn, words. Pixels or features, never both."""
+
+    prompts: Prompts
+    task: Tensor  # (N,) 0 recognition, 1 caption
+    pixels: Tensor | None = None  # (B, 3, S, S)
+    features: Tensor | None = None  # (B, C, h, w)
+    ids: Tensor | None = None  # (N, L) words and the end, padded right
+    mask: Tensor | None = None  # (N, L) 1 where `ids` is a word or the end
+    targets: Targets | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)  # what auxiliary losses of the recipe ask for, (N, ...)
+
+    def to(self, *where: Any, **how: Any) -> Batch:
+        """Every tensor moved like `Tensor.to`."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(inner) for name, inner in value.items()}
+            return value if value is None else value.to(*where, **how)
+
+        return replace(self, **{each.name: moved(getattr(self, each.name)) for each in fields(self)})
+
+
+@dataclass
+class Output:
+    """What one forward pass gives: `loss` is the weighted sum of `losses`."""
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    logits: Tensor | None  # (N, L, V): the first predicts the first word
+    regions: Regions
+    queries: Tensor  # (N, Q, D)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What was asked about one region, in pixels of the image as its viewer sees it (EXIF rotation applied)."""
+
+    box: tuple[float, float, float, float] | None = None  # x1 y1 x2 y2
+    points: tuple[tuple[float, float, int], ...] = ()  # x, y, label 1 inside or 0 outside
+    mask: np.ndarray | None = None  # (height, width) bool
+
+    def __bool__(self) -> bool:
+        return self.box is not None or bool(self.points) or self.mask is not None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The answer for one region, in the image's own pixels."""
+
+    text: str
+    score: float  # exp of the mean token log-probability, 0..1
+    box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the given box, else the tight box of the mask
+    mask: dict[str, Any] | None  # COCO RLE {"size": [height, width], "counts": str}
+    iou: float | None  # predicted by the segmenter for this mask
+    prompt: Prompt
+    region: int  # the prompt's place in the request
+
+
+@dataclass(frozen=True)
+class Region:
+    """One annotated region of a dataset."""
+
+    id: int
+    box: tuple[float, float, float, float]  # x1 y1 x2 y2, image pixels
+    mask: dict[str, Any] | None = None  # COCO RLE
+    name: str | None = None  # the class name: what the task `recognition` learns
+    phrases: tuple[str, ...] = ()  # true sentences, the most telling last: what the task `caption` learns
+    attributes: dict[str, Any] = field(default_factory=dict)  # exact facts, where a dataset has them
+
+
+class Sample(NamedTuple):
+    image: Image.Image
+    image_id: int
+    regions: tuple[Region, ...]
+
+
+class Proposals(NamedTuple):
+    """Regions that nobody asked for by hand: prompts in image pixels, how good each is, and names where known."""
+
+    prompts: tuple[Prompt, ...]
+    scores: tuple[float, ...]
+    names: tuple[str | None, ...]
+
+
+class Scores(NamedTuple):
+    total: dict[str, float]
+    each: dict[str, np.ndarray] | None = None
+
+
+# --- what a part of each kind must do -------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """factory(**options). Called with (B, 3, S, S) pixels, gives (B, C, S/stride, S/stride) features."""
+
+    image: ImageFormat
+    channels: int
+    stride: int
+    default_segmenter: str
+    checkpoint: str | None
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Segmenter(Protocol):
+    """factory(encoder, **options). May have `loss(regions, targets) -> dict` when it can be trained."""
+
+    channels: int
+
+    def __call__(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions: ...
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """factory(segmenter, **options). Gives (N, Q, D). May have `prepare(image)`: what is computed once an image."""
+
+    width: int
+    queries: int
+    uses_grid: bool
+
+    def __call__(self, regions: Regions) -> Tensor: ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Words to ids and back. `encode` ends with `eos` and adds no beginning: the visual prefix stands in its place."""
+
+    pad: int
+    eos: int
+
+    def encode(self, text: str, limit: int | None = None) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """factory(**options). A causal language model fed with embeddings."""
+
+    width: int
+    tokenizer: Tokenizer | None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(N, L) ids -> (N, L, E)."""
+
+    def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """(N, S, E), (N, S) -> (N, S, E): the last layer's states."""
+
+    def head(self, states: Tensor) -> Tensor:
+        """(..., E) -> (..., V)."""
+
+    def generate(self, prefix: Tensor, max_new_tokens: int, **generation: Any) -> Generated:
+        """(N, K, E) -> at most `max_new_tokens` ids a caption, the prefix not counted."""
+
+    def adapt(self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> None:
+        """Adds LoRA to the named linear layers (or those that suit the architecture)."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """factory(split, **options)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """factory(**options). `needs`: what must be in a record, such as "mask", "truth.mask" or "task=caption"."""
+
+    needs: tuple[str, ...]
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Scores: ...
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """factory(**options)."""
+
+    def __call__(self, image: Image.Image, image_id: int | str) -> Proposals: ...
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """factory(**options). What evaluate, demo and serve use: a composed model is one, so are the baselines."""
+
+    def describe(
+        self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
+    ) -> list[Caption]: ...
+
+
+@runtime_checkable
+class Launcher(Protocol):
+    """factory(**options)."""
+
+    def map(self, tasks: Sequence[Any]) -> Iterator[Any]: ...
+
+
+class Kind(NamedTuple):
+    """One kind of part: how people name it, where plugins offer it, and what a built one must be."""
+
+    plural: str
+    singular: str
+    protocol: type
+    upstream: str | None = None  # the kind whose built part is the factory's first argument
+    positional: str | None = None  # another required first argument
+
+    @property
+    def group(self) -> str:
+        """The entry-point group that plugins use."""
+        return f"sca_{self.plural}"
+
+
+KINDS = {
+    kind.plural: kind
+    for kind in (
+        Kind("encoders", "encoder", Encoder),
+        Kind("segmenters", "segmenter", Segmenter, upstream="encoders"),
+        Kind("mixers", "mixer", Mixer, upstream="segmenters"),
+        Kind("language_models", "language_model", LanguageModel),
+        Kind("datasets", "dataset", Dataset, positional="split"),
+        Kind("metrics", "metric", Metric),
+        Kind("proposers", "proposer", Proposer),
+        Kind("captioners", "captioner", Captioner),
+        Kind("launchers", "launcher", Launcher),
+    )
+}

@@ -1,0 +1,55 @@
+"""The options of a factory, as its signature tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from inspect import Parameter, signature
+from typing import Any
+
+from sca_registry.messages import RegistryError, choice, suggestion
+
+REQUIRED = ...  # stands where an option has no default
+
+
+def read_options(factory: Callable[..., Any], upstream: int) -> dict[str, Any]:
+    """Option name -> default (`REQUIRED` without one); the first `upstream` parameters are not options.
+
+    A factory that tells no signature has no known options.
+    """
+    return {parameter.name: _default(parameter) for parameter in _named(_parameters(factory) or [], upstream)}
+
+
+def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Collection[str]) -> None:
+    """Raises RegistryError, opening with `what`, for an option that the factory does not take or one that it lacks."""
+    parameters = _parameters(factory)
+    if parameters is None:
+        return
+    known = read_options(factory, upstream)
+    if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        for option in options:
+            if option not in known:
+                raise RegistryError(f"{what} has no option {option!r}.{suggestion(option, known)}{_listed(known)}")
+    for option, default in known.items():
+        if default is REQUIRED and option not in options:
+            raise RegistryError(f"{what} needs the option {option!r}.{_listed(known)}")
+
+
+def _parameters(factory: Callable[..., Any]) -> list[Parameter] | None:
+    try:
+        return list(signature(factory).parameters.values())
+    except (TypeError, ValueError):  # some callables written in C have none
+        return None
+
+
+def _named(parameters: list[Parameter], upstream: int) -> list[Parameter]:
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    taken = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:upstream]
+    return [parameter for parameter in parameters if parameter.kind in by_name and parameter not in taken]
+
+
+def _default(parameter: Parameter) -> Any:
+    return REQUIRED if parameter.default is Parameter.empty else parameter.default
+
+
+def _listed(known: dict[str, Any]) -> str:
+    return choice([name if default is REQUIRED else f"{name}={default!r}" for name, default in known.items()])

@@ -1,0 +1,114 @@
+"""`key=value`: one grammar for changing specs and recipes on a command line, in a sweep and in code.
+
+A key is a dotted path and a value is TOML; a bare word is a string, so `mixer=roi-pool` needs no quotes. The parts and
+the other fields of a model are short for `model.*`.
+
+    mixer.depth=2           edits an option of the mixer
+    mixer=roi-pool          replaces the mixer and drops its options
+    lora=16                 rank 16; lora.alpha=8 edits it, lora=0 takes it away
+    train.steps=200         a recipe's own table
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sca_registry.messages import RegistryError, unknown
+
+PARTS = ("encoder", "segmenter", "mixer", "language_model")
+MODEL = (*PARTS, "projection", "task_tokens", "trainable", "lora", "generation")
+SHORT = {"projection": "kind", "lora": "rank"}  # what a lone value stands for; elsewhere it is the `name` of a part
+
+WORD = re.compile(r"[^\W\d][\w-]*", re.ASCII)
+BARE = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]+""", re.ASCII)
+
+
+def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of a nested table with assignments made in order.
+
+    In [model] any field of a `ModelSpec` may be set, and a table with a `name` is a part that takes any option; both
+    are checked when they are used. Elsewhere a key has to be there already, so give a table with all its defaults.
+
+    Raises RegistryError for what is not `key=value`, for an unknown key, and for a value where a table should be.
+    """
+    changed = copy.deepcopy(dict(table))
+    for assignment in assignments:
+        path, value = read_assignment(assignment)
+        first = _spelt(path[0], (*changed, *MODEL))
+        if first in MODEL and first not in changed:
+            path = ("model", *path)
+        elif first not in changed and first != "model":
+            raise unknown(
+                f"{assignment!r}: there is no {path[0]!r} to set", path[0], {**changed, **dict.fromkeys(MODEL)}
+            )
+        _assign(changed, (), path, value, assignment)
+    return changed
+
+
+def read_assignment(assignment: str) -> tuple[tuple[str, ...], Any]:
+    """'mixer.depth=2' -> (("mixer", "depth"), 2).
+
+    Raises RegistryError if there is no `=`, the key is no dotted path, or the value is neither TOML nor a bare word.
+    """
+    key, equals, text = assignment.partition("=")
+    path = tuple(word.strip() for word in key.split("."))
+    if not equals or not all(map(WORD.fullmatch, path)):
+        raise RegistryError(f"{assignment!r} does not set anything: write key=value, for example mixer.depth=2")
+    return path, _value(text.strip(), assignment)
+
+
+def _value(text: str, assignment: str) -> Any:
+    import tomllib
+
+    try:
+        read = tomllib.loads(
+            f"inline = {{ value = {text} }}"
+        )  # a comment or a second key breaks out of it and is found
+        if read.keys() == {"inline"} and read["inline"].keys() == {"value"}:
+            return read["inline"]["value"]
+    except ValueError:  # not TOML, or a number too long to read
+        if text in ("True", "False"):
+            raise RegistryError(f"{assignment!r}: TOML writes {text.lower()}") from None
+        if BARE.fullmatch(text):
+            return text
+    raise RegistryError(
+        f"{assignment!r}: the value is not TOML. Text that is more than one plain word goes in quotes: "
+        f"'{assignment.partition('=')[0]}=\"...\"'"
+    )
+
+
+def _assign(table: dict[str, Any], above: tuple[str, ...], path: tuple[str, ...], value: Any, assignment: str) -> None:
+    """Sets what `path` leads to from `table`, which lies under the keys `above`."""
+    fields = MODEL if above == ("model",) else tuple(table)
+    key = _spelt(path[0], fields)
+    closed = above == ("model",) or (bool(above) and above[0] != "model" and "name" not in table)
+    if closed and key not in fields:
+        raise unknown(f"{assignment!r}: {'.'.join(above)} has no {path[0]!r}", path[0], fields)
+    if len(path) > 1:
+        _assign(_table(table, key, assignment), (*above, key), path[1:], value, assignment)
+    elif isinstance(table.get(key), dict) and "name" not in table[key] and "model" not in above:
+        raise RegistryError(f"{assignment!r}: {key} is a table; set one of: {', '.join(table[key])}")
+    else:
+        table[key] = value
+
+
+def _table(table: dict[str, Any], key: str, assignment: str) -> dict[str, Any]:
+    """The table at `key`; a lone value becomes the table that it is short for."""
+    below = table.get(key)
+    if below is None:
+        below = table[key] = {}
+    elif key in SHORT and not isinstance(below, dict):
+        below = table[key] = {SHORT[key]: below}
+    elif isinstance(below, str) and key != "model":
+        below = table[key] = {"name": below}
+    if not isinstance(below, dict):
+        raise RegistryError(f"{assignment!r}: {key} is {below!r}, which has no options to set")
+    return below
+
+
+def _spelt(word: str, keys: Iterable[str]) -> str:
+    """Hyphens stand for underscores, unless a key has hyphens itself."""
+    return word if word in keys else word.replace("-", "_")

@@ -1,0 +1,359 @@
+"""Parts by name: one `Registry` for each kind, over built-in cards, installed plugins and what code registers.
+
+Names are read from cards and from metadata, so that listing them imports nothing; looking one up imports one module. A
+built-in keeps its name when a plugin offers the same, two plugins with one name have to be told apart, and
+`distribution:name` reaches each of them. A part that does not work harms only its own name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from sca_registry.cards import Card, check_name
+from sca_registry.contracts import KINDS, Kind
+from sca_registry.messages import RegistryError, choice, suggestion, unknown
+from sca_registry.options import check_options, read_options
+from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
+from sca_registry.states import blame, keep_state, read_state
+from sca_registry.verdicts import Verdict, read_verdicts
+
+if TYPE_CHECKING:
+    import catalogue
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a listing shows of one name.
+
+    `state` is "ok", "unchecked" (a plugin that was not used yet), "broken", or "needs extra: NAME"; `reason` says why,
+    or gives the command that helps. `options` are those that the card sets; `Registry.describe` gives all that the
+    factory takes, with defaults, and `options.REQUIRED` where there is none.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    source: str
+    licence: str
+    parameters: int | None
+    extra: str
+    distribution: str
+    version: str
+    state: str
+    reason: str
+    factory: str
+    options: Mapping[str, Any]
+
+
+class Registry:
+    """The parts of one kind. `@registry("name")` registers a factory or a class in code."""
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self._code: catalogue.Registry | None = None  # made when code first registers something
+
+    def __repr__(self) -> str:
+        return f"<Registry of {self.kind.plural}: {', '.join(self.names())}>"
+
+    def __call__(self, name: str) -> Callable[[Factory], Factory]:
+        """A decorator that registers a factory, or a class, under a name of this process.
+
+        Raises RegistryError if the name is built in or was registered before; a module that runs again (reloaded, or a
+        cell of a notebook) may register its own factory again.
+        """
+        check_name(name)
+
+        def register(factory: Factory) -> Factory:
+            if not callable(factory):
+                raise RegistryError(
+                    f"{self._one} {name!r} cannot be {factory!r}: a factory is called, and that cannot be"
+                )
+            taken = [f"{BUILTIN} ({offer.card.factory})" for offer in self._builtin() if offer.card.name == name]
+            before = self._registered().get(name)
+            if before is not None and not _runs_again(before, factory):
+                taken.append(_place(before))
+            if taken:
+                raise RegistryError(
+                    f"{self._one} {name!r} is already registered by {taken[0]}: give {_place(factory)} another name"
+                )
+            if self._code is None:
+                import catalogue  # reads the metadata of every distribution when it is imported
+
+                self._code = catalogue.create("sca", self.kind.plural)
+            return self._code(name)(factory)
+
+        return register
+
+    # --- reading names: nothing is imported ---------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Every name, sorted; one that is taken by another distribution stands as `distribution:name`."""
+        return sorted(self._named())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether `name` reaches exactly one part, working or not."""
+        return name in self._named() or len(self._in_full(name)) == 1
+
+    def entries(self) -> list[Entry]:
+        """What is known of every name, sorted; broken ones and those that cannot be names included."""
+        verdicts = read_verdicts()
+        listed = [*self._named().items(), *((offer.card.name, offer) for offer in self._offers() if _nameless(offer))]
+        entries = [self._entry(name, offer, offer.card.options, verdicts) for name, offer in listed]
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def card(self, name: str) -> Card:
+        """The card of a name; a factory without a card has one that says little.
+
+        Raises RegistryError for an unknown or ambiguous name.
+        """
+        return self._find(name).card
+
+    # --- using names: one module is imported --------------------------------------------------------------------------
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The factory of a name, with the options of its card filled in.
+
+        Raises RegistryError for a name that is unknown, ambiguous or broken, or needs an extra.
+        """
+        offer = self._find(name)
+        return _filled(self._load(offer), offer.card.options)
+
+    def build(self, name: str, /, *upstream: Any, **options: Any) -> Any:
+        """A part of this kind: the factory called with the built part upstream (or a dataset's split) and options.
+
+        Raises RegistryError like `get`, for an option that the factory does not take, for whatever stops the
+        construction, and for a result without the attributes that the contract of this kind asks for.
+        """
+        assert len(upstream) == self._upstream, f"build({name!r}, ...) takes {self._upstream} argument(s) and options"
+        offer = self._find(name)
+        factory = _filled(self._load(offer), offer.card.options)
+        check_options(f"{self._one} {name!r}", factory, self._upstream, options)
+        try:
+            part = factory(*upstream, **options)
+            missing = [attribute for attribute in _contract(self.kind.protocol) if not hasattr(part, attribute)]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # other people's code: whatever it raises is the failure of this one name
+            if isinstance(error, ValueError) and (upstream or options):  # so a factory refuses what it was given
+                raise RegistryError(f"{self._told(offer)} cannot be built: {error}") from error
+            self._fail(offer, "cannot be built", error, built=True)
+        if missing:
+            problem = f"built a {type(part).__name__} without {', '.join(missing)}"
+            keep_state(self.kind.plural, offer, Verdict("broken", problem, built=True))
+            contract = f"sca_registry.contracts.{self.kind.protocol.__name__}"
+            raise RegistryError(f"{self._told(offer)} {problem}: see {contract} for what {self.kind.plural} have")
+        keep_state(self.kind.plural, offer, Verdict("ok", built=True))
+        return part
+
+    def describe(self, name: str) -> Entry:
+        """All that is known of one name, with the options of its factory; a part that does not load says why.
+
+        Raises RegistryError for an unknown or ambiguous name.
+        """
+        offer = self._find(name)
+        name = next(key for key, named in self._named().items() if named == offer)
+        try:
+            factory = self._load(offer)
+        except RegistryError:
+            return self._entry(name, offer, offer.card.options, read_verdicts())
+        options = read_options(_filled(factory, offer.card.options), self._upstream)
+        entry = self._entry(name, offer, options, read_verdicts())
+        return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
+
+    def stated(self, name: str, fact: str) -> Any:
+        """What the card of a part, or else its class, says of `gives`, `needs` or `default_segmenter`; else None.
+
+        Raises like `get`.
+        """
+        offer = self._find(name)
+        value = getattr(offer.card, fact, None)
+        if value is None:
+            value = getattr(self._load(offer), fact, None)
+        return None if isinstance(value, property) else value
+
+    # --- offers -------------------------------------------------------------------------------------------------------
+
+    def _builtin(self) -> tuple[Offer, ...]:
+        return builtin_offers(self.kind.plural)
+
+    def _registered(self) -> dict[str, Any]:
+        return self._code.get_all() if self._code is not None else {}
+
+    def _offers(self) -> list[Offer]:
+        """Built-in first. What code registers and an entry point names as well is one offer, the entry point's."""
+        plugins = plugin_offers(self.kind.group)
+        installed = {(offer.card.name, offer.card.factory) for offer in plugins}
+        code = [
+            Offer(Card(name, _path(factory)), Origin(_module(factory)), registered=factory)
+            for name, factory in self._registered().items()
+            if (name, _path(factory)) not in installed
+        ]
+        return [*self._builtin(), *plugins, *code]
+
+    def _named(self) -> dict[str, Offer]:
+        """Each offer under the shortest name that reaches it and no other."""
+        offers = [offer for offer in self._offers() if not _nameless(offer)]
+        rivals: dict[str, list[Offer]] = {}
+        for offer in offers:
+            rivals.setdefault(offer.card.name, []).append(offer)
+        return {
+            offer.card.name if offer.builtin or len(rivals[offer.card.name]) == 1 else _full_name(offer): offer
+            for offer in offers
+        }
+
+    def _in_full(self, name: object) -> list[Offer]:
+        """Those that `distribution:name` reaches."""
+        distribution, _, short = str(name).rpartition(":")
+        offers = self._named().values()
+        return [
+            offer for offer in offers if offer.card.name == short and same_distribution(offer.origin.name, distribution)
+        ]
+
+    def _find(self, name: str) -> Offer:
+        named = self._named()
+        found = [named[name]] if name in named else self._in_full(name)
+        if len(found) == 1:
+            return found[0]
+        rivals = [repr(full) for full, offer in named.items() if offer.card.name == name]
+        if len(rivals) > 1:
+            raise RegistryError(f"{len(rivals)} {self._many} are named {name!r}. Say which: {' or '.join(rivals)}")
+        raise RegistryError(
+            f"no {self._many} named {name!r}.{suggestion(str(name), named)}{choice(sorted(named))}  "
+            f"A plugin adds one with an entry point in {self.kind.group!r}."
+        )
+
+    def _load(self, offer: Offer) -> Callable[..., Any]:
+        """The factory as it was written, without the card's options."""
+        if offer.registered is not None:
+            return offer.registered
+        if offer.fault:
+            raise RegistryError(f"{self._told(offer)} is broken: {offer.fault}.{_remedy(offer)}")
+        module, _, attribute = offer.card.factory.partition(":")
+        try:
+            factory = attrgetter(attribute)(importlib.import_module(module))
+            if not callable(factory):
+                raise TypeError(f"{offer.card.factory} is a {type(factory).__name__}, which cannot be called")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may call sys.exit at import; neither that nor a bug is ours to die of
+            self._fail(offer, "is broken", error, built=False)
+        keep_state(self.kind.plural, offer, Verdict("ok"))
+        return factory
+
+    def _fail(self, offer: Offer, how: str, error: BaseException, built: bool) -> NoReturn:
+        """Keeps the reason, and raises what the user reads."""
+        verdict = blame(offer, error, built)
+        keep_state(self.kind.plural, offer, verdict)
+        if verdict.state != "broken":
+            raise RegistryError(f"{self._told(offer)} {verdict.state}. Install it: {verdict.reason}") from error
+        raise RegistryError(f"{self._told(offer)} {how}: {verdict.reason}.{_remedy(offer)}") from error
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _entry(self, name: str, offer: Offer, options: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> Entry:
+        card = offer.card
+        verdict = read_state(self.kind.plural, offer, verdicts)
+        return Entry(
+            name=name,
+            kind=self.kind.singular,
+            summary=card.summary,
+            source=card.source,
+            licence=card.licence,
+            parameters=card.parameters,
+            extra=card.extra,
+            distribution=offer.origin.name,
+            version=offer.origin.version,
+            state=verdict.state,
+            reason=verdict.reason,
+            factory=card.factory,
+            options=dict(options),
+        )
+
+    @property
+    def _upstream(self) -> int:
+        """How many arguments of a factory are not options."""
+        return int(bool(self.kind.upstream or self.kind.positional))
+
+    @property
+    def _one(self) -> str:
+        return self.kind.singular.replace("_", " ")
+
+    @property
+    def _many(self) -> str:
+        return self.kind.plural.replace("_", " ")
+
+    def _told(self, offer: Offer) -> str:
+        return f"{self._one} {offer.card.name!r}" + ("" if offer.builtin else f" of {offer.origin}")
+
+
+REGISTRIES = {plural: Registry(kind) for plural, kind in KINDS.items()}
+
+
+def registry(kind: str) -> Registry:
+    """The registry of a kind by its singular or plural name, `language-model` as well as `language_models`.
+
+    Raises RegistryError for a word that is no kind.
+    """
+    word = kind.replace("-", "_")
+    for known in KINDS.values():
+        if word in (known.singular, known.plural):
+            return REGISTRIES[known.plural]
+    raise unknown(f"no kind of part is called {kind!r}", kind, KINDS)
+
+
+def _contract(protocol: type) -> list[str]:
+    """The attributes and methods that a protocol lists."""
+    methods = [
+        name
+        for name, value in vars(protocol).items()
+        if inspect.isfunction(value) and value.__module__ == protocol.__module__
+    ]
+    return [*protocol.__annotations__, *methods]
+
+
+def _filled(factory: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    return functools.partial(factory, **options) if options else factory
+
+
+def _nameless(offer: Offer) -> bool:
+    try:
+        check_name(offer.card.name)
+    except RegistryError:
+        return True
+    return False
+
+
+def _full_name(offer: Offer) -> str:
+    return f"{offer.origin.name}:{offer.card.name}"
+
+
+def _remedy(offer: Offer) -> str:
+    return f" Try: pip install -U {offer.origin.name}" if offer.origin.fingerprint else ""
+
+
+def _module(factory: Any) -> str:
+    return getattr(factory, "__module__", None) or type(factory).__module__
+
+
+def _path(factory: Any) -> str:
+    return f"{_module(factory)}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
+
+
+def _place(factory: Any) -> str:
+    """module:name (file:line), as far as Python can tell."""
+    try:
+        return f"{_path(factory)} ({inspect.getsourcefile(factory)}:{inspect.getsourcelines(factory)[1]})"
+    except (TypeError, OSError):
+        return _path(factory)
+
+
+def _runs_again(before: Any, factory: Any) -> bool:
+    return _path(before) == _path(factory) and "<locals>" not in _path(factory)

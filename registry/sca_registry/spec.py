@@ -1,0 +1,228 @@
+"""A model by the names of its parts: what is written down, sent to a worker, stored with the weights and built from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sca_registry.messages import RegistryError, unknown
+from sca_registry.overrides import PARTS, override
+from sca_registry.plugins import BUILTIN
+from sca_registry.registry import registry
+
+FORMAT = 1
+TRAINABLE = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
+PROJECTION = {"kind": "linear", "norm": "none"}
+PROJECTIONS = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
+GENERATION = {"max_new_tokens": 20, "beams": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A registered name and the options given to its factory."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"name": ..., option: value, ...}: `name` is the one word that cannot be an option."""
+        return {"name": self.name, **self.options}
+
+    @classmethod
+    def from_dict(cls, written: Any, what: str = "part") -> Part:
+        """From such a table, or from a name alone. Raises RegistryError if there is no name in it."""
+        table = {"name": written} if isinstance(written, str) else written
+        if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+            raise RegistryError(f"the {what} is {written!r}: give a name, or a table with a name and options")
+        return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that makes one model different from another, before any weights.
+
+    segmenter: None for the encoder's own. projection: `kind` "linear" or "mlp" and `norm` "none", "pre", "post" or
+    "both". task_tokens: how many a task has. trainable: names out of `TRAINABLE`; the rest is frozen. lora: None, or
+    `rank`, `alpha`, `dropout` and `targets` (None: those that suit the architecture); a number is short for that rank
+    with twice as much alpha. generation: defaults for `generate`. Tables may be partial; defaults are filled in.
+
+    Raises RegistryError for a word or a value that is none of these.
+    """
+
+    encoder: Part
+    mixer: Part
+    language_model: Part
+    segmenter: Part | None = None
+    projection: Mapping[str, str] = field(default_factory=dict)
+    task_tokens: int = 6
+    trainable: tuple[str, ...] = TRAINABLE[:5]
+    lora: Mapping[str, Any] | int | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def settle(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        settle("projection", _projection(self.projection))
+        settle("lora", _lora(self.lora))
+        settle("generation", GENERATION | _table("generation", self.generation))
+        settle("trainable", _trainable(self.trainable))
+        if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
+            raise RegistryError(f"task_tokens is {self.task_tokens!r}: give a whole number, 0 or more")
+
+    # --- written forms ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """From "encoder+mixer+language model". Raises RegistryError unless there are three names."""
+        names = [name.strip() for name in text.split("+")]
+        if len(names) != 3 or not all(names):
+            raise RegistryError(
+                f"{text!r} is not a model: write encoder+mixer+language-model, for example tiny-vit+query+tiny-gpt2"
+            )
+        encoder, mixer, language_model = map(Part, names)
+        return cls(encoder, mixer, language_model)
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> ModelSpec:
+        """From what `to_dict` gives, or less: a part may be its name alone, and what is left out has its default.
+
+        Raises RegistryError for a missing part, an unknown key, or a format that this version does not read.
+        """
+        table = dict(written)
+        form = table.pop("format", FORMAT)
+        if form != FORMAT:
+            raise RegistryError(
+                f"the spec has format {form!r} and this version reads {FORMAT}: pip install -U {BUILTIN}"
+            )
+        known = [each.name for each in fields(cls)]
+        for key in table:
+            if key not in known:
+                raise unknown(f"a model has no {key!r}", key, known)
+        for kind in PARTS:
+            if kind in table or kind != "segmenter":
+                table[kind] = Part.from_dict(table.get(kind), kind.replace("_", " "))
+        return cls(**table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain tables, lists, text and numbers, without None: good for JSON and for TOML."""
+        written: dict[str, Any] = {"format": FORMAT}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Part):
+                written[each.name] = value.to_dict()
+            elif isinstance(value, Mapping):
+                written[each.name] = {key: inner for key, inner in value.items() if inner is not None}
+            elif value is not None:
+                written[each.name] = list(value) if isinstance(value, tuple) else value
+        return written
+
+    @classmethod
+    def from_toml(cls, text: str) -> ModelSpec:
+        """From TOML text: its table [model], or the whole of it. Raises RegistryError like `from_dict`."""
+        import tomllib
+
+        try:
+            table = tomllib.loads(text)
+        except ValueError as error:
+            raise RegistryError(f"the model is not written in TOML: {error}") from error
+        return cls.from_dict(_table("model", table.get("model", table)))
+
+    def override(self, assignments: Iterable[str]) -> ModelSpec:
+        """Changed by `key=value`, see `overrides`. Raises RegistryError for an assignment or a result that is wrong."""
+        return self.from_dict(override({"model": self.to_dict()}, assignments)["model"])
+
+    # --- what fits together -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuses, before anything is built, names that are unknown and parts that cannot work together.
+
+        A part whose card is silent about what it gives and needs is imported to ask its class; a part that says
+        nothing at all is not held against the others.
+
+        Raises RegistryError, naming both parts and the way out.
+        """
+        for kind in PARTS:
+            part = getattr(self, kind)
+            if part is not None:
+                registry(kind).card(part.name)
+        segmenter = self.segmenter
+        if segmenter is not None:
+            _check_fit("encoder", self.encoder, "segmenter", segmenter)
+        elif _needs("mixer", self.mixer):
+            brought = registry("encoder").stated(self.encoder.name, "default_segmenter")
+            segmenter = Part(brought) if brought else None
+        if segmenter is not None:
+            _check_fit("segmenter", segmenter, "mixer", self.mixer)
+
+
+def _check_fit(giver: str, upstream: Part, taker: str, part: Part) -> None:
+    """Raises RegistryError if the part upstream is known not to give something that the part needs."""
+    needs = _needs(taker, part)
+    gives = registry(giver).stated(upstream.name, "gives") if needs else None
+    if gives is None:
+        return
+    lacking = [thing for thing in needs if thing not in gives]
+    if not lacking:
+        return
+    givers = [name for name in registry(giver).names() if set(needs) <= set(registry(giver).card(name).gives or ())]
+    others = [registry(taker).card(name) for name in registry(taker).names() if name != part.name]
+    takers = [card.name for card in others if card.needs is not None and set(card.needs) <= set(gives)]
+    switches = [f"{taker}.{option}=false" for option in _switched_on(taker, part)]
+    ways = [f"{giver}={name}" for name in givers] + switches + [f"{taker}={name}" for name in takers]
+    raise RegistryError(
+        f"{taker} {part.name!r} needs {' and '.join(lacking)}, and {giver} {upstream.name!r} gives "
+        f"{' and '.join(gives) or 'none of that'}." + (f" Choose {' or '.join(ways)}." if ways else "")
+    )
+
+
+def _needs(kind: str, part: Part) -> list[str]:
+    """What a part needs with the options that it has."""
+    extra = registry(kind).card(part.name).needs_with
+    always = registry(kind).stated(part.name, "needs") or ()
+    return [*always, *(thing for option in _switched_on(kind, part) for thing in extra[option])]
+
+
+def _switched_on(kind: str, part: Part) -> list[str]:
+    """Options of the part that are on and need something."""
+    card = registry(kind).card(part.name)
+    return [option for option in card.needs_with if {**card.options, **part.options}.get(option)]
+
+
+def _table(what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RegistryError(f"{what} is {value!r}: give a table of options")
+    return dict(value)
+
+
+def _projection(value: Any) -> dict[str, str]:
+    given = {"kind": value} if isinstance(value, str) else _table("projection", value)
+    for key, chosen in given.items():
+        if key not in PROJECTIONS:
+            raise unknown(f"a projection has no {key!r}", key, PROJECTIONS)
+        if chosen not in PROJECTIONS[key]:
+            raise unknown(f"no {key} of a projection is called {chosen!r}", str(chosen), PROJECTIONS[key])
+    return PROJECTION | given
+
+
+def _lora(value: Any) -> dict[str, Any] | None:
+    if not value:  # None, 0, false, or an empty table
+        return None
+    given = {"rank": value} if isinstance(value, int) else _table("lora", value)
+    for key in given:
+        if key not in LORA:
+            raise unknown(f"lora has no {key!r}", key, LORA)
+    rank = given.get("rank", LORA["rank"])
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise RegistryError(f"the rank of lora is {rank!r}: give a whole number, 1 or more, or lora=0 for none")
+    return LORA | {"alpha": 2 * rank} | given
+
+
+def _trainable(value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if name not in TRAINABLE:
+            raise unknown(f"{name!r} is nothing that trains", str(name), TRAINABLE)
+    return names

@@ -1,0 +1,76 @@
+"""Plugins as real installed distributions: a package and a dist-info folder on the path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import catalogue
+import pytest
+import sca_registry
+
+MIXER = """
+    class Mean:
+        '''A mean.'''
+
+        width, queries, uses_grid = 8, 1, False
+
+        def __init__(self, segmenter, depth=1):
+            self.segmenter, self.depth = segmenter, depth
+
+        def __call__(self, regions):
+            return regions
+"""
+
+
+class Site:
+    """A folder on `sys.path` into which distributions are installed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def install(
+        self, name: str, entry_points: str, files: dict[str, str], version: str = "1.0", metadata: str = ""
+    ) -> None:
+        """A distribution of that name, with the text of each of its files; `metadata` are further lines of METADATA."""
+        info = f"{name.replace('-', '_')}-{version}.dist-info"
+        self.write(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
+        self.write(f"{info}/entry_points.txt", entry_points)
+        self.write(f"{info}/RECORD", f"{info}/METADATA,,\n")
+        for file, text in files.items():
+            self.write(file, text)
+        sca_registry.refresh()
+
+    def write(self, file: str, text: str) -> None:
+        (self.folder / file).parent.mkdir(exist_ok=True)
+        (self.folder / file).write_text(dedent(text), encoding="utf-8")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    before = set(sys.modules)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a module written twice in a second is read twice
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    yield Site(folder)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+    monkeypatch.undo()
+    sca_registry.refresh()
+
+
+@pytest.fixture
+def code(monkeypatch, tmp_path):
+    """What a test registers in code is forgotten after it."""
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
+
+
+@pytest.fixture
+def states():
+    """Name -> (state, reason) of a registry's listing."""
+    return lambda registry: {entry.name: (entry.state, entry.reason) for entry in registry.entries()}

@@ -1,0 +1,94 @@
+"""Options are checked against the factory before the call, and what it built against the contract after it."""
+
+import pytest
+from conftest import MIXER
+from sca_registry import RegistryError, datasets, mixers
+from sca_registry.options import REQUIRED
+
+
+@pytest.fixture
+def offer(site):
+    """Installs one mixer called `mine` from the source of its factory `make`."""
+    return lambda source: site.install("shade", "[sca_mixers]\nmine = shade:make\n", {"shade.py": source})
+
+
+def test_an_unknown_option_is_answered_with_the_options_and_their_defaults(site):
+    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
+    with pytest.raises(
+        RegistryError, match=r"mixer 'mean' has no option 'dpeth'. Did you mean 'depth'\? .*: depth=1\."
+    ):
+        mixers.build("mean", None, dpeth=2)
+
+
+def test_the_part_upstream_is_not_an_option(site):
+    site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
+    with pytest.raises(RegistryError, match="no option 'segmenter'"):
+        mixers.build("mean", None, segmenter=2)
+    assert list(mixers.describe("mean").options) == ["depth"]
+
+
+def test_the_factory_is_not_called_with_a_wrong_option(offer):
+    offer("def make(segmenter, depth=1): raise AssertionError('called')")
+    with pytest.raises(RegistryError, match="no option 'width'"):
+        mixers.build("mine", None, width=2)
+
+
+def test_an_option_without_a_default_is_asked_for(offer):
+    offer("def make(segmenter, checkpoint, *, depth=1): pass")
+    assert mixers.describe("mine").options == {"checkpoint": REQUIRED, "depth": 1}
+    with pytest.raises(RegistryError, match=r"needs the option 'checkpoint'. There are: checkpoint, depth=1"):
+        mixers.build("mine", None)
+
+
+def test_a_factory_that_takes_anything_is_given_anything(offer):
+    offer(MIXER + "\n    def make(segmenter, **options): return Mean(segmenter, options['depth'])\n")
+    assert mixers.build("mine", None, depth=4).depth == 4
+
+
+def test_an_option_may_be_called_name(offer):
+    offer(MIXER + "\n    def make(segmenter, name): return Mean(segmenter, name)\n")
+    assert mixers.build("mine", None, name="n").depth == "n"
+
+
+def test_a_missing_part_upstream_is_a_programming_error(site):
+    with pytest.raises(AssertionError):
+        mixers.build("query")
+    with pytest.raises(AssertionError):
+        datasets.build("scenes", split="train")
+
+
+def test_what_a_built_part_lacks_is_named(offer, states):
+    offer("class Half:\n    width = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n")
+    with pytest.raises(RegistryError, match=r"built a Half without queries, uses_grid: see .*contracts\.Mixer"):
+        mixers.build("mine", None)
+    assert states(mixers)["mine"] == ("broken", "built a Half without queries, uses_grid")
+
+
+@pytest.mark.parametrize("failure", ["RuntimeError('no')", "SystemExit(1)", "ImportError('no')"])
+def test_a_failing_constructor_is_the_fault_of_the_part(failure, offer, states):
+    offer(f"def make(segmenter, depth=1): raise {failure}")
+    with pytest.raises(RegistryError, match=r"mixer 'mine' of shade 1\.0 cannot be built: ") as caught:
+        mixers.build("mine", None)
+    assert caught.value.__cause__ is not None
+    assert states(mixers)["mine"] == ("broken", failure.replace("('", ": ").replace("')", "").replace("(1)", ": 1"))
+
+
+def test_a_value_that_a_factory_refuses_is_not_its_fault(offer, states):
+    offer("def make(segmenter, depth=1): raise ValueError('depth must be even')")
+    with pytest.raises(RegistryError, match=r"cannot be built: depth must be even$"):
+        mixers.build("mine", None, depth=1)
+    assert states(mixers)["mine"][0] == "ok"
+
+
+def test_an_interrupted_construction_is_interrupted(offer):
+    offer("def make(segmenter): raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        mixers.build("mine", None)
+
+
+def test_importing_well_does_not_clear_what_failed_to_build(offer, states):
+    offer("def make(segmenter): raise RuntimeError('no')")
+    with pytest.raises(RegistryError):
+        mixers.build("mine", None)
+    mixers.get("mine")
+    assert states(mixers)["mine"] == ("broken", "RuntimeError: no")

@@ -1,0 +1,147 @@
+"""One grammar for changing specs and recipes."""
+
+import json
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sca_registry import RegistryError
+from sca_registry.overrides import override, read_assignment
+
+RECIPE = {
+    "model": {
+        "encoder": "tiny-vit",
+        "mixer": {"name": "query", "depth": 12, "heads": 8},
+        "language_model": "tiny-gpt2",
+    },
+    "data": {"train": "scenes", "val": {"name": "coco", "root": "here"}},
+    "train": {"steps": 100, "optimiser": {"rate": 0.1}},
+    "loss": {"caption": 1.0, "mask": 1.0},
+}
+
+text = st.text(st.characters(exclude_categories=("Cc", "Cs")))
+scalars = st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | text
+values = scalars | st.lists(scalars, max_size=3)
+words = st.text(string.ascii_lowercase + "_", min_size=1).filter(lambda word: word != "name")
+
+
+def toml(value) -> str:
+    """JSON writes these values as TOML does."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+@given(values)
+def test_any_value_arrives_as_it_was_written(value):
+    assert read_assignment(f"a={toml(value)}") == (("a",), value)
+
+
+@given(st.from_regex(r"[a-z][a-z0-9._-]*", fullmatch=True).filter(lambda w: w not in ("true", "false", "nan", "inf")))
+def test_any_name_is_a_string_without_quotes(name):
+    assert read_assignment(f"mixer={name}") == (("mixer",), name)
+
+
+@given(words, values)
+def test_an_option_is_set_and_nothing_else_changes(option, value):
+    before = json.dumps(RECIPE)
+    changed = override(RECIPE, [f"mixer.{option}={toml(value)}"])
+    assert changed["model"]["mixer"].pop(option) == value
+    rest = json.loads(before)
+    rest["model"]["mixer"].pop(option, None)
+    assert changed == rest
+    assert json.dumps(RECIPE) == before
+
+
+@given(st.text(max_size=30))
+def test_whatever_is_written_is_read_or_refused(assignment):
+    try:
+        path, _ = read_assignment(assignment)
+    except RegistryError:
+        return
+    assert all(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2", 2),
+        ("1e-4", 1e-4),
+        ("true", True),
+        ("[1, 'a']", [1, "a"]),
+        ("{ name = 'query', depth = 2 }", {"name": "query", "depth": 2}),
+        ('"a # b"', "a # b"),
+        ("roi-pool", "roi-pool"),
+        ("shade:mean", "shade:mean"),
+        ("facebook/opt-125m", "facebook/opt-125m"),
+        ("/data/coco", "/data/coco"),
+        ("~/coco", "~/coco"),
+        ("../coco", "../coco"),
+        (" spaced ", "spaced"),
+    ],
+)
+def test_values_are_toml_and_plain_words_are_strings(text, value):
+    assert read_assignment(f"key={text}") == (("key",), value)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "mixer",
+        "=2",
+        "a.=2",
+        ".a=2",
+        "a b=2",
+        "a=",
+        "a=b c",
+        "a=2x",
+        "a=1 # more",
+        "a=1, b=2",
+        "a=1}\nb={c=2",
+        "a=[1",
+        "a='",
+        "a=True",
+    ],
+)
+def test_what_can_be_read_two_ways_is_refused(assignment):
+    with pytest.raises(RegistryError):
+        read_assignment(assignment)
+
+
+def test_replacing_a_part_drops_its_options():
+    assert override(RECIPE, ["mixer=roi-pool"])["model"]["mixer"] == "roi-pool"
+    assert override(RECIPE, ["mixer=roi-pool", "mixer.depth=2"])["model"]["mixer"] == {"name": "roi-pool", "depth": 2}
+    assert override(RECIPE, ["data.val=scenes"])["data"]["val"] == "scenes"
+
+
+def test_part_names_are_short_for_the_model_s():
+    for short in ("mixer.depth=2", "lora=8", "language-model=x", "projection.norm=pre"):
+        assert override(RECIPE, [short]) == override(RECIPE, [f"model.{short}"])
+
+
+def test_a_part_that_is_only_a_name_takes_options():
+    assert override(RECIPE, ["encoder.size=64"])["model"]["encoder"] == {"name": "tiny-vit", "size": 64}
+    assert override(RECIPE, ["data.train.size=64"])["data"]["train"] == {"name": "scenes", "size": 64}
+
+
+def test_a_recipe_s_own_tables_are_set():
+    changed = override(RECIPE, ["train.steps=5", "train.optimiser.rate=1", "loss.mask=0.5"])
+    assert changed["train"] == {"steps": 5, "optimiser": {"rate": 1}}
+    assert changed["loss"] == {"caption": 1.0, "mask": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("mixr.depth=2", "Did you mean 'mixer'"),
+        ("model.mixr=x", "Did you mean 'mixer'"),
+        ("train.stpes=2", "Did you mean 'steps'"),
+        ("train.optimiser.rat=2", "train.optimiser has no 'rat'. Did you mean 'rate'"),
+        ("trian.steps=2", "Did you mean 'train'"),
+        ("train=2", "train is a table; set one of: steps, optimiser"),
+        ("model=x", "model is a table"),
+        ("train.steps.x=2", "steps is 100"),
+    ],
+)
+def test_a_wrong_key_is_answered_with_the_right_one(assignment, told):
+    with pytest.raises(RegistryError, match=told):
+        override(RECIPE, [assignment])

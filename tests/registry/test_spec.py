@@ -1,0 +1,182 @@
+"""A model spec survives writing and reading, and refuses what cannot work before anything is built."""
+
+import json
+import sys
+
+import pytest
+from conftest import MIXER
+from hypothesis import given
+from hypothesis import strategies as st
+from sca_registry import RegistryError
+from sca_registry.spec import ModelSpec, Part
+
+TINY = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
+
+names = st.from_regex(r"[a-z][a-z0-9-]*", fullmatch=True)
+options = st.dictionaries(names.filter(lambda name: name != "name"), st.integers() | st.text() | st.booleans())
+parts = st.builds(Part, names, options)
+specs = st.builds(
+    ModelSpec,
+    encoder=parts,
+    mixer=parts,
+    language_model=parts,
+    segmenter=st.none() | parts,
+    projection=st.fixed_dictionaries({}, optional={"kind": st.sampled_from(["linear", "mlp"])}),
+    task_tokens=st.integers(0, 9),
+    lora=st.none() | st.integers(1, 64) | st.fixed_dictionaries({"rank": st.integers(1, 64)}),
+    generation=st.fixed_dictionaries({}, optional={"beams": st.integers(1, 5)}),
+)
+
+
+def test_three_names_are_a_model():
+    assert (TINY.encoder, TINY.mixer, TINY.language_model) == (Part("tiny-vit"), Part("query"), Part("tiny-gpt2"))
+    assert TINY.segmenter is None
+    assert TINY.lora is None
+    assert TINY.task_tokens == 6
+    assert TINY.trainable == ("mixer", "projection", "task_tokens", "neck", "lora")
+    assert TINY.projection == {"kind": "linear", "norm": "none"}
+    assert TINY.generation == {"max_new_tokens": 20, "beams": 1}
+
+
+@pytest.mark.parametrize("text", ["", "a", "a+b", "a++c", "a+b+c+d"])
+def test_anything_else_is_not(text):
+    with pytest.raises(RegistryError, match=r"encoder\+mixer\+language-model"):
+        ModelSpec.parse(text)
+
+
+@given(specs)
+def test_writing_and_reading_gives_the_same_spec(spec):
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_what_is_written_has_nothing_that_toml_cannot_say():
+    written = TINY.override(["lora=4"]).to_dict()
+    assert None not in written.values()
+    assert None not in written["lora"].values()
+    assert written["format"] == 1
+
+
+def test_a_spec_of_another_format_is_refused_with_the_way_out():
+    with pytest.raises(RegistryError, match="pip install -U segment-caption-anything"):
+        ModelSpec.from_dict({**TINY.to_dict(), "format": 2})
+
+
+@pytest.mark.parametrize("header", ["", "[model]\n"])
+def test_toml_is_read_with_names_alone_where_there_are_no_options(header):
+    text = 'encoder = "tiny-vit"\nmixer = { name = "query", depth = 2 }\nlanguage_model = "tiny-gpt2"\nlora = 8\n'
+    assert ModelSpec.from_toml(header + text) == TINY.override(["mixer.depth=2", "lora=8"])
+
+
+def test_text_that_is_not_toml_is_refused():
+    with pytest.raises(RegistryError, match="not written in TOML"):
+        ModelSpec.from_toml("encoder = ")
+
+
+def test_a_number_is_short_for_a_rank():
+    whole = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": None}
+    assert TINY.override(["lora=8"]).lora == whole
+    assert TINY.override(["lora=8", "lora.alpha=4"]).lora == {**whole, "alpha": 4}
+    assert TINY.override(["lora=8", "lora=0"]).lora is None
+
+
+def test_overrides_edit_replace_and_leave_the_original_alone():
+    changed = TINY.override(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.beams=3"])
+    assert changed.mixer == Part("query", {"depth": 2})
+    assert changed.projection == {"kind": "mlp", "norm": "pre"}
+    assert changed.generation == {"max_new_tokens": 20, "beams": 3}
+    assert changed.override(["mixer=roi-pool"]).mixer == Part("roi-pool")
+    assert changed.override(["projection=linear"]).projection == {"kind": "linear", "norm": "none"}
+    assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("mixr=query", "Did you mean 'mixer'"),
+        ("lora.rnak=2", "Did you mean 'rank'"),
+        ("lora=-1", "rank of lora"),
+        ("lora=high", "lora has no|rank of lora|give a table"),
+        ("projection=mpl", "Did you mean 'mlp'"),
+        ("projection.nrom=pre", "Did you mean 'norm'"),
+        ("projection.norm=prae", "Did you mean 'pre'"),
+        ("trainable=[mixr]", "not TOML"),
+        ("trainable=['mixr']", "Did you mean 'mixer'"),
+        ("task_tokens=-1", "task_tokens"),
+        ("task_tokens=true", "task_tokens"),
+        ("generation=5", "generation"),
+        ("mixer=3", "the mixer is 3"),
+        ("segmenter.depth=3", "the segmenter is"),
+    ],
+)
+def test_a_spec_with_a_mistake_is_refused_when_it_is_made(assignment, told):
+    with pytest.raises(RegistryError, match=told):
+        TINY.override([assignment])
+
+
+def test_a_part_left_out_is_named():
+    with pytest.raises(RegistryError, match="the language model is None"):
+        ModelSpec.from_dict({"encoder": "tiny-vit", "mixer": "query"})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tiny-vti+query+tiny-gpt2", "no encoders named 'tiny-vti'. Did you mean 'tiny-vit'"),
+        ("tiny-vit+qurey+tiny-gpt2", "no mixers named 'qurey'. Did you mean 'query'"),
+        ("tiny-vit+query+tiny-gtp2", "no language models named 'tiny-gtp2'. Did you mean 'tiny-gpt2'"),
+    ],
+)
+def test_check_finds_a_wrong_name_of_any_part(text, told):
+    with pytest.raises(RegistryError, match=told):
+        ModelSpec.parse(text).check()
+    with pytest.raises(RegistryError, match="no segmenters named 'smam'"):
+        TINY.override(["segmenter=smam"]).check()
+
+
+CARDS = """
+    [masked]
+    factory = "shade.parts:Mean"
+    needs = ["masks"]
+
+    [silent]
+    factory = "shade.parts:Mean"
+"""
+
+
+@pytest.fixture
+def shade(site):
+    source = MIXER + "\n    class Wants(Mean):\n        needs = ('masks', 'grid')\n"
+    files = {"shade/__init__.py": "", "shade/parts.py": source, "shade/mixers.toml": CARDS}
+    site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\nwants = shade.parts:Wants\n", files)
+
+
+def test_check_refuses_a_mixer_on_a_segmenter_that_cannot_feed_it_and_names_both_and_the_way_out(shade):
+    with pytest.raises(RegistryError) as caught:
+        TINY.override(["segmenter=box", "mixer=masked"]).check()
+    told = str(caught.value)
+    assert told.startswith("mixer 'masked' needs masks, and segmenter 'box' gives boxes.")
+    assert "segmenter=sam" in told
+    assert "mixer=query" in told
+    assert "shade.parts" not in sys.modules
+    TINY.override(["segmenter=sam", "mixer=masked"]).check()
+
+
+def test_check_asks_the_class_where_the_card_is_silent(shade):
+    with pytest.raises(RegistryError, match="mixer 'wants' needs masks and grid"):
+        TINY.override(["segmenter=box", "mixer=wants"]).check()
+    TINY.override(["segmenter=box", "mixer=silent"]).check()
+
+
+def test_check_knows_what_an_option_needs():
+    with pytest.raises(RegistryError, match=r"mixer\.pooled=false"):
+        TINY.override(["segmenter=box", "mixer.pooled=true"]).check()
+    TINY.override(["segmenter=sam", "mixer.pooled=true"]).check()
+    TINY.override(["segmenter=box", "mixer.pooled=false"]).check()
+
+
+def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
+    brings = "class Blind:\n    default_segmenter = 'box'\n"
+    site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": brings})
+    with pytest.raises(RegistryError, match="segmenter 'box' gives boxes"):
+        TINY.override(["encoder=blind", "mixer=masked"]).check()
+    TINY.override(["encoder=blind", "mixer=query"]).check()
