@@ -36,10 +36,10 @@ class Drawing:
     """What is drawn for a region.
 
     prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". recognition: the share of
-    regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its beginning, in
-    which all learn names (SCA's weak supervision, arXiv 2312.00869). telling: the share of phrases that are a region's
-    last and most telling one rather than any. regions: at most so many of an image. jitter: standard deviation of a
-    box's corners, as a share of its sides. words: at most so many tokens, the end included.
+    regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its
+    beginning, in which all learn names (SCA's weak supervision, arXiv 2312.00869). telling: the share of phrases that
+    are a region's last and most telling one rather than any. regions: at most so many of an image. jitter: standard
+    deviation of a box's corners, as a share of its sides. words: at most so many tokens, the end included.
     """
 
     prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
