@@ -33,7 +33,7 @@ class Coco:
     list of them), and its attributes the annotation's "attributes". Where there is no caption, `phrases="rule"` makes
     phrases (otherwise there are none):
 
-        ARTICLE [SIZE] NAME PLACE;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME         each once, in this order
+        ARTICLE [SIZE] NAME;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME PLACE         each once, in this order
 
     ARTICLE is "the" for the only one of its class in the image, else "a" or "an" by the name's first letter. SIZE is
     "large" for a box that covers at least an eighth of the image, "small" for at most a hundredth, nothing between.
@@ -66,6 +66,7 @@ class Coco:
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self._bad: set[str] = set()  # file names, so that a picture met twice counts once
+        self.attributes: dict[str, tuple[str, ...]] = {}  # what auxiliary losses may name: the classes
         self._records = self._read()  # one JSON text an image: small, and nothing to copy when workers fork
 
     def __len__(self) -> int:
@@ -116,6 +117,7 @@ class Coco:
             for record, place in _listed(content, "categories", where)
         }
         images = {}
+        self.attributes = {"name": tuple(dict.fromkeys(categories.values()))}
         for record, place in _listed(content, "images", where):
             kept = {"file_name": _field(record, "file_name", str, place)}
             kept |= {key: _field(record, key, int, place) for key in ("id", "width", "height")}
@@ -325,4 +327,4 @@ def _rule(name: str, box: tuple[float, ...], size: tuple[int, int], only: bool) 
         article = "the" if only else "an" if described[0].lower() in "aeiou" else "a"
         return f"{article} {described}"
 
-    return tuple(dict.fromkeys((phrase(adjective, name, place), phrase(name, place), phrase(adjective, name))))
+    return tuple(dict.fromkeys((phrase(adjective, name), phrase(name, place), phrase(adjective, name, place))))

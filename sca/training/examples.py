@@ -37,14 +37,16 @@ class Drawing:
 
     prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". recognition: the share of
     regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its
-    beginning, in which all learn names (SCA's weak supervision, arXiv 2312.00869). telling: the share of phrases that
-    are a region's last and most telling one rather than any. regions: at most so many of an image. jitter: standard
+    beginning, in which all learn names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the
+    stream after that in which phrases are a region's first and plainest. telling: the share of the phrases after that
+    which are its last and most telling one rather than any. regions: at most so many of an image. jitter: standard
     deviation of a box's corners, as a share of its sides. words: at most so many tokens, the end included.
     """
 
     prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
     recognition: float = 0.0
     names_first: float = 0.0
+    plain_first: float = 0.0
     telling: float = 0.0
     regions: int = 16
     jitter: float = 0.0
@@ -102,16 +104,16 @@ class ExampleStream(torch.utils.data.Dataset):
         sample = self.dataset[int(self._order[1][index])]
         if self.augment:
             sample = self.augment(sample, draw)
-        return self._example(sample, draw, names=place < self.drawing.names_first * self.length)
+        return self._example(sample, draw, place / self.length)
 
-    def _example(self, sample: Sample, draw: np.random.Generator, names: bool) -> Example:
+    def _example(self, sample: Sample, draw: np.random.Generator, progress: float) -> Example:
         frame = self.processor.frame(*sample.image.size)
         regions = [r for r in sample.regions if r.name or r.phrases]
         regions = [regions[i] for i in draw.permutation(len(regions))[: self.drawing.regions]]
         side, size = 4 * self.processor.grid, self.processor.image.size
         tasks, ids, boxes, points, masks = [], [], [], [], []
         for region in regions:
-            task, text = self._words(region, draw, names)
+            task, text = self._words(region, draw, progress)
             tasks.append(task)
             ids.append(self.tokenizer.encode(text, self.drawing.words))
             boxes.append(_jittered(region.box, self.drawing.jitter, draw))
@@ -139,10 +141,15 @@ class ExampleStream(torch.utils.data.Dataset):
             prompt=str(draw.choice(kinds, p=np.asarray(shares) / sum(shares))),
         )
 
-    def _words(self, region: Region, draw: np.random.Generator, names: bool) -> tuple[int, str]:
-        if region.name and (names or not region.phrases or draw.random() < self.drawing.recognition):
+    def _words(self, region: Region, draw: np.random.Generator, progress: float) -> tuple[int, str]:
+        """The task and the words of a region, `progress` (0..1) into the stream."""
+        drawing = self.drawing
+        names = progress < drawing.names_first or draw.random() < drawing.recognition
+        if region.name and (names or not region.phrases):
             return RECOGNITION, region.name
-        telling = draw.random() < self.drawing.telling
+        if progress < drawing.names_first + drawing.plain_first:
+            return CAPTION, region.phrases[0]
+        telling = draw.random() < drawing.telling
         return CAPTION, region.phrases[-1 if telling else draw.integers(len(region.phrases))]
 
 

@@ -28,9 +28,9 @@ PROMPTS = ("box", "point", "box-and-point")
 class TrainOptions:
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. start: a checkpoint or zoo
     name whose weights training starts from. learning_rate: the peak, after `warmup` steps and before a cosine to zero.
-    prompts, recognition, names_first, telling, regions, jitter, words: see `Drawing`. processes: started on this
-    machine unless a launcher did it. save: steps between checkpoints to resume from. workers: processes that prepare
-    data.
+    prompts, recognition, names_first, plain_first, telling, regions, jitter, words: see `Drawing`. processes: started
+    on this machine unless a launcher did it. save: steps between checkpoints to resume from. workers: processes that
+    prepare data.
     """
 
     steps: int = 1000
@@ -46,6 +46,7 @@ class TrainOptions:
     prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
     recognition: float = 0.0
     names_first: float = 0.0
+    plain_first: float = 0.0
     telling: float = 0.0
     regions: int = 16
     jitter: float = 0.0

@@ -106,8 +106,8 @@ def test_two_to_five_shapes_stay_in_sight_and_some_overlap(samples, regions):
 
 
 def test_every_attribute_takes_every_value_about_as_often_as_it_should(regions):
-    assert Scenes.attributes == {"colour": COLOURS, "form": FORMS, "size": SIZES, "texture": TEXTURES}
-    for name, values in Scenes.attributes.items():
+    for name, values in {"colour": COLOURS, "form": FORMS, "size": SIZES, "texture": TEXTURES}.items():
+        assert Scenes.attributes[name] == values
         counts = [sum(region.attributes[name] == value for region in regions) for value in values]
         assert sum(counts) == len(regions)
         assert min(counts) > 0.6 * len(regions) / len(values)
@@ -188,3 +188,11 @@ def test_a_relation_is_judged_by_the_larger_difference_to_a_shape_named_in_full(
 def test_drawing_needs_no_torch():
     code = "import sys; from sca.data.scenes import Scenes; Scenes('val')[0]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_last_phrase_is_the_most_telling_and_its_relation_is_among_the_attributes(regions):
+    for region in regions:
+        last = parse(region.phrases[-1])
+        stated = {name: region.attributes.get(name) for name in ("relation", "other_colour", "other_form")}
+        assert stated == {"relation": last.relation, "other_colour": last.other_colour, "other_form": last.other_form}
+        assert parse(region.phrases[0]).relation is None

@@ -1,0 +1,1 @@
+"""How good a model is: `predictions` asks it, `metrics` read nothing but what was recorded, `evaluate` does both."""

@@ -1,0 +1,45 @@
+"""How well predicted masks cover the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as rle
+from sca_registry.contracts import Scores
+
+from sca.evaluation.records import Record, meeting, places, require
+
+
+class MaskIou:
+    """Intersection over union of the predicted and the true mask, in pixels of the image: the mean over regions, and
+    the share of regions where it is over 0.5.
+
+    A region counts once, however many tasks it was asked for: its prompt, and so its mask, is the same. A region that
+    has a true mask and was given none scores 0.
+    """
+
+    needs = ("mask", "truth.mask")
+
+    def __call__(self, records: Sequence[Record]) -> Scores:
+        require(records, self.needs, "mask-iou")
+        regions: dict[tuple[int, int], Record] = {}
+        for record in meeting(records, ("truth.mask",)):
+            regions.setdefault((record["image_id"], record["region_id"]), record)
+        judged = list(regions.values())
+        ious = np.array([_iou(record) for record in judged])
+        each = {"mask-iou/mean": ious, "mask-iou/over-0.5": (ious > 0.5).astype(float)}
+        total = {name: float(values.mean()) for name, values in each.items()}
+        return Scores(total | {"mask-iou/regions": len(judged)}, each | places(judged))
+
+
+def _iou(record: Record) -> float:
+    mask, truth = record["mask"], record["truth"]["mask"]
+    if mask is None:
+        return 0.0
+    if list(mask["size"]) != list(truth["size"]):
+        raise ValueError(
+            f"metric 'mask-iou': the mask of region {record['region_id']} in image {record['image_id']} has size "
+            f"{list(mask['size'])} and the true one {list(truth['size'])} (height, width)"
+        )
+    return float(rle.iou([mask], [truth], [0])[0, 0])

@@ -1,0 +1,62 @@
+"""Captioners that answer from the truth, and records written by hand."""
+
+import numpy as np
+import pytest
+from sca_registry.contracts import Caption
+
+from sca.masks import encode
+
+BOX = [0.0, 0.0, 2.0, 2.0]
+
+
+@pytest.fixture(scope="session")
+def make_record():
+    """A record in which only what matters is said."""
+
+    def make(caption="", task="caption", image=1, region=1, mask=None, **truth):
+        truth = {"name": None, "phrases": [], "attributes": {}, "mask": None, "box": BOX, "area": 4.0} | truth
+        return {
+            "image_id": image,
+            "region_id": region,
+            "task": task,
+            "prompt": {"box": truth["box"]},
+            "caption": caption,
+            "score": 1.0,
+            "mask": mask,
+            "iou": None,
+            "truth": truth,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rectangle():
+    """The mask of a rectangle x1 y1 x2 y2 in an image of 10 x 8 pixels (width, height)."""
+
+    def make(x1, y1, x2, y2, width=10, height=8):
+        mask = np.zeros((height, width), bool)
+        mask[y1:y2, x1:x2] = True
+        return encode(mask)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teller():
+    """A captioner that knows a dataset by heart and says of each region what `say(region, regions, task)` gives."""
+
+    class Teller:
+        def __init__(self, dataset, say=None):
+            self.scenes = {sample.image.tobytes(): sample.regions for sample in dataset}
+            self.say = say or (lambda region, _, task: region.phrases[-1] if task == "caption" else region.name)
+
+        def describe(self, image, prompts, task="caption"):
+            regions = self.scenes[image.tobytes()]
+            return [self._answer(regions, prompt, task, place) for place, prompt in enumerate(prompts)]
+
+        def _answer(self, regions, prompt, task, place):
+            region = next(region for region in regions if region.box == prompt.box)
+            return Caption(self.say(region, regions, task), 1.0, prompt.box, region.mask, 1.0, prompt, place)
+
+    return Teller
