@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sca_registry.contracts import Caption as Caption
     from sca_registry.contracts import Prompt as Prompt
+    from sca_registry.spec import Everything as Everything
     from sca_registry.spec import ModelSpec as ModelSpec
 
     from sca.build import build as build
     from sca.build import compose as compose
     from sca.checkpoint import load as load
     from sca.checkpoint import save as save
-    from sca.everything import Everything as Everything
     from sca.everything import caption_everything as caption_everything
     from sca.images import open_image as open_image
     from sca.model import SegmentCaptioner as SegmentCaptioner
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Caption": "sca_registry.contracts",
-    "Everything": "sca.everything",
+    "Everything": "sca_registry.spec",
     "ModelSpec": "sca_registry.spec",
     "Predictor": "sca.predictor",
     "Processor": "sca.processing",

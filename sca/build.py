@@ -8,6 +8,7 @@ from typing import Any
 import sca_registry
 import torch
 from sca_registry.contracts import Encoder
+from sca_registry.options import check_options
 from sca_registry.spec import ModelSpec, Part
 
 from sca.model import SegmentCaptioner
@@ -36,6 +37,8 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu") -> SegmentCaption
         segmenter = sca_registry.segmenters.build(chosen.name, encoder, **chosen.options)
         mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
+        what = f"generation of the language model {spec.language_model.name!r}"
+        check_options(what, language_model.generate, 1, spec.generation)
         if spec.lora:
             language_model.adapt(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)

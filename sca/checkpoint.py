@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from sca_registry import registry, zoo
+from safetensors.torch import save as serialise
+from sca_registry import RegistryError, registry, zoo
+from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
 
 from sca.build import build, parts
@@ -45,10 +46,12 @@ def save(model: SegmentCaptioner, folder: str | Path, dtype: torch.dtype | None 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _recover(folder)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+        draft.mkdir()
         try:
             _write(model, draft, dtype)
             if folder.exists():
+                shutil.rmtree(previous, ignore_errors=True)  # of an earlier save that was killed at its end
                 os.rename(folder, previous)
             os.rename(draft, folder)
         finally:
@@ -67,15 +70,17 @@ def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     CheckpointError names them.
     """
     folder = locate(source)
-    spec = _read_spec(folder)
-    model = build(spec)
+    try:
+        model = build(_read_spec(folder))
+    except RegistryError as error:
+        raise CheckpointError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
     expected = stored(model)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
     missing, unexpected = sorted(expected - found.keys()), sorted(found.keys() - expected)
     if missing or unexpected:
@@ -88,7 +93,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {name} is {tuple(tensor.shape)} and the {SPEC} asks for {tuple(own[name].shape)}"
             )
-    model.load_state_dict(found, strict=False)  # the names were compared above, both ways
+    model.load_state_dict(own | found)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -103,10 +108,8 @@ def locate(source: str | Path) -> Path:
         return Path(str(files(package).joinpath(inside)))
     if folder.exists():
         raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
-    raise CheckpointError(
-        f"no model named {str(source)!r} and no folder there. The zoo has: {', '.join(zoo.names())}. "
-        "A folder that `sca train` wrote works too."
-    )
+    reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
+    raise CheckpointError(f"{reason} A folder that `sca train` wrote works too.")
 
 
 def stored(model: SegmentCaptioner) -> set[str]:
@@ -131,7 +134,7 @@ def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> 
             if tied.setdefault(tensor.data_ptr(), name) != name:
                 tensor = tensor.clone()  # tied weights are written twice
             tensors[name] = tensor.contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(serialise(tensors, metadata={"format": "pt"}))
     _write_json(folder / SPEC, model.spec.to_dict())
     _write_json(folder / ORIGIN, origin(model))
     tokenizer = model.language_model.tokenizer
@@ -152,13 +155,27 @@ def origin(model: SegmentCaptioner) -> dict[str, Any]:
 
 def _read_spec(folder: Path) -> ModelSpec:
     try:
-        return ModelSpec.from_dict(json.loads((folder / SPEC).read_text("utf-8")))
+        table = json.loads((folder / SPEC).read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote"
         ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / SPEC} is not JSON ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / SPEC} is not JSON ({error}): copy it again") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{folder / SPEC} is {table!r:.40} and should be a table of parts: copy it again")
+    return ModelSpec.from_dict(table)
+
+
+def _brought_by(folder: Path) -> str:
+    """What to install for the parts of a checkpoint that have no name here; nothing if its origin does not say."""
+    try:
+        parts = json.loads((folder / ORIGIN).read_text("utf-8"))["parts"]
+        absent = [part for kind, part in parts.items() if part["name"] not in registry(kind)]
+        packages = {f"{part['distribution']}=={part['version']}" for part in absent}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it
+        return ""
+    return f" It came with: pip install {' '.join(sorted(packages))}" if packages else ""
 
 
 def _write_json(path: Path, table: Any) -> None:

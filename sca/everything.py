@@ -7,33 +7,18 @@ only for the masks that are left at the end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from sca_registry.contracts import Caption, Prompt, Prompts
+from sca_registry.spec import Everything
 from torch import Tensor
 
 from sca.masks import area, box_of, encode
 from sca.nn.boxes import suppress
 from sca.nn.masks import tight_boxes
 from sca.predictor import Predictor
-
-
-@dataclass(frozen=True)
-class Everything:
-    """points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut
-    at `+offset` and at `-offset` logits. nms: of two boxes that overlap more, the better stays. area, largest: least
-    and greatest share of the image.
-    """
-
-    points: int = 32
-    iou: float = 0.88
-    stability: float = 0.95
-    offset: float = 1.0
-    nms: float = 0.7
-    area: float = 0.0
-    largest: float = 1.0
 
 
 @torch.inference_mode()
@@ -46,9 +31,10 @@ def caption_everything(
 ) -> list[Caption]:
     """A caption for every region found in the predictor's image, best first; each is captioned from its own box.
 
-    progress: called with the points looked at and all of them.
+    options: where and what to look for (default: the model's own). progress: called with the points looked at and all
+    of them.
     """
-    options = options or Everything()
+    options = options or Everything(**predictor.model.spec.everything)
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
     logits, scores = _candidates(predictor, options, progress)
@@ -73,11 +59,6 @@ def _candidates(
     predictor: Predictor, options: Everything, progress: Callable[[int, int], None] | None
 ) -> tuple[Tensor, Tensor]:
     """Masks (K, 4h, 4w) that pass the filters, and their predicted IoU (K,)."""
-    if getattr(predictor.model.segmenter, "masks", None) is None:
-        raise ValueError(
-            f"everything needs masks, and the segmenter {type(predictor.model.segmenter).__name__} gives none: "
-            "build the model with segmenter=sam"
-        )
     width, height = predictor.frame.used
     steps = (torch.arange(options.points) + 0.5) / options.points
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
@@ -88,6 +69,11 @@ def _candidates(
     found = []
     for number, chunk in enumerate(prompts.chunks(predictor.regions)):
         regions = predictor.model.segment(predictor.features, chunk)
+        if regions.masks is None:
+            raise ValueError(
+                f"everything needs masks, and the segmenter {type(predictor.model.segmenter).__name__} gives none: "
+                "build the model with segmenter=sam"
+            )
         masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
         sure, possible = (masks > options.offset).sum((1, 2)), (masks > -options.offset).sum((1, 2))
         good = (scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)

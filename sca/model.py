@@ -81,9 +81,6 @@ class SegmentCaptioner(nn.Module):
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
-    def part(self, name: str) -> nn.Module | nn.Parameter | None:
-        return self.segmenter.neck if name == "neck" and hasattr(self.segmenter, "neck") else getattr(self, name, None)
-
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter once, under the name `spec.trainable` uses for it."""
         groups: dict[str, list[nn.Parameter]] = {}

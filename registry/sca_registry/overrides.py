@@ -19,7 +19,7 @@ from typing import Any
 from sca_registry.messages import RegistryError, unknown
 
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
-MODEL = (*PARTS, "projection", "task_tokens", "trainable", "lora", "generation")
+MODEL = (*PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
 SHORT = {"projection": "kind", "lora": "rank"}  # what a lone value stands for; elsewhere it is the `name` of a part
 
 WORD = re.compile(r"[^\W\d][\w-]*", re.ASCII)

@@ -40,13 +40,32 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Everything:
+    """How "segment everything" looks for regions, by SAM's filters (arXiv 2304.02643).
+
+    points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
+    `+offset` and at `-offset` logits. nms: of two boxes that overlap more, the better stays. area, largest: least and
+    greatest share of the image.
+    """
+
+    points: int = 32
+    iou: float = 0.88
+    stability: float = 0.95
+    offset: float = 1.0
+    nms: float = 0.7
+    area: float = 0.0
+    largest: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything that makes one model different from another, before any weights.
 
     segmenter: None for the encoder's own. projection: `kind` "linear" or "mlp" and `norm` "none", "pre", "post" or
     "both". task_tokens: how many a task has. trainable: names out of `TRAINABLE`; the rest is frozen. lora: None, or
     `rank`, `alpha`, `dropout` and `targets` (None: those that suit the architecture); a number is short for that rank
-    with twice as much alpha. generation: defaults for `generate`. Tables may be partial; defaults are filled in.
+    with twice as much alpha. generation: defaults for `generate`. everything: those fields of `Everything` that suit
+    the weights better than SAM's. Tables may be partial; defaults are filled in.
 
     Raises RegistryError for a word or a value that is none of these.
     """
@@ -60,6 +79,7 @@ class ModelSpec:
     trainable: tuple[str, ...] = TRAINABLE[:5]
     lora: Mapping[str, Any] | int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    everything: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def settle(name: str, value: Any) -> None:
@@ -68,6 +88,7 @@ class ModelSpec:
         settle("projection", _projection(self.projection))
         settle("lora", _lora(self.lora))
         settle("generation", GENERATION | _table("generation", self.generation))
+        settle("everything", _everything(self.everything))
         settle("trainable", _trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}: give a whole number, 0 or more")
@@ -195,6 +216,15 @@ def _table(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RegistryError(f"{what} is {value!r}: give a table of options")
     return dict(value)
+
+
+def _everything(value: Any) -> dict[str, Any]:
+    given = _table("everything", value)
+    known = [each.name for each in fields(Everything)]
+    for key in given:
+        if key not in known:
+            raise unknown(f"everything has no {key!r}", key, known)
+    return vars(Everything()) | given
 
 
 def _projection(value: Any) -> dict[str, str]:

@@ -30,7 +30,8 @@ class Report:
 
     scores: every total of every metric, shares in 0..1 (NaN where nothing was there to be counted) and whole numbers.
     left_out: why a metric was not computed, by its name. seconds: for predicting and scoring. metrics: the scores as
-    each metric gave them, with their arrays of single judgements.
+    each metric gave them, with their arrays of single judgements. records: what was asked and answered, one a region
+    and task.
     """
 
     model: str
@@ -43,10 +44,11 @@ class Report:
     left_out: dict[str, str]
     seconds: float
     metrics: dict[str, Scores] = field(repr=False)
+    records: list[dict[str, Any]] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, without the arrays; NaN is None."""
-        plain = {name: value for name, value in vars(self).items() if name != "metrics"}
+        """Plain JSON, without the arrays and records; NaN is None."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("metrics", "records")}
         scores = {name: None if math.isnan(value) else value for name, value in self.scores.items()}
         return plain | {"scores": scores, "left_out": dict(self.left_out)}
 
@@ -114,6 +116,7 @@ def evaluate(
         left_out=left_out,
         seconds=time.perf_counter() - start,
         metrics=scores,
+        records=records,
     )
 
 

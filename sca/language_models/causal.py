@@ -45,18 +45,22 @@ class CausalLanguageModel(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> Generated:
-        """`captions` ids a row, best first. Beams search for the likeliest, `sample` draws; greedy otherwise."""
+        """`captions` ids a row, best first. Beams search for the likeliest, `sample` draws; greedy otherwise.
+
+        No more than the model has positions for.
+        """
         if captions > 1 and not sample and captions > beams:
             raise ValueError(
                 f"{captions} captions a region need at least as many beams (there are {beams}) or sample=true"
             )
         pad, eos = self._ends()
+        room = getattr(self.model.config, "max_position_embeddings", None) or prefix.shape[1] + max_new_tokens
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
         with _quiet():
             found = self.model.generate(
                 inputs_embeds=prefix,
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, room - prefix.shape[1]),
                 num_beams=beams,
                 do_sample=sample,
                 num_return_sequences=captions,
@@ -80,6 +84,7 @@ class CausalLanguageModel(nn.Module):
     def adapt(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
         """LoRA (arXiv 2106.09685) by peft, on the layers named `targets`, or those peft knows for the architecture.
 
+        What trained before goes on training.
         Raises ValueError for a target that matches no layer, with the linear layers there are.
         """
         from peft import LoraConfig, inject_adapter_in_model
@@ -97,7 +102,10 @@ class CausalLanguageModel(nn.Module):
             raise ValueError(f"LoRA targets {problem}. The linear layers are: {', '.join(layers)}")
         fan = any(isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in wanted)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, fan_in_fan_out=fan)
-        inject_adapter_in_model(config, self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        inject_adapter_in_model(config, self.model)  # freezes all but the adapters
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def _ends(self) -> tuple[int, int]:
         eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id

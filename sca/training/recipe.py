@@ -27,10 +27,10 @@ PROMPTS = ("box", "point", "box-and-point")
 @dataclass(frozen=True)
 class TrainOptions:
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. start: a checkpoint or zoo
-    name whose weights training starts from. learning_rate: the peak, after `warmup` steps and before a cosine to zero.
-    prompts, recognition, names_first, plain_first, telling, regions, jitter, words: see `Drawing`. processes: started
-    on this machine unless a launcher did it. save: steps between checkpoints to resume from. workers: processes that
-    prepare data.
+    name that training starts from, in place of [model]. learning_rate: the peak, after `warmup` steps and before a
+    cosine to zero. prompts, recognition, names_first, plain_first, telling, regions, jitter, words: see `Drawing`.
+    processes: started on this machine unless a launcher did it. save: steps between checkpoints to resume from.
+    workers: processes that prepare data.
     """
 
     steps: int = 1000

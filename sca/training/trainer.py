@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +35,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
     share of a step's images, and the first writes.
     """
     folder = Path(folder)
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
     torch.manual_seed(recipe.train.seed)
     model = load(recipe.train.start) if recipe.train.start else build(recipe.model)
     world = int(os.environ.get("WORLD_SIZE", 1))
