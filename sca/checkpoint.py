@@ -113,12 +113,17 @@ def locate(source: str | Path) -> Path:
 
 
 def stored(model: SegmentCaptioner) -> set[str]:
-    """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source."""
+    """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source.
+
+    Statistics and other buffers of a part that trains may have moved, so they are held, too.
+    """
     elsewhere = set()
     for part_name in ("encoder", "segmenter", "language_model"):
         part = getattr(model, part_name)
         if getattr(part, "checkpoint", None):
-            elsewhere |= {f"{part_name}.{name}" for name in part.state_dict()}
+            trains = any(parameter.requires_grad for parameter in part.parameters())
+            names = dict(part.named_parameters(remove_duplicate=False)) if trains else part.state_dict()
+            elsewhere |= {f"{part_name}.{name}" for name in names}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return set(model.state_dict()) - (elsewhere - trained)
 

@@ -13,6 +13,7 @@ class ZooEntry:
 
     name: str
     summary: str
+    parameters: int
     licence: str
     source: str
     checkpoint: str  # "package:folder/inside"

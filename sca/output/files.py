@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from sca.images import show
@@ -74,9 +75,9 @@ def open_folder(folder: Path) -> None:
     """Makes the folder and finds out, before anything is computed, whether files can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise unwritable(folder, error) from error
-    OutputFile(folder / "captions").drop()
 
 
 def unwritable(path: Path | str, error: OSError) -> OutputError:

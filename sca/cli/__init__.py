@@ -1,0 +1,91 @@
+"""The command line: thin over the library, quick to start, one clear line for every mistake.
+
+Exit status: 0 all done, 1 some images failed, 2 a mistake in what was asked, 130 interrupted, what is finished kept.
+Commands import what they need when they run; listing and help never import torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from sca.cli import caption, catalogue, data, evaluate, train
+from sca.cli.options import complain
+
+app = typer.Typer(
+    name="sca",
+    help="Segment and caption any region of any image, with parts chosen by name.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("list")(catalogue.list_names)
+app.command("show")(catalogue.show)
+app.command("caption")(caption.caption)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
+
+UsageError: Any = typer.BadParameter.__base__
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=catalogue.version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs one command and exits with its status."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of a caption still gets it
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status of one command.
+
+    ValueError is what the library raises for a person's mistake and OSError the system's word for what cannot be read
+    or written: both are one line. Any other is a defect and keeps its traceback, as all do under `python -X dev`.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("sca", list(arguments)) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as ended:
+        return ended.exit_code
+    except UsageError as error:
+        return _usage(error)
+    except KeyboardInterrupt:
+        complain("interrupted; what was finished is kept")
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        return 0
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        complain(_reason(error))
+        return 2
+
+
+def _usage(error: Any) -> int:
+    command = error.ctx.command_path if error.ctx else "sca"
+    message = error.format_message()
+    if message.startswith("Usage:"):  # nothing was asked
+        typer.echo(message, err=True)
+    else:
+        complain(f"{message} See: {command} --help")
+    return 2
+
+
+def _reason(error: Exception) -> str:
+    """Our own words; of the system's, its reason and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__

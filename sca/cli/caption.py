@@ -1,0 +1,284 @@
+"""`sca caption`: regions of pictures, in words and masks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sca.cli.options import DEVICES, complain, find_device, print_table, settle
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from sca_registry.contracts import Caption, Prompt
+
+    from sca.predictor import Predictor
+
+    Answers = Iterator[tuple[Path, Image, list[Caption]]]
+
+DEFAULT_MODEL = "sca-tiny"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def caption(
+    images: Annotated[list[str], typer.Argument(help="files, folders, or globs in quotes", metavar="IMAGE...")],
+    box: Annotated[list[str] | None, typer.Option(help="x1,y1,x2,y2 in image pixels; one region each")] = None,
+    point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; one region each")] = None,
+    region: Annotated[
+        list[str] | None, typer.Option(help="'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE': one region together")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="COCO JSON or JSONL with regions of many images")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
+    task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
+    model: Annotated[str, typer.Option(help="a zoo name or a checkpoint folder")] = DEFAULT_MODEL,
+    out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
+    format: Annotated[
+        str | None, typer.Option(help="any of jsonl,coco,png,html for --out  [default: jsonl]", show_default=False)
+    ] = None,
+    beams: Annotated[int | None, typer.Option(help="beam search of this width (default: the model's)", min=1)] = None,
+    words: Annotated[int | None, typer.Option(help="at most so many tokens a caption", min=1)] = None,
+    points: Annotated[
+        int | None, typer.Option(help="with --everything: points along each side of the grid", min=1, max=1000)
+    ] = None,
+    iou: Annotated[
+        float | None, typer.Option(help="with --everything: least predicted IoU of a mask", min=0, max=1)
+    ] = None,
+    stability: Annotated[
+        float | None, typer.Option(help="with --everything: least stability of a mask", min=0, max=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "float32",
+    batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
+) -> None:
+    """Captions regions of images: those you point at, or all that are found with --everything.
+
+    Prints a table, or writes --format to --out as well. Images that cannot be used are named; the others are done.
+    """
+    from sca.images import find_images, show
+    from sca.output import Writers
+
+    formats = _formats(format, out)
+    settle("task", task, ("caption", "recognition"))
+    settle("dtype", dtype, DTYPES)
+    requests = Requests(box or (), point or (), region or (), prompts)
+    thresholds = {"points": points, "iou": iou, "stability": stability}
+    _settle_regions(requests, everything, thresholds)
+    paths, problems = find_images(images)
+    failures = Failures(problems)
+    if not paths:
+        raise typer.Exit(failures.status)
+    requests.match(paths)
+    predictor = load_predictor(model, device, dtype, seed)
+    generation = _given({"beams": beams, "max_new_tokens": words})
+    if everything:
+        answers = _everything(predictor, _open(paths, failures), task, _given(thresholds), generation)
+    else:
+        asked = requests.of(_open(paths, failures), failures)
+        answers = _prompted(predictor, asked, batch, task, generation)
+    done = 0
+    with ExitStack() as outputs:
+        writers = None
+        if out:
+            writers = Writers.to_stream(sys.stdout, model) if out == "-" else Writers(out, formats, model)
+            outputs.enter_context(writers)
+        table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
+        for path, image, captions in answers:
+            for output in filter(None, (writers, table)):
+                output.add(path, image, captions)
+            if everything and not captions and not quiet:
+                complain(f"nothing found in {show(path)}; lower --iou or --stability, or raise --points")
+            done += 1
+        if not done:  # older files stay as they are
+            raise typer.Exit(failures.status)
+    if not quiet:
+        if model == DEFAULT_MODEL:
+            complain(f"the model is {DEFAULT_MODEL}, which knows drawn scenes only; choose another with --model")
+        for path in writers.paths.values() if writers else ():
+            complain(f"wrote {path}")
+        if failures.count:
+            complain(f"{done} of {done + failures.count} done")
+    raise typer.Exit(failures.status)
+
+
+def load_predictor(model: str, device: str, dtype: str, seed: int) -> Predictor:
+    """A predictor for a zoo name or a checkpoint folder."""
+    import torch
+
+    from sca.checkpoint import load
+    from sca.predictor import Predictor
+
+    torch.manual_seed(seed)
+    return Predictor(load(model, find_device(device), getattr(torch, dtype)))
+
+
+class Failures:
+    """Says what failed as soon as it does, and keeps the exit status: 1 for an image, 2 for what was asked of it."""
+
+    def __init__(self, images: Iterable[str] = ()):
+        self.count = 0
+        self.status = 0
+        for problem in images:
+            self.add(problem, status=1)
+
+    def add(self, problem: str, status: int) -> None:
+        complain(problem)
+        self.count += 1
+        self.status = max(self.status, status)
+
+
+class Requests:
+    """What is asked of each image: the regions of the flags, the same for all, or those of a prompts file."""
+
+    def __init__(self, boxes: Iterable[str], points: Iterable[str], regions: Iterable[str], file: Path | None):
+        from sca_registry.contracts import Prompt
+
+        from sca.prompts import parse_box, parse_point, parse_region, read_prompts
+
+        self.flags = [Prompt(box=parse_box(text)) for text in boxes]
+        self.flags += [Prompt(points=(parse_point(text),)) for text in points]
+        self.flags += [parse_region(text) for text in regions]
+        if self.flags and file:
+            raise ValueError("regions come from --prompts or from --box, --point and --region, not from both")
+        self.file = read_prompts(file) if file else None
+
+    def __bool__(self) -> bool:
+        return bool(self.flags) or self.file is not None
+
+    def match(self, paths: Sequence[Path]) -> None:
+        """Finds the images in the prompts file. Raises PromptError if a name could mean several."""
+        self.keys = self.file.match(paths) if self.file is not None else {}
+
+    def of(
+        self, opened: Iterable[tuple[Path, Image]], failures: Failures
+    ) -> Iterator[tuple[Path, Image, list[Prompt]]]:
+        """Each image with its checked prompts; one whose prompts do not fit is a failure."""
+        from sca.images import show
+        from sca.prompts import PromptError, check
+
+        for path, image in opened:
+            try:
+                yield path, image, [check(prompt, *image.size) for prompt in self._asked(path)]
+            except PromptError as error:
+                failures.add(f"{show(path)}: {error}", status=2)
+
+    def _asked(self, path: Path) -> list[Prompt]:
+        from sca.prompts import PromptError
+
+        if self.file is None:
+            return self.flags
+        if path not in self.keys:
+            raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
+        return self.file[self.keys[path]]
+
+
+class Table:
+    """A line a region, printed at the end, also of a run that is interrupted."""
+
+    def __init__(self) -> None:
+        from rich.table import Table as RichTable
+
+        self.table = RichTable(box=None, pad_edge=False, header_style="bold")
+        for column in ("image", "region", "caption", "score", "iou", "box"):
+            self.table.add_column(column, justify="right" if column in ("region", "score", "iou") else "left")
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.table.row_count:
+            print_table(self.table)
+
+    def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
+        from rich.text import Text
+
+        from sca.images import show
+
+        for each in captions:
+            box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
+            iou = "" if each.iou is None else f"{each.iou:.2f}"
+            cells = (show(path.name), str(each.region), each.text, f"{each.score:.2f}", iou, box)
+            self.table.add_row(*map(Text, cells))
+
+
+def _formats(format: str | None, out: str) -> tuple[str, ...]:
+    """The formats that are asked for, checked against where they shall go."""
+    from sca.output import FORMATS
+
+    if format is None:
+        return ("jsonl",)
+    formats = tuple(name.strip() for name in format.split(","))
+    for name in formats:
+        settle("format", name, FORMATS)
+    if not out:
+        raise ValueError(f"--format {format} needs --out: name a folder to write to")
+    if out == "-" and formats != ("jsonl",):
+        raise ValueError(f"--out - writes JSONL only: name a folder to write {format} to")
+    return formats
+
+
+def _settle_regions(requests: Requests, everything: bool, thresholds: dict[str, Any]) -> None:
+    """Raises ValueError unless regions are either given or to be found."""
+    if everything and requests:
+        raise ValueError("--everything finds its own regions: leave out --box, --point, --region and --prompts")
+    if everything:
+        return
+    given = [f"--{name}" for name in _given(thresholds)]
+    if given:
+        raise ValueError(f"{' and '.join(given)} can only be used with --everything")
+    if not requests:
+        raise ValueError(
+            "no region to caption: point with --box, --point, --region or --prompts, or find them with --everything"
+        )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _open(paths: Iterable[Path], failures: Failures) -> Iterator[tuple[Path, Image]]:
+    from sca.images import ImageError, open_image
+
+    for path in paths:
+        try:
+            image = open_image(path)
+        except ImageError as error:
+            failures.add(str(error), status=1)
+        else:
+            yield path, image
+
+
+def _prompted(
+    predictor: Predictor,
+    asked: Iterable[tuple[Path, Image, list[Prompt]]],
+    batch: int,
+    task: str,
+    generation: dict[str, Any],
+) -> Answers:
+    asked = iter(asked)
+    while several := list(islice(asked, batch)):
+        paths, images, requests = zip(*several, strict=True)
+        yield from zip(paths, images, predictor.describe_all(images, requests, task=task, **generation), strict=True)
+
+
+def _everything(
+    predictor: Predictor,
+    opened: Iterable[tuple[Path, Image]],
+    task: str,
+    thresholds: dict[str, Any],
+    generation: dict[str, Any],
+) -> Answers:
+    from sca_registry.spec import Everything
+
+    from sca.everything import caption_everything
+
+    options = Everything(**(predictor.model.spec.everything | thresholds))
+    for path, image in opened:
+        predictor.set_image(image)
+        yield path, image, caption_everything(predictor, task, options, **generation)

@@ -1,0 +1,154 @@
+"""`sca list` and `sca show`: what can be named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from sca_registry import REGISTRIES, registry
+
+from sca.cli.options import print_table
+
+
+def list_names(
+    kind: Annotated[str, typer.Argument(help="encoders, mixers, ..., models or recipes (default: all)")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+) -> None:
+    """What can be named.
+
+    Summary, source, licence, parameters, the distribution and version it comes from, and its state.
+    """
+    kinds = [_kind(kind)] if kind else [*REGISTRIES, *_OTHERS]
+    rows = [row for each in kinds for row in _rows(each)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("kind", "name", "summary", "parameters", "licence", "from", "state"):
+        table.add_column(column, overflow="fold", justify="right" if column == "parameters" else "left")
+    for row in rows:
+        count = row["parameters"]
+        state = row["state"] + (f": {row['reason']}" if row["reason"] else "")
+        origin = f"{row['distribution']} {row['version']}"
+        cells = (row["kind"], row["name"], row["summary"], f"{count:,}" if count else "", row["licence"], origin, state)
+        table.add_row(*map(Text, cells))
+    print_table(table)
+
+
+def show(
+    kind: Annotated[str, typer.Argument(help="singular or plural: mixer, encoders, model, recipe, ...")],
+    name: Annotated[str, typer.Argument()],
+) -> None:
+    """Everything that is known of one name: its facts and its options with their defaults."""
+    kind = _kind(kind)
+    if kind == "recipes":
+        from sca.training.recipe import recipe_text
+
+        typer.echo(recipe_text(name))
+        return
+    facts = _model(name) if kind == "models" else _part(kind, name)
+    options = facts.pop("options", {})
+    for key, value in facts.items():
+        if value not in (None, ""):
+            typer.echo(f"{key + ':':<14}{value}")
+    if options:
+        typer.echo("options:")
+        for option, value in options.items():
+            typer.echo(f"  {option} = {'(required)' if value is ... else value}")
+
+
+def version(asked: bool) -> None:
+    """For --version, which ends the command."""
+    if asked:
+        typer.echo(f"sca {_built_in()['version']}")
+        raise typer.Exit()
+
+
+def _kind(word: str) -> str:
+    """The plural of a kind. Raises RegistryError, with the closest, for a word that is none."""
+    from sca_registry.contracts import KINDS
+    from sca_registry.messages import unknown
+
+    plurals = {kind.singular: plural for plural, kind in KINDS.items()} | {"model": "models", "recipe": "recipes"}
+    plain = word.lower().replace("-", "_")
+    if plurals.get(plain, plain) not in plurals.values():
+        raise unknown(f"no kind of thing is called {word!r}", word, plurals.values())
+    return plurals.get(plain, plain)
+
+
+def _rows(kind: str) -> list[dict[str, Any]]:
+    return _OTHERS[kind]() if kind in _OTHERS else [_facts(entry) for entry in registry(kind).entries()]
+
+
+def _part(kind: str, name: str) -> dict[str, Any]:
+    """The facts of a part; one of this package is read and not imported, a plugin is tried."""
+    from sca_registry.plugins import BUILTIN
+    from sca_registry.source import written_options
+
+    parts = registry(kind)
+    entry = next((each for each in parts.entries() if each.name == name and each.distribution == BUILTIN), None)
+    options = written_options(entry.factory, bool(parts.kind.upstream or parts.kind.positional)) if entry else None
+    if entry is None or options is None:
+        return _facts(parts.describe(name))
+    return _facts(entry) | {"options": options | dict(entry.options)}
+
+
+def _facts(entry: Any) -> dict[str, Any]:
+    """An entry as plain JSON: options that are not are written as Python writes them."""
+    facts = asdict(entry)
+    facts["options"] = {key: _json_value(value) for key, value in facts["options"].items()}
+    return facts
+
+
+def _models() -> list[dict[str, Any]]:
+    from sca_registry import zoo
+
+    return [_model(name) for name in zoo.names()]
+
+
+def _model(name: str) -> dict[str, Any]:
+    from sca_registry import zoo
+
+    facts = asdict(zoo.get(name))
+    return {"name": facts.pop("name"), "kind": "model", **_built_in(), **facts}
+
+
+def _recipes() -> list[dict[str, Any]]:
+    import tomllib
+
+    from sca.training.recipe import recipe_names, recipe_text
+
+    tables = {name: tomllib.loads(recipe_text(name)) for name in recipe_names()}
+    return [
+        {
+            "name": name,
+            "kind": "recipe",
+            "summary": table.get("summary", ""),
+            "source": table.get("source", ""),
+            "licence": "Apache-2.0",
+            "parameters": None,
+            **_built_in(),
+        }
+        for name, table in tables.items()
+    ]
+
+
+def _built_in() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from sca_registry.plugins import BUILTIN
+
+    return {"distribution": BUILTIN, "version": version(BUILTIN), "state": "ok", "reason": ""}
+
+
+def _json_value(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | list | dict | None) or value is ... else repr(value)
+
+
+_OTHERS: dict[str, Callable[[], list[dict[str, Any]]]] = {"models": _models, "recipes": _recipes}

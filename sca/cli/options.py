@@ -1,0 +1,67 @@
+"""What commands share: choices that are checked, and words for the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = "cpu, cuda, cuda:1, mps"
+
+
+def settle(option: str, value: str, choices: Sequence[str]) -> None:
+    """Raises RegistryError, with the closest choice, unless the value is one of them."""
+    if value not in choices:
+        from sca_registry.messages import unknown
+
+        raise unknown(f"no {option} {value!r}", value, choices)
+
+
+def read_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """The `key=value` options of one part."""
+    from sca_registry.messages import RegistryError
+    from sca_registry.overrides import read_assignment
+
+    options = {}
+    for assignment in assignments:
+        path, value = read_assignment(assignment)
+        if len(path) > 1:
+            raise RegistryError(f"{assignment!r}: the options of a part have plain names, such as {path[-1]}=...")
+        options[path[0]] = value
+    return options
+
+
+def find_device(name: str) -> torch.device:
+    """Raises ValueError for a name that is no device, and for a device that is not here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a wrong name and for an absent device
+        reason = shorten(str(error).rstrip("."), 80, placeholder=" ...")
+        raise ValueError(f"no device {name!r} here ({reason}). Try one of: {DEVICES}") from error
+    return device
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"sca: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def print_table(table: Any) -> None:
+    """A rich table on standard output; where that is no terminal, lines are wide enough to be searched."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    with console.capture() as printed:
+        console.print(table)
+    typer.echo(printed.get(), nl=False)

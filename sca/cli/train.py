@@ -1,0 +1,45 @@
+"""`sca train`: a recipe, changed by `key=value`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a TOML file")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="e.g. train.steps=200 mixer.depth=3")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; the model is OUT/model")] = None,
+    resume: Annotated[bool, typer.Option(help="continue what an interrupted run left in OUT")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+) -> None:
+    """Trains a model; an interrupted run continues when the same command is given again."""
+    from sca.training.recipe import Recipe
+
+    plan = Recipe.read(recipe, changes or ())
+    folder = out or Path("runs") / plan.name
+    if plan.train.processes > 1 and "RANK" not in os.environ:
+        arguments = ["train", recipe, *(changes or ()), "--out", str(folder), "--resume" if resume else "--no-resume"]
+        raise typer.Exit(_start(plan.train.processes, arguments + ["--quiet"] * quiet))
+    from sca.training.trainer import train as run
+
+    first = os.environ.get("RANK", "0") == "0"
+    model = run(plan, folder, resume=resume, quiet=quiet)
+    if first:
+        typer.echo(model.freeze_report())
+        typer.echo(f"wrote {folder / 'model'}; use it with: sca caption IMAGE --model {folder / 'model'}")
+
+
+def _start(processes: int, arguments: list[str]) -> int:
+    """The same command in several processes of this machine, each with its share of the cores."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "sca"]
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return subprocess.run([sys.executable, *launcher, *arguments], env=environment, check=False).returncode

@@ -1,0 +1,242 @@
+"""What `sca caption` answers, and that every format can be read back."""
+
+import contextlib
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+KEYS = ["image", "width", "height", "region", "prompt", "box", "mask", "caption", "score", "iou", "model"]
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def captioned(shell, checkpoint):
+    """`captioned("a.png", ...)` gives the records of a run that must go well and say nothing else."""
+
+    def call(*arguments):
+        result = shell("caption", "--model", checkpoint, "--words", 3, "--out", "-", *arguments)
+        assert result.status == 0, result.err
+        assert result.err == []
+        return lines(result.out)
+
+    return call
+
+
+def coco(path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(path))
+
+
+# --- what is asked
+
+
+def test_each_flag_is_one_region_in_order(captioned, picture):
+    records = captioned(picture("a.png"), "--point", "5,6", "--box", "1,2,30,40", "--box", "0,0,9,9")
+    assert [list(record) for record in records] == [KEYS] * 3
+    assert [record["region"] for record in records] == [0, 1, 2]
+    asked = [{"box": [1, 2, 30, 40]}, {"box": [0, 0, 9, 9]}, {"points": [[5, 6, 1]]}]
+    assert [record["prompt"] for record in records] == asked
+    for record in records:
+        assert (record["image"], record["width"], record["height"]) == ("a.png", 64, 48)
+        assert record["mask"]["size"] == [48, 64]
+        assert 0 <= record["score"] <= 1
+        assert 0 <= record["iou"] <= 1
+
+
+def test_a_region_joins_box_points_and_mask_file(captioned, picture, here):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[5:20, 5:30] = 255
+    Image.fromarray(mask).save(here / "mask.png")
+    np.save(here / "mask.npy", mask > 0)
+    both = "box=1,1,40,40;point=3,3,1;point=4,4,0;mask=mask.png"
+    records = captioned(picture("a.png"), "--region", both, "--region", "mask=mask.npy", "--region", "point=9,9")
+    assert records[0]["prompt"]["box"] == [1, 1, 40, 40]
+    assert records[0]["prompt"]["points"] == [[3, 3, 1], [4, 4, 0]]
+    assert records[0]["prompt"]["mask"] == records[1]["prompt"]["mask"]
+    assert records[2]["prompt"] == {"points": [[9, 9, 1]]}
+
+
+def test_a_box_that_reaches_over_the_edge_is_cut_there(captioned, picture):
+    (record,) = captioned(picture("a.png"), "--box", "-1,-1,65,49")
+    assert record["box"] == [0, 0, 64, 48]
+
+
+def test_prompts_of_many_images_come_from_json_lines_and_from_coco(captioned, picture, here):
+    picture("in/a.png"), picture("in/b.png")
+    asked = [
+        {"image": "in/b.png", "points": [[4, 5, 1]]},
+        {"image": "in/a.png", "box": [1, 2, 9, 9]},
+        {"image": "in/a.png", "box": [3, 3, 9, 9]},
+    ]
+    (here / "asked.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in asked))
+    records = captioned("in", "--prompts", "asked.jsonl")
+    assert [(record["image"], record["region"]) for record in records] == [
+        ("in/a.png", 0),
+        ("in/a.png", 1),
+        ("in/b.png", 0),
+    ]
+    table = {
+        "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "a.png"}],
+        "annotations": [{"id": 1, "image_id": 7, "bbox": [1, 2, 8, 7]}],
+    }
+    (here / "asked.json").write_text(json.dumps(table))
+    (record,) = captioned("in", "--prompts", "asked.json")
+    assert (record["image"], record["box"]) == ("in/b.png", [1, 2, 9, 9])
+
+
+def test_what_was_written_can_be_asked_again(captioned, picture, shell, checkpoint, here):
+    first = captioned(picture("a.png"), "--box", "1,2,30,40", "--point", "5,6")
+    (here / "again.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in first))
+    assert captioned("a.png", "--prompts", "again.jsonl") == first
+
+
+def test_everything_finds_its_regions_and_can_find_none(captioned, shell, picture, checkpoint):
+    picture("a.png")
+    records = captioned("a.png", "--everything", "--points", 3, "--iou", 0, "--stability", 0)
+    assert records
+    assert all(record["mask"] and record["box"] for record in records)
+    result = shell("caption", "a.png", "--everything", "--points", 3, "--iou", 1, "--model", checkpoint)
+    assert result.status == 0
+    assert result.err == ["sca: nothing found in a.png; lower --iou or --stability, or raise --points"]
+
+
+def test_files_folders_and_patterns_are_found_and_a_picture_comes_once(captioned, picture):
+    for name in ("a.png", "in/b.png", "in/deep/c.jpg", "d.png"):
+        picture(name)
+    records = captioned("d.png", "in", "*.png", "./d.png", "in/b.png", "--box", "0,0,9,9")
+    assert [record["image"] for record in records] == ["d.png", "in/b.png", "in/deep/c.jpg", "a.png"]
+
+
+@pytest.mark.parametrize("name", ["two words.png", "new\nline.png", "日本 é.png", "[x]*.png", "'q\".png", "-dash.png"])
+def test_unusual_names_are_names(shell, checkpoint, picture, here, name):
+    picture(name)
+    arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--words", 2, "--out", "out", "--format"]
+    result = shell("caption", *arguments, "jsonl,coco,png,html", "--", name)
+    assert result.status == 0, result.err
+    (record,) = lines((here / "out/captions.jsonl").read_text())
+    assert record["image"] == name
+    assert coco("out/coco.json").loadImgs([1])[0]["file_name"] == name
+    assert len(list((here / "out").glob("*.captions.png"))) == 1
+
+
+def test_a_name_that_is_not_unicode_is_a_name(shell, checkpoint, picture, here):
+    picture("a.png")
+    os.rename("a.png", b"\xff.png")
+    arguments = ["--model", checkpoint, "--box", "0,0,9,9", "--out", "out", "--format", "jsonl,coco,png,html"]
+    result = shell("caption", ".", *arguments)
+    assert result.status == 0, result.err
+
+
+def test_pictures_of_every_shape_and_mode_are_captioned(captioned, here):
+    Image.new("RGB", (1, 1)).save(here / "1.png")
+    Image.new("RGB", (20000, 10)).save(here / "2.png")
+    Image.new("P", (9, 9)).save(here / "3.png")
+    Image.new("I;16", (9, 9)).save(here / "4.png")
+    Image.new("CMYK", (9, 9)).save(here / "5.jpg")
+    Image.new("RGBA", (9, 9)).save(here / "6.png")
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.new("RGB", (9, 5)).save(here / "7.jpg", exif=turned)
+    records = captioned(".", "--box", "0,0,1,1")
+    sizes = [(record["width"], record["height"]) for record in records]
+    assert sizes == [(1, 1), (20000, 10), (9, 9), (9, 9), (9, 9), (9, 9), (5, 9)]
+
+
+def test_the_number_of_images_in_a_batch_changes_nothing(captioned, picture):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(name, width=30 + ord(name[0]))
+    one, all_of_them = (captioned(".", "--box", "0,0,9,9", "--point", "4,4", "--batch", n) for n in (1, 8))
+    assert [record["caption"] for record in one] == [record["caption"] for record in all_of_them]
+    assert [record["mask"] for record in one] == [record["mask"] for record in all_of_them]
+
+
+def test_numbers_may_be_smaller(captioned, picture):
+    for dtype in ("bfloat16", "float16"):
+        assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--dtype", dtype)) == 1
+
+
+def test_more_words_than_the_model_has_room_for_are_not_said(captioned, picture):
+    assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--words", 5000)) == 1
+
+
+def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):
+    result = shell("caption", picture("a.png"), "--box", "0,0,9,9", "--model", maskless, "--out", "-")
+    (record,) = lines(result.out)
+    assert (record["mask"], record["iou"]) == (None, None)
+    assert record["box"] == [0, 0, 9, 9]
+
+
+# --- what is said and written
+
+
+def test_all_formats_read_back(shell, checkpoint, picture, here):
+    picture("a.png"), picture("in/a.png", 40, 80)
+    result = shell(
+        "caption", "a.png", "in", "--box", "1,2,30,40", "--point", "5,6", "--words", 3, "--model", checkpoint,
+        "--out", "out", "--format", "jsonl,coco,png,html",
+    )  # fmt: skip
+    assert result.status == 0
+    assert result.err == [
+        "sca: wrote out/captions.jsonl",
+        "sca: wrote out/coco.json",
+        "sca: wrote out",
+        "sca: wrote out/captions.html",
+    ]
+    assert result.out.splitlines()[0].split() == ["image", "region", "caption", "score", "iou", "box"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == [
+        "a-2.captions.png",
+        "a.captions.png",
+        "captions.html",
+        "captions.jsonl",
+        "coco.json",
+    ]
+    records = lines((here / "out/captions.jsonl").read_text())
+    read = coco("out/coco.json")
+    assert [(read.loadImgs([a["image_id"]])[0]["file_name"], a["region"]) for a in read.dataset["annotations"]] == [
+        (record["image"], record["region"]) for record in records
+    ]
+    for record, annotation in zip(records, read.dataset["annotations"], strict=True):
+        assert read.annToMask(annotation).shape == (record["height"], record["width"])
+        assert annotation["caption"] == record["caption"]
+    for name in ("a-2.captions.png", "a.captions.png"):
+        with Image.open(here / "out" / name) as drawn:
+            drawn.load()
+    page = (here / "out/captions.html").read_text()
+    assert page.count("<svg") == 2
+    assert "://" not in page.replace("http://www.w3.org", "")  # nothing to load
+
+
+def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
+    arguments = ["caption", picture("a.png"), "--box", "0,0,9,9", "--model", checkpoint, "--quiet"]
+    written = shell(*arguments, "--out", "out")
+    assert (written.out, written.err) == ("", [])
+    assert (here / "out/captions.jsonl").exists()
+    printed = shell(*arguments)  # the table is all there is
+    assert "a.png" in printed.out
+    assert printed.err == []
+
+
+def test_the_default_model_says_what_it_knows(shell, picture, monkeypatch, checkpoint):
+    from sca.cli import caption
+
+    load = caption.load_predictor
+    monkeypatch.setattr(caption, "load_predictor", lambda model, *rest: load(checkpoint, *rest))
+    result = shell("caption", picture("a.png"), "--box", "0,0,9,9")
+    assert result.err == ["sca: the model is sca-tiny, which knows drawn scenes only; choose another with --model"]
+
+
+def test_a_second_run_replaces_the_files_of_the_first(shell, checkpoint, picture, here):
+    for box in ("0,0,9,9", "1,1,5,5"):
+        arguments = ["--model", checkpoint, "--out", "out", "--format", "jsonl,coco"]
+        shell("caption", picture("a.png"), "--box", box, *arguments)
+    (record,) = lines((here / "out/captions.jsonl").read_text())
+    assert record["box"] == [1, 1, 5, 5]
+    assert len(coco("out/coco.json").getAnnIds()) == 1

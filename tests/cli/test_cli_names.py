@@ -1,0 +1,131 @@
+"""What can be named is told at once, without importing anything heavy."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = (
+    ["--help"],
+    ["--version"],
+    ["list"],
+    ["list", "--json"],
+    ["list", "models"],
+    ["list", "recipes"],
+    ["list", "encodrs"],
+    ["show", "encoder", "tiny-vit"],
+    ["show", "segmenter", "sam"],
+    ["show", "mixer", "query"],
+    ["show", "language-model", "tiny-gpt2"],
+    ["show", "dataset", "scenes"],
+    ["show", "metric", "class"],
+    ["show", "model", "sca-tiny"],
+    ["show", "recipe", "sca-tiny"],
+    *([command, "--help"] for command in ("list", "show", "caption", "train", "evaluate", "data")),
+    ["data", "export", "--help"],
+)
+PROBE = """
+import json, sys
+from sca.cli import run
+for command in json.loads(sys.argv[1]):
+    run(command)
+    heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+    assert not heavy, f"sca {' '.join(command)} imported {heavy}"
+"""
+
+
+def test_looking_around_imports_no_torch():
+    done = subprocess.run([sys.executable, "-c", PROBE, json.dumps(COMMANDS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "list"])
+def test_looking_around_is_quick(started, command):
+    start = time.perf_counter()
+    process = started(command)
+    process.communicate()
+    print(f"{time.perf_counter() - start:.2f} s for: sca {command}")
+    assert process.returncode == 0
+
+
+def test_every_command_tells_what_it_does(shell):
+    whole = shell("--help").out
+    for command in ("list", "show", "caption", "train", "evaluate", "data"):
+        assert f"\n  {command} " in whole
+        assert shell(command, "--help").status == 0
+
+
+def test_nothing_asked_is_answered_with_the_help(shell):
+    result = shell()
+    assert result.status == 2
+    assert result.err[0].startswith("Usage: sca")
+
+
+def test_the_module_is_the_command(started):
+    out, _ = started("--version").communicate()
+    assert out.startswith("sca ")
+
+
+def test_a_listing_has_what_a_chooser_wants(shell):
+    for kind in ("encoders", "segmenter", "language-models", "models", "recipes"):
+        rows = json.loads(shell("list", kind, "--json").out)
+        assert rows
+        for row in rows:
+            facts = {"name", "summary", "source", "licence", "parameters", "distribution", "version", "state"}
+            assert facts <= row.keys()
+            assert row["state"] == "ok"
+            assert row["summary"]
+
+
+def test_a_listing_of_everything_has_every_kind_and_every_name_a_line(shell):
+    rows = json.loads(shell("list", "--json").out)
+    assert {"encoder", "segmenter", "mixer", "language_model", "dataset", "metric", "model", "recipe"} <= {
+        row["kind"] for row in rows
+    }
+    table = shell("list").out
+    for row in rows:
+        assert row["name"] in table
+
+
+def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
+    lines = shell("show", "mixers", "query").out.splitlines()
+    assert "  queries = 8" in lines
+    assert not any("segmenter" in line for line in lines[lines.index("options:") :])
+    assert "  size = 128" in shell("show", "dataset", "scenes").out.splitlines()  # a constant of its module
+
+
+def test_a_shown_part_has_the_options_that_it_takes(shell):
+    import inspect
+
+    import sca_registry
+
+    for kind in ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics"):
+        registry = sca_registry.registry(kind)
+        for name in registry.names():
+            upstream = kind in ("segmenters", "mixers", "datasets")
+            taken = list(inspect.signature(registry.get(name)).parameters.values())[upstream:]
+            lines = shell("show", kind, name).out.splitlines()
+            shown = [line.strip() for line in lines[lines.index("options:") + 1 :]] if "options:" in lines else []
+            assert shown == [f"{each.name} = {each.default}" for each in taken]
+
+
+def test_a_typo_is_answered_with_the_closest_name(refused):
+    assert "Did you mean 'encoders'?" in refused(2, "list", "encodrs")
+    assert "Did you mean 'models'?" in refused(2, "list", "modles")
+    assert "Did you mean 'query'?" in refused(2, "show", "mixer", "qurey")
+    assert "Did you mean 'sca-tiny'?" in refused(2, "show", "model", "sca-tniy")
+    assert "Did you mean 'sca-tiny'?" in refused(2, "show", "recipe", "sca-tniy")
+    assert "Did you mean 'sca-tiny'?" in refused(2, "train", "sca-tniy")
+    assert "Did you mean 'steps'?" in refused(2, "train", "sca-tiny", "train.stesp=3")
+    assert "'caption'" in refused(2, "captoin", "a.png")
+
+
+def test_a_dataset_is_exported_and_a_mistake_leaves_nothing(shell, refused, here):
+    assert shell("data", "export", "scenes", "out", "count=2").status == 0
+    assert len(json.loads((here / "out" / "val.json").read_text())["images"]) == 2
+    assert "not an empty folder" in refused(2, "data", "export", "scenes", "out", "count=2")
+    assert "Did you mean 'coco'?" in refused(2, "data", "export", "scenes", "new", "--format", "cocoa")
+    assert "Did you mean 'count'?" in refused(2, "data", "export", "scenes", "new", "cuont=2")
+    assert [path.name for path in here.iterdir()] == ["out"]

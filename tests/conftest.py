@@ -1,0 +1,49 @@
+"""A small whole model for tests that need one, and a cache of what is known of parts that is not the user's."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+
+CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
+os.environ["SCA_CACHE"] = CACHE.name
+
+PARTS = {
+    "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
+    "segmenter": {"name": "sam", "depth": 1, "heads": 2, "mlp": 64},
+    "mixer": {"name": "query", "queries": 2, "depth": 1, "heads": 2, "mlp": 64},
+    "language_model": {"name": "tiny-gpt2", "width": 32, "depth": 1, "heads": 2, "positions": 40},
+    "task_tokens": 2,
+    "generation": {"max_new_tokens": 6},
+}
+
+
+@pytest.fixture
+def small():
+    """Builds a model of 64 pixels and width 32 with random weights, always the same; fields of the spec change it."""
+    from sca_registry.spec import ModelSpec
+
+    from sca.build import build
+
+    def make(seed=0, **fields):
+        torch.manual_seed(seed)
+        return build(ModelSpec.from_dict({**PARTS, **fields}))
+
+    return make
+
+
+@pytest.fixture
+def small_table():
+    """The table [model] of such a model, every part of which trains."""
+    trained = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
+    return {**PARTS, "trainable": trained}
+
+
+@pytest.fixture(scope="session")
+def scene():
+    """A drawn scene of 96 pixels with several regions."""
+    from sca.data.scenes import Scenes
+
+    scenes = Scenes("test", count=10, size=96)
+    return next(sample for sample in map(scenes.__getitem__, range(10)) if len(sample.regions) >= 4)
