@@ -1,0 +1,57 @@
+# make demo   installs the core into .venv, captions a picture three ways, and writes out/
+# make test   installs what the tests need into the same .venv, and runs them with reduced counts
+# CONTRIBUTING.md says what the others are for.
+
+PYTHON = python3
+BIN = .venv/bin
+SCA = $(BIN)/sca
+SCENE = examples/scene.png
+SHAPES = --box 370,434,448,512 --box 186,357,323,500 --box 15,270,99,354 --box 213,190,341,307 --box 52,356,190,494
+ALL = png,jsonl,coco,html
+TESTS = tests
+
+.PHONY: demo test test-all check picture results core dev clean
+.NOTPARALLEL:
+
+# Nothing of the shell's has a say in what is run.
+unexport PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PYTHONSTARTUP VIRTUAL_ENV
+unexport PYTEST_ADDOPTS PYTEST_PLUGINS MYPYPATH FORCE_COLOR COLUMNS
+
+demo: core
+	$(SCA) caption $(SCENE) $(SHAPES) --out out/boxes --format $(ALL)
+	$(SCA) caption $(SCENE) --point 409,473 --point 261,428 --point 121,425 --out out/points --format $(ALL)
+	$(SCA) caption $(SCENE) --everything --out out/everything --format $(ALL)
+	@echo "Captioned by boxes, by points and everything at once: open out/boxes/captions.html, and so on."
+
+test: dev
+	$(BIN)/python -m pytest $(TESTS)
+
+test-all: dev
+	$(BIN)/python -m pytest -m "" $(TESTS)
+
+check: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The picture in the README: a drawn scene that no model was trained on, and what the shipped model says of it.
+picture: core
+	rm -rf out/drawn
+	$(SCA) data export scenes out/drawn --split test --limit 1 size=512 seed=29
+	cp out/drawn/test/*.png $(SCENE)
+	$(SCA) caption $(SCENE) $(SHAPES) --out examples --format png
+
+# The table in the README, from what `sca evaluate` found.
+results: core
+	$(BIN)/python -m sca_bench.readme
+
+core: GROUP =
+dev: GROUP = dev
+core dev:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or newer." >&2; exit 1; }
+	@$(PYTHON) -I tools/environment.py $(GROUP)
+
+# What these commands made. Trained models in runs/ stay.
+clean:
+	rm -rf .venv out dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""Writes the README's table of results: `python -m sca_bench.readme [README.md] [benchmarks/results]`.
+
+Reads every JSON file of the folder, in the order of their names. A file holds what `sca evaluate ... --json` printed,
+or a list of several such reports:
+
+    {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt": "box", "images": 500, "regions": 1700,
+     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, ...}
+
+A report is a row; a column appears if some report has its score. What stood between the two markers is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+START, END = "<!-- results -->", "<!-- /results -->"
+COLUMNS = {
+    "attributes/all": "size, texture, colour and form all right",
+    "relations/right": "stated places right",
+    "class/count": "class right, by regions",
+    "class/area": "class right, by area",
+    "mask-iou/mean": "mask IoU",
+    "region-sensitivity/caption": "caption follows the prompt",
+    "region-sensitivity/recognition": "class follows the prompt",
+}
+SHARES = {name for name in COLUMNS if name != "mask-iou/mean"}
+
+
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """Every report of every JSON file. ValueError if a file holds anything else."""
+    reports = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text("utf-8"))
+        for report in found if isinstance(found, list) else [found]:
+            if not isinstance(report, dict) or "scores" not in report:
+                raise ValueError(f"{path} is not what `sca evaluate --json` prints, nor a list of it")
+            reports.append(report)
+    return reports
+
+
+def table(reports: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table: shares in percent, intersection over union in 0..1, and a dash where there is nothing."""
+    reports = list(reports)
+    shown = [name for name in COLUMNS if any(report["scores"].get(name) is not None for report in reports)]
+    rows = [["model", "images", "prompt", "regions", *(COLUMNS[name] for name in shown)]]
+    rows.append(["---"] * 3 + ["---:"] * (1 + len(shown)))
+    for report in reports:
+        images = f"{report['images']} of {report['dataset']} {report['split']}"
+        scores = [_cell(name, report["scores"].get(name)) for name in shown]
+        rows.append([report["model"], images, report["prompt"], str(report["regions"]), *scores])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
+
+
+def write(readme: Path, folder: Path) -> None:
+    """Puts the table of the folder's reports between the markers. ValueError if there is no report or no marker."""
+    reports = read_reports(folder)
+    if not reports:
+        raise ValueError(
+            f"no report in {folder}: write one with sca evaluate MODEL DATASET --json > {folder}/NAME.json"
+        )
+    text = readme.read_text("utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{readme} has no {START} with {END} behind it")
+    readme.write_text(f"{before}{start}\n{table(reports)}\n{end}{after}", "utf-8")
+
+
+def main(readme: str = "README.md", folder: str = "benchmarks/results") -> None:
+    try:
+        write(Path(readme), Path(folder))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
