@@ -40,6 +40,7 @@ class ImageFormat:
     fit: Literal["pad", "stretch"] = "pad"
 
 
+@dataclass
 class _Rows:
     """Row-wise operations for dataclasses whose tensors all have N rows."""
 

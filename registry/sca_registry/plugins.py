@@ -24,12 +24,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sca_registry.cards import Card, builtin_cards, check_factory, check_name, read_cards
 from sca_registry.messages import RegistryError
 
 if TYPE_CHECKING:
+    from email.message import Message
     from importlib.metadata import Distribution, EntryPoint
 
 API = "v1"
@@ -145,7 +146,7 @@ def _origin(distribution: Distribution) -> Origin:
     import hashlib
 
     record = f"{distribution.locate_file('')}\n{distribution.read_text('RECORD')}"
-    facts = distribution.metadata
+    facts = cast("Message", distribution.metadata)  # which it is; its stated type lacks `get`
     return Origin(
         name=facts["Name"],
         version=facts.get("Version", ""),

@@ -20,7 +20,7 @@ def written_options(factory: str, upstream: int) -> dict[str, Any] | None:
     found = find_spec(module)
     if found is None or not str(found.origin).endswith(".py"):
         return None
-    body = ast.parse(Path(found.origin).read_text("utf-8")).body
+    body = ast.parse(Path(str(found.origin)).read_text("utf-8")).body
     written = _definition(body, name)
     if isinstance(written, ast.ClassDef):
         alone = not (written.bases or written.keywords or written.decorator_list)
