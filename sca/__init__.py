@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from sca_registry.spec import Everything as Everything
     from sca_registry.spec import ModelSpec as ModelSpec
 
-    from sca.build import build as build
-    from sca.build import compose as compose
     from sca.checkpoint import load as load
     from sca.checkpoint import save as save
+    from sca.composition import build as build
+    from sca.composition import compose as compose
     from sca.everything import caption_everything as caption_everything
     from sca.images import open_image as open_image
     from sca.model import SegmentCaptioner as SegmentCaptioner
@@ -34,9 +34,9 @@ _WHERE = {
     "Processor": "sca.processing",
     "Prompt": "sca_registry.contracts",
     "SegmentCaptioner": "sca.model",
-    "build": "sca.build",
+    "build": "sca.composition",
     "caption_everything": "sca.everything",
-    "compose": "sca.build",
+    "compose": "sca.composition",
     "load": "sca.checkpoint",
     "open_image": "sca.images",
     "save": "sca.checkpoint",

@@ -24,7 +24,7 @@ from sca_registry import RegistryError, registry, zoo
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
 
-from sca.build import build, parts
+from sca.composition import build, parts
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner

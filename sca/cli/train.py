@@ -25,11 +25,17 @@ def train(
 
     plan = Recipe.read(recipe, changes or ())
     folder = out or Path("runs") / plan.name
-    if plan.train.processes > 1 and "RANK" not in os.environ:
-        arguments = ["train", recipe, *(changes or ()), "--out", str(folder), "--resume" if resume else "--no-resume"]
-        raise typer.Exit(_start(plan.train.processes, arguments + ["--quiet"] * quiet))
+    import torch
+
+    from sca.training.trainer import images_each, prepare
     from sca.training.trainer import train as run
 
+    processes = torch.cuda.device_count() or plan.train.processes
+    if processes > 1 and "RANK" not in os.environ:
+        images_each(plan.train, processes)
+        prepare(plan)  # so that a mistake is told once, and before anything is started
+        arguments = ["train", recipe, *(changes or ()), "--out", str(folder), "--resume" if resume else "--no-resume"]
+        raise typer.Exit(_start(processes, arguments + ["--quiet"] * quiet))
     first = os.environ.get("RANK", "0") == "0"
     model = run(plan, folder, resume=resume, quiet=quiet)
     if first:

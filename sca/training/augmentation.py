@@ -11,7 +11,7 @@ from sca_registry.contracts import Region, Sample
 
 from sca.masks import area, box_of, decode, encode
 
-SWAPPED = {"left": "right", "right": "left"}
+SWAPPED = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Augmentation:
 
 
 def flipped(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, list[Region]]:
-    """Mirrored left to right; "left" and "right" change places in the phrases."""
+    """Mirrored left to right; "left" and "right" change places in the phrases and in attributes that are text."""
 
     def mirrored(region: Region) -> Region:
         x1, y1, x2, y2 = region.box
@@ -57,10 +57,15 @@ def flipped(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, lis
             region,
             box=(image.width - x2, y1, image.width - x1, y2),
             mask=None if region.mask is None else encode(decode(region.mask)[:, ::-1]),
-            phrases=tuple(re.sub(r"\b(left|right)\b", lambda m: SWAPPED[m[0]], phrase) for phrase in region.phrases),
+            phrases=tuple(map(_swapped, region.phrases)),
+            attributes={k: _swapped(v) if isinstance(v, str) else v for k, v in region.attributes.items()},
         )
 
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [mirrored(region) for region in regions]
+
+
+def _swapped(text: str) -> str:
+    return re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: SWAPPED[found[0]], text)
 
 
 def cropped(region: Region, window: tuple[int, int, int, int], keep: float) -> Region | None:

@@ -103,7 +103,8 @@ class ExampleStream(torch.utils.data.Dataset):
         draw = np.random.default_rng([self.seed, 1, place])
         sample = self.dataset[int(self._order[1][index])]
         if self.augment:
-            sample = self.augment(sample, draw)
+            changed = self.augment(sample, draw)
+            sample = changed if changed.regions else sample  # a crop may have lost them all
         return self._example(sample, draw, place / self.length)
 
     def _example(self, sample: Sample, draw: np.random.Generator, progress: float) -> Example:
@@ -122,9 +123,7 @@ class ExampleStream(torch.utils.data.Dataset):
             masks.append(torch.zeros(side, side) if mask is None else self.processor.coverage(mask, frame))
         scale = torch.tensor(frame.scale)
         labels = {
-            name: torch.tensor(
-                [_place(values, r.attributes.get(name, r.name if name == "name" else None)) for r in regions]
-            )
+            name: torch.tensor([_place(values, _fact(r, name)) for r in regions], dtype=torch.long)
             for name, values in self.attributes.items()
         }
         kinds, shares = zip(*self.drawing.prompts.items(), strict=True)
@@ -220,6 +219,11 @@ def _jittered(box: Sequence[float], jitter: float, draw: np.random.Generator) ->
     x1, y1, x2, y2 = box
     sides = np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
     return (np.array(box) + draw.normal(size=4).clip(-2, 2) * jitter * sides).tolist()
+
+
+def _fact(region: Region, name: str) -> str | None:
+    """An attribute of the region; its class is the attribute "name"."""
+    return region.name if name == "name" else region.attributes.get(name)
 
 
 def _place(values: Sequence[str], value: str | None) -> int:

@@ -22,6 +22,7 @@ from sca_registry.spec import ModelSpec
 
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0}
 PROMPTS = ("box", "point", "box-and-point")
+COUNTS = ("steps", "images", "accumulate", "regions", "words", "processes", "save")  # of at least one
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class TrainOptions:
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. start: a checkpoint or zoo
     name that training starts from, in place of [model]. learning_rate: the peak, after `warmup` steps and before a
     cosine to zero. prompts, recognition, names_first, plain_first, telling, regions, jitter, words: see `Drawing`.
-    processes: started on this machine unless a launcher did it. save: steps between checkpoints to resume from.
-    workers: processes that prepare data.
+    processes: started on this machine unless a launcher did it; with GPUs, one for each instead. save: steps between
+    checkpoints to resume from. workers: processes that prepare data.
     """
 
     steps: int = 1000
@@ -85,6 +86,9 @@ class Recipe:
             if key not in (known := ("summary", "source", "model", "data", "train", "loss")):
                 raise unknown(f"a recipe has no {key!r}", key, known)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
+        for key in ("model", "data", "train", "loss"):
+            if not isinstance(table.get(key, {}), Mapping):
+                raise RegistryError(f"{key} of the recipe {name} is {table[key]!r}: give a table [{key}]")
         full = {
             "model": table.get("model", {}),
             "data": table.get("data", {}),
@@ -92,12 +96,14 @@ class Recipe:
             "loss": LOSSES | table.get("loss", {}),
         }
         full = override(full, assignments)
-        for known, given in ((defaults, full["train"]), (LOSSES, full["loss"])):
-            for key in given:
+        for section, known in (("train", defaults), ("loss", LOSSES)):
+            for key, value in full[section].items():
                 if key not in known:
-                    raise unknown(f"a recipe's [{'train' if known is defaults else 'loss'}] has no {key!r}", key, known)
-        for key, value in full["train"].items():
-            _check_type(key, value, defaults[key])
+                    raise unknown(f"a recipe's [{section}] has no {key!r}", key, known)
+                _check_type(f"{section}.{key}", value, known[key])
+        for key in COUNTS:
+            if full["train"][key] < 1:
+                raise RegistryError(f"train.{key} is {full['train'][key]}: give a whole number, 1 or more")
         for kind in full["train"]["prompts"]:
             if kind not in PROMPTS:
                 raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
@@ -138,4 +144,4 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     wanted = (int, float) if isinstance(default, float) else Mapping if isinstance(default, Mapping) else type(default)
     if not isinstance(value, wanted) or isinstance(value, bool):
         names = {int: "a whole number", str: "text", Mapping: "a table"}
-        raise RegistryError(f"train.{key} is {value!r}: give {names.get(wanted, 'a number')}")
+        raise RegistryError(f"{key} is {value!r}: give {names.get(wanted, 'a number')}")

@@ -18,14 +18,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sca.build import build
 from sca.checkpoint import load, save
+from sca.composition import build
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
 from sca.training.augmentation import Augmentation
 from sca.training.auxiliary import AttributeHead
 from sca.training.examples import Drawing, ExampleStream, Mixture, collate
-from sca.training.recipe import Recipe
+from sca.training.recipe import Recipe, TrainOptions
 
 
 def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool = False) -> SegmentCaptioner:
@@ -37,15 +37,8 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
     folder = Path(folder)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
     torch.manual_seed(recipe.train.seed)
-    model = load(recipe.train.start) if recipe.train.start else build(recipe.model)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    options = recipe.train
-    share = options.images // (world * options.accumulate)
-    if share * world * options.accumulate != options.images:
-        raise RegistryError(
-            f"train.images={options.images} is no multiple of {world} processes x train.accumulate={options.accumulate}"
-        )
-    stream, attributes = _stream(recipe, model)
+    share = images_each(recipe.train, int(os.environ.get("WORLD_SIZE", 1)))
+    model, stream, attributes = prepare(recipe)
     lesson = Lesson(model, recipe.loss, attributes)
     trainer = CaptionTrainer(
         model=lesson,
@@ -59,6 +52,26 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
     if trainer.is_world_process_zero():
         save(model.eval(), folder / "model")
     return model
+
+
+def images_each(options: TrainOptions, processes: int) -> int:
+    """How many images each process sees at a time. Raises RegistryError if a step's images cannot be shared out."""
+    parts = processes * options.accumulate
+    if options.images % parts:
+        raise RegistryError(
+            f"train.images={options.images} is no multiple of {processes} processes x "
+            f"train.accumulate={options.accumulate}"
+        )
+    return options.images // parts
+
+
+def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, dict[str, tuple[str, ...]]]:
+    """The model to train, the examples, and the attributes that the auxiliary loss names.
+
+    Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
+    """
+    model = load(recipe.train.start) if recipe.train.start else build(recipe.model)
+    return model, *_stream(recipe, model)
 
 
 class Lesson(nn.Module):
@@ -107,6 +120,9 @@ class CaptionTrainer(Trainer):
         """Written under another name first, so that a kill never leaves half a checkpoint to resume from."""
         final = Path(self.args.output_dir)
         draft = final / "draft"
+        if self.args.should_save:
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
         self.args.output_dir = str(draft)
         try:
             super()._save_checkpoint(model, trial)
@@ -114,9 +130,10 @@ class CaptionTrainer(Trainer):
             self.args.output_dir = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            earlier = list(final.glob("checkpoint-*"))
+            earlier = set(final.glob("checkpoint-*"))
             for written in draft.glob("checkpoint-*"):
-                os.replace(written, final / written.name)
+                shutil.rmtree(final / written.name, ignore_errors=True)  # of a run that was not to be resumed
+                earlier.discard(written.rename(final / written.name))
             for old in earlier:
                 shutil.rmtree(old)
             shutil.rmtree(draft)
