@@ -1,0 +1,448 @@
+"""Every registered part keeps the promises of its kind, and a part that breaks one is told which."""
+
+import json
+
+import numpy as np
+import pytest
+import sca_registry
+import torch
+from PIL import Image
+from sca_registry import REGISTRIES, RegistryError
+from sca_registry.contracts import KINDS, ImageFormat, Region, Sample
+from torch import nn
+
+from sca.conformance import PROMISES, check
+from sca.data.scenes import Scenes
+from sca.encoders.tiny_vit import TinyVit
+from sca.language_models.tiny_gpt2 import TinyGpt2
+from sca.mixers.query import QueryMixer
+from sca.segmenters.box import BoxSegmenter
+from sca.segmenters.sam import SamSegmenter
+
+ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics")
+SMALL = {  # options that make a part small, and others worth trying; a name that is not here is tried as it is
+    "tiny-vit": [{"size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}],
+    "sam": [{"depth": 1, "mlp": 64}, {"depth": 1, "mlp": 64, "width": 48}],
+    "box": [{}, {"width": 48}],
+    "query": [{"depth": 1, "mlp": 64}, {"depth": 1, "mlp": 64, "pooled": True}],
+    "tiny-gpt2": [{"width": 32, "depth": 1}],
+    "scenes": [{"split": split, "count": 6, "size": 64} for split in ("train", "test")],
+}
+PARTS = [
+    pytest.param(kind, name, options, id=f"{name}-{number}")
+    for kind in ON_TRIAL
+    for name in REGISTRIES[kind].names()
+    for number, options in enumerate(SMALL.get(name, [{}]))
+    if name != "coco"  # it reads files: see below
+]
+
+
+def broken(findings):
+    return {finding.check: finding.found for finding in findings if not finding.passed}
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), PARTS)
+def test_every_registered_part_keeps_its_promises(kind, name, options):
+    findings = check(kind, name, **options)
+    assert len(findings) == sum(kind in each.kinds for each in PROMISES)
+    assert broken(findings) == {}
+
+
+def test_a_folder_in_the_layout_of_coco_keeps_the_promises_of_a_dataset(tmp_path):
+    (tmp_path / "val").mkdir()
+    for number in (1, 2):
+        Image.fromarray(np.full((30, 40, 3), number, np.uint8)).save(tmp_path / "val" / f"{number}.png")
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 30} for n in (1, 2)],
+        "categories": [{"id": 1, "name": "car"}],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": n,
+                "category_id": 1,
+                "bbox": [3, 4, 20, 10],
+                "segmentation": [[3, 4, 23, 4, 23, 14, 3, 14]],
+            }
+            for n in (1, 2)
+        ],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    assert broken(check("dataset", "coco", split="val", root=str(tmp_path))) == {}
+
+
+def test_a_segmenter_that_draws_its_prompts_keeps_them_too_but_for_an_embedding_that_it_has_no_use_for():
+    findings = broken(check("segmenter", "sam", depth=1, mlp=64, drawn=True))
+    reason = "no gradient reaches prompt_encoder.no_mask_embed.weight"
+    assert findings in ({}, {"gradients-reach-what-trains": reason})
+
+
+def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_written():
+    assert {kind for each in PROMISES for kind in each.kinds} == set(KINDS)
+    for finding in check("mixer", "query", depth=1, mlp=32):
+        assert finding.expected.endswith("."), finding
+        assert finding.written.startswith(("sca_registry.", "sca."))
+
+
+# --- parts that are wrong on purpose --------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    image = ImageFormat(size=32)
+    channels, stride, default_segmenter, checkpoint = 8, 8, "box", None
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 8, 8)
+
+    def forward(self, pixels):
+        return self.layer(pixels)
+
+
+class NamelessEncoder(Encoder):
+    default_segmenter = property()
+
+
+class OddSize(Encoder):
+    image = ImageFormat(size=36)
+
+
+class Padded(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 8, 8, padding=4)
+
+
+class Neighbourly(Encoder):
+    def forward(self, pixels):
+        return self.layer(pixels) + pixels.mean()
+
+
+class Ordered(Encoder):
+    def forward(self, pixels):
+        return self.layer(pixels) * (1 + torch.arange(len(pixels)).to(pixels).view(-1, 1, 1, 1))
+
+
+class Restless(Encoder):
+    def forward(self, pixels):
+        return nn.functional.dropout(self.layer(pixels), 0.1)
+
+
+class Learning(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, pixels):
+        self.seen += 1
+        return self.layer(pixels)
+
+
+class Scribbling(Encoder):
+    def forward(self, pixels):
+        return self.layer(pixels.mul_(1.0001))
+
+
+class Single(Encoder):
+    def forward(self, pixels):
+        return self.layer(pixels).float()
+
+
+class Idle(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
+class Forgetful(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.offset = torch.randn(8, 1, 1)
+
+    def forward(self, pixels):
+        return self.layer(pixels) + self.offset.to(pixels)
+
+
+class Allocating(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.layer.bias = nn.Parameter(torch.zeros(8, device="cpu"))
+
+
+class Constant(Encoder):
+    def forward(self, pixels):
+        return self.layer(torch.zeros_like(pixels))
+
+
+class Padding(BoxSegmenter):
+    """Fills the regions of an image up to the most of any image, and averages over them."""
+
+    def forward(self, features, prompts, multimask=True):
+        found = super().forward(features, prompts, multimask)
+        found.tokens = found.tokens + found.tokens.mean(0)
+        return found
+
+
+class SmallSam(SamSegmenter):
+    def __init__(self, encoder):
+        super().__init__(encoder, depth=1, mlp=32)
+
+
+class OtherBoxes(SmallSam):
+    def forward(self, features, prompts, multimask=True):
+        found = super().forward(features, prompts, multimask)
+        found.boxes = found.boxes + 1
+        return found
+
+
+class Boastful(BoxSegmenter):
+    gives = ("masks", "boxes")
+
+
+class ManyMasks(SmallSam):
+    def forward(self, features, prompts, multimask=True):
+        return super().forward(features, prompts)
+
+
+class Deaf(BoxSegmenter):
+    def code(self, coordinates):
+        return super().code(torch.zeros_like(coordinates))
+
+
+class CountsPadding(SmallSam):
+    def loss(self, regions, targets):
+        targets.valid = torch.ones_like(targets.valid)
+        return super().loss(regions, targets)
+
+
+class Cut(SmallSam):
+    def forward(self, features, prompts, multimask=True):
+        return super().forward(features.detach(), prompts, multimask)
+
+
+class Greedy(QueryMixer):
+    needs = ()
+
+    def __init__(self, segmenter, **options):
+        super().__init__(segmenter, pooled=True, depth=1, mlp=32)
+
+
+class Gridless(QueryMixer):
+    uses_grid = False
+
+    def __init__(self, segmenter):
+        super().__init__(segmenter, depth=1, mlp=32)
+
+
+class Blind(QueryMixer):
+    def __init__(self, segmenter):
+        super().__init__(segmenter, depth=1, mlp=32)
+
+    def forward(self, regions):
+        return self.tokens.weight.expand(len(regions), -1, -1)
+
+
+class TooMany(QueryMixer):
+    def __init__(self, segmenter):
+        super().__init__(segmenter, depth=1, mlp=32)
+
+    def forward(self, regions):
+        return super().forward(regions)[:, 1:]
+
+
+class Small(TinyGpt2):
+    def __init__(self):
+        super().__init__(width=32, depth=1)
+
+
+class Clairvoyant(Small):
+    def hidden(self, embeddings, mask):
+        return super().hidden(embeddings, mask) + embeddings.roll(-1, 1)
+
+
+class SeesPadding(Small):
+    def hidden(self, embeddings, mask):
+        return super().hidden(embeddings, mask) + 0.1 * embeddings.mean(1, keepdim=True)
+
+
+class Scaled(Small):
+    def embed(self, ids):
+        return super().embed(ids) * 2
+
+
+class CountsPrefix(Small):
+    def generate(self, prefix, max_new_tokens, **generation):
+        return super().generate(prefix, max_new_tokens + prefix.shape[1], **generation)
+
+
+class Unlikely(Small):
+    def generate(self, prefix, max_new_tokens, **generation):
+        found = super().generate(prefix, max_new_tokens, **generation)
+        return found._replace(scores=found.scores * 2)
+
+
+class Freezing(Small):
+    def adapt(self, **how):
+        super().adapt(**how)
+        self.model.transformer.wte.requires_grad_(False)
+
+
+class Endless(Small):
+    def __init__(self):
+        super().__init__()
+        ends = self.tokenizer.encode
+        self.tokenizer.encode = lambda text, limit=None: ends(text, limit)[:-1] or [self.tokenizer.eos]
+
+
+class Beginning(Small):
+    def __init__(self):
+        super().__init__()
+        plain = self.tokenizer.encode
+        self.tokenizer.encode = lambda text, limit=None: [7, *plain(text, limit)]
+
+
+class Chatty(Small):
+    def __init__(self):
+        super().__init__()
+        decode, end = self.tokenizer.decode, self.tokenizer.eos
+        self.tokenizer.decode = lambda ids: decode([word for word in ids if word != end])
+
+
+class Drawn:
+    def __init__(self, split):
+        self.scenes = Scenes(split, count=4, size=64)
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, index):
+        return self.change(self.scenes[index])
+
+    def change(self, sample):
+        return sample
+
+
+def each_region(change):
+    """A dataset whose every region is `change(region)`."""
+
+    class Changed(Drawn):
+        def change(self, sample):
+            return sample._replace(regions=tuple(change(region) for region in sample.regions))
+
+    return Changed
+
+
+def by_width(region):
+    x1, y1, x2, y2 = region.box
+    return Region(region.id, (x1, y1, x2 - x1, y2 - y1), region.mask, region.name)
+
+
+class Grey(Drawn):
+    def change(self, sample):
+        return sample._replace(image=sample.image.convert("L"))
+
+
+class Unending(Drawn):
+    def __getitem__(self, index):
+        return self.scenes[index % 4]
+
+
+class Shuffled(Drawn):
+    def __getitem__(self, index):
+        sample = self.scenes[index]
+        return Sample(sample.image, sample.image_id, tuple(sample.regions[i] for i in torch.randperm(2).tolist()))
+
+
+class Refuses:
+    def __init__(self):
+        raise OSError("no weights here")
+
+
+MUTANTS = [
+    ("encoder", Refuses, "builds"),
+    ("encoder", NamelessEncoder, "attributes"),
+    ("encoder", OddSize, "image-format"),
+    ("encoder", Padded, "output-shape"),
+    ("encoder", Neighbourly, "alone-as-together"),
+    ("encoder", Ordered, "order-is-free"),
+    ("encoder", Restless, "eval-is-deterministic"),
+    ("encoder", Learning, "eval-changes-nothing"),
+    ("encoder", Scribbling, "eval-changes-nothing"),
+    ("encoder", Single, "dtype-is-kept"),
+    ("encoder", Idle, "gradients-reach-what-trains"),
+    ("encoder", Forgetful, "reloads-equal"),
+    ("encoder", Allocating, "builds-on-meta"),
+    ("encoder", Constant, "features-follow-the-image"),
+    ("segmenter", Padding, "alone-as-together"),
+    ("segmenter", OtherBoxes, "given-boxes-are-kept"),
+    ("segmenter", Boastful, "gives-what-it-says"),
+    ("segmenter", ManyMasks, "one-mask-when-asked"),
+    ("segmenter", Deaf, "prompts-are-heard"),
+    ("segmenter", CountsPadding, "loss-counts-only-truth"),
+    ("segmenter", Cut, "gradients-pass-upstream"),
+    ("mixer", Greedy, "needs-no-more-than-it-says"),
+    ("mixer", Gridless, "uses-grid-is-true"),
+    ("mixer", Blind, "regions-are-told-apart"),
+    ("mixer", TooMany, "queries-shape"),
+    ("language model", Clairvoyant, "later-words-are-unseen"),
+    ("language model", SeesPadding, "alone-as-together"),
+    ("language model", Scaled, "agrees-with-transformers"),
+    ("language model", CountsPrefix, "generates-new-words-only"),
+    ("language model", Unlikely, "generates-the-likeliest-word"),
+    ("language model", Freezing, "adapts-gently"),
+    ("language model", Endless, "words-end-and-do-not-begin"),
+    ("language model", Beginning, "words-end-and-do-not-begin"),
+    ("language model", Chatty, "words-come-back"),
+    ("dataset", Grey, "samples"),
+    ("dataset", Shuffled, "samples-are-fixed"),
+    ("dataset", Unending, "the-end-is-an-index-error"),
+    ("dataset", each_region(by_width), "boxes-lie-in-the-image"),
+    ("dataset", each_region(lambda r: Region(r.id, (0, 0, 2, 2), r.mask, r.name)), "boxes-contain-masks"),
+    ("dataset", each_region(lambda r: Region(r.id, r.box, r.mask)), "regions-have-words"),
+]
+
+
+@pytest.mark.parametrize(("kind", "factory", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name):
+    findings = broken(check(kind.replace(" ", "_"), factory))
+    assert name in findings, findings
+
+
+@pytest.mark.parametrize(("kind", "sound"), [("encoder", Encoder), ("language_model", Small), ("dataset", Drawn)])
+def test_what_the_mutants_are_made_of_is_sound(kind, sound):
+    assert broken(check(kind, sound)) == {}
+
+
+# --- the kit itself -------------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_cannot_be_built_has_one_finding_with_the_reason():
+    (finding,) = check("encoders", Refuses)
+    assert "no weights here" in finding.found
+    assert "no weights here" in str(finding)
+
+
+def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
+    class Fails(TinyVit):
+        def forward(self, pixels):
+            raise RuntimeError("out of chalk")
+
+    findings = {finding.check: finding for finding in check("encoder", Fails, size=64)}
+    assert "out of chalk" in findings["output-shape"].found
+    assert findings["image-format"].passed
+
+
+def test_an_unknown_kind_is_refused_and_an_unknown_name_is_a_finding():
+    with pytest.raises(RegistryError, match="no kind of part"):
+        check("encodr", "tiny-vit")
+    (finding,) = check("encoder", "tiny-vitt")
+    assert "Did you mean 'tiny-vit'" in finding.found
+
+
+def test_a_check_leaves_the_random_state_as_it_was():
+    before = torch.random.get_rng_state()
+    check("mixer", "query", depth=1, mlp=32)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_promise_for_all_kinds_reaches_plugins_that_compute_nothing():
+    assert [finding.check for finding in check("metric", sca_registry.metrics.get("class"))] == ["builds", "attributes"]

@@ -1,0 +1,265 @@
+"""A checkpoint holds what was trained, loads to the last bit or says why not, and survives a kill at any moment."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sca.checkpoint import SPEC, WEIGHTS, CheckpointError, load, save, stored
+from sca.predictor import Predictor
+
+
+def batch_of(model):
+    draw = torch.Generator().manual_seed(4)
+    side = model.encoder.image.size
+    return torch.randn(2, 3, side, side, generator=draw)
+
+
+def same_tensors(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def saved(small, tmp_path):
+    model = small(seed=3)
+    return model, save(model, tmp_path / "model")
+
+
+def edit(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def test_a_reloaded_model_gives_the_same_answers_to_the_last_bit(saved):
+    model, folder = saved
+    again = load(folder)
+    assert same_tensors(model, again)
+    assert torch.equal(model.encode(batch_of(model)), again.encode(batch_of(model)))
+    assert again.spec == model.spec
+    assert not again.training
+
+
+def test_captions_of_a_reloaded_model_are_equal(saved, scene):
+    model, folder = saved
+    boxes = [region.box for region in scene.regions]
+    answers = []
+    for each in (model, load(folder)):
+        predictor = Predictor(each)
+        predictor.set_image(scene.image)
+        answers.append(predictor.predict(boxes=boxes))
+    assert answers[0] == answers[1]
+
+
+def test_lora_and_its_frozen_base_are_reloaded(small, tmp_path):
+    model = small(trainable=["lora", "mixer"], lora=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert same_tensors(model, load(save(model, tmp_path / "model")))
+
+
+def test_a_part_with_weights_of_its_own_is_not_stored_but_for_what_trains(small):
+    model = small(trainable=["mixer", "projection", "lora"], lora=2)
+    assert stored(model) == set(model.state_dict())
+    model.encoder.checkpoint = model.language_model.checkpoint = "somewhere/else"
+    names = stored(model)
+    assert not any(name.startswith("encoder.") for name in names)
+    assert {name for name in names if name.startswith("language_model.")} == {
+        name for name in model.state_dict() if "lora_" in name
+    }
+    assert {name for name in model.state_dict() if name.startswith(("segmenter.", "mixer."))} <= names
+
+
+def test_statistics_of_a_trained_part_are_stored_though_its_weights_came_from_elsewhere(small):
+    model = small(trainable=["encoder"])
+    model.encoder.checkpoint = "somewhere/else"
+    assert {name for name in model.state_dict() if name.startswith("encoder.")} <= stored(model)
+
+
+def test_half_precision_on_disk_loads_as_what_was_asked_for(saved, tmp_path):
+    model, _ = saved
+    folder = save(model, tmp_path / "half", dtype=torch.bfloat16)
+    weights = load_file(folder / WEIGHTS)
+    floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floating} == {torch.bfloat16}
+    again = load(folder, dtype=torch.float32)
+    assert torch.equal(again.task_tokens, model.task_tokens.bfloat16().float())
+
+
+# --- what does not fit is refused by name ---------------------------------------------------------------------------
+
+
+def test_a_missing_tensor_is_named(saved):
+    _, folder = saved
+    edit(folder, lambda tensors: tensors.pop("mixer.tokens.weight"))
+    with pytest.raises(CheckpointError, match=r"missing mixer\.tokens\.weight; unexpected nothing"):
+        load(folder)
+
+
+def test_an_unexpected_tensor_is_named(saved):
+    _, folder = saved
+    edit(folder, lambda tensors: tensors.update({"mixer.extra": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"missing nothing; unexpected mixer\.extra"):
+        load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(saved):
+    _, folder = saved
+    edit(folder, lambda tensors: tensors.update({"task_tokens": torch.zeros(2, 9, 32)}))
+    with pytest.raises(CheckpointError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json asks for \(2, 2, 32\)"):
+        load(folder)
+
+
+def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
+    _, folder = saved
+    spec = json.loads((folder / SPEC).read_text())
+    spec["mixer"]["depth"] = 2
+    (folder / SPEC).write_text(json.dumps(spec))
+    with pytest.raises(CheckpointError, match=r"missing mixer\.transformer\.layers\.1"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (SPEC, None, "has no spec.json"),
+        (SPEC, b"{", "not JSON"),
+        (WEIGHTS, None, "has no weights.safetensors"),
+        (WEIGHTS, b"\x10\0\0\0\0\0\0\0{", "is broken"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_the_file_that_is_wrong(saved, file, content, message):
+    _, folder = saved
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_no_such_model_names_the_zoo(tmp_path):
+    with pytest.raises(CheckpointError, match="sca-tiny"):
+        load(tmp_path / "nothing")
+
+
+# --- a kill at any moment -------------------------------------------------------------------------------------------
+
+SAVING_AND_DYING = """
+import os, random, signal, sys, time
+import torch
+from conftest import PARTS
+from sca_registry.spec import ModelSpec
+from sca.composition import build
+from sca.checkpoint import load, save
+
+folder, kills = sys.argv[1], int(sys.argv[2])
+model, draw = build(ModelSpec.from_dict(PARTS)), random.Random(7)
+
+def saved(number):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(number)
+    save(model, folder)
+
+def found():
+    "The number of the checkpoint, every tensor of which holds the same."
+    (number,) = {value for each in load(folder).parameters() for value in each.detach().unique().tolist()}
+    return number
+
+start = time.perf_counter()
+saved(0)
+once = time.perf_counter() - start
+for kill in range(kills):
+    start = found()
+    pid = os.fork()
+    if pid == 0:
+        number = start
+        while True:
+            number += 1
+            saved(number)
+    time.sleep(draw.uniform(0, 3) * once)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    assert found() >= start
+print("whole after every kill, saves:", found())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("kills", [10, pytest.param(300, marks=pytest.mark.all)])
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills):
+    """One process saves over and over and is killed at random moments, and another loads what is left."""
+    tests = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SAVING_AND_DYING, str(tmp_path / "model"), str(kills)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "whole after every kill" in ended.stdout
+    assert not ended.stdout.rstrip().endswith(" 0.0"), "no save ever came to its end"
+
+
+def whole(folder):
+    """A checkpoint that loads, with all its numbers from one and the same save."""
+    return len({value for each in load(folder).parameters() for value in each.detach().unique().tolist()}) == 1
+
+
+class Killed(BaseException):
+    """Nothing runs after a kill: no `finally` may help."""
+
+
+def test_a_kill_before_any_step_of_a_save_leaves_a_whole_checkpoint_that_can_be_saved_over(
+    small, tmp_path, monkeypatch
+):
+    """The n-th change of the disk, and all that would come after it, do not happen: for every n there is."""
+    folder, model = tmp_path / "model", small()
+    for moment in itertools.count():
+        save(filled(model, 1.0), folder)
+        changes = itertools.count()
+
+        def dies(function, left=moment, changes=changes):
+            def change(*arguments, **options):
+                if next(changes) >= left:
+                    raise Killed
+                return function(*arguments, **options)
+
+            return change
+
+        filled(model, 2.0)
+        with monkeypatch.context() as patch:
+            for name in ("rename", "mkdir", "fsync", "unlink", "rmdir"):
+                patch.setattr(os, name, dies(getattr(os, name)))
+            try:
+                save(model, folder)
+                break
+            except Killed:
+                pass
+        assert whole(folder), moment
+    assert moment > 10
+    assert float(load(folder).task_tokens.detach().max()) == 2.0
+
+
+def filled(model, number):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(number)
+    return model
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_half_written(saved, tmp_path, monkeypatch):
+    model, folder = saved
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sca.checkpoint._sync", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            save(model, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert same_tensors(model, load(folder))

@@ -1,0 +1,13 @@
+"""What `sca` offers by name is what it says, whatever was imported before."""
+
+import types
+
+import sca
+import sca.checkpoint
+import sca.predictor
+
+
+def test_no_module_hides_behind_a_public_name():
+    offered = {name: getattr(sca, name) for name in sca.__all__ for _ in range(2)}
+    assert not [name for name, value in offered.items() if isinstance(value, types.ModuleType)]
+    assert sca.build(sca.ModelSpec.parse("tiny-vit+query+tiny-gpt2"), device="meta").task_tokens.is_meta

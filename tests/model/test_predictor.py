@@ -1,0 +1,229 @@
+"""An image is encoded once, however often it is pointed at; everything mode writes captions for what is left only."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sca_registry.contracts import Prompt
+from sca_registry.spec import Everything
+
+from sca.everything import caption_everything
+from sca.masks import box_of, decode
+from sca.predictor import Predictor
+
+
+@pytest.fixture
+def counted(small, monkeypatch):
+    """A predictor, and how often each stage was called, with how many rows."""
+
+    def make(regions=64, **fields):
+        model = small(**fields)
+        calls = {}
+
+        def watch(owner, name, rows):
+            stage = getattr(owner, name)
+
+            def called(*arguments, **options):
+                calls.setdefault(name, []).append(rows(*arguments))
+                return stage(*arguments, **options)
+
+            monkeypatch.setattr(owner, name, called)
+
+        watch(model, "encode", len)
+        watch(model, "segment", lambda features, prompts, *_: len(prompts))
+        watch(model, "mix", len)
+        watch(model.language_model, "generate", lambda prefix, *_: len(prefix))
+        return Predictor(model, regions), calls
+
+    return make
+
+
+def mixed(scene):
+    """Prompts of every kind, in no order."""
+    first, second, third, *_ = scene.regions
+    (x1, y1, x2, y2), mask = third.box, decode(first.mask)
+    return [
+        Prompt(box=first.box),
+        Prompt(points=((x1 + 2, y1 + 2, 1),)),
+        Prompt(box=second.box),
+        Prompt(mask=mask),
+        Prompt(box=third.box, points=(((x1 + x2) / 2, (y1 + y2) / 2, 1),)),
+        Prompt(points=((x1 + 3, y1 + 3, 1), (1, 1, 0))),
+        Prompt(points=((x2 - 2, y2 - 2, 1),)),
+    ]
+
+
+def alike(one, other):
+    """The same answer, but for the last bits of numbers that were added in another order."""
+    close = one.score == pytest.approx(other.score, rel=1e-4) and one.iou == pytest.approx(other.iou, abs=1e-4)
+    differs = (decode(one.mask) != decode(other.mask)).mean()
+    return close and one.text == other.text and one.prompt is other.prompt and differs < 0.01
+
+
+def test_an_image_is_encoded_once_and_asked_as_often_as_wanted(counted, scene):
+    predictor, calls = counted()
+    predictor.set_image(scene.image)
+    for region in scene.regions:
+        predictor.predict(boxes=[region.box])
+    predictor.predict(points=[(10, 10), (20, 20)])
+    assert calls["encode"] == [1]
+    assert calls["generate"] == [1] * len(scene.regions) + [2]
+
+
+def test_mixed_requests_come_back_in_order(counted, scene):
+    predictor, calls = counted()
+    prompts = mixed(scene)
+    together = predictor.describe(scene.image, prompts)
+    assert [caption.region for caption in together] == list(range(len(prompts)))
+    assert all(caption.prompt is prompt for caption, prompt in zip(together, prompts, strict=True))
+    assert sorted(calls["segment"]) == [1, 1, 1, 2, 2]
+    for prompt, caption in zip(prompts, together, strict=True):
+        assert alike(predictor.predict([prompt])[0], caption)
+
+
+def test_several_images_answer_as_each_alone(counted, scene):
+    predictor, calls = counted()
+    images = [scene.image, scene.image.resize((96, 60)), scene.image]
+    requests = [mixed(scene)[:3], [], mixed(scene)]
+    together = predictor.describe_all(images, requests)
+    assert calls["encode"] == [3]
+    assert [len(captions) for captions in together] == [3, 0, 7]
+    for image, request, captions in zip(images, requests, together, strict=True):
+        for caption, alone in zip(captions, predictor.describe(image, request), strict=True):
+            assert alike(caption, alone)
+            assert caption.region == alone.region
+
+
+def test_how_many_regions_go_at_a_time_changes_memory_and_not_answers(counted, scene):
+    boxes = [region.box for region in scene.regions]
+    many, _ = counted()
+    few, calls = counted(regions=3)
+    many.set_image(scene.image)
+    few.set_image(scene.image)
+    expected, found = many.predict(boxes=boxes), few.predict(boxes=boxes)
+    assert [caption.text for caption in found] == [caption.text for caption in expected]
+    assert max(calls["segment"]) <= 3
+    assert sum(calls["segment"]) == len(boxes)
+
+
+def test_an_answer_is_in_the_images_own_pixels(counted, scene):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    box = scene.regions[0].box
+    by_box, by_point = predictor.predict(boxes=[box], points=[(50, 50)])
+    assert by_box.box == box
+    assert by_box.mask["size"] == [scene.image.height, scene.image.width]
+    assert 0 < by_box.score <= 1
+    assert 0 <= by_box.iou <= 1
+    assert by_point.box == box_of(by_point.mask)
+    assert by_point.prompt == Prompt(points=((50.0, 50.0, 1),))
+
+
+def test_an_array_is_taken_as_well_as_a_picture(counted, scene):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    expected = predictor.predict(points=[(40, 40)])
+    predictor.set_image(np.asarray(scene.image))
+    assert predictor.predict(points=[(40, 40)]) == expected
+
+
+def test_without_masks_there_are_captions_and_boxes(counted, scene):
+    predictor, _ = counted(segmenter={"name": "box"})
+    (caption,) = predictor.describe(scene.image, [Prompt(box=scene.regions[0].box)])
+    assert caption.mask is None
+    assert caption.iou is None
+    assert caption.box == scene.regions[0].box
+
+
+def test_mistakes_say_what_to_do(counted, scene):
+    predictor, _ = counted()
+    with pytest.raises(ValueError, match="set_image"):
+        predictor.predict(points=[(1, 1)])
+    with pytest.raises(ValueError, match="set_image"):
+        caption_everything(predictor)
+    predictor.set_image(scene.image)
+    with pytest.raises(ValueError, match="'recognition' and 'caption'"):
+        predictor.predict(points=[(1, 1)], task="poetry")
+    predictor.model.language_model.tokenizer = None
+    predictor.model.language_model.model.config.eos_token_id = 0
+    with pytest.raises(ValueError, match="no tokenizer"):
+        predictor.predict(points=[(1, 1)])
+
+
+# --- everything -----------------------------------------------------------------------------------------------------
+
+ANY = Everything(points=6, iou=-10.0, stability=0.0, nms=0.5)
+ALL = Everything(points=3, iou=-10.0, stability=0.0, nms=1.0)  # all three masks of nine points
+
+
+def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(counted, scene):
+    predictor, calls = counted(regions=10)
+    predictor.set_image(scene.image)
+    seen = []
+    captions = caption_everything(predictor, options=ANY, progress=lambda done, of: seen.append((done, of)))
+    assert calls["encode"] == [1]
+    assert seen == [(10, 36), (20, 36), (30, 36), (36, 36)]
+    assert 0 < len(captions) < 36
+    assert calls["generate"] == [len(captions)]
+    assert sum(calls["mix"]) == len(captions)
+    assert sum(calls["segment"]) == 36 + len(captions)
+
+
+def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(counted, scene):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    captions = caption_everything(predictor, options=ALL)
+    assert len(captions) > 9
+    assert [caption.iou for caption in captions] == sorted((caption.iou for caption in captions), reverse=True)
+    for caption in captions:
+        assert caption.box == caption.prompt.box == box_of(caption.mask)
+    asked = predictor.predict([caption.prompt for caption in captions])
+    assert [caption.text for caption in captions] == [caption.text for caption in asked]
+
+
+@pytest.mark.parametrize("options", [{"iou": 10.0}, {"stability": 1.1}, {"area": 1.1}, {"largest": -1.0}])
+def test_each_filter_can_leave_nothing_and_then_nothing_is_written(counted, scene, options):
+    predictor, calls = counted()
+    predictor.set_image(scene.image)
+    assert caption_everything(predictor, options=Everything(**{**vars(ANY), **options})) == []
+    assert "generate" not in calls
+
+
+def test_of_two_masks_that_overlap_too_much_the_better_stays(counted, scene):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    loose = caption_everything(predictor, options=ALL)
+    strict = caption_everything(predictor, options=Everything(**{**vars(ALL), "nms": 0.0}))
+    assert len(strict) < len(loose)
+    assert strict[0].box == loose[0].box
+
+
+def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
+    predictor, calls = counted(everything={"points": 3, "iou": 10.0})
+    predictor.set_image(scene.image)
+    assert caption_everything(predictor) == []
+    assert calls["segment"] == [9]
+
+
+def test_everything_without_masks_is_refused_with_the_way_out(counted):
+    predictor, _ = counted(segmenter={"name": "box"})
+    predictor.set_image(Image.new("RGB", (64, 64)))
+    with pytest.raises(ValueError, match="segmenter=sam"):
+        caption_everything(predictor)
+
+
+def test_everything_needs_masks_and_not_a_segmenter_of_a_certain_make(counted, scene):
+    """Only what the contract lists is asked of a segmenter."""
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    segmenter = predictor.model.segmenter
+
+    class Plain(torch.nn.Module):
+        channels = segmenter.channels
+
+        def forward(self, *asked):
+            return segmenter(*asked)
+
+    expected = caption_everything(predictor, options=ANY)
+    predictor.model.segmenter = Plain()
+    assert caption_everything(predictor, options=ANY) == expected

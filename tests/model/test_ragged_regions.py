@@ -1,0 +1,103 @@
+"""A region is segmented and captioned as if it were alone, however many others there are and in whatever order."""
+
+import pytest
+import torch
+from sca_registry.contracts import Prompts
+
+OWNER = torch.tensor([0, 0, 0, 2, 3, 3])  # the second image has no region
+
+
+@pytest.fixture(params=["box", "point", "box and point"])
+def prompts(request):
+    draw = torch.Generator().manual_seed(3)
+    corner = torch.rand(len(OWNER), 2, generator=draw) * 30
+    boxes = torch.cat((corner, corner + 10 + torch.rand(len(OWNER), 2, generator=draw) * 20), dim=1)
+    points = (boxes[:, :2] + boxes[:, 2:])[:, None] / 2
+    labels = torch.ones(len(OWNER), 1, dtype=torch.long)
+    by_box, by_point = "box" in request.param, "point" in request.param
+    return Prompts(OWNER, boxes if by_box else None, points if by_point else None, labels if by_point else None)
+
+
+@pytest.fixture
+def features(small):
+    return small().encode(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))).detach()
+
+
+def answers(model, features, prompts, task):
+    """Masks, scores and word ids of each row."""
+    with torch.no_grad():
+        regions = model.segment(features, prompts)
+    generated = model.generate(features, prompts, task)
+    return regions.masks, regions.scores, generated.ids[:, 0], generated.scores[:, 0]
+
+
+def same(found, expected):
+    masks, ious, ids, scores = found
+    assert torch.allclose(masks, expected[0], atol=1e-3)
+    assert torch.allclose(ious, expected[1], atol=1e-4)
+    assert torch.equal(ids, expected[2])
+    assert torch.allclose(scores, expected[3], atol=1e-4)
+
+
+def test_a_region_does_not_depend_on_its_neighbours(small, features, prompts):
+    model, task = small(), torch.tensor([1, 0, 1, 1, 0, 1])
+    together = answers(model, features, prompts, task)
+    for row, owner in enumerate(OWNER.tolist()):
+        alone = prompts[row : row + 1]
+        alone.owner = torch.zeros(1, dtype=torch.long)
+        found = answers(model, features[owner : owner + 1], alone, task[row : row + 1])
+        same(found, [each[row : row + 1] for each in together])
+
+
+def test_the_order_of_regions_does_not_matter(small, features, prompts):
+    model, order = small(), torch.tensor([2, 0, 1, 3, 5, 4])
+    task = torch.tensor([1, 0, 1, 1, 0, 1])
+    together = answers(model, features, prompts, task)
+    same(answers(model, features, prompts[order], task[order]), [each[order] for each in together])
+
+
+def test_images_may_come_in_another_order(small, features, prompts):
+    model, order = small(), torch.tensor([3, 2, 1, 0])
+    rows = torch.tensor([4, 5, 3, 0, 1, 2])
+    moved = prompts[rows]
+    moved.owner = torch.tensor([0, 0, 1, 3, 3, 3])
+    task = torch.ones(len(OWNER), dtype=torch.long)
+    together = answers(model, features, prompts, task)
+    same(answers(model, features[order], moved, task), [each[rows] for each in together])
+
+
+def test_the_task_changes_the_prefix_and_nothing_else(small, features, prompts):
+    model = small()
+    with torch.no_grad():
+        queries = model.mix(model.segment(features, prompts))
+        named = model.prefix(queries, torch.zeros(len(OWNER), dtype=torch.long))
+        told = model.prefix(queries, torch.ones(len(OWNER), dtype=torch.long))
+    tokens = model.spec.task_tokens
+    assert named.shape == (len(OWNER), tokens + model.mixer.queries, model.language_model.width)
+    assert torch.equal(named[:, tokens:], told[:, tokens:])
+    assert not torch.equal(named[:, :tokens], told[:, :tokens])
+
+
+def test_generation_stops_at_the_end_and_the_end_counts(small):
+    """The likeliest first word of one row is declared the end: padding follows, and it alone makes the score."""
+    model = small()
+    prefix = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
+    first = model.language_model.generate(prefix, max_new_tokens=1)
+    tokenizer = model.language_model.tokenizer
+    tokenizer.eos, tokenizer.pad = int(first.ids[0, 0, 0]), 3
+    ended = model.language_model.generate(prefix, max_new_tokens=5)
+    assert ended.ids[0, 0, 0] == tokenizer.eos
+    assert set(ended.ids[0, 0, 1:].tolist()) <= {3}
+    assert torch.allclose(ended.scores[0], first.scores[0], atol=1e-5)
+
+
+def test_beams_find_captions_at_least_as_likely_best_first(small):
+    model = small()
+    prefix = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
+    greedy = model.language_model.generate(prefix, max_new_tokens=5)
+    beams = model.language_model.generate(prefix, max_new_tokens=5, beams=4, captions=3)
+    assert beams.ids.shape[:2] == beams.scores.shape == (4, 3)
+    assert (beams.scores.diff(dim=1) <= 1e-6).all()
+    assert (beams.scores[:, 0] >= greedy.scores[:, 0] - 1e-4).all()
+    with pytest.raises(ValueError, match="at least as many beams"):
+        model.language_model.generate(prefix, max_new_tokens=5, captions=2)

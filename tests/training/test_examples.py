@@ -1,0 +1,181 @@
+"""What is drawn for training depends on the seed and the place in the stream, and on nothing else."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sca_registry.contracts import CAPTION, RECOGNITION, ImageFormat, Region, Sample
+
+from sca.data.scenes import COLOURS, Scenes
+from sca.language_models.tiny_gpt2 import TinyGpt2
+from sca.masks import decode
+from sca.processing import Processor
+from sca.training.augmentation import Augmentation
+from sca.training.examples import Drawing, Example, ExampleStream, Mixture, collate
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TinyGpt2(width=8, depth=1, heads=1).tokenizer
+
+
+@pytest.fixture
+def stream(tokenizer):
+    def make(drawing=None, length=40, seed=0, dataset=None, **more):
+        dataset = dataset if dataset is not None else Scenes("train", count=8, size=64)
+        processor = Processor(ImageFormat(size=64), 8)
+        return ExampleStream(dataset, processor, tokenizer, drawing or Drawing(), length, seed, **more)
+
+    return make
+
+
+def same(one, other):
+    values = [(getattr(one, each.name), getattr(other, each.name)) for each in fields(Example)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b) for a, b in values)
+
+
+VARIED = Drawing(prompts={"box": 0.5, "point": 0.5}, recognition=0.5, telling=0.5, jitter=0.1)
+
+
+def test_an_example_is_a_function_of_the_seed_and_the_place(stream):
+    one, other = stream(VARIED, augment=Augmentation(crop=0.8)), stream(VARIED, augment=Augmentation(crop=0.8))
+    forwards = [one[place] for place in range(20)]
+    np.random.seed(9)
+    torch.manual_seed(9)
+    backwards = [other[place] for place in reversed(range(20))][::-1]
+    assert all(map(same, forwards, backwards))
+    assert not same(one[3], stream(VARIED, seed=1, augment=Augmentation(crop=0.8))[3])
+
+
+def test_every_epoch_has_every_image_once_in_an_order_of_its_own(stream):
+    examples = stream(length=24)
+    epochs = [[examples[place].pixels.numpy().tobytes() for place in range(8 * n, 8 * n + 8)] for n in range(3)]
+    assert [len(set(epoch)) for epoch in epochs] == [8, 8, 8]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, tokenizer):
+    """Every row's phrase is one of the phrases of the region whose box it has, and its point lies in that region."""
+    dataset = Scenes("train", count=8, size=64)
+    by_pixels = {
+        Processor(ImageFormat(size=64), 8).pixels([sample.image]).numpy().tobytes(): sample for sample in dataset
+    }
+    examples = stream(Drawing(recognition=0.3), dataset=dataset)
+    for place in range(16):
+        example = examples[place]
+        sample = by_pixels[example.pixels[None].numpy().tobytes()]
+        boxes = {region.box: region for region in sample.regions}
+        assert sorted(map(tuple, example.boxes.tolist())) == sorted(boxes)
+        for row, box in enumerate(example.boxes.tolist()):
+            region = boxes[tuple(box)]
+            text = tokenizer.decode(example.ids[row])
+            assert text == region.name if example.task[row] == RECOGNITION else text in region.phrases
+            x, y = map(int, example.points[row, 0].tolist())
+            assert decode(region.mask)[y, x]
+            covered = example.masks[row].sum() * (64 / example.masks.shape[-1]) ** 2
+            assert covered == pytest.approx(decode(region.mask).sum(), rel=0.02)
+
+
+def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, tokenizer):
+    examples = stream(Drawing(names_first=0.25, plain_first=0.25, telling=1.0), length=40)
+    for place in range(40):
+        for words, task in zip(examples[place].ids, examples[place].task.tolist(), strict=True):
+            text = tokenizer.decode(words)
+            if place < 10:
+                assert task == RECOGNITION
+                assert " " not in text
+            else:
+                assert task == CAPTION
+                assert place >= 20 or " of " not in text
+    late = [tokenizer.decode(words) for place in range(20, 40) for words in examples[place].ids]
+    assert sum(any(word in text for word in (" of ", "above", "below")) for text in late) > len(late) / 2
+
+
+def test_shares_are_kept(stream):
+    examples = [stream(VARIED, length=300)[place] for place in range(300)]
+    tasks = torch.cat([example.task for example in examples]).float()
+    assert 0.44 < tasks.mean() < 0.56
+    assert 0.4 < np.mean([example.prompt == "box" for example in examples]) < 0.6
+
+
+def test_jitter_moves_boxes_and_keeps_them_in_the_frame(stream):
+    still, moved = stream(Drawing(jitter=0.0))[0], stream(Drawing(jitter=0.2))[0]
+    sides = (still.boxes[:, 2:] - still.boxes[:, :2]).repeat(1, 2)
+    off = (moved.boxes - still.boxes).abs() / sides
+    assert (off <= 0.4 + 1e-4).all()
+    assert off.any()
+    assert (moved.boxes >= 0).all()
+    assert (moved.boxes <= 64).all()
+
+
+def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
+    for place in range(10):
+        example = stream(Drawing(regions=2, words=4))[place]
+        assert len(example.ids) == 2 == len(example.boxes) == len(example.masks)
+        assert all(len(words) <= 4 and words[-1] == tokenizer.eos for words in example.ids)
+
+
+def test_attributes_are_labelled_by_their_place_in_the_list(stream):
+    dataset = Scenes("train", count=8, size=64)
+    example = stream(dataset=dataset, attributes={"colour": COLOURS, "name": ("square",), "mood": ("sad",)})[0]
+    assert ((example.labels["colour"] >= 0) & (example.labels["colour"] < len(COLOURS))).all()
+    assert set(example.labels["name"].tolist()) <= {0, -100}
+    assert set(example.labels["mood"].tolist()) == {-100}
+
+
+def test_a_region_without_a_mask_is_pointed_at_inside_its_box_and_teaches_no_mask(stream):
+    box = (10.0, 20.0, 30.0, 25.0)
+    sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, box, None, "car"), Region(2, (0, 0, 9, 9))))
+    example = stream(dataset=[sample])[0]
+    assert len(example.ids) == 1  # one has nothing to say
+    assert not example.has_mask.any()
+    (x, y) = example.points[0, 0].tolist()
+    assert 10 <= x <= 30
+    assert 20 <= y <= 25
+
+
+def test_a_mixture_draws_each_stream_in_proportion_and_in_its_own_order(stream):
+    first = stream(length=750, dataset=Scenes("train", count=8, size=64))
+    second = stream(length=250, dataset=Scenes("val", count=8, size=64))
+    mixture = Mixture([first, second], [3, 1], 1000, seed=4)
+    again = Mixture([first, second], [3, 1], 1000, seed=4)
+    assert len(mixture) == 1000
+    assert (mixture._stream == again._stream).all()
+    assert 0.7 < (mixture._stream == 0).mean() < 0.8
+    place = int(np.flatnonzero(mixture._stream == 1)[5])
+    assert same(mixture[place], second[5])
+    assert (Mixture([first, second], [3, 1], 1000, seed=5)._stream != mixture._stream).any()
+
+
+def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokenizer):
+    nothing = Sample(Image.new("RGB", (64, 40)), 7, ())
+    examples = [stream()[0], stream(dataset=[nothing])[0], stream()[1]]
+    batch = collate(examples, tokenizer.pad)
+    counts = [len(example.ids) for example in examples]
+    assert counts[1] == 0
+    rows = sum(counts)
+    assert batch.pixels.shape == (3, 3, 64, 64)
+    assert batch.prompts.owner.tolist() == [0] * counts[0] + [2] * counts[2]
+    assert torch.equal(batch.prompts.boxes, torch.cat([example.boxes for example in examples]))
+    assert batch.prompts.points is None
+    assert batch.targets.masks.shape == batch.targets.valid.shape == (rows, 32, 32)
+    assert len(batch.task) == len(batch.targets.has_mask) == rows
+    words = [ids for example in examples for ids in example.ids]
+    longest = max(map(len, words))
+    for row, given in enumerate(words):
+        assert batch.ids[row].tolist() == given + [tokenizer.pad] * (longest - len(given))
+        assert batch.mask[row].tolist() == [1] * len(given) + [0] * (longest - len(given))
+
+
+@pytest.mark.parametrize("kind", ["box", "point", "box-and-point"])
+def test_a_batch_is_prompted_by_the_kind_that_its_first_example_drew(stream, tokenizer, kind):
+    prompted, other = stream(Drawing(prompts={kind: 1.0}))[0], stream(Drawing(prompts={"box": 1.0}))[1]
+    prompts = collate([prompted, other], tokenizer.pad).prompts
+    assert (prompts.boxes is not None) == ("box" in kind)
+    assert (prompts.points is not None) == ("point" in kind) == (prompts.labels is not None)
+    if prompts.points is not None:
+        assert prompts.points.shape == (len(prompts), 1, 2)
+        assert (prompts.labels == 1).all()

@@ -1,0 +1,106 @@
+"""A run that was interrupted goes on as if it had not been."""
+
+import pytest
+import torch
+
+from sca.checkpoint import load
+from sca.training.examples import Mixture
+from sca.training.recipe import Recipe
+from sca.training.trainer import Lesson, train
+
+
+class Stopped(BaseException):
+    """What a kill looks like to a test."""
+
+
+@pytest.fixture
+def plan(small_table):
+    def make(**options):
+        table = {
+            "model": small_table,
+            "data": {
+                "scenes": {"dataset": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "colour": 0.2}},
+                "more": {"dataset": "scenes", "count": 5, "size": 64, "seed": 7, "weight": 0.5},
+            },
+            "train": {"steps": 6, "images": 2, "warmup": 2, "save": 2, "recognition": 0.5, "jitter": 0.05, **options},
+            "loss": {"attributes": 0.5},
+        }
+        return Recipe.from_dict("resumed", table)
+
+    return make
+
+
+def stop_after(monkeypatch, passes):
+    """The training is stopped in the middle of a step, after so many passes through the model."""
+    forward, done = Lesson.forward, []
+
+    def counted(self, batch):
+        if len(done) == passes:
+            raise Stopped
+        done.append(batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Lesson, "forward", counted)
+
+
+def same(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def folders(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(("checkpoint", "draft", "model")))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_with_the_same_weights_to_the_last_bit(plan, tmp_path, monkeypatch, accumulate):
+    recipe = plan(accumulate=accumulate)
+    straight = train(recipe, tmp_path / "straight", quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5 * accumulate)
+        with pytest.raises(Stopped):
+            train(recipe, tmp_path / "stopped", quiet=True)
+    assert folders(tmp_path / "stopped") == ["checkpoint-4"]
+    half_written = tmp_path / "stopped" / "draft" / "checkpoint-999"
+    half_written.mkdir(parents=True)
+    (half_written / "lesson.pt").write_bytes(b"half")
+    passes = []
+    with monkeypatch.context() as patch:
+        forward = Lesson.forward
+        patch.setattr(Lesson, "forward", lambda self, batch: (passes.append(1), forward(self, batch))[1])
+        resumed = train(recipe, tmp_path / "stopped", quiet=True)
+    assert len(passes) == 2 * accumulate  # steps 5 and 6
+    assert same(straight, resumed)
+    assert same(load(tmp_path / "stopped" / "model"), straight)
+    assert folders(tmp_path / "stopped") == ["checkpoint-6", "model"]
+
+
+def test_without_resume_a_run_starts_from_nothing(plan, tmp_path):
+    first = train(plan(steps=2), tmp_path, quiet=True)
+    again = train(plan(steps=2), tmp_path, resume=False, quiet=True)
+    assert same(first, again)
+    assert not same(first, train(plan(steps=2, seed=1), tmp_path, resume=False, quiet=True))
+
+
+def test_a_run_can_start_from_a_checkpoint(plan, small, small_table, tmp_path):
+    from sca.checkpoint import save
+
+    start = save(small(seed=5, trainable=small_table["trainable"]), tmp_path / "start")
+    recipe = plan(steps=1, learning_rate=0.0, start=str(start))
+    trained = train(recipe, tmp_path / "run", quiet=True)
+    moved = {
+        name for name, value in load(start).named_parameters() if not torch.equal(value, trained.get_parameter(name))
+    }
+    assert moved == set()
+
+
+def test_images_that_cannot_be_shared_out_are_refused(plan, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.images=3 is no multiple of 1 processes x train\.accumulate=2"):
+        train(plan(images=3, accumulate=2), tmp_path, quiet=True)
+
+
+def test_examples_come_in_the_order_of_the_stream(plan, tmp_path, monkeypatch):
+    places, take = [], Mixture.__getitem__
+    monkeypatch.setattr(Mixture, "__getitem__", lambda self, place: (places.append(place), take(self, place))[1])
+    train(plan(steps=3), tmp_path, quiet=True)
+    assert places == list(range(6))
