@@ -16,6 +16,8 @@ from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncode
 from sca.nn.masks import best_masks, tight_boxes
 from sca.nn.two_way import TwoWayTransformer, decoder_config
 
+POSITION_SPREAD = 2  # half of it is the deviation of the random frequencies: 1, as in SAM's own code
+
 
 class SamSegmenter(nn.Module):
     """Features and prompts -> masks, predicted IoU, fused tokens and a private grid for every region.
@@ -45,7 +47,7 @@ class SamSegmenter(nn.Module):
         decoder = decoder_config(self.channels, depth, heads, mlp, iou_head_hidden_dim=self.channels)
         self.prompt_encoder = SamPromptEncoder(
             SamConfig(
-                vision_config=SamVisionConfig(num_pos_feats=self.channels // 2),
+                vision_config=SamVisionConfig(hidden_size=POSITION_SPREAD, num_pos_feats=self.channels // 2),
                 prompt_encoder_config=SamPromptEncoderConfig(
                     hidden_size=self.channels,
                     image_size=self.size,
