@@ -7,7 +7,7 @@ run sees exactly what the interrupted one would have seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,30 +27,9 @@ from torch import Tensor
 
 from sca.masks import decode
 from sca.processing import Processor
+from sca.training.recipe import Drawing
 
 Augmentation = Callable[[Sample, np.random.Generator], Sample]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What is drawn for a region.
-
-    prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". recognition: the share of
-    regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its
-    beginning, in which all learn names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the
-    stream after that in which phrases are a region's first and plainest. telling: the share of the phrases after that
-    which are its last and most telling one rather than any. regions: at most so many of an image. jitter: standard
-    deviation of a box's corners, as a share of its sides. words: at most so many tokens, the end included.
-    """
-
-    prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
-    recognition: float = 0.0
-    names_first: float = 0.0
-    plain_first: float = 0.0
-    telling: float = 0.0
-    regions: int = 16
-    jitter: float = 0.0
-    words: int = 20
 
 
 @dataclass

@@ -26,12 +26,33 @@ COUNTS = ("steps", "images", "accumulate", "regions", "words", "processes", "sav
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class Drawing:
+    """What is drawn at random for a region.
+
+    prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". recognition: the share of
+    regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its
+    beginning, in which all learn names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the
+    stream after that in which phrases are a region's first and plainest. telling: the share of the phrases after that
+    which are its last and most telling one rather than any. regions: at most so many of an image. jitter: standard
+    deviation of a box's corners, as a share of its sides. words: at most so many tokens, the end included.
+    """
+
+    prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
+    recognition: float = 0.0
+    names_first: float = 0.0
+    plain_first: float = 0.0
+    telling: float = 0.0
+    regions: int = 16
+    jitter: float = 0.0
+    words: int = 20
+
+
+@dataclass(frozen=True)
+class TrainOptions(Drawing):
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. start: a checkpoint or zoo
     name that training starts from, in place of [model]. learning_rate: the peak, after `warmup` steps and before a
-    cosine to zero. prompts, recognition, names_first, plain_first, telling, regions, jitter, words: see `Drawing`.
-    processes: started on this machine unless a launcher did it; with GPUs, one for each instead. save: steps between
-    checkpoints to resume from. workers: processes that prepare data.
+    cosine to zero. processes: started on this machine unless a launcher did it; with GPUs, one for each instead. save:
+    steps between checkpoints to resume from. workers: processes that prepare data. The rest: see `Drawing`.
     """
 
     steps: int = 1000
@@ -44,14 +65,6 @@ class TrainOptions:
     clip: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
-    prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
-    recognition: float = 0.0
-    names_first: float = 0.0
-    plain_first: float = 0.0
-    telling: float = 0.0
-    regions: int = 16
-    jitter: float = 0.0
-    words: int = 20
     processes: int = 1
     workers: int = 0
     save: int = 500

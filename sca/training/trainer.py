@@ -6,7 +6,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from sca.model import SegmentCaptioner
 from sca.processing import Processor
 from sca.training.augmentation import Augmentation
 from sca.training.auxiliary import AttributeHead
-from sca.training.examples import Drawing, ExampleStream, Mixture, collate
+from sca.training.examples import ExampleStream, Mixture, collate
 from sca.training.recipe import Recipe, TrainOptions
 
 
@@ -181,7 +180,6 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
 def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str, tuple[str, ...]]]:
     """The examples of all data of a recipe, and the attributes that its auxiliary loss names."""
     options = recipe.train
-    drawing = Drawing(**{each.name: getattr(options, each.name) for each in fields(Drawing)})
     sets, weights = [], []
     attributes: dict[str, tuple[str, ...]] = {}
     for name, table in recipe.data.items():
@@ -202,7 +200,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str,
             dataset,
             Processor.of(model.encoder),
             model.language_model.tokenizer,
-            drawing,
+            options,
             round(length * weight / sum(weights)),
             seed=options.seed,
             attributes=used,

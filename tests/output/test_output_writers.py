@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -78,13 +79,19 @@ def test_nothing_has_its_name_before_it_is_whole(tmp_path, picture, captions):
     check_whole(tmp_path, 1)
 
 
-@pytest.fixture
-def little_space():
-    """A limit on the size of a file: writing reaches it in the middle of a piece, as on a full disk."""
+@contextmanager
+def little_space(size):
+    """A limit on the size of a file: writing reaches it in the middle of a piece, as on a full disk.
+
+    It is lifted before the test ends: what reports on the tests may write to a longer file.
+    """
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def add_many(writers, picture, captions):
@@ -94,12 +101,12 @@ def add_many(writers, picture, captions):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture, captions, little_space, name):
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture, captions, name):
     writers = Writers(tmp_path, [name])
     writers.add("0.png", picture, captions)
     size = max(path.stat().st_size for path in tmp_path.iterdir())
-    little_space(size // 2 if name == "png" else size + 200)
-    with pytest.raises(OutputError, match=r"cannot write .*; free some space or choose another folder") as raised:
+    refused = pytest.raises(OutputError, match=r"cannot write .*; free some space or choose another folder")
+    with little_space(size // 2 if name == "png" else size + 200), refused as raised:
         add_many(writers, picture, captions)
     assert "\n" not in str(raised.value)
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
@@ -109,13 +116,12 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture
         assert names(tmp_path) == ["0.captions.png"]
 
 
-def test_the_formats_that_can_be_kept_are(tmp_path, picture, captions, little_space):
+def test_the_formats_that_can_be_kept_are(tmp_path, picture, captions):
     """The page outgrows the limit, the COCO file does not."""
     writers = Writers(tmp_path, ["html", "coco"])
     writers.add("0.png", picture, captions)
     page = max(path.stat().st_size for path in tmp_path.iterdir())
-    little_space(page + 4000)
-    with pytest.raises(OutputError, match=r"captions\.html"):
+    with little_space(page + 4000), pytest.raises(OutputError, match=r"captions\.html"):
         add_many(writers, picture, captions)
     coco = json.loads((tmp_path / "coco.json").read_text())
     assert len(coco["images"]) >= 1

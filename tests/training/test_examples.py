@@ -13,7 +13,8 @@ from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.masks import decode
 from sca.processing import Processor
 from sca.training.augmentation import Augmentation
-from sca.training.examples import Drawing, Example, ExampleStream, Mixture, collate
+from sca.training.examples import Example, ExampleStream, Mixture, collate
+from sca.training.recipe import Drawing
 
 
 @pytest.fixture(scope="module")

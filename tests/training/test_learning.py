@@ -10,8 +10,8 @@ from sca_registry.contracts import Sample
 
 from sca.data.scenes import Scenes
 from sca.processing import Processor
-from sca.training.examples import Drawing, ExampleStream, collate
-from sca.training.recipe import Recipe
+from sca.training.examples import ExampleStream, collate
+from sca.training.recipe import Drawing, Recipe
 from sca.training.trainer import train
 
 SCENES = Scenes("train", count=16, size=64, seed=3)
