@@ -45,7 +45,7 @@ def caption_everything(
         mask = predictor.processor.masks(logits[row][None, None], predictor.frame)[0, 0] > 0
         code = encode(mask.cpu().numpy())
         share = area(code) / (predictor.frame.width * predictor.frame.height)
-        if 0 < share >= options.area and share <= options.largest:
+        if share and options.area <= share <= options.largest:
             request.append(Prompt(box=box_of(code)))
             masks.append(code)
             ious.append(min(float(scores[row]), 1.0))

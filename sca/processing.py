@@ -5,7 +5,7 @@ Frames: an image's own pixels (as its viewer sees it), and the input frame, the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,16 +114,3 @@ class Processor:
         return F.interpolate(
             full[..., :height, :width], (frame.height, frame.width), mode="bilinear", align_corners=False
         )
-
-    def image_boxes(self, boxes: Iterable[Sequence[float]], frame: Frame) -> list[tuple[float, float, float, float]]:
-        """Boxes x1 y1 x2 y2 of the input frame -> image pixels, cut at the image's edge."""
-        across, down = frame.scale
-        return [
-            (
-                min(max(x1 / across, 0.0), frame.width),
-                min(max(y1 / down, 0.0), frame.height),
-                min(max(x2 / across, 0.0), frame.width),
-                min(max(y2 / down, 0.0), frame.height),
-            )
-            for x1, y1, x2, y2 in boxes
-        ]

@@ -61,11 +61,13 @@ def caption(
 
     Prints a table, or writes --format to --out as well. Images that cannot be used are named; the others are done.
     """
+    from sca_registry.contracts import TASKS
+
     from sca.images import find_images, show
     from sca.output import Writers
 
     formats = _formats(format, out)
-    settle("task", task, ("caption", "recognition"))
+    settle("task", task, TASKS)
     settle("dtype", dtype, DTYPES)
     requests = Requests(box or (), point or (), region or (), prompts)
     thresholds = {"points": points, "iou": iou, "stability": stability}
