@@ -20,7 +20,7 @@ from sca_registry.contracts import KINDS, Kind
 from sca_registry.messages import RegistryError, choice, suggestion, unknown
 from sca_registry.options import check_options, read_options
 from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
-from sca_registry.states import blame, keep_state, read_state
+from sca_registry.states import blame, keep_state, out_of_memory, read_state
 from sca_registry.verdicts import Verdict, read_verdicts
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ class Registry:
         except BaseException as error:  # other people's code: whatever it raises is the failure of this one name
             if isinstance(error, ValueError) and (upstream or options):  # so a factory refuses what it was given
                 raise RegistryError(f"{self._told(offer)} cannot be built: {error}") from error
-            self._fail(offer, "cannot be built", error, built=True)
+            given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+            own = not (options or offer.builtin or out_of_memory(error))  # else it says nothing of the part by itself
+            self._fail(offer, f"cannot be built with {given}" if given else "cannot be built", error, True, own)
         if missing:
             problem = f"built a {type(part).__name__} without {', '.join(missing)}"
             keep_state(self.kind.plural, offer, Verdict("broken", problem, built=True))
@@ -244,17 +246,18 @@ class Registry:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import; neither that nor a bug is ours to die of
-            self._fail(offer, "is broken", error, built=False)
+            self._fail(offer, "is broken", error, False)
         keep_state(self.kind.plural, offer, Verdict("ok"))
         return factory
 
-    def _fail(self, offer: Offer, how: str, error: BaseException, built: bool) -> NoReturn:
-        """Keeps the reason, and raises what the user reads."""
+    def _fail(self, offer: Offer, how: str, error: BaseException, built: bool, own: bool = True) -> NoReturn:
+        """Raises what the user reads. The reason is kept if the failure is the part's own, or it needs an extra."""
         verdict = blame(offer, error, built)
-        keep_state(self.kind.plural, offer, verdict)
+        if own or verdict.state != "broken":
+            keep_state(self.kind.plural, offer, verdict)
         if verdict.state != "broken":
             raise RegistryError(f"{self._told(offer)} {verdict.state}. Install it: {verdict.reason}") from error
-        raise RegistryError(f"{self._told(offer)} {how}: {verdict.reason}.{_remedy(offer)}") from error
+        raise RegistryError(f"{self._told(offer)} {how}: {verdict.reason}.{_remedy(offer) if own else ''}") from error
 
     # --- words --------------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,13 @@ def blame(offer: Offer, error: BaseException, built: bool) -> Verdict:
     return Verdict("broken", _one_line(error), built)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the machine's rather than the part's: Python's own, CUDA's, or torch's on the CPU."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def needs_extra(offer: Offer) -> Verdict | None:
     """The state of a part whose extra is not installed, with the command that installs it; None if it needs none."""
     if not offer.card.extra:

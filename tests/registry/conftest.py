@@ -10,19 +10,6 @@ import catalogue
 import pytest
 import sca_registry
 
-MIXER = """
-    class Mean:
-        '''A mean.'''
-
-        width, queries, uses_grid = 8, 1, False
-
-        def __init__(self, segmenter, depth=1):
-            self.segmenter, self.depth = segmenter, depth
-
-        def __call__(self, regions):
-            return regions
-"""
-
 
 class Site:
     """A folder on `sys.path` into which distributions are installed."""

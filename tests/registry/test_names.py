@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MIXER
 from sca_registry import REGISTRIES, RegistryError, encoders, language_models, metrics, mixers, registry, segmenters
+from sources import MIXER
 
 
 def imported_after(code: str, path: str = "") -> set[str]:

@@ -1,9 +1,9 @@
 """Options are checked against the factory before the call, and what it built against the contract after it."""
 
 import pytest
-from conftest import MIXER
 from sca_registry import RegistryError, datasets, mixers
 from sca_registry.options import REQUIRED
+from sources import MIXER
 
 
 @pytest.fixture

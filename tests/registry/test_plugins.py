@@ -1,8 +1,8 @@
 """Other people's distributions: found by metadata, told apart, and unable to harm one another."""
 
 import pytest
-from conftest import MIXER
 from sca_registry import RegistryError, mixers, refresh
+from sources import MIXER
 
 CARDS = """
     [soft]

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MIXER
 from sca_registry import RegistryError, mixers, refresh, verdicts
 from sca_registry.verdicts import Verdict, cache_folder, read_verdicts, write_verdict
+from sources import MIXER
 
 
 @pytest.fixture
@@ -68,6 +68,34 @@ def test_a_mended_part_is_ok_again(site, states):
     site.write("shade.py", MIXER)
     mixers.get("mean")
     assert states(mixers)["mean"] == ("ok", "")
+
+
+FRAGILE = "def Fragile(segmenter, size=1):\n    raise {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "state"),
+    [
+        ("RuntimeError('no')", {}, "broken"),
+        ("RuntimeError('no')", {"size": "big"}, "ok"),
+        ("MemoryError()", {}, "ok"),
+        ("RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB')", {}, "ok"),
+        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', {}, "ok"),
+    ],
+)
+def test_a_part_is_not_blamed_for_its_options_or_for_the_machine(error, options, state, site, states):
+    site.install("shade", "[sca_mixers]\nfragile = shade:Fragile\n", {"shade.py": FRAGILE.format(error=error)})
+    with pytest.raises(RegistryError, match=r"mixer 'fragile' of shade 1\.0 cannot be built") as told:
+        mixers.build("fragile", None, **options)
+    assert states(mixers)["fragile"][0] == state
+    assert ("with size='big': RuntimeError: no" in str(told.value)) == bool(options)
+    assert ("pip install -U shade" in str(told.value)) == (state == "broken")
+
+
+def test_a_part_of_this_package_is_not_broken_by_what_it_is_built_on(states):
+    with pytest.raises(RegistryError, match="mixer 'query' cannot be built: AttributeError"):
+        mixers.build("query", None)
+    assert states(mixers)["query"] == ("ok", "")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', '{"a": ["ok"]}', "\0", "3"])

@@ -1,0 +1,14 @@
+"""Source text of parts that plugins of these tests bring."""
+
+MIXER = """
+    class Mean:
+        '''A mean.'''
+
+        width, queries, uses_grid = 8, 1, False
+
+        def __init__(self, segmenter, depth=1):
+            self.segmenter, self.depth = segmenter, depth
+
+        def __call__(self, regions):
+            return regions
+"""
