@@ -87,7 +87,7 @@ class ModelSpec:
 
         settle("projection", _projection(self.projection))
         settle("lora", _lora(self.lora))
-        settle("generation", GENERATION | _table("generation", self.generation))
+        settle("generation", _generation(self.generation))
         settle("everything", _everything(self.everything))
         settle("trainable", _trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
@@ -218,13 +218,27 @@ def _table(what: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _generation(value: Any) -> dict[str, Any]:
+    """Checked where every language model has the same; the rest is the language model's own business."""
+    given = GENERATION | _table("generation", value)
+    for key in GENERATION:
+        _check_number("generation", key, given[key], whole=True, least=1)
+    return given
+
+
 def _everything(value: Any) -> dict[str, Any]:
     given = _table("everything", value)
-    known = [each.name for each in fields(Everything)]
-    for key in given:
-        if key not in known:
-            raise unknown(f"everything has no {key!r}", key, known)
-    return vars(Everything()) | given
+    defaults = vars(Everything())
+    for key, number in given.items():
+        if key not in defaults:
+            raise unknown(f"everything has no {key!r}", key, defaults)
+        _check_number("everything", key, number, whole=key == "points", least=key == "points")
+    return defaults | given
+
+
+def _check_number(table: str, key: str, value: Any, whole: bool, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= least:
+        raise RegistryError(f"{table}.{key} is {value!r}: give a {'whole ' if whole else ''}number, {least:g} or more")
 
 
 def _projection(value: Any) -> dict[str, str]:
@@ -247,12 +261,20 @@ def _lora(value: Any) -> dict[str, Any] | None:
     rank = given.get("rank", LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise RegistryError(f"the rank of lora is {rank!r}: give a whole number, 1 or more, or lora=0 for none")
-    return LORA | {"alpha": 2 * rank} | given
+    full = LORA | {"alpha": 2 * rank} | given
+    for key in ("alpha", "dropout"):
+        _check_number("lora", key, full[key], whole=False, least=0)
+    targets = full["targets"]
+    if not (targets is None or (isinstance(targets, list | tuple) and all(isinstance(each, str) for each in targets))):
+        raise RegistryError(f"lora.targets is {targets!r}: give a list of names of layers")
+    return full
 
 
 def _trainable(value: Any) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise RegistryError(f"trainable is {value!r}: give a list of names")
     for name in names:
         if name not in TRAINABLE:
             raise unknown(f"{name!r} is nothing that trains", str(name), TRAINABLE)
-    return names
+    return tuple(names)

@@ -1,14 +1,15 @@
 """A model spec survives writing and reading, and refuses what cannot work before anything is built."""
 
+import contextlib
 import json
 import sys
 
 import pytest
-from conftest import MIXER
 from hypothesis import given
 from hypothesis import strategies as st
 from sca_registry import RegistryError
 from sca_registry.spec import ModelSpec, Part
+from sources import MIXER
 
 TINY = ModelSpec.parse("tiny-vit+query+tiny-gpt2")
 
@@ -180,3 +181,38 @@ def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
     with pytest.raises(RegistryError, match="segmenter 'box' gives boxes"):
         TINY.override(["encoder=blind", "mixer=masked"]).check()
     TINY.override(["encoder=blind", "mixer=query"]).check()
+
+
+WRITTEN = TINY.override(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points=8"]).to_dict()
+PLACES = [(key,) for key in WRITTEN] + [
+    (key, inner) for key, value in WRITTEN.items() if isinstance(value, dict) for inner in value
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+@pytest.mark.parametrize("value", [None, True, -1, 1.5, float("nan"), "x", [], [[]], {}, {"a": 1}], ids=repr)
+def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
+    table = json.loads(json.dumps(WRITTEN))
+    inner = table
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with contextlib.suppress(RegistryError):  # anything else is a traceback for a person's mistake
+        ModelSpec.from_dict(table).check()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("generation.beams=0", "generation.beams is 0: give a whole number, 1 or more"),
+        ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many': give a whole number"),
+        ("everything.points=1.5", "everything.points is 1.5: give a whole number"),
+        ("everything.iou=high", "everything.iou is 'high': give a number"),
+        ("lora={rank=4, alpha='x'}", "lora.alpha is 'x': give a number"),
+        ("lora={targets='c_attn'}", "lora.targets is 'c_attn': give a list"),
+        ("trainable=3", "trainable is 3: give a list of names"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told(assignment, told):
+    with pytest.raises(RegistryError, match=told):
+        TINY.override([assignment])
