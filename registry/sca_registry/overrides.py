@@ -7,6 +7,7 @@ the other fields of a model are short for `model.*`.
     mixer=roi-pool          replaces the mixer and drops its options
     lora=16                 rank 16; lora.alpha=8 edits it, lora=0 takes it away
     train.steps=200         a recipe's own table
+    data.scenes.count=16    an option of a dataset
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
     """A copy of a nested table with assignments made in order.
 
     In [model] any field of a `ModelSpec` may be set, and a table with a `name` is a part that takes any option; both
-    are checked when they are used. Elsewhere a key has to be there already, so give a table with all its defaults.
+    are checked when they are used. Elsewhere a key has to be there already, so give a table with all its defaults; a
+    table within a table may be replaced by another, which is checked when it is used.
 
     Raises RegistryError for what is not `key=value`, for an unknown key, and for a value where a table should be.
     """
@@ -88,11 +90,12 @@ def _assign(table: dict[str, Any], above: tuple[str, ...], path: tuple[str, ...]
     if closed and key not in fields:
         raise unknown(f"{assignment!r}: {'.'.join(above)} has no {path[0]!r}", path[0], fields)
     if len(path) > 1:
-        _assign(_table(table, key, assignment), (*above, key), path[1:], value, assignment)
-    elif isinstance(table.get(key), dict) and "name" not in table[key] and "model" not in above:
-        raise RegistryError(f"{assignment!r}: {key} is a table; set one of: {', '.join(table[key])}")
-    else:
-        table[key] = value
+        return _assign(_table(table, key, assignment), (*above, key), path[1:], value, assignment)
+    before = table.get(key)
+    part = isinstance(before, dict) and "name" in before
+    if isinstance(before, dict) and not (part or "model" in above or (above and isinstance(value, dict))):
+        raise RegistryError(f"{assignment!r}: {key} is a table; set one of: {', '.join(before)}")
+    table[key] = value
 
 
 def _table(table: dict[str, Any], key: str, assignment: str) -> dict[str, Any]:

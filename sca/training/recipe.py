@@ -1,7 +1,7 @@
 """Recipes: what is trained, on what, how long and by which losses, in one TOML file.
 
 [model]          a `ModelSpec`
-[data.NAME]      dataset (a registered name), weight, augment, and the dataset's own options; as many as wanted
+[data.NAME]      a `Source`: name (of a dataset), split, weight, augment, and the dataset's options; as many as wanted
 [train]          `TrainOptions`
 [loss]           a weight for each loss; `attributes` is an auxiliary head that only training has
 """
@@ -13,16 +13,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError
 from sca_registry.messages import unknown
 from sca_registry.overrides import override
-from sca_registry.spec import ModelSpec
+from sca_registry.spec import ModelSpec, Part
+
+if TYPE_CHECKING:
+    from sca.training.augmentation import Augmentation
 
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0}
 PROMPTS = ("box", "point", "box-and-point")
+PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "regions", "words", "processes", "save")  # of at least one
+SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,45 @@ class TrainOptions(Drawing):
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where examples come from: a dataset with its options, how often relative to the other sources it is drawn from,
+    and what is changed at random in what it gives.
+    """
+
+    dataset: Part
+    split: str = "train"
+    weight: float = 1.0
+    augment: Augmentation | None = None
+
+    @classmethod
+    def from_dict(cls, written: Any, what: str) -> Source:
+        """From a table [data.NAME]. Raises RegistryError, opening with `what`, for a value that is wrong."""
+        part = Part.from_dict(written, f"dataset of {what}")
+        options = dict(part.options)
+        split, weight, changes = (options.pop(key, None) for key in ("split", "weight", "augment"))
+        given: dict[str, Any] = {}
+        if split is not None:
+            _check_type(f"{what}.split", split, "")
+            given["split"] = split
+        if weight is not None:
+            _check_type(f"{what}.weight", weight, 0.0)
+            if weight <= 0:
+                raise RegistryError(f"{what}.weight is {weight}: give a number above 0, or leave the table out")
+            given["weight"] = float(weight)
+        if changes is not None:
+            given["augment"] = _augmentation(changes, f"{what}.augment")
+        return cls(Part(part.name, options), **given)
+
+    def to_dict(self) -> dict[str, Any]:
+        augment = {} if self.augment is None else {"augment": vars(self.augment)}
+        return self.dataset.to_dict() | {"split": self.split, "weight": self.weight, **augment}
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     model: ModelSpec
-    data: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, Source]
     train: TrainOptions
     loss: Mapping[str, float]
     summary: str = ""
@@ -117,15 +157,18 @@ class Recipe:
         for key in COUNTS:
             if full["train"][key] < 1:
                 raise RegistryError(f"train.{key} is {full['train'][key]}: give a whole number, 1 or more")
-        for kind in full["train"]["prompts"]:
-            if kind not in PROMPTS:
-                raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
+        for key in SHARES:
+            if not 0 <= full["train"][key] <= 1:
+                raise RegistryError(f"train.{key} is {full['train'][key]}: give a share, from 0 to 1")
+        _check_prompts(full["train"]["prompts"])
+        if full["train"]["precision"] not in PRECISIONS:
+            raise unknown(f"no precision {full['train']['precision']!r}", full["train"]["precision"], PRECISIONS)
         if not full["data"]:
-            raise RegistryError(f"the recipe {name} has no data: give it a table [data.NAME] with dataset = '...'")
+            raise RegistryError(f"the recipe {name} has no data: give it a table [data.NAME] with name = '...'")
         return cls(
             name,
             ModelSpec.from_dict(full["model"]),
-            full["data"],
+            {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()},
             TrainOptions(**full["train"]),
             full["loss"],
             table.get("summary", ""),
@@ -135,7 +178,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """What repeats the run: good for JSON and for TOML."""
         train = {each.name: getattr(self.train, each.name) for each in fields(TrainOptions)}
-        return {"model": self.model.to_dict(), "data": dict(self.data), "train": train, "loss": dict(self.loss)}
+        data = {name: source.to_dict() for name, source in self.data.items()}
+        return {"model": self.model.to_dict(), "data": data, "train": train, "loss": dict(self.loss)}
 
 
 def recipe_names() -> list[str]:
@@ -151,6 +195,31 @@ def recipe_text(name: str) -> str:
     if name.endswith(".toml") and Path(name).is_file():
         return Path(name).read_text("utf-8")
     raise unknown(f"no recipe named {name!r}, and no TOML file there", name, recipe_names())
+
+
+def _check_prompts(prompts: Mapping[str, Any]) -> None:
+    for kind, share in prompts.items():
+        if kind not in PROMPTS:
+            raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
+        _check_type(f"train.prompts.{kind}", share, 0.0)
+        if share < 0:
+            raise RegistryError(f"train.prompts.{kind} is {share}: give a number, 0 or more")
+    if not any(prompts.values()):
+        raise RegistryError("train.prompts says how often each prompt is drawn, and none of them ever is")
+
+
+def _augmentation(written: Any, what: str) -> Augmentation:
+    from sca.training.augmentation import Augmentation  # listing the recipes imports no numpy
+
+    _check_type(what, written, {})
+    known = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}
+    for key, value in written.items():
+        if key not in known:
+            raise unknown(f"{what} has no {key!r}", key, known)
+        _check_type(f"{what}.{key}", value, known[key])
+        if not 0 <= value <= 1:
+            raise RegistryError(f"{what}.{key} is {value}: give a number from 0 to 1")
+    return Augmentation(**written)
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:

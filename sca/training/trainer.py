@@ -21,7 +21,6 @@ from sca.checkpoint import load, save
 from sca.composition import build
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
-from sca.training.augmentation import Augmentation
 from sca.training.auxiliary import AttributeHead
 from sca.training.examples import ExampleStream, Mixture, collate
 from sca.training.recipe import Recipe, TrainOptions
@@ -180,18 +179,12 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
 def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str, tuple[str, ...]]]:
     """The examples of all data of a recipe, and the attributes that its auxiliary loss names."""
     options = recipe.train
-    sets, weights = [], []
+    sources = recipe.data.values()
+    weights = [source.weight for source in sources]
+    sets = [datasets.build(source.dataset.name, source.split, **source.dataset.options) for source in sources]
     attributes: dict[str, tuple[str, ...]] = {}
-    for name, table in recipe.data.items():
-        given = {"split": "train"} | dict(table)
-        if "dataset" not in given:
-            raise RegistryError(f"the recipe's [data.{name}] names no dataset: add dataset = '...'")
-        weights.append(float(given.pop("weight", 1.0)))
-        change = given.pop("augment", None)
-        sets.append(
-            (datasets.build(given.pop("dataset"), given.pop("split"), **given), change and Augmentation(**change))
-        )
-        for attribute, values in getattr(sets[-1][0], "attributes", {}).items():
+    for dataset in sets:
+        for attribute, values in getattr(dataset, "attributes", {}).items():
             attributes[attribute] = tuple(dict.fromkeys((*attributes.get(attribute, ()), *values)))
     length = options.steps * options.images
     used = attributes if recipe.loss.get("attributes") else {}
@@ -201,11 +194,11 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str,
             Processor.of(model.encoder),
             model.language_model.tokenizer,
             options,
-            round(length * weight / sum(weights)),
+            round(length * source.weight / sum(weights)),
             seed=options.seed,
             attributes=used,
-            augment=change,
+            augment=source.augment,
         )
-        for (dataset, change), weight in zip(sets, weights, strict=True)
+        for dataset, source in zip(sets, sources, strict=True)
     ]
     return Mixture(streams, weights, length, options.seed), used

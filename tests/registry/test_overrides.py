@@ -129,6 +129,12 @@ def test_a_recipe_s_own_tables_are_set():
     assert changed["loss"] == {"caption": 1.0, "mask": 0.5}
 
 
+def test_a_table_within_a_table_is_replaced_as_a_whole():
+    changed = override(RECIPE, ["train.optimiser={name='lion', rate=2}"])
+    assert changed["train"]["optimiser"] == {"name": "lion", "rate": 2}
+    assert changed["train"]["steps"] == 100
+
+
 @pytest.mark.parametrize(
     ("assignment", "told"),
     [

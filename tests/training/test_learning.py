@@ -34,7 +34,7 @@ TABLE = {
         "task_tokens": 1,
         "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
     },
-    "data": {"fixed": {"dataset": "fixed"}},
+    "data": {"fixed": {"name": "fixed"}},
     "train": {
         "steps": 200,
         "images": 16,

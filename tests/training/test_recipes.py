@@ -18,18 +18,19 @@ def test_every_shipped_recipe_reads_and_is_repeated_by_what_it_writes(name):
 
 def test_overrides_reach_every_table_and_do_not_change_the_recipe():
     plain = Recipe.read("sca-tiny")
-    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.dataset=coco", "train.prompts.box=0.2"]
+    changes = ["train.steps=7", "mixer.depth=1", "loss.mask=0.5", "data.scenes.count=16", "train.prompts.box=0.2"]
     changed = Recipe.read("sca-tiny", changes)
     assert changed.train.steps == 7
     assert changed.model.mixer.options["depth"] == 1
     assert changed.loss["mask"] == 0.5
-    assert changed.data["scenes"]["dataset"] == "coco"
+    assert changed.data["scenes"].dataset.options == {"count": 16}
     assert changed.train.prompts["box"] == 0.2
+    assert Recipe.read("sca-tiny", ["train.prompts={point=1}"]).train.prompts == {"point": 1}
     assert Recipe.read("sca-tiny") == plain
 
 
 def test_what_a_recipe_leaves_out_has_its_default(small_table):
-    recipe = Recipe.from_dict("mine", {"model": small_table, "data": {"scenes": {"dataset": "scenes"}}})
+    recipe = Recipe.from_dict("mine", {"model": small_table, "data": {"scenes": {"name": "scenes"}}})
     assert recipe.train == TrainOptions()
     assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0}
 
@@ -37,7 +38,7 @@ def test_what_a_recipe_leaves_out_has_its_default(small_table):
 def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(
-        'model = { encoder = "tiny-vit", mixer = "query", language_model = "tiny-gpt2" }\n[data.a]\ndataset = "scenes"'
+        'model = { encoder = "tiny-vit", mixer = "query", language_model = "tiny-gpt2" }\n[data.a]\nname = "scenes"'
     )
     assert Recipe.read(str(file)).name == "mine"
 
@@ -52,7 +53,15 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("train.images=-4", "train.images is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast': give a number"),
         ("train.warmup=true", "train.warmup is True"),
-        ("train.prompts={circle=1.0}", "prompts is a table; set one of: box"),
+        ("train.prompts={circle=1.0}", "no prompt is called 'circle'"),
+        ("train.prompts={box=0}", "none of them ever is"),
+        ("train.prompts.box=-1", "train.prompts.box is -1"),
+        ("train.precision=fp16", "no precision 'fp16'.*There are: float32"),
+        ("train.telling=2", "train.telling is 2: give a share"),
+        ("data.scenes.weight=0", "data.scenes.weight is 0: give a number above 0"),
+        ("data.scenes.weight=much", "data.scenes.weight is 'much': give a number"),
+        ("data.scenes.augment={flop=1}", "data.scenes.augment has no 'flop'.*Did you mean 'flip'"),
+        ("data.scenes.augment={flip=2}", "data.scenes.augment.flip is 2: give a number from 0 to 1"),
         ("loss.masks=1", "loss has no 'masks'.*Did you mean 'mask'"),
         ("loss.mask=much", "loss.mask is 'much': give a number"),
         ("mixer.depth", "does not set anything"),
@@ -77,7 +86,7 @@ def test_a_wrong_override_is_refused(change, message):
     ],
 )
 def test_a_wrong_recipe_is_refused(small_table, table, message):
-    whole = {"model": small_table, "data": {"scenes": {"dataset": "scenes"}}}
+    whole = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
     with pytest.raises(RegistryError, match=message):
         Recipe.from_dict("mine", {**whole, **table})
 
