@@ -1,29 +1,41 @@
-"""Losses that exist only while training: they shape the queries and are thrown away with the recipe."""
+"""Losses that exist only while training: they shape queries and features, and are thrown away with the recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sca_registry.contracts import Regions, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sca.nn.masks import masked_mean
+
+UNKNOWN = -100  # the label of an attribute whose value is not known
+
 
 class AttributeHead(nn.Module):
-    """Names each attribute of a region from its queries (N, Q, D).
+    """Names each attribute of a region from Q vectors of it, (N, Q, D).
 
     The loss is the sum of one cross-entropy an attribute, each averaged over all N regions; a region whose value is
     unknown adds nothing.
     """
 
-    def __init__(self, width: int, queries: int, attributes: Mapping[str, Sequence[str]]):
+    def __init__(self, width: int, vectors: int, attributes: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width * queries, len(v)) for name, v in attributes.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(width * vectors, len(v)) for name, v in attributes.items()})
 
-    def forward(self, queries: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
-        """labels: (N,) for each attribute, the place of its value, -100 where unknown."""
-        flat = queries.flatten(1)
+    def forward(self, vectors: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
+        """labels: (N,) for each attribute, the place of its value, `UNKNOWN` where it is."""
+        flat = vectors.flatten(1)
         losses = [
-            F.cross_entropy(head(flat).float(), labels[name], ignore_index=-100, reduction="sum")
+            F.cross_entropy(head(flat).float(), labels[name], ignore_index=UNKNOWN, reduction="sum")
             for name, head in self.heads.items()
         ]
-        return sum(losses) / len(queries)
+        return sum(losses) / len(vectors)
+
+
+def features_under_truth(regions: Regions, targets: Targets) -> Tensor:
+    """The image's features averaged under the true mask of each region, (N, 1, D): what a grid cell has to tell."""
+    image = regions.image[regions.owner]  # (N, D, h, w)
+    covered = F.adaptive_avg_pool2d(targets.masks.to(image.dtype), image.shape[-2:])
+    return masked_mean(image, covered).unsqueeze(1)

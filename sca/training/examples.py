@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sca.masks import decode
 from sca.processing import Processor
+from sca.training.auxiliary import UNKNOWN
 from sca.training.recipe import Drawing
 
 Augmentation = Callable[[Sample, np.random.Generator], Sample]
@@ -44,7 +45,7 @@ class Example:
     has_mask: Tensor  # (R,)
     ids: list[list[int]]
     task: Tensor  # (R,)
-    labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, -100 where unknown
+    labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, `UNKNOWN` where it is
     prompt: str  # the kind drawn for this place in the stream
 
 
@@ -206,4 +207,4 @@ def _fact(region: Region, name: str) -> str | None:
 
 
 def _place(values: Sequence[str], value: str | None) -> int:
-    return values.index(value) if value in values else -100
+    return values.index(value) if value in values else UNKNOWN

@@ -3,7 +3,8 @@
 [model]          a `ModelSpec`
 [data.NAME]      a `Source`: name (of a dataset), split, weight, augment, and the dataset's options; as many as wanted
 [train]          `TrainOptions`
-[loss]           a weight for each loss; `attributes` is an auxiliary head that only training has
+[loss]           a weight for each loss; `attributes` and `features` name what a region is like, from its queries and
+                 from the encoder's features under its mask, by auxiliary heads that only training has
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from sca_registry.spec import ModelSpec, Part
 if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
 
-LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0}
+LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
+AUXILIARY = ("attributes", "features")
 PROMPTS = ("box", "point", "box-and-point")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "regions", "words", "processes", "save")  # of at least one

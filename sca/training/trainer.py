@@ -21,9 +21,9 @@ from sca.checkpoint import load, save
 from sca.composition import build
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
-from sca.training.auxiliary import AttributeHead
+from sca.training.auxiliary import UNKNOWN, AttributeHead, features_under_truth
 from sca.training.examples import ExampleStream, Mixture, collate
-from sca.training.recipe import Recipe, TrainOptions
+from sca.training.recipe import AUXILIARY, Recipe, TrainOptions
 
 
 def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool = False) -> SegmentCaptioner:
@@ -81,17 +81,22 @@ class Lesson(nn.Module):
         super().__init__()
         self.model = model
         self.weights = dict(weights)
-        self.attributes = (
-            AttributeHead(model.mixer.width, model.mixer.queries, attributes) if weights.get("attributes") else None
+        seen = {"attributes": (model.mixer.width, model.mixer.queries), "features": (model.segmenter.channels, 1)}
+        self.heads = nn.ModuleDict(
+            {loss: AttributeHead(*seen[loss], attributes) for loss in AUXILIARY if weights.get(loss)}
         )
         self.recent: dict[str, list[float]] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         output = self.model(batch, self.weights)
-        loss, losses = output.loss, output.losses
-        if self.attributes is not None:
-            losses = losses | {"attributes": self.attributes(output.queries, batch.extra)}
-            loss = loss + self.weights["attributes"] * losses["attributes"]
+        losses = dict(output.losses)
+        if "attributes" in self.heads:
+            losses["attributes"] = self.heads["attributes"](output.queries, batch.extra)
+        if "features" in self.heads:
+            features = features_under_truth(output.regions, batch.targets)
+            known = {name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN) for name, labels in batch.extra.items()}
+            losses["features"] = self.heads["features"](features, known)
+        loss = output.loss + sum(self.weights[name] * losses[name] for name in self.heads)
         for name, value in losses.items():
             self.recent.setdefault(name, []).append(value.detach())
         return loss
@@ -187,7 +192,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str,
         for attribute, values in getattr(dataset, "attributes", {}).items():
             attributes[attribute] = tuple(dict.fromkeys((*attributes.get(attribute, ()), *values)))
     length = options.steps * options.images
-    used = attributes if recipe.loss.get("attributes") else {}
+    used = attributes if any(recipe.loss.get(loss) for loss in AUXILIARY) else {}
     streams = [
         ExampleStream(
             dataset,

@@ -32,7 +32,7 @@ def test_overrides_reach_every_table_and_do_not_change_the_recipe():
 def test_what_a_recipe_leaves_out_has_its_default(small_table):
     recipe = Recipe.from_dict("mine", {"model": small_table, "data": {"scenes": {"name": "scenes"}}})
     assert recipe.train == TrainOptions()
-    assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0}
+    assert recipe.loss == {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
 
 
 def test_a_file_is_a_recipe_of_its_own_name(tmp_path):

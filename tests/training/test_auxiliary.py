@@ -1,0 +1,75 @@
+"""The losses that only training has: what they look at, and what they do not count."""
+
+import math
+
+import pytest
+import torch
+from sca_registry.contracts import Batch, Prompts, Targets
+from torch.nn import functional as F
+
+from sca.training.auxiliary import UNKNOWN, AttributeHead, features_under_truth
+from sca.training.trainer import Lesson
+
+ATTRIBUTES = {"colour": ("red", "blue"), "form": ("circle", "square", "star")}
+
+
+def labels(colours, forms):
+    return {"colour": torch.tensor(colours), "form": torch.tensor(forms)}
+
+
+def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing():
+    torch.manual_seed(0)
+    head, vectors = AttributeHead(4, 2, ATTRIBUTES), torch.randn(3, 2, 4)
+    known = labels([0, 1, UNKNOWN], [2, UNKNOWN, UNKNOWN])
+    colours, forms = (head.heads[name](vectors.flatten(1)) for name in ATTRIBUTES)
+    by_hand = F.cross_entropy(colours[:1], known["colour"][:1]) + F.cross_entropy(colours[1:2], known["colour"][1:2])
+    by_hand += F.cross_entropy(forms[:1], known["form"][:1])
+    assert head(vectors, known).item() == pytest.approx(by_hand.item() / 3, rel=1e-5)
+
+
+@pytest.fixture
+def batch():
+    """Two regions of one image, a left half and a right half."""
+    masks = torch.zeros(2, 32, 32)
+    masks[0, :, :16] = masks[1, :, 16:] = 1
+    return Batch(
+        pixels=torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+        prompts=Prompts(torch.tensor([0, 0]), boxes=torch.tensor([[0.0, 0, 32, 64], [32, 0, 64, 64]])),
+        task=torch.tensor([1, 1]),
+        ids=torch.tensor([[5, 6], [7, 8]]),
+        mask=torch.ones(2, 2, dtype=torch.long),
+        targets=Targets(masks, torch.ones(2, 32, 32, dtype=torch.bool), torch.tensor([True, True])),
+        extra=labels([0, 1], [2, 0]),
+    )
+
+
+def test_features_are_averaged_where_the_region_truly_is(small, batch):
+    model = small()
+    with torch.no_grad():
+        regions = model.segment(model.encode(batch.pixels), batch.prompts)
+        found = features_under_truth(regions, batch.targets)
+    image = regions.image[0]  # (D, 8, 8)
+    halves = torch.stack((image[:, :, :4].mean((1, 2)), image[:, :, 4:].mean((1, 2))))
+    assert torch.allclose(found[:, 0], halves, atol=1e-3)
+
+
+def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(small, batch):
+    model = small(trainable=["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"])
+    lesson = Lesson(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
+    lesson(batch).backward()
+    touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"encoder"}  # the features themselves, and no way round them
+    (features,) = lesson.recent["features"]
+    assert lesson(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
+
+
+def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
+    lesson = Lesson(small(), {"features": 1.0}, ATTRIBUTES)
+    lesson(batch)
+    batch.targets.has_mask[1] = False
+    lesson(batch)
+    both, one = lesson.recent["features"]
+    assert 0 < one < both
+    batch.targets.has_mask[0] = False
+    assert math.isfinite(lesson(batch).item())
+    assert lesson.recent["features"][-1] == 0
