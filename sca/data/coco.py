@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
@@ -30,16 +30,7 @@ class Coco:
 
     Segmentations may be polygons, uncompressed or compressed RLE; every region's mask is compressed RLE, made when the
     sample is asked for. A region's name is its category's; its phrases are the annotation's "caption" (a string or a
-    list of them), and its attributes the annotation's "attributes". Where there is no caption, `phrases="rule"` makes
-    phrases (otherwise there are none):
-
-        ARTICLE [SIZE] NAME;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME PLACE         each once, in this order
-
-    ARTICLE is "the" for the only one of its class in the image, else "a" or "an" by the name's first letter. SIZE is
-    "large" for a box that covers at least an eighth of the image, "small" for at most a hundredth, nothing between.
-    PLACE is where the box's centre lies on the image cut into three by three: "at the top left", "at the top",
-    "on the right", "in the middle", ... So: "a car on the left", "a large building at the top right", "the road at
-    the bottom".
+    list of them), and its attributes the annotation's "attributes".
 
     Crowds are left out; boxes are clipped to the image, and left out if nothing remains; polygons of fewer than three
     points are dropped; images that have no region left, or whose file is missing, are left out. An unreadable picture,
@@ -56,12 +47,9 @@ class Coco:
         root: str | Path | None = None,
         annotations: str | Path | None = None,
         images: str | Path | None = None,
-        phrases: Literal["given", "rule"] = "given",
         max_bad: int = 100,
     ):
-        if phrases not in ("given", "rule"):
-            raise ValueError(f'phrases must be "given" or "rule", not {phrases!r}')
-        self.split, self.phrases, self.max_bad = split, phrases, max_bad
+        self.split, self.max_bad = split, max_bad
         self.annotations, self.images = _files(split, root, annotations, images)
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -102,12 +90,9 @@ class Coco:
 
     def _region(self, region: dict[str, Any], record: dict[str, Any]) -> Region:
         name, box = region["name"], tuple(region["box"])
-        phrases = tuple(region["caption"])
-        if not phrases and self.phrases == "rule":
-            phrases = _rule(name, box, (record["width"], record["height"]), only=record["names"][name] == 1)
         attributes = {key: tuple(v) if isinstance(v, list) else v for key, v in region["attributes"].items()}
         mask = _encoded(region["segmentation"], record["height"], record["width"])
-        return Region(region["id"], box, mask, name, phrases, attributes)
+        return Region(region["id"], box, mask, name, tuple(region["caption"]), attributes)
 
     def _read(self) -> list[bytes]:
         content = _load(self.annotations)
@@ -123,7 +108,7 @@ class Coco:
             kept |= {key: _field(record, key, int, place) for key in ("id", "width", "height")}
             if min(kept["width"], kept["height"]) < 1:
                 raise ValueError(f"{place}: {kept['width']} x {kept['height']} is no size for an image")
-            images[kept["id"]] = {**kept, "regions": [], "names": Counter()}
+            images[kept["id"]] = {**kept, "regions": []}
         for record, place in _listed(content, "annotations", where):
             image_id = _field(record, "image_id", int, place)
             if image_id not in images:
@@ -149,7 +134,6 @@ class Coco:
 
     def _keep(self, record: dict[str, Any], name: str, image: dict[str, Any], place: str) -> None:
         """Puts what is needed of one annotation into its image, or counts why it is left out."""
-        image["names"][name] += 1
         if record.get("iscrowd"):
             return self._skip("crowd", place)
         bbox = _field(record, "bbox", list, place)
@@ -306,25 +290,3 @@ def _encoded(segmentation: list | dict | None, height: int, width: int) -> dict[
     code = rle.frPyObjects(segmentation, height, width)
     code = rle.merge(code) if isinstance(code, list) else code
     return {"size": [height, width], "counts": code["counts"].decode()}
-
-
-def _rule(name: str, box: tuple[float, ...], size: tuple[int, int], only: bool) -> tuple[str, ...]:
-    """The phrases that `Coco` describes; `size` is the image's (width, height)."""
-    share = (box[2] - box[0]) * (box[3] - box[1]) / math.prod(size)
-    adjective = "large" if share >= 1 / 8 else "small" if share <= 1 / 100 else None
-    column, row = (
-        0 if middle < limit / 3 else 2 if middle > limit * 2 / 3 else 1
-        for middle, limit in zip(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), size, strict=True)
-    )
-    side, level = ("left", None, "right")[column], ("top", None, "bottom")[row]
-    if level:
-        place = f"at the {level} {side}" if side else f"at the {level}"
-    else:
-        place = f"on the {side}" if side else "in the middle"
-
-    def phrase(*words: str | None) -> str:
-        described = " ".join(word for word in words if word)
-        article = "the" if only else "an" if described[0].lower() in "aeiou" else "a"
-        return f"{article} {described}"
-
-    return tuple(dict.fromkeys((phrase(adjective, name), phrase(name, place), phrase(adjective, name, place))))

@@ -28,6 +28,7 @@ from torch import Tensor
 from sca.masks import decode
 from sca.processing import Processor
 from sca.training.auxiliary import UNKNOWN
+from sca.training.phrases import told_by_rule
 from sca.training.recipe import Drawing
 
 Augmentation = Callable[[Sample, np.random.Generator], Sample]
@@ -62,6 +63,7 @@ class ExampleStream(torch.utils.data.Dataset):
         seed: int = 0,
         attributes: Mapping[str, Sequence[str]] | None = None,
         augment: Augmentation | None = None,
+        phrases: str = "given",
     ):
         self.dataset = dataset
         self.processor = processor
@@ -71,6 +73,7 @@ class ExampleStream(torch.utils.data.Dataset):
         self.seed = seed
         self.attributes = attributes or {}
         self.augment = augment
+        self.phrases = phrases
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
     def __len__(self) -> int:
@@ -81,10 +84,12 @@ class ExampleStream(torch.utils.data.Dataset):
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
         draw = np.random.default_rng([self.seed, 1, place])
-        sample = self.dataset[int(self._order[1][index])]
+        sample = whole = self.dataset[int(self._order[1][index])]
         if self.augment:
-            changed = self.augment(sample, draw)
-            sample = changed if changed.regions else sample  # a crop may have lost them all
+            changed = self.augment(whole, draw)
+            sample = changed if changed.regions else whole  # a crop may have lost them all
+        if self.phrases == "rule":
+            sample = told_by_rule(sample, whole)
         return self._example(sample, draw, place / self.length)
 
     def _example(self, sample: Sample, draw: np.random.Generator, progress: float) -> Example:

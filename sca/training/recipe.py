@@ -1,7 +1,7 @@
 """Recipes: what is trained, on what, how long and by which losses, in one TOML file.
 
 [model]          a `ModelSpec`
-[data.NAME]      a `Source`: name (of a dataset), split, weight, augment, and the dataset's options; as many as wanted
+[data.NAME]      a `Source`: name of a dataset, split, weight, augment, phrases, and the dataset's own options
 [train]          `TrainOptions`
 [loss]           a weight for each loss; `attributes` and `features` name what a region is like, from its queries and
                  from the encoder's features under its mask, by auxiliary heads that only training has
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
 AUXILIARY = ("attributes", "features")
 PROMPTS = ("box", "point", "box-and-point")
+PHRASES = ("given", "rule")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "regions", "words", "processes", "save")  # of at least one
 SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
@@ -81,20 +82,21 @@ class TrainOptions(Drawing):
 @dataclass(frozen=True)
 class Source:
     """Where examples come from: a dataset with its options, how often relative to the other sources it is drawn from,
-    and what is changed at random in what it gives.
+    and what is changed at random in what it gives. phrases: "given", or "rule" for `told_by_rule` where none is given.
     """
 
     dataset: Part
     split: str = "train"
     weight: float = 1.0
     augment: Augmentation | None = None
+    phrases: str = "given"
 
     @classmethod
     def from_dict(cls, written: Any, what: str) -> Source:
         """From a table [data.NAME]. Raises RegistryError, opening with `what`, for a value that is wrong."""
         part = Part.from_dict(written, f"dataset of {what}")
         options = dict(part.options)
-        split, weight, changes = (options.pop(key, None) for key in ("split", "weight", "augment"))
+        split, weight, changes, phrases = (options.pop(key, None) for key in ("split", "weight", "augment", "phrases"))
         given: dict[str, Any] = {}
         if split is not None:
             _check_type(f"{what}.split", split, "")
@@ -106,11 +108,16 @@ class Source:
             given["weight"] = float(weight)
         if changes is not None:
             given["augment"] = _augmentation(changes, f"{what}.augment")
+        if phrases is not None:
+            if phrases not in PHRASES:
+                raise unknown(f"{what}.phrases is {phrases!r}", str(phrases), PHRASES)
+            given["phrases"] = phrases
         return cls(Part(part.name, options), **given)
 
     def to_dict(self) -> dict[str, Any]:
         augment = {} if self.augment is None else {"augment": vars(self.augment)}
-        return self.dataset.to_dict() | {"split": self.split, "weight": self.weight, **augment}
+        own = {"split": self.split, "weight": self.weight, "phrases": self.phrases}
+        return self.dataset.to_dict() | own | augment
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str,
             seed=options.seed,
             attributes=used,
             augment=source.augment,
+            phrases=source.phrases,
         )
         for dataset, source in zip(sets, sources, strict=True)
     ]

@@ -5,12 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
-from sca.data.coco import Coco, _rule
+from sca.data.coco import Coco
 
 WIDTH, HEIGHT = 40, 30
 
@@ -209,41 +207,3 @@ def test_missing_files_and_unclear_options_say_what_to_give(tmp_path):
         Coco("val", root=tmp_path)
     with pytest.raises(ValueError, match="give root=FOLDER, or both"):
         Coco("val", annotations=tmp_path / "val.json")
-    with pytest.raises(ValueError, match="phrases must be"):
-        Coco("val", root=tmp_path, phrases="made up")
-
-
-def test_rule_phrases_are_made_where_there_is_no_caption(written):
-    given = annotation(1, caption="a tabby")
-    owl = annotation(2, category_id=9, bbox=[15, 18, 10, 10])
-    hidden = annotation(3, category_id=9, iscrowd=1)
-    root = written(content(given, owl))
-    assert [region.phrases for region in Coco("val", root=root)[0].regions] == [("a tabby",), ()]
-    assert [region.phrases for region in Coco("val", root=root, phrases="rule")[0].regions] == [
-        ("a tabby",),
-        ("the old owl", "the old owl at the bottom"),
-    ]
-    crowded = Coco("val", root=written(content(given, owl, hidden)), phrases="rule")
-    assert crowded[0].regions[1].phrases == ("an old owl", "an old owl at the bottom")
-
-
-@pytest.mark.parametrize(
-    ("box", "phrases"),
-    [
-        ((0, 40, 20, 60), ("a car", "a car on the left")),
-        ((60, 0, 100, 40), ("a large car", "a car at the top right", "a large car at the top right")),
-        ((48, 48, 52, 52), ("a small car", "a car in the middle", "a small car in the middle")),
-        ((0, 60, 100, 100), ("a large car", "a car at the bottom", "a large car at the bottom")),
-    ],
-)
-def test_rule_phrases_say_size_and_place(box, phrases):
-    assert _rule("car", box, (100, 100), only=False) == phrases
-
-
-@given(*[st.integers(0, 99)] * 2, *[st.integers(1, 100)] * 2)
-def test_a_mirrored_box_swaps_left_and_right_and_nothing_else(x, y, width, height):
-    x2, y2 = min(x + width, 100), min(y + height, 100)
-    words = " ".join(_rule("cat", (x, y, x2, y2), (100, 100), only=True))
-    mirrored = " ".join(_rule("cat", (100 - x2, y, 100 - x, y2), (100, 100), only=True))
-    swap = {"left": "right", "right": "left"}
-    assert mirrored.split() == [swap.get(word, word) for word in words.split()]

@@ -1,0 +1,78 @@
+"""Phrases made by rule are true of the picture that is learned from."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sca_registry.contracts import CAPTION, ImageFormat, Region, Sample
+
+from sca.language_models.tiny_gpt2 import TinyGpt2
+from sca.processing import Processor
+from sca.training.augmentation import Augmentation
+from sca.training.examples import ExampleStream
+from sca.training.phrases import phrases, told_by_rule
+from sca.training.recipe import Drawing
+
+
+def sample(*regions):
+    return Sample(Image.new("RGB", (100, 100)), 1, regions)
+
+
+def test_only_what_has_a_name_and_no_phrase_is_told():
+    owl, cat, bare = (0, 0, 10, 10), (40, 40, 60, 60), (0, 0, 9, 9)
+    given = sample(Region(1, cat, None, "cat", ("a tabby",)), Region(2, owl, None, "old owl"), Region(3, bare))
+    told = told_by_rule(given, given)
+    assert [region.phrases for region in told.regions] == [
+        ("a tabby",),
+        ("the small old owl", "the old owl at the top left", "the small old owl at the top left"),
+        (),
+    ]
+
+
+def test_the_only_one_in_sight_is_not_called_the_only_one():
+    owls = [Region(number, (x, 0, x + 40, 40), None, "owl") for number, x in enumerate((0, 60))]
+    assert told_by_rule(sample(owls[0]), sample(*owls)).regions[0].phrases[0] == "a large owl"
+
+
+def test_a_crop_is_told_by_what_is_left_of_it():
+    """A small thing at the left of a picture may be a large one in the middle of a crop."""
+    language_model = TinyGpt2(width=8, depth=1, heads=1)
+    processor, drawing = Processor(ImageFormat(size=32), 4), Drawing(words=40)
+    picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
+    augment = Augmentation(flip=0.0, crop=0.3)
+    stream = ExampleStream([picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrases="rule")
+    seen = set()
+    for place in range(60):
+        draw = np.random.default_rng([0, 1, place])  # what the stream draws from
+        changed = augment(picture, draw)
+        owl = (changed if changed.regions else picture).regions[0]
+        size = changed.image.size if changed.regions else picture.image.size
+        example = stream[place]
+        assert example.task.tolist() == [CAPTION]
+        text = language_model.tokenizer.decode(example.ids[0])
+        assert text in phrases("owl", owl.box, size, only=True)
+        seen.add(text)
+    assert {"the owl at the top left", "the large owl"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("box", "told"),
+    [
+        ((0, 40, 20, 60), ("a car", "a car on the left")),
+        ((60, 0, 100, 40), ("a large car", "a car at the top right", "a large car at the top right")),
+        ((48, 48, 52, 52), ("a small car", "a car in the middle", "a small car in the middle")),
+        ((0, 60, 100, 100), ("a large car", "a car at the bottom", "a large car at the bottom")),
+    ],
+)
+def test_phrases_say_size_and_place(box, told):
+    assert phrases("car", box, (100, 100), only=False) == told
+
+
+@given(*[st.integers(0, 99)] * 2, *[st.integers(1, 100)] * 2)
+def test_a_mirrored_box_swaps_left_and_right_and_nothing_else(x, y, width, height):
+    x2, y2 = min(x + width, 100), min(y + height, 100)
+    words = " ".join(phrases("cat", (x, y, x2, y2), (100, 100), only=True))
+    mirrored = " ".join(phrases("cat", (100 - x2, y, 100 - x, y2), (100, 100), only=True))
+    swap = {"left": "right", "right": "left"}
+    assert mirrored.split() == [swap.get(word, word) for word in words.split()]
