@@ -37,21 +37,22 @@ def caption_everything(
     options = options or Everything(**predictor.model.spec.everything)
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
+    (frame,) = predictor.encoded.frames
     logits, scores = _candidates(predictor, options, progress)
     boxes = tight_boxes(logits > 0)
     kept = suppress(boxes, scores, options.nms)
     request, masks, ious = [], [], []
     for row in kept.tolist():
-        mask = predictor.processor.masks(logits[row][None, None], predictor.frame)[0, 0] > 0
+        mask = predictor.processor.masks(logits[row][None, None], frame)[0, 0] > 0
         code = encode(mask.cpu().numpy())
-        share = area(code) / (predictor.frame.width * predictor.frame.height)
+        share = area(code) / (frame.width * frame.height)
         if share and options.area <= share <= options.largest:
             request.append(Prompt(box=box_of(code)))
             masks.append(code)
             ious.append(min(float(scores[row]), 1.0))
     if not request:
         return []
-    captions = predictor.predict(request, task=task, **generation)
+    (captions,) = predictor.answer(predictor.encoded, [request], task, masks=False, **generation)
     return [replace(c, mask=mask, iou=iou) for c, mask, iou in zip(captions, masks, ious, strict=True)]
 
 
@@ -59,7 +60,7 @@ def _candidates(
     predictor: Predictor, options: Everything, progress: Callable[[int, int], None] | None
 ) -> tuple[Tensor, Tensor]:
     """Masks (K, 4h, 4w) that pass the filters, and their predicted IoU (K,)."""
-    width, height = predictor.frame.used
+    width, height = predictor.encoded.frames[0].used
     steps = (torch.arange(options.points) + 0.5) / options.points
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
     points = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)  # (points ** 2, 1, 2), input frame
@@ -68,7 +69,7 @@ def _candidates(
     ).to(predictor.device)
     found = []
     for number, chunk in enumerate(prompts.chunks(predictor.regions)):
-        regions = predictor.model.segment(predictor.features, chunk)
+        regions = predictor.model.segment(predictor.encoded.features, chunk)
         if regions.masks is None:
             raise ValueError(
                 f"everything needs masks, and the segmenter {type(predictor.model.segmenter).__name__} gives none: "

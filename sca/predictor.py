@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ from sca.processing import Frame, Processor
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
+
+
+class Encoded(NamedTuple):
+    """What a predictor keeps of B images: computed once, and asked as often as wanted."""
+
+    features: Tensor  # (B, C, h, w)
+    frames: Sequence[Frame]
 
 
 class Predictor:
@@ -38,8 +45,7 @@ class Predictor:
     def set_image(self, image: Image.Image | np.ndarray) -> None:
         """A PIL picture or an (height, width, 3) uint8 array in RGB."""
         self.image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        self.features = self.encode([self.image])
-        self.frame = self.processor.frame(*self.image.size)
+        self.encoded = self.encode([self.image])
 
     def predict(
         self,
@@ -59,7 +65,7 @@ class Predictor:
         request = [*prompts]
         request += [Prompt(box=tuple(map(float, box))) for box in boxes]
         request += [Prompt(points=((float(point[0]), float(point[1]), 1),)) for point in points]
-        return self._answer(self.features, [self.frame], [request], task, generation)[0]
+        return self.answer(self.encoded, [request], task, **generation)[0]
 
     def describe(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
@@ -67,63 +73,60 @@ class Predictor:
         self.set_image(image)
         return self.predict(prompts, task=task, **generation)
 
-    def describe_all(
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+        """Several images in one batch, for `answer`."""
+        pixels = self.processor.pixels(images).to(self.device, self.model.task_tokens.dtype)
+        return Encoded(self.model.encode(pixels), [self.processor.frame(*image.size) for image in images])
+
+    @torch.inference_mode()
+    def answer(
         self,
-        images: Sequence[Image.Image],
+        encoded: Encoded,
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
+        *,
+        masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        """Several images in one batch, each with any number of prompts: a list of captions an image."""
-        frames = [self.processor.frame(*image.size) for image in images]
-        return self._answer(self.encode(images), frames, requests, task, generation)
+        """Any number of prompts for each encoded image: a list of captions an image, in the order of the prompts.
 
-    @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Features (B, C, h, w)."""
-        return self.model.encode(self.processor.pixels(images).to(self.device, self.model.task_tokens.dtype))
-
-    @torch.inference_mode()
-    def _answer(
-        self,
-        features: Tensor,
-        frames: Sequence[Frame],
-        requests: Sequence[Sequence[Prompt]],
-        task: str,
-        generation: Mapping[str, Any],
-    ) -> list[list[Caption]]:
+        masks: whether full-size masks are wanted. Without, a caption that was not asked for by a box has none either.
+        """
         if task not in TASKS:
             raise ValueError(f"no task {task!r}: there are {' and '.join(map(repr, TASKS))}")
         flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
         answers: list[Caption | None] = [None] * len(flat)
-        for places, prompts in self.processor.prompts(requests, frames):
-            texts, scores, masks, ious = self._bucket(features, frames, prompts, TASKS.index(task), generation)
+        for places, prompts in self.processor.prompts(requests, encoded.frames):
+            texts, scores, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
             for row, place in enumerate(places):
                 _, prompt, region = flat[place]
-                box = prompt.box or (masks[row] and box_of(masks[row]))
-                answers[place] = Caption(texts[row], scores[row], box, masks[row], ious[row], prompt, region)
+                box = prompt.box or (codes[row] and box_of(codes[row]))
+                answers[place] = Caption(texts[row], scores[row], box, codes[row], ious[row], prompt, region)
         captions: list[list[Caption]] = [[] for _ in requests]
         for (owner, _, _), answer in zip(flat, answers, strict=True):
             captions[owner].append(answer)
         return captions
 
     def _bucket(
-        self, features: Tensor, frames: Sequence[Frame], prompts: Prompts, task: int, generation: Mapping[str, Any]
+        self, encoded: Encoded, prompts: Prompts, task: int, masks: bool, generation: Mapping[str, Any]
     ) -> tuple[list[str], list[float], list[Any], list[Any]]:
         """Text, score, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last two may be None."""
-        prefixes, masks, ious = [], [], []
+        prefixes, codes, ious = [], [], []
         for chunk in prompts.to(self.device).chunks(self.regions):
-            regions = self.model.segment(features, chunk)
+            regions = self.model.segment(encoded.features, chunk)
             tasks = torch.full((len(chunk),), task, device=self.device)
             prefixes.append(self.model.prefix(self.model.mix(regions), tasks))
-            if regions.masks is not None:
-                masks += self._masks(best_masks(regions.masks, regions.scores), chunk.owner, frames)
+            if regions.masks is not None and masks:
+                best = best_masks(regions.masks, regions.scores)
+                codes += self._masks(best, chunk.owner, encoded.frames)
+            if regions.scores is not None:
                 ious += regions.scores.amax(1).float().clamp(0, 1).tolist()
         settings = {**self.model.spec.generation, **generation}
         generated = self.model.language_model.generate(torch.cat(prefixes), **settings)
         nothing = [None] * len(prompts)
         scores = generated.scores[:, 0].exp().tolist()
-        return self._texts(generated.ids[:, 0]), scores, masks or nothing, ious or nothing
+        return self._texts(generated.ids[:, 0]), scores, codes or nothing, ious or nothing
 
     def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size logits of many regions are large."""

@@ -266,7 +266,8 @@ def _prompted(
     asked = iter(asked)
     while several := list(islice(asked, batch)):
         paths, images, requests = zip(*several, strict=True)
-        yield from zip(paths, images, predictor.describe_all(images, requests, task=task, **generation), strict=True)
+        answers = predictor.answer(predictor.encode(images), requests, task, **generation)
+        yield from zip(paths, images, answers, strict=True)
 
 
 def _everything(

@@ -40,8 +40,9 @@ def predict(
     """Records of every region that has the truth its task asks for: phrases for "caption", a name for "recognition".
 
     prompt: "box" asks with the region's own box, "point" with one point drawn inside its mask (its box where there is
-    no mask); the point is a function of `seed` and the region's id alone. batch: images at a time, if the predictor has
-    `describe_all`. limit: only the first so many images. progress: called with the images done and all of them.
+    no mask); the point is a function of `seed` and the region's id alone. batch: images at a time, if the predictor can
+    `encode` several and `answer`, as `sca.Predictor` does. limit: only the first so many images. progress: called with
+    the images done and all of them.
 
     ValueError for another prompt or task, or a number below 1, before anything is computed.
     """
@@ -71,7 +72,7 @@ def _records(
     samples = islice(iter(dataset), every)
     while chunk := list(islice(samples, batch)):
         requests = [{region.id: _prompt(region, prompt, seed) for region in sample.regions} for sample in chunk]
-        answers = {task: _answers(predictor, chunk, requests, task) for task in tasks}
+        answers = _answers(predictor, chunk, requests, tasks)
         for place, sample in enumerate(chunk):
             for region in sample.regions:
                 for task in tasks:
@@ -83,21 +84,22 @@ def _records(
 
 
 def _answers(
-    predictor: Captioner, samples: Sequence[Sample], prompts: Sequence[Mapping[int, Prompt]], task: str
-) -> list[dict[int, Caption]]:
-    """The answers of each image by region id, for those regions that have truth."""
-    asked = [[region.id for region in sample.regions if _has_truth(region, task)] for sample in samples]
-    requests = [[mine[region] for region in regions] for mine, regions in zip(prompts, asked, strict=True)]
-    captions: list[list[Caption]] = [[] for _ in samples]
-    wanted = [place for place, request in enumerate(requests) if request]
-    if hasattr(predictor, "describe_all"):
-        images = [samples[place].image for place in wanted]
-        found = predictor.describe_all(images, [requests[place] for place in wanted], task=task) if wanted else []
-    else:
-        found = [predictor.describe(samples[place].image, requests[place], task=task) for place in wanted]
-    for place, given in zip(wanted, found, strict=True):
-        captions[place] = given
-    return [dict(zip(regions, given, strict=True)) for regions, given in zip(asked, captions, strict=True)]
+    predictor: Captioner, samples: Sequence[Sample], prompts: Sequence[Mapping[int, Prompt]], tasks: Sequence[str]
+) -> dict[str, list[dict[int, Caption]]]:
+    """For each task the answers of each image by region id, for those regions that have truth."""
+    images = [sample.image for sample in samples]
+    encoded = predictor.encode(images) if hasattr(predictor, "encode") else None  # once for all tasks
+    answers = {}
+    for task in tasks:
+        asked = [[region.id for region in sample.regions if _has_truth(region, task)] for sample in samples]
+        requests = [[mine[region] for region in regions] for mine, regions in zip(prompts, asked, strict=True)]
+        if encoded is not None:
+            given = predictor.answer(encoded, requests, task)
+        else:
+            pairs = zip(images, requests, strict=True)
+            given = [predictor.describe(image, request, task=task) if request else [] for image, request in pairs]
+        answers[task] = [dict(zip(regions, found, strict=True)) for regions, found in zip(asked, given, strict=True)]
+    return answers
 
 
 def _has_truth(region: Region, task: str) -> bool:

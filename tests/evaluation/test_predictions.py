@@ -16,8 +16,14 @@ class Echo:
 
     def __init__(self):
         self.calls = []
+        self.encoded = []
 
-    def describe_all(self, images, requests, task="caption"):
+    def encode(self, images):
+        self.encoded.append(len(images))
+        return images
+
+    def answer(self, images, requests, task="caption"):
+        assert len(images) == len(requests)
         self.calls.append((task, [len(request) for request in requests]))
         return [
             [
@@ -83,6 +89,8 @@ def test_the_batch_changes_nothing_but_how_many_go_together(batch):
     assert records == list(predict(Echo(), dataset, limit=4))
     assert progress[-1] == (4, 4)
     assert max(len(counts) for _, counts in echo.calls) == min(batch, 4)
+    assert max(echo.encoded) == min(batch, 4)
+    assert sum(echo.encoded) == 4  # once, though two tasks are asked
 
 
 def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():

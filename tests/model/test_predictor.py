@@ -85,7 +85,7 @@ def test_several_images_answer_as_each_alone(counted, scene):
     predictor, calls = counted()
     images = [scene.image, scene.image.resize((96, 60)), scene.image]
     requests = [mixed(scene)[:3], [], mixed(scene)]
-    together = predictor.describe_all(images, requests)
+    together = predictor.answer(predictor.encode(images), requests)
     assert calls["encode"] == [3]
     assert [len(captions) for captions in together] == [3, 0, 7]
     for image, request, captions in zip(images, requests, together, strict=True):
@@ -167,6 +167,20 @@ def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(coun
     assert calls["generate"] == [len(captions)]
     assert sum(calls["mix"]) == len(captions)
     assert sum(calls["segment"]) == 36 + len(captions)
+
+
+def test_a_full_size_mask_is_made_once_for_what_is_looked_at_in_full_size(counted, scene, monkeypatch):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    sizes, masks = [], predictor.processor.masks
+
+    def counting(logits, frame):
+        sizes.append(len(logits))
+        return masks(logits, frame)
+
+    monkeypatch.setattr(predictor.processor, "masks", counting)
+    captions = caption_everything(predictor, options=ALL)  # no filter that looks at full size leaves anything out
+    assert sum(sizes) == len(captions) > 9
 
 
 def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(counted, scene):
