@@ -16,8 +16,9 @@ from sca_registry.spec import Everything
 from torch import Tensor
 
 from sca.masks import area, box_of, encode
-from sca.nn.boxes import suppress
-from sca.nn.masks import tight_boxes
+from sca.nn.boxes import box_iou
+from sca.nn.masks import mask_iou, tight_boxes
+from sca.nn.suppression import suppress
 from sca.predictor import Predictor
 
 
@@ -40,7 +41,8 @@ def caption_everything(
     (frame,) = predictor.encoded.frames
     logits, scores = _candidates(predictor, options, progress)
     boxes = tight_boxes(logits > 0)
-    kept = suppress(boxes, scores, options.nms)
+    kept = suppress(box_iou(boxes, boxes), scores, options.nms)
+    kept = kept[suppress(mask_iou(logits[kept] > 0), scores[kept], options.nms)]  # a stray cell makes a box a large one
     request, masks, ious = [], [], []
     for row in kept.tolist():
         mask = predictor.processor.masks(logits[row][None, None], frame)[0, 0] > 0

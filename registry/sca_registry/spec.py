@@ -44,8 +44,8 @@ class Everything:
     """How "segment everything" looks for regions, by SAM's filters (arXiv 2304.02643).
 
     points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
-    `+offset` and at `-offset` logits. nms: of two boxes that overlap more, the better stays. area, largest: least and
-    greatest share of the image.
+    `+offset` and at `-offset` logits. nms: of two regions whose boxes or masks overlap more, the better stays. area,
+    largest: least and greatest share of the image.
     """
 
     points: int = 32

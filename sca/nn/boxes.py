@@ -13,15 +13,3 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     shared = (far - corner).clamp(min=0).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (first, second)]
     return shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-6)
-
-
-def suppress(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """Greedy non-maximum suppression: the places of the boxes that stay, best first."""
-    order = scores.argsort(descending=True, stable=True)
-    close = (box_iou(boxes[order], boxes[order]) > iou).triu(diagonal=1).cpu().numpy()
-    alive = [True] * len(order)
-    for row in range(len(order)):
-        if alive[row]:
-            for other in close[row].nonzero()[0]:
-                alive[other] = False
-    return order[torch.tensor(alive, dtype=torch.bool, device=order.device)]

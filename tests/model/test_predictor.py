@@ -1,5 +1,7 @@
 """An image is encoded once, however often it is pointed at; everything mode writes captions for what is left only."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -210,6 +212,27 @@ def test_of_two_masks_that_overlap_too_much_the_better_stays(counted, scene):
     strict = caption_everything(predictor, options=Everything(**{**vars(ALL), "nms": 0.0}))
     assert len(strict) < len(loose)
     assert strict[0].box == loose[0].box
+
+
+def test_a_region_is_not_told_twice_for_a_stray_cell_far_from_it(counted):
+    """The second mask's box is a large one, which overlaps little with the first's."""
+    predictor, _ = counted()
+    predictor.set_image(Image.new("RGB", (64, 64)))
+    segmenter = predictor.model.segmenter
+
+    class Fixed(torch.nn.Module):
+        channels = segmenter.channels
+
+        def forward(self, features, prompts, multimask=True):
+            regions = segmenter(features, prompts, multimask)
+            masks = torch.full_like(regions.masks, -9.0)
+            masks[:, :2, 4:16, 4:16] = masks[:, 1, 31, 31] = 9.0
+            masks[:, 2, 20:28, 20:28] = 9.0
+            return replace(regions, masks=masks, scores=torch.tensor([[0.8, 0.9, 0.7]]).expand(len(prompts), -1))
+
+    predictor.model.segmenter = Fixed()
+    found = caption_everything(predictor, options=ANY)
+    assert [round(caption.iou, 1) for caption in found] == [0.9, 0.7]
 
 
 def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
