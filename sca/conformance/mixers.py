@@ -1,0 +1,51 @@
+"""Promises of mixers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sca.conformance.comparison import different, misshapen
+from sca.conformance.promises import DoesNotApply, promise
+from sca.conformance.trials import OWNERS, MixerTrial
+
+
+@promise("mixers")
+@torch.no_grad()
+def queries_shape(trial: MixerTrial) -> str | None:
+    """Regions give queries (N, queries, width)."""
+    return misshapen("queries", trial.part(trial.inputs()), (len(OWNERS), trial.part.queries, trial.part.width))
+
+
+@promise("mixers")
+@torch.no_grad()
+def regions_are_told_apart(trial: MixerTrial) -> str | None:
+    """Two regions of one image have different queries."""
+    first, second = trial.part(trial.inputs())[:2]
+    return "two regions of one image with the same queries" if torch.allclose(first, second) else None
+
+
+@promise("mixers", written="sca_registry.cards.Card.needs")
+@torch.no_grad()
+def needs_no_more_than_it_says(trial: MixerTrial) -> str | None:
+    """Of masks, boxes and grid the part does without those that its card or class does not list in `needs`."""
+    needs, inputs = trial.needs(), trial.inputs()
+    things = {"masks": ("masks", "scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
+    for thing, names in things.items():
+        if thing not in needs:
+            try:
+                trial.part(replace(inputs, **dict.fromkeys(names)))
+            except Exception as error:
+                return f"without {thing}: {type(error).__name__}: {error}"
+    return None
+
+
+@promise("mixers")
+@torch.no_grad()
+def uses_grid_is_true(trial: MixerTrial) -> str | None:
+    """A mixer that says `uses_grid = False` gives the same queries when there is no grid."""
+    if trial.part.uses_grid:
+        raise DoesNotApply("it uses the grid")
+    inputs = trial.inputs()
+    return different({"queries": trial.part(inputs)}, {"queries": trial.part(replace(inputs, grid=None))}, share=0.0)
