@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Rectangle = tuple[int, int, int, int]
 
+HIDING = 2.0  # what hiding a whole region weighs, where 1 is a label on the other side of the picture
 LINES = 4  # a longer caption ends in an ellipsis
 # Pillow's own font knows little more than ASCII; of these, where one is installed, the first that has all characters.
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf")
@@ -35,24 +37,37 @@ class Block:
         canvas.multiline_text(at, self.text, fill=ink, font=self._font, spacing=self.margin)
 
 
-def place(size: tuple[int, int], near: Rectangle, taken: list[Rectangle], canvas: tuple[int, int]) -> Rectangle:
-    """The place inside the canvas (width, height) that covers least of the taken rectangles, then leaves most of
-    `near` in sight, then is nearest to it.
+def place(
+    size: tuple[int, int],
+    near: Rectangle,
+    taken: Sequence[Rectangle],
+    shown: Sequence[Rectangle],
+    canvas: tuple[int, int],
+) -> Rectangle:
+    """The place inside the canvas (width, height) that covers least of the taken rectangles, and then is the best
+    balance of hiding little of what is shown and being close to the rectangle `near`.
 
-    Above, below and inside the rectangle `near` (its upper left corner first) come before places further away.
+    Above, below and inside `near` (its upper left corner first) count as close.
     """
     width, height = size
     x1, y1, x2, y2 = near
     good = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1), (x1, y2 - height), (x2, y1), (x1 - width, y1)]
-    grid = np.mgrid[0 : max(canvas[0] - width, 0) + 1 : height, 0 : max(canvas[1] - height, 0) + 1 : height]
+    step = max(height // 2, 1)
+    grid = np.mgrid[0 : max(canvas[0] - width, 0) + 1 : height, 0 : max(canvas[1] - height, 0) + 1 : step]
     corners = np.concatenate([np.array(good), grid.reshape(2, -1).T])  # (K, 2) x y
     corners = np.clip(corners, 0, np.maximum(np.subtract(canvas, size), 0))
-    covered = sum((_shared(corners, size, other) for other in taken), np.zeros(len(corners)))
-    hides = _shared(corners, size, near) * 3 > (x2 - x1) * (y2 - y1)
-    away = np.abs(corners - np.array(good[0])).sum(1) + max(canvas)
-    away[: len(good)] = np.arange(len(good))
-    x, y = (int(value) for value in corners[np.lexsort((away, hides, covered))[0]])
+    nothing = np.zeros(len(corners))
+    covered = sum((_shared(corners, size, other) for other in taken), nothing)
+    hidden = sum((_shared(corners, size, other) / max(_area(other), 1) for other in shown), nothing)  # shares
+    away = np.abs(corners - np.array(good[0])).sum(1) / max(canvas)
+    away[: len(good)] = np.arange(len(good)) / 100
+    x, y = (int(value) for value in corners[np.lexsort((HIDING * hidden + away, covered))[0]])
     return x, y, x + width, y + height
+
+
+def _area(rectangle: Rectangle) -> int:
+    x1, y1, x2, y2 = rectangle
+    return (x2 - x1) * (y2 - y1)
 
 
 def _shared(corners: np.ndarray, size: tuple[int, int], other: Rectangle) -> np.ndarray:

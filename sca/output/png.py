@@ -19,7 +19,7 @@ from sca.output.labels import Block, place
 SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
 LEAST = (320, 96)  # width and height that leave room for words; a smaller picture gets a margin right and below
 MARGIN = (128, 128, 128)
-OPACITY = 0.45
+OPACITY = 0.3
 
 
 class Png:
@@ -99,13 +99,13 @@ def _write(
     """Points and captions, the smallest region's placed first; a line leads from a label to a region elsewhere."""
     width = min(canvas.width, max(LEAST[0], round(canvas.width * 0.4)))
     taken = [_around(point, factor, 4 * line) for caption in captions for point in caption.prompt.points]
+    shown = [_where(caption, factor, 4 * line, canvas.size) for caption in captions]
     labels = []
     for number in sorted(range(len(captions)), key=lambda place: _area(captions[place])):
         block = Block(captions[number].text, font_size, width)
-        near = _where(captions[number], factor, 4 * line, canvas.size)
-        spot = place(block.size, near, taken, canvas.size)
+        spot = place(block.size, shown[number], taken, shown, canvas.size)
         taken.append(spot)
-        labels.append((number, block, near, spot))
+        labels.append((number, block, shown[number], spot))
     for number, _, near, spot in labels:
         if spot[0] > near[2] or spot[2] < near[0] or spot[1] > near[3] or spot[3] < near[1]:
             ends = [((a[0] + a[2]) / 2, (a[1] + a[3]) / 2) for a in (near, spot)]

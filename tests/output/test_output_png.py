@@ -8,7 +8,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca import masks
 from sca.output.colours import COLOURS, INSIDE, OUTSIDE, readable_on
 from sca.output.labels import LINES, Block, place
-from sca.output.png import LEAST, draw
+from sca.output.png import LEAST, OPACITY, draw
 
 
 def changed(image: Image.Image, captions) -> np.ndarray:
@@ -44,7 +44,7 @@ def test_masks_are_tinted_inside_and_nowhere_else():
     mask[200:400, 300:500] = True
     caption = Caption("x", 1.0, None, masks.encode(mask), 1.0, Prompt(mask=mask), 0)
     drawn = np.asarray(draw(Image.new("RGB", (600, 600)), [caption])).astype(int)
-    assert np.abs(drawn[300, 400] - np.array(COLOURS[0]) * 0.45).max() <= 1
+    assert np.abs(drawn[300, 400] - np.array(COLOURS[0]) * OPACITY).max() <= 1
     assert (drawn[200:400, 300] == COLOURS[0]).all(), "the left edge"
     assert (drawn[399, 300:500] == COLOURS[0]).all(), "the lower edge"
     drawn[200:400, 300:500] = 0
@@ -62,13 +62,22 @@ def test_labels_stay_inside_and_apart():
     """A dozen regions at one corner: every label is whole, none covers another."""
     taken = []
     for _ in range(12):
-        taken.append(place((90, 20), (590, 0, 600, 10), taken, (600, 400)))
+        taken.append(place((90, 20), (590, 0, 600, 10), taken, [], (600, 400)))
     for n, (x1, y1, x2, y2) in enumerate(taken):
         assert 0 <= x1 < x2 <= 600
         assert 0 <= y1 < y2 <= 400
         assert (x2 - x1, y2 - y1) == (90, 20)
         for a, b, c, d in taken[:n]:
             assert x2 <= a or c <= x1 or y2 <= b or d <= y1
+
+
+def test_a_label_leaves_its_neighbours_in_sight():
+    """Above and below the region are small ones: of the places close by, the label takes one that hides nothing."""
+    shown = near, above, below = (100, 100, 200, 140), (100, 78, 190, 98), (100, 142, 190, 162)
+    x1, y1, x2, y2 = place((90, 20), near, [], shown, (600, 400))
+    for a, b, c, d in (near, above, below):
+        assert x2 <= a or c <= x1 or y2 <= b or d <= y1
+    assert abs(x1 - 100) + abs(y1 - 100) < 150
 
 
 def test_a_label_fits_its_background():
