@@ -60,7 +60,8 @@ class SegmentCaptioner(nn.Module):
         queries = self.mix(regions)
         losses, logits = {}, None
         if batch.ids is not None:
-            logits = self.logits(self.prefix(queries, batch.task), batch.ids, batch.mask)
+            told = queries if batch.region is None else queries[batch.region]  # (M, Q, D)
+            logits = self.logits(self.prefix(told, batch.task), batch.ids, batch.mask)
             losses["caption"] = caption_loss(logits, batch.ids, batch.mask)
         if batch.targets is not None and hasattr(self.segmenter, "loss"):
             losses |= self.segmenter.loss(regions, batch.targets)
@@ -120,6 +121,6 @@ class SegmentCaptioner(nn.Module):
 
 
 def caption_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy with label smoothing, averaged over the words and ends of all regions."""
+    """Cross-entropy with label smoothing, averaged over the words and ends of all texts."""
     targets = ids.masked_fill(mask == 0, -100)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), label_smoothing=LABEL_SMOOTHING)

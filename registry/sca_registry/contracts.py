@@ -124,14 +124,15 @@ class Targets(_Rows):
 
 @dataclass
 class Batch:
-    """Images, prompts and, when there is something to learn, words. Pixels or features, never both."""
+    """Images, N prompts and, when there is something to learn, M texts. Pixels or features, never both."""
 
     prompts: Prompts
-    task: Tensor  # (N,) 0 recognition, 1 caption
+    task: Tensor  # (M,) 0 recognition, 1 caption
     pixels: Tensor | None = None  # (B, 3, S, S)
     features: Tensor | None = None  # (B, C, h, w)
-    ids: Tensor | None = None  # (N, L) words and the end, padded right
-    mask: Tensor | None = None  # (N, L) 1 where `ids` is a word or the end
+    ids: Tensor | None = None  # (M, L) words and the end, padded right
+    mask: Tensor | None = None  # (M, L) 1 where `ids` is a word or the end
+    region: Tensor | None = None  # (M,) the prompt that each text is of; None: one text for each, in order
     targets: Targets | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)  # what auxiliary losses of the recipe ask for, (N, ...)
 
@@ -152,7 +153,7 @@ class Output:
 
     loss: Tensor | None
     losses: dict[str, Tensor]
-    logits: Tensor | None  # (N, L, V): the first predicts the first word
+    logits: Tensor | None  # (M, L, V): the first predicts the first word
     regions: Regions
     queries: Tensor  # (N, Q, D)
 
@@ -286,7 +287,11 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """factory(split, **options)."""
+    """factory(split, **options).
+
+    May have `attributes`, the values that each attribute of its regions can have, for auxiliary losses to name; and
+    `between`, those of them that are about a region and another one, and so not to be seen in the region itself.
+    """
 
     def __len__(self) -> int: ...
 

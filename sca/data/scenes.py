@@ -168,6 +168,11 @@ class Scenes:
         "other_colour": COLOURS,
         "other_form": FORMS,
     }
+    between: ClassVar[tuple[str, ...]] = (
+        "relation",
+        "other_colour",
+        "other_form",
+    )  # not to be seen in the shape itself
 
     def __init__(self, split: str, count: int | None = None, size: int = CANVAS, seed: int = 0):
         if split not in SPLITS:

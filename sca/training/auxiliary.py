@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from sca_registry.contracts import Regions, Targets
+from sca_registry.contracts import Dataset, Regions, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sca.nn.masks import masked_mean
 
 UNKNOWN = -100  # the label of an attribute whose value is not known
+
+
+class Attributes(NamedTuple):
+    """The values that each attribute of a region can have: those that are to be seen in the region itself, and those
+    that are about it and another one.
+    """
+
+    own: dict[str, tuple[str, ...]]
+    between: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, datasets: Iterable[Dataset]) -> Attributes:
+        """All that the datasets have, as their `attributes` and `between` say."""
+        both: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
+        for dataset in datasets:
+            for name, values in getattr(dataset, "attributes", {}).items():
+                known = both[name in getattr(dataset, "between", ())]
+                known[name] = tuple(dict.fromkeys((*known.get(name, ()), *values)))
+        return cls(*both)
 
 
 class AttributeHead(nn.Module):

@@ -36,7 +36,9 @@ Augmentation = Callable[[Sample, np.random.Generator], Sample]
 
 @dataclass
 class Example:
-    """One image of a batch with R regions; boxes and points in the input frame, masks as shares of (4h, 4w) cells."""
+    """One image of a batch with R regions and T texts of them; boxes and points in the input frame, masks as shares of
+    (4h, 4w) cells.
+    """
 
     pixels: Tensor  # (3, S, S)
     boxes: Tensor  # (R, 4)
@@ -44,8 +46,9 @@ class Example:
     masks: Tensor  # (R, 4h, 4w)
     valid: Tensor  # (4h, 4w)
     has_mask: Tensor  # (R,)
-    ids: list[list[int]]
-    task: Tensor  # (R,)
+    ids: list[list[int]]  # T
+    task: Tensor  # (T,)
+    region: Tensor  # (T,) the place of the region that each text is of, in 0..R-1
     labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, `UNKNOWN` where it is
     prompt: str  # the kind drawn for this place in the stream
 
@@ -97,11 +100,10 @@ class ExampleStream(torch.utils.data.Dataset):
         regions = [r for r in sample.regions if r.name or r.phrases]
         regions = [regions[i] for i in draw.permutation(len(regions))[: self.drawing.regions]]
         side, size = 4 * self.processor.grid, self.processor.image.size
-        tasks, ids, boxes, points, masks = [], [], [], [], []
-        for region in regions:
-            task, text = self._words(region, draw, progress)
-            tasks.append(task)
-            ids.append(self.tokenizer.encode(text, self.drawing.words))
+        texts, boxes, points, masks = [], [], [], []
+        for place, region in enumerate(regions):
+            drawn = (self._words(region, draw, progress) for _ in range(self.drawing.texts))
+            texts += [(place, task, text) for task, text in dict.fromkeys(drawn)]
             boxes.append(_jittered(region.box, self.drawing.jitter, draw))
             mask = None if region.mask is None else decode(region.mask)
             points.append(_point(region, mask, draw))
@@ -119,8 +121,9 @@ class ExampleStream(torch.utils.data.Dataset):
             masks=torch.stack(masks) if masks else torch.zeros(0, side, side),
             valid=self.processor.valid(frame),
             has_mask=torch.tensor([r.mask is not None for r in regions], dtype=torch.bool),
-            ids=ids,
-            task=torch.tensor(tasks, dtype=torch.long),
+            ids=[self.tokenizer.encode(text, self.drawing.words) for _, _, text in texts],
+            task=torch.tensor([task for _, task, _ in texts], dtype=torch.long),
+            region=torch.tensor([place for place, _, _ in texts], dtype=torch.long),
             labels=labels,
             prompt=str(draw.choice(kinds, p=np.asarray(shares) / sum(shares))),
         )
@@ -158,7 +161,8 @@ class Mixture(torch.utils.data.Dataset):
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
     """Examples with any number of regions -> one flat batch, prompted as the first example drew it."""
-    counts = torch.tensor([len(example.ids) for example in examples])
+    counts = torch.tensor([len(example.boxes) for example in examples])
+    before = counts.cumsum(0) - counts  # regions of earlier examples
     owner = torch.repeat_interleave(torch.arange(len(examples)), counts)
     ids = [torch.tensor(words) for example in examples for words in example.ids]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
@@ -176,6 +180,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
         task=torch.cat([example.task for example in examples]),
         ids=padded,
         mask=(torch.arange(padded.shape[1]) < lengths[:, None]).long(),
+        region=torch.cat([example.region + first for example, first in zip(examples, before, strict=True)]),
         targets=Targets(
             masks=torch.cat([example.masks for example in examples]),
             valid=torch.stack([example.valid for example in examples])[owner],

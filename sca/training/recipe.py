@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
 
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
-AUXILIARY = ("attributes", "features")
 PROMPTS = ("box", "point", "box-and-point")
 PHRASES = ("given", "rule")
 PRECISIONS = ("float32", "bfloat16", "float16")
-COUNTS = ("steps", "images", "accumulate", "regions", "words", "processes", "save")  # of at least one
+COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
 SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
@@ -37,12 +36,13 @@ SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 class Drawing:
     """What is drawn at random for a region.
 
-    prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". recognition: the share of
-    regions that learn their class name, the others learn a phrase. names_first: the share of the stream, at its
-    beginning, in which all learn names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the
-    stream after that in which phrases are a region's first and plainest. telling: the share of the phrases after that
-    which are its last and most telling one rather than any. regions: at most so many of an image. jitter: standard
-    deviation of a box's corners, as a share of its sides. words: at most so many tokens, the end included.
+    prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". texts: how often a text is drawn
+    for each region; those that differ are all learned, from one look at the region. recognition: the share of the texts
+    that are its class name, the others are phrases. names_first: the share of the stream, at its beginning, in which
+    all are names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the stream after that in which
+    phrases are a region's first and plainest. telling: the share of the phrases after that which are its last and most
+    telling one rather than any. regions: at most so many of an image. jitter: standard deviation of a box's corners, as
+    a share of its sides. words: at most so many tokens, the end included.
     """
 
     prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
@@ -50,6 +50,7 @@ class Drawing:
     names_first: float = 0.0
     plain_first: float = 0.0
     telling: float = 0.0
+    texts: int = 1
     regions: int = 16
     jitter: float = 0.0
     words: int = 20

@@ -21,9 +21,9 @@ from sca.checkpoint import load, save
 from sca.composition import build
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
-from sca.training.auxiliary import UNKNOWN, AttributeHead, features_under_truth
+from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
 from sca.training.examples import ExampleStream, Mixture, collate
-from sca.training.recipe import AUXILIARY, Recipe, TrainOptions
+from sca.training.recipe import Recipe, TrainOptions
 
 
 def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool = False) -> SegmentCaptioner:
@@ -63,8 +63,8 @@ def images_each(options: TrainOptions, processes: int) -> int:
     return options.images // parts
 
 
-def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, dict[str, tuple[str, ...]]]:
-    """The model to train, the examples, and the attributes that the auxiliary loss names.
+def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, Attributes]:
+    """The model to train, the examples, and the attributes that the auxiliary losses name.
 
     Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
     """
@@ -75,16 +75,16 @@ def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, dict[str, tuple[
 class Lesson(nn.Module):
     """A model together with the weights of its losses and the heads that exist only while training."""
 
-    def __init__(
-        self, model: SegmentCaptioner, weights: Mapping[str, float], attributes: Mapping[str, tuple[str, ...]]
-    ):
+    def __init__(self, model: SegmentCaptioner, weights: Mapping[str, float], attributes: Attributes):
         super().__init__()
         self.model = model
         self.weights = dict(weights)
-        seen = {"attributes": (model.mixer.width, model.mixer.queries), "features": (model.segmenter.channels, 1)}
-        self.heads = nn.ModuleDict(
-            {loss: AttributeHead(*seen[loss], attributes) for loss in AUXILIARY if weights.get(loss)}
-        )
+        self.heads = nn.ModuleDict()
+        if weights.get("attributes"):
+            named = attributes.own | attributes.between
+            self.heads["attributes"] = AttributeHead(model.mixer.width, model.mixer.queries, named)
+        if weights.get("features"):
+            self.heads["features"] = AttributeHead(model.segmenter.channels, 1, attributes.own)
         self.recent: dict[str, list[float]] = {}
 
     def forward(self, batch: Batch) -> Tensor:
@@ -181,18 +181,14 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
     )
 
 
-def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str, tuple[str, ...]]]:
-    """The examples of all data of a recipe, and the attributes that its auxiliary loss names."""
+def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, Attributes]:
+    """The examples of all data of a recipe, and the attributes that its auxiliary losses name."""
     options = recipe.train
     sources = recipe.data.values()
     weights = [source.weight for source in sources]
     sets = [datasets.build(source.dataset.name, source.split, **source.dataset.options) for source in sources]
-    attributes: dict[str, tuple[str, ...]] = {}
-    for dataset in sets:
-        for attribute, values in getattr(dataset, "attributes", {}).items():
-            attributes[attribute] = tuple(dict.fromkeys((*attributes.get(attribute, ()), *values)))
+    attributes = Attributes.of(sets)
     length = options.steps * options.images
-    used = attributes if any(recipe.loss.get(loss) for loss in AUXILIARY) else {}
     streams = [
         ExampleStream(
             dataset,
@@ -201,10 +197,10 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, dict[str,
             options,
             round(length * source.weight / sum(weights)),
             seed=options.seed,
-            attributes=used,
+            attributes=attributes.own | attributes.between,
             augment=source.augment,
             phrases=source.phrases,
         )
         for dataset, source in zip(sets, sources, strict=True)
     ]
-    return Mixture(streams, weights, length, options.seed), used
+    return Mixture(streams, weights, length, options.seed), attributes

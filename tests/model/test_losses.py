@@ -1,6 +1,7 @@
 """The losses, against plain loops over numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_the_loss_is_the_sum_of_the_losses_by_their_weights(small):
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_several_texts_of_a_region_cost_one_look_at_it_and_lose_what_they_lose_alone(small):
+    model = small()
+    ids = torch.tensor([[11, 12], [13, 14], [15, 16], [17, 18]])
+    mask, region, task = torch.ones_like(ids), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 1, 0])
+    given = batch(ids, mask)
+    together = model(replace(given, task=task, region=region))
+    assert len(together.regions) == 3
+    for row, place in enumerate(region.tolist()):
+        repeated = replace(given, task=task[row].expand(3), ids=ids[row].expand(3, -1), mask=mask[:3])
+        assert torch.allclose(together.logits[row], model(repeated).logits[place], atol=1e-5)
 
 
 def regions(masks, scores):

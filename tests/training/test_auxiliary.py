@@ -7,10 +7,12 @@ import torch
 from sca_registry.contracts import Batch, Prompts, Targets
 from torch.nn import functional as F
 
-from sca.training.auxiliary import UNKNOWN, AttributeHead, features_under_truth
+from sca.data.scenes import Scenes
+from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
 from sca.training.trainer import Lesson
 
-ATTRIBUTES = {"colour": ("red", "blue"), "form": ("circle", "square", "star")}
+OWN = {"colour": ("red", "blue"), "form": ("circle", "square", "star")}
+ATTRIBUTES = Attributes(OWN, {"relation": ("above", "below")})
 
 
 def labels(colours, forms):
@@ -19,9 +21,9 @@ def labels(colours, forms):
 
 def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing():
     torch.manual_seed(0)
-    head, vectors = AttributeHead(4, 2, ATTRIBUTES), torch.randn(3, 2, 4)
+    head, vectors = AttributeHead(4, 2, OWN), torch.randn(3, 2, 4)
     known = labels([0, 1, UNKNOWN], [2, UNKNOWN, UNKNOWN])
-    colours, forms = (head.heads[name](vectors.flatten(1)) for name in ATTRIBUTES)
+    colours, forms = (head.heads[name](vectors.flatten(1)) for name in OWN)
     by_hand = F.cross_entropy(colours[:1], known["colour"][:1]) + F.cross_entropy(colours[1:2], known["colour"][1:2])
     by_hand += F.cross_entropy(forms[:1], known["form"][:1])
     assert head(vectors, known).item() == pytest.approx(by_hand.item() / 3, rel=1e-5)
@@ -61,6 +63,12 @@ def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(s
     assert touched == {"encoder"}  # the features themselves, and no way round them
     (features,) = lesson.recent["features"]
     assert lesson(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
+
+
+def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
+    lesson = Lesson(small(), {"features": 1.0, "attributes": 1.0}, Attributes.of([Scenes("val"), Scenes("val")]))
+    assert lesson.heads["features"].heads.keys() == {"colour", "form", "size", "texture"}
+    assert lesson.heads["attributes"].heads.keys() == Scenes.attributes.keys()
 
 
 def test_a_region_without_a_true_mask_teaches_no_features(small, batch):

@@ -95,6 +95,25 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
     assert sum(any(word in text for word in (" of ", "above", "below")) for text in late) > len(late) / 2
 
 
+def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, tokenizer):
+    dataset = Scenes("train", count=8, size=64)
+    several = [stream(Drawing(texts=9, recognition=0.3), dataset=dataset)[place] for place in range(8)]
+    for example in several:
+        texts = [
+            (place, tokenizer.decode(ids)) for place, ids in zip(example.region.tolist(), example.ids, strict=True)
+        ]
+        assert len(set(texts)) == len(texts) > len(example.boxes)
+        assert [place for place, _ in texts] == sorted(place for place, _ in texts)
+        assert set(example.region.tolist()) == set(range(len(example.boxes)))
+    batch = collate(several, tokenizer.pad)
+    assert batch.region.tolist() == sorted(batch.region.tolist())
+    told = {row: set() for row in range(len(batch.prompts))}
+    for row, ids, mask in zip(batch.region.tolist(), batch.ids, batch.mask, strict=True):
+        told[row].add(tokenizer.decode(ids[mask == 1].tolist()))
+    regions = {tuple(region.box): {region.name, *region.phrases} for sample in dataset for region in sample.regions}
+    assert all(told[row] <= regions[tuple(box)] for row, box in enumerate(batch.prompts.boxes.tolist()))
+
+
 def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
     tasks = torch.cat([example.task for example in examples]).float()
@@ -155,7 +174,8 @@ def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokeniz
     nothing = Sample(Image.new("RGB", (64, 40)), 7, ())
     examples = [stream()[0], stream(dataset=[nothing])[0], stream()[1]]
     batch = collate(examples, tokenizer.pad)
-    counts = [len(example.ids) for example in examples]
+    counts = [len(example.boxes) for example in examples]
+    assert batch.region.tolist() == list(range(sum(counts)))
     assert counts[1] == 0
     rows = sum(counts)
     assert batch.pixels.shape == (3, 3, 64, 64)
