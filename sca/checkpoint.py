@@ -22,8 +22,11 @@ from safetensors.torch import save as serialise
 from sca_registry import RegistryError, registry, zoo
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
+from torch import Tensor
 
 from sca.composition import build, parts
+from sca.hub import some
+from sca.language_models.hf import read_tokenizer
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -69,6 +72,10 @@ def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     CheckpointError names them.
     """
     folder = locate(source)
+    if is_published(folder):
+        from sca.published import load_published
+
+        return load_published(folder).to(device=device, dtype=dtype)
     try:
         model = build(_read_spec(folder))
     except RegistryError as error:
@@ -81,19 +88,29 @@ def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
+    assign(model, found, expected, folder / WEIGHTS, SPEC)
+    if (folder / "tokenizer").is_dir():
+        model.language_model.tokenizer = read_tokenizer(folder / "tokenizer")
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str], where: Path, asked_by: str) -> None:
+    """Gives a model the tensors that were found `where`, if they are those that are expected.
+
+    Raises CheckpointError that names what is missing, unexpected or of another shape than `asked_by` says.
+    """
     missing, unexpected = sorted(expected - found.keys()), sorted(found.keys() - expected)
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit its {SPEC}: missing {_some(missing)}; unexpected {_some(unexpected)}"
+            f"{where} does not fit its {asked_by}: missing {some(missing)}; unexpected {some(unexpected)}"
         )
     own = model.state_dict()
     for name, tensor in found.items():
         if own[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} is {tuple(tensor.shape)} and the {SPEC} asks for {tuple(own[name].shape)}"
+                f"{where}: {name} is {tuple(tensor.shape)} and the {asked_by} asks for {tuple(own[name].shape)}"
             )
     model.load_state_dict(own | found)
-    return model.to(device=device, dtype=dtype).eval()
 
 
 def locate(source: str | Path) -> Path:
@@ -108,6 +125,14 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
     raise CheckpointError(f"{reason} A folder that `sca train` wrote works too.")
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder says that it is in the layout of the published system, see `sca.published`."""
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "sca"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def stored(model: SegmentCaptioner) -> set[str]:
@@ -202,7 +227,3 @@ def _recover(folder: Path) -> None:
     previous = _previous(folder)
     if previous.is_dir() and not folder.exists():
         os.rename(previous, folder)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"

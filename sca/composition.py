@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sca_registry
 import torch
+from sca_registry import registry
 from sca_registry.contracts import Encoder
 from sca_registry.options import check_options
+from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part
 
 from sca.model import SegmentCaptioner
 
 
 def compose(
-    encoder: str, mixer: str, language_model: str, *, device: str | torch.device = "cpu", **fields: Any
+    encoder: str | Mapping[str, Any],
+    mixer: str | Mapping[str, Any],
+    language_model: str | Mapping[str, Any],
+    *,
+    device: str | torch.device = "cpu",
+    weights: bool = True,
+    **fields: Any,
 ) -> SegmentCaptioner:
     """A model of the named parts: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
 
     Other fields of `ModelSpec` go by keyword (segmenter, projection, task_tokens, trainable, lora, generation), and the
-    options of a part with its name in a table: `compose({"name": "tiny-vit", "size": 96}, ...)`. On `device="meta"`
-    nothing is allocated: for counting parameters.
+    options of a part with its name in a table: `compose({"name": "tiny-vit", "size": 96}, ...)`. weights: False for
+    random ones where pretrained ones would be fetched. On `device="meta"` nothing is fetched and nothing allocated: for
+    counting parameters.
     """
     spec = ModelSpec.from_dict({"encoder": encoder, "mixer": mixer, "language_model": language_model, **fields})
-    return build(spec, device)
+    return build(spec, device, weights)
 
 
-def build(spec: ModelSpec, device: str | torch.device = "cpu") -> SegmentCaptioner:
+def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = True) -> SegmentCaptioner:
     """The step below `compose`. Raises RegistryError for unknown names, options, and parts that do not fit together."""
     spec.check()
     where = torch.device(device)
+    if not weights or where.type == "meta":
+        spec = untrained(spec)
     with where if where.type == "meta" else contextlib.nullcontext():
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
         chosen = parts(spec, encoder)["segmenter"]
@@ -43,6 +56,16 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu") -> SegmentCaption
             language_model.adapt(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
     return model.to(where).eval()
+
+
+def untrained(spec: ModelSpec) -> ModelSpec:
+    """The spec with random weights in every part that would have pretrained ones."""
+    changed = {}
+    for kind in PARTS:
+        part = getattr(spec, kind)
+        if part is not None and "pretrained" in registry(kind).describe(part.name).options:
+            changed[kind] = Part(part.name, {**part.options, "pretrained": False})
+    return replace(spec, **changed)
 
 
 def parts(spec: ModelSpec, encoder: Encoder) -> dict[str, Part]:

@@ -36,11 +36,16 @@ class Card:
     source: str = ""  # a paper, or a hub id and its revision
     licence: str = ""
     parameters: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)  # what building without weights needs to know
+    config: Mapping[str, Any] = field(default_factory=dict)  # an option too: what building without weights has to know
     extra: str = ""  # the optional dependencies of the distribution that must be installed
     gives: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind downstream can rely on
     needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
     needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the factory gets unless the caller says otherwise."""
+        return {**self.options, **({"config": self.config} if self.config else {})}
 
 
 TYPES = {

@@ -106,7 +106,7 @@ class Registry:
         """What is known of every name, sorted; broken ones and those that cannot be names included."""
         verdicts = read_verdicts()
         listed = [*self._named().items(), *((offer.card.name, offer) for offer in self._offers() if _nameless(offer))]
-        entries = [self._entry(name, offer, offer.card.options, verdicts) for name, offer in listed]
+        entries = [self._entry(name, offer, offer.card.given, verdicts) for name, offer in listed]
         return sorted(entries, key=lambda entry: entry.name)
 
     def card(self, name: str) -> Card:
@@ -124,7 +124,7 @@ class Registry:
         Raises RegistryError for a name that is unknown, ambiguous or broken, or needs an extra.
         """
         offer = self._find(name)
-        return _filled(self._load(offer), offer.card.options)
+        return _filled(self._load(offer), offer.card.given)
 
     def build(self, name: str, /, *upstream: Any, **options: Any) -> Any:
         """A part of this kind: the factory called with the built part upstream (or a dataset's split) and options.
@@ -134,7 +134,7 @@ class Registry:
         """
         assert len(upstream) == self._upstream, f"build({name!r}, ...) takes {self._upstream} argument(s) and options"
         offer = self._find(name)
-        factory = _filled(self._load(offer), offer.card.options)
+        factory = _filled(self._load(offer), offer.card.given)
         check_options(f"{self._one} {name!r}", factory, self._upstream, options)
         try:
             part = factory(*upstream, **options)
@@ -165,8 +165,8 @@ class Registry:
         try:
             factory = self._load(offer)
         except RegistryError:
-            return self._entry(name, offer, offer.card.options, read_verdicts())
-        options = read_options(_filled(factory, offer.card.options), self._upstream)
+            return self._entry(name, offer, offer.card.given, read_verdicts())
+        options = read_options(_filled(factory, offer.card.given), self._upstream)
         entry = self._entry(name, offer, options, read_verdicts())
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from sca_registry.contracts import Generated, Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
+
+from sca.hub import quiet
 
 
 class CausalLanguageModel(nn.Module):
@@ -56,7 +56,7 @@ class CausalLanguageModel(nn.Module):
         pad, eos = self._ends()
         room = getattr(self.model.config, "max_position_embeddings", None) or prefix.shape[1] + max_new_tokens
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
-        with _quiet():
+        with quiet():
             found = self.model.generate(
                 inputs_embeds=prefix,
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
@@ -76,6 +76,7 @@ class CausalLanguageModel(nn.Module):
         )
         ends = (ids == eos).int().cumsum(1) - (ids == eos).int()  # how many ends came before
         counted = (ends == 0).to(steps.dtype)[:, : steps.shape[1]]
+        ids = ids.masked_fill(ends > 0, pad)
         scores = (steps.masked_fill(counted == 0, 0.0)).sum(1) / counted.sum(1)
         return Generated(
             ids.unflatten(0, (len(prefix), captions)), scores.float().unflatten(0, (len(prefix), captions))
@@ -111,17 +112,6 @@ class CausalLanguageModel(nn.Module):
         eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id
         pad = self.tokenizer.pad if self.tokenizer else self.model.config.pad_token_id
         return (eos if pad is None else pad), eos
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers remarks on generation from embeddings; the remarks are not a user's business."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 class TextTokenizer:

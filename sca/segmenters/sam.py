@@ -10,9 +10,16 @@ import torch
 from sca_registry.contracts import Encoder, Prompts, Regions, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamConfig, SamPromptEncoderConfig, SamVisionConfig
-from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionNeck
+from transformers import SamConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+from transformers.models.sam.modeling_sam import (
+    SamMaskDecoder,
+    SamPositionalEmbedding,
+    SamPreTrainedModel,
+    SamPromptEncoder,
+    SamVisionNeck,
+)
 
+from sca.hub import load_pretrained
 from sca.nn.masks import best_masks, tight_boxes
 from sca.nn.two_way import TwoWayTransformer, decoder_config
 
@@ -22,8 +29,11 @@ POSITION_SPREAD = 2  # half of it is the deviation of the random frequencies: 1,
 class SamSegmenter(nn.Module):
     """Features and prompts -> masks, predicted IoU, fused tokens and a private grid for every region.
 
-    width: D (default: the encoder's channels; another width adds a trainable SAM neck). depth, heads, mlp: of the
-    two-way transformer. drawn: boxes and points are drawn into the dense prompt as well, so that a small model trained
+    A SAM encoder with pretrained weights brings those of this part along; `weights` (a hub id, at a revision, or a
+    folder) names others. Without, weights are random and these options count: width, D (default: the encoder's
+    channels); depth, heads and mlp of the two-way transformer; mask_channels of the embedding of mask prompts;
+    iou_depth and iou_width (default: D) of the head that predicts IoU. A width that is not the encoder's adds a
+    trainable SAM neck. drawn: boxes and points are drawn into the dense prompt as well, so that a small model trained
     from scratch looks at the right place from its first step; SAM's own weights have not seen that.
     """
 
@@ -34,33 +44,44 @@ class SamSegmenter(nn.Module):
         depth: int = 2,
         heads: int = 8,
         mlp: int = 2048,
+        mask_channels: int = 16,
+        iou_depth: int = 3,
+        iou_width: int | None = None,
         drawn: bool = False,
+        weights: str | None = None,
+        revision: str | None = None,
+        pretrained: bool = True,
     ):
         super().__init__()
-        self.channels = width or encoder.channels
         self.size = encoder.image.size
         self.grid = self.size // encoder.stride
         self.drawn = drawn
+        if pretrained and weights is None and encoder.default_segmenter == "sam":
+            weights, revision = encoder.checkpoint, getattr(encoder, "revision", None)
+        self.checkpoint = weights if pretrained else None
+        if self.checkpoint:
+            elsewhere = ("vision_encoder.",)
+            sam = load_pretrained(SamHeads, weights, revision, elsewhere, dtype="float32")
+            self.prompt_encoder, self.decoder = sam.prompt_encoder, sam.mask_decoder
+        else:
+            channels = width or encoder.channels
+            decoder = decoder_config(
+                channels, depth, heads, mlp, iou_head_depth=iou_depth, iou_head_hidden_dim=iou_width or channels
+            )
+            prompts = SamPromptEncoderConfig(
+                hidden_size=channels, image_size=self.size, patch_size=encoder.stride, mask_input_channels=mask_channels
+            )
+            vision = SamVisionConfig(hidden_size=POSITION_SPREAD, num_pos_feats=channels // 2)
+            self.prompt_encoder, self.decoder = _modules(
+                SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+            )
+        self.channels = self.decoder.hidden_size
+        self.prompt_encoder.input_image_size = self.size
         self.neck = nn.Identity()
         if self.channels != encoder.channels:
             self.neck = FeatureNeck(encoder.channels, self.channels)
-        decoder = decoder_config(self.channels, depth, heads, mlp, iou_head_hidden_dim=self.channels)
-        self.prompt_encoder = SamPromptEncoder(
-            SamConfig(
-                vision_config=SamVisionConfig(hidden_size=POSITION_SPREAD, num_pos_feats=self.channels // 2),
-                prompt_encoder_config=SamPromptEncoderConfig(
-                    hidden_size=self.channels,
-                    image_size=self.size,
-                    patch_size=encoder.stride,
-                    mask_input_channels=16,
-                ),
-                mask_decoder_config=decoder,
-            )
-        )
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
         self.prompt_encoder.no_mask_embed.weight.requires_grad_(not drawn)  # there is always a picture to embed
-        self.decoder = SamMaskDecoder(decoder)
-        self.decoder.transformer = TwoWayTransformer(self.channels, depth, heads, mlp)
 
     def forward(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
         image = self.neck(features)  # (B, D, h, w)
@@ -151,6 +172,27 @@ class SamSegmenter(nn.Module):
             "mask": (20 * focal + dice).min(dim=1).values.mean(),
             "iou": F.mse_loss(scores, iou.to(scores.dtype)),
         }
+
+
+class SamHeads(SamPreTrainedModel):
+    """All of transformers' `SamModel` but its image encoder, under the same names."""
+
+    _tied_weights_keys = SamModel._tied_weights_keys
+
+    def __init__(self, config: SamConfig):
+        super().__init__(config)
+        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.prompt_encoder, self.mask_decoder = _modules(config)
+        self.post_init()
+
+
+def _modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
+    figures = config.mask_decoder_config
+    decoder = SamMaskDecoder(figures)
+    decoder.transformer = TwoWayTransformer(
+        figures.hidden_size, figures.num_hidden_layers, figures.num_attention_heads, figures.mlp_dim
+    )
+    return SamPromptEncoder(config), decoder
 
 
 def draw(prompts: Prompts, side: int, size: int) -> Tensor:

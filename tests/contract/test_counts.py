@@ -2,6 +2,7 @@
 
 import pytest
 import sca_registry
+import torch
 from sca_registry import zoo
 
 import sca
@@ -21,7 +22,17 @@ def parameters(module) -> int:
 @pytest.mark.parametrize(("kind", "name"), COUNTED)
 def test_a_card_counts_the_parameters_of_its_part(kind, name):
     registry = sca_registry.registry(kind)
-    assert parameters(registry.build(name)) == registry.card(name).parameters
+    options = {"pretrained": False} if "pretrained" in registry.describe(name).options else {}
+    with torch.device("meta"):
+        assert parameters(registry.build(name, **options)) == registry.card(name).parameters
+
+
+def test_the_published_model_has_the_published_counts():
+    """Table of the paper: a text mixer of 19.1 M, 19.4 M trainable numbers with GPT-2 large."""
+    report = sca.compose("sam-vit-h", "query", "gpt2-large", device="meta").freeze_report()
+    counts = {line[:15].strip(): int(line[15:].split()[0].replace(",", "")) for line in report.splitlines()}
+    assert counts["mixer"] == 19_086_464 + 8 * 256  # twelve layers and eight queries
+    assert report.endswith("19,432,832 train")
 
 
 @pytest.mark.parametrize("name", zoo.names())

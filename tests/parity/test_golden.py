@@ -1,0 +1,97 @@
+"""Checkpoints of the published system give what its own implementation gave for them.
+
+`SCA_REFERENCE` names a folder with a folder for each checkpoint: the published layout, and `golden.safetensors` with
+inputs and outputs that were recorded.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sca_registry.contracts import TASKS, Batch, Prompts
+
+import sca
+
+FOLDERS = sorted(
+    path.parent for path in Path(os.environ.get("SCA_REFERENCE") or "nowhere").glob("*/golden.safetensors")
+)
+CLOSE = 1e-4
+pytestmark = pytest.mark.skipif(not FOLDERS, reason="SCA_REFERENCE names no folder with recorded checkpoints")
+
+
+class Golden:
+    """A model, and what was recorded of it."""
+
+    def __init__(self, folder):
+        self.model = sca.load(folder)
+        self.recorded = load_file(folder / "golden.safetensors")
+
+    def rows(self, name):
+        """(B, N, ...) -> (B N, ...)."""
+        return self.recorded[name].flatten(0, 1)
+
+    def prompts(self, kind):
+        images, each = self.recorded["input_boxes"].shape[:2]
+        owner = torch.arange(images).repeat_interleave(each)
+        if kind == "box":
+            return Prompts(owner, boxes=self.rows("input_boxes"))
+        return Prompts(owner, points=self.rows("input_points"), labels=self.rows("input_point_labels"))
+
+    def task(self, name):
+        return torch.full((len(self.rows("input_ids")),), TASKS.index(name))
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def golden(request):
+    return Golden(request.param)
+
+
+@pytest.fixture(params=["box", "point"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=TASKS)
+def task(request):
+    return request.param
+
+
+def close(ours, recorded):
+    assert ours.shape == recorded.shape
+    assert float((ours - recorded).abs().max()) <= CLOSE
+
+
+@torch.no_grad()
+def test_images_are_encoded_alike(golden):
+    close(golden.model.encode(golden.recorded["pixel_values"]), golden.recorded["image_embeddings"])
+
+
+@torch.no_grad()
+def test_regions_queries_prefix_logits_and_loss_are_alike(golden, kind, task):
+    ids, mask = golden.rows("input_ids"), golden.rows("attention_mask")
+    pixels, asked = golden.recorded["pixel_values"], golden.task(task)
+    output = golden.model(Batch(golden.prompts(kind), asked, pixels, ids=ids, mask=mask))
+    recorded = {name: golden.recorded[f"{kind}.{task}.{name}"] for name in ("query_outputs", "logits", "loss")}
+    close(output.regions.scores, golden.rows(f"{kind}.{task}.iou_scores"))
+    close(output.regions.masks, golden.rows(f"{kind}.{task}.pred_masks"))
+    close(output.queries, recorded["query_outputs"])
+    close(golden.model.prefix(output.queries, asked), golden.recorded[f"{kind}.{task}.language_model_inputs"])
+    words = mask.bool()  # the last recorded position is that after the last word, which predicts nothing
+    close(output.logits[words], recorded["logits"][:, :-1][words])
+    close(output.loss, recorded["loss"])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_same_words_are_generated(golden, kind, task, beams):
+    features = golden.model.encode(golden.recorded["pixel_values"])
+    found = golden.model.generate(features, golden.prompts(kind), golden.task(task), beams=beams, max_new_tokens=8)
+    recorded = golden.recorded[f"{kind}.{task}.generated.beams{beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
+    end = golden.model.language_model.model.config.eos_token_id
+    assert [words(row, end) for row in found.ids[:, 0].tolist()] == [words(row, end) for row in recorded.tolist()]
+
+
+def words(ids, end):
+    """Up to the end, and that there is one; after it there is only filler."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
