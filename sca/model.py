@@ -45,9 +45,14 @@ class SegmentCaptioner(nn.Module):
     def segment(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
         return self.segmenter(features, prompts, multimask)
 
-    def mix(self, regions: Regions) -> Tensor:
+    def prepare(self, regions: Regions) -> Any:
+        """What the mixer computes once an image, for all regions of the same images; None if there is nothing."""
+        prepare = getattr(self.mixer, "prepare", None)
+        return None if prepare is None else prepare(regions.image, regions.position)
+
+    def mix(self, regions: Regions, prepared: Any = None) -> Tensor:
         """Queries (N, Q, D)."""
-        return self.mixer(regions)
+        return self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
 
     def prefix(self, queries: Tensor, task: Tensor) -> Tensor:
         """(N, Q, D) and (N,) task ids -> (N, K, E)."""

@@ -113,10 +113,12 @@ class Predictor:
     ) -> tuple[list[str], list[float], list[Any], list[Any]]:
         """Text, score, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last two may be None."""
         prefixes, codes, ious = [], [], []
+        prepared = None
         for chunk in prompts.to(self.device).chunks(self.regions):
             regions = self.model.segment(encoded.features, chunk)
+            prepared = self.model.prepare(regions) if prepared is None else prepared
             tasks = torch.full((len(chunk),), task, device=self.device)
-            prefixes.append(self.model.prefix(self.model.mix(regions), tasks))
+            prefixes.append(self.model.prefix(self.model.mix(regions, prepared), tasks))
             if regions.masks is not None and masks:
                 best = best_masks(regions.masks, regions.scores)
                 codes += self._masks(best, chunk.owner, encoded.frames)

@@ -241,7 +241,11 @@ class Segmenter(Protocol):
 
 @runtime_checkable
 class Mixer(Protocol):
-    """factory(segmenter, **options). Gives (N, Q, D). May have `prepare(image)`: what is computed once an image."""
+    """factory(segmenter, **options). Gives (N, Q, D).
+
+    May have `prepare(image, position)`, of the whole images' features (B, D, h, w) and the position code (D, h, w):
+    what is computed once an image. What it gives may then be a second argument, for any regions of the same images.
+    """
 
     width: int
     queries: int

@@ -49,3 +49,19 @@ def uses_grid_is_true(trial: MixerTrial) -> str | None:
         raise DoesNotApply("it uses the grid")
     inputs = trial.inputs()
     return different({"queries": trial.part(inputs)}, {"queries": trial.part(replace(inputs, grid=None))}, share=0.0)
+
+
+@promise("mixers")
+@torch.no_grad()
+def prepared_or_not(trial: MixerTrial) -> str | None:
+    """What `prepare` gives for the images changes nothing but the cost, for all regions and for some of them."""
+    part = trial.part
+    if not hasattr(part, "prepare"):
+        raise DoesNotApply("it has no prepare")
+    inputs = trial.inputs()
+    prepared = part.prepare(inputs.image, inputs.position)
+    problem = different({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
+    if problem:
+        return problem
+    some = replace(inputs, owner=inputs.owner[1:3], **{name: getattr(inputs, name)[1:3] for name in trial.BY_REGION})
+    return different({"queries": part(inputs)[1:3]}, {"queries": part(some, prepared)})

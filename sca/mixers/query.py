@@ -7,7 +7,7 @@ from sca_registry.contracts import Regions, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.masks import best_masks, masked_mean
+from sca.nn.masks import best_masks, mean_under
 from sca.nn.two_way import TwoWayTransformer, init_weights
 
 
@@ -54,5 +54,5 @@ class QueryMixer(nn.Module):
 def _under_masks(regions: Regions) -> Tensor:
     """The image's features averaged under each region's best mask, (N, D)."""
     best = best_masks(regions.masks.detach(), regions.scores)  # (N, 4h, 4w)
-    image = regions.image[regions.owner]
-    return masked_mean(image, F.adaptive_avg_pool2d(best.sigmoid(), image.shape[-2:]))
+    shares = F.adaptive_avg_pool2d(best.sigmoid(), regions.image.shape[-2:])
+    return mean_under(regions.image, regions.owner, shares)

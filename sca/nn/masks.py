@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 
-def masked_mean(grid: Tensor, weights: Tensor) -> Tensor:
-    """The mean of (N, D, h, w) features under (N, h, w) weights in 0..1: (N, D). In an empty mask every cell counts."""
+def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
+    """The mean of the features (B, D, h, w) of each region's image under its (N, h, w) weights in 0..1: (N, D). In an
+    empty mask every cell counts.
+    """
     weights = weights.flatten(1) + 1e-4
-    return torch.einsum("ndx,nx->nd", grid.flatten(2), weights / weights.sum(1, keepdim=True))
+    weights = (weights / weights.sum(1, keepdim=True)).to(image.dtype)
+    means = image.new_empty(len(weights), image.shape[1])
+    for place in owner.unique().tolist():
+        rows = owner == place
+        means[rows] = weights[rows] @ image[place].flatten(1).T
+    return means
 
 
 def tight_boxes(masks: Tensor) -> Tensor:

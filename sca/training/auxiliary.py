@@ -9,7 +9,7 @@ from sca_registry.contracts import Dataset, Regions, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.masks import masked_mean
+from sca.nn.masks import mean_under
 
 UNKNOWN = -100  # the label of an attribute whose value is not known
 
@@ -56,6 +56,5 @@ class AttributeHead(nn.Module):
 
 def features_under_truth(regions: Regions, targets: Targets) -> Tensor:
     """The image's features averaged under the true mask of each region, (N, 1, D): what a grid cell has to tell."""
-    image = regions.image[regions.owner]  # (N, D, h, w)
-    covered = F.adaptive_avg_pool2d(targets.masks.to(image.dtype), image.shape[-2:])
-    return masked_mean(image, covered).unsqueeze(1)
+    covered = F.adaptive_avg_pool2d(targets.masks.to(regions.image.dtype), regions.image.shape[-2:])
+    return mean_under(regions.image, regions.owner, covered).unsqueeze(1)

@@ -72,6 +72,9 @@ SMALL = {  # options that make a part small, and others worth trying; a name tha
     "mixers": {
         "query": [{"depth": 1, "mlp": 64}, {"depth": 1, "mlp": 64, "pooled": True}],
         "split": [{"depth": 1, "mlp": 64}],
+        "mask-tokens": [{"depth": 1, "mlp": 64}],
+        "resampler": [{"depth": 2, "mlp": 64}],
+        "masked-pool": [{"mlp": 64}],
     },
     "language_models": {
         "tiny-gpt2": [{"width": 32, "depth": 1}],

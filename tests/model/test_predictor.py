@@ -33,7 +33,8 @@ def counted(small, monkeypatch):
 
         watch(model, "encode", len)
         watch(model, "segment", lambda features, prompts, *_: len(prompts))
-        watch(model, "mix", len)
+        watch(model, "prepare", len)
+        watch(model, "mix", lambda regions, *_: len(regions))
         watch(model.language_model, "generate", lambda prefix, *_: len(prefix))
         return Predictor(model, regions), calls
 
@@ -106,6 +107,16 @@ def test_how_many_regions_go_at_a_time_changes_memory_and_not_answers(counted, s
     assert [caption.text for caption in found] == [caption.text for caption in expected]
     assert max(calls["segment"]) <= 3
     assert sum(calls["segment"]) == len(boxes)
+
+
+def test_what_regions_share_is_computed_once_for_all_chunks(counted, scene):
+    predictor, calls = counted(regions=1, mixer={"name": "resampler", "queries": 2, "depth": 1, "heads": 2, "mlp": 64})
+    predictor.set_image(scene.image)
+    found = predictor.predict(boxes=[region.box for region in scene.regions])
+    assert len(calls["mix"]) == len(scene.regions) > 1
+    assert len(calls["prepare"]) == 1
+    together = Predictor(predictor.model).describe(scene.image, [caption.prompt for caption in found])
+    assert [caption.text for caption in together] == [caption.text for caption in found]
 
 
 def test_an_answer_is_in_the_images_own_pixels(counted, scene):

@@ -1,0 +1,39 @@
+"""The image's features under the mask, and where the mask is: the least that can tell one region from another."""
+
+from __future__ import annotations
+
+import torch
+from sca_registry.contracts import Regions, Segmenter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sca.nn.masks import best_masks, mean_under, tight_boxes
+
+
+class MaskedPoolMixer(nn.Module):
+    """Features averaged under each region's best mask, as in the mask pooling of Osprey (arXiv 2312.10032), together
+    with the centre, sides and area of the mask, through two layers to Q queries: (N, Q, D).
+
+    queries: Q. mlp: width of the layer between.
+    """
+
+    uses_grid = False
+
+    def __init__(self, segmenter: Segmenter, queries: int = 8, mlp: int = 2048):
+        super().__init__()
+        self.width = segmenter.channels
+        self.queries = queries
+        self.norm = nn.LayerNorm(self.width)
+        self.geometry = nn.Linear(5, self.width)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(self.width), nn.Linear(self.width, mlp), nn.GELU(), nn.Linear(mlp, queries * self.width)
+        )
+
+    def forward(self, regions: Regions) -> Tensor:
+        best = best_masks(regions.masks, regions.scores)  # (N, 4h, 4w)
+        shares = best.sigmoid()
+        pooled = mean_under(regions.image, regions.owner, F.adaptive_avg_pool2d(shares, regions.image.shape[-2:]))
+        x1, y1, x2, y2 = (tight_boxes(best > 0) / best.shape[-1]).unbind(1)  # shares of the frame's side
+        place = torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, shares.mean((1, 2)).float()), dim=1)
+        told = self.norm(pooled) + self.geometry(place.to(pooled.dtype))
+        return self.layers(told).unflatten(1, (self.queries, self.width))

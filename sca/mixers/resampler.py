@@ -1,0 +1,95 @@
+"""Queries that look at the image all regions share, so that one more region costs little."""
+
+from __future__ import annotations
+
+import torch
+from sca_registry.contracts import Regions, Segmenter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sca.nn.two_way import init_weights
+
+Prepared = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
+
+
+class ResamplerMixer(nn.Module):
+    """A Perceiver (arXiv 2103.03206), or Q-Former (BLIP-2, arXiv 2301.12597): learned queries and a region's fused
+    tokens attend to one another and to the features of its image, (N, Q, D).
+
+    Keys and values are computed once an image, by `prepare`, and the regions of an image attend to them in place.
+    queries: Q. depth, heads, mlp: of the transformer.
+    """
+
+    uses_grid = False
+
+    def __init__(self, segmenter: Segmenter, queries: int = 8, depth: int = 6, heads: int = 8, mlp: int = 2048):
+        super().__init__()
+        self.width = segmenter.channels
+        if self.width % heads:
+            raise ValueError(f"width {self.width} must be a multiple of the {heads} heads")
+        self.queries = queries
+        self.tokens = nn.Embedding(queries, self.width)
+        self.layers = nn.ModuleList(ResamplerLayer(self.width, heads, mlp) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.width)
+        self.apply(init_weights)
+
+    def prepare(self, image: Tensor, position: Tensor) -> Prepared:
+        """Of the features (B, D, h, w) of whole images and the position code (D, h, w) of their grid."""
+        return [layer.prepare(image, position) for layer in self.layers]
+
+    def forward(self, regions: Regions, prepared: Prepared | None = None) -> Tensor:
+        if prepared is None:
+            prepared = self.prepare(regions.image, regions.position)
+        queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
+        tokens = torch.cat((queries, regions.tokens), dim=1)
+        for layer, (keys, values) in zip(self.layers, prepared, strict=True):
+            tokens = layer(tokens, regions.owner, keys, values)
+        return self.norm(tokens[:, : self.queries])
+
+
+class ResamplerLayer(nn.Module):
+    """Pre-norm self-attention, attention to the image, and an MLP: (N, T, D) -> the same."""
+
+    def __init__(self, width: int, heads: int, mlp: int):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))  # of tokens, of tokens, of the image, of both
+        self.among = nn.Linear(width, 3 * width)
+        self.gathered = nn.Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.seen = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+
+    def prepare(self, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        cells = self.norms[2](image.flatten(2).transpose(1, 2))  # (B, h w, D)
+        keys = self.key(cells + position.flatten(1).T)
+        return self._split(keys), self._split(self.value(cells))
+
+    def forward(self, tokens: Tensor, owner: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        query, key, value = map(self._split, self.among(self.norms[0](tokens)).chunk(3, dim=-1))
+        tokens = tokens + self.gathered(self._joined(F.scaled_dot_product_attention(query, key, value)))
+        query = self._split(self.query(self.norms[1](tokens)))  # (N, heads, T, d)
+        tokens = tokens + self.seen(self._joined(_attend_in_place(query, owner, keys, values)))
+        return tokens + self.mlp(self.norms[3](tokens))
+
+    def _split(self, values: Tensor) -> Tensor:
+        return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, T, d)
+
+    def _joined(self, values: Tensor) -> Tensor:
+        return values.transpose(1, 2).flatten(2)  # (N, T, D)
+
+
+def _attend_in_place(query: Tensor, owner: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of (N, heads, T, d) queries to the keys and values of the image that each is of, without a copy of them
+    for each region: the queries of an image go as one long row.
+    """
+    found = torch.empty_like(query)
+    for image in owner.unique().tolist():
+        rows = owner == image
+        mine = query[rows]  # (n, heads, T, d)
+        together = mine.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)
+        seen = F.scaled_dot_product_attention(together, keys[image : image + 1], values[image : image + 1])
+        found[rows] = seen.squeeze(0).unflatten(1, (len(mine), -1)).transpose(0, 1)
+    return found

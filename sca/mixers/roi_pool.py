@@ -1,0 +1,30 @@
+"""Pooling under the box, the baseline of SCA (arXiv 2312.00869): no transformer, the projection does the work."""
+
+from __future__ import annotations
+
+from sca_registry.contracts import Regions, Segmenter
+from torch import Tensor, nn
+
+from sca.nn.roi_align import roi_align
+
+
+class RoiPoolMixer(nn.Module):
+    """The image's features under each region's box as size x size queries, by ROIAlign: (N, size^2, D).
+
+    A region without a box (a point, with a segmenter that finds none) is refused with a ValueError.
+    """
+
+    uses_grid = False
+
+    def __init__(self, segmenter: Segmenter, size: int = 6):
+        super().__init__()
+        self.width = segmenter.channels
+        self.size = size
+        self.queries = size * size
+
+    def forward(self, regions: Regions) -> Tensor:
+        if regions.boxes is None:
+            raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
+        scale = regions.image.shape[-1] / regions.size
+        pooled = roi_align(regions.image, regions.owner, regions.boxes * scale, self.size)  # (N, D, size, size)
+        return pooled.flatten(2).transpose(1, 2)
