@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +28,13 @@ from sca_registry.spec import ModelSpec
 from torch import Tensor
 
 from sca.composition import build, parts
-from sca.hub import some
+from sca.hub import fetch, some
 from sca.language_models.hf import read_tokenizer
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
 
 
@@ -66,7 +70,8 @@ def save(model: SegmentCaptioner, folder: str | Path, dtype: torch.dtype | None 
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SegmentCaptioner:
-    """A model from a checkpoint folder or a zoo name, in eval mode.
+    """A model from a checkpoint folder, a zoo name or a hub id, in eval mode. Folders in the layout of the published
+    system (see `sca.published`) are read as they are.
 
     Every stored tensor must have its place and every place without another source its tensor; otherwise
     CheckpointError names them.
@@ -114,17 +119,20 @@ def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str]
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint: a path, or the name of a zoo model."""
+    """The folder of a checkpoint: a path, the name of a zoo model, or a hub id, which is fetched once."""
     folder = Path(source)
     _recover(folder)
     if folder.is_dir():
         return folder
     if str(source) in zoo.names():
-        return zoo.get(str(source)).folder
+        entry = zoo.get(str(source))
+        return entry.folder or fetch(entry.checkpoint)
     if folder.exists():
         raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
+    if HUB_ID.fullmatch(str(source)):
+        return fetch(source)
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
-    raise CheckpointError(f"{reason} A folder that `sca train` wrote works too.")
+    raise CheckpointError(f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME.")
 
 
 def is_published(folder: Path) -> bool:
@@ -216,6 +224,29 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which has its name when all is written and is gone when anything fails.
+
+    Raises CheckpointError if there is something in its place, or it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not a new or empty folder")
+    draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        for path in [*draft.rglob("*"), draft]:
+            _sync(path)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(draft, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _previous(folder: Path) -> Path:

@@ -139,7 +139,7 @@ class Predictor:
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
-                "the language model has no tokenizer, so it gives ids and no words: use "
-                "SegmentCaptioner.generate, or a checkpoint that has one"
+                "the language model has no tokenizer, so it gives ids and no words: give it one with "
+                "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return [tokenizer.decode(row) for row in ids.tolist()]

@@ -47,3 +47,35 @@ def scene():
 
     scenes = Scenes("test", count=10, size=96)
     return next(sample for sample in map(scenes.__getitem__, range(10)) if len(sample.regions) >= 4)
+
+
+@pytest.fixture(scope="session")
+def sam_folder(tmp_path_factory):
+    """A tiny SAM with random weights, as transformers saves one."""
+    from tiny import SAM
+    from transformers import SamConfig, SamModel
+
+    torch.manual_seed(1)
+    config = SamConfig(**SAM)
+    config.vision_config.initializer_range = 0.1
+    folder = tmp_path_factory.mktemp("sam")
+    SamModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory):
+    """Tiny language models with random weights, as transformers saves them: `lm_folder("gpt2")`."""
+    from tiny import tiny
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folders = {}
+
+    def save(family):
+        if family not in folders:
+            torch.manual_seed(2)
+            folders[family] = tmp_path_factory.mktemp(family)
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny(family))).save_pretrained(folders[family])
+        return folders[family]
+
+    return save

@@ -18,15 +18,17 @@ class ZooEntry:
     parameters: int
     licence: str
     source: str
-    checkpoint: str  # "package:folder/inside"
+    checkpoint: str  # "package:folder/inside", or a hub id
     trained_on: str
     terms: str
 
     @property
-    def folder(self) -> Path:
-        """Where the checkpoint is installed; whether it is there is for the caller to find out."""
-        package, _, inside = self.checkpoint.partition(":")
-        return Path(str(files(package).joinpath(inside)))
+    def folder(self) -> Path | None:
+        """Where a checkpoint that comes with a package is installed; whether it is there is for the caller to find out.
+        None for one on the hub.
+        """
+        package, colon, inside = self.checkpoint.partition(":")
+        return Path(str(files(package).joinpath(inside))) if colon else None
 
 
 def names() -> list[str]:

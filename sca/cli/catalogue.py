@@ -117,7 +117,7 @@ def _model(name: str) -> dict[str, Any]:
 
     entry = zoo.get(name)
     facts = {"name": entry.name, "kind": "model", **_built_in(), **asdict(entry)}
-    if not (entry.folder / "weights.safetensors").is_file():
+    if entry.folder and not (entry.folder / "weights.safetensors").is_file():
         remedy = f"pip install --force-reinstall {facts['distribution']}"
         facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}. Try: {remedy}"}
     return facts

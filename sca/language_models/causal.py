@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ class CausalLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        embeddings = embeddings.to(self.model.dtype)
         return self.model.base_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
     def head(self, states: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class CausalLanguageModel(nn.Module):
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
         with quiet():
             found = self.model.generate(
-                inputs_embeds=prefix,
+                inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
                 max_new_tokens=min(max_new_tokens, room - prefix.shape[1]),
                 num_beams=beams,
@@ -83,30 +85,41 @@ class CausalLanguageModel(nn.Module):
         )
 
     def adapt(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
-        """LoRA (arXiv 2106.09685) by peft, on the layers named `targets`, or those peft knows for the architecture.
+        """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on
+        those that peft knows for the architecture. What trained before goes on training.
 
-        What trained before goes on training.
-        Raises ValueError for a target that matches no layer, with the linear layers there are.
+        Raises ValueError for a target that matches no layer, or only those of some blocks, with the layers there are.
         """
         from peft import LoraConfig, inject_adapter_in_model
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
         kind = self.model.config.model_type
-        linear = (nn.Linear, Conv1D)
-        layers = sorted(
-            {name.split(".")[-1] for name, module in self.model.named_modules() if isinstance(module, linear)}
-        )
+        layers = self._linear_layers()
         wanted = list(targets or KNOWN.get(kind, ()))
-        missing = [name for name in wanted if name not in layers]
-        if missing or not wanted:
-            problem = f"match no layer: {', '.join(missing)}" if wanted else f"have no default for {kind!r}: name them"
-            raise ValueError(f"LoRA targets {problem}. The linear layers are: {', '.join(layers)}")
+        problem = "" if wanted else f"there are none for {kind!r} unless you name them"
+        for name in wanted:
+            if name not in layers:
+                problem = f"no layer is called {name!r}"
+            elif len(layers[name]) < max(map(len, layers.values())):
+                problem = f"only {len(layers[name])} of {max(map(len, layers.values()))} blocks have a {name!r}"
+        if problem:
+            counted = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
+            raise ValueError(f"targets of LoRA: {problem}. The linear layers, and in how many blocks: {counted}")
         fan = any(isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in wanted)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, fan_in_fan_out=fan)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         inject_adapter_in_model(config, self.model)  # freezes all but the adapters
         for parameter in trained:
             parameter.requires_grad_(True)
+
+    def _linear_layers(self) -> dict[str, set[str]]:
+        """The last name of every linear layer that lies in a block, and the blocks (by number) that have one."""
+        layers: dict[str, set[str]] = {}
+        for name, module in self.model.named_modules():
+            block = re.search(r"\.(\d+)\.", name)
+            if block and isinstance(module, nn.Linear | Conv1D):
+                layers.setdefault(name.split(".")[-1], set()).add(block[1])
+        return layers
 
     def _ends(self) -> tuple[int, int]:
         eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id

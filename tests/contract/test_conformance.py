@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
 from sca_registry.contracts import KINDS, ImageFormat, Region, Sample
+from tiny import FAMILIES, VISION, tiny
 from torch import nn
 
 from sca.conformance import PROMISES, check
@@ -20,24 +21,6 @@ from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
 
 ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics")
-TINY = {  # configurations of language models, a family each
-    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2},
-    "phi": {"partial_rotary_factor": 0.5},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-    "stablelm": {"num_key_value_heads": 2},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-}
-SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
-SHAPE["pad_token_id"] = 0
-
-
-def tiny(family):
-    """The configuration of a tiny model of a family, with ends that its vocabulary has."""
-    return {**SHAPE, **TINY[family], "model_type": family}
 
 
 def untrained(kind, name):
@@ -46,23 +29,10 @@ def untrained(kind, name):
     if "pretrained" not in registry.describe(name).options or kind == "segmenters":
         return {}
     if kind == "encoders":
-        return {"pretrained": False, "config": SAM}
+        return {"pretrained": False, "config": VISION}
     return {"pretrained": False, "config": tiny(registry.card(name).config.get("model_type", "gpt2"))}
 
 
-SAM = {
-    "vision_config": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "mlp_dim": 48,
-        "image_size": 64,
-        "output_channels": 32,
-        "num_pos_feats": 16,
-        "global_attn_indexes": [1],
-        "window_size": 3,
-    }
-}
 SMALL = {  # options that make a part small, and others worth trying; a name that is not here is tried as it is
     "encoders": {"tiny-vit": [{"size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}]},
     "segmenters": {
@@ -78,7 +48,7 @@ SMALL = {  # options that make a part small, and others worth trying; a name tha
     },
     "language_models": {
         "tiny-gpt2": [{"width": 32, "depth": 1}],
-        "hf": [{"pretrained": False, "config": tiny(family)} for family in TINY],
+        "hf": [{"pretrained": False, "config": tiny(family)} for family in FAMILIES],
     },
     "datasets": {"scenes": [{"split": split, "count": 6, "size": 64} for split in ("train", "test")]},
 }

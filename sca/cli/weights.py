@@ -1,0 +1,112 @@
+"""`sca pull`, `sca import` and `sca export`: weights fetched, and taken from one layout to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sca.cli.options import complain, settle
+
+LAYOUTS = ("published", "lm")
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="a model or a part by name, or a hub id OWNER/NAME")],
+    revision: Annotated[str | None, typer.Option(help="of a hub id; by name, what the card says")] = None,
+) -> None:
+    """Fetches weights into the cache, so that they are there without a network.
+
+    What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
+    """
+    from sca.hub import pull as fetch
+
+    for source, wanted in _sources(name):
+        typer.echo(f"{source}: {fetch(source, revision or wanted)}")
+
+
+def import_(
+    folder: Annotated[str, typer.Argument(help="a folder in the published layout, or a model by name or hub id")],
+    out: Annotated[Path, typer.Argument(help="folder to write to")],
+    encoder: Annotated[str, typer.Option(help="a SAM by name or folder whose weights the model has")] = "",
+    language_model: Annotated[str, typer.Option(help="a language model by name or folder, likewise")] = "",
+    tokenizer: Annotated[str, typer.Option(help="a hub id or folder with a tokenizer, for a model that has none")] = "",
+) -> None:
+    """Writes a model in this package's own layout.
+
+    What --encoder and --language-model name is compared to the last bit and then referred to, so that the checkpoint
+    holds little more than what was trained; without them it holds everything.
+    """
+    from sca.checkpoint import load, save
+    from sca.hub import fetch
+    from sca.language_models.hf import read_tokenizer
+    from sca.published import with_sources
+
+    model = load(folder)
+    if encoder or language_model:
+        model = with_sources(
+            model,
+            **({"encoder": _part("encoder", encoder, "sam")} if encoder else {}),
+            **({"language_model": _part("language_model", language_model, "hf")} if language_model else {}),
+        )
+    if tokenizer:
+        found = read_tokenizer(fetch(tokenizer))
+        if found is None:
+            raise ValueError(f"there is no tokenizer in {tokenizer}")
+        model.language_model.tokenizer = found
+    save(model, out)
+    complain(f"wrote {out}")
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, a model by name, or a hub id")],
+    out: Annotated[Path, typer.Argument(help="a new or empty folder")],
+    layout: Annotated[
+        str, typer.Option(help="published: SCA's own; lm: the language model alone, LoRA merged")
+    ] = "published",
+) -> None:
+    """Writes a model in a layout that other programs read."""
+    from sca.checkpoint import load
+    from sca.published import write_language_model, write_published
+
+    settle("layout", layout, LAYOUTS)
+    model = load(checkpoint)
+    if layout == "published":
+        write_published(model, out)
+    else:
+        write_language_model(model, out)
+    complain(f"wrote {out}")
+
+
+def _sources(name: str) -> list[tuple[str, str | None]]:
+    """The hub ids, each with its revision, of what a name stands for."""
+    from sca_registry import REGISTRIES, zoo
+    from sca_registry.messages import unknown
+
+    if name in zoo.names():
+        entry = zoo.get(name)
+        if entry.folder:
+            raise ValueError(f"{name} comes with the package: there is nothing to fetch")
+        return [(entry.checkpoint, None)]
+    cards = [registry.card(name) for registry in REGISTRIES.values() if name in registry]
+    found = [(card.options["weights"], card.options.get("revision")) for card in cards if card.options.get("weights")]
+    if found:
+        return found
+    if "/" in name:
+        return [(name, None)]
+    known = [
+        each
+        for registry in REGISTRIES.values()
+        for each in registry.names()
+        if registry.card(each).options.get("weights")
+    ]
+    raise unknown(f"nothing that can be fetched is named {name!r}", name, [*zoo.names(), *known])
+
+
+def _part(kind: str, name: str, factory: str) -> object:
+    """A registered name, or a folder or hub id as the weights of the part `factory`."""
+    from sca_registry import registry
+    from sca_registry.spec import Part
+
+    return Part(name) if name in registry(kind) else Part(factory, {"weights": name})

@@ -1,0 +1,32 @@
+"""Language models out of GGUF files, as llama.cpp uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sca.hub import HubError, quiet
+from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+
+
+class GgufLanguageModel(CausalLanguageModel):
+    """The model and the tokenizer of one GGUF file, of an architecture that transformers can read; quantised weights
+    are expanded to `dtype` when they are read.
+    """
+
+    def __init__(self, weights: str, dtype: str = "float32"):
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
+        try:
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=getattr(torch, dtype)
+                )
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
+            raise HubError(f"{weights} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        super().__init__(model, TextTokenizer(tokenizer))
+        self.checkpoint = weights

@@ -1,0 +1,106 @@
+"""A model hub on loopback: folders served the way huggingface_hub asks for them."""
+
+import hashlib
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Serves `models[id] = folder`. requests: what was asked, as "METHOD path". gated: ids that need
+    the token "secret". cut: files whose first download breaks off half way.
+    """
+
+    def __init__(self):
+        self.models: dict[str, Path] = {}
+        self.requests: list[str] = []
+        self.gated: set[str] = set()
+        self.cut: set[str] = set()
+
+    @contextmanager
+    def serving(self):
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                hub.answer(self, body=False)
+
+            def do_GET(self):
+                hub.answer(self, body=True)
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def answer(self, request, body):
+        self.requests.append(f"{request.command} {request.path}")
+        path = request.path.partition("?")[0].strip("/")
+        api = path.removeprefix("api/models/") if path.startswith("api/models/") else None
+        name = "/".join((api or path).split("/")[:2])
+        if name not in self.models:
+            return self.refuse(request, 404, "RepoNotFound")
+        if name in self.gated and request.headers.get("Authorization") != "Bearer secret":
+            return self.refuse(request, 403, "GatedRepo")
+        if api is not None:
+            rest = api.split("/")[2:]
+            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
+                return self.refuse(request, 404, "RevisionNotFound")
+            return self.describe(request, name, tree=rest[:1] == ["tree"])
+        file = self.models[name] / "/".join(path.split("/")[4:])
+        return self.send_file(request, file, body) if file.is_file() else self.refuse(request, 404, "EntryNotFound")
+
+    def describe(self, request, name, tree):
+        files = sorted(path.name for path in self.models[name].iterdir())
+        if tree:
+            content = [
+                {"type": "file", "path": file, "size": (self.models[name] / file).stat().st_size, "oid": file}
+                for file in files
+            ]
+        else:
+            content = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files], "private": False}
+        text = json.dumps(content).encode()
+        request.send_response(200)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(text)))
+        request.end_headers()
+        request.wfile.write(text)
+
+    def send_file(self, request, file, body):
+        content = file.read_bytes()
+        start = int((request.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
+        request.send_response(206 if start else 200)
+        request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()[:40]}"')
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("Accept-Ranges", "bytes")
+        request.send_header("Content-Length", str(len(content) - start))
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        request.end_headers()
+        if not body:
+            return
+        if file.name in self.cut:
+            self.cut.discard(file.name)
+            request.wfile.write(content[start : start + (len(content) - start) // 2])
+            request.close_connection = True
+            return
+        request.wfile.write(content[start:])
+
+    @staticmethod
+    def refuse(request, status, reason):
+        request.send_response(status)
+        request.send_header("X-Error-Code", reason)
+        request.send_header("Content-Length", "0")
+        request.end_headers()

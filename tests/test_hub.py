@@ -1,0 +1,97 @@
+"""Weights by hub id: fetched once, kept whole, and told in one line when they cannot be had."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hub import Hub
+
+PULL = [sys.executable, "-m", "sca", "pull"]
+
+
+@pytest.fixture
+def hub(sam_folder):
+    hub = Hub()
+    hub.models["owner/sam"] = sam_folder
+    return hub
+
+
+@pytest.fixture
+def shell(hub, tmp_path):
+    """Runs a command with the hub on loopback, or with none; what it says on both streams, its status, its requests."""
+
+    def call(*command, online=True, **environment):
+        with hub.serving() as address:
+            asked = {
+                **os.environ,
+                "HF_HOME": str(tmp_path / "cache"),
+                "HF_ENDPOINT": address,
+                "HF_HUB_DISABLE_XET": "1",
+            }
+            asked |= environment
+            if not online:
+                asked["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens
+            del hub.requests[:]
+            done = subprocess.run(command, env=asked, capture_output=True, text=True, cwd=tmp_path)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+LOAD = """
+import sys, torch
+from sca.encoders.sam import SamEncoder
+print(float(SamEncoder("owner/sam").vision.neck.conv1.weight.sum()))
+"""
+
+
+def test_what_was_pulled_is_used_without_a_network(shell, hub):
+    status, out, _ = shell(*PULL, "owner/sam")
+    assert status == 0
+    assert out.startswith("owner/sam: ")
+    status, first, _ = shell(sys.executable, "-c", LOAD, online=False)
+    assert status == 0
+    assert not hub.requests
+    assert float(first) != 0
+
+
+def test_what_was_not_pulled_is_fetched_when_it_is_used(shell, hub):
+    assert shell(sys.executable, "-c", LOAD)[0] == 0
+    assert any("model.safetensors" in request for request in hub.requests)
+    assert shell(sys.executable, "-c", LOAD)[0] == 0
+    assert not hub.requests
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_whole(shell, hub):
+    hub.cut.add("model.safetensors")
+    shell(*PULL, "owner/sam")
+    assert shell(*PULL, "owner/sam")[0] == 0
+    assert shell(sys.executable, "-c", LOAD, online=False)[0] == 0
+
+
+def test_a_gated_model_asks_for_a_token_and_takes_it(shell, hub):
+    hub.gated.add("owner/sam")
+    status, _, told = shell(*PULL, "owner/sam")
+    assert status == 2
+    assert "gated" in told
+    assert "HF_TOKEN" in told
+    assert shell(*PULL, "owner/sam", HF_TOKEN="secret")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "online", "told"),
+    [
+        (["owner/absent"], True, "neither a folder here nor a model on the hub"),
+        (["owner/sam", "--revision", "nowhere"], True, "the hub has no 'owner/sam' at revision 'nowhere'"),
+        (["owner/sam"], False, "the hub could not be reached"),
+        (["gpt3"], True, "Did you mean 'gpt2'?"),
+        (["sca-tiny"], True, "comes with the package"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_one_line(shell, arguments, online, told):
+    status, _, said = shell(*PULL, *arguments, online=online)
+    assert status == 2
+    (line,) = said.strip().splitlines()
+    assert told in line
