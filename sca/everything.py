@@ -1,25 +1,40 @@
 """Segment and caption everything: masks of a grid of points, and captions for those that survive.
 
-The filters are SAM's automatic mask generator's (arXiv 2304.02643). The image is encoded once, and words are generated
-only for the masks that are left at the end.
+The filters and the crops are those of SAM's automatic mask generator (arXiv 2304.02643). The image is encoded once, and
+once more for each crop; words are generated only for the masks that are left at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from sca_registry.contracts import Caption, Prompt, Prompts
+from pycocotools import mask as coco
+from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
 from sca_registry.spec import Everything
 from torch import Tensor
 
-from sca.masks import area, box_of, encode
+from sca.masks import RLE, area, box_of, encode
 from sca.nn.boxes import box_iou
-from sca.nn.masks import mask_iou, tight_boxes
+from sca.nn.masks import tight_boxes
 from sca.nn.suppression import suppress
-from sca.predictor import Predictor
+from sca.predictor import Encoded, Predictor
+
+Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
+NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
+
+
+class Found(NamedTuple):
+    """A region, before a caption is thought of; image pixels."""
+
+    mask: RLE
+    box: tuple[float, float, float, float]
+    point: tuple[float, float]
+    iou: float  # predicted
+    window: Window  # that it was found in
 
 
 @torch.inference_mode()
@@ -27,51 +42,115 @@ def caption_everything(
     predictor: Predictor,
     task: str = "caption",
     options: Everything | None = None,
+    proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
     **generation: Any,
 ) -> list[Caption]:
-    """A caption for every region found in the predictor's image, best first; each is captioned from its own box.
+    """A caption for every region found in the predictor's image, best first.
 
-    options: where and what to look for (default: the model's own). progress: called with the points looked at and all
-    of them.
+    options: where and what to look for (default: the model's own). proposals: what to look at instead of the grid of
+    `options`, such as a registered proposer gives; a point is as one of the grid, and a box or a mask is a region that
+    is there: it is captioned as it is, in its order, after those that points have found. progress: called with the
+    points looked at and all of them.
     """
     options = options or Everything(**predictor.model.spec.everything)
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
-    (frame,) = predictor.encoded.frames
-    logits, scores = _candidates(predictor, options, progress)
-    boxes = tight_boxes(logits > 0)
-    kept = suppress(box_iou(boxes, boxes), scores, options.nms)
-    kept = kept[suppress(mask_iou(logits[kept] > 0), scores[kept], options.nms)]  # a stray cell makes a box a large one
-    request, masks, ious = [], [], []
-    for row in kept.tolist():
-        mask = predictor.processor.masks(logits[row][None, None], frame)[0, 0] > 0
-        code = encode(mask.cpu().numpy())
-        share = area(code) / (frame.width * frame.height)
-        if share and options.area <= share <= options.largest:
-            request.append(Prompt(box=box_of(code)))
-            masks.append(code)
-            ious.append(min(float(scores[row]), 1.0))
-    if not request:
+    given = [each for each in proposals.prompts if each.box or each.mask is not None] if proposals else []
+    found = _search(predictor, options, proposals, progress)
+    if not (found or given):
         return []
-    (captions,) = predictor.answer(predictor.encoded, [request], task, masks=False, **generation)
-    return [replace(c, mask=mask, iou=iou) for c, mask, iou in zip(captions, masks, ious, strict=True)]
+    request = [_asked(each, options.caption_from) for each in found]
+    (captions,) = predictor.answer(predictor.encoded, [request], task, masks=False, **generation) if found else ([],)
+    told = [
+        replace(caption, mask=dict(each.mask), box=each.box, iou=each.iou)
+        for caption, each in zip(captions, found, strict=True)
+    ]
+    (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
+    return told + [replace(each, region=len(told) + each.region) for each in described]
+
+
+def _asked(found: Found, kind: str) -> Prompt:
+    points = ((*found.point, 1),) if "point" in kind else ()
+    return Prompt(box=found.box if "box" in kind else None, points=points)
+
+
+def _search(
+    predictor: Predictor,
+    options: Everything,
+    proposals: Proposals | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[Found]:
+    """What points find, best first, each region once."""
+    image = predictor.image
+    whole = (0, 0, *image.size)
+    windows = [whole]
+    points: list[Tensor] = []
+    if proposals is None:
+        windows += _crops(*image.size, options.crops, options.crop_overlap)
+        points = [_grid(window, options.points) for window in windows]
+    else:
+        asked = [each.points[0][:2] for each in proposals.prompts if each.points and not each.box and each.mask is None]
+        points = [torch.tensor(asked, dtype=torch.float32).reshape(-1, 2)]
+    total, done = sum(map(len, points)), 0
+    found: list[Found] = []
+    for window, places in zip(windows, points, strict=True):
+        if not len(places):
+            continue
+        encoded = predictor.encoded if window == whole else predictor.encode([image.crop(window)])
+
+        def tell(looked_at: int, before: int = done) -> None:
+            if progress:
+                progress(before + looked_at, total)
+
+        found += _in_window(predictor, encoded, window, places, options, tell)
+        done += len(places)
+    if len(windows) > 1:  # of what several windows show, the closest look stays
+        sizes = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in found)])
+        found = [found[place] for place in _once(found, sizes, options.nms)]
+    pixels = image.width * image.height
+    return sorted(
+        (each for each in found if options.area <= area(each.mask) / pixels <= options.largest),
+        key=lambda each: -each.iou,
+    )
+
+
+def _in_window(
+    predictor: Predictor,
+    encoded: Encoded,
+    window: Window,
+    points: Tensor,
+    options: Everything,
+    progress: Callable[[int], None],
+) -> list[Found]:
+    """What the points (P, 2), image pixels, find in a window of the image."""
+    (frame,) = encoded.frames
+    logits, scores, origins = _candidates(predictor, encoded, points - torch.tensor(window[:2]), options, progress)
+    boxes = tight_boxes(logits > 0)
+    found = []
+    for row in suppress(box_iou(boxes, boxes), scores, options.nms).tolist():
+        mask = predictor.processor.masks(logits[row][None, None], frame)[0, 0] > 0
+        x1, y1, x2, y2 = window
+        width, height = predictor.image.size
+        code = encode(torch.nn.functional.pad(mask, (x1, width - x2, y1, height - y2)).cpu().numpy())
+        box = box_of(code)
+        if box and not _cut_off(box, window, (width, height)):
+            point = points[origins[row]].tolist()
+            found.append(Found(code, box, (point[0], point[1]), min(float(scores[row]), 1.0), window))
+    return [found[place] for place in _once(found, torch.tensor([each.iou for each in found]), options.nms)]
 
 
 def _candidates(
-    predictor: Predictor, options: Everything, progress: Callable[[int, int], None] | None
-) -> tuple[Tensor, Tensor]:
-    """Masks (K, 4h, 4w) that pass the filters, and their predicted IoU (K,)."""
-    width, height = predictor.encoded.frames[0].used
-    steps = (torch.arange(options.points) + 0.5) / options.points
-    y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
-    points = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)  # (points ** 2, 1, 2), input frame
-    prompts = Prompts(
-        torch.zeros(len(points), dtype=torch.long), points=points, labels=torch.ones(len(points), 1, dtype=torch.long)
-    ).to(predictor.device)
+    predictor: Predictor, encoded: Encoded, points: Tensor, options: Everything, progress: Callable[[int], None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (K, 4h, 4w) that pass the filters, their predicted IoU (K,), and the points (K,) that they are of."""
+    (frame,) = encoded.frames
+    asked = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
+    ones = torch.ones(len(points), 1, dtype=torch.long)
+    prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(predictor.device)
     found = []
     for number, chunk in enumerate(prompts.chunks(predictor.regions)):
-        regions = predictor.model.segment(predictor.encoded.features, chunk)
+        regions = predictor.model.segment(encoded.features, chunk)
         if regions.masks is None:
             raise ValueError(
                 f"everything needs masks, and the segmenter {type(predictor.model.segmenter).__name__} gives none: "
@@ -80,8 +159,47 @@ def _candidates(
         masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
         sure, possible = (masks > options.offset).sum((1, 2)), (masks > -options.offset).sum((1, 2))
         good = (scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)
-        found.append((masks[good], scores[good]))
-        if progress:
-            progress(min((number + 1) * predictor.regions, len(points)), len(points))
-    masks, scores = zip(*found, strict=True)
-    return torch.cat(masks), torch.cat(scores)
+        origins = torch.arange(len(chunk), device=masks.device).repeat_interleave(regions.masks.shape[1])
+        found.append((masks[good], scores[good], origins[good] + number * predictor.regions))
+        progress(min((number + 1) * predictor.regions, len(points)))
+    masks, scores, origins = (torch.cat(each) for each in zip(*found, strict=True))
+    return masks, scores, origins
+
+
+def _once(found: Sequence[Found], scores: Tensor, limit: float) -> list[int]:
+    """The places of those that stay if of two whose boxes or masks overlap too much the better does, best first. Boxes
+    alone do not tell: a stray cell makes a box a large one.
+    """
+    if not found:
+        return []
+    boxes = torch.tensor([each.box for each in found])
+    masks = torch.from_numpy(coco.iou([each.mask for each in found], [each.mask for each in found], [0] * len(found)))
+    return suppress(torch.maximum(box_iou(boxes, boxes), masks.float()), scores, limit).tolist()
+
+
+def _grid(window: Window, points: int) -> Tensor:
+    """(points ** 2, 2) x y in the middle of equal cells of a window."""
+    x1, y1, x2, y2 = window
+    steps = (torch.arange(points) + 0.5) / points
+    y, x = torch.meshgrid(y1 + steps * (y2 - y1), x1 + steps * (x2 - x1), indexing="ij")
+    return torch.stack((x, y), dim=-1).reshape(-1, 2)
+
+
+def _crops(width: int, height: int, layers: int, overlap: float) -> list[Window]:
+    """SAM's crops: 2 ** i a side in layer i, which overlap by a share of the image's shorter side, halved each time."""
+    windows = []
+    for layer in range(1, layers + 1):
+        count = 2**layer
+        shared = int(overlap * min(width, height) * 2 / count)
+        across, down = (math.ceil((shared * (count - 1) + side) / count) for side in (width, height))
+        starts = [((across - shared) * i, (down - shared) * j) for j in range(count) for i in range(count)]
+        windows += [(x, y, min(x + across, width), min(y + down, height)) for x, y in starts]
+    return windows
+
+
+def _cut_off(box: Sequence[float], window: Window, size: tuple[int, int]) -> bool:
+    """Whether a box ends at an edge of the window that is not an edge of the image."""
+    limits = (0, 0, *size)
+    return any(
+        abs(at - edge) < NEAR and abs(at - limit) >= NEAR for at, edge, limit in zip(box, window, limits, strict=True)
+    )

@@ -16,6 +16,7 @@ TRAINABLE = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "s
 PROJECTION = {"kind": "linear", "norm": "none"}
 PROJECTIONS = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
+CAPTION_FROM = ("box-and-point", "box", "point")
 GENERATION = {"max_new_tokens": 20, "beams": 1}
 
 
@@ -45,7 +46,10 @@ class Everything:
 
     points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
     `+offset` and at `-offset` logits. nms: of two regions whose boxes or masks overlap more, the better stays. area,
-    largest: least and greatest share of the image.
+    largest: least and greatest share of the image. crops: layers of crops that are looked at besides, 2 x 2 in the
+    first and twice as many each way in every further one; crop_overlap: of neighbours, as a share of the image's
+    shorter side. caption_from: what a region found is then captioned from, "box-and-point" (its own box, and the point
+    that found it), "box", or "point", which is SCA's way (arXiv 2312.00869).
     """
 
     points: int = 32
@@ -55,6 +59,9 @@ class Everything:
     nms: float = 0.7
     area: float = 0.0
     largest: float = 1.0
+    crops: int = 0
+    crop_overlap: float = 512 / 1500
+    caption_from: str = "box-and-point"
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,11 @@ def _everything(value: Any) -> dict[str, Any]:
     for key, number in given.items():
         if key not in defaults:
             raise unknown(f"everything has no {key!r}", key, defaults)
-        _check_number("everything", key, number, whole=key == "points", least=key == "points")
+        if key == "caption_from":
+            if number not in CAPTION_FROM:
+                raise unknown(f"everything.caption_from is {number!r}", str(number), CAPTION_FROM)
+        else:
+            _check_number("everything", key, number, whole=key in ("points", "crops"), least=key == "points")
     return defaults | given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from sca_registry.spec import CAPTION_FROM
 
-from sca.cli.options import DEVICES, complain, find_device, print_table, settle
+from sca.cli.options import DEVICES, complain, find_device, print_table, read_options, settle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from sca_registry.contracts import Caption, Prompt
+    from sca_registry.contracts import Caption, Prompt, Proposer
 
     from sca.predictor import Predictor
 
@@ -29,6 +31,9 @@ def caption(
     images: Annotated[list[str], typer.Argument(help="files, folders, or globs in quotes", metavar="IMAGE...")],
     box: Annotated[list[str] | None, typer.Option(help="x1,y1,x2,y2 in image pixels; one region each")] = None,
     point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; one region each")] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(help="an image or .npy of the image's size, not zero inside; one region each")
+    ] = None,
     region: Annotated[
         list[str] | None, typer.Option(help="'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE': one region together")
     ] = None,
@@ -51,6 +56,19 @@ def caption(
     stability: Annotated[
         float | None, typer.Option(help="with --everything: least stability of a mask", min=0, max=1)
     ] = None,
+    nms: Annotated[
+        float | None, typer.Option(help="with --everything: of two that overlap more, one stays", min=0, max=1)
+    ] = None,
+    area: Annotated[
+        float | None, typer.Option(help="with --everything: least share of the image", min=0, max=1)
+    ] = None,
+    crops: Annotated[
+        int | None, typer.Option(help="with --everything: layers of crops to look at, too", min=0, max=4)
+    ] = None,
+    caption_from: Annotated[str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM)}")] = None,
+    proposer: Annotated[
+        str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
     dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "float32",
     batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
@@ -69,9 +87,13 @@ def caption(
     formats = _formats(format, out)
     settle("task", task, TASKS)
     settle("dtype", dtype, DTYPES)
-    requests = Requests(box or (), point or (), region or (), prompts)
-    thresholds = {"points": points, "iou": iou, "stability": stability}
-    _settle_regions(requests, everything, thresholds)
+    if caption_from:
+        settle("prompt to caption from", caption_from, CAPTION_FROM)
+    requests = Requests(box or (), point or (), mask or (), region or (), prompts)
+    search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "area": area, "crops": crops}
+    search |= {"caption_from": caption_from}
+    _settle_regions(requests, everything, search | {"proposer": proposer})
+    propose = _proposer(proposer) if proposer else None
     paths, problems = find_images(images)
     failures = Failures(problems)
     if not paths:
@@ -80,7 +102,7 @@ def caption(
     predictor = load_predictor(model, device, dtype, seed)
     generation = _given({"beams": beams, "max_new_tokens": words})
     if everything:
-        answers = _everything(predictor, _open(paths, failures), task, _given(thresholds), generation)
+        answers = _everything(predictor, _open(paths, failures), task, _given(search), propose, failures, generation)
     else:
         asked = requests.of(_open(paths, failures), failures)
         answers = _prompted(predictor, asked, batch, task, generation)
@@ -138,16 +160,24 @@ class Failures:
 class Requests:
     """What is asked of each image: the regions of the flags, the same for all, or those of a prompts file."""
 
-    def __init__(self, boxes: Iterable[str], points: Iterable[str], regions: Iterable[str], file: Path | None):
+    def __init__(
+        self,
+        boxes: Iterable[str],
+        points: Iterable[str],
+        masks: Iterable[str],
+        regions: Iterable[str],
+        file: Path | None,
+    ):
         from sca_registry.contracts import Prompt
 
-        from sca.prompts import parse_box, parse_point, parse_region, read_prompts
+        from sca.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
 
         self.flags = [Prompt(box=parse_box(text)) for text in boxes]
         self.flags += [Prompt(points=(parse_point(text),)) for text in points]
+        self.flags += [Prompt(mask=read_mask(path)) for path in masks]
         self.flags += [parse_region(text) for text in regions]
         if self.flags and file:
-            raise ValueError("regions come from --prompts or from --box, --point and --region, not from both")
+            raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
         self.file = read_prompts(file) if file else None
 
     def __bool__(self) -> bool:
@@ -225,18 +255,19 @@ def _formats(format: str | None, out: str) -> tuple[str, ...]:
     return formats
 
 
-def _settle_regions(requests: Requests, everything: bool, thresholds: dict[str, Any]) -> None:
+def _settle_regions(requests: Requests, everything: bool, search: dict[str, Any]) -> None:
     """Raises ValueError unless regions are either given or to be found."""
     if everything and requests:
-        raise ValueError("--everything finds its own regions: leave out --box, --point, --region and --prompts")
+        raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
     if everything:
         return
-    given = [f"--{name}" for name in _given(thresholds)]
+    given = [f"--{name.replace('_', '-')}" for name in _given(search)]
     if given:
         raise ValueError(f"{' and '.join(given)} can only be used with --everything")
     if not requests:
         raise ValueError(
-            "no region to caption: point with --box, --point, --region or --prompts, or find them with --everything"
+            "no region to caption: point with --box, --point, --mask, --region or --prompts, or find them with "
+            "--everything"
         )
 
 
@@ -270,18 +301,38 @@ def _prompted(
         yield from zip(paths, images, answers, strict=True)
 
 
+def _proposer(text: str) -> Proposer:
+    """From "NAME key=value ..."; quotes keep a value with spaces together."""
+    from sca_registry import proposers
+
+    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", text)
+    if not words or " ".join(words) != " ".join(text.split()):  # nothing in it, or a quote that does not end
+        raise ValueError(f"--proposer is 'NAME [key=value]...', not {text!r}")
+    name, *options = words
+    return proposers.build(name, **read_options(options))
+
+
 def _everything(
     predictor: Predictor,
     opened: Iterable[tuple[Path, Image]],
     task: str,
-    thresholds: dict[str, Any],
+    search: dict[str, Any],
+    propose: Proposer | None,
+    failures: Failures,
     generation: dict[str, Any],
 ) -> Answers:
     from sca_registry.spec import Everything
 
     from sca.everything import caption_everything
+    from sca.images import show
+    from sca.prompts import PromptError
 
-    options = Everything(**(predictor.model.spec.everything | thresholds))
+    options = Everything(**(predictor.model.spec.everything | search))
     for path, image in opened:
+        try:
+            proposals = propose(image, path.name) if propose else None
+        except PromptError as error:
+            failures.add(f"{show(path)}: {error}", status=2)
+            continue
         predictor.set_image(image)
-        yield path, image, caption_everything(predictor, task, options, **generation)
+        yield path, image, caption_everything(predictor, task, options, proposals, **generation)

@@ -17,7 +17,15 @@ import torch
 from sca_registry import registry
 from sca_registry.contracts import KINDS
 
-from sca.conformance import common, datasets, encoders, language_models, mixers, segmenters  # noqa: F401 (promises)
+from sca.conformance import (  # noqa: F401 (their promises)
+    common,
+    datasets,
+    encoders,
+    language_models,
+    mixers,
+    proposers,
+    segmenters,
+)
 from sca.conformance.promises import PROMISES, DoesNotApply, Finding, Promise
 from sca.conformance.trials import TRIALS, Trial
 

@@ -34,11 +34,3 @@ def tight_boxes(masks: Tensor) -> Tensor:
 def best_masks(masks: Tensor, scores: Tensor) -> Tensor:
     """Of (N, M, h, w) masks those with the highest of (N, M) scores: (N, h, w)."""
     return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)]
-
-
-def mask_iou(masks: Tensor) -> Tensor:
-    """Of every pair of (N, h, w) bool masks: (N, N). Of two empty ones it is 0."""
-    flat = masks.flatten(1).float()
-    shared = flat @ flat.T
-    areas = flat.sum(1)
-    return shared / (areas[:, None] + areas[None] - shared).clamp(min=1)

@@ -51,6 +51,27 @@ def test_each_flag_is_one_region_in_order(captioned, picture):
         assert 0 <= record["iou"] <= 1
 
 
+def test_a_mask_is_a_region_of_its_own(captioned, picture, here):
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 20:40] = True
+    np.save(here / "mask.npy", mask)
+    records = captioned(picture("a.png"), "--box", "0,0,9,9", "--mask", "mask.npy")
+    assert [sorted(record["prompt"]) for record in records] == [["box"], ["mask"]]
+
+
+def test_everything_takes_proposals_by_name(captioned, picture, here):
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "bbox": [3, 4, 20, 10]}],
+    }
+    (here / "my boxes.json").write_text(json.dumps(content))
+    proposer = "boxes-from-coco annotations='my boxes.json'"
+    (record,) = captioned(picture("a.png"), "--everything", "--proposer", proposer)
+    assert record["prompt"] == {"box": [3, 4, 23, 14]}
+    found = captioned("a.png", "--everything", "--proposer", "grid points=2", "--iou", 0, "--stability", 0)
+    assert all(len(record["prompt"]["points"]) == 1 for record in found)
+
+
 def test_a_region_joins_box_points_and_mask_file(captioned, picture, here):
     mask = np.zeros((48, 64), np.uint8)
     mask[5:20, 5:30] = 255

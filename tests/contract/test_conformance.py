@@ -20,7 +20,7 @@ from sca.mixers.query import QueryMixer
 from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
 
-ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics")
+ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers")
 
 
 def untrained(kind, name):
@@ -57,7 +57,7 @@ PARTS = [
     for kind in ON_TRIAL
     for name in REGISTRIES[kind].names()
     for number, options in enumerate(SMALL.get(kind, {}).get(name) or [untrained(kind, name)])
-    if name != "coco"  # it reads files: see below
+    if name not in ("coco", "boxes-from-coco", "gguf")  # they read files: see below
 ]
 
 
@@ -92,6 +92,18 @@ def test_a_folder_in_the_layout_of_coco_keeps_the_promises_of_a_dataset(tmp_path
     }
     (tmp_path / "val.json").write_text(json.dumps(content))
     assert broken(check("dataset", "coco", split="val", root=str(tmp_path))) == {}
+
+
+def test_boxes_from_a_file_keep_their_promises(tmp_path):
+    content = {
+        "images": [{"id": 1, "file_name": "image.png", "width": 48, "height": 32}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "bbox": [3, 4, 20, 10]},
+            {"id": 2, "image_id": 1, "bbox": [0, 0, 9, 9]},
+        ],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert broken(check("proposer", "boxes-from-coco", annotations=str(tmp_path / "boxes.json"))) == {}
 
 
 def test_a_segmenter_that_draws_its_prompts_keeps_them_too():

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import Prompt
+from sca_registry.contracts import Prompt, Proposals
 from sca_registry.spec import Everything
 
+from sca import everything
 from sca.everything import caption_everything
 from sca.masks import box_of, decode
 from sca.predictor import Predictor
+from sca.proposers.grid import Grid
 
 
 @pytest.fixture
@@ -244,6 +246,77 @@ def test_a_region_is_not_told_twice_for_a_stray_cell_far_from_it(counted):
     predictor.model.segmenter = Fixed()
     found = caption_everything(predictor, options=ANY)
     assert [round(caption.iou, 1) for caption in found] == [0.9, 0.7]
+
+
+@pytest.mark.parametrize(("kind", "box", "points"), [("box", 1, 0), ("point", 0, 1), ("box-and-point", 1, 1)])
+def test_what_is_found_is_captioned_from_what_one_wants(counted, scene, kind, box, points):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    found = caption_everything(predictor, options=replace(ANY, caption_from=kind))
+    assert found
+    for caption in found:
+        assert ((caption.prompt.box is not None), len(caption.prompt.points)) == (box, points)
+        assert caption.box == box_of(caption.mask)
+        for x, y, label in caption.prompt.points:
+            assert 0 <= x < scene.image.width
+            assert 0 <= y < scene.image.height
+            assert label == 1
+
+
+def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
+    """A stand-in for masks: what is bright. In a crop it is the same thing at another place of the frame."""
+    predictor, calls = counted()
+    pixels = np.zeros((128, 192, 3), np.uint8)
+    pixels[52:60, 100:116] = 255
+    pixels[4:12, 6:14] = 255
+    predictor.set_image(pixels)
+    segmenter = predictor.model.segmenter
+    encode = predictor.model.encode
+    seen = {}
+
+    def remember(batch):
+        seen["bright"] = (batch[:, 0] > 1.5).float()  # (B, S, S)
+        return encode(batch)
+
+    class Bright(torch.nn.Module):
+        channels = segmenter.channels
+
+        def forward(self, features, prompts, multimask=True):
+            regions = segmenter(features, prompts, multimask)
+            bright = torch.nn.functional.adaptive_avg_pool2d(seen["bright"], regions.masks.shape[-2:]) * 18 - 9
+            at = (prompts.points[:, 0] * regions.masks.shape[-1] / regions.size).long()  # (N, 2) x y
+            hit = bright[0, at[:, 1], at[:, 0]] > 0
+            masks = torch.where(hit[:, None, None, None], bright[None], torch.full_like(regions.masks, -9.0))
+            return replace(regions, masks=masks.expand_as(regions.masks), scores=torch.full_like(regions.scores, 0.9))
+
+    predictor.model.encode = remember
+    predictor.model.segmenter = Bright()
+    predictor.set_image(pixels)
+    del calls["encode"][:]
+    options = Everything(points=24, iou=0.0, stability=0.0, nms=0.5, crops=1, crop_overlap=0.34, caption_from="box")
+    search = everything._search(predictor, options, None, None)
+    assert calls["encode"] == [1] * 4
+    small = [each for each in search if each.window != (0, 0, 192, 128)]
+    assert small, "a closer look stays in place of the one from afar"
+    truth = np.zeros((128, 192), bool)
+    truth[52:60, 100:116] = truth[4:12, 6:14] = True
+    for each in search:
+        assert (decode(each.mask) & truth).sum() > 0.7 * decode(each.mask).sum()
+
+
+def test_proposals_take_the_place_of_the_grid(counted, scene):
+    predictor, calls = counted()
+    predictor.set_image(scene.image)
+    boxes = [Prompt(box=region.box) for region in scene.regions]
+    mask = Prompt(mask=decode(scene.regions[0].mask))
+    given = Proposals((*boxes, mask), (1.0,) * (len(boxes) + 1), (None,) * (len(boxes) + 1))
+    captions = caption_everything(predictor, options=ALL, proposals=given)
+    assert [caption.prompt for caption in captions] == [*boxes, mask]
+    assert [caption.region for caption in captions] == list(range(len(boxes) + 1))
+    assert sum(calls["segment"]) == len(boxes) + 1
+    points = Grid(points=3)(scene.image, "scene")
+    by_points = caption_everything(predictor, options=ALL, proposals=points)
+    assert [caption.box for caption in by_points] == [c.box for c in caption_everything(predictor, options=ALL)]
 
 
 def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
