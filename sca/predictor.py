@@ -26,6 +26,13 @@ class Encoded(NamedTuple):
     frames: Sequence[Frame]
 
 
+class Mask(NamedTuple):
+    """A candidate for a region's mask, image pixels."""
+
+    mask: dict[str, Any]  # COCO RLE
+    iou: float  # predicted
+
+
 class Predictor:
     """Set an image once, then point at it as often as wanted: its features are computed once and kept.
 
@@ -58,14 +65,49 @@ class Predictor:
     ) -> list[Caption]:
         """One caption for each prompt, then for each box x1 y1 x2 y2, then for each point x y (pixels of the image).
 
-        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p.
+        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p; captions, how
+        many for each region.
         """
+        encoded, request = self._asked(prompts, boxes, points)
+        return self.answer(encoded, [request], task, **generation)[0]
+
+    def _asked(
+        self, prompts: Sequence[Prompt], boxes: Sequence[Sequence[float]], points: Sequence[Sequence[float]]
+    ) -> tuple[Encoded, list[Prompt]]:
         if self.image is None:
             raise ValueError("there is no image yet: call set_image(image) first")
         request = [*prompts]
         request += [Prompt(box=tuple(map(float, box))) for box in boxes]
         request += [Prompt(points=((float(point[0]), float(point[1]), 1),)) for point in points]
-        return self.answer(self.encoded, [request], task, **generation)[0]
+        return self.encoded, request
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        multimask: bool = True,
+    ) -> list[list[Mask]]:
+        """The masks of each region, best first: all candidates, or with `multimask=False` the segmenter's single one.
+
+        What may be asked is as in `predict`. Raises ValueError if the segmenter gives no masks.
+        """
+        encoded, request = self._asked(prompts, boxes, points)
+        found: list[list[Mask]] = [[] for _ in request]
+        for places, bucket in self.processor.prompts([request], encoded.frames):
+            for start, chunk in enumerate(bucket.to(self.device).chunks(self.regions)):
+                regions = self.model.segment(encoded.features, chunk, multimask)
+                if regions.masks is None:
+                    raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
+                order = regions.scores.argsort(dim=1, descending=True, stable=True)
+                for row, best in enumerate(order):
+                    codes = self._masks(regions.masks[row][best], best.new_zeros(len(best)), encoded.frames)
+                    ious = regions.scores[row][best].float().clamp(0, 1).tolist()
+                    place = places[start * self.regions + row]
+                    found[place] = [Mask(code, iou) for code, iou in zip(codes, ious, strict=True)]
+        return found
 
     def describe(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
@@ -98,11 +140,12 @@ class Predictor:
         flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
         answers: list[Caption | None] = [None] * len(flat)
         for places, prompts in self.processor.prompts(requests, encoded.frames):
-            texts, scores, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
+            told, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
             for row, place in enumerate(places):
                 _, prompt, region = flat[place]
                 box = prompt.box or (codes[row] and box_of(codes[row]))
-                answers[place] = Caption(texts[row], scores[row], box, codes[row], ious[row], prompt, region)
+                (text, score), *others = told[row]
+                answers[place] = Caption(text, score, box, codes[row], ious[row], prompt, region, tuple(others))
         captions: list[list[Caption]] = [[] for _ in requests]
         for (owner, _, _), answer in zip(flat, answers, strict=True):
             captions[owner].append(answer)
@@ -110,8 +153,10 @@ class Predictor:
 
     def _bucket(
         self, encoded: Encoded, prompts: Prompts, task: int, masks: bool, generation: Mapping[str, Any]
-    ) -> tuple[list[str], list[float], list[Any], list[Any]]:
-        """Text, score, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last two may be None."""
+    ) -> tuple[list[list[tuple[str, float]]], list[Any], list[Any]]:
+        """Texts with their scores, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last two may be
+        None.
+        """
         prefixes, codes, ious = [], [], []
         prepared = None
         for chunk in prompts.to(self.device).chunks(self.regions):
@@ -127,8 +172,9 @@ class Predictor:
         settings = {**self.model.spec.generation, **generation}
         generated = self.model.language_model.generate(torch.cat(prefixes), **settings)
         nothing = [None] * len(prompts)
-        scores = generated.scores[:, 0].exp().tolist()
-        return self._texts(generated.ids[:, 0]), scores, codes or nothing, ious or nothing
+        scores = generated.scores.exp().tolist()
+        told = [list(zip(self._texts(ids), each, strict=True)) for ids, each in zip(generated.ids, scores, strict=True)]
+        return told, codes or nothing, ious or nothing
 
     def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size logits of many regions are large."""

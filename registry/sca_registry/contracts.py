@@ -181,6 +181,7 @@ class Caption:
     iou: float | None  # predicted by the segmenter for this mask
     prompt: Prompt
     region: int  # the prompt's place in the request
+    others: tuple[tuple[str, float], ...] = ()  # further captions that were asked for, and their scores, best first
 
 
 @dataclass(frozen=True)

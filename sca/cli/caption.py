@@ -46,6 +46,11 @@ def caption(
         str | None, typer.Option(help="any of jsonl,coco,png,html for --out  [default: jsonl]", show_default=False)
     ] = None,
     beams: Annotated[int | None, typer.Option(help="beam search of this width (default: the model's)", min=1)] = None,
+    captions: Annotated[int | None, typer.Option(help="so many a region, the best first (default: 1)", min=1)] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="draw words at random instead of the likeliest")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="with --sample: how far from the likeliest; 1 is the model's own", min=0.01)
+    ] = None,
     words: Annotated[int | None, typer.Option(help="at most so many tokens a caption", min=1)] = None,
     points: Annotated[
         int | None, typer.Option(help="with --everything: points along each side of the grid", min=1, max=1000)
@@ -100,7 +105,12 @@ def caption(
         raise typer.Exit(failures.status)
     requests.match(paths)
     predictor = load_predictor(model, device, dtype, seed)
-    generation = _given({"beams": beams, "max_new_tokens": words})
+    if temperature is not None and not sample:
+        raise ValueError("--temperature can only be used with --sample")
+    if beams is None and captions and not sample:
+        beams = captions if captions > 1 else None  # the best of several are found by a search
+    generation = _given({"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature})
+    generation |= {"sample": True} if sample else {}
     if everything:
         answers = _everything(predictor, _open(paths, failures), task, _given(search), propose, failures, generation)
     else:
@@ -113,10 +123,10 @@ def caption(
             writers = Writers.to_stream(sys.stdout, model) if out == "-" else Writers(out, formats, model)
             outputs.enter_context(writers)
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
-        for path, image, captions in answers:
+        for path, image, found in answers:
             for output in filter(None, (writers, table)):
-                output.add(path, image, captions)
-            if everything and not captions and not quiet:
+                output.add(path, image, found)
+            if everything and not found and not quiet:
                 complain(f"nothing found in {show(path)}; lower --iou or --stability, or raise --points")
             done += 1
         if not done:  # older files stay as they are

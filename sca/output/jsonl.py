@@ -45,8 +45,9 @@ class Jsonl:
     """Appends the lines of an image as soon as it is done; the first replaces an older file.
 
     A line has `image` (its path as given), `width`, `height`, `region` (the prompt's place in the request), `prompt`
-    (what was asked), `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `iou`, `model`. Coordinates are in
-    pixels of the image as its viewer sees it; what is not known is null. Only ASCII is written, so that no terminal,
+    (what was asked), `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `iou`, `model`; where several
+    captions a region were asked for, `others` has the rest, best first. Coordinates are in pixels of the image as its
+    viewer sees it; what is not known is null. Only ASCII is written, so that no terminal,
     locale or line-reader is in the way.
     """
 
@@ -73,6 +74,7 @@ class Jsonl:
 def record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
     """A caption as plain values that JSON can write."""
     mask = caption.mask
+    others = [{"caption": text, "score": _finite(score)} for text, score in caption.others]
     return {
         "image": path,
         "width": image.width,
@@ -84,6 +86,7 @@ def record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
         "caption": caption.text,
         "score": _finite(caption.score),
         "iou": _finite(caption.iou),
+        **({"others": others} if others else {}),
     }
 
 

@@ -51,6 +51,16 @@ def test_each_flag_is_one_region_in_order(captioned, picture):
         assert 0 <= record["iou"] <= 1
 
 
+def test_several_captions_a_region_are_written_when_they_are_asked_for(captioned, picture):
+    (record,) = captioned(picture("a.png"), "--box", "0,0,9,9", "--captions", 2)
+    assert len(record["others"]) == 1
+    assert set(record["others"][0]) == {"caption", "score"}
+    (drawn,) = captioned("a.png", "--box", "0,0,9,9", "--sample", "--temperature", 2, "--captions", 3)
+    assert len(drawn["others"]) == 2
+    (plain,) = captioned("a.png", "--box", "0,0,9,9")
+    assert "others" not in plain
+
+
 def test_a_mask_is_a_region_of_its_own(captioned, picture, here):
     mask = np.zeros((48, 64), bool)
     mask[10:30, 20:40] = True

@@ -121,6 +121,34 @@ def test_what_regions_share_is_computed_once_for_all_chunks(counted, scene):
     assert [caption.text for caption in together] == [caption.text for caption in found]
 
 
+def test_all_candidates_for_a_mask_can_be_had_or_the_single_one(counted, scene):
+    predictor, calls = counted(regions=2)
+    predictor.set_image(scene.image)
+    prompts = mixed(scene)
+    three, one = predictor.segment(prompts), predictor.segment(prompts, multimask=False)
+    assert [len(masks) for masks in three] == [3] * len(prompts)
+    assert [len(masks) for masks in one] == [1] * len(prompts)
+    assert "generate" not in calls
+    for masks, caption in zip(three, predictor.predict(prompts), strict=True):
+        assert [mask.iou for mask in masks] == sorted((mask.iou for mask in masks), reverse=True)
+        assert (decode(masks[0].mask) != decode(caption.mask)).mean() < 0.01  # logits close to zero fall either way
+        assert masks[0].iou == pytest.approx(caption.iou)
+
+
+def test_several_captions_a_region_come_best_first(counted, scene):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    boxes = [region.box for region in scene.regions]
+    for caption in predictor.predict(boxes=boxes, beams=3, captions=3):
+        told = [(caption.text, caption.score), *caption.others]
+        assert len(told) == 3
+        assert all(0 <= score <= 1 for _, score in told)
+    best = predictor.predict(boxes=boxes, beams=3)
+    again = predictor.predict(boxes=boxes, beams=3, captions=2)
+    assert [caption.text for caption in again] == [caption.text for caption in best]
+    assert all(not caption.others for caption in best)
+
+
 def test_an_answer_is_in_the_images_own_pixels(counted, scene):
     predictor, _ = counted()
     predictor.set_image(scene.image)
