@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from sca_registry.spec import ModelSpec
 from torch import Tensor
 
 from sca.composition import build, parts
-from sca.hub import fetch, some
+from sca.hub import fetch, fingerprint, some
 from sca.language_models.hf import read_tokenizer
 
 if TYPE_CHECKING:
@@ -181,12 +182,33 @@ def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> 
 
 
 def origin(model: SegmentCaptioner) -> dict[str, Any]:
-    """Which distribution and version gives each part of a model."""
+    """Which distribution and version gives each part of a model, and which weights those with a source of their own
+    have; and the commit of this package, where it is a checkout.
+    """
     givers = {}
     for kind, part in parts(model.spec, model.encoder).items():
         entry = registry(kind).describe(part.name)
         givers[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
-    return {"written_by": f"segment-caption-anything {version('segment-caption-anything')}", "parts": givers}
+        source = getattr(getattr(model, kind), "checkpoint", None)
+        if source and Path(str(source)).expanduser().is_file():
+            givers[kind] |= {"weights": str(source)}
+        elif source:
+            givers[kind] |= fingerprint(source, getattr(getattr(model, kind), "revision", None))
+    commit = _commit()
+    written_by = f"segment-caption-anything {version('segment-caption-anything')}"
+    return {"written_by": written_by, **({"commit": commit} if commit else {}), "parts": givers}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in; None where it does not."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that is not ours to read
+        return None
+    return asked.stdout.strip()
 
 
 def _read_spec(folder: Path) -> ModelSpec:

@@ -6,8 +6,10 @@ What is fetched lies in the cache of huggingface_hub and is used from there ever
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +123,20 @@ def read_config(cls: type[Config], source: str | Path, revision: str | None = No
         raise HubError(
             f"{source} has no configuration that can be read: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def fingerprint(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """What tells these weights from any others: the commit, if they came from the hub, and a hash of each file.
+
+    Raises HubError.
+    """
+    folder = fetch(source, revision)
+    hashes = {}
+    for file in weight_files(folder) or ():
+        with file.open("rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    commit = {"commit": folder.name} if re.fullmatch("[0-9a-f]{40}", folder.name) else {}
+    return {"weights": str(source), **({"revision": revision} if revision else {}), **commit, "sha256": hashes}
 
 
 def some(names: Sequence[str]) -> str:

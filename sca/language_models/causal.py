@@ -128,9 +128,19 @@ class CausalLanguageModel(nn.Module):
 
 
 class TextTokenizer:
-    """A transformers tokenizer as the contract wants it: ends with eos, begins with nothing."""
+    """A transformers tokenizer as the contract wants it: ends with eos, begins with nothing. It needs no token for
+    padding (the end stands in) and none for unknown words.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    eos: the token that ends a text, for a tokenizer that does not say. ValueError if there is none at all.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: str | None = None):
+        if eos is not None:
+            if eos not in tokenizer.get_vocab():
+                raise ValueError(f"the tokenizer has no token {eos!r} to end a text with")
+            tokenizer.eos_token = eos
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer does not say which token ends a text: name one of its tokens with eos=...")
         self.tokenizer = tokenizer
         self.eos = tokenizer.eos_token_id
         self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id

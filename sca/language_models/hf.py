@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,10 +23,11 @@ class HfLanguageModel(CausalLanguageModel):
     """A decoder-only model of transformers' AutoModelForCausalLM.
 
     weights: a hub id, at a revision, or a folder in the same format. tokenizer: another id or folder for it; a model
-    that has none anywhere works with ids. config: fields of the configuration, `model_type` among them; with
-    `pretrained=False` the model is built with random weights from them, or from the configuration that lies with the
-    weights. dtype: of the parameters. checkpointing: layers are computed again in the backward pass instead of being
-    remembered. trust_remote_code: runs code that lies with the weights, so only for sources that you trust.
+    that has none anywhere works with ids. eos: the token that ends a text, where the tokenizer does not say. config:
+    fields of the configuration, `model_type` among them; with `pretrained=False` the model is built with random weights
+    from them, or from the configuration that lies with the weights. dtype: of the parameters. checkpointing: layers are
+    computed again in the backward pass instead of being remembered. trust_remote_code: runs code that lies with the
+    weights, so only for sources that you trust.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class HfLanguageModel(CausalLanguageModel):
         pretrained: bool = True,
         config: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
+        eos: str | None = None,
         dtype: str = "float32",
         checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -47,7 +51,7 @@ class HfLanguageModel(CausalLanguageModel):
             model = AutoModelForCausalLM.from_config(_config(weights, revision, config), **how)
             model.tie_weights()  # also where the caller keeps parameters from being initialised
         words = fetch(tokenizer) if tokenizer else fetch(weights, revision) if weights and pretrained else None
-        super().__init__(model, words and read_tokenizer(words, trust_remote_code))
+        super().__init__(model, words and read_tokenizer(words, eos, trust_remote_code))
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.checkpointing = checkpointing
@@ -55,26 +59,26 @@ class HfLanguageModel(CausalLanguageModel):
     def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return super().hidden(embeddings, mask)
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
         layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         modes = [layer.training for layer in layers]
         for layer in layers:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.gradient_checkpointing = True
             layer.training = True  # transformers checkpoints only what trains; what lies in the layer stays as it is
         try:
             return super().hidden(embeddings, mask)
         finally:
             for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
-            self.model.gradient_checkpointing_disable()
+                layer.gradient_checkpointing, layer.training = False, mode
 
 
-def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> TextTokenizer | None:
+def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:
     """The tokenizer that lies in a folder, None if there is none. Raises HubError for one that cannot be read."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None
     try:
         with quiet():
-            return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+            return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise HubError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
 

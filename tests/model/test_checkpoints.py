@@ -1,5 +1,6 @@
 """A checkpoint holds what was trained, loads to the last bit or says why not, and survives a kill at any moment."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sca
 from sca.checkpoint import SPEC, WEIGHTS, CheckpointError, load, save, stored
 from sca.predictor import Predictor
 
@@ -145,6 +147,21 @@ def test_a_damaged_folder_is_refused_with_the_file_that_is_wrong(saved, file, co
 def test_no_such_model_names_the_zoo(tmp_path):
     with pytest.raises(CheckpointError, match="sca-tiny"):
         load(tmp_path / "nothing")
+
+
+def test_a_checkpoint_says_which_weights_it_was_trained_on(sam_folder, lm_folder, tmp_path):
+    model = sca.compose(
+        {"name": "sam", "weights": str(sam_folder)},
+        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "hf", "weights": str(lm_folder("gpt2"))},
+    )
+    save(model, tmp_path / "model")
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["parts"]
+    for kind, folder in (("encoder", sam_folder), ("segmenter", sam_folder), ("language_model", lm_folder("gpt2"))):
+        content = (folder / "model.safetensors").read_bytes()
+        assert origin[kind]["weights"] == str(folder)
+        assert origin[kind]["sha256"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}
+    assert "weights" not in origin["mixer"]
 
 
 # --- a kill at any moment -------------------------------------------------------------------------------------------

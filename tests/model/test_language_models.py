@@ -1,0 +1,121 @@
+"""Any causal language model: its words, its precision, its memory, and LoRA on all of its blocks or none."""
+
+import os
+
+import pytest
+import torch
+from sca_registry import RegistryError, language_models
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sca.hub import HubError
+from sca.language_models.hf import HfLanguageModel, read_tokenizer
+
+WORDS = ["a", "red", "car", "<end>", "<pad>", "<unk>", "<start>"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Saves a word-level tokenizer with the special tokens that are named."""
+
+    def save(**special):
+        words = Tokenizer(
+            models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token=special.get("unk_token"))
+        )
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "special", [{}, {"pad_token": "<pad>"}, {"unk_token": "<unk>", "bos_token": "<start>"}], ids=str
+)
+def test_neither_pad_nor_unknown_nor_beginning_is_needed(tokenizer, special):
+    text = read_tokenizer(tokenizer(eos_token="<end>", **special))
+    assert text.encode("a red car") == [0, 1, 2, 3]
+    assert text.encode("a red car", limit=2) == [0, 3]
+    assert text.decode([0, 1, 3, 2]) == "a red"
+    assert text.pad == (4 if "pad_token" in special else 3)
+
+
+def test_an_end_is_needed_and_can_be_named(tokenizer):
+    folder = tokenizer(pad_token="<pad>")
+    with pytest.raises(HubError, match=r"name one of its tokens with eos="):
+        read_tokenizer(folder)
+    with pytest.raises(HubError, match="no token '<stop>'"):
+        read_tokenizer(folder, eos="<stop>")
+    assert read_tokenizer(folder, eos="<end>").encode("car") == [2, 3]
+
+
+def test_a_folder_without_a_tokenizer_works_with_ids(lm_folder):
+    assert HfLanguageModel(str(lm_folder("gpt2"))).tokenizer is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_language_model_may_be_of_lower_precision_than_the_rest(lm_folder, family):
+    model = HfLanguageModel(str(lm_folder(family)), dtype="bfloat16")
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    prefix, mask = torch.randn(2, 3, model.width), torch.ones(2, 3, dtype=torch.long)
+    assert model.head(model.hidden(prefix, mask)).isfinite().all()
+    assert model.generate(prefix, max_new_tokens=3).ids.shape[:2] == (2, 1)
+    with pytest.raises(ValueError, match="no dtype 'half'"):
+        HfLanguageModel(str(lm_folder(family)), dtype="half")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointing_forgets_the_layers_and_gives_the_same_gradients(lm_folder, family):
+    plain, saving = (HfLanguageModel(str(lm_folder(family)), checkpointing=on).eval() for on in (False, True))
+    mask, remembered, gradients = torch.ones(2, 5, dtype=torch.long), [], []
+    for model in (plain, saving):
+        model.requires_grad_(False)
+        torch.manual_seed(0)
+        prefix = torch.randn(2, 5, model.width, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda t: t
+        ):
+            states = model.hidden(prefix, mask)
+        states.square().sum().backward()
+        remembered.append(len(kept))
+        gradients.append(prefix.grad)
+    assert torch.allclose(*gradients, atol=1e-5)
+    assert remembered[1] < remembered[0] / 2
+    assert not any(module.training for module in saving.modules())
+
+
+def test_lora_on_a_name_that_no_block_has_or_only_some_is_refused(lm_folder):
+    def adapted(*targets):
+        HfLanguageModel(str(lm_folder("llama"))).adapt(2, 4, targets=targets)
+
+    adapted("q_proj", "down_proj")
+    with pytest.raises(ValueError, match=r"no layer is called 'q_prj'. The linear layers.*q_proj \(2\)"):
+        adapted("q_proj", "q_prj")
+    model = HfLanguageModel(str(lm_folder("llama")))
+    model.model.model.layers[1].self_attn.k_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match="only 1 of 2 blocks have a 'k_proj'"):
+        model.adapt(2, 4, targets=["q_proj", "k_proj"])
+
+
+def test_lora_reaches_every_block(lm_folder):
+    model = HfLanguageModel(str(lm_folder("mistral")))
+    model.adapt(2, 4)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(adapted) == 2 * 2  # two layers, two projections each
+
+
+@pytest.mark.skipif(not os.environ.get("SCA_GGUF"), reason="SCA_GGUF names no GGUF file")
+def test_a_language_model_out_of_a_gguf_file_writes_english():
+    model = language_models.build("gguf", weights=os.environ["SCA_GGUF"])
+    ids = torch.tensor([model.tokenizer.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
+    told = model.generate(model.embed(ids), max_new_tokens=6)
+    assert "Paris" in model.tokenizer.decode(told.ids[0, 0].tolist())
+
+
+def test_a_gguf_file_that_is_none_is_told(tmp_path):
+    with pytest.raises(RegistryError, match="there is no GGUF file"):
+        language_models.build("gguf", weights=str(tmp_path / "absent.gguf"))
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(RegistryError, match=r"empty\.gguf cannot be read|needs extra: gguf"):
+        language_models.build("gguf", weights=str(tmp_path / "empty.gguf"))
