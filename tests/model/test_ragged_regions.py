@@ -4,6 +4,8 @@ import pytest
 import torch
 from sca_registry.contracts import Prompts
 
+import sca
+
 OWNER = torch.tensor([0, 0, 0, 2, 3, 3])  # the second image has no region
 
 
@@ -101,3 +103,31 @@ def test_beams_find_captions_at_least_as_likely_best_first(small):
     assert (beams.scores[:, 0] >= greedy.scores[:, 0] - 1e-4).all()
     with pytest.raises(ValueError, match="at least as many beams"):
         model.language_model.generate(prefix, max_new_tokens=5, captions=2)
+
+
+MIXERS = {
+    "query": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+    "resampler": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+    "roi-pool": {"size": 2},
+}
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_many_regions_of_a_sam_are_as_one_at_a_time(sam_folder, lm_folder, mixer, count, images):
+    torch.manual_seed(0)
+    encoder, words = {"name": "sam", "weights": str(sam_folder)}, {"name": "hf", "weights": str(lm_folder("gpt2"))}
+    model = sca.compose(encoder, {"name": mixer, **MIXERS[mixer]}, words, generation={"max_new_tokens": 4})
+    draw = torch.Generator().manual_seed(count)
+    features = model.encode(torch.randn(images, 3, 64, 64, generator=draw)).detach()
+    owner = torch.randint(images, (count,), generator=draw).sort().values
+    corner = torch.rand(count, 2, generator=draw) * 30
+    prompts = Prompts(owner, boxes=torch.cat((corner, corner + 20), dim=1))
+    task = torch.randint(2, (count,), generator=draw)
+    together = answers(model, features, prompts, task)
+    for row in range(0, count, 7):
+        alone = prompts[row : row + 1]
+        alone.owner = torch.zeros(1, dtype=torch.long)
+        found = answers(model, features[owner[row]][None], alone, task[row : row + 1])
+        same(found, [each[row : row + 1] for each in together])
