@@ -31,6 +31,21 @@ def test_pixels_and_frames_are_those_of_the_published_processor_of_sam(width, he
     assert processor.frame(width, height).used[::-1] == tuple(theirs["reshaped_input_sizes"][0].tolist())
 
 
+@pytest.mark.parametrize(("width", "height"), [(90, 50), (50, 90), (64, 64), (33, 7), (301, 200), (63, 64)])
+def test_masks_come_back_as_the_published_processor_brings_them(width, height):
+    logits = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    processor = Processor(ImageFormat(size=64), 8)
+    frame = processor.frame(width, height)
+    (theirs,) = SamImageProcessorPil().post_process_masks(
+        [logits],
+        original_sizes=[(height, width)],
+        reshaped_input_sizes=[frame.used[::-1]],
+        pad_size={"height": 64, "width": 64},
+        binarize=False,
+    )
+    assert torch.equal(processor.masks(logits, frame), theirs)
+
+
 def test_a_padded_picture_is_zero_right_and_below_and_a_stretched_one_fills_the_frame():
     wide = Image.new("RGB", (80, 40), (200, 100, 0))
     padded = Processor(ImageFormat(size=64, fit="pad"), 8).pixels([wide])

@@ -1,0 +1,119 @@
+"""SAM in our parts gives what transformers' SamModel gives, for every kind of prompt."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sca_registry.contracts import Prompt, Prompts
+from transformers import SamModel
+
+import sca
+from sca.encoders.sam import SamEncoder
+from sca.segmenters.sam import SamSegmenter
+
+OWNER = torch.tensor([0, 0, 1, 1])
+BOXES = torch.tensor([[10.0, 20, 50, 60], [0, 0, 63, 40], [5, 5, 9, 9], [30.5, 1.25, 44, 60]])
+POINTS = torch.tensor([[[10.0, 20], [30, 40]], [[5, 6], [7, 8]], [[1, 1], [60, 60]], [[31, 2], [20, 50]]])
+LABELS = torch.tensor([[1, 0], [1, 1], [1, 0], [0, 1]])
+PROMPTS = {
+    "box": Prompts(OWNER, boxes=BOXES),
+    "point": Prompts(OWNER, points=POINTS[:, :1], labels=LABELS[:, :1]),
+    "points": Prompts(OWNER, points=POINTS, labels=LABELS),
+    "box and points": Prompts(OWNER, boxes=BOXES, points=POINTS, labels=LABELS),
+}
+
+
+@pytest.fixture(scope="module")
+def theirs(sam_folder):
+    return SamModel.from_pretrained(sam_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(sam_folder):
+    encoder = SamEncoder(str(sam_folder))
+    return encoder.eval(), SamSegmenter(encoder).eval()
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def by_image(tensor):
+    return None if tensor is None else tensor.unflatten(0, (2, 2))
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("multimask", [True, False])
+@torch.no_grad()
+def test_masks_and_scores_are_theirs(theirs, ours, pixels, kind, multimask):
+    encoder, segmenter = ours
+    prompts = PROMPTS[kind]
+    found = segmenter(encoder(pixels), prompts, multimask)
+    expected = theirs(
+        pixel_values=pixels,
+        input_boxes=by_image(prompts.boxes),
+        input_points=by_image(prompts.points),
+        input_labels=by_image(prompts.labels),
+        multimask_output=multimask,
+    )
+    assert torch.allclose(found.masks, expected.pred_masks.flatten(0, 1), atol=1e-5)
+    assert torch.allclose(found.scores, expected.iou_scores.flatten(0, 1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_prompt_is_read_by_the_mask_encoder_one_a_region(theirs, ours, pixels):
+    encoder, segmenter = ours
+    masks = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 5
+    features = encoder(pixels)
+    found = segmenter(features, Prompts(OWNER, boxes=BOXES, masks=masks))
+    for row, owner in enumerate(OWNER.tolist()):
+        expected = theirs(
+            image_embeddings=features[owner][None], input_boxes=BOXES[row][None, None], input_masks=masks[row][None]
+        )
+        assert torch.allclose(found.masks[row], expected.pred_masks[0, 0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam_folder, lm_folder, monkeypatch):
+    torch.manual_seed(0)
+    model = sca.compose(
+        {"name": "sam", "weights": str(sam_folder)},
+        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "hf", "weights": str(lm_folder("gpt2"))},
+    )
+    monkeypatch.setattr(model.language_model, "tokenizer", Ids())
+    calls = {"encode": 0, "generate": 0}
+    encode, generate = model.encode, model.language_model.generate
+
+    def counting_encode(images):
+        calls["encode"] += len(images)
+        return encode(images)
+
+    def counting_generate(prefix, *arguments, **options):
+        calls["generate"] += len(prefix)
+        return generate(prefix, *arguments, **options)
+
+    monkeypatch.setattr(model, "encode", counting_encode)
+    monkeypatch.setattr(model.language_model, "generate", counting_generate)
+    predictor = sca.Predictor(model)
+    draw = np.random.default_rng(0)
+    predictor.set_image(Image.fromarray(draw.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)))
+    options = sca.Everything(points=8, iou=-9.0, stability=0.0, nms=0.7)
+    found = sca.caption_everything(predictor, options=options)
+    assert calls == {"encode": 1, "generate": len(found)}
+    assert 0 < len(found) < 64 * 3
+    assert found[0].prompt == Prompt(box=found[0].box, points=found[0].prompt.points)
+    assert sca.caption_everything(predictor, options=options) == found, "nothing is left to chance"
+
+
+class Ids:
+    """A tokenizer that reads no words: ids as they are."""
+
+    pad, eos = 0, 2
+
+    def encode(self, text, limit=None):
+        return [*map(int, text.split())][:limit]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
