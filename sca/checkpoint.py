@@ -29,7 +29,7 @@ from sca_registry.spec import ModelSpec
 from torch import Tensor
 
 from sca.composition import build, parts
-from sca.hub import fetch, fingerprint, some
+from sca.hub import HubError, fetch, fingerprint, some
 from sca.language_models.hf import read_tokenizer
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def save(model: SegmentCaptioner, folder: str | Path, dtype: torch.dtype | None 
     dtype: of the stored floating tensors (default: as they are).
     """
     folder = Path(folder)
+    if folder.exists() and not (folder / SPEC).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is neither a checkpoint nor a new or empty folder: what is in it stays")
     previous = _previous(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,8 @@ def is_published(folder: Path) -> bool:
 def stored(model: SegmentCaptioner) -> set[str]:
     """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source.
 
-    Statistics and other buffers of a part that trains may have moved, so they are held, too.
+    Statistics and other buffers of a part that trains may have moved, so they are held, too; and what was added here to
+    a part with pretrained weights, a segmenter's neck or LoRA, has no source but this.
     """
     elsewhere = set()
     for part_name in ("encoder", "segmenter", "language_model"):
@@ -157,7 +160,8 @@ def stored(model: SegmentCaptioner) -> set[str]:
             names = dict(part.named_parameters(remove_duplicate=False)) if trains else part.state_dict()
             elsewhere |= {f"{part_name}.{name}" for name in names}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return set(model.state_dict()) - (elsewhere - trained)
+    added = {name for name in elsewhere if name.startswith("segmenter.neck.") or "lora_" in name}
+    return set(model.state_dict()) - (elsewhere - trained - added)
 
 
 def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> None:
@@ -175,7 +179,7 @@ def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> 
     _write_json(folder / SPEC, model.spec.to_dict())
     _write_json(folder / ORIGIN, origin(model))
     tokenizer = model.language_model.tokenizer
-    if tokenizer is not None and not getattr(model.language_model, "checkpoint", None):
+    if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         tokenizer.save(str(folder / "tokenizer"))
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
@@ -193,7 +197,10 @@ def origin(model: SegmentCaptioner) -> dict[str, Any]:
         if source and Path(str(source)).expanduser().is_file():
             givers[kind] |= {"weights": str(source)}
         elif source:
-            givers[kind] |= fingerprint(source, getattr(getattr(model, kind), "revision", None))
+            try:
+                givers[kind] |= fingerprint(source, getattr(getattr(model, kind), "revision", None))
+            except HubError:  # weights that have gone meanwhile, or that a part finds in a way of its own
+                givers[kind] |= {"weights": str(source)}
     commit = _commit()
     written_by = f"segment-caption-anything {version('segment-caption-anything')}"
     return {"written_by": written_by, **({"commit": commit} if commit else {}), "parts": givers}

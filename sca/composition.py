@@ -9,8 +9,8 @@ from typing import Any
 
 import sca_registry
 import torch
-from sca_registry import registry
-from sca_registry.contracts import Encoder
+from sca_registry import RegistryError, registry
+from sca_registry.contracts import Encoder, LanguageModel, Mixer
 from sca_registry.options import check_options
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part
@@ -31,8 +31,8 @@ def compose(
 
     Other fields of `ModelSpec` go by keyword (segmenter, projection, task_tokens, trainable, lora, generation), and the
     options of a part with its name in a table: `compose({"name": "tiny-vit", "size": 96}, ...)`. weights: False for
-    random ones where pretrained ones would be fetched. On `device="meta"` nothing is fetched and nothing allocated: for
-    counting parameters.
+    random ones where pretrained ones would be fetched. On `device="meta"` nothing is allocated and no weights are
+    fetched (of a part without a card of its own, the configuration is): for counting parameters.
     """
     spec = ModelSpec.from_dict({"encoder": encoder, "mixer": mixer, "language_model": language_model, **fields})
     return build(spec, device, weights)
@@ -52,10 +52,22 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
         what = f"generation of the language model {spec.language_model.name!r}"
         check_options(what, language_model.generate, 1, spec.generation)
+        _check_room(spec, mixer, language_model)
         if spec.lora:
             language_model.adapt(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
     return model.to(where).eval()
+
+
+def _check_room(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
+    """Raises RegistryError if the prefix leaves a language model no position for words."""
+    positions, prefix = getattr(language_model, "positions", None), spec.task_tokens + mixer.queries
+    if positions is not None and prefix >= positions:
+        raise RegistryError(
+            f"the mixer {spec.mixer.name!r} gives {mixer.queries} queries, which with {spec.task_tokens} task tokens "
+            f"are a prefix of {prefix}; the language model {spec.language_model.name!r} has {positions} positions in "
+            "all: choose fewer queries or another language model"
+        )
 
 
 def untrained(spec: ModelSpec) -> ModelSpec:

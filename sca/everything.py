@@ -48,15 +48,15 @@ def caption_everything(
 ) -> list[Caption]:
     """A caption for every region found in the predictor's image, best first.
 
-    options: where and what to look for (default: the model's own). proposals: what to look at instead of the grid of
-    `options`, such as a registered proposer gives; a point is as one of the grid, and a box or a mask is a region that
-    is there: it is captioned as it is, in its order, after those that points have found. progress: called with the
-    points looked at and all of them.
+    options: where and what to look for (default: the model's own). proposals: what to look at instead of the grid and
+    the crops of `options`, such as a registered proposer gives; one point inside is as one of the grid, and any other
+    prompt is a region that is there: it is captioned as it is, in its order, after those that points have found.
+    progress: called with the points looked at and all of them.
     """
     options = options or Everything(**predictor.model.spec.everything)
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
-    given = [each for each in proposals.prompts if each.box or each.mask is not None] if proposals else []
+    given = [each for each in proposals.prompts if not _is_one_point(each)] if proposals else []
     found = _search(predictor, options, proposals, progress)
     if not (found or given):
         return []
@@ -68,6 +68,10 @@ def caption_everything(
     ]
     (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
     return told + [replace(each, region=len(told) + each.region) for each in described]
+
+
+def _is_one_point(prompt: Prompt) -> bool:
+    return prompt.box is None and prompt.mask is None and [label for _, _, label in prompt.points] == [1]
 
 
 def _asked(found: Found, kind: str) -> Prompt:
@@ -90,7 +94,7 @@ def _search(
         windows += _crops(*image.size, options.crops, options.crop_overlap)
         points = [_grid(window, options.points) for window in windows]
     else:
-        asked = [each.points[0][:2] for each in proposals.prompts if each.points and not each.box and each.mask is None]
+        asked = [each.points[0][:2] for each in proposals.prompts if _is_one_point(each)]
         points = [torch.tensor(asked, dtype=torch.float32).reshape(-1, 2)]
     total, done = sum(map(len, points)), 0
     found: list[Found] = []
@@ -194,7 +198,7 @@ def _crops(width: int, height: int, layers: int, overlap: float) -> list[Window]
         across, down = (math.ceil((shared * (count - 1) + side) / count) for side in (width, height))
         starts = [((across - shared) * i, (down - shared) * j) for j in range(count) for i in range(count)]
         windows += [(x, y, min(x + across, width), min(y + down, height)) for x, y in starts]
-    return windows
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer
 
 
 def _cut_off(box: Sequence[float], window: Window, size: tuple[int, int]) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from huggingface_hub import model_info, snapshot_download
+from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -37,6 +37,7 @@ Config = TypeVar("Config", bound="PretrainedConfig")
 
 TIMEOUT = 10  # seconds that the hub has for its first answer
 SAFE, OLD = "model.safetensors", "pytorch_model.bin"
+OWN, SPEC = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
 
 
@@ -44,33 +45,40 @@ class HubError(ValueError):
     """Weights that cannot be found, fetched or read; the message is one line that says which, why and what to do."""
 
 
-def fetch(source: str | Path, revision: str | None = None) -> Path:
+def fetch(source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
     """The folder of pretrained weights: `source` itself if it is one, else the copy of a hub id in the cache, which is
-    fetched if it is not there or not whole.
+    fetched if it is not there or not whole. weights: False where configurations and tokenizers will do. code: whether
+    Python files are wanted, too, by those who trust them.
 
     Raises HubError.
     """
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     cached = _cached(str(source), revision)
-    return cached if cached and whole(cached) else pull(str(source), revision)
+    enough = cached and (whole(cached) if weights else any(cached.glob("*.json")))
+    return cached if cached and enough else pull(str(source), revision, weights, code)
 
 
-def pull(name: str, revision: str | None = None) -> Path:
+def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
     was cut off goes on. The folder in the cache. Raises HubError.
     """
     with _reaching(name, revision):
         files = [each.rfilename for each in model_info(name, revision=revision, timeout=TIMEOUT).siblings or ()]
-    weights = f"{SAFE.partition('.')[0]}*.safetensors*"
-    if not any(file in (SAFE, f"{SAFE}.index.json") for file in files):
-        weights = f"{OLD.partition('.')[0]}*.bin*"
+    wanted = [*TEXTS, *(["*.py"] if code else [])]
+    if weights and SPEC in files:
+        wanted.append(OWN)
+    elif weights:
+        safe = any(file in (SAFE, f"{SAFE}.index.json") for file in files)
+        wanted.append("model*.safetensors*" if safe else "pytorch_model*.bin*")
     with _reaching(name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXTS, weights]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def whole(folder: Path) -> bool:
-    """Whether a configuration and all the weights that it asks for are in the folder."""
+    """Whether a configuration, or the spec of a checkpoint, and all the weights that it asks for are in the folder."""
+    if (folder / SPEC).is_file():
+        return (folder / OWN).is_file()
     return (folder / "config.json").is_file() and weight_files(folder) is not None
 
 
@@ -95,7 +103,7 @@ def load_pretrained(
 
     Raises HubError.
     """
-    folder = fetch(source, revision)
+    folder = fetch(source, revision, code=bool(options.get("trust_remote_code")))
     if weight_files(folder) is None:
         raise HubError(f"{source} has no whole weights: {absent(folder)}. Copy or download it again")
     try:
@@ -116,7 +124,7 @@ def load_pretrained(
 
 def read_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
     """`cls.from_pretrained` of a configuration. Raises HubError."""
-    folder = fetch(source, revision)
+    folder = fetch(source, revision, weights=False)
     try:
         return cls.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -185,10 +193,15 @@ def _reaching(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+    """The folder of a hub id in the cache, whole or not."""
+    for file in ("config.json", SPEC, "tokenizer.json", "tokenizer_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except HFValidationError:  # no hub id at all
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _shards(index: Path) -> list[str]:

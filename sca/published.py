@@ -25,11 +25,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoint import CheckpointError, assign, new_folder, stored
+from sca.checkpoint import CheckpointError, assign, is_published, new_folder, stored
 from sca.composition import build
 from sca.hub import SAFE, HubError, absent, fetch, quiet, some, weight_files
 from sca.language_models.causal import TextTokenizer
-from sca.language_models.hf import read_tokenizer
+from sca.language_models.hf import has_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -46,6 +46,7 @@ NOTES = {  # what a configuration says that makes no difference to the model
     *("transformers_version", "_name_or_path", "architectures", "dtype", "initializer_range"),
     *("id2label", "label2id", "model_type"),
 }
+USES = {"segmenter": ("drawn",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PLACES = (  # beginning of a published name, and of ours
     ("vision_encoder.", "encoder.vision."),
@@ -80,7 +81,7 @@ def load_published(folder: Path) -> SegmentCaptioner:
     if "task_tokens" in tensors and tensors["task_tokens"].numel() == own["task_tokens"].numel():
         tensors["task_tokens"] = tensors["task_tokens"].view_as(own["task_tokens"])  # (2 K, E) -> (2, K, E)
     assign(model, tensors, set(own), folder, "config.json")
-    model.language_model.tokenizer = _tokenizer(folder, config)
+    model.language_model.tokenizer = _tokenizer(folder)
     return model.eval()
 
 
@@ -143,15 +144,23 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: fields[key] for key in sorted(known) if fields[key] != defaults[key]}
 
 
-def _tokenizer(folder: Path, config: Mapping[str, Any]) -> TextTokenizer | None:
-    found = read_tokenizer(folder)
-    name = config["text_config"].get("_name_or_path")
-    if found is None and name:
-        try:
-            return read_tokenizer(fetch(name))
-        except HubError as error:
-            warnings.warn(f"captions of {folder} are ids only: it has no tokenizer, and {error}", stacklevel=3)
-    return found
+def tokenizer_source(folder: Path) -> str | None:
+    """Where a published folder says that its tokenizer is; None if it has one itself, says nothing, or is not one."""
+    if not is_published(folder) or has_tokenizer(folder):
+        return None
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return (config.get("text_config") or {}).get("_name_or_path") or None
+
+
+def _tokenizer(folder: Path) -> TextTokenizer | None:
+    source = tokenizer_source(folder)
+    if source is None:
+        return read_tokenizer(folder)
+    try:
+        return read_tokenizer(fetch(source, weights=False))
+    except HubError as error:
+        warnings.warn(f"captions of {folder} are ids only: it has no tokenizer, and {error}", stacklevel=3)
+        return None
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -223,9 +232,9 @@ def with_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
 
     Raises CheckpointError if the source's weights are not those of the model, naming the first that differ.
     """
-    changes = dict(parts)
+    changes = {kind: Part(part.name, _kept(model.spec, kind) | dict(part.options)) for kind, part in parts.items()}
     if "encoder" in parts:
-        changes["segmenter"] = Part("sam")
+        changes["segmenter"] = Part("sam", _kept(model.spec, "segmenter"))
     other = build(replace(model.spec, **changes))
     mine, theirs = model.state_dict(), other.state_dict()
     sourced = theirs.keys() - stored(other)
@@ -240,12 +249,26 @@ def with_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     return other.eval()
 
 
+def _kept(spec: ModelSpec, kind: str) -> dict[str, Any]:
+    """The options of a part that say how it is used rather than what it is made of."""
+    part = getattr(spec, kind)
+    return {name: part.options[name] for name in USES.get(kind, ()) if part is not None and name in part.options}
+
+
 def _unpublishable(model: SegmentCaptioner) -> str | None:
     spec = model.spec
     if spec.mixer.name not in MIXERS.values():
         return f"the mixer {spec.mixer.name!r}: it knows {' and '.join(MIXERS.values())}"
     if spec.projection != {"kind": "linear", "norm": "none"}:
         return f"a projection {dict(spec.projection)}: it knows linear, without a norm"
+    if getattr(model.segmenter, "drawn", False):
+        return "prompts that are drawn into the image (segmenter.drawn)"
+    sam, layer = model.segmenter.decoder.config, model.mixer.transformer.layers[0]
+    shared = {"heads": (layer.self_attn.num_attention_heads, sam.num_attention_heads)}
+    shared["mlp"] = (layer.mlp.lin1.out_features, sam.mlp_dim)
+    for figure, (mine, theirs) in shared.items():
+        if mine != theirs:
+            return f"a mixer with {figure}={mine} beside a segmenter with {figure}={theirs}: it has one figure for both"
     if spec.lora:
         return "LoRA: write the language model by itself (layout lm), which merges it"
     unknown_names = [name for name in model.state_dict() if _theirs(name) == name and not name.startswith("task_")]

@@ -1,6 +1,8 @@
 """Weights by hub id: fetched once, kept whole, and told in one line when they cannot be had."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +13,13 @@ PULL = [sys.executable, "-m", "sca", "pull"]
 
 
 @pytest.fixture
-def hub(sam_folder):
+def hub(sam_folder, tmp_path):
+    """With a model beside which there are files that nobody here wants."""
+    shutil.copytree(sam_folder, tmp_path / "sam")
+    (tmp_path / "sam" / "README.md").write_text("A model.")
+    (tmp_path / "sam" / "flax_model.msgpack").write_bytes(b"\0" * 1000)
     hub = Hub()
-    hub.models["owner/sam"] = sam_folder
+    hub.models["owner/sam"] = tmp_path / "sam"
     return hub
 
 
@@ -47,7 +53,7 @@ print(float(SamEncoder("owner/sam").vision.neck.conv1.weight.sum()))
 """
 
 
-def test_what_was_pulled_is_used_without_a_network(shell, hub):
+def test_what_was_pulled_is_used_without_a_network(shell, hub, tmp_path):
     status, out, _ = shell(*PULL, "owner/sam")
     assert status == 0
     assert out.startswith("owner/sam: ")
@@ -55,6 +61,7 @@ def test_what_was_pulled_is_used_without_a_network(shell, hub):
     assert status == 0
     assert not hub.requests
     assert float(first) != 0
+    assert not list((tmp_path / "cache").rglob("flax_model.msgpack"))
 
 
 def test_what_was_not_pulled_is_fetched_when_it_is_used(shell, hub):
@@ -62,6 +69,47 @@ def test_what_was_not_pulled_is_fetched_when_it_is_used(shell, hub):
     assert any("model.safetensors" in request for request in hub.requests)
     assert shell(sys.executable, "-c", LOAD)[0] == 0
     assert not hub.requests
+
+
+def test_a_checkpoint_of_our_own_is_loaded_from_the_hub(shell, hub, tmp_path):
+    from sca_registry import zoo
+
+    hub.models["owner/tiny"] = zoo.get("sca-tiny").folder
+    program = "import sca; print(sca.load('owner/tiny').freeze_report())"
+    status, out, _ = shell(sys.executable, "-c", program)
+    assert status == 0
+    assert "in all" in out
+
+
+def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell, hub, sam_folder, tmp_path):
+    import torch
+
+    import sca
+    from sca.language_models.tiny_gpt2 import TinyGpt2
+    from sca.published import write_published
+
+    words = TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    words.save(str(tmp_path / "words"))
+    (tmp_path / "words" / "model.safetensors").write_bytes(b"nobody wants these")
+    torch.manual_seed(0)
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 600, "n_positions": 64}
+    model = sca.compose(
+        {"name": "sam", "weights": str(sam_folder)},
+        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "hf", "config": config},
+    )
+    folder = write_published(model, tmp_path / "published")
+    figures = json.loads((folder / "config.json").read_text())
+    figures["text_config"]["_name_or_path"] = "owner/words"
+    (folder / "config.json").write_text(json.dumps(figures))
+    hub.models |= {"owner/published": folder, "owner/words": tmp_path / "words"}
+    status, out, _ = shell(*PULL, "owner/published")
+    assert status == 0
+    assert "owner/words: " in out
+    assert not any("words/resolve" in request and "safetensors" in request for request in hub.requests)
+    program = "import sca; print(sca.load('owner/published').language_model.tokenizer.encode('car'))"
+    status, out, _ = shell(sys.executable, "-c", program, online=False)
+    assert (status, out.strip()) == (0, str(words.encode("car")))
 
 
 def test_a_download_that_was_cut_off_is_not_taken_for_whole(shell, hub):

@@ -28,6 +28,11 @@ FAMILIES = {  # language models: what each has besides, or calls otherwise
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
+OTHERS = {  # families that do more to their logits
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0},
+    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.25},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0},
+}
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -43,7 +48,7 @@ SHAPE = {
 
 def tiny(family):
     """The configuration of a language model."""
-    return {**({} if family == "gpt2" else SHAPE), **_ENDS, **FAMILIES[family], "model_type": family}
+    return {**({} if family == "gpt2" else SHAPE), **_ENDS, **(FAMILIES | OTHERS)[family], "model_type": family}
 
 
 _ENDS = {key: value for key, value in SHAPE.items() if key.endswith("_id") or key == "vocab_size"}

@@ -134,7 +134,11 @@ class Registry:
         """
         assert len(upstream) == self._upstream, f"build({name!r}, ...) takes {self._upstream} argument(s) and options"
         offer = self._find(name)
-        factory = _filled(self._load(offer), offer.card.given)
+        card = offer.card
+        preset: Mapping[str, Any] = card.given
+        if "weights" in options and options["weights"] != card.options.get("weights"):
+            preset = card.options  # the card's config is that of its own weights
+        factory = _filled(self._load(offer), preset)
         check_options(f"{self._one} {name!r}", factory, self._upstream, options)
         try:
             part = factory(*upstream, **options)

@@ -244,6 +244,8 @@ def _everything(value: Any) -> dict[str, Any]:
                 raise unknown(f"everything.caption_from is {number!r}", str(number), CAPTION_FROM)
         else:
             _check_number("everything", key, number, whole=key in ("points", "crops"), least=key == "points")
+    if not given.get("crop_overlap", 0) < 1:
+        raise RegistryError(f"everything.crop_overlap is {given['crop_overlap']}: give a share of the image, below 1")
     return defaults | given
 
 

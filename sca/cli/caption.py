@@ -75,7 +75,7 @@ def caption(
         str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "float32",
+    dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
     batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
@@ -91,26 +91,30 @@ def caption(
 
     formats = _formats(format, out)
     settle("task", task, TASKS)
-    settle("dtype", dtype, DTYPES)
+    if dtype:
+        settle("dtype", dtype, DTYPES)
     if caption_from:
         settle("prompt to caption from", caption_from, CAPTION_FROM)
     requests = Requests(box or (), point or (), mask or (), region or (), prompts)
     search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "area": area, "crops": crops}
     search |= {"caption_from": caption_from}
     _settle_regions(requests, everything, search | {"proposer": proposer})
+    if proposer and (points is not None or crops is not None):
+        raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
     propose = _proposer(proposer) if proposer else None
+    if temperature is not None and not sample:
+        raise ValueError("--temperature can only be used with --sample")
+    generation = _given({"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature})
+    if sample:
+        generation["sample"] = True
     paths, problems = find_images(images)
     failures = Failures(problems)
     if not paths:
         raise typer.Exit(failures.status)
     requests.match(paths)
     predictor = load_predictor(model, device, dtype, seed)
-    if temperature is not None and not sample:
-        raise ValueError("--temperature can only be used with --sample")
-    if beams is None and captions and not sample:
-        beams = captions if captions > 1 else None  # the best of several are found by a search
-    generation = _given({"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature})
-    generation |= {"sample": True} if sample else {}
+    if captions and beams is None and not sample:  # the best of several are found by a search
+        generation["beams"] = max(captions, predictor.model.spec.generation["beams"])
     if everything:
         answers = _everything(predictor, _open(paths, failures), task, _given(search), propose, failures, generation)
     else:
@@ -141,7 +145,7 @@ def caption(
     raise typer.Exit(failures.status)
 
 
-def load_predictor(model: str, device: str, dtype: str, seed: int) -> Predictor:
+def load_predictor(model: str, device: str, dtype: str | None, seed: int) -> Predictor:
     """A predictor for a zoo name or a checkpoint folder."""
     import torch
 
@@ -149,7 +153,7 @@ def load_predictor(model: str, device: str, dtype: str, seed: int) -> Predictor:
     from sca.predictor import Predictor
 
     torch.manual_seed(seed)
-    return Predictor(load(model, find_device(device), getattr(torch, dtype)))
+    return Predictor(load(model, find_device(device), dtype and getattr(torch, dtype)))
 
 
 class Failures:
@@ -247,6 +251,8 @@ class Table:
             iou = "" if each.iou is None else f"{each.iou:.2f}"
             cells = (show(path.name), str(each.region), each.text, f"{each.score:.2f}", iou, box)
             self.table.add_row(*map(Text, cells))
+            for text, score in each.others:
+                self.table.add_row("", "", Text(text), f"{score:.2f}", "", "")
 
 
 def _formats(format: str | None, out: str) -> tuple[str, ...]:
@@ -315,8 +321,9 @@ def _proposer(text: str) -> Proposer:
     """From "NAME key=value ..."; quotes keep a value with spaces together."""
     from sca_registry import proposers
 
-    words = re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", text)
-    if not words or " ".join(words) != " ".join(text.split()):  # nothing in it, or a quote that does not end
+    word = r"""(?:[^\s"']|"[^"]*"|'[^']*')+"""
+    words = re.findall(word, text)
+    if not words or re.sub(word, "", text).strip():  # nothing in it, or a quote that does not end
         raise ValueError(f"--proposer is 'NAME [key=value]...', not {text!r}")
     name, *options = words
     return proposers.build(name, **read_options(options))
@@ -340,7 +347,7 @@ def _everything(
     options = Everything(**(predictor.model.spec.everything | search))
     for path, image in opened:
         try:
-            proposals = propose(image, path.name) if propose else None
+            proposals = propose(image, str(path)) if propose else None
         except PromptError as error:
             failures.add(f"{show(path)}: {error}", status=2)
             continue

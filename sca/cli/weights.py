@@ -21,9 +21,14 @@ def pull(
     What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
     """
     from sca.hub import pull as fetch
+    from sca.published import tokenizer_source
 
     for source, wanted in _sources(name):
-        typer.echo(f"{source}: {fetch(source, revision or wanted)}")
+        folder = fetch(source, revision or wanted)
+        typer.echo(f"{source}: {folder}")
+        words = tokenizer_source(folder)
+        if words:  # a published checkpoint has its language model's tokenizer elsewhere
+            typer.echo(f"{words}: {fetch(words, weights=False)}")
 
 
 def import_(

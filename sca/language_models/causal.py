@@ -13,11 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sca.hub import quiet
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class CausalLanguageModel(nn.Module):
     """Wraps a causal `PreTrainedModel`. Captions are padded on the right, so that no word ever sees a pad.
 
-    width: E. tokenizer: None for a checkpoint without one; ids still work.
+    width: E. tokenizer: None for a checkpoint without one; ids still work. positions: how many the model has for prefix
+    and words together; None if it does not say.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
@@ -25,6 +28,7 @@ class CausalLanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.width = model.get_input_embeddings().embedding_dim
+        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
@@ -34,7 +38,12 @@ class CausalLanguageModel(nn.Module):
         return self.model.base_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
     def head(self, states: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(states)
+        logits = self.model.get_output_embeddings()(states)
+        config = self.model.config  # some architectures do more to their logits
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        cap = getattr(config, "final_logit_softcapping", None)
+        logits = logits if scale == 1 else logits * scale
+        return (logits / cap).tanh() * cap if cap else logits
 
     @torch.no_grad()
     def generate(
@@ -51,12 +60,14 @@ class CausalLanguageModel(nn.Module):
 
         No more than the model has positions for.
         """
+        if captions < 1:
+            raise ValueError(f"{captions} captions a region: ask for 1 or more")
         if captions > 1 and not sample and captions > beams:
             raise ValueError(
                 f"{captions} captions a region need at least as many beams (there are {beams}) or sample=true"
             )
-        pad, eos = self._ends()
-        room = getattr(self.model.config, "max_position_embeddings", None) or prefix.shape[1] + max_new_tokens
+        pad, ends = self._ends()
+        room = self.positions or prefix.shape[1] + max_new_tokens
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
         with quiet():
             found = self.model.generate(
@@ -67,7 +78,7 @@ class CausalLanguageModel(nn.Module):
                 do_sample=sample,
                 num_return_sequences=captions,
                 pad_token_id=pad,
-                eos_token_id=eos,
+                eos_token_id=ends or None,
                 return_dict_in_generate=True,
                 output_scores=True,
                 **sampling,
@@ -76,13 +87,16 @@ class CausalLanguageModel(nn.Module):
         steps = self.model.compute_transition_scores(
             ids, found.scores, getattr(found, "beam_indices", None), normalize_logits=beams == 1
         )
-        ends = (ids == eos).int().cumsum(1) - (ids == eos).int()  # how many ends came before
-        counted = (ends == 0).to(steps.dtype)[:, : steps.shape[1]]
-        ids = ids.masked_fill(ends > 0, pad)
+        end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).int()
+        before = end.cumsum(1) - end  # how many ends came before
+        counted = (before == 0).to(steps.dtype)[:, : steps.shape[1]]
+        ids = ids.masked_fill(before > 0, pad)
         scores = (steps.masked_fill(counted == 0, 0.0)).sum(1) / counted.sum(1)
-        return Generated(
-            ids.unflatten(0, (len(prefix), captions)), scores.float().unflatten(0, (len(prefix), captions))
-        )
+        ids, scores = (each.unflatten(0, (len(prefix), captions)) for each in (ids, scores.float()))
+        if sample:  # beams come best first, what is drawn does not
+            order = scores.argsort(dim=1, descending=True, stable=True)
+            ids, scores = ids.gather(1, order[..., None].expand_as(ids)), scores.gather(1, order)
+        return Generated(ids, scores)
 
     def adapt(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
         """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on
@@ -121,10 +135,12 @@ class CausalLanguageModel(nn.Module):
                 layers.setdefault(name.split(".")[-1], set()).add(block[1])
         return layers
 
-    def _ends(self) -> tuple[int, int]:
+    def _ends(self) -> tuple[int, list[int]]:
+        """What fills up a row, and what ends a text: the tokenizer's, or else what the model's configuration says."""
         eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id
         pad = self.tokenizer.pad if self.tokenizer else self.model.config.pad_token_id
-        return (eos if pad is None else pad), eos
+        ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+        return (ends or [0])[0] if pad is None else pad, ends
 
 
 class TextTokenizer:

@@ -8,15 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sca.hub import HubError, quiet
-from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
 
 
 class GgufLanguageModel(CausalLanguageModel):
     """The model and the tokenizer of one GGUF file, of an architecture that transformers can read; quantised weights
-    are expanded to `dtype` when they are read.
+    are expanded to `dtype` when they are read. eos: the token that ends a text, where the file does not say.
     """
 
-    def __init__(self, weights: str, dtype: str = "float32"):
+    def __init__(self, weights: str, eos: str | None = None, dtype: str = "float32"):
+        if dtype not in DTYPES:
+            raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
         file = Path(weights).expanduser()
         if not file.is_file():
             raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
@@ -28,5 +30,6 @@ class GgufLanguageModel(CausalLanguageModel):
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
             raise HubError(f"{weights} cannot be read: {' '.join(str(error).split())[:300]}") from error
-        super().__init__(model, TextTokenizer(tokenizer))
+        super().__init__(model, TextTokenizer(tokenizer, eos))
+        self.source_tokenizer = self.tokenizer
         self.checkpoint = weights

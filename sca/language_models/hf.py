@@ -14,9 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sca.hub import HubError, fetch, load_pretrained, quiet, read_config
-from sca.language_models.causal import CausalLanguageModel, TextTokenizer
-
-DTYPES = ("float32", "bfloat16", "float16")
+from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
 
 
 class HfLanguageModel(CausalLanguageModel):
@@ -50,8 +48,13 @@ class HfLanguageModel(CausalLanguageModel):
         else:
             model = AutoModelForCausalLM.from_config(_config(weights, revision, config), **how)
             model.tie_weights()  # also where the caller keeps parameters from being initialised
-        words = fetch(tokenizer) if tokenizer else fetch(weights, revision) if weights and pretrained else None
+        words = None
+        if tokenizer:
+            words = fetch(tokenizer, weights=False)
+        elif weights and pretrained:
+            words = fetch(weights, revision)
         super().__init__(model, words and read_tokenizer(words, eos, trust_remote_code))
+        self.source_tokenizer = self.tokenizer  # one that is given later is not to be had from the source
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.checkpointing = checkpointing
@@ -72,15 +75,23 @@ class HfLanguageModel(CausalLanguageModel):
                 layer.gradient_checkpointing, layer.training = False, mode
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
+
+
 def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:
     """The tokenizer that lies in a folder, None if there is none. Raises HubError for one that cannot be read."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not has_tokenizer(folder):
         return None
     try:
         with quiet():
             return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise HubError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        way = ""
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            way = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
+        reason = " ".join(str(error).split())[:200]
+        raise HubError(f"the tokenizer in {folder} cannot be read: {reason}{way}") from error
 
 
 def _config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:

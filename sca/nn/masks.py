@@ -15,7 +15,7 @@ def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
     means = image.new_empty(len(weights), image.shape[1])
     for place in owner.unique().tolist():
         rows = owner == place
-        means[rows] = weights[rows] @ image[place].flatten(1).T
+        means[rows] = (weights[rows] @ image[place].flatten(1).T).to(means.dtype)  # autocast may give another
     return means
 
 

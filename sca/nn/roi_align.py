@@ -20,7 +20,8 @@ def roi_align(image: Tensor, owner: Tensor, boxes: Tensor, size: int) -> Tensor:
     pooled = image.new_empty(len(boxes), image.shape[1], size, size)
     for place in owner.unique().tolist():
         rows = owner == place
-        pooled[rows] = torch.einsum("nih,dhw,njw->ndij", down[rows], image[place], across[rows])
+        bins = torch.einsum("nih,dhw,njw->ndij", down[rows], image[place], across[rows])
+        pooled[rows] = bins.to(pooled.dtype)  # autocast may give another
     return pooled
 
 

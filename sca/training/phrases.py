@@ -14,7 +14,8 @@ def told_by_rule(sample: Sample, whole: Sample) -> Sample:
 
         ARTICLE [SIZE] NAME;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME PLACE         each once, in this order
 
-    ARTICLE is "the" for the only one of its class in `whole` (the sample before anything was cut off), else "a" or "an"
+    ARTICLE is "the" for the only one of its class in `whole` (the sample before anything was cut off; crowds that the
+    dataset leaves out are not known of), else "a" or "an"
     by the next letter. SIZE is "large" for a box that covers at least an eighth of the image, "small" for at most a
     hundredth, nothing between. PLACE is where the box's centre lies on the image cut into three by three: "at the top
     left", "at the top", "on the right", "in the middle", ... So: "a car on the left", "a large building at the top

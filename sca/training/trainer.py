@@ -69,6 +69,8 @@ def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, Attributes]:
     Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
     """
     model = load(recipe.train.start) if recipe.train.start else build(recipe.model)
+    if model.language_model.tokenizer is None:
+        raise RegistryError("the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER")
     return model, *_stream(recipe, model)
 
 
@@ -79,6 +81,9 @@ class Lesson(nn.Module):
         super().__init__()
         self.model = model
         self.weights = dict(weights)
+        for loss in ("attributes", "features"):
+            if weights.get(loss) and not (attributes.own or (loss == "attributes" and attributes.between)):
+                raise RegistryError(f"loss.{loss} names attributes, and the data has none: set loss.{loss}=0")
         self.heads = nn.ModuleDict()
         if weights.get("attributes"):
             named = attributes.own | attributes.between

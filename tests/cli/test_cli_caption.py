@@ -78,6 +78,8 @@ def test_everything_takes_proposals_by_name(captioned, picture, here):
     proposer = "boxes-from-coco annotations='my boxes.json'"
     (record,) = captioned(picture("a.png"), "--everything", "--proposer", proposer)
     assert record["prompt"] == {"box": [3, 4, 23, 14]}
+    with pytest.raises(AssertionError):  # the file has boxes for another picture of that name
+        captioned("a.png", picture("other/a.png"), "--everything", "--proposer", proposer)
     found = captioned("a.png", "--everything", "--proposer", "grid points=2", "--iou", 0, "--stability", 0)
     assert all(len(record["prompt"]["points"]) == 1 for record in found)
 

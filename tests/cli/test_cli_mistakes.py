@@ -39,6 +39,8 @@ def model(checkpoint):
         (*BOX, "--prompts", "none.json"): "not from both",
         (*BOX, "--points", 3): "--points can only be used with --everything",
         (*BOX, "--proposer", "grid"): "--proposer can only be used with --everything",
+        ("--everything", "--proposer", "grid", "--points", 3): "leave out --points and --crops",
+        (*BOX, "--temperature", 2): "--temperature can only be used with --sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
         ("--everything", "--proposer", "grid 'points"): "--proposer is 'NAME [key=value]...'",
         ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",

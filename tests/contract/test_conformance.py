@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
 from sca_registry.contracts import KINDS, ImageFormat, Region, Sample
-from tiny import FAMILIES, VISION, tiny
+from tiny import FAMILIES, OTHERS, VISION, tiny
 from torch import nn
 
 from sca.conformance import PROMISES, check
@@ -48,7 +48,7 @@ SMALL = {  # options that make a part small, and others worth trying; a name tha
     },
     "language_models": {
         "tiny-gpt2": [{"width": 32, "depth": 1}],
-        "hf": [{"pretrained": False, "config": tiny(family)} for family in FAMILIES],
+        "hf": [{"pretrained": False, "config": tiny(family)} for family in (*FAMILIES, *OTHERS)],
     },
     "datasets": {"scenes": [{"split": split, "count": 6, "size": 64} for split in ("train", "test")]},
 }

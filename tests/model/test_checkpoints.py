@@ -164,6 +164,38 @@ def test_a_checkpoint_says_which_weights_it_was_trained_on(sam_folder, lm_folder
     assert "weights" not in origin["mixer"]
 
 
+def test_a_folder_of_something_else_is_left_alone(small, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for name in ("photos", "file"):
+        with pytest.raises(CheckpointError, match="what is in it stays"):
+            save(small(), tmp_path / name)
+    assert (tmp_path / "photos" / "holiday.jpg").read_text() == (tmp_path / "file").read_text() == "dear"
+
+
+def test_what_was_added_to_pretrained_weights_is_held_even_if_it_is_frozen(sam_folder, tmp_path):
+    model = sca.compose(
+        {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 48, "stem": [8, 16]},
+        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "tiny-gpt2", "width": 32, "depth": 1},
+        segmenter={"name": "sam", "weights": str(sam_folder)},
+        trainable=["mixer"],
+    )
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("segmenter.neck.")}
+    again = load(save(model, tmp_path / "model")).state_dict()
+    assert own
+    assert all(torch.equal(again[name], value) for name, value in own.items())
+
+
+def test_weights_that_a_part_finds_in_its_own_way_are_named(small, tmp_path):
+    model = small()
+    model.encoder.checkpoint = "a_name_of_its_own"
+    save(model, tmp_path / "model")
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())
+    assert origin["parts"]["encoder"]["weights"] == "a_name_of_its_own"
+
+
 # --- a kill at any moment -------------------------------------------------------------------------------------------
 
 SAVING_AND_DYING = """

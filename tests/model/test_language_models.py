@@ -8,6 +8,7 @@ from sca_registry import RegistryError, language_models
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import sca
 from sca.hub import HubError
 from sca.language_models.hf import HfLanguageModel, read_tokenizer
 
@@ -83,6 +84,44 @@ def test_checkpointing_forgets_the_layers_and_gives_the_same_gradients(lm_folder
     assert torch.allclose(*gradients, atol=1e-5)
     assert remembered[1] < remembered[0] / 2
     assert not any(module.training for module in saving.modules())
+
+
+def test_several_ends_and_none_are_both_fine(lm_folder):
+    model = HfLanguageModel(str(lm_folder("llama")))
+    prefix = torch.randn(3, 2, model.width, generator=torch.Generator().manual_seed(0))
+    model.model.config.eos_token_id = None
+    free = model.generate(prefix, max_new_tokens=5).ids[:, 0]
+    assert free.shape == (3, 5)
+    model.model.config.eos_token_id = [int(free[0, 1]), int(free[1, 2])]
+    ended = model.generate(prefix, max_new_tokens=5).ids[:, 0].tolist()
+    pad = model.model.config.pad_token_id
+    for row, whole in zip(ended, free.tolist(), strict=True):
+        at = next((n for n, word in enumerate(whole) if word in model.model.config.eos_token_id), len(whole))
+        assert row[: at + 1] == whole[: at + 1]
+        assert set(row[at + 1 :]) <= {pad}
+
+
+def test_what_is_drawn_comes_best_first_too(lm_folder):
+    model = HfLanguageModel(str(lm_folder("gpt2")))
+    prefix = torch.randn(3, 2, model.width, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    drawn = model.generate(prefix, max_new_tokens=4, captions=5, sample=True, temperature=3.0)
+    assert torch.equal(drawn.scores, drawn.scores.sort(dim=1, descending=True).values)
+    assert (drawn.scores[:, 0] > drawn.scores[:, -1]).all()
+    with pytest.raises(ValueError, match="0 captions a region"):
+        model.generate(prefix, max_new_tokens=4, captions=0)
+
+
+def test_a_prefix_that_leaves_no_room_for_words_is_refused():
+    with pytest.raises(RegistryError, match="a prefix of 106; the language model 'tiny-gpt2' has 96 positions"):
+        sca.compose("tiny-vit", {"name": "roi-pool", "size": 10}, "tiny-gpt2")
+
+
+def test_a_folder_in_place_of_a_card_s_own_weights_has_its_own_configuration(lm_folder):
+    folder = str(lm_folder("gpt2"))
+    with torch.device("meta"):
+        model = language_models.build("gpt2", weights=folder, pretrained=False)
+    assert model.width == 32
 
 
 def test_lora_on_a_name_that_no_block_has_or_only_some_is_refused(lm_folder):

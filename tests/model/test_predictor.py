@@ -332,6 +332,13 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
         assert (decode(each.mask) & truth).sum() > 0.7 * decode(each.mask).sum()
 
 
+@pytest.mark.parametrize("size", [(64, 64), (70, 70), (300, 9), (1, 1)])
+def test_crops_of_small_and_narrow_images_are_pictures(counted, size):
+    predictor, _ = counted()
+    predictor.set_image(Image.new("RGB", size))
+    caption_everything(predictor, options=replace(ANY, points=2, crops=4))
+
+
 def test_proposals_take_the_place_of_the_grid(counted, scene):
     predictor, calls = counted()
     predictor.set_image(scene.image)
@@ -342,6 +349,9 @@ def test_proposals_take_the_place_of_the_grid(counted, scene):
     assert [caption.prompt for caption in captions] == [*boxes, mask]
     assert [caption.region for caption in captions] == list(range(len(boxes) + 1))
     assert sum(calls["segment"]) == len(boxes) + 1
+    several = Prompt(points=((5.0, 5.0, 0), (40.0, 40.0, 1)))
+    (caption,) = caption_everything(predictor, options=ALL, proposals=Proposals((several,), (1.0,), (None,)))
+    assert caption.prompt is several
     points = Grid(points=3)(scene.image, "scene")
     by_points = caption_everything(predictor, options=ALL, proposals=points)
     assert [caption.box for caption in by_points] == [c.box for c in caption_everything(predictor, options=ALL)]

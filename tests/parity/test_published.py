@@ -21,11 +21,11 @@ from sca.published import with_sources, write_language_model, write_published
 def composed(sam_folder, lm_folder):
     """Builds a model on a tiny SAM and a tiny language model."""
 
-    def build(family="gpt2", mixer="query", **fields):
+    def build(family="gpt2", mixer="query", heads=4, mlp=48, **fields):
         torch.manual_seed(3)
         return sca.compose(
             {"name": "sam", "weights": str(sam_folder)},
-            {"name": mixer, "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+            {"name": mixer, "queries": 2, "depth": 1, "heads": heads, "mlp": mlp},
             {"name": "hf", "weights": str(lm_folder(family))},
             task_tokens=2,
             **fields,
@@ -91,6 +91,29 @@ def test_a_source_with_other_weights_is_refused(published, lm_folder, tmp_path):
 
 
 @torch.no_grad()
+def test_options_of_use_survive_and_lower_precision_is_no_difference(composed, lm_folder, sam_folder):
+    model = composed(segmenter={"name": "sam", "drawn": True})
+    assert with_sources(model, encoder=Part("sam", {"weights": str(sam_folder)})).segmenter.drawn
+    half = sca.compose(
+        {"name": "sam", "weights": str(sam_folder)},
+        {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
+        {"name": "hf", "weights": str(lm_folder("gpt2")), "dtype": "bfloat16"},
+    )
+    again = with_sources(half, language_model=Part("hf", {"weights": str(lm_folder("gpt2"))}))
+    assert next(again.language_model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_tokenizer_that_was_given_stays_with_the_checkpoint(composed, tmp_path):
+    from sca.language_models.tiny_gpt2 import TinyGpt2
+
+    model = composed()
+    model.language_model.tokenizer = TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    again = sca.load(sca.save(model, tmp_path / "model"))
+    assert again.language_model.tokenizer.encode("car") == model.language_model.tokenizer.encode("car")
+    plain = sca.save(composed(), tmp_path / "plain")
+    assert not (plain / "tokenizer").exists()
+
+
 def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -112,6 +135,9 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
         ({"lora": 2}, "no place for LoRA"),
         ({"projection": "mlp"}, "no place for a projection"),
         ({"mixer": "resampler"}, "no place for the mixer 'resampler'"),
+        ({"heads": 2}, "a mixer with heads=2 beside a segmenter with heads=4"),
+        ({"mlp": 64}, "a mixer with mlp=64 beside a segmenter with mlp=48"),
+        ({"segmenter": {"name": "sam", "drawn": True}}, "drawn into the image"),
     ],
 )
 def test_what_the_published_layout_cannot_hold_is_refused(composed, tmp_path, changes, told):

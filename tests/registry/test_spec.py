@@ -208,6 +208,8 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
         ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many': give a whole number"),
         ("everything.points=1.5", "everything.points is 1.5: give a whole number"),
         ("everything.iou=high", "everything.iou is 'high': give a number"),
+        ("everything.crop_overlap=1", "everything.crop_overlap is 1: give a share"),
+        ("everything.caption_from=boxes", "Did you mean 'box'"),
         ("lora={rank=4, alpha='x'}", "lora.alpha is 'x': give a number"),
         ("lora={targets='c_attn'}", "lora.targets is 'c_attn': give a list"),
         ("trainable=3", "trainable is 3: give a list of names"),

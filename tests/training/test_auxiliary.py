@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sca_registry import RegistryError
 from sca_registry.contracts import Batch, Prompts, Targets
 from torch.nn import functional as F
 
@@ -69,6 +70,13 @@ def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
     lesson = Lesson(small(), {"features": 1.0, "attributes": 1.0}, Attributes.of([Scenes("val"), Scenes("val")]))
     assert lesson.heads["features"].heads.keys() == {"colour", "form", "size", "texture"}
     assert lesson.heads["attributes"].heads.keys() == Scenes.attributes.keys()
+
+
+def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
+    for loss in ("attributes", "features"):
+        with pytest.raises(RegistryError, match=f"set loss.{loss}=0"):
+            Lesson(small(), {loss: 1.0}, Attributes({}, {}))
+    Lesson(small(), {"attributes": 1.0}, Attributes({}, {"relation": ("above", "below")}))
 
 
 def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
