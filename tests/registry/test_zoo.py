@@ -13,7 +13,11 @@ def test_an_entry_says_everything_that_a_user_has_to_know(name):
     entry = zoo.get(name)
     assert entry.name == name
     assert all(vars(entry).values())
-    assert entry.checkpoint == f"sca:checkpoints/{name}"  # package, folder inside
+    if entry.folder:
+        assert entry.checkpoint == f"sca:checkpoints/{name}"  # package, folder inside
+    else:
+        assert entry.checkpoint in entry.source
+        assert entry.checkpoint.count("/") == 1
 
 
 def test_a_typo_is_answered_with_the_model_meant():
