@@ -95,7 +95,7 @@ def read_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )
         for figure, value in FIXED.items():
-            if decoder[figure] != value:
+            if decoder.get(figure, value) != value:
                 raise CheckpointError(f"{folder}: {figure} is {decoder[figure]!r}, and only {value!r} is known")
         heads, mlp = decoder["num_attention_heads"], decoder["mlp_dim"]
         return ModelSpec.from_dict(
@@ -261,7 +261,12 @@ def _unpublishable(model: SegmentCaptioner) -> str | None:
         return f"the mixer {spec.mixer.name!r}: it knows {' and '.join(MIXERS.values())}"
     if spec.projection != {"kind": "linear", "norm": "none"}:
         return f"a projection {dict(spec.projection)}: it knows linear, without a norm"
-    if getattr(model.segmenter, "drawn", False):
+    if spec.lora:
+        return "LoRA: write the language model by itself (layout lm), which merges it"
+    foreign = [name for name in model.state_dict() if _theirs(name) == name and name != "task_tokens"]
+    if foreign:
+        return f"tensors such as {foreign[0]}: it knows SAM, the mixer and the language model"
+    if model.segmenter.drawn:
         return "prompts that are drawn into the image (segmenter.drawn)"
     sam, layer = model.segmenter.decoder.config, model.mixer.transformer.layers[0]
     shared = {"heads": (layer.self_attn.num_attention_heads, sam.num_attention_heads)}
@@ -269,10 +274,7 @@ def _unpublishable(model: SegmentCaptioner) -> str | None:
     for figure, (mine, theirs) in shared.items():
         if mine != theirs:
             return f"a mixer with {figure}={mine} beside a segmenter with {figure}={theirs}: it has one figure for both"
-    if spec.lora:
-        return "LoRA: write the language model by itself (layout lm), which merges it"
-    unknown_names = [name for name in model.state_dict() if _theirs(name) == name and not name.startswith("task_")]
-    return f"tensors such as {unknown_names[0]}" if unknown_names else None
+    return None
 
 
 def _config(model: SegmentCaptioner) -> dict[str, Any]:

@@ -135,6 +135,7 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
         ({"lora": 2}, "no place for LoRA"),
         ({"projection": "mlp"}, "no place for a projection"),
         ({"mixer": "resampler"}, "no place for the mixer 'resampler'"),
+        ({"segmenter": "box"}, r"tensors such as segmenter\.frequencies"),
         ({"heads": 2}, "a mixer with heads=2 beside a segmenter with heads=4"),
         ({"mlp": 64}, "a mixer with mlp=64 beside a segmenter with mlp=48"),
         ({"segmenter": {"name": "sam", "drawn": True}}, "drawn into the image"),
