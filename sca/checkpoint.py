@@ -193,12 +193,11 @@ def origin(model: SegmentCaptioner) -> dict[str, Any]:
     for kind, part in parts(model.spec, model.encoder).items():
         entry = registry(kind).describe(part.name)
         givers[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
-        source = getattr(getattr(model, kind), "checkpoint", None)
-        if source and Path(str(source)).expanduser().is_file():
-            givers[kind] |= {"weights": str(source)}
-        elif source:
+        built = getattr(model, kind)
+        source = getattr(built, "checkpoint", None)
+        if source:
             try:
-                givers[kind] |= fingerprint(source, getattr(getattr(model, kind), "revision", None))
+                givers[kind] |= fingerprint(source, getattr(built, "revision", None), getattr(built, "prefix", ""))
             except HubError:  # weights that have gone meanwhile, or that a part finds in a way of its own
                 givers[kind] |= {"weights": str(source)}
     commit = _commit()

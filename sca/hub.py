@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
@@ -39,27 +39,32 @@ TIMEOUT = 10  # seconds that the hub has for its first answer
 SAFE, OLD = "model.safetensors", "pytorch_model.bin"
 OWN, SPEC = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
+OPEN_CLIP = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
+UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, LookupError, ImportError, SafetensorError, UnpicklingError)
 
 
 class HubError(ValueError):
     """Weights that cannot be found, fetched or read; the message is one line that says which, why and what to do."""
 
 
-def fetch(source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
+def fetch(
+    source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = ""
+) -> Path:
     """The folder of pretrained weights: `source` itself if it is one, else the copy of a hub id in the cache, which is
     fetched if it is not there or not whole. weights: False where configurations and tokenizers will do. code: whether
-    Python files are wanted, too, by those who trust them.
+    Python files are wanted, too, by those who trust them. prefix: of the names of the files, where a repository holds
+    a model in several formats.
 
     Raises HubError.
     """
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
-    cached = _cached(str(source), revision)
-    enough = cached and (whole(cached) if weights else any(cached.glob("*.json")))
-    return cached if cached and enough else pull(str(source), revision, weights, code)
+    cached = _cached(str(source), revision, prefix)
+    enough = cached and (whole(cached, prefix) if weights else any(cached.glob("*.json")))
+    return cached if cached and enough else pull(str(source), revision, weights, code, prefix)
 
 
-def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False) -> Path:
+def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = "") -> Path:
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
     was cut off goes on. The folder in the cache. Raises HubError.
     """
@@ -69,30 +74,46 @@ def pull(name: str, revision: str | None = None, weights: bool = True, code: boo
     if weights and SPEC in files:
         wanted.append(OWN)
     elif weights:
-        safe = any(file in (SAFE, f"{SAFE}.index.json") for file in files)
-        wanted.append("model*.safetensors*" if safe else "pytorch_model*.bin*")
+        safe = any(file in (prefix + SAFE, f"{prefix}{SAFE}.index.json") for file in files)
+        wanted.append(prefix + ("model*.safetensors*" if safe else "pytorch_model*.bin*"))
     with _reaching(name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
-def whole(folder: Path) -> bool:
+def whole(folder: Path, prefix: str = "") -> bool:
     """Whether a configuration, or the spec of a checkpoint, and all the weights that it asks for are in the folder."""
     if (folder / SPEC).is_file():
         return (folder / OWN).is_file()
-    return (folder / "config.json").is_file() and weight_files(folder) is not None
+    return (folder / f"{prefix}config.json").is_file() and weight_files(folder, prefix) is not None
 
 
-def weight_files(folder: Path) -> list[Path] | None:
+def weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
     """The files that hold the weights of a folder in transformers' format, in one piece or in shards; None if some are
     not there.
     """
-    for name in (SAFE, OLD):
+    for name in (prefix + SAFE, prefix + OLD):
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
             shards = [folder / shard for shard in _shards(folder / f"{name}.index.json")]
             return shards if all(shard.is_file() for shard in shards) else None
     return None
+
+
+def weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
+    """The one file that holds the weights: `source` itself if it is a file, else that of a folder or a hub id.
+
+    Raises HubError, also where they are in shards.
+    """
+    if Path(source).expanduser().is_file():
+        return Path(source).expanduser()
+    folder = fetch(source, revision, prefix=prefix)
+    files = weight_files(folder, prefix)
+    if files is None:
+        raise HubError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+    if len(files) > 1:
+        raise HubError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
+    return files[0]
 
 
 def load_pretrained(
@@ -106,11 +127,8 @@ def load_pretrained(
     folder = fetch(source, revision, code=bool(options.get("trust_remote_code")))
     if weight_files(folder) is None:
         raise HubError(f"{source} has no whole weights: {absent(folder)}. Copy or download it again")
-    try:
-        with quiet():
-            model, found = cls.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise HubError(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    with reading(source), quiet():
+        model, found = cls.from_pretrained(folder, output_loading_info=True, **options)
     unexpected = [name for name in found["unexpected_keys"] if not name.startswith(tuple(elsewhere))]
     for what, names in (
         ("lacks", found["missing_keys"]),
@@ -133,14 +151,26 @@ def read_config(cls: type[Config], source: str | Path, revision: str | None = No
         ) from error
 
 
-def fingerprint(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """What libraries raise over weights or figures that do not fit, as one line. Raises HubError."""
+    try:
+        yield
+    except HubError:
+        raise
+    except UNREADABLE as error:
+        raise HubError(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
     """What tells these weights from any others: the commit, if they came from the hub, and a hash of each file.
 
     Raises HubError.
     """
-    folder = fetch(source, revision)
+    alone = Path(source).expanduser()
+    folder = alone.parent if alone.is_file() else fetch(source, revision, prefix=prefix)
     hashes = {}
-    for file in weight_files(folder) or ():
+    for file in [alone] if alone.is_file() else weight_files(folder, prefix) or ():
         with file.open("rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     commit = {"commit": folder.name} if re.fullmatch("[0-9a-f]{40}", folder.name) else {}
@@ -192,9 +222,9 @@ def _reaching(name: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def _cached(name: str, revision: str | None, prefix: str) -> Path | None:
     """The folder of a hub id in the cache, whole or not."""
-    for file in ("config.json", SPEC, "tokenizer.json", "tokenizer_config.json"):
+    for file in (f"{prefix}config.json", SPEC, "tokenizer.json", "tokenizer_config.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=revision)
         except HFValidationError:  # no hub id at all
@@ -211,10 +241,10 @@ def _shards(index: Path) -> list[str]:
         raise HubError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
 
 
-def absent(folder: Path) -> str:
+def absent(folder: Path, prefix: str = "") -> str:
     """What a folder without whole weights lacks."""
-    for name in (SAFE, OLD):
+    for name in (prefix + SAFE, prefix + OLD):
         if (folder / f"{name}.index.json").is_file():
             shards = [shard for shard in _shards(folder / f"{name}.index.json") if not (folder / shard).is_file()]
             return f"no {some(shards)}"
-    return f"neither {SAFE} nor {OLD}"
+    return f"neither {prefix}{SAFE} nor {prefix}{OLD}"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub import Hub
@@ -143,3 +144,16 @@ def test_what_cannot_be_had_is_told_in_one_line(shell, arguments, online, told):
     assert status == 2
     (line,) = said.strip().splitlines()
     assert told in line
+
+
+def test_of_a_repository_with_several_formats_only_the_wanted_one_is_pulled(shell, hub, tmp_path):
+    pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors"):
+        (folder / name).write_text("{}")
+    hub.models["timm/vit_base_patch16_clip_224.openai"] = folder
+    status, out, err = shell(*PULL, "clip-vit-b-16")
+    assert status == 0, err
+    here = sorted(file.name for file in Path(out.split(": ")[1].strip()).iterdir())
+    assert here == ["config.json", "open_clip_config.json", "open_clip_model.safetensors"]

@@ -47,6 +47,9 @@ def main(groups):
             "pip could not install what is needed; its reason stands above. If there is no package index in reach, "
             "connect, or set PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1; then give the same command again"
         )
+    if subprocess.run([PYTHON, "-I", ROOT / "tools/fit_torchvision.py"], check=False).returncode:
+        say("going on without torchvision, and without timm and open_clip, which need it")
+        pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
     STAMP.write_text(json.dumps({"place": str(VENV), "from": made_from, "groups": groups}), "utf-8")
 
 
@@ -95,7 +98,7 @@ def requirements(groups):
 
 def digest():
     """Changes whenever what is to be installed does."""
-    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__))
+    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "tools/fit_torchvision.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -41,6 +41,7 @@ class Card:
     gives: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind downstream can rely on
     needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
     needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
+    small: Mapping[str, Any] = field(default_factory=dict)  # options of one that is quick to try out
 
     @property
     def given(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ TYPES = {
     "gives": list,
     "needs": list,
     "needs_with": dict,
+    "small": dict,
 }
 
 

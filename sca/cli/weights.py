@@ -23,8 +23,8 @@ def pull(
     from sca.hub import pull as fetch
     from sca.published import tokenizer_source
 
-    for source, wanted in _sources(name):
-        folder = fetch(source, revision or wanted)
+    for source, wanted, prefix in _sources(name):
+        folder = fetch(source, revision or wanted, prefix=prefix)
         typer.echo(f"{source}: {folder}")
         words = tokenizer_source(folder)
         if words:  # a published checkpoint has its language model's tokenizer elsewhere
@@ -84,8 +84,8 @@ def export(
     complain(f"wrote {out}")
 
 
-def _sources(name: str) -> list[tuple[str, str | None]]:
-    """The hub ids, each with its revision, of what a name stands for."""
+def _sources(name: str) -> list[tuple[str, str | None, str]]:
+    """The hub ids of what a name stands for, each with its revision and with what the names of its files begin with."""
     from sca_registry import REGISTRIES, zoo
     from sca_registry.messages import unknown
 
@@ -93,13 +93,17 @@ def _sources(name: str) -> list[tuple[str, str | None]]:
         entry = zoo.get(name)
         if entry.folder:
             raise ValueError(f"{name} comes with the package: there is nothing to fetch")
-        return [(entry.checkpoint, None)]
-    cards = [registry.card(name) for registry in REGISTRIES.values() if name in registry]
-    found = [(card.options["weights"], card.options.get("revision")) for card in cards if card.options.get("weights")]
+        return [(entry.checkpoint, None, "")]
+    found = []
+    for registry in REGISTRIES.values():
+        options = registry.card(name).options if name in registry else {}
+        if options.get("weights"):
+            prefix = registry.stated(name, "prefix") or ""
+            found.append((options["weights"], options.get("revision"), prefix))
     if found:
         return found
     if "/" in name:
-        return [(name, None)]
+        return [(name, None, "")]
     known = [
         each
         for registry in REGISTRIES.values()

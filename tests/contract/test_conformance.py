@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
 from sca_registry.contracts import KINDS, ImageFormat, Region, Sample
-from tiny import FAMILIES, OTHERS, VISION, tiny
+from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
 from sca.conformance import PROMISES, check
@@ -23,49 +23,37 @@ from sca.segmenters.sam import SamSegmenter
 ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers")
 
 
-def untrained(kind, name):
-    """Options that make a part with pretrained weights a small one with random weights."""
-    registry = REGISTRIES[kind]
-    if "pretrained" not in registry.describe(name).options or kind == "segmenters":
-        return {}
-    if kind == "encoders":
-        return {"pretrained": False, "config": VISION}
-    return {"pretrained": False, "config": tiny(registry.card(name).config.get("model_type", "gpt2"))}
-
-
-SMALL = {  # options that make a part small, and others worth trying; a name that is not here is tried as it is
-    "encoders": {"tiny-vit": [{"size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}]},
-    "segmenters": {
-        "sam": [{"depth": 1, "mlp": 64}, {"depth": 1, "mlp": 64, "width": 48}],
-        "box": [{}, {"width": 48}],
-    },
-    "mixers": {
-        "query": [{"depth": 1, "mlp": 64}, {"depth": 1, "mlp": 64, "pooled": True}],
-        "split": [{"depth": 1, "mlp": 64}],
-        "mask-tokens": [{"depth": 1, "mlp": 64}],
-        "resampler": [{"depth": 2, "mlp": 64}],
-        "masked-pool": [{"mlp": 64}],
-    },
-    "language_models": {
-        "tiny-gpt2": [{"width": 32, "depth": 1}],
-        "hf": [{"pretrained": False, "config": tiny(family)} for family in (*FAMILIES, *OTHERS)],
-    },
-    "datasets": {"scenes": [{"split": split, "count": 6, "size": 64} for split in ("train", "test")]},
+VARIANTS = {  # options worth trying besides those that the card gives for a small one
+    "segmenters": {"sam": [{"width": 48}], "box": [{"width": 48}]},
+    "mixers": {"query": [{"pooled": True}]},
+    "language_models": {"hf": [{"config": tiny(family)} for family in (*FAMILIES, *OTHERS)]},
+    "datasets": {"scenes": [{"split": "train"}, {"split": "test"}]},
 }
-PARTS = [
-    pytest.param(kind, name, options, id=f"{name}-{number}")
-    for kind in ON_TRIAL
-    for name in REGISTRIES[kind].names()
-    for number, options in enumerate(SMALL.get(kind, {}).get(name) or [untrained(kind, name)])
-    if name not in ("coco", "boxes-from-coco", "gguf")  # they read files: see below
-]
+FROM_FILES = ("coco", "boxes-from-coco", "gguf")  # see below
+
+
+def on_trial():
+    """Every registered name at its card's small size, and variants; one of those that are the same but for size always,
+    the others in `make test-all`.
+    """
+    seen = set()
+    for kind in ON_TRIAL:
+        for name in sorted(set(REGISTRIES[kind].names()) - set(FROM_FILES)):
+            card = REGISTRIES[kind].card(name)
+            same = f"{kind} {card.factory} {card.small or name}"
+            marks = [pytest.mark.all] if same in seen else []
+            if card.extra and REGISTRIES[kind].describe(name).state != "ok":
+                marks.append(pytest.mark.skip(reason=f"the extra {card.extra} is not installed"))
+            seen.add(same)
+            for number, options in enumerate([{}, *VARIANTS.get(kind, {}).get(name, [])]):
+                yield pytest.param(kind, name, {**card.small, **options}, id=f"{name}-{number}", marks=marks)
 
 
 def broken(findings):
     return {finding.check: finding.found for finding in findings if not finding.passed}
 
 
-@pytest.mark.parametrize(("kind", "name", "options"), PARTS)
+@pytest.mark.parametrize(("kind", "name", "options"), list(on_trial()))
 def test_every_registered_part_keeps_its_promises(kind, name, options):
     findings = check(kind, name, **options)
     assert len(findings) == sum(kind in each.kinds for each in PROMISES)

@@ -1,0 +1,173 @@
+"""Image towers by the names of open_clip (github.com/mlfoundations/open_clip): CLIP, EVA-CLIP, SigLIP and so on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sca_registry.contracts import ImageFormat
+from sca_registry.messages import choice, suggestion
+from torch import Tensor, nn
+
+from sca.encoders.timm import IntermediateLayer, find_layer
+from sca.hub import OPEN_CLIP, fetch, reading, weight_file
+from sca.nn.probe import feature_shape
+
+NO_TEXT = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
+CONFIG = f"{OPEN_CLIP}config.json"
+
+
+class OpenClipEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, C, S/stride, S/stride): what one layer of a CLIP's image tower gives.
+
+    model: its name in open_clip; None for what the folder says. weights: a hub id, at a revision, or a folder in
+    open_clip's format. pretrained: True for those weights, False for random ones, or instead of weights a tag that
+    open_clip knows for the model, or a file. size: S (default: the tower's own); position embeddings are resized.
+    layer: which block, from 0 or from the end (-1: the last, normalised as the tower does). fit: "pad" or "stretch",
+    see `ImageFormat`. config: fields of the tower's `vision_cfg` that differ.
+    """
+
+    default_segmenter = "box"
+    prefix = OPEN_CLIP  # of the names of its files
+
+    def __init__(
+        self,
+        model: str | None = None,
+        weights: str | None = None,
+        revision: str | None = None,
+        pretrained: bool | str = True,
+        size: int | None = None,
+        layer: int = -1,
+        fit: str = "pad",
+        config: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        known = _known(model, pretrained)
+        if isinstance(pretrained, str):
+            weights, self.prefix = _source(model, pretrained, known)
+        if weights is None and (pretrained or not model):
+            raise ValueError("there are no weights: give pretrained=TAG or a file, or weights=FOLDER or a hub id")
+        file = weight_file(weights, revision, self.prefix) if pretrained else None
+        folder = file.parent if file else None if model else fetch(weights, revision, False, prefix=self.prefix)
+        look = {**known, **_look(folder)}
+        with reading(weights if pretrained else model or weights):
+            tower = _tower(model or f"local-dir:{folder}", file, size, config, bool(known.get("quick_gelu")))
+        self.checkpoint = weights if pretrained else None
+        self.revision = revision
+        self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
+        self.image = ImageFormat(
+            size=size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size,
+            mean=tuple(look["mean"]),
+            std=tuple(look["std"]),
+            resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
+            fit=fit,
+        )
+        self.channels, self.stride = feature_shape(self.visual, self.image.size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.visual(pixels)
+
+
+class TowerLayer(nn.Module):
+    """(B, 3, S, S) -> (B, C, h, w) of one layer of open_clip's own ViT or ResNet; what comes after it is left out."""
+
+    def __init__(self, tower: nn.Module, layer: int):
+        super().__init__()
+        vit = hasattr(tower, "transformer")
+        count = tower.transformer.layers if vit else 5
+        self.layer, self.last = find_layer(layer, count, type(tower).__name__)
+        self.tower = tower
+        if vit:
+            tower.prune_intermediate_layers([self.layer], prune_norm=not self.last)
+        else:
+            tower.attnpool = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        how = {"indices": [self.layer], "stop_early": True, "normalize_intermediates": self.last}
+        return self.tower.forward_intermediates(pixels, intermediates_only=True, **how)["image_intermediates"][0]
+
+
+def _known(model: str | None, pretrained: bool | str) -> dict[str, Any]:
+    """What open_clip says of a model's weights, of any if none are asked for by their tag: where, mean, deviation.
+
+    Raises ValueError if it has no such model.
+    """
+    import open_clip  # an extra
+    from open_clip.transform import PreprocessCfg
+
+    look = PreprocessCfg()
+    usual = {"mean": look.mean, "std": look.std, "interpolation": look.interpolation}
+    if model is None:
+        return usual
+    if open_clip.get_model_config(model) is None:
+        near = suggestion(model, open_clip.list_models())
+        raise ValueError(f"open_clip has no model {model!r}.{near} open_clip.list_models() gives them all")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    tag = pretrained if isinstance(pretrained, str) and pretrained in tags else next(iter(tags), None)
+    return open_clip.get_pretrained_cfg(model, tag) if tag else usual
+
+
+def _source(model: str | None, pretrained: str, known: Mapping[str, Any]) -> tuple[str, str]:
+    """The hub id that a tag stands for, or a file; and what the names of its files begin with."""
+    import open_clip
+
+    if Path(pretrained).expanduser().is_file():
+        return pretrained, OPEN_CLIP
+    tags = open_clip.list_pretrained_tags_by_model(model) if model else []
+    if pretrained not in tags:
+        what = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
+        raise ValueError(f"{what}.{suggestion(pretrained, tags)}{choice(tags)}")
+    name, _, file = known["hf_hub"].rpartition("/")
+    return name, "" if file else OPEN_CLIP
+
+
+def _look(folder: Path | None) -> dict[str, Any]:
+    """The mean, deviation and interpolation that lie with the weights, where they do."""
+    if folder is None or not (folder / CONFIG).is_file():
+        return {}
+    with reading(folder):
+        return json.loads((folder / CONFIG).read_text("utf-8")).get("preprocess_cfg", {})
+
+
+def _tower(
+    name: str, file: Path | None, size: int | None, config: Mapping[str, Any] | None, quick_gelu: bool
+) -> nn.Module:
+    """The image tower of a model, with its weights or random ones; the text tower is not kept."""
+    import open_clip
+
+    vision = {"vision_cfg": {**open_clip.get_model_config(name)["vision_cfg"], **config}} if config else {}
+    if size and config:
+        vision["vision_cfg"]["image_size"] = size
+    with _silent():
+        model = open_clip.create_model(
+            name,
+            pretrained=str(file) if file and not name.startswith("local-dir:") else None,
+            load_weights=file is not None,
+            device=torch.get_default_device(),
+            force_image_size=size,
+            force_quick_gelu=quick_gelu,
+            pretrained_text=False,
+            **vision,
+            **({} if file else {"text_cfg": NO_TEXT}),
+        )
+    return model.visual
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """open_clip remarks on what was asked for, through a handler that it would leave behind."""
+    handler, level = logging.NullHandler(), logging.root.level
+    logging.root.addHandler(handler)
+    logging.root.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.root.removeHandler(handler)
+        logging.root.setLevel(level)

@@ -1,0 +1,109 @@
+"""Image backbones by the names of timm (github.com/huggingface/pytorch-image-models): DINO, MAE, EVA, Swin, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sca_registry.contracts import ImageFormat
+from sca_registry.messages import suggestion
+from torch import Tensor, nn
+
+from sca.hub import fetch, reading, weight_file
+from sca.nn.probe import feature_shape
+
+
+class TimmEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, C, S/stride, S/stride): what one layer of a backbone gives.
+
+    model: its name in timm, whose tag (the part behind the dot) says which weights, mean and deviation; None for what
+    the folder says. weights: a hub id, at a revision, or a folder in timm's format, or a file; None for those that timm
+    names. size: S (default: the backbone's own); position embeddings are resized. layer: which block or stage, from 0
+    or from the end (-1: the last; that of a plain ViT is normalised). fit: "pad" or "stretch", see `ImageFormat`.
+    config: arguments of the backbone that differ. pretrained: False for random weights.
+    """
+
+    default_segmenter = "box"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        weights: str | None = None,
+        revision: str | None = None,
+        pretrained: bool = True,
+        size: int | None = None,
+        layer: int = -1,
+        fit: str = "pad",
+        config: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        import timm  # an extra
+
+        known = None
+        if model:
+            known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+            if known is None:
+                near = suggestion(model, timm.list_models())
+                raise ValueError(f"timm has no model {model!r}.{near} timm.list_models() gives them all")
+            weights = weights or known.hf_hub_id
+        if weights is None and (pretrained or not model):
+            raise ValueError("there are no weights: give weights=FOLDER or a hub id, or another model")
+        how = dict(config or {})
+        if size and (known is None or known.fixed_input_size):
+            how["img_size"] = size
+        file = weight_file(weights, revision) if pretrained else None
+        if model:
+            name = model
+            classes = {"num_classes": how["num_classes"]} if "num_classes" in how else {}
+            how["pretrained_cfg_overlay"] = {"file": str(file), **classes} if file else None
+        else:
+            name = f"local-dir:{fetch(weights, revision, weights=pretrained)}"
+        with reading(weights if pretrained else model or weights):
+            backbone = timm.create_model(name, pretrained=pretrained, **how)  # with its head: only so is it strict
+            backbone.reset_classifier(0)
+        self.checkpoint = weights if pretrained else None
+        self.revision = revision
+        self.backbone = IntermediateLayer(backbone, layer)
+        look = backbone.pretrained_cfg
+        self.image = ImageFormat(
+            size=size or how.get("img_size") or look["input_size"][-1],
+            mean=tuple(look["mean"]),
+            std=tuple(look["std"]),
+            resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
+            fit=fit,
+        )
+        self.channels, self.stride = feature_shape(self.backbone, self.image.size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.backbone(pixels)
+
+
+class IntermediateLayer(nn.Module):
+    """(B, 3, S, S) -> (B, C, h, w) of one layer of a backbone of timm; what comes after that layer is left out.
+
+    Raises ValueError if there is no such layer, or the backbone gives none.
+    """
+
+    def __init__(self, backbone: nn.Module, layer: int):
+        super().__init__()
+        name = type(backbone).__name__
+        if not hasattr(backbone, "forward_intermediates"):
+            raise ValueError(f"{name} gives nothing but its last output: choose another backbone")
+        self.layer, last = find_layer(layer, len(backbone.feature_info), name)
+        self.normalise = last and len({info["reduction"] for info in backbone.feature_info}) == 1  # only a plain ViT's
+        self.network = backbone
+        if hasattr(backbone, "prune_intermediate_layers"):
+            (self.layer,) = backbone.prune_intermediate_layers(
+                [self.layer], prune_norm=not self.normalise, prune_head=True
+            )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        how = {"indices": [self.layer], "norm": self.normalise, "stop_early": True, "output_fmt": "NCHW"}
+        return self.network.forward_intermediates(pixels, intermediates_only=True, **how)[0]
+
+
+def find_layer(layer: int, count: int, name: str) -> tuple[int, bool]:
+    """A layer counted from 0, and whether it is the last. Raises ValueError if there is no such layer."""
+    if not -count <= layer < count:
+        raise ValueError(f"no layer {layer}: {name} has {count}, from 0, or from -1 backwards")
+    return layer % count, layer % count == count - 1

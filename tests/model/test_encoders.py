@@ -1,0 +1,184 @@
+"""Encoders of open_clip and timm give what those libraries give, from weights in their own layouts."""
+
+import json
+import pickle
+
+import pytest
+import sca_registry
+import torch
+from safetensors.torch import load_file, save_file
+from sca_registry import RegistryError
+
+import sca
+from sca.hub import HubError
+
+open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
+timm = pytest.importorskip("timm", reason="the extra timm is not installed", exc_type=Exception)
+
+VISION = {"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}
+TEXT = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+LOOK = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64}
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A small CLIP in open_clip's layout: its folder and the model."""
+    torch.manual_seed(0)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    config = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": LOOK}))
+    model = open_clip.CLIP(**config).eval()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder, model
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A small ViT in timm's layout, head and all: its folder and the model."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT).eval()
+    timm.models.save_for_hf(model, tmp_path / "vit", model_args=VIT, safe_serialization=True)
+    return tmp_path / "vit", model
+
+
+def encoder(name, **options):
+    return sca_registry.encoders.build(name, **options).eval()
+
+
+@torch.no_grad()
+def test_a_clip_gives_the_patches_of_its_image_tower(clip):
+    folder, model = clip
+    pixels = torch.randn(2, 3, 64, 64)
+    mine = encoder("open-clip", weights=str(folder))
+    assert (mine.channels, mine.stride, mine.image.size, mine.image.mean) == (32, 16, 64, (0.5, 0.4, 0.3))
+    assert mine.image.resample == "bilinear"
+    model.visual.output_tokens, model.visual.proj = True, None
+    torch.testing.assert_close(mine(pixels).flatten(2).mT, model.visual(pixels)[1], rtol=1e-5, atol=1e-5)
+    inner = model.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True)["image_intermediates"][0]
+    torch.testing.assert_close(encoder("open-clip", weights=str(folder), layer=1)(pixels), inner)
+    assert len(encoder("open-clip", weights=str(folder), layer=1).visual.tower.transformer.resblocks) == 2
+
+
+@torch.no_grad()
+def test_a_backbone_of_timm_gives_its_normalised_patches(vit):
+    folder, model = vit
+    pixels = torch.randn(2, 3, 64, 64)
+    tokens = model.forward_features(pixels)[:, 1:]
+    mine = encoder("timm", weights=str(folder))
+    torch.testing.assert_close(mine(pixels).flatten(2).mT, tokens, rtol=1e-5, atol=1e-5)
+    five = {**VIT, "num_classes": 5}
+    named = encoder("timm", model="vit_tiny_patch16_224", weights=str(folder / "model.safetensors"), config=five)
+    torch.testing.assert_close(named(pixels), mine(pixels))
+    assert encoder("timm", weights=str(folder), layer=-2)(pixels).shape == (2, 32, 4, 4)
+
+
+@torch.no_grad()
+def test_position_embeddings_are_resized_as_the_libraries_do(clip, vit):
+    folder, _ = clip
+    theirs = open_clip.create_model(f"local-dir:{folder}", force_image_size=96).visual
+    mine = encoder("open-clip", weights=str(folder), size=96)
+    assert mine(torch.zeros(1, 3, 96, 96)).shape == (1, 32, 6, 6)
+    assert torch.equal(mine.visual.tower.positional_embedding, theirs.positional_embedding)
+    mine = encoder("timm", weights=str(vit[0]), size=96)
+    theirs = timm.create_model(f"local-dir:{vit[0]}", pretrained=True, img_size=96)
+    assert torch.equal(mine.backbone.network.pos_embed, theirs.pos_embed)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_a_frozen_encoder_is_referred_to_and_its_origin_recorded(kind, request, tmp_path):
+    folder, _ = request.getfixturevalue(kind)
+    part = {"name": {"clip": "open-clip", "vit": "timm"}[kind], "weights": str(folder)}
+    model = sca.compose(part, {"name": "query", "depth": 1, "mlp": 64, "heads": 4}, {"name": "tiny-gpt2", "width": 32})
+    sca.save(model, tmp_path / "model")
+    again = sca.load(tmp_path / "model")
+    pixels = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again.encode(pixels), model.encode(pixels))
+    origin = json.loads((tmp_path / "model" / "origin.json").read_text())["parts"]["encoder"]
+    assert origin["weights"] == str(folder)
+    assert all(len(digest) == 64 for digest in origin["sha256"].values())
+    assert len(origin["sha256"]) == 1
+
+
+def test_a_narrow_segmenter_gets_a_neck_that_trains(clip):
+    folder, _ = clip
+    wide = {"name": "box", "width": 48}
+    model = sca.compose(
+        {"name": "open-clip", "weights": str(folder)}, "query", "tiny-gpt2", segmenter=wide, task_tokens=1
+    )
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(name.startswith("segmenter.neck.") for name in trained)
+    assert not any(name.startswith("encoder.") for name in trained)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def spoil(folder, name, how):
+    file = folder / name
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif how == "code":
+        file.unlink()
+        (folder / name.replace("model.safetensors", "pytorch_model.bin")).write_bytes(pickle.dumps({"a": Code()}))
+    elif how == "absent":
+        file.unlink()
+    else:
+        tensors = load_file(file)
+        tensors["foreign"] = tensors.pop(next(name for name in tensors if "norm1" in name or "ln_1" in name))
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize("how", ["truncated", "code", "absent", "foreign"])
+@pytest.mark.parametrize(
+    ("kind", "name", "file"),
+    [("clip", "open-clip", "open_clip_model.safetensors"), ("vit", "timm", "model.safetensors")],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, request, capsys):
+    folder, _ = request.getfixturevalue(kind)
+    spoil(folder, file, how)
+    with pytest.raises((HubError, RegistryError)) as caught:
+        encoder(name, weights=str(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "this must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("timm", {"model": "vit_tiny_patch16_22", "pretrained": False}, "Did you mean 'vit_tiny_patch16_224'"),
+        ("open-clip", {"model": "ViT-B-61", "pretrained": False}, "Did you mean 'ViT-B-16'"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": "opnai"}, "Did you mean 'openai'"),
+        ("timm", {}, "there are no weights"),
+        ("open-clip", {}, "there are no weights"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "layer": 12}, "no layer 12: .* has 12"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "layer": -13}, "no layer -13: .* has 12"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "size": 70}, "70"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"dept": 2}}, "dept"),
+    ],
+)
+def test_a_wrong_model_layer_or_size_is_told(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(name, **options)
+
+
+def test_other_packages_logging_is_left_alone():
+    import logging
+
+    before = (list(logging.root.handlers), logging.root.level, logging.root.disabled)
+    encoder("open-clip", **sca_registry.encoders.card("open-clip").small)
+    assert (list(logging.root.handlers), logging.root.level, logging.root.disabled) == before
+
+
+def test_each_name_has_a_licence_a_source_and_the_extra_that_brings_it():
+    names = sca_registry.encoders.names()
+    assert len(names) >= 40
+    for name in names:
+        card = sca_registry.encoders.card(name)
+        assert card.licence
+        assert "arXiv" in card.source or name in ("open-clip", "timm")
+        assert card.extra == {"open_clip": "clip", "timm": "timm"}.get(card.factory.split(".")[2].partition(":")[0], "")
