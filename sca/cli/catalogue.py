@@ -15,6 +15,8 @@ from sca.cli.options import print_table
 
 def list_names(
     kind: Annotated[str, typer.Argument(help="encoders, mixers, ..., models or recipes (default: all)")] = "",
+    state: Annotated[str, typer.Option(help="only those in it: ok, unchecked, broken, needs extra")] = "",
+    extra: Annotated[str, typer.Option(help="only those that need this extra")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
 ) -> None:
     """What can be named.
@@ -23,6 +25,7 @@ def list_names(
     """
     kinds = [_kind(kind)] if kind else [*REGISTRIES, *_OTHERS]
     rows = [row for each in kinds for row in _rows(each)]
+    rows = [row for row in rows if row["state"].startswith(state) and (not extra or row.get("extra") == extra)]
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
