@@ -85,7 +85,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
         return load_published(folder).to(device=device, dtype=dtype)
     try:
-        model = build(_read_spec(folder))
+        model = build(read_spec(folder))
     except RegistryError as error:
         raise CheckpointError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
     expected = stored(model)
@@ -217,7 +217,8 @@ def _commit() -> str | None:
     return asked.stdout.strip()
 
 
-def _read_spec(folder: Path) -> ModelSpec:
+def read_spec(folder: Path) -> ModelSpec:
+    """The spec of a checkpoint folder. Raises CheckpointError if there is none that can be read."""
     try:
         table = json.loads((folder / SPEC).read_text("utf-8"))
     except FileNotFoundError as error:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
 
+REGIONS = 64  # go through segmenter and mixer at a time
+
+
 class Encoded(NamedTuple):
     """What a predictor keeps of B images: computed once, and asked as often as wanted."""
 
@@ -39,7 +42,7 @@ class Predictor:
     regions: how many regions go through the mixer at a time; a memory limit, not a result.
     """
 
-    def __init__(self, model: SegmentCaptioner, regions: int = 64):
+    def __init__(self, model: SegmentCaptioner, regions: int = REGIONS):
         self.model = model.eval()
         self.processor = Processor.of(model.encoder)
         self.regions = regions
@@ -169,6 +172,7 @@ class Predictor:
                 codes += self._masks(best, chunk.owner, encoded.frames)
             if regions.scores is not None:
                 ious += regions.scores.amax(1).float().clamp(0, 1).tolist()
+            del regions  # the grids of its regions are large, and words need room
         settings = {**self.model.spec.generation, **generation}
         generated = self.model.language_model.generate(torch.cat(prefixes), **settings)
         nothing = [None] * len(prompts)

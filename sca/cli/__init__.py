@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli import caption, catalogue, data, evaluate, plugins, train, weights
+from sca.cli import caption, catalogue, data, evaluate, plan, plugins, train, weights
 from sca.cli.options import complain
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("pull")(weights.pull)
 app.command("import")(weights.import_)
 app.command("export")(weights.export)
+app.command("plan")(plan.plan)
 app.command("check")(plugins.check)
 app.command("doctor")(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")

@@ -1,0 +1,100 @@
+"""`sca plan`: what a combination costs, before anything is fetched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sca.cli.options import print_table, settle
+
+if TYPE_CHECKING:
+    from sca_registry.spec import ModelSpec
+
+    from sca.plan import Plan
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="encoder+mixer+language-model, a checkpoint folder or a model by name"),
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as lora=16")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h200, a100-80, rtx4090, ..., or GiB: what fits it")] = None,
+    images: Annotated[int, typer.Option(help="in a batch", min=1)] = 1,
+    regions: Annotated[int, typer.Option(help="of an image", min=1)] = 32,
+    words: Annotated[int, typer.Option(help="of a caption, in tokens", min=1)] = 20,
+    train: Annotated[bool, typer.Option("--train", help="a step of training instead of captioning")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="of the weights; in training, of what autocast computes in: " + ", ".join(DTYPES))
+    ] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Parameters, weights on disk, operations and memory of a model, and what fits a GPU.
+
+    Nothing is fetched or computed: the model is built without weights and run on tensors without content.
+    """
+    settle("dtype", dtype, DTYPES)
+    import torch
+
+    from sca.plan import plan as make_plan
+
+    spec = _read(model).override(overrides or ())
+    planned = make_plan(spec, images, regions, words, train, getattr(torch, dtype), gpu)
+    if as_json:
+        typer.echo(json.dumps(planned.to_dict(), indent=1))
+    else:
+        _print(planned)
+
+
+def _read(model: str) -> ModelSpec:
+    """The spec of what was named. Raises RegistryError for what is none of these."""
+    from sca_registry import zoo
+    from sca_registry.messages import unknown
+    from sca_registry.spec import ModelSpec
+
+    from sca.checkpoint import SPEC, read_spec
+
+    if "+" in model:
+        return ModelSpec.parse(model)
+    entry = zoo.get(model) if model in zoo.names() else None
+    folder = entry.folder if entry else Path(model).expanduser()
+    if folder is not None and (folder / SPEC).is_file():
+        return read_spec(folder)
+    if entry:
+        raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
+    local = [name for name in zoo.names() if zoo.get(name).folder]
+    raise unknown(f"{model!r} is neither a folder with a {SPEC} nor encoder+mixer+language-model", model, local)
+
+
+def _print(planned: Plan) -> None:
+    from rich.table import Table
+
+    what = "a step of training" if planned.train else "captioning"
+    asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"
+    typer.echo(f"{planned.model}: {asked}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "GFLOP", "most memory"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, flops in planned.flops.items():
+        table.add_row(stage, f"{flops / 1e9:,.1f}", _size(planned.memory[stage]))
+    table.add_row("in all", f"{sum(planned.flops.values()) / 1e9:,.1f}", _size(planned.peak))
+    print_table(table)
+    for part, count in planned.parameters.items():
+        typer.echo(f"{part:<16}{count:>15,}")
+    typer.echo(f"{'parameters':<16}{sum(planned.parameters.values()):>15,}  {planned.trainable:,} train")
+    typer.echo(f"{'weights':<16}{_size(planned.disk):>15}  a checkpoint {_size(planned.checkpoint)}")
+    if planned.room is not None:
+        most = planned.most_regions
+        fits = "fits" if planned.fits else "does not fit"
+        upto = "any number of regions do" if most is None else f"up to {most:,} regions an image do"
+        told = upto if most != 0 else "not one region does"
+        typer.echo(f"{planned.gpu:<16}{_size(planned.room):>15}  to plan with: this {fits}; {told}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,355 @@
+"""What a combination would cost, before anything is fetched or computed.
+
+The model is built without weights and run on tensors that have shapes and no content, so parameters are exact, and the
+operations and the memory are those of the real code: torch's counter adds up the former, and every tensor that is made
+is followed until it is let go for the latter. What a kernel allocates for itself is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from sca_registry import registry
+from sca_registry.contracts import Batch, Prompts, Targets
+from sca_registry.messages import unknown
+from sca_registry.spec import ModelSpec
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from sca.checkpoint import stored
+from sca.composition import build, parts
+from sca.model import SegmentCaptioner
+from sca.predictor import REGIONS
+
+GIB = 2**30
+GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a run
+    "b200": 178.0,
+    "h200": 139.8,
+    "h100": 79.1,
+    "a100-80": 79.1,
+    "a100-40": 39.4,
+    "l40s": 44.4,
+    "a6000": 47.4,
+    "rtx5090": 31.4,
+    "rtx4090": 23.5,
+    "rtx3090": 23.6,
+    "l4": 22.0,
+    "v100-32": 31.7,
+    "v100-16": 15.8,
+    "t4": 14.6,
+}
+SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
+BLOCK = 512  # bytes: what allocators round to
+aten = torch.ops.aten
+CHOOSING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. flops: multiplications and additions, each one, for all images and regions; of a training
+    step, forward and backward together. memory: the most bytes at once in each stage, weights and all.
+    """
+
+    model: str
+    images: int
+    regions: int  # an image
+    words: int
+    dtype: str
+    train: bool
+    parameters: dict[str, int]  # by part
+    trainable: int
+    disk: int  # bytes of weights to have: what is fetched, and what a checkpoint adds
+    checkpoint: int  # bytes of a checkpoint alone
+    flops: dict[str, int]
+    memory: dict[str, int]
+    gpu: str | None = None
+    room: int | None = None  # bytes of the GPU that are planned with
+    most_regions: int | None = None  # an image, that the GPU holds; 0: not one
+
+    @property
+    def peak(self) -> int:
+        return max(self.memory.values())
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.room is None else self.peak <= self.room
+
+    def to_dict(self) -> dict[str, Any]:
+        total = sum(self.parameters.values())
+        return {**asdict(self), "parameters_in_all": total, "peak": self.peak, "fits": self.fits}
+
+
+def plan(
+    spec: ModelSpec,
+    images: int = 1,
+    regions: int = 32,
+    words: int = 20,
+    train: bool = False,
+    dtype: torch.dtype = torch.float32,
+    gpu: str | float | None = None,
+) -> Plan:
+    """What a spec costs for B images with N regions each and captions of L words, greedy.
+
+    dtype: of the weights; in training, of what autocast computes in. gpu: one of `GPUS`, or GiB. Raises RegistryError
+    like `sca.build`, and for an unknown GPU.
+    """
+    for what, number in (("images", images), ("regions", regions), ("words", words)):
+        if number < 1:
+            raise ValueError(f"{number} {what}: give 1 or more")
+    room = None if gpu is None else int(memory_of(gpu) * GIB * SPARE)
+    model = build(spec, "meta")
+    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.groups().items()}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _refer_to_sources(model, spec)
+    disk = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
+    names = stored(model)
+    cost = _Cost(model if train else model.to(dtype), dtype)
+    measure = cost.step if train else cost.answer
+    flops, memory = measure(images, regions, words)
+    most = None
+    if room is not None:
+        _, more = measure(images, 2 * regions, words)
+        most = _most(regions, memory, more, room)
+    return Plan(
+        model="+".join(part.name for part in (spec.encoder, spec.mixer, spec.language_model)),
+        images=images,
+        regions=regions,
+        words=words,
+        dtype=str(dtype).removeprefix("torch."),
+        train=train,
+        parameters=groups,
+        trainable=trained,
+        disk=disk,
+        checkpoint=sum(size for name, size in sizes.items() if name in names),
+        flops=flops,
+        memory=memory,
+        gpu=None if gpu is None else str(gpu),
+        room=room,
+        most_regions=most,
+    )
+
+
+def _refer_to_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
+    """Built without weights, parts do not say where those are that they would have: this says it for them."""
+    chosen = parts(spec, model.encoder)
+    for kind in ("encoder", "language_model", "segmenter"):
+        part, built = chosen[kind], getattr(model, kind)
+        options = {**registry(kind).card(part.name).options, **part.options}
+        if hasattr(built, "checkpoint") and options.get("pretrained", True):
+            built.checkpoint = options.get("weights") or (kind == "segmenter" and model.encoder.checkpoint) or None
+
+
+def memory_of(gpu: str | float) -> float:
+    """GiB of a GPU by name, or as given. Raises RegistryError for neither."""
+    if isinstance(gpu, str):
+        try:
+            gpu = float(gpu)
+        except ValueError:
+            if gpu.lower() not in GPUS:
+                raise unknown(f"no GPU {gpu!r} is known; GiB will do", gpu, GPUS) from None
+            return GPUS[gpu.lower()]
+    if not gpu > 0:
+        raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
+    return gpu
+
+
+class _Cost:
+    """Runs a model without content, stage by stage."""
+
+    def __init__(self, model: SegmentCaptioner, dtype: torch.dtype):
+        self.model = model
+        self.dtype = dtype
+        self.drawn = FakeTensorMode(allow_non_fake_inputs=True)
+
+    @torch.no_grad()
+    def answer(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
+        """What `Predictor` does: images encoded at once, regions in chunks, and all captions together."""
+        model, size = self.model.eval(), self.model.encoder.image.size
+        owner = torch.arange(images).repeat_interleave(regions)
+        with self.drawn, Live() as live:
+            self._weights()
+            stages = _Stages(live)
+            with stages("encode"):
+                features = model.encode(torch.empty(images, 3, size, size, dtype=self.dtype))
+            prefixes, prepared = [], None
+            for chunk in Prompts(owner, boxes=torch.rand(len(owner), 4)).chunks(REGIONS):
+                with stages("segment"):
+                    found = model.segment(features, chunk)
+                with stages("mix"):
+                    prepared = model.prepare(found) if prepared is None else prepared
+                    prefixes.append(model.prefix(model.mix(found, prepared), torch.zeros_like(chunk.owner)))
+                del found
+            prefix = torch.cat(prefixes)
+            del prefixes, prepared
+            self._caption(prefix, words, stages)
+        return stages.flops, stages.memory
+
+    def _caption(self, prefix: Tensor, words: int, stages: _Stages) -> None:
+        """Greedy words with a cache, as transformers generates them; a model of another make is taken to do the same
+        work without one.
+        """
+        language_model = self.model.language_model
+        rows, length = prefix.shape[:2]
+        inner = getattr(language_model, "model", None)
+        if not isinstance(inner, nn.Module) or not hasattr(inner, "generate"):
+            with stages("prefill"):
+                language_model.head(language_model.hidden(prefix, prefix.new_ones(rows, length))[:, -1])
+            with stages("decode"):
+                longer = torch.cat((prefix, prefix.new_zeros(rows, words - 1, prefix.shape[2])), dim=1)
+                language_model.head(language_model.hidden(longer, longer.new_ones(longer.shape[:2])))
+            return
+
+        def run(cache: Any = None, positions: int = length, **inputs: Tensor) -> Any:
+            mask = torch.ones(rows, positions, dtype=torch.long)
+            return inner(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        embeddings = prefix.to(inner.dtype)
+        with stages("prefill"):
+            first = run(inputs_embeds=embeddings)
+        if words == 1:
+            return
+        word = torch.zeros(rows, 1, dtype=torch.long)
+        with stages.aside() as early:
+            run(first.past_key_values, length + 1, input_ids=word)
+        seen = torch.cat((embeddings, embeddings.new_zeros(rows, words - 2, embeddings.shape[2])), dim=1)
+        del first
+        with stages.aside():
+            cache = run(inputs_embeds=seen, positions=length + words - 2).past_key_values
+        scores = [torch.empty(rows, inner.config.vocab_size, dtype=torch.float32) for _ in range(words)]
+        with stages("decode"):  # the last step, whose cache is the longest; the others cost between this and the first
+            run(cache, length + words - 1, input_ids=word)
+            torch.log_softmax(torch.stack(scores), dim=-1)
+        stages.flops["decode"] = (stages.flops["decode"] + early[0]) * (words - 1) // 2
+
+    def step(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
+        """A step of training with one text a region: forward, backward, and what AdamW keeps."""
+        model, size = self.model.train(), self.model.encoder.image.size
+        rows = images * regions
+        owner, marked = torch.arange(images).repeat_interleave(regions), torch.ones(rows, dtype=torch.bool)
+        with self.drawn, Live() as live:
+            self._weights()
+            stages = _Stages(live)
+            kept = [torch.empty(2, *p.shape) for p in model.parameters() if p.requires_grad]
+            side = 4 * size // model.encoder.stride
+            batch = Batch(
+                prompts=Prompts(owner, boxes=torch.rand(rows, 4)),
+                task=torch.zeros(rows, dtype=torch.long),
+                pixels=torch.empty(images, 3, size, size),
+                ids=torch.zeros(rows, words, dtype=torch.long),
+                mask=torch.ones(rows, words, dtype=torch.long),
+            )
+            if hasattr(model.segmenter, "loss"):
+                seen = torch.ones(rows, side, side, dtype=torch.bool)
+                batch.targets = Targets(torch.rand(rows, side, side), seen, marked)
+            computed = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+            with stages("forward"), computed:
+                loss = model(batch).loss
+            with stages("backward"):
+                loss.backward()
+            del kept
+        return stages.flops, stages.memory
+
+    def _weights(self) -> None:
+        """Replaces every tensor of the model by one without content that counts as memory; what is shared stays so."""
+        made: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if id(tensor) not in made:
+                            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                            kind = isinstance(tensor, nn.Parameter)
+                            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if kind else empty
+                        tensors[name] = made[id(tensor)]
+
+
+class Live(TorchDispatchMode):
+    """Follows every tensor that is made while this mode is on: the bytes there are now, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            with unset_fake_temporarily():  # whose region is which has content, and so has all that follows from it
+                return func(*args, **(kwargs or {}))
+        if func in CHOOSING:
+            args = (args[0], [_as_numbers(index) for index in args[1]], *args[2:])
+        given = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return given
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            size = -(-storage.nbytes() // BLOCK) * BLOCK
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _as_numbers(index: Tensor | None) -> Tensor | None:
+    """Rows chosen by truth values as rows chosen by number, so that it is known how many there are."""
+    if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+        return index
+    with unset_fake_temporarily():
+        return index.nonzero().squeeze(1)
+
+
+class _Stages:
+    """Operations and the most memory by stage; a stage that comes again adds to the former."""
+
+    def __init__(self, live: Live):
+        self.live = live
+        self.flops: dict[str, int] = {}
+        self.memory: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.live.peak = self.live.now
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops[stage] = self.flops.get(stage, 0) + counter.get_total_flops()
+        self.memory[stage] = max(self.memory.get(stage, 0), self.live.peak)
+
+    @contextmanager
+    def aside(self) -> Iterator[list[int]]:
+        """Operations that are no stage of their own."""
+        counted: list[int] = []
+        with FlopCounterMode(display=False) as counter:
+            yield counted
+        counted.append(counter.get_total_flops())
+
+
+def _most(regions: int, now: dict[str, int], twice: dict[str, int], room: int) -> int | None:
+    """How many regions an image may have before some stage needs more than there is; None if none ever does.
+
+    now: memory by stage at so many regions, twice: at twice as many.
+    """
+    most: list[float] = []
+    for stage, used in now.items():
+        slope = (twice[stage] - used) / regions
+        if used - slope * regions > room:
+            return 0
+        if slope > 0:
+            most.append((room - used) // slope + regions)
+    return max(0, int(min(most))) if most else None
