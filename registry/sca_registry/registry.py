@@ -174,28 +174,17 @@ class Registry:
         entry = self._entry(name, offer, options, read_verdicts())
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 
-    def examine(self, name: str, timeout: float = 20.0) -> Entry:
-        """Imports a part in a process of its own, so that one that hangs or ends Python harms nothing, keeps how that
-        ended, and gives what is known of it then.
+    def judge(self, name: str, problem: str = "") -> Entry:
+        """Keeps how a trial of a part in another process ended, unless that process came to tell; what is known then.
 
-        timeout: in seconds. Raises RegistryError for an unknown or ambiguous name.
+        problem: why it cannot be used, "" if it can. Raises RegistryError for an unknown or ambiguous name.
         """
-        import subprocess
-        import sys
-
         offer = self._find(name)
-        program = "import sys; from sca_registry import registry; registry(sys.argv[1]).get(sys.argv[2])"
-        command = [sys.executable, "-c", program, self.kind.plural, name]
-        problem = ""
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or [f"Python ended with status {done.returncode}"])[-1]
-                problem = last.partition("RegistryError: ")[2] or last
-        except subprocess.TimeoutExpired:
-            problem = f"its import takes more than {timeout:g} s"
-        if read_state(self.kind.plural, offer, read_verdicts()).state == "unchecked":  # it did not come to tell
-            keep_state(self.kind.plural, offer, Verdict("broken", problem[:300]) if problem else Verdict("ok"))
+        state = read_state(self.kind.plural, offer, read_verdicts()).state
+        if problem and state in ("ok", "unchecked"):
+            keep_state(self.kind.plural, offer, Verdict("broken", " ".join(problem.split())[:300], built=True))
+        elif not problem and state != "ok":
+            keep_state(self.kind.plural, offer, Verdict("ok", built=True))
         return self._entry(name, offer, offer.card.given, read_verdicts())
 
     def stated(self, name: str, fact: str) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sca.cli.options import complain, read_options
+from sca.cli.options import read_options
 
 app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,33 +62,89 @@ def check(
 
 
 def doctor(
-    timeout: Annotated[float, typer.Option(help="seconds that a plugin has for its import", min=0.1)] = 20.0,
+    timeout: Annotated[float, typer.Option(help="seconds that a part of a plugin has to be tried in", min=0.1)] = 60.0,
 ) -> None:
     """What is installed, whether it works, and the line that repairs what does not.
 
-    Every part of a plugin is imported in a process of its own. Exit status 1 if something is broken.
+    Every part of a plugin is tried in a process of its own, as `sca check` does. Exit status 1 if something is broken.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from sca_registry import REGISTRIES
     from sca_registry.plugins import BUILTIN
 
     for name, value in _machine():
-        typer.echo(f"{name + ':':<14}{value}")
+        typer.echo(f"{name + ':':<17}{value}")
+    entries = [(parts, entry) for parts in REGISTRIES.values() for entry in parts.entries()]
+    foreign = [
+        (parts, entry)
+        for parts, entry in entries
+        if entry.distribution != BUILTIN and entry.name in parts and not entry.state.startswith("needs extra")
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as together:
+        problems = list(together.map(lambda each: _try(each[1].kind, each[1].name, timeout), foreign))
+    judged = [parts.judge(entry.name, problem) for (parts, entry), problem in zip(foreign, problems, strict=True)]
+    tried = {(entry.kind, entry.name): entry for entry in judged}
     found: dict[str, list[Any]] = {}
-    for parts in REGISTRIES.values():
-        for entry in parts.entries():
-            if entry.distribution != BUILTIN and entry.state == "unchecked":
-                entry = parts.examine(entry.name, timeout)
-            found.setdefault(f"{entry.distribution} {entry.version}".strip(), []).append(entry)
-    broken = 0
-    for distribution, entries in found.items():
+    for _, entry in entries:
+        told = tried.get((entry.kind, entry.name), entry)
+        found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
+    repairs, broken = [], False
+    for distribution, listed in found.items():
         typer.echo(f"\n{distribution}")
-        for entry in entries:
-            broken += entry.state == "broken"
+        fine = [entry for entry in listed if distribution.startswith(BUILTIN) and entry.state == "ok"]
+        for kind, count in Counter(entry.kind for entry in fine).items():
+            typer.echo(f"  {f'{count} of kind {kind}':<34}ok")
+        for entry in (entry for entry in listed if entry not in fine):
             reason = f": {entry.reason}" if entry.reason else ""
             typer.echo(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
-    if broken:
-        complain(f"{broken} broken; try: pip install -U DISTRIBUTION, or take it away: pip uninstall DISTRIBUTION")
+        if any(entry.state == "broken" for entry in listed):
+            broken = True
+            name = listed[0].distribution
+            repairs.append(f"pip install -U {name}, or pip uninstall {name}")
+        repairs += [entry.reason for entry in listed if entry.state.startswith("needs extra")]
+    if repairs:
+        typer.echo("\nto repair:")
+        for line in dict.fromkeys(repairs):
+            typer.echo(f"  {line}")
     raise typer.Exit(1 if broken else 0)
+
+
+def _try(kind: str, name: str, timeout: float) -> str:
+    """What is wrong with a part, tried in a process of its own; "" if nothing is."""
+    program = "import sys; from sca.cli.plugins import trial; sys.exit(trial(*sys.argv[1:]))"
+    command = [sys.executable, "-c", program, kind, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"it takes more than {timeout:g} s to be imported and tried"
+    if not done.returncode:
+        return ""
+    said = done.stderr.strip().splitlines()
+    return said[-1] if said else f"Python ended with status {done.returncode}"
+
+
+def trial(kind: str, name: str) -> str | None:
+    """What is wrong with a part, None if nothing is. One that cannot be built from its card alone is only imported."""
+    from sca_registry import RegistryError, registry
+    from sca_registry.options import REQUIRED
+
+    from sca.conformance import check as try_out
+
+    parts = registry(kind)
+    small = parts.card(name).small
+    try:
+        parts.get(name)
+    except RegistryError as error:
+        return str(error)
+    options = parts.describe(name).options
+    if not small and (REQUIRED in options.values() or options.get("weights")):
+        return None
+    broken = [finding for finding in try_out(kind, name, **small) if not finding.passed]
+    if not broken:
+        return None
+    first, names = broken[0], ", ".join(finding.check for finding in broken)
+    return f"breaks promises ({names}). {first.found} `sca check {kind} {name}` tells more"
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -93,9 +153,9 @@ def _machine() -> list[tuple[str, str]]:
     from importlib.metadata import PackageNotFoundError, version
 
     rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
-    for package in ("segment-caption-anything", "torch", "transformers", "peft", "huggingface_hub"):
+    for package in ("torch", "transformers", "peft", "huggingface_hub", "torchvision", "open_clip_torch", "timm"):
         try:
-            rows.append((package.partition("-")[0] if package.startswith("segment") else package, version(package)))
+            rows.append((package, version(package)))
         except PackageNotFoundError:
             rows.append((package, "not installed"))
     import torch

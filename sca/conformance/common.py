@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
+import random
+import subprocess
+import sys
+import warnings
+from typing import Any
 
 import torch
+from sca_registry import registry
 from sca_registry.contracts import KINDS
+from sca_registry.plugins import BUILTIN
 from torch import nn
 
 from sca.conformance.comparison import copies, different, listed, weighted_sum
@@ -147,3 +156,84 @@ def builds_on_meta(trial: Trial) -> str | None:
         return f"allocated: {listed(allocated)}"
     shapes = {name: value.shape for name, value in drawn.items()}
     return None if shapes == real else f"other tensors than usual: {listed(sorted(set(shapes) ^ set(real)))}"
+
+
+HEAVY = (  # packages that no part needs unless it is used
+    *("cv2", "datasets", "gradio", "jax", "matplotlib", "mmcv", "mmdet", "mmengine", "open_clip", "pandas", "ray"),
+    *("scipy", "sklearn", "tensorflow", "timm", "wandb"),
+)
+IMPORT = """
+import sys
+import sca.language_models.hf, sca_registry
+known = set(sys.modules)
+sca_registry.registry(sys.argv[1]).get(sys.argv[2])
+print(*{name.partition(".")[0] for name in sys.modules if name not in known})
+"""
+
+
+@promise(*KINDS, written="plugins/README.md")
+def import_is_light(trial: Trial) -> str | None:
+    """Its module imports no large optional package, which a person may not have: that is done where it is used."""
+    if trial.name is None:
+        raise DoesNotApply("a factory without a name")
+    if registry(trial.kind).describe(trial.name).distribution == BUILTIN:
+        raise DoesNotApply("it comes with this package, whose parts are tried together")
+    command = [sys.executable, "-c", IMPORT, trial.kind, trial.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    heavy = sorted({*HEAVY} & {*done.stdout.split()})
+    return f"it imports {listed(heavy)}" if heavy else None
+
+
+@promise(*KINDS, written="plugins/README.md")
+@torch.no_grad()
+def the_process_is_left_alone(trial: Trial) -> str | None:
+    """Building and using the part changes no setting of the process: of torch, logging, warnings, environment."""
+    before = _settings()
+    part = trial.build()
+    if trial.kind in TENSORS:
+        trial.outputs(part, trial.inputs())
+    after = _settings()
+    changed = [name for name, value in before.items() if after[name] != value]
+    return f"it changes {listed(changed)}" if changed else None
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's number of threads": torch.get_num_threads(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's determinism": torch.are_deterministic_algorithms_enabled(),
+        "torch's precision of matrix products": torch.get_float32_matmul_precision(),
+        "the root logger": (list(logging.root.handlers), logging.root.level),
+        "the filters of warnings": list(warnings.filters),
+        "the environment": dict(os.environ),
+        "the working folder": os.getcwd(),
+        "Python's random state": random.getstate(),
+    }
+
+
+@promise(*TENSORS)
+@torch.no_grad()
+def options_are_honoured(trial: Trial) -> str | None:
+    """An option that is a whole number changes the part's tensors, or what it gives, when it is another number."""
+    options = trial.numbers()
+    if not options:
+        raise DoesNotApply("no option is a whole number")
+    usual = trial.build()
+    known = _shapes(usual), trial.outputs(usual, trial.inputs())
+    for name, value in options.items():
+        for other in (2 * value, value // 2, value + 1):
+            varied = trial.varied({name: other})
+            try:
+                part = varied.build()
+                found = _shapes(part), varied.outputs(part, varied.inputs())
+            except (ValueError, RuntimeError, AssertionError):  # not every number is good
+                continue
+            if found[0] == known[0] and different(known[1], found[1], share=0.0) is None:
+                return f"{name}={other} gives the same part as {name}={value}"
+            break
+    return None
+
+
+def _shapes(part: Any) -> dict[str, torch.Size] | None:
+    return {name: value.shape for name, value in part.state_dict().items()} if isinstance(part, nn.Module) else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sca_registry import registry
 from sca_registry.contracts import ImageFormat, Prompts, Region, Regions
+from sca_registry.options import read_options
 from torch import Tensor, nn
 
 from sca.conformance.promises import DoesNotApply
@@ -96,6 +97,17 @@ class Trial:
     def stated(self, fact: str) -> Any:
         """What the card or the class says of `gives` or `needs`."""
         return registry(self.kind).stated(self.name, fact) if self.name else getattr(self.factory, fact, None)
+
+    def numbers(self) -> dict[str, int]:
+        """The options that are whole numbers, as they are on trial."""
+        taken = len(self.upstream)
+        known = registry(self.kind).describe(self.name).options if self.name else read_options(self.factory, taken)
+        whole = {**known, **self.options}
+        return {name: value for name, value in whole.items() if isinstance(value, int) and not isinstance(value, bool)}
+
+    def varied(self, options: Mapping[str, Any]) -> Trial:
+        """The same part with other options."""
+        return type(self)(self.kind, self.name or self.factory, {**self.options, **options})
 
     # what the checks that several kinds share are made of
 

@@ -1,5 +1,7 @@
 """The command line in this process, since starting torch for every line would take minutes, and in a real one."""
 
+import os
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -101,6 +103,8 @@ def started(here):
 
     def start(*arguments, **options):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        if os.name == "posix":  # where the tests run in the background, an interrupt is ignored, and that is inherited
+            pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         processes.append(subprocess.Popen([sys.executable, "-m", "sca", *map(str, arguments)], **pipes))
         return processes[-1]
 

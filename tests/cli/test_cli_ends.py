@@ -33,7 +33,7 @@ def test_an_interrupt_keeps_what_is_finished(started, many, checkpoint, here):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.splitlines() == ["sca: interrupted; what was finished is kept"]
     done = [json.loads(line)["image"] for line in lines.read_text().splitlines()]
     assert 2 < len(done) < 2000

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ QUIET = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
 def site(tmp_path):
     """Installs packages beside the others and runs commands that see them."""
     folder, cache = tmp_path / "site", tmp_path / "cache"
-    environment = {**os.environ, "PYTHONPATH": str(folder), "SCA_CACHE": str(cache)}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "SCA_CACHE": str(cache), "MARKS": str(tmp_path / "marks")}
 
     class Site:
         def install(self, package):
@@ -26,7 +27,7 @@ def site(tmp_path):
 
         def write(self, name, entry_points, **modules):
             """A distribution as pip leaves it, without building one."""
-            info = folder / f"{name}-1.0.dist-info"
+            info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
             info.mkdir(parents=True)
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
             (info / "entry_points.txt").write_text(entry_points)
@@ -94,53 +95,109 @@ def test_a_broken_promise_is_told_with_what_was_expected(site):
     assert "sca_registry.contracts.Mixer" in checked.stdout
 
 
-HOSTILE = {
-    "raises": "raise RuntimeError('not today')",
-    "exits": "import sys; sys.exit(3)",
-    "kills": "import os; os._exit(7)",
-    "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "sleeps": "import time; time.sleep(60)",
-    "absent": "",
+MARK = "import os; open(os.environ['MARKS'], 'a').write(__name__ + chr(10))\n"
+MIXER = """
+import torch
+from torch import nn
+
+class Mixer(nn.Module):
+    queries, uses_grid = 1, False
+
+    def __init__(self, segmenter):
+        super().__init__()
+        self.width = segmenter.channels
+
+    def forward(self, regions):
+        return regions.tokens.mean(1, keepdim=True)
+"""
+HOSTILE = {  # distribution: its entry points, its module, and what is said of the one part that it has
+    "import-error": ("ill = hostile_import_error:Mixer", "import nothing_of_that_name", "nothing_of_that_name"),
+    "exit": ("gone = hostile_exit:Mixer", "import sys; sys.exit(3)", "SystemExit: 3"),
+    "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
+    "signal": ("dead = hostile_signal:Mixer", "import os; os.kill(os.getpid(), 9)", "ended with status -9"),
+    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 20 s"),
+    "shadow": ("query = hostile_shadow:Mixer", MIXER, ""),
+    "twin-a": ("twin = hostile_twin_a:Mixer", MIXER, ""),
+    "twin-b": ("twin = hostile_twin_b:Mixer", MIXER, ""),
+    "old": ("old = hostile_old:Mixer\n[sca_api]\nversion = v0", MIXER, "v0"),
+    "raises": (
+        "raises = hostile_raises:Mixer",
+        MIXER.replace("super().__init__()", "raise RuntimeError('not today')"),
+        "not today",
+    ),
+    "shape": (
+        "shape = hostile_shape:Mixer",
+        MIXER.replace("keepdim=True", "keepdim=False"),
+        "breaks promises (queries",
+    ),
+    "nothing": ("nothing = hostile_nothing:Absent", MIXER, "no attribute 'Absent'"),
+    "nowhere": ("nowhere = hostile_no_such_module:Mixer", MIXER, "hostile_no_such_module"),
+    "cards": ("cards = hostile_cards:mixers.toml", "", "not a card file"),
+    "unicode": ("mischer-ü = hostile_unicode:Mixer", MIXER, "cannot be a name"),
+    "empty": ("= hostile_empty:Mixer", MIXER, "cannot be a name"),
+    "fine": ("fine = hostile_fine:Mixer", MIXER, ""),
 }
 
 
-def test_the_doctor_tries_each_plugin_by_itself_and_names_what_is_wrong(site):
-    entry_points = "[sca_mixers]\n" + "".join(f"{name} = hostile_{name}:Mixer\n" for name in HOSTILE)
-    entry_points += "fine = fine:Mixer\n"
-    modules = {f"hostile_{name}": text for name, text in HOSTILE.items()}
-    site.write("hostile", entry_points, **modules, fine="class Mixer: pass")
-    told = site.run("sca", "doctor", "--timeout", "8")
-    assert told.returncode == 1
+def test_no_plugin_breaks_anything_and_the_doctor_says_what_is_wrong_with_each(site, tmp_path):
+    from sca_registry import mixers
+
+    builtins = set(mixers.names())
+    for name, (entry_points, module, _) in HOSTILE.items():
+        site.write(name, f"[sca_mixers]\n{entry_points}\n", **{f"hostile_{name.replace('-', '_')}": MARK + module})
+    package = tmp_path / "site" / "hostile_cards"
+    package.mkdir()
+    package.with_suffix(".py").rename(package / "__init__.py")
+    (package / "mixers.toml").write_text("[this is = not TOML")
+
+    def listed(*options):
+        rows = json.loads(site.run("sca", "list", "mixers", *options, "--json").stdout)
+        return {(row["distribution"], row["name"]): row for row in rows}
+
+    before = listed()
+    assert not (tmp_path / "marks").exists()  # nothing was imported
+    assert {name for distribution, name in before if distribution == "segment-caption-anything"} == builtins
+    assert site.run("sca", "show", "mixer", "query").returncode == 0
+    assert "Did you mean 'query'" in site.run("sca", "show", "mixer", "qurey").stderr
+    assert site.run("sca", "check", "mixer", "query", "--quiet").returncode == 0
+    assert not (tmp_path / "marks").exists()
+
+    told = site.run("sca", "doctor", "--timeout", "20")
+    assert told.returncode == 1, told.stderr
     assert "python:" in told.stdout
-    assert "devices:" in told.stdout
-    lines = {line.split()[1]: line for line in told.stdout.splitlines() if line.startswith("  mixer ")}
-    assert "ok" in lines["fine"]
-    assert "ok" in lines["query"]
-    for name, reason in {
-        "raises": "not today",
-        "exits": "SystemExit: 3",
-        "kills": "status 7",
-        "dies": "status -9",
-        "sleeps": "more than 8 s",
-        "absent": "no attribute 'Mixer'",
-    }.items():
-        assert "broken" in lines[name]
-        assert reason in lines[name]
-    listed = {row["name"]: row for row in json.loads(site.run("sca", "list", "mixers", "--json").stdout)}
-    assert listed["sleeps"]["state"] == "broken"
-    assert listed["fine"]["state"] == "ok"
-    broken = json.loads(site.run("sca", "list", "mixers", "--state", "broken", "--json").stdout)
-    assert {row["name"] for row in broken} == set(HOSTILE)
+    assert "6 of kind mixer" in told.stdout
+    after = {distribution: row for (distribution, _), row in listed().items()}
+    for name, (_, _, reason) in HOSTILE.items():
+        row = after.get(name) or pytest.fail(f"{name} is not among {sorted(after)}")
+        assert row["state"] == ("broken" if reason else "ok"), (name, row)
+        assert reason in row["reason"], (name, row)
+        assert f"pip uninstall {name}" in told.stdout or not reason
+        assert name in told.stdout
+    assert after["shadow"]["name"] == "shadow:query"
+    assert {after["twin-a"]["name"], after["twin-b"]["name"]} == {"twin-a:twin", "twin-b:twin"}
+    broken = {row["distribution"] for row in listed("--state", "broken").values()}
+    assert broken == {name for name, (_, _, reason) in HOSTILE.items() if reason}
     needing = json.loads(site.run("sca", "list", "language-models", "--extra", "gguf", "--json").stdout)
     assert [row["name"] for row in needing] == ["gguf"]
 
 
-def test_the_plugin_of_the_tutorial_is_a_distribution_that_passes_its_own_test(site, tmp_path):
-    from pathlib import Path
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 
-    source = Path(__file__).resolve().parents[2] / "plugins" / "sca-hello"
-    shutil.copytree(source, tmp_path / "sca-hello")
-    site.install(tmp_path / "sca-hello")
-    assert site.run("sca", "check", "mixer", "hello").returncode == 0
-    tested = site.run("pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "sca-hello"))
+
+@pytest.mark.parametrize("package", sorted(folder.name for folder in PLUGINS.iterdir() if folder.is_dir()))
+def test_each_plugin_here_is_a_distribution_that_passes_its_own_tests(package, site, tmp_path):
+    shutil.copytree(PLUGINS / package, tmp_path / package)
+    site.install(tmp_path / package)
+    tested = site.run("pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / package))
     assert tested.returncode == 0, tested.stdout
+    listed = [row for row in json.loads(site.run("sca", "list", "--json").stdout) if row.get("distribution") == package]
+    assert listed
+    assert not [row for row in listed if row["state"] == "broken"]
+
+
+def test_the_plugin_of_the_tutorial_is_short_and_keeps_its_promises(site, tmp_path):
+    written = (PLUGINS / "sca-hello" / "sca_hello.py").read_text().splitlines()
+    assert len(written) < 30
+    site.install(PLUGINS / "sca-hello")
+    checked = site.run("sca", "check", "mixer", "hello")
+    assert checked.returncode == 0, checked.stdout

@@ -1,6 +1,10 @@
 """Every registered part keeps the promises of its kind, and a part that breaks one is told which."""
 
 import json
+import os
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,7 +106,9 @@ def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_wr
     assert {kind for each in PROMISES for kind in each.kinds} == set(KINDS)
     for finding in check("mixer", "query", depth=1, mlp=32):
         assert finding.expected.endswith("."), finding
-        assert finding.written.startswith(("sca_registry.", "sca."))
+        assert finding.written.startswith(("sca_registry.", "sca.", "plugins/"))
+    assert len(PROMISES) >= 25
+    assert len({name for _, _, name in MUTANTS}) >= 12
 
 
 # --- parts that are wrong on purpose --------------------------------------------------------------------------------
@@ -188,6 +194,17 @@ class Allocating(Encoder):
     def __init__(self):
         super().__init__()
         self.layer.bias = nn.Parameter(torch.zeros(8, device="cpu"))
+
+
+class Loud(Encoder):
+    def forward(self, pixels):
+        os.environ["SCA_TEST_LOUD"] = str(random.random())
+        return super().forward(pixels)
+
+
+class Stubborn(Encoder):
+    def __init__(self, width=32):
+        super().__init__()
 
 
 class Constant(Encoder):
@@ -398,6 +415,8 @@ MUTANTS = [
     ("segmenter", OtherBoxes, "given-boxes-are-kept"),
     ("segmenter", Boastful, "gives-what-it-says"),
     ("segmenter", ManyMasks, "one-mask-when-asked"),
+    ("encoder", Loud, "the-process-is-left-alone"),
+    ("encoder", Stubborn, "options-are-honoured"),
     ("segmenter", Deaf, "prompts-are-heard"),
     ("segmenter", CountsPadding, "loss-counts-only-truth"),
     ("segmenter", Cut, "gradients-pass-upstream"),
@@ -467,4 +486,22 @@ def test_a_check_leaves_the_random_state_as_it_was():
 
 
 def test_a_promise_for_all_kinds_reaches_plugins_that_compute_nothing():
-    assert [finding.check for finding in check("metric", sca_registry.metrics.get("class"))] == ["builds", "attributes"]
+    kept = [finding.check for finding in check("metric", sca_registry.metrics.get("class"))]
+    assert kept == ["builds", "attributes", "import-is-light", "the-process-is-left-alone"]
+
+
+def test_no_part_of_this_package_imports_a_large_optional_package_before_it_is_built():
+    program = """
+import sys
+from sca_registry import REGISTRIES
+from sca.conformance.common import HEAVY, IMPORT
+import sca.language_models.hf
+known = {*sys.modules}
+for parts in REGISTRIES.values():
+    for name in parts.names():
+        if parts.describe(name).state == "ok":
+            parts.get(name)
+print(*{name.partition(".")[0] for name in {*sys.modules} - known} & {*HEAVY})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

