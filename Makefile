@@ -13,7 +13,7 @@ TESTS = tests
 # Published checkpoints with recorded outputs, where there are any beside the checkout; the tests compare with them.
 export SCA_REFERENCE ?= $(abspath $(wildcard ../shared/reference))
 
-.PHONY: demo test test-all check picture results core dev clean
+.PHONY: demo test test-all check picture results core dev all clean
 .NOTPARALLEL:
 
 # Nothing of the shell's has a say in what is run.
@@ -29,7 +29,7 @@ demo: core
 test: dev
 	$(BIN)/python -m pytest $(TESTS)
 
-test-all: dev
+test-all: all
 	$(BIN)/python -m pytest -m "" $(TESTS)
 
 check: dev
@@ -50,7 +50,8 @@ results: core
 
 core: GROUP =
 dev: GROUP = dev
-core dev:
+all: GROUP = dev plugins
+core dev all:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or newer." >&2; exit 1; }
 	@$(PYTHON) -I tools/environment.py $(GROUP)
 

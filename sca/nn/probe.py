@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 
@@ -13,13 +13,28 @@ def feature_shape(network: nn.Module, size: int) -> tuple[int, int]:
 
     Raises ValueError if they are not square, or the stride is no whole number.
     """
-    everything = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
-    drawn = {name: tensor.to("meta") for name, tensor in everything}
     with torch.device("meta"):
-        shape = functional_call(network, drawn, (torch.empty(1, 3, size, size),)).shape
+        shape = functional_call(network, _drawn(network), (torch.empty(1, 3, size, size),)).shape
     if len(shape) != 4 or shape[2] != shape[3] or size % shape[2]:
         raise ValueError(
             f"images of {size} pixels give features of shape {tuple(shape)}, and a square grid whose side divides "
             "the image's is needed: choose another size or layer"
         )
     return shape[1], size // shape[2]
+
+
+def freeze_unused(network: nn.Module, size: int) -> None:
+    """Parameters that have no part in what pixels (1, 3, size, size) give shall not ask for gradients."""
+    drawn = _drawn(network)
+    parameters = {name: drawn[name].requires_grad_() for name, _ in network.named_parameters()}
+    with torch.device("meta"), torch.enable_grad():
+        given = functional_call(network, drawn, (torch.empty(1, 3, size, size),))
+        gradients = torch.autograd.grad(given.sum(), list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            network.get_parameter(name).requires_grad_(False)
+
+
+def _drawn(network: nn.Module) -> dict[str, Tensor]:
+    everything = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().to("meta") for name, tensor in everything}

@@ -1,0 +1,87 @@
+"""The backbone and neck of a detector as an image encoder."""
+
+from __future__ import annotations
+
+from sca_registry.contracts import ImageFormat
+from torch import Tensor, nn
+
+from sca.nn.probe import feature_shape, freeze_unused
+from sca_mmdet.detectors import build_detector, read_config, silent
+
+STRIDE = 16  # that of SAM's grid: the level nearest to it is taken unless another is named
+
+
+class MmdetEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, C, S/stride, S/stride): one level of what backbone and neck give.
+
+    config: the name of one of mmdet's configs, or a file. weights: a file or a URL, in mmdet's format; with
+    `pretrained=False` they are random. size: S. level: which of the levels, from the finest, 0, or from the end; None
+    for that whose stride is nearest to 16. fit: "pad" or "stretch", see `ImageFormat`.
+    """
+
+    default_segmenter = "box"
+
+    def __init__(
+        self,
+        config: str,
+        weights: str | None = None,
+        pretrained: bool = True,
+        size: int = 640,
+        level: int | None = None,
+        fit: str = "pad",
+    ):
+        super().__init__()
+        if pretrained and weights is None:
+            raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
+        read = read_config(config)
+        detector, _ = build_detector(read, config, weights if pretrained else None)
+        self.checkpoint = weights if pretrained else None
+        self.backbone = detector.backbone
+        self.neck = detector.neck if getattr(detector, "with_neck", False) else None
+        self.image = _format(read.model.get("data_preprocessor") or {}, size, fit)
+        self.level = 0
+        levels = self._levels()
+        if level is None:
+            level = min(levels, key=lambda number: abs(levels[number][1] - STRIDE), default=0)
+        if not -len(levels) <= level < len(levels):
+            raise ValueError(f"no level {level}: {config} has {len(levels)}, from 0, or from -1 backwards")
+        self.level = level % len(levels)
+        self.channels, self.stride = levels[self.level]
+        freeze_unused(self, self.image.size)  # what makes the other levels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self._all(pixels)[self.level]
+
+    def _all(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        with silent():
+            found = self.backbone(pixels)
+            return tuple(found if self.neck is None else self.neck(found))
+
+    def _levels(self) -> dict[int, tuple[int, int]]:
+        """Channels and stride of each level, as far as grids divide the image."""
+        found: dict[int, tuple[int, int]] = {}
+        while True:
+            self.level = len(found)
+            try:
+                found[self.level] = feature_shape(self, self.image.size)
+            except IndexError:
+                return found
+            except ValueError:  # a coarser level than the size has room for
+                if found:
+                    return found
+                raise
+
+
+def _format(look: dict, size: int, fit: str) -> ImageFormat:
+    """What mmdet's preprocessor does, in our terms: it reads pictures as BGR, in 0..255."""
+    mean, std = look.get("mean") or [0.0] * 3, look.get("std") or [1.0] * 3
+    bgr = not look.get("bgr_to_rgb")
+    if bgr:
+        mean, std = mean[::-1], std[::-1]
+    return ImageFormat(
+        size=size,
+        mean=tuple(value / 255 for value in mean),
+        std=tuple(value / 255 for value in std),
+        order="bgr" if bgr else "rgb",
+        fit=fit,
+    )
