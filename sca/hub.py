@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 Config = TypeVar("Config", bound="PretrainedConfig")
@@ -68,6 +71,8 @@ def pull(name: str, revision: str | None = None, weights: bool = True, code: boo
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
     was cut off goes on. The folder in the cache. Raises HubError.
     """
+    for told in terms_of(name):
+        logger.warning("sca: %s", told)
     with _reaching(name, revision):
         files = [each.rfilename for each in model_info(name, revision=revision, timeout=TIMEOUT).siblings or ()]
     wanted = [*TEXTS, *(["*.py"] if code else [])]
@@ -78,6 +83,15 @@ def pull(name: str, revision: str | None = None, weights: bool = True, code: boo
         wanted.append(prefix + ("model*.safetensors*" if safe else "pytorch_model*.bin*"))
     with _reaching(name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+def terms_of(name: str) -> list[str]:
+    """What the cards say of a hub id that a person should know before fetching it."""
+    from sca_registry import REGISTRIES
+
+    cards = [registry.card(part) for registry in REGISTRIES.values() for part in registry.names()]
+    found = [card for card in cards if card.terms and card.options.get("weights") == name]
+    return [f"{name} ({card.licence}): {card.terms}" for card in found][:1]
 
 
 def whole(folder: Path, prefix: str = "") -> bool:

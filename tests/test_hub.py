@@ -157,3 +157,16 @@ def test_of_a_repository_with_several_formats_only_the_wanted_one_is_pulled(shel
     assert status == 0, err
     here = sorted(file.name for file in Path(out.split(": ")[1].strip()).iterdir())
     assert here == ["config.json", "open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def test_terms_of_a_source_are_said_before_it_is_fetched(shell, hub, tmp_path):
+    folder = tmp_path / "mae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    hub.models["timm/vit_base_patch16_224.mae"] = folder
+    _, _, err = shell(*PULL, "timm/vit_base_patch16_224.mae")
+    assert "sca: timm/vit_base_patch16_224.mae (CC-BY-NC-4.0): not for commercial use" in err
+    _, _, err = shell(*PULL, "owner/sam")
+    assert "commercial" not in err
+    _, _, err = shell(*PULL, "timm/vit_base_patch16_224.mae", online=False)  # also when nothing can be fetched
+    assert "not for commercial use" in err

@@ -35,6 +35,7 @@ class Card:
     summary: str = ""
     source: str = ""  # a paper, or a hub id and its revision
     licence: str = ""
+    terms: str = ""  # what a person should know before the weights are fetched: not for commercial use, gated
     parameters: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  # an option too: what building without weights has to know
     extra: str = ""  # the optional dependencies of the distribution that must be installed
@@ -55,6 +56,7 @@ TYPES = {
     "summary": str,
     "source": str,
     "licence": str,
+    "terms": str,
     "parameters": int,
     "config": dict,
     "extra": str,

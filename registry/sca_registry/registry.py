@@ -43,6 +43,7 @@ class Entry:
     summary: str
     source: str
     licence: str
+    terms: str
     parameters: int | None
     extra: str
     distribution: str
@@ -287,6 +288,7 @@ class Registry:
             summary=card.summary,
             source=card.source,
             licence=card.licence,
+            terms=card.terms,
             parameters=card.parameters,
             extra=card.extra,
             distribution=offer.origin.name,
