@@ -13,7 +13,7 @@ TESTS = tests
 # Published checkpoints with recorded outputs, where there are any beside the checkout; the tests compare with them.
 export SCA_REFERENCE ?= $(abspath $(wildcard ../shared/reference))
 
-.PHONY: demo test test-all check picture results core dev all clean
+.PHONY: demo test test-all check picture results choice core dev all clean
 .NOTPARALLEL:
 
 # Nothing of the shell's has a say in what is run.
@@ -47,6 +47,10 @@ picture: core
 # The table in the README, from what `sca evaluate` found.
 results: core
 	$(BIN)/python -m sca_bench.readme
+
+# The table of combinations to choose from, as planned.
+choice: dev
+	$(BIN)/python -m sca_bench.choice
 
 core: GROUP =
 dev: GROUP = dev

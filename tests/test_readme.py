@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from sca_bench import readme
+from sca_bench import choice, readme
 
 from sca import cli
 
@@ -147,3 +147,10 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
     (tmp_path / "results.json").write_text('{"scores": {}}', "utf-8")
     with pytest.raises(SystemExit, match=r"error: .* has no <!-- results -->"):
         readme.main(str(page), str(tmp_path))
+
+
+@pytest.mark.all
+def test_the_table_of_combinations_is_what_is_planned():
+    pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
+    _, _, rest = TEXT.partition(choice.START)
+    assert rest.partition(choice.END)[0].strip() == choice.table(), "run: make choice"

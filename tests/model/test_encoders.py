@@ -8,6 +8,7 @@ import sca_registry
 import torch
 from safetensors.torch import load_file, save_file
 from sca_registry import RegistryError
+from sca_registry.contracts import Prompts
 
 import sca
 from sca.hub import HubError
@@ -182,3 +183,26 @@ def test_each_name_has_a_licence_a_source_and_the_extra_that_brings_it():
         assert card.licence
         assert "arXiv" in card.source or name in ("open-clip", "timm")
         assert card.extra == {"open_clip": "clip", "timm": "timm"}.get(card.factory.split(".")[2].partition(":")[0], "")
+
+
+@torch.no_grad()
+def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_folder):
+    folder, _ = clip
+    model = sca.compose(
+        {"name": "open-clip", "weights": str(folder), "size": 96, "layer": 1},
+        {"name": "mask-tokens", "depth": 1, "mlp": 64, "heads": 4},
+        {"name": "tiny-gpt2", "width": 32},
+        segmenter={"name": "sam", "weights": str(sam_folder)},
+    )
+    features = model.encode(torch.randn(1, 3, 96, 96))
+    owner = torch.zeros(2, dtype=torch.long)
+    boxes, masks = torch.tensor([[5.0, 5, 60, 60], [20, 30, 90, 95]]), torch.randn(2, 1, 24, 24)
+    for prompts in (
+        Prompts(owner, boxes=boxes),
+        Prompts(owner, points=boxes[:, None, :2], labels=torch.ones(2, 1)),
+        Prompts(owner, boxes=boxes, masks=masks),
+    ):
+        regions = model.segment(features, prompts)
+        assert regions.masks.shape == (2, 3, 24, 24)
+        assert model.mix(regions).isfinite().all()
+    assert not torch.equal(model.segment(features, Prompts(owner, boxes=boxes)).masks, regions.masks)

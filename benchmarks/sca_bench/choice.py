@@ -1,0 +1,69 @@
+"""Writes the README's table of combinations to choose from: `python -m sca_bench.choice [README.md]`.
+
+The figures are those of `sca plan MODEL --dtype bfloat16`: for one image with 32 regions and captions of 20 tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from sca_registry import registry
+from sca_registry.spec import ModelSpec
+
+from sca.plan import GIB, plan
+
+START, END = "<!-- choice -->", "<!-- /choice -->"
+REGIONS = 32
+CHOICES = {  # spec -> what speaks for it
+    "sam-vit-h+query+gpt2-large": "the published system; its checkpoints load by name",
+    "sam-vit-b+query+gpt2": "the same at a third of the size, to train yourself",
+    "sam-vit-b+resampler+smollm2-360m": "masks of SAM, and many regions an image for little",
+    "sam-vit-l+query+qwen3-0.6b": "a newer language model of moderate size",
+    "sam-vit-h+query+mistral-7b": "the most fluent captions, with `lora=16`",
+    "clip-vit-l-14-336+query+gpt2": "what CLIP knows of words; boxes and points, no masks",
+    "siglip2-so400m-16-384+resampler+qwen3-0.6b": "the strongest image-text encoder here; no masks",
+    "dinov2-vit-b-14+query+gpt2": "a fine grid that was learned without words; no masks",
+    "tiny-vit+query+tiny-gpt2": "trains from nothing on a laptop",
+}
+
+
+def table() -> str:
+    """In Markdown."""
+    rows = [["model", "for", "parameters", "memory", "GFLOP an image", "GFLOP a region", "licences"]]
+    rows.append(["---", "---", *["---:"] * 4, "---"])
+    for text, reason in CHOICES.items():
+        spec = ModelSpec.parse(text)
+        found = plan(spec, regions=REGIONS, dtype=torch.bfloat16)
+        each = sum(flops for stage, flops in found.flops.items() if stage != "encode") / REGIONS
+        cards = registry("encoders").card(spec.encoder.name), registry("language_models").card(spec.language_model.name)
+        rows.append(
+            [
+                f"`{text}`",
+                reason,
+                f"{sum(found.parameters.values()) / 1e6:,.0f} M",
+                f"{found.peak / GIB:.2g} GiB",
+                _giga(found.flops["encode"]),
+                _giga(each),
+                ", ".join(dict.fromkeys(card.licence for card in cards)),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _giga(count: float) -> str:
+    return f"{count / 1e9:,.0f}" if count >= 1e10 else f"{count / 1e9:.1f}"
+
+
+def main(readme: str = "README.md") -> None:
+    text = Path(readme).read_text("utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        sys.exit(f"error: {readme} has no {START} with {END} behind it")
+    Path(readme).write_text(f"{before}{start}\n{table()}\n{end}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
