@@ -3,15 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from sca_registry.contracts import Batch, Prompts, Targets
+from sca_bench.memory import compare
 from sca_registry.spec import ModelSpec
 from tiny import tiny
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import sca
 from sca.plan import plan
-from sca.predictor import REGIONS
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -40,88 +37,23 @@ def spec_of(name):
     return ModelSpec.from_dict(MODELS[name])
 
 
-def asked(model, images, regions):
-    size = model.encoder.image.size
-    corner = torch.rand(images * regions, 2) * size / 2
-    owner = torch.arange(images).repeat_interleave(regions)
-    prompts = Prompts(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
-    return torch.randn(images, 3, size, size), prompts
-
-
-@torch.no_grad()
-def answer(model, pixels, prompts):
-    """As `Predictor` goes about it; no word ends a text early."""
-    features = model.encode(pixels)
-    prefixes = []
-    for chunk in prompts.chunks(REGIONS):
-        regions = model.segment(features, chunk)
-        prefixes.append(model.prefix(model.mix(regions, model.prepare(regions)), torch.zeros_like(chunk.owner)))
-        del regions
-    model.language_model._ends = lambda: (0, [])
-    return model.language_model.generate(torch.cat(prefixes), max_new_tokens=WORDS)
-
-
-def lesson(model, pixels, prompts):
-    rows = len(prompts)
-    ids = torch.ones(rows, WORDS, dtype=torch.long)
-    batch = Batch(prompts=prompts, task=torch.zeros(rows, dtype=torch.long), pixels=pixels, ids=ids, mask=ids)
-    if hasattr(model.segmenter, "loss"):
-        side = 4 * pixels.shape[-1] // model.encoder.stride
-        truth = torch.rand(rows, side, side)
-        batch.targets = Targets(truth, torch.ones_like(truth, dtype=torch.bool), torch.ones(rows, dtype=torch.bool))
-    model.train()
-    model(batch).loss.backward()
-
-
-def most_allocated(work):
-    """The most bytes at once that torch's own allocator gave out for some work."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    now = most = 0
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_exact_and_operations_are_those_of_torchs_counter(name):
-    planned = plan(spec_of(name), images=2, regions=5, words=WORDS)
-    model = sca.build(spec_of(name))
-    assert sum(planned.parameters.values()) == sum(p.numel() for p in model.parameters())
-    assert planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    pixels, prompts = asked(model, 2, 5)
-    with FlopCounterMode(display=False) as counter:
-        answer(model, pixels, prompts)
-    assert sum(planned.flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
-    taught = plan(spec_of(name), images=2, regions=5, words=WORDS, train=True)
-    with FlopCounterMode(display=False) as counter:
-        lesson(model, pixels, prompts)
-    assert sum(taught.flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("images", "regions"), [(1, 3), (2, 40)])
-def test_memory_is_what_a_run_takes(name, images, regions):
-    planned = plan(spec_of(name), images, regions, WORDS)
-    model = sca.build(spec_of(name))
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    pixels, prompts = asked(model, images, regions)
-    given = pixels.numel() * 4
-    used = weights + given + most_allocated(lambda: answer(model, pixels, prompts))
-    assert planned.peak == pytest.approx(used, rel=0.15)
+@pytest.mark.parametrize("train", [False, True])
+def test_parameters_operations_and_memory_are_those_of_a_run(name, images, regions, train):
+    row = compare(spec_of(name), images, regions, WORDS, train)
+    planned, counted = row["parameters"]
+    assert planned == counted
+    planned, counted = row["flops"]
+    assert planned == pytest.approx(counted, rel=0.05)
+    planned, used = row["memory"]
+    assert planned == pytest.approx(used, rel=0.15)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_memory_of_training_is_what_a_step_takes(name):
-    planned = plan(spec_of(name), 2, 6, WORDS, train=True)
-    model = sca.build(spec_of(name))
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    optimiser = 2 * 4 * planned.trainable
-    pixels, prompts = asked(model, 2, 6)
-    used = weights + optimiser + pixels.numel() * 4 + most_allocated(lambda: lesson(model, pixels, prompts))
-    assert planned.peak == pytest.approx(used, rel=0.15)
+def test_what_trains_is_counted(name):
+    trained = sum(p.numel() for p in sca.build(spec_of(name)).parameters() if p.requires_grad)
+    assert plan(spec_of(name), regions=1, words=1).trainable == trained
 
 
 def test_the_most_regions_that_fit_do_fit_and_more_do_not():

@@ -1,0 +1,161 @@
+"""What `sca plan` says beside what a run takes: `python -m sca_bench.memory [--device cuda] [--out FILE] [MODEL...]`.
+
+Each model is built with random weights, answers for a few regions and takes a step of training; operations are counted
+by torch, and memory is the most that its allocator gave out. Prints a Markdown table of ratios, planned to measured,
+and writes the rows with device and versions as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sca_registry.contracts import Batch, Prompts, Targets
+from sca_registry.spec import ModelSpec
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sca.composition import build
+from sca.model import SegmentCaptioner
+from sca.plan import plan
+from sca.predictor import REGIONS
+
+REAL = (
+    "sam-vit-b+query+gpt2",
+    "sam-vit-h+query+gpt2-large",
+    "sam-vit-l+resampler+qwen3-0.6b",
+    "clip-vit-l-14-336+query+gpt2",
+    "dinov2-vit-b-14+query+smollm2-360m",
+    "sam-vit-h+query+mistral-7b",
+)
+
+
+def asked(model: SegmentCaptioner, images: int, regions: int) -> tuple[Tensor, Prompts]:
+    """Pixels and boxes without meaning, on the model's device."""
+    size, like = model.encoder.image.size, model.task_tokens
+    corner = torch.rand(images * regions, 2) * size / 2
+    owner = torch.arange(images).repeat_interleave(regions)
+    prompts = Prompts(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
+    return torch.randn(images, 3, size, size).to(like), prompts.to(like.device)
+
+
+@torch.no_grad()
+def answer(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:
+    """As `Predictor` goes about it; no caption ends early."""
+    features = model.encode(pixels)
+    prefixes, prepared = [], None
+    for chunk in prompts.chunks(REGIONS):
+        regions = model.segment(features, chunk)
+        prepared = model.prepare(regions) if prepared is None else prepared
+        prefixes.append(model.prefix(model.mix(regions, prepared), torch.zeros_like(chunk.owner)))
+        del regions
+    model.language_model._ends = lambda: (0, [])
+    model.language_model.generate(torch.cat(prefixes), max_new_tokens=words)
+
+
+def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:
+    """A forward and a backward pass with one text a region."""
+    rows, device = len(prompts), pixels.device
+    ids = torch.ones(rows, words, dtype=torch.long, device=device)
+    task = torch.zeros(rows, dtype=torch.long, device=device)
+    batch = Batch(prompts=prompts, task=task, pixels=pixels, ids=ids, mask=ids)
+    if hasattr(model.segmenter, "loss"):
+        side = 4 * pixels.shape[-1] // model.encoder.stride
+        truth = torch.rand(rows, side, side, device=device)
+        has = torch.ones(rows, dtype=torch.bool, device=device)
+        batch.targets = Targets(truth, torch.ones_like(truth, dtype=torch.bool), has)
+    model.train()
+    model(batch).loss.backward()
+
+
+def most_allocated(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes at once that torch's allocator gave out while some work was done, beyond what there was."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    now = most = 0
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def compare(
+    spec: ModelSpec,
+    images: int,
+    regions: int,
+    words: int,
+    train: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Planned and measured parameters, operations and memory of one model. dtype: of weights that do not train."""
+    planned = plan(spec, images, regions, words, train, torch.float32 if train else dtype)
+    model = build(spec, weights=False)
+    model = model.to(device=device, dtype=torch.float32 if train else dtype)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    held += 8 * planned.trainable if train else 0  # what AdamW keeps
+    pixels, prompts = asked(model, images, regions)
+    work = lesson if train else answer
+    memory = most_allocated(lambda: work(model, pixels, prompts, words), torch.device(device))
+    model.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        work(model, pixels, prompts, words)
+    return {
+        "model": planned.model,
+        "images": images,
+        "regions": regions,
+        "words": words,
+        "train": train,
+        "dtype": planned.dtype,
+        "parameters": [sum(planned.parameters.values()), sum(p.numel() for p in model.parameters())],
+        "flops": [sum(planned.flops.values()), counter.get_total_flops()],
+        "memory": [planned.peak, held + pixels.nbytes + memory],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What sca plan says beside what a run takes.")
+    parser.add_argument(
+        "models", nargs="*", default=REAL, help="encoder+mixer+language-model (default: six of real size)"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--regions", type=int, default=16)
+    parser.add_argument("--words", type=int, default=8)
+    parser.add_argument("--train", action="store_true", help="also a step of training")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+    given = parser.parse_args()
+    rows = []
+    print("| model | what | memory, planned : measured | operations, planned : measured |\n| --- | --- | ---: | ---: |")
+    for text in given.models:
+        for train in (False, True) if given.train else (False,):
+            spec, dtype = ModelSpec.parse(text), getattr(torch, given.dtype)
+            row = compare(spec, 1, given.regions, given.words, train, given.device, dtype)
+            rows.append(row)
+            what = "training" if train else "captioning"
+            ratios = [f"{row[of][0] / row[of][1]:.3f}" for of in ("memory", "flops")]
+            print(f"| {row['model']} | {what} | {' | '.join(ratios)} |", flush=True)
+    where = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.machine()
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        content = {"device": where, "versions": versions, "rows": rows}
+        given.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
