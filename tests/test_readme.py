@@ -20,15 +20,17 @@ from sca import cli
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+MANUALS = [path.read_text("utf-8") for path in sorted((ROOT / "plugins").rglob("README.md"))]
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands(program: str) -> list[str]:
+def commands(program: str, *texts: str) -> list[str]:
     """The lines of the shell blocks that start with a program."""
-    lines = "".join(blocks("sh") + blocks("sh", GUIDE)).replace("\\\n", " ").splitlines()
+    told = "".join(block for text in texts for block in blocks("sh", text))
+    lines = told.replace("\\\n", " ").splitlines()
     return list(dict.fromkeys(line for line in lines if line.split()[:1] == [program]))
 
 
@@ -52,7 +54,7 @@ def test_every_python_block_runs(checkout):
     assert "370.0, 434.0, 448.0, 512.0" in done.stdout
 
 
-@pytest.mark.parametrize("command", commands("sca"))
+@pytest.mark.parametrize("command", commands("sca", TEXT, GUIDE, *MANUALS))
 def test_every_command_is_understood(command):
     _, *arguments = shlex.split(command)
     parser = typer.main.get_command(cli.app)
@@ -61,7 +63,7 @@ def test_every_command_is_understood(command):
     parser.make_context("sca", arguments)  # an unknown option or a value of the wrong type raises
 
 
-@pytest.mark.parametrize("command", [*filter(cheap, commands("sca"))])
+@pytest.mark.parametrize("command", [*filter(cheap, commands("sca", TEXT, GUIDE))])
 def test_every_command_about_the_example_runs(command, checkout, capsys):
     _, *arguments = shlex.split(command)
     try:
@@ -108,7 +110,7 @@ def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
     run("pip", "install", *flags, "./plugin")
     listed = {row["name"]: row for row in json.loads(run("sca", "list", "mixers", "--json"))}
     assert listed["mean"]["distribution"] == "my-mixers"
-    (training,) = (command for command in commands("sca") if "mixer=mean" in command)
+    (training,) = (command for command in commands("sca", TEXT) if "mixer=mean" in command)
     short = ["train.steps=1", "train.images=2", "train.processes=1"]
     run(*shlex.split(training), *short, "--quiet")
     assert (tmp_path / "runs/mean/model/spec.json").is_file()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,8 @@ def main() -> None:
             what = "training" if train else "captioning"
             ratios = [f"{row[of][0] / row[of][1]:.3f}" for of in ("memory", "flops")]
             print(f"| {row['model']} | {what} | {' | '.join(ratios)} |", flush=True)
-    where = torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.machine()
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    where = torch.cuda.get_device_name() if given.device.startswith("cuda") else cpu
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         versions = {"torch": torch.__version__, "python": platform.python_version()}

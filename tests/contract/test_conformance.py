@@ -505,3 +505,9 @@ print(*{name.partition(".")[0] for name in {*sys.modules} - known} & {*HEAVY})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_fixture_fails_with_what_was_expected(conformance):
+    assert all(finding.passed for finding in conformance("mixer", "query", depth=1, mlp=32))
+    with pytest.raises(pytest.fail.Exception, match="FAILED  queries-shape: expected: "):
+        conformance("mixer", TooMany)

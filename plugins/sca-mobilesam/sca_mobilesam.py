@@ -1,0 +1,130 @@
+"""MobileSAM (arXiv 2306.14289, github.com/ChaoningZhang/MobileSAM): TinyViT in the place of SAM's encoder.
+
+Its file mobile_sam.pt holds the encoder and SAM's own prompt encoder and mask decoder, under the names of the original
+code; here the former is a TinyViT of timm and the latter are transformers' modules, so names are translated.
+"""
+
+import re
+
+import torch
+from sca_registry.contracts import ImageFormat
+from torch import nn
+
+from sca.hub import HubError, reading
+from sca.segmenters.sam import SamSegmenter
+
+SHAPE = {  # of TinyViT-5M
+    "embed_dims": (64, 128, 160, 320),
+    "depths": (2, 2, 6, 2),
+    "num_heads": (2, 4, 5, 10),
+    "window_sizes": (7, 7, 14, 7),
+}
+ENCODER = (  # the original names of the encoder's tensors, and those here
+    (r"^patch_embed\.seq\.0\.", "vit.patch_embed.conv1."),
+    (r"^patch_embed\.seq\.2\.", "vit.patch_embed.conv2."),
+    (r"^layers\.(\d)\.blocks\.", r"vit.stages.\1.blocks."),
+    (r"^layers\.(\d)\.downsample\.", lambda found: f"vit.stages.{int(found[1]) + 1}.downsample."),
+    (r"\.c\.", ".conv."),
+)
+SEGMENTER = (
+    (r"^mask_decoder\.", "decoder."),
+    (r"layers\.0\.(weight|bias)$", r"proj_in.\1"),  # of the heads, each an MLP of three layers
+    (r"layers\.1\.(weight|bias)$", r"layers.0.\1"),
+    (r"layers\.2\.(weight|bias)$", r"proj_out.\1"),
+    (r"output_upscaling\.0\.", "upscale_conv1."),
+    (r"output_upscaling\.1\.", "upscale_layer_norm."),
+    (r"output_upscaling\.3\.", "upscale_conv2."),
+    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
+    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
+    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
+    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
+    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
+    (r"point_embeddings\.", "point_embed."),
+    (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
+    (r"\.norm", ".layer_norm"),
+)
+UNUSED = ("norm_head.", "head.")  # of the classifier that TinyViT was
+
+
+class MobileSamEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels -> (B, 256, S/16, S/16): TinyViT-5M, the last stage at stride 1, and SAM's neck.
+
+    weights: the file mobile_sam.pt; with `pretrained=False` they are random. size: S, a multiple of 16.
+    """
+
+    stride = 16
+    channels = 256
+    default_segmenter = "mobilesam"
+
+    def __init__(self, weights: str | None = None, pretrained: bool = True, size: int = 1024):
+        super().__init__()
+        from timm.models.tiny_vit import TinyVit
+
+        if size % self.stride:
+            raise ValueError(f"size {size} must be a multiple of the stride {self.stride}")
+        self.checkpoint = _checkpoint(weights, pretrained)
+        self.image = ImageFormat(size=size)
+        self.vit = TinyVit(num_classes=0, drop_path_rate=0.0, **SHAPE)
+        self.vit.head = nn.Identity()
+        self.vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        self.neck = nn.Sequential(
+            nn.Conv2d(SHAPE["embed_dims"][-1], self.channels, 1, bias=False),
+            _ChannelNorm(self.channels),
+            nn.Conv2d(self.channels, self.channels, 3, padding=1, bias=False),
+            _ChannelNorm(self.channels),
+        )
+        if self.checkpoint:
+            _fill(self, self.checkpoint, "image_encoder.", ENCODER)
+
+    def forward(self, pixels):
+        return self.neck(self.vit.stages(self.vit.patch_embed(pixels)))
+
+
+class MobileSamSegmenter(SamSegmenter):
+    """SAM's prompt encoder and mask decoder. weights: a file like mobile_sam.pt (default: the encoder's)."""
+
+    def __init__(self, encoder, weights: str | None = None, pretrained: bool = True):
+        super().__init__(encoder, pretrained=False)
+        weights = weights or getattr(encoder, "checkpoint", None)
+        self.checkpoint = weights if pretrained else None
+        if self.checkpoint:
+            _fill(self, self.checkpoint, ("prompt_encoder.", "mask_decoder."), SEGMENTER)
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """Over the channels of (B, C, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, features):
+        return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _checkpoint(weights: str | None, pretrained: bool) -> str | None:
+    if pretrained and weights is None:
+        raise ValueError("there are no weights: give weights=mobile_sam.pt, or pretrained=false")
+    return weights if pretrained else None
+
+
+def _fill(part: nn.Module, file: str, prefix: str | tuple[str, ...], names: tuple) -> None:
+    """Gives a part the tensors of a file whose names begin with `prefix`, every one of them."""
+    with reading(file):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    found = {}
+    for name, tensor in content.items():
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix) if isinstance(prefix, str) else name
+            for pattern, here in names:
+                name = re.sub(pattern, here, name)
+            if not name.startswith(UNUSED) and not name.endswith("attention_bias_idxs"):
+                found[name] = tensor
+    own = {name for name, _ in part.named_parameters()} | {
+        name for name, _ in part.named_buffers() if "running" in name
+    }
+    missing, unexpected = sorted(own - found.keys()), sorted(found.keys() - part.state_dict().keys())
+    if missing or unexpected:
+        told = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
+        raise HubError(f"{file} is not a checkpoint of MobileSAM: {told}, of {len(missing) + len(unexpected)} tensors")
+    with reading(file):
+        part.load_state_dict(found, strict=False)
