@@ -145,7 +145,8 @@ def _refer_to_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
         part, built = chosen[kind], getattr(model, kind)
         options = {**registry(kind).card(part.name).options, **part.options}
         if hasattr(built, "checkpoint") and options.get("pretrained", True):
-            built.checkpoint = options.get("weights") or (kind == "segmenter" and model.encoder.checkpoint) or None
+            brought = kind == "segmenter" and part.name == model.encoder.default_segmenter  # with the encoder's weights
+            built.checkpoint = options.get("weights") or (model.encoder.checkpoint if brought else None)
 
 
 def memory_of(gpu: str | float) -> float:

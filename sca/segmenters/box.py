@@ -6,20 +6,20 @@ import torch
 from sca_registry.contracts import Encoder, Prompts, Regions
 from torch import Tensor, nn
 
-from sca.segmenters.sam import FeatureNeck
+from sca.segmenters.sam import SAM_WIDTH, FeatureNeck
 
 
 class BoxSegmenter(nn.Module):
     """Corners and points become tokens; every region looks at its image's features as they are.
 
-    width: D (default: the encoder's channels; another width adds a trainable neck). Tokens are random-Fourier codes of
-    the coordinates plus a learned kind (outside, inside, first and second corner), as in SAM's prompt encoder
-    (arXiv 2304.02643). Mask prompts are refused: there is nothing here that could read them.
+    width: D (default: the encoder's channels, but no more than SAM's 256; another width adds a trainable neck). Tokens
+    are random-Fourier codes of the coordinates plus a learned kind (outside, inside, first and second corner), as in
+    SAM's prompt encoder (arXiv 2304.02643). Mask prompts are refused: there is nothing here that could read them.
     """
 
     def __init__(self, encoder: Encoder, width: int | None = None):
         super().__init__()
-        self.channels = width or encoder.channels
+        self.channels = width or min(encoder.channels, SAM_WIDTH)
         self.size = encoder.image.size
         self.grid = self.size // encoder.stride
         self.neck = FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()

@@ -23,6 +23,7 @@ from sca.hub import load_pretrained
 from sca.nn.masks import best_masks, tight_boxes
 from sca.nn.two_way import TwoWayTransformer, decoder_config
 
+SAM_WIDTH = 256  # D of all that are published
 POSITION_SPREAD = 2  # half of it is the deviation of the random frequencies: 1, as in SAM's own code
 
 
@@ -31,10 +32,10 @@ class SamSegmenter(nn.Module):
 
     A SAM encoder with pretrained weights brings those of this part along; `weights` (a hub id, at a revision, or a
     folder) names others. Without, weights are random and these options count: width, D (default: the encoder's
-    channels); depth, heads and mlp of the two-way transformer; mask_channels of the embedding of mask prompts;
-    iou_depth and iou_width (default: D) of the head that predicts IoU. A width that is not the encoder's adds a
-    trainable SAM neck. drawn: boxes and points are drawn into the dense prompt as well, so that a small model trained
-    from scratch looks at the right place from its first step; SAM's own weights have not seen that.
+    channels, but no more than 256); depth, heads and mlp of the two-way transformer; mask_channels of the embedding of
+    mask prompts; iou_depth and iou_width (default: D) of the head that predicts IoU. A width that is not the encoder's
+    adds a trainable SAM neck. drawn: boxes and points are drawn into the dense prompt as well, so that a small model
+    trained from scratch looks at the right place from its first step; SAM's own weights have not seen that.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class SamSegmenter(nn.Module):
             sam = load_pretrained(SamHeads, weights, revision, elsewhere, dtype="float32")
             self.prompt_encoder, self.decoder = sam.prompt_encoder, sam.mask_decoder
         else:
-            channels = width or encoder.channels
+            channels = width or (SAM_WIDTH if weights else min(encoder.channels, SAM_WIDTH))
             decoder = decoder_config(
                 channels, depth, heads, mlp, iou_head_depth=iou_depth, iou_head_hidden_dim=iou_width or channels
             )

@@ -206,3 +206,15 @@ def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_fol
         assert regions.masks.shape == (2, 3, 24, 24)
         assert model.mix(regions).isfinite().all()
     assert not torch.equal(model.segment(features, Prompts(owner, boxes=boxes)).masks, regions.masks)
+
+
+@pytest.mark.parametrize("segmenter", ["box", "sam"])
+def test_encoders_of_any_width_are_compared_at_sams(segmenter):
+    """So that the mixer is equally large for all of them."""
+    wide, narrow = (
+        sca.compose(encoder, "query", "gpt2", segmenter=segmenter, device="meta")
+        for encoder in ("clip-vit-b-16", "tiny-vit")
+    )
+    assert (wide.encoder.channels, wide.segmenter.channels) == (768, 256)
+    assert any("segmenter.neck." in name for name, p in wide.named_parameters() if p.requires_grad)
+    assert narrow.segmenter.channels == narrow.encoder.channels
