@@ -14,8 +14,6 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,7 @@ from sca_registry.spec import ModelSpec
 from torch import Tensor
 
 from sca.composition import build, parts
+from sca.folders import sync
 from sca.hub import HubError, fetch, fingerprint, some
 from sca.language_models.hf import read_tokenizer
 
@@ -182,7 +181,7 @@ def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> 
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         tokenizer.save(str(folder / "tokenizer"))
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
 def origin(model: SegmentCaptioner) -> dict[str, Any]:
@@ -246,37 +245,6 @@ def _brought_by(folder: Path) -> str:
 
 def _write_json(path: Path, table: Any) -> None:
     path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which has its name when all is written and is gone when anything fails.
-
-    Raises CheckpointError if there is something in its place, or it cannot be written.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not a new or empty folder")
-    draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        for path in [*draft.rglob("*"), draft]:
-            _sync(path)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(draft, folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _previous(folder: Path) -> Path:

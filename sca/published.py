@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoint import CheckpointError, assign, is_published, new_folder, stored
+from sca.checkpoint import CheckpointError, assign, is_published, stored
 from sca.composition import build
+from sca.folders import new_folder
 from sca.hub import SAFE, HubError, absent, fetch, quiet, some, weight_files
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import has_tokenizer, read_tokenizer

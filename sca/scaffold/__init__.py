@@ -9,7 +9,7 @@ from pathlib import Path
 from sca_registry import registry
 from sca_registry.cards import check_name
 
-from sca.checkpoint import CheckpointError, new_folder
+from sca.folders import new_folder
 
 KINDS = ("encoder", "segmenter", "mixer", "language_model", "dataset", "metric", "proposer")
 
@@ -17,8 +17,8 @@ KINDS = ("encoder", "segmenter", "mixer", "language_model", "dataset", "metric",
 def scaffold(kind: str, name: str, folder: Path | None = None) -> Path:
     """Writes the package `sca-NAME` with one part of a kind, into a new or empty folder (default: `sca-NAME` here).
 
-    Raises RegistryError for a kind or name that is none, ValueError for a kind without a template, and CheckpointError
-    for a folder that cannot be written.
+    Raises RegistryError for a kind or name that is none, ValueError for a kind without a template, and FolderError for
+    a folder that cannot be written.
     """
     described = registry(kind).kind
     check_name(name)
@@ -48,6 +48,3 @@ def scaffold(kind: str, name: str, folder: Path | None = None) -> Path:
             text = (templates / template).read_text("utf-8")
             (draft / target).write_text(re.sub(r"\{([A-Z]+)\}", lambda found: words[found[1]], text), "utf-8")
     return folder
-
-
-__all__ = ["KINDS", "CheckpointError", "scaffold"]
