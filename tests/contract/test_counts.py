@@ -44,3 +44,14 @@ def test_the_zoo_counts_the_parameters_of_its_models(name):
         language_model = "open-llama-3b" if "llama" in name else "gpt2-large"
         model = sca.compose("sam-vit-h", "query", language_model, device="meta")
     assert parameters(model) == entry.parameters
+
+
+def test_there_are_as_many_names_as_promised_each_with_its_terms():
+    for kind, least in (("encoders", 40), ("mixers", 6), ("language_models", 14)):
+        registry = sca_registry.registry(kind)
+        assert len(registry.names()) >= least
+        for name in registry.names():
+            card = registry.card(name)
+            assert card.summary.endswith(".")
+            assert card.source
+            assert card.licence
