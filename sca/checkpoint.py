@@ -192,9 +192,10 @@ def origin(model: SegmentCaptioner) -> dict[str, Any]:
     for kind, part in parts(model.spec, model.encoder).items():
         entry = registry(kind).describe(part.name)
         givers[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
-        givers[kind] |= {"licence": entry.licence} if entry.licence else {}
         built = getattr(model, kind)
         source = getattr(built, "checkpoint", None)
+        if source == registry(kind).card(part.name).options.get("weights"):  # else the card speaks of other weights
+            givers[kind] |= {"licence": entry.licence} if entry.licence else {}
         if source:
             try:
                 givers[kind] |= fingerprint(source, getattr(built, "revision", None), getattr(built, "prefix", ""))

@@ -43,7 +43,10 @@ SAFE, OLD = "model.safetensors", "pytorch_model.bin"
 OWN, SPEC = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
 OPEN_CLIP = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
-UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, LookupError, ImportError, SafetensorError, UnpicklingError)
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, RuntimeError, LookupError, ImportError, AttributeError, AssertionError),
+    *(SafetensorError, UnpicklingError),
+)
 
 
 class HubError(ValueError):

@@ -20,7 +20,7 @@ from sca_registry.contracts import KINDS, Kind
 from sca_registry.messages import RegistryError, choice, suggestion, unknown
 from sca_registry.options import check_options, read_options
 from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
-from sca_registry.states import blame, keep_state, out_of_memory, read_state
+from sca_registry.states import BREAKS, blame, keep_state, out_of_memory, read_state
 from sca_registry.verdicts import Verdict, read_verdicts
 
 if TYPE_CHECKING:
@@ -175,17 +175,20 @@ class Registry:
         entry = self._entry(name, offer, options, read_verdicts())
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 
-    def judge(self, name: str, problem: str = "") -> Entry:
-        """Keeps how a trial of a part in another process ended, unless that process came to tell; what is known then.
+    def judge(self, name: str, problem: str = "", note: str = "") -> Entry:
+        """Keeps how a trial of a part ended, unless that process came to tell; what is known of the part then.
 
-        problem: why it cannot be used, "" if it can. Raises RegistryError for an unknown or ambiguous name.
+        problem: why it cannot be used, "" if it can. note: what a listing should add to "ok". Raises RegistryError for
+        an unknown or ambiguous name.
         """
         offer = self._find(name)
-        state = read_state(self.kind.plural, offer, read_verdicts()).state
-        if problem and state in ("ok", "unchecked"):
-            keep_state(self.kind.plural, offer, Verdict("broken", " ".join(problem.split())[:300], built=True))
-        elif not problem and state != "ok":
-            keep_state(self.kind.plural, offer, Verdict("ok", built=True))
+        state = read_state(self.kind.plural, offer, read_verdicts())
+        broken = state.state == "broken" and not state.reason.startswith(BREAKS)
+        if problem and not broken:
+            verdict = Verdict("broken", " ".join(problem.split())[:300], built=True)
+            keep_state(self.kind.plural, offer, verdict, judged=True)
+        elif not problem:
+            keep_state(self.kind.plural, offer, Verdict("ok", note, built=True), judged=True)
         return self._entry(name, offer, offer.card.given, read_verdicts())
 
     def stated(self, name: str, fact: str) -> Any:

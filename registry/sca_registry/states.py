@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from sca_registry.plugins import Offer, extra_installed
 from sca_registry.verdicts import Verdict, read_verdicts, write_verdict
 
+BREAKS = "breaks promises"  # what a verdict says of a part that builds, but does not do what its kind promises
+
 
 def read_state(kind: str, offer: Offer, verdicts: Mapping[str, Verdict]) -> Verdict:
     """What a listing shows without importing anything: metadata first, then how the last use ended."""
@@ -19,12 +21,17 @@ def read_state(kind: str, offer: Offer, verdicts: Mapping[str, Verdict]) -> Verd
     return verdicts.get(_key(kind, offer), untried)
 
 
-def keep_state(kind: str, offer: Offer, verdict: Verdict) -> None:
-    """Keeps how a use ended, unless a listing shows it already. That it imports does not clear what failed to build."""
+def keep_state(kind: str, offer: Offer, verdict: Verdict, judged: bool = False) -> None:
+    """Keeps how a use ended, unless a listing shows it already. That it imports does not clear what failed to build;
+    and what broke a promise stays broken until it is `judged` again, however well it builds.
+    """
     verdicts = read_verdicts()
     known = verdicts.get(_key(kind, offer))
-    cleared = known is not None and known.built and verdict == Verdict("ok")
-    if read_state(kind, offer, verdicts)[:2] != verdict[:2] and not cleared:
+    stays = known is not None and (
+        (known.built and verdict == Verdict("ok"))
+        or (known.reason.startswith(BREAKS) and verdict.state == "ok" and not judged)
+    )
+    if read_state(kind, offer, verdicts)[:2] != verdict[:2] and not stays:
         write_verdict(_key(kind, offer), verdict, keep=bool(offer.origin.fingerprint))
 
 

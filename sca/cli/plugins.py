@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sca.cli.options import read_options
+
+if TYPE_CHECKING:
+    from sca.conformance import Finding
 
 app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -48,16 +51,20 @@ def check(
     Exit status 1 if a promise is broken.
     """
     from sca_registry import registry
+    from sca_registry.plugins import BUILTIN
 
     from sca.conformance import check as try_out
 
-    given = {**registry(kind).card(name).small, **read_options(options or ())}
+    parts = registry(kind)
+    given = {**parts.card(name).small, **read_options(options or ())}
     findings = try_out(kind, name, **given)
     broken = sum(not finding.passed for finding in findings)
     for finding in findings:
         if not (quiet and finding.passed):
             typer.echo(str(finding))
     typer.echo(f"{len(findings) - broken} of {len(findings)} promises kept")
+    if not options and parts.describe(name).distribution != BUILTIN:
+        parts.judge(name, _told(kind, name, findings))
     raise typer.Exit(1 if broken else 0)
 
 
@@ -140,11 +147,16 @@ def trial(kind: str, name: str) -> str | None:
     options = parts.describe(name).options
     if not small and (REQUIRED in options.values() or options.get("weights")):
         return None
-    broken = [finding for finding in try_out(kind, name, **small) if not finding.passed]
-    if not broken:
-        return None
-    first, names = broken[0], ", ".join(finding.check for finding in broken)
-    return f"breaks promises ({names}). {first.found} `sca check {kind} {name}` tells more"
+    return _told(kind, name, try_out(kind, name, **small)) or None
+
+
+def _told(kind: str, name: str, findings: list[Finding]) -> str:
+    """The promises that are broken, in a line; "" if there are none."""
+    from sca_registry.states import BREAKS
+
+    broken = [finding for finding in findings if not finding.passed]
+    names = ", ".join(finding.check for finding in broken)
+    return f"{BREAKS} ({names}). {broken[0].found} `sca check {kind} {name}` tells more" if broken else ""
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from sca.conformance import (  # noqa: F401 (their promises)
     datasets,
     encoders,
     language_models,
+    metrics,
     mixers,
     proposers,
     segmenters,

@@ -29,8 +29,8 @@ class OpenClipEncoder(nn.Module):
     model: its name in open_clip; None for what the folder says. weights: a hub id, at a revision, or a folder in
     open_clip's format. pretrained: True for those weights, False for random ones, or instead of weights a tag that
     open_clip knows for the model, or a file. size: S (default: the tower's own); position embeddings are resized.
-    layer: which block, from 0 or from the end (-1: the last, normalised as the tower does). fit: "pad" or "stretch",
-    see `ImageFormat`. config: fields of the tower's `vision_cfg` that differ.
+    layer: which block, from 0 or from the end (-1: the last; that of a plain ViT is normalised). fit: "pad" or
+    "stretch", see `ImageFormat`. config: fields of the tower's `vision_cfg` that differ.
     """
 
     default_segmenter = "box"
@@ -48,7 +48,9 @@ class OpenClipEncoder(nn.Module):
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        known = _known(model, pretrained)
+        if isinstance(pretrained, str) and weights:
+            raise ValueError(f"both weights={weights} and pretrained={pretrained} are given: leave one out")
+        known = _known(model, pretrained, weights)
         if isinstance(pretrained, str):
             weights, self.prefix = _source(model, pretrained, known)
         if weights is None and (pretrained or not model):
@@ -58,6 +60,7 @@ class OpenClipEncoder(nn.Module):
         look = {**known, **_look(folder)}
         with reading(weights if pretrained else model or weights):
             tower = _tower(model or f"local-dir:{folder}", file, size, config, bool(known.get("quick_gelu")))
+        self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
@@ -68,7 +71,7 @@ class OpenClipEncoder(nn.Module):
             resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
             fit=fit,
         )
-        self.channels, self.stride = feature_shape(self.visual, self.image.size)
+        self.channels, self.stride = feature_shape(self.visual, self.image.size, self.visual.stride)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.visual(pixels)
@@ -82,7 +85,10 @@ class TowerLayer(nn.Module):
         vit = hasattr(tower, "transformer")
         count = tower.transformer.layers if vit else 5
         self.layer, self.last = find_layer(layer, count, type(tower).__name__)
-        self.tower = tower
+        self.tower = tower.eval()
+        self.stride = tower.patch_size[0] if vit else None
+        if vit and tower.attn_pool is not None:
+            self.last = False  # what comes last is made for the pooled features
         if vit:
             tower.prune_intermediate_layers([self.layer], prune_norm=not self.last)
         else:
@@ -93,8 +99,8 @@ class TowerLayer(nn.Module):
         return self.tower.forward_intermediates(pixels, intermediates_only=True, **how)["image_intermediates"][0]
 
 
-def _known(model: str | None, pretrained: bool | str) -> dict[str, Any]:
-    """What open_clip says of a model's weights, of any if none are asked for by their tag: where, mean, deviation.
+def _known(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
+    """What open_clip says of a model's weights, by their tag or hub id: where they are, mean, deviation, GELU.
 
     Raises ValueError if it has no such model.
     """
@@ -108,9 +114,14 @@ def _known(model: str | None, pretrained: bool | str) -> dict[str, Any]:
     if open_clip.get_model_config(model) is None:
         near = suggestion(model, open_clip.list_models())
         raise ValueError(f"open_clip has no model {model!r}.{near} open_clip.list_models() gives them all")
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    tag = pretrained if isinstance(pretrained, str) and pretrained in tags else next(iter(tags), None)
-    return open_clip.get_pretrained_cfg(model, tag) if tag else usual
+    known = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
+    if isinstance(pretrained, str) and pretrained in known:
+        return known[pretrained]
+    same = [each for each in known.values() if weights and each["hf_hub"].rstrip("/") == weights]
+    if same:
+        return same[0]
+    some = next(iter(known.values()), usual)  # a family's pictures are prepared alike, but not every one has its GELU
+    return {**some, "quick_gelu": False}
 
 
 def _source(model: str | None, pretrained: str, known: Mapping[str, Any]) -> tuple[str, str]:
@@ -131,8 +142,14 @@ def _look(folder: Path | None) -> dict[str, Any]:
     """The mean, deviation and interpolation that lie with the weights, where they do."""
     if folder is None or not (folder / CONFIG).is_file():
         return {}
-    with reading(folder):
-        return json.loads((folder / CONFIG).read_text("utf-8")).get("preprocess_cfg", {})
+    with reading(folder / CONFIG):
+        look = json.loads((folder / CONFIG).read_text("utf-8")).get("preprocess_cfg", {})
+        for figure in ("mean", "std"):
+            if figure in look and (
+                len(look[figure]) != 3 or not all(isinstance(each, float | int) for each in look[figure])
+            ):
+                raise ValueError(f"{figure} of preprocess_cfg is {look[figure]!r}, and three numbers are needed")
+        return look
 
 
 def _tower(

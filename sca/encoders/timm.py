@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from sca_registry.contracts import ImageFormat
 from sca_registry.messages import suggestion
 from torch import Tensor, nn
 
-from sca.hub import fetch, reading, weight_file
+from sca.hub import fetch, reading, terms_of, weight_file
 from sca.nn.probe import feature_shape
+
+logger = logging.getLogger(__name__)
+
+UNFREE = ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "dinov3-license", "apple-amlr", "fair-noncommercial-research-license")
 
 
 class TimmEncoder(nn.Module):
@@ -46,21 +53,33 @@ class TimmEncoder(nn.Module):
                 near = suggestion(model, timm.list_models())
                 raise ValueError(f"timm has no model {model!r}.{near} timm.list_models() gives them all")
             weights = weights or known.hf_hub_id
+        if not isinstance(pretrained, bool):
+            raise ValueError(
+                f"pretrained={pretrained!r}: give true or false; a tag belongs to the model, model=NAME.TAG"
+            )
+        if "num_classes" in (config or {}):
+            raise ValueError("num_classes is the weights' business: leave it out, the classifier is not kept")
         if weights is None and (pretrained or not model):
             raise ValueError("there are no weights: give weights=FOLDER or a hub id, or another model")
         how = dict(config or {})
-        if size and (known is None or known.fixed_input_size):
-            how["img_size"] = size
+        if pretrained and known and known.license in UNFREE and not terms_of(weights):
+            logger.warning("sca: %s: its licence is %s", weights, known.license)
         file = weight_file(weights, revision) if pretrained else None
+        if not model and Path(weights).expanduser().is_file():
+            raise ValueError(f"which model {weights} is of has to be said: model=NAME")
+        said = _said(file.parent if file else fetch(weights, revision, weights=False) if not model else None)
         if model:
             name = model
-            classes = {"num_classes": how["num_classes"]} if "num_classes" in how else {}
-            how["pretrained_cfg_overlay"] = {"file": str(file), **classes} if file else None
+            how["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False, **said.look} if file else None
         else:
             name = f"local-dir:{fetch(weights, revision, weights=pretrained)}"
+            known = timm.get_pretrained_cfg(said.architecture) if timm.is_model(said.architecture) else None
+        if size and known and known.fixed_input_size:
+            how["img_size"] = size
         with reading(weights if pretrained else model or weights):
             backbone = timm.create_model(name, pretrained=pretrained, **how)  # with its head: only so is it strict
             backbone.reset_classifier(0)
+        self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.backbone = IntermediateLayer(backbone, layer)
@@ -72,7 +91,7 @@ class TimmEncoder(nn.Module):
             resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
             fit=fit,
         )
-        self.channels, self.stride = feature_shape(self.backbone, self.image.size)
+        self.channels, self.stride = feature_shape(self.backbone, self.image.size, self.backbone.stride)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.backbone(pixels)
@@ -91,7 +110,8 @@ class IntermediateLayer(nn.Module):
             raise ValueError(f"{name} gives nothing but its last output: choose another backbone")
         self.layer, last = find_layer(layer, len(backbone.feature_info), name)
         self.normalise = last and len({info["reduction"] for info in backbone.feature_info}) == 1  # only a plain ViT's
-        self.network = backbone
+        self.stride = backbone.feature_info[self.layer]["reduction"]
+        self.network = backbone.eval()
         if hasattr(backbone, "prune_intermediate_layers"):
             (self.layer,) = backbone.prune_intermediate_layers(
                 [self.layer], prune_norm=not self.normalise, prune_head=True
@@ -100,6 +120,23 @@ class IntermediateLayer(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         how = {"indices": [self.layer], "norm": self.normalise, "stop_early": True, "output_fmt": "NCHW"}
         return self.network.forward_intermediates(pixels, intermediates_only=True, **how)[0]
+
+
+class _Said(NamedTuple):
+    """What the configuration beside some weights says."""
+
+    architecture: str = ""
+    look: Mapping[str, Any] = {}  # mean, std, interpolation, num_classes
+
+
+def _said(folder: Path | None) -> _Said:
+    if folder is None or not (folder / "config.json").is_file():
+        return _Said()
+    with reading(folder / "config.json"):
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        look = {**config, **(config.get("pretrained_cfg") or {})}
+        kept = {key: look[key] for key in ("mean", "std", "interpolation", "num_classes") if key in look}
+        return _Said(str(config.get("architecture", "")), kept)
 
 
 def find_layer(layer: int, count: int, name: str) -> tuple[int, bool]:

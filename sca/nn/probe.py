@@ -8,10 +8,11 @@ from torch.func import functional_call
 
 
 @torch.no_grad()
-def feature_shape(network: nn.Module, size: int) -> tuple[int, int]:
+def feature_shape(network: nn.Module, size: int, stride: int | None = None) -> tuple[int, int]:
     """The channels and the stride of the features (1, C, size/stride, size/stride) that pixels (1, 3, size, size) give.
 
-    Raises ValueError if they are not square, or the stride is no whole number.
+    Raises ValueError if they are not square, the stride is no whole number, or not the network's own, where that is
+    known: then it would leave out an edge of the image.
     """
     with torch.device("meta"):
         shape = functional_call(network, _drawn(network), (torch.empty(1, 3, size, size),)).shape
@@ -20,7 +21,10 @@ def feature_shape(network: nn.Module, size: int) -> tuple[int, int]:
             f"images of {size} pixels give features of shape {tuple(shape)}, and a square grid whose side divides "
             "the image's is needed: choose another size or layer"
         )
-    return shape[1], size // shape[2]
+    found = size // shape[2]
+    if stride is not None and found != stride:
+        raise ValueError(f"size {size} must be a multiple of the stride {stride}")
+    return shape[1], found
 
 
 def freeze_unused(network: nn.Module, size: int) -> None:

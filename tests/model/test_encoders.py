@@ -69,8 +69,7 @@ def test_a_backbone_of_timm_gives_its_normalised_patches(vit):
     tokens = model.forward_features(pixels)[:, 1:]
     mine = encoder("timm", weights=str(folder))
     torch.testing.assert_close(mine(pixels).flatten(2).mT, tokens, rtol=1e-5, atol=1e-5)
-    five = {**VIT, "num_classes": 5}
-    named = encoder("timm", model="vit_tiny_patch16_224", weights=str(folder / "model.safetensors"), config=five)
+    named = encoder("timm", model="vit_tiny_patch16_224", weights=str(folder / "model.safetensors"), config=VIT)
     torch.testing.assert_close(named(pixels), mine(pixels))
     assert encoder("timm", weights=str(folder), layer=-2)(pixels).shape == (2, 32, 4, 4)
 
@@ -160,6 +159,10 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, 
         ("open-clip", {"model": "ViT-B-16", "pretrained": False, "layer": -13}, "no layer -13: .* has 12"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "size": 70}, "70"),
         ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"dept": 2}}, "dept"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": False, "config": {"num_classes": 2}}, "leave it out"),
+        ("timm", {"model": "vit_tiny_patch16_224", "pretrained": "augreg"}, "NAME.TAG"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": "openai", "weights": "a/b"}, "leave one out"),
+        ("open-clip", {"model": "ViT-B-16", "pretrained": False, "size": 68}, "multiple of the stride 16"),
     ],
 )
 def test_a_wrong_model_layer_or_size_is_told(name, options, message):
@@ -218,3 +221,22 @@ def test_encoders_of_any_width_are_compared_at_sams(segmenter):
     assert (wide.encoder.channels, wide.segmenter.channels) == (768, 256)
     assert any("segmenter.neck." in name for name, p in wide.named_parameters() if p.requires_grad)
     assert narrow.segmenter.channels == narrow.encoder.channels
+
+
+def test_every_tag_of_open_clip_has_the_activation_that_it_was_trained_with():
+    from sca.encoders.open_clip import _known
+
+    assert _known("ViT-B-16", "openai", None)["quick_gelu"]
+    assert _known("ViT-B-16", True, "timm/vit_base_patch16_clip_224.openai")["quick_gelu"]
+    assert not _known("ViT-B-16", True, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K").get("quick_gelu")
+    assert not _known("ViT-B-16", "file.pt", None).get("quick_gelu")
+
+
+@torch.no_grad()
+def test_mean_and_deviation_lie_with_the_weights(vit):
+    folder, _ = vit
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (folder / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"model": "vit_tiny_patch16_224", "config": VIT}):
+        assert encoder("timm", weights=str(folder), **options).image.mean == (0.1, 0.2, 0.3)

@@ -1,0 +1,72 @@
+"""Promises of metrics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sca_registry.contracts import TASKS, Scores
+
+from sca.conformance.promises import DoesNotApply, promise
+from sca.conformance.trials import Trial
+from sca.evaluation.records import lack
+
+RECORD = ("image_id", "region_id", "task", "prompt", "caption", "score", "mask", "iou", "truth")
+TRUTH = ("name", "phrases", "attributes", "mask", "box", "area")
+RLE = {"size": [32, 48], "counts": "`T1P1"}  # nothing inside
+
+
+def example_records() -> list[dict[str, Any]]:
+    """Two regions of one image, each asked for both tasks, as `sca evaluate` writes them."""
+    truth = {
+        "name": "circle",
+        "phrases": ["a small striped red circle"],
+        "mask": RLE,
+        "box": [4.0, 4.0, 20.0, 20.0],
+        "area": 0.0,
+        "attributes": {"colour": "red", "form": "circle", "size": "small", "texture": "striped", "relations": []},
+    }
+    return [
+        {
+            "image_id": 0,
+            "region_id": region,
+            "task": task,
+            "prompt": {"box": [4.0, 4.0, 20.0, 20.0]},
+            "caption": "circle" if task == "recognition" else "a small striped red circle",
+            "score": 0.5,
+            "mask": RLE,
+            "iou": 0.5,
+            "truth": truth,
+        }
+        for region in (0, 1)
+        for task in TASKS
+    ]
+
+
+@promise("metrics")
+def needs_are_paths(trial: Trial) -> str | None:
+    """`needs` is a tuple of paths into a record, such as "caption", "truth.mask" or "task=caption"."""
+    needs = trial.part.needs
+    if not isinstance(needs, tuple) or not all(isinstance(need, str) for need in needs):
+        return f"needs = {needs!r}"
+    for need in needs:
+        for choice in need.split(" or "):
+            first, _, rest = choice.partition("=")[0].partition(".")
+            if first not in RECORD or (first == "truth" and rest.partition(".")[0] not in TRUTH):
+                return f"{need!r}; a record has {', '.join(RECORD)}, and its truth {', '.join(TRUTH)}"
+    return None
+
+
+@promise("metrics", written="sca_registry.contracts.Scores")
+def gives_scores(trial: Trial) -> str | None:
+    """Called with records that have what it needs, it gives `Scores` whose totals are numbers."""
+    records = example_records()
+    if lack(records, trial.part.needs):
+        raise DoesNotApply("the example has not what it needs")
+    found = trial.part(records)
+    if not isinstance(found, Scores):
+        return f"a {type(found).__name__}"
+    for key, value in found.total.items():
+        if isinstance(value, bool | str) or not isinstance(float(value), float) or math.isinf(value):
+            return f"{key} = {value!r}"
+    return None if found.total else "no score at all"
