@@ -8,7 +8,7 @@ is followed until it is let go for the latter. What a kernel allocates for itsel
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +19,13 @@ from sca_registry.contracts import Batch, Prompts, Targets
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,6 +53,8 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
     "t4": 14.6,
 }
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
+LIMIT = 2**14  # regions an image: as far as is looked
+GUESSES = 12
 BLOCK = 512  # bytes: what allocators round to
 aten = torch.ops.aten
 CHOOSING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -66,7 +74,7 @@ class Plan:
     train: bool
     parameters: dict[str, int]  # by part
     trainable: int
-    disk: int  # bytes of weights to have: what is fetched, and what a checkpoint adds
+    weights: int  # bytes of all of them in float32; what is fetched may be half of it, or have towers that are not kept
     checkpoint: int  # bytes of a checkpoint alone
     flops: dict[str, int]
     memory: dict[str, int]
@@ -109,16 +117,18 @@ def plan(
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.groups().items()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _refer_to_sources(model, spec)
-    disk = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     names = stored(model)
     cost = _Cost(model if train else model.to(dtype), dtype)
     measure = cost.step if train else cost.answer
-    flops, memory = measure(images, regions, words)
-    most = None
-    if room is not None:
-        _, more = measure(images, 2 * regions, words)
-        most = _most(regions, memory, more, room)
+    try:
+        flops, memory = measure(images, regions, words)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"a part of this model decides by what its tensors hold ({error}): only a run shows what it costs"
+        ) from error
+    most = None if room is None else _most(lambda number: max(measure(images, number, words)[1].values()), room)
     return Plan(
         model="+".join(part.name for part in (spec.encoder, spec.mixer, spec.language_model)),
         images=images,
@@ -128,7 +138,7 @@ def plan(
         train=train,
         parameters=groups,
         trainable=trained,
-        disk=disk,
+        weights=weights,
         checkpoint=sum(size for name, size in sizes.items() if name in names),
         flops=flops,
         memory=memory,
@@ -146,7 +156,8 @@ def _refer_to_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
         options = {**registry(kind).card(part.name).options, **part.options}
         if hasattr(built, "checkpoint") and options.get("pretrained", True):
             brought = kind == "segmenter" and part.name == model.encoder.default_segmenter  # with the encoder's weights
-            built.checkpoint = options.get("weights") or (model.encoder.checkpoint if brought else None)
+            source = getattr(built, "source", None) or options.get("weights")
+            built.checkpoint = source or (model.encoder.checkpoint if brought else None)
 
 
 def memory_of(gpu: str | float) -> float:
@@ -158,7 +169,7 @@ def memory_of(gpu: str | float) -> float:
             if gpu.lower() not in GPUS:
                 raise unknown(f"no GPU {gpu!r} is known; GiB will do", gpu, GPUS) from None
             return GPUS[gpu.lower()]
-    if not gpu > 0:
+    if not 0 < gpu < 2**20:
         raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
     return gpu
 
@@ -175,17 +186,22 @@ class _Cost:
     def answer(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
         """What `Predictor` does: images encoded at once, regions in chunks, and all captions together."""
         model, size = self.model.eval(), self.model.encoder.image.size
-        owner = torch.arange(images).repeat_interleave(regions)
+        asked = _asked(images, regions, size)
+        first, *others = asked.chunks(REGIONS)
+        alike = [chunk for chunk in others if len(chunk) == REGIONS]  # one of them stands for all
+        runs = [(first, 1), *((chunk, len(alike)) for chunk in alike[:1])]
+        runs += [(chunk, 1) for chunk in others if len(chunk) < REGIONS]
         with self.drawn, Live() as live:
             self._weights()
             stages = _Stages(live)
             with stages("encode"):
                 features = model.encode(torch.empty(images, 3, size, size, dtype=self.dtype))
             prefixes, prepared = [], None
-            for chunk in Prompts(owner, boxes=torch.rand(len(owner), 4)).chunks(REGIONS):
-                with stages("segment"):
+            for chunk, times in runs:
+                prefixes += [torch.empty_like(prefixes[0]) for _ in range(times - 1)]  # those that are not run
+                with stages("segment", times):
                     found = model.segment(features, chunk)
-                with stages("mix"):
+                with stages("mix", times):
                     prepared = model.prepare(found) if prepared is None else prepared
                     prefixes.append(model.prefix(model.mix(found, prepared), torch.zeros_like(chunk.owner)))
                 del found
@@ -235,14 +251,14 @@ class _Cost:
         """A step of training with one text a region: forward, backward, and what AdamW keeps."""
         model, size = self.model.train(), self.model.encoder.image.size
         rows = images * regions
-        owner, marked = torch.arange(images).repeat_interleave(regions), torch.ones(rows, dtype=torch.bool)
+        asked, marked = _asked(images, regions, size), torch.ones(rows, dtype=torch.bool)
         with self.drawn, Live() as live:
             self._weights()
             stages = _Stages(live)
             kept = [torch.empty(2, *p.shape) for p in model.parameters() if p.requires_grad]
             side = 4 * size // model.encoder.stride
             batch = Batch(
-                prompts=Prompts(owner, boxes=torch.rand(rows, 4)),
+                prompts=asked,
                 task=torch.zeros(rows, dtype=torch.long),
                 pixels=torch.empty(images, 3, size, size),
                 ids=torch.zeros(rows, words, dtype=torch.long),
@@ -317,7 +333,7 @@ def _as_numbers(index: Tensor | None) -> Tensor | None:
 
 
 class _Stages:
-    """Operations and the most memory by stage; a stage that comes again adds to the former."""
+    """Operations and the most memory by stage; a stage that comes again, or several times, adds to the former."""
 
     def __init__(self, live: Live):
         self.live = live
@@ -325,11 +341,11 @@ class _Stages:
         self.memory: dict[str, int] = {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str, times: int = 1) -> Iterator[None]:
         self.live.peak = self.live.now
         with FlopCounterMode(display=False) as counter:
             yield
-        self.flops[stage] = self.flops.get(stage, 0) + counter.get_total_flops()
+        self.flops[stage] = self.flops.get(stage, 0) + times * counter.get_total_flops()
         self.memory[stage] = max(self.memory.get(stage, 0), self.live.peak)
 
     @contextmanager
@@ -341,16 +357,28 @@ class _Stages:
         counted.append(counter.get_total_flops())
 
 
-def _most(regions: int, now: dict[str, int], twice: dict[str, int], room: int) -> int | None:
-    """How many regions an image may have before some stage needs more than there is; None if none ever does.
+def _asked(images: int, regions: int, size: int) -> Prompts:
+    """Boxes of a third of an image's side. They have content, as what is asked for always does."""
+    owner = torch.arange(images).repeat_interleave(regions)
+    return Prompts(owner, boxes=torch.tensor([[0.0, 0.0, size / 3, size / 3]]).repeat(len(owner), 1))
 
-    now: memory by stage at so many regions, twice: at twice as many.
+
+def _most(memory: Callable[[int], int], room: int) -> int | None:
+    """How many regions an image may have, by the memory that so many need; None if `LIMIT` fit, and 0 if none does.
+
+    Memory grows with regions in pieces that are straight, so that a guess between two counts is mostly a good one.
     """
-    most: list[float] = []
-    for stage, used in now.items():
-        slope = (twice[stage] - used) / regions
-        if used - slope * regions > room:
-            return 0
-        if slope > 0:
-            most.append((room - used) // slope + regions)
-    return max(0, int(min(most))) if most else None
+    low, high = (0, 0), (1, memory(1))  # counts and what they need: the former fits, the latter does not
+    while high[1] <= room:
+        low = high
+        if low[0] >= LIMIT:
+            return None
+        high = (2 * low[0], memory(2 * low[0]))
+    for _ in range(GUESSES):
+        if high[0] - low[0] <= 1:
+            break
+        share = (room - low[1]) / max(high[1] - low[1], 1) if low[0] else 0.5
+        guess = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + 1), high[0] - 1)
+        found = (guess, memory(guess))
+        low, high = (found, high) if found[1] <= room else (low, found)
+    return low[0]

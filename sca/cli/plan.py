@@ -34,7 +34,7 @@ def plan(
     ] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Parameters, weights on disk, operations and memory of a model, and what fits a GPU.
+    """Parameters, sizes of weights, operations and memory of a model, and what fits a GPU.
 
     Nothing is fetched or computed: the model is built without weights and run on tensors without content.
     """
@@ -74,6 +74,8 @@ def _read(model: str) -> ModelSpec:
 def _print(planned: Plan) -> None:
     from rich.table import Table
 
+    from sca.plan import LIMIT
+
     what = "a step of training" if planned.train else "captioning"
     asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"
     typer.echo(f"{planned.model}: {asked}")
@@ -87,11 +89,11 @@ def _print(planned: Plan) -> None:
     for part, count in planned.parameters.items():
         typer.echo(f"{part:<16}{count:>15,}")
     typer.echo(f"{'parameters':<16}{sum(planned.parameters.values()):>15,}  {planned.trainable:,} train")
-    typer.echo(f"{'weights':<16}{_size(planned.disk):>15}  a checkpoint {_size(planned.checkpoint)}")
+    typer.echo(f"{'in float32':<16}{_size(planned.weights):>15}  a checkpoint of it {_size(planned.checkpoint)}")
     if planned.room is not None:
         most = planned.most_regions
         fits = "fits" if planned.fits else "does not fit"
-        upto = "any number of regions do" if most is None else f"up to {most:,} regions an image do"
+        upto = f"{LIMIT:,} regions an image do, too" if most is None else f"up to {most:,} regions an image do"
         told = upto if most != 0 else "not one region does"
         typer.echo(f"{planned.gpu:<16}{_size(planned.room):>15}  to plan with: this {fits}; {told}")
 
