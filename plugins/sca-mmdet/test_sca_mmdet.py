@@ -102,13 +102,17 @@ def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
     ("config", "operator"),
     [
         ("faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco", "deform_conv"),
-        ("vfnet_r50_fpn_1x_coco", "deform_conv"),
         ("faster-rcnn_r50_fpn-carafe_1x_coco", "carafe"),
         ("atss_r50_fpn_dyhead_1x_coco", "modulated_deform_conv"),
+        ("detectors_cascade-rcnn_r50_1x_coco", "deform_conv"),
+        ("vfnet_r50_fpn_1x_coco", "deform_conv"),
     ],
 )
 @pytest.mark.parametrize("part", [MmdetEncoder, MmdetProposer])
 def test_what_needs_compiled_operators_is_refused_before_it_is_built(part, config, operator, monkeypatch):
+    if part is MmdetEncoder and config.startswith("vfnet"):  # its head does, which an encoder has no use for
+        assert read_config(config, ("backbone", "neck"))
+        return
     prepare()
     from mmdet.registry import MODELS
 

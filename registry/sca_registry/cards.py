@@ -50,6 +50,7 @@ class Card:
         return {**self.options, **({"config": self.config} if self.config else {})}
 
 
+THINGS = ("masks", "boxes", "grid")  # what parts give and need
 TYPES = {
     "factory": str,
     "options": dict,
@@ -123,5 +124,8 @@ def _card(name: str, table: Any) -> Card:
         if not isinstance(value, TYPES[key]):
             raise RegistryError(f"{key} of the card {name!r} is {value!r} and should be of type {TYPES[key].__name__}")
     check_factory(table["factory"])
+    for word in (*table.get("needs", ()), *table.get("gives", ())):
+        if word not in THINGS:
+            raise unknown(f"the card {name!r} needs or gives {word!r}, which nothing is called", str(word), THINGS)
     facts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     return Card(name, **facts)

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 from sca_registry import REGISTRIES, registry
 
-from sca.cli.options import print_table
+from sca.cli.options import print_table, settle
+
+STATES = ("ok", "unchecked", "broken", "needs extra")
 
 
 def list_names(
@@ -24,6 +26,8 @@ def list_names(
     Summary, source, licence, parameters, the distribution and version it comes from, and its state.
     """
     kinds = [_kind(kind)] if kind else [*REGISTRIES, *_OTHERS]
+    if state:
+        settle("state", state, STATES)
     rows = [row for each in kinds for row in _rows(each)]
     rows = [row for row in rows if row["state"].startswith(state) and (not extra or row.get("extra") == extra)]
     if as_json:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +19,8 @@ from sca.cli.options import read_options
 
 if TYPE_CHECKING:
     from sca.conformance import Finding
+
+VERDICT = "sca verdict: "
 
 app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -69,6 +75,7 @@ def check(
 
 
 def doctor(
+    distribution: Annotated[str, typer.Argument(help="only this package")] = "",
     timeout: Annotated[float, typer.Option(help="seconds that a part of a plugin has to be tried in", min=0.1)] = 60.0,
 ) -> None:
     """What is installed, whether it works, and the line that repairs what does not.
@@ -83,6 +90,10 @@ def doctor(
     for name, value in _machine():
         typer.echo(f"{name + ':':<17}{value}")
     entries = [(parts, entry) for parts in REGISTRIES.values() for entry in parts.entries()]
+    if distribution:
+        entries = [(parts, entry) for parts, entry in entries if entry.distribution == distribution]
+        if not entries:
+            raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
     foreign = [
         (parts, entry)
         for parts, entry in entries
@@ -90,49 +101,99 @@ def doctor(
     ]
     with ThreadPoolExecutor(os.cpu_count()) as together:
         problems = list(together.map(lambda each: _try(each[1].kind, each[1].name, timeout), foreign))
-    judged = [parts.judge(entry.name, problem) for (parts, entry), problem in zip(foreign, problems, strict=True)]
+    judged = [parts.judge(entry.name, *told) for (parts, entry), told in zip(foreign, problems, strict=True)]
     tried = {(entry.kind, entry.name): entry for entry in judged}
     found: dict[str, list[Any]] = {}
     for _, entry in entries:
         told = tried.get((entry.kind, entry.name), entry)
         found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
-    repairs, broken = [], False
-    for distribution, listed in found.items():
-        typer.echo(f"\n{distribution}")
-        fine = [entry for entry in listed if distribution.startswith(BUILTIN) and entry.state == "ok"]
+    repairs, broken, extras = [], False, Counter()
+    for package, listed in found.items():
+        typer.echo(f"\n{package}")
+        fine = [entry for entry in listed if entry.distribution == BUILTIN and entry.state == "ok"]
         for kind, count in Counter(entry.kind for entry in fine).items():
             typer.echo(f"  {f'{count} of kind {kind}':<34}ok")
-        for entry in (entry for entry in listed if entry not in fine):
+        lacking = [entry for entry in listed if entry.state.startswith("needs extra")]
+        extras.update(entry.reason for entry in lacking)
+        for entry in (entry for entry in listed if entry not in fine and entry not in lacking):
             reason = f": {entry.reason}" if entry.reason else ""
             typer.echo(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
         if any(entry.state == "broken" for entry in listed):
             broken = True
-            name = listed[0].distribution
-            repairs.append(f"pip install -U {name}, or pip uninstall {name}")
-        repairs += [entry.reason for entry in listed if entry.state.startswith("needs extra")]
-    if repairs:
-        typer.echo("\nto repair:")
-        for line in dict.fromkeys(repairs):
-            typer.echo(f"  {line}")
+            repairs.append(_repair(listed[0].distribution))
+    for group in _strange_groups():
+        broken = True
+        repairs.append(group)
+    for title, lines in (
+        ("to repair:", dict.fromkeys(repairs)),
+        ("for more parts:", {f"{line}  ({count} of them)": 0 for line, count in extras.items()}),
+    ):
+        if lines:
+            typer.echo(f"\n{title}")
+            for line in lines:
+                typer.echo(f"  {line}")
     raise typer.Exit(1 if broken else 0)
 
 
-def _try(kind: str, name: str, timeout: float) -> str:
-    """What is wrong with a part, tried in a process of its own; "" if nothing is."""
-    program = "import sys; from sca.cli.plugins import trial; sys.exit(trial(*sys.argv[1:]))"
-    command = [sys.executable, "-c", program, kind, name]
+def _repair(distribution: str) -> str:
+    """The line that mends a package, or where it lies if it is at work here."""
+    from importlib.metadata import distribution as find
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"it takes more than {timeout:g} s to be imported and tried"
-    if not done.returncode:
-        return ""
-    said = done.stderr.strip().splitlines()
-    return said[-1] if said else f"Python ended with status {done.returncode}"
+        place = json.loads(find(distribution).read_text("direct_url.json") or "{}").get("url", "")
+    except (ModuleNotFoundError, ValueError):
+        place = ""
+    if place.startswith("file:"):
+        return f"correct {distribution} in {place.removeprefix('file://')}, and install it again"
+    return f"pip install -U {distribution}, or pip uninstall {distribution}"
 
 
-def trial(kind: str, name: str) -> str | None:
-    """What is wrong with a part, None if nothing is. One that cannot be built from its card alone is only imported."""
+def _strange_groups() -> list[str]:
+    """Entry-point groups that are meant for this package and that it does not read."""
+    from importlib.metadata import distributions
+
+    from sca_registry.contracts import KINDS
+    from sca_registry.messages import suggestion
+
+    known = {f"sca_{kind}" for kind in KINDS} | {"sca_api"}
+    return [
+        f"{found.metadata['Name']}: no parts are read from the entry points {point.group!r}."
+        f"{suggestion(point.group, known)}"
+        for found in distributions()
+        for point in found.entry_points
+        if point.group.startswith("sca_") and point.group not in known
+    ]
+
+
+def _try(kind: str, name: str, timeout: float) -> tuple[str, str]:
+    """What is wrong with a part, tried in a process of its own, or ""; and what is to be said of it besides."""
+    program = "import sys; from sca.cli.plugins import trial; trial(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, kind, name]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True) as child:
+        try:
+            out, err = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return f"it takes more than {timeout:g} s to be imported and tried", ""
+        finally:
+            _end(child)
+    for line in out.splitlines():
+        if line.startswith(VERDICT):
+            return tuple(json.loads(line.removeprefix(VERDICT)))
+    last = (err.strip().splitlines() or ["it said nothing"])[-1]
+    return f"Python ended with status {child.returncode} while it was tried: {last}", ""
+
+
+def _end(child: subprocess.Popen) -> None:
+    """The process and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL) if os.name == "posix" else child.kill()
+
+
+def trial(kind: str, name: str) -> None:
+    """Prints what is wrong with a part, and what is to be said besides. One that cannot be built from its card alone,
+    or refuses to be with a ValueError, is only imported.
+    """
     from sca_registry import RegistryError, registry
     from sca_registry.options import REQUIRED
 
@@ -140,14 +201,32 @@ def trial(kind: str, name: str) -> str | None:
 
     parts = registry(kind)
     small = parts.card(name).small
+    problem = note = ""
     try:
-        parts.get(name)
+        factory = parts.get(name)
+        options = parts.describe(name).options
+        missing = [option for option, value in options.items() if value is REQUIRED and option not in small]
+        if missing or (options.get("weights") and not small):
+            note = f"imported, not tried: it needs {', '.join(missing) or 'its weights'}"
+        else:
+            findings = try_out(kind, name, **small)
+            problem = _told(kind, name, findings)
+            if len(findings) == 1 and isinstance(refusal(kind, factory, small), ValueError):
+                problem, note = "", f"imported, not tried: {refusal(kind, factory, small)}"
     except RegistryError as error:
-        return str(error)
-    options = parts.describe(name).options
-    if not small and (REQUIRED in options.values() or options.get("weights")):
-        return None
-    return _told(kind, name, try_out(kind, name, **small)) or None
+        problem = str(error)
+    print(f"{VERDICT}{json.dumps([problem, note])}", flush=True)
+
+
+def refusal(kind: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Exception | None:
+    """What a factory raises for its options."""
+    from sca.conformance.trials import TRIALS, Trial
+
+    try:
+        factory(*TRIALS.get(kind, Trial).upstream, **options)
+    except Exception as error:
+        return error
+    return None
 
 
 def _told(kind: str, name: str, findings: list[Finding]) -> str:

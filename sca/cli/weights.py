@@ -24,6 +24,8 @@ def pull(
     from sca.published import tokenizer_source
 
     for source, wanted, prefix in _sources(name):
+        if "://" in source:
+            raise ValueError(f"{name} has its weights at {source}, from where they are fetched when it is first built")
         folder = fetch(source, revision or wanted, prefix=prefix)
         typer.echo(f"{source}: {folder}")
         words = tokenizer_source(folder)

@@ -11,6 +11,8 @@ that have what the contract lists and nothing more, so a part that reaches for m
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from sca.conformance.promises import PROMISES, DoesNotApply, Finding, Promise
 from sca.conformance.trials import TRIALS, Trial
 
 __all__ = ["PROMISES", "Finding", "check"]
+
+ELSEWHERE = {"conformance", "torch", "transformers", "timm", "open_clip", "sca_registry"}  # folders
 
 
 def check(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[Finding]:
@@ -53,6 +57,12 @@ def check(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[
     return findings
 
 
+def _where(error: BaseException) -> str:
+    """The last line of somebody's own code that an error passed through, that of libraries and of this kit aside."""
+    frames = [frame for frame in extract_tb(error.__traceback__) if not set(Path(frame.filename).parts) & ELSEWHERE]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
 def _try(kept: Promise, trial: Trial) -> Finding:
     written = kept.written or f"sca_registry.contracts.{KINDS[trial.kind].protocol.__name__}"
     torch.manual_seed(0)
@@ -61,5 +71,5 @@ def _try(kept: Promise, trial: Trial) -> Finding:
     except DoesNotApply as reason:
         return Finding(kept.name, True, kept.expected, f"does not apply: {reason}", written)
     except Exception as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}{_where(error)}"
     return Finding(kept.name, problem is None, kept.expected, problem or "as expected", written)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import os
-import random
+import json
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import nn
 
 from sca.conformance.comparison import copies, different, listed, weighted_sum
 from sca.conformance.promises import DoesNotApply, promise
+from sca.conformance.settings import FILTERS, settings
 from sca.conformance.trials import TENSORS, Trial
 
 
@@ -163,53 +161,51 @@ HEAVY = (  # packages that no part needs unless it is used
     *("scipy", "sklearn", "tensorflow", "timm", "wandb"),
 )
 IMPORT = """
-import sys
+import json, sys
 import sca.language_models.hf, sca_registry
-known = set(sys.modules)
-sca_registry.registry(sys.argv[1]).get(sys.argv[2])
-print(*{name.partition(".")[0] for name in sys.modules if name not in known})
+from sca.conformance.settings import settings
+parts = sca_registry.registry(sys.argv[1])
+known, before = set(sys.modules), settings()
+factory = parts.get(sys.argv[2])
+imported, after = {name.partition(".")[0] for name in sys.modules if name not in known}, settings()
+print(json.dumps([sorted(imported), sorted(name for name in before if before[name] != after[name])]))
 """
 
 
 @promise(*KINDS, written="plugins/README.md")
 def import_is_light(trial: Trial) -> str | None:
-    """Its module imports no large optional package, which a person may not have: that is done where it is used."""
+    """Its module imports no large optional package, which a person may not have, prints nothing and changes no setting
+    of the process: that is done where it is used, or not at all.
+    """
     if trial.name is None:
         raise DoesNotApply("a factory without a name")
     if registry(trial.kind).describe(trial.name).distribution == BUILTIN:
         raise DoesNotApply("it comes with this package, whose parts are tried together")
     command = [sys.executable, "-c", IMPORT, trial.kind, trial.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    heavy = sorted({*HEAVY} & {*done.stdout.split()})
-    return f"it imports {listed(heavy)}" if heavy else None
-
-
-@promise(*KINDS, written="plugins/README.md")
-@torch.no_grad()
-def the_process_is_left_alone(trial: Trial) -> str | None:
-    """Building and using the part changes no setting of the process: of torch, logging, warnings, environment."""
-    before = _settings()
-    part = trial.build()
-    if trial.kind in TENSORS:
-        trial.outputs(part, trial.inputs())
-    after = _settings()
-    changed = [name for name, value in before.items() if after[name] != value]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return f"importing it ended with status {done.returncode}"
+    imported, changed = json.loads(lines[-1])
+    heavy = sorted({*HEAVY} & {*imported})
+    if heavy:
+        return f"it imports {listed(heavy)}"
+    if len(lines) > 1:
+        return f"it prints {lines[0]!r}"
     return f"it changes {listed(changed)}" if changed else None
 
 
-def _settings() -> dict[str, Any]:
-    return {
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's gradient mode": torch.is_grad_enabled(),
-        "torch's determinism": torch.are_deterministic_algorithms_enabled(),
-        "torch's precision of matrix products": torch.get_float32_matmul_precision(),
-        "the root logger": (list(logging.root.handlers), logging.root.level),
-        "the filters of warnings": list(warnings.filters),
-        "the environment": dict(os.environ),
-        "the working folder": os.getcwd(),
-        "Python's random state": random.getstate(),
-    }
+@promise(*KINDS, written="plugins/README.md")
+def the_process_is_left_alone(trial: Trial) -> str | None:
+    """Building and using the part changes no setting of the process: of torch, logging, warnings, environment."""
+    usual = settings()
+    part = trial.build()
+    if trial.kind in TENSORS:
+        trial.outputs(part, trial.inputs())
+    after = settings()
+    changed = {name for name, value in usual.items() if after[name] != value}
+    changed |= {name for name, value in trial.before.items() if after[name] != value and name != FILTERS}
+    return f"it changes {listed(sorted(changed))}" if changed else None
 
 
 @promise(*TENSORS)

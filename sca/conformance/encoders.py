@@ -6,10 +6,11 @@ import inspect
 from typing import get_args
 
 import torch
+from sca_registry import registry
 from sca_registry.contracts import ImageFormat
 
 from sca.conformance.comparison import misshapen
-from sca.conformance.promises import promise
+from sca.conformance.promises import DoesNotApply, promise
 from sca.conformance.trials import EncoderTrial, Trial
 
 
@@ -45,3 +46,12 @@ def features_follow_the_image(trial: EncoderTrial) -> str | None:
     """Different images have different features."""
     first, second = trial.part(trial.inputs())
     return "two images with the same features" if torch.allclose(first, second) else None
+
+
+@promise("encoders")
+def default_segmenter_is_known(trial: Trial) -> str | None:
+    """`default_segmenter` is the name of a segmenter."""
+    if trial.name is None:
+        raise DoesNotApply("a factory without a name may not be installed, nor its segmenter")
+    name, known = trial.part.default_segmenter, registry("segmenters").names()
+    return None if name in known else f"{name!r}; there are {', '.join(known)}"

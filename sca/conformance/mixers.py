@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from sca.conformance.comparison import different, misshapen
 from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import OWNERS, MixerTrial
+from sca.conformance.trials import OWNERS, MixerTrial, Trial
 
 
 @promise("mixers")
@@ -65,3 +66,23 @@ def prepared_or_not(trial: MixerTrial) -> str | None:
         return problem
     some = replace(inputs, owner=inputs.owner[1:3], **{name: getattr(inputs, name)[1:3] for name in trial.BY_REGION})
     return different({"queries": part(inputs)[1:3]}, {"queries": part(some, prepared)})
+
+
+@promise("mixers")
+@torch.no_grad()
+def alone_as_together_in_training(trial: Trial) -> str | None:
+    """In training, dropout aside, a region has the queries that it has alone: none sees its neighbours."""
+    inputs, part = trial.inputs(), trial.module().train()
+    for module in part.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    together = trial.outputs(part, inputs)
+    for row in range(trial.rows(inputs)):
+        try:
+            alone = trial.outputs(part, trial.take(inputs, [row]))
+        except ValueError as error:  # as batch normalisation raises for a single region
+            return f"row {row} alone: {error}"
+        difference = different({name: value[row : row + 1] for name, value in together.items()}, alone)
+        if difference:
+            return f"row {row} alone: {difference}"
+    return None

@@ -14,6 +14,7 @@ from sca_registry.options import read_options
 from torch import Tensor, nn
 
 from sca.conformance.promises import DoesNotApply
+from sca.conformance.settings import settings
 
 IMAGES, OWNERS = 3, (0, 0, 0, 2, 2)  # the second image has no region
 SIZE, STRIDE, WIDTH, MASKS = 64, 8, 32, 3
@@ -77,6 +78,7 @@ class Trial:
         self.name = part if isinstance(part, str) else None
         self.factory = partial(registry(kind).build, part) if isinstance(part, str) else part
         self.options = dict(options)
+        self.before = settings()  # where nothing of the part is imported yet, if this process has not used it
 
     def build(self, seed: int = 0) -> Any:
         torch.manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,9 +105,12 @@ def _known(model: str | None, pretrained: bool | str, weights: str | None) -> di
 
     Raises ValueError if it has no such model.
     """
+    before = dict(os.environ)
     import open_clip  # an extra
     from open_clip.transform import PreprocessCfg
 
+    for setting in os.environ.keys() - before:  # it turns the parallelism of tokenizers off, for everybody
+        del os.environ[setting]
     look = PreprocessCfg()
     usual = {"mean": look.mean, "std": look.std, "interpolation": look.interpolation}
     if model is None:

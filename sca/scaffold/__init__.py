@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,18 +26,24 @@ def scaffold(kind: str, name: str, folder: Path | None = None) -> Path:
     check_name(name)
     if described.singular not in KINDS:
         raise ValueError(f"there is no template for a {described.singular}: there are {', '.join(KINDS)}")
+    if name in registry(kind):
+        taken = registry(kind).describe(name).distribution
+        raise ValueError(f"there is a {described.singular} {name!r} already, from {taken}: choose another name")
     module = "sca_" + re.sub(r"\W+", "_", name.lower()).strip("_")
     words = {
         "NAME": name,
         "DISTRIBUTION": "sca-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "MODULE": module,
-        "CLASS": "".join(word.capitalize() for word in re.split(r"[\W_]+", name) if word) or "Part",
+        "CLASS": "".join(word.capitalize() for word in re.split(r"[\W_]+", f"{name} {described.singular}") if word),
         "GROUP": described.group,
         "KIND": described.singular,
         "PLURAL": described.plural,
     }
     if not words["CLASS"][0].isalpha():
         words["CLASS"] = "Part" + words["CLASS"]
+    with contextlib.suppress(PackageNotFoundError):
+        distribution(words["DISTRIBUTION"])
+        raise ValueError(f"a package {words['DISTRIBUTION']} is installed already: choose another name")
     folder = folder or Path(words["DISTRIBUTION"])
     templates = files("sca.scaffold") / "templates"
     with new_folder(folder) as draft:

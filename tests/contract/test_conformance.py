@@ -12,7 +12,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
-from sca_registry.contracts import KINDS, ImageFormat, Region, Sample
+from sca_registry.contracts import KINDS, ImageFormat, Prompt, Proposals, Region, Sample, Scores
 from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
@@ -200,6 +200,47 @@ class Loud(Encoder):
     def forward(self, pixels):
         os.environ["SCA_TEST_LOUD"] = str(random.random())
         return super().forward(pixels)
+
+
+class Settled(Encoder):
+    """Sets the same value each time, so that nothing changes the second time."""
+
+    def __init__(self):
+        super().__init__()
+        os.environ["SCA_TEST_SETTLED"] = "1"
+
+
+class Batched(QueryMixer):
+    def __init__(self, segmenter):
+        super().__init__(segmenter, depth=1, mlp=32)
+        self.norm = nn.BatchNorm1d(self.width)
+
+    def forward(self, regions):
+        queries = super().forward(regions)
+        return self.norm(queries.flatten(0, 1)).view_as(queries)
+
+
+class Unnamed:
+    needs = "caption"
+
+    def __call__(self, records):
+        return Scores({"a": 1.0})
+
+
+class Tabular:
+    needs = ("caption",)
+
+    def __call__(self, records):
+        return {"a": 1.0}
+
+
+class Hopeful(Tabular):
+    needs = ("captoin",)
+
+
+class Outside:
+    def __call__(self, image, image_id):
+        return Proposals((Prompt(box=(0.0, 0.0, 9e9, 9.0)),), (1.0,), (None,))
 
 
 class Stubborn(Encoder):
@@ -417,6 +458,12 @@ MUTANTS = [
     ("segmenter", ManyMasks, "one-mask-when-asked"),
     ("encoder", Loud, "the-process-is-left-alone"),
     ("encoder", Stubborn, "options-are-honoured"),
+    ("encoder", Settled, "the-process-is-left-alone"),
+    ("mixer", Batched, "alone-as-together-in-training"),
+    ("metric", Unnamed, "needs-are-paths"),
+    ("metric", Hopeful, "needs-are-paths"),
+    ("metric", Tabular, "gives-scores"),
+    ("proposer", Outside, "proposals-lie-in-the-image"),
     ("segmenter", Deaf, "prompts-are-heard"),
     ("segmenter", CountsPadding, "loss-counts-only-truth"),
     ("segmenter", Cut, "gradients-pass-upstream"),
@@ -469,6 +516,7 @@ def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
 
     findings = {finding.check: finding for finding in check("encoder", Fails, size=64)}
     assert "out of chalk" in findings["output-shape"].found
+    assert "(test_conformance.py:" in findings["output-shape"].found  # where it was raised
     assert findings["image-format"].passed
 
 
@@ -487,7 +535,10 @@ def test_a_check_leaves_the_random_state_as_it_was():
 
 def test_a_promise_for_all_kinds_reaches_plugins_that_compute_nothing():
     kept = [finding.check for finding in check("metric", sca_registry.metrics.get("class"))]
-    assert kept == ["builds", "attributes", "import-is-light", "the-process-is-left-alone"]
+    assert kept == [
+        *("builds", "attributes", "import-is-light", "the-process-is-left-alone"),
+        *("needs-are-paths", "gives-scores"),
+    ]
 
 
 def test_no_part_of_this_package_imports_a_large_optional_package_before_it_is_built():

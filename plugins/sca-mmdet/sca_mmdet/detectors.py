@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-def read_config(name: str) -> Config:
-    """A config by its name in mmdet, or by file. Raises ValueError if there is none, or it needs compiled operators."""
+def read_config(name: str, parts: tuple[str, ...] = ()) -> Config:
+    """A config by its name in mmdet, or by file. parts: those of the model that are used, if not all.
+
+    Raises ValueError if there is none, or what is used needs compiled operators.
+    """
     prepare()
     from mmengine.config import Config
 
@@ -38,7 +41,7 @@ def read_config(name: str) -> Config:
         model = config.get("model")
     if not isinstance(model, dict) or "backbone" not in model:
         raise ValueError(f"{file} is no config of a detector: it has no model with a backbone")
-    refuse_compiled(model, name)
+    refuse_compiled({part: model.get(part) for part in parts} if parts else model, name)
     return config
 
 

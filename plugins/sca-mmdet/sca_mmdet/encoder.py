@@ -33,7 +33,7 @@ class MmdetEncoder(nn.Module):
         super().__init__()
         if pretrained and weights is None:
             raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
-        read = read_config(config)
+        read = read_config(config, ("backbone", "neck"))
         detector, _ = build_detector(read, config, weights if pretrained else None)
         self.checkpoint = weights if pretrained else None
         self.backbone = detector.backbone

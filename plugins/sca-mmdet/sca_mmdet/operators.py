@@ -26,6 +26,8 @@ NEEDS = {  # what a config names, and the operator that it uses
     "carafe": "carafe",
     "CTResNetNeck": "modulated_deform_conv",
     "DyHead": "modulated_deform_conv",
+    "ATSSVLFusionHead": "modulated_deform_conv",
+    "SAC": "deform_conv",
     "RepPointsHead": "deform_conv",
     "GARPNHead": "deform_conv",
     "GARetinaHead": "deform_conv",
@@ -72,7 +74,7 @@ def refuse_compiled(config: Mapping[str, Any], name: str) -> None:
 def _asked(config: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(config, Mapping):
         kind = config.get("type")
-        if isinstance(kind, str) and kind in NEEDS:
+        if isinstance(kind, str) and kind in NEEDS and config.get("use_dcn", True):
             yield f"{path}.type={kind}", NEEDS[kind]
         for key, value in config.items():
             if key in SWITCHES and value:

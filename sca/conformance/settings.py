@@ -1,0 +1,31 @@
+"""What a process has one of, and a part has to leave alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import warnings
+from typing import Any
+
+import numpy
+import torch
+
+FILTERS = "the filters of warnings"  # many a package that is imported adds some
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "torch's default dtype": str(torch.get_default_dtype()),
+        "torch's number of threads": torch.get_num_threads(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's determinism": torch.are_deterministic_algorithms_enabled(),
+        "torch's precision of matrix products": torch.get_float32_matmul_precision(),
+        "torch's benchmark mode": torch.backends.cudnn.benchmark,
+        "the root logger": (list(logging.root.handlers), logging.root.level),
+        FILTERS: list(warnings.filters),
+        "the environment": dict(os.environ),
+        "the working folder": os.getcwd(),
+        "Python's random state": random.getstate(),
+        "numpy's random state": numpy.random.get_state()[1].tolist(),
+    }
