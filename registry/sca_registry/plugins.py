@@ -161,6 +161,10 @@ def _offers(distribution: Distribution, group: str) -> Iterator[Offer]:
     entry_points = distribution.entry_points
     spoken = {entry_point.value for entry_point in entry_points.select(group="sca_api", name="version")}
     wrong = f"made for version {', '.join(sorted(spoken))} of the contracts, and this is {API}"
+    if any(re.fullmatch(r"v\d+", version) and int(version[1:]) > int(API[1:]) for version in spoken):
+        wrong += f"; {BUILTIN} is the older of the two: pip install -U {BUILTIN}"
+    elif not all(re.fullmatch(r"v\d+", version) for version in spoken):
+        wrong += f"; a version is written as {API} is"
     offers = [
         offer for entry_point in entry_points.select(group=group) for offer in _entry_point_offers(entry_point, origin)
     ]

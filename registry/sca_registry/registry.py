@@ -361,7 +361,9 @@ def _full_name(offer: Offer) -> str:
 
 
 def _remedy(offer: Offer) -> str:
-    return f" Try: pip install -U {offer.origin.name}" if offer.origin.fingerprint else ""
+    if not offer.origin.fingerprint or "pip install" in offer.fault:  # code has no package; and a fault may say it
+        return ""
+    return f" Try: pip install -U {offer.origin.name}"
 
 
 def _module(factory: Any) -> str:

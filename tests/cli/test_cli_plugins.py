@@ -43,18 +43,24 @@ def site(tmp_path):
     return Site()
 
 
+NAMES = {"segmenter": "regions", "dataset": "sample", "proposer": "prompt", "mixer": "v1.2"}  # that could be confused
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_plugin_installs_is_listed_and_keeps_its_promises_as_it_is(kind, site, tmp_path):
-    assert site.run("sca", "plugin", "new", kind, "my-part").returncode == 0
-    folder = tmp_path / "sca-my-part"
-    site.install(folder)
-    (row,) = [row for row in json.loads(site.run("sca", "list", kind, "--json").stdout) if row["name"] == "my-part"]
-    assert (row["distribution"], row["state"]) == ("sca-my-part", "unchecked")
-    checked = site.run("sca", "check", kind, "my-part")
+    name = NAMES.get(kind, "my-part")
+    distribution = f"sca-{name.replace('.', '-')}"
+    made = site.run("sca", "plugin", "new", kind, name)
+    assert made.returncode == 0, made.stderr
+    site.install(tmp_path / distribution)
+    (row,) = [row for row in json.loads(site.run("sca", "list", kind, "--json").stdout) if row["name"] == name]
+    assert (row["distribution"], row["state"]) == (distribution, "unchecked")
+    checked = site.run("sca", "check", kind, name)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    tested = site.run("pytest", "-q", "-p", "no:cacheprovider", str(folder / "test_sca_my_part.py"))
+    (test,) = (tmp_path / distribution).glob("test_*.py")
+    tested = site.run("pytest", "-q", "-p", "no:cacheprovider", str(test))
     assert tested.returncode == 0, tested.stdout
-    (row,) = [row for row in json.loads(site.run("sca", "list", kind, "--json").stdout) if row["name"] == "my-part"]
+    (row,) = [row for row in json.loads(site.run("sca", "list", kind, "--json").stdout) if row["name"] == name]
     assert row["state"] == "ok"
 
 
@@ -80,6 +86,10 @@ def test_a_plugin_that_exists_is_not_written_over_and_a_wrong_kind_is_told(site,
     assert (tmp_path / "sca-mine" / "work.py").read_text() == "mine"
     assert "Did you mean 'mixers'" in site.run("sca", "plugin", "new", "mixr", "mine").stderr
     assert "no template for a launcher" in site.run("sca", "plugin", "new", "launcher", "mine").stderr
+    taken = site.run("sca", "plugin", "new", "mixer", "query").stderr
+    assert "there is a mixer 'query' already, from segment-caption-anything" in taken
+    site.write("sca-shade", "", hostile=MIXER)
+    assert "sca-shade is installed already" in site.run("sca", "plugin", "new", "mixer", "shade").stderr
 
 
 def test_a_broken_promise_is_told_with_what_was_expected(site):
@@ -115,6 +125,7 @@ HOSTILE = {  # distribution: its entry points, its module, and what is said of t
     "exit": ("gone = hostile_exit:Mixer", "import sys; sys.exit(3)", "SystemExit: 3"),
     "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
     "signal": ("dead = hostile_signal:Mixer", "import os; os.kill(os.getpid(), 9)", "ended with status -9"),
+    "soft-exit": ("quit = hostile_soft_exit:Mixer", "import os; os._exit(0)", "ended with status 0"),
     "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 20 s"),
     "shadow": ("query = hostile_shadow:Mixer", MIXER, ""),
     "twin-a": ("twin = hostile_twin_a:Mixer", MIXER, ""),
@@ -162,8 +173,12 @@ def test_no_plugin_breaks_anything_and_the_doctor_says_what_is_wrong_with_each(s
     assert site.run("sca", "check", "mixer", "query", "--quiet").returncode == 0
     assert not (tmp_path / "marks").exists()
 
+    refusing = MIXER.replace("super().__init__()", "raise ValueError('give me weights')")
+    site.write("refuses", "[sca_mixers]\nrefuses = hostile_refuses:Mixer\n", hostile_refuses=refusing)
+    site.write("astray", "[sca_mixer]\nastray = hostile_astray:Mixer\n", hostile_astray=MIXER)
     told = site.run("sca", "doctor", "--timeout", "20")
     assert told.returncode == 1, told.stderr
+    assert "'sca_mixer'. Did you mean 'sca_mixers'?" in told.stdout
     assert "python:" in told.stdout
     assert "6 of kind mixer" in told.stdout
     after = {distribution: row for (distribution, _), row in listed().items()}
@@ -173,6 +188,8 @@ def test_no_plugin_breaks_anything_and_the_doctor_says_what_is_wrong_with_each(s
         assert reason in row["reason"], (name, row)
         assert f"pip uninstall {name}" in told.stdout or not reason
         assert name in told.stdout
+    assert after["refuses"]["state"] == "ok"  # who does not give it what it needs is not its fault
+    assert "imported, not tried: give me weights" in after["refuses"]["reason"]
     assert after["shadow"]["name"] == "shadow:query"
     assert {after["twin-a"]["name"], after["twin-b"]["name"]} == {"twin-a:twin", "twin-b:twin"}
     broken = {row["distribution"] for row in listed("--state", "broken").values()}

@@ -174,6 +174,12 @@ def test_a_plugin_for_other_contracts_is_broken_and_says_so(site, states):
     with pytest.raises(RegistryError, match="made for version v0 of the contracts, and this is v1"):
         mixers.get("old")
     assert states(mixers)["old"][0] == "broken"
+    site.install("newer", "[sca_api]\nversion = v99\n[sca_mixers]\nnewer = newer:Mean\n", {"newer.py": MIXER})
+    with pytest.raises(RegistryError, match=r"older of the two: pip install -U segment-caption-anything\.$"):
+        mixers.get("newer")
+    site.install("odd", "[sca_api]\nversion = 1\n[sca_mixers]\nodd = odd:Mean\n", {"odd.py": MIXER})
+    with pytest.raises(RegistryError, match="a version is written as v1 is"):
+        mixers.get("odd")
     assert mixers.get("new").__name__ == "Mean"
 
 
