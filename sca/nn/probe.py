@@ -40,5 +40,5 @@ def freeze_unused(network: nn.Module, size: int) -> None:
 
 
 def _drawn(network: nn.Module) -> dict[str, Tensor]:
-    everything = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    everything = [*network.named_parameters(), *network.named_buffers()]  # one that is shared, once
     return {name: tensor.detach().to("meta") for name, tensor in everything}

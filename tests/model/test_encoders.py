@@ -232,6 +232,20 @@ def test_every_tag_of_open_clip_has_the_activation_that_it_was_trained_with():
     assert not _known("ViT-B-16", "file.pt", None).get("quick_gelu")
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        *(("open-clip", model) for model in ("coca_ViT-B-32", "RN50", "convnext_base_w", "MobileCLIP2-S2")),
+        *(("timm", model) for model in ("rexnet_100", "resnest50d", "coat_lite_mini", "efficientnet_b0", "pvt_v2_b2")),
+    ],
+)
+def test_towers_and_backbones_of_many_makes_have_features(name, model):
+    with torch.device("meta"):
+        part = encoder(name, model=model, pretrained=False)
+    assert part.channels > 0
+    assert part.stride in (16, 32)
+
+
 @torch.no_grad()
 def test_mean_and_deviation_lie_with_the_weights(vit):
     folder, _ = vit
