@@ -220,10 +220,12 @@ def trial(kind: str, name: str) -> None:
 
 def refusal(kind: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Exception | None:
     """What a factory raises for its options."""
+    from sca_registry import registry
+
     from sca.conformance.trials import TRIALS, Trial
 
     try:
-        factory(*TRIALS.get(kind, Trial).upstream, **options)
+        factory(*TRIALS.get(registry(kind).kind.plural, Trial).upstream, **options)
     except Exception as error:
         return error
     return None

@@ -16,7 +16,7 @@ from torch import nn
 
 from sca.conformance.comparison import copies, different, listed, weighted_sum
 from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.settings import FILTERS, settings
+from sca.conformance.settings import AT_IMPORT, settings
 from sca.conformance.trials import TENSORS, Trial
 
 
@@ -163,12 +163,14 @@ HEAVY = (  # packages that no part needs unless it is used
 IMPORT = """
 import json, sys
 import sca.language_models.hf, sca_registry
-from sca.conformance.settings import settings
+from sca.conformance.settings import FILTERS, RANDOM, settings
 parts = sca_registry.registry(sys.argv[1])
 known, before = set(sys.modules), settings()
 factory = parts.get(sys.argv[2])
 imported, after = {name.partition(".")[0] for name in sys.modules if name not in known}, settings()
-print(json.dumps([sorted(imported), sorted(name for name in before if before[name] != after[name])]))
+print(json.dumps([sorted(imported), sorted(
+    name for name in before if before[name] != after[name] and name not in (FILTERS, RANDOM)
+)]))
 """
 
 
@@ -204,7 +206,7 @@ def the_process_is_left_alone(trial: Trial) -> str | None:
         trial.outputs(part, trial.inputs())
     after = settings()
     changed = {name for name, value in usual.items() if after[name] != value}
-    changed |= {name for name, value in trial.before.items() if after[name] != value and name != FILTERS}
+    changed |= {name for name, value in trial.before.items() if after[name] != value and name not in AT_IMPORT}
     return f"it changes {listed(sorted(changed))}" if changed else None
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 import torch
 
-FILTERS = "the filters of warnings"  # many a package that is imported adds some
+FILTERS, ENVIRONMENT, RANDOM = "the filters of warnings", "the environment", "Python's random state"
+AT_IMPORT = (FILTERS, ENVIRONMENT, RANDOM)  # what large packages change when they are imported
 
 
 def settings() -> dict[str, Any]:
@@ -24,8 +25,8 @@ def settings() -> dict[str, Any]:
         "torch's benchmark mode": torch.backends.cudnn.benchmark,
         "the root logger": (list(logging.root.handlers), logging.root.level),
         FILTERS: list(warnings.filters),
-        "the environment": dict(os.environ),
+        ENVIRONMENT: dict(os.environ),
         "the working folder": os.getcwd(),
-        "Python's random state": random.getstate(),
+        RANDOM: random.getstate(),
         "numpy's random state": numpy.random.get_state()[1].tolist(),
     }

@@ -207,7 +207,7 @@ class Settled(Encoder):
 
     def __init__(self):
         super().__init__()
-        os.environ["SCA_TEST_SETTLED"] = "1"
+        torch.backends.cudnn.benchmark = True
 
 
 class Batched(QueryMixer):
@@ -490,7 +490,8 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("kind", "factory", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
-def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name):
+def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     findings = broken(check(kind.replace(" ", "_"), factory))
     assert name in findings, findings
 
