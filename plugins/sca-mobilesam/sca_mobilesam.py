@@ -119,12 +119,14 @@ def _fill(part: nn.Module, file: str, prefix: str | tuple[str, ...], names: tupl
                 name = re.sub(pattern, here, name)
             if not name.startswith(UNUSED) and not name.endswith("attention_bias_idxs"):
                 found[name] = tensor
-    own = {name for name, _ in part.named_parameters()} | {
-        name for name, _ in part.named_buffers() if "running" in name
-    }
-    missing, unexpected = sorted(own - found.keys()), sorted(found.keys() - part.state_dict().keys())
+    own = part.state_dict()
+    counters = {
+        name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")
+    }  # without use here
+    found = {**counters, **found}
+    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     if missing or unexpected:
         told = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
         raise HubError(f"{file} is not a checkpoint of MobileSAM: {told}, of {len(missing) + len(unexpected)} tensors")
     with reading(file):
-        part.load_state_dict(found, strict=False)
+        part.load_state_dict(found)

@@ -211,8 +211,9 @@ def trial(kind: str, name: str) -> None:
         else:
             findings = try_out(kind, name, **small)
             problem = _told(kind, name, findings)
-            if len(findings) == 1 and isinstance(refusal(kind, factory, small), ValueError):
-                problem, note = "", f"imported, not tried: {refusal(kind, factory, small)}"
+            refused = refusal(kind, factory, small) if len(findings) == 1 else None
+            if isinstance(refused, ValueError):  # a person's mistake, not the part's
+                problem, note = "", f"imported, not tried: {refused}"
     except RegistryError as error:
         problem = str(error)
     print(f"{VERDICT}{json.dumps([problem, note])}", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sca.hub import HubError, quiet
+from sca.hub import quiet, reading
 from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
 
 
@@ -22,14 +22,9 @@ class GgufLanguageModel(CausalLanguageModel):
         file = Path(weights).expanduser()
         if not file.is_file():
             raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
-        try:
-            with quiet():
-                model = AutoModelForCausalLM.from_pretrained(
-                    file.parent, gguf_file=file.name, dtype=getattr(torch, dtype)
-                )
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
-            raise HubError(f"{weights} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        with reading(weights), quiet():
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         super().__init__(model, TextTokenizer(tokenizer, eos))
         self.source_tokenizer = self.tokenizer
         self.checkpoint = weights

@@ -58,12 +58,17 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
         return detector.eval(), {}
     with reading(weights), silent():
         content = _load(weights)
-        found = content.get("state_dict", content)
-        missing, unexpected = detector.load_state_dict(found, strict=False)
-        unexpected = [key for key in unexpected if not key.startswith("ema_") and "num_batches_tracked" not in key]
+        own = detector.state_dict()
+        found = {  # besides what only training has a use for
+            key: tensor
+            for key, tensor in content.get("state_dict", content).items()
+            if key in own or not (key.startswith("ema_") or key.endswith("num_batches_tracked"))
+        }
+        missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
         if missing or unexpected:
             told = f"it lacks {missing[0]!r}" if missing else f"it has no place for {unexpected[0]!r}"
             raise ValueError(f"it does not fit {name}: {told}, of {len(missing)} and {len(unexpected)} such tensors")
+        detector.load_state_dict(found)
     return detector.eval(), content.get("meta") or {}
 
 
