@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sca_registry import RegistryError
 from sca_registry.contracts import Batch, Encoder, Generated, LanguageModel, Mixer, Output, Prompts, Regions, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,8 +40,10 @@ class SegmentCaptioner(nn.Module):
         self.freeze()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C, h, w), once an image."""
-        return self.encoder(pixels)
+        """(B, 3, S, S) -> (B, C, h, w), once an image. RegistryError if the encoder gives another shape."""
+        side = pixels.shape[-1] // self.encoder.stride
+        shape = (len(pixels), self.encoder.channels, side, side)
+        return self._expect(self.encoder(pixels), shape, "encoder")
 
     def segment(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
         return self.segmenter(features, prompts, multimask)
@@ -51,8 +54,19 @@ class SegmentCaptioner(nn.Module):
         return None if prepare is None else prepare(regions.image, regions.position)
 
     def mix(self, regions: Regions, prepared: Any = None) -> Tensor:
-        """Queries (N, Q, D)."""
-        return self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
+        """Queries (N, Q, D). RegistryError if the mixer gives another shape."""
+        queries = self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
+        return self._expect(queries, (len(regions), self.mixer.queries, self.mixer.width), "mixer")
+
+    def _expect(self, given: Any, shape: tuple[int, ...], kind: str) -> Tensor:
+        """What a part gave, if it has the shape that its own figures promise."""
+        if getattr(given, "shape", None) == shape:
+            return given
+        name = getattr(self.spec, kind).name
+        found = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise RegistryError(
+            f"{kind} {name!r} gives {found}, and its attributes promise {shape}; `sca check {kind} {name}` tells more"
+        )
 
     def prefix(self, queries: Tensor, task: Tensor) -> Tensor:
         """(N, Q, D) and (N,) task ids -> (N, K, E)."""

@@ -41,8 +41,8 @@ def check(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[
     """One finding for each promise of the kind ("mixer" or "mixers"), those that every kind has first.
 
     part: a registered name, or a factory. options: of the factory; the dataset's `split` too (default "val"). A part
-    that cannot be built has one finding. Nothing that the part does wrong is raised, except KeyboardInterrupt. Random
-    state is put back as it was.
+    that cannot be built, or does not run, is tried no further. Nothing that the part does wrong is raised, except
+    KeyboardInterrupt. Random state is put back as it was.
 
     Raises RegistryError if there is no such kind.
     """
@@ -52,7 +52,7 @@ def check(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[
         findings = []
         for kept in (each for each in PROMISES if described.plural in each.kinds):
             findings.append(_try(kept, trial))
-            if kept.keeps is common.builds and not findings[-1].passed:
+            if kept.keeps in (common.builds, common.runs) and not findings[-1].passed:
                 break
     return findings
 

@@ -510,15 +510,30 @@ def test_a_part_that_cannot_be_built_has_one_finding_with_the_reason():
     assert "no weights here" in str(finding)
 
 
-def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
+def test_a_part_that_does_not_run_is_told_so_once_and_where_it_was_raised():
     class Fails(TinyVit):
         def forward(self, pixels):
             raise RuntimeError("out of chalk")
 
-    findings = {finding.check: finding for finding in check("encoder", Fails, size=64)}
-    assert "out of chalk" in findings["output-shape"].found
-    assert "(test_conformance.py:" in findings["output-shape"].found  # where it was raised
-    assert findings["image-format"].passed
+    *kept, last = check("encoder", Fails, size=64)
+    assert last.check == "runs"
+    assert not last.passed
+    assert "out of chalk" in last.found
+    assert "(test_conformance.py:" in last.found
+    assert kept
+    assert all(finding.passed for finding in kept)
+
+
+def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
+    class FailsAlone(TinyVit):
+        def forward(self, pixels):
+            if len(pixels) == 1:
+                raise RuntimeError("out of chalk")
+            return super().forward(pixels)
+
+    findings = {finding.check: finding for finding in check("encoder", FailsAlone, size=64)}
+    assert "out of chalk" in findings["alone-as-together"].found
+    assert findings["output-shape"].passed
 
 
 def test_an_unknown_kind_is_refused_and_an_unknown_name_is_a_finding():

@@ -1,0 +1,24 @@
+"""A part that gives another shape than it promised is named, and so is the way to learn more."""
+
+import pytest
+import torch
+from sca_registry import RegistryError
+from sca_registry.contracts import Prompts
+
+
+@pytest.fixture
+def asked():
+    return torch.zeros(1, 3, 64, 64), Prompts(torch.tensor([0]), boxes=torch.tensor([[8.0, 8, 40, 40]]))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("encoder", "tiny-vit"), ("mixer", "query")])
+def test_a_part_of_another_shape_is_named_with_the_command_that_tells_more(small, asked, kind, name):
+    model = small()
+    part, (pixels, prompts) = getattr(model, kind), asked
+    forward = part.forward
+    part.forward = lambda *given: forward(*given)[..., :-1]
+    with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives shape .* promise .*`sca check {kind} {name}`"):
+        model.generate(model.encode(pixels), prompts, torch.tensor([1]))
+    part.forward = lambda *given: [forward(*given)]
+    with pytest.raises(RegistryError, match=rf"{kind} '{name}' gives a list"):
+        model.generate(model.encode(pixels), prompts, torch.tensor([1]))
