@@ -32,8 +32,9 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
       facts) and `{split}/*.png`. Read back by `Coco(split, root=folder)`.
     - `vg`: `image_data.json`, `region_descriptions.json` (one region a phrase, numbered afresh; pixels are whole
       numbers), `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or classes: a region without phrases is
-      described by its name.
-    - `refcoco`: `instances.json`, `refs(unc).p` (one ref a region that has phrases) and `images/*.png`.
+      described by its name. Read back by `VisualGenome(split, root=folder)`.
+    - `refcoco`: `instances.json`, `refs(unc).p` (one ref a region that has phrases) and `images/*.png`. Read back by
+      `RefCoco(split, root=folder)`.
 
     The folder appears whole or not at all. A folder with something in it is refused with a ValueError, and so are ids
     that occur twice in one file.

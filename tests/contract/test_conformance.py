@@ -33,7 +33,8 @@ VARIANTS = {  # options worth trying besides those that the card gives for a sma
     "language_models": {"hf": [{"config": tiny(family)} for family in (*FAMILIES, *OTHERS)]},
     "datasets": {"scenes": [{"split": "train"}, {"split": "test"}]},
 }
-FROM_FILES = ("coco", "boxes-from-coco", "gguf")  # see below
+READERS = ("coco", "coco-json", "visual-genome", "refcoco", "refcoco-plus", "refcocog", "jsonl")
+FROM_FILES = (*READERS, "boxes-from-coco", "gguf")  # see below, and tests/data
 
 
 def on_trial():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as rle
+from sca_registry import datasets
 
 from sca.data.coco import Coco
 
@@ -171,6 +172,7 @@ PLACE = r"val\.json: annotations\[0\] \(id 1\): "
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),
         ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE + "bbox must be four numbers"),
         ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE + "bbox must be four numbers"),
+        ({"annotations": [annotation(1, bbox=[1, 2, -3, 4])]}, PLACE + "width -3 and height 4 of the box must not be"),
         ({"annotations": [annotation(1, caption=[4])]}, PLACE + "caption must be a string or a list of strings"),
         ({"annotations": [annotation(1, attributes=[4])]}, PLACE + "attributes must be a table"),
         ({"annotations": [annotation(1, segmentation=[[1, 2, 3]])]}, PLACE + "segmentation must be lists of x, y"),
@@ -207,3 +209,18 @@ def test_missing_files_and_unclear_options_say_what_to_give(tmp_path):
         Coco("val", root=tmp_path)
     with pytest.raises(ValueError, match="give root=FOLDER, or both"):
         Coco("val", annotations=tmp_path / "val.json")
+
+
+def test_any_file_in_the_format_is_read_by_name(written):
+    root = written(content(annotation(5, caption="a tabby")))
+    options = {"annotations": f"{root}/{{split}}.json", "images": f"{root}/{{split}}"}
+    (sample,) = datasets.build("coco-json", "val", **options)
+    assert sample[1:] == Coco("val", root=root)[0][1:]
+    with pytest.raises(ValueError, match=r"no COCO data for split 'test': looked for .*test\.json with"):
+        datasets.build("coco-json", "test", **options)
+
+
+def test_a_mask_of_which_nothing_is_left_is_none(written):
+    dataset = Coco("val", root=written(content(annotation(1, segmentation=[[-9, -9, -5, -9, -5, -5]]))))
+    assert dataset[0].regions[0].mask is None
+    assert dataset.skipped == {"empty mask": 1}

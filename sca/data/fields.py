@@ -1,0 +1,212 @@
+"""Publishers' files and the fields of their records, checked as they are read.
+
+Whatever is wrong is a ValueError that names the file, the record and the field; the `place` of the functions below is
+the words that name the first two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as rle
+
+from sca import masks
+
+CHUNK = 1 << 22  # characters that `stream` reads at a time
+SEPARATOR = re.compile(r"\s*([\[,\]])\s*")
+KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
+
+Skip = Callable[[str, str], None]  # counts a reason, and what it was met at
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file."""
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise _cut(path, error.msg, f"{error.pos} of {len(error.doc)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def stream(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list one after another, so that a file of gigabytes is never in memory as a whole."""
+    decoder, text, at, gone, expected = json.JSONDecoder(), "", 0, 0, "["
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while True:
+                found, problem = SEPARATOR.match(text, at), f"no {expected!r}"
+                if found and found.end() < len(text):
+                    if found[1] != expected:
+                        break
+                    if text[found.end()] == "{":
+                        try:
+                            record, end = decoder.raw_decode(text, found.end())
+                            yield record
+                            at, expected = end, ","
+                            continue
+                        except json.JSONDecodeError as error:
+                            problem = error.msg
+                    elif found[1] == "[" and text[found.end()] == "]":
+                        at, expected = found.end(), ","
+                        continue
+                    else:
+                        raise ValueError(f"{path} must be a list of objects; there is {text[found.end() :]!r:.40}")
+                chunk = file.read(CHUNK)
+                if not chunk and found and found[1] == "]" and expected != "[":
+                    return
+                if not chunk:
+                    break
+                text, at, gone = text[at:] + chunk, 0, gone + at
+        raise _cut(path, problem, str(gone + at))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def listed(content: dict[str, Any], key: str, place: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each record of one list, taken out of `content`, with the words that name it; ids are checked to be unique."""
+    if not isinstance(content.get(key), list):
+        raise ValueError(f"{place}: no list {key!r}; it has: {', '.join(content) or 'nothing'}")
+    return identified(content.pop(key), f"{place}: {key}")
+
+
+def identified(records: Iterable[Any], place: str, key: str = "id") -> Iterator[tuple[dict[str, Any], str]]:
+    """Each record with the words that name it; the ids under `key` are checked to be unique."""
+    seen = set()
+    for number, record in enumerate(records):
+        where = f"{place}[{number}]"
+        identity = field(table(record, where), key, int, where)
+        where = f"{where} ({key} {identity})"
+        if identity in seen:
+            raise ValueError(f"{where}: this {key} was given before")
+        seen.add(identity)
+        yield record, where
+
+
+def table(record: Any, place: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} must be an object, not {record!r:.80}")
+    return record
+
+
+def field(record: dict[str, Any], key: str, kind: type, place: str) -> Any:
+    """What `record` has under `key`, of exactly this kind; a whole number fits into 64 bits."""
+    value = _given(record, key, place)
+    if type(value) is not kind or (kind is int and not is_number(value)) or (kind is str and not is_text(value)):
+        raise ValueError(f"{place}: {key} must be {KINDS[kind]}, not {value!r:.80}")
+    return value
+
+
+def size(record: dict[str, Any], place: str) -> tuple[int, int]:
+    """Width and height of an image."""
+    width, height = (field(record, key, int, place) for key in ("width", "height"))
+    if min(width, height) < 1 or max(width, height) >= 1 << 31:
+        raise ValueError(f"{place}: {width} x {height} is no size for an image")
+    return width, height
+
+
+def four(record: dict[str, Any], key: str, order: str, place: str) -> list[int | float]:
+    """Four finite numbers in a list."""
+    values = _given(record, key, place)
+    if not isinstance(values, list) or len(values) != 4 or not all(map(is_number, values)):
+        raise ValueError(f"{place}: {key} must be four numbers ({order}), not {values!r:.80}")
+    return values
+
+
+def number(record: dict[str, Any], key: str, place: str) -> int | float:
+    value = _given(record, key, place)
+    if not is_number(value):
+        raise ValueError(f"{place}: {key} must be a number, not {value!r:.80}")
+    return value
+
+
+def corners(x: float, y: float, width: float, height: float, place: str) -> tuple[float, float, float, float]:
+    """x1 y1 x2 y2 of a box given by its corner and its size."""
+    if min(width, height) < 0:
+        raise ValueError(f"{place}: width {width} and height {height} of the box must not be negative")
+    return x, y, x + width, y + height
+
+
+def phrases(given: Any, key: str, place: str) -> list[str]:
+    """The phrases in a string or a list of strings, blank ones left out; None has none."""
+    given = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(phrase, str) for phrase in given):
+        raise ValueError(f"{place}: {key} must be a string or a list of strings, not {given!r:.80}")
+    if not all(map(is_text, given)):
+        raise ValueError(f"{place}: {key} has a character that is half of one: {given!r:.80}")
+    return [phrase.strip() for phrase in given if phrase.strip()]
+
+
+def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:
+    """The compressed counts of a mask given as polygons or RLE of either kind; None if there is none."""
+    if not given:
+        return None
+    if isinstance(given, list):
+        return _filled(given, key, width, height, place, skip)
+    if not isinstance(given, dict) or not isinstance(given.get("counts"), str | list):
+        raise ValueError(f"{place}: {key} must be polygons, or RLE with size and counts")
+    if given.get("size") != [height, width]:
+        raise ValueError(
+            f"{place}: {key} has size {given.get('size')!r:.80} in an image of {[height, width]} (height, width)"
+        )
+    try:
+        code = masks.checked(given)
+    except ValueError as error:
+        pixels = width * height
+        raise ValueError(f"{place}: {key} counts do not add up to the {pixels} pixels of the image: {error}") from None
+    return _unless_empty(code, place, skip)
+
+
+def is_number(value: Any) -> bool:
+    return (type(value) is int and -(1 << 63) <= value < 1 << 63) or (type(value) is float and math.isfinite(value))
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON can escape half a character."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
+def _filled(polygons: list, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:
+    reach = 4 * max(width, height)  # drawing takes the longer the farther a point lies outside
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(is_number, polygon)):
+            raise ValueError(f"{place}: {key} must be lists of x, y, x, y, ... for its polygons")
+        if max(map(abs, polygon), default=0) > reach:
+            raise ValueError(f"{place}: {key} has a point far outside the image of {width} x {height}")
+    whole = [polygon for polygon in polygons if len(polygon) >= 6]
+    if len(whole) < len(polygons):
+        skip("polygon of fewer than three points", place)
+    return _unless_empty(rle.merge(rle.frPyObjects(whole, height, width)), place, skip) if whole else None
+
+
+def _unless_empty(code: dict[str, Any], place: str, skip: Skip) -> str | None:
+    if not rle.area(code):
+        return skip("empty mask", place)
+    counts = code["counts"]
+    return counts if isinstance(counts, str) else counts.decode("ascii")
+
+
+def _given(record: dict[str, Any], key: str, place: str) -> Any:
+    if key not in record:
+        raise ValueError(f"{place}: no {key!r}; it has: {', '.join(map(str, record)) or 'nothing'}")
+    return record[key]
+
+
+def _cut(path: Path, problem: str, position: str) -> ValueError:
+    return ValueError(
+        f"{path} is not whole JSON: {problem} at character {position}; "
+        "was it cut off while it was copied or downloaded?"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"cannot read {path}: {error.strerror or error}")

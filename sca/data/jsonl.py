@@ -1,0 +1,155 @@
+"""JSON lines, one a region: what people write by hand, and what `sca caption` writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from sca.data.fields import field, four, mask, phrases, size, table
+from sca.data.table import TableDataset
+from sca.masks import box_of
+
+ORDER = "x1, y1, x2, y2"
+WORDS = ("caption", "phrases", "name")
+KEPT = ("box", "mask", *WORDS, "attributes", "width", "height")
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Jsonl(TableDataset):
+    """Dataset: `Jsonl("val", file=FILE)[i]` -> `Sample`; a line is one region of an image:
+
+        {"image": "a.jpg", "box": [x1, y1, x2, y2], "caption": "a dog"}
+
+    In place of a caption it may have `phrases`, a list, or only a `name`. It may have a `mask` (COCO RLE or polygons),
+    whose box is taken where the line has none, `attributes`, and `width` and `height` of the image, which is opened
+    otherwise. `id` and `image_id` are the region's and the image's if every line has one, and otherwise count lines and
+    images from 0. Other fields are passed over, so that what `sca caption` writes can be read.
+
+    `file` may hold `{split}`, in whose place the split is put. An image is named relative to `images` if given, else to
+    the file's folder or, if it is not there, to the working folder. Text is UTF-8; blank lines are passed over.
+    """
+
+    reader = "jsonl"
+
+    def __init__(self, split: str, file: str | Path, images: str | Path | None = None, max_bad: int = 100):
+        self.file = Path(str(file).replace("{split}", split))
+        if not self.file.is_file():
+            raise ValueError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
+        self.working = os.getcwd() if images is None else ""
+        folder = self.file.parent if images is None else Path(images)
+        super().__init__(split, folder, [self.file], max_bad, self.working)
+
+    def _path(self, name: str) -> Path:
+        path = self.images / name
+        if self.working and not path.is_file() and (here := Path(self.working, name)).is_file():
+            return here
+        return path
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        names: set[str] = set()
+        for name, (image_id, lines) in self._by_image().items():
+            sides = self._size(name, lines)
+            if sides:
+                image = self._image(image_id, name, *sides)
+                for record, place in lines:
+                    self._add(image, record, place)
+                names.update(region["name"] for region in image["regions"] if region["name"])
+                yield image
+        self.attributes = {"name": tuple(sorted(names))} if names else {}
+
+    def _by_image(self) -> dict[str, tuple[int, list[tuple[dict[str, Any], str]]]]:
+        """The id and the lines of each image, every line with its id."""
+        images: dict[str, tuple[int, list]] = {}
+        owners: dict[int, str] = {}
+        seen: set[int] = set()
+        keyed: dict[str, bool] = {}
+        for number, (record, place) in enumerate(self._lines()):
+            keyed = keyed or {key: key in record for key in ("id", "image_id")}
+            for key, given in keyed.items():
+                if (key in record) != given:
+                    told = f"no {key!r}, which the first line has" if given else f"{key!r}, which the first line lacks"
+                    raise ValueError(f"{place}: {told}; give it on every line, or on none")
+            identity = field(record, "id", int, place) if keyed["id"] else number
+            place = f"{place} (id {identity})"
+            if identity in seen:
+                raise ValueError(f"{place}: this id was given before")
+            seen.add(identity)
+            name = os.path.normpath(field(record, "image", str, place))
+            known = images[name][0] if name in images else len(images)
+            image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
+            if owners.setdefault(image_id, name) != name:
+                raise ValueError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
+            if images.setdefault(name, (image_id, []))[0] != image_id:
+                raise ValueError(f"{place}: image_id {image_id} is another than before, {known}, for the same image")
+            kept = {key: record[key] for key in KEPT if key in record}
+            images[name][1].append(({**kept, "id": identity}, place))
+        return images
+
+    def _lines(self) -> Iterator[tuple[dict[str, Any], str]]:
+        with self.file.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{self.file}: line {number}"
+                try:
+                    text = line.decode("utf-8-sig").strip()
+                    record = json.loads(text) if text else None
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{place} is not UTF-8: {error}") from None
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{place} is not whole JSON: {error.msg} at character {error.pos}") from None
+                if text:
+                    yield table(record, place), place
+
+    def _size(self, name: str, lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
+        """What the lines say, or else the picture; None if neither does, which is counted."""
+        given: tuple[int, int] | None = None
+        for record, place in lines:
+            if "width" in record or "height" in record:
+                sides = size(record, place)
+                if sides != (given or sides):
+                    raise ValueError(f"{place}: width and height are {sides}, and {given} on a line before")
+                given = sides
+        if given:
+            return given
+        path = self._path(name)
+        try:
+            with Image.open(path) as picture:
+                turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
+                return (picture.height, picture.width) if turned else picture.size
+        except Exception as error:  # a decoder may raise anything for damaged data
+            reason, what = ("image unreadable", f"{name} ({error})") if path.is_file() else ("image missing", name)
+            return self._skip_image(reason, name, what, stop=False)
+
+    def _add(self, image: dict[str, Any], record: dict[str, Any], place: str) -> None:
+        shape = record.get("mask")
+        if shape and record.get("box") is None:
+            counts = mask(shape, "mask", image["width"], image["height"], place, self._skip)
+            if counts is None:
+                return  # counted already
+            shape = {"size": [image["height"], image["width"]], "counts": counts}
+            box = box_of(shape)
+        else:
+            box = four(record, "box", ORDER, place)
+        x1, y1, x2, y2 = box
+        if x2 < x1 or y2 < y1:
+            raise ValueError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
+        words = [key for key in WORDS if record.get(key) is not None]
+        if not words or len({"caption", "phrases"} & set(words)) == 2:
+            raise ValueError(
+                f"{place}: give a caption or phrases, a name, or both; there is {' and '.join(words) or 'none'}"
+            )
+        told = next((key for key in ("caption", "phrases") if key in words), "caption")
+        self._keep(
+            image,
+            record["id"],
+            box,
+            place,
+            mask=("mask", shape),
+            name=field(record, "name", str, place) if "name" in words else None,
+            phrases=phrases(record.get(told), told, place),
+            attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
+        )

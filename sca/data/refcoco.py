@@ -1,0 +1,139 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: expressions that refer to one thing in a COCO picture.
+
+In the layout of https://github.com/lichengunc/refer, whose pickles are read without running anything that is in them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sca.data.coco import box, category, described, read_instances
+from sca.data.fields import field, identified, listed, phrases, read_json, table
+from sca.data.table import TableDataset
+
+BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
+PICTURES = ("images/mscoco/images/train2014", "train2014", "images")
+
+
+class RefCoco(TableDataset):
+    """Dataset: `RefCoco("testA", root=FOLDER)[i]` -> `Sample`, one region a referring expression.
+
+    `root` has a folder of the `collection`, "refcoco", "refcoco+" or "refcocog", with `instances.json` and `refs(BY).p`
+    (or `.json` of the same content), or is that folder. `by` is who made the split: unc, google or umd. `images` is the
+    folder of COCO's train2014, by default `images/mscoco/images/train2014` or `train2014` in `root`.
+
+    The split of an expression decides and not that of its image, so an image may be in several splits, with different
+    regions. A region's id is its ref's, its phrases are the sentences in their order, and box, mask and name are those
+    of its annotation.
+    """
+
+    reader = "refcoco"
+
+    def __init__(
+        self,
+        split: str,
+        root: str | Path,
+        collection: str = "refcoco",
+        by: str | None = None,
+        images: str | Path | None = None,
+        max_bad: int = 100,
+    ):
+        if collection not in BY:
+            raise ValueError(f"no collection {collection!r}; there are: {', '.join(BY)}")
+        folder = Path(root, collection) if Path(root, collection).is_dir() else Path(root)
+        self.refs, self.instances = _refs(folder, by or BY[collection]), folder / "instances.json"
+        if not self.instances.is_file():
+            raise ValueError(f"there is no instances.json beside {self.refs}")
+        super().__init__(split, _pictures(Path(root), images), [self.refs, self.instances], max_bad, split)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        refs = [
+            (record, place, field(record, "split", str, place))
+            for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id")
+        ]
+        if all(split != self.split for *_, split in refs):
+            splits = dict.fromkeys(split for *_, split in refs)
+            raise ValueError(f"{self.refs} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
+        content, categories = read_instances(self.instances)
+        self.attributes = {"name": tuple(dict.fromkeys(categories.values()))}
+        where = str(self.instances)
+        known = {record["id"]: (record, place) for record, place in listed(content, "images", where)}
+        annotations = {record["id"]: (record, place) for record, place in listed(content, "annotations", where)}
+        images: dict[int, dict[str, Any]] = {}
+        for ref, place, split in refs:
+            if split != self.split:
+                continue
+            image_id, number = (field(ref, key, int, place) for key in ("image_id", "ann_id"))
+            if image_id not in known:
+                raise ValueError(f"{place}: image_id {image_id} is not among the images of {where}")
+            if number not in annotations:
+                raise ValueError(f"{place}: ann_id {number} is not among the annotations of {where}")
+            annotation, at = annotations[number]
+            if field(annotation, "image_id", int, at) != image_id:
+                raise ValueError(f"{place}: ann_id {number} is of image {annotation['image_id']}, not of {image_id}")
+            if image_id not in images:
+                images[image_id] = self._image(*described(*known[image_id]))
+            self._keep(
+                images[image_id],
+                ref["ref_id"],
+                box(annotation, at),
+                f"{place}, {at}",
+                mask=("segmentation", annotation.get("segmentation")),
+                name=category(annotation, categories, at),
+                phrases=_sentences(ref, place),
+            )
+        yield from images.values()
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles lists, tables, texts and numbers, and nothing that has to be looked up anywhere."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_refs(path: Path) -> list[Any]:
+    if path.suffix == ".json":
+        refs = read_json(path)
+    else:
+        try:
+            with path.open("rb") as file:
+                refs = _Plain(file, encoding="latin1").load()  # written by Python 2
+        except Exception as error:  # an unpickler may raise anything for damaged data
+            raise ValueError(
+                f"{path} is no whole pickle of only lists, tables, texts and numbers, and was not read: {error}"
+            ) from error
+    if not isinstance(refs, list):
+        raise ValueError(f"{path} must be a list of refs, not of type {type(refs).__name__}")
+    return refs
+
+
+def _sentences(ref: dict[str, Any], place: str) -> list[str]:
+    sentences = field(ref, "sentences", list, place)
+    places = [f"{place}: sentences[{number}]" for number in range(len(sentences))]
+    sent = [field(table(each, at), "sent", str, at) for each, at in zip(sentences, places, strict=True)]
+    return phrases(sent, "sent", place)
+
+
+def _refs(folder: Path, by: str) -> Path:
+    """The file of the refs as split by `by`."""
+    paths = [folder / f"refs({by}){suffix}" for suffix in (".p", ".json")]
+    for path in paths:
+        if path.is_file():
+            return path
+    there = sorted(path.name for path in folder.glob("refs(*).*"))
+    raise ValueError(
+        f"no {paths[0].name} or {paths[1].name} in {folder}; there is: {', '.join(there) or 'no refs file at all'}; "
+        "give by=unc, google or umd, and root=FOLDER that has them"
+    )
+
+
+def _pictures(root: Path, images: str | Path | None) -> Path:
+    paths = [Path(images)] if images is not None else [root / name for name in PICTURES]
+    for path in paths:
+        if path.is_dir():
+            return path
+    raise ValueError(f"no folder {' or '.join(map(str, paths))}: give images=FOLDER, that of COCO's train2014 pictures")

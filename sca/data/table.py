@@ -1,0 +1,290 @@
+"""Datasets that are converted once, from their publishers' files into an Arrow table that is memory-mapped afterwards.
+
+A table has a row an image:
+
+    image_id int64, file string, width int32, height int32,
+    regions  list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
+
+Boxes are x1 y1 x2 y2 in pixels of the image as its viewer sees it, a mask is the counts of its compressed RLE, and
+attributes are JSON. A table is a folder `data/READER-KEY` in the cache folder, where the key stands for the reader's
+options and for the path, size and time of each file that it reads. `about.json` beside the table has its `hash`, the
+numbers of images, regions and phrases, and what was left out and why. Needs the extra `data`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sca_registry.contracts import Region, Sample
+from sca_registry.verdicts import cache_folder
+
+from sca.data import fields
+from sca.folders import FolderError, new_folder
+from sca.images import ImageError, open_image
+
+SCHEMA = 1  # of the tables and of what readers put into them; another one converts everything anew
+EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
+BAD_IMAGES = ("image missing", "image unreadable", "image of another size", "image without data")  # see `max_bad`
+
+
+class TableDataset:
+    """Dataset: `dataset[i]` -> `Sample`, out of a table. A reader finds its files and says what `_records` are in them.
+
+    Boxes are clipped to the image, and left out if nothing remains, and so are regions with neither a name nor a
+    phrase; images that have no region left, or whose file is missing, are left out. An unreadable picture, or one whose
+    size (as its viewer sees it, EXIF rotation applied) is not the recorded one, is found only when it is asked for:
+    iteration then passes over it and an index gives the next readable sample in its place. All are counted by reason in
+    `skipped`, the first of each named in `examples`; more than `max_bad` bad images is a ValueError. So is a file that
+    is missing or cut off, a record without a needed field, an id that is given twice or leads nowhere; the message
+    names file, record and field.
+
+    `hash` is the SHA-256 of all that the table says of images and regions, their files' names apart: equal wherever the
+    same data lies. `attributes` has the names of the classes, which auxiliary losses may ask for. Copies in other
+    processes map the same table. Raises ImportError if the extra `data` is not installed, and FolderError if the cache
+    folder cannot be written.
+    """
+
+    reader: str  # what its tables are called
+
+    def __init__(self, split: str, images: Path, sources: Sequence[Path], max_bad: int, choice: str = ""):
+        """`images`: the folder that file names are relative to; `sources`: the files that `_records` reads, the one
+        that messages name first; `choice`: what else decides over the records.
+        """
+        self.split, self.images, self.max_bad = split, images, max_bad
+        self.sources = list(sources)
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.attributes: dict[str, tuple[str, ...]] = {}
+        self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
+        described = [SCHEMA, choice, os.path.realpath(images)]
+        described += [[os.path.realpath(source), _stamp(source)] for source in self.sources]
+        key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
+        self._obtain(cache_folder().absolute() / "data" / f"{self.reader}-{key}")
+        self._stop_if_too_many()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Sample:
+        self._check(index)
+        for step in range(len(self)):
+            sample = self.read((index + step) % len(self))
+            if sample is not None:
+                return sample
+        raise ValueError(f"no picture in {self.images} can be read; {self._account()}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every readable sample once."""
+        return (sample for sample in map(self.read, range(len(self))) if sample is not None)
+
+    def read(self, index: int) -> Sample | None:
+        """Exactly this sample; None, and counted in `skipped`, if its picture cannot be used. Raises IndexError."""
+        self._check(index)
+        row = self._table[int(index)]
+        name, size = row["file"], (row["width"], row["height"])
+        try:
+            image = open_image(self._path(name))
+        except ImageError as error:
+            return self._skip_image("image unreadable", name, f"{name} ({error})")
+        if image.size != size:
+            return self._skip_image("image of another size", name, f"{name} ({image.size}, recorded as {size})")
+        return Sample(image, row["image_id"], tuple(_region(region, *size) for region in row["regions"]))
+
+    @cached_property
+    def image_ids(self) -> list[int]:
+        """The id of each image, in order."""
+        return self._table.data["image_id"].to_pylist()
+
+    # what readers say and use
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The sources as rows made by `_image` and filled by `_keep`. May set `attributes`, and count with `_skip`."""
+        raise NotImplementedError
+
+    def _path(self, name: str) -> Path:
+        """Where the picture that a table calls `name` lies, or should."""
+        return self.images / name
+
+    @staticmethod
+    def _image(image_id: int, name: str, width: int, height: int) -> dict[str, Any]:
+        return {"image_id": image_id, "file": name, "width": width, "height": height, "regions": []}
+
+    def _keep(
+        self,
+        image: dict[str, Any],
+        identity: int,
+        box: Sequence[float],  # x1 y1 x2 y2, which may reach over the edges
+        place: str,
+        mask: tuple[str, Any] = ("mask", None),  # the name of the field, and what it has
+        name: str | None = None,
+        phrases: Sequence[str] = (),
+        attributes: dict[str, Any] | None = None,
+    ) -> None:
+        """Puts a region into its image, or counts why it is left out."""
+        width, height = image["width"], image["height"]
+        clipped = [min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True)]
+        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            return self._skip("empty box", place)
+        name = (name or "").strip() or None
+        if not name and not phrases:
+            return self._skip("region without words", place)
+        if clipped != list(box):
+            self._skip("box clipped", place)
+        image["regions"].append(
+            {
+                "id": identity,
+                "box": clipped,
+                "mask": fields.mask(mask[1], mask[0], width, height, place, self._skip),
+                "name": name,
+                "phrases": list(phrases),
+                "attributes": json.dumps(attributes or {}),
+            }
+        )
+
+    def _skip(self, reason: str, what: str) -> None:
+        self.skipped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(what)
+
+    def _skip_image(self, reason: str, name: str, what: str, stop: bool = True) -> None:
+        """A picture met twice counts once. With `stop`, one too many is a ValueError at once."""
+        if name not in self._bad:
+            self._bad[name] = _stamp(self._path(name))
+            self._skip(reason, what)
+            if stop:
+                self._stop_if_too_many()
+
+    def _stop_if_too_many(self) -> None:
+        if len(self._bad) > self.max_bad:
+            raise ValueError(
+                f"{len(self._bad)} images of {self.sources[0]} cannot be used, more than max_bad={self.max_bad}; "
+                f"{self._account()}. Are the pictures in {self.images} whole and the right ones?"
+            )
+
+    def _account(self) -> str:
+        found = {reason: self.examples[reason] for reason in BAD_IMAGES if self.skipped[reason]}
+        return "; ".join(f"{reason}: {self.skipped[reason]}, such as {', '.join(e)}" for reason, e in found.items())
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.sources[0]}")
+
+    # the store
+
+    def _obtain(self, folder: Path) -> None:
+        """Opens the table in `folder`, which one process makes if it is not there, and the others wait for."""
+        try:
+            import datasets  # noqa: F401
+            from filelock import FileLock
+        except ImportError as error:
+            message = (
+                f"{self.reader} needs `datasets` ({error}). Install it: pip install 'segment-caption-anything[data]'"
+            )
+            raise ImportError(message, name=error.name) from error
+        if self._open(folder):
+            return
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held = lock.acquire()
+        except OSError as error:
+            raise FolderError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
+        with held:
+            if not self._open(folder):
+                for old in (folder, *folder.parent.glob(f".{folder.name}.*")):  # out of date, or left by one who died
+                    shutil.rmtree(old, ignore_errors=True)
+                self._convert(folder)
+                assert self._open(folder)
+
+    def _open(self, folder: Path) -> bool:
+        """Whether there is a table, and pictures that it lacks are still as they were; then it is opened."""
+        from datasets import Dataset
+
+        try:
+            about = json.loads((folder / "about.json").read_text("utf-8"))
+            table = Dataset.from_file(str(folder / "table.arrow"))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if any(_stamp(self._path(name)) != stamp for name, stamp in about["bad"].items()):
+            return False
+        self.hash: str = about["hash"]
+        self.skipped, self.examples, self._bad = Counter(about["skipped"]), about["examples"], about["bad"]
+        self.attributes = {name: tuple(values) for name, values in about["attributes"].items()}
+        self._table = table
+        return True
+
+    def _convert(self, folder: Path) -> None:
+        from datasets.arrow_writer import ArrowWriter
+
+        numbers, content = Counter(images=0, regions=0, phrases=0), hashlib.sha256()
+        with new_folder(folder) as draft:
+            with ArrowWriter(features=_features(), path=str(draft / "table.arrow"), writer_batch_size=500) as writer:
+                for record in self._records():
+                    if not self._path(record["file"]).is_file():
+                        self._skip_image("image missing", record["file"], record["file"], stop=False)
+                    elif not record["regions"]:
+                        self._skip("image without regions", record["file"])
+                    else:
+                        writer.write(record)
+                        content.update(_logical(record))
+                        numbers["images"] += 1
+                        numbers["regions"] += len(record["regions"])
+                        numbers["phrases"] += sum(len(region["phrases"]) for region in record["regions"])
+                writer.finalize()
+            self._stop_if_too_many()
+            about = {
+                "sources": list(map(str, self.sources)),
+                "hash": content.hexdigest(),
+                **numbers,
+                "skipped": self.skipped,
+                "examples": self.examples,
+                "attributes": self.attributes,
+                "bad": self._bad,
+            }
+            (draft / "about.json").write_text(json.dumps(about, indent=1), "utf-8")
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    integer, text = Value("int64"), Value("string")
+    region = {"id": integer, "box": List(Value("float64"), length=4), "mask": text, "name": text}
+    region |= {"phrases": List(text), "attributes": text}
+    sides = {"width": Value("int32"), "height": Value("int32")}
+    return Features({"image_id": integer, "file": text, **sides, "regions": List(region)})
+
+
+def _logical(record: dict[str, Any]) -> bytes:
+    """A line that says what a row says, whatever its file is called and wherever it lies."""
+    regions = [list(region.values()) for region in record["regions"]]
+    return json.dumps([record["image_id"], record["width"], record["height"], regions]).encode() + b"\n"
+
+
+def _region(stored: dict[str, Any], width: int, height: int) -> Region:
+    attributes = json.loads(stored["attributes"])
+    return Region(
+        stored["id"],
+        tuple(stored["box"]),
+        None if stored["mask"] is None else {"size": [height, width], "counts": stored["mask"]},
+        stored["name"],
+        tuple(stored["phrases"]),
+        {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()},
+    )
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """What tells that a file was changed: its size and time; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]

@@ -1,0 +1,95 @@
+"""Visual Genome's region descriptions, in the publishers' layout and in the splits of DenseCap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sca.data.fields import corners, field, identified, number, phrases, read_json, size, stream, table
+from sca.data.table import TableDataset
+
+SPLITS = "densecap_splits.json"
+FOLDERS = ("VG_100K", "VG_100K_2")
+SIDES = ("x", "y", "width", "height")
+
+
+class VisualGenome(TableDataset):
+    """Dataset: `VisualGenome("test", root=FOLDER)[i]` -> `Sample`, one phrase a region and no masks or names.
+
+    `root` has `image_data.json`, `region_descriptions.json` and the pictures `VG_100K/ID.jpg` or `VG_100K_2/ID.jpg`.
+    `splits` is a file {"train": [image id, ...], "val": ..., "test": ...}, by default `densecap_splits.json` in `root`.
+
+    Images come in the order of `region_descriptions.json`. Of a region id that is given twice the first counts; an
+    image of the split that `image_data.json` does not have is a bad image, see `TableDataset`.
+    """
+
+    reader = "visual-genome"
+
+    def __init__(self, split: str, root: str | Path, splits: str | Path | None = None, max_bad: int = 100):
+        root = Path(root)
+        self.data, self.descriptions = root / "image_data.json", root / "region_descriptions.json"
+        self.splits = root / SPLITS if splits is None else Path(splits)
+        if not self.splits.is_file():
+            raise ValueError(
+                f"no file {self.splits}, which says what is in which split: take info/{SPLITS} of the densecap "
+                f"repository (https://github.com/jcjohnson/densecap) and put it into {root}, or give splits=FILE"
+            )
+        for file in (self.data, self.descriptions):
+            if not file.is_file():
+                raise ValueError(f"no Visual Genome in {root}: there is no {file.name}; give root=FOLDER that has it")
+        super().__init__(split, root, [self.descriptions, self.data, self.splits], max_bad, split)
+
+    def _path(self, name: str) -> Path:
+        paths = [self.images / folder / name for folder in FOLDERS]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        wanted = self._ids()
+        sizes = {
+            record["image_id"]: size(record, place)
+            for record, place in identified(stream(self.data), f"{self.data}: ", "image_id")
+        }
+        for image_id in sorted(wanted - sizes.keys()):
+            self._skip_image("image without data", f"{image_id}.jpg", str(image_id), stop=False)
+        self._stop_if_too_many()
+        seen: set[int] = set()  # region ids
+        for described, place in identified(stream(self.descriptions), f"{self.descriptions}: "):
+            image_id = described["id"]
+            if image_id not in wanted:
+                continue
+            if image_id not in sizes:
+                raise ValueError(f"{place}: image {image_id} is not in {self.data}")
+            image = self._image(image_id, f"{image_id}.jpg", *sizes[image_id])
+            for count, region in enumerate(field(described, "regions", list, place)):
+                self._add(image, region, f"{place}: regions[{count}]", seen)
+            wanted.remove(image_id)
+            yield image
+        for image_id in sorted(wanted & sizes.keys()):
+            self._skip("image without regions", f"{image_id}.jpg")
+
+    def _add(self, image: dict[str, Any], region: Any, place: str, seen: set[int]) -> None:
+        identity = field(table(region, place), "region_id", int, place)
+        place = f"{place} (region_id {identity})"
+        if region.get("image_id", image["image_id"]) != image["image_id"]:
+            raise ValueError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
+        box = corners(*(number(region, side, place) for side in SIDES), place)
+        phrase = phrases(field(region, "phrase", str, place), "phrase", place)
+        if identity in seen:
+            return self._skip("region id repeated", place)
+        seen.add(identity)
+        self._keep(image, identity, box, place, phrases=phrase)
+
+    def _ids(self) -> set[int]:
+        content = table(read_json(self.splits), str(self.splits))
+        if self.split not in content:
+            raise ValueError(f"{self.splits} has no split {self.split!r}; it has: {', '.join(content) or 'none'}")
+        listed = field(content, self.split, list, str(self.splits))
+        wanted: set[int] = set()
+        for place, image_id in enumerate(listed):
+            if type(image_id) is not int:
+                raise ValueError(f"{self.splits}: {self.split}[{place}] must be an image id, not {image_id!r:.80}")
+            if image_id in wanted:
+                self._skip("image id repeated", f"{self.splits}: {self.split}[{place}] (id {image_id})")
+            wanted.add(image_id)
+        return wanted

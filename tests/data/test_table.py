@@ -1,0 +1,192 @@
+"""A table is made once, whole or not at all, and is the same wherever its data lies."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from sca.data.coco import Coco
+
+SIDE = 64
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a dataset of some grey pictures with a region each, and gives its folder."""
+
+    def write(name="set", images=3, **changes):
+        root = tmp_path / name
+        (root / "val").mkdir(parents=True, exist_ok=True)
+        for number in range(images):
+            Image.new("RGB", (SIDE, SIDE), (number, 0, 0)).save(root / "val" / f"{number}.png")
+        region = {
+            "category_id": 1,
+            "bbox": [4, 5, 20, 10.5],
+            "caption": ["a cat"],
+            "segmentation": [[4, 5, 24, 5, 9, 9]],
+        }
+        content = {
+            "images": [{"id": 9 - n, "file_name": f"{n}.png", "width": SIDE, "height": SIDE} for n in range(images)],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+            "annotations": [{"id": n, "image_id": 9 - n, **region} for n in range(images)],
+        }
+        content["annotations"][0] |= changes
+        (root / "val.json").write_text(json.dumps(content))
+        return root
+
+    return write
+
+
+@pytest.fixture
+def conversions(monkeypatch):
+    """A list with an entry for each time that source files were read."""
+    found, records = [], Coco._records
+    monkeypatch.setattr(Coco, "_records", lambda self: found.append(self) or records(self))
+    return found
+
+
+def test_a_second_opening_reads_no_source_and_is_the_same(write, conversions):
+    root = write(bbox=[-4, 5, 20, 10])
+    one, two = Coco("val", root=root), Coco("val", root=root)
+    assert len(conversions) == 1
+    assert [sample[1:] for sample in one] == [sample[1:] for sample in two]
+    assert (one.hash, one.attributes, one.examples) == (two.hash, two.attributes, two.examples)
+    assert two.skipped == {"box clipped": 1}
+    assert two.attributes == {"name": ("cat", "dog")}
+
+
+def test_a_changed_source_is_converted_again(write, conversions):
+    before = Coco("val", root=write())
+    after = Coco("val", root=write(caption=["another cat"]))
+    assert len(conversions) == 2
+    assert before[0].regions[0].phrases == ("a cat",)  # the old table stays for those who have it open
+    assert after[0].regions[0].phrases == ("another cat",)
+
+
+def test_pictures_that_were_missing_count_when_they_are_there(write, conversions):
+    root = write()
+    (root / "val" / "1.png").rename(root / "1.png")
+    without = Coco("val", root=root)
+    assert (len(without), without.skipped) == (2, {"image missing": 1})
+    with pytest.raises(ValueError, match=r"1 images .* more than max_bad=0; image missing: 1, such as 1\.png"):
+        Coco("val", root=root, max_bad=0)
+    assert len(conversions) == 1
+    (root / "1.png").rename(root / "val" / "1.png")
+    assert len(Coco("val", root=root)) == 3
+
+
+def test_the_hash_is_that_of_the_content_and_of_nothing_else(write):
+    here = Coco("val", root=write("here")).hash
+    assert len(bytes.fromhex(here)) == 32
+    assert here == Coco("val", root=write("there")).hash
+    changes = {"id": 7, "bbox": [4, 5, 20, 10], "segmentation": [], "category_id": 2, "caption": ["a cat."]}
+    others = {Coco("val", root=write(key, **{key: value})).hash for key, value in changes.items()}
+    assert len(others - {here}) == len(changes)
+
+
+def test_an_index_can_be_read_exactly(write):
+    root = write()
+    dataset = Coco("val", root=root)
+    assert dataset.image_ids == [9, 8, 7]
+    (root / "val" / "1.png").write_bytes(b"")
+    assert dataset[1].image_id == 7
+    assert dataset.read(1) is dataset.read(1) is None
+    assert dataset.read(0).image_id == 9
+    assert dataset.skipped == {"image unreadable": 1}
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            dataset.read(index)
+
+
+def test_about_a_table_stands_beside_it(write, cache):
+    dataset = Coco("val", root=write(iscrowd=1))
+    (file,) = cache.glob("coco-*/about.json")
+    about = json.loads(file.read_text())
+    assert (about["images"], about["regions"], about["phrases"]) == (2, 2, 2)
+    assert about["hash"] == dataset.hash
+    assert about["skipped"] == {"crowd": 1, "image without regions": 1}
+    assert about["examples"]["image without regions"] == ["0.png"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_the_same_table(write, method):
+    dataset = Coco("val", root=write())
+    expected = [sample[1:] for sample in dataset]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert [sample[1:] for sample in pool.map(dataset.read, range(3))] == expected
+    assert len(pickle.dumps(dataset)) < 10_000
+
+
+SCRIPT = """
+import os, signal, sys, time
+from sca.data.coco import Coco
+records = Coco._records
+def noted(self):
+    open(sys.argv[2], "a").write("read\\n")
+    for record in records(self):
+        yield record
+        {}
+Coco._records = noted
+dataset = Coco("val", root=sys.argv[1])
+open(sys.argv[2], "a").write(dataset.hash + "\\n")
+"""
+
+
+def start(root, log, after_each):
+    command = [sys.executable, "-c", SCRIPT.format(after_each), str(root), str(log)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
+
+
+def test_of_two_processes_one_converts_and_neither_prints(write, tmp_path):
+    root, log = write(), tmp_path / "log"
+    both = [start(root, log, "time.sleep(0.5)") for _ in range(2)]
+    assert [process.communicate()[0] for process in both] == [b"", b""]
+    assert sorted(log.read_text().split()) == sorted(["read", *[Coco("val", root=root).hash] * 2])
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_that_counts(write, tmp_path, cache):
+    root = write()
+    process = start(root, tmp_path / "log", "os.kill(os.getpid(), signal.SIGKILL)")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name.startswith(".coco-") for path in cache.iterdir() if path.is_dir()] == [True]
+    assert len(Coco("val", root=root)) == 3
+    assert [path.name.startswith("coco-") for path in cache.iterdir() if path.is_dir()] == [True]
+
+
+def test_a_conversion_that_fails_leaves_nothing(write, cache):
+    with pytest.raises(ValueError, match="bbox must be four numbers"):
+        Coco("val", root=write(bbox=None))
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_a_cache_that_cannot_be_written_is_named(write, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"cannot write .*file.data.coco-\w+: .*; SCA_CACHE names another"):
+        Coco("val", root=write())
+
+
+def test_a_missing_extra_is_told_with_the_command_that_installs_it(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'segment-caption-anything\[data\]'") as caught:
+        Coco("val", root=write())
+    assert caught.value.name == "datasets"
+
+
+def test_a_reader_imports_datasets_only_when_it_is_used():
+    modules = "sca.data.coco, sca.data.visual_genome, sca.data.refcoco, sca.data.jsonl"
+    code = f"import sys, {modules}; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
