@@ -8,6 +8,7 @@ tokenizer/             where the language model was trained here
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -161,6 +162,17 @@ def stored(model: SegmentCaptioner) -> set[str]:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     added = {name for name in elsewhere if name.startswith("segmenter.neck.") or "lora_" in name}
     return set(model.state_dict()) - (elsewhere - trained - added)
+
+
+def weights_hash(model: SegmentCaptioner) -> str:
+    """SHA-256 of the tensors that a checkpoint of the model would hold, whatever their device."""
+    digest = hashlib.sha256()
+    state = model.state_dict()
+    for name in sorted(stored(model)):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> None:

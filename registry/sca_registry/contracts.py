@@ -211,8 +211,18 @@ class Proposals(NamedTuple):
 
 
 class Scores(NamedTuple):
+    """What a metric found.
+
+    total: shares in 0..1 (or what else the metric says) as floats, NaN where nothing was there to be counted, and counts
+    as whole numbers. each: arrays with one row a thing that was judged (a record, a region, a pair), with `image_id` and
+    `region_id` to say which; an array named like a share of `total` has that share as its mean over the rows that are
+    not NaN, unless `sums` has the name, too. sums: of a score that is no mean, what each row adds (R, F), and the
+    function that gives the score (...) of summed rows (..., F): with it the score of any choice of rows can be told.
+    """
+
     total: dict[str, float]
     each: dict[str, np.ndarray] | None = None
+    sums: dict[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] | None = None
 
 
 # --- what a part of each kind must do -------------------------------------------------------------------------------
@@ -305,7 +315,13 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Metric(Protocol):
-    """factory(**options). `needs`: what must be in a record, such as "mask", "truth.mask" or "task=caption"."""
+    """factory(**options). `needs`: what must be in a record, such as "mask", "truth.mask" or "task=caption".
+
+    One that needs "image" is called with a second argument, which gives the picture of a record: (records, images).
+    Options that are called `references` and `tokenizer` are the protocol's. May have `implementation`, whose code it is
+    with its version; and `whole = True` to be given the answers to misleading prompts (controls) with the others, and
+    not by themselves.
+    """
 
     needs: tuple[str, ...]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli import caption, catalogue, data, evaluate, plan, plugins, train, weights
+from sca.cli import caption, catalogue, compare, data, evaluate, plan, plugins, train, weights
 from sca.cli.options import complain
 
 app = typer.Typer(
@@ -26,6 +26,9 @@ app.command("show")(catalogue.show)
 app.command("caption")(caption.caption)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("score")(evaluate.score)
+app.command("compare")(compare.compare)
+app.command("report")(compare.report)
 app.command("pull")(weights.pull)
 app.command("import")(weights.import_)
 app.command("export")(weights.export)

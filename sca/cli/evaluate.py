@@ -1,72 +1,254 @@
-"""`sca evaluate`: how good a model is on a dataset."""
+"""`sca evaluate` and `sca score`: how good a model is on a dataset, and what predictions are worth."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import DEVICES, complain, find_device, print_table, read_options, settle
+from sca.cli.options import DEVICES, complain, find_device, print_table, settle
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report
 
+OPTIONS = (
+    "options of the dataset (root=FOLDER, count=100), generation.beams=3, proposer.points=16, references=first, "
+    "tokenizer=plain, and options of metrics such as semantic.model=FOLDER"
+)
+METRICS = "names with commas between them (default: all that find what they need)"
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a zoo name or a checkpoint folder")],
-    dataset: Annotated[str, typer.Argument(help="scenes, coco, ...")],
-    options: Annotated[
+    model: Annotated[str, typer.Argument(help="a zoo name, a checkpoint folder, a captioner, or encoder+captioner")],
+    dataset: Annotated[str, typer.Argument(help="scenes, coco, visual-genome, ... or a protocol")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=OPTIONS)] = None,
+    split: Annotated[str | None, typer.Option(help="train, val, test, testA, ... (default: val)")] = None,
+    prompt: Annotated[str | None, typer.Option(help="box, center, random-point, mask-point or mask")] = None,
+    control: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="options of the dataset: root=FOLDER, count=100"),
+        typer.Option(help="ask once more, misleadingly: wrong-region, colour-swap or shuffled-mask; may be repeated"),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test")] = "val",
-    prompt: Annotated[str, typer.Option(help="box or point")] = "box",
+    proposer: Annotated[str | None, typer.Option(help="dense captioning: what finds the regions (grid, ...)")] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    batch: Annotated[int, typer.Option(help="images at a time", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="of points that are drawn")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most so many images", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for predictions.jsonl and scores.json")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for predictions.jsonl, written as answers come, and scores.json")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar and no remarks")] = False,
 ) -> None:
-    """Attributes, relations, classes, masks, and how often the caption follows the prompt, against the truth."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Asks a model for the regions of a dataset and scores the answers. A killed run goes on with the same --out.
 
-    from sca.evaluation.evaluate import evaluate as run
-    from sca.evaluation.predictions import PROMPTS
+    Under `accelerate launch` or torchrun every process asks for its share. A protocol is a published way to do it, and
+    prints the published scores beside ours.
+    """
+    from sca.evaluation import protocol as protocols
+    from sca.evaluation.predictions import CONTROLS, PROMPTS
     from sca.output.files import open_folder
 
-    settle("prompt", prompt, PROMPTS)
-    table = {"name": dataset, **read_options(options or ())}
+    if prompt is not None:
+        settle("prompt", prompt, list(PROMPTS))
+    for each in control or ():
+        settle("control", each, list(CONTROLS))
+    given = read_settings(options or ())
+    asked = metrics and listed(metrics)
+    device = _own(device)
     find_device(device)
     if out:
         open_folder(out)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        bar = progress.add_task("images", total=None)
-        report = run(
-            model,
-            table,
-            split,
-            prompt=prompt,
-            limit=limit,
-            device=device,
-            progress=lambda done, every: progress.update(bar, completed=done, total=every),
+    how = {"batch": batch, "limit": limit, "device": device, "quiet": quiet}
+    if _is_protocol(dataset):
+        protocol = protocols.read_protocol(dataset)
+        reports = _protocol(model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, how)
+    else:
+        from sca.evaluation.predictions import Questions
+
+        questions = Questions(
+            prompt=prompt or "box", controls=tuple(control or ()), seed=seed, generation=given["generation"]
         )
-    if out:
-        _write(report, out)
-        if not quiet:
-            complain(f"wrote {out / 'predictions.jsonl'} and {out / 'scores.json'}")
+        table = {"name": dataset, **given["dataset"]}
+        found = {"name": proposer, **given["proposer"]} if proposer else None
+        reports = [_run(model, table, split or "val", questions, found, asked, given["scores"], out, how)]
+        protocol = None
+    reports = [report for report in reports if report is not None]  # only one of several processes has them
+    if as_json and reports:
+        plain = [report.to_dict() for report in reports]
+        typer.echo(json.dumps(plain if protocol else plain[0], indent=1))
+    elif reports:
+        for place, report in enumerate(reports):
+            print_table(report.table())
+            if protocol and protocol.runs[place].columns:
+                run = protocol.runs[place]
+                print_table(protocols.beside(run, report.run["model"], report.scores, protocol.source))
+
+
+def score(
+    predictions: Annotated[Path, typer.Argument(help="predictions.jsonl, or the folder of it")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="references=first, tokenizer=plain, semantic.model=FOLDER, ..."),
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="refuse predictions whose regions are not those of this dataset (dataset.root=...)"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="of that dataset")] = "val",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """Scores a predictions file without the model: one of `sca evaluate`, or one made by hand.
+
+    By hand, a line is {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}.
+    """
+    from sca.evaluation.evaluate import score_file
+
+    given = read_settings(options or (), kinds=("dataset",))
+    if given["dataset"] and dataset is None:
+        raise ValueError(f"{', '.join(given['dataset'])}: options of a dataset, and no --dataset is named")
+    against = {"name": dataset, **given["dataset"]} if dataset else None
+    report = score_file(predictions, metrics and listed(metrics), given["scores"], against, split)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
     else:
         print_table(report.table())
 
 
-def _write(report: Report, folder: Path) -> None:
-    """Each file is whole, or as it was before."""
-    from sca.output.files import write_file
+def read_settings(assignments: Sequence[str], kinds: Sequence[str] = ("generation", "proposer")) -> dict[str, Any]:
+    """`key=value` by what it is an option of: the dataset, the scores, or one of `kinds` (kind.key=value)."""
+    from sca_registry.overrides import read_assignment
 
-    write_file(folder / "predictions.jsonl", "".join(f"{json.dumps(each)}\n" for each in report.records).encode())
-    write_file(folder / "scores.json", f"{json.dumps(report.to_dict(), indent=1)}\n".encode())
+    from sca.evaluation.scoring import SHARED
+
+    given: dict[str, Any] = {kind: {} for kind in ("dataset", "scores", *kinds)}
+    for assignment in assignments:
+        path, value = read_assignment(assignment)
+        if len(path) == 2 and path[0] in kinds:
+            given[path[0]][path[1]] = value
+        elif len(path) == 2 or path[0] in SHARED:
+            given["scores"][".".join(path)] = value
+        elif len(path) == 1:
+            given["dataset"][path[0]] = value
+        else:
+            raise ValueError(f"{assignment!r}: write option=value, or metric.option=value")
+    return given
+
+
+def _protocol(
+    model: str,
+    protocol: Any,
+    given: dict[str, Any],
+    metrics: Sequence[str] | None,
+    chosen: Sequence[str | None],
+    controls: Sequence[str],
+    seed: int,
+    out: Path | None,
+    how: dict[str, Any],
+) -> list[Report | None]:
+    from dataclasses import replace
+
+    split, prompt, proposer = chosen
+    if split or prompt:
+        raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
+    reports = []
+    for run in protocol.runs:
+        questions = replace(run.questions, controls=tuple(controls), seed=seed)
+        questions = replace(questions, generation={**run.generation, **given["generation"]})
+        finder = proposer or run.proposer if run.proposer else None
+        found = {"name": finder, **given["proposer"]} if finder else None
+        table = {"name": run.dataset, **run.options, **given["dataset"]}
+        folder = out and out / run.name
+        settings = {**protocol.settings, **given["scores"]}
+        wanted = metrics or _possible(protocol.metrics, settings, how["quiet"])
+        reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, how))
+    return reports
+
+
+def _possible(metrics: Sequence[str], settings: dict[str, Any], quiet: bool) -> list[str]:
+    """Those of a protocol's metrics that can be computed here; what is left out is said."""
+    import sca_registry
+
+    possible = []
+    for name in metrics:
+        own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
+        try:
+            sca_registry.metrics.build(name, **own)
+            possible.append(name)
+        except sca_registry.RegistryError as error:
+            if not quiet:
+                complain(f"left out {name}: {error}")
+    return possible
+
+
+def _run(
+    model: str,
+    dataset: dict[str, Any],
+    split: str,
+    questions: Any,
+    proposer: dict[str, Any] | None,
+    metrics: Sequence[str] | None,
+    settings: dict[str, Any],
+    out: Path | None,
+    how: dict[str, Any],
+) -> Report | None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sca.evaluation.evaluate import evaluate as run
+    from sca.output.files import open_folder, write_file
+
+    if out:
+        open_folder(out)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=how["quiet"] or not console.is_terminal) as progress:
+        bar = progress.add_task("images", total=None)
+        report = run(
+            model,
+            dataset,
+            split,
+            questions=questions,
+            proposer=proposer,
+            metrics=metrics,
+            settings=settings,
+            batch=how["batch"],
+            limit=how["limit"],
+            device=how["device"],
+            folder=out,
+            progress=lambda done, every: progress.update(bar, completed=done, total=every),
+        )
+    if out and report is not None:
+        write_file(out / "scores.json", f"{json.dumps(report.to_dict(), indent=1)}\n".encode())
+        if not how["quiet"]:
+            complain(f"wrote {out / 'predictions.jsonl'} and {out / 'scores.json'}")
+    return report
+
+
+def _is_protocol(name: str) -> bool:
+    import sca_registry
+
+    from sca.evaluation import protocol
+
+    if name in protocol.names():
+        return True
+    if name not in sca_registry.datasets.names() and ":" not in name:
+        from sca_registry.messages import unknown
+
+        known = [*sca_registry.datasets.names(), *protocol.names()]
+        raise unknown(f"no dataset or protocol {name!r}", name, known)
+    return False
+
+
+def listed(names: str) -> list[str]:
+    return [name for each in names.split(",") if (name := each.strip())]
+
+
+def _own(device: str) -> str:
+    """Under a launcher each process has a GPU of its own."""
+    import os
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

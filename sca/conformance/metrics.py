@@ -11,8 +11,11 @@ from sca.conformance.promises import DoesNotApply, promise
 from sca.conformance.trials import Trial
 from sca.evaluation.records import lack
 
-RECORD = ("image_id", "region_id", "task", "prompt", "caption", "score", "mask", "iou", "truth")
-TRUTH = ("name", "phrases", "attributes", "mask", "box", "area")
+RECORD = (
+    *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score", "mask", "iou", "truth"),
+    *("proposals", "image"),  # of dense captioning; and the picture, which is given apart
+)
+TRUTH = ("name", "phrases", "attributes", "mask", "box", "area", "regions")
 RLE = {"size": [32, 48], "counts": "`T1P1"}  # nothing inside
 
 
@@ -28,9 +31,11 @@ def example_records() -> list[dict[str, Any]]:
     }
     return [
         {
+            "index": 0,
             "image_id": 0,
             "region_id": region,
             "task": task,
+            "control": None,
             "prompt": {"box": [4.0, 4.0, 20.0, 20.0]},
             "caption": "circle" if task == "recognition" else "a small striped red circle",
             "score": 0.5,
@@ -61,7 +66,7 @@ def needs_are_paths(trial: Trial) -> str | None:
 def gives_scores(trial: Trial) -> str | None:
     """Called with records that have what it needs, it gives `Scores` whose totals are numbers."""
     records = example_records()
-    if lack(records, trial.part.needs):
+    if "image" in trial.part.needs or lack(records, trial.part.needs):
         raise DoesNotApply("the example has not what it needs")
     found = trial.part(records)
     if not isinstance(found, Scores):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sca_registry
-from sca_registry.contracts import Captioner, Dataset, Scores
+from PIL import Image
+from sca_registry.contracts import Captioner, Dataset, Region
+from sca_registry.plugins import BUILTIN
 from sca_registry.spec import Part
 
-from sca.checkpoint import load
-from sca.evaluation.predictions import predict
-from sca.evaluation.scoring import score
+from sca.checkpoint import load, weights_hash
+from sca.evaluation.journal import Journal, Predictions, PredictionsError, read_predictions
+from sca.evaluation.predictions import Proposing, Questions, predict
+from sca.evaluation.records import Record
+from sca.evaluation.scoring import Images, Scored, regions_of, score
+from sca.evaluation.soundness import check, check_against, completed
 from sca.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -28,47 +36,72 @@ if TYPE_CHECKING:
 class Report:
     """What came out.
 
-    scores: every total of every metric, shares in 0..1 (NaN where nothing was there to be counted) and whole numbers.
-    left_out: why a metric was not computed, by its name. seconds: for predicting and scoring. metrics: the scores as
-    each metric gave them, with their arrays of single judgements. records: what was asked and answered, one a region
-    and task.
+    run, end: what was run and what became of it, as the predictions file says; empty for one made by hand. scored: the
+    scores. remarks: what is odd about the answers. seconds: for scoring, and for asking where that was done.
+    records: what was asked and answered. images: where the pictures are, if that is known.
     """
 
-    model: str
-    dataset: str
-    split: str
-    prompt: str
-    images: int
-    regions: int
-    scores: dict[str, float]
-    left_out: dict[str, str]
+    run: Mapping[str, Any]
+    end: Mapping[str, Any]
+    scored: Scored
+    remarks: Sequence[str]
     seconds: float
-    metrics: dict[str, Scores] = field(repr=False)
     records: list[dict[str, Any]] = field(repr=False)
+    images: Images | None = field(default=None, repr=False)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Every score of what was asked, the controls aside: shares (NaN where nothing was counted) and counts."""
+        return self.scored.values()
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self.scored.left_out
+
+    @property
+    def title(self) -> str:
+        run = self.run
+        if not run:
+            return "predictions made by hand"
+        how = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt']}"
+        return f"{run['model']} on {run['dataset']} {run['split']}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, without the arrays and records; NaN is None."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("metrics", "records")}
-        scores = {name: None if math.isnan(value) else value for name, value in self.scores.items()}
-        return plain | {"scores": scores, "left_out": dict(self.left_out)}
+        """Plain JSON, without the records; NaN is None."""
+        controls = dict.fromkeys(each.control for each in self.scored.scores if each.control)
+        return {
+            **{key: self.run.get(key) for key in ("model", "weights", "dataset", "split", "prompt")},
+            "images": len({record["image_id"] for record in self.records}),
+            "regions": regions_of(self.records),
+            "scores": _plain(self.scores),
+            "controls": {name: _plain(self.scored.values(name)) for name in controls},
+            "left_out": dict(self.left_out),
+            "remarks": list(self.remarks),
+            "seconds": self.seconds,
+            "rows": [each.to_dict() for each in self.scored.scores],
+            "run": dict(self.run),
+            "end": dict(self.end),
+        }
 
     def table(self) -> Table:
-        """For a terminal: a row a score, and below it what was left out."""
+        """For a terminal: a row a score with its 95 % interval, a column a control; below it what is to be said."""
         from rich.table import Table
         from rich.text import Text
 
-        below = [f"{self.images} images, {self.regions} regions, {self.seconds:.1f} s"]
+        images, regions = len({record["image_id"] for record in self.records}), regions_of(self.records)
+        below = [f"{images} images, {regions} regions, {self.seconds:.1f} s", *self.remarks]
         below += [f"left out {name}: {reason}" for name, reason in self.left_out.items()]
-        table = Table(
-            title=Text(f"{self.model} on {self.dataset} {self.split}, prompted by {self.prompt}"),
-            caption=Text("\n".join(below)),
-            caption_justify="left",
-        )
+        table = Table(title=Text(self.title), caption=Text("\n".join(below)), caption_justify="left")
+        controls = list(dict.fromkeys(each.control for each in self.scored.scores if each.control))
         table.add_column("score")
-        table.add_column("value", justify="right")
-        for name, value in self.scores.items():
-            shown = str(value) if isinstance(value, int) else "-" if math.isnan(value) else f"{value:.3f}"
-            table.add_row(Text(name), shown)
+        for heading in ("value", "95 % interval", *controls):
+            table.add_column(heading, justify="right")
+        misled = {name: self.scored.values(name) for name in controls}
+        for each in self.scored.scores:
+            if each.control is None:
+                between = "" if each.low is None else f"{each.low:.3f} to {each.high:.3f}"
+                others = [_shown(misled[name].get(each.name)) for name in controls]
+                table.add_row(Text(each.name), _shown(each.value), between, *others)
         return table
 
 
@@ -77,52 +110,159 @@ def evaluate(
     dataset: str | Mapping[str, Any] | Part | Dataset,
     split: str = "val",
     *,
-    prompt: str = "box",
-    tasks: Sequence[str] = ("caption", "recognition"),
+    questions: Questions | None = None,
+    proposer: str | Mapping[str, Any] | None = None,
     metrics: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
     batch: int = 8,
-    seed: int = 0,
     limit: int | None = None,
     device: str = "cpu",
+    folder: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> Report | None:
     """Asks the model for the regions of a dataset and scores its answers.
 
     model: what `sca.load` takes, a built model, or anything with `describe`. dataset: a registered name, a table of a
     name and options such as `{"name": "coco", "root": FOLDER}`, or a built dataset. split: of a dataset given by name;
-    a built one has its own. device: for a model that is loaded. metrics: see `sca.evaluation.scoring.score`. The rest:
-    see `sca.evaluation.predictions.predict`.
+    a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for dense
+    captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
+    device: for a model that is loaded. folder: for predictions.jsonl, which is written as answers come; a run that was
+    killed goes on where it was. batch, limit, progress: see `sca.evaluation.predictions.predict`.
 
-    ValueError if the dataset has no region to ask for, or a metric of `metrics` does not find what it needs.
+    Works alone or as one of several processes that a launcher started (torchrun, accelerate launch), which need a
+    folder: each asks for its share of the images, the first scores, and the others have no report.
+
+    ValueError if the dataset has no region to ask for, a metric of `metrics` does not find what it needs, or the folder
+    holds the predictions of another run.
     """
-    model_name, captioner = _captioner(model, device)
-    dataset_name, split, built = _dataset(dataset, split)
     start = time.perf_counter()
-    records = list(predict(captioner, built, prompt, tasks, batch, seed, limit, progress))
-    if not records:
+    rank, processes, wait = _processes()
+    if processes > 1 and folder is None:
+        raise ValueError("several processes need a folder to put their predictions together: give --out FOLDER")
+    questions = questions or Questions()
+    model_name, captioner = _captioner(model, device)
+    dataset_name, split, options, built = _dataset(dataset, split)
+    found = Part.from_dict(proposer, "proposer") if proposer is not None else None
+    asking: Questions | Proposing = questions
+    if found is not None:
+        built_proposer = sca_registry.proposers.build(found.name, **found.options)
+        asking = Proposing(built_proposer, questions.generation)
+    run = {
+        "model": model_name,
+        **_identity(captioner, questions.generation),
+        "dataset": dataset_name,
+        "options": options,
+        "split": split,
+        "data": getattr(built, "hash", None),
+        "images": len(built),
+        "prompt": None if found else questions.prompt,
+        "proposer": found and found.to_dict(),
+        "tasks": ["dense"] if found else list(questions.tasks),
+        "controls": list(questions.controls),
+        "seed": questions.seed,
+        "limit": limit,
+        "batch": batch,
+        "versions": {name: version(name) for name in (BUILTIN, "torch", "transformers")},
+    }
+    journal = Journal(None if folder is None else Path(folder), run, rank)
+    wait()  # until every process has seen what there was
+    if not journal.finished:
+        others = lambda place: place // batch % processes != rank  # noqa: E731
+        skip = lambda place: place in journal.done or others(place)  # noqa: E731
+        for asked in predict(captioner, built, asking, batch, limit, skip, progress):
+            journal.add(asked)
+    wait()
+    if rank:
+        wait()
+        return None
+    predictions = journal.finish()
+    wait()
+    if not predictions.records:
         raise ValueError(
-            f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(tasks)} asks for "
+            f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(questions.tasks)} asks for "
             "(phrases for captions, a name for recognition)"
         )
-    scores, left_out = score(records, metrics)
-    return Report(
-        model=model_name,
-        dataset=dataset_name,
-        split=split,
-        prompt=prompt,
-        images=len({record["image_id"] for record in records}),
-        regions=len({(record["image_id"], record["region_id"]) for record in records}),
-        scores={name: _plain(value) for each in scores.values() for name, value in each.total.items()},
-        left_out=left_out,
-        seconds=time.perf_counter() - start,
-        metrics=scores,
-        records=records,
-    )
+    return _report(predictions, "the predictions", metrics, settings, _pictures(built), start)
 
 
-def _plain(value: Any) -> float:
-    """A whole number as it is, any other (numpy's, say) as a float."""
-    return value if isinstance(value, int) else float(value)
+def score_file(
+    path: str | Path,
+    metrics: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dataset: str | Mapping[str, Any] | Part | Dataset | None = None,
+    split: str = "val",
+) -> Report:
+    """Scores a predictions file (or the folder of one) without the model. The pictures are looked for where the run had
+    them, and only by metrics that need them. dataset, split: what the regions must be those of, if that is asked.
+
+    PredictionsError for a file whose scores would be wrong: with regions missing, doubled or unknown, boxes that are
+    none, references missing, or of a run that has not ended.
+    """
+    start = time.perf_counter()
+    predictions = read_predictions(path)
+    if dataset is not None:
+        built = _dataset(dataset, split)[-1]
+        samples = filter(None, (getattr(built, "read", built.__getitem__)(place) for place in range(len(built))))
+        truth = ((sample.image_id, region.id) for sample in samples for region in sample.regions if _told(region))
+        check_against(predictions, truth, str(path))
+    return _report(predictions, str(path), metrics, settings, pictures_of(predictions.run), start)
+
+
+def pictures_of(run: Mapping[str, Any]) -> Images | None:
+    """The picture of a record, from the dataset that a run names; opened when the first is asked for."""
+    if not run or run["dataset"] not in sca_registry.datasets:
+        return None
+    opened: list[Images] = []
+
+    def picture(record: Record) -> Image.Image:
+        if not opened:
+            built = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
+            if getattr(built, "hash", None) != run["data"]:
+                raise PredictionsError(
+                    f"the dataset {run['dataset']} {run['split']} is not the one that was asked about: another content"
+                )
+            opened.append(_pictures(built))
+        return opened[0](record)
+
+    return picture
+
+
+def _pictures(dataset: Dataset) -> Images:
+    """Of records in the order of the dataset each picture is read once."""
+    last: list[Any] = [None, None]
+
+    def picture(record: Record) -> Image.Image:
+        if last[0] != record["index"]:
+            sample = getattr(dataset, "read", dataset.__getitem__)(record["index"])
+            if sample is None or sample.image_id != record["image_id"]:
+                raise PredictionsError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
+            last[:] = record["index"], sample.image
+        return last[1]
+
+    return picture
+
+
+def _told(region: Region) -> bool:
+    """Whether a region can be asked for."""
+    return bool(region.name or region.phrases)
+
+
+def _report(
+    predictions: Predictions,
+    where: str,
+    metrics: Sequence[str] | None,
+    settings: Mapping[str, Any] | None,
+    images: Images | None,
+    start: float,
+) -> Report:
+    predictions = completed(predictions, where)
+    remarks = check(predictions, where)
+    if predictions.end.get("unread"):
+        remarks.append(f"{predictions.end['unread']} pictures could not be read and are left out")
+    run = {**predictions.run, "truth": predictions.end.get("truth")} if predictions.run else {}
+    scored = score(predictions.records, metrics, settings, run, images)
+    seconds = time.perf_counter() - start
+    return Report(predictions.run, predictions.end, scored, remarks, seconds, predictions.records, images)
 
 
 def _captioner(model: Any, device: str) -> tuple[str, Captioner]:
@@ -134,15 +274,49 @@ def _captioner(model: Any, device: str) -> tuple[str, Captioner]:
     return _name(model), Predictor(model)
 
 
+def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells this captioner from another of the same name: spec, weights and decoding."""
+    if isinstance(captioner, Predictor):
+        spec = captioner.model.spec
+        return {
+            "weights": weights_hash(captioner.model),
+            "spec": spec.to_dict(),
+            "generation": {**spec.generation, **generation},
+        }
+    return {"weights": None, "spec": getattr(captioner, "facts", None), "generation": dict(generation)}
+
+
 def _name(model: Any) -> str:
     """The parts of a composed model, the class of anything else."""
     spec = getattr(model, "spec", None)
     return "+".join((spec.encoder.name, spec.mixer.name, spec.language_model.name)) if spec else type(model).__name__
 
 
-def _dataset(dataset: Any, split: str) -> tuple[str, str, Dataset]:
-    """Name, split and the dataset itself."""
+def _dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:
+    """Name, split, options and the dataset itself."""
     if not isinstance(dataset, str | Mapping | Part):
-        return type(dataset).__name__, getattr(dataset, "split", ""), dataset
+        return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
     part = dataset if isinstance(dataset, Part) else Part.from_dict(dataset, "dataset")
-    return part.name, split, sca_registry.datasets.build(part.name, split, **part.options)
+    built = sca_registry.datasets.build(part.name, split, **part.options)
+    return part.name, split, dict(part.options), built
+
+
+def _processes() -> tuple[int, int, Callable[[], None]]:
+    """Which of how many processes this is, and how to wait for the others."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=True, timeout=timedelta(days=7))  # nothing is sent: they only wait for each other
+    return state.process_index, processes, state.wait_for_everyone
+
+
+def _plain(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in scores.items()}
+
+
+def _shown(value: float | None) -> str:
+    return (
+        "" if value is None else str(value) if isinstance(value, int) else "-" if math.isnan(value) else f"{value:.3f}"
+    )

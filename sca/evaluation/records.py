@@ -1,7 +1,8 @@
 """What metrics ask of records: who has what is needed, and words for what is not there.
 
-A need is a path into a record, `mask` or `truth.attributes.colour`, met by any value but None; or a path and the text
-that must stand there, `task=caption`; or several of these, one of which will do: `truth.name or task=caption`.
+A need is a path into a record, `mask` or `truth.attributes.colour`, met by any value but None and an empty list; or a
+path and the text that must stand there, `task=caption`; or several of these, one of which will do: `truth.name or
+task=caption`.
 """
 
 from __future__ import annotations
@@ -71,4 +72,4 @@ def _meets(record: Record, choice: str) -> bool:
     value: Any = record
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return value == wanted if wanted else value is not None
+    return value == wanted if wanted else value is not None and value != []

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from PIL import Image
@@ -16,9 +12,7 @@ from sca import masks
 from sca.output.colours import COLOURS
 from sca.output.files import OutputFile
 from sca.output.outline import outline
-
-SIDE = 2048  # a larger picture is shown at this many pixels on its longest side
-SHARP = 256  # up to this side a picture is kept as PNG and shown in plain pixels
+from sca.output.page import FOOT, SHARP, data_uri, head, text
 
 _COLOURS = "\n".join(f".c{place} {{ --colour: rgb{colour} }}" for place, colour in enumerate(COLOURS))
 _STYLE = f"""
@@ -89,24 +83,8 @@ for (const picture of document.querySelectorAll(".picture")) {
 """
 
 
-def _hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-# The policy allows this style, this script and embedded pictures: whatever a caption says, nothing else runs or loads.
-_POLICY = f"default-src 'none'; img-src data:; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}"
-_HEAD = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Captions of regions</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-"""
-_FOOT = f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+_HEAD = head("Captions of regions", _STYLE, _SCRIPT)
+_FOOT = f"<script>{_SCRIPT}</script>\n{FOOT}"
 
 
 class Html:
@@ -115,7 +93,7 @@ class Html:
     def __init__(self, path: Path, model: str | None = None):
         self._file = OutputFile(path)
         self._images = 0
-        self._file.write(f"{_HEAD}<h1>{_text(model or 'Captions of regions')}</h1>\n")
+        self._file.write(f"{_HEAD}<h1>{text(model or 'Captions of regions')}</h1>\n")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         self._file.write(_picture(path, image, captions))
@@ -135,7 +113,7 @@ class Html:
 
 
 def _picture(path: str, image: Image.Image, captions: Sequence[Caption]) -> str:
-    name = _text(path)
+    name = text(path)
     sized = [_shape(number, caption, max(image.size)) for number, caption in enumerate(captions)]
     shapes = [shape for _, shape in sorted(sized, key=lambda pair: -pair[0])]  # small ones on top, within reach
     items = "".join(_item(number, caption) for number, caption in enumerate(captions))
@@ -143,7 +121,7 @@ def _picture(path: str, image: Image.Image, captions: Sequence[Caption]) -> str:
     return (
         f'<section class="picture"><h2>{name}</h2>\n<div class="columns"><div class="stage{sharp}">'
         f'<svg viewBox="0 0 {image.width} {image.height}" role="img" aria-label="{name}">'
-        f'<image width="{image.width}" height="{image.height}" preserveAspectRatio="none" href="{_data(image)}"/>\n'
+        f'<image width="{image.width}" height="{image.height}" preserveAspectRatio="none" href="{data_uri(image)}"/>\n'
         f'{"".join(shapes)}</svg><p class="tip" aria-live="polite" hidden></p></div>\n'
         f"<ol>\n{items}</ol></div></section>\n"
     )
@@ -169,25 +147,10 @@ def _shape(number: int, caption: Caption, side: int) -> tuple[float, str]:
 def _item(number: int, caption: Caption) -> str:
     facts = [f"score {caption.score:.2f}"] + ([] if caption.iou is None else [f"IoU {caption.iou:.2f}"])
     return (
-        f'<li class="{_colour(number)}" data-region="{number}" tabindex="0"><span>{_text(caption.text)}</span> '
+        f'<li class="{_colour(number)}" data-region="{number}" tabindex="0"><span>{text(caption.text)}</span> '
         f"<small>region {int(caption.region)} · {' · '.join(facts)}</small></li>\n"
     )
 
 
 def _colour(number: int) -> str:
     return f"c{number % len(COLOURS)}"
-
-
-def _data(image: Image.Image) -> str:
-    """The picture as a data URI: PNG for a small one, else JPEG."""
-    image = image.convert("RGB")
-    image.thumbnail((SIDE, SIDE))
-    content = io.BytesIO()
-    kind = "png" if max(image.size) <= SHARP else "jpeg"
-    image.save(content, kind, quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
-
-
-def _text(value: str) -> str:
-    """Text for an element or a quoted attribute; control characters, which HTML does not have, become spaces."""
-    return escape("".join(c if c.isprintable() or c == "\n" else " " for c in value))

@@ -11,12 +11,14 @@ def evaluated(shell, checkpoint):
 
 
 def test_scores_are_printed_as_a_table_and_written_with_the_predictions(evaluated, here):
-    result = evaluated("--out", "scores", "--prompt", "point", "--split", "test")
+    result = evaluated("--out", "scores", "--prompt", "center", "--split", "test")
     assert result.status == 0
     assert "mask-iou/mean" in result.out
     scores = json.loads((here / "scores/scores.json").read_text())
-    assert (scores["images"], scores["prompt"], scores["split"]) == (2, "point", "test")
-    records = [json.loads(line) for line in (here / "scores/predictions.jsonl").read_text().splitlines()]
+    assert (scores["images"], scores["prompt"], scores["split"]) == (2, "center", "test")
+    run, *records, end = [json.loads(line) for line in (here / "scores/predictions.jsonl").read_text().splitlines()]
+    assert run["run"]["dataset"] == "scenes"
+    assert end["end"]["records"] == len(records)
     assert len({(record["image_id"], record["region_id"]) for record in records}) == scores["regions"]
     assert {record["task"] for record in records} == {"caption", "recognition"}
     assert result.err == ["sca: wrote scores/predictions.jsonl and scores/scores.json"]
@@ -49,3 +51,76 @@ def test_a_mistake_is_one_line(refused, checkpoint, arguments, said):
 
 def test_a_model_that_is_none_is_one_line(refused):
     assert "Did you mean 'sca-tiny'?" in refused(2, "evaluate", "sca-tniy", "scenes")
+
+
+def test_predictions_are_scored_again_without_the_model(evaluated, shell):
+    evaluated("--out", "run", "--metrics", "rouge-l", "tokenizer=plain")
+    again = shell("score", "run", "--metrics", "rouge-l,cider", "tokenizer=plain", "references=first", "--json")
+    scores = json.loads(again.out)
+    assert set(scores["scores"]) == {"rouge-l", "cider"}
+    assert {row["references"] for row in scores["rows"]} == {"first"}
+    assert {row["tokenizer"] for row in scores["rows"]} == {"plain"}
+    shown = shell("score", "run", "--dataset", "scenes", "--metrics", "class", "dataset.count=3")
+    assert shown.status == 2
+    assert "regions of the dataset were not asked for" in shown.err[0]
+
+
+def test_controls_stand_in_columns_of_their_own(evaluated):
+    result = evaluated("--control", "wrong-region", "--control", "colour-swap", "--metrics", "attributes")
+    (headings,) = [line for line in result.out.splitlines() if "95 % interval" in line]
+    assert headings.index("wrong-region") < headings.index("colour-swap")
+
+
+def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
+    for prompt in ("box", "center"):
+        evaluated("--out", prompt, "--prompt", prompt, "--metrics", "mask-iou")
+    result = shell("compare", "box", "center", "--metrics", "mask-iou,attributes", "--out", "pages/compare.html")
+    assert result.status == 0
+    assert "mask-iou/mean" in result.out
+    assert "prompt differs" in result.out
+    assert (
+        shell("report", "box", "center", "--metrics", "mask-iou,attributes", "--out", "pages/report.html").status == 0
+    )
+    for name in ("compare", "report"):
+        assert (here / f"pages/{name}.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_proposed_regions_are_captioned_and_judged(shell, checkpoint):
+    result = shell(
+        *("evaluate", checkpoint, "scenes", "count=2", "--proposer", "grid", "proposer.points=2"),
+        *("--metrics", "densecap-map", "tokenizer=plain", "--json"),
+    )
+    assert result.status == 0, result.err
+    scores = json.loads(result.out)["scores"]
+    assert scores["densecap-map/true-boxes"] > 0
+    assert 0 <= scores["densecap-map/boxes"] <= 1
+
+
+@pytest.fixture
+def visual_genome(here):
+    """One picture in the publishers' layout."""
+    from PIL import Image
+
+    (here / "vg/VG_100K").mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(here / "vg/VG_100K/7.jpg")
+    data = [{"image_id": 7, "width": 64, "height": 48}]
+    region = {"region_id": 3, "image_id": 7, "x": 4, "y": 4, "width": 20, "height": 20, "phrase": "a red car"}
+    for name, content in (
+        ("image_data.json", data),
+        ("region_descriptions.json", [{"id": 7, "regions": [region]}]),
+        ("densecap_splits.json", {"train": [], "val": [], "test": [7]}),
+    ):
+        (here / "vg" / name).write_text(json.dumps(content))
+    return here / "vg"
+
+
+def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell, checkpoint, visual_genome, here):
+    result = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--out", "out")
+    assert result.status == 0, result.err
+    assert "SCA GPT2-large, pretrained, VG (published)" in result.out
+    run = json.loads((here / "out/visual-genome-test/predictions.jsonl").read_text().splitlines()[0])["run"]
+    assert run["generation"]["beams"] == 3
+    assert run["tasks"] == ["caption"]
+    assert any("left out spice" in line for line in result.err)
+    refused = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--split", "val")
+    assert "has its own splits" in refused.err[0]

@@ -34,7 +34,8 @@ VARIANTS = {  # options worth trying besides those that the card gives for a sma
     "datasets": {"scenes": [{"split": "train"}, {"split": "test"}]},
 }
 READERS = ("coco", "coco-json", "visual-genome", "refcoco", "refcoco-plus", "refcocog", "jsonl")
-FROM_FILES = (*READERS, "boxes-from-coco", "gguf")  # see below, and tests/data
+JUDGES = ("clip-score", "noun-recall", "semantic", "spice", "verb-recall")
+FROM_FILES = (*READERS, *JUDGES, "boxes-from-coco", "gguf")  # see below, tests/data and tests/evaluation
 
 
 def on_trial():

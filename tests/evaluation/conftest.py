@@ -16,9 +16,11 @@ def make_record():
     def make(caption="", task="caption", image=1, region=1, mask=None, **truth):
         truth = {"name": None, "phrases": [], "attributes": {}, "mask": None, "box": BOX, "area": 4.0} | truth
         return {
+            "index": image,
             "image_id": image,
             "region_id": region,
             "task": task,
+            "control": None,
             "prompt": {"box": truth["box"]},
             "caption": caption,
             "score": 1.0,

@@ -1,14 +1,20 @@
 """Records say all that metrics need, and say it in plain JSON."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
-from sca_registry.contracts import Caption, Region, Sample
+from sca_registry.contracts import Caption, Prompt, Proposals, Region, Sample
 
 from sca import masks
 from sca.data.scenes import Scenes
-from sca.evaluation.predictions import predict
+from sca.evaluation.predictions import CONTROLS, PROMPTS, Proposing, Questions, predict
+
+
+def asked(captioner, dataset, questions=None, **how):
+    """Every record in one list."""
+    return [record for each in predict(captioner, dataset, questions, **how) for record in each.records]
 
 
 class Echo:
@@ -46,8 +52,8 @@ BOTH = Region(4, (1.0, 1.0, 7.0, 3.0), name="car", phrases=("a car", "the car"))
 
 def test_a_record_comes_back_from_json_as_it_was():
     dataset = Scenes("val", count=3)
-    for prompt in ("box", "point"):
-        records = list(predict(Echo(), dataset, prompt))
+    for prompt in PROMPTS:
+        records = asked(Echo(), dataset, Questions(prompt))
         assert json.loads(json.dumps(records, allow_nan=False)) == records
     record, region = records[0], dataset[0].regions[0]
     assert (record["image_id"], record["region_id"]) == (dataset[0].image_id, region.id)
@@ -58,9 +64,8 @@ def test_a_record_comes_back_from_json_as_it_was():
 
 def test_a_task_is_asked_only_where_there_is_truth_and_answers_stay_with_their_regions():
     dataset = [sample(1, BARE, NAMED, BOTH), sample(2, BARE), sample(3), sample(4, TOLD, BARE, BOTH)]
-    records = list(predict(Echo(), dataset))
-    asked = [(record["image_id"], record["region_id"], record["task"]) for record in records]
-    assert asked == [
+    records = asked(Echo(), dataset)
+    assert [(record["image_id"], record["region_id"], record["task"]) for record in records] == [
         (1, 2, "recognition"),
         (1, 4, "caption"),
         (1, 4, "recognition"),
@@ -77,7 +82,7 @@ def test_a_task_is_asked_only_where_there_is_truth_and_answers_stay_with_their_r
 
 def test_a_captioner_that_takes_one_image_at_a_time_gives_the_same(teller):
     dataset = [sample(1, BARE, NAMED, BOTH)]
-    records = list(predict(teller(dataset), dataset))
+    records = asked(teller(dataset), dataset)
     assert [record["caption"] for record in records] == ["car", "the car", "car"]
 
 
@@ -85,8 +90,8 @@ def test_a_captioner_that_takes_one_image_at_a_time_gives_the_same(teller):
 def test_the_batch_changes_nothing_but_how_many_go_together(batch):
     dataset = Scenes("val", count=5)
     progress, echo = [], Echo()
-    records = list(predict(echo, dataset, batch=batch, limit=4, progress=lambda *state: progress.append(state)))
-    assert records == list(predict(Echo(), dataset, limit=4))
+    records = asked(echo, dataset, batch=batch, limit=4, progress=lambda *state: progress.append(state))
+    assert records == asked(Echo(), dataset, limit=4)
     assert progress[-1] == (4, 4)
     assert max(len(counts) for _, counts in echo.calls) == min(batch, 4)
     assert max(echo.encoded) == min(batch, 4)
@@ -95,9 +100,12 @@ def test_the_batch_changes_nothing_but_how_many_go_together(batch):
 
 def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():
     dataset = Scenes("val", count=3)
-    drawn = [[record["prompt"]["points"] for record in predict(Echo(), dataset, "point", seed=s)] for s in (0, 0, 1)]
+    drawn = [
+        [record["prompt"]["points"] for record in asked(Echo(), dataset, Questions("mask-point", seed=seed))]
+        for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
-    for record in predict(Echo(), dataset, "point"):
+    for record in asked(Echo(), dataset, Questions("mask-point")):
         ((x, y, label),) = record["prompt"]["points"]
         assert label == 1
         assert masks.decode(record["truth"]["mask"])[int(y), int(x)]
@@ -106,7 +114,10 @@ def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():
 def test_a_point_is_the_same_for_both_tasks_and_whatever_else_is_in_the_dataset():
     dataset = Scenes("val", count=3)
     points = {}
-    for records in (predict(Echo(), dataset, "point"), predict(Echo(), [dataset[2]], "point", tasks=["caption"])):
+    for records in (
+        asked(Echo(), dataset, Questions("random-point")),
+        asked(Echo(), [dataset[2]], Questions("random-point", ("caption",))),
+    ):
         for record in records:
             points.setdefault(record["region_id"], []).append(record["prompt"]["points"])
     assert all(drawn == drawn[:1] * len(drawn) for drawn in points.values())
@@ -114,13 +125,120 @@ def test_a_point_is_the_same_for_both_tasks_and_whatever_else_is_in_the_dataset(
 
 def test_two_regions_of_the_same_shape_have_points_of_their_own():
     twins = [Region(number, (0.0, 0.0, 10.0, 8.0), name="car") for number in (1, 2)]
-    first, second = predict(Echo(), [sample(1, *twins)], "point")
+    first, second = asked(Echo(), [sample(1, *twins)], Questions("random-point"))
     assert first["prompt"] != second["prompt"]
 
 
+def test_each_prompt_is_where_it_says():
+    (record,) = asked(Echo(), [sample(1, TOLD)], Questions("center"))
+    assert record["prompt"] == {"points": [[3.5, 2.0, 1]]}
+    (record,) = asked(Echo(), [sample(1, TOLD)], Questions("random-point"))
+    ((x, y, _),) = record["prompt"]["points"]
+    assert 1 <= x <= 6
+    assert 1 <= y <= 3
+    scene = Scenes("val", count=1)
+    for record in asked(Echo(), scene, Questions("mask")):
+        assert record["prompt"] == {"mask": record["truth"]["mask"]}
+
+
+def test_a_region_without_a_mask_is_pointed_at_inside_the_one_that_the_captioner_gives_for_its_box(teller):
+    whole = list(Scenes("val", count=3))
+    bare = [each._replace(regions=tuple(replace(region, mask=None) for region in each.regions)) for each in whole]
+    inside = {region.id: masks.decode(region.mask) for each in whole for region in each.regions}
+
+    class Points(type(teller(whole))):
+        def _answer(self, regions, prompt, task, place):
+            if prompt.box:
+                return super()._answer(regions, prompt, task, place)
+            return Caption("", 1.0, None, None, None, prompt, place)
+
+    for record in asked(Points(whole), bare, Questions("mask-point")):
+        ((x, y, _),) = record["prompt"]["points"]
+        assert inside[record["region_id"]][int(y), int(x)]
+    with pytest.raises(ValueError, match="the model gives none"):
+        asked(Echo(), [sample(1, TOLD)], Questions("mask"))
+
+
+def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
+    scene = Scenes("val", count=6)
+    records = asked(Echo(), scene, Questions(controls=tuple(CONTROLS)))
+    usual = {(r["region_id"], r["task"]): r for r in records if r["control"] is None}
+    names = {region.id: region.name for each in scene for region in each.regions}
+    boxes = {tuple(region.box): region.id for each in scene for region in each.regions}
+    for control in CONTROLS:
+        misled = [record for record in records if record["control"] == control]
+        assert misled
+        for record in misled:
+            own = usual[record["region_id"], record["task"]]
+            assert record["truth"] == own["truth"]
+            if control == "colour-swap":
+                assert record["prompt"] == own["prompt"]
+            else:
+                assert record["prompt"] != own["prompt"]
+            if control == "wrong-region":
+                other = boxes[tuple(record["prompt"]["box"])]
+                assert names[other] != names[record["region_id"]]
+            if control == "shuffled-mask":
+                x1, y1, x2, y2 = record["prompt"]["box"]
+                bx1, by1, bx2, by2 = record["truth"]["box"]
+                assert (x2 - x1, y2 - y1) == (bx2 - bx1, by2 - by1)
+                assert min(x1, y1) >= 0
+                assert max(x2, y2) <= scene[0].image.width
+
+
+def test_colours_are_swapped_in_what_is_shown_and_in_nothing_else():
+    seen = []
+
+    class Looks(Echo):
+        def encode(self, images):
+            seen.append(images[0].getpixel((0, 0)))
+            return images
+
+    image = Image.new("RGB", (10, 8), (1, 2, 3))
+    asked(Looks(), [Sample(image, 1, (TOLD,))], Questions(controls=("colour-swap",)))
+    assert seen == [(1, 2, 3), (3, 1, 2)]
+
+
+def test_proposed_regions_are_recorded_with_all_that_is_true_of_the_image():
+    def proposer(image, image_id):
+        prompts = (Prompt(box=(0.0, 0.0, 2.0, 2.0)), Prompt(box=(1.0, 1.0, 6.0, 3.0)))
+        return Proposals(prompts, (0.25, 0.5), (None, None))
+
+    class Describes:
+        def describe(self, image, prompts, task="caption"):
+            return [Caption("a car", 1.0, p.box, None, None, p, i) for i, p in enumerate(prompts)]
+
+    (record,) = asked(Describes(), [sample(7, TOLD, NAMED)], Proposing(proposer))
+    assert record["task"] == "dense"
+    assert [each["score"] for each in record["proposals"]] == [0.5, 0.25]
+    assert record["proposals"][0]["box"] == [1, 1, 6, 3]
+    assert record["truth"]["regions"] == [{"id": 3, "box": [1, 1, 6, 3], "phrases": ["a car"]}]
+
+
+def test_a_picture_that_cannot_be_read_is_counted_and_the_others_are_asked():
+    class Damaged(list):
+        def read(self, place):
+            return None if place == 1 else self[place]
+
+    found = list(predict(Echo(), Damaged(sample(i, TOLD) for i in range(4)), batch=2))
+    assert [each.unread for each in found] == [1, 0]
+    assert [record["index"] for each in found for record in each.records] == [0, 2, 3]
+
+
+def test_what_is_done_is_left_out_and_the_rest_stays_in_its_batch():
+    found = list(predict(Echo(), [sample(i, TOLD) for i in range(6)], batch=2, skip=lambda place: place in (0, 1, 4)))
+    assert [list(each.places) for each in found] == [[2, 3], [5]]
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"prompt": "scribble"}, {"tasks": ["caption", "translation"]}, {"batch": 0}, {"limit": 0}]
+    "wrong", [{"prompt": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}]
 )
-def test_a_wrong_wish_is_refused_at_once(wrong):
-    with pytest.raises(ValueError, match=r"scribble|translation|batch|limit"):
+def test_a_wrong_question_is_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=r"scribble|translation|hypnosis"):
+        Questions(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"limit": 0}])
+def test_a_number_below_one_is_refused_at_once(wrong):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         predict(Echo(), [], **wrong)

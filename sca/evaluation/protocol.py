@@ -1,0 +1,89 @@
+"""Published protocols by name: what to ask of which data, how to score it, and what papers have reported.
+
+One TOML file each in `protocols/`. A protocol is one or several runs; what papers print stands beside what is measured.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from sca_registry.messages import unknown
+
+from sca.evaluation.predictions import Questions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SUFFIX = ".toml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation of a protocol. published: for each system the scores named by `columns`, or the first of them."""
+
+    name: str
+    dataset: str
+    split: str
+    prompt: str = "box"
+    tasks: tuple[str, ...] = ("caption",)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    proposer: str | None = None
+    columns: tuple[str, ...] = ()
+    published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def questions(self) -> Questions:
+        return Questions(self.prompt, tuple(self.tasks), generation=self.generation)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    name: str
+    summary: str
+    source: str
+    metrics: tuple[str, ...]
+    runs: tuple[Run, ...]
+    references: str = "all"
+    tokenizer: str = "ptb"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"references": self.references, "tokenizer": self.tokenizer}
+
+
+def names() -> list[str]:
+    return sorted(file.name.removesuffix(SUFFIX) for file in _folder().iterdir() if file.name.endswith(SUFFIX))
+
+
+def read_protocol(name: str) -> Protocol:
+    """RegistryError if there is none of this name."""
+    if name not in names():
+        raise unknown(f"no protocol {name!r}", name, names())
+    table = tomllib.loads((_folder() / f"{name}{SUFFIX}").read_text("utf-8"))
+    runs = tuple(Run(**run) for run in table.pop("runs"))
+    return Protocol(name=name, runs=runs, **table)
+
+
+def beside(run: Run, title: str, scores: Mapping[str, float], source: str) -> Table:
+    """What was measured, with what was published above it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"{run.name}, beside what was published"), caption=Text(f"published: {source}"))
+    table.add_column("model", no_wrap=True)
+    for column in run.columns:
+        table.add_column(column, justify="right")
+    for system, values in run.published.items():
+        table.add_row(Text(f"{system} (published)"), *(f"{value:.3f}" for value in values))
+    ours = (scores.get(column) for column in run.columns)
+    table.add_row(Text(title), *("–" if value is None else f"{value:.3f}" for value in ours))
+    return table
+
+
+def _folder():
+    return files("sca.evaluation") / "protocols"

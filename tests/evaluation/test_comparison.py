@@ -1,0 +1,164 @@
+"""Runs side by side, as a table and as pages."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from sca.data.scenes import Scenes
+from sca.evaluation.comparison import compare
+from sca.evaluation.evaluate import evaluate, score_file
+from sca.evaluation.journal import PredictionsError
+from sca.evaluation.predictions import Questions
+from sca.output.report import comparison_page, report_page
+
+DRAWN = ["attributes", "class", "mask-iou"]
+
+
+@pytest.fixture(scope="module")
+def runs(teller, tmp_path_factory):
+    """A run that knows all, and one that has every third colour wrong; both of scenes that can be drawn again."""
+    dataset = Scenes("val", count=20)
+
+    def wrong(region, _, task):
+        said = region.phrases[-1] if task == "caption" else region.name
+        return said.replace(region.attributes["colour"], "<b>plaid</b>") if region.id % 3 == 0 else said
+
+    folders = []
+    for name, say in (("right", None), ("wrong", wrong)):
+        folder = tmp_path_factory.mktemp(name)
+        evaluate(teller(dataset, say), {"name": "scenes", "count": 20}, folder=folder, metrics=["class"])
+        folders.append(folder)
+    return folders
+
+
+def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
+    right, wrong = runs
+    comparison = compare(wrong, right, DRAWN)
+    colour = next(each for each in comparison.differences if each.name == "attributes/colour")
+    assert colour.second == 1
+    assert colour.difference == pytest.approx(1 - colour.first)
+    assert 0 < colour.low < colour.difference < colour.high < 1
+    size = next(each for each in comparison.differences if each.name == "attributes/size")
+    assert (size.difference, size.low, size.high) == (0, 0, 0)
+    assert comparison.by == "attributes/all"
+    assert comparison.judged
+    assert {each.change for each in comparison.judged} == {1}
+    assert all(each.first["region_id"] % 3 == 0 for each in comparison.judged)
+    screen = Console(file=io.StringIO(), width=150)
+    screen.print(comparison.table())
+    assert re.search(r"attributes/colour .* \+0\.\d+ \*", screen.file.getvalue())
+    assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+
+
+def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
+    fewer, other = tmp_path / "fewer", tmp_path / "other"
+    dataset = Scenes("val", count=10)
+    for folder, split in ((fewer, "val"), (other, "test")):
+        folder.mkdir()
+        dataset = Scenes(split, count=10)
+        evaluate(teller(dataset), {"name": "scenes", "count": 10}, split, folder=folder, metrics=["class"])
+    with pytest.raises(PredictionsError, match=r"answers are only in .*, the first for region"):
+        compare(runs[0], fewer)
+    with pytest.raises(PredictionsError, match="answers are only in"):
+        compare(fewer, other)
+
+
+def test_what_else_differs_is_said(runs, teller, tmp_path):
+    dataset = Scenes("val", count=20)
+
+    class Points(type(teller(dataset))):
+        def _answer(self, regions, prompt, task, place):
+            ((x, y, _),) = prompt.points
+            near = min(regions, key=lambda r: abs(r.box[0] + r.box[2] - 2 * x) + abs(r.box[1] + r.box[3] - 2 * y))
+            return super()._answer(regions, type(prompt)(box=near.box), task, place)
+
+    evaluate(
+        Points(dataset),
+        {"name": "scenes", "count": 20},
+        folder=tmp_path,
+        questions=Questions("center"),
+        metrics=["class"],
+    )
+    assert compare(runs[0], tmp_path, DRAWN).remarks == ("prompt differs: 'box' and 'center'",)
+
+
+class Tags(HTMLParser):
+    VOID = ("meta", "image", "path", "rect", "line", "br")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.seen = [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def pages(runs):
+    reports = [score_file(run, ["attributes", "class", "mask-iou", "rouge-l"]) for run in runs]
+    return {"report": report_page(reports), "comparison": comparison_page(compare(*runs, DRAWN))}
+
+
+def test_pages_are_whole_and_load_nothing(runs):
+    for page in pages(runs).values():
+        tags = Tags(page).seen
+        assert "default-src 'none'" in page
+        assert not [tag for tag, _ in tags if tag in ("script", "link", "img", "b")]  # a caption is no markup
+        links = [value for _, attributes in tags for name, value in attributes.items() if name in ("href", "src")]
+        assert links
+        assert all(link.startswith("data:image/") for link in links)
+
+
+def test_a_report_has_scores_their_spread_the_best_the_worst_and_models_side_by_side(runs):
+    page = pages(runs)["report"]
+    for words in (
+        "attributes/colour",
+        "[",
+        "best",
+        "worst",
+        "at random",
+        "Regions side by side",
+        "How scores are spread",
+    ):
+        assert words in page
+    tags = Tags(page).seen
+    assert {"mask", "true", "box"} <= {attributes.get("class") for _, attributes in tags}
+    figure = page.partition('class="figure"')[2].partition("</table>")[0]
+    assert figure.count("<tr>") == 3  # two models and the truth
+    assert figure.count("<td>") == 18
+    assert "true" in figure.rpartition("<tr>")[2]
+    assert 'class="mask"' not in figure.rpartition("<tr>")[2]
+
+
+def test_a_comparison_shows_what_was_lost(runs):
+    page = pages(runs)["comparison"]
+    assert "Lost most in attributes/all" in page
+    assert "&lt;b&gt;plaid" in page
+    assert "Gained most" not in page
+
+
+def test_without_pictures_a_page_has_words(tmp_path):
+    path = tmp_path / "made.jsonl"
+    records = [
+        {"image_id": n, "region_id": n, "caption": "a dog", "references": ["a dog" if n % 2 else "the cat"]}
+        for n in range(9)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = report_page([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
+    assert "without pictures: the predictions do not say where the pictures are" in page
+    assert "the cat" in page
+    with pytest.raises(ValueError, match="no score 'meteor' of single regions: there are rouge-l"):
+        report_page([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], by="meteor")

@@ -1,0 +1,160 @@
+"""What was answered is on disk at once, and a run that was killed ends as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sca.data.scenes import Scenes
+from sca.evaluation.evaluate import evaluate, score_file
+from sca.evaluation.journal import NAME, PredictionsError, read_predictions
+from sca.evaluation.predictions import Questions
+
+RUN = """
+import sys
+import torch
+torch.set_num_threads(1)
+from sca.evaluation.evaluate import evaluate
+print("ready", flush=True)
+evaluate("sca-tiny", {"name": "scenes", "count": 24}, "val", batch=3, metrics=["attributes"], folder=sys.argv[1])
+"""
+
+
+@pytest.fixture
+def dataset():
+    return Scenes("val", count=7)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
+
+
+def test_a_file_begins_with_the_run_and_ends_with_its_end(teller, dataset, tmp_path):
+    report = evaluate(teller(dataset), dataset, batch=2, folder=tmp_path, metrics=["class"])
+    run, *records, end = lines(tmp_path)
+    assert run["run"]["dataset"] == "Scenes"
+    assert run["run"]["images"] == end["end"]["images"] == 7
+    assert end["end"]["records"] == len(records) == len(report.records)
+    assert [record["index"] for record in records] == sorted(record["index"] for record in records)
+
+
+def test_answers_are_on_disk_before_the_next_batch_is_asked(teller, dataset, tmp_path):
+    seen = []
+
+    class Watches(type(teller(dataset))):
+        def describe(self, image, prompts, task="caption"):
+            seen.append(sum(line.startswith('{"index"') for line in (tmp_path / NAME).read_text().splitlines()))
+            return super().describe(image, prompts, task)
+
+    evaluate(Watches(dataset), dataset, batch=1, folder=tmp_path, metrics=["class"])
+    regions = [2 * len(sample.regions) for sample in dataset]
+    assert seen == [sum(regions[:image]) for image in range(7) for _ in ("caption", "recognition")]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch):
+    """Whatever was cut off in the middle of a line is asked again, and nothing else."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    evaluate(teller(dataset), dataset, batch=2, folder=whole, metrics=["class"])
+    asked = []
+
+    class Tires(type(teller(dataset))):
+        left = 8
+
+        def describe(self, image, prompts, task="caption"):
+            asked.append(image.tobytes())
+            type(self).left -= 1
+            if not type(self).left:
+                raise RuntimeError("tired")
+            return super().describe(image, prompts, task)
+
+    tires = Tires(dataset)
+    with pytest.raises(RuntimeError):
+        evaluate(tires, dataset, batch=2, folder=cut, metrics=["class"])
+    with pytest.raises(PredictionsError, match=r"has not ended: .* records so far"):
+        score_file(cut)
+    with (cut / NAME).open("ab") as file:
+        file.write(b'{"index": 6, "image_id": 12, "reg')
+    type(tires).left = 1000
+    before = len(asked)
+    evaluate(tires, dataset, batch=batch, folder=cut, metrics=["class"])
+    _, *records, end = lines(cut)
+    assert [records, end] == [lines(whole)[1:-1], lines(whole)[-1]]
+    assert len(asked) - before < 2 * len(dataset)  # not everything again
+    asked.clear()
+    evaluate(tires, dataset, batch=batch, folder=cut, metrics=["class"])
+    assert not asked  # all is there
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.all)])
+def test_kill_9_at_any_moment_leaves_what_an_uninterrupted_run_leaves(tmp_path, kills):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", RUN, whole], check=True, capture_output=True)
+    lasts = time.monotonic() - start
+    draw, hits = random.Random(0), 0
+    for _ in range(kills):
+        child = subprocess.Popen([sys.executable, "-c", RUN, killed], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child.stdout.readline()
+        wait = draw.random() * lasts / 2
+        try:
+            child.wait(wait)
+        except subprocess.TimeoutExpired:
+            hits += 1
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+        child.stdout.close()
+        if (killed / NAME).is_file() and '"end"' in (killed / NAME).read_text():
+            assert (killed / NAME).read_bytes() == (whole / NAME).read_bytes()
+            (killed / NAME).unlink()  # once more from the beginning
+    assert hits
+    subprocess.run([sys.executable, "-c", RUN, killed], check=True, capture_output=True)
+    assert (killed / NAME).read_bytes() == (whole / NAME).read_bytes()
+    records = read_predictions(killed).records
+    assert len({(each["region_id"], each["task"]) for each in records}) == len(records)
+
+
+def test_several_processes_write_what_one_writes(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    subprocess.run([sys.executable, "-c", RUN, one], check=True, capture_output=True)
+    (tmp_path / "run.py").write_text(RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "run.py", two]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert lines(two) == lines(one)
+    assert sorted(path.name for path in two.iterdir()) == [NAME]
+
+
+def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    before = (tmp_path / NAME).read_bytes()
+    with pytest.raises(PredictionsError, match=r"another run .*prompt: 'box' there, 'center' now.*another folder"):
+        evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"))
+    assert (tmp_path / NAME).read_bytes() == before
+    (tmp_path / NAME).write_text('{"image_id": 1}\n')
+    with pytest.raises(PredictionsError, match="not what was run"):
+        evaluate(teller(dataset), dataset, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "line 1 is not whole JSON"), ("[]", "line 1 is .* and not a record"), ("\xff", "line 1")],
+)
+def test_a_file_that_is_none_is_told_by_its_line(tmp_path, content, said):
+    path = tmp_path / "made.jsonl"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(PredictionsError, match=said):
+        read_predictions(path)
+    with pytest.raises(PredictionsError, match="cannot read"):
+        read_predictions(tmp_path / "absent.jsonl")

@@ -1,0 +1,46 @@
+"""Published protocols by name."""
+
+import pytest
+import sca_registry
+from sca_registry import RegistryError
+
+from sca.evaluation import protocol
+
+
+@pytest.mark.parametrize("name", protocol.names())
+def test_a_protocol_asks_what_there_is(name):
+    found = protocol.read_protocol(name)
+    assert found.summary
+    assert "arXiv" in found.source
+    for metric in found.metrics:
+        assert metric in sca_registry.metrics
+    for run in found.runs:
+        assert run.questions
+        assert set(run.options) <= set(sca_registry.datasets.describe(run.dataset).options)
+        assert run.proposer is None or run.proposer in sca_registry.proposers
+        for values in run.published.values():
+            assert 0 < len(values) <= len(run.columns)
+            assert all(0 < value < 2 for value in values)
+
+
+def test_the_main_table_is_the_papers():
+    (run,) = protocol.read_protocol("vg-region-captioning").runs
+    ours = dict(zip(run.columns, run.published["SCA GPT2-large, pretrained, VG"], strict=True))
+    assert (ours["cider-d"], ours["meteor"], ours["spice"]) == (1.498, 0.175, 0.314)
+    assert run.generation == {"beams": 3}
+
+
+def test_an_unknown_protocol_is_refused_with_the_closest():
+    with pytest.raises(RegistryError, match="Did you mean 'vg-region-captioning'"):
+        protocol.read_protocol("vg-region-captionin")
+
+
+def test_what_was_published_stands_above_what_was_measured():
+    (run,) = protocol.read_protocol("refcocog-reg").runs
+    table = protocol.beside(run, "mine", {"meteor": 0.2}, "a paper")
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0][-1].plain == "mine"
+    assert cells[1][-1] == "0.200"
+    assert cells[2][-1] == "–"
+    assert cells[0][0].plain == "Visdif (trained) (published)"
+    assert cells[2][0] == ""
