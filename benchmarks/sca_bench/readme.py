@@ -4,9 +4,9 @@ Reads every JSON file of the folder, in the order of their names. A file holds w
 or a list of several such reports:
 
     {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt": "box", "images": 500, "regions": 1700,
-     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, ...}
+     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, "controls": {"wrong-region": {...}, ...}, ...}
 
-A report is a row; a column appears if some report has its score. What stood between the two markers is replaced.
+A report is a row, and so is each control of it; a column appears if some report has its score. What stood between the two markers is replaced.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def table(reports: Iterable[Mapping[str, Any]]) -> str:
     rows.append(["---"] * 3 + ["---:"] * (1 + len(shown)))
     for report in reports:
         images = f"{report['images']} of {report['dataset']} {report['split']}"
-        scores = [_cell(name, report["scores"].get(name)) for name in shown]
-        rows.append([report["model"], images, report["prompt"], str(report["regions"]), *scores])
+        for control, scores in {"": report["scores"], **report.get("controls", {})}.items():
+            prompt = f"{report['prompt']}, {control}" if control else report["prompt"]
+            cells = [_cell(name, scores.get(name)) for name in shown]
+            rows.append([report["model"], images, prompt, str(report["regions"]), *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
