@@ -103,7 +103,7 @@ def compare(
     """Scores two predictions files alike and subtracts, image by image.
 
     metrics, settings: see `sca.evaluation.scoring.score`. by: the score by which the answers that changed most are
-    found (default: the first of `TELLING` that there is).
+    found (default: the most telling that there is).
 
     PredictionsError unless both were asked about the same regions with the same truth; ValueError if there is no score
     `by`.
@@ -121,28 +121,38 @@ def compare(
             if np.array_equal(np.unique(groups), np.unique(others)):  # the same draws are the same images
                 between = interval(resample(theirs, others) - resample(ours, groups))
         differences.append(Difference(name, *values, values[1] - values[0], *(between or (None, None))))
-    arrays = [_arrays(report) for report in reports]
-    known = [name for name in arrays[0] if name in arrays[1]]
-    if by is not None and by not in known:
-        raise ValueError(f"no score {by!r} of single regions: there are {', '.join(known) or 'none'}")
-    by = by or next((name for name in TELLING if name in known), None)
-    judged = _judged(reports, by) if by else []
+    single = [judgements(report) for report in reports]
+    by = chosen(by, [name for name in single[0] if name in single[1]])
+    judged = _judged(reports, [single_scores(each[by], by) for each in single], by) if by else []
     return Comparison(*reports, tuple(differences), _remarks(reports), by, judged)
 
 
-def single_scores(report: Report, name: str) -> dict[tuple[int, int], float]:
+def chosen(by: str | None, known: Sequence[str]) -> str | None:
+    """The score that was asked for, or the first there is. ValueError if it is not among those that there are."""
+    if by is not None and by not in known:
+        raise ValueError(f"no score {by!r} of single regions: there are {', '.join(known) or 'none'}")
+    return by or next(iter(known), None)
+
+
+def judgements(report: Report) -> dict[str, Scores]:
+    """The scores that single regions have, each with the metric's arrays; the most telling first."""
+    found = {}
+    for (_, control), scores in report.scored.metrics.items():
+        if control is None and scores.each is not None and "region_id" in scores.each:
+            places = np.stack([scores.each["image_id"], scores.each["region_id"]])
+            if len(np.unique(places, axis=1)[0]) == places.shape[1]:
+                found |= {name: scores for name in scores.total if name in scores.each}
+    return {
+        name: found[name] for name in (*(n for n in TELLING if n in found), *(n for n in found if n not in TELLING))
+    }
+
+
+def single_scores(scores: Scores, name: str) -> dict[tuple[int, int], float]:
     """A score by (image_id, region_id), of those regions that have it."""
-    scores = _arrays(report)[name]
     assert scores.each is not None
     keys = zip(scores.each["image_id"].tolist(), scores.each["region_id"].tolist(), strict=True)
     values = np.asarray(scores.each[name], dtype=float).tolist()
     return {key: value for key, value in zip(keys, values, strict=True) if value == value}
-
-
-def telling(report: Report) -> list[str]:
-    """The names of scores that single regions have, the most telling first."""
-    known = _arrays(report)
-    return [*(name for name in TELLING if name in known), *(name for name in known if name not in TELLING)]
 
 
 def answers(report: Report, score: str) -> dict[tuple[int, int], Record]:
@@ -191,20 +201,8 @@ def _sums(report: Report) -> dict[str, Any]:
     }
 
 
-def _arrays(report: Report) -> dict[str, Scores]:
-    """The scores that single regions have, each once."""
-    found = {}
-    for (_, control), scores in report.scored.metrics.items():
-        if control is None and scores.each is not None and "region_id" in scores.each:
-            keys = list(zip(scores.each["image_id"].tolist(), scores.each["region_id"].tolist(), strict=True))
-            if len(set(keys)) == len(keys):
-                found |= {name: scores for name in scores.total if name in scores.each}
-    return found
-
-
-def _judged(reports: Sequence[Report], by: str) -> list[Judged]:
+def _judged(reports: Sequence[Report], values: Sequence[Mapping[tuple[int, int], float]], by: str) -> list[Judged]:
     """Regions with another value, the greatest gain first."""
-    values = [single_scores(report, by) for report in reports]
     told = [answers(report, by) for report in reports]
     judged = [
         Judged(told[0][key], told[1][key], (value, values[1][key]))

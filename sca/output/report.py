@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from sca_registry.contracts import Scores
 
 from sca import masks
-from sca.evaluation.comparison import Comparison, Judged, answers, single_scores, telling
+from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, single_scores
 from sca.evaluation.evaluate import Report
 from sca.evaluation.journal import PredictionsError
 from sca.output.outline import outline
@@ -53,20 +54,21 @@ def report_page(reports: Sequence[Report], by: str | None = None, seed: int = 0)
 
     ValueError if there is no score `by`.
     """
-    names = telling(reports[0])
-    if by is not None and by not in names:
-        raise ValueError(f"no score {by!r} of single regions: there are {', '.join(names) or 'none'}")
-    by = by or next(iter(names), None)
+    single = [judgements(report) for report in reports]
+    by = chosen(by, [name for name in single[0] if all(name in each for each in single)])
     title = " and ".join(report.title for report in reports)
     parts = [
         head(title, _STYLE),
         f"<h1>{text(title)}</h1>\n",
         _scores(reports),
         _remarks(reports),
-        _spread(reports, names),
+        _spread(reports, single),
     ]
     if by:
-        parts += [_figure(reports, by, seed), *(_regions(report, by, seed) for report in reports)]
+        parts += [
+            _figure(reports, by, seed),
+            *(_regions(*each, by, seed) for each in zip(reports, single, strict=True)),
+        ]
     return "".join([*parts, FOOT])
 
 
@@ -119,19 +121,15 @@ def _remarks(reports: Sequence[Report]) -> str:
     return "".join(f"<p><small>{text(line)}</small></p>\n" for line in dict.fromkeys(lines))
 
 
-def _spread(reports: Sequence[Report], names: Sequence[str]) -> str:
+def _spread(reports: Sequence[Report], single: Sequence[Mapping[str, Scores]]) -> str:
     figures = []
-    for name in names:
-        for report in reports:
-            if name in telling(report):
-                values = np.array(list(single_scores(report, name).values()))
-                if len(np.unique(values)) > 2:  # a share of rights and wrongs has no more to show than its mean
-                    figures.append(_histogram(f"{name}, {report.run.get('model', 'predictions')}", values))
-    return (
-        f'<h2>How scores are spread over regions</h2>\n<div class="histograms">{"".join(figures)}</div>\n'
-        if figures
-        else ""
-    )
+    for name in single[0]:
+        for report, known in zip(reports, single, strict=True):
+            values = np.array(list(single_scores(known[name], name).values())) if name in known else np.empty(0)
+            if len(np.unique(values)) > 2:  # a share of rights and wrongs has no more to show than its mean
+                figures.append(_histogram(f"{name}, {report.run.get('model', 'predictions')}", values))
+    shown = f'<div class="histograms">{"".join(figures)}</div>\n'
+    return f"<h2>How scores are spread over regions</h2>\n{shown}" if figures else ""
 
 
 def _histogram(title: str, values: np.ndarray) -> str:
@@ -172,8 +170,8 @@ def _figure(reports: Sequence[Report], by: str, seed: int) -> str:
     return f"<h2>Regions side by side</h2>\n{picture.apology()}{table}"
 
 
-def _regions(report: Report, by: str, seed: int) -> str:
-    values, told = single_scores(report, by), answers(report, by)
+def _regions(report: Report, known: Mapping[str, Scores], by: str, seed: int) -> str:
+    values, told = single_scores(known[by], by), answers(report, by)
     ranked = sorted(values, key=lambda key: values[key])
     drawn = random.Random(seed).sample(ranked, min(SHOWN, len(ranked)))
     picture = _Pictures(report)
