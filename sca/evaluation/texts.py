@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
     references: list[list[str]]
 
 
-def pairs(records: Sequence[Record], metric: str, references: str = "all", tokenizer: str = "") -> Pairs:
+def pairs(records: Sequence[Record], metric: str, references: str = "all", tokenizer: str | None = None) -> Pairs:
     """The captions that a metric is about. references: "all" phrases of a region, or the "first" alone, as SCA does.
 
     ValueError if there are none, or for a word that is no choice.

@@ -23,7 +23,7 @@ class Bleu:
 
     needs = NEEDS
 
-    def __init__(self, references: str = "all", tokenizer: str = ""):
+    def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
 
     @property

@@ -25,7 +25,7 @@ class CiderD:
 
     needs = NEEDS
 
-    def __init__(self, references: str = "all", tokenizer: str = ""):
+    def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
 
     @property
@@ -51,7 +51,7 @@ class Cider:
     needs = NEEDS
     implementation = "sca"
 
-    def __init__(self, references: str = "all", tokenizer: str = ""):
+    def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
 
     def __call__(self, records: Sequence[Record]) -> Scores:

@@ -44,7 +44,7 @@ class DenseCapMap:
 
     needs = ("task=dense",)
 
-    def __init__(self, tokenizer: str = ""):
+    def __init__(self, tokenizer: str | None = None):
         self.tokenizer = tokenizer
         self.implementation = "sca, METEOR 1.5 of pycocoevalcap"
 

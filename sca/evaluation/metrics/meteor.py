@@ -23,7 +23,7 @@ class Meteor:
 
     needs = NEEDS
 
-    def __init__(self, references: str = "all", tokenizer: str = ""):
+    def __init__(self, references: str = "all", tokenizer: str | None = None):
         reason = lacks_java()
         if reason:
             raise ValueError(reason)

@@ -18,7 +18,7 @@ class RougeL:
 
     needs = NEEDS
 
-    def __init__(self, references: str = "all", tokenizer: str = ""):
+    def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
 
     @property

@@ -31,7 +31,7 @@ class Spice:
     needs = NEEDS
     implementation = "SPICE 1.0"
 
-    def __init__(self, jars: str | None = None, references: str = "all", tokenizer: str = ""):
+    def __init__(self, jars: str | None = None, references: str = "all", tokenizer: str | None = None):
         reason = lacks_java()
         if reason:
             raise ValueError(reason)
