@@ -22,7 +22,7 @@ from sca.checkpoint import load, weights_hash
 from sca.evaluation.journal import Journal, Predictions, PredictionsError, read_predictions
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
-from sca.evaluation.scoring import Images, Scored, regions_of, score
+from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
 from sca.predictor import Predictor
 
@@ -136,6 +136,7 @@ def evaluate(
     holds the predictions of another run.
     """
     start = time.perf_counter()
+    ready(metrics, settings)
     rank, processes, wait = _processes()
     if processes > 1 and folder is None:
         raise ValueError("several processes need a folder to put their predictions together: give --out FOLDER")

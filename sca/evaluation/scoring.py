@@ -89,10 +89,10 @@ def score(
     controls = [None, *(each for each in CONTROLS if each in given), *(each for each in given if each not in CONTROLS)]
     for name in sca_registry.metrics.names() if metrics is None else dict.fromkeys(metrics):
         try:
-            metric, used = _build(name, settings)
-        except (sca_registry.RegistryError, ValueError, ImportError) as error:
+            metric, used = _built(name, settings)
+        except sca_registry.RegistryError as error:
             if metrics is not None:
-                raise ValueError(f"metric {name!r}: {error}") from error
+                raise
             left_out[name] = str(error)
             continue
         whole = getattr(metric, "whole", False)
@@ -114,6 +114,13 @@ def score(
                 left_out[name] = reason
                 break
     return Scored(tuple(scores), left_out, found)
+
+
+def ready(metrics: Sequence[str] | None, settings: Mapping[str, Any] | None) -> None:
+    """Raises what `score` would raise of the names and the options alone, before hours are spent on answers."""
+    settings = _checked(settings or {}, metrics)
+    for name in metrics or ():
+        _built(name, settings)
 
 
 def resamplable(scores: Scores) -> dict[str, tuple[Sums, np.ndarray]]:
@@ -151,7 +158,7 @@ def _checked(settings: Mapping[str, Any], metrics: Sequence[str] | None) -> Mapp
     return settings
 
 
-def _build(name: str, settings: Mapping[str, Any]) -> tuple[Metric, dict[str, Any]]:
+def _built(name: str, settings: Mapping[str, Any]) -> tuple[Metric, dict[str, Any]]:
     """A metric, and what it was given of the options that all share."""
     known = sca_registry.metrics.describe(name).options
     shared = {key: value for key, value in settings.items() if key in SHARED and key in known}

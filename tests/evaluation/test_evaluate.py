@@ -129,8 +129,23 @@ def test_only_the_metrics_that_were_named_are_computed(teller):
     report = evaluate(teller(dataset), dataset, metrics=["class"])
     assert {name.split("/")[0] for name in report.scores} == {"class"}
     assert report.left_out == {}
-    with pytest.raises(ValueError, match="Did you mean 'class'"):
-        evaluate(teller(dataset), dataset, metrics=["clas"])
+
+
+def test_a_wrong_metric_or_option_is_refused_before_anything_is_asked():
+    class Silent:
+        def describe(self, image, prompts, task="caption"):
+            raise AssertionError("it was asked")
+
+    dataset = Scenes("val", count=2)
+    for wrong, said in (
+        ({"metrics": ["clas"]}, "Did you mean 'class'"),
+        ({"metrics": ["semantic"]}, "semantic.model=FOLDER"),
+        ({"settings": {"reference": "all"}}, "Did you mean 'references'"),
+        ({"settings": {"rogue-l.tokenizer": "plain"}}, "Did you mean 'rouge-l'"),
+        ({"metrics": ["class"], "settings": {"rouge-l.tokenizer": "plain"}}, "'rouge-l' is not among the metrics"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate(Silent(), dataset, **wrong)
 
 
 def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, monkeypatch):
