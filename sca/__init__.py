@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sca_registry.spec import Everything as Everything
     from sca_registry.spec import ModelSpec as ModelSpec
 
+    from sca.captioners.door import captioner as captioner
     from sca.checkpoint import load as load
     from sca.checkpoint import save as save
     from sca.composition import build as build
@@ -36,6 +37,7 @@ _WHERE = {
     "SegmentCaptioner": "sca.model",
     "build": "sca.composition",
     "caption_everything": "sca.everything",
+    "captioner": "sca.captioners.door",
     "compose": "sca.composition",
     "load": "sca.checkpoint",
     "open_image": "sca.images",

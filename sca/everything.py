@@ -17,11 +17,11 @@ from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
 from sca_registry.spec import Everything
 from torch import Tensor
 
+from sca.mask_predictor import Encoded, Mask, MaskPredictor
 from sca.masks import RLE, area, box_of, encode
 from sca.nn.boxes import box_iou
 from sca.nn.masks import tight_boxes
 from sca.nn.suppression import suppress
-from sca.predictor import Encoded, Predictor
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 @torch.inference_mode()
 def caption_everything(
-    predictor: Predictor,
+    predictor: MaskPredictor,
     task: str = "caption",
     options: Everything | None = None,
     proposals: Proposals | None = None,
@@ -53,7 +53,7 @@ def caption_everything(
     prompt is a region that is there: it is captioned as it is, in its order, after those that points have found.
     progress: called with the points looked at and all of them.
     """
-    options = options or Everything(**predictor.model.spec.everything)
+    options = options or predictor.everything
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
     given = [each for each in proposals.prompts if not _is_one_point(each)] if proposals else []
@@ -61,11 +61,8 @@ def caption_everything(
     if not (found or given):
         return []
     request = [_asked(each, options.caption_from) for each in found]
-    (captions,) = predictor.answer(predictor.encoded, [request], task, masks=False, **generation) if found else ([],)
-    told = [
-        replace(caption, mask=dict(each.mask), box=each.box, iou=each.iou)
-        for caption, each in zip(captions, found, strict=True)
-    ]
+    masks = [Mask(dict(each.mask), each.iou) for each in found]
+    told = predictor.tell(masks, request, task, **generation) if found else []
     (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
     return told + [replace(each, region=len(told) + each.region) for each in described]
 
@@ -80,7 +77,7 @@ def _asked(found: Found, kind: str) -> Prompt:
 
 
 def _search(
-    predictor: Predictor,
+    predictor: MaskPredictor,
     options: Everything,
     proposals: Proposals | None,
     progress: Callable[[int, int], None] | None,
@@ -120,7 +117,7 @@ def _search(
 
 
 def _in_window(
-    predictor: Predictor,
+    predictor: MaskPredictor,
     encoded: Encoded,
     window: Window,
     points: Tensor,
@@ -145,7 +142,7 @@ def _in_window(
 
 
 def _candidates(
-    predictor: Predictor, encoded: Encoded, points: Tensor, options: Everything, progress: Callable[[int], None]
+    predictor: MaskPredictor, encoded: Encoded, points: Tensor, options: Everything, progress: Callable[[int], None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masks (K, 4h, 4w) that pass the filters, their predicted IoU (K,), and the points (K,) that they are of."""
     (frame,) = encoded.frames

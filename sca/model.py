@@ -19,25 +19,13 @@ if TYPE_CHECKING:
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 
 
-class SegmentCaptioner(nn.Module):
-    """An encoder, a segmenter, a mixer and a language model (SCA, arXiv 2312.00869), frozen as `spec.trainable` says.
+class Segmenting(nn.Module):
+    """An encoder and a segmenter: as much of a model as masks need."""
 
-    The language model reads a prefix of K positions: task tokens, then projected queries. There is no beginning-of-text
-    token: the last position of the prefix predicts the first word.
-    """
-
-    def __init__(
-        self, spec: ModelSpec, encoder: Encoder, segmenter: Segmenter, mixer: Mixer, language_model: LanguageModel
-    ):
+    def __init__(self, encoder: Encoder, segmenter: Segmenter):
         super().__init__()
-        self.spec = spec
         self.encoder = encoder
         self.segmenter = segmenter
-        self.mixer = mixer
-        self.language_model = language_model
-        self.projection = Projection(mixer.width, language_model.width, **spec.projection)
-        self.task_tokens = nn.Parameter(torch.randn(2, spec.task_tokens, language_model.width) * 0.02)
-        self.freeze()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, C, h, w), once an image. RegistryError if the encoder gives another shape."""
@@ -48,6 +36,41 @@ class SegmentCaptioner(nn.Module):
     def segment(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
         return self.segmenter(features, prompts, multimask)
 
+    def _name_of(self, kind: str) -> str:
+        return type(getattr(self, kind)).__name__
+
+    def _expect(self, given: Any, shape: tuple[int, ...], kind: str) -> Tensor:
+        """What a part gave, if it has the shape that its own figures promise."""
+        if getattr(given, "shape", None) == shape:
+            return given
+        name = self._name_of(kind)
+        found = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise RegistryError(
+            f"{kind} {name!r} gives {found}, and its attributes promise {shape}; `sca check {kind} {name}` tells more"
+        )
+
+
+class SegmentCaptioner(Segmenting):
+    """An encoder, a segmenter, a mixer and a language model (SCA, arXiv 2312.00869), frozen as `spec.trainable` says.
+
+    The language model reads a prefix of K positions: task tokens, then projected queries. There is no beginning-of-text
+    token: the last position of the prefix predicts the first word.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, encoder: Encoder, segmenter: Segmenter, mixer: Mixer, language_model: LanguageModel
+    ):
+        super().__init__(encoder, segmenter)
+        self.spec = spec
+        self.mixer = mixer
+        self.language_model = language_model
+        self.projection = Projection(mixer.width, language_model.width, **spec.projection)
+        self.task_tokens = nn.Parameter(torch.randn(2, spec.task_tokens, language_model.width) * 0.02)
+        self.freeze()
+
+    def _name_of(self, kind: str) -> str:
+        return getattr(self.spec, kind).name
+
     def prepare(self, regions: Regions) -> Any:
         """What the mixer computes once an image, for all regions of the same images; None if there is nothing."""
         prepare = getattr(self.mixer, "prepare", None)
@@ -57,16 +80,6 @@ class SegmentCaptioner(nn.Module):
         """Queries (N, Q, D). RegistryError if the mixer gives another shape."""
         queries = self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
         return self._expect(queries, (len(regions), self.mixer.queries, self.mixer.width), "mixer")
-
-    def _expect(self, given: Any, shape: tuple[int, ...], kind: str) -> Tensor:
-        """What a part gave, if it has the shape that its own figures promise."""
-        if getattr(given, "shape", None) == shape:
-            return given
-        name = getattr(self.spec, kind).name
-        found = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        raise RegistryError(
-            f"{kind} {name!r} gives {found}, and its attributes promise {shape}; `sca check {kind} {name}` tells more"
-        )
 
     def prefix(self, queries: Tensor, task: Tensor) -> Tensor:
         """(N, Q, D) and (N,) task ids -> (N, K, E)."""

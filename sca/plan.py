@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sca.checkpoint import stored
 from sca.composition import build, parts
+from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
-from sca.predictor import REGIONS
 
 GIB = 2**30
 GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a run
@@ -120,7 +120,7 @@ def plan(
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     names = stored(model)
-    cost = _Cost(model if train else model.to(dtype), dtype)
+    cost = _Cost(model if train else model.to(dtype).requires_grad_(False), dtype)
     measure = cost.step if train else cost.answer
     try:
         flops, memory = measure(images, regions, words)

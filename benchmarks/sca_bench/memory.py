@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sca.composition import build
+from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
-from sca.predictor import REGIONS
 
 REAL = (
     "sam-vit-b+query+gpt2",

@@ -4,9 +4,10 @@ Reads every JSON file of the folder, in the order of their names. A file holds w
 or a list of several such reports:
 
     {"model": "sca-tiny", "dataset": "scenes", "split": "test", "prompt": "box", "images": 500, "regions": 1700,
-     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, "controls": {"wrong-region": {...}, ...}, ...}
+     "scores": {"attributes/all": 0.9, "mask-iou/mean": 0.8, ...}, "controls": {"wrong-region": {...}}, ...}
 
-A report is a row, and so is each control of it; a column appears if some report has its score. What stood between the two markers is replaced.
+A report is a row, and so is each control of it; a column appears if some report has its score. What stood between the
+two markers is replaced.
 """
 
 from __future__ import annotations

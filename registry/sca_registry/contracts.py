@@ -213,11 +213,12 @@ class Proposals(NamedTuple):
 class Scores(NamedTuple):
     """What a metric found.
 
-    total: shares in 0..1 (or what else the metric says) as floats, NaN where nothing was there to be counted, and counts
-    as whole numbers. each: arrays with one row a thing that was judged (a record, a region, a pair), with `image_id` and
-    `region_id` to say which; an array named like a share of `total` has that share as its mean over the rows that are
-    not NaN, unless `sums` has the name, too. sums: of a score that is no mean, what each row adds (R, F), and the
-    function that gives the score (...) of summed rows (..., F): with it the score of any choice of rows can be told.
+    total: shares in 0..1 (or what else the metric says) as floats, NaN where nothing was there to be counted, and
+    counts as whole numbers. each: arrays with one row a thing that was judged (a record, a region, a pair), with
+    `image_id` and `region_id` to say which; an array named like a share of `total` has that share as its mean over the
+    rows that are not NaN, unless `sums` has the name, too. sums: of a score that is no mean, what each row adds (R, F),
+    and the function that gives the score (...) of summed rows (..., F): with it the score of any choice of rows can be
+    told.
     """
 
     total: dict[str, float]

@@ -62,6 +62,17 @@ def read_assignment(assignment: str) -> tuple[tuple[str, ...], Any]:
     return path, _value(text.strip(), assignment)
 
 
+def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """The `key=value` options of one part. Raises RegistryError, also for a key with a dot in it."""
+    options = {}
+    for assignment in assignments:
+        path, value = read_assignment(assignment)
+        if len(path) > 1:
+            raise RegistryError(f"{assignment!r}: the options of a part have plain names, such as {path[-1]}=...")
+        options[path[0]] = value
+    return options
+
+
 def _value(text: str, assignment: str) -> Any:
     import tomllib
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sca_registry.messages import RegistryError, unknown
-from sca_registry.overrides import PARTS, override
+from sca_registry.overrides import PARTS, override, read_assignments
 from sca_registry.plugins import BUILTIN
 from sca_registry.registry import registry
 
 FORMAT = 1
+WORD = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part with its options, on one line
 TRAINABLE = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 PROJECTION = {"kind": "linear", "norm": "none"}
 PROJECTIONS = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
@@ -38,6 +40,15 @@ class Part:
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
             raise RegistryError(f"the {what} is {written!r}: give a name, or a table with a name and options")
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
+
+    @classmethod
+    def parse(cls, text: str, what: str = "a part") -> Part:
+        """From "NAME [key=value]...", where quotes keep a value with spaces together. Raises RegistryError."""
+        words = WORD.findall(text)
+        if not words or WORD.sub("", text).strip():  # nothing in it, or a quote that does not end
+            raise RegistryError(f"{what} is 'NAME [key=value]...', not {text!r}")
+        name, *assignments = words
+        return cls(name, read_assignments(assignments))
 
 
 @dataclass(frozen=True)
@@ -107,8 +118,9 @@ class ModelSpec:
         """From "encoder+mixer+language model". Raises RegistryError unless there are three names."""
         names = [name.strip() for name in text.split("+")]
         if len(names) != 3 or not all(names):
+            two = " Two names are encoder+captioner, for sca.captioner." if len(names) == 2 else ""
             raise RegistryError(
-                f"{text!r} is not a model: write encoder+mixer+language-model, for example tiny-vit+query+tiny-gpt2"
+                f"{text!r} is not a model: write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{two}"
             )
         encoder, mixer, language_model = map(Part, names)
         return cls(encoder, mixer, language_model)

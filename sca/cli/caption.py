@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from sca_registry.spec import CAPTION_FROM
+from sca_registry.spec import CAPTION_FROM, GENERATION
 
-from sca.cli.options import DEVICES, complain, find_device, print_table, read_options, settle
+from sca.cli.options import DEVICES, complain, find_device, print_table, settle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from sca_registry.contracts import Caption, Prompt, Proposer
+    from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
 
-    from sca.predictor import Predictor
+    from sca.mask_predictor import MaskPredictor
 
     Answers = Iterator[tuple[Path, Image, list[Caption]]]
 
@@ -40,7 +40,9 @@ def caption(
     prompts: Annotated[Path | None, typer.Option(help="COCO JSON or JSONL with regions of many images")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
     task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
-    model: Annotated[str, typer.Option(help="a zoo name or a checkpoint folder")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
+    ] = DEFAULT_MODEL,
     out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
     format: Annotated[
         str | None, typer.Option(help="any of jsonl,coco,png,html for --out  [default: jsonl]", show_default=False)
@@ -112,14 +114,17 @@ def caption(
     if not paths:
         raise typer.Exit(failures.status)
     requests.match(paths)
-    predictor = load_predictor(model, device, dtype, seed)
+    captioner = load_captioner(model, device, dtype, seed)
     if captions and beams is None and not sample:  # the best of several are found by a search
-        generation["beams"] = max(captions, predictor.model.spec.generation["beams"])
+        usual = getattr(captioner, "generation", GENERATION)
+        generation["beams"] = max(captions, usual["beams"])
     if everything:
-        answers = _everything(predictor, _open(paths, failures), task, _given(search), propose, failures, generation)
+        answers = _everything(
+            _finder(captioner, model), _open(paths, failures), task, _given(search), propose, failures, generation
+        )
     else:
         asked = requests.of(_open(paths, failures), failures)
-        answers = _prompted(predictor, asked, batch, task, generation)
+        answers = _prompted(captioner, asked, batch, task, generation)
     done = 0
     with ExitStack() as outputs:
         writers = None
@@ -145,15 +150,14 @@ def caption(
     raise typer.Exit(failures.status)
 
 
-def load_predictor(model: str, device: str, dtype: str | None, seed: int) -> Predictor:
-    """A predictor for a zoo name or a checkpoint folder."""
+def load_captioner(model: str, device: str, dtype: str | None, seed: int) -> Captioner:
+    """What `sca.captioner` has for a name, on a device that is here."""
     import torch
 
-    from sca.checkpoint import load
-    from sca.predictor import Predictor
+    from sca.captioners.door import captioner
 
     torch.manual_seed(seed)
-    return Predictor(load(model, find_device(device), dtype and getattr(torch, dtype)))
+    return captioner(model, find_device(device), **({"dtype": dtype} if dtype else {}))
 
 
 class Failures:
@@ -304,7 +308,7 @@ def _open(paths: Iterable[Path], failures: Failures) -> Iterator[tuple[Path, Ima
 
 
 def _prompted(
-    predictor: Predictor,
+    captioner: Captioner,
     asked: Iterable[tuple[Path, Image, list[Prompt]]],
     batch: int,
     task: str,
@@ -313,24 +317,37 @@ def _prompted(
     asked = iter(asked)
     while several := list(islice(asked, batch)):
         paths, images, requests = zip(*several, strict=True)
-        answers = predictor.answer(predictor.encode(images), requests, task, **generation)
+        if hasattr(captioner, "answer"):  # many images together
+            answers = captioner.answer(captioner.encode(images), requests, task, **generation)
+        else:
+            pairs = zip(images, requests, strict=True)
+            answers = [captioner.describe(image, request, task, **generation) for image, request in pairs]
         yield from zip(paths, images, answers, strict=True)
+
+
+def _finder(captioner: Captioner, name: str) -> MaskPredictor:
+    """The captioner, if it can find regions by itself. Raises ValueError."""
+    from sca.mask_predictor import MaskPredictor
+
+    if not isinstance(captioner, MaskPredictor) or captioner.model is None:
+        raise ValueError(
+            f"{name!r} finds no regions by itself: --everything needs a model, or encoder+captioner with an encoder "
+            "that brings masks, such as sam-vit-b+blip-base"
+        )
+    return captioner
 
 
 def _proposer(text: str) -> Proposer:
     """From "NAME key=value ..."; quotes keep a value with spaces together."""
     from sca_registry import proposers
+    from sca_registry.spec import Part
 
-    word = r"""(?:[^\s"']|"[^"]*"|'[^']*')+"""
-    words = re.findall(word, text)
-    if not words or re.sub(word, "", text).strip():  # nothing in it, or a quote that does not end
-        raise ValueError(f"--proposer is 'NAME [key=value]...', not {text!r}")
-    name, *options = words
-    return proposers.build(name, **read_options(options))
+    part = Part.parse(text, "--proposer")
+    return proposers.build(part.name, **part.options)
 
 
 def _everything(
-    predictor: Predictor,
+    predictor: MaskPredictor,
     opened: Iterable[tuple[Path, Image]],
     task: str,
     search: dict[str, Any],
@@ -338,13 +355,11 @@ def _everything(
     failures: Failures,
     generation: dict[str, Any],
 ) -> Answers:
-    from sca_registry.spec import Everything
-
     from sca.everything import caption_everything
     from sca.images import show
     from sca.prompts import PromptError
 
-    options = Everything(**(predictor.model.spec.everything | search))
+    options = replace(predictor.everything, **search)
     for path, image in opened:
         try:
             proposals = propose(image, str(path)) if propose else None

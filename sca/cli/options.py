@@ -25,16 +25,9 @@ def settle(option: str, value: str, choices: Sequence[str]) -> None:
 
 def read_options(assignments: Sequence[str]) -> dict[str, Any]:
     """The `key=value` options of one part."""
-    from sca_registry.messages import RegistryError
-    from sca_registry.overrides import read_assignment
+    from sca_registry.overrides import read_assignments
 
-    options = {}
-    for assignment in assignments:
-        path, value = read_assignment(assignment)
-        if len(path) > 1:
-            raise RegistryError(f"{assignment!r}: the options of a part have plain names, such as {path[-1]}=...")
-        options[path[0]] = value
-    return options
+    return read_assignments(assignments)
 
 
 def find_device(name: str) -> torch.device:

@@ -18,7 +18,8 @@ from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN
 from sca_registry.spec import Part
 
-from sca.checkpoint import load, weights_hash
+from sca.captioners.door import captioner as open_captioner
+from sca.checkpoint import weights_hash
 from sca.evaluation.journal import Journal, Predictions, PredictionsError, read_predictions
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
@@ -122,10 +123,10 @@ def evaluate(
 ) -> Report | None:
     """Asks the model for the regions of a dataset and scores its answers.
 
-    model: what `sca.load` takes, a built model, or anything with `describe`. dataset: a registered name, a table of a
-    name and options such as `{"name": "coco", "root": FOLDER}`, or a built dataset. split: of a dataset given by name;
-    a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for dense
-    captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
+    model: what `sca.captioner` takes, a built model, or anything with `describe`. dataset: a registered name, a table
+    of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built dataset. split: of a dataset given by
+    name; a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for
+    dense captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
     device: for a model that is loaded. folder: for predictions.jsonl, which is written as answers come; a run that was
     killed goes on where it was. batch, limit, progress: see `sca.evaluation.predictions.predict`.
 
@@ -268,11 +269,10 @@ def _report(
 
 def _captioner(model: Any, device: str) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), Predictor(load(model, device))
-    if hasattr(model, "describe"):
-        inner = getattr(model, "model", model)
-        return _name(inner), model
-    return _name(model), Predictor(model)
+        return str(model), open_captioner(model, device)
+    if isinstance(model, Predictor):
+        return _name(model.model), model
+    return (_name(model), model) if hasattr(model, "describe") else (_name(model), Predictor(model))
 
 
 def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:

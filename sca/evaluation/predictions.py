@@ -122,7 +122,7 @@ class Proposing:
     """How regions are found and told of where none is given: dense captioning.
 
     proposer: where to look. Points of a proposer (the grid) are searched as "segment everything" does, which takes a
-    `Predictor`; its boxes and masks are described as they are.
+    `MaskPredictor`; its boxes and masks are described as they are.
     """
 
     proposer: Proposer
@@ -303,12 +303,10 @@ def _recoloured(image: Image.Image) -> Image.Image:
 
 def _everything(captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]) -> list[Caption]:
     from sca.everything import caption_everything
-    from sca.predictor import Predictor
+    from sca.mask_predictor import MaskPredictor
 
-    if not isinstance(captioner, Predictor):
-        raise ValueError(
-            "points of a proposer are searched by a composed model; another captioner needs boxes or masks"
-        )
+    if not isinstance(captioner, MaskPredictor) or captioner.model is None:
+        raise ValueError("points of a proposer are searched by what gives masks; another captioner needs boxes")
     captioner.set_image(image)
     return caption_everything(captioner, proposals=proposals, **generation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from sca_registry.contracts import Generated, Tokenizer
@@ -83,16 +84,8 @@ class CausalLanguageModel(nn.Module):
                 output_scores=True,
                 **sampling,
             )
-        ids = found.sequences
-        steps = self.model.compute_transition_scores(
-            ids, found.scores, getattr(found, "beam_indices", None), normalize_logits=beams == 1
-        )
-        end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).int()
-        before = end.cumsum(1) - end  # how many ends came before
-        counted = (before == 0).to(steps.dtype)[:, : steps.shape[1]]
-        ids = ids.masked_fill(before > 0, pad)
-        scores = (steps.masked_fill(counted == 0, 0.0)).sum(1) / counted.sum(1)
-        ids, scores = (each.unflatten(0, (len(prefix), captions)) for each in (ids, scores.float()))
+        ids, scores = new_words(self.model, found, ends, pad)
+        ids, scores = (each.unflatten(0, (len(prefix), captions)) for each in (ids, scores))
         if sample:  # beams come best first, what is drawn does not
             order = scores.argsort(dim=1, descending=True, stable=True)
             ids, scores = ids.gather(1, order[..., None].expand_as(ids)), scores.gather(1, order)
@@ -141,6 +134,20 @@ class CausalLanguageModel(nn.Module):
         pad = self.tokenizer.pad if self.tokenizer else self.model.config.pad_token_id
         ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
         return (ends or [0])[0] if pad is None else pad, ends
+
+
+def new_words(model: PreTrainedModel, found: Any, ends: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
+    """Of what `generate` gave with its scores, the ids (N, T) that are new, with `pad` after the end, and their mean
+    log-probability (N,), the end counted.
+    """
+    beams = getattr(found, "beam_indices", None)
+    steps = model.compute_transition_scores(found.sequences, found.scores, beams, normalize_logits=beams is None)
+    ids = found.sequences[:, found.sequences.shape[1] - steps.shape[1] :]
+    end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).int()
+    before = end.cumsum(1) - end  # how many ends came before
+    counted = (before == 0).to(steps.dtype)
+    scores = steps.masked_fill(counted == 0, 0.0).sum(1) / counted.sum(1)
+    return ids.masked_fill(before > 0, pad), scores.float()
 
 
 class TextTokenizer:

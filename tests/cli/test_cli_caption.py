@@ -260,8 +260,8 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
 def test_the_default_model_says_what_it_knows(shell, picture, monkeypatch, checkpoint):
     from sca.cli import caption
 
-    load = caption.load_predictor
-    monkeypatch.setattr(caption, "load_predictor", lambda model, *rest: load(checkpoint, *rest))
+    load = caption.load_captioner
+    monkeypatch.setattr(caption, "load_captioner", lambda model, *rest: load(checkpoint, *rest))
     result = shell("caption", picture("a.png"), "--box", "0,0,9,9")
     assert result.err == ["sca: the model is sca-tiny, which knows drawn scenes only; choose another with --model"]
 

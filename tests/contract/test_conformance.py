@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
-from sca_registry.contracts import KINDS, ImageFormat, Prompt, Proposals, Region, Sample, Scores
+from sca_registry.contracts import KINDS, Caption, ImageFormat, Prompt, Proposals, Region, Sample, Scores
 from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
@@ -24,7 +25,7 @@ from sca.mixers.query import QueryMixer
 from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
 
-ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers")
+ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers", "captioners")
 
 
 VARIANTS = {  # options worth trying besides those that the card gives for a small one
@@ -32,6 +33,11 @@ VARIANTS = {  # options worth trying besides those that the card gives for a sma
     "mixers": {"query": [{"pooled": True}]},
     "language_models": {"hf": [{"config": tiny(family)} for family in (*FAMILIES, *OTHERS)]},
     "datasets": {"scenes": [{"split": "train"}, {"split": "test"}]},
+    "captioners": {
+        "crop-captioner": [{"encoder": "sca-tiny"}],
+        "blip2-opt-2.7b": [{"vcot": True}],
+        "vlm": [{"show": "box", "encoder": "sca-tiny"}],
+    },
 }
 READERS = ("coco", "coco-json", "visual-genome", "refcoco", "refcoco-plus", "refcocog", "jsonl")
 JUDGES = ("clip-score", "noun-recall", "semantic", "spice", "verb-recall")
@@ -243,6 +249,50 @@ class Hopeful(Tabular):
 class Outside:
     def __call__(self, image, image_id):
         return Proposals((Prompt(box=(0.0, 0.0, 9e9, 9.0)),), (1.0,), (None,))
+
+
+class Teller:
+    """Says of a region how wide it is."""
+
+    def describe(self, image, prompts, task="caption", beams=1):
+        if task not in ("caption", "recognition"):
+            raise ValueError(f"no task {task!r}")
+        return [self.say(image, prompt, place) for place, prompt in enumerate(prompts)]
+
+    def say(self, image, prompt, place):
+        return Caption(f"{prompt.box[2] - prompt.box[0]:.0f} wide", 0.5, prompt.box, None, None, prompt, place)
+
+
+class Backwards(Teller):
+    def describe(self, image, prompts, *how, **more):
+        return super().describe(image, prompts[::-1], *how, **more)
+
+
+class Widening(Teller):
+    def say(self, image, prompt, place):
+        x1, y1, x2, y2 = prompt.box
+        return replace(super().say(image, prompt, place), box=(x1, y1, x2 + 1, y2))
+
+
+class Sideways(Teller):
+    def say(self, image, prompt, place):
+        return replace(super().say(image, prompt, place), mask={"size": [*image.size], "counts": ""})
+
+
+class Sociable(Teller):
+    def describe(self, image, prompts, *how, **more):
+        return [replace(each, text=f"{len(prompts)}") for each in super().describe(image, prompts, *how, **more)]
+
+
+class Agreeable(Teller):
+    def describe(self, image, prompts, task="caption", **generation):
+        return super().describe(image, prompts)
+
+
+class Drawing(Teller):
+    def say(self, image, prompt, place):
+        image.paste("red", tuple(map(int, prompt.box)))
+        return super().say(image, prompt, place)
 
 
 class Stubborn(Encoder):
@@ -466,6 +516,12 @@ MUTANTS = [
     ("metric", Hopeful, "needs-are-paths"),
     ("metric", Tabular, "gives-scores"),
     ("proposer", Outside, "proposals-lie-in-the-image"),
+    ("captioner", Backwards, "describe-answers-in-order"),
+    ("captioner", Widening, "boxes-are-kept"),
+    ("captioner", Sideways, "boxes-are-kept"),
+    ("captioner", Sociable, "alone-as-together"),
+    ("captioner", Agreeable, "what-is-unknown-is-refused"),
+    ("captioner", Drawing, "the-picture-is-left-alone"),
     ("segmenter", Deaf, "prompts-are-heard"),
     ("segmenter", CountsPadding, "loss-counts-only-truth"),
     ("segmenter", Cut, "gradients-pass-upstream"),
@@ -498,7 +554,9 @@ def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name, monkeyp
     assert name in findings, findings
 
 
-@pytest.mark.parametrize(("kind", "sound"), [("encoder", Encoder), ("language_model", Small), ("dataset", Drawn)])
+@pytest.mark.parametrize(
+    ("kind", "sound"), [("encoder", Encoder), ("language_model", Small), ("dataset", Drawn), ("captioner", Teller)]
+)
 def test_what_the_mutants_are_made_of_is_sound(kind, sound):
     assert broken(check(kind, sound)) == {}
 

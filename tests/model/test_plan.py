@@ -124,3 +124,7 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     ):
         assert cli.run(wrong) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_model_whose_parts_all_train_can_be_planned_in_use(small_table):
+    assert plan(ModelSpec.from_dict(small_table), regions=2, words=3).flops["segment"] > 0

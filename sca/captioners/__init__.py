@@ -1,0 +1,1 @@
+"""What captions regions without being trained for it: baselines, and the door to them and to models."""

@@ -1,0 +1,79 @@
+"""One door: whatever captions regions, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sca_registry
+import torch
+from sca_registry import RegistryError, zoo
+from sca_registry.contracts import Captioner
+from sca_registry.messages import unknown
+from sca_registry.spec import Part
+
+from sca.checkpoint import load
+from sca.language_models.causal import DTYPES
+from sca.predictor import Predictor
+
+FORMS = (
+    "A folder that `sca train` wrote works too, and so do a hub id, OWNER/NAME, and encoder+captioner, such as "
+    "sam-vit-b+blip-base."
+)
+
+
+def captioner(source: str | Path | Mapping[str, Any], device: str | torch.device = "cpu", **options: Any) -> Captioner:
+    """Whatever answers for regions, ready to `describe`.
+
+    source: a checkpoint (a folder, a name of the zoo, a hub id); the name of a registered captioner; or two names,
+    encoder+captioner, where the encoder finds the masks. Options of a captioner stand after its name,
+    "sam-vit-b+blip-base batch=8", in a table with its `name`, or are given by keyword. A checkpoint takes `dtype` and
+    `regions` (see `Predictor`).
+
+    Raises RegistryError for names and options, CheckpointError and HubError for what cannot be read.
+    """
+    if isinstance(source, Mapping):
+        part = Part.from_dict(source, "captioner")
+    elif Path(source).exists():
+        return _model(source, device, **options)
+    else:
+        part = Part.parse(str(source), "a captioner")
+    options = {**part.options, **options}
+    names = [name.strip() for name in part.name.split("+")]
+    if len(names) > 2:
+        raise RegistryError(
+            f"{part.name!r} names the parts of a model, which is nothing before it is trained: give the checkpoint "
+            "that training has written, or a name of the zoo"
+        )
+    if len(names) == 2:
+        options = {"encoder": names[0], **options}
+    name = names[-1]
+    if name in sca_registry.captioners:
+        return _captioner(name, device, options)
+    if len(names) == 2:
+        known = sca_registry.captioners.names()
+        raise unknown(f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known)
+    if name in zoo.names() or "/" in name or os.sep in name:
+        return _model(name, device, **options)
+    known = [*zoo.names(), *sca_registry.captioners.names()]
+    raise RegistryError(f"{unknown(f'no model or captioner named {name!r}, and no folder there', name, known)} {FORMS}")
+
+
+def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
+    takes = sca_registry.captioners.describe(name).options
+    where = {"device": str(device)} if "device" in takes else {}  # what looks at nothing runs nowhere
+    return sca_registry.captioners.build(name, **where, **options)
+
+
+def _model(source: str | Path, device: str | torch.device, **options: Any) -> Predictor:
+    for option in options:
+        if option not in ("dtype", "regions"):
+            raise unknown(f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions"))
+    dtype = options.pop("dtype", None)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise unknown(f"no dtype {dtype!r}", dtype, DTYPES)
+        dtype = getattr(torch, dtype)
+    return Predictor(load(source, device, dtype), **options)

@@ -1,0 +1,189 @@
+"""From a picture and what a user points at to masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions
+from sca_registry.spec import Everything
+from torch import Tensor
+
+from sca.masks import encode
+from sca.nn.masks import best_masks
+from sca.processing import Frame, Processor
+
+if TYPE_CHECKING:
+    from sca.model import Segmenting
+
+REGIONS = 64  # go through segmenter and mixer at a time
+
+
+class Encoded(NamedTuple):
+    """What a predictor keeps of B images: computed once, and asked as often as wanted."""
+
+    images: Sequence[Image.Image]
+    features: Tensor | None  # (B, C, h, w); None without an encoder
+    frames: Sequence[Frame]
+
+
+class Mask(NamedTuple):
+    """A candidate for a region's mask, image pixels."""
+
+    mask: dict[str, Any]  # COCO RLE
+    iou: float  # predicted
+
+
+class MaskPredictor:
+    """Set an image once, then point at it as often as wanted: its features are computed once and kept.
+
+    model: an encoder and a segmenter; None where regions are taken as they are pointed at. regions: how many go through
+    the segmenter at a time; a memory limit, not a result. What captions regions builds on this, and adds `answer`.
+    """
+
+    def __init__(self, model: Segmenting | None, regions: int = REGIONS):
+        self.model = None if model is None else model.eval()
+        self.processor = Processor.of(model.encoder) if model is not None else None
+        self.regions = regions
+        self.image: Image.Image | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def everything(self) -> Everything:
+        """How everything is looked for where nobody says otherwise."""
+        return Everything()
+
+    def set_image(self, image: Image.Image | np.ndarray) -> None:
+        """A PIL picture or an (height, width, 3) uint8 array in RGB."""
+        self.image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        self.encoded = self.encode([self.image])
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+        """Several images in one batch, for `answer`."""
+        if self.model is None:
+            return Encoded(images, None, ())
+        pixels = self.processor.pixels(images).to(self.device, next(self.model.parameters()).dtype)
+        frames = [self.processor.frame(*image.size) for image in images]
+        return Encoded(images, self.model.encode(pixels), frames)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        multimask: bool = True,
+    ) -> list[list[Mask]]:
+        """The masks of each region, best first: all candidates, or with `multimask=False` the segmenter's single one.
+
+        What may be asked is as in `predict`. Raises ValueError if the segmenter gives no masks.
+        """
+        encoded, request = self._asked(prompts, boxes, points)
+        found: list[list[Mask]] = [[] for _ in request]
+        for places, _, regions in self._segmented(encoded, [request], multimask):
+            if regions.masks is None:
+                raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
+            order = regions.scores.argsort(dim=1, descending=True, stable=True)
+            for row, best in enumerate(order):
+                codes = self._masks(regions.masks[row][best], best.new_zeros(len(best)), encoded.frames)
+                ious = regions.scores[row][best].float().clamp(0, 1).tolist()
+                found[places[row]] = [Mask(code, iou) for code, iou in zip(codes, ious, strict=True)]
+        return found
+
+    @torch.inference_mode()
+    def best(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[Mask | None]:
+        """The mask with the highest predicted IoU for each prompt of each image, all in one list; None where the
+        segmenter gives none.
+        """
+        found: list[Mask | None] = [None] * sum(map(len, requests))
+        for places, prompts, regions in self._segmented(encoded, requests):
+            if regions.masks is not None:
+                masks = best_masks(regions.masks, regions.scores)
+                ious = regions.scores.amax(1).float().clamp(0, 1).tolist()
+                codes = self._masks(masks, prompts.owner, encoded.frames)
+                for place, code, iou in zip(places, codes, ious, strict=True):
+                    found[place] = Mask(code, iou)
+        return found
+
+    def predict(
+        self,
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        task: str = "caption",
+        **generation: Any,
+    ) -> list[Caption]:
+        """One caption for each prompt, then for each box x1 y1 x2 y2, then for each point x y (pixels of the image).
+
+        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p; captions, how
+        many for each region; as far as what captions takes them.
+        """
+        encoded, request = self._asked(prompts, boxes, points)
+        return self.answer(encoded, [request], task, **generation)[0]
+
+    def describe(
+        self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
+    ) -> list[Caption]:
+        self.set_image(image)
+        return self.predict(prompts, task=task, **generation)
+
+    def answer(
+        self,
+        encoded: Encoded,
+        requests: Sequence[Sequence[Prompt]],
+        task: str = "caption",
+        *,
+        masks: bool = True,
+        **generation: Any,
+    ) -> list[list[Caption]]:
+        """Any number of prompts for each encoded image: a list of captions an image, in the order of the prompts.
+
+        masks: whether full-size masks are wanted. Without, a caption that was not asked for by a box may have none
+        either.
+        """
+        raise NotImplementedError
+
+    def tell(
+        self, masks: Sequence[Mask], request: Sequence[Prompt], task: str = "caption", **generation: Any
+    ) -> list[Caption]:
+        """Captions of regions of the image whose masks are known, and what each is asked for by."""
+        raise NotImplementedError
+
+    def _asked(
+        self, prompts: Sequence[Prompt], boxes: Sequence[Sequence[float]], points: Sequence[Sequence[float]]
+    ) -> tuple[Encoded, list[Prompt]]:
+        if self.image is None:
+            raise ValueError("there is no image yet: call set_image(image) first")
+        request = [*prompts]
+        request += [Prompt(box=tuple(map(float, box))) for box in boxes]
+        request += [Prompt(points=((float(point[0]), float(point[1]), 1),)) for point in points]
+        return self.encoded, request
+
+    def _segmented(
+        self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
+    ) -> Iterator[tuple[list[int], Prompts, Regions]]:
+        """A chunk of regions at a time, with their places in the flattened requests."""
+        for places, bucket in self.processor.prompts(requests, encoded.frames):
+            for start, chunk in enumerate(bucket.to(self.device).chunks(self.regions)):
+                chosen = places[start * self.regions : start * self.regions + len(chunk)]
+                yield chosen, chunk, self.model.segment(encoded.features, chunk, multimask)
+
+    def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
+        """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size logits of many regions are large."""
+        for row, image in zip(logits, owner.tolist(), strict=True):
+            yield encode((self.processor.masks(row[None, None], frames[image])[0, 0] > 0).cpu().numpy())
+
+
+def check_task(task: str) -> None:
+    """Raises ValueError for a task that there is not."""
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}: there are {' and '.join(map(repr, TASKS))}")

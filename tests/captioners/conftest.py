@@ -1,0 +1,103 @@
+"""Tiny image-to-text models with random weights, as transformers saves them, and an image to ask about."""
+
+import numpy as np
+import pytest
+import sca_registry
+import torch
+from PIL import Image
+from sca_registry.contracts import Prompt
+
+CARDS = {"blip": "blip-base", "git": "git-base", "blip-2": "blip2-opt-2.7b", "florence2": "vlm", "kosmos-2": "kosmos-2"}
+TEMPLATE = (  # of a chat: the picture's place, and then the question
+    "{% for turn in messages %}{% for part in turn['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def lively(model):
+    """Weights so large that different pictures have different words."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    return model
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """`weights("blip")` is the folder of a model with its tokenizer and image processor."""
+    folders = {}
+
+    def save(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind)
+            if kind == "qwen2_vl":
+                model, processor = qwen()
+            else:
+                small = sca_registry.captioners.card(CARDS[kind]).small
+                reader = sca_registry.captioners.build(CARDS[kind], **small).reader
+                model, processor = reader.model, reader.processor
+            lively(model).save_pretrained(folders[kind])
+            processor.save_pretrained(folders[kind])
+        return str(folders[kind])
+
+    return save
+
+
+def qwen():
+    """A model whose pictures have as many tokens as they have patches, asked through a chat template."""
+    pytest.importorskip("torchvision")
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from sca.language_models.tiny_gpt2 import TinyGpt2
+
+    tokenizer = TinyGpt2(width=8, depth=1).tokenizer.tokenizer
+    words = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_tokens(words, special_tokens=True)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    text = {"vocab_size": 800, "hidden_size": 32, "intermediate_size": 48, "rope_parameters": rope, **heads, **ends}
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(words), strict=True))
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text, **ids))
+    pictures = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096)
+    videos = Qwen2VLVideoProcessor(patch_size=8)
+    return model, Qwen2VLProcessor(pictures, tokenizer, videos, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def image():
+    pixels = np.random.default_rng(3).integers(0, 255, (60, 80, 3), np.uint8)
+    pixels[10:30, 10:40] = (200, 30, 30)
+    pixels[35:55, 50:70] = (20, 30, 200)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def prompts():
+    """Boxes and a mask: what needs no encoder."""
+    mask = np.zeros((60, 80), bool)
+    mask[12:28, 15:33] = True
+    mask[12, 15] = False
+    boxes = [(10.2, 9.7, 39.5, 30.0), (50.0, 35.0, 70.0, 55.0), (0.0, 0.0, 80.0, 60.0)]
+    return [*(Prompt(box=box) for box in boxes), Prompt(mask=mask)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions that reach an image-to-text model, a list a call."""
+    from sca.captioners.image_text import ImageTextModel
+
+    calls = []
+    tell = ImageTextModel.tell
+
+    def told(self, questions, **settings):
+        calls.append(list(questions))
+        return tell(self, questions, **settings)
+
+    monkeypatch.setattr(ImageTextModel, "tell", told)
+    return calls

@@ -1,0 +1,101 @@
+"""Floors say what training says."""
+
+from collections import Counter
+
+import pytest
+from sca_registry.contracts import Prompt
+
+import sca
+from sca.captioners.floors import MostFrequent, NearestNeighbour
+from sca.data.scenes import Scenes
+
+COUNT = 12
+SCENES = {"dataset": "scenes", "options": {"count": COUNT, "size": 64}}
+TINY = {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}
+
+
+@pytest.fixture(scope="module")
+def training():
+    scenes = Scenes("train", count=COUNT, size=64)
+    return [scenes[place] for place in range(COUNT)]
+
+
+def boxes(sample):
+    return [Prompt(box=region.box) for region in sample.regions]
+
+
+def test_the_most_frequent_name_and_phrase_are_said_with_their_share(training):
+    captioner = MostFrequent(**SCENES)
+    regions = [region for sample in training for region in sample.regions]
+    names = Counter(region.name for region in regions)
+    phrases = Counter(phrase for region in regions for phrase in region.phrases)
+    for task, words in (("recognition", names), ("caption", phrases)):
+        (text, count) = words.most_common(1)[0]
+        for caption in captioner.describe(training[0].image, [Prompt(points=((3, 3, 1),)), *boxes(training[1])], task):
+            assert (caption.text, caption.score) == (text, count / words.total())
+
+
+def test_only_the_first_images_are_read(training):
+    captioner = MostFrequent(**SCENES, limit=2)
+    names = Counter(region.name for sample in training[:2] for region in sample.regions)
+    (caption,) = captioner.describe(training[0].image, boxes(training[0])[:1], "recognition", beams=3)
+    assert caption.text == names.most_common(1)[0][0]
+    assert len(list(MostFrequent(**SCENES, limit=0).training.samples())) == COUNT
+
+
+def test_a_region_of_training_is_its_own_nearest_neighbour(training):
+    captioner = NearestNeighbour(TINY, **SCENES)
+    for sample in training[:3]:
+        for region, caption in zip(sample.regions, captioner.describe(sample.image, boxes(sample)), strict=True):
+            assert caption.text == region.phrases[-1]
+            assert caption.score == pytest.approx(1, abs=1e-5)
+            assert caption.box == region.box
+        names = [caption.text for caption in captioner.describe(sample.image, boxes(sample), "recognition")]
+        assert names == [region.name for region in sample.regions]
+
+
+def test_neighbours_are_the_same_each_time_and_images_together_are_as_alone(training):
+    test = Scenes("test", count=4, size=64)
+    samples = [test[place] for place in range(4)]
+    requests = [boxes(sample) for sample in samples]
+    one, other = NearestNeighbour(TINY, **SCENES), NearestNeighbour(TINY, **SCENES)
+    together = one.answer(one.encode([sample.image for sample in samples]), requests)
+    alone = [other.describe(sample.image, request) for sample, request in zip(samples, requests, strict=True)]
+    assert [[each.text for each in captions] for captions in together] == [
+        [each.text for each in captions] for captions in alone
+    ]
+    assert all(-1 <= caption.score < 1 for captions in together for caption in captions)
+
+
+def test_points_have_neighbours_where_the_encoder_finds_masks(training):
+    captioner = sca.captioner("sca-tiny+nearest-neighbour", **SCENES)
+    sample = training[0]
+    points = [Prompt(points=((*region.attributes["centre"], 1),)) for region in sample.regions]
+    found = captioner.describe(sample.image, points, "recognition")
+    assert [caption.text for caption in found] == [region.name for region in sample.regions]
+    assert all(caption.mask for caption in found)
+
+
+def test_an_encoder_without_masks_takes_boxes(training):
+    pytest.importorskip("timm")
+    captioner = NearestNeighbour({"name": "timm", "model": "resnet18", "pretrained": False, "size": 64}, **SCENES)
+    sample = training[0]
+    assert [each.text for each in captioner.describe(sample.image, boxes(sample))] == [
+        region.phrases[-1] for region in sample.regions
+    ]
+    with pytest.raises(ValueError, match="a point is no region yet"):
+        captioner.describe(sample.image, [Prompt(points=((3, 3, 1),))])
+
+
+@pytest.mark.parametrize("floor", [MostFrequent, lambda **how: NearestNeighbour(TINY, **how)])
+def test_a_dataset_without_words_for_a_task_is_named(floor, training, monkeypatch):
+    from dataclasses import replace
+
+    nameless = lambda self, place: training[place]._replace(  # noqa: E731
+        regions=tuple(replace(region, name=None) for region in training[place].regions)
+    )
+    monkeypatch.setattr(Scenes, "__getitem__", nameless)
+    captioner = floor(**SCENES)
+    assert captioner.describe(training[0].image, boxes(training[0]))
+    with pytest.raises(ValueError, match="no region of scenes train that was read has a name"):
+        captioner.describe(training[0].image, boxes(training[0]), "recognition")

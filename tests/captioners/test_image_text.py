@@ -1,0 +1,110 @@
+"""Image-to-text models say what transformers says, whatever goes together."""
+
+import pytest
+import sca_registry
+import torch
+
+import sca
+from sca.captioners.crop import CropCaptioner
+from sca.captioners.image_text import ImageTextModel, Question
+from sca.hub import HubError
+
+KINDS = ("blip", "git", "blip-2")
+
+
+def texts(captions):
+    return [caption.text for caption in captions]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_crops_are_told_apart_and_answers_come_in_order(weights, kind, image, prompts):
+    captioner = CropCaptioner(weights=weights(kind))
+    found = captioner.describe(image, prompts)
+    assert len({caption.text for caption in found}) > 1
+    assert [caption.region for caption in found] == [0, 1, 2, 3]
+    assert all(caption.prompt is prompt for caption, prompt in zip(found, prompts, strict=True))
+    assert all(0 < caption.score <= 1 for caption in found)
+    assert texts(captioner.describe(image, prompts[::-1])) == texts(found)[::-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_how_many_go_at_a_time_makes_no_difference(weights, kind, beams, image, prompts):
+    together = CropCaptioner(weights=weights(kind)).describe(image, prompts, beams=beams)
+    alone = CropCaptioner(weights=weights(kind), batch=1).describe(image, prompts, beams=beams)
+    assert texts(together) == texts(alone)
+    assert [each.score for each in together] == pytest.approx([each.score for each in alone], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_images_answer_as_each_alone(weights, kind, image, prompts):
+    captioner = CropCaptioner(weights=weights(kind))
+    images = [image, image.rotate(180), image]
+    requests = [prompts[:2], [], prompts]
+    together = captioner.answer(captioner.encode(images), requests)
+    expected = [captioner.describe(*each) for each in zip(images, requests, strict=True)]
+    assert [texts(each) for each in together] == [texts(each) for each in expected]
+
+
+def test_the_words_and_their_score_are_those_of_the_model(weights, image):
+    model = ImageTextModel(weights("blip"), None, True, None, "cpu", None, 8)
+    ((text, score),) = model.tell([Question(image)], beams=1, max_new_tokens=6)
+    pixels = model.processor(images=image, return_tensors="pt")["pixel_values"]
+    ids = model.model.generate(pixels, max_new_tokens=6, do_sample=False)
+    assert model.tokenizer.decode(ids[0], skip_special_tokens=True).strip() == text
+    with torch.no_grad():
+        logits = model.model(pixel_values=pixels, input_ids=ids).logits.log_softmax(-1)
+    steps = logits[0, :-1].gather(1, ids[0, 1:, None])
+    assert score == pytest.approx(steps.mean().exp().item(), rel=1e-4)
+
+
+def test_no_more_words_come_than_are_asked_for(weights, image, prompts, monkeypatch):
+    captioner = CropCaptioner(weights=weights("git"))
+    rows = []
+    monkeypatch.setattr(captioner.reader.tokenizer, "decode", lambda ids, **how: rows.append(ids) or "")
+    captioner.describe(image, prompts, max_new_tokens=2)
+    assert {len(row) for row in rows} == {2}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"beam": 2}, "no option 'beam' of generation. Did you mean 'beams'"),
+        ({"captions": 2}, "no option 'captions' of generation. There are: max_new_tokens, beams"),
+        ({"beams": 0}, "beams is 0"),
+        ({"task": "translation"}, "no task 'translation'"),
+    ],
+)
+def test_what_is_unknown_is_refused_by_name(weights, image, prompts, how, message):
+    with pytest.raises(ValueError, match=message):
+        CropCaptioner(weights=weights("git")).describe(image, prompts, **how)
+
+
+def test_a_folder_without_weights_or_processor_is_named(weights, tmp_path):
+    with pytest.raises(HubError, match="has no whole weights"):
+        CropCaptioner(weights=str(tmp_path))
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(f"{weights('git')}/{name}")
+    with pytest.raises(HubError, match=r"the processor in .* cannot be read"):
+        CropCaptioner(weights=str(tmp_path))
+
+
+def test_a_processor_that_needs_torchvision_says_how_to_get_it(weights, monkeypatch):
+    from transformers import AutoProcessor
+
+    def fails(folder):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fails)
+    with pytest.raises(HubError, match=r"pip install 'segment-caption-anything\[baselines\]'"):
+        CropCaptioner(weights=weights("git"))
+
+
+def test_random_weights_need_a_configuration_and_are_the_same_each_time(image, prompts):
+    with pytest.raises(ValueError, match="neither weights nor a config"):
+        CropCaptioner()
+    with pytest.raises(ValueError, match="'qwen2_vl' cannot be tried out"):
+        CropCaptioner(pretrained=False, config={"model_type": "qwen2_vl", "vision_config": {"depth": 1}})
+    small = {"name": "blip-base", **sca_registry.captioners.card("blip-base").small}
+    one, other = (sca.captioner(small).describe(image, prompts) for _ in range(2))
+    assert one == other
