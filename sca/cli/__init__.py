@@ -10,6 +10,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from sca_bench import cli as bench
 
 from sca.cli import caption, catalogue, compare, data, evaluate, plan, plugins, train, weights
 from sca.cli.options import complain
@@ -37,6 +38,7 @@ app.command("check")(plugins.check)
 app.command("doctor")(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 UsageError: Any = typer.BadParameter.__base__
 

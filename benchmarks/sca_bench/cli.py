@@ -1,0 +1,139 @@
+"""`sca bench`: sweeps over combinations, and what came of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Sweeps over combinations of parts: run, status, report, diff.", no_args_is_help=True, rich_markup_mode=None
+)
+
+SWEEP = "a shipped sweep (smoke, mixers, ...) or a TOML file"
+OUT = "the folder of results (default: runs/bench/SWEEP)"
+
+
+@app.callback()
+def _group() -> None:
+    """Sweeps over combinations of parts."""
+
+
+@app.command()
+def run(
+    sweep: Annotated[str, typer.Argument(help=SWEEP)],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="options of the launcher: workers=2")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    launcher: Annotated[str, typer.Option(help="where rows are made: local, ray, or a plugin's")] = "local",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    timeout: Annotated[float, typer.Option(help="seconds that a row has", min=1.0)] = 3600.0,
+    retry: Annotated[list[str] | None, typer.Option(help="make rows of this state again; may be repeated")] = None,
+    force: Annotated[bool, typer.Option("--force", help="try rows that are predicted not to fit")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no line for every row")] = False,
+) -> None:
+    """Makes the rows of a sweep that are missing; what is there stays, whatever happens.
+
+    Exit status 1 if rows are missing at the end.
+    """
+    from sca.cli.options import complain, find_device, read_options, settle
+    from sca_bench.runner import run as make
+    from sca_bench.states import STATES
+    from sca_bench.sweep import Sweep
+
+    for state in retry or ():
+        settle("state", state, STATES)
+    find_device(device)
+    read = Sweep.read(sweep, device)
+    told = (lambda line: None) if quiet else complain
+    found = make(
+        read, _folder(read.name, out), launcher, read_options(options or ()), timeout, tuple(retry or ()), force, told
+    )
+    _print(found)
+    raise typer.Exit(1 if found.missing else 0)
+
+
+@app.command()
+def status(
+    sweep: Annotated[str, typer.Argument(help=SWEEP)],
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """How far a sweep is; it may be running meanwhile."""
+    from sca_bench.runner import status as look
+    from sca_bench.sweep import Sweep
+
+    read = Sweep.read(sweep, device)
+    _print(look(read, _folder(read.name, out)))
+
+
+@app.command()
+def row(
+    config: Annotated[str, typer.Argument(help="of a row, as JSON: its `config` in results.jsonl")],
+    force: Annotated[bool, typer.Option("--force", help="try it even if it is predicted not to fit")] = False,
+) -> None:
+    """Makes one row here and now, and prints it: the command that is given with each row."""
+    import tempfile
+
+    from sca_bench.worker import work
+
+    try:
+        given = json.loads(config)
+    except ValueError as error:
+        raise ValueError(f"the configuration is not JSON: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="sca-") as folder:
+        made = work(given, folder, force)
+    typer.echo(json.dumps(made, indent=1))
+    raise typer.Exit(0 if made["state"] == "done" else 1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="of results, such as runs/bench/smoke")],
+    out: Annotated[Path | None, typer.Option(help="the page (default: report.html in the folder)")] = None,
+    score: Annotated[str | None, typer.Option(help="what counts as quality (default: the most telling)")] = None,
+) -> None:
+    """One page, offline, with Markdown (.md) and CSV (.csv) beside it."""
+    from sca.cli.options import complain
+    from sca.output.files import open_folder, write_file
+    from sca_bench import report as reports
+    from sca_bench.store import Store
+
+    rows = Store(folder).rows()
+    if not rows:
+        raise ValueError(f"no results in {folder}: sca bench run SWEEP --out {folder} makes some")
+    page = out or folder / "report.html"
+    open_folder(page.parent)
+    for path, content in (
+        (page, reports.page(rows, f"sweep {rows[0]['sweep']}", score)),
+        (page.with_suffix(".md"), reports.markdown(rows, score)),
+        (page.with_suffix(".csv"), reports.table(rows, score)),
+    ):
+        write_file(path, content.encode())
+    complain(f"wrote {page}, {page.with_suffix('.md').name} and {page.with_suffix('.csv').name}")
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="a folder of results")],
+    second: Annotated[Path, typer.Argument(help="of another run of the same sweep")],
+) -> None:
+    """Whether a second run timed the same, and which states and scores are others."""
+    from sca_bench.diff import diff as compare
+    from sca_bench.store import Store
+
+    typer.echo(str(compare(Store(first).rows(), Store(second).rows())))
+
+
+def _folder(name: str, out: Path | None) -> Path:
+    return out or Path("runs/bench") / name
+
+
+def _print(found) -> None:
+    told = ", ".join(f"{count} {state}" for state, count in sorted(found.states.items())) or "none made"
+    typer.echo(f"{found.rows} rows: {told}; {len(found.missing)} missing")
+    for label in found.missing[:10]:
+        typer.echo(f"  missing: {label}")

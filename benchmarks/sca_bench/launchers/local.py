@@ -1,0 +1,130 @@
+"""Rows on this machine: a process each, some at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from sca_bench.task import Outcome, Task
+
+KILLED = 3  # times that a process may be killed from outside before the row is left for another run
+
+
+class Local:
+    """Launcher: `workers` processes at a time; by default one a GPU, or one for two cores where there is no GPU.
+
+    Processes are forked from one that has imported torch and transformers and has done nothing with them.
+    """
+
+    def __init__(self, workers: int = 0):
+        if workers < 0:
+            raise ValueError(f"workers is {workers}: give a number, 0 for as many as suit the machine")
+        self.workers = workers
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """Outcomes as they come. A process that was killed from outside is started again, at most `KILLED` times."""
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["sca_bench.worker"])
+        waiting, running = deque(tasks), {}
+        times: dict[str, int] = {}
+        devices = _devices(tasks)
+        workers = self.workers or len(devices) or max(1, (os.cpu_count() or 2) // 2)
+        free = deque(devices or range(workers))
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    task = waiting.popleft()
+                    device = free.popleft() if free else None
+                    process = _start(context, task, device if devices else None)
+                    running[process.sentinel] = process, task, device, time.monotonic()
+                self._pause(running)
+                for sentinel, (process, task, device, start) in list(running.items()):
+                    overdue = time.monotonic() - start > task.timeout
+                    if process.is_alive() and not overdue:
+                        continue
+                    del running[sentinel]
+                    free.append(device)
+                    outcome = _outcome(process, task, overdue, time.monotonic() - start)
+                    if outcome is None:
+                        times[task.key] = times.get(task.key, 0) + 1
+                        if times[task.key] < KILLED:
+                            waiting.append(task)
+                    else:
+                        yield outcome
+        finally:
+            for process, *_ in running.values():
+                _end(process)
+
+    @staticmethod
+    def _pause(running: dict[int, Any]) -> None:
+        """Until a process ends or is overdue."""
+        left = min(start + task.timeout - time.monotonic() for _, task, _, start in running.values())
+        wait(list(running), timeout=max(0.0, left))
+
+
+def _devices(tasks: Sequence[Task]) -> list[int]:
+    if not any(task.config["device"].startswith("cuda") for task in tasks):
+        return []
+    import torch
+
+    return list(range(torch.cuda.device_count()))
+
+
+def _start(context: Any, task: Task, gpu: int | None) -> Any:
+    from sca_bench.worker import child
+
+    folder = Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("row.json", "row.draft"):
+        (folder / name).unlink(missing_ok=True)
+    config = dict(task.config)
+    if gpu is not None:
+        config["device"] = f"cuda:{gpu}"
+    process = context.Process(target=child, args=(config, str(folder), task.force, os.getpid()), daemon=False)
+    process.start()
+    return process
+
+
+def _outcome(process: Any, task: Task, overdue: bool, seconds: float) -> Outcome | None:
+    """What became of a process that ended; None if it was killed from outside, which says nothing about the row."""
+    made = Path(task.folder, "row.json")
+    if process.is_alive() and overdue:
+        _end(process)
+    process.join()
+    code = process.exitcode
+    try:
+        row = json.loads(made.read_text("utf-8"))
+    except (OSError, ValueError):
+        row = None
+    if row is not None:
+        row["seconds"]["process"] = seconds
+        return Outcome(task, row)
+    if overdue:
+        return Outcome(task, _typed("timed-out", f"it took more than {task.timeout:g} s", seconds))
+    if code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone
+        return None
+    if code is not None and code < 0:
+        return Outcome(task, _typed("crashed", f"ended by {signal.Signals(-code).name}", seconds))
+    return Outcome(task, _typed("crashed", f"ended with status {code} and left no row", seconds))
+
+
+def _typed(state: str, reason: str, seconds: float) -> dict[str, Any]:
+    return {"state": state, "reason": reason, "seconds": {"process": seconds}}
+
+
+def _end(process: Any) -> None:
+    """The process and what it has started."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+    process.join()

@@ -1,0 +1,74 @@
+"""Rows on a Ray cluster (arXiv 1712.05889)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sca_bench.task import Outcome, Task
+
+RETRIES = 3  # of a row whose node was lost
+
+
+class Ray:
+    """Launcher: every row goes to a node that has the GPUs and the memory it asks for, and one core.
+
+    address: of a cluster ("auto": the one that this machine belongs to); None starts one on this machine. The package
+    must be installed on the nodes; rows and logs travel back, so that nothing but the network is shared.
+    """
+
+    def __init__(self, address: str | None = None, cores: int = 1):
+        self.address, self.cores = address, cores
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+        import ray
+
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+        try:
+            remote = ray.remote(max_retries=RETRIES)(_make)
+            waiting = {
+                remote.options(num_cpus=self.cores, num_gpus=task.gpus, memory=int(task.memory * 2**30) or None).remote(
+                    task
+                ): task
+                for task in tasks
+            }
+            while waiting:
+                (ready,), _ = ray.wait(list(waiting), num_returns=1)
+                task = waiting.pop(ready)
+                try:
+                    row, log = ray.get(ready)
+                except ray.exceptions.RayError as error:
+                    row = _lost(error)
+                    log = row and f"{row['reason']}\n"
+                if row is not None:
+                    Path(task.folder).mkdir(parents=True, exist_ok=True)
+                    Path(task.folder, "log.txt").write_text(log, "utf-8")
+                    yield Outcome(task, row)
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def _make(task: Task) -> tuple[dict[str, Any] | None, str]:
+    """On the node: a process of its own as on any machine, so that its end is typed there."""
+    from sca_bench.launchers.local import Local
+
+    with tempfile.TemporaryDirectory(prefix="sca-") as folder:
+        outcomes = list(Local(workers=1).map([replace(task, folder=folder)]))
+        log = Path(folder, "log.txt")
+        return (outcomes[0].row if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
+
+
+def _lost(error: Exception) -> Mapping[str, Any] | None:
+    """A row that Ray gave up; None where nodes were lost, which says nothing about the row."""
+    import ray
+
+    gone = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
+    if isinstance(error, gone):
+        return None
+    return {"state": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "seconds": {}}

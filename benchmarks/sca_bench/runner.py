@@ -1,0 +1,77 @@
+"""Runs a sweep: makes the rows that are missing, and loses none that is there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sca_registry
+
+from sca_bench.store import Store
+from sca_bench.sweep import Sweep
+from sca_bench.task import Task
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a sweep is: how many rows there are in each state, and which are missing."""
+
+    rows: int
+    states: Mapping[str, int]
+    missing: list[str]  # labels
+
+
+def run(
+    sweep: Sweep,
+    folder: str | Path,
+    launcher: str = "local",
+    options: Mapping[str, Any] | None = None,
+    timeout: float = 3600.0,
+    retry: tuple[str, ...] = (),
+    force: bool = False,
+    told: Callable[[str], None] = print,
+) -> Status:
+    """Makes what is missing of a sweep, cheapest first; rows appear in `folder/results.jsonl` as they are finished.
+
+    launcher, options: where rows are made, a name of the registry. timeout: seconds that a row has. retry: states whose
+    rows are made again. force: tries rows that are predicted not to fit into memory. told: is given a line for what
+    happens.
+
+    StoreError if somebody else writes into the folder, or it cannot be written.
+    """
+    where = sca_registry.launchers.build(launcher, **(options or {}))
+    store = Store(folder)
+    with store.held() as repairs:
+        for line in repairs:
+            told(line)
+        rows = {row.key: row for row in sweep.rows()}
+        if retry:
+            store.forget({row["key"] for row in store.rows() if row["state"] in retry and row["key"] in rows})
+        there = {row["key"] for row in store.rows()}
+        tasks = [
+            Task(key, row.config, str(store.row_folder(key)), timeout, int(sweep.device != "cpu"), force=force)
+            for key, row in rows.items()
+            if key not in there
+        ]
+        if there & rows.keys():
+            told(f"{len(there & rows.keys())} of {len(rows)} rows are there already")
+        for number, (task, made) in enumerate(where.map(tasks), 1):
+            row = rows[task.key]
+            store.add({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **made})
+            told(f"{number} of {len(tasks)}: {row.label}: {made['state']}{_because(made)}")
+    return status(sweep, folder)
+
+
+def status(sweep: Sweep, folder: str | Path) -> Status:
+    """Of a sweep in a folder, at any instant."""
+    found = {row["key"]: row["state"] for row in Store(folder).rows()}
+    rows = sweep.rows()
+    states = Counter(found[row.key] for row in rows if row.key in found)
+    return Status(len(rows), dict(states), [row.label for row in rows if row.key not in found])
+
+
+def _because(made: Mapping[str, Any]) -> str:
+    return f" ({made['reason']:.200})" if made["reason"] else f" in {made['seconds'].get('process', 0):.1f} s"

@@ -1,0 +1,109 @@
+"""What the rows of a sweep come to: one line for each combination, over its seeds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+TELLING = ("cider-d", "attributes/all", "meteor", "class/count", "mask-iou/mean", "densecap-map")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A combination. quality: the score's mean over seeds; low, high: the widest of the 95 % intervals over images;
+    seeds: the score of each seed. The figures are those of `Line.of`; None where nothing was measured.
+    """
+
+    label: str
+    rows: Sequence[Mapping[str, Any]]
+    parameters: int | None
+    trainable: int | None
+    flops: Mapping[str, float] | None  # by stage, of the regions and words said with them
+    quality: float | None
+    low: float | None
+    high: float | None
+    seeds: tuple[float, ...]
+    curve: Mapping[int, float]  # regions of an image -> regions a second, the image's encoding included
+    stages: Mapping[str, float]  # seconds by stage at the most regions
+    first_caption: float | None  # seconds at the fewest regions
+    training_step: float | None  # seconds
+    memory: int | None  # bytes: of the device where there is one, else as planned
+    command: str
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], score: str | None) -> Line:
+        """Of rows that differ in their seeds alone; those that were not made count for nothing."""
+        first = rows[0]
+        scores = [
+            each for row in rows for each in row.get("scores") or () if (each["name"], each["control"]) == (score, None)
+        ]
+        values = [each["value"] for each in scores if each["value"] is not None]
+        bounds = [(each["low"], each["high"]) for each in scores if each["low"] is not None]
+        curves = [row["curve"] for row in rows if row.get("curve")]
+        points = sorted({point["regions"] for curve in curves for point in curve})
+        most = [point for curve in curves for point in curve if point["regions"] == points[-1]]
+        least = [point for curve in curves for point in curve if point["regions"] == points[0]]
+        steps = [row["training_step"]["median"] for row in rows if row.get("training_step")]
+        taken = [row["memory"].get("answering") or row["memory"].get("planned") for row in rows if row.get("memory")]
+        taken = [each for each in taken if each is not None]
+        parameters = first.get("parameters") or {}
+        return cls(
+            label=first["label"].rpartition(" seed=")[0],
+            rows=rows,
+            parameters=parameters.get("whole"),
+            trainable=parameters.get("trainable"),
+            flops=first.get("flops"),
+            quality=mean(values) if values else None,
+            low=min(low for low, _ in bounds) if bounds else None,
+            high=max(high for _, high in bounds) if bounds else None,
+            seeds=tuple(values),
+            curve={
+                regions: median(p["regions_per_second"] for curve in curves for p in curve if p["regions"] == regions)
+                for regions in points
+            },
+            stages={
+                stage: median(point["stages"][stage]["median"] for point in most)
+                for stage in (most[0]["stages"] if most else ())
+            },
+            first_caption=median(point["first_caption"]["median"] for point in least) if least else None,
+            training_step=median(steps) if steps else None,
+            memory=max(taken) if taken else None,
+            command=f"sca bench row {shlex.quote(json.dumps(first['config'], sort_keys=True))}",
+        )
+
+    @property
+    def fastest(self) -> float | None:
+        """Regions a second at the most regions."""
+        return self.curve[max(self.curve)] if self.curve else None
+
+
+def lines(rows: Iterable[Mapping[str, Any]], score: str | None) -> list[Line]:
+    """A line a combination of which some row was made, the best first and those without a score last."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["state"] == "done":
+            config = {key: value for key, value in row["config"].items() if key != "seed"}
+            groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
+    made = [Line.of(sorted(each, key=lambda row: row["config"]["seed"]), score) for each in groups.values()]
+    return sorted(made, key=lambda line: (-(line.quality if line.quality is not None else -1), line.label))
+
+
+def telling(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """The score that says most of quality, of those that there are."""
+    known = dict.fromkeys(each["name"] for row in rows for each in row.get("scores") or ())
+    return next((name for name in TELLING if name in known), next(iter(known), None))
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The places of points (more is better in both) that no other point is better than, by the first coordinate."""
+    best = float("-inf")
+    found = []
+    for place in sorted(range(len(points)), key=lambda place: (-points[place][0], -points[place][1])):
+        if points[place][1] > best:
+            best = points[place][1]
+            found.append(place)
+    return found

@@ -1,0 +1,180 @@
+"""Sweeps: every combination of parts and options, as rows that are made one at a time.
+
+A sweep is a TOML file, shipped in `benchmarks/sweeps` or your own:
+
+    summary = "what is compared"
+    seeds = [0, 1, 2]
+    threads = 1               # of a row on the CPU; 0: the cores shared out among the workers
+
+    [model]                   # a ModelSpec, what all rows have
+    encoder = "tiny-vit"
+
+    [axes]                    # by the field of the model, or a dotted option: every combination is a row
+    mixer = ["query", { name = "resampler", depth = 2 }]
+    "encoder.size" = [64, 96]
+
+    [train]                   # optional: a recipe by name and what differs from it ([train] of recipes)
+    recipe = "sca-tiny"
+    steps = 100
+
+    [evaluate]                # optional: a dataset, how it is asked and which metrics
+    dataset = { name = "scenes", count = 20 }
+    split = "val"
+    prompt = "box"
+    metrics = ["attributes", "mask-iou"]
+
+    [measure]                 # optional: what is timed
+    regions = [1, 8, 64]      # of one image
+    words = 16                # of a caption
+    repeats = 5
+    dtype = "float32"
+    training = true           # a step of training, too
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sca_registry import RegistryError, registry
+from sca_registry.messages import unknown
+from sca_registry.spec import ModelSpec, Part
+
+TABLES = {
+    "train": ("recipe", "steps", "images", "learning_rate", "warmup", "regions", "texts", "precision"),
+    "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch", "generation"),
+    "measure": ("regions", "words", "repeats", "dtype", "training", "images"),
+}
+PARTS = ("encoder", "segmenter", "mixer", "language_model")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be made: plain values, from which its key is computed."""
+
+    config: Mapping[str, Any]  # model, train, evaluate, measure, seed, threads, device
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that differ where the configuration does."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """For people: the parts, their options and the seed."""
+        model = self.config["model"]
+        parts = [_said(model[kind]) for kind in PARTS if model.get(kind)]
+        rest = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
+        return " ".join(["+".join(parts), *rest, f"seed={self.config['seed']}"])
+
+    @property
+    def cost(self) -> int:
+        """What its cards say of parameters: the order in which rows are made, cheapest first."""
+        total = 0
+        for kind in PARTS:
+            part = self.config["model"].get(kind)
+            if part and part["name"] in registry(kind):
+                total += registry(kind).card(part["name"]).parameters or 0
+        return total
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    model: Mapping[str, Any]
+    axes: Mapping[str, Sequence[Any]]
+    seeds: Sequence[int] = (0,)
+    threads: int = 1
+    summary: str = ""
+    train: Mapping[str, Any] | None = None
+    evaluate: Mapping[str, Any] | None = None
+    measure: Mapping[str, Any] | None = None
+    device: str = field(default="cpu", kw_only=True)
+
+    @classmethod
+    def read(cls, name: str, device: str = "cpu") -> Sweep:
+        """A shipped sweep by name, or a TOML file. RegistryError for a name, a key or a value that is wrong."""
+        text, stem = _text(name)
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RegistryError(f"the sweep {name} is not TOML: {error}") from error
+        known = [each.name for each in fields(cls) if each.name not in ("name", "device")]
+        for key in table:
+            if key not in known:
+                raise unknown(f"a sweep has no {key!r}", key, known)
+        for section, keys in TABLES.items():
+            for key in table.get(section, {}):
+                if key not in keys:
+                    raise unknown(f"[{section}] of a sweep has no {key!r}", key, keys)
+        table = {"model": {}, "axes": {}, **table}
+        for axis, values in table["axes"].items():
+            if not isinstance(values, list) or not values:
+                raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}: give a list of one or more")
+        sweep = cls(stem, **table, device=device)
+        if not sweep.seeds:
+            raise RegistryError(f"the sweep {name} has no seeds: give one or more")
+        sweep.rows()
+        return sweep
+
+    def rows(self) -> list[Row]:
+        """Every combination, cheapest first. RegistryError for a part that there is not."""
+        rows = []
+        for values in product(*self.axes.values()):
+            model = json.loads(json.dumps(self.model))
+            for axis, value in zip(self.axes, values, strict=True):
+                _put(model, axis, value)
+            spec = ModelSpec.from_dict(model)
+            for kind in PARTS:
+                part = getattr(spec, kind)
+                if part is not None:
+                    registry(kind).card(part.name)
+            for seed in self.seeds:
+                config = {
+                    "model": spec.to_dict(),
+                    "seed": seed,
+                    "threads": self.threads,
+                    "device": self.device,
+                    **{table: dict(value) for table in TABLES if (value := getattr(self, table)) is not None},
+                }
+                rows.append(Row(config))
+        unique = {row.key: row for row in rows}
+        return sorted(unique.values(), key=lambda row: row.cost)
+
+
+def sweep_names() -> list[str]:
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def _text(name: str) -> tuple[str, str]:
+    if name in sweep_names():
+        return (_folder() / f"{name}.toml").read_text("utf-8"), name
+    if name.endswith(".toml") and Path(name).is_file():
+        return Path(name).read_text("utf-8"), Path(name).stem
+    raise unknown(f"no sweep named {name!r}, and no TOML file there", name, sweep_names())
+
+
+def _folder():
+    return files("sca_bench") / "sweeps"
+
+
+def _put(model: dict[str, Any], path: str, value: Any) -> None:
+    """A field of the model, or an option of a part: `encoder.size`."""
+    first, _, option = path.partition(".")
+    if not option:
+        model[first] = value
+        return
+    inner = model.get(first, {})
+    model[first] = {**(Part.from_dict(inner, first).to_dict() if first in PARTS else dict(inner)), option: value}
+
+
+def _said(part: Mapping[str, Any]) -> str:
+    options = ",".join(f"{key}={value}" for key, value in part.items() if key != "name" and not isinstance(value, dict))
+    return part["name"] + (f"({options})" if options else "")

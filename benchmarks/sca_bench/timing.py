@@ -1,0 +1,128 @@
+"""How long the stages of a model take: with warm-up, synchronisation, and the spread of several repeats."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sca_registry.contracts import Batch, Prompts, Targets
+from torch import Tensor
+
+from sca.mask_predictor import REGIONS
+from sca.model import SegmentCaptioner
+
+STAGES = ("encode", "segment", "mix", "prefill", "decode")
+
+
+def spread(seconds: list[float]) -> dict[str, Any]:
+    """Median, least and most of some repeats, seconds."""
+    return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "repeats": len(seconds)}
+
+
+def asked(model: SegmentCaptioner, images: int, regions: int) -> tuple[Tensor, Prompts]:
+    """Pixels and boxes without meaning, on the model's device; `regions` of each image."""
+    size, like = model.encoder.image.size, model.task_tokens
+    draw = torch.Generator().manual_seed(0)
+    corner = torch.rand(images * regions, 2, generator=draw) * size / 2
+    owner = torch.arange(images).repeat_interleave(regions)
+    prompts = Prompts(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
+    return torch.randn(images, 3, size, size, generator=draw).to(like), prompts.to(like.device)
+
+
+@torch.inference_mode()
+def stages(model: SegmentCaptioner, images: int, regions: int, words: int, repeats: int) -> dict[str, Any]:
+    """Seconds by stage for `images` with `regions` each, and what they make together.
+
+    encode, segment and mix are those of `Predictor`, `REGIONS` at a time; prefill is what the language model does up
+    to the first word, decode the other words. No caption ends early.
+    """
+    pixels, prompts = asked(model, images, regions)
+    model.language_model._ends = lambda: (0, [])
+    clock, generate = _Clock(pixels.device), model.language_model.generate
+    runs: list[dict[str, float]] = []
+    for repeat in range(repeats + 1):
+        taken = dict.fromkeys(STAGES, 0.0)
+        features = clock.time(taken, "encode", lambda: model.encode(pixels))
+        prefixes, prepared = [], None
+        for chunk in prompts.chunks(REGIONS):
+            found = clock.time(taken, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
+            start = clock.now()
+            prepared = model.prepare(found) if prepared is None else prepared
+            prefixes.append(model.prefix(model.mix(found, prepared), torch.ones_like(chunk.owner)))
+            taken["mix"] += clock.now() - start
+            del found
+        prefix = torch.cat(prefixes)
+        clock.time(taken, "prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))
+        clock.time(taken, "decode", lambda prefix=prefix: generate(prefix, max_new_tokens=words))
+        taken["decode"] = max(0.0, taken["decode"] - taken["prefill"])
+        if repeat:  # the first is for warming up
+            runs.append(taken)
+    whole = [sum(run.values()) for run in runs]
+    first = [sum(run[stage] for stage in STAGES[:4]) for run in runs]
+    told = {stage: spread([run[stage] for run in runs]) for stage in STAGES}
+    count = images * regions
+    return {
+        "images": images,
+        "regions": regions,
+        "words": words,
+        "stages": told,
+        "whole": spread(whole),
+        "first_caption": spread(first),
+        "regions_per_second": count / statistics.median(whole),
+        "captions_per_second_encoded": count
+        / statistics.median([w - r["encode"] for w, r in zip(whole, runs, strict=True)]),
+    }
+
+
+def training_step(model: SegmentCaptioner, images: int, regions: int, words: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a step: forward, backward and AdamW over what trains, with one text a region."""
+    pixels, prompts = asked(model, images, regions)
+    batch = lesson(model, pixels, prompts, words)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained)
+    clock, seconds = _Clock(pixels.device), []
+    model.train()
+    for repeat in range(repeats + 1):
+        start = clock.now()
+        optimiser.zero_grad()
+        model(batch).loss.backward()
+        optimiser.step()
+        if repeat:
+            seconds.append(clock.now() - start)
+    model.eval()
+    return {"images": images, "regions": regions, "words": words, **spread(seconds)}
+
+
+def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> Batch:
+    """Texts, and masks where the segmenter learns them."""
+    rows, device = len(prompts), pixels.device
+    ids = torch.ones(rows, words, dtype=torch.long, device=device)
+    task = torch.ones(rows, dtype=torch.long, device=device)
+    batch = Batch(prompts=prompts, task=task, pixels=pixels, ids=ids, mask=ids)
+    if hasattr(model.segmenter, "loss"):
+        side = 4 * pixels.shape[-1] // model.encoder.stride
+        truth = torch.rand(rows, side, side, device=device)
+        has = torch.ones(rows, dtype=torch.bool, device=device)
+        batch.targets = Targets(truth, torch.ones_like(truth, dtype=torch.bool), has)
+    return batch
+
+
+class _Clock:
+    """Wall time after all that was asked of the device is done."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def time(self, taken: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
+        start = self.now()
+        result = work()
+        taken[stage] += self.now() - start
+        return result

@@ -1,0 +1,273 @@
+"""One row of a sweep: checked, planned, built, trained a little, evaluated and timed, in a process of its own.
+
+Imported by the process that workers are forked from, so that what takes seconds to import is there already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from sca_registry import RegistryError, registry
+from sca_registry.plugins import BUILTIN
+from sca_registry.spec import ModelSpec
+
+import sca.evaluation.evaluate
+import sca.training.trainer  # noqa: F401 (and transformers with it)
+from sca.composition import build
+from sca.plan import plan
+from sca_bench.sweep import PARTS
+from sca_bench.timing import stages, training_step
+
+TRAINED = 16  # regions of an image in a step of training, at most
+NO_ROOM = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a score that is no number."""
+
+
+def work(config: Mapping[str, Any], folder: str, force: bool = False) -> dict[str, Any]:
+    """Makes a row; whatever goes wrong is typed and told. force: also where memory is predicted not to suffice.
+
+    config: of a `sca_bench.sweep.Row`. folder: for what the row leaves behind. What is printed goes to the caller's
+    standard output.
+    """
+    start = time.perf_counter()
+    row: dict[str, Any] = {"state": "done", "reason": "", "seconds": {}}
+    try:
+        _make(row, config, Path(folder), force)
+    except BaseException as error:
+        row["state"], row["reason"] = _typed(error), f"{type(error).__name__}: {' '.join(str(error).split())}"
+        traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+    row["seconds"]["whole"] = time.perf_counter() - start
+    row["memory"] = _memory(config["device"]) | row.get("memory", {})
+    row["environment"] = environment(config["device"])
+    return row
+
+
+def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: bool) -> None:
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    spec = ModelSpec.from_dict(config["model"])
+    try:
+        spec.check()
+    except RegistryError as error:
+        row["state"], row["reason"] = _broken(spec) or "impossible", str(error)
+        return
+    measure, training = config.get("measure"), config.get("train")
+    with _timed(row, "plan"):
+        _plan(row, spec, config)
+    if row["memory"].get("room") is not None and row["memory"]["planned"] > row["memory"]["room"] and not force:
+        row["state"] = "skipped"
+        row["reason"] = (
+            f"planned to take {row['memory']['planned'] / 2**30:.1f} GiB of the "
+            f"{row['memory']['room'] / 2**30:.1f} GiB there are; --force tries it"
+        )
+        return
+    torch.manual_seed(config["seed"])
+    with _timed(row, "build" if training is None else "train"):
+        model = build(spec, weights=False) if training is None else _train(row, spec, config, folder)
+    model = model.to(config["device"])
+    if evaluation := config.get("evaluate"):
+        with _timed(row, "evaluate"):
+            row["scores"] = _evaluate(model, evaluation, config)
+    if measure:
+        with _timed(row, "measure"):
+            _measure(row, model, measure)
+
+
+def _broken(spec: ModelSpec) -> str | None:
+    """The state of a row one of whose parts does not work, whatever it is combined with."""
+    for kind in PARTS:
+        if (part := getattr(spec, kind)) is not None:
+            entry = registry(kind).describe(part.name)
+            if entry.state == "broken":
+                return "import-error" if re.search(r"(Import|ModuleNotFound)Error", entry.reason) else "failed"
+    return None
+
+
+def _plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Parameters, operations by stage, and whether there is room."""
+    measure = config.get("measure") or {}
+    regions, words = max(measure.get("regions", [1])), measure.get("words", 16)
+    dtype = getattr(torch, measure.get("dtype", "float32"))
+    images = measure.get("images", 1)
+    planned = plan(spec, images, regions, words, dtype=dtype)
+    peak = planned.peak
+    if measure.get("training"):
+        peak = max(peak, plan(spec, images, min(TRAINED, regions), words, train=True).peak)
+    whole = sum(planned.parameters.values())
+    row["parameters"] = {**planned.parameters, "whole": whole, "trainable": planned.trainable}
+    row["flops"] = {**planned.flops, "images": images, "regions": regions, "words": words}
+    row["memory"] = {"planned": peak, "room": _room(config["device"])}
+
+
+def _train(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any], folder: Path):
+    from sca.training.recipe import Recipe
+    from sca.training.trainer import train
+
+    options = dict(config["train"])
+    name = options.pop("recipe", "sca-tiny")
+    assignments = [f"train.{key}={json.dumps(value)}" for key, value in options.items()]
+    steps = options.get("steps", Recipe.read(name).train.steps)
+    fixed = [f"train.seed={config['seed']}", "train.processes=1", f"train.save={steps}"]
+    recipe = Recipe.read(name, [*assignments, *fixed])
+    left = folder / "training"
+    shutil.rmtree(left, ignore_errors=True)
+    model = train(Recipe.from_dict(name, recipe.to_dict() | {"model": spec.to_dict()}), left, resume=False, quiet=True)
+    states = sorted(left.glob("checkpoint-*/trainer_state.json"))
+    history = json.loads(states[-1].read_text("utf-8"))["log_history"] if states else []
+    row["losses"] = [[each["step"], each["loss"]] for each in history if "loss" in each]
+    shutil.rmtree(left, ignore_errors=True)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NotFinite(f"{name} is not finite after training")
+    return model
+
+
+def _evaluate(model: Any, asked: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from sca.evaluation.evaluate import evaluate
+    from sca.evaluation.predictions import Questions
+
+    given = {key: asked[key] for key in ("prompt", "tasks", "generation") if key in asked}
+    report = evaluate(
+        model,
+        asked["dataset"],
+        asked.get("split", "val"),
+        questions=Questions(**given, seed=config["seed"]),
+        metrics=asked.get("metrics"),
+        batch=asked.get("batch", 8),
+        limit=asked.get("limit"),
+    )
+    return [each.to_dict() for each in report.scored.scores]
+
+
+def _measure(row: dict[str, Any], model: Any, asked: Mapping[str, Any]) -> None:
+    images, words, repeats = asked.get("images", 1), asked.get("words", 16), asked.get("repeats", 5)
+    model = model.to(getattr(torch, asked.get("dtype", "float32")))
+    device = model.task_tokens.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    row["curve"] = [stages(model, images, regions, words, repeats) for regions in asked.get("regions", [1])]
+    if device.type == "cuda":
+        row["memory"]["answering"] = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    if asked.get("training"):
+        regions = min(TRAINED, max(asked.get("regions", [1])))
+        row["training_step"] = training_step(model, images, regions, words, repeats)
+        if device.type == "cuda":
+            row["memory"]["training"] = torch.cuda.max_memory_allocated(device)
+
+
+class _timed:
+    def __init__(self, row: dict[str, Any], stage: str):
+        self.row, self.stage = row, stage
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self.row["seconds"][self.stage] = time.perf_counter() - self.start
+
+
+def _typed(error: BaseException) -> str:
+    if isinstance(error, RegistryError) and error.__cause__ is not None:  # what a part's factory raised
+        return _typed(error.__cause__)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out-of-memory"
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_ROOM):
+        return "out-of-memory"
+    if isinstance(error, NotFinite | FloatingPointError):
+        return "not-finite"
+    return "import-error" if isinstance(error, ImportError) else "failed"
+
+
+def _memory(device: str) -> dict[str, int]:
+    """Bytes at most: of the process, and of what torch has had of the device."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = {"host": host}
+    if device.startswith("cuda") and torch.cuda.is_available():
+        found["device"] = torch.cuda.max_memory_reserved(device)
+    return found
+
+
+def _room(device: str) -> int | None:
+    """Bytes that a row may take."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
+@cache
+def environment(device: str) -> dict[str, Any]:
+    """What was computed on, and with which versions."""
+    name = f"{platform.machine()}, {os.cpu_count()} cores"
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version()}
+    for package in (BUILTIN, "torch", "transformers", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"device": name, "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, if it is in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def child(config: Mapping[str, Any], folder: str, force: bool, parent: int) -> None:
+    """What a forked process does: logs to `folder/log.txt`, and leaves `folder/row.json`, whole or not at all."""
+    _end_with(parent)
+    os.setsid()
+    with open(Path(folder, "log.txt"), "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    print(f"$ {command(config)}", flush=True)
+    row = work(config, folder, force)
+    draft = Path(folder, "row.draft")
+    draft.write_text(json.dumps(row), "utf-8")
+    os.replace(draft, Path(folder, "row.json"))
+    sys.stdout.flush()
+    os._exit(0)  # threads of a library may not let go
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """What makes this row again, by itself."""
+    return f"sca bench row {shlex.quote(json.dumps(config))}"
+
+
+def _end_with(parent: int) -> None:
+    """The process is killed when the one that it was forked from ends, so that no row outlives its runner."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            os._exit(0)

@@ -1,0 +1,169 @@
+"""Every way in which a row can end, provoked for real and typed right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import sca_registry
+from sca_bench.launchers.local import Local
+from sca_bench.sweep import Row, Sweep
+from sca_bench.task import Task
+
+HOSTILE = """
+import ctypes, os, signal, time
+import torch
+from sca.mixers.roi_pool import RoiPoolMixer as RoiPool
+
+
+class Segfaults(RoiPool):
+    def forward(self, regions):
+        ctypes.string_at(0)
+
+
+class Leaves(RoiPool):
+    def forward(self, regions):
+        os._exit(3)
+
+
+class Exits(RoiPool):
+    def __init__(self, segmenter):
+        raise SystemExit(4)
+
+
+class Sleeps(RoiPool):
+    def __init__(self, segmenter):
+        time.sleep(600)
+
+
+class Eats(RoiPool):
+    def __init__(self, segmenter):
+        super().__init__(segmenter)
+        self.large = torch.empty(1 << 48)
+
+
+class Raises(RoiPool):
+    def __init__(self, segmenter):
+        raise KeyError("chalk")
+"""
+BASE = {
+    "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
+    "segmenter": "box",
+    "mixer": "roi-pool",
+    "language_model": {"name": "tiny-gpt2", "width": 32, "depth": 1, "heads": 2, "positions": 96},
+    "task_tokens": 2,
+    "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
+}
+EXPECTED = {
+    "segfaults": ("crashed", "SIGSEGV"),
+    "leaves": ("crashed", "status 3"),
+    "exits": ("failed", "SystemExit: 4"),
+    "sleeps": ("timed-out", "more than"),
+    "eats": ("out-of-memory", "memory"),
+    "raises": ("failed", "chalk"),
+    "absent": ("import-error", "no_such_package"),
+}
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A plugin whose mixers end badly, as a distribution on the path of this process and its children."""
+    site = tmp_path / "site"
+    folder = site / "hostile-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (site / "hostile_mixers.py").write_text(HOSTILE)
+    (site / "hostile_absent.py").write_text("import no_such_package\n")
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: hostile\nVersion: 1.0\n")
+    points = [f"{name} = hostile_mixers:{name.capitalize()}" for name in EXPECTED if name != "absent"]
+    points.append("absent = hostile_absent:Absent")
+    (folder / "entry_points.txt").write_text("[sca_mixers]\n" + "\n".join(points) + "\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    return site
+
+
+def task(folder, timeout=120.0, **model):
+    config = {
+        "model": {**BASE, **model},
+        "seed": 0,
+        "threads": 1,
+        "device": "cpu",
+        "measure": {"regions": [1], "words": 2},
+    }
+    row = Row(json.loads(json.dumps(config)))
+    return Task(row.key, row.config, str(folder / row.key), timeout)
+
+
+def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()  # one that was started before knows nothing of the plugin
+    tasks = {name: task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED}
+    tasks["good"] = task(tmp_path)
+    try:
+        found = {outcome.task.key: outcome.row for outcome in Local(workers=2).map(list(tasks.values()))}
+    finally:
+        forkserver._forkserver._stop()
+    for name, (state, said) in EXPECTED.items():
+        row = found[tasks[name].key]
+        assert (row["state"], said in row["reason"]) == (state, True), (name, row["state"], row["reason"])
+    assert found[tasks["good"].key]["state"] == "done"
+
+
+def test_a_model_that_becomes_infinite_is_told(tmp_path):
+    config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "heads": 2, "mlp": 64}).config)
+    config["train"] = {"recipe": "sca-tiny", "steps": 3, "images": 1, "learning_rate": 1e38, "warmup": 1}
+    row = Row(config)
+    (outcome,) = Local(workers=1).map([Task(row.key, config, str(tmp_path / "row"), 300.0)])
+    assert outcome.row["state"] == "not-finite", outcome.row["reason"]
+
+
+def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
+    small, large = task(tmp_path, mixer="mask-tokens"), task(tmp_path)
+    large = replace(
+        large, config={**large.config, "measure": {"regions": [1], "words": 2, "images": 1 << 22}}, key="large"
+    )
+    found = {
+        outcome.task.key: outcome.row
+        for outcome in Local(workers=1).map([small, replace(large, folder=str(tmp_path / "l"))])
+    }
+    assert found[small.key]["state"] == "impossible"
+    assert "needs masks" in found[small.key]["reason"]
+    assert found["large"]["state"] == "skipped"
+    assert "--force tries it" in found["large"]["reason"]
+
+
+def test_a_row_has_all_that_was_asked(tmp_path):
+    config = dict(task(tmp_path, lora=2).config)
+    config["measure"] = {"regions": [1, 3], "words": 2, "repeats": 5, "training": True}
+    config["evaluate"] = {"dataset": {"name": "scenes", "count": 2, "size": 64}, "metrics": ["class"]}
+    config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
+    row = Row(config)
+    (outcome,) = Local(workers=1).map([Task(row.key, config, str(tmp_path / "row"))])
+    made = outcome.row
+    assert made["state"] == "done", made["reason"]
+    assert [point["regions"] for point in made["curve"]] == [1, 3]
+    for point in made["curve"]:
+        for timing in (*point["stages"].values(), point["whole"], point["first_caption"]):
+            assert timing["repeats"] == 5
+            assert 0 <= timing["low"] <= timing["median"] <= timing["high"]
+        assert point["regions_per_second"] > 0
+    assert made["training_step"]["regions"] == 3
+    assert made["flops"]["encode"] > 0
+    assert made["parameters"]["trainable"] < made["parameters"]["whole"] or made["parameters"]["trainable"] > 0
+    assert made["memory"]["planned"] > 0
+    assert made["memory"]["host"] > 0
+    assert {"class/count"} <= {score["name"] for score in made["scores"]}
+    assert all(score["protocol"] for score in made["scores"])
+    assert made["environment"]["versions"]["torch"]
+    assert made["seconds"]["process"] >= made["seconds"]["whole"]
+    assert "sca bench row" in (tmp_path / "row/log.txt").read_text()
+
+
+def test_workers_change_nothing_but_how_many_go_together(tmp_path):
+    sweep = Sweep("two", BASE, {"encoder.size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
+    keys = []
+    for workers in (1, 2, 4):
+        tasks = [Task(row.key, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.rows()]
+        keys.append(sorted((o.task.key, o.row["state"]) for o in Local(workers=workers).map(tasks)))
+    assert keys[0] == keys[1] == keys[2]
+    assert len(keys[0]) == 4

@@ -1,0 +1,228 @@
+"""Sweeps are read, put in order and refused; results are kept, repaired and told."""
+
+import json
+import os
+import resource
+import signal
+
+import pytest
+from sca_bench import report
+from sca_bench.diff import diff
+from sca_bench.runner import run, status
+from sca_bench.store import Store, StoreError
+from sca_bench.summary import front, lines
+from sca_bench.sweep import Sweep, sweep_names
+from sca_registry import RegistryError
+
+BASE = """
+[model]
+encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
+segmenter = "box"
+language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+task_tokens = 2
+"""
+SMALL = (
+    BASE
+    + """
+[axes]
+mixer = ["roi-pool", "mask-tokens"]
+[measure]
+regions = [1]
+words = 2
+repeats = 5
+"""
+)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    def write(text=SMALL):
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return Sweep.read(str(path))
+
+    return write
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_shipped_sweep_can_be_read(name):
+    rows = Sweep.read(name).rows()
+    assert len({row.key for row in rows}) == len(rows) > 1
+    assert [row.cost for row in rows] == sorted(row.cost for row in rows)
+
+
+def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of_one_size():
+    import sca
+
+    assert len(Sweep.read("smoke").rows()) == 60
+    sizes = {}
+    for row in Sweep.read("mixers").rows():
+        model = sca.build(sca.ModelSpec.from_dict(row.config["model"]), "meta")
+        sizes[row.config["model"]["mixer"]["name"]] = sum(each.numel() for each in model.mixer.parameters())
+    equal = [sizes[name] for name in ("query", "split", "resampler")]
+    assert max(equal) / min(equal) < 1.05
+
+
+def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
+    first, again = sweep().rows(), sweep(SMALL.replace("[axes]", "# a remark\n[axes]")).rows()
+    assert [row.key for row in first] == [row.key for row in again]
+    other = sweep(SMALL.replace("words = 2", "words = 3")).rows()
+    assert not {row.key for row in first} & {row.key for row in other}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"roi-pool"', '"roi-pol"', "Did you mean 'roi-pool'"),
+        ('["roi-pool", "mask-tokens"]', "[]", "the axis 'mixer' .* give a list of one or more"),
+        ('["roi-pool", "mask-tokens"]', '"roi-pool"', "give a list"),
+        ("[measure]", "[mesure]", "Did you mean 'measure'"),
+        ("words = 2", "word = 2", "Did you mean 'words'"),
+        ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
+        ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
+        ("[axes]", "[axes", "is not TOML"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_with_the_place(sweep, old, new, said):
+    with pytest.raises(RegistryError, match=said):
+        sweep(SMALL.replace(old, new))
+
+
+def test_an_unknown_sweep_is_told_with_the_closest():
+    with pytest.raises(RegistryError, match=r"no sweep named 'smok'.*Did you mean 'smoke'"):
+        Sweep.read("smok")
+
+
+def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
+    told = []
+    found = run(sweep(), tmp_path / "out", options={"workers": 1}, told=told.append)
+    assert found.states == {"done": 1, "impossible": 1}
+    assert found.missing == []
+    assert len(told) == 2
+    before = (tmp_path / "out/results.jsonl").read_bytes()
+    told.clear()
+    run(sweep(), tmp_path / "out", told=told.append)
+    assert told == ["2 of 2 rows are there already"]
+    assert (tmp_path / "out/results.jsonl").read_bytes() == before
+    (tmp_path / "out/results.jsonl").write_bytes(before[:-20])  # cut in the middle of a line
+    told.clear()
+    found = run(sweep(), tmp_path / "out", options={"workers": 1}, told=told.append)
+    assert "ended in the middle of a line" in told[0]
+    assert found.missing == []
+    assert len(Store(tmp_path / "out").rows()) == 2
+    assert len(list((tmp_path / "out").glob("results.broken-*"))) == 1
+    found = run(sweep(), tmp_path / "out", options={"workers": 1}, retry=("impossible",), told=told.append)
+    assert found.states == {"done": 1, "impossible": 1}
+
+
+def test_what_is_missing_is_known_at_any_instant(sweep, tmp_path):
+    found = status(sweep(), tmp_path / "nothing")
+    assert (found.rows, len(found.missing)) == (2, 2)
+
+
+def test_two_runners_do_not_share_a_folder(tmp_path):
+    with (
+        Store(tmp_path).held(),
+        pytest.raises(StoreError, match="is being written by another run"),
+        Store(tmp_path).held(),
+    ):
+        pass
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path):
+    store = Store(tmp_path)
+    store.add({"key": "a"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="cannot write"):
+            store.add({"key": "b"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [row["key"] for row in store.rows()] == ["a"]
+    store.add({"key": "b"})
+    assert [row["key"] for row in store.rows()] == ["a", "b"]
+
+
+def test_a_broken_line_in_between_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"key": "a"}\n{"key": \n{"key": "b"}\n')
+    with pytest.raises(StoreError, match="line 2 is no row"):
+        Store(tmp_path).rows()
+
+
+def test_a_folder_of_a_row_that_is_gone_is_made_again(tmp_path):
+    folder = Store(tmp_path).row_folder("a")
+    os.rmdir(folder)
+    assert Store(tmp_path).row_folder("a").is_dir()
+
+
+def made(name, seed, score, speed, state="done"):
+    timing = {"median": 1 / speed, "low": 0.9 / speed, "high": 1.1 / speed, "repeats": 5}
+    stages = dict.fromkeys(("encode", "segment", "mix", "prefill", "decode"), timing)
+    point = {"regions": 1, "stages": stages, "whole": timing, "first_caption": timing, "regions_per_second": speed}
+    scores = [{"name": "class/count", "value": score, "low": score - 0.02, "high": score + 0.02, "control": None}]
+    row = {
+        "key": f"{name}{seed}",
+        "label": f"{name} seed={seed}",
+        "state": state,
+        "reason": "" if state == "done" else "<b>",
+    }
+    row |= {"config": {"model": {"mixer": name}, "seed": seed}, "sweep": "s", "seconds": {}}
+    if state == "done":
+        row |= {"scores": scores, "curve": [point, {**point, "regions": 8, "regions_per_second": 2 * speed}]}
+        row |= {
+            "memory": {"planned": 2**30},
+            "parameters": {"whole": 10**6, "trainable": 10**5},
+            "flops": {"encode": 1e9},
+        }
+    return row
+
+
+@pytest.fixture
+def rows():
+    return [
+        *(made("slow", seed, 0.9 + seed / 100, 10.0) for seed in range(3)),
+        *(made("fast", seed, 0.5, 100.0) for seed in range(3)),
+        made("bad", 0, 0.4, 5.0),
+        made("gone", 0, 0, 1, state="crashed"),
+    ]
+
+
+def test_seeds_are_one_line_with_their_spread(rows):
+    best, second, third = lines(rows, "class/count")
+    assert (best.label, best.quality, best.seeds) == ("slow", pytest.approx(0.91), (0.9, 0.91, 0.92))
+    assert second.curve == {1: 100.0, 8: 200.0}
+    assert third.label == "bad"
+
+
+def test_a_front_is_what_nothing_is_better_than():
+    assert front([(1, 3), (2, 2), (1.5, 2), (3, 1), (0.5, 0.5)]) == [3, 1, 0]
+
+
+def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
+    page = report.page(rows, "sweep s")
+    assert page == report.page(list(reversed(rows)), "sweep s")
+    assert "default-src 'none'" in page
+    assert "&lt;b&gt;" in page
+    assert "crashed" in page
+    assert page.count("<svg") == 4
+    assert 'class="below"' in page
+    assert page.count("sca bench row") == 3
+    assert report.markdown(rows) == report.markdown(list(reversed(rows)))
+    assert report.table(rows) == report.table(list(reversed(rows)))
+    assert len(report.table(rows).splitlines()) == 1 + 7 * 2 + 1
+
+
+def test_a_second_run_is_held_against_the_first(rows):
+    again = json.loads(json.dumps(rows))
+    for point in again[0]["curve"]:
+        point["whole"]["median"] *= 2
+    again[3]["scores"][0]["value"] = 0.25
+    again[-1]["state"] = "done"
+    found = diff(rows, again[:-2] + again[-1:])
+    assert found.only == (1, 0)
+    assert found.inside == pytest.approx(1 - 2 / 84)
+    assert found.width == pytest.approx(0.2)
+    assert len(found.changed) == 2
