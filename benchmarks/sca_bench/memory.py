@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry.contracts import Batch, Prompts, Targets
+from sca_registry.contracts import Prompts
 from sca_registry.spec import ModelSpec
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -27,6 +27,8 @@ from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
 
+from sca_bench.timing import asked, lesson
+
 REAL = (
     "sam-vit-b+query+gpt2",
     "sam-vit-h+query+gpt2-large",
@@ -35,15 +37,6 @@ REAL = (
     "dinov2-vit-b-14+query+smollm2-360m",
     "sam-vit-h+query+mistral-7b",
 )
-
-
-def asked(model: SegmentCaptioner, images: int, regions: int) -> tuple[Tensor, Prompts]:
-    """Pixels and boxes without meaning, on the model's device."""
-    size, like = model.encoder.image.size, model.task_tokens
-    corner = torch.rand(images * regions, 2) * size / 2
-    owner = torch.arange(images).repeat_interleave(regions)
-    prompts = Prompts(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
-    return torch.randn(images, 3, size, size).to(like), prompts.to(like.device)
 
 
 @torch.no_grad()
@@ -60,19 +53,10 @@ def answer(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int
     model.language_model.generate(torch.cat(prefixes), max_new_tokens=words)
 
 
-def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:
+def learn(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:
     """A forward and a backward pass with one text a region."""
-    rows, device = len(prompts), pixels.device
-    ids = torch.ones(rows, words, dtype=torch.long, device=device)
-    task = torch.zeros(rows, dtype=torch.long, device=device)
-    batch = Batch(prompts=prompts, task=task, pixels=pixels, ids=ids, mask=ids)
-    if hasattr(model.segmenter, "loss"):
-        side = 4 * pixels.shape[-1] // model.encoder.stride
-        truth = torch.rand(rows, side, side, device=device)
-        has = torch.ones(rows, dtype=torch.bool, device=device)
-        batch.targets = Targets(truth, torch.ones_like(truth, dtype=torch.bool), has)
     model.train()
-    model(batch).loss.backward()
+    model(lesson(model, pixels, prompts, words)).loss.backward()
 
 
 def most_allocated(work: Callable[[], None], device: torch.device) -> int:
@@ -110,7 +94,7 @@ def compare(
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     held += 8 * planned.trainable if train else 0  # what AdamW keeps
     pixels, prompts = asked(model, images, regions)
-    work = lesson if train else answer
+    work = learn if train else answer
     memory = most_allocated(lambda: work(model, pixels, prompts, words), torch.device(device))
     model.zero_grad()
     with FlopCounterMode(display=False) as counter:

@@ -97,7 +97,7 @@ def training_step(model: SegmentCaptioner, images: int, regions: int, words: int
 
 
 def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> Batch:
-    """Texts, and masks where the segmenter learns them."""
+    """One text a region, and masks where the segmenter learns them."""
     rows, device = len(prompts), pixels.device
     ids = torch.ones(rows, words, dtype=torch.long, device=device)
     task = torch.ones(rows, dtype=torch.long, device=device)
