@@ -26,7 +26,6 @@ from sca.composition import build
 from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
-
 from sca_bench.timing import asked, lesson
 
 REAL = (
