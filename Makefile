@@ -54,7 +54,7 @@ choice: dev
 
 core: GROUP =
 dev: GROUP = dev
-all: GROUP = dev plugins
+all: GROUP = dev plugins ray
 core dev all:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or newer." >&2; exit 1; }
 	@$(PYTHON) -I tools/environment.py $(GROUP)

@@ -21,6 +21,8 @@ class Ray:
     """
 
     def __init__(self, address: str | None = None, cores: int = 1):
+        if cores < 1:
+            raise ValueError(f"cores is {cores}: give 1 or more, what a row takes of a node")
         self.address, self.cores = address, cores
 
     def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
