@@ -76,6 +76,8 @@ def row(
     force: Annotated[bool, typer.Option("--force", help="try it even if it is predicted not to fit")] = False,
 ) -> None:
     """Makes one row here and now, and prints it: the command that is given with each row."""
+    import contextlib
+    import sys
     import tempfile
 
     from sca_bench.worker import work
@@ -84,8 +86,8 @@ def row(
         given = json.loads(config)
     except ValueError as error:
         raise ValueError(f"the configuration is not JSON: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="sca-") as folder:
-        made = work(given, folder, force)
+    with tempfile.TemporaryDirectory(prefix="sca-") as folder, contextlib.redirect_stdout(sys.stderr):
+        made = work({**given, "force": force}, folder)
     typer.echo(json.dumps(made, indent=1))
     raise typer.Exit(0 if made["state"] == "done" else 1)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import sca_registry
 
+from sca.launchers.task import Task
 from sca_bench.store import Store
 from sca_bench.sweep import Sweep
-from sca_bench.task import Task
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,14 @@ def run(
             store.forget({row["key"] for row in store.rows() if row["state"] in retry and row["key"] in rows})
         there = {row["key"] for row in store.rows()}
         tasks = [
-            Task(key, row.config, str(store.row_folder(key)), timeout, int(sweep.device != "cpu"), force=force)
+            Task(
+                key,
+                "sca_bench.worker:work",
+                {**row.config, **({"force": True} if force else {})},
+                str(store.row_folder(key)),
+                timeout,
+                gpus=int(sweep.device != "cpu"),
+            )
             for key, row in rows.items()
             if key not in there
         ]

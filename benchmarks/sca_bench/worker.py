@@ -12,7 +12,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -43,13 +42,16 @@ class NotFinite(ArithmeticError):
     """A loss or a score that is no number."""
 
 
-def work(config: Mapping[str, Any], folder: str, force: bool = False) -> dict[str, Any]:
-    """Makes a row; whatever goes wrong is typed and told. force: also where memory is predicted not to suffice.
+def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Makes a row; whatever goes wrong is typed and told.
 
-    config: of a `sca_bench.sweep.Row`. folder: for what the row leaves behind. What is printed goes to the caller's
-    standard output.
+    config: of a `sca_bench.sweep.Row`, and `force` for one that is tried though memory is predicted not to suffice.
+    folder: for what the row leaves behind. What is printed goes to the caller's standard output.
     """
     start = time.perf_counter()
+    config = dict(config)
+    force = config.pop("force", False)
+    print(f"$ {command(config)}", file=sys.stderr, flush=True)
     row: dict[str, Any] = {"state": "done", "reason": "", "seconds": {}}
     try:
         _make(row, config, Path(folder), force)
@@ -242,32 +244,6 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def child(config: Mapping[str, Any], folder: str, force: bool, parent: int) -> None:
-    """What a forked process does: logs to `folder/log.txt`, and leaves `folder/row.json`, whole or not at all."""
-    _end_with(parent)
-    os.setsid()
-    with open(Path(folder, "log.txt"), "ab", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    print(f"$ {command(config)}", flush=True)
-    row = work(config, folder, force)
-    draft = Path(folder, "row.draft")
-    draft.write_text(json.dumps(row), "utf-8")
-    os.replace(draft, Path(folder, "row.json"))
-    sys.stdout.flush()
-    os._exit(0)  # threads of a library may not let go
-
-
 def command(config: Mapping[str, Any]) -> str:
     """What makes this row again, by itself."""
     return f"sca bench row {shlex.quote(json.dumps(config))}"
-
-
-def _end_with(parent: int) -> None:
-    """The process is killed when the one that it was forked from ends, so that no row outlives its runner."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            os._exit(0)

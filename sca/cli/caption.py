@@ -28,6 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def caption(
+    context: typer.Context,
     images: Annotated[list[str], typer.Argument(help="files, folders, or globs in quotes", metavar="IMAGE...")],
     box: Annotated[list[str] | None, typer.Option(help="x1,y1,x2,y2 in image pixels; one region each")] = None,
     point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; one region each")] = None,
@@ -80,6 +81,11 @@ def caption(
     dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
     batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="many images, in shards: 'local workers=2', 'ray address=auto', ...; .tar archives, too"),
+    ] = None,
+    shard: Annotated[int, typer.Option(help="with --launcher: images of a shard", min=1)] = 1000,
     quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
 ) -> None:
     """Captions regions of images: those you point at, or all that are found with --everything.
@@ -106,6 +112,12 @@ def caption(
     propose = _proposer(proposer) if proposer else None
     if temperature is not None and not sample:
         raise ValueError("--temperature can only be used with --sample")
+    if launcher:
+        from sca.cli.shards import caption_shards
+
+        if out in ("", "-") or formats != ("jsonl",):
+            raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
+        raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
     generation = _given({"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature})
     if sample:
         generation["sample"] = True

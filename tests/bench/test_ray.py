@@ -1,12 +1,14 @@
 """Rows on a Ray cluster of two nodes are the rows of this machine."""
 
 import pytest
-from sca_bench.launchers.local import Local
 from sca_bench.sweep import Sweep
-from sca_bench.task import Task
+
+from sca.launchers.local import Local
+from sca.launchers.task import Task
 
 pytestmark = pytest.mark.all
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+JOB = "sca_bench.worker:work"
 BASE = {
     "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
     "segmenter": "box",
@@ -27,13 +29,13 @@ def cluster():
 
 
 def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
-    from sca_bench.launchers.ray import Ray
+    from sca.launchers.ray import Ray
 
     mixers = ["roi-pool", "mask-tokens", {"name": "query", "depth": 1, "heads": 2, "mlp": 64}]
     sweep = Sweep("three", BASE, {"mixer": mixers}, measure={"regions": [1], "words": 2})
     found = {}
     for name, launcher in (("local", Local(workers=1)), ("ray", Ray(address=cluster.address))):
-        tasks = [Task(row.key, row.config, str(tmp_path / name / row.key)) for row in sweep.rows()]
+        tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.rows()]
         kept = ("state", "reason", "parameters", "flops")
         found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.map(tasks)}
         assert all((tmp_path / name / task.key / "log.txt").is_file() for task in tasks)
@@ -42,7 +44,7 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
 
 
 def test_a_row_takes_a_core_or_more():
-    from sca_bench.launchers.ray import Ray
+    from sca.launchers.ray import Ray
 
     with pytest.raises(ValueError, match="cores is 0"):
         Ray(cores=0)

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import sca_registry
-from sca_bench.launchers.local import Local
 from sca_bench.sweep import Row, Sweep
-from sca_bench.task import Task
+
+from sca.launchers.local import Local
+from sca.launchers.task import Task
 
 HOSTILE = """
 import ctypes, os, signal, time
@@ -45,6 +46,7 @@ class Raises(RoiPool):
     def __init__(self, segmenter):
         raise KeyError("chalk")
 """
+JOB = "sca_bench.worker:work"
 BASE = {
     "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
     "segmenter": "box",
@@ -90,7 +92,7 @@ def task(folder, timeout=120.0, **model):
         "measure": {"regions": [1], "words": 2},
     }
     row = Row(json.loads(json.dumps(config)))
-    return Task(row.key, row.config, str(folder / row.key), timeout)
+    return Task(row.key, JOB, row.config, str(folder / row.key), timeout)
 
 
 def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
@@ -100,7 +102,7 @@ def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
     tasks = {name: task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED}
     tasks["good"] = task(tmp_path)
     try:
-        found = {outcome.task.key: outcome.row for outcome in Local(workers=2).map(list(tasks.values()))}
+        found = {outcome.task.key: outcome.made for outcome in Local(workers=2).map(list(tasks.values()))}
     finally:
         forkserver._forkserver._stop()
     for name, (state, said) in EXPECTED.items():
@@ -113,8 +115,8 @@ def test_a_model_that_becomes_infinite_is_told(tmp_path):
     config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "heads": 2, "mlp": 64}).config)
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "images": 1, "learning_rate": 1e38, "warmup": 1}
     row = Row(config)
-    (outcome,) = Local(workers=1).map([Task(row.key, config, str(tmp_path / "row"), 300.0)])
-    assert outcome.row["state"] == "not-finite", outcome.row["reason"]
+    (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
+    assert outcome.made["state"] == "not-finite", outcome.made["reason"]
 
 
 def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
@@ -123,7 +125,7 @@ def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
         large, config={**large.config, "measure": {"regions": [1], "words": 2, "images": 1 << 22}}, key="large"
     )
     found = {
-        outcome.task.key: outcome.row
+        outcome.task.key: outcome.made
         for outcome in Local(workers=1).map([small, replace(large, folder=str(tmp_path / "l"))])
     }
     assert found[small.key]["state"] == "impossible"
@@ -138,8 +140,8 @@ def test_a_row_has_all_that_was_asked(tmp_path):
     config["evaluate"] = {"dataset": {"name": "scenes", "count": 2, "size": 64}, "metrics": ["class"]}
     config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
     row = Row(config)
-    (outcome,) = Local(workers=1).map([Task(row.key, config, str(tmp_path / "row"))])
-    made = outcome.row
+    (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"))])
+    made = outcome.made
     assert made["state"] == "done", made["reason"]
     assert [point["regions"] for point in made["curve"]] == [1, 3]
     for point in made["curve"]:
@@ -163,7 +165,7 @@ def test_workers_change_nothing_but_how_many_go_together(tmp_path):
     sweep = Sweep("two", BASE, {"encoder.size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
     keys = []
     for workers in (1, 2, 4):
-        tasks = [Task(row.key, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.rows()]
-        keys.append(sorted((o.task.key, o.row["state"]) for o in Local(workers=workers).map(tasks)))
+        tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.rows()]
+        keys.append(sorted((o.task.key, o.made["state"]) for o in Local(workers=workers).map(tasks)))
     assert keys[0] == keys[1] == keys[2]
     assert len(keys[0]) == 4

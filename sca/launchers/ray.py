@@ -1,4 +1,4 @@
-"""Rows on a Ray cluster (arXiv 1712.05889)."""
+"""Tasks on a Ray cluster (arXiv 1712.05889)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sca_bench.task import Outcome, Task
+from sca.launchers.child import LOG
+from sca.launchers.local import Local
+from sca.launchers.task import Outcome, Task
 
-RETRIES = 3  # of a row whose node was lost
+RETRIES = 3  # of a task whose node was lost
 
 
 class Ray:
-    """Launcher: every row goes to a node that has the GPUs and the memory it asks for, and one core.
+    """Launcher: every task goes to a node that has the GPUs and the memory it asks for, and `cores`.
 
     address: of a cluster ("auto": the one that this machine belongs to); None starts one on this machine. The package
-    must be installed on the nodes; rows and logs travel back, so that nothing but the network is shared.
+    must be installed on the nodes; what is made and logs travel back, so that nothing but the network is shared.
     """
 
     def __init__(self, address: str | None = None, cores: int = 1):
         if cores < 1:
-            raise ValueError(f"cores is {cores}: give 1 or more, what a row takes of a node")
+            raise ValueError(f"cores is {cores}: give 1 or more, what a task takes of a node")
         self.address, self.cores = address, cores
 
     def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
@@ -43,14 +45,14 @@ class Ray:
                 (ready,), _ = ray.wait(list(waiting), num_returns=1)
                 task = waiting.pop(ready)
                 try:
-                    row, log = ray.get(ready)
+                    made, log = ray.get(ready)
                 except ray.exceptions.RayError as error:
-                    row = _lost(error)
-                    log = row and f"{row['reason']}\n"
-                if row is not None:
+                    made = _lost(error)
+                    log = f"{made['reason']}\n" if made else ""
+                if made is not None:
                     Path(task.folder).mkdir(parents=True, exist_ok=True)
-                    Path(task.folder, "log.txt").write_text(log, "utf-8")
-                    yield Outcome(task, row)
+                    Path(task.folder, LOG).write_text(log, "utf-8")
+                    yield Outcome(task, made)
         finally:
             if started:
                 ray.shutdown()
@@ -58,16 +60,14 @@ class Ray:
 
 def _make(task: Task) -> tuple[dict[str, Any] | None, str]:
     """On the node: a process of its own as on any machine, so that its end is typed there."""
-    from sca_bench.launchers.local import Local
-
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
         outcomes = list(Local(workers=1).map([replace(task, folder=folder)]))
-        log = Path(folder, "log.txt")
-        return (outcomes[0].row if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
+        log = Path(folder, LOG)
+        return (outcomes[0].made if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
 
 
 def _lost(error: Exception) -> Mapping[str, Any] | None:
-    """A row that Ray gave up; None where nodes were lost, which says nothing about the row."""
+    """A task that Ray gave up; None where nodes were lost, which says nothing about it."""
     import ray
 
     gone = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)

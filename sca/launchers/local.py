@@ -1,8 +1,9 @@
-"""Rows on this machine: a process each, some at a time."""
+"""Tasks on this machine: a process each, some at a time."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -13,15 +14,16 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from sca_bench.task import Outcome, Task
+from sca.launchers.child import MADE, child
+from sca.launchers.task import Outcome, Task
 
-KILLED = 3  # times that a process may be killed from outside before the row is left for another run
+KILLED = 3  # times that a process may be killed from outside before its task is left for another run
 
 
 class Local:
     """Launcher: `workers` processes at a time; by default one a GPU, or one for two cores where there is no GPU.
 
-    Processes are forked from one that has imported torch and transformers and has done nothing with them.
+    Processes are forked from one that has imported what the jobs are in, and has done nothing with it.
     """
 
     def __init__(self, workers: int = 0):
@@ -32,7 +34,8 @@ class Local:
     def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
         """Outcomes as they come. A process that was killed from outside is started again, at most `KILLED` times."""
         context = get_context("forkserver")
-        context.set_forkserver_preload(["sca_bench.worker"])
+        jobs = dict.fromkeys(task.job.partition(":")[0] for task in tasks)
+        context.set_forkserver_preload(["sca.launchers.child", *jobs])
         waiting, running = deque(tasks), {}
         times: dict[str, int] = {}
         devices = _devices(tasks)
@@ -67,7 +70,7 @@ class Local:
     def _pause(running: dict[int, Any]) -> None:
         """Until a process ends or is overdue."""
         left = min(start + task.timeout - time.monotonic() for _, task, _, start in running.values())
-        wait(list(running), timeout=max(0.0, left))
+        wait(list(running), timeout=None if math.isinf(left) else max(0.0, left))
 
 
 def _devices(tasks: Sequence[Task]) -> list[int]:
@@ -79,41 +82,38 @@ def _devices(tasks: Sequence[Task]) -> list[int]:
 
 
 def _start(context: Any, task: Task, gpu: int | None) -> Any:
-    from sca_bench.worker import child
-
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("row.json", "row.draft"):
+    for name in (MADE, f"{MADE}.draft"):
         (folder / name).unlink(missing_ok=True)
     config = dict(task.config)
     if gpu is not None:
         config["device"] = f"cuda:{gpu}"
-    process = context.Process(target=child, args=(config, str(folder), task.force, os.getpid()), daemon=False)
+    process = context.Process(target=child, args=(task.job, config, str(folder)), daemon=False)
     process.start()
     return process
 
 
 def _outcome(process: Any, task: Task, overdue: bool, seconds: float) -> Outcome | None:
-    """What became of a process that ended; None if it was killed from outside, which says nothing about the row."""
-    made = Path(task.folder, "row.json")
+    """What became of a process that ended; None if it was killed from outside, which says nothing about the task."""
     if process.is_alive() and overdue:
         _end(process)
     process.join()
     code = process.exitcode
     try:
-        row = json.loads(made.read_text("utf-8"))
+        made = json.loads(Path(task.folder, MADE).read_text("utf-8"))
     except (OSError, ValueError):
-        row = None
-    if row is not None:
-        row["seconds"]["process"] = seconds
-        return Outcome(task, row)
+        made = None
+    if made is not None:
+        made.setdefault("seconds", {})["process"] = seconds
+        return Outcome(task, made)
     if overdue:
         return Outcome(task, _typed("timed-out", f"it took more than {task.timeout:g} s", seconds))
     if code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone
         return None
     if code is not None and code < 0:
         return Outcome(task, _typed("crashed", f"ended by {signal.Signals(-code).name}", seconds))
-    return Outcome(task, _typed("crashed", f"ended with status {code} and left no row", seconds))
+    return Outcome(task, _typed("crashed", f"ended with status {code} and left nothing", seconds))
 
 
 def _typed(state: str, reason: str, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""What launchers are given and give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of work. key: its name among others. job: "module:function", which is called with config and folder and
+    gives a table of plain values that has a `state`. config: plain values, with the `device` to compute on. folder: for
+    the log and what else is left behind. timeout: seconds. gpus, memory (GiB): what it asks of a machine.
+    """
+
+    key: str
+    job: str
+    config: Mapping[str, Any]
+    folder: str
+    timeout: float = 3600.0
+    gpus: int = 0
+    memory: float = 0.0
+
+
+class Outcome(NamedTuple):
+    """What a job gave; or, of one whose process ended otherwise, a table with `state` ("crashed" or "timed-out"),
+    `reason` and `seconds`.
+    """
+
+    task: Task
+    made: dict[str, Any]
