@@ -86,6 +86,9 @@ def row(
         given = json.loads(config)
     except ValueError as error:
         raise ValueError(f"the configuration is not JSON: {error}") from error
+    for key in ("model", "seed", "threads", "device"):
+        if not isinstance(given, dict) or key not in given:
+            raise ValueError(f"a row has no {key!r}: give the `config` of one of results.jsonl")
     with tempfile.TemporaryDirectory(prefix="sca-") as folder, contextlib.redirect_stdout(sys.stderr):
         made = work({**given, "force": force}, folder)
     typer.echo(json.dumps(made, indent=1))

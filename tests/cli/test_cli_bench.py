@@ -1,0 +1,74 @@
+"""`sca bench` from a sweep to its report."""
+
+import json
+
+import pytest
+
+SWEEP = """
+[model]
+encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
+segmenter = "box"
+language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+task_tokens = 2
+[axes]
+mixer = ["roi-pool", "mask-tokens"]
+[evaluate]
+dataset = { name = "scenes", count = 2, size = 64 }
+metrics = ["class"]
+[measure]
+regions = [1, 2]
+words = 2
+repeats = 5
+"""
+
+
+@pytest.fixture
+def sweep(here):
+    (here / "mine.toml").write_text(SWEEP)
+    return "mine.toml"
+
+
+def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
+    assert shell("bench", "status", sweep).out.startswith("2 rows: none made; 2 missing")
+    made = shell("bench", "run", sweep, "workers=1")
+    assert made.status == 0, made.err
+    assert made.out.strip() == "2 rows: 1 done, 1 impossible; 0 missing"
+    assert len(made.err) == 2
+    assert shell("bench", "run", sweep, "workers=1").err == ["sca: 2 of 2 rows are there already"]
+    assert shell("bench", "report", "runs/bench/mine").status == 0
+    for suffix in ("html", "md", "csv"):
+        assert "mask-tokens" in (here / f"runs/bench/mine/report.{suffix}").read_text()
+    again = shell("bench", "run", sweep, "workers=1", "--out", "again", "--quiet")
+    assert again.err == []
+    told = shell("bench", "diff", "runs/bench/mine", "again").out
+    assert told.startswith("2 rows in both, 0 only in the first, 0 only in the second")
+    assert "timings: " in told
+
+
+def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here):
+    assert shell("bench", "run", sweep, "workers=1", "--quiet").status == 0
+    rows = [json.loads(line) for line in (here / "runs/bench/mine/results.jsonl").read_text().splitlines()]
+    row = next(each for each in rows if each["state"] == "done")
+    made = json.loads(shell("bench", "row", json.dumps(row["config"])).out)
+    kept = ("name", "value", "low", "high", "n", "protocol")
+    assert [[each[key] for key in kept] for each in made["scores"]] == [
+        [each[key] for key in kept] for each in row["scores"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "smok"), "Did you mean 'smoke'?"),
+        (("run", "smoke", "worker=2"), "Did you mean 'workers'?"),
+        (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
+        (("run", "smoke", "--retry", "broken"), "no state 'broken'"),
+        (("run", "smoke", "--device", "gpu"), "no device 'gpu' here"),
+        (("report", "nowhere"), "no results in nowhere: sca bench run SWEEP --out nowhere makes some"),
+        (("row", "{"), "the configuration is not JSON"),
+        (("row", "{}"), "a row has no 'model'"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(refused, arguments, said):
+    assert said in refused(2, "bench", *arguments)
