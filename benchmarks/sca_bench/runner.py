@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import sca_registry
@@ -63,12 +64,17 @@ def run(
             for key, row in rows.items()
             if key not in there
         ]
+        beyond: list[float] = []
         if there & rows.keys():
             told(f"{len(there & rows.keys())} of {len(rows)} rows are there already")
         for number, (task, made) in enumerate(where.map(tasks), 1):
             row = rows[task.key]
             store.add({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **made})
             told(f"{number} of {len(tasks)}: {row.label}: {made['state']}{_because(made)}")
+            if "whole" in made["seconds"]:
+                beyond.append(made["seconds"]["process"] - made["seconds"]["whole"])
+        if beyond:
+            told(f"a row took {median(beyond):.2f} s beyond its own work (the median of {len(beyond)})")
     return status(sweep, folder)
 
 

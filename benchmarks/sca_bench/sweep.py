@@ -48,7 +48,7 @@ from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec, Part
 
 TABLES = {
-    "train": ("recipe", "steps", "images", "learning_rate", "warmup", "regions", "texts", "precision"),
+    "train": ("recipe", "steps", "images", "learning_rate", "warmup", "regions", "texts", "precision", "prompts"),
     "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch", "generation"),
     "measure": ("regions", "words", "repeats", "dtype", "training", "images"),
 }

@@ -129,13 +129,13 @@ def _train(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any], fold
 
     options = dict(config["train"])
     name = options.pop("recipe", "sca-tiny")
-    assignments = [f"train.{key}={json.dumps(value)}" for key, value in options.items()]
-    steps = options.get("steps", Recipe.read(name).train.steps)
-    fixed = [f"train.seed={config['seed']}", "train.processes=1", f"train.save={steps}"]
-    recipe = Recipe.read(name, [*assignments, *fixed])
+    table = Recipe.read(name).to_dict() | {"model": spec.to_dict()}
+    table["train"] |= {**options, "seed": config["seed"], "processes": 1}
+    table["train"]["save"] = table["train"]["steps"]
+    recipe = Recipe.from_dict(name, table)
     left = folder / "training"
     shutil.rmtree(left, ignore_errors=True)
-    model = train(Recipe.from_dict(name, recipe.to_dict() | {"model": spec.to_dict()}), left, resume=False, quiet=True)
+    model = train(recipe, left, resume=False, quiet=True)
     states = sorted(left.glob("checkpoint-*/trainer_state.json"))
     history = json.loads(states[-1].read_text("utf-8"))["log_history"] if states else []
     row["losses"] = [[each["step"], each["loss"]] for each in history if "loss" in each]

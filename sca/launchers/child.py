@@ -22,6 +22,7 @@ def child(job: str, config: Mapping[str, Any], folder: str) -> None:
         os.dup2(log.fileno(), 2)
     module, _, function = job.partition(":")
     made = getattr(import_module(module), function)(config, folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
     draft = Path(folder, f"{MADE}.draft")
     draft.write_text(json.dumps(made), "utf-8")
     os.replace(draft, Path(folder, MADE))

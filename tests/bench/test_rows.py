@@ -1,6 +1,9 @@
 """Every way in which a row can end, provoked for real and typed right."""
 
 import json
+import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -169,3 +172,16 @@ def test_workers_change_nothing_but_how_many_go_together(tmp_path):
         keys.append(sorted((o.task.key, o.made["state"]) for o in Local(workers=workers).map(tasks)))
     assert keys[0] == keys[1] == keys[2]
     assert len(keys[0]) == 4
+
+
+def test_a_folder_that_is_tidied_up_meanwhile_loses_the_log_and_not_the_row(tmp_path):
+    asked = task(tmp_path)
+
+    def tidy():
+        while not (tmp_path / asked.key / "log.txt").is_file():
+            time.sleep(0.01)
+        shutil.rmtree(tmp_path / asked.key)
+
+    threading.Thread(target=tidy, daemon=True).start()
+    (outcome,) = Local(workers=1).map([asked])
+    assert outcome.made["state"] == "done", outcome.made["reason"]

@@ -98,7 +98,8 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     found = run(sweep(), tmp_path / "out", options={"workers": 1}, told=told.append)
     assert found.states == {"done": 1, "impossible": 1}
     assert found.missing == []
-    assert len(told) == 2
+    assert len(told) == 3
+    assert "beyond its own work" in told[-1]
     before = (tmp_path / "out/results.jsonl").read_bytes()
     told.clear()
     run(sweep(), tmp_path / "out", told=told.append)

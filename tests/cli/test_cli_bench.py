@@ -33,7 +33,7 @@ def test_a_sweep_is_run_looked_at_reported_and_repeated(shell, sweep, here):
     made = shell("bench", "run", sweep, "workers=1")
     assert made.status == 0, made.err
     assert made.out.strip() == "2 rows: 1 done, 1 impossible; 0 missing"
-    assert len(made.err) == 2
+    assert len(made.err) == 3
     assert shell("bench", "run", sweep, "workers=1").err == ["sca: 2 of 2 rows are there already"]
     assert shell("bench", "report", "runs/bench/mine").status == 0
     for suffix in ("html", "md", "csv"):
