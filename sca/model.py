@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,16 @@ from sca_registry import RegistryError
 from sca_registry.contracts import Batch, Encoder, Generated, LanguageModel, Mixer, Output, Prompts, Regions, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sca.nn.projection import Projection
+from sca.nn.regions import joined
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
+WORDS = 512  # whose logits are there at once when a loss is computed
 
 
 class Segmenting(nn.Module):
@@ -85,27 +89,57 @@ class SegmentCaptioner(Segmenting):
         """(N, Q, D) and (N,) task ids -> (N, K, E)."""
         return torch.cat((self.task_tokens[task], self.projection(queries)), dim=1)
 
-    def forward(self, batch: Batch, weights: Mapping[str, float] | None = None) -> Output:
-        """Losses by name, and their sum weighted by `weights` (1 where it is silent)."""
+    def forward(self, batch: Batch, weights: Mapping[str, float] | None = None, chunk: int = 0) -> Output:
+        """Losses by name, and their sum weighted by `weights` (1 where it is silent).
+
+        chunk: at most so many regions, and as many texts, are worked on at a time, and what a chunk computed is let go
+        and computed anew for its gradients (arXiv 1604.06174); 0: all at once, and nothing twice.
+        """
         features = batch.features if batch.features is not None else self.encode(batch.pixels)
-        regions = self.segment(features, batch.prompts)
-        queries = self.mix(regions)
+        regions, queries = self._look(features, batch.prompts, chunk)
         losses, logits = {}, None
         if batch.ids is not None:
             told = queries if batch.region is None else queries[batch.region]  # (M, Q, D)
-            logits = self.logits(self.prefix(told, batch.task), batch.ids, batch.mask)
-            losses["caption"] = caption_loss(logits, batch.ids, batch.mask)
+            states = self._states(self.prefix(told, batch.task), batch.ids, batch.mask, chunk)
+            losses["caption"], logits = caption_loss(self.language_model, states, batch.ids[batch.mask.bool()])
         if batch.targets is not None and hasattr(self.segmenter, "loss"):
             losses |= self.segmenter.loss(regions, batch.targets)
         loss = sum((weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
         return Output(loss, losses, logits, regions, queries)
 
-    def logits(self, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """(N, K, E) and (N, L) -> (N, L, V): position i predicts `ids[:, i]`, the first from the prefix's last."""
+    def _look(self, features: Tensor, prompts: Prompts, chunk: int) -> tuple[Regions, Tensor]:
+        """Regions and their queries; those that were looked at in chunks have no grids."""
+
+        def look(part: Prompts) -> tuple[Regions, Tensor]:
+            regions = self.segment(features, part)
+            return regions, self.mix(regions)
+
+        def look_and_forget(part: Prompts) -> tuple[Regions, Tensor]:
+            regions, queries = look(part)
+            return replace(regions, grid=None), queries
+
+        if not 0 < chunk < len(prompts):
+            return look(prompts)
+        found = [checkpoint(look_and_forget, part, use_reentrant=False) for part in prompts.chunks(chunk)]
+        return joined([regions for regions, _ in found]), torch.cat([queries for _, queries in found])
+
+    def _states(self, prefix: Tensor, ids: Tensor, mask: Tensor, chunk: int) -> Tensor:
+        """(M, K, E) and (M, L) -> (W, E), for each word and end the state that predicts it, texts in order."""
+        if not 0 < chunk < len(ids):
+            return self.states(prefix, ids, mask)[mask.bool()]
+
+        def states(start: int) -> Tensor:
+            rows = slice(start, start + chunk)
+            return self.states(prefix[rows], ids[rows], mask[rows])[mask[rows].bool()]
+
+        return torch.cat([checkpoint(states, start, use_reentrant=False) for start in range(0, len(ids), chunk)])
+
+    def states(self, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(M, K, E) and (M, L) -> (M, L, E): state i predicts `ids[:, i]`, the first being the prefix's last."""
         words = self.language_model.embed(ids[:, :-1])  # what follows the last word is not asked
         seen = torch.cat((mask.new_ones(prefix.shape[:2]), mask[:, :-1]), dim=1)
         states = self.language_model.hidden(torch.cat((prefix, words.to(prefix.dtype)), dim=1), seen)
-        return self.language_model.head(states[:, prefix.shape[1] - 1 :])
+        return states[:, prefix.shape[1] - 1 :]
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Prompts, task: Tensor, **generation: Any) -> Generated:
@@ -152,7 +186,23 @@ class SegmentCaptioner(Segmenting):
         return "\n".join([*lines, f"{'in all':<15}{sum(p.numel() for p in self.parameters()):>15,}  {trained:,} train"])
 
 
-def caption_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy with label smoothing, averaged over the words and ends of all texts."""
-    targets = ids.masked_fill(mask == 0, -100)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), label_smoothing=LABEL_SMOOTHING)
+def caption_loss(language_model: LanguageModel, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy with label smoothing, averaged over the words and ends (W,) of all texts, and the logits (W, V).
+
+    Of more than `WORDS`, logits would be the largest thing in memory: they are made a piece at a time, again for the
+    gradients, and none are given.
+    """
+
+    def summed(states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        logits = language_model.head(states).float()
+        return F.cross_entropy(logits, words, label_smoothing=LABEL_SMOOTHING, reduction="sum"), logits
+
+    if len(words) <= WORDS:
+        loss, logits = summed(states, words)
+        return loss / len(words), logits
+
+    def piece(states: Tensor, words: Tensor) -> Tensor:
+        return summed(states, words)[0]
+
+    pieces = zip(states.split(WORDS), words.split(WORDS), strict=True)
+    return sum(checkpoint(piece, *each, use_reentrant=False) for each in pieces) / len(words), None

@@ -252,6 +252,7 @@ class _Cost:
         model, size = self.model.train(), self.model.encoder.image.size
         rows = images * regions
         asked, marked = _asked(images, regions, size), torch.ones(rows, dtype=torch.bool)
+        every_word = torch.ones(rows, words, dtype=torch.long)
         with self.drawn, Live() as live:
             self._weights()
             stages = _Stages(live)
@@ -262,7 +263,7 @@ class _Cost:
                 task=torch.zeros(rows, dtype=torch.long),
                 pixels=torch.empty(images, 3, size, size),
                 ids=torch.zeros(rows, words, dtype=torch.long),
-                mask=torch.ones(rows, words, dtype=torch.long),
+                mask=every_word,
             )
             if hasattr(model.segmenter, "loss"):
                 seen = torch.ones(rows, side, side, dtype=torch.bool)
@@ -303,7 +304,7 @@ class Live(TorchDispatchMode):
             with unset_fake_temporarily():  # whose region is which has content, and so has all that follows from it
                 return func(*args, **(kwargs or {}))
         if func in CHOOSING:
-            args = (args[0], [_as_numbers(index) for index in args[1]], *args[2:])
+            args = (args[0], [number for index in args[1] for number in _as_numbers(index)], *args[2:])
         given = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(given):
             if isinstance(tensor, Tensor):
@@ -324,12 +325,14 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def _as_numbers(index: Tensor | None) -> Tensor | None:
-    """Rows chosen by truth values as rows chosen by number, so that it is known how many there are."""
+def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
+    """Places chosen by truth values as places chosen by number, one for each dimension, so that it is known how many
+    there are.
+    """
     if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
-        return index
+        return [index]
     with unset_fake_temporarily():
-        return index.nonzero().squeeze(1)
+        return list(index.nonzero(as_tuple=True))
 
 
 class _Stages:

@@ -153,7 +153,7 @@ class Output:
 
     loss: Tensor | None
     losses: dict[str, Tensor]
-    logits: Tensor | None  # (M, L, V): the first predicts the first word
+    logits: Tensor | None  # (W, V) of the words and ends of all texts, in order; None if they are too many
     regions: Regions
     queries: Tensor  # (N, Q, D)
 

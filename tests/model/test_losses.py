@@ -20,26 +20,60 @@ def smoothed(logits, target):
     return -sum(((1 - SMOOTHING) * (place == target) + share) * log for place, log in enumerate(logs))
 
 
-def words(draw):
-    ids = torch.randint(20, (3, 4), generator=draw)
-    return ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-
-
-def test_the_caption_loss_is_the_mean_over_the_words_and_ends_of_all_regions():
+def test_the_caption_loss_is_the_mean_over_all_words_and_ends(small):
     draw = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 4, 20, generator=draw)
-    ids, mask = words(draw)
-    each = [smoothed(logits[n, i].tolist(), int(ids[n, i])) for n in range(3) for i in range(4) if mask[n, i]]
-    assert float(caption_loss(logits, ids, mask)) == pytest.approx(sum(each) / len(each), rel=1e-5)
+    language_model = small().language_model
+    states, words = torch.randn(7, language_model.width, generator=draw), torch.randint(20, (7,), generator=draw)
+    loss, logits = caption_loss(language_model, states, words)
+    each = [smoothed(row, word) for row, word in zip(logits.tolist(), words.tolist(), strict=True)]
+    assert float(loss) == pytest.approx(sum(each) / len(each), rel=1e-5)
 
 
-def test_padding_is_ignored_by_the_caption_loss():
+def test_the_loss_of_many_words_is_made_in_pieces_and_is_the_same(small, monkeypatch):
     draw = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 4, 20, generator=draw)
-    ids, mask = words(draw)
-    other = torch.where(mask == 1, ids, (ids + 1) % 20)
-    changed = torch.where(mask[..., None] == 1, logits, torch.zeros(()))
-    assert torch.equal(caption_loss(logits, ids, mask), caption_loss(changed, other, mask))
+    language_model = small().language_model
+    words = torch.randint(20, (7,), generator=draw)
+
+    def learned(pieces):
+        monkeypatch.setattr("sca.model.WORDS", pieces)
+        states = torch.randn(7, language_model.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss, logits = caption_loss(language_model, states, words)
+        assert (logits is None) == (pieces < 7)
+        loss.backward()
+        return loss.detach(), states.grad
+
+    for pieces in (1, 3):
+        for ours, whole in zip(learned(pieces), learned(7), strict=True):
+            assert torch.allclose(ours, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_step_in_chunks_learns_the_same(small, chunk):
+    ids, mask = torch.tensor([[11, 12], [14, 0], [3, 4]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
+
+    def learned(chunk):
+        model = small().train()
+        given = batch(ids, mask)
+        given.targets = Targets(
+            torch.zeros(3, 32, 32), torch.ones(3, 32, 32, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+        )
+        output = model(given, chunk=chunk)
+        output.loss.backward()
+        return {name: value.detach() for name, value in output.losses.items()} | {
+            name: p.grad for name, p in model.named_parameters() if p.grad is not None
+        }
+
+    ours, whole = learned(chunk), learned(0)
+    assert ours.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.allclose(ours[name], value, atol=1e-5), name
+
+
+def test_padding_is_ignored_by_the_caption_loss(small):
+    model = small()
+    ids, mask = torch.tensor([[11, 12], [14, 3], [3, 4]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
+    other = torch.where(mask == 1, ids, ids + 1)
+    assert torch.equal(model(batch(ids, mask)).loss, model(batch(other, mask)).loss)
 
 
 def batch(ids, mask):
@@ -65,9 +99,9 @@ def test_the_last_position_of_the_prefix_predicts_the_first_word_and_the_last_wo
             seen = torch.cat((prefixes[row : row + 1], model.language_model.embed(ids[row : row + 1, :place])), dim=1)
             states = model.language_model.hidden(seen, torch.ones(seen.shape[:2], dtype=torch.long))
             logits = model.language_model.head(states)[0, -1]
-            assert torch.allclose(output.logits[row, place], logits, atol=1e-5)
+            assert torch.allclose(output.logits[len(losses)], logits, atol=1e-5)
             losses.append(smoothed(logits.tolist(), int(ids[row, place])))
-    assert output.logits.shape[:2] == ids.shape
+    assert len(output.logits) == mask.sum()
     assert float(output.losses["caption"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
@@ -97,9 +131,10 @@ def test_several_texts_of_a_region_cost_one_look_at_it_and_lose_what_they_lose_a
     given = batch(ids, mask)
     together = model(replace(given, task=task, region=region))
     assert len(together.regions) == 3
+    logits = together.logits.unflatten(0, ids.shape)
     for row, place in enumerate(region.tolist()):
         repeated = replace(given, task=task[row].expand(3), ids=ids[row].expand(3, -1), mask=mask[:3])
-        assert torch.allclose(together.logits[row], model(repeated).logits[place], atol=1e-5)
+        assert torch.allclose(logits[row], model(repeated).logits.unflatten(0, (3, -1))[place], atol=1e-5)
 
 
 def regions(masks, scores):

@@ -89,7 +89,9 @@ def judge(model, samples):
     stream = ExampleStream(Fixed(samples), Processor.of(model.encoder), tokenizer, Drawing(telling=1.0), 16)
     batch = collate([stream[place] for place in range(16)], tokenizer.pad)
     output = model(batch)
-    logs = output.logits.log_softmax(-1).gather(2, batch.ids[..., None])[..., 0] * batch.mask
+    words = batch.mask.bool()
+    logs = torch.zeros(words.shape)
+    logs[words] = output.logits.log_softmax(-1).gather(1, batch.ids[words][:, None])[:, 0]
     best = output.regions.masks[torch.arange(len(logs)), output.regions.scores.argmax(1)] > 0
     true = batch.targets.masks > 0.5
     iou = (best & true).sum((1, 2)) / (best | true).sum((1, 2))
