@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,15 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message is one line that says which and why."""
 
 
-def save(model: SegmentCaptioner, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save(
+    model: SegmentCaptioner,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Writes a checkpoint folder; a kill at any moment leaves the old one or the new one, whole.
 
-    dtype: of the stored floating tensors (default: as they are).
+    dtype: of the stored floating tensors (default: as they are). tensors: in place of the model's own, by name.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / SPEC).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -58,7 +64,7 @@ def save(model: SegmentCaptioner, folder: str | Path, dtype: torch.dtype | None 
         draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
         draft.mkdir()
         try:
-            _write(model, draft, dtype)
+            _write(model, draft, dtype, tensors)
             if folder.exists():
                 shutil.rmtree(previous, ignore_errors=True)  # of an earlier save that was killed at its end
                 os.rename(folder, previous)
@@ -166,20 +172,27 @@ def stored(model: SegmentCaptioner) -> set[str]:
 
 def weights_hash(model: SegmentCaptioner) -> str:
     """SHA-256 of the tensors that a checkpoint of the model would hold, whatever their device."""
-    digest = hashlib.sha256()
     state = model.state_dict()
-    for name in sorted(stored(model)):
-        tensor = state[name].detach().cpu().contiguous()
+    return tensors_hash({name: state[name] for name in stored(model)})
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names, whatever their device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _write(model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None) -> None:
+def _write(
+    model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None, given: Mapping[str, Tensor] | None
+) -> None:
     names = stored(model)
     tied: dict[int, str] = {}
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (given or model.state_dict()).items():
         if name in names:
             tensor = tensor.detach().cpu()
             tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

@@ -13,3 +13,11 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     shared = (far - corner).clamp(min=0).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (first, second)]
     return shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-6)
+
+
+def filled_boxes(boxes: Tensor, side: int, size: int) -> Tensor:
+    """(N, 4) in a frame of size x size -> (N, side, side): 1 in the cells whose centre lies in the box, 0 around it."""
+    centres = (torch.arange(side, device=boxes.device) + 0.5) * (size / side)
+    x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # (N, 1) each
+    across, down = (x1 <= centres) & (centres <= x2), (y1 <= centres) & (centres <= y2)  # (N, side)
+    return (down[:, :, None] & across[:, None]).float()

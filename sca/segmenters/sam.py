@@ -20,6 +20,7 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from sca.hub import load_pretrained
+from sca.nn.boxes import filled_boxes
 from sca.nn.masks import best_masks, tight_boxes
 from sca.nn.two_way import TwoWayTransformer, decoder_config
 
@@ -203,9 +204,7 @@ def draw(prompts: Prompts, side: int, size: int) -> Tensor:
     centres = (torch.arange(side, device=prompts.owner.device) + 0.5) * (size / side)
     picture = torch.zeros(len(prompts), side, side, device=prompts.owner.device)
     if prompts.boxes is not None:
-        x1, y1, x2, y2 = prompts.boxes.float()[:, :, None].unbind(1)  # (N, 1) each
-        across, down = (x1 <= centres) & (centres <= x2), (y1 <= centres) & (centres <= y2)  # (N, side)
-        picture += (down[:, :, None] & across[:, None]) * 2.0 - 1.0
+        picture += filled_boxes(prompts.boxes, side, size) * 2.0 - 1.0
     if prompts.points is not None:
         away = (prompts.points.float()[..., None] + 0.5 - centres).square()  # (N, P, 2, side)
         x, y = (-away / (2 * (size / 32) ** 2)).exp().unbind(2)

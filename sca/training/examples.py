@@ -7,7 +7,8 @@ run sees exactly what the interrupted one would have seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,10 +27,14 @@ from sca_registry.contracts import (
 from torch import Tensor
 
 from sca.masks import decode
-from sca.processing import Processor
+from sca.nn.boxes import filled_boxes
+from sca.processing import MASK_PROMPT_LOGIT, Processor
 from sca.training.auxiliary import UNKNOWN
 from sca.training.phrases import told_by_rule
 from sca.training.recipe import Drawing
+
+if TYPE_CHECKING:
+    from sca.training.features import FeatureCache
 
 Augmentation = Callable[[Sample, np.random.Generator], Sample]
 
@@ -40,7 +45,8 @@ class Example:
     (4h, 4w) cells.
     """
 
-    pixels: Tensor  # (3, S, S)
+    pixels: Tensor | None  # (3, S, S)
+    features: Tensor | None  # (C, h, w), where they are cached
     boxes: Tensor  # (R, 4)
     points: Tensor  # (R, 1, 2)
     masks: Tensor  # (R, 4h, 4w)
@@ -50,7 +56,20 @@ class Example:
     task: Tensor  # (T,)
     region: Tensor  # (T,) the place of the region that each text is of, in 0..R-1
     labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, `UNKNOWN` where it is
-    prompt: str  # the kind drawn for this place in the stream
+    size: int  # S
+    prompt: str = "box"  # the kind drawn for this step
+
+    def first(self, count: int) -> Example:
+        """The first `count` regions, which were drawn in no order, and what is told of them."""
+        told = self.region < count
+        return replace(
+            self,
+            **{name: getattr(self, name)[:count] for name in ("boxes", "points", "masks", "has_mask")},
+            ids=[words for words, kept in zip(self.ids, told.tolist(), strict=True) if kept],
+            task=self.task[told],
+            region=self.region[told],
+            labels={name: labels[:count] for name, labels in self.labels.items()},
+        )
 
 
 class ExampleStream(torch.utils.data.Dataset):
@@ -67,6 +86,7 @@ class ExampleStream(torch.utils.data.Dataset):
         attributes: Mapping[str, Sequence[str]] | None = None,
         augment: Augmentation | None = None,
         phrases: str = "given",
+        cache: FeatureCache | None = None,
     ):
         self.dataset = dataset
         self.processor = processor
@@ -77,17 +97,26 @@ class ExampleStream(torch.utils.data.Dataset):
         self.attributes = attributes or {}
         self.augment = augment
         self.phrases = phrases
+        self.cache = cache
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, place: int) -> Example:
+    def index(self, place: int) -> int:
+        """Which sample of the dataset has its turn."""
         epoch, index = divmod(place, len(self.dataset))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
+        return int(self._order[1][index])
+
+    def indices(self, places: int) -> set[int]:
+        """The samples that have their turn in the first `places`."""
+        return set(range(len(self.dataset))) if places >= len(self.dataset) else set(map(self.index, range(places)))
+
+    def __getitem__(self, place: int) -> Example:
         draw = np.random.default_rng([self.seed, 1, place])
-        sample = whole = self.dataset[int(self._order[1][index])]
+        sample = whole = self.dataset[self.index(place)]
         if self.augment:
             changed = self.augment(whole, draw)
             sample = changed if changed.regions else whole  # a crop may have lost them all
@@ -113,9 +142,9 @@ class ExampleStream(torch.utils.data.Dataset):
             name: torch.tensor([_place(values, _fact(r, name)) for r in regions], dtype=torch.long)
             for name, values in self.attributes.items()
         }
-        kinds, shares = zip(*self.drawing.prompts.items(), strict=True)
         return Example(
-            pixels=self.processor.pixels([sample.image])[0],
+            pixels=self.processor.pixels([sample.image])[0] if self.cache is None else None,
+            features=None if self.cache is None else self.cache[sample.image],
             boxes=(torch.tensor(boxes).reshape(-1, 2, 2) * scale).flatten(1).clamp(0, size),
             points=torch.tensor(points).reshape(-1, 1, 2) * scale,
             masks=torch.stack(masks) if masks else torch.zeros(0, side, side),
@@ -125,7 +154,7 @@ class ExampleStream(torch.utils.data.Dataset):
             task=torch.tensor([task for _, task, _ in texts], dtype=torch.long),
             region=torch.tensor([place for place, _, _ in texts], dtype=torch.long),
             labels=labels,
-            prompt=str(draw.choice(kinds, p=np.asarray(shares) / sum(shares))),
+            size=size,
         )
 
     def _words(self, region: Region, draw: np.random.Generator, progress: float) -> tuple[int, str]:
@@ -141,52 +170,102 @@ class ExampleStream(torch.utils.data.Dataset):
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Several streams in one, in proportion to their weights; whose turn it is at a place is drawn from the seed."""
+    """Several streams in one, in proportion to their weights. Whose turn it is at a place is drawn from the seed, and,
+    once for every `step` places, how regions are prompted: all processes of a step prompt alike.
+    """
 
-    def __init__(self, streams: Sequence[ExampleStream], weights: Sequence[float], length: int, seed: int = 0):
+    def __init__(
+        self,
+        streams: Sequence[ExampleStream],
+        weights: Sequence[float],
+        length: int,
+        seed: int = 0,
+        prompts: Mapping[str, float] | None = None,
+        step: int = 1,
+    ):
         self.streams = streams
+        self.step = step
         draw = np.random.default_rng([seed, 2])
         self._stream = draw.choice(len(streams), size=length, p=np.asarray(weights) / sum(weights))
         self._place = np.zeros(length, dtype=int)  # in its own stream
         for number in range(len(streams)):
             mine = self._stream == number
             self._place[mine] = np.arange(mine.sum())
+        kinds, shares = zip(*(prompts or {"box": 1.0}).items(), strict=True)
+        draw = np.random.default_rng([seed, 3])
+        self._prompts = draw.choice(kinds, size=-(-length // step), p=np.asarray(shares) / sum(shares))
+
+    def samples(self) -> list[tuple[Dataset, int]]:
+        """Each sample that is drawn, once: a dataset and the place in it."""
+        lengths = np.bincount(self._stream, minlength=len(self.streams))
+        drawn = [(s, index) for s, n in zip(self.streams, lengths, strict=True) for index in sorted(s.indices(int(n)))]
+        return [(stream.dataset, index) for stream, index in drawn]
 
     def __len__(self) -> int:
         return len(self._stream)
 
     def __getitem__(self, place: int) -> Example:
-        return self.streams[self._stream[place]][int(self._place[place])]
+        example = self.streams[self._stream[place]][int(self._place[place])]
+        return replace(example, prompt=str(self._prompts[place // self.step]))
 
 
-def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """Examples with any number of regions -> one flat batch, prompted as the first example drew it."""
+def collate(examples: Sequence[Example], pad: int, budget: int = 0) -> Batch:
+    """Examples with any number of regions -> one flat batch, prompted as the first example says, of at most `budget`
+    regions (0: all).
+    """
+    examples = _within(examples, budget)
     counts = torch.tensor([len(example.boxes) for example in examples])
     before = counts.cumsum(0) - counts  # regions of earlier examples
     owner = torch.repeat_interleave(torch.arange(len(examples)), counts)
     ids = [torch.tensor(words) for example in examples for words in example.ids]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(words) for words in ids])
-    by_box, by_point = "box" in examples[0].prompt, "point" in examples[0].prompt
-    points = torch.cat([example.points for example in examples])
+    targets = Targets(
+        masks=torch.cat([example.masks for example in examples]),
+        valid=torch.stack([example.valid for example in examples])[owner],
+        has_mask=torch.cat([example.has_mask for example in examples]),
+    )
+    cached = examples[0].features is not None
     return Batch(
-        pixels=torch.stack([example.pixels for example in examples]),
-        prompts=Prompts(
-            owner,
-            boxes=torch.cat([example.boxes for example in examples]) if by_box else None,
-            points=points if by_point else None,
-            labels=torch.ones(points.shape[:2], dtype=torch.long) if by_point else None,
-        ),
+        pixels=None if cached else torch.stack([example.pixels for example in examples]),
+        features=torch.stack([example.features for example in examples]) if cached else None,
+        prompts=_prompts(examples, owner, targets),
         task=torch.cat([example.task for example in examples]),
         ids=padded,
         mask=(torch.arange(padded.shape[1]) < lengths[:, None]).long(),
         region=torch.cat([example.region + first for example, first in zip(examples, before, strict=True)]),
-        targets=Targets(
-            masks=torch.cat([example.masks for example in examples]),
-            valid=torch.stack([example.valid for example in examples])[owner],
-            has_mask=torch.cat([example.has_mask for example in examples]),
-        ),
+        targets=targets,
         extra={name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels},
+    )
+
+
+def _within(examples: Sequence[Example], budget: int) -> Sequence[Example]:
+    """Examples with at most `budget` regions together: those with few keep theirs, the others share what is left."""
+    counts = [len(example.boxes) for example in examples]
+    if not 0 < budget < sum(counts):
+        return examples
+    kept, left = dict(enumerate(counts)), budget
+    for rank, place in enumerate(sorted(kept, key=kept.__getitem__)):  # the fewest first
+        kept[place] = min(counts[place], left // (len(counts) - rank))
+        left -= kept[place]
+    return [example.first(kept[place]) for place, example in enumerate(examples)]
+
+
+def _prompts(examples: Sequence[Example], owner: Tensor, targets: Targets) -> Prompts:
+    kind = examples[0].prompt
+    boxes, points = (torch.cat([getattr(example, name) for example in examples]) for name in ("boxes", "points"))
+    masks = None
+    if "mask" in kind:
+        side = targets.masks.shape[-1]
+        filled = filled_boxes(boxes, side, examples[0].size)
+        shares = torch.where(targets.has_mask[:, None, None], targets.masks, filled)
+        masks = ((shares * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(1)
+    return Prompts(
+        owner,
+        boxes=boxes if "box" in kind else None,
+        points=points if "point" in kind else None,
+        labels=torch.ones(points.shape[:2], dtype=torch.long) if "point" in kind else None,
+        masks=masks,
     )
 
 

@@ -3,6 +3,7 @@
 [model]          a `ModelSpec`
 [data.NAME]      a `Source`: name of a dataset, split, weight, augment, phrases, and the dataset's own options
 [train]          `TrainOptions`
+[validate]       `Validation`; without the table there is none
 [loss]           a weight for each loss; `attributes` and `features` name what a region is like, from its queries and
                  from the encoder's features under its mask, by auxiliary heads that only training has
 """
@@ -10,8 +11,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
 
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
-PROMPTS = ("box", "point", "box-and-point")
+PROMPTS = ("box", "point", "mask", "box-and-point")
 PHRASES = ("given", "rule")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
+LIMITS = ("budget", "chunk", "warmup", "workers")  # counts that may be 0
 SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
@@ -36,9 +38,10 @@ SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 class Drawing:
     """What is drawn at random for a region.
 
-    prompts: how often a batch is prompted by "box", by "point" and by "box-and-point". texts: how often a text is drawn
-    for each region; those that differ are all learned, from one look at the region. recognition: the share of the texts
-    that are its class name, the others are phrases. names_first: the share of the stream, at its beginning, in which
+    prompts: how often a step is prompted by "box", "point", "mask" and "box-and-point"; a filled box is the mask of
+    a region that has none. texts: how often a text is drawn for each region; those that differ are all
+    learned, from one look at the region. recognition: the share of the texts that are its class name, the others are
+    phrases. names_first: the share of the stream, at its beginning, in which
     all are names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the stream after that in which
     phrases are a region's first and plainest. telling: the share of the phrases after that which are its last and most
     telling one rather than any. regions: at most so many of an image. jitter: standard deviation of a box's corners, as
@@ -58,22 +61,34 @@ class Drawing:
 
 @dataclass(frozen=True)
 class TrainOptions(Drawing):
-    """steps: optimiser steps. images: of a step, over all processes and accumulated parts. start: a checkpoint or zoo
-    name that training starts from, in place of [model]. learning_rate: the peak, after `warmup` steps and before a
-    cosine to zero. processes: started on this machine unless a launcher did it; with GPUs, one for each instead. save:
+    """steps: optimiser steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
+    most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit. start: a
+    checkpoint or zoo name that training starts from, in place of [model]. learning_rate: the peak, after `warmup` steps
+    and before a cosine to zero. rates: factors of it by what trains (`spec.trainable`, and `heads`), 1 where nothing is
+    said. chunk: regions that are worked on at once, their activations computed again for the gradients, which saves
+    memory; 0: all. cache_features: a folder for what a frozen encoder makes of the pictures, as `FeatureCache` says;
+    "": none. report_to: "tensorboard", "wandb", "trackio" or another of transformers', with commas between several,
+    "none", or "auto" for TensorBoard where it is installed. processes: started on this machine unless a launcher did
+    it; with GPUs, one for each instead. sharded: processes share out what trains, see `sca.training.sharding`. save:
     steps between checkpoints to resume from. workers: processes that prepare data. The rest: see `Drawing`.
     """
 
     steps: int = 1000
     images: int = 16
+    budget: int = 0
     start: str = ""
     learning_rate: float = 1e-3
+    rates: Mapping[str, float] = field(default_factory=dict)
     adam_beta2: float = 0.999
     weight_decay: float = 1e-4
     warmup: int = 200
     clip: float = 1.0
     accumulate: int = 1
+    chunk: int = 0
+    cache_features: str = ""
     precision: str = "float32"
+    report_to: str = "auto"
+    sharded: bool = False
     processes: int = 1
     workers: int = 0
     save: int = 500
@@ -122,12 +137,46 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """How good the model is while it trains, every so many steps and after the last: on `limit` images of a dataset,
+    which is that of the first data unless another is named. The model that had the highest `best`, a score of
+    `metrics`, is kept in the folder `best`. Never on a split "test": what is chosen by it says nothing about it.
+    """
+
+    every: int = 500
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    split: str = "val"
+    limit: int = 100
+    prompt: str = "box"
+    metrics: Sequence[str] = ("cider-d",)
+    best: str = "cider-d"
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any], data: Source) -> Validation:
+        """Raises RegistryError for a key or a value that is wrong."""
+        known = {each.name: getattr(cls(), each.name) for each in fields(cls)}
+        for key, value in table.items():
+            if key not in known:
+                raise unknown(f"a recipe's [validate] has no {key!r}", key, known)
+            _check_type(f"validate.{key}", value, list(known[key]) if key == "metrics" else known[key])
+        found = cls(**{"dataset": data.dataset.to_dict(), **table})
+        for key in ("every", "limit"):
+            if getattr(found, key) < 1:
+                raise RegistryError(f"validate.{key} is {getattr(found, key)}: give a whole number, 1 or more")
+        if found.split.startswith("test"):
+            raise RegistryError(f"validate.split is {found.split!r}: what is tested must not choose; give 'val'")
+        Part.from_dict(found.dataset, "dataset of validate")
+        return found
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     model: ModelSpec
     data: Mapping[str, Source]
     train: TrainOptions
     loss: Mapping[str, float]
+    validate: Validation | None = None
     summary: str = ""
     source: str = ""
 
@@ -146,10 +195,10 @@ class Recipe:
     @classmethod
     def from_dict(cls, name: str, table: Mapping[str, Any], assignments: Iterable[str] = ()) -> Recipe:
         for key in table:
-            if key not in (known := ("summary", "source", "model", "data", "train", "loss")):
+            if key not in (known := ("summary", "source", "model", "data", "train", "loss", "validate")):
                 raise unknown(f"a recipe has no {key!r}", key, known)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
-        for key in ("model", "data", "train", "loss"):
+        for key in ("model", "data", "train", "loss", "validate"):
             if not isinstance(table.get(key, {}), Mapping):
                 raise RegistryError(f"{key} of the recipe {name} is {table[key]!r}: give a table [{key}]")
         full = {
@@ -157,6 +206,7 @@ class Recipe:
             "data": table.get("data", {}),
             "train": defaults | table.get("train", {}),
             "loss": LOSSES | table.get("loss", {}),
+            **({"validate": table["validate"]} if "validate" in table else {}),
         }
         full = override(full, assignments)
         for section, known in (("train", defaults), ("loss", LOSSES)):
@@ -167,6 +217,11 @@ class Recipe:
         for key in COUNTS:
             if full["train"][key] < 1:
                 raise RegistryError(f"train.{key} is {full['train'][key]}: give a whole number, 1 or more")
+        for key in LIMITS:
+            if full["train"][key] < 0:
+                raise RegistryError(f"train.{key} is {full['train'][key]}: give a whole number, 0 or more")
+        for part, rate in full["train"]["rates"].items():
+            _check_type(f"train.rates.{part}", rate, 0.0)
         for key in SHARES:
             if not 0 <= full["train"][key] <= 1:
                 raise RegistryError(f"train.{key} is {full['train'][key]}: give a share, from 0 to 1")
@@ -175,12 +230,15 @@ class Recipe:
             raise unknown(f"no precision {full['train']['precision']!r}", full["train"]["precision"], PRECISIONS)
         if not full["data"]:
             raise RegistryError(f"the recipe {name} has no data: give it a table [data.NAME] with name = '...'")
+        data = {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()}
+        validation = full.get("validate")
         return cls(
             name,
             ModelSpec.from_dict(full["model"]),
-            {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()},
+            data,
             TrainOptions(**full["train"]),
             full["loss"],
+            None if validation is None else Validation.from_dict(validation, next(iter(data.values()))),
             table.get("summary", ""),
             table.get("source", ""),
         )
@@ -189,7 +247,8 @@ class Recipe:
         """What repeats the run: good for JSON and for TOML."""
         train = {each.name: getattr(self.train, each.name) for each in fields(TrainOptions)}
         data = {name: source.to_dict() for name, source in self.data.items()}
-        return {"model": self.model.to_dict(), "data": data, "train": train, "loss": dict(self.loss)}
+        validation = {} if self.validate is None else {"validate": asdict(self.validate)}
+        return {"model": self.model.to_dict(), "data": data, "train": train, "loss": dict(self.loss), **validation}
 
 
 def recipe_names() -> list[str]:
@@ -234,6 +293,6 @@ def _augmentation(written: Any, what: str) -> Augmentation:
 
 def _check_type(key: str, value: Any, default: Any) -> None:
     wanted = (int, float) if isinstance(default, float) else Mapping if isinstance(default, Mapping) else type(default)
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        names = {int: "a whole number", str: "text", Mapping: "a table"}
+    if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+        names = {bool: "true or false", int: "a whole number", str: "text", Mapping: "a table", list: "a list"}
         raise RegistryError(f"{key} is {value!r}: give {names.get(wanted, 'a number')}")

@@ -2,54 +2,84 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from sca_registry import RegistryError, datasets
 from sca_registry.contracts import Batch
+from sca_registry.messages import unknown
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoint import load, save
 from sca.composition import build
+from sca.evaluation.evaluate import evaluate
+from sca.evaluation.predictions import Questions
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
 from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
 from sca.training.examples import ExampleStream, Mixture, collate
-from sca.training.recipe import Recipe, TrainOptions
+from sca.training.features import FeatureCache
+from sca.training.recipe import Recipe, TrainOptions, Validation
+from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
 
 
 def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool = False) -> SegmentCaptioner:
-    """Trains a recipe and writes `folder/model`; what an interrupted run left under `folder` is continued.
+    """Trains a recipe and writes `folder/model`, and `folder/best` if it is validated; what an interrupted run left
+    under `folder` is continued.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each takes its
-    share of a step's images, and the first writes.
+    share of a step's images, and the first writes. However many there are, every step learns the same.
     """
     folder = Path(folder)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
     torch.manual_seed(recipe.train.seed)
-    share = images_each(recipe.train, int(os.environ.get("WORLD_SIZE", 1)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = images_each(recipe.train, processes)
+    sharded = _asked_to_shard(recipe) and processes > 1
+    if sharded:
+        check_shardable(recipe)
     model, stream, attributes = prepare(recipe)
-    lesson = Lesson(model, recipe.loss, attributes)
+    lesson = Lesson(model, recipe.loss, attributes, recipe.train.chunk)
+    check_rates(recipe.train, lesson)
+    budget = recipe.train.budget // (processes * recipe.train.accumulate)
     trainer = CaptionTrainer(
         model=lesson,
         args=_arguments(recipe, folder, share, quiet),
         train_dataset=stream,
-        data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad)},
-        callbacks=[Losses(lesson)],
+        data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad, budget)},
+        rates=recipe.train.rates,
+        sharded=sharded,
     )
+    if recipe.validate is not None:
+        trainer.add_callback(Validating(trainer, recipe.validate, folder))
+    if recipe.train.cache_features:
+        fill_cache(model.to(trainer.args.device), stream, trainer, quiet)
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    if last is None and trainer.is_world_process_zero():
+        shutil.rmtree(folder / "validation", ignore_errors=True)  # of another run
+        (folder / "best.json").unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=last)
+    tensors = gathered(model.eval().state_dict())
     if trainer.is_world_process_zero():
-        save(model.eval(), folder / "model")
+        save(model, folder / "model", tensors=tensors)
     return model
+
+
+def _asked_to_shard(recipe: Recipe) -> bool:
+    """Whether the recipe or `accelerate launch --use_fsdp` asks for it; the latter's other settings do not count."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked or recipe.train.sharded
 
 
 def images_each(options: TrainOptions, processes: int) -> int:
@@ -69,18 +99,51 @@ def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, Attributes]:
     Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
     """
     model = load(recipe.train.start) if recipe.train.start else build(recipe.model)
+    if recipe.train.sharded:
+        check_shardable(recipe)
     if model.language_model.tokenizer is None:
         raise RegistryError("the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER")
+    if recipe.train.cache_features:
+        check_cacheable(recipe, model)
     return model, *_stream(recipe, model)
+
+
+def check_shardable(recipe: Recipe) -> None:
+    """Raises RegistryError for what needs a whole model in every process."""
+    if recipe.validate is not None:
+        raise RegistryError("a sharded model is not validated while it trains: leave [validate] out")
+
+
+def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
+    """Raises RegistryError if features change while training, by the encoder or by the pictures."""
+    if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        raise RegistryError("train.cache_features keeps what a frozen encoder makes, and this one trains: leave it out")
+    for name, source in recipe.data.items():
+        if source.augment is not None:
+            raise RegistryError(
+                f"train.cache_features needs pictures as they are, and data.{name}.augment changes them"
+            )
+
+
+def fill_cache(model: SegmentCaptioner, stream: Mixture, trainer: Trainer, quiet: bool) -> None:
+    """Encodes the pictures that the stream will draw and whose features are not there, each process its share."""
+    drawn = stream.samples()
+    mine = drawn[trainer.args.process_index :: trainer.args.world_size]
+    bar = tqdm(total=len(mine), desc="features", disable=quiet or not trainer.is_world_process_zero())
+    cache = stream.streams[0].cache
+    cache.fill(model, (dataset[index].image for dataset, index in mine), bar.update)
+    bar.close()
+    trainer.accelerator.wait_for_everyone()
 
 
 class Lesson(nn.Module):
     """A model together with the weights of its losses and the heads that exist only while training."""
 
-    def __init__(self, model: SegmentCaptioner, weights: Mapping[str, float], attributes: Attributes):
+    def __init__(self, model: SegmentCaptioner, weights: Mapping[str, float], attributes: Attributes, chunk: int = 0):
         super().__init__()
         self.model = model
         self.weights = dict(weights)
+        self.chunk = chunk
         for loss in ("attributes", "features"):
             if weights.get(loss) and not (attributes.own or (loss == "attributes" and attributes.between)):
                 raise RegistryError(f"loss.{loss} names attributes, and the data has none: set loss.{loss}=0")
@@ -92,8 +155,11 @@ class Lesson(nn.Module):
             self.heads["features"] = AttributeHead(model.segmenter.channels, 1, attributes.own)
         self.recent: dict[str, list[float]] = {}
 
-    def forward(self, batch: Batch) -> Tensor:
-        output = self.model(batch, self.weights)
+    def forward(self, batch: Batch, shares: Mapping[str, float] | None = None) -> Tensor:
+        """The sum of all losses, each the mean of what it counts in this batch times its share (1: the batch is all
+        there is), so that a step cut into pieces learns what it would as a whole.
+        """
+        output = self.model(batch, self.weights, self.chunk)
         losses = dict(output.losses)
         if "attributes" in self.heads:
             losses["attributes"] = self.heads["attributes"](output.queries, batch.extra)
@@ -101,28 +167,129 @@ class Lesson(nn.Module):
             features = features_under_truth(output.regions, batch.targets)
             known = {name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN) for name, labels in batch.extra.items()}
             losses["features"] = self.heads["features"](features, known)
-        loss = output.loss + sum(self.weights[name] * losses[name] for name in self.heads)
+        if shares is not None:
+            losses = {name: value * shares.get(name, shares["regions"]) for name, value in losses.items()}
         for name, value in losses.items():
             self.recent.setdefault(name, []).append(value.detach())
-        return loss
+        return sum(self.weights.get(name, 1.0) * value for name, value in losses.items())
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """What trains, by the names that `spec.trainable` uses, and the heads."""
+        groups = {**self.model.groups(), "heads": list(self.heads.parameters())}
+        trained = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
+        return {name: parameters for name, parameters in trained.items() if parameters}
+
+
+def check_rates(options: TrainOptions, lesson: Lesson) -> None:
+    """Raises RegistryError for a rate of something that does not train."""
+    for name in options.rates:
+        if name not in (known := lesson.groups()):
+            raise unknown(f"train.rates.{name} is for nothing that trains", name, known)
+
+
+def counts(batch: Batch) -> dict[str, int]:
+    """How many things each loss of a batch is the mean of; "regions" for those that are not named."""
+    masks = int(batch.targets.has_mask.sum())
+    return {"caption": int(batch.mask.sum()), "mask": masks, "iou": masks, "regions": len(batch.prompts)}
 
 
 class CaptionTrainer(Trainer):
-    """The Trainer of transformers, told how a flat batch of regions travels, and in which order examples come."""
+    """The Trainer of transformers, told how a flat batch of regions travels, and in which order examples come.
+
+    rates: factors of the learning rate, by group of what trains. sharded: over processes, see `sca.training.sharding`.
+    """
+
+    def __init__(self, *args: Any, rates: Mapping[str, float], sharded: bool, **options: Any):
+        super().__init__(*args, **options)
+        self.rates = rates
+        self.sharded = sharded
+        if sharded:
+            self.model.to(self.args.device)
+            shard(self.model)
+        self.shares: list[dict[str, float]] = []
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The pieces of a step on this process; notes which share of the whole step's words, masks and regions each
+        has, times the number of pieces, by which gradients are divided again.
+        """
+        pieces, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        told = [counts(piece["batch"]) for piece in pieces]
+        if not told:
+            return pieces, None
+        table = torch.tensor([list(each.values()) for each in told], dtype=torch.float64, device=device)
+        whole = self.accelerator.reduce(table.sum(0).float()).double().clamp(min=1)
+        scaled = table * (len(pieces) * self.args.world_size) / whole
+        self.shares = [dict(zip(told[0], row, strict=True)) for row in scaled.tolist()]
+        return pieces, None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Batch], *_: Any, **__: Any) -> Tensor:
-        return model(inputs["batch"])
+        return model(inputs["batch"], self.shares.pop(0))
+
+    def log(self, logs: dict[str, float], *more: Any) -> None:
+        """Adds the mean of every loss since the last line."""
+        recent = self.model.recent
+        if "loss" in logs:
+            means = {name: torch.stack(values).float().mean() for name, values in recent.items()}
+            means = {name: self.accelerator.reduce(mean, "mean") for name, mean in means.items()}
+            logs = {**logs, **{name: round(float(mean), 6) for name, mean in means.items()}}
+            recent.clear()
+        super().log(logs, *more)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over each group at its own rate; norms and biases do not decay."""
+        if self.optimizer is None:
+            lesson = self.model if model is None else model
+            decaying = set(self.get_decay_parameter_names(lesson))
+            names = {id(parameter): name for name, parameter in lesson.named_parameters()}
+            tables: dict[tuple[float, bool], list[nn.Parameter]] = {}
+            for group, parameters in lesson.groups().items():
+                rate = self.args.learning_rate * self.rates.get(group, 1.0)
+                for parameter in parameters:
+                    tables.setdefault((rate, names[id(parameter)] in decaying), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, lesson)
+            self.optimizer = kind(
+                [
+                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
+                    for (rate, decays), parameters in tables.items()
+                ],
+                **options,
+            )
+        return self.optimizer
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
         return SequentialSampler(self.train_dataset)  # the stream has its own order, a function of the seed alone
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        os.makedirs(output_dir, exist_ok=True)
-        torch.save(self.model.state_dict(), os.path.join(output_dir, "lesson.pt"))
+    def _wrap_model(self, model: nn.Module, *more: Any, **options: Any) -> nn.Module:
+        return Sharded(self.model) if self.sharded else super()._wrap_model(model, *more, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what trains, and buffers: frozen parameters are where they came from."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+        state = gathered(state)
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save(state, os.path.join(output_dir, "lesson.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = torch.load(os.path.join(resume_from_checkpoint, "lesson.pt"), weights_only=True, map_location="cpu")
-        self.model.load_state_dict(state)
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        missing, unexpected = load_gathered(self.model, state)
+        if set(missing) != frozen & self.model.state_dict().keys() or unexpected:
+            raise RegistryError(f"{resume_from_checkpoint} is of another model: give another --out, or --no-resume")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = gathered(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.sharded:
+            spread_state(self.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written under another name first, so that a kill never leaves half a checkpoint to resume from."""
@@ -147,16 +314,44 @@ class CaptionTrainer(Trainer):
             shutil.rmtree(draft)
 
 
-class Losses(TrainerCallback):
-    """Adds the mean of every loss since the last line to what is logged."""
+class Validating(TrainerCallback):
+    """Evaluates while training, logs the scores, and keeps the best model."""
 
-    def __init__(self, lesson: Lesson):
-        self.lesson = lesson
+    def __init__(self, trainer: CaptionTrainer, options: Validation, folder: Path):
+        self.trainer, self.options, self.folder = trainer, options, folder
+        self.questions = Questions(prompt=options.prompt)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs is not None and "loss" in logs:
-            logs |= {name: round(float(torch.stack(values).mean()), 4) for name, values in self.lesson.recent.items()}
-            self.lesson.recent.clear()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.options.every == 0 or state.global_step == state.max_steps:
+            self._validate(state.global_step)
+
+    def _validate(self, step: int) -> None:
+        model, options = self.trainer.model.model, self.options
+        training = model.training
+        folder = self.folder / "validation" / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        report = evaluate(
+            model.eval(),
+            options.dataset,
+            options.split,
+            questions=self.questions,
+            metrics=options.metrics,
+            limit=options.limit,
+            folder=folder,
+        )
+        model.train(training)
+        if report is not None:
+            self._note(step, report.scores)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _note(self, step: int, scores: Mapping[str, float]) -> None:
+        if self.options.best not in scores:
+            raise unknown(f"validate.best is {self.options.best!r}, which was not scored", self.options.best, scores)
+        note, found = self.folder / "best.json", scores[self.options.best]
+        if not note.exists() or found > json.loads(note.read_text("utf-8"))["score"]:
+            save(self.trainer.model.model, self.folder / "best")
+            note.write_text(json.dumps({"step": step, "metric": self.options.best, "score": found}), "utf-8")
+        self.trainer.log({f"validation_{name}": value for name, value in scores.items()})
 
 
 def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> TrainingArguments:
@@ -178,7 +373,8 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
         save_steps=options.save,
         logging_steps=max(1, min(50, options.steps // 10)),
         disable_tqdm=quiet,
-        report_to="none",
+        report_to=_reporters(options.report_to),
+        ddp_broadcast_buffers=False,
         seed=options.seed,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,
@@ -194,6 +390,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, Attribute
     sets = [datasets.build(source.dataset.name, source.split, **source.dataset.options) for source in sources]
     attributes = Attributes.of(sets)
     length = options.steps * options.images
+    cache = FeatureCache(options.cache_features, model) if options.cache_features else None
     streams = [
         ExampleStream(
             dataset,
@@ -205,7 +402,27 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, Attribute
             attributes=attributes.own | attributes.between,
             augment=source.augment,
             phrases=source.phrases,
+            cache=cache,
         )
         for dataset, source in zip(sets, sources, strict=True)
     ]
-    return Mixture(streams, weights, length, options.seed), attributes
+    return Mixture(streams, weights, length, options.seed, options.prompts, options.images), attributes
+
+
+def _reporters(names: str) -> list[str]:
+    """What transformers is to report to. Raises RegistryError for what is unknown or not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if names == "none":
+        return []
+    installed = get_available_reporting_integrations()
+    if names == "auto":
+        return [name for name in ("tensorboard",) if name in installed]
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown(f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK)
+        if name not in installed:
+            raise RegistryError(f"train.report_to={names!r}: {name} is not installed: pip install {name}")
+    return wanted

@@ -118,7 +118,11 @@ def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
     tasks = torch.cat([example.task for example in examples]).float()
     assert 0.44 < tasks.mean() < 0.56
-    assert 0.4 < np.mean([example.prompt == "box" for example in examples]) < 0.6
+    mixture = Mixture([stream(VARIED, length=2400)], [1.0], 2400, prompts=VARIED.prompts, step=8)
+    kinds = [str(kind) for kind in mixture._prompts]
+    assert len(kinds) == 300
+    assert 0.4 < np.mean([kind == "box" for kind in kinds]) < 0.6
+    assert [mixture[place].prompt for place in (8, 11, 15, 16)] == [*[kinds[1]] * 3, kinds[2]]
 
 
 def test_jitter_moves_boxes_and_keeps_them_in_the_frame(stream):
@@ -191,12 +195,40 @@ def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokeniz
         assert batch.mask[row].tolist() == [1] * len(given) + [0] * (longest - len(given))
 
 
-@pytest.mark.parametrize("kind", ["box", "point", "box-and-point"])
-def test_a_batch_is_prompted_by_the_kind_that_its_first_example_drew(stream, tokenizer, kind):
-    prompted, other = stream(Drawing(prompts={kind: 1.0}))[0], stream(Drawing(prompts={"box": 1.0}))[1]
-    prompts = collate([prompted, other], tokenizer.pad).prompts
+@pytest.mark.parametrize("kind", ["box", "point", "mask", "box-and-point"])
+def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, tokenizer, kind):
+    mixture = Mixture([stream()], [1.0], 4, prompts={kind: 1.0})
+    batch = collate([mixture[0], mixture[1]], tokenizer.pad)
+    prompts = batch.prompts
     assert (prompts.boxes is not None) == ("box" in kind)
     assert (prompts.points is not None) == ("point" in kind) == (prompts.labels is not None)
+    assert (prompts.masks is not None) == ("mask" in kind)
+    if prompts.masks is not None:
+        assert torch.equal(prompts.masks[:, 0] > 0, batch.targets.masks > 0.5)
     if prompts.points is not None:
         assert prompts.points.shape == (len(prompts), 1, 2)
         assert (prompts.labels == 1).all()
+
+
+def test_a_region_without_a_mask_is_prompted_by_its_box_filled(stream, tokenizer):
+    sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, (10.0, 20.0, 30.0, 40.0), None, "car"),))
+    example = Mixture([stream(dataset=[sample])], [1.0], 1, prompts={"mask": 1.0})[0]
+    cells = collate([example], tokenizer.pad).prompts.masks[0, 0] > 0
+    assert cells.sum() == 10 * 10
+    assert cells[10:20, 5:15].all()
+
+
+@pytest.mark.parametrize("budget", [1, 3, 7, 10, 100])
+def test_a_budget_is_shared_out_and_wastes_nothing(stream, tokenizer, budget):
+    examples = [stream()[place] for place in range(5)]
+    counts = [len(example.boxes) for example in examples]
+    batch = collate(examples, tokenizer.pad, budget)
+    assert len(batch.prompts) == min(budget, sum(counts)) == len(batch.targets.masks)
+    kept = torch.bincount(batch.prompts.owner, minlength=5).tolist()
+    most = max(kept)
+    assert all(k == count or k >= most - 1 for k, count in zip(kept, counts, strict=True))
+    assert set(batch.region.tolist()) == set(range(len(batch.prompts)))
+    row = 0
+    for example, k in zip(examples, kept, strict=True):
+        assert torch.equal(batch.prompts.boxes[row : row + k], example.boxes[:k])
+        row += k

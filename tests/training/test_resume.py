@@ -34,11 +34,11 @@ def stop_after(monkeypatch, passes):
     """The training is stopped in the middle of a step, after so many passes through the model."""
     forward, done = Lesson.forward, []
 
-    def counted(self, batch):
+    def counted(self, batch, shares):
         if len(done) == passes:
             raise Stopped
         done.append(batch)
-        return forward(self, batch)
+        return forward(self, batch, shares)
 
     monkeypatch.setattr(Lesson, "forward", counted)
 
@@ -67,7 +67,7 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_last_bit(plan, tmp_path
     passes = []
     with monkeypatch.context() as patch:
         forward = Lesson.forward
-        patch.setattr(Lesson, "forward", lambda self, batch: (passes.append(1), forward(self, batch))[1])
+        patch.setattr(Lesson, "forward", lambda self, *given: (passes.append(1), forward(self, *given))[1])
         resumed = train(recipe, tmp_path / "stopped", quiet=True)
     assert len(passes) == 2 * accumulate  # steps 5 and 6
     assert same(straight, resumed)

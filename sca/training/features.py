@@ -1,0 +1,90 @@
+"""What a frozen encoder makes of pictures, kept on disk: later epochs, and other mixers and language models, skip it.
+
+Good where augmentation leaves the pictures alone, as in SCA's weak supervision (arXiv 2312.00869). SAM's features of a
+picture take 2 MiB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sca.checkpoint import tensors_hash
+from sca.folders import FolderError
+from sca.model import SegmentCaptioner
+from sca.processing import Processor
+
+
+class FeatureCache:
+    """A folder with a file for each picture, (C, h, w) in float16, mapped into memory when it is read.
+
+    Files lie under a key for the encoder's spec and weights, and are named after the picture's content, so that models,
+    data sets and processes may share one folder. A file is there whole or not at all.
+    """
+
+    def __init__(self, folder: str | Path, model: SegmentCaptioner):
+        told = json.dumps(model.spec.to_dict()["encoder"], sort_keys=True) + tensors_hash(model.encoder.state_dict())
+        self.folder = Path(folder) / hashlib.sha256(told.encode()).hexdigest()[:24]
+
+    def path(self, image: Image.Image) -> Path:
+        digest = hashlib.sha256(f"{image.size}".encode())
+        digest.update(np.ascontiguousarray(image.convert("RGB")).data)
+        name = digest.hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.npy"
+
+    def __getitem__(self, image: Image.Image) -> Tensor:
+        """(C, h, w) in float32. KeyError if `fill` was not given this picture."""
+        try:
+            return torch.from_numpy(np.load(self.path(image), mmap_mode="r").astype(np.float32))
+        except FileNotFoundError as error:
+            raise KeyError(f"no features of this {image.size} picture in {self.folder}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.path(image)} is broken ({error}): remove it, and it is made again") from error
+
+    @torch.no_grad()
+    def fill(
+        self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch: int = 4
+    ) -> None:
+        """Encodes the pictures whose features are not there. Calls `progress` for each picture.
+
+        ValueError if features are too large for float16, FolderError if they cannot be written.
+        """
+        processor, waiting = Processor.of(model.encoder), dict[Path, Image.Image]()
+
+        def encode() -> None:
+            pixels = processor.pixels(list(waiting.values())).to(model.task_tokens.device)
+            for path, features in zip(waiting, model.encode(pixels), strict=True):
+                _write(path, features)
+            waiting.clear()
+
+        for image in images:
+            path = self.path(image)
+            if not path.exists():
+                waiting[path] = image
+            if len(waiting) == batch:
+                encode()
+            progress()
+        if waiting:
+            encode()
+
+
+def _write(path: Path, features: Tensor) -> None:
+    values = features.half().cpu()
+    if not values.isfinite().all():
+        raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
+            np.save(draft, values.numpy())
+        os.replace(draft.name, path)
+    except OSError as error:
+        raise FolderError(f"cannot write features to {path.parent}: {error.strerror or error}") from error

@@ -1,0 +1,156 @@
+"""One process, several, or several that each keep a part: the same steps are made, and only what trains travels."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+RECIPE = """
+[model]
+encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
+segmenter = { name = "sam", depth = 1, heads = 2, mlp = 64 }
+mixer = { name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }
+language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+task_tokens = 2
+lora = { rank = 2 }
+[data.scenes]
+name = "scenes"
+count = 40
+size = 64
+[train]
+steps = 50
+images = 8
+warmup = 5
+learning_rate = 1e-2
+prompts = { box = 0.5, point = 0.3, mask = 0.2 }
+recognition = 0.5
+texts = 2
+save = 20
+"""
+WATCHED = """
+import json, os, sys
+import sca.training.trainer as trainer
+from sca.training.recipe import Recipe
+
+told, step = {}, trainer.CaptionTrainer.training_step
+
+def watched(self, model, *rest, **more):
+    loss = step(self, model, *rest, **more)
+    grown = {name for name, p in self.model.named_parameters() if p.grad is not None}
+    trains = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    told.update(without=sorted(set(trains) - grown), frozen=sorted(grown - set(trains)))
+    told["trainable"] = sum(p.numel() * p.element_size() for p in trains.values())
+    told["reduced"] = sum(map(int, model._get_ddp_logging_data()["bucket_sizes"].split(",")))
+    return loss
+
+trainer.CaptionTrainer.training_step = watched
+trainer.train(Recipe.read(sys.argv[1], ["train.steps=3"]), sys.argv[2], quiet=True)
+with open(f"{sys.argv[2]}/told-{os.environ['RANK']}.json", "w") as file:
+    json.dump(told, file)
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Starts a command of this Python in a folder with the recipe."""
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+
+    def start(*command, **environment):
+        full = {**os.environ, "OMP_NUM_THREADS": "1", "SCA_CACHE": str(tmp_path / "cache"), **environment}
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=full,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(*command, **environment):
+        process = start(*command, **environment)
+        said = process.communicate()[0]
+        assert process.returncode == 0, said
+        return said
+
+    finish.start = start
+    return finish
+
+
+def history(folder):
+    (last,) = folder.glob("checkpoint-*")
+    lines = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [[line[name] for name in ("loss", "caption", "mask", "iou")] for line in lines if "caption" in line]
+
+
+TRAIN = ("-m", "sca", "train", "recipe.toml", "--quiet", "--out")
+WAYS = {
+    "pieces of a step": (*TRAIN, "other", "train.accumulate=4"),
+    "chunks": (*TRAIN, "other", "train.chunk=3"),
+    "two processes": (*TRAIN, "other", "train.processes=2"),
+    "accelerate": (
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, "other"),
+    ),
+    "two that share out what trains": (*TRAIN, "other", "train.processes=2", "train.sharded=true"),
+    "two, and pieces": (*TRAIN, "other", "train.processes=2", "train.accumulate=2", "train.sharded=true"),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the recipe: losses and weights."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "recipe.toml").write_text(RECIPE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCA_CACHE": str(folder / "cache")}
+    command = [sys.executable, *TRAIN, "one"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return history(folder / "one"), load_file(folder / "one/model/weights.safetensors")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_makes_the_same_steps(run, alone, tmp_path, way):
+    run(*WAYS[way])
+    losses, weights = alone
+    ours = torch.tensor(history(tmp_path / "other"))
+    assert len(ours) == 10
+    assert (ours - torch.tensor(losses)).abs().max() < 1e-4
+    model = load_file(tmp_path / "other/model/weights.safetensors")
+    assert model.keys() == weights.keys()
+    assert all(torch.allclose(model[name], weights[name], atol=2e-3) for name in weights)
+
+
+def test_all_that_trains_gets_gradients_nothing_else_does_and_nothing_else_travels(run, tmp_path):
+    (tmp_path / "watched.py").write_text(WATCHED)
+    run(*TORCHRUN, "watched.py", "recipe.toml", "out")
+    for rank in range(2):
+        told = json.loads((tmp_path / f"out/told-{rank}.json").read_text())
+        assert told["without"] == told["frozen"] == []
+        assert told["reduced"] == told["trainable"] > 0
+
+
+def test_a_sharded_run_that_is_killed_goes_on(run, alone, tmp_path):
+    command = WAYS["two that share out what trains"]
+    process = run.start(*command)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "other").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    run(*command)
+    assert (torch.tensor(history(tmp_path / "other")) - torch.tensor(alone[0])).abs().max() < 1e-4
+
+
+def test_a_sharded_run_is_not_validated(run, tmp_path):
+    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 5\n")
+    process = run.start(*WAYS["two that share out what trains"])
+    said = process.communicate()[0]
+    assert process.returncode == 2
+    assert said == "sca: a sharded model is not validated while it trains: leave [validate] out\n"

@@ -1,0 +1,100 @@
+"""While it trains, a model is evaluated, and the best is kept; what is learned and how fast can be chosen by part."""
+
+import json
+
+import pytest
+import torch
+from sca_registry import RegistryError
+
+from sca.checkpoint import load, weights_hash
+from sca.evaluation.journal import read_predictions
+from sca.training.recipe import Recipe
+from sca.training.trainer import train
+
+
+@pytest.fixture
+def plan(small_table):
+    def make(validate=None, loss=None, **options):
+        table = {
+            "model": small_table,
+            "data": {"scenes": {"name": "scenes", "count": 6, "size": 64}},
+            "train": {"steps": 4, "images": 2, "warmup": 1, "save": 2, **options},
+            "loss": loss or {},
+        }
+        return Recipe.from_dict("validated", table | ({} if validate is None else {"validate": validate}))
+
+    return make
+
+
+def scores(folder):
+    (last,) = folder.glob("checkpoint-*")
+    lines = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return {line["step"]: line["validation_cider-d"] for line in lines if "validation_cider-d" in line}
+
+
+def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
+    model = train(plan({"every": 2, "limit": 3}, learning_rate=0.02), tmp_path, quiet=True)
+    found = scores(tmp_path)
+    assert found.keys() == {2, 4}
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best == {"step": max(found, key=found.get), "metric": "cider-d", "score": max(found.values())}
+    asked = read_predictions(tmp_path / f"validation/step-{best['step']}/predictions.jsonl")
+    assert asked.run["split"] == "val"
+    assert len({record["image_id"] for record in asked.records}) == 3
+    assert asked.run["weights"] == weights_hash(load(tmp_path / "best"))
+    assert model.training is False
+
+
+def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
+    straight = train(plan(), tmp_path / "one", quiet=True).state_dict()
+    watched = train(plan({"every": 1, "limit": 2}), tmp_path / "two", quiet=True).state_dict()
+    assert all(torch.equal(straight[name], watched[name]) for name in straight)
+
+
+@pytest.mark.parametrize(
+    ("validate", "message"),
+    [
+        ({"split": "test"}, "what is tested must not choose"),
+        ({"evry": 3}, "has no 'evry'. Did you mean 'every'"),
+        ({"every": 0}, "give a whole number, 1 or more"),
+        ({"metrics": "bleu"}, "give a list"),
+        ({"dataset": {"name": 3}}, "dataset of validate"),
+    ],
+)
+def test_a_wrong_validation_is_refused(plan, validate, message):
+    with pytest.raises(RegistryError, match=message):
+        plan(validate)
+
+
+def test_a_best_score_that_is_not_scored_is_refused(plan, tmp_path):
+    with pytest.raises(RegistryError, match=r"validate\.best is 'spice', which was not scored"):
+        train(plan({"every": 1, "limit": 2, "best": "spice"}), tmp_path, quiet=True)
+
+
+def test_a_part_learns_at_its_own_rate(plan, tmp_path):
+    start = train(plan(steps=1, learning_rate=1e-30), tmp_path / "start", quiet=True).state_dict()
+    model = train(plan(steps=3, rates={"language_model": 0.0, "mixer": 1.0}), tmp_path / "run", quiet=True)
+    moved = {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert "mixer" in moved
+    assert "language_model" not in moved
+
+
+def test_a_rate_for_what_does_not_train_is_refused(plan, tmp_path):
+    with pytest.raises(RegistryError, match=r"train\.rates\.mixr is for nothing that trains\. Did you mean 'mixer'"):
+        train(plan(rates={"mixr": 2.0}), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [("tensorbord", "Did you mean 'tensorboard'"), ("comet_ml", "pip install comet_ml")]
+)
+def test_a_reporter_that_is_not_there_is_refused(plan, tmp_path, names, message):
+    with pytest.raises(RegistryError, match=message):
+        train(plan(report_to=names), tmp_path, quiet=True)
+
+
+def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    train(plan(), tmp_path, quiet=True)
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    found = events.EventAccumulator(str(file.parent)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/caption", "train/learning_rate"} <= set(found)
