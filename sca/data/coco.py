@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.data.fields import corners, field, four, listed, phrases, read_json, size
+from sca.data.own import check_hold_out, chosen
 from sca.data.table import TableDataset
 
 
@@ -23,6 +24,7 @@ class Coco(TableDataset):
     """
 
     reader = "coco"
+    choice = ""
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class Coco(TableDataset):
         max_bad: int = 100,
     ):
         self.annotations, pictures = _files(split, root, annotations, images)
-        super().__init__(split, pictures, [self.annotations], max_bad)
+        super().__init__(split, pictures, [self.annotations], max_bad, self.choice)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         content, categories = read_instances(self.annotations)
@@ -65,12 +67,20 @@ class Coco(TableDataset):
 class CocoJson(Coco):
     """Dataset: `CocoJson("val", annotations=FILE, images=FOLDER)`: any file in COCO's format, see `Coco`.
 
-    Both may hold `{split}`, in whose place the split is put.
+    Both may hold `{split}`, in whose place the split is put. hold_out: the share of the images of a file without splits
+    that "val" has; "train" has the others.
     """
 
-    def __init__(self, split: str, annotations: str | Path, images: str | Path, max_bad: int = 100):
+    def __init__(
+        self, split: str, annotations: str | Path, images: str | Path, hold_out: float = 0.0, max_bad: int = 100
+    ):
+        self.hold_out = hold_out
         annotations, images = (str(path).replace("{split}", split) for path in (annotations, images))
+        self.choice = check_hold_out(split, hold_out)
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        return (record for record in super()._records() if chosen(record["file"], self.split, self.hold_out))
 
 
 def read_instances(path: Path) -> tuple[dict[str, Any], dict[int, str]]:

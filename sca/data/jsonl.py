@@ -11,6 +11,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from sca.data.fields import field, four, mask, phrases, size, table
+from sca.data.own import check_hold_out, chosen
 from sca.data.table import TableDataset
 from sca.masks import box_of
 
@@ -30,19 +31,29 @@ class Jsonl(TableDataset):
     otherwise. `id` and `image_id` are the region's and the image's if every line has one, and otherwise count lines and
     images from 0. Other fields are passed over, so that what `sca caption` writes can be read.
 
-    `file` may hold `{split}`, in whose place the split is put. An image is named relative to `images` if given, else to
-    the file's folder or, if it is not there, to the working folder. Text is UTF-8; blank lines are passed over.
+    `file` may hold `{split}`, in whose place the split is put; of a file without splits, "val" has a share `hold_out`
+    of the images and "train" the others. An image is named relative to `images` if given, else to the file's folder or,
+    if it is not there, to the working folder. Text is UTF-8; blank lines are passed over.
     """
 
     reader = "jsonl"
 
-    def __init__(self, split: str, file: str | Path, images: str | Path | None = None, max_bad: int = 100):
+    def __init__(
+        self,
+        split: str,
+        file: str | Path,
+        images: str | Path | None = None,
+        hold_out: float = 0.0,
+        max_bad: int = 100,
+    ):
+        self.hold_out = hold_out
         self.file = Path(str(file).replace("{split}", split))
         if not self.file.is_file():
             raise ValueError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
         self.working = os.getcwd() if images is None else ""
         folder = self.file.parent if images is None else Path(images)
-        super().__init__(split, folder, [self.file], max_bad, self.working)
+        choice = check_hold_out(split, hold_out)
+        super().__init__(split, folder, [self.file], max_bad, self.working + choice)
 
     def _path(self, name: str) -> Path:
         path = self.images / name
@@ -53,6 +64,8 @@ class Jsonl(TableDataset):
     def _records(self) -> Iterator[dict[str, Any]]:
         names: set[str] = set()
         for name, (image_id, lines) in self._by_image().items():
+            if not chosen(name, self.split, self.hold_out):
+                continue
             sides = self._size(name, lines)
             if sides:
                 image = self._image(image_id, name, *sides)

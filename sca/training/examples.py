@@ -86,6 +86,7 @@ class ExampleStream(torch.utils.data.Dataset):
         attributes: Mapping[str, Sequence[str]] | None = None,
         augment: Augmentation | None = None,
         phrases: str = "given",
+        names: str = "recognition",
         cache: FeatureCache | None = None,
     ):
         self.dataset = dataset
@@ -97,6 +98,7 @@ class ExampleStream(torch.utils.data.Dataset):
         self.attributes = attributes or {}
         self.augment = augment
         self.phrases = phrases
+        self.names = names
         self.cache = cache
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
@@ -162,7 +164,8 @@ class ExampleStream(torch.utils.data.Dataset):
         drawing = self.drawing
         names = progress < drawing.names_first or draw.random() < drawing.recognition
         if region.name and (names or not region.phrases):
-            return RECOGNITION, region.name
+            caption = self.names == "caption" or (self.names == "both" and not region.phrases and draw.random() < 0.5)
+            return CAPTION if caption else RECOGNITION, region.name
         if progress < drawing.names_first + drawing.plain_first:
             return CAPTION, region.phrases[0]
         telling = draw.random() < drawing.telling

@@ -1,6 +1,6 @@
 """Recipes: what is trained, on what, how long and by which losses, in one TOML file.
 
-[model]          a `ModelSpec`
+[model]          a `ModelSpec`; or `model = "NAME"`, a checkpoint or a model of the zoo to go on from
 [data.NAME]      a `Source`: name of a dataset, split, weight, augment, phrases, and the dataset's own options
 [train]          `TrainOptions`
 [validate]       `Validation`; without the table there is none
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError
 from sca_registry.messages import unknown
-from sca_registry.overrides import override
+from sca_registry.overrides import override, read_assignment
 from sca_registry.spec import ModelSpec, Part
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
 PROMPTS = ("box", "point", "mask", "box-and-point")
 PHRASES = ("given", "rule")
+NAMES = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
 LIMITS = ("budget", "chunk", "warmup", "workers")  # counts that may be 0
@@ -62,21 +63,20 @@ class Drawing:
 @dataclass(frozen=True)
 class TrainOptions(Drawing):
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
-    most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit. start: a
-    checkpoint or zoo name that training starts from, in place of [model]. learning_rate: the peak, after `warmup` steps
-    and before a cosine to zero. rates: factors of it by what trains (`spec.trainable`, and `heads`), 1 where nothing is
-    said. chunk: regions that are worked on at once, their activations computed again for the gradients, which saves
-    memory; 0: all. cache_features: a folder for what a frozen encoder makes of the pictures, as `FeatureCache` says;
-    "": none. report_to: "tensorboard", "wandb", "trackio" or another of transformers', with commas between several,
-    "none", or "auto" for TensorBoard where it is installed. processes: started on this machine unless a launcher did
-    it; with GPUs, one for each instead. sharded: processes share out what trains, see `sca.training.sharding`. save:
-    steps between checkpoints to resume from. workers: processes that prepare data. The rest: see `Drawing`.
+    most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit.
+    learning_rate: the peak, after `warmup` steps and before a cosine to zero. rates: factors of it by what trains
+    (`spec.trainable`, and `heads`), 1 where nothing is said. chunk: regions that are worked on at once, their
+    activations computed again for the gradients, which saves memory; 0: all. cache_features: a folder for what a frozen
+    encoder makes of the pictures, as `FeatureCache` says; "": none. report_to: "tensorboard", "wandb", "trackio" or
+    another of transformers', with commas between several, "none", or "auto" for TensorBoard where it is installed.
+    processes: started on this machine unless a launcher did it; with GPUs, one for each instead. sharded: processes
+    share out what trains, see `sca.training.sharding`. save: steps between checkpoints to resume from. workers:
+    processes that prepare data. The rest: see `Drawing`.
     """
 
     steps: int = 1000
     images: int = 16
     budget: int = 0
-    start: str = ""
     learning_rate: float = 1e-3
     rates: Mapping[str, float] = field(default_factory=dict)
     adam_beta2: float = 0.999
@@ -99,6 +99,8 @@ class TrainOptions(Drawing):
 class Source:
     """Where examples come from: a dataset with its options, how often relative to the other sources it is drawn from,
     and what is changed at random in what it gives. phrases: "given", or "rule" for `told_by_rule` where none is given.
+    names: the task of a class name, "recognition", "caption" as in SCA's released recipe, or "both": one of the two at
+    random where a region has no phrase, else the former.
     """
 
     dataset: Part
@@ -106,13 +108,15 @@ class Source:
     weight: float = 1.0
     augment: Augmentation | None = None
     phrases: str = "given"
+    names: str = "recognition"
 
     @classmethod
     def from_dict(cls, written: Any, what: str) -> Source:
         """From a table [data.NAME]. Raises RegistryError, opening with `what`, for a value that is wrong."""
         part = Part.from_dict(written, f"dataset of {what}")
         options = dict(part.options)
-        split, weight, changes, phrases = (options.pop(key, None) for key in ("split", "weight", "augment", "phrases"))
+        own = ("split", "weight", "augment", "phrases", "names")
+        split, weight, changes, phrases, names = (options.pop(key, None) for key in own)
         given: dict[str, Any] = {}
         if split is not None:
             _check_type(f"{what}.split", split, "")
@@ -124,23 +128,25 @@ class Source:
             given["weight"] = float(weight)
         if changes is not None:
             given["augment"] = _augmentation(changes, f"{what}.augment")
-        if phrases is not None:
-            if phrases not in PHRASES:
-                raise unknown(f"{what}.phrases is {phrases!r}", str(phrases), PHRASES)
-            given["phrases"] = phrases
+        for key, value, known in (("phrases", phrases, PHRASES), ("names", names, NAMES)):
+            if value is not None:
+                if value not in known:
+                    raise unknown(f"{what}.{key} is {value!r}", str(value), known)
+                given[key] = value
         return cls(Part(part.name, options), **given)
 
     def to_dict(self) -> dict[str, Any]:
         augment = {} if self.augment is None else {"augment": vars(self.augment)}
-        own = {"split": self.split, "weight": self.weight, "phrases": self.phrases}
+        own = {"split": self.split, "weight": self.weight, "phrases": self.phrases, "names": self.names}
         return self.dataset.to_dict() | own | augment
 
 
 @dataclass(frozen=True)
 class Validation:
     """How good the model is while it trains, every so many steps and after the last: on `limit` images of a dataset,
-    which is that of the first data unless another is named. The model that had the highest `best`, a score of
-    `metrics`, is kept in the folder `best`. Never on a split "test": what is chosen by it says nothing about it.
+    which is that of the first data unless another is named. metrics: all that the data allows, unless they are named.
+    best: the model with the highest of these scores is kept in the folder `best`; of several names the first that there
+    is. Never on a split "test": what is chosen by it says nothing about it.
     """
 
     every: int = 500
@@ -148,8 +154,8 @@ class Validation:
     split: str = "val"
     limit: int = 100
     prompt: str = "box"
-    metrics: Sequence[str] = ("cider-d",)
-    best: str = "cider-d"
+    metrics: Sequence[str] = ()
+    best: Sequence[str] = ("cider-d", "class/count")
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], data: Source) -> Validation:
@@ -158,8 +164,9 @@ class Validation:
         for key, value in table.items():
             if key not in known:
                 raise unknown(f"a recipe's [validate] has no {key!r}", key, known)
-            _check_type(f"validate.{key}", value, list(known[key]) if key == "metrics" else known[key])
-        found = cls(**{"dataset": data.dataset.to_dict(), **table})
+            _check_type(f"validate.{key}", value, list(known[key]) if key in ("metrics", "best") else known[key])
+        lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
+        found = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
         for key in ("every", "limit"):
             if getattr(found, key) < 1:
                 raise RegistryError(f"validate.{key} is {getattr(found, key)}: give a whole number, 1 or more")
@@ -168,11 +175,14 @@ class Validation:
         Part.from_dict(found.dataset, "dataset of validate")
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
 
 @dataclass(frozen=True)
 class Recipe:
     name: str
-    model: ModelSpec
+    model: ModelSpec | str
     data: Mapping[str, Source]
     train: TrainOptions
     loss: Mapping[str, float]
@@ -198,7 +208,11 @@ class Recipe:
             if key not in (known := ("summary", "source", "model", "data", "train", "loss", "validate")):
                 raise unknown(f"a recipe has no {key!r}", key, known)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
+        table, assignments = _with_whole(table, assignments)
+        start = table.get("model")
         for key in ("model", "data", "train", "loss", "validate"):
+            if key == "model" and isinstance(start, str):
+                continue
             if not isinstance(table.get(key, {}), Mapping):
                 raise RegistryError(f"{key} of the recipe {name} is {table[key]!r}: give a table [{key}]")
         full = {
@@ -229,12 +243,14 @@ class Recipe:
         if full["train"]["precision"] not in PRECISIONS:
             raise unknown(f"no precision {full['train']['precision']!r}", full["train"]["precision"], PRECISIONS)
         if not full["data"]:
-            raise RegistryError(f"the recipe {name} has no data: give it a table [data.NAME] with name = '...'")
+            raise RegistryError(
+                f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
+            )
         data = {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()}
         validation = full.get("validate")
         return cls(
             name,
-            ModelSpec.from_dict(full["model"]),
+            start if isinstance(start, str) else ModelSpec.from_dict(full["model"]),
             data,
             TrainOptions(**full["train"]),
             full["loss"],
@@ -247,8 +263,25 @@ class Recipe:
         """What repeats the run: good for JSON and for TOML."""
         train = {each.name: getattr(self.train, each.name) for each in fields(TrainOptions)}
         data = {name: source.to_dict() for name, source in self.data.items()}
-        validation = {} if self.validate is None else {"validate": asdict(self.validate)}
-        return {"model": self.model.to_dict(), "data": data, "train": train, "loss": dict(self.loss), **validation}
+        validation = {} if self.validate is None else {"validate": self.validate.to_dict()}
+        model = self.model if isinstance(self.model, str) else self.model.to_dict()
+        return {"model": model, "data": data, "train": train, "loss": dict(self.loss), **validation}
+
+
+def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """`model=NAME` and `data=PATH` put into a table in place of what it has, and the other assignments."""
+    changed, others = dict(table), []
+    for assignment in assignments:
+        path, value = read_assignment(assignment)
+        if path == ("model",) and isinstance(value, str):
+            changed["model"] = value
+        elif path == ("data",) and isinstance(value, str):
+            from sca.data.own import recognised
+
+            changed["data"] = {"own": recognised(value)}
+        else:
+            others.append(assignment)
+    return changed, others
 
 
 def recipe_names() -> list[str]:

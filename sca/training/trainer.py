@@ -98,7 +98,7 @@ def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, Attributes]:
 
     Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
     """
-    model = load(recipe.train.start) if recipe.train.start else build(recipe.model)
+    model = load(recipe.model) if isinstance(recipe.model, str) else build(recipe.model)
     if recipe.train.sharded:
         check_shardable(recipe)
     if model.language_model.tokenizer is None:
@@ -335,7 +335,7 @@ class Validating(TrainerCallback):
             options.dataset,
             options.split,
             questions=self.questions,
-            metrics=options.metrics,
+            metrics=options.metrics or None,
             limit=options.limit,
             folder=folder,
         )
@@ -345,12 +345,13 @@ class Validating(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def _note(self, step: int, scores: Mapping[str, float]) -> None:
-        if self.options.best not in scores:
-            raise unknown(f"validate.best is {self.options.best!r}, which was not scored", self.options.best, scores)
-        note, found = self.folder / "best.json", scores[self.options.best]
+        metric = next((name for name in self.options.best if name in scores), None)
+        if metric is None:
+            raise unknown(f"validate.best is {list(self.options.best)}, and none was scored", "", scores)
+        note, found = self.folder / "best.json", scores[metric]
         if not note.exists() or found > json.loads(note.read_text("utf-8"))["score"]:
             save(self.trainer.model.model, self.folder / "best")
-            note.write_text(json.dumps({"step": step, "metric": self.options.best, "score": found}), "utf-8")
+            note.write_text(json.dumps({"step": step, "metric": metric, "score": found}), "utf-8")
         self.trainer.log({f"validation_{name}": value for name, value in scores.items()})
 
 
@@ -402,6 +403,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, Attribute
             attributes=attributes.own | attributes.between,
             augment=source.augment,
             phrases=source.phrases,
+            names=source.names,
             cache=cache,
         )
         for dataset, source in zip(sets, sources, strict=True)

@@ -7,13 +7,30 @@ from sca.training.recipe import Recipe, TrainOptions, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_reads_and_is_repeated_by_what_it_writes(name):
-    recipe = Recipe.read(name)
+def test_every_shipped_recipe_reads_and_is_repeated_by_what_it_writes(name, tmp_path):
+    (tmp_path / "own.jsonl").touch()
+    recipe = Recipe.read(name, [f"data='{tmp_path}'"] if name == "own-data" else [])
     assert recipe.summary.endswith(".")
     assert recipe.source
-    recipe.model.check()
+    if not isinstance(recipe.model, str):
+        recipe.model.check()
     again = Recipe.from_dict(name, recipe.to_dict())
-    assert (again.model, again.data, again.train, again.loss) == (recipe.model, recipe.data, recipe.train, recipe.loss)
+    for field in ("model", "data", "train", "loss", "validate"):
+        assert getattr(again, field) == getattr(recipe, field)
+
+
+def test_a_recipe_goes_on_from_a_model_and_learns_from_a_path(tmp_path):
+    (tmp_path / "own.jsonl").touch()
+    changed = Recipe.read("sca-tiny", ["model=sca-street", f"data='{tmp_path}'", "data.own.hold_out=0.5"])
+    assert changed.model == "sca-street"
+    (own,) = changed.data.values()
+    assert own.dataset.name == "jsonl"
+    assert own.dataset.options["hold_out"] == 0.5
+    assert own.names == "both"
+    with pytest.raises(RegistryError, match="model is 'sca-street', which has no options to set"):
+        Recipe.read("sca-tiny", ["model=sca-street", "mixer.depth=2"])
+    with pytest.raises(RegistryError, match=r"the recipe own-data has no data: give data=PATH of your own"):
+        Recipe.read("own-data")
 
 
 def test_overrides_reach_every_table_and_do_not_change_the_recipe():

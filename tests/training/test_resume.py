@@ -1,5 +1,7 @@
 """A run that was interrupted goes on as if it had not been."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -86,7 +88,7 @@ def test_a_run_can_start_from_a_checkpoint(plan, small, small_table, tmp_path):
     from sca.checkpoint import save
 
     start = save(small(seed=5, trainable=small_table["trainable"]), tmp_path / "start")
-    recipe = plan(steps=1, learning_rate=0.0, start=str(start))
+    recipe = replace(plan(steps=1, learning_rate=0.0), model=str(start))
     trained = train(recipe, tmp_path / "run", quiet=True)
     moved = {
         name for name, value in load(start).named_parameters() if not torch.equal(value, trained.get_parameter(name))

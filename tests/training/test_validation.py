@@ -67,8 +67,10 @@ def test_a_wrong_validation_is_refused(plan, validate, message):
 
 
 def test_a_best_score_that_is_not_scored_is_refused(plan, tmp_path):
-    with pytest.raises(RegistryError, match=r"validate\.best is 'spice', which was not scored"):
-        train(plan({"every": 1, "limit": 2, "best": "spice"}), tmp_path, quiet=True)
+    with pytest.raises(
+        RegistryError, match=r"validate\.best is \['spice'\], and none was scored. There are: .*cider-d"
+    ):
+        train(plan({"every": 1, "limit": 2, "best": ["spice"]}), tmp_path, quiet=True)
 
 
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):

@@ -1,0 +1,67 @@
+"""A person's own pictures are recognised, and some are kept from training."""
+
+import json
+
+import pytest
+from PIL import Image
+from sca_registry import datasets
+from sca_registry.spec import Part
+
+from sca.data.own import recognised
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"images/{number}.png")
+    return tmp_path
+
+
+def as_lines(folder):
+    lines = [{"image": f"{n}.png", "box": [0, 0, 4, 4], "caption": "a thing"} for n in range(40)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def as_coco(folder):
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 8, "height": 8} for n in range(40)],
+        "annotations": [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 4, 4]} for n in range(40)],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "mine.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("write", [as_lines, as_coco])
+def test_one_file_is_enough_and_every_picture_is_in_one_split(pictures, write):
+    write(pictures)
+    for place in (pictures, next(pictures.glob("mine.*"))):
+        table = recognised(place)
+        table = {key: value for key, value in table.items() if key not in ("names", "augment")}
+        part = Part.from_dict(table, "dataset")
+        seen = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
+        assert not set(seen["train"]) & set(seen["val"])
+        assert sorted(seen["train"] + seen["val"]) == list(range(40))
+        assert 1 <= len(seen["val"]) <= 10
+        with pytest.raises(ValueError, match="the splits are train and val, and 'test' was asked for"):
+            datasets.build(part.name, "test", **part.options)
+
+
+def test_splits_that_are_there_are_taken(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train.json").touch()
+    assert recognised(tmp_path)["root"] == str(tmp_path)
+
+
+def test_what_cannot_be_recognised_is_told(tmp_path):
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        recognised(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="and it has none"):
+        recognised(tmp_path)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"and it has a\.json, b\.json"):
+        recognised(tmp_path)
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ValueError, match="a folder with one is wanted"):
+        recognised(tmp_path / "a.csv")
