@@ -175,7 +175,7 @@ class Caption:
     """The answer for one region, in the image's own pixels."""
 
     text: str
-    score: float  # exp of the mean token log-probability, 0..1
+    score: float  # exp of the mean token log-probability, 0..1; NaN of what a person said
     box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the given box, else the tight box of the mask
     mask: dict[str, Any] | None  # COCO RLE {"size": [height, width], "counts": str}
     iou: float | None  # predicted by the segmenter for this mask

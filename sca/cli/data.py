@@ -19,14 +19,14 @@ def _group() -> None:
 def export(
     dataset: Annotated[str, typer.Argument(help="a dataset by name: scenes")],
     folder: Annotated[Path, typer.Argument(help="a new or empty folder")],
-    format: Annotated[str, typer.Option(help="coco, vg or refcoco")] = "coco",
+    format: Annotated[str, typer.Option(help="coco, vg, refcoco or another layout; a wrong one tells all")] = "coco",
     split: Annotated[list[str] | None, typer.Option(help="train, val or test; may be repeated (default: val)")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many images of each split", min=1)] = None,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="options of the dataset")
     ] = None,
 ) -> None:
-    """Writes a dataset in the JSON layout that COCO, Visual Genome or RefCOCO is published in."""
+    """Writes a dataset in the layout that a public one is published in."""
     from sca_registry import datasets
 
     from sca.cli.options import read_options, settle
@@ -37,3 +37,74 @@ def export(
     chosen = read_options(options or ())
     sets = {name: datasets.build(dataset, name, **chosen) for name in split or ["val"]}
     typer.echo(f"wrote {write(sets, folder, format, limit=limit)}")
+
+
+Dataset = Annotated[str, typer.Argument(help="a dataset by name, such as coco; `sca list datasets` has all")]
+Split = Annotated[str, typer.Option(help="train, val, test, ...")]
+Options = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="options of the dataset, such as root=FOLDER")
+]
+
+
+@app.command()
+def stats(
+    dataset: Dataset,
+    options: Options = None,
+    split: Split = "val",
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Counts images, regions, phrases and words, and tells what was left out and why."""
+    import json
+
+    from sca_registry import datasets
+
+    from sca.cli.options import print_table, read_options
+    from sca.data.stats import stats as counted
+
+    found = {"dataset": dataset, **counted(datasets.build(dataset, split, **read_options(options or ())))}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"{dataset} {split}"), show_header=False)
+    for name, value in found.items():
+        if name not in ("dataset", "split", "examples") and value not in (None, {}):
+            table.add_row(name.replace("_", " "), Text(_shown(value)))
+    for reason, examples in found["examples"].items():
+        table.add_row(Text(f"such as {reason}"), Text("\n".join(examples)))
+    print_table(table)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(number)}" for name, number in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@app.command()
+def view(
+    dataset: Dataset,
+    options: Options = None,
+    split: Split = "val",
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("data.html"),
+    limit: Annotated[int, typer.Option(help="so many images, drawn at random", min=1)] = 12,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    augment: Annotated[str, typer.Option(help="also show what this makes of them: '{flip=0.5, crop=0.7}'")] = "",
+) -> None:
+    """Writes a page of samples with their boxes, masks and words, before and after augmentation."""
+    import random
+
+    from sca_registry import datasets
+    from sca_registry.overrides import read_assignment
+
+    from sca.cli.options import read_options
+    from sca.data.view import view as write
+    from sca.training.recipe import read_augmentation
+
+    change = read_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
+    found = datasets.build(dataset, split, **read_options(options or ()))
+    chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
+    title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
+    typer.echo(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")

@@ -1,13 +1,14 @@
-"""Datasets in the layout of COCO instances: boxes, masks, class names, and captions where the annotations have them."""
+"""Datasets in the layout of COCO: boxes, masks, class names, and captions where the annotations have them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sca.data.fields import corners, field, four, listed, phrases, read_json, size
+from sca.data.fields import corners, field, four, identified, items, listed, phrases, read_json, size
+from sca.data.grouped import Grouped
 from sca.data.own import check_hold_out, chosen
 from sca.data.table import TableDataset
 
@@ -20,11 +21,17 @@ class Coco(TableDataset):
 
     Segmentations may be polygons, uncompressed or compressed RLE. A region's name is its category's; its phrases are
     the annotation's "caption" (a string or a list of them), and its attributes the annotation's "attributes". Crowds
-    are left out, and polygons of fewer than three points are dropped, both counted. The rest is that of `TableDataset`.
+    are left out, and polygons of fewer than three points are dropped, both counted. The file is streamed: however large
+    it is, it is never in memory as a whole. The rest is that of `TableDataset`.
     """
 
     reader = "coco"
     choice = ""
+    layouts: tuple[tuple[str, str], ...] = (  # annotations and pictures in `root`
+        ("{split}.json", "{split}"),
+        ("annotations/instances_{split}2017.json", "{split}2017"),
+    )
+    named = True  # regions are called by their categories
 
     def __init__(
         self,
@@ -34,24 +41,33 @@ class Coco(TableDataset):
         images: str | Path | None = None,
         max_bad: int = 100,
     ):
-        self.annotations, pictures = _files(split, root, annotations, images)
+        self.annotations, pictures = found(self.layouts, split, root, annotations, images)
         super().__init__(split, pictures, [self.annotations], max_bad, self.choice)
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        content, categories = read_instances(self.annotations)
-        where = str(self.annotations)
-        self.attributes = {"name": tuple(dict.fromkeys(categories.values()))}
-        images = {record["id"]: self._image(*described(record, at)) for record, at in listed(content, "images", where)}
-        for record, place in listed(content, "annotations", where):
-            image_id = field(record, "image_id", int, place)
-            if image_id not in images:
-                raise ValueError(f"{place}: image_id {image_id} is not among the images")
-            name = category(record, categories, place)
+        categories = read_categories(self.annotations) if self.named else {}
+        names = {number: self._name(name) for number, name in categories.items()}
+        self.attributes = {"name": tuple(dict.fromkeys(names.values()))} if self.named else {}
+        grouped = Grouped()
+        grouped.add_images(items(self.annotations, "images"))
+        grouped.add_annotations(items(self.annotations, "annotations"))
+        for (record, at), its_own in grouped:
+            identity, file, width, height = described(record, at)
+            image = self._image(identity, self._file(file), width, height)
+            self._fill(image, its_own, names)
+            yield image
+        grouped.close()
+
+    def _fill(
+        self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], names: dict[int, str]
+    ) -> None:
+        for record, place in annotations:
+            name = category(record, names, place) if self.named else None
             if record.get("iscrowd"):
                 self._skip("crowd", place)
                 continue
             self._keep(
-                images[image_id],
+                image,
                 record["id"],
                 box(record, place),
                 place,
@@ -60,8 +76,76 @@ class Coco(TableDataset):
                 phrases=phrases(record.get("caption"), "caption", place),
                 attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
             )
-        del content
-        yield from images.values()
+
+    def _file(self, name: str) -> str:
+        """Where a picture that the file calls `name` lies in the folder of pictures."""
+        return name
+
+    def _name(self, category: str) -> str:
+        """What a region of a category is called."""
+        return category
+
+
+class GritVisualGenome(Coco):
+    """Dataset: Visual Genome as GRiT (arXiv 2212.00280) prepared it: one phrase a region, in lower case, of 15 words at
+    most. `root` holds `train.json` and `test.json`, and pictures in `images/`, `VG_100K/` or `VG_100K_2/`. See `Coco`.
+    """
+
+    reader = "visual-genome-grit"
+    layouts = (("{split}.json", "."), ("annotations/{split}.json", "."))
+    named = False
+
+    def _path(self, name: str) -> Path:
+        base = name.rpartition("/")[2]
+        paths = [self.images / name, *(self.images / folder / base for folder in ("images", "VG_100K", "VG_100K_2"))]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+
+class Objects365(Coco):
+    """Dataset: Objects365 v2 (ICCV 2019), class names and boxes. `root` holds `annotations/zhiyuan_objv2_train.json`
+    (or without `annotations/`, or `objects365v2_train_fixann.json`) and `train/patch0/` and so on. See `Coco`.
+    """
+
+    reader = "objects365"
+    layouts = tuple(
+        (f"{folder}{file}", "{split}")
+        for file in ("zhiyuan_objv2_{split}.json", "objects365v2_{split}_fixann.json")
+        for folder in ("annotations/", "")
+    )
+
+    def _file(self, name: str) -> str:
+        return "/".join(name.split("/")[-2:])  # images/v1/patch8/objects365_v1_00420917.jpg
+
+
+class V3Det(Coco):
+    """Dataset: V3Det (arXiv 2304.03752), class names of 13,204 kinds and boxes. `root` holds
+    `annotations/v3det_2023_v1_train.json` (or without `annotations/`), whose file names begin with `images/`.
+    Underscores in class names are read as spaces. See `Coco`.
+    """
+
+    reader = "v3det"
+    layouts = (("annotations/v3det_2023_v1_{split}.json", "."), ("v3det_2023_v1_{split}.json", "."))
+
+    def _name(self, category: str) -> str:
+        return category.replace("_", " ")
+
+
+class CocoCaptions(Coco):
+    """Dataset: COCO's captions (arXiv 1504.00325), each image as one region with all of its captions. `root` holds
+    `annotations/captions_train2017.json` and `train2017/`. See `Coco`.
+    """
+
+    reader = "coco-captions"
+    layouts = (("annotations/captions_{split}2017.json", "{split}2017"), ("captions_{split}.json", "{split}"))
+    named = False
+
+    def _fill(
+        self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], names: dict[int, str]
+    ) -> None:
+        told = [phrase for r, at in annotations for phrase in phrases(field(r, "caption", str, at), "caption", at)]
+        if annotations:
+            (first, place), *_ = annotations
+            self._keep(image, first["id"], (0, 0, image["width"], image["height"]), place, phrases=told)
 
 
 class CocoJson(Coco):
@@ -88,8 +172,16 @@ def read_instances(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: COCO instances are an object with images, annotations and categories")
-    listing = listed(content, "categories", str(path))
-    return content, {record["id"]: field(record, "name", str, place).strip() for record, place in listing}
+    return content, _names(listed(content, "categories", str(path)))
+
+
+def read_categories(path: Path) -> dict[int, str]:
+    """The name of each category of an instances file of any size."""
+    return _names(identified((record for record, _ in items(path, "categories")), f"{path}: categories"))
+
+
+def _names(listing: Iterable[tuple[dict[str, Any], str]]) -> dict[int, str]:
+    return {record["id"]: field(record, "name", str, place).strip() for record, place in listing}
 
 
 def described(record: dict[str, Any], place: str) -> tuple[int, str, int, int]:
@@ -110,21 +202,25 @@ def box(record: dict[str, Any], place: str) -> tuple[float, float, float, float]
     return corners(*four(record, "bbox", "x, y, width, height", place), place)
 
 
-def _files(
-    split: str, root: str | Path | None, annotations: str | Path | None, images: str | Path | None
+def found(
+    layouts: Iterable[tuple[str, str]],
+    split: str,
+    root: str | Path | None,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
 ) -> tuple[Path, Path]:
     """The annotation file and the image folder, both there."""
     if root is not None:
-        names = (split, split), (f"annotations/instances_{split}2017", f"{split}2017")
-        layouts = [(annotations or f"{root}/{file}.json", images or f"{root}/{folder}") for file, folder in names]
+        names = [tuple(name.replace("{split}", split) for name in layout) for layout in layouts]
+        given = [(annotations or f"{root}/{file}", images or f"{root}/{folder}") for file, folder in names]
     elif annotations is not None and images is not None:
-        layouts = [(annotations, images)]
+        given = [(annotations, images)]
     else:
         raise ValueError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
-    paths = [(Path(file), Path(folder)) for file, folder in layouts]
+    paths = [(Path(file), Path(folder)) for file, folder in given]
     for file, folder in paths:
         if file.is_file() and folder.is_dir():
             return file, folder
     looked = " or ".join(f"{file} with {folder}{os.sep}" for file, folder in paths)
     missing = dict.fromkeys(str(path) for pair in paths for path in pair if not path.exists())
-    raise ValueError(f"no COCO data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")
+    raise ValueError(f"no data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")

@@ -5,7 +5,6 @@ The package's own loaders read the same layouts, so an exported dataset is also 
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -16,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as rle
-from sca_registry.contracts import Dataset, Region, Sample
+from sca_registry.contracts import Dataset, Sample
 
-UNNAMED = "region"  # the category of regions that have no name
+from sca.data.export_coco import captions, coco, grit, objects365, panoptic, v3det
+from sca.data.export_records import Ids, annotation_record, image_record, save, write_instances, write_json
 
 
 def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, limit: int | None = None) -> Path:
@@ -30,6 +29,10 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
 
     - `coco`: `{split}.json` (instances; segmentation as RLE, "caption" with the phrases, "attributes" with the exact
       facts) and `{split}/*.png`. Read back by `Coco(split, root=folder)`.
+    - `coco-captions`, `coco-panoptic`, `objects365`, `v3det`, `vg-grit`, `sa1b`: as `CocoCaptions`, `CocoPanoptic`,
+      `Objects365`, `V3Det`, `GritVisualGenome` and `Sa1b` say. A captions file has the phrases of all regions as the
+      image's; panoptic and SA-1B files have the regions with masks, of which the later one covers the earlier in
+      panoptic ones; GRiT's has one region a phrase, numbered afresh.
     - `vg`: `image_data.json`, `region_descriptions.json` (one region a phrase, numbered afresh; pixels are whole
       numbers), `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or classes: a region without phrases is
       described by its name. Read back by `VisualGenome(split, root=folder)`.
@@ -64,29 +67,8 @@ def _samples(dataset: Dataset) -> Iterator[Sample]:
     return iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
 
 
-def _coco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
-    categories: dict[str, int] = {}
-    contents = {}
-    for split, samples in splits.items():
-        seen = _Ids()
-        images, annotations = [], []
-        for sample in samples:
-            seen.image(sample, split)
-            file_name = f"{sample.image_id:012d}.png"
-            _save(sample, folder / split / file_name)
-            images.append(_image(sample, file_name))
-            for region in sample.regions:
-                extras = {"caption": list(region.phrases), "attributes": region.attributes}
-                extras = {key: value for key, value in extras.items() if value}
-                annotations.append(_annotation(region, sample.image_id, categories) | extras)
-        contents[split] = images, annotations
-    for split, (images, annotations) in contents.items():
-        (folder / split).mkdir(exist_ok=True)
-        _instances(folder / f"{split}.json", images, annotations, categories)
-
-
 def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
-    seen = _Ids()
+    seen = Ids()
     listed: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     images, descriptions = [], []
     number = 0
@@ -95,7 +77,7 @@ def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
         for sample in samples:
             seen.image(sample, split)
             file_name = f"VG_100K/{sample.image_id}.jpg"
-            _save(sample, folder / file_name, quality=95)
+            save(sample, folder / file_name, quality=95)
             width, height = sample.image.size
             places.append(sample.image_id)
             images.append(
@@ -125,13 +107,13 @@ def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
                         }
                     )
             descriptions.append({"id": sample.image_id, "regions": regions})
-    _write(folder / "image_data.json", images)
-    _write(folder / "region_descriptions.json", descriptions)
-    _write(folder / "densecap_splits.json", listed)
+    write_json(folder / "image_data.json", images)
+    write_json(folder / "region_descriptions.json", descriptions)
+    write_json(folder / "densecap_splits.json", listed)
 
 
 def _refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
-    seen = _Ids()
+    seen = Ids()
     categories: dict[str, int] = {}
     images, annotations = [], []
     refs: list[dict[str, Any]] = []
@@ -140,10 +122,10 @@ def _refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
         for sample in samples:
             seen.image(sample, split)
             file_name = f"{sample.image_id:012d}.png"
-            _save(sample, folder / "images" / file_name)
-            images.append(_image(sample, file_name))
+            save(sample, folder / "images" / file_name)
+            images.append(image_record(sample, file_name))
             for place, region in enumerate(sample.regions):
-                annotations.append(_annotation(region, sample.image_id, categories))
+                annotations.append(annotation_record(region, sample.image_id, categories))
                 if not region.phrases:
                     continue
                 numbers = range(sentences, sentences + len(region.phrases))
@@ -162,69 +144,40 @@ def _refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
                         ],
                     }
                 )
-    _instances(folder / "instances.json", images, annotations, categories)
+    write_instances(folder / "instances.json", images, annotations, categories)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
+def _sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+    seen = Ids()
+    for split, samples in splits.items():
+        for sample in samples:
+            seen.image(sample, split)
+            name = f"sa_{sample.image_id}"
+            save(sample, folder / f"{name}.jpg", quality=95)
+            width, height = sample.image.size
+            image = {"image_id": sample.image_id, "width": width, "height": height, "file_name": f"{name}.jpg"}
+            masks = [region for region in sample.regions if region.mask]
+            annotations = [annotation_record(region, sample.image_id, {}) for region in masks]
+            captions = {region.id: list(region.phrases) for region in masks}
+            write_json(folder / f"{name}.json", {"image": image, "annotations": annotations})
+            write_json(folder / f"{name}.captions.json", captions)
+
+
 FORMATS: dict[str, Callable[[Mapping[str, Iterator[Sample]], Path], None]] = {
-    "coco": _coco,
+    "coco": coco,
+    "coco-captions": captions,
+    "coco-panoptic": panoptic,
+    "objects365": objects365,
+    "sa1b": _sa1b,
+    "v3det": v3det,
     "vg": _vg,
+    "vg-grit": grit,
     "refcoco": _refcoco,
 }
-
-
-class _Ids:
-    """Which images and regions one set of files has, and in which split."""
-
-    def __init__(self) -> None:
-        self.images: dict[int, str] = {}
-        self.regions: dict[int, str] = {}
-
-    def image(self, sample: Sample, split: str) -> None:
-        _once("image", sample.image_id, split, self.images)
-        for region in sample.regions:
-            _once("region", region.id, split, self.regions)
-
-
-def _once(kind: str, identity: int, split: str, seen: dict[int, str]) -> None:
-    if identity in seen:
-        raise ValueError(f"{kind} id {identity} of split {split!r} was there before, in split {seen[identity]!r}")
-    seen[identity] = split
-
-
-def _save(sample: Sample, path: Path, **options: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    sample.image.convert("RGB").save(path, **options)
-
-
-def _image(sample: Sample, file_name: str) -> dict[str, Any]:
-    width, height = sample.image.size
-    return {"id": sample.image_id, "file_name": file_name, "width": width, "height": height}
-
-
-def _annotation(region: Region, image_id: int, categories: dict[str, int]) -> dict[str, Any]:
-    x1, y1, x2, y2 = region.box
-    return {
-        "id": region.id,
-        "image_id": image_id,
-        "category_id": categories.setdefault(region.name or UNNAMED, len(categories) + 1),
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": int(rle.area(region.mask)) if region.mask else (x2 - x1) * (y2 - y1),
-        "segmentation": region.mask or [],
-        "iscrowd": 0,
-    }
 
 
 def _sentence(raw: str, sent_id: int) -> dict[str, Any]:
     """A sentence as the RefCOCO authors keep it: as it was typed, and in lower case without punctuation."""
     tokens = re.sub(r"[^\w\s]", "", raw.lower()).split()
     return {"raw": raw, "sent": " ".join(tokens), "sent_id": sent_id, "tokens": tokens}
-
-
-def _instances(path: Path, images: list, annotations: list, categories: Mapping[str, int]) -> None:
-    named = [{"id": number, "name": name, "supercategory": name} for name, number in categories.items()]
-    _write(path, {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": named})
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")

@@ -10,10 +10,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as rle
+from tqdm.auto import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from sca import masks
 
@@ -40,7 +43,7 @@ def stream(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list one after another, so that a file of gigabytes is never in memory as a whole."""
     decoder, text, at, gone, expected = json.JSONDecoder(), "", 0, 0, "["
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig") as file, reading(path) as bar:
             while True:
                 found, problem = SEPARATOR.match(text, at), f"no {expected!r}"
                 if found and found.end() < len(text):
@@ -60,6 +63,7 @@ def stream(path: Path) -> Iterator[dict[str, Any]]:
                     else:
                         raise ValueError(f"{path} must be a list of objects; there is {text[found.end() :]!r:.40}")
                 chunk = file.read(CHUNK)
+                bar.update(len(chunk))
                 if not chunk and found and found[1] == "]" and expected != "[":
                     return
                 if not chunk:
@@ -70,6 +74,54 @@ def stream(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def items(path: Path, key: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of one list in the object that a JSON file is, one after another, with the words that name them."""
+    import ijson
+
+    found = False
+    try:
+        with path.open("rb") as file, reading(path) as bar:
+            read = CallbackIOWrapper(bar.update, file, "read")
+            for number, record in enumerate(ijson.items(read, f"{key}.item", use_float=True, buf_size=CHUNK)):
+                found = True
+                place = f"{path}: {key}[{number}]"
+                yield table(record, place), place
+        if not found:
+            _check_list(path, key)
+    except ijson.JSONError as error:
+        told = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+        raise ValueError(
+            f"{path} is not whole JSON: {told}, in {path.stat().st_size} bytes; "
+            "was it cut off while it was copied or downloaded?"
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_list(path: Path, key: str) -> None:
+    """ValueError unless the file is an object with a list of this name."""
+    import ijson
+
+    with path.open("rb") as file:
+        events = list(islice(ijson.parse(file, buf_size=CHUNK), 1))
+    if not events or events[0][1] != "start_map":
+        raise ValueError(f"{path} must be an object with a list {key!r}")
+    kinds: dict[str, str] = {}  # of what stands under each name
+    with path.open("rb") as file:
+        for prefix, event, value in ijson.parse(file, buf_size=CHUNK):
+            if not prefix and event == "map_key":
+                kinds[value] = ""
+            elif prefix in kinds:
+                kinds[prefix] = event
+    if kinds.get(key) != "end_array":
+        raise ValueError(f"{path}: no list {key!r}; it has: {', '.join(kinds) or 'nothing'}")
+
+
+def reading(path: Path) -> tqdm:
+    """A bar over the bytes of a file, on a terminal."""
+    return tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def listed(content: dict[str, Any], key: str, place: str) -> Iterator[tuple[dict[str, Any], str]]:

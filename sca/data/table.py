@@ -6,9 +6,10 @@ A table has a row an image:
     regions  list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
 
 Boxes are x1 y1 x2 y2 in pixels of the image as its viewer sees it, a mask is the counts of its compressed RLE, and
-attributes are JSON. A table is a folder `data/READER-KEY` in the cache folder, where the key stands for the reader's
-options and for the path, size and time of each file that it reads. `about.json` beside the table has its `hash`, the
-numbers of images, regions and phrases, and what was left out and why. Needs the extra `data`.
+attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
+options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
+to the new one. It appears whole or not at all, a conversion that was killed begins anew. `about.json` beside the table
+has its `hash`, the numbers of images, regions and phrases, and what was left out and why. Needs the extra `data`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from sca.data import fields
 from sca.folders import FolderError, new_folder
 from sca.images import ImageError, open_image
 
-SCHEMA = 1  # of the tables and of what readers put into them; another one converts everything anew
+SCHEMA = 2  # of the tables and of what readers put into them; another one converts everything anew
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
-BAD_IMAGES = ("image missing", "image unreadable", "image of another size", "image without data")  # see `max_bad`
+BAD_IMAGES = (
+    *("image missing", "image unreadable", "image of another size", "image without data"),
+    *("segments unreadable", "segments of another size"),
+)  # see `max_bad`
 
 
 class TableDataset:
@@ -64,10 +68,10 @@ class TableDataset:
         self.examples: dict[str, list[str]] = {}
         self.attributes: dict[str, tuple[str, ...]] = {}
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
-        described = [SCHEMA, choice, os.path.realpath(images)]
-        described += [[os.path.realpath(source), _stamp(source)] for source in self.sources]
-        key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]
-        self._obtain(cache_folder().absolute() / "data" / f"{self.reader}-{key}")
+        described = [choice, os.path.realpath(images), *(os.path.realpath(source) for source in self.sources)]
+        asked = _digest(described)  # whatever state the files are in
+        key = _digest([SCHEMA, asked, *map(_stamp, self.sources)])
+        self._obtain(cache_folder().absolute() / "data" / f"{self.reader}-{asked}-{key}")
         self._stop_if_too_many()
 
     def __len__(self) -> int:
@@ -97,6 +101,11 @@ class TableDataset:
         if image.size != size:
             return self._skip_image("image of another size", name, f"{name} ({image.size}, recorded as {size})")
         return Sample(image, row["image_id"], tuple(_region(region, *size) for region in row["regions"]))
+
+    def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
+        """The regions of each image, in order; no picture is opened."""
+        for row in self._table:
+            yield tuple(_region(region, row["width"], row["height"]) for region in row["regions"])
 
     @cached_property
     def image_ids(self) -> list[int]:
@@ -184,11 +193,11 @@ class TableDataset:
         """Opens the table in `folder`, which one process makes if it is not there, and the others wait for."""
         try:
             import datasets  # noqa: F401
+            import ijson  # noqa: F401
             from filelock import FileLock
         except ImportError as error:
-            message = (
-                f"{self.reader} needs `datasets` ({error}). Install it: pip install 'segment-caption-anything[data]'"
-            )
+            install = "Install them: pip install 'segment-caption-anything[data]'"
+            message = f"{self.reader} needs `datasets` and `ijson` ({error}). {install}"
             raise ImportError(message, name=error.name) from error
         if self._open(folder):
             return
@@ -200,8 +209,10 @@ class TableDataset:
             raise FolderError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
         with held:
             if not self._open(folder):
-                for old in (folder, *folder.parent.glob(f".{folder.name}.*")):  # out of date, or left by one who died
-                    shutil.rmtree(old, ignore_errors=True)
+                alike = f"{folder.name.rpartition('-')[0]}-*"  # of files as they were, or left by one who died
+                for old in (*folder.parent.glob(alike), *folder.parent.glob(f".{alike}")):
+                    if old.is_dir():
+                        shutil.rmtree(old, ignore_errors=True)
                 self._convert(folder)
                 assert self._open(folder)
 
@@ -279,6 +290,10 @@ def _region(stored: dict[str, Any], width: int, height: int) -> Region:
         tuple(stored["phrases"]),
         {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()},
     )
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,10 +146,11 @@ def _shape(number: int, caption: Caption, side: int) -> tuple[float, str]:
 
 
 def _item(number: int, caption: Caption) -> str:
-    facts = [f"score {caption.score:.2f}"] + ([] if caption.iou is None else [f"IoU {caption.iou:.2f}"])
+    facts = [] if math.isnan(caption.score) else [f"score {caption.score:.2f}"]
+    facts += [] if caption.iou is None else [f"IoU {caption.iou:.2f}"]
     return (
         f'<li class="{_colour(number)}" data-region="{number}" tabindex="0"><span>{text(caption.text)}</span> '
-        f"<small>region {int(caption.region)} · {' · '.join(facts)}</small></li>\n"
+        f"<small>{' · '.join((f'region {int(caption.region)}', *facts))}</small></li>\n"
     )
 
 

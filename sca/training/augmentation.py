@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,18 +12,25 @@ from sca_registry.contracts import Region, Sample
 
 from sca.masks import area, box_of, decode, encode
 
+SIDE = re.compile(r"\b([Ll]eft|[Rr]ight)\b")
+PADDING = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
 SWAPPED = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """flip: how often left and right are exchanged, in the words too. crop: least share of each side that a random crop
-    keeps. colour: how far brightness, contrast and saturation stray from 1. keep: a region that lost more than
-    `1 - keep` of its area to the crop is dropped.
+    """flip: how often left and right are exchanged. sides: "swap" exchanges them in the words too, "drop" leaves out
+    the regions of a flipped picture whose words or attributes name one. crop: least share of each side that a random
+    crop keeps. scale: least and greatest factor of large-scale jitter (arXiv 2012.07177), after which the picture is a
+    square of its longer side: cut at random where it has grown, padded at the right and below where it has shrunk.
+    colour: how far brightness, contrast and saturation stray from 1. keep: a region that lost more than `1 - keep` of
+    its area is dropped.
     """
 
     flip: float = 0.5
+    sides: str = "swap"
     crop: float = 1.0
+    scale: Sequence[float] = ()
     colour: float = 0.0
     keep: float = 0.4
 
@@ -30,7 +38,11 @@ class Augmentation:
         image, regions = sample.image, list(sample.regions)
         if self.crop < 1:
             image, regions = self._cropped(image, regions, draw)
+        if self.scale:
+            image, regions = self._jittered(image, regions, draw)
         if draw.random() < self.flip:
+            if self.sides == "drop":
+                regions = [region for region in regions if not names_side(region)]
             image, regions = flipped(image, regions)
         if self.colour:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
@@ -46,6 +58,20 @@ class Augmentation:
         window = (left, top, left + width, top + height)
         found = [cropped(region, window, self.keep) for region in regions]
         return image.crop(window), [region for region in found if region is not None]
+
+    def _jittered(
+        self, image: Image.Image, regions: list[Region], draw: np.random.Generator
+    ) -> tuple[Image.Image, list[Region]]:
+        side, factor = max(image.size), draw.uniform(*self.scale)
+        width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # of what is seen
+        left, top = int(draw.integers(image.width - width + 1)), int(draw.integers(image.height - height + 1))
+        window = (left, top, left + width, top + height)
+        size = (min(side, max(1, round(width * factor))), min(side, max(1, round(height * factor))))
+        square = Image.new("RGB", (side, side), PADDING)
+        square.paste(image.crop(window).resize(size, Image.Resampling.BILINEAR))
+        seen = [cropped(region, window, self.keep) for region in regions]
+        found = [scaled(region, (width, height), size, (side, side)) for region in seen if region is not None]
+        return square, [region for region in found if region is not None]
 
 
 def flipped(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, list[Region]]:
@@ -64,8 +90,14 @@ def flipped(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, lis
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [mirrored(region) for region in regions]
 
 
+def names_side(region: Region) -> bool:
+    """Whether its words, or attributes that are text, say left or right."""
+    told = (*region.phrases, *(value for value in region.attributes.values() if isinstance(value, str)))
+    return any(SIDE.search(text) for text in told)
+
+
 def _swapped(text: str) -> str:
-    return re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: SWAPPED[found[0]], text)
+    return SIDE.sub(lambda found: SWAPPED[found[0]], text)
 
 
 def cropped(region: Region, window: tuple[int, int, int, int], keep: float) -> Region | None:
@@ -80,6 +112,23 @@ def cropped(region: Region, window: tuple[int, int, int, int], keep: float) -> R
         return replace(region, box=box) if left_over >= keep else None
     mask = decode(region.mask)[top:bottom, left:right]
     if mask.sum() < keep * area(region.mask) or not mask.any():
+        return None
+    code = encode(mask)
+    return replace(region, box=box_of(code), mask=code)
+
+
+def scaled(region: Region, size: tuple[int, int], new: tuple[int, int], frame: tuple[int, int]) -> Region | None:
+    """The region of a picture of `size` (width, height) that is resized to `new` and lies in the corner of a `frame`;
+    None if its mask is left without a pixel.
+    """
+    x1, y1, x2, y2 = region.box
+    across, down = new[0] / size[0], new[1] / size[1]
+    if region.mask is None:
+        return replace(region, box=(x1 * across, y1 * down, x2 * across, y2 * down))
+    picture = Image.fromarray(decode(region.mask).astype(np.uint8) * 255)
+    mask = np.zeros((frame[1], frame[0]), dtype=bool)
+    mask[: new[1], : new[0]] = np.asarray(picture.resize(new, Image.Resampling.BILINEAR)) > 127
+    if not mask.any():
         return None
     code = encode(mask)
     return replace(region, box=box_of(code), mask=code)

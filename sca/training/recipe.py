@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
 PROMPTS = ("box", "point", "mask", "box-and-point")
 PHRASES = ("given", "rule")
+SIDES = ("swap", "drop")
 NAMES = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
@@ -127,7 +128,7 @@ class Source:
                 raise RegistryError(f"{what}.weight is {weight}: give a number above 0, or leave the table out")
             given["weight"] = float(weight)
         if changes is not None:
-            given["augment"] = _augmentation(changes, f"{what}.augment")
+            given["augment"] = read_augmentation(changes, f"{what}.augment")
         for key, value, known in (("phrases", phrases, PHRASES), ("names", names, NAMES)):
             if value is not None:
                 if value not in known:
@@ -136,7 +137,7 @@ class Source:
         return cls(Part(part.name, options), **given)
 
     def to_dict(self) -> dict[str, Any]:
-        augment = {} if self.augment is None else {"augment": vars(self.augment)}
+        augment = {} if self.augment is None else {"augment": _plain(vars(self.augment))}
         own = {"split": self.split, "weight": self.weight, "phrases": self.phrases, "names": self.names}
         return self.dataset.to_dict() | own | augment
 
@@ -176,7 +177,7 @@ class Validation:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return _plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,11 @@ class Recipe:
         return {"model": model, "data": data, "train": train, "loss": dict(self.loss), **validation}
 
 
+def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    """As TOML and JSON have it."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+
+
 def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """`model=NAME` and `data=PATH` put into a table in place of what it has, and the other assignments."""
     changed, others = dict(table), []
@@ -310,7 +316,8 @@ def _check_prompts(prompts: Mapping[str, Any]) -> None:
         raise RegistryError("train.prompts says how often each prompt is drawn, and none of them ever is")
 
 
-def _augmentation(written: Any, what: str) -> Augmentation:
+def read_augmentation(written: Any, what: str) -> Augmentation:
+    """From a table of options. Raises RegistryError, opening with `what`, for one that is wrong."""
     from sca.training.augmentation import Augmentation  # listing the recipes imports no numpy
 
     _check_type(what, written, {})
@@ -318,10 +325,17 @@ def _augmentation(written: Any, what: str) -> Augmentation:
     for key, value in written.items():
         if key not in known:
             raise unknown(f"{what} has no {key!r}", key, known)
-        _check_type(f"{what}.{key}", value, known[key])
-        if not 0 <= value <= 1:
+        _check_type(f"{what}.{key}", value, list(known[key]) if key == "scale" else known[key])
+        if key == "sides":
+            if value not in SIDES:
+                raise unknown(f"{what}.sides is {value!r}", value, SIDES)
+        elif key == "scale":
+            numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in value)
+            if value and not (len(value) == 2 and numbers and 0 < value[0] <= value[1]):
+                raise RegistryError(f"{what}.scale is {value!r}: give the least and the greatest factor, [0.1, 2.0]")
+        elif not 0 <= value <= 1:
             raise RegistryError(f"{what}.{key} is {value}: give a number from 0 to 1")
-    return Augmentation(**written)
+    return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in written.items()})
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:

@@ -39,7 +39,10 @@ VARIANTS = {  # options worth trying besides those that the card gives for a sma
         "vlm": [{"show": "box", "encoder": "sca-tiny"}],
     },
 }
-READERS = ("coco", "coco-json", "visual-genome", "refcoco", "refcoco-plus", "refcocog", "jsonl")
+READERS = (
+    *("coco", "coco-json", "coco-panoptic", "coco-captions", "objects365", "v3det", "sa1b"),
+    *("visual-genome", "visual-genome-grit", "refcoco", "refcoco-plus", "refcocog", "jsonl"),
+)
 JUDGES = ("clip-score", "noun-recall", "semantic", "spice", "verb-recall")
 FROM_FILES = (*READERS, *JUDGES, "boxes-from-coco", "gguf")  # see below, tests/data and tests/evaluation
 

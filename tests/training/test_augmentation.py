@@ -105,3 +105,43 @@ def test_colours_stray_and_regions_stay(colour):
     assert changed.image.size == sample.image.size
     assert not np.array_equal(changed.image, sample.image)
     assert changed.regions == sample.regions
+
+
+@settings(deadline=None)
+@given(samples(), st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2.0), (1.0, 2.0), (0.5, 0.5), (1.0, 1.0)]))
+def test_large_scale_jitter_takes_boxes_and_masks_along(sample, seed, scale):
+    changed = Augmentation(flip=0.5, scale=scale, keep=0.4)(sample, np.random.default_rng(seed))
+    side = max(sample.image.size)
+    assert changed.image.size == (side, side)
+    for region in changed.regions:
+        mask = decode(region.mask)
+        assert mask.shape == (side, side)
+        assert region.box == box_of(region.mask)
+        before = area(sample.regions[region.id].mask)
+        assert area(region.mask) <= (2 * scale[1] + 1) ** 2 * before
+        if area(region.mask) >= 16:
+            seen = np.asarray(changed.image)[mask][:, 0].astype(int)
+            assert np.abs(seen - 50 * (region.id + 1)).min() <= 2
+    if scale == (1.0, 1.0):
+        assert len(changed.regions) == len(sample.regions)
+        assert [area(r.mask) for r in changed.regions] == [area(r.mask) for r in sample.regions]
+
+
+def test_jitter_scales_a_box_without_a_mask():
+    sample = Sample(Image.new("RGB", (100, 50)), 1, (Region(1, (20.0, 10.0, 40.0, 30.0), None, "car"),))
+    changed = Augmentation(flip=0, scale=(0.5, 0.5))(sample, np.random.default_rng(0))
+    assert changed.image.size == (100, 100)
+    assert changed.regions[0].box == (10.0, 5.0, 20.0, 15.0)
+
+
+def test_what_names_a_side_can_be_left_out_of_a_flipped_picture():
+    named = (
+        Region(1, (0.0, 0.0, 5.0, 5.0), None, "a", ("the left one",)),
+        Region(2, (0.0, 0.0, 5.0, 5.0), None, "a", ("one that is left-handed",)),
+        Region(3, (0.0, 0.0, 5.0, 5.0), None, "a", ("leftover",), {"place": "right"}),
+        Region(4, (0.0, 0.0, 5.0, 5.0), None, "a", ("leftover",)),
+    )
+    sample = Sample(Image.new("RGB", (20, 10)), 1, named)
+    flipped_one = Augmentation(flip=1.0, sides="drop")(sample, np.random.default_rng(0))
+    assert [region.id for region in flipped_one.regions] == [4]
+    assert len(Augmentation(flip=0.0, sides="drop")(sample, np.random.default_rng(0)).regions) == 4

@@ -1,0 +1,56 @@
+"""SA-1B: masks without names, and captions where somebody made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sca.data.coco import box
+from sca.data.fields import field, identified, phrases, read_json, size, table
+from sca.data.table import TableDataset
+
+
+class Sa1b(TableDataset):
+    """Dataset: `Sa1b("train", root=FOLDER)`: masks of SA-1B (arXiv 2304.02643) with captions.
+
+    `root` holds `sa_1.json`, `sa_1.jpg` and so on, or folders of them, as the archives have them. SA-1B has no words:
+    an annotation may have a "caption" (a string or a list of them), or `sa_1.captions.json` beside the file maps
+    annotation ids to captions. Masks without words are left out and counted, and so is a caption of a mask that is not
+    there. There is one split, "train". The rest is that of `TableDataset`.
+    """
+
+    reader = "sa1b"
+
+    def __init__(self, split: str, root: str | Path, max_bad: int = 100):
+        if split != "train":
+            raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
+        root = Path(root)
+        files = (path for path in root.rglob("sa_*.json") if not path.name.endswith(".captions.json"))
+        self.files = sorted(files, key=lambda path: (str(path.parent), len(path.name), path.name))  # by number
+        if not self.files:
+            raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
+        told = [path for path in (_captions(file) for file in self.files) if path.is_file()]
+        super().__init__(split, root, [*self.files, *told], max_bad)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for file in self.files:
+            content = table(read_json(file), str(file))
+            record, place = table(field(content, "image", dict, str(file)), f"{file}: image"), f"{file}: image"
+            folder = file.parent.relative_to(self.images)
+            name = str(folder / field(record, "file_name", str, place))
+            image = self._image(field(record, "image_id", int, place), name, *size(record, place))
+            captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
+            where = f"{file}: annotations"
+            for annotation, at in identified(field(content, "annotations", list, str(file)), where):
+                beside = captions.pop(str(annotation["id"]), None)
+                told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
+                mask = ("segmentation", annotation.get("segmentation"))
+                self._keep(image, annotation["id"], box(annotation, at), at, mask=mask, phrases=told)
+            for identity in captions:
+                self._skip("caption of no mask", f"{_captions(file)}: {identity}")
+            yield image
+
+
+def _captions(file: Path) -> Path:
+    return file.with_suffix(".captions.json")

@@ -1,0 +1,44 @@
+"""A page of samples: what a dataset says of its pictures, and what augmentation makes of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from sca_registry.contracts import Caption, Prompt, Region, Sample
+
+from sca.output.html import Html
+
+
+def view(
+    samples: Iterable[Sample],
+    path: Path,
+    title: str,
+    augment: Callable[[Sample, np.random.Generator], Sample] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes one offline HTML file: each picture with its regions, and once more as `augment` changes it."""
+    page = Html(path, title)
+    try:
+        for sample in samples:
+            _add(page, f"image {sample.image_id}", sample)
+            if augment is not None:
+                _add(page, f"image {sample.image_id}, augmented", augment(sample, np.random.default_rng(seed)))
+                seed += 1
+    except BaseException:
+        page.close(finished=False)
+        raise
+    page.close()
+    return path
+
+
+def _add(page: Html, name: str, sample: Sample) -> None:
+    page.add(name, sample.image, [_told(region) for region in sample.regions])
+
+
+def _told(region: Region) -> Caption:
+    words = " / ".join(region.phrases)
+    name = f"{region.name}: " if region.name and words else region.name or ""
+    return Caption(name + words, math.nan, region.box, region.mask, None, Prompt(box=region.box), region.id)

@@ -1,0 +1,40 @@
+"""`sca data`: what a dataset holds, as numbers and as a page."""
+
+import json
+
+import pytest
+
+from sca.data.export import export
+from sca.data.scenes import Scenes
+
+
+@pytest.fixture
+def root(tmp_path):
+    return export({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
+
+
+def test_the_command_tells_them_and_what_was_left_out(root, shell):
+    next((root / "val").iterdir()).unlink()
+    told = shell("data", "stats", "coco", f"root='{root}'", "--json")
+    found = json.loads(told.out)
+    assert found["images"] == 5
+    assert found["skipped"] == {"image missing": 1}
+    assert len(found["examples"]["image missing"]) == 1
+    table = shell("data", "stats", "coco", f"root='{root}'")
+    assert table.status == 0
+    assert "image missing 1" in table.out
+
+
+def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):
+    scenes = Scenes("val", count=6, size=64)
+    told = shell(
+        "data", "view", "coco", f"root='{root}'", "--limit", 2, "--augment", "{flip=1.0}", "--out", "page.html"
+    )
+    assert told.status == 0, told.err
+    page = (here / "page.html").read_text()
+    assert page.count("<section") == 4
+    assert page.count("augmented</h2>") == 2
+    assert any(phrase in page for sample in scenes for region in sample.regions for phrase in region.phrases)
+    wrong = shell("data", "view", "coco", f"root='{root}'", "--augment", "{flop=1.0}")
+    assert wrong.status == 2
+    assert "--augment has no 'flop'. Did you mean 'flip'" in wrong.err[0]
