@@ -36,7 +36,8 @@ def commands(program: str, *texts: str) -> list[str]:
 
 def cheap(command: str) -> bool:
     """Needs nothing that is not in the repository, and takes seconds."""
-    return bool(re.match(r"sca (list|show|data|caption examples/)", command)) and "runs/" not in command
+    made_before = re.search("runs/|out/own", command)
+    return bool(re.match(r"sca (list|show|data|caption examples/)", command)) and not made_before
 
 
 @pytest.fixture
@@ -71,6 +72,17 @@ def test_every_command_about_the_example_runs(command, checkout, capsys):
     except SystemExit as end:
         status = end.code
     assert status == 0, capsys.readouterr().err
+
+
+def test_the_chapter_on_own_data_works_word_by_word(checkout):
+    (chapter,) = (block for block in blocks("sh") if "out/own/mine.jsonl" in block)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    chapter = chapter.replace("train.steps=20", "train.steps=3 train.images=2 train.processes=1")
+    done = subprocess.run(["bash", "-ec", chapter], capture_output=True, text=True, cwd=checkout, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "runs/own/model/weights.safetensors").is_file()
+    assert done.stdout.splitlines()[-1]
 
 
 def test_every_make_target_is_there():

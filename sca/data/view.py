@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from sca_registry.contracts import Caption, Prompt, Region, Sample
 
+from sca.output.files import open_folder
 from sca.output.html import Html
 
 
@@ -20,6 +21,7 @@ def view(
     seed: int = 0,
 ) -> Path:
     """Writes one offline HTML file: each picture with its regions, and once more as `augment` changes it."""
+    open_folder(path.parent)
     page = Html(path, title)
     try:
         for sample in samples:

@@ -111,7 +111,7 @@ def compare(
     reports = [score_file(path, metrics, settings) for path in (first, second)]
     _check(reports, (str(first), str(second)))
     shares = [{name: value for name, value in report.scores.items() if isinstance(value, float)} for report in reports]
-    sums = [_sums(report) for report in reports]
+    sums = [sums_of(report) for report in reports]
     differences = []
     for name in (name for name in shares[0] if name in shares[1]):
         values = [share[name] for share in shares]
@@ -192,7 +192,8 @@ def _remarks(reports: Sequence[Report]) -> tuple[str, ...]:
     )
 
 
-def _sums(report: Report) -> dict[str, Any]:
+def sums_of(report: Report) -> dict[str, Any]:
+    """Of each score that is a mean over regions, what `resample` takes."""
     return {
         name: made
         for (_, control), scores in report.scored.metrics.items()

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from sca_registry import RegistryError, datasets
-from sca_registry.contracts import Batch
+from sca_registry.contracts import Batch, Dataset
 from sca_registry.messages import unknown
+from sca_registry.spec import Part
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm.auto import tqdm
@@ -61,7 +62,14 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
         sharded=sharded,
     )
     if recipe.validate is not None:
-        trainer.add_callback(Validating(trainer, recipe.validate, folder))
+        asked = Part.from_dict(recipe.validate.dataset, "dataset of validate")
+        unseen = datasets.build(asked.name, recipe.validate.split, **asked.options)
+        if len(unseen):
+            trainer.add_callback(Validating(trainer, recipe.validate, unseen, folder))
+        elif trainer.is_world_process_zero():
+            warnings.warn(
+                f"{asked.name} has no image for {recipe.validate.split!r}: nothing is validated", stacklevel=2
+            )
     if recipe.train.cache_features:
         fill_cache(model.to(trainer.args.device), stream, trainer, quiet)
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
@@ -317,8 +325,8 @@ class CaptionTrainer(Trainer):
 class Validating(TrainerCallback):
     """Evaluates while training, logs the scores, and keeps the best model."""
 
-    def __init__(self, trainer: CaptionTrainer, options: Validation, folder: Path):
-        self.trainer, self.options, self.folder = trainer, options, folder
+    def __init__(self, trainer: CaptionTrainer, options: Validation, unseen: Dataset, folder: Path):
+        self.trainer, self.options, self.unseen, self.folder = trainer, options, unseen, folder
         self.questions = Questions(prompt=options.prompt)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -332,7 +340,7 @@ class Validating(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         report = evaluate(
             model.eval(),
-            options.dataset,
+            self.unseen,
             options.split,
             questions=self.questions,
             metrics=options.metrics or None,

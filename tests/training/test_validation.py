@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from sca_registry import RegistryError
 
 from sca.checkpoint import load, weights_hash
@@ -49,6 +50,15 @@ def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
     straight = train(plan(), tmp_path / "one", quiet=True).state_dict()
     watched = train(plan({"every": 1, "limit": 2}), tmp_path / "two", quiet=True).state_dict()
     assert all(torch.equal(straight[name], watched[name]) for name in straight)
+
+
+def test_where_nothing_is_left_to_validate_with_that_is_said(plan, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    recipe = plan({"every": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}})
+    with pytest.warns(UserWarning, match="jsonl has no image for 'val': nothing is validated"):
+        train(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run/best").exists()
 
 
 @pytest.mark.parametrize(
