@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sca.hub import quiet
+from sca.language_models.greedy import greedy, plain
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,12 +70,16 @@ class CausalLanguageModel(nn.Module):
             )
         pad, ends = self._ends()
         room = self.positions or prefix.shape[1] + max_new_tokens
+        steps = min(max_new_tokens, room - prefix.shape[1])
+        if beams == captions == 1 and not sample and len(prefix) and steps > 0 and plain(self.model):
+            ids, scores = greedy(self.model, self.head, prefix.to(self.model.dtype), steps, pad, ends)
+            return Generated(ids[:, None], scores[:, None])
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
         with quiet():
             found = self.model.generate(
                 inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
-                max_new_tokens=min(max_new_tokens, room - prefix.shape[1]),
+                max_new_tokens=steps,
                 num_beams=beams,
                 do_sample=sample,
                 num_return_sequences=captions,

@@ -89,10 +89,11 @@ class SamSegmenter(nn.Module):
         image = self.neck(features)  # (B, D, h, w)
         prompt_tokens, dense = self.embed(prompts)
         position = self.position()
-        grid = image[prompts.owner] + dense  # (N, D, h, w)
+        shared = dense.dim() == 3  # no region has drawn into its grid yet: one for each image will do
+        grid = (image if shared else image[prompts.owner]) + dense  # (B or N, D, h, w)
         outputs = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
         tokens = torch.cat((outputs.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
-        tokens, grid = self.decoder.transformer(tokens, grid, position)
+        tokens, grid = self.decoder.transformer(tokens, grid, position, prompts.owner if shared else None)
         masks, scores = self.masks(tokens, grid)
         chosen = slice(1, None) if multimask else slice(0, 1)
         masks, scores = masks[:, chosen], scores[:, chosen]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -115,7 +116,10 @@ def alone(tmp_path_factory):
     return history(folder / "one"), load_file(folder / "one/model/weights.safetensors")
 
 
-@pytest.mark.parametrize("way", WAYS)
+USUAL = ("pieces of a step", "accelerate", "two that share out what trains")  # the others in `make test-all`
+
+
+@pytest.mark.parametrize("way", [way if way in USUAL else pytest.param(way, marks=pytest.mark.all) for way in WAYS])
 def test_every_way_makes_the_same_steps(run, alone, tmp_path, way):
     run(*WAYS[way])
     losses, weights = alone
@@ -146,6 +150,30 @@ def test_a_sharded_run_that_is_killed_goes_on(run, alone, tmp_path):
     process.communicate()
     run(*command)
     assert (torch.tensor(history(tmp_path / "other")) - torch.tensor(alone[0])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(2, 60), pytest.param(20, 600, marks=pytest.mark.all)])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tmp_path, kills, steps):
+    options = (f"train.steps={steps}", "train.save=5", "train.images=2")
+    run(*TRAIN, "whole", *options)
+    draw, done = random.Random(kills), 0
+    while done < kills:
+        process = run.start(*TRAIN, "killed", *options)
+        try:
+            process.wait(draw.uniform(1, 9))
+            break  # it ended before its time
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            done += 1
+        for written in (tmp_path / "killed").glob("checkpoint-*"):
+            for file in ("lesson.pt", "optimizer.pt"):
+                torch.load(written / file, weights_only=True)
+            json.loads((written / "trainer_state.json").read_text())
+    run(*TRAIN, "killed", *options)
+    whole, killed = (load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 def test_a_sharded_run_is_not_validated(run, tmp_path):
