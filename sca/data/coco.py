@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sca.data.fields import corners, field, four, identified, items, listed, phrases, read_json, size
-from sca.data.grouped import Grouped
+from tqdm.auto import tqdm
+
+from sca.data.fields import corners, field, four, identified, phrases, size
 from sca.data.own import check_hold_out, chosen
+from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
+
+WHAT = "COCO's format is an object with images, annotations and categories"
+
+
+class Index(NamedTuple):
+    """A file in COCO's format: its images, its annotations, and the name of each category."""
+
+    images: Records
+    annotations: Records
+    names: dict[int, str]
+    things: set[int]  # the categories that are things, where that is said
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        keys: Sequence[str] = ("id", "image_id"),  # of annotations
+        named: bool = True,
+    ) -> Index:
+        """Without `named` there need be no categories."""
+        lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
+        found, kept = index(path, lists, ("categories",) if named else (), WHAT)
+        listing = identified(kept.get("categories", []), f"{path}: categories")
+        told = [(record, field(record, "name", str, place).strip()) for record, place in listing]
+        names = {record["id"]: name for record, name in told}
+        things = {record["id"] for record, _ in told if record.get("isthing")}
+        return cls(found["images"].unique(), found["annotations"].unique(), names, things)
+
+    def image(self, number: int) -> tuple[int, str, int, int]:
+        """Id, file name, width and height."""
+        record, place = self.images[number]
+        return record["id"], field(record, "file_name", str, place), *size(record, place)
+
+    def name(self, record: Mapping[str, Any], place: str) -> str:
+        """The name of the category of an annotation or a segment."""
+        number = field(record, "category_id", int, place)
+        if number not in self.names:
+            raise ValueError(f"{place}: category_id {number} has no name among the categories")
+        return self.names[number]
 
 
 class Coco(TableDataset):
@@ -41,28 +82,30 @@ class Coco(TableDataset):
         images: str | Path | None = None,
         max_bad: int = 100,
     ):
-        self.annotations, pictures = found(self.layouts, split, root, annotations, images)
+        self.annotations, pictures = find(self.layouts, split, root, annotations, images)
         super().__init__(split, pictures, [self.annotations], max_bad, self.choice)
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        categories = read_categories(self.annotations) if self.named else {}
-        names = {number: self._name(name) for number, name in categories.items()}
-        self.attributes = {"name": tuple(dict.fromkeys(names.values()))} if self.named else {}
-        grouped = Grouped()
-        grouped.add_images(items(self.annotations, "images"))
-        grouped.add_annotations(items(self.annotations, "annotations"))
-        for (record, at), its_own in grouped:
-            identity, file, width, height = described(record, at)
-            image = self._image(identity, self._file(file), width, height)
-            self._fill(image, its_own, names)
-            yield image
-        grouped.close()
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        """The index, the number of an image, and those of its annotations."""
+        found = Index.read(self.annotations, named=self.named)
+        bar.reset(len(found.images))
+        if self.named:
+            found = found._replace(names={number: self._name(name) for number, name in found.names.items()})
+            self.attributes = {"name": tuple(dict.fromkeys(found.names.values()))}
+        owners = found.annotations.owners("image_id", found.images, "the images")
+        for number, its in grouped(owners, len(found.images)):
+            yield found, number, its
 
-    def _fill(
-        self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], names: dict[int, str]
-    ) -> None:
+    def _record(self, entry: Any) -> dict[str, Any] | None:
+        found, number, annotations = entry
+        identity, file, width, height = found.image(number)
+        image = self._image(identity, self._file(file), width, height)
+        self._fill(image, [found.annotations[each] for each in annotations], found)
+        return image
+
+    def _fill(self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], found: Index) -> None:
         for record, place in annotations:
-            name = category(record, names, place) if self.named else None
+            name = found.name(record, place) if self.named else None
             if record.get("iscrowd"):
                 self._skip("crowd", place)
                 continue
@@ -139,9 +182,7 @@ class CocoCaptions(Coco):
     layouts = (("annotations/captions_{split}2017.json", "{split}2017"), ("captions_{split}.json", "{split}"))
     named = False
 
-    def _fill(
-        self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], names: dict[int, str]
-    ) -> None:
+    def _fill(self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], found: Index) -> None:
         told = [phrase for r, at in annotations for phrase in phrases(field(r, "caption", str, at), "caption", at)]
         if annotations:
             (first, place), *_ = annotations
@@ -163,38 +204,9 @@ class CocoJson(Coco):
         self.choice = check_hold_out(split, hold_out)
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        return (record for record in super()._records() if chosen(record["file"], self.split, self.hold_out))
-
-
-def read_instances(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
-    """What an instances file has, and the name of each category."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: COCO instances are an object with images, annotations and categories")
-    return content, _names(listed(content, "categories", str(path)))
-
-
-def read_categories(path: Path) -> dict[int, str]:
-    """The name of each category of an instances file of any size."""
-    return _names(identified((record for record, _ in items(path, "categories")), f"{path}: categories"))
-
-
-def _names(listing: Iterable[tuple[dict[str, Any], str]]) -> dict[int, str]:
-    return {record["id"]: field(record, "name", str, place).strip() for record, place in listing}
-
-
-def described(record: dict[str, Any], place: str) -> tuple[int, str, int, int]:
-    """Id, file name, width and height of an image."""
-    return record["id"], field(record, "file_name", str, place), *size(record, place)
-
-
-def category(record: dict[str, Any], categories: dict[int, str], place: str) -> str:
-    """The name of an annotation's category."""
-    number = field(record, "category_id", int, place)
-    if number not in categories:
-        raise ValueError(f"{place}: category_id {number} has no name among the categories")
-    return categories[number]
+    def _record(self, entry: Any) -> dict[str, Any] | None:
+        record = super()._record(entry)
+        return record if record and chosen(record["file"], self.split, self.hold_out) else None
 
 
 def box(record: dict[str, Any], place: str) -> tuple[float, float, float, float]:
@@ -202,7 +214,7 @@ def box(record: dict[str, Any], place: str) -> tuple[float, float, float, float]
     return corners(*four(record, "bbox", "x, y, width, height", place), place)
 
 
-def found(
+def find(
     layouts: Iterable[tuple[str, str]],
     split: str,
     root: str | Path | None,

@@ -5,6 +5,7 @@ The package's own loaders read the same layouts, so an exported dataset is also 
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -164,10 +165,27 @@ def _sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             write_json(folder / f"{name}.captions.json", captions)
 
 
+def _jsonl(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+    for split, samples in splits.items():
+        seen = Ids()
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as lines:
+            for sample in samples:
+                seen.image(sample, split)
+                name = f"{split}/{sample.image_id:012d}.png"
+                save(sample, folder / name)
+                width, height = sample.image.size
+                for region in sample.regions:
+                    line = {"image": name, "image_id": sample.image_id, "id": region.id, "box": region.box}
+                    extras = {"name": region.name, "mask": region.mask, "phrases": region.phrases}
+                    extras = {key: value for key, value in {**extras, "attributes": region.attributes}.items() if value}
+                    lines.write(json.dumps({**line, **extras, "width": width, "height": height}) + "\n")
+
+
 FORMATS: dict[str, Callable[[Mapping[str, Iterator[Sample]], Path], None]] = {
     "coco": coco,
     "coco-captions": captions,
     "coco-panoptic": panoptic,
+    "jsonl": _jsonl,
     "objects365": objects365,
     "sa1b": _sa1b,
     "v3det": v3det,

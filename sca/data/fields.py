@@ -10,18 +10,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as rle
-from tqdm.auto import tqdm
-from tqdm.utils import CallbackIOWrapper
 
 from sca import masks
 
-CHUNK = 1 << 22  # characters that `stream` reads at a time
-SEPARATOR = re.compile(r"\s*([\[,\]])\s*")
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
 
 Skip = Callable[[str, str], None]  # counts a reason, and what it was met at
@@ -32,103 +27,20 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
-        raise _cut(path, error.msg, f"{error.pos} of {len(error.doc)}") from None
+        raise cut(path, error.msg, error.pos, len(error.doc)) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def stream(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list one after another, so that a file of gigabytes is never in memory as a whole."""
-    decoder, text, at, gone, expected = json.JSONDecoder(), "", 0, 0, "["
-    try:
-        with path.open(encoding="utf-8-sig") as file, reading(path) as bar:
-            while True:
-                found, problem = SEPARATOR.match(text, at), f"no {expected!r}"
-                if found and found.end() < len(text):
-                    if found[1] != expected:
-                        break
-                    if text[found.end()] == "{":
-                        try:
-                            record, end = decoder.raw_decode(text, found.end())
-                            yield record
-                            at, expected = end, ","
-                            continue
-                        except json.JSONDecodeError as error:
-                            problem = error.msg
-                    elif found[1] == "[" and text[found.end()] == "]":
-                        at, expected = found.end(), ","
-                        continue
-                    else:
-                        raise ValueError(f"{path} must be a list of objects; there is {text[found.end() :]!r:.40}")
-                chunk = file.read(CHUNK)
-                bar.update(len(chunk))
-                if not chunk and found and found[1] == "]" and expected != "[":
-                    return
-                if not chunk:
-                    break
-                text, at, gone = text[at:] + chunk, 0, gone + at
-        raise _cut(path, problem, str(gone + at))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    except OSError as error:
-        raise _unreadable(path, error) from error
+def cut(path: Path, problem: str, position: int, size: int) -> ValueError:
+    place = f"{problem} at {position} of {size} bytes"
+    return ValueError(f"{path} is not whole JSON: {place}; was it cut off while it was copied or downloaded?")
 
 
-def items(path: Path, key: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of one list in the object that a JSON file is, one after another, with the words that name them."""
-    import ijson
-
-    found = False
-    try:
-        with path.open("rb") as file, reading(path) as bar:
-            read = CallbackIOWrapper(bar.update, file, "read")
-            for number, record in enumerate(ijson.items(read, f"{key}.item", use_float=True, buf_size=CHUNK)):
-                found = True
-                place = f"{path}: {key}[{number}]"
-                yield table(record, place), place
-        if not found:
-            _check_list(path, key)
-    except ijson.JSONError as error:
-        told = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-        raise ValueError(
-            f"{path} is not whole JSON: {told}, in {path.stat().st_size} bytes; "
-            "was it cut off while it was copied or downloaded?"
-        ) from None
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _check_list(path: Path, key: str) -> None:
-    """ValueError unless the file is an object with a list of this name."""
-    import ijson
-
-    with path.open("rb") as file:
-        events = list(islice(ijson.parse(file, buf_size=CHUNK), 1))
-    if not events or events[0][1] != "start_map":
-        raise ValueError(f"{path} must be an object with a list {key!r}")
-    kinds: dict[str, str] = {}  # of what stands under each name
-    with path.open("rb") as file:
-        for prefix, event, value in ijson.parse(file, buf_size=CHUNK):
-            if not prefix and event == "map_key":
-                kinds[value] = ""
-            elif prefix in kinds:
-                kinds[prefix] = event
-    if kinds.get(key) != "end_array":
-        raise ValueError(f"{path}: no list {key!r}; it has: {', '.join(kinds) or 'nothing'}")
-
-
-def reading(path: Path) -> tqdm:
-    """A bar over the bytes of a file, on a terminal."""
-    return tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
-
-
-def listed(content: dict[str, Any], key: str, place: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each record of one list, taken out of `content`, with the words that name it; ids are checked to be unique."""
-    if not isinstance(content.get(key), list):
-        raise ValueError(f"{place}: no list {key!r}; it has: {', '.join(content) or 'nothing'}")
-    return identified(content.pop(key), f"{place}: {key}")
+def unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"cannot read {path}: {error.strerror or error}")
 
 
 def identified(records: Iterable[Any], place: str, key: str = "id") -> Iterator[tuple[dict[str, Any], str]]:
@@ -189,13 +101,13 @@ def corners(x: float, y: float, width: float, height: float, place: str) -> tupl
 
 
 def phrases(given: Any, key: str, place: str) -> list[str]:
-    """The phrases in a string or a list of strings, blank ones left out; None has none."""
+    """The phrases in a string or a list of strings, without space around them; None has none."""
     given = [] if given is None else [given] if isinstance(given, str) else given
     if not isinstance(given, list) or not all(isinstance(phrase, str) for phrase in given):
         raise ValueError(f"{place}: {key} must be a string or a list of strings, not {given!r:.80}")
     if not all(map(is_text, given)):
         raise ValueError(f"{place}: {key} has a character that is half of one: {given!r:.80}")
-    return [phrase.strip() for phrase in given if phrase.strip()]
+    return [phrase.strip() for phrase in given]
 
 
 def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:
@@ -251,14 +163,3 @@ def _given(record: dict[str, Any], key: str, place: str) -> Any:
     if key not in record:
         raise ValueError(f"{place}: no {key!r}; it has: {', '.join(map(str, record)) or 'nothing'}")
     return record[key]
-
-
-def _cut(path: Path, problem: str, position: str) -> ValueError:
-    return ValueError(
-        f"{path} is not whole JSON: {problem} at character {position}; "
-        "was it cut off while it was copied or downloaded?"
-    )
-
-
-def _unreadable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"cannot read {path}: {error.strerror or error}")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image
+from tqdm.auto import tqdm
 
-from sca.data.fields import field, four, mask, phrases, size, table
+from sca.data.fields import field, four, mask, phrases, size
 from sca.data.own import check_hold_out, chosen
+from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.masks import box_of
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
-KEPT = ("box", "mask", *WORDS, "attributes", "width", "height")
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -61,61 +62,52 @@ class Jsonl(TableDataset):
             return here
         return path
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        names: set[str] = set()
-        for name, (image_id, lines) in self._by_image().items():
-            if not chosen(name, self.split, self.hold_out):
-                continue
-            sides = self._size(name, lines)
-            if sides:
-                image = self._image(image_id, name, *sides)
-                for record, place in lines:
-                    self._add(image, record, place)
-                names.update(region["name"] for region in image["regions"] if region["name"])
-                yield image
-        self.attributes = {"name": tuple(sorted(names))} if names else {}
-
-    def _by_image(self) -> dict[str, tuple[int, list[tuple[dict[str, Any], str]]]]:
-        """The id and the lines of each image, every line with its id."""
-        images: dict[str, tuple[int, list]] = {}
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        """All lines, the name and the id of an image, and the numbers of its lines; images as they first come."""
+        images: dict[str, tuple[int, int]] = {}  # the place of each, and its id
         owners: dict[int, str] = {}
-        seen: set[int] = set()
+        names: set[str] = set()
+        places = array("q")
         keyed: dict[str, bool] = {}
-        for number, (record, place) in enumerate(self._lines()):
+        found = Lines(self.file, str(self.file), ("id", "line"))
+        for record, line, start, end in read_lines(self.file):
+            place = f"{self.file}: line {line}"
             keyed = keyed or {key: key in record for key in ("id", "image_id")}
             for key, given in keyed.items():
                 if (key in record) != given:
                     told = f"no {key!r}, which the first line has" if given else f"{key!r}, which the first line lacks"
                     raise ValueError(f"{place}: {told}; give it on every line, or on none")
-            identity = field(record, "id", int, place) if keyed["id"] else number
+            identity = field(record, "id", int, place) if keyed["id"] else len(places)
             place = f"{place} (id {identity})"
-            if identity in seen:
-                raise ValueError(f"{place}: this id was given before")
-            seen.add(identity)
             name = os.path.normpath(field(record, "image", str, place))
-            known = images[name][0] if name in images else len(images)
+            known = images[name][1] if name in images else len(images)
             image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
             if owners.setdefault(image_id, name) != name:
                 raise ValueError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
-            if images.setdefault(name, (image_id, []))[0] != image_id:
+            number, first = images.setdefault(name, (len(images), image_id))
+            if first != image_id:
                 raise ValueError(f"{place}: image_id {image_id} is another than before, {known}, for the same image")
-            kept = {key: record[key] for key in KEPT if key in record}
-            images[name][1].append(({**kept, "id": identity}, place))
-        return images
+            if isinstance(record.get("name"), str) and record["name"].strip():
+                names.add(record["name"].strip())
+            found.note((identity, line), start, end)
+            places.append(number)
+        found.unique()
+        self.attributes = {"name": tuple(sorted(names))} if names else {}
+        bar.reset(len(images))
+        for (name, (_, image_id)), (_, lines) in zip(images.items(), grouped(places, len(images)), strict=True):
+            if chosen(name, self.split, self.hold_out):
+                yield found, name, image_id, lines
 
-    def _lines(self) -> Iterator[tuple[dict[str, Any], str]]:
-        with self.file.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{self.file}: line {number}"
-                try:
-                    text = line.decode("utf-8-sig").strip()
-                    record = json.loads(text) if text else None
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{place} is not UTF-8: {error}") from None
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place} is not whole JSON: {error.msg} at character {error.pos}") from None
-                if text:
-                    yield table(record, place), place
+    def _record(self, entry: Any) -> dict[str, Any] | None:
+        found, name, image_id, numbers = entry
+        lines = [found[number] for number in numbers]
+        sides = self._size(name, lines)
+        if not sides:
+            return None
+        image = self._image(image_id, name, *sides)
+        for number, (record, place) in zip(numbers, lines, strict=True):
+            self._add(image, record, found.columns["id"][number], place)
+        return image
 
     def _size(self, name: str, lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
         """What the lines say, or else the picture; None if neither does, which is counted."""
@@ -137,7 +129,7 @@ class Jsonl(TableDataset):
             reason, what = ("image unreadable", f"{name} ({error})") if path.is_file() else ("image missing", name)
             return self._skip_image(reason, name, what, stop=False)
 
-    def _add(self, image: dict[str, Any], record: dict[str, Any], place: str) -> None:
+    def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
         shape = record.get("mask")
         if shape and record.get("box") is None:
             counts = mask(shape, "mask", image["width"], image["height"], place, self._skip)
@@ -158,7 +150,7 @@ class Jsonl(TableDataset):
         told = next((key for key in ("caption", "phrases") if key in words), "caption")
         self._keep(
             image,
-            record["id"],
+            identity,
             box,
             place,
             mask=("mask", shape),

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sca.data.coco import box, category, described, read_instances
-from sca.data.fields import field, identified, listed, phrases, read_json, table
+from tqdm.auto import tqdm
+
+from sca.data.coco import Index, box
+from sca.data.fields import field, identified, phrases, read_json, table
 from sca.data.table import TableDataset
 
 BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
@@ -49,7 +51,8 @@ class RefCoco(TableDataset):
             raise ValueError(f"there is no instances.json beside {self.refs}")
         super().__init__(split, _pictures(Path(root), images), [self.refs, self.instances], max_bad, split)
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        """The index, the number of an image, and its refs with their places and the numbers of their annotations."""
         refs = [
             (record, place, field(record, "split", str, place))
             for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id")
@@ -57,35 +60,40 @@ class RefCoco(TableDataset):
         if all(split != self.split for *_, split in refs):
             splits = dict.fromkeys(split for *_, split in refs)
             raise ValueError(f"{self.refs} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
-        content, categories = read_instances(self.instances)
-        self.attributes = {"name": tuple(dict.fromkeys(categories.values()))}
-        where = str(self.instances)
-        known = {record["id"]: (record, place) for record, place in listed(content, "images", where)}
-        annotations = {record["id"]: (record, place) for record, place in listed(content, "annotations", where)}
-        images: dict[int, dict[str, Any]] = {}
-        for ref, place, split in refs:
-            if split != self.split:
-                continue
-            image_id, number = (field(ref, key, int, place) for key in ("image_id", "ann_id"))
-            if image_id not in known:
-                raise ValueError(f"{place}: image_id {image_id} is not among the images of {where}")
-            if number not in annotations:
-                raise ValueError(f"{place}: ann_id {number} is not among the annotations of {where}")
-            annotation, at = annotations[number]
-            if field(annotation, "image_id", int, at) != image_id:
-                raise ValueError(f"{place}: ann_id {number} is of image {annotation['image_id']}, not of {image_id}")
-            if image_id not in images:
-                images[image_id] = self._image(*described(*known[image_id]))
+        found = Index.read(self.instances)
+        self.attributes = {"name": tuple(dict.fromkeys(found.names.values()))}
+        mine = [(ref, place) for ref, place, split in refs if split == self.split]
+        images: dict[int, list[Any]] = {}
+        told = {key: [field(ref, key, int, place) for ref, place in mine] for key in ("image_id", "ann_id")}
+        known = found.images.find(told["image_id"]).tolist(), found.annotations.find(told["ann_id"]).tolist()
+        for (ref, place), image, annotation in zip(mine, *known, strict=True):
+            if image < 0:
+                raise ValueError(f"{place}: image_id {ref['image_id']} is not among the images of {self.instances}")
+            if annotation < 0:
+                raise ValueError(f"{place}: ann_id {ref['ann_id']} is not among the annotations of {self.instances}")
+            images.setdefault(image, []).append((ref, place, annotation))
+        bar.reset(len(images))
+        for image, its in images.items():
+            yield found, image, its
+
+    def _record(self, entry: Any) -> dict[str, Any]:
+        found, number, refs = entry
+        image = self._image(*found.image(number))
+        for ref, place, which in refs:
+            annotation, at = found.annotations[which]
+            if annotation["image_id"] != ref["image_id"]:
+                told = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
+                raise ValueError(f"{place}: ann_id {ref['ann_id']} {told}")
             self._keep(
-                images[image_id],
+                image,
                 ref["ref_id"],
                 box(annotation, at),
                 f"{place}, {at}",
                 mask=("segmentation", annotation.get("segmentation")),
-                name=category(annotation, categories, at),
+                name=found.name(annotation, at),
                 phrases=_sentences(ref, place),
             )
-        yield from images.values()
+        return image
 
 
 class _Plain(pickle.Unpickler):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from sca.data.coco import box
 from sca.data.fields import field, identified, phrases, read_json, size, table
 from sca.data.table import TableDataset
@@ -33,23 +35,27 @@ class Sa1b(TableDataset):
         told = [path for path in (_captions(file) for file in self.files) if path.is_file()]
         super().__init__(split, root, [*self.files, *told], max_bad)
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        for file in self.files:
-            content = table(read_json(file), str(file))
-            record, place = table(field(content, "image", dict, str(file)), f"{file}: image"), f"{file}: image"
-            folder = file.parent.relative_to(self.images)
-            name = str(folder / field(record, "file_name", str, place))
-            image = self._image(field(record, "image_id", int, place), name, *size(record, place))
-            captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
-            where = f"{file}: annotations"
-            for annotation, at in identified(field(content, "annotations", list, str(file)), where):
-                beside = captions.pop(str(annotation["id"]), None)
-                told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
-                mask = ("segmentation", annotation.get("segmentation"))
-                self._keep(image, annotation["id"], box(annotation, at), at, mask=mask, phrases=told)
-            for identity in captions:
-                self._skip("caption of no mask", f"{_captions(file)}: {identity}")
-            yield image
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        bar.reset(len(self.files))
+        return iter(self.files)
+
+    def _record(self, entry: Any) -> dict[str, Any]:
+        file = entry
+        content = table(read_json(file), str(file))
+        record, place = table(field(content, "image", dict, str(file)), f"{file}: image"), f"{file}: image"
+        folder = file.parent.relative_to(self.images)
+        name = str(folder / field(record, "file_name", str, place))
+        image = self._image(field(record, "image_id", int, place), name, *size(record, place))
+        captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
+        where = f"{file}: annotations"
+        for annotation, at in identified(field(content, "annotations", list, str(file)), where):
+            beside = captions.pop(str(annotation["id"]), None)
+            told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
+            mask = ("segmentation", annotation.get("segmentation"))
+            self._keep(image, annotation["id"], box(annotation, at), at, mask=mask, phrases=told)
+        for identity in captions:
+            self._skip("caption of no mask", f"{_captions(file)}: {identity}")
+        return image
 
 
 def _captions(file: Path) -> Path:

@@ -8,13 +8,17 @@ A table has a row an image:
 Boxes are x1 y1 x2 y2 in pixels of the image as its viewer sees it, a mask is the counts of its compressed RLE, and
 attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
 options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
-to the new one. It appears whole or not at all, a conversion that was killed begins anew. `about.json` beside the table
-has its `hash`, the numbers of images, regions and phrases, and what was left out and why. Needs the extra `data`.
+to the new one. It appears whole or not at all, and lies in shards of `SHARD` images. `about.json` beside them has the
+`hash` of the table, the numbers of images, regions and phrases, and what was left out and why. Needs the extra `data`.
+
+A conversion that is killed goes on after its last whole shard, which is kept in a hidden folder beside the table's.
+Until there the sources are read again, but nothing is checked, drawn or written again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,12 +30,14 @@ from typing import Any
 
 from sca_registry.contracts import Region, Sample
 from sca_registry.verdicts import cache_folder
+from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.folders import FolderError, new_folder
+from sca.folders import FolderError, sync
 from sca.images import ImageError, open_image
 
-SCHEMA = 2  # of the tables and of what readers put into them; another one converts everything anew
+SCHEMA = 3  # of the tables and of what readers put into them; another one converts everything anew
+SHARD = 2000  # images, with those that are left out
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
     *("image missing", "image unreadable", "image of another size", "image without data"),
@@ -40,27 +46,28 @@ BAD_IMAGES = (
 
 
 class TableDataset:
-    """Dataset: `dataset[i]` -> `Sample`, out of a table. A reader finds its files and says what `_records` are in them.
+    """Dataset: `dataset[i]` -> `Sample`, out of a table. A reader finds its files, and says which `_entries` they have
+    and what `_record` each of them is.
 
-    Boxes are clipped to the image, and left out if nothing remains, and so are regions with neither a name nor a
-    phrase; images that have no region left, or whose file is missing, are left out. An unreadable picture, or one whose
-    size (as its viewer sees it, EXIF rotation applied) is not the recorded one, is found only when it is asked for:
-    iteration then passes over it and an index gives the next readable sample in its place. All are counted by reason in
-    `skipped`, the first of each named in `examples`; more than `max_bad` bad images is a ValueError. So is a file that
-    is missing or cut off, a record without a needed field, an id that is given twice or leads nowhere; the message
-    names file, record and field.
+    Boxes are clipped to the image, and left out if nothing remains, and so are blank phrases, and regions with neither
+    a name nor a phrase; images that have no region left, or whose file is missing, are left out. An unreadable picture,
+    or one whose size (as its viewer sees it, EXIF rotation applied) is not the recorded one, is found only when it is
+    asked for: iteration then passes over it and an index gives the next readable sample in its place. All are counted
+    by reason in `skipped`, the first of each named in `examples`; more than `max_bad` bad images is a ValueError. So is
+    a file that is missing or cut off, a record without a needed field, an id that is given twice or leads nowhere; the
+    message names file, record and field.
 
-    `hash` is the SHA-256 of all that the table says of images and regions, their files' names apart: equal wherever the
-    same data lies. `attributes` has the names of the classes, which auxiliary losses may ask for. Copies in other
-    processes map the same table. Raises ImportError if the extra `data` is not installed, and FolderError if the cache
-    folder cannot be written.
+    `hash` is a SHA-256 over all that the table says of images and regions, their files' names apart: equal wherever the
+    same data lies. `about` is what `about.json` says. `attributes` has the names of the classes, which auxiliary losses
+    may ask for. Copies in other processes map the same table. Raises ImportError if the extra `data` is not installed,
+    and FolderError if the cache folder cannot be written.
     """
 
     reader: str  # what its tables are called
 
     def __init__(self, split: str, images: Path, sources: Sequence[Path], max_bad: int, choice: str = ""):
-        """`images`: the folder that file names are relative to; `sources`: the files that `_records` reads, the one
-        that messages name first; `choice`: what else decides over the records.
+        """`images`: the folder that file names are relative to; `sources`: the files that are read, the one that
+        messages name first; `choice`: what else decides over the records.
         """
         self.split, self.images, self.max_bad = split, images, max_bad
         self.sources = list(sources)
@@ -114,8 +121,14 @@ class TableDataset:
 
     # what readers say and use
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        """The sources as rows made by `_image` and filled by `_keep`. May set `attributes`, and count with `_skip`."""
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        """What `_record` makes a row of, always in the same order, and cheap: a conversion that goes on runs through
+        those that were done. May set `attributes`, count with `_skip`, and tell the bar how many there are in all.
+        """
+        raise NotImplementedError
+
+    def _record(self, entry: Any) -> dict[str, Any] | None:
+        """A row made by `_image` and filled by `_keep`; None where there is none, which was counted."""
         raise NotImplementedError
 
     def _path(self, name: str) -> Path:
@@ -142,9 +155,11 @@ class TableDataset:
         clipped = [min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True)]
         if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             return self._skip("empty box", place)
-        name = (name or "").strip() or None
-        if not name and not phrases:
+        name, told = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
+        if not name and not told:
             return self._skip("region without words", place)
+        for _ in range(len(phrases) - len(told)):
+            self._skip("blank phrase", place)
         if clipped != list(box):
             self._skip("box clipped", place)
         image["regions"].append(
@@ -153,7 +168,7 @@ class TableDataset:
                 "box": clipped,
                 "mask": fields.mask(mask[1], mask[0], width, height, place, self._skip),
                 "name": name,
-                "phrases": list(phrases),
+                "phrases": told,
                 "attributes": json.dumps(attributes or {}),
             }
         )
@@ -193,11 +208,11 @@ class TableDataset:
         """Opens the table in `folder`, which one process makes if it is not there, and the others wait for."""
         try:
             import datasets  # noqa: F401
-            import ijson  # noqa: F401
             from filelock import FileLock
         except ImportError as error:
-            install = "Install them: pip install 'segment-caption-anything[data]'"
-            message = f"{self.reader} needs `datasets` and `ijson` ({error}). {install}"
+            message = (
+                f"{self.reader} needs `datasets` ({error}). Install it: pip install 'segment-caption-anything[data]'"
+            )
             raise ImportError(message, name=error.name) from error
         if self._open(folder):
             return
@@ -209,59 +224,103 @@ class TableDataset:
             raise FolderError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
         with held:
             if not self._open(folder):
-                alike = f"{folder.name.rpartition('-')[0]}-*"  # of files as they were, or left by one who died
-                for old in (*folder.parent.glob(alike), *folder.parent.glob(f".{alike}")):
-                    if old.is_dir():
-                        shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)  # out of date
                 self._convert(folder)
                 assert self._open(folder)
 
     def _open(self, folder: Path) -> bool:
         """Whether there is a table, and pictures that it lacks are still as they were; then it is opened."""
-        from datasets import Dataset
+        from datasets import Dataset, concatenate_datasets
 
-        try:
-            about = json.loads((folder / "about.json").read_text("utf-8"))
-            table = Dataset.from_file(str(folder / "table.arrow"))
-        except (FileNotFoundError, NotADirectoryError):
+        about = self._about(folder)
+        if about is None:
             return False
-        if any(_stamp(self._path(name)) != stamp for name, stamp in about["bad"].items()):
-            return False
-        self.hash: str = about["hash"]
-        self.skipped, self.examples, self._bad = Counter(about["skipped"]), about["examples"], about["bad"]
-        self.attributes = {name: tuple(values) for name, values in about["attributes"].items()}
-        self._table = table
+        self.about, self.hash = about, str(about["hash"])
+        self._recall(about)
+        shards = [Dataset.from_file(str(folder / _shard(number))) for number in range(about["shards"])]
+        self._table = concatenate_datasets(shards)
         return True
 
     def _convert(self, folder: Path) -> None:
+        """Makes the table in `folder`. What is whole when it is killed is in a hidden folder beside it, and is taken up
+        there; a mistake in the sources leaves nothing.
+        """
+        draft = folder.with_name(f".{folder.name}")
+        try:
+            about = self._about(draft)
+            if about is None:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                about = {"sources": list(map(str, self.sources)), "hash": "", "whole": False}
+                about |= dict.fromkeys(("shards", "entries", "images", "regions", "phrases"), 0)
+            if not about["whole"]:
+                with tqdm(desc=self.reader, unit=" images", leave=False, disable=None) as bar:
+                    self._write(draft, about, bar)
+            os.rename(draft, folder)
+        except OSError as error:
+            raise FolderError(f"cannot write {folder}: {error.strerror or error}") from error
+        except Exception:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        alike = f"{folder.name.rpartition('-')[0]}-*"  # of the files as they were
+        for old in (*folder.parent.glob(alike), *folder.parent.glob(f".{alike}")):
+            if old != folder and old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, draft: Path, about: dict[str, Any], bar: tqdm) -> None:
+        """Adds shards to those that `about` tells of, until there are no entries left."""
         from datasets.arrow_writer import ArrowWriter
 
-        numbers, content = Counter(images=0, regions=0, phrases=0), hashlib.sha256()
-        with new_folder(folder) as draft:
-            with ArrowWriter(features=_features(), path=str(draft / "table.arrow"), writer_batch_size=500) as writer:
-                for record in self._records():
-                    if not self._path(record["file"]).is_file():
-                        self._skip_image("image missing", record["file"], record["file"], stop=False)
-                    elif not record["regions"]:
-                        self._skip("image without regions", record["file"])
-                    else:
+        entries = iter(self._entries(bar))
+        for _ in itertools.islice(entries, about["entries"]):
+            bar.update()
+        if about["entries"]:
+            self._recall(about)
+        more = True
+        while more:
+            path, before = draft / _shard(about["shards"]), about["entries"]
+            with ArrowWriter(features=_features(), path=str(path), writer_batch_size=500) as writer:
+                for entry in itertools.islice(entries, SHARD):
+                    about["entries"] += 1
+                    if (record := self._checked(self._record(entry))) is not None:
                         writer.write(record)
-                        content.update(_logical(record))
-                        numbers["images"] += 1
-                        numbers["regions"] += len(record["regions"])
-                        numbers["phrases"] += sum(len(region["phrases"]) for region in record["regions"])
+                        about["hash"] = hashlib.sha256(about["hash"].encode() + _logical(record)).hexdigest()
+                        about["images"] += 1
+                        about["regions"] += len(record["regions"])
+                        about["phrases"] += sum(len(region["phrases"]) for region in record["regions"])
+                    bar.update()
                 writer.finalize()
-            self._stop_if_too_many()
-            about = {
-                "sources": list(map(str, self.sources)),
-                "hash": content.hexdigest(),
-                **numbers,
-                "skipped": self.skipped,
-                "examples": self.examples,
-                "attributes": self.attributes,
-                "bad": self._bad,
-            }
-            (draft / "about.json").write_text(json.dumps(about, indent=1), "utf-8")
+            more = about["entries"] - before == SHARD
+            about |= {"shards": about["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
+            about |= {"attributes": self.attributes, "bad": self._bad, "whole": not more}
+            sync(path)
+            (draft / "about.new").write_text(json.dumps(about, indent=1), "utf-8")
+            sync(draft / "about.new")
+            os.replace(draft / "about.new", draft / "about.json")
+
+    def _checked(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The record, if its image has a file and regions; else it is counted."""
+        if record is None:
+            return None
+        if not self._path(record["file"]).is_file():
+            return self._skip_image("image missing", record["file"], record["file"], stop=False)
+        if not record["regions"]:
+            return self._skip("image without regions", record["file"])
+        return record
+
+    def _about(self, folder: Path) -> dict[str, Any] | None:
+        """What is known of a table or of the beginning of one, if there is one that is up to date."""
+        try:
+            about = json.loads((folder / "about.json").read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        current = all(_stamp(self._path(name)) == stamp for name, stamp in about["bad"].items())
+        return about if current else None
+
+    def _recall(self, about: dict[str, Any]) -> None:
+        """Takes over what was counted."""
+        self.skipped, self.examples, self._bad = Counter(about["skipped"]), about["examples"], about["bad"]
+        self.attributes = {name: tuple(values) for name, values in about["attributes"].items()}
 
 
 def _features() -> Any:
@@ -272,6 +331,10 @@ def _features() -> Any:
     region |= {"phrases": List(text), "attributes": text}
     sides = {"width": Value("int32"), "height": Value("int32")}
     return Features({"image_id": integer, "file": text, **sides, "regions": List(region)})
+
+
+def _shard(number: int) -> str:
+    return f"table-{number:05d}.arrow"
 
 
 def _logical(record: dict[str, Any]) -> bytes:

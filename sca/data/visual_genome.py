@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sca.data.fields import corners, field, identified, number, phrases, read_json, size, stream, table
+from tqdm.auto import tqdm
+
+from sca.data.fields import corners, field, identified, number, phrases, read_json, size, table
+from sca.data.records import stream
 from sca.data.table import TableDataset
 
 SPLITS = "densecap_splits.json"
@@ -44,41 +47,50 @@ class VisualGenome(TableDataset):
         paths = [self.images / folder / name for folder in FOLDERS]
         return next((path for path in paths if path.is_file()), paths[0])
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        """A row without its regions, and of each of them the record, the place and the id."""
         wanted = self._ids()
+        bar.reset(len(wanted))
         sizes = {
             record["image_id"]: size(record, place)
             for record, place in identified(stream(self.data), f"{self.data}: ", "image_id")
+            if record["image_id"] in wanted
         }
         for image_id in sorted(wanted - sizes.keys()):
             self._skip_image("image without data", f"{image_id}.jpg", str(image_id), stop=False)
         self._stop_if_too_many()
         seen: set[int] = set()  # region ids
-        for described, place in identified(stream(self.descriptions), f"{self.descriptions}: "):
+        listing = stream(self.descriptions)
+        for described, place in identified(listing, f"{self.descriptions}: "):
             image_id = described["id"]
             if image_id not in wanted:
                 continue
             if image_id not in sizes:
                 raise ValueError(f"{place}: image {image_id} is not in {self.data}")
-            image = self._image(image_id, f"{image_id}.jpg", *sizes[image_id])
+            regions = []
             for count, region in enumerate(field(described, "regions", list, place)):
-                self._add(image, region, f"{place}: regions[{count}]", seen)
+                at = f"{place}: regions[{count}]"
+                identity = field(table(region, at), "region_id", int, at)
+                at = f"{at} (region_id {identity})"
+                if identity in seen:
+                    self._skip("region id repeated", at)
+                else:
+                    seen.add(identity)
+                    regions.append((region, at, identity))
             wanted.remove(image_id)
-            yield image
+            yield self._image(image_id, f"{image_id}.jpg", *sizes[image_id]), regions
         for image_id in sorted(wanted & sizes.keys()):
             self._skip("image without regions", f"{image_id}.jpg")
 
-    def _add(self, image: dict[str, Any], region: Any, place: str, seen: set[int]) -> None:
-        identity = field(table(region, place), "region_id", int, place)
-        place = f"{place} (region_id {identity})"
-        if region.get("image_id", image["image_id"]) != image["image_id"]:
-            raise ValueError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
-        box = corners(*(number(region, side, place) for side in SIDES), place)
-        phrase = phrases(field(region, "phrase", str, place), "phrase", place)
-        if identity in seen:
-            return self._skip("region id repeated", place)
-        seen.add(identity)
-        self._keep(image, identity, box, place, phrases=phrase)
+    def _record(self, entry: Any) -> dict[str, Any]:
+        image, regions = entry
+        for region, place, identity in regions:
+            if region.get("image_id", image["image_id"]) != image["image_id"]:
+                raise ValueError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
+            box = corners(*(number(region, side, place) for side in SIDES), place)
+            phrase = phrases(field(region, "phrase", str, place), "phrase", place)
+            self._keep(image, identity, box, place, phrases=phrase)
+        return image
 
     def _ids(self) -> set[int]:
         content = table(read_json(self.splits), str(self.splits))

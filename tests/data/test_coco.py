@@ -171,7 +171,7 @@ PLACE = r"val\.json: annotations\[0\] \(id 1\): "
         ({"annotations": [annotation(1, image_id=4)]}, PLACE + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),
         ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE + "bbox must be four numbers"),
-        ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, r"val\.json is not whole JSON: .*invalid char"),
+        ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE + "bbox must be four numbers"),
         ({"annotations": [annotation(1, bbox=[1, 2, -3, 4])]}, PLACE + "width -3 and height 4 of the box must not be"),
         ({"annotations": [annotation(1, caption=[4])]}, PLACE + "caption must be a string or a list of strings"),
         ({"annotations": [annotation(1, attributes=[4])]}, PLACE + "attributes must be a table"),
@@ -194,13 +194,13 @@ def test_a_broken_record_is_named_with_its_file_and_field(written, broken, messa
 
 def test_a_file_that_is_cut_off_or_is_no_coco_is_named(written):
     text = json.dumps(content())
-    with pytest.raises(ValueError, match=r"val\.json is not whole JSON: .* in 100 bytes; was it cut off"):
+    with pytest.raises(ValueError, match=r"val\.json is not whole JSON: .* of 100 bytes; was it cut off"):
         Coco("val", root=written(None, text[:100]))
-    with pytest.raises(ValueError, match=r"val\.json must be an object with a list 'categories'"):
+    with pytest.raises(ValueError, match=r"val\.json: COCO's format is an object"):
         Coco("val", root=written(None, "[]"))
     root = written(content())
     (root / "val.json").write_bytes(b'{"\xff": 1}')
-    with pytest.raises(ValueError, match=r"val\.json is not whole JSON: .*UTF8"):
+    with pytest.raises(ValueError, match=r"val\.json is not JSON: .*utf-8"):
         Coco("val", root=root)
 
 

@@ -170,7 +170,7 @@ PLACE = r"regions\.jsonl: line 1 \(id \d\): "
         ([line(), "", "[3]"], r"regions\.jsonl: line 3 must be an object, not \[3\]"),
         ([{"box": [1, 2, 3, 4]}], PLACE + "no 'image'; it has: box"),
         ([line(image=4)], PLACE + "image must be a string, not 4"),
-        ([{"image": "photos/1.png", "caption": "x"}], PLACE + "no 'box'; it has: caption, id"),
+        ([{"image": "photos/1.png", "caption": "x"}], PLACE + "no 'box'; it has: image, caption"),
         ([line(box=None)], PLACE + r"box must be four numbers \(x1, y1, x2, y2\), not None"),
         ([line(box=[1, 2, 3])], PLACE + "box must be four numbers"),
         ([line(box=[1, 2, 3, "4"])], PLACE + "box must be four numbers"),

@@ -92,7 +92,7 @@ def test_a_file_that_is_cut_in_the_middle_is_named(written, name):
     draw = random.Random(name)
     for length in {1, len(whole) // 2, len(whole) - 1, *draw.sample(range(2, len(whole)), 5)}:
         file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"{file.name}.*(is not whole JSON|no list|must be an object)"):
+        with pytest.raises(ValueError, match=f"{file.name}.*is not whole JSON"):
             datasets.build(name, "train", root=root)
 
 
@@ -140,7 +140,10 @@ def test_a_region_without_a_box_stops_and_one_outside_is_counted(written, name):
     root, file = written
     if name == "coco-panoptic":
         changed(file, lambda content: annotations(content)[0].update(id=99_999))
-        assert datasets.build(name, "train", root=root).skipped == {"segment without a pixel": 1}
+        assert datasets.build(name, "train", root=root).skipped == {
+            "segment without a pixel": 1,
+            "pixels of no segment": 1,
+        }
         return
     changed(file, lambda content: annotations(content)[0].update(bbox=[200, 200, 9, 9], segmentation=[]))
     found = datasets.build(name, "train", root=root)

@@ -1,9 +1,11 @@
 """A table is made once, whole or not at all, and is the same wherever its data lies."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,8 +54,8 @@ def write(tmp_path):
 @pytest.fixture
 def conversions(monkeypatch):
     """A list with an entry for each time that source files were read."""
-    found, records = [], Coco._records
-    monkeypatch.setattr(Coco, "_records", lambda self: found.append(self) or records(self))
+    found, entries = [], Coco._entries
+    monkeypatch.setattr(Coco, "_entries", lambda self, bars: found.append(self) or entries(self, bars))
     return found
 
 
@@ -71,8 +73,17 @@ def test_a_changed_source_is_converted_again(write, conversions):
     before = Coco("val", root=write())
     after = Coco("val", root=write(caption=["another cat"]))
     assert len(conversions) == 2
-    assert before[0].regions[0].phrases == ("a cat",)  # the old table stays for those who have it open
+    assert before[0].regions[0].phrases == ("a cat",)  # who has the old table open can read it on
     assert after[0].regions[0].phrases == ("another cat",)
+
+
+def test_what_was_made_of_files_before_they_changed_is_removed(write, cache):
+    Coco("val", root=write("other"))
+    Coco("val", root=write())
+    before = set(cache.glob("coco-*/about.json"))
+    Coco("val", root=write(iscrowd=1))
+    after = set(cache.glob("coco-*/about.json"))
+    assert (len(before), len(before & after), len(after)) == (2, 1, 2)
 
 
 def test_pictures_that_were_missing_count_when_they_are_there(write, conversions):
@@ -132,20 +143,21 @@ def test_other_processes_read_the_same_table(write, method):
 SCRIPT = """
 import os, signal, sys, time
 from sca.data.coco import Coco
-records = Coco._records
-def noted(self):
+{}
+entries = Coco._entries
+def noted(self, bars):
     open(sys.argv[2], "a").write("read\\n")
-    for record in records(self):
-        yield record
+    for entry in entries(self, bars):
+        yield entry
         {}
-Coco._records = noted
+Coco._entries = noted
 dataset = Coco("val", root=sys.argv[1])
 open(sys.argv[2], "a").write(dataset.hash + "\\n")
 """
 
 
-def start(root, log, after_each):
-    command = [sys.executable, "-c", SCRIPT.format(after_each), str(root), str(log)]
+def start(root, log, after_each, first=""):
+    command = [sys.executable, "-c", SCRIPT.format(first, after_each), str(root), str(log)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
 
 
@@ -164,6 +176,74 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_counts(write, tmp_path,
     assert [path.name.startswith(".coco-") for path in cache.iterdir() if path.is_dir()] == [True]
     assert len(Coco("val", root=root)) == 3
     assert [path.name.startswith("coco-") for path in cache.iterdir() if path.is_dir()] == [True]
+
+
+def killed_after(root, log, entries):
+    """Converts with two images a shard until so many entries are made, and is killed there."""
+    count = f"count = globals().get('count', 0) + 1; globals()['count'] = count; count == {entries} and os.kill"
+    process = start(root, log, f"{count}(os.getpid(), signal.SIGKILL)", "import sca.data.table as t; t.SHARD = 2")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 6, 7])
+def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache, monkeypatch, entries):
+    root = write(images=7, bbox=[-4, 5, 20, 10], iscrowd=0)
+    (root / "val" / "1.png").unlink()
+    monkeypatch.setattr("sca.data.table.SHARD", 2)
+    whole = Coco("val", root=root)
+    shutil.rmtree(cache)
+    killed_after(root, tmp_path / "log", entries)
+    converted, record = [], Coco._record
+    monkeypatch.setattr(Coco, "_record", lambda self, entry: converted.append(entry) or record(self, entry))
+    resumed = Coco("val", root=root)
+    assert len(converted) == 7 - entries // 2 * 2
+    assert (resumed.hash, resumed.skipped, resumed.examples) == (whole.hash, whole.skipped, whole.examples)
+    assert resumed.about == whole.about
+    assert [sample[1:] for sample in resumed] == [sample[1:] for sample in whole]
+    assert whole.skipped == {"box clipped": 1, "image missing": 1}
+
+
+def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write, tmp_path):
+    root = write(images=5)
+    picture = (root / "val" / "1.png").rename(tmp_path / "1.png")
+    killed_after(root, tmp_path / "log", 5)
+    picture.rename(root / "val" / "1.png")
+    dataset = Coco("val", root=root)
+    assert len(dataset) == 5
+    assert not dataset.skipped
+
+
+def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, monkeypatch):
+    monkeypatch.setattr("sca.data.table.SHARD", 2)
+    root, record = write(), Coco._record
+    for error, kept in ((KeyboardInterrupt, 1), (ValueError, 0)):
+
+        def stop(self, entry, error=error):
+            if entry[1] == 2:
+                raise error
+            return record(self, entry)
+
+        monkeypatch.setattr(Coco, "_record", stop)
+        with pytest.raises(error):
+            Coco("val", root=root)
+        assert len(list(cache.glob(".coco-*/about.json"))) == kept
+
+
+def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    pytest.importorskip("termios").tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, "-c", SCRIPT.format("", "time.sleep(0.2)"), str(write()), str(tmp_path / "log")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # what Linux says at the end
+        while piece := os.read(ours, 4096):
+            shown += piece
+    assert process.communicate()[0] == b""
+    assert b" images" in shown
+    assert b"val.json" in shown
 
 
 def test_a_conversion_that_fails_leaves_nothing(write, cache):

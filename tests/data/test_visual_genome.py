@@ -121,7 +121,7 @@ def test_a_file_longer_than_what_is_read_at_a_time_is_read_whole(write, monkeypa
     root = write(region(1, phrase='a \\ "quoted" phrase, [1]'), region(2))
     whole = [sample[1:] for sample in VisualGenome("test", root=root)]
     for chunk in (1, 7, 100):
-        monkeypatch.setattr("sca.data.fields.CHUNK", chunk)
+        monkeypatch.setattr("sca.data.records.CHUNK", chunk)
         (root / "region_descriptions.json").touch()
         assert [sample[1:] for sample in VisualGenome("test", root=root)] == whole
 
@@ -168,8 +168,11 @@ def test_a_missing_field_is_named(write, key):
         ({"region_descriptions": '[{"id": 1, "regions": []},'}, r"region_descriptions\.json is not whole JSON"),
         ({"region_descriptions": ""}, r"region_descriptions\.json is not whole JSON"),
         ({"region_descriptions": "[] []"}, r"region_descriptions\.json is not whole JSON"),
-        ({"region_descriptions": '{"id": 1}'}, r"region_descriptions\.json is not whole JSON: no '\['"),
-        ({"region_descriptions": "[1]"}, r"region_descriptions\.json must be a list of objects; there is '1\]'"),
+        (
+            {"region_descriptions": '{"id": 1}'},
+            r"region_descriptions\.json must be a list .*, and is an object",
+        ),
+        ({"region_descriptions": "[1]"}, r"region_descriptions\.json: \[0\] must be an object, not 1"),
         ({"region_descriptions": [{"id": 1}]}, r"\[0\] \(id 1\): no 'regions'"),
         ({"region_descriptions": [{"id": 1, "regions": [4]}]}, r"regions\[0\] must be an object, not 4"),
         ({"region_descriptions": [{"id": 7, "regions": []}] * 2}, r"\[1\] \(id 7\): this id was given before"),

@@ -1,0 +1,109 @@
+"""COCO panoptic: a segment is where the picture of masks has its colour, and what does not fit is counted."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sca_registry import datasets
+
+from sca.masks import decode
+
+WIDTH, HEIGHT = 40, 30
+PUBLISHED = ["person", "wall-other-merged", "floor-wood", "door-stuff", "tree-merged", "traffic light"]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a picture whose left half is of one colour and whose right half is of another, and opens it."""
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "coco"
+
+    def write(*segments, colours=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1):
+        (root / "annotations" / "panoptic_val2017").mkdir(parents=True, exist_ok=True)
+        (root / "val2017").mkdir(exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / "val2017" / "1.jpg")
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[:, : size[0] // 2], pixels[:, size[0] // 2 :] = colours
+        Image.fromarray(pixels).save(root / "annotations" / "panoptic_val2017" / "1.png")
+        content = {
+            "images": [
+                {"id": number, "file_name": "1.jpg", "width": WIDTH, "height": HEIGHT}
+                for number in range(1, images + 1)
+            ],
+            "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": list(segments)}],
+            "categories": [
+                {"id": number, "name": name, "isthing": int(number in (0, 5))} for number, name in enumerate(PUBLISHED)
+            ],
+        }
+        (root / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
+        return datasets.build("coco-panoptic", "val", root=str(root))
+
+    write.root = root
+    return write
+
+
+def segment(identity, category=0, **changes):
+    return {"id": identity, "category_id": category, "iscrowd": 0, "bbox": [0, 0, 1, 1], "area": 1} | changes
+
+
+LEFT, RIGHT = 1 + 2 * 256 + 3 * 65536, 200
+
+
+def test_a_segment_is_where_its_colour_is(write):
+    dataset = write(segment(LEFT), segment(RIGHT, 1))
+    thing, stuff = dataset[0].regions
+    assert (thing.id, thing.name, thing.attributes) == (1, "person", {"kind": "thing"})
+    assert (stuff.id, stuff.name, stuff.attributes) == (2, "wall", {"kind": "stuff"})
+    assert (thing.box, stuff.box) == ((0, 0, 20, HEIGHT), (20, 0, WIDTH, HEIGHT))
+    assert decode(thing.mask)[:, :20].all()
+    assert (decode(thing.mask) ^ decode(stuff.mask)).all()
+    assert not dataset.skipped
+
+
+def test_names_are_without_what_only_tells_classes_apart(write):
+    names = write(segment(LEFT)).attributes["name"]
+    assert names == ("person", "wall", "floor-wood", "door", "tree", "traffic light")
+
+
+def test_what_does_not_fit_is_counted(write):
+    dataset = write(segment(LEFT), segment(RIGHT, iscrowd=1), segment(7), images=2)
+    assert [region.name for region in dataset[0].regions] == ["person"]
+    assert dataset.skipped == {"crowd": 1, "segment without a pixel": 1, "image without annotation": 1}
+    dataset = write(segment(LEFT))
+    assert dataset.skipped == {"pixels of no segment": 1}
+    assert ": 200" in dataset.examples["pixels of no segment"][0]
+    assert not write(segment(LEFT), colours=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
+
+
+def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
+    assert write(segment(LEFT), size=(20, 15)).skipped == {"segments of another size": 1}
+    write(segment(LEFT), segment(RIGHT))
+    path = write.root / "annotations" / "panoptic_val2017" / "1.png"
+    whole = path.read_bytes()
+    for damage in (lambda: path.write_bytes(whole[:60]), path.unlink):
+        damage()
+        (write.root / "annotations" / "panoptic_val2017.json").touch()
+        dataset = datasets.build("coco-panoptic", "val", root=str(write.root))
+        assert (len(dataset), dataset.skipped) == (0, {"segments unreadable": 1})
+        with pytest.raises(ValueError, match=r"more than max_bad=0; segments unreadable: 1, such as .*1\.png"):
+            datasets.build("coco-panoptic", "val", root=str(write.root), max_bad=0)
+    path.write_bytes(whole)
+    assert len(datasets.build("coco-panoptic", "val", root=str(write.root))) == 1
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([segment("x")], r"segments_info\[0\]: id must be a whole number, not 'x'"),
+        ([segment(LEFT), segment(LEFT)], rf"segments_info\[1\] \(id {LEFT}\): this id was given before"),
+        (
+            [segment(LEFT, 9)],
+            rf"annotations\[0\] \(image_id 1\): segments_info\[0\] \(id {LEFT}\): category_id 9 has no",
+        ),
+        ([4], r"segments_info\[0\] must be an object, not 4"),
+    ],
+)
+def test_a_broken_segment_is_named(write, segments, message):
+    with pytest.raises(ValueError, match=message):
+        write(*segments)
