@@ -51,6 +51,9 @@ def stats(
     dataset: Dataset,
     options: Options = None,
     split: Split = "val",
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="open every picture, so that damaged ones count")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Counts images, regions, phrases and words, and tells what was left out and why."""
@@ -61,7 +64,7 @@ def stats(
     from sca.cli.options import print_table, read_options
     from sca.data.stats import stats as counted
 
-    found = {"dataset": dataset, **counted(datasets.build(dataset, split, **read_options(options or ())))}
+    found = {"dataset": dataset, **counted(datasets.build(dataset, split, **read_options(options or ())), pictures)}
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return

@@ -12,9 +12,11 @@ SIZES = {"small": 32**2, "medium": 96**2}  # areas that these are below, in pixe
 COMMON = 10  # how many of the commonest names and phrases are told
 
 
-def stats(dataset: Dataset) -> dict[str, Any]:
+def stats(dataset: Dataset, pictures: bool = False) -> dict[str, Any]:
     """Numbers of images, regions, phrases and words; how they are spread; the commonest names; what was left out and
     why, with examples. Plain JSON.
+
+    pictures: open every picture too, without which those that are damaged are not known of.
     """
     names: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
@@ -23,7 +25,7 @@ def stats(dataset: Dataset) -> dict[str, Any]:
     counts: Counter[int] = Counter()  # regions of images
     sizes = dict.fromkeys((*SIZES, "large"), 0)
     masks = without = 0
-    for regions in annotations(dataset):
+    for regions in annotations(dataset, pictures):
         counts[len(regions)] += 1
         for region in regions:
             x1, y1, x2, y2 = region.box
@@ -59,9 +61,9 @@ def stats(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def annotations(dataset: Dataset) -> Iterator[tuple[Region, ...]]:
+def annotations(dataset: Dataset, pictures: bool) -> Iterator[tuple[Region, ...]]:
     """The regions of each image."""
-    if hasattr(dataset, "annotations_of_all"):
+    if not pictures and hasattr(dataset, "annotations_of_all"):
         return dataset.annotations_of_all()
     samples = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     return (sample.regions for sample in samples)

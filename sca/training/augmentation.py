@@ -12,9 +12,9 @@ from sca_registry.contracts import Region, Sample
 
 from sca.masks import area, box_of, decode, encode
 
-SIDE = re.compile(r"\b([Ll]eft|[Rr]ight)\b")
+SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
 PADDING = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
-SWAPPED = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+OTHER = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ class Augmentation:
         image, regions = sample.image, list(sample.regions)
         if self.crop < 1:
             image, regions = self._cropped(image, regions, draw)
-        if self.scale:
-            image, regions = self._jittered(image, regions, draw)
         if draw.random() < self.flip:
             if self.sides == "drop":
                 regions = [region for region in regions if not names_side(region)]
@@ -47,6 +45,8 @@ class Augmentation:
         if self.colour:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(draw.uniform(1 - self.colour, 1 + self.colour))
+        if self.scale:
+            image, regions = self._jittered(image, regions, draw)
         return Sample(image, sample.image_id, tuple(regions))
 
     def _cropped(
@@ -97,7 +97,11 @@ def names_side(region: Region) -> bool:
 
 
 def _swapped(text: str) -> str:
-    return SIDE.sub(lambda found: SWAPPED[found[0]], text)
+    def other(found: re.Match[str]) -> str:
+        word, side = found[0], OTHER[found[0].lower()]
+        return side.upper() if word.isupper() else side.capitalize() if word[0].isupper() else side
+
+    return SIDE.sub(other, text)
 
 
 def cropped(region: Region, window: tuple[int, int, int, int], keep: float) -> Region | None:

@@ -25,6 +25,15 @@ def test_the_command_tells_them_and_what_was_left_out(root, shell):
     assert "image missing 1" in table.out
 
 
+def test_pictures_are_opened_when_that_is_asked_for(root, shell):
+    next((root / "val").iterdir()).write_bytes(b"no picture")
+    for option, skipped in ([], {}), (["--pictures"], {"image unreadable": 1}):
+        assert json.loads(shell("data", "stats", "coco", f"root='{root}'", "--json", *option).out)["skipped"] == skipped
+    too_many = shell("data", "stats", "coco", f"root='{root}'", "max_bad=0", "--pictures")
+    assert too_many.status == 2
+    assert "more than max_bad=0; image unreadable: 1" in too_many.err[0]
+
+
 def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):
     scenes = Scenes("val", count=6, size=64)
     told = shell(

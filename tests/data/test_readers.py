@@ -175,6 +175,29 @@ def test_it_keeps_the_promises_of_a_dataset(written):
 
 
 @each()
+def test_a_conversion_that_is_stopped_goes_on_and_comes_to_the_same(written, tmp_path, monkeypatch):
+    written.pictures()[0].unlink()
+    monkeypatch.setattr("sca.data.table.SHARD", 1)
+    whole = written.open()
+    record, made = type(whole)._record, []
+
+    def stopping(self, entry):
+        made.append(entry)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return record(self, entry)
+
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(type(whole), "_record", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        written.open()
+    resumed = written.open()
+    assert len(made) == 4  # the first; the second, which was stopped; and after it the second and the third
+    assert resumed.about == whole.about
+    assert [sample[1:] for sample in resumed] == [sample[1:] for sample in whole]
+
+
+@each()
 def test_a_file_that_is_missing_is_named(written):
     for file in written.file.parent.glob("sa_*.json") if written.name == "sa1b" else [written.file]:
         file.unlink()

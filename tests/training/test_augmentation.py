@@ -9,7 +9,8 @@ from sca_registry.contracts import Region, Sample
 
 from sca.data.scenes import Scenes, parse, relation_holds
 from sca.masks import area, box_of, decode, encode
-from sca.training.augmentation import Augmentation, cropped, flipped
+from sca.training.augmentation import PADDING, Augmentation, cropped, flipped
+from sca.training.examples import point_prompt
 
 
 @st.composite
@@ -127,6 +128,43 @@ def test_large_scale_jitter_takes_boxes_and_masks_along(sample, seed, scale):
     if scale == (1.0, 1.0):
         assert len(changed.regions) == len(sample.regions)
         assert [area(r.mask) for r in changed.regions] == [area(r.mask) for r in sample.regions]
+
+
+@settings(deadline=None)
+@given(samples(), st.integers(0, 2**32 - 1), st.floats(0.1, 2.0))
+def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it(sample, seed, factor):
+    changed = Augmentation(flip=0.5, scale=(factor, factor), keep=1.0)(sample, np.random.default_rng(seed))
+    for region in changed.regions:
+        x1, y1, x2, y2 = region.box
+        assert 0 <= x1 < x2 <= changed.image.width
+        assert 0 <= y1 < y2 <= changed.image.height
+        mask = decode(region.mask)
+        outside = mask.copy()
+        outside[int(y1) : int(y2), int(x1) : int(x2)] = False
+        assert not outside.any()
+        before = sample.regions[region.id].box
+        across, down = (before[2] - before[0]) * factor, (before[3] - before[1]) * factor
+        assert abs(x2 - x1 - across) <= 2 + 0.1 * across  # a picture of a few pixels is scaled by whole ones
+        assert abs(y2 - y1 - down) <= 2 + 0.1 * down
+        (x, y, _), *_ = point_prompt(region, np.random.default_rng(seed)).points
+        assert mask[int(y), int(x)]
+
+
+def test_padding_is_at_the_right_and_below_whatever_else_happens():
+    sample = Scenes("train", count=1, size=64)[0]
+    for seed in range(10):
+        changed = Augmentation(flip=0.5, colour=0.5, scale=(0.5, 0.5))(sample, np.random.default_rng(seed))
+        pixels = np.asarray(changed.image)
+        assert (pixels[32:] == PADDING).all()
+        assert (pixels[:, 32:] == PADDING).all()
+        assert (pixels[:32, :32] != PADDING).any()
+
+
+def test_words_of_a_side_are_known_in_all_their_forms():
+    told = ("the LEFT one", "leftmost car, Right-hand lane", "rightward", "leftover, bright, upright copyright")
+    region = Region(1, (0, 0, 2, 2), None, "hand", told)
+    _, (mirrored,) = flipped(Image.new("RGB", (8, 8)), [region])
+    assert mirrored.phrases == ("the RIGHT one", "rightmost car, Left-hand lane", "leftward", told[3])
 
 
 def test_jitter_scales_a_box_without_a_mask():
