@@ -32,6 +32,10 @@ class Sa1b(TableDataset):
         self.files = sorted(files, key=lambda path: (str(path.parent), len(path.name), path.name))  # by number
         if not self.files:
             raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
+        named: dict[str, Path] = {}
+        for file in self.files:
+            if (other := named.setdefault(file.name, file)) != file:
+                raise ValueError(f"{file} is the same picture as {other}; a picture may be there once")
         told = [path for path in (_captions(file) for file in self.files) if path.is_file()]
         super().__init__(split, root, [*self.files, *told], max_bad)
 

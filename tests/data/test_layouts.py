@@ -201,3 +201,12 @@ def test_masks_without_words_and_captions_without_masks_are_counted(written, nam
     assert found.skipped == {"region without words": 1, "caption of no mask": 1}
     with pytest.raises(ValueError, match="SA-1B has one split, train, and 'val' was asked for"):
         datasets.build(name, "val", root=root)
+
+
+@pytest.mark.parametrize("name", ["sa1b"])
+def test_a_picture_in_two_folders_is_refused(written, name):
+    root, file = written
+    (root / "again").mkdir()
+    shutil.copy(file, root / "again")
+    with pytest.raises(ValueError, match=rf"{file.name} is the same picture as .*{file.name}"):
+        datasets.build(name, "train", root=root)

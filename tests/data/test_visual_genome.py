@@ -1,6 +1,8 @@
 """Visual Genome: regions and splits are read as they were written, and what is broken is named."""
 
 import json
+import os
+import signal
 
 import pytest
 from PIL import Image
@@ -115,6 +117,19 @@ def test_the_splits_may_lie_elsewhere_and_their_absence_says_where_to_get_them(w
     (root / "image_data.json").unlink()
     with pytest.raises(ValueError, match=r"there is no image_data\.json; give root=FOLDER"):
         VisualGenome("train", root=root, splits=elsewhere)
+
+
+def test_what_is_counted_at_the_end_is_counted_once_if_only_the_last_step_was_missing(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    root = write(region_descriptions=[{"id": 1, "regions": [region(1)]}])
+    rename = os.rename
+    monkeypatch.setattr("sca.data.table.os.rename", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        VisualGenome("test", root=root)
+    monkeypatch.setattr("sca.data.table.os.rename", rename)
+    dataset = VisualGenome("test", root=root)
+    assert dataset.image_ids == [1]
+    assert dataset.skipped == {"image without regions": 1}
 
 
 def test_a_file_longer_than_what_is_read_at_a_time_is_read_whole(write, monkeypatch):
