@@ -32,8 +32,9 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
       facts) and `{split}/*.png`. Read back by `Coco(split, root=folder)`.
     - `coco-captions`, `coco-panoptic`, `objects365`, `v3det`, `vg-grit`, `sa1b`: as `CocoCaptions`, `CocoPanoptic`,
       `Objects365`, `V3Det`, `GritVisualGenome` and `Sa1b` say. A captions file has the phrases of all regions as the
-      image's; panoptic and SA-1B files have the regions with masks, of which the later one covers the earlier in
+      image's; panoptic and SA-1B files have the regions with masks, of which the smaller one covers the larger in
       panoptic ones; GRiT's has one region a phrase, numbered afresh.
+    - `jsonl`: `{split}.jsonl` and `{split}/*.png`, with everything. Read back by `Jsonl(split, file=FILE)`.
     - `vg`: `image_data.json`, `region_descriptions.json` (one region a phrase, numbered afresh; pixels are whole
       numbers), `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or classes: a region without phrases is
       described by its name. Read back by `VisualGenome(split, root=folder)`.
