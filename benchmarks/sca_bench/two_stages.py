@@ -15,14 +15,15 @@ MODEL = {
     "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
 }
 SHARED = {"images": 8, "learning_rate": 1e-3, "adam_beta2": 0.98, "weight_decay": 0.02, "warmup": 30, "jitter": 0.03}
-FEW, MANY, SIZE = 40, 4000, 128  # scenes with captions, scenes with names, pixels
+FEW, MANY, SIZE = 8, 4000, 128  # scenes with captions, scenes with names, pixels
 WAYS = ("names, then captions", "captions", "captions, as many steps")
 METRICS = ("cider-d", "attributes", "mask-iou")
 
 
-def stage(start: Any, steps: int, seed: int, names: bool) -> dict[str, Any]:
-    """The table of a recipe: names of many scenes, or captions of few."""
-    source = {"name": "scenes", "size": SIZE, "count": MANY if names else FEW, "seed": 1 if names else 2}
+def stage(start: Any, steps: int, seed: int, few: int | None) -> dict[str, Any]:
+    """The table of a recipe: captions of few scenes, or names of many."""
+    names = few is None
+    source = {"name": "scenes", "size": SIZE, "count": few or MANY, "seed": 1 if names else 2}
     if names:
         source["names"] = "caption"
     options = {**SHARED, "steps": steps, "seed": seed, "save": steps, "recognition": 1.0 if names else 0.0}
@@ -41,10 +42,11 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     left, first, second, seed = Path(folder), config["first"], config["second"], config["seed"]
     start: Any = MODEL
     if config["way"] == WAYS[0]:
-        train(Recipe.from_dict("names", stage(MODEL, first, seed, True)), left / "names", resume=False, quiet=True)
+        train(Recipe.from_dict("names", stage(MODEL, first, seed, None)), left / "names", resume=False, quiet=True)
         start = str(left / "names/model")
     steps = first + second if config["way"] == WAYS[2] else second
-    model = train(Recipe.from_dict("captions", stage(start, steps, seed, False)), left / "few", False, quiet=True)
+    recipe = Recipe.from_dict("captions", stage(start, steps, seed, config["few"]))
+    model = train(recipe, left / "few", resume=False, quiet=True)
     asked = {"name": "scenes", "size": SIZE, "count": config["scenes"]}
     report = evaluate(model, asked, "val", metrics=METRICS, folder=folder)
     return {"state": "done", "scores": report.scores}

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("options", nargs="*", help="of the local launcher: workers=2")
     parser.add_argument("--first", type=int, default=250, help="steps of names")
     parser.add_argument("--second", type=int, default=150, help="steps of captions")
+    parser.add_argument("--few", type=int, default=FEW, help="scenes with captions")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=150, help="unseen scenes to be asked about")
     parser.add_argument("--out", type=Path, help="a JSON file")
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from sca.launchers.task import Task
     from sca_bench.worker import environment
 
-    seeds, steps = range(given.seeds), {"first": given.first, "second": given.second, "scenes": given.scenes}
+    seeds = range(given.seeds)
+    steps = {"first": given.first, "second": given.second, "scenes": given.scenes, "few": given.few}
     with TemporaryDirectory() as place:
         folders = {(way, seed): Path(place, f"{WAYS.index(way)}-{seed}") for way in WAYS for seed in seeds}
         tasks = []
@@ -72,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             made[outcome.task.config["way"], outcome.task.config["seed"]] = outcome.made["scores"]
         results = {
             **steps,
-            "few": FEW,
             "many": MANY,
             "scores": {way: [{name: made[way, seed][name] for name in SHOWN} for seed in seeds] for way in WAYS},
             "differences": {way: differences(folders, way, seeds) for way in WAYS[1:]},

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
-TOGETHER = 2  # regions that go through all layers at a time on a CPU when nothing is learned: their grids stay in cache
+TOGETHER = 4  # regions that go through all layers at a time on a CPU when nothing is learned: their grids stay in cache
 
 
 class TwoWayTransformer(SamTwoWayTransformer):
