@@ -36,8 +36,9 @@ class Augmentation:
 
     def __call__(self, sample: Sample, draw: np.random.Generator) -> Sample:
         image, regions = sample.image, list(sample.regions)
+        whole = {region.id: _area(region) for region in regions}
         if self.crop < 1:
-            image, regions = self._cropped(image, regions, draw)
+            image, regions = self._cropped(image, regions, whole, draw)
         if draw.random() < self.flip:
             if self.sides == "drop":
                 regions = [region for region in regions if not names_side(region)]
@@ -46,21 +47,21 @@ class Augmentation:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(draw.uniform(1 - self.colour, 1 + self.colour))
         if self.scale:
-            image, regions = self._jittered(image, regions, draw)
+            image, regions = self._jittered(image, regions, whole, draw)
         return Sample(image, sample.image_id, tuple(regions))
 
     def _cropped(
-        self, image: Image.Image, regions: list[Region], draw: np.random.Generator
+        self, image: Image.Image, regions: list[Region], whole: dict[int, float], draw: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
         share = draw.uniform(self.crop, 1)
         width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
         left, top = int(draw.integers(image.width - width + 1)), int(draw.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)
-        found = [cropped(region, window, self.keep) for region in regions]
+        found = [cropped(region, window, whole[region.id], self.keep) for region in regions]
         return image.crop(window), [region for region in found if region is not None]
 
     def _jittered(
-        self, image: Image.Image, regions: list[Region], draw: np.random.Generator
+        self, image: Image.Image, regions: list[Region], whole: dict[int, float], draw: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
         side, factor = max(image.size), draw.uniform(*self.scale)
         width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # of what is seen
@@ -69,7 +70,7 @@ class Augmentation:
         size = (min(side, max(1, round(width * factor))), min(side, max(1, round(height * factor))))
         square = Image.new("RGB", (side, side), PADDING)
         square.paste(image.crop(window).resize(size, Image.Resampling.BILINEAR))
-        seen = [cropped(region, window, self.keep) for region in regions]
+        seen = [cropped(region, window, whole[region.id], self.keep) for region in regions]
         found = [scaled(region, (width, height), size, (side, side)) for region in seen if region is not None]
         return square, [region for region in found if region is not None]
 
@@ -104,18 +105,24 @@ def _swapped(text: str) -> str:
     return SIDE.sub(other, text)
 
 
-def cropped(region: Region, window: tuple[int, int, int, int], keep: float) -> Region | None:
-    """The region as seen through a window x1 y1 x2 y2, or None if less than `keep` of it is left."""
+def _area(region: Region) -> float:
+    """Of its mask, or else of its box, in pixels."""
+    x1, y1, x2, y2 = region.box
+    return (x2 - x1) * (y2 - y1) if region.mask is None else area(region.mask)
+
+
+def cropped(region: Region, window: tuple[int, int, int, int], whole: float, keep: float) -> Region | None:
+    """The region as seen through a window x1 y1 x2 y2, or None if less than `keep` of its `whole` area is left."""
     left, top, right, bottom = window
     x1, y1, x2, y2 = region.box
     box = (max(x1, left) - left, max(y1, top) - top, min(x2, right) - left, min(y2, bottom) - top)
     if box[2] <= box[0] or box[3] <= box[1]:
         return None
     if region.mask is None:
-        left_over = (box[2] - box[0]) * (box[3] - box[1]) / ((x2 - x1) * (y2 - y1))
+        left_over = (box[2] - box[0]) * (box[3] - box[1]) / whole
         return replace(region, box=box) if left_over >= keep else None
     mask = decode(region.mask)[top:bottom, left:right]
-    if mask.sum() < keep * area(region.mask) or not mask.any():
+    if mask.sum() < keep * whole or not mask.any():
         return None
     code = encode(mask)
     return replace(region, box=box_of(code), mask=code)

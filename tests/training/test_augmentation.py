@@ -87,9 +87,9 @@ def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
 
 def test_a_region_without_a_mask_is_dropped_by_what_is_left_of_its_box():
     region = Region(1, (0.0, 0.0, 10.0, 10.0))
-    assert cropped(region, (5, 0, 20, 20), 0.4).box == (0, 0, 5, 10)
-    assert cropped(region, (7, 0, 20, 20), 0.4) is None
-    assert cropped(region, (10, 0, 20, 20), 0.0) is None
+    assert cropped(region, (5, 0, 20, 20), 100, 0.4).box == (0, 0, 5, 10)
+    assert cropped(region, (7, 0, 20, 20), 100, 0.4) is None
+    assert cropped(region, (10, 0, 20, 20), 100, 0.0) is None
 
 
 def test_nothing_asked_for_changes_nothing():
@@ -148,6 +148,20 @@ def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it
         assert abs(y2 - y1 - down) <= 2 + 0.1 * down
         (x, y, _), *_ = point_prompt(region, np.random.default_rng(seed)).points
         assert mask[int(y), int(x)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_crop_and_jitter_together_keep_no_region_that_lost_most_of_its_area(masked):
+    pixels = np.zeros((40, 60), bool)
+    pixels[10:30, 20:40] = True
+    region = Region(1, (20.0, 10.0, 40.0, 30.0), encode(pixels) if masked else None, "thing")
+    sample, kept = Sample(Image.new("RGB", (60, 40)), 1, (region,)), []
+    for seed in range(300):
+        changed = Augmentation(flip=0.5, crop=0.5, scale=(2.0, 2.0), keep=0.4)(sample, np.random.default_rng(seed))
+        for x1, y1, x2, y2 in (region.box for region in changed.regions):
+            kept.append((x2 - x1) * (y2 - y1) / 2**2)
+    assert 20 < len(kept) < 280
+    assert min(kept) >= 0.4 * 20 * 20 - 0.5 * 20  # sides are halved to whole pixels
 
 
 def test_padding_is_at_the_right_and_below_whatever_else_happens():
