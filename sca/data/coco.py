@@ -36,7 +36,7 @@ class Index(NamedTuple):
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         found, kept = index(path, lists, ("categories",) if named else (), WHAT)
         listing = identified(kept.get("categories", []), f"{path}: categories")
-        told = [(record, field(record, "name", str, place).strip()) for record, place in listing]
+        told = [(record, field(record, "name", str, place).replace("_", " ").strip()) for record, place in listing]
         names = {record["id"]: name for record, name in told}
         things = {record["id"] for record, _ in told if record.get("isthing")}
         return cls(found["images"].unique(), found["annotations"].unique(), names, things)
@@ -60,10 +60,11 @@ class Coco(TableDataset):
     `root` holds either `train.json` and `train/`, or `annotations/instances_train2017.json` and `train2017/` (for the
     split "train"); `annotations` and `images` name a file and a folder outright, in place of those.
 
-    Segmentations may be polygons, uncompressed or compressed RLE. A region's name is its category's; its phrases are
-    the annotation's "caption" (a string or a list of them), and its attributes the annotation's "attributes". Crowds
-    are left out, and polygons of fewer than three points are dropped, both counted. The file is streamed: however large
-    it is, it is never in memory as a whole. The rest is that of `TableDataset`.
+    Segmentations may be polygons, uncompressed or compressed RLE. A region's name is its category's, with
+    underscores read as spaces; its phrases are the annotation's "caption" (a string or a list of them), and its
+    attributes the annotation's "attributes". Crowds are left out, and polygons of fewer than three points are dropped,
+    both counted. The file is streamed: however large it is, it is never in memory as a whole. The rest is that of
+    `TableDataset`.
     """
 
     reader = "coco"
@@ -90,7 +91,6 @@ class Coco(TableDataset):
         found = Index.read(self.annotations, named=self.named)
         bar.reset(len(found.images))
         if self.named:
-            found = found._replace(names={number: self._name(name) for number, name in found.names.items()})
             self.attributes = {"name": tuple(dict.fromkeys(found.names.values()))}
         owners = found.annotations.owners("image_id", found.images, "the images")
         for number, its in grouped(owners, len(found.images)):
@@ -123,10 +123,6 @@ class Coco(TableDataset):
     def _file(self, name: str) -> str:
         """Where a picture that the file calls `name` lies in the folder of pictures."""
         return name
-
-    def _name(self, category: str) -> str:
-        """What a region of a category is called."""
-        return category
 
 
 class GritVisualGenome(Coco):
@@ -163,14 +159,11 @@ class Objects365(Coco):
 class V3Det(Coco):
     """Dataset: V3Det (arXiv 2304.03752), class names of 13,204 kinds and boxes. `root` holds
     `annotations/v3det_2023_v1_train.json` (or without `annotations/`), whose file names begin with `images/`.
-    Underscores in class names are read as spaces. See `Coco`.
+    See `Coco`.
     """
 
     reader = "v3det"
     layouts = (("annotations/v3det_2023_v1_{split}.json", "."), ("v3det_2023_v1_{split}.json", "."))
-
-    def _name(self, category: str) -> str:
-        return category.replace("_", " ")
 
 
 class CocoCaptions(Coco):
@@ -205,8 +198,9 @@ class CocoJson(Coco):
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
     def _record(self, entry: Any) -> dict[str, Any] | None:
-        record = super()._record(entry)
-        return record if record and chosen(record["file"], self.split, self.hold_out) else None
+        found, number, _ = entry
+        _, file, *_ = found.image(number)
+        return super()._record(entry) if chosen(file, self.split, self.hold_out) else None
 
 
 def box(record: dict[str, Any], place: str) -> tuple[float, float, float, float]:

@@ -47,6 +47,18 @@ def test_one_file_is_enough_and_every_picture_is_in_one_split(pictures, write):
             datasets.build(part.name, "test", **part.options)
 
 
+@pytest.mark.parametrize("write", [as_lines, as_coco])
+def test_a_split_counts_only_what_is_left_out_of_its_own_pictures(pictures, write):
+    write(pictures)
+    (file,) = pictures.glob("mine.*")
+    file.write_text(file.read_text().replace("[0, 0, 4, 4]", "[0, 0, 40, 4]"))
+    table = {key: value for key, value in recognised(file).items() if key not in ("names", "augment")}
+    part = Part.from_dict(table, "dataset")
+    for split in ("train", "val"):
+        dataset = datasets.build(part.name, split, **part.options)
+        assert dataset.skipped == {"box clipped": len(dataset)}
+
+
 def test_splits_that_are_there_are_taken(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train.json").touch()
