@@ -13,7 +13,7 @@ from sca.data.coco import Index, find
 from sca.data.fields import field, table
 from sca.data.table import TableDataset
 from sca.images import ImageError, open_image
-from sca.masks import box_of, encode
+from sca.masks import encode
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
 NOTHING = 0  # the number of pixels that belong to no segment
@@ -96,8 +96,7 @@ class CocoPanoptic(TableDataset):
     ) -> None:
         if not mask.any():
             return self._skip("segment without a pixel", place)
-        code = encode(mask)
-        self._keep(image, identity, box_of(code), place, mask=("mask", code), name=name, attributes={"kind": kind})
+        self._keep(image, identity, None, place, mask=("mask", encode(mask)), name=name, attributes={"kind": kind})
 
 
 def _plain(name: str) -> str:

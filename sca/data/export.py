@@ -20,6 +20,7 @@ from sca_registry.contracts import Dataset, Sample
 
 from sca.data.export_coco import captions, coco, grit, objects365, panoptic, v3det
 from sca.data.export_records import Ids, annotation_record, image_record, save, write_instances, write_json
+from sca.masks import box_of
 
 
 def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, limit: int | None = None) -> Path:
@@ -160,7 +161,11 @@ def _sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             width, height = sample.image.size
             image = {"image_id": sample.image_id, "width": width, "height": height, "file_name": f"{name}.jpg"}
             masks = [region for region in sample.regions if region.mask]
-            annotations = [annotation_record(region, sample.image_id, {}) for region in masks]
+            annotations = []
+            for region in masks:
+                x1, y1, x2, y2 = box_of(region.mask)
+                box = [x1, y1, x2 - 1 - x1, y2 - 1 - y1]  # up to the last pixel, as published
+                annotations.append(annotation_record(region, sample.image_id, {}) | {"bbox": box})
             captions = {region.id: list(region.phrases) for region in masks}
             write_json(folder / f"{name}.json", {"image": image, "annotations": annotations})
             write_json(folder / f"{name}.captions.json", captions)

@@ -11,11 +11,10 @@ from typing import Any
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, four, mask, phrases, size
+from sca.data.fields import field, four, phrases, size
 from sca.data.own import check_hold_out, chosen
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
-from sca.masks import box_of
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -131,16 +130,8 @@ class Jsonl(TableDataset):
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
         shape = record.get("mask")
-        if shape and record.get("box") is None:
-            counts = mask(shape, "mask", image["width"], image["height"], place, self._skip)
-            if counts is None:
-                return  # counted already
-            shape = {"size": [image["height"], image["width"]], "counts": counts}
-            box = box_of(shape)
-        else:
-            box = four(record, "box", ORDER, place)
-        x1, y1, x2, y2 = box
-        if x2 < x1 or y2 < y1:
+        box = None if shape and record.get("box") is None else four(record, "box", ORDER, place)
+        if box and (box[2] < box[0] or box[3] < box[1]):
             raise ValueError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
         words = [key for key in WORDS if record.get(key) is not None]
         if not words or len({"caption", "phrases"} & set(words)) == 2:

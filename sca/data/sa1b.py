@@ -19,7 +19,8 @@ class Sa1b(TableDataset):
     `root` holds `sa_1.json`, `sa_1.jpg` and so on, or folders of them, as the archives have them. SA-1B has no words:
     an annotation may have a "caption" (a string or a list of them), or `sa_1.captions.json` beside the file maps
     annotation ids to captions. Masks without words are left out and counted, and so is a caption of a mask that is not
-    there. There is one split, "train". The rest is that of `TableDataset`.
+    there. A box is the tight one of its mask: published boxes end on the last pixel instead of behind it, and those of
+    masks a pixel wide have no width. There is one split, "train". The rest is that of `TableDataset`.
     """
 
     reader = "sa1b"
@@ -49,14 +50,18 @@ class Sa1b(TableDataset):
         record, place = table(field(content, "image", dict, str(file)), f"{file}: image"), f"{file}: image"
         folder = file.parent.relative_to(self.images)
         name = str(folder / field(record, "file_name", str, place))
-        image = self._image(field(record, "image_id", int, place), name, *size(record, place))
+        image_id = field(record, "image_id", int, place)
+        if file.stem != f"sa_{image_id}":
+            raise ValueError(f"{place}: image_id {image_id} is not that in the name of the file")
+        image = self._image(image_id, name, *size(record, place))
         captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
         where = f"{file}: annotations"
         for annotation, at in identified(field(content, "annotations", list, str(file)), where):
             beside = captions.pop(str(annotation["id"]), None)
             told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
-            mask = ("segmentation", annotation.get("segmentation"))
-            self._keep(image, annotation["id"], box(annotation, at), at, mask=mask, phrases=told)
+            mask = annotation.get("segmentation")
+            sides = None if mask else box(annotation, at)
+            self._keep(image, annotation["id"], sides, at, mask=("segmentation", mask), phrases=told)
         for identity in captions:
             self._skip("caption of no mask", f"{_captions(file)}: {identity}")
         return image

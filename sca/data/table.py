@@ -9,7 +9,7 @@ Boxes are x1 y1 x2 y2 in pixels of the image as its viewer sees it, a mask is th
 attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
 options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
 to the new one. It appears whole or not at all, and lies in shards of `SHARD` images. `about.json` beside them has the
-`hash` of the table, the numbers of images, regions and phrases, and what was left out and why. Needs the extra `data`.
+`hash` of the table, the numbers of images, regions and phrases, the first sources, and what was left out and why. Needs the extra `data`.
 
 A conversion that is killed goes on after its last whole shard, which is kept in a hidden folder beside the table's.
 Until there the sources are read again, but nothing is checked, drawn or written again.
@@ -35,8 +35,9 @@ from tqdm.auto import tqdm
 from sca.data import fields
 from sca.folders import FolderError, sync
 from sca.images import ImageError, open_image
+from sca.masks import box_of
 
-SCHEMA = 3  # of the tables and of what readers put into them; another one converts everything anew
+SCHEMA = 4  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
@@ -143,7 +144,7 @@ class TableDataset:
         self,
         image: dict[str, Any],
         identity: int,
-        box: Sequence[float],  # x1 y1 x2 y2, which may reach over the edges
+        box: Sequence[float] | None,  # x1 y1 x2 y2, which may reach over the edges; None for that of the mask
         place: str,
         mask: tuple[str, Any] = ("mask", None),  # the name of the field, and what it has
         name: str | None = None,
@@ -152,6 +153,12 @@ class TableDataset:
     ) -> None:
         """Puts a region into its image, or counts why it is left out."""
         width, height = image["width"], image["height"]
+        if box is None:
+            counts = fields.mask(mask[1], mask[0], width, height, place, self._skip)
+            if counts is None:
+                return  # counted already
+            mask = (mask[0], {"size": [height, width], "counts": counts})
+            box = box_of(mask[1])
         clipped = [min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True)]
         if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             return self._skip("empty box", place)
@@ -251,7 +258,7 @@ class TableDataset:
             if about is None:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
-                about = {"sources": list(map(str, self.sources)), "hash": "", "whole": False}
+                about = {"sources": list(map(str, self.sources[:EXAMPLES])), "hash": "", "whole": False}
                 about |= dict.fromkeys(("shards", "entries", "images", "regions", "phrases"), 0)
             if not about["whole"]:
                 with tqdm(desc=self.reader, unit=" images", leave=False, disable=None) as bar:

@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 from sca_registry import datasets
 
 from sca.data.export import export
 from sca.data.scenes import Scenes
+from sca.masks import box_of, encode
 
 SPLITS = {"train": Scenes("train", count=5, size=64)}
 LAYOUTS = {  # by the name of the reader: the format, and the file that messages name
@@ -66,7 +69,7 @@ def test_what_was_written_is_read(written, name):
             assert all(region.mask for region in sample.regions)
 
 
-@pytest.mark.parametrize("name", ["v3det"])
+@pytest.mark.parametrize("name", ["coco", "coco-panoptic", "objects365", "v3det"])
 def test_underscores_in_names_are_read_as_spaces(written, name):
     root, file = written
     changed(file, lambda content: content["categories"][0].update(name="aerosol_can"))
@@ -83,6 +86,53 @@ def test_masks_without_words_and_captions_without_masks_are_counted(written, nam
     assert found.skipped == {"region without words": 1, "caption of no mask": 1}
     with pytest.raises(ValueError, match="SA-1B has one split, train, and 'val' was asked for"):
         datasets.build(name, "val", root=root)
+
+
+def a_mask(root, across, down, **given):
+    """SA-1B with one picture of 30 x 20 pixels and one mask that fills these of them; its box as it is published."""
+    mask = np.zeros((20, 30), bool)
+    mask[down, across] = True
+    x1, y1, x2, y2 = box_of(encode(mask))
+    annotation = {
+        "id": 7,
+        "bbox": [x1, y1, x2 - 1 - x1, y2 - 1 - y1],
+        "segmentation": encode(mask),
+        "caption": "a pole",
+    }
+    image = {"image_id": 3, "width": 30, "height": 20, "file_name": "sa_3.jpg"}
+    root.mkdir()
+    (root / "sa_3.json").write_text(json.dumps({"image": image, "annotations": [annotation | given]}))
+    Image.new("RGB", (30, 20)).save(root / "sa_3.jpg")
+    return datasets.build("sa1b", "train", root=root)
+
+
+@pytest.mark.parametrize("across", [slice(4, 5), slice(2, 9), slice(0, 30)])
+def test_a_published_box_ends_on_the_last_pixel_and_ours_behind_it(tmp_path, across):
+    dataset = a_mask(tmp_path / "sa", across, slice(3, 10))
+    (region,) = dataset[0].regions
+    assert region.box == box_of(region.mask) == (across.start, 3, across.stop, 10)
+    assert not dataset.skipped
+    root = export({"train": dataset}, tmp_path / "again", "sa1b")
+    content = json.loads((root / "sa_3.json").read_text())
+    assert content["annotations"][0]["bbox"] == [across.start, 3, across.stop - across.start - 1, 6]
+
+
+def test_a_mask_of_sa1b_without_a_pixel_is_counted(tmp_path):
+    empty = encode(np.zeros((20, 30), bool))
+    assert a_mask(tmp_path / "sa", slice(2, 9), slice(3, 10), segmentation=empty).skipped == {
+        "empty mask": 1,
+        "image without regions": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["sa1b"])
+def test_an_image_id_that_is_not_that_of_its_file_is_named(written, name):
+    root, file = written  # so that none is given twice
+    other = next(path for path in root.glob("sa_*.jpg") if path.stem != file.stem)
+    number = int(other.stem.removeprefix("sa_"))
+    changed(file, lambda content: content["image"].update(image_id=number))
+    with pytest.raises(ValueError, match=rf"{file.name}: image: image_id {number} is not that in the name of the file"):
+        datasets.build(name, "train", root=root)
 
 
 @pytest.mark.parametrize("name", ["sa1b"])

@@ -215,7 +215,7 @@ def test_a_file_that_is_cut_in_the_middle_is_named(written):
 
 @each(BOXED)
 def test_a_region_without_a_box_is_named(written):
-    written.change(lambda region: (region.pop(written.layout.box), region.pop("mask", None)))
+    written.change(lambda region: [region.pop(key, None) for key in (written.layout.box, "mask", "segmentation")])
     with pytest.raises(ValueError, match=rf"{written.file.name}.*: no '{written.layout.box}'; it has: "):
         written.open()
 
@@ -227,7 +227,7 @@ def test_a_box_outside_is_counted_and_one_over_the_edge_clipped(written):
     def move(x, end):
         if box == "x":
             return lambda region: region.update(x=x, width=end - x)
-        return lambda region: region.update({box: [x, 1, end if corners else end - x, 20]})
+        return lambda region: region.update({box: [x, 1, end if corners else end - x, 20]}, segmentation=None)
 
     whole = written.open().about["regions"]
     written.change(move(70, 80), 0)
