@@ -19,7 +19,7 @@ from typing import Any
 from sca_registry.contracts import Dataset, Sample
 
 from sca.data.export_coco import captions, coco, grit, objects365, panoptic, v3det
-from sca.data.export_records import Ids, annotation_record, image_record, save, write_instances, write_json
+from sca.data.export_records import Ids, annotation_record, image_record, save, words, write_instances, write_json
 from sca.masks import box_of
 
 
@@ -34,7 +34,8 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
     - `coco-captions`, `coco-panoptic`, `objects365`, `v3det`, `vg-grit`, `sa1b`: as `CocoCaptions`, `CocoPanoptic`,
       `Objects365`, `V3Det`, `GritVisualGenome` and `Sa1b` say. A captions file has the phrases of all regions as the
       image's; panoptic and SA-1B files have the regions with masks, of which the smaller one covers the larger in
-      panoptic ones; GRiT's has one region a phrase, numbered afresh.
+      panoptic ones; GRiT's has one region a phrase, numbered afresh. A region without phrases is described by its
+      name in a captions file, in GRiT's and in SA-1B's.
     - `jsonl`: `{split}.jsonl` and `{split}/*.png`, with everything. Read back by `Jsonl(split, file=FILE)`.
     - `vg`: `image_data.json`, `region_descriptions.json` (one region a phrase, numbered afresh; pixels are whole
       numbers), `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or classes: a region without phrases is
@@ -96,7 +97,7 @@ def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             regions = []
             for region in sample.regions:
                 x1, y1, x2, y2 = (round(value) for value in region.box)
-                for phrase in region.phrases or filter(None, (region.name,)):
+                for phrase in words(region):
                     number += 1
                     regions.append(
                         {
@@ -166,7 +167,7 @@ def _sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
                 x1, y1, x2, y2 = box_of(region.mask)
                 box = [x1, y1, x2 - 1 - x1, y2 - 1 - y1]  # up to the last pixel, as published
                 annotations.append(annotation_record(region, sample.image_id, {}) | {"bbox": box})
-            captions = {region.id: list(region.phrases) for region in masks}
+            captions = {region.id: list(words(region)) for region in masks}
             write_json(folder / f"{name}.json", {"image": image, "annotations": annotations})
             write_json(folder / f"{name}.captions.json", captions)
 

@@ -10,14 +10,23 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Sample
 
-from sca.data.export_records import UNNAMED, Ids, annotation_record, image_record, save, write_instances, write_json
+from sca.data.export_records import (
+    UNNAMED,
+    Ids,
+    annotation_record,
+    image_record,
+    save,
+    words,
+    write_instances,
+    write_json,
+)
 from sca.masks import area, decode
 
 Splits = Mapping[str, Iterator[Sample]]
 
 
 def coco(splits: Splits, folder: Path) -> None:
-    _write(splits, folder, "{split}.json", "{split}", words=True)
+    _write(splits, folder, "{split}.json", "{split}", told=True)
 
 
 def objects365(splits: Splits, folder: Path) -> None:
@@ -28,11 +37,9 @@ def v3det(splits: Splits, folder: Path) -> None:
     _write(splits, folder, "annotations/v3det_2023_v1_{split}.json", "images/{split}", "images/{split}/")
 
 
-def _write(
-    splits: Splits, folder: Path, annotations: str, pictures: str, prefix: str = "", words: bool = False
-) -> None:
-    """`annotations` and `pictures` are where they lie, `prefix` what file names begin with; words are captions and
-    attributes.
+def _write(splits: Splits, folder: Path, annotations: str, pictures: str, prefix: str = "", told: bool = False) -> None:
+    """`annotations` and `pictures` are where they lie, `prefix` what file names begin with; if `told`, captions and
+    attributes are written.
     """
     categories: dict[str, int] = {}
     contents = {}
@@ -48,7 +55,7 @@ def _write(
             images.append(image_record(sample, prefix.replace("{split}", split) + file_name))
             for region in sample.regions:
                 extras: dict[str, Any] = {}
-                if words:
+                if told:
                     extras = {"caption": list(region.phrases), "attributes": region.attributes}
                 extras = {key: value for key, value in extras.items() if value}
                 regions.append(annotation_record(region, sample.image_id, categories) | extras)
@@ -70,7 +77,7 @@ def grit(splits: Splits, folder: Path) -> None:
             save(sample, folder / "VG_100K" / file_name, quality=95)
             images.append(image_record(sample, file_name))
             for region in sample.regions:
-                for phrase in region.phrases or filter(None, (region.name,)):
+                for phrase in words(region):
                     number += 1
                     record = annotation_record(region, sample.image_id, {}) | {"id": number, "segmentation": []}
                     regions.append(record | {"caption": phrase.lower()})
@@ -88,7 +95,7 @@ def captions(splits: Splits, folder: Path) -> None:
             file_name = f"{sample.image_id:012d}.jpg"
             save(sample, folder / f"{split}2017" / file_name, quality=95)
             images.append(image_record(sample, file_name))
-            for phrase in (phrase for region in sample.regions for phrase in region.phrases):
+            for phrase in (phrase for region in sample.regions for phrase in words(region)):
                 number += 1
                 told.append({"id": number, "image_id": sample.image_id, "caption": phrase})
         (folder / f"{split}2017").mkdir(exist_ok=True)

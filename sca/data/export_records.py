@@ -37,6 +37,11 @@ def save(sample: Sample, path: Path, **options: Any) -> None:
     sample.image.convert("RGB").save(path, **options)
 
 
+def words(region: Region) -> tuple[str, ...]:
+    """What is said of a region, for layouts that have no classes: its name where there is no phrase."""
+    return region.phrases or tuple(filter(None, (region.name,)))
+
+
 def image_record(sample: Sample, file_name: str) -> dict[str, Any]:
     width, height = sample.image.size
     return {"id": sample.image_id, "file_name": file_name, "width": width, "height": height}

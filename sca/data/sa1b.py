@@ -12,15 +12,18 @@ from sca.data.coco import box
 from sca.data.fields import field, identified, phrases, read_json, size, table
 from sca.data.table import TableDataset
 
+CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
+
 
 class Sa1b(TableDataset):
     """Dataset: `Sa1b("train", root=FOLDER)`: masks of SA-1B (arXiv 2304.02643) with captions.
 
     `root` holds `sa_1.json`, `sa_1.jpg` and so on, or folders of them, as the archives have them. SA-1B has no words:
     an annotation may have a "caption" (a string or a list of them), or `sa_1.captions.json` beside the file maps
-    annotation ids to captions. Masks without words are left out and counted, and so is a caption of a mask that is not
-    there. A box is the tight one of its mask: published boxes end on the last pixel instead of behind it, and those of
-    masks a pixel wide have no width. There is one split, "train". The rest is that of `TableDataset`.
+    annotation ids to captions. Masks without words are left out and counted, and so is a caption of a mask, or a file
+    of captions of a picture, that is not there. A box is the tight one of its mask: published boxes end on the last
+    pixel instead of behind it, and those of masks a pixel wide have no width. There is one split, "train". The rest is
+    that of `TableDataset`.
     """
 
     reader = "sa1b"
@@ -29,20 +32,23 @@ class Sa1b(TableDataset):
         if split != "train":
             raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = Path(root)
-        files = (path for path in root.rglob("sa_*.json") if not path.name.endswith(".captions.json"))
-        self.files = sorted(files, key=lambda path: (str(path.parent), len(path.name), path.name))  # by number
+        there = sorted(root.rglob("sa_*.json"), key=_place)
+        self.files = [path for path in there if not path.name.endswith(CAPTIONS)]
         if not self.files:
             raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
         named: dict[str, Path] = {}
         for file in self.files:
             if (other := named.setdefault(file.name, file)) != file:
                 raise ValueError(f"{file} is the same picture as {other}; a picture may be there once")
-        told = [path for path in (_captions(file) for file in self.files) if path.is_file()]
-        super().__init__(split, root, [*self.files, *told], max_bad)
+        self.captions = [path for path in there if path.name.endswith(CAPTIONS)]
+        super().__init__(split, root, [*self.files, *self.captions], max_bad)
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         bar.reset(len(self.files))
-        return iter(self.files)
+        known = set(map(_captions, self.files))
+        for lost in (file for file in self.captions if file not in known):
+            self._skip("captions of no picture", str(lost))
+        yield from self.files
 
     def _record(self, entry: Any) -> dict[str, Any]:
         file = entry
@@ -67,5 +73,10 @@ class Sa1b(TableDataset):
         return image
 
 
+def _place(file: Path) -> tuple[str, int, str]:
+    """What files are sorted by: their folders, and there their numbers."""
+    return str(file.parent), len(file.name), file.name
+
+
 def _captions(file: Path) -> Path:
-    return file.with_suffix(".captions.json")
+    return file.with_suffix(CAPTIONS)

@@ -9,7 +9,8 @@ Boxes are x1 y1 x2 y2 in pixels of the image as its viewer sees it, a mask is th
 attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
 options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
 to the new one. It appears whole or not at all, and lies in shards of `SHARD` images. `about.json` beside them has the
-`hash` of the table, the numbers of images, regions and phrases, the first sources, and what was left out and why. Needs the extra `data`.
+`hash` of the table, the numbers of images, regions and phrases, the first sources, and what was left out and why. Needs
+the extra `data`.
 
 A conversion that is killed goes on after its last whole shard, which is kept in a hidden folder beside the table's.
 Until there the sources are read again, but nothing is checked, drawn or written again.
@@ -76,7 +77,9 @@ class TableDataset:
         self.examples: dict[str, list[str]] = {}
         self.attributes: dict[str, tuple[str, ...]] = {}
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
-        described = [choice, os.path.realpath(images), *(os.path.realpath(source) for source in self.sources)]
+        folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
+        paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
+        described = [choice, os.path.realpath(images), *paths]
         asked = _digest(described)  # whatever state the files are in
         key = _digest([SCHEMA, asked, *map(_stamp, self.sources)])
         self._obtain(cache_folder().absolute() / "data" / f"{self.reader}-{asked}-{key}")

@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from sca_registry import datasets
 from sca_registry.contracts import Region, Sample
 
 from sca.data.coco import Coco
 from sca.data.export import FORMATS, export
 from sca.data.scenes import Scenes
+from sca.masks import encode
 
 SPLITS = {"train": Scenes("train", count=4, size=64), "val": Scenes("val", count=2, size=64)}
 
@@ -100,6 +102,17 @@ def test_visual_genome_falls_back_on_the_name(tmp_path):
     named, nameless = read(folder / "region_descriptions.json")
     assert [region["phrase"] for region in named["regions"]] == ["owl"]
     assert nameless["regions"] == []
+
+
+@pytest.mark.parametrize("format", ["sa1b", "coco-captions", "vg-grit"])
+def test_layouts_without_classes_say_the_name_of_a_region_without_phrases(tmp_path, format):
+    mask = encode(np.ones((20, 30), bool))
+    region = Region(1, (0.0, 0.0, 30.0, 20.0), mask, "owl")
+    sample = Sample(Image.new("RGB", (30, 20)), 1, (region,))
+    folder = export({"train": Plain(sample)}, tmp_path / "out", format)
+    name = {"sa1b": "sa1b", "coco-captions": "coco-captions", "vg-grit": "visual-genome-grit"}[format]
+    (read_back,) = datasets.build(name, "train", root=folder)
+    assert [region.phrases for region in read_back.regions] == [("owl",)]
 
 
 def test_refcoco_points_from_sentences_to_annotations(tmp_path):

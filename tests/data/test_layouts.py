@@ -84,6 +84,10 @@ def test_masks_without_words_and_captions_without_masks_are_counted(written, nam
     changed(captions, lambda content: content.update({"777": ["a thing"], first: "  "}))
     found = datasets.build(name, "train", root=root)
     assert found.skipped == {"region without words": 1, "caption of no mask": 1}
+    (root / "sa_888.captions.json").write_text("{}")
+    found = datasets.build(name, "train", root=root)
+    assert found.skipped["captions of no picture"] == 1
+    assert found.examples["captions of no picture"] == [str(root / "sa_888.captions.json")]
     with pytest.raises(ValueError, match="SA-1B has one split, train, and 'val' was asked for"):
         datasets.build(name, "val", root=root)
 
