@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import tempfile
@@ -22,6 +23,8 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, in_place: bool = False):
+        if not path.name:
+            raise unwritable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
         self.path = path
         self._name = path if in_place else path.with_name(f".{secrets.token_hex(8)}.part")
         try:

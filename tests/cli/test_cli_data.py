@@ -47,3 +47,11 @@ def test_a_page_shows_samples_before_and_after_augmentation(root, shell, here):
     wrong = shell("data", "view", "coco", f"root='{root}'", "--augment", "{flop=1.0}")
     assert wrong.status == 2
     assert "--augment has no 'flop'. Did you mean 'flip'" in wrong.err[0]
+
+
+@pytest.mark.parametrize("folder", [".", "/", "there"])
+def test_a_page_is_not_written_over_a_folder(shell, here, folder):
+    (here / "there").mkdir()
+    told = shell("data", "view", "scenes", "count=1", "--limit", 1, "--out", folder)
+    assert told.status == 2
+    assert told.err == [f"sca: cannot write {folder}: Is a directory; choose another folder"]
