@@ -137,7 +137,7 @@ class GritVisualGenome(Coco):
     def _path(self, name: str) -> Path:
         base = name.rpartition("/")[2]
         paths = [self.images / name, *(self.images / folder / base for folder in ("images", "VG_100K", "VG_100K_2"))]
-        return next((path for path in paths if path.is_file()), paths[0])
+        return next(filter(os.path.isfile, paths), paths[0])
 
 
 class Objects365(Coco):

@@ -57,7 +57,7 @@ class Jsonl(TableDataset):
 
     def _path(self, name: str) -> Path:
         path = self.images / name
-        if self.working and not path.is_file() and (here := Path(self.working, name)).is_file():
+        if self.working and not os.path.isfile(path) and os.path.isfile(here := Path(self.working, name)):
             return here
         return path
 
@@ -125,7 +125,9 @@ class Jsonl(TableDataset):
                 turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
                 return (picture.height, picture.width) if turned else picture.size
         except Exception as error:  # a decoder may raise anything for damaged data
-            reason, what = ("image unreadable", f"{name} ({error})") if path.is_file() else ("image missing", name)
+            reason, what = (
+                ("image unreadable", f"{name} ({error})") if os.path.isfile(path) else ("image missing", name)
+            )
             return self._skip_image(reason, name, what, stop=False)
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:

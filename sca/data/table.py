@@ -312,7 +312,7 @@ class TableDataset:
         """The record, if its image has a file and regions; else it is counted."""
         if record is None:
             return None
-        if not self._path(record["file"]).is_file():
+        if not os.path.isfile(self._path(record["file"])):
             return self._skip_image("image missing", record["file"], record["file"], stop=False)
         if not record["regions"]:
             return self._skip("image without regions", record["file"])
@@ -373,6 +373,6 @@ def _stamp(path: Path) -> list[int] | None:
     """What tells that a file was changed: its size and time; None if it is not there."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name that no file can have
         return None
     return [found.st_size, found.st_mtime_ns]

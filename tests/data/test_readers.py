@@ -311,3 +311,20 @@ def test_a_category_without_a_name_is_named(written):
 def test_a_split_that_is_not_there_is_named(written):
     with pytest.raises(ValueError, match=r"split '?nowhere'?"):
         written.open("nowhere")
+
+
+@each([name for name in LAYOUTS if name != "visual-genome"])  # whose pictures are called by their ids
+@pytest.mark.parametrize("name", [r"\u0000", "a" * 5000])
+def test_a_name_that_no_file_can_have_is_that_of_a_missing_picture(written, name):
+    picture = written.pictures()[0].name
+    for file in written.root.rglob("*.json*"):
+        file.write_text(file.read_text("utf-8").replace(picture, name), "utf-8")
+    assert written.open().skipped == {"image missing": 1}
+
+
+@each(["coco-panoptic"])
+@pytest.mark.parametrize("name", [r"\u0000", "a" * 5000])
+def test_a_name_that_no_file_can_have_is_that_of_unreadable_segments(written, name):
+    text = written.file.read_text("utf-8")
+    written.file.write_text(text.replace(next(written.root.rglob("*.png")).name, name), "utf-8")
+    assert written.open().skipped == {"segments unreadable": 1}
