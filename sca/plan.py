@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sca.checkpoint import stored
 from sca.composition import build, parts
+from sca.language_models.greedy import plain
 from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 
@@ -211,9 +212,7 @@ class _Cost:
         return stages.flops, stages.memory
 
     def _caption(self, prefix: Tensor, words: int, stages: _Stages) -> None:
-        """Greedy words with a cache, as transformers generates them; a model of another make is taken to do the same
-        work without one.
-        """
+        """Greedy words with a cache; a model of another make is taken to do the same work without one."""
         language_model = self.model.language_model
         rows, length = prefix.shape[:2]
         inner = getattr(language_model, "model", None)
@@ -241,10 +240,12 @@ class _Cost:
         del first
         with stages.aside():
             cache = run(inputs_embeds=seen, positions=length + words - 2).past_key_values
-        scores = [torch.empty(rows, inner.config.vocab_size, dtype=torch.float32) for _ in range(words)]
+        kept = 0 if plain(inner) else words  # steps whose scores transformers keeps until the end
+        scores = [torch.empty(rows, inner.config.vocab_size, dtype=torch.float32) for _ in range(kept)]
         with stages("decode"):  # the last step, whose cache is the longest; the others cost between this and the first
             run(cache, length + words - 1, input_ids=word)
-            torch.log_softmax(torch.stack(scores), dim=-1)
+            if scores:
+                torch.log_softmax(torch.stack(scores), dim=-1)
         stages.flops["decode"] = (stages.flops["decode"] + early[0]) * (words - 1) // 2
 
     def step(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:

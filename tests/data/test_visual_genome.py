@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 
 import pytest
 from PIL import Image
@@ -123,7 +122,11 @@ def test_what_is_counted_at_the_end_is_counted_once_if_only_the_last_step_was_mi
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     root = write(region_descriptions=[{"id": 1, "regions": [region(1)]}])
     rename = os.rename
-    monkeypatch.setattr("sca.data.table.os.rename", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sca.data.table.os.rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         VisualGenome("test", root=root)
     monkeypatch.setattr("sca.data.table.os.rename", rename)

@@ -38,7 +38,7 @@ def spec_of(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("images", "regions"), [(1, 3), (2, 40)])
+@pytest.mark.parametrize(("images", "regions"), [(1, 3), pytest.param(2, 40, marks=pytest.mark.all)])
 @pytest.mark.parametrize("train", [False, True])
 def test_parameters_operations_and_memory_are_those_of_a_run(name, images, regions, train):
     row = compare(spec_of(name), images, regions, WORDS, train)

@@ -140,6 +140,7 @@ def test_all_that_trains_gets_gradients_nothing_else_does_and_nothing_else_trave
         assert told["reduced"] == told["trainable"] > 0
 
 
+@pytest.mark.all
 def test_a_sharded_run_that_is_killed_goes_on(run, alone, tmp_path):
     command = WAYS["two that share out what trains"]
     process = run.start(*command)
