@@ -26,11 +26,12 @@ demo: core
 	$(SCA) caption $(SCENE) --everything --out out/everything --format $(ALL)
 	@echo "Captioned by boxes, by points and everything at once: open out/boxes/captions.html, and so on."
 
+# Two at a time, with one thread each: most of what is computed is small, and much of the time programs are waited for.
 test: dev
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 test-all: all
-	$(BIN)/python -m pytest -m "" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(TESTS)
 
 check: dev
 	$(BIN)/ruff check .

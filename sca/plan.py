@@ -35,6 +35,7 @@ from sca.composition import build, parts
 from sca.language_models.greedy import plain
 from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
+from sca.nn.two_way import TwoWayTransformer
 
 GIB = 2**30
 GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a run
@@ -121,6 +122,10 @@ def plan(
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     names = stored(model)
+    if gpu is not None:  # where all regions of a chunk go through all layers together
+        for module in model.modules():
+            if isinstance(module, TwoWayTransformer):
+                module.together = REGIONS
     cost = _Cost(model if train else model.to(dtype).requires_grad_(False), dtype)
     measure = cost.step if train else cost.answer
     try:

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
-TOGETHER = 4  # regions that go through all layers at a time on a CPU when nothing is learned: their grids stay in cache
-
 
 class TwoWayTransformer(SamTwoWayTransformer):
     """Takes and gives regions in rows: tokens (N, T, D) and a grid (N, D, h, w) with its position code (D, h, w)."""
+
+    together = 4  # regions that go through all layers at a time on a CPU when nothing is learned: grids stay in cache
 
     def __init__(self, width: int, depth: int, heads: int = 8, mlp: int = 2048):
         super().__init__(decoder_config(width, depth, heads, mlp))
@@ -32,7 +32,7 @@ class TwoWayTransformer(SamTwoWayTransformer):
         placed = [_placed(layer, places) for layer in self.layers]  # (P, 3I) each
         final = _placed_keys(self.final_attn_token_to_image, places)  # (P, 2I)
         shared = None if owner is None else _projected(self.layers[0], cells, placed[0])  # (B, P, 3I)
-        step = TOGETHER if grid.device.type == "cpu" and not torch.is_grad_enabled() else len(tokens)
+        step = self.together if grid.device.type == "cpu" and not torch.is_grad_enabled() else len(tokens)
         fused, grids = [], []
         for start in range(0, len(tokens), max(step, 1)):
             part = slice(start, start + step)
