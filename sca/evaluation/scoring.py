@@ -103,6 +103,10 @@ def score(
             if reason is None:
                 try:
                     told = _scores(metric, about, images, taken)
+                except ModuleNotFoundError as error:
+                    extra = sca_registry.metrics.card(name).extra
+                    install = f"pip install 'segment-caption-anything[{extra}]'" if extra else "install it"
+                    reason = f"needs {error.name}: {install}"
                 except Exception as error:  # a plugin's metric that fails costs its own scores and nothing else
                     reason = f"it failed: {type(error).__name__}: {error}; `sca check metric {name}` may tell more"
             if reason is None:

@@ -1,0 +1,19 @@
+"""What cannot be scored says what would change that."""
+
+import sys
+
+import pytest
+
+from sca.evaluation.scoring import score
+
+RECORD = {
+    **{"image_id": 1, "region_id": 1, "task": "caption", "caption": "a dog", "references": ["a dog"]},
+    "truth": {"phrases": ["a dog"], "name": None},
+}
+
+
+def test_a_metric_whose_package_is_not_installed_says_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
+    settings = {"tokenizer": "plain"}
+    with pytest.raises(ValueError, match=r"'cider-d': needs pycocoevalcap.*: pip install '.*\[metrics\]'"):
+        score([RECORD], ["cider-d"], settings)
