@@ -27,12 +27,13 @@ def train(
     folder = out or Path("runs") / plan.name
     import torch
 
-    from sca.training.trainer import images_each, prepare
+    from sca.training.trainer import budget_each, images_each, prepare
     from sca.training.trainer import train as run
 
     processes = torch.cuda.device_count() or plan.train.processes
     if processes > 1 and "RANK" not in os.environ:
         images_each(plan.train, processes)
+        budget_each(plan.train, processes)
         prepare(plan)  # so that a mistake is told once, and before anything is started
         arguments = ["train", recipe, *(changes or ()), "--out", str(folder), "--resume" if resume else "--no-resume"]
         raise typer.Exit(_start(processes, arguments + ["--quiet"] * quiet))

@@ -52,7 +52,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
     model, stream, attributes = prepare(recipe)
     lesson = Lesson(model, recipe.loss, attributes, recipe.train.chunk)
     check_rates(recipe.train, lesson)
-    budget = recipe.train.budget // (processes * recipe.train.accumulate)
+    budget = budget_each(recipe.train, processes)
     trainer = CaptionTrainer(
         model=lesson,
         args=_arguments(recipe, folder, share, quiet),
@@ -99,6 +99,17 @@ def images_each(options: TrainOptions, processes: int) -> int:
             f"train.accumulate={options.accumulate}"
         )
     return options.images // parts
+
+
+def budget_each(options: TrainOptions, processes: int) -> int:
+    """How many regions each process sees at a time, 0 for any number. RegistryError if there is not one for each."""
+    parts = processes * options.accumulate
+    if 0 < options.budget < parts:
+        raise RegistryError(
+            f"train.budget={options.budget} is less than a region for each of {processes} processes x "
+            f"train.accumulate={options.accumulate}"
+        )
+    return options.budget // parts
 
 
 def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, Attributes]:
@@ -331,10 +342,15 @@ class Validating(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.options.every == 0 or state.global_step == state.max_steps:
+            logs = control.should_log
             self._validate(state.global_step)
+            control.should_log = logs  # what one process logged here, all are still to log together
 
     def _validate(self, step: int) -> None:
         model, options = self.trainer.model.model, self.options
+        if self.trainer.args.world_size > 1:  # statistics of batches differ, and all are to ask the same model
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         training = model.training
         folder = self.folder / "validation" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,11 @@ def run(tmp_path):
 
     def finish(*command, **environment):
         process = start(*command, **environment)
-        said = process.communicate()[0]
+        try:
+            said = process.communicate(timeout=300)[0]
+        except subprocess.TimeoutExpired:  # each waits for the other
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         assert process.returncode == 0, said
         return said
 
@@ -175,6 +179,14 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tm
     whole, killed = (load_file(tmp_path / name / "model/weights.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_several_processes_validate_one_model_whose_encoder_has_statistics_of_its_batches(run, tmp_path):
+    (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 2\nlimit = 4\n")
+    trained = 'trainable=["encoder", "mixer", "projection", "task_tokens"]'
+    run(*TRAIN, "other", "train.processes=2", "train.steps=4", "lora=0", trained)
+    assert sorted(path.name for path in (tmp_path / "other/validation").iterdir()) == ["step-2", "step-4"]
+    assert json.loads((tmp_path / "other/best.json").read_text())["step"] in (2, 4)
 
 
 def test_a_sharded_run_is_not_validated(run, tmp_path):

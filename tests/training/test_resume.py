@@ -101,6 +101,11 @@ def test_images_that_cannot_be_shared_out_are_refused(plan, tmp_path):
         train(plan(images=3, accumulate=2), tmp_path, quiet=True)
 
 
+def test_a_budget_that_cannot_be_shared_out_is_refused(plan, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.budget=1 is less than a region for each of 1 processes x .*=2"):
+        train(plan(budget=1, accumulate=2), tmp_path, quiet=True)
+
+
 def test_examples_come_in_the_order_of_the_stream(plan, tmp_path, monkeypatch):
     places, take = [], Mixture.__getitem__
     monkeypatch.setattr(Mixture, "__getitem__", lambda self, place: (places.append(place), take(self, place))[1])
