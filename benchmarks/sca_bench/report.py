@@ -81,7 +81,25 @@ def markdown(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str
     told = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
     told += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in body]
     others = [f"- {row['label']}: {row['state']}. {row['reason']}" for row in _ended(rows)]
-    return "\n".join([*told, "", f"Score: {score}. {_where(rows)}.", *([""] if others else []), *others]) + "\n"
+    said = f"Score: {score}. " if score else ""
+    told += [*_speeds(lines(rows, score)), "", f"{said}{_where(rows)}."]
+    return "\n".join([*told, *([""] if others else []), *others]) + "\n"
+
+
+def _speeds(found: Sequence[Line]) -> list[str]:
+    """The regions a second of each combination by how many there are, and what its stages take at the most."""
+    timed = [line for line in found if line.curve]
+    if not timed:
+        return []
+    counts = sorted({regions for line in timed for regions in line.curve})
+    heads = [*(f"at {regions}" for regions in counts), *(f"{stage}, ms" for stage in STAGES)]
+    told = ["", "Regions a second by regions an image, and the stages at the most of them:", ""]
+    told += [f"| combination | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for line in timed:
+        speeds = [_scaled(line.curve.get(regions), 1) for regions in counts]
+        stages = [_scaled(line.stages[stage], 1e-3) for stage in STAGES]
+        told.append(f"| {' | '.join([line.label.replace('|', '/'), *speeds, *stages])} |")
+    return told
 
 
 def table(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
