@@ -13,8 +13,8 @@ Prepared = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, hea
 
 
 class ResamplerMixer(nn.Module):
-    """A Perceiver (arXiv 2103.03206), or Q-Former (BLIP-2, arXiv 2301.12597): learned queries and a region's fused
-    tokens attend to one another and to the features of its image, (N, Q, D).
+    """A Perceiver (arXiv 2103.03206) in the manner of the Q-Former (BLIP-2, arXiv 2301.12597): learned queries and a
+    region's fused tokens attend to one another, and the queries to the features of its image, (N, Q, D).
 
     Keys and values are computed once an image, by `prepare`, and the regions of an image attend to them in place.
     queries: Q. depth, heads, mlp: of the transformer.
@@ -42,13 +42,15 @@ class ResamplerMixer(nn.Module):
             prepared = self.prepare(regions.image, regions.position)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
-        for layer, (keys, values) in zip(self.layers, prepared, strict=True):
-            tokens = layer(tokens, regions.owner, keys, values)
-        return self.norm(tokens[:, : self.queries])
+        for place, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):
+            tokens = layer(tokens, regions.owner, keys, values, self.queries, last=place == len(self.layers))
+        return self.norm(tokens)
 
 
 class ResamplerLayer(nn.Module):
-    """Pre-norm self-attention, attention to the image, and an MLP: (N, T, D) -> the same."""
+    """Pre-norm self-attention, the queries' attention to the image, and an MLP: (N, T, D) -> the same; the last layer
+    gives the queries alone, (N, Q, D).
+    """
 
     def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
@@ -67,11 +69,15 @@ class ResamplerLayer(nn.Module):
         keys = self.key(cells + position.flatten(1).T)
         return self._split(keys), self._split(self.value(cells))
 
-    def forward(self, tokens: Tensor, owner: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, owner: Tensor, keys: Tensor, values: Tensor, queries: int, last: bool = False
+    ) -> Tensor:
         query, key, value = map(self._split, self.among(self.norms[0](tokens)).chunk(3, dim=-1))
         tokens = tokens + self.gathered(self._joined(F.scaled_dot_product_attention(query, key, value)))
-        query = self._split(self.query(self.norms[1](tokens)))  # (N, heads, T, d)
-        tokens = tokens + self.seen(self._joined(_attend_in_place(query, owner, keys, values)))
+        looking, others = tokens[:, :queries], tokens[:, queries:]
+        query = self._split(self.query(self.norms[1](looking)))  # (N, heads, Q, d)
+        looking = looking + self.seen(self._joined(_attend_in_place(query, owner, keys, values)))
+        tokens = looking if last else torch.cat((looking, others), dim=1)
         return tokens + self.mlp(self.norms[3](tokens))
 
     def _split(self, values: Tensor) -> Tensor:

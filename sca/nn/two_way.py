@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer
 
+Asks = tuple[Tensor, Tensor]
+
 
 class TwoWayTransformer(SamTwoWayTransformer):
     """Takes and gives regions in rows: tokens (N, T, D) and a grid (N, D, h, w) with its position code (D, h, w)."""
 
-    together = 4  # regions that go through all layers at a time on a CPU when nothing is learned: grids stay in cache
+    together = 2**20  # numbers of the grids that go through all layers at a time on a CPU when nothing is learned
 
     def __init__(self, width: int, depth: int, heads: int = 8, mlp: int = 2048):
         super().__init__(decoder_config(width, depth, heads, mlp))
@@ -29,17 +31,18 @@ class TwoWayTransformer(SamTwoWayTransformer):
         """owner: (N,) where the grid is that of images, (B, D, h, w): the one that each region begins with."""
         cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
         places = position.flatten(1).T  # (P, D)
-        placed = [_placed(layer, places) for layer in self.layers]  # (P, 3I) each
-        final = _placed_keys(self.final_attn_token_to_image, places)  # (P, 2I)
-        shared = None if owner is None else _projected(self.layers[0], cells, placed[0])  # (B, P, 3I)
-        step = self.together if grid.device.type == "cpu" and not torch.is_grad_enabled() else len(tokens)
+        asks = [_asks(layer, places) for layer in self.layers]
+        final = _asks_keys(self.final_attn_token_to_image, places)
+        shared = None if owner is None else _projected(cells, *asks[0])  # (B, P, 3I)
+        step = len(tokens)
+        if _fuses(grid):  # grids stay in cache
+            step = self.together // (cells.shape[1] * cells.shape[2])
         fused, grids = [], []
         for start in range(0, len(tokens), max(step, 1)):
-            part = slice(start, start + step)
+            part = slice(start, start + max(step, 1))
             rows = part if owner is None else owner[part]
-            queries, keys = self._through(
-                tokens[part], cells[rows], None if shared is None else shared[rows], placed, final
-            )
+            first = None if shared is None else _rows(shared, rows)
+            queries, keys = self._through(tokens[part], _rows(cells, rows), first, asks, final)
             fused.append(queries)
             grids.append(keys)
         if not fused:
@@ -48,22 +51,35 @@ class TwoWayTransformer(SamTwoWayTransformer):
         return torch.cat(fused), keys.transpose(1, 2).unflatten(2, grid.shape[-2:])
 
     def _through(
-        self, tokens: Tensor, cells: Tensor, first: Tensor | None, placed: list[Tensor], final: Tensor
+        self, tokens: Tensor, cells: Tensor, first: Tensor | None, asks: list[Asks], final: Asks
     ) -> tuple[Tensor, Tensor]:
         """All layers for a few regions; `first`: what the first layer asks of their grids, if that is known."""
         queries = tokens
-        for layer, added in zip(self.layers, placed, strict=True):
-            asked = _projected(layer, cells, added) if first is None else first
+        for layer, ask in zip(self.layers, asks, strict=True):
+            asked = _projected(cells, *ask) if first is None else first
             first = None
             keys, values, looks = asked.chunk(3, dim=-1)
             queries = _look(layer, queries, tokens, keys, values)
             back = layer.cross_attn_image_to_token
-            answer = _attend(back, looks, back.k_proj(queries + tokens), back.v_proj(queries))
-            cells = layer.layer_norm4(cells + answer)
+            cells = layer.layer_norm4(_answered(back, cells, looks, queries + tokens, queries))
         last = self.final_attn_token_to_image
-        keys, values = (F.linear(cells, torch.cat((last.k_proj.weight, last.v_proj.weight))) + final).chunk(2, dim=-1)
+        keys, values = _projected(cells, *final).chunk(2, dim=-1)
         queries = queries + _attend(last, last.q_proj(queries + tokens), keys, values)
         return self.layer_norm_final_attn(queries), cells
+
+
+def _fuses(grid: Tensor) -> bool:
+    """Whether steps are fused that a GPU, or learning, has better ways for."""
+    return grid.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _rows(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """The rows of `values`; a view where all are the same one."""
+    if isinstance(rows, slice):
+        return values[rows]
+    if values.device.type == "cpu" and len(rows) and bool((rows == rows[0]).all()):
+        return values[int(rows[0])].expand(len(rows), -1, -1)
+    return values[rows]
 
 
 def _look(layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -83,21 +99,42 @@ def _attend(attention: SamAttention, query: Tensor, key: Tensor, value: Tensor) 
     return attention.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-def _projected(layer: SamTwoWayAttentionBlock, cells: Tensor, added: Tensor) -> Tensor:
+def _answered(attention: SamAttention, cells: Tensor, looks: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Cells (N, P, D) and what tokens (N, T, D) answer to what the cells ask, `looks` (N, P, I).
+
+    On a CPU cells stand side by side, since a softmax over a few tokens would leave most of a register empty, and the
+    last projection is done on the tokens, so that one product adds everything to the cells.
+    """
+    if not _fuses(cells):
+        return cells + _attend(attention, looks, attention.k_proj(keys), attention.v_proj(values))
+    heads, width = attention.num_attention_heads, looks.shape[-1]
+    split = (heads, width // heads)
+    keys = attention.k_proj(keys).unflatten(2, split).transpose(1, 2) * split[1] ** -0.5  # (N, heads, T, d)
+    shares = torch.softmax(keys @ looks.unflatten(2, split).permute(0, 2, 3, 1), dim=2)  # (N, heads, T, P)
+    out = attention.out_proj
+    values = attention.v_proj(values).unflatten(2, split).transpose(1, 2) @ out.weight.T.unflatten(0, split)
+    values = values + out.bias / heads  # (N, heads, T, D); the shares of a head add up to 1
+    return torch.baddbmm(cells, shares.flatten(1, 2).transpose(1, 2), values.flatten(1, 2))
+
+
+def _projected(cells: Tensor, weight: Tensor, added: Tensor) -> Tensor:
     """(N, P, D) -> (N, P, 3I): keys and values that tokens look at, and queries of the cells that look back."""
-    there, back = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-    return F.linear(cells, torch.cat((there.k_proj.weight, there.v_proj.weight, back.q_proj.weight))) + added
+    if len(cells) == 1 and _fuses(cells):
+        return torch.addmm(added, cells[0], weight.T).unsqueeze(0)
+    return F.linear(cells, weight) + added
 
 
-def _placed(layer: SamTwoWayAttentionBlock, places: Tensor) -> Tensor:
-    """(P, D) -> (P, 3I): what positions and biases add to `_projected`."""
+def _asks(layer: SamTwoWayAttentionBlock, places: Tensor) -> Asks:
+    """What `_projected` takes for a layer: weights (3I, D), and (P, 3I) that positions and biases add."""
     looks = layer.cross_attn_image_to_token.q_proj
-    return torch.cat((_placed_keys(layer.cross_attn_token_to_image, places), looks(places)), dim=1)
+    weight, added = _asks_keys(layer.cross_attn_token_to_image, places)
+    return torch.cat((weight, looks.weight)), torch.cat((added, looks(places)), dim=1)
 
 
-def _placed_keys(attention: SamAttention, places: Tensor) -> Tensor:
-    """(P, D) -> (P, 2I): what positions and biases add to keys and values."""
-    return torch.cat((attention.k_proj(places), attention.v_proj.bias.expand(len(places), -1)), dim=1)
+def _asks_keys(attention: SamAttention, places: Tensor) -> Asks:
+    """As `_asks`, for keys and values alone: (2I, D), (P, 2I)."""
+    added = torch.cat((attention.k_proj(places), attention.v_proj.bias.expand(len(places), -1)), dim=1)
+    return torch.cat((attention.k_proj.weight, attention.v_proj.weight)), added
 
 
 def decoder_config(width: int, depth: int, heads: int, mlp: int, **more: int) -> SamMaskDecoderConfig:
