@@ -53,18 +53,29 @@ def caption_everything(
     prompt is a region that is there: it is captioned as it is, in its order, after those that points have found.
     progress: called with the points looked at and all of them.
     """
+    found, request = find_everything(predictor, options, proposals, progress)
+    given = [each for each in proposals.prompts if not _is_one_point(each)] if proposals else []
+    told = predictor.tell(found, request, task, **generation) if found else []
+    (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
+    return told + [replace(each, region=len(told) + each.region) for each in described]
+
+
+@torch.inference_mode()
+def find_everything(
+    predictor: MaskPredictor,
+    options: Everything | None = None,
+    proposals: Proposals | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Mask], list[Prompt]]:
+    """The masks that points find in the predictor's image, best first, and what a caption of each is to be asked from:
+    what `MaskPredictor.tell` takes. Arguments as for `caption_everything`.
+    """
     options = options or predictor.everything
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
-    given = [each for each in proposals.prompts if not _is_one_point(each)] if proposals else []
     found = _search(predictor, options, proposals, progress)
-    if not (found or given):
-        return []
-    request = [_asked(each, options.caption_from) for each in found]
     masks = [Mask(dict(each.mask), each.iou) for each in found]
-    told = predictor.tell(masks, request, task, **generation) if found else []
-    (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
-    return told + [replace(each, region=len(told) + each.region) for each in described]
+    return masks, [_asked(each, options.caption_from) for each in found]
 
 
 def _is_one_point(prompt: Prompt) -> bool:

@@ -37,6 +37,10 @@ class ImageError(ValueError):
     """A picture that cannot be opened; the message is one line that says which, why and what to do."""
 
 
+class TooLargeError(ImageError):
+    """A picture with more pixels than are allowed."""
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
 
@@ -49,13 +53,19 @@ def open_image(path: str | Path) -> Image.Image:
             raise ImageError(f"{shown} is a folder, not an image; name a file in it")
         if not os.stat(path).st_size:
             raise ImageError(f"{shown} is empty (0 bytes); copy or download it again")
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
-            return _read(file, shown)
+        with open(path, "rb") as file:
+            return read_image(file, shown)
     except ImageError:
         raise
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot open the image {shown}: {_reason(error)}") from error
+
+
+def read_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Image.Image:
+    """As `open_image`, from an open file that messages call `shown`; with at most so many pixels, if that is given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
+        return _read(file, shown, PIXEL_LIMIT if pixels is None else pixels)
 
 
 def find_images(arguments: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
@@ -84,22 +94,22 @@ def show(path: str | Path) -> str:
     return text if text and text.isprintable() else repr(text)
 
 
-def _read(file: BinaryIO, shown: str) -> Image.Image:
+def _read(file: BinaryIO, shown: str, pixels: int) -> Image.Image:
     try:
         image = Image.open(file)
         if image.format == "EPS":
             raise Image.UnidentifiedImageError("EPS is a program")
-        if image.width * image.height > PIXEL_LIMIT:
-            raise ImageError(
+        if image.width * image.height > pixels:
+            raise TooLargeError(
                 f"{shown} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
-                f"{PIXEL_LIMIT:,} are allowed; scale it down"
+                f"{pixels:,} are allowed; scale it down"
             )
         image.load()
         return _upright(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{shown}: {str(error).split(',')[0]}; scale it down") from error
+        raise TooLargeError(f"{shown}: {str(error).split(',')[0]}; scale it down") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{shown} is not an image that can be read; convert it to JPEG or PNG") from error
     except MemoryError as error:

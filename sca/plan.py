@@ -55,6 +55,7 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
     "t4": 14.6,
 }
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
+STEPS = 16  # in which the regions of a chunk go through a two-way transformer, while planning for a CPU
 LIMIT = 2**14  # regions an image: as far as is looked
 GUESSES = 12
 BLOCK = 512  # bytes: what allocators round to
@@ -122,10 +123,12 @@ def plan(
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     names = stored(model)
-    if gpu is not None:  # where all regions of a chunk go through all layers together
-        for module in model.modules():
-            if isinstance(module, TwoWayTransformer):
+    for module in model.modules():
+        if isinstance(module, TwoWayTransformer):
+            if gpu is not None:  # where all regions of a chunk go through all layers together
                 module.together = 2**62
+            else:  # fewer steps to look at, for a little more memory than there will be
+                module.together *= max(1, min(images * regions, REGIONS) // STEPS)
     cost = _Cost(model if train else model.to(dtype).requires_grad_(False), dtype)
     measure = cost.step if train else cost.answer
     try:

@@ -91,6 +91,24 @@ def read_mask(path: str | Path) -> np.ndarray:
         ) from error
 
 
+def read_prompt(plain: Any, where: str, width: int, height: int) -> Prompt:
+    """`{"box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE}`, each part where wanted, as a prompt for an
+    image of this size (see `check`); messages call it `where`.
+    """
+    box, points, mask = _fields(plain, where)
+    if isinstance(mask, str):
+        raise PromptError(f"{where}, 'mask': an RLE, not a file's name")
+    if mask is not None and mask["size"] != [height, width]:  # before it is decoded: it may be huge
+        raise PromptError(
+            f"{where}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
+            "(width x height); give a mask of the image's size"
+        )
+    try:
+        return check(Prompt(box, points, None if mask is None else masks.decode(mask)), width, height)
+    except PromptError as error:
+        raise PromptError(f"{where}: {error}") from error
+
+
 # --- against an image -----------------------------------------------------------------------------------------------
 
 
@@ -249,22 +267,25 @@ def _lines(file, path: Path) -> dict[str, list[_Entry]]:
         if not isinstance(record, dict):
             raise PromptError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
         image = _text(record, "image", where)
-        asked = record.get("prompt", record)
-        if not isinstance(asked, dict):
-            raise PromptError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {_quoted(asked)}")
-        box, points, mask = (asked.get(name) for name in ("box", "points", "mask"))
-        if box is None and not points and mask is None:
-            raise PromptError(f"{where}: no 'box', 'points' or 'mask', only {', '.join(map(_quoted, asked))}")
-        box = None if box is None else _at(where, "box", _box, box)
-        points = () if points is None else _at(where, "points", _points, points)
+        box, points, mask = _fields(record.get("prompt", record), where)
         if isinstance(mask, str):
             mask = path.parent / mask
             if not mask.is_file():
                 raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
-        elif mask is not None:
-            mask = _at(where, "mask", masks.checked, mask)
         entries.setdefault(image, []).append(_Entry(where, box, points, mask))
     return entries
+
+
+def _fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
+    """Box, points and mask of a prompt as plain values; a mask that is text, the name of a file, is left as it is."""
+    if not isinstance(asked, dict):
+        raise PromptError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {_quoted(asked)}")
+    box, points, mask = (asked.get(name) for name in ("box", "points", "mask"))
+    if box is None and not points and mask is None:
+        raise PromptError(f"{where}: no 'box', 'points' or 'mask', only {', '.join(map(_quoted, asked))}")
+    box = None if box is None else _at(where, "box", _box, box)
+    points = () if points is None else _at(where, "points", _points, points)
+    return box, points, mask if mask is None or isinstance(mask, str) else _at(where, "mask", masks.checked, mask)
 
 
 def _coco(content: Any, path: Path) -> dict[str, list[_Entry]]:

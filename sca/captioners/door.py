@@ -12,7 +12,7 @@ import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
 from sca_registry.messages import unknown
-from sca_registry.spec import Part
+from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoint import load
 from sca.language_models.causal import DTYPES
@@ -59,6 +59,29 @@ def captioner(source: str | Path | Mapping[str, Any], device: str | torch.device
         return _model(name, device, **options)
     known = [*zoo.names(), *sca_registry.captioners.names()]
     raise RegistryError(f"{unknown(f'no model or captioner named {name!r}, and no folder there', name, known)} {FORMS}")
+
+
+def settings(
+    captioner: Captioner,
+    *,
+    beams: int | None = None,
+    words: int | None = None,
+    captions: int | None = None,
+    sample: bool = False,
+    temperature: float | None = None,
+) -> dict[str, Any]:
+    """What was asked of generation, as captioners take it; None leaves it to the captioner.
+
+    The best of several captions are found by a search, so that without `beams` there are at least as many.
+    """
+    given = {"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if sample:
+        asked["sample"] = True
+    if captions and beams is None and not sample:
+        usual = getattr(captioner, "generation", GENERATION)
+        asked["beams"] = max(captions, usual["beams"])
+    return asked
 
 
 def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:

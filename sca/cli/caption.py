@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from sca_registry.spec import CAPTION_FROM, GENERATION
+from sca_registry.spec import CAPTION_FROM
 
 from sca.cli.options import DEVICES, complain, find_device, print_table, settle
 
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
     from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
 
     from sca.mask_predictor import MaskPredictor
+    from sca.output.journal import Journal
+    from sca.output.read import Captioned, Size
 
-    Answers = Iterator[tuple[Path, Image, list[Caption]]]
+    Opened = Iterator[tuple[Path, Image | Captioned]]
+    Answers = Iterator[tuple[Path, Image | Size, list[Caption]]]
 
 DEFAULT_MODEL = "sca-tiny"
 DTYPES = ("float32", "bfloat16", "float16")
+UNKEPT = ("images", "out", "format", "resume", "quiet", "launcher", "shard")  # that say nothing of what is answered
 
 
 def caption(
@@ -86,6 +91,7 @@ def caption(
         typer.Option(help="many images, in shards: 'local workers=2', 'ray address=auto', ...; .tar archives, too"),
     ] = None,
     shard: Annotated[int, typer.Option(help="with --launcher: images of a shard", min=1)] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="with --out: go on where the same command ended")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
 ) -> None:
     """Captions regions of images: those you point at, or all that are found with --everything.
@@ -95,7 +101,7 @@ def caption(
     from sca_registry.contracts import TASKS
 
     from sca.images import find_images, show
-    from sca.output import Writers
+    from sca.output import DRAWN, Writers
 
     formats = _formats(format, out)
     settle("task", task, TASKS)
@@ -112,41 +118,46 @@ def caption(
     propose = _proposer(proposer) if proposer else None
     if temperature is not None and not sample:
         raise ValueError("--temperature can only be used with --sample")
+    if resume and out in ("", "-"):
+        raise ValueError("--resume goes on with what a folder has: name it with --out")
     if launcher:
         from sca.cli.shards import caption_shards
 
         if out in ("", "-") or formats != ("jsonl",):
             raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
         raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
-    generation = _given({"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature})
-    if sample:
-        generation["sample"] = True
     paths, problems = find_images(images)
     failures = Failures(problems)
     if not paths:
         raise typer.Exit(failures.status)
     requests.match(paths)
+    from sca.captioners.door import settings
+
     captioner = load_captioner(model, device, dtype, seed)
-    if captions and beams is None and not sample:  # the best of several are found by a search
-        usual = getattr(captioner, "generation", GENERATION)
-        generation["beams"] = max(captions, usual["beams"])
-    if everything:
-        answers = _everything(
-            _finder(captioner, model), _open(paths, failures), task, _given(search), propose, failures, generation
-        )
-    else:
-        asked = requests.of(_open(paths, failures), failures)
-        answers = _prompted(captioner, asked, batch, task, generation)
-    done = 0
+    generation = settings(
+        captioner, beams=beams, words=words, captions=captions, sample=sample, temperature=temperature
+    )
     with ExitStack() as outputs:
-        writers = None
-        if out:
-            writers = Writers.to_stream(sys.stdout, model) if out == "-" else Writers(out, formats, model)
-            outputs.enter_context(writers)
+        writers = journal = None
+        if out == "-":
+            writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
+        elif out:
+            journal = outputs.enter_context(_journal(Path(out), context.params, resume))
+            writers = outputs.enter_context(Writers(out, formats, model))
+        opened = _open(paths, failures, journal.done if journal else {})
+        drawn = bool(set(formats) & set(DRAWN))
+        if everything:
+            finder = _finder(captioner, model)
+            answers = _everything(finder, opened, task, _given(search), propose, failures, generation, drawn)
+        else:
+            answers = _prompted(captioner, requests.of(opened, failures), batch, task, generation, drawn)
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
-        for path, image, found in answers:
+        done = 0
+        for path, image, found in _watched(answers, len(paths), failures, quiet):
             for output in filter(None, (writers, table)):
                 output.add(path, image, found)
+            if journal:
+                journal.add(str(path), image, found)
             if everything and not found and not quiet:
                 complain(f"nothing found in {show(path)}; lower --iou or --stability, or raise --points")
             done += 1
@@ -158,7 +169,7 @@ def caption(
         for path in writers.paths.values() if writers else ():
             complain(f"wrote {path}")
         if failures.count:
-            complain(f"{done} of {done + failures.count} done")
+            complain(f"{done} of {done + failures.count} done{failures.named()}")
     raise typer.Exit(failures.status)
 
 
@@ -178,13 +189,24 @@ class Failures:
     def __init__(self, images: Iterable[str] = ()):
         self.count = 0
         self.status = 0
+        self.paths: list[Path] = []
         for problem in images:
             self.add(problem, status=1)
 
-    def add(self, problem: str, status: int) -> None:
+    def add(self, problem: str, status: int, path: Path | None = None) -> None:
         complain(problem)
         self.count += 1
         self.status = max(self.status, status)
+        self.paths += [path] if path else []
+
+    def named(self, most: int = 20) -> str:
+        """The images that failed, once more, for the end of a long run."""
+        from sca.images import show
+
+        if not self.paths:
+            return ""
+        more = f" and {len(self.paths) - most} more" if len(self.paths) > most else ""
+        return f"; not done: {', '.join(map(show, self.paths[:most]))}{more}"
 
 
 class Requests:
@@ -217,18 +239,17 @@ class Requests:
         """Finds the images in the prompts file. Raises PromptError if a name could mean several."""
         self.keys = self.file.match(paths) if self.file is not None else {}
 
-    def of(
-        self, opened: Iterable[tuple[Path, Image]], failures: Failures
-    ) -> Iterator[tuple[Path, Image, list[Prompt]]]:
+    def of(self, opened: Opened, failures: Failures) -> Iterator[tuple[Path, Image | Captioned, list[Prompt]]]:
         """Each image with its checked prompts; one whose prompts do not fit is a failure."""
         from sca.images import show
         from sca.prompts import PromptError, check
 
         for path, image in opened:
             try:
-                yield path, image, [check(prompt, *image.size) for prompt in self._asked(path)]
+                width, height = image.size
+                yield path, image, [check(prompt, width, height) for prompt in self._asked(path)]
             except PromptError as error:
-                failures.add(f"{show(path)}: {error}", status=2)
+                failures.add(f"{show(path)}: {error}", status=2, path=path)
 
     def _asked(self, path: Path) -> list[Prompt]:
         from sca.prompts import PromptError
@@ -307,28 +328,84 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _open(paths: Iterable[Path], failures: Failures) -> Iterator[tuple[Path, Image]]:
+def _open(paths: Iterable[Path], failures: Failures, done: Mapping[str, Captioned]) -> Opened:
+    """The images that can be opened; of those that a journal has, what it has."""
     from sca.images import ImageError, open_image
 
     for path in paths:
+        if known := done.get(str(path)):
+            yield path, known
+            continue
         try:
             image = open_image(path)
         except ImageError as error:
-            failures.add(str(error), status=1)
+            failures.add(str(error), status=1, path=path)
         else:
             yield path, image
 
 
+@contextmanager
+def _journal(folder: Path, params: Mapping[str, Any], resume: bool) -> Iterator[Journal]:
+    """Of a run with these options; it goes with a run that comes to its end."""
+    from sca.output.journal import Journal
+
+    given = {name: value for name, value in params.items() if name not in UNKEPT and value is not None}
+    run = {name: str(value) for name, value in given.items() if value is not False and value not in ((), [])}
+    journal = Journal(folder, run, resume)
+    finished = False
+    try:
+        yield journal
+        finished = True
+    finally:
+        journal.close(finished)
+
+
+def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Size, list[Caption]]:
+    """What a journal has of an image, as it was answered; the picture where it is to be drawn on."""
+    from sca.images import open_image
+
+    return path, open_image(path) if drawn else known.size, known.captions
+
+
+def _watched(answers: Answers, count: int, failures: Failures, quiet: bool) -> Answers:
+    """Shows how far a run over many images is, on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or count < 2 or not console.is_terminal:
+        yield from answers
+        return
+    rate = TextColumn("{task.speed:.1f} images/s", justify="right")
+    with Progress(BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("", total=count, speed=0.0)
+        start = time.monotonic()
+        for done, answer in enumerate(answers, 1):
+            yield answer
+            speed = done / max(time.monotonic() - start, 1e-3)
+            progress.update(bar, completed=done + failures.count, speed=speed)
+
+
 def _prompted(
     captioner: Captioner,
-    asked: Iterable[tuple[Path, Image, list[Prompt]]],
+    asked: Iterable[tuple[Path, Image | Captioned, list[Prompt]]],
     batch: int,
     task: str,
     generation: dict[str, Any],
+    drawn: bool,
 ) -> Answers:
+    """Batches are as they would be without a journal, so that an answer does not depend on where a run was ended."""
+    from sca.images import open_image
+    from sca.output.read import Captioned
+
     asked = iter(asked)
     while several := list(islice(asked, batch)):
+        known = [image if isinstance(image, Captioned) else None for _, image, _ in several]
+        if all(known):
+            yield from (_again(path, image, drawn) for path, image, _ in several)
+            continue
         paths, images, requests = zip(*several, strict=True)
+        images = [open_image(path) if there else image for path, image, there in zip(paths, images, known, strict=True)]
         if hasattr(captioner, "answer"):  # many images together
             answers = captioner.answer(captioner.encode(images), requests, task, **generation)
         else:
@@ -360,23 +437,28 @@ def _proposer(text: str) -> Proposer:
 
 def _everything(
     predictor: MaskPredictor,
-    opened: Iterable[tuple[Path, Image]],
+    opened: Opened,
     task: str,
     search: dict[str, Any],
     propose: Proposer | None,
     failures: Failures,
     generation: dict[str, Any],
+    drawn: bool,
 ) -> Answers:
     from sca.everything import caption_everything
     from sca.images import show
+    from sca.output.read import Captioned
     from sca.prompts import PromptError
 
     options = replace(predictor.everything, **search)
     for path, image in opened:
+        if isinstance(image, Captioned):
+            yield _again(path, image, drawn)
+            continue
         try:
             proposals = propose(image, str(path)) if propose else None
         except PromptError as error:
-            failures.add(f"{show(path)}: {error}", status=2)
+            failures.add(f"{show(path)}: {error}", status=2, path=path)
             continue
         predictor.set_image(image)
         yield path, image, caption_everything(predictor, task, options, proposals, **generation)

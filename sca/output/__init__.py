@@ -1,4 +1,4 @@
-"""Writing captions: JSON lines, COCO, pictures and pages, image after image.
+"""Writing captions image after image: JSON lines, COCO, Parquet, GeoJSON, for labelling tools, pictures and pages.
 
     with Writers("out", ("jsonl", "png"), model="sam-vit-b+query+gpt2-large") as writers:
         for path, image, captions in ...:
@@ -20,8 +20,12 @@ from sca_registry.contracts import Caption
 
 from sca.output.coco import Coco
 from sca.output.files import OutputError, open_folder
+from sca.output.geojson import GeoJson
 from sca.output.html import Html
 from sca.output.jsonl import Jsonl, Stream
+from sca.output.label_studio import LabelStudio
+from sca.output.labelme import LabelMe
+from sca.output.parquet import Parquet
 from sca.output.png import Png
 
 __all__ = ["FORMATS", "OutputError", "Writers"]
@@ -36,17 +40,23 @@ class Writer(Protocol):
 _KINDS: dict[str, tuple[str, Callable[[Path, str | None], Writer]]] = {
     "jsonl": ("captions.jsonl", Jsonl),
     "coco": ("coco.json", Coco),
+    "parquet": ("captions.parquet", Parquet),
+    "geojson": ("captions.geojson", GeoJson),
+    "label-studio": ("label-studio.json", LabelStudio),
+    "labelme": ("labelme", LabelMe),
     "png": (".", Png),
     "html": ("captions.html", Html),
 }
 FORMATS = tuple(_KINDS)
+DRAWN = ("png", "html")  # for which the pictures themselves are needed
 
 
 class Writers:
     """One or several formats in one folder, which is made. `ValueError` for a format that is not in `FORMATS`.
 
-    `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.html`, and for png the
-    folder, in which each image has a file `STEM.captions.png`.
+    `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
+    `label-studio.json`, `captions.html`; and for labelme and png a folder, in which each image has a file `STEM.json`
+    or `STEM.captions.png`.
     """
 
     def __init__(self, folder: str | Path, formats: Iterable[str] = ("jsonl",), model: str | None = None):

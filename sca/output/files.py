@@ -63,6 +63,12 @@ class OutputFile:
             self._name.unlink(missing_ok=True)
 
 
+def remove_drafts(folder: Path) -> None:
+    """Takes away what files of killed runs grew under."""
+    for draft in folder.glob(f".{'?' * 16}.part"):
+        draft.unlink(missing_ok=True)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """One file at once: whole, or as it was before."""
     file = OutputFile(path)
@@ -72,6 +78,22 @@ def write_file(path: Path, content: bytes) -> None:
         file.drop()
         raise
     file.keep()
+
+
+class Names:
+    """A file name for each image: its stem, or `STEM-2` where that has been used for another image."""
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+
+    def of(self, path: str) -> str:
+        stem = Path(path).stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore") or "image"
+        name, copies = stem, 1
+        while name.casefold() in self._used:
+            copies += 1
+            name = f"{stem}-{copies}"
+        self._used.add(name.casefold())
+        return name
 
 
 def open_folder(folder: Path) -> None:

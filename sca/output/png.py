@@ -13,7 +13,7 @@ from sca_registry.contracts import Caption
 
 from sca import masks
 from sca.output.colours import INSIDE, OUTSIDE, colour, readable_on
-from sca.output.files import write_file
+from sca.output.files import Names, write_file
 from sca.output.labels import Block, place
 
 SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
@@ -27,19 +27,12 @@ class Png:
     stem has been used for another image of the run."""
 
     def __init__(self, folder: Path, model: str | None = None):
-        self._folder = folder
-        self._used: set[str] = set()
+        self._folder, self._names = folder, Names()
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        stem = _short(Path(path).stem)
-        name, copies = stem, 1
-        while name.casefold() in self._used:
-            copies += 1
-            name = f"{stem}-{copies}"
         content = io.BytesIO()
         draw(image, captions).save(content, "PNG", compress_level=4)
-        write_file(self._folder / f"{name}.captions.png", content.getvalue())
-        self._used.add(name.casefold())
+        write_file(self._folder / f"{self._names.of(path)}.captions.png", content.getvalue())
 
     def close(self, finished: bool = True) -> None:
         """Every picture is on disk already."""
@@ -143,8 +136,3 @@ def _area(caption: Caption) -> float:
         return masks.area(caption.mask)
     x1, y1, x2, y2 = caption.box or (0, 0, 0, 0)
     return (x2 - x1) * (y2 - y1)
-
-
-def _short(stem: str) -> str:
-    """A stem that leaves room for the rest of the file name in 255 bytes."""
-    return stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore") or "image"

@@ -49,7 +49,7 @@ def model(checkpoint):
         ("--everything", "--points", 0): "--points",
         (*BOX, "--format", "png"): "--format png needs --out",
         (*BOX, "--out", "o", "--format", "pgn"): "Did you mean 'png'?",
-        (*BOX, "--out", "o", "--format", ""): "There are: jsonl, coco, png, html",
+        (*BOX, "--out", "o", "--format", ""): "There are: jsonl, coco, parquet",
         (*BOX, "--out", "-", "--format", "coco"): "--out - writes JSONL only",
         (*BOX, "--out", "a.png"): "cannot write a.png: File exists; choose another folder",
         (*BOX, "--out", "a.png/o"): "cannot write a.png/o: Not a directory",
@@ -162,7 +162,7 @@ def test_of_a_bad_image_and_a_wrong_request_the_request_decides(shell, picture, 
     assert result.status == 2
     assert len(result.out.splitlines()) == 1
     assert [line.split()[1] for line in result.err] == ["small.png:", "bad.png", "1"]
-    assert result.err[-1] == "sca: 1 of 3 done"
+    assert result.err[-1] == "sca: 1 of 3 done; not done: small.png, bad.png"
 
 
 def test_when_no_image_is_good_older_results_stay(shell, picture, model, here):

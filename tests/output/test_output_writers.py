@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sca.output import FORMATS, OutputError, Writers
+from sca.output.read import read_captions
 
 
 def names(folder) -> list[str]:
@@ -16,9 +17,18 @@ def names(folder) -> list[str]:
 
 def check_whole(folder, images: int) -> None:
     """Every format holds so many images of four regions each."""
-    assert names(folder) == sorted(
-        ["captions.html", "captions.jsonl", "coco.json", *(f"{n}.captions.png" for n in range(images))]
-    )
+    whole = [
+        "captions.geojson",
+        "captions.html",
+        "captions.jsonl",
+        "captions.parquet",
+        "coco.json",
+        "label-studio.json",
+    ]
+    assert names(folder) == sorted(["labelme", *whole, *(f"{n}.captions.png" for n in range(images))])
+    assert names(folder / "labelme") == [f"{n}.json" for n in range(images)]
+    for name in whole[:1] + whole[2:4] + whole[4:5]:
+        assert sum(len(each.captions) for each in read_captions(folder / name)) == 4 * images, name
     assert len([json.loads(line) for line in (folder / "captions.jsonl").open()]) == 4 * images
     coco = json.loads((folder / "coco.json").read_text())
     assert (len(coco["images"]), len(coco["annotations"])) == (images, 4 * images)
@@ -104,9 +114,10 @@ def add_many(writers, picture, captions):
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture, captions, name):
     writers = Writers(tmp_path, [name])
     writers.add("0.png", picture, captions)
-    size = max(path.stat().st_size for path in tmp_path.iterdir())
+    size = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    each = name in ("png", "labelme")  # a file an image
     refused = pytest.raises(OutputError, match=r"cannot write .*; free some space or choose another folder")
-    with little_space(size // 2 if name == "png" else size + 200), refused as raised:
+    with little_space(size // 2 if each else size + 200), refused as raised:
         add_many(writers, picture, captions)
     assert "\n" not in str(raised.value)
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
@@ -182,7 +193,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_image(tmp_pat
 
 
 def test_an_unknown_format_is_refused_with_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match="no output format named 'xml'; there are: jsonl, coco, png, html"):
+    with pytest.raises(ValueError, match="no output format named 'xml'; there are: jsonl, coco, parquet"):
         Writers(tmp_path / "out", ["jsonl", "xml"])
     assert not (tmp_path / "out").exists()
 
@@ -206,4 +217,5 @@ def test_a_source_in_the_same_folder_is_not_written_over(tmp_path, picture, capt
 def test_files_can_be_read_by_whom_the_umask_allows(tmp_path, picture, captions):
     write(tmp_path, 1, picture, captions)
     (tmp_path / "plain").touch()
-    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    files = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {(tmp_path / "plain").stat().st_mode}

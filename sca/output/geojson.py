@@ -1,0 +1,65 @@
+"""GeoJSON (RFC 7946) in pixels: a feature a region, whose polygons follow the edges of its mask's pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from sca_registry.contracts import Caption
+
+from sca import masks
+from sca.output.files import OutputFile
+from sca.output.jsonl import record
+from sca.output.outline import polygons
+
+PROPERTIES = ("image", "width", "height", "region", "prompt", "box", "caption", "score", "iou", "others")
+
+
+class GeoJson:
+    """One collection. Coordinates are x, y in pixels of the image, y downwards, in place of degrees.
+
+    A mask is a MultiPolygon, exact to the pixel; a box a Polygon; a region with neither has its first point.
+    """
+
+    def __init__(self, path: Path, model: str | None = None):
+        self._file = OutputFile(path)
+        self._model, self._features, self._images = model, 0, 0
+        self._file.write('{"type": "FeatureCollection", "features": [')
+
+    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+        lines = [json.dumps(self._feature(path, image, caption), allow_nan=False) for caption in captions]
+        if lines:
+            self._file.write((",\n" if self._features else "\n") + ",\n".join(lines))
+        self._features += len(lines)
+        self._images += 1
+
+    def close(self, finished: bool = True) -> None:
+        """Keeps the images that are done; of a run that failed before the first, nothing."""
+        if not finished and not self._images:
+            self._file.drop()
+            return
+        try:
+            self._file.write("\n]}\n")
+        except BaseException:
+            self._file.drop()
+            raise
+        self._file.keep()
+
+    def _feature(self, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+        plain = record(path, image, caption)
+        properties = {name: plain[name] for name in PROPERTIES if name in plain}
+        return {"type": "Feature", "geometry": _geometry(plain), "properties": {**properties, "model": self._model}}
+
+
+def _geometry(plain: dict[str, Any]) -> dict[str, Any]:
+    if plain["mask"] and (found := polygons(masks.decode(plain["mask"]))):
+        closed = [[[*ring, ring[0]] for ring in polygon] for polygon in found]
+        return {"type": "MultiPolygon", "coordinates": closed}
+    if plain["box"]:
+        x1, y1, x2, y2 = plain["box"]
+        return {"type": "Polygon", "coordinates": [[[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]]]}
+    x, y, _ = plain["prompt"]["points"][0] if plain["prompt"].get("points") else (0.0, 0.0, 1)
+    return {"type": "Point", "coordinates": [x, y]}

@@ -1,0 +1,79 @@
+"""LabelMe files, one an image: https://github.com/wkentaro/labelme."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sca_registry.contracts import Caption
+
+from sca import masks
+from sca.output.files import Names, open_folder, write_file
+from sca.output.jsonl import record
+
+VERSION = "5.5.0"
+LABEL = "region"
+
+
+class LabelMe:
+    """`STEM.json` in `folder` for each image, as soon as it is done. A region is a shape, described by its caption.
+
+    A mask is a shape of the kind "mask", exact to the pixel; a box a "rectangle", and a point a "point". `score` and
+    `iou` stand beside what LabelMe knows, which keeps them.
+    """
+
+    def __init__(self, folder: Path, model: str | None = None):
+        open_folder(folder)
+        self._folder, self._model, self._names = folder, model, Names()
+
+    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+        content = {
+            "version": VERSION,
+            "flags": {},
+            "shapes": [_shape(path, image, caption) for caption in captions],
+            "imagePath": os.path.relpath(path, self._folder),
+            "imageData": None,
+            "imageHeight": image.height,
+            "imageWidth": image.width,
+            "model": self._model,
+        }
+        text = json.dumps(content, indent=2, allow_nan=False)
+        write_file(self._folder / f"{self._names.of(path)}.json", text.encode())
+
+    def close(self, finished: bool = True) -> None:
+        """Every file is on disk already."""
+
+
+def _shape(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+    plain = record(path, image, caption)
+    shape = {
+        "label": LABEL,
+        "description": plain["caption"],
+        "group_id": None,
+        "flags": {},
+        "score": plain["score"],
+        "iou": plain["iou"],
+    }
+    if plain["mask"] and (box := masks.box_of(plain["mask"])):
+        x1, y1, x2, y2 = (int(value) for value in box)
+        inside = masks.decode(plain["mask"])[y1:y2, x1:x2]
+        points = [[x1, y1], [x2 - 1, y2 - 1]]  # LabelMe counts the last pixel in
+        return {**shape, "shape_type": "mask", "points": points, "mask": _png(inside)}
+    if plain["box"]:
+        x1, y1, x2, y2 = plain["box"]
+        return {**shape, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]], "mask": None}
+    points = [[x, y] for x, y, _ in plain["prompt"].get("points", [[0, 0, 1]])][:1]
+    return {**shape, "shape_type": "point", "points": points, "mask": None}
+
+
+def _png(mask: np.ndarray) -> str:
+    content = io.BytesIO()
+    Image.fromarray(mask).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode("ascii")

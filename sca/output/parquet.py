@@ -1,0 +1,114 @@
+"""Parquet: a row a region, for pandas, polars, DuckDB and `datasets`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from sca_registry.contracts import Caption
+
+from sca.output.files import OutputError, OutputFile
+from sca.output.jsonl import record
+
+ROWS = 5_000  # of a group: what is held before it is written
+
+
+class Parquet:
+    """The columns are the fields of a line of JSON lines; `prompt` and `others` are JSON text. Needs pyarrow."""
+
+    def __init__(self, path: Path, model: str | None = None):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise OutputError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
+        rle = pyarrow.struct([("size", pyarrow.list_(pyarrow.int64())), ("counts", pyarrow.string())])
+        self._schema = pyarrow.schema(
+            [
+                ("image", pyarrow.string()),
+                ("width", pyarrow.int64()),
+                ("height", pyarrow.int64()),
+                ("region", pyarrow.int64()),
+                ("prompt", pyarrow.string()),
+                ("box", pyarrow.list_(pyarrow.float64())),
+                ("mask", rle),
+                ("caption", pyarrow.string()),
+                ("score", pyarrow.float64()),
+                ("iou", pyarrow.float64()),
+                ("others", pyarrow.string()),
+                ("model", pyarrow.string()),
+            ]
+        )
+        self._file = OutputFile(path)
+        self._model, self._rows, self._images = model, [], 0
+        self._writer = pyarrow.parquet.ParquetWriter(_Sink(self._file), self._schema, compression="zstd")
+
+    def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
+        for caption in captions:
+            plain = {**record(path, image, caption), "model": self._model}
+            plain["prompt"] = json.dumps(plain["prompt"])
+            plain["others"] = json.dumps(plain["others"]) if "others" in plain else None
+            self._rows.append({**plain, "image": _text(path), "caption": _text(plain["caption"])})
+        self._images += 1
+        if len(self._rows) >= ROWS:
+            self._flush()
+
+    def close(self, finished: bool = True) -> None:
+        """Keeps the images that are done; of a run that failed before the first, nothing."""
+        if not finished and not self._images:
+            self._file.drop()
+            return
+        try:
+            self._flush()
+            self._writer.close()
+        except BaseException:
+            self._file.drop()
+            raise
+        self._file.keep()
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        self._writer.write_table(pyarrow.Table.from_pylist(self._rows, self._schema))
+        self._rows = []
+
+
+class _Sink:
+    """What pyarrow writes to."""
+
+    closed = False
+
+    def __init__(self, file: OutputFile):
+        self._file, self._place = file, 0
+
+    def write(self, piece: Any) -> int:
+        content = bytes(piece)
+        self._file.write(content)
+        self._place += len(content)
+        return len(content)
+
+    def tell(self) -> int:
+        return self._place
+
+    def flush(self) -> None:
+        """All is written already."""
+
+    def close(self) -> None:
+        """The file is closed by who made it."""
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _text(value: str) -> str:
+    """Without halves of letters, which UTF-8 does not have."""
+    return value.encode("utf-8", "replace").decode()

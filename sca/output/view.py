@@ -1,0 +1,130 @@
+"""A page to browse the regions of many images, or to compare two files of them: `sca view`.
+
+One file, offline. Pictures are in it, made smaller; masks are decoded by the page when they come into sight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sca_registry.contracts import Caption
+
+from sca.images import ImageError, open_image
+from sca.output.colours import COLOURS
+from sca.output.files import OutputFile
+from sca.output.page import data_uri, head, text
+from sca.output.read import Captioned, ReadError
+
+SIDE = 640  # pixels of the longest side of a picture in the page
+BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; background: Canvas; color: CanvasText }
+body { max-width: 90rem; margin: 0 auto; padding: 0 1rem 1rem }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 1rem; align-items: center;
+  padding: .6rem 0; background: Canvas }
+input[type="search"] { font: inherit; padding: .2rem .5rem; min-width: 12rem }
+h1 { font-size: 1.2rem } h2 { font-size: 1rem; overflow-wrap: anywhere }
+section { min-height: 12rem; margin: 0 0 2rem }
+.content { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+.stage { position: relative; flex: 0 1 40rem; min-width: 0 }
+.stage img { display: block; width: 40rem; max-width: 100%; max-height: 80vh; object-fit: fill; border-radius: 6px;
+  background: color-mix(in srgb, CanvasText 12%, Canvas) }
+.stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none }
+ol { flex: 1 1 18rem; margin: 0; padding: 0; list-style: none; max-height: 80vh; overflow: auto }
+li { padding: .25rem .6rem; margin: 0 0 .3rem; border-left: 6px solid var(--colour); overflow-wrap: anywhere }
+li:hover, li:focus, li.on { background: color-mix(in srgb, var(--colour) 22%, Canvas); outline-offset: -2px }
+li span { display: block } .other { border-top: 1px dashed color-mix(in srgb, CanvasText 35%, Canvas) }
+.none { opacity: .5 } small { opacity: .75; white-space: nowrap }
+"""
+
+
+def write_view(
+    path: Path,
+    captioned: Iterable[Captioned],
+    other: Iterable[Captioned] | None = None,
+    images: Path | None = None,
+    names: tuple[str, ...] = (),
+) -> tuple[int, list[str]]:
+    """Writes the page, and gives the number of regions and a line for each picture that could not be opened.
+
+    other: what is to be compared, of the same images; regions are paired by their order. images: the folder that
+    pictures are named in (default: the working folder). names: what the files are called.
+    """
+    script = files("sca.output").joinpath("view.js").read_text("utf-8")
+    second = None if other is None else {each.image: each for each in other}
+    file, problems, regions = OutputFile(path), [], 0
+    try:
+        title = " and ".join(names) or "Regions"
+        file.write(head(title, _STYLE, script))
+        file.write(_controls(title, second is not None))
+        file.write(f'<script type="application/json" id="data">{{"colours": {json.dumps(COLOURS)}, "images": [')
+        for number, each in enumerate(_together(captioned, second)):
+            one, two = each
+            regions += len(one.captions) + (len(two.captions) if two else 0)
+            file.write((",\n" if number else "\n") + _escaped(_image(one, two, images, second is not None, problems)))
+        file.write(f"]}}</script>\n<script>{script}</script>\n</body>\n</html>\n")
+    except BaseException:
+        file.drop()
+        raise
+    file.keep()
+    return regions, problems
+
+
+def _together(
+    captioned: Iterable[Captioned], second: dict[str, Captioned] | None
+) -> Iterator[tuple[Captioned, Captioned | None]]:
+    for each in captioned:
+        pair = second.pop(each.image, None) if second is not None else None
+        if pair is not None and pair.size != each.size:
+            raise ReadError(f"{each.image} is {each.size} in one file and {pair.size} in the other")
+        yield each, pair
+    for left in (second or {}).values():
+        yield left._replace(captions=[]), left
+
+
+def _image(
+    one: Captioned, two: Captioned | None, images: Path | None, compares: bool, problems: list[str]
+) -> dict[str, Any]:
+    source = BLANK
+    try:
+        source = data_uri(open_image(images / one.image if images else one.image), SIDE)
+    except ImageError as error:
+        problems.append(str(error))
+    plain = {
+        "name": one.image,
+        "width": one.size.width,
+        "height": one.size.height,
+        "source": source,
+        "regions": [_region(each) for each in one.captions],
+    }
+    if compares:
+        plain["other"] = [_region(each) for each in two.captions] if two else []
+    return plain
+
+
+def _region(caption: Caption) -> list[Any]:
+    """[caption, score, IoU, box, run lengths]: what the page knows of a region."""
+    score = None if math.isnan(caption.score) else round(caption.score, 4)
+    box = None if caption.box is None else [round(value, 2) for value in caption.box]
+    iou = None if caption.iou is None or math.isnan(caption.iou) else round(caption.iou, 4)
+    return [caption.text, score, iou, box, caption.mask["counts"] if caption.mask else None]
+
+
+def _controls(title: str, compares: bool) -> str:
+    differ = '<label><input id="differ" type="checkbox"> only captions that differ</label>' if compares else ""
+    return (
+        f"<h1>{text(title)}</h1>\n<form>"
+        '<label>Search <input id="words" type="search" placeholder="words of captions"></label>'
+        '<label>Least score <input id="score" type="range" min="0" max="1" step="0.01" value="0"></label>'
+        f'{differ}<output id="count"></output></form>\n<main></main>\n'
+    )
+
+
+def _escaped(value: Any) -> str:
+    """JSON within a script element."""
+    return json.dumps(value).replace("<", "\\u003c")
