@@ -347,7 +347,11 @@ class Captioner(Protocol):
 
 @runtime_checkable
 class Launcher(Protocol):
-    """factory(**options)."""
+    """factory(**options).
+
+    May have `serve(hosted, host, port, replicas, told)`, which serves a `sca.serve.hosted.Hosted` until it is
+    interrupted, and tells the address.
+    """
 
     def map(self, tasks: Sequence[Any]) -> Iterator[Any]: ...
 

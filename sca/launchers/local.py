@@ -6,16 +6,20 @@ import json
 import math
 import os
 import signal
+import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sca.launchers.child import MADE, child
 from sca.launchers.task import Outcome, Task
+
+if TYPE_CHECKING:
+    from sca.serve.hosted import Hosted
 
 KILLED = 3  # times that a process may be killed from outside before its task is left for another run
 
@@ -65,6 +69,32 @@ class Local:
         finally:
             for process, *_ in running.values():
                 _end(process)
+
+    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, told: Callable[[str], None]) -> None:
+        """Serves in this process until it is interrupted. ValueError for more than one replica, OSError for an address
+        that cannot be had.
+        """
+        import uvicorn
+
+        if replicas != 1:
+            raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
+        captioner = hosted.captioner()  # first, so that a mistake in its name is told before anybody is let in
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                door.bind((host, port))
+            except (OSError, OverflowError) as error:
+                raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
+            shown = f"[{host}]" if ":" in host else host
+            config = uvicorn.Config(
+                hosted.application(captioner),
+                log_level="info" if hosted.log else "warning",
+                limit_concurrency=hosted.clients,
+                timeout_graceful_shutdown=5,
+            )
+            told(f"http://{shown}:{door.getsockname()[1]}")
+            uvicorn.Server(config).run([door])
 
     @staticmethod
     def _pause(running: dict[int, Any]) -> None:

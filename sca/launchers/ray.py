@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sca.launchers.child import LOG
 from sca.launchers.local import Local
 from sca.launchers.task import Outcome, Task
+
+if TYPE_CHECKING:
+    from sca.serve.hosted import Hosted
 
 RETRIES = 3  # of a task whose node was lost
 
@@ -54,6 +58,32 @@ class Ray:
                     Path(task.folder, LOG).write_text(log, "utf-8")
                     yield Outcome(task, made)
         finally:
+            if started:
+                ray.shutdown()
+
+    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, told: Callable[[str], None]) -> None:
+        """Serves copies of the model with Ray Serve until it is interrupted: at every node, requests go to any copy."""
+        import ray
+
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+        from ray import serve
+
+        gpus = int(hosted.device.startswith("cuda"))
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            copies = serve.deployment(
+                num_replicas=replicas,
+                ray_actor_options={"num_cpus": self.cores, "num_gpus": gpus},
+                max_ongoing_requests=hosted.clients,
+            )(serve.ingress(hosted.application)())
+            serve.run(copies.bind(), name="sca")
+            told(f"http://{host}:{port}")
+            while True:
+                time.sleep(3600)
+        finally:
+            serve.shutdown()
             if started:
                 ray.shutdown()
 

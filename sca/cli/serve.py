@@ -1,0 +1,70 @@
+"""`sca serve`: captions over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sca.cli.options import DEVICES, complain, settle
+
+DTYPES = ("float32", "bfloat16", "float16")
+MIB = 2**20
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
+    ] = "sca-tiny",
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at", min=0, max=65535)] = 8000,
+    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
+    body: Annotated[int, typer.Option(help="MiB of a request, at most", min=1)] = 32,
+    pixels: Annotated[int, typer.Option(help="pixels of an image, at most", min=1)] = 50_000_000,
+    prompts: Annotated[int, typer.Option(help="prompts of a request, at most", min=1)] = 4096,
+    seconds: Annotated[
+        float, typer.Option(help="until a request is there, and again until its answer is", min=0.1)
+    ] = 60,
+    waiting: Annotated[int, typer.Option(help="regions that may wait, of all requests", min=1)] = 10_000,
+    clients: Annotated[int, typer.Option(help="connections at a time, at most", min=1)] = 512,
+    cache: Annotated[int, typer.Option(help="MiB of image features to keep", min=0)] = 512,
+    seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
+    launcher: Annotated[
+        str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
+    ] = "local",
+    replicas: Annotated[int, typer.Option(help="copies of the model, with a launcher that spreads them", min=1)] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no line for each request")] = False,
+) -> None:
+    """Answers over HTTP: POST /v1/captions, POST /v1/chat/completions, /health, /metrics; /openapi.json tells all.
+
+    Requests of many clients are answered together. Needs the extra `serve`.
+    """
+    import sca_registry
+    from sca_registry import RegistryError
+    from sca_registry.spec import Part
+
+    from sca.serve.hosted import Hosted
+
+    if dtype:
+        settle("dtype", dtype, DTYPES)
+    part = Part.parse(launcher, "--launcher")
+    where = sca_registry.launchers.build(part.name, **part.options)
+    if not hasattr(where, "serve"):
+        raise RegistryError(f"the launcher {part.name!r} runs tasks and serves nothing: choose local or ray")
+    hosted = Hosted(
+        model,
+        device,
+        dtype,
+        seed,
+        body=body * MIB,
+        pixels=pixels,
+        prompts=prompts,
+        seconds=seconds,
+        waiting=waiting,
+        cache=cache * MIB,
+        clients=clients,
+        log=not quiet,
+    )
+    hosted.check()
+    where.serve(hosted, host, port, replicas, lambda url: complain(f"{model} answers at {url}; Ctrl+C ends it"))

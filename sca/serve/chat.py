@@ -1,0 +1,123 @@
+"""The chat route, for clients of the OpenAI API: the image and the region of the last message, captioned.
+
+https://platform.openai.com/docs/api-reference/chat. A region is what `box`, `points` and `mask` say, which the client
+of OpenAI's package gives as `extra_body`, or what stands in the message's text as `sca caption --region` writes it,
+such as `box=10,20,200,180`; without, it is the whole image.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import format_sse_event
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from sca_registry.contracts import Prompt
+
+from sca.prompts import check, parse_region
+from sca.serve.problems import ApiError
+from sca.serve.schema import Asked, PromptIn
+from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, decoded, plain
+
+REGION = re.compile(r"(?:box|point)=[-+.,\d]*\d(?:;(?:box|point)=[-+.,\d]*\d)*")
+
+
+class ImageUrl(BaseModel):
+    url: Annotated[str, Field(description="a data: URL")]
+
+
+class Piece(BaseModel):
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Piece]
+
+
+class Chat(PromptIn):
+    """Fields of the API that say nothing of captions are left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    task: Literal["caption", "recognition"] = "caption"
+    n: Annotated[int | None, Field(ge=1, le=16, description="captions")] = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, description="0 or none: the likeliest words")] = None
+    stream: StrictBool | None = False
+
+    def asked(self) -> Asked:
+        words = self.max_completion_tokens or self.max_tokens
+        fields = {"captions": self.n, "task": self.task, "max_new_tokens": min(words, 128) if words else None}
+        if self.temperature:
+            fields |= {"sample": True, "temperature": max(self.temperature, 0.01)}
+        region = PromptIn(box=self.box, points=self.points, mask=self.mask)
+        return Asked(**{name: value for name, value in fields.items() if value is not None}, prompts=[region])
+
+    def image(self) -> str:
+        """The URL of the last image."""
+        urls = [piece.image_url.url for piece in self._pieces() if piece.image_url]
+        if not urls:
+            raise ApiError(422, "no message has an image: send one as {'type': 'image_url', 'image_url': {'url': ...}}")
+        return urls[-1]
+
+    def region(self, width: int, height: int) -> Prompt:
+        """What the text of the last message points at: the whole image if nothing."""
+        last = self.messages[-1].content
+        text = last if isinstance(last, str) else " ".join(piece.text or "" for piece in last)
+        found = REGION.search(text)
+        prompt = parse_region(found[0]) if found else Prompt(box=(0.0, 0.0, float(width), float(height)))
+        return check(prompt, width, height)
+
+    def _pieces(self) -> list[Piece]:
+        return [piece for message in self.messages if not isinstance(message.content, str) for piece in message.content]
+
+
+def add_chat(app: FastAPI, service: Service) -> None:
+    """The routes `/v1/models` and `/v1/chat/completions`."""
+
+    @app.get("/v1/models", summary="The model that answers")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": service.name, "object": "model", "created": 0, "owned_by": "sca"}]}
+
+    @app.post("/v1/chat/completions", responses=PROBLEMS, summary="One region, as chat clients ask")
+    async def chat(request: Request, asked: Chat) -> Response:
+        if asked.model not in ("", service.name):
+            raise ApiError(404, f"no model {asked.model!r} here: there is {service.name!r}")
+        image = await service.image(decoded(asked.image()))
+        pointed = not (asked.box is None and asked.points is None and asked.mask is None)
+        question = await service.question(asked.asked(), image, None if pointed else [asked.region(*image.size)])
+        captions = await service.captions(request, question)
+        if not captions:
+            return Response(status_code=499)  # to nobody: the client has left
+        (caption,) = captions
+        texts = [caption.text, *(text for text, _ in caption.others)]
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+        if asked.stream:
+            return StreamingResponse(_chunks(head, texts), media_type=EVENT_STREAM)
+        choices = [
+            {"index": number, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            for number, text in enumerate(texts)
+        ]
+        told = {**head, "object": "chat.completion", "choices": choices, "region": plain(caption, image)}
+        return JSONResponse(told)
+
+
+async def _chunks(head: dict[str, Any], texts: list[str]) -> AsyncIterator[bytes]:
+    for number, text in enumerate(texts):
+        for delta, end in (({"role": "assistant", "content": text}, None), ({}, "stop")):
+            choice = {"index": number, "delta": delta, "finish_reason": end}
+            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
+            yield format_sse_event(data_str=json.dumps(chunk))
+    yield format_sse_event(data_str="[DONE]")

@@ -1,0 +1,56 @@
+"""A model that is to be served, and how: what a launcher needs to make the application wherever it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from sca_registry import RegistryError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from sca_registry.contracts import Captioner
+
+NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
+    of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
+    features that are kept. clients: connections at a time. log: a line for each request.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+    body: int = 32 * 2**20
+    pixels: int = 50_000_000
+    prompts: int = 4096
+    seconds: float = 60.0
+    waiting: int = 10_000
+    cache: int = 512 * 2**20
+    clients: int = 512
+    log: bool = False
+
+    def check(self) -> None:
+        """RegistryError if what serving needs is not installed."""
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise RegistryError(f"serving needs {' and '.join(missing)}: pip install 'segment-caption-anything[serve]'")
+
+    def captioner(self) -> Captioner:
+        from sca.cli.caption import load_captioner
+
+        return load_captioner(self.model, self.device, self.dtype, self.seed)
+
+    def application(self, captioner: Captioner | None = None) -> FastAPI:
+        """The application, with a captioner that may have been made already."""
+        from sca.serve.app import application
+        from sca.serve.engine import Engine
+        from sca.serve.schema import Limits
+
+        engine = Engine(captioner or self.captioner(), cache=self.cache, waiting=self.waiting)
+        return application(engine, self.model, Limits(self.body, self.pixels, self.prompts, self.seconds))

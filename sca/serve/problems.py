@@ -1,0 +1,56 @@
+"""What goes wrong, as HTTP says it: a status and one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from sca.images import ImageError, TooLargeError
+from sca.prompts import PromptError
+from sca.serve.engine import BusyError, CannotError, ClosedError, EngineError, LateError, NoRoomError
+
+MOST = 3  # problems of one request that are told
+_STATUS = {BusyError: 503, ClosedError: 503, NoRoomError: 503, LateError: 504, CannotError: 422}
+
+
+class ApiError(Exception):
+    """A status and a line."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"} if self.status == 503 else {}
+
+
+def told(error: Exception) -> ApiError:
+    """As HTTP says it. TypeError for what is nobody's mistake."""
+    match error:
+        case ApiError():
+            return error
+        case EngineError():
+            return ApiError(_STATUS.get(type(error), 500), str(error))
+        case TooLargeError():
+            return ApiError(413, str(error))
+        case ImageError() | PromptError():
+            return ApiError(422, str(error))
+        case ValidationError():
+            return ApiError(422, _fields(error.errors(include_url=False, include_context=False, include_input=False)))
+        case RequestValidationError():
+            return ApiError(422, _fields(error.errors()))
+    raise TypeError(type(error).__name__)
+
+
+def _fields(errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first problems, each with the field that has it."""
+    lines = []
+    for each in errors[:MOST]:
+        where = ".".join(str(part) for part in each["loc"] if part != "body")
+        message = " ".join(each["msg"].removeprefix("Value error, ").split())
+        lines.append(f"{where}: {message}" if where else message)
+    return "; ".join(lines)[:1000]

@@ -1,0 +1,124 @@
+"""What a client sends and gets, as it stands on the OpenAPI page. Coordinates are pixels of the image as its viewer
+sees it: EXIF rotation applied, the corner at 0, 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
+
+_NUMBER = {"type": "number"}
+_BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
+_WHOLE = {"type": "integer", "minimum": 0}
+_SIZE = {"type": "array", "items": _WHOLE, "minItems": 2, "maxItems": 2, "description": "height, width: the image's"}
+_COUNTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": _WHOLE}]}
+_RLE = {"type": "object", "properties": {"size": _SIZE, "counts": _COUNTS}, "required": ["size", "counts"]}
+_POINT = {
+    "type": "array",
+    "items": _NUMBER,
+    "minItems": 2,
+    "maxItems": 3,
+    "description": "x, y, and 1 inside, 0 outside",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for. body: bytes of a request. pixels: of its image. prompts: of a request, and at most ten
+    times `pixels` in their masks together. seconds: until the body is there, and again until the answer is.
+    """
+
+    body: int = 32 * 2**20
+    pixels: int = 50_000_000
+    prompts: int = 4096
+    seconds: float = 60.0
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptIn(Strict):
+    """One region: any of the three, together."""
+
+    box: Annotated[Any, WithJsonSchema({"anyOf": [_BOX, {"type": "null"}]})] = None
+    points: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "array", "items": _POINT}, {"type": "null"}]})] = None
+    mask: Annotated[Any, WithJsonSchema({"anyOf": [_RLE, {"type": "null"}]})] = None
+
+
+class EverythingIn(Strict):
+    """How everything is looked for; what is left out is the model's own."""
+
+    points: Annotated[int | None, Field(ge=1, le=64, description="along each side of the grid")] = None
+    iou: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
+    stability: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
+    nms: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
+    area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
+    crops: Annotated[int | None, Field(ge=0, le=2, description="layers of crops to look at, too")] = None
+    caption_from: Literal["box-and-point", "box", "point"] | None = None
+
+
+class Asked(Strict):
+    """The regions of one image, and how they are to be captioned."""
+
+    prompts: list[PromptIn] = []
+    everything: StrictBool | EverythingIn = False
+    task: Literal["caption", "recognition"] = "caption"
+    beams: Annotated[int | None, Field(ge=1, le=16)] = None
+    captions: Annotated[int | None, Field(ge=1, le=16, description="so many a region, the best first")] = None
+    max_new_tokens: Annotated[int | None, Field(ge=1, le=128)] = None
+    sample: StrictBool = False
+    temperature: Annotated[float | None, Field(ge=0.01, le=100, description="with `sample`")] = None
+    masks: Annotated[StrictBool, Field(description="whether masks are to be in the answer")] = True
+    stream: Annotated[StrictBool, Field(description="server-sent events: a region as soon as it is there")] = False
+
+
+class AskedOfImage(Asked):
+    image: Annotated[str, Field(description="the file in base64, or a data: URL")]
+
+
+class Rle(BaseModel):
+    """A mask in COCO's run-length code."""
+
+    size: Annotated[list[int], Field(description="height, width")]
+    counts: str
+
+
+class Other(BaseModel):
+    caption: str
+    score: float | None
+
+
+class RegionOut(BaseModel):
+    """A region as `sca caption` writes it; what is not known is null."""
+
+    region: Annotated[int, Field(description="the prompt's place in the request")]
+    prompt: dict[str, Any]
+    box: list[float] | None
+    mask: Rle | None
+    caption: str
+    score: Annotated[float | None, Field(description="exp of the mean log-probability of a token")]
+    iou: Annotated[float | None, Field(description="predicted for the mask")]
+    others: list[Other] = []
+
+
+class Answer(BaseModel):
+    model: str
+    width: int
+    height: int
+    regions: list[RegionOut]
+
+
+class Problem(BaseModel):
+    """What was wrong, in one line."""
+
+    error: str
+
+
+class Health(BaseModel):
+    status: Literal["ok", "down"]
+    model: str
+    device: str
+    waiting: int

@@ -1,0 +1,99 @@
+"""The shipped model behind an engine, in this process and behind a real socket."""
+
+import base64
+import io
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("prometheus_client", reason="needs the extra serve")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    from sca.captioners.door import captioner
+
+    return captioner("sca-tiny")
+
+
+@pytest.fixture
+def engine(tiny):
+    from sca.serve.engine import Engine
+
+    engine = Engine(tiny)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def png(scene):
+    """The scene as a file."""
+    file = io.BytesIO()
+    scene.image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def asked(png, scene):
+    """`asked(field=value, ...)`: a request as JSON, with the boxes of the scene unless others are given."""
+
+    def make(**fields):
+        image = base64.b64encode(png).decode()
+        if not fields.keys() & {"prompts", "everything"}:
+            fields["prompts"] = [{"box": list(region.box)} for region in scene.regions]
+        return {"image": image, **fields}
+
+    return make
+
+
+@pytest.fixture
+def client(tiny):
+    """`client(limits)` talks to the application in this process."""
+    from fastapi.testclient import TestClient
+
+    from sca.serve.app import application
+    from sca.serve.engine import Engine
+
+    opened = []
+
+    def make(limits=None, **options):
+        app = application(Engine(tiny, **options), "sca-tiny", limits)
+        client = TestClient(app, raise_server_exceptions=False)
+        client.__enter__()
+        opened.append(client)
+        return client
+
+    yield make
+    for each in opened:
+        each.__exit__(None, None, None)
+
+
+@pytest.fixture
+def served(tiny):
+    """`served(limits)` is the address of a server on loopback."""
+    import uvicorn
+
+    from sca.serve.app import application
+    from sca.serve.engine import Engine
+
+    running = []
+
+    def start(limits=None, **options):
+        door = socket.socket()
+        door.bind(("127.0.0.1", 0))
+        app = application(Engine(tiny, **options), "sca-tiny", limits)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([door],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        running.append((server, thread))
+        return f"http://127.0.0.1:{door.getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,256 @@
+"""What clients send and get."""
+
+import base64
+import io
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from sca_registry.contracts import Prompt
+
+from sca import masks
+from sca.serve.schema import Limits
+
+
+def events(text):
+    """(name, data) of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            found.append((fields.get("event"), json.loads(fields["data"])))
+    return found
+
+
+def test_captions_are_those_of_the_predictor(client, tiny, scene, asked, png):
+    prompts = [Prompt(box=region.box) for region in scene.regions]
+    expected = tiny.describe(scene.image, prompts)
+    answer = client().post("/v1/captions", json=asked())
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert (told["model"], told["width"], told["height"]) == ("sca-tiny", *scene.image.size)
+    for region, caption in zip(told["regions"], expected, strict=True):
+        assert (region["caption"], region["mask"]) == (caption.text, caption.mask)
+        assert region["box"] == list(caption.box)
+        assert region["score"] == pytest.approx(caption.score, abs=1e-5)
+    form = {"request": json.dumps({"prompts": [{"box": list(region.box)} for region in scene.regions]})}
+    again = client().post("/v1/captions", files={"image": ("a.png", png)}, data=form)
+    assert [region["caption"] for region in again.json()["regions"]] == [each.text for each in expected]
+
+
+def test_all_kinds_of_prompt_in_one_request(client, tiny, scene, asked):
+    region = next(region for region in scene.regions if region.mask)
+    x, y = (region.box[0] + region.box[2]) / 2, (region.box[1] + region.box[3]) / 2
+    plain = [{"points": [[x, y]]}, {"mask": region.mask}, {"box": list(region.box), "points": [[x, y, 1], [1, 1, 0]]}]
+    prompts = [
+        Prompt(points=((x, y, 1),)),
+        Prompt(mask=masks.decode(region.mask)),
+        Prompt(region.box, ((x, y, 1), (1, 1, 0))),
+    ]
+    told = client().post("/v1/captions", json=asked(prompts=plain, captions=2)).json()["regions"]
+    expected = tiny.describe(scene.image, prompts, captions=2, beams=2)
+    assert [each["caption"] for each in told] == [each.text for each in expected]
+    assert [[other["caption"] for other in each["others"]] for each in told] == [
+        [text for text, _ in each.others] for each in expected
+    ]
+
+
+def test_masks_are_left_out_where_they_are_not_wanted(client, asked):
+    told = client().post("/v1/captions", json=asked(masks=False)).json()["regions"]
+    assert all(each["mask"] is None and each["caption"] for each in told)
+
+
+def test_a_stream_has_each_region_as_it_is_there(client, asked, scene):
+    answer = client(regions=2).post("/v1/captions", json=asked(stream=True))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    told = events(answer.text)
+    assert told[0][0] == "found"
+    assert told[0][1]["regions"] == len(scene.regions)
+    assert [data["region"] for name, data in told if name == "region"] == list(range(len(scene.regions)))
+    assert told[-1] == ("done", {"regions": len(scene.regions)})
+
+
+def test_everything_streams_its_search_and_its_regions(client, asked):
+    same = client()
+    whole = same.post("/v1/captions", json=asked(everything={"points": 8})).json()["regions"]
+    told = events(
+        same.post("/v1/captions", json=asked(everything={"points": 8}), headers={"accept": "text/event-stream"}).text
+    )
+    assert told[0][0] == "searched"
+    assert [data for name, data in told if name == "region"] == whole
+    assert whole
+
+
+def test_the_chat_route_answers_openai_clients(client, asked, scene, tiny):
+    region = scene.regions[0]
+    url = f"data:image/png;base64,{asked()['image']}"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}
+    (expected,) = tiny.describe(scene.image, [Prompt(box=region.box)])
+    same = client()
+    told = same.post("/v1/chat/completions", json={"messages": [message], "box": region.box, "presence_penalty": 0})
+    assert told.json()["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
+    assert told.json()["region"]["mask"] == expected.mask
+    box = ",".join(f"{value:g}" for value in region.box)
+    spoken = {"role": "user", "content": [image, {"type": "text", "text": f"What is at box={box}?"}]}
+    told = same.post("/v1/chat/completions", json={"model": "sca-tiny", "messages": [spoken], "n": 2}).json()
+    assert len(told["choices"]) == 2
+    streamed = same.post("/v1/chat/completions", json={"messages": [message], "box": region.box, "stream": True}).text
+    chunks = [line.removeprefix("data: ") for line in streamed.splitlines() if line]
+    assert chunks[-1] == "[DONE]"
+    assert json.loads(chunks[0])["choices"][0]["delta"]["content"] == expected.text
+    whole = same.post("/v1/chat/completions", json={"messages": [message]}).json()["region"]
+    assert whole["box"] == [0, 0, *scene.image.size]
+    assert same.get("/v1/models").json()["data"][0]["id"] == "sca-tiny"
+    wrong = same.post("/v1/chat/completions", json={"model": "gpt-4o", "messages": [message]})
+    assert (wrong.status_code, wrong.json()["error"]) == (404, "no model 'gpt-4o' here: there is 'sca-tiny'")
+
+
+def test_health_and_metrics(client, asked, scene):
+    same = client()
+    same.post("/v1/captions", json=asked())
+    same.post("/v1/captions", json=asked())
+    same.get("/nowhere/at/all")
+    assert same.get("/health").json() == {"status": "ok", "model": "sca-tiny", "device": "cpu", "waiting": 0}
+    page = same.get("/metrics").text
+    assert 'sca_requests_total{route="/v1/captions",status="200"} 2.0' in page
+    assert 'sca_requests_total{route="other",status="404"} 1.0' in page
+    assert f"sca_regions_total {2.0 * len(scene.regions)}" in page
+    assert 'sca_feature_lookups_total{found="yes"} 1.0' in page
+    assert "sca_waiting_regions 0.0" in page
+
+
+BOX = [{"box": [0, 0, 9, 9]}]
+WRONG = {
+    "no region": ({"prompts": []}, 422, "neither prompts nor everything"),
+    "both": ({"prompts": BOX, "everything": True}, 422, "both prompts and everything"),
+    "box of three": ({"prompts": [{"box": [1, 2, 3]}]}, 422, "prompts.0, 'box': a box is 4 numbers x1,y1,x2,y2"),
+    "reversed": ({"prompts": [{"box": [9, 9, 1, 1]}]}, 422, "the box 9,9,1,1 is reversed"),
+    "outside": ({"prompts": [{"points": [[5000, 1]]}]}, 422, "prompts.0: the point 5000,1,1 is outside the 96 x 96"),
+    "huge number": ({"prompts": [{"box": [0, 0, 1e308, 10**400]}]}, 422, "is not a finite number"),
+    "mask of another size": (
+        {"prompts": [{"mask": masks.encode(np.ones((20_000, 8_000), bool))}]},
+        422,
+        "prompts.0, 'mask': the mask is 8000 x 20000, the image 96 x 96",
+    ),
+    "mask that is none": ({"prompts": [{"mask": {"size": [96, 96], "counts": "zz"}}]}, 422, "prompts.0, 'mask': "),
+    "a file": ({"prompts": [{"mask": "/etc/passwd"}]}, 422, "an RLE, not a file's name"),
+    "empty prompt": ({"prompts": [{}]}, 422, "prompts.0: no 'box', 'points' or 'mask'"),
+    "another field": ({"prompts": BOX, "boxes": 1}, 422, "boxes: Extra inputs are not permitted"),
+    "another task": ({"prompts": BOX, "task": "poem"}, 422, "task: Input should be 'caption' or 'recognition'"),
+    "temperature": ({"prompts": BOX, "temperature": 1}, 422, "temperature can only be used with sample=true"),
+    "captions": ({"prompts": BOX, "captions": 4, "beams": 2}, 422, "4 captions a region need at least as many beams"),
+    "beams": ({"prompts": BOX, "beams": 10**9}, 422, "beams: Input should be less than or equal to 16"),
+    "too many": ({"prompts": BOX * 5000}, 413, "5,000 prompts, and 4,096 are allowed"),
+    "no image": ({"prompts": BOX, "image": ""}, 422, "the image is not an image that can be read"),
+    "not base64": ({"prompts": BOX, "image": "?!"}, 422, "image: not base64"),
+    "fetched": ({"prompts": BOX, "image": "http://127.0.0.1/a.png"}, 422, "pictures are not fetched from elsewhere"),
+    "broken": ({"prompts": BOX, "image": "iVBORw0KGgo="}, 422, "the image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_line_with_its_status(client, asked, name):
+    fields, status, message = WRONG[name]
+    text = json.dumps({**asked(prompts=[]), **fields}).replace("1" + "0" * 400, "1e400")
+    answer = client().post("/v1/captions", content=text, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+    assert "Traceback" not in answer.text
+
+
+def test_a_picture_is_turned_away_for_its_pixels_before_it_is_decoded(client, asked):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 5_000)).save(bomb, "PNG")
+    answer = client().post("/v1/captions", json=asked(image=base64.b64encode(bomb.getvalue()).decode()))
+    assert answer.status_code == 413
+    assert answer.json()["error"] == (
+        "the image has 100,000,000 pixels (20000 x 5000), 50,000,000 are allowed; scale it down"
+    )
+
+
+def test_what_is_no_request_is_said(client, asked):
+    same = client(Limits(body=100_000))
+    for content, kind, status, message in (
+        (b"{", "application/json", 422, "Invalid JSON"),
+        (b"[" * 50_000, "application/json", 422, "Invalid JSON"),
+        (b"a=1", "application/x-www-form-urlencoded", 415, "send application/json or multipart/form-data"),
+        (b"nothing", "multipart/form-data", 400, "boundary"),
+        (b"nothing", "multipart/form-data; boundary=x", 400, ""),
+        (b"--x--\r\n", "multipart/form-data; boundary=x", 422, "no file in the field 'image'"),
+        (b" " * 200_000, "application/json", 413, "more than the 100,000 bytes that are allowed"),
+    ):
+        answer = same.post("/v1/captions", content=content, headers={"content-type": kind})
+        assert answer.status_code == status, (content[:20], answer.text)
+        assert message.lower() in answer.json()["error"].lower()
+    assert same.get("/v1/captions").status_code == 405
+    assert same.post("/v1/captions", json=asked()).status_code == 200
+
+
+def test_who_waits_too_long_is_told(client, asked, monkeypatch, tiny):
+    answer = tiny.answer
+    monkeypatch.setattr(tiny, "answer", lambda *a, **b: (time.sleep(1.5), answer(*a, **b))[1])
+    told = client(Limits(seconds=0.6)).post("/v1/captions", json=asked())
+    assert told.status_code == 504
+    assert "no answer in 0.6 s" in told.json()["error"]
+
+
+def test_a_full_queue_says_when_to_come_again(client, asked):
+    told = client(waiting=2).post("/v1/captions", json=asked())
+    assert told.status_code == 503
+    assert told.headers["retry-after"] == "1"
+
+
+def test_a_slow_request_ends(served):
+    address = served(Limits(seconds=1)).removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as line:
+        head = (
+            "POST /v1/captions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        )
+        line.sendall(head.encode())
+        assert b" 408 " in line.recv(4096)
+
+
+def test_a_client_that_leaves_is_not_computed_for(served, asked, tiny, monkeypatch):
+    usual, regions = tiny.answer, []
+
+    def slow(encoded, requests, *rest, **more):
+        time.sleep(0.3)
+        regions.append(sum(map(len, requests)))
+        return usual(encoded, requests, *rest, **more)
+
+    monkeypatch.setattr(tiny, "answer", slow)
+    url = served(regions=2)
+    prompts = [{"box": [0, 0, 50, 50]}] * 200
+    for stream in (False, True):
+        regions.clear()
+        if stream:
+            with httpx.stream("POST", f"{url}/v1/captions", json=asked(prompts=prompts, stream=True)) as answer:
+                next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/captions", json=asked(prompts=prompts), timeout=1.0)
+        time.sleep(2)
+        seen = sum(regions)
+        time.sleep(1)
+        assert sum(regions) == seen
+        assert seen < 60
+    assert httpx.get(f"{url}/health").json()["waiting"] == 0
+
+
+def test_many_clients_get_what_each_would_get_alone(served, asked, scene, tiny):
+    url = served()
+    prompts = [Prompt(box=region.box) for region in scene.regions]
+    expected = [each.text for each in tiny.describe(scene.image, prompts)]
+
+    def ask(_):
+        told = httpx.post(f"{url}/v1/captions", json=asked(), timeout=60).json()
+        return [region["caption"] for region in told["regions"]]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(captions == expected for captions in pool.map(ask, range(64)))

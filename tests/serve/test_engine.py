@@ -1,0 +1,239 @@
+"""Who asks at the same time is answered together, by the same words as alone."""
+
+import threading
+import time
+
+import pytest
+from sca_registry.contracts import Caption, Prompt
+from sca_registry.spec import Everything
+
+from sca.everything import caption_everything
+from sca.serve.engine import (
+    BusyError,
+    CannotError,
+    ClosedError,
+    Done,
+    Engine,
+    EngineError,
+    FeatureStore,
+    Found,
+    LateError,
+    NoRoomError,
+    Question,
+    Searched,
+)
+
+
+class Listener:
+    """What a ticket tells, and a wait for its end."""
+
+    def __init__(self):
+        self.events, self.ended = [], threading.Event()
+
+    def __call__(self, event):
+        self.events.append(event)
+        if isinstance(event, Done | EngineError):
+            self.ended.set()
+
+    @property
+    def captions(self):
+        assert self.ended.wait(60)
+        return [event for event in self.events if isinstance(event, Caption)]
+
+
+class Held:
+    """A captioner that waits until it is let go, and counts what it is asked."""
+
+    def __init__(self, captioner):
+        self.captioner, self.go, self.asked = captioner, threading.Event(), []
+        self.encoded, self.busy = 0, threading.Event()
+
+    def encode(self, images):
+        self.encoded += len(images)
+        return self.captioner.encode(images)
+
+    def answer(self, encoded, requests, task, **settings):
+        self.busy.set()
+        self.go.wait(60)
+        self.asked.append([len(request) for request in requests])
+        return self.captioner.answer(encoded, requests, task, **settings)
+
+
+@pytest.fixture
+def held(tiny):
+    held = Held(tiny)
+    yield held
+    held.go.set()
+
+
+def occupy(engine, held, question):
+    """A question that is being answered; what is asked from now on waits."""
+    listener = Listener()
+    engine.ask(question, listener)
+    assert held.busy.wait(60)
+    return listener
+
+
+def boxes(scene):
+    return [Prompt(box=region.box) for region in scene.regions]
+
+
+def told(captions):
+    return [(each.text, each.region, each.mask, each.box) for each in captions]
+
+
+def test_questions_that_wait_together_are_answered_together_as_if_each_was_alone(tiny, held, scene):
+    engine = Engine(held, regions=64)
+    prompts = boxes(scene)
+    first = occupy(engine, held, Question(scene.image, prompts))
+    listeners = [Listener() for _ in range(5)]
+    pictures = [scene.image, scene.image.transpose(0)]
+    for number, listener in enumerate(listeners):
+        engine.ask(Question(pictures[number % 2], prompts[: number + 1]), listener)
+    held.go.set()
+    for number, listener in enumerate(listeners):
+        assert told(listener.captions) == told(tiny.describe(pictures[number % 2], prompts[: number + 1]))
+    assert told(first.captions) == told(tiny.describe(scene.image, prompts))
+    assert held.asked[1:] == [[1, 2, 3, 4, min(5, len(prompts))]]
+    assert held.encoded == 2, "each picture once"
+    engine.close()
+
+
+def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
+    engine = Engine(held, regions=4)
+    order, ended = [], [threading.Event(), threading.Event()]
+
+    def listen(number):
+        def tell(event):
+            order.append(number)
+            if isinstance(event, Done):
+                ended[number].set()
+
+        return tell
+
+    engine.ask(Question(scene.image, boxes(scene) * 10), listen(0))
+    engine.ask(Question(scene.image, boxes(scene)[:2]), listen(1))
+    held.go.set()
+    assert all(each.wait(60) for each in ended)
+    assert len(order) - 1 - order[::-1].index(1) < len(order) / 2
+    assert max(sum(each) for each in held.asked) <= 4
+    engine.close()
+
+
+def test_settings_that_differ_are_not_mixed(tiny, held, scene):
+    engine = Engine(held)
+    prompts = boxes(scene)
+    listeners = {task: Listener() for task in ("caption", "recognition")}
+    occupy(engine, held, Question(scene.image, prompts[:1]))
+    for task, listener in listeners.items():
+        engine.ask(Question(scene.image, prompts, task=task), listener)
+    held.go.set()
+    for task, listener in listeners.items():
+        assert told(listener.captions) == told(tiny.describe(scene.image, prompts, task))
+    engine.close()
+
+
+def test_everything_is_found_and_captioned_as_without_a_server(tiny, engine, scene):
+    listener, options = Listener(), Everything(**{**vars(tiny.everything), "points": 12})
+    engine.ask(Question(scene.image, everything=options), listener)
+    captions = listener.captions
+    tiny.set_image(scene.image)
+    assert told(captions) == told(caption_everything(tiny, options=options))
+    kinds = [type(event) for event in listener.events]
+    assert kinds[0] is Searched
+    assert listener.events[kinds.index(Found)] == (len(captions),)
+    assert listener.events[-1] == (len(captions),)
+
+
+def test_nothing_is_computed_for_who_has_left(held, scene):
+    engine = Engine(held)
+    occupy(engine, held, Question(scene.image, boxes(scene)[:1]))
+    left = Listener()
+    engine.ask(Question(scene.image, boxes(scene)), left).cancel()
+    last = Listener()
+    engine.ask(Question(scene.image, boxes(scene)[:2]), last)
+    held.go.set()
+    assert len(last.captions) == 2
+    assert sum(map(sum, held.asked)) == 3
+    assert left.events == []
+    assert engine.queued == 0
+    engine.close()
+
+
+def test_too_many_are_sent_away_and_late_ones_told(held, scene):
+    engine = Engine(held, waiting=10)
+    late = Listener()
+    first = occupy(engine, held, Question(scene.image, boxes(scene)[:1] * 8))
+    engine.ask(Question(scene.image, boxes(scene)[:2], seconds=0.01), late)
+    with pytest.raises(BusyError, match="10 regions wait, and at most 10 may"):
+        engine.ask(Question(scene.image, boxes(scene)[:1]), Listener())
+    time.sleep(0.1)
+    held.go.set()
+    assert late.captions == []
+    assert isinstance(late.events[-1], LateError)
+    assert len(first.captions) == 8
+    engine.close()
+
+
+def test_what_fails_by_itself_does_not_keep_others_from_an_answer(tiny, held, scene, caplog):
+    def answer(encoded, requests, task, **settings):
+        held.busy.set()
+        held.go.wait(60)
+        if any(prompt.points for request in requests for prompt in request):
+            raise MemoryError
+        if any(len(request) == 3 for request in requests):
+            raise RuntimeError("a defect")
+        if any(len(request) == 2 for request in requests):
+            raise ValueError("it cannot be said")
+        return tiny.answer(encoded, requests, task, **settings)
+
+    held.answer = answer
+    engine = Engine(held)
+    one = boxes(scene)[:1]
+    listeners = [occupy(engine, held, Question(scene.image, one)), *(Listener() for _ in range(4))]
+    for listener, prompts in zip(listeners[1:], (one, [Prompt(points=((3, 3, 1),))], one * 3, one * 2), strict=True):
+        engine.ask(Question(scene.image, prompts), listener)
+    held.go.set()
+    assert [len(listener.captions) for listener in listeners] == [1, 1, 0, 0, 0]
+    kinds = [type(listener.events[-1]) for listener in listeners]
+    assert kinds == [Done, Done, NoRoomError, EngineError, CannotError]
+    assert "a defect" not in str(listeners[3].events[-1])
+    assert "a defect" in caplog.text
+    engine.close()
+
+
+def test_a_closed_engine_tells_who_waits_and_takes_no_more(held, scene):
+    engine = Engine(held)
+    listeners = [occupy(engine, held, Question(scene.image, boxes(scene)[:1])), Listener()]
+    engine.ask(Question(scene.image, boxes(scene)[:1], task="recognition"), listeners[1])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    held.go.set()
+    closing.join()
+    assert len(listeners[0].captions) == 1
+    assert isinstance(listeners[1].events[-1], ClosedError)
+    with pytest.raises(ClosedError):
+        engine.ask(Question(scene.image, boxes(scene)), Listener())
+    assert not engine.alive
+
+
+def test_kept_features_are_bounded(tiny, scene):
+    encoded = tiny.encode([scene.image])
+    size = encoded.features.nbytes + 3 * scene.image.width * scene.image.height
+    store = FeatureStore(2 * size + 1)
+    for name in "abc":
+        store.put(name, encoded)
+    assert store.get("a") is None
+    assert store.get("b") is encoded
+    store.put("d", encoded)
+    assert store.get("c") is None, "the one that was not asked for"
+    assert store.get("b") is encoded
+    assert store.held == 2 * size
+    FeatureStore(0).put("a", encoded)
+
+
+def test_what_regions_are_not_found_by_cannot_be_asked_for_everything(held, scene):
+    engine = Engine(held)
+    with pytest.raises(CannotError, match="give prompts"):
+        engine.ask(Question(scene.image, everything=Everything()), Listener())
+    engine.close()
