@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from sca_bench import cli as bench
 
-from sca.cli import caption, catalogue, compare, convert, data, evaluate, plan, plugins, train, weights
+from sca.cli import caption, catalogue, compare, convert, data, demo, evaluate, plan, plugins, serve, train, weights
 from sca.cli.options import complain
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ app.command("compare")(compare.compare)
 app.command("report")(compare.report)
 app.command("convert")(convert.convert)
 app.command("view")(convert.view)
+app.command("demo")(demo.demo)
+app.command("serve")(serve.serve)
 app.command("pull")(weights.pull)
 app.command("import")(weights.import_)
 app.command("export")(weights.export)

@@ -72,7 +72,7 @@ function paint(canvas, image, regions, strong) {
     }
   }
   context.putImageData(layer, 0, 0);
-  context.lineWidth = 2;
+  context.lineWidth = Math.max(0.5, 2 * Math.max(width, height) / SIDE);
   for (const [place, region] of regions) {
     if (!region[3] || (strong !== null && place !== strong)) continue;
     const [x1, y1, x2, y2] = region[3].map((value) => value * scale);

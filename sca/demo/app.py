@@ -1,0 +1,232 @@
+"""The page of `sca demo`, made of gradio's parts and a canvas to point with."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from sca_registry import zoo
+from sca_registry.contracts import TASKS, Caption
+from sca_registry.spec import Everything
+
+from sca.captioners.door import captioner, settings
+from sca.demo.session import Session
+from sca.images import ImageError, open_image
+from sca.output import Writers
+from sca.output.page import data_uri
+from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Searched
+
+HELD = 2  # models that are kept in memory
+SECONDS = 300.0  # that an answer may take
+FORMATS = ("png", "jsonl", "coco", "html")
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+HELP = (
+    "Click what you mean, draw a box, or paint. Further points belong to the same region until **New region**. With "
+    "the keyboard: arrows move a cross on the picture, Enter sets a point inside, Shift + Enter one outside."
+)
+
+
+class Models:
+    """Engines by the names of their models; of many, those asked last stay in memory."""
+
+    def __init__(self, device: Any, dtype: str | None):
+        self.device, self.dtype = device, dtype
+        self._engines: OrderedDict[str, Engine] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def engine(self, name: str) -> Engine:
+        """Loads it if it is not there. What `sca.captioner` raises for a name."""
+        with self._lock:
+            if name not in self._engines:
+                made = Engine(captioner(name, self.device, **({"dtype": self.dtype} if self.dtype else {})))
+                self._engines[name] = made
+            self._engines.move_to_end(name)
+            while len(self._engines) > HELD:
+                self._engines.popitem(last=False)[1].close()
+            return self._engines[name]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._engines:
+                self._engines.popitem()[1].close()
+
+
+def page(models: Models, names: Sequence[str], examples: Sequence[tuple[str, str]], any_model: bool) -> gr.Blocks:
+    """The demo for the models that are called `names`, the first of them to begin with; with `any_model` a person may
+    name others, folders say. examples: pictures, and what they are called.
+    """
+    here = files("sca.demo")
+    with gr.Blocks(title="Segment and caption anything", analytics_enabled=False, fill_width=True) as demo:
+        session = gr.State(None)
+        gr.Markdown("# Segment and caption anything")
+        with gr.Row():
+            known = list(dict.fromkeys((*names, *zoo.names())))
+            model = gr.Dropdown(
+                known,
+                value=known[0],
+                label="Model",
+                info="of the zoo, or a folder" if any_model else None,
+                allow_custom_value=any_model,
+                elem_id="model",
+            )
+            task = gr.Radio(list(TASKS), value="caption", label="Task", elem_id="task")
+            beams = gr.Slider(1, 8, 1, step=1, label="Beams", elem_id="beams")
+        with gr.Row():
+            upload = gr.UploadButton("Open a picture", file_types=["image"], elem_id="open", scale=1)
+            gallery = gr.Gallery(
+                list(examples),
+                label="Examples",
+                columns=len(examples),
+                height=130,
+                allow_preview=False,
+                interactive=False,
+                buttons=[],
+                elem_id="examples",
+                scale=4,
+            )
+        with gr.Tabs():
+            with gr.Tab("Point at regions", id="prompt"):
+                gr.Markdown(HELP)
+            with gr.Tab("Everything", id="everything"), gr.Row():
+                points = gr.Slider(4, 32, 16, step=1, label="Points along each side", elem_id="points")
+                iou = gr.Slider(0, 1, 0.88, step=0.01, label="Least predicted IoU of a mask", elem_id="iou")
+                with gr.Column():
+                    find = gr.Button("Find everything", variant="primary", elem_id="find")
+                    cancel = gr.Button("Cancel", elem_id="cancel")
+        status = gr.Markdown("", elem_id="status")
+        canvas = gr.HTML(
+            value=None,
+            html_template=here.joinpath("canvas.html").read_text("utf-8"),
+            css_template=here.joinpath("canvas.css").read_text("utf-8"),
+            js_on_load=here.joinpath("canvas.js").read_text("utf-8"),
+            picture="",
+            elem_id="canvas",
+        )
+        with gr.Row():
+            save = gr.Button("Make files to download", elem_id="save", scale=1)
+            made = gr.Files(label="Files", interactive=False, elem_id="files", scale=4)
+
+        def pointed(event: gr.EventData, *given: Any) -> Iterator[Any]:
+            yield from _pointed(models, event._data, *given)
+
+        def found(*given: Any) -> Iterator[Any]:
+            yield from _found(models, *given)
+
+        def chosen(event: gr.SelectData) -> Any:
+            return _opened(*examples[event.index])
+
+        shown = [session, canvas, status]
+        quietly = {"show_progress": "hidden", "api_visibility": "private"}
+        upload.upload(lambda path: _opened(path, path), upload, shown, **quietly)
+        gallery.select(chosen, None, shown, **quietly)
+        asked = [session, model, task, beams]
+        answer = canvas.input(pointed, asked, shown, **quietly, concurrency_limit=None)
+        finding = find.click(found, [*asked, points, iou], shown, **quietly, concurrency_limit=None)
+        cancel.click(lambda: "cancelled; what was found stays", None, status, cancels=[finding, answer])
+        save.click(_files, [session, model], made, api_visibility="private")
+    return demo
+
+
+def _opened(path: str, name: str) -> tuple[Session, Any, str]:
+    try:
+        image = open_image(path)
+    except ImageError as error:
+        raise gr.Error(str(error)) from error
+    session = Session(image, Path(name).name)
+    return session, gr.update(value=session.plain(), picture=data_uri(image)), f"{session.name}: {_size(image)}"
+
+
+def _pointed(
+    models: Models, event: Any, session: Session | None, model: str, task: str, beams: int
+) -> Iterator[tuple[Session, Any, str]]:
+    """Shows what was pointed at, then the answer."""
+    if session is None:
+        raise gr.Error("there is no picture yet: open one, or choose an example")
+    try:
+        number = session.point_at(event)
+    except ValueError as error:
+        raise gr.Error(str(error)) from error
+    yield session, session.plain(), ""
+    if number is None:
+        return
+    try:
+        engine = models.engine(model)
+        prompt = session.regions[number].prompt
+        question = Question(
+            session.image,
+            [prompt],
+            task=task,
+            generation=settings(engine.captioner, beams=int(beams)),
+            candidates=engine.finds,
+            seconds=SECONDS,
+        )
+        found: tuple[Any, ...] = ()
+        for told in engine.events(question):
+            if isinstance(told, Candidates):
+                found = tuple(told.masks)
+            elif isinstance(told, Caption) and session.regions[number].prompt is prompt:
+                session.answered(number, told, found)
+    except (EngineError, ValueError) as error:
+        session.point_at({"action": "undo"})
+        yield session, session.plain(), ""
+        raise gr.Error(str(error)) from error
+    yield session, session.plain(), ""
+
+
+def _found(
+    models: Models, session: Session | None, model: str, task: str, beams: int, points: int, iou: float
+) -> Iterator[tuple[Session, Any, str]]:
+    """Shows how far the search is, and regions as they are captioned."""
+    if session is None:
+        raise gr.Error("there is no picture yet: open one, or choose an example")
+    try:
+        engine = models.engine(model)
+        options = replace(getattr(engine.captioner, "everything", Everything()), points=int(points), iou=float(iou))
+        generation = settings(engine.captioner, beams=int(beams))
+        question = Question(session.image, (), options, task, generation, seconds=SECONDS)
+        session.begin()
+        yield session, session.plain(), "looking for regions"
+        fresh = 0
+        for told in engine.events(question):
+            if isinstance(told, Searched):
+                yield session, gr.skip(), f"looked at {told.done} of {told.points} points"
+            elif isinstance(told, Caption):
+                session.add(told)
+                fresh += 1
+            if fresh and (fresh >= 16 or isinstance(told, Done)):
+                yield session, session.plain(), f"{len(session.regions)} regions captioned"
+                fresh = 0
+    except (EngineError, ValueError) as error:
+        raise gr.Error(str(error)) from error
+    count = len(session.regions)
+    told = f"{count} regions" if count else "nothing found: lower the least IoU, or raise the points"
+    yield session, session.plain(), told
+
+
+def _files(session: Session | None, model: str) -> list[str]:
+    if session is None or not session.captions:
+        raise gr.Error("there is nothing to download yet: point at something first")
+    folder = Path(tempfile.mkdtemp(prefix="sca-demo-", dir=_temporary()))
+    with Writers(folder, FORMATS, model) as writers:
+        writers.add(session.name, session.image, session.captions)
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def _temporary() -> str:
+    """Where gradio may serve files from."""
+    from gradio.utils import get_upload_folder
+
+    folder = get_upload_folder()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _size(image: Any) -> str:
+    return f"{image.width} x {image.height} pixels"

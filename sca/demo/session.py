@@ -1,0 +1,160 @@
+"""What a person has pointed at in a picture, and what was answered; every change can be undone."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sca_registry.contracts import Caption, Prompt
+
+from sca import masks
+from sca.mask_predictor import Mask
+from sca.output.colours import colour
+from sca.output.outline import outline
+from sca.prompts import PromptError, check
+
+STEPS = 100  # that can be undone
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A region: what is pointed at, and the answer once it is there; the masks it may have, and the one chosen."""
+
+    prompt: Prompt
+    caption: Caption | None = None
+    masks: tuple[Mask, ...] = ()
+    chosen: int = 0
+
+    @property
+    def answer(self) -> Caption:
+        """The caption, with the mask that was chosen."""
+        if not self.masks:
+            return self.caption
+        code, iou = self.masks[self.chosen]
+        box = self.prompt.box or masks.box_of(code)
+        return replace(self.caption, mask=code, iou=iou, box=box)
+
+
+@dataclass
+class Session:
+    """One picture in one tab. `current` is the region that a further point belongs to."""
+
+    image: Image.Image
+    name: str
+    regions: tuple[Shown, ...] = ()
+    current: int | None = None
+    history: list[tuple[tuple[Shown, ...], int | None]] = field(default_factory=list)
+
+    def point_at(self, told: Mapping[str, Any]) -> int | None:
+        """Takes what the canvas tells: the number of the region that is to be answered, if there is one.
+
+        PromptError for what does not fit the picture.
+        """
+        match told.get("action"):
+            case "undo":
+                if self.history:
+                    self.regions, self.current = self.history.pop()
+            case "new":
+                self.current = None
+            case "clear":
+                self._change((), None)
+            case "select":
+                self.current = self._number(told.get("region"))
+            case "choose":
+                number, mask = self._number(told.get("region")), told.get("mask")
+                if number is not None and mask in range(len(self.regions[number].masks)):
+                    self._replace(number, replace(self.regions[number], chosen=mask))
+            case "point":
+                label = 1 if told.get("label") else 0
+                return self._prompt(points=((told.get("x"), told.get("y"), label),))
+            case "box":
+                return self._prompt(box=told.get("box"))
+            case "mask":
+                return self._prompt(mask=self._painted(told.get("png")))
+        return None
+
+    def answered(self, number: int, caption: Caption, found: tuple[Mask, ...]) -> None:
+        """The answer for a region; not a step of its own."""
+        shown = replace(self.regions[number], caption=replace(caption, region=number), masks=found, chosen=0)
+        self.regions = (*self.regions[:number], shown, *self.regions[number + 1 :])
+
+    def add(self, caption: Caption) -> None:
+        """A region that was found."""
+        shown = Shown(caption.prompt, replace(caption, region=len(self.regions)))
+        self.regions = (*self.regions, shown)
+
+    def begin(self) -> None:
+        """Away with all regions, which `undo` brings back."""
+        self._change((), None)
+
+    @property
+    def captions(self) -> list[Caption]:
+        return [shown.answer for shown in self.regions if shown.caption is not None]
+
+    def plain(self) -> dict[str, Any]:
+        """For the canvas."""
+        return {
+            "size": list(self.image.size),
+            "regions": [self._region(number, shown) for number, shown in enumerate(self.regions)],
+            "current": self.current,
+        }
+
+    def _prompt(
+        self, box: Any = None, points: tuple[tuple[Any, Any, int], ...] = (), mask: np.ndarray | None = None
+    ) -> int:
+        """Adds to the current region, or begins one."""
+        before = Prompt() if self.current is None else self.regions[self.current].prompt
+        prompt = Prompt(
+            before.box if box is None else box, before.points + points, before.mask if mask is None else mask
+        )
+        shown = Shown(check(prompt, *self.image.size))
+        if self.current is None:
+            self._change((*self.regions, shown), len(self.regions))
+        else:
+            self._replace(self.current, shown)
+        return self.current
+
+    def _painted(self, png: Any) -> np.ndarray:
+        """(height, width) bool of what was painted, which comes as a data: URL."""
+        try:
+            content = base64.b64decode(str(png).partition(",")[2], validate=True)
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as layer:
+                if layer.size != self.image.size:
+                    raise PromptError(f"what was painted is {layer.size}, the picture {self.image.size}; try again")
+                return np.asarray(layer.convert("RGBA").getchannel("A")) > 0
+        except (binascii.Error, OSError, SyntaxError) as error:
+            raise PromptError("what was painted did not arrive whole; paint it again") from error
+
+    def _number(self, value: Any) -> int | None:
+        return value if isinstance(value, int) and 0 <= value < len(self.regions) else None
+
+    def _replace(self, number: int, shown: Shown) -> None:
+        self._change((*self.regions[:number], shown, *self.regions[number + 1 :]), number)
+
+    def _change(self, regions: tuple[Shown, ...], current: int | None) -> None:
+        self.history = [*self.history[1 - STEPS :], (self.regions, self.current)]
+        self.regions, self.current = regions, current
+
+    def _region(self, number: int, shown: Shown) -> dict[str, Any]:
+        answer = shown.answer if shown.caption is not None else None
+        code, box = (answer.mask, answer.box) if answer else (None, shown.prompt.box)
+        pixels = self.image.width * self.image.height
+        area = masks.area(code) if code else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
+        return {
+            "path": outline(masks.decode(code)) if code else "",
+            "box": shown.prompt.box and list(shown.prompt.box),
+            "points": [list(point) for point in shown.prompt.points],
+            "caption": answer.text if answer else "…",
+            "score": None if answer is None or np.isnan(answer.score) else float(answer.score),
+            "iou": None if answer is None or answer.iou is None else float(answer.iou),
+            "share": area / pixels,
+            "colour": f"rgb{colour(number)}",
+            "masks": [{"iou": float(mask.iou)} for mask in shown.masks],
+            "chosen": shown.chosen,
+        }
