@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pycocotools import mask as coco
 from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
@@ -141,10 +142,11 @@ def _in_window(
     boxes = tight_boxes(logits > 0)
     found = []
     for row in suppress(box_iou(boxes, boxes), scores, options.nms).tolist():
-        mask = predictor.processor.masks(logits[row][None, None], frame)[0, 0] > 0
         x1, y1, x2, y2 = window
         width, height = predictor.image.size
-        code = encode(torch.nn.functional.pad(mask, (x1, width - x2, y1, height - y2)).cpu().numpy())
+        mask = np.zeros((height, width), bool, order="F")
+        mask[y1:y2, x1:x2] = predictor.processor.inside(logits[row], frame)
+        code = encode(mask)
         box = box_of(code)
         if box and not _cut_off(box, window, (width, height)):
             point = points[origins[row]].tolist()

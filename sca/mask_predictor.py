@@ -178,9 +178,9 @@ class MaskPredictor:
                 yield chosen, chunk, self.model.segment(encoded.features, chunk, multimask)
 
     def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
-        """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size logits of many regions are large."""
+        """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
         for row, image in zip(logits, owner.tolist(), strict=True):
-            yield encode((self.processor.masks(row[None, None], frames[image])[0, 0] > 0).cpu().numpy())
+            yield encode(self.processor.inside(row, frames[image]))
 
 
 def check_task(task: str) -> None:

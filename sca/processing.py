@@ -15,6 +15,7 @@ from sca_registry.contracts import Encoder, ImageFormat, Prompt, Prompts
 from torch import Tensor
 from torch.nn import functional as F
 
+FRAMES = 16  # sizes of images whose stretching is kept
 MASK_PROMPT_LOGIT = 10.0  # how sure a mask drawn by a user is, as a logit
 
 
@@ -30,6 +31,16 @@ class Frame(NamedTuple):
         return self.used[0] / self.width, self.used[1] / self.height
 
 
+class Stretch(NamedTuple):
+    """A row of cells of a mask stretched to pixels: `weights` (pixels, cells), none below zero; and of each cell the
+    first pixel that it has a say in, and the one after the last.
+    """
+
+    weights: Tensor
+    first: list[int]
+    last: list[int]
+
+
 class Processor:
     """Knows one encoder's `ImageFormat` and the side of its feature grid. Works on the CPU, copies nothing it keeps."""
 
@@ -39,6 +50,7 @@ class Processor:
         self._resample = Image.Resampling[image.resample.upper()]
         self._mean = np.asarray(image.mean, dtype=np.float32)
         self._std = np.asarray(image.std, dtype=np.float32)
+        self._ways: dict[tuple[Frame, torch.device], tuple[Stretch, Stretch]] = {}
 
     @classmethod
     def of(cls, encoder: Encoder) -> Processor:
@@ -114,3 +126,36 @@ class Processor:
         return F.interpolate(
             full[..., :height, :width], (frame.height, frame.width), mode="bilinear", align_corners=False
         )
+
+    def inside(self, logits: Tensor, frame: Frame) -> np.ndarray:
+        """(4h, 4w) logits -> (height, width) bool of the image's own pixels, column after column in memory: where
+        `masks` is above zero, of which only the rows and columns that can be are computed.
+        """
+        whole = np.zeros((frame.width, frame.height), dtype=bool)
+        positive = logits > 0
+        rows, columns = (positive.any(axis).nonzero().squeeze(1).tolist() for axis in (1, 0))
+        if rows:
+            down, across = self._stretched(frame, logits.device)
+            y, x = (slice(way.first[at[0]], way.last[at[-1]]) for way, at in ((down, rows), (across, columns)))
+            part = across.weights[x] @ logits.float().T @ down.weights[y].T
+            whole[x, y] = (part > 0).cpu().numpy()
+        return whole.T
+
+    def _stretched(self, frame: Frame, device: torch.device) -> tuple[Stretch, Stretch]:
+        """What `masks` does, down and across: of the images seen lately."""
+        if (frame, device) not in self._ways:
+            if len(self._ways) >= FRAMES:
+                self._ways.clear()
+            used = frame.used[::-1], (frame.height, frame.width)
+            self._ways[frame, device] = tuple(self._stretch(*each, device) for each in zip(*used, strict=True))
+        return self._ways[frame, device]
+
+    def _stretch(self, used: int, length: int, device: torch.device) -> Stretch:
+        """One side of a mask, of which `used` of S pixels are the image, stretched to `length` pixels."""
+        cells = torch.eye(4 * self.grid)[None, None]
+        full = F.interpolate(cells, (self.image.size, len(cells[0, 0])), mode="bilinear", align_corners=False)
+        weights = F.interpolate(full[..., :used, :], (length, len(cells[0, 0])), mode="bilinear", align_corners=False)
+        weights = weights[0, 0]
+        seen = weights != 0
+        first, last = seen.int().argmax(0), length - seen.flip(0).int().argmax(0)
+        return Stretch(weights.to(device), first.tolist(), last.tolist())

@@ -43,7 +43,12 @@ def published(model: SegmentCaptioner) -> Iterator[None]:
     """Within it the model computes as the published one does."""
 
     def forward(
-        self: TwoWayTransformer, tokens: Tensor, grid: Tensor, position: Tensor, owner: Tensor | None = None
+        self: TwoWayTransformer,
+        tokens: Tensor,
+        grid: Tensor,
+        position: Tensor,
+        owner: Tensor | None = None,
+        grids: bool = True,
     ) -> tuple[Tensor, Tensor]:
         grid = grid if owner is None else grid[owner]
         fused, keys = SamTwoWayTransformer.forward(self, tokens.unsqueeze(1), grid, position.unsqueeze(0), None)

@@ -28,5 +28,7 @@ class MaskTokenMixer(nn.Module):
         queries = regions.mask_tokens  # (N, M, D)
         if queries.shape[1] != self.queries:
             raise ValueError(f"the mixer 'mask-tokens' was built for {self.queries} masks and got {queries.shape[1]}")
-        tokens, _ = self.transformer(torch.cat((queries, regions.tokens), dim=1), regions.grid, regions.position)
+        tokens, _ = self.transformer(
+            torch.cat((queries, regions.tokens), dim=1), regions.grid, regions.position, grids=False
+        )
         return tokens[:, : self.queries]

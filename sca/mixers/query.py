@@ -44,7 +44,7 @@ class QueryMixer(nn.Module):
             grid = regions.image[regions.owner] + regions.dense  # (N, D, h, w)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
-        tokens, _ = self.transformer(tokens, grid, regions.position)
+        tokens, _ = self.transformer(tokens, grid, regions.position, grids=False)
         gathered = tokens[:, : self.queries]
         if self.pool is not None:
             gathered = gathered + self.pool(_under_masks(regions)).unflatten(1, (self.queries, self.width))

@@ -29,5 +29,7 @@ class SplitMixer(nn.Module):
     def forward(self, regions: Regions) -> Tensor:
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         grid = regions.image[regions.owner] + regions.dense  # (N, D, h, w)
-        tokens, _ = self.transformer(torch.cat((queries, regions.prompt_tokens), dim=1), grid, regions.position)
+        tokens, _ = self.transformer(
+            torch.cat((queries, regions.prompt_tokens), dim=1), grid, regions.position, grids=False
+        )
         return tokens[:, : self.queries]

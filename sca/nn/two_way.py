@@ -26,9 +26,11 @@ class TwoWayTransformer(SamTwoWayTransformer):
         super().__init__(decoder_config(width, depth, heads, mlp))
 
     def forward(
-        self, tokens: Tensor, grid: Tensor, position: Tensor, owner: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """owner: (N,) where the grid is that of images, (B, D, h, w): the one that each region begins with."""
+        self, tokens: Tensor, grid: Tensor, position: Tensor, owner: Tensor | None = None, grids: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """owner: (N,) where the grid is that of images, (B, D, h, w): the one that each region begins with. grids:
+        whether what becomes of the grids is wanted, too.
+        """
         cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
         places = position.flatten(1).T  # (P, D)
         asks = [_asks(layer, places) for layer in self.layers]
@@ -37,17 +39,20 @@ class TwoWayTransformer(SamTwoWayTransformer):
         step = len(tokens)
         if _fuses(grid):  # grids stay in cache
             step = self.together // (cells.shape[1] * cells.shape[2])
-        fused, grids = [], []
+        fused, after = [], []
         for start in range(0, len(tokens), max(step, 1)):
             part = slice(start, start + max(step, 1))
             rows = part if owner is None else owner[part]
             first = None if shared is None else _rows(shared, rows)
             queries, keys = self._through(tokens[part], _rows(cells, rows), first, asks, final)
             fused.append(queries)
-            grids.append(keys)
+            if grids:
+                after.append(keys)
         if not fused:
-            return tokens, grid[:0]
-        keys = torch.cat(grids) if len(grids) > 1 else grids[0]
+            return tokens, grid[:0] if grids else None
+        if not grids:
+            return torch.cat(fused), None
+        keys = torch.cat(after) if len(after) > 1 else after[0]
         return torch.cat(fused), keys.transpose(1, 2).unflatten(2, grid.shape[-2:])
 
     def _through(

@@ -46,6 +46,23 @@ def test_masks_come_back_as_the_published_processor_brings_them(width, height):
     assert torch.equal(processor.masks(logits, frame), theirs)
 
 
+@pytest.mark.parametrize(("width", "height"), [(90, 50), (50, 90), (64, 64), (33, 7), (301, 200), (63, 64), (3, 500)])
+@pytest.mark.parametrize("fit", ["pad", "stretch"])
+def test_what_is_inside_is_what_is_above_zero_of_the_masks(width, height, fit):
+    processor = Processor(ImageFormat(size=64, fit=fit), 8)
+    frame, draw = processor.frame(width, height), torch.Generator().manual_seed(1)
+    for cells in (0, 1, 5, 100, 1024):
+        logits = -torch.rand(32, 32, generator=draw) - 0.1
+        logits.view(-1)[torch.randperm(1024, generator=draw)[:cells]] = 3.0
+        expected = processor.masks(logits[None, None], frame)[0, 0]
+        found = processor.inside(logits, frame)
+        assert found.shape == (height, width)
+        unsure = expected.abs() < 1e-5
+        assert ((torch.from_numpy(found.copy()) == (expected > 0)) | unsure).all()
+        assert unsure.float().mean() < 0.01
+    assert len(processor._ways) == 1
+
+
 def test_a_padded_picture_is_zero_right_and_below_and_a_stretched_one_fills_the_frame():
     wide = Image.new("RGB", (80, 40), (200, 100, 0))
     padded = Processor(ImageFormat(size=64, fit="pad"), 8).pixels([wide])
