@@ -1,5 +1,6 @@
-"""A model hub on loopback: folders served the way huggingface_hub asks for them."""
+"""A model hub on loopback: folders served, and written, the way huggingface_hub asks for it."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -12,7 +13,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class Hub:
     """Serves `models[id] = folder`. requests: what was asked, as "METHOD path". gated: ids that need
-    the token "secret". cut: files whose first download breaks off half way.
+    the token "secret". cut: files whose first download breaks off half way. given: where pushed models lie; without,
+    nobody may write.
     """
 
     def __init__(self):
@@ -20,6 +22,7 @@ class Hub:
         self.requests: list[str] = []
         self.gated: set[str] = set()
         self.cut: set[str] = set()
+        self.given: Path | None = None
 
     @contextmanager
     def serving(self):
@@ -36,6 +39,9 @@ class Hub:
 
             def do_GET(self):
                 hub.answer(self, body=True)
+
+            def do_POST(self):
+                hub.take(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -62,8 +68,44 @@ class Hub:
         file = self.models[name] / "/".join(path.split("/")[4:])
         return self.send_file(request, file, body) if file.is_file() else self.refuse(request, 404, "EntryNotFound")
 
+    def take(self, request, body):
+        """A repository that is made, what is asked of its files before they come, and the commit that has them."""
+        self.requests.append(f"{request.command} {request.path}")
+        if self.given is None or request.headers.get("Authorization") != "Bearer secret":
+            return self.refuse(request, 403, "Forbidden")
+        path = request.path.partition("?")[0].strip("/")
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            folder = self.models[name] = self.given / name
+            folder.mkdir(parents=True, exist_ok=True)
+            return self.send_json(request, {"url": f"http://{request.headers['Host']}/{name}", "name": name})
+        if path == "api/validate-yaml":
+            return self.send_json(request, {"errors": [], "warnings": []})
+        name = "/".join(path.split("/")[2:4])
+        if "preupload" in path:
+            files = [{"path": each["path"], "uploadMode": "regular"} for each in json.loads(body)["files"]]
+            return self.send_json(request, {"files": [{**each, "shouldIgnore": False} for each in files]})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                target = self.models[name] / line["value"]["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(line["value"]["content"]))
+        address = f"http://{request.headers['Host']}/{name}/commit/{COMMIT}"
+        return self.send_json(request, {"commitUrl": address, "commitOid": COMMIT, "hookOutput": ""})
+
+    @staticmethod
+    def send_json(request, content):
+        text = json.dumps(content).encode()
+        request.send_response(200)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(text)))
+        request.end_headers()
+        request.wfile.write(text)
+
     def describe(self, request, name, tree):
-        files = sorted(path.name for path in self.models[name].iterdir())
+        folder = self.models[name]
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         if tree:
             content = [
                 {"type": "file", "path": file, "size": (self.models[name] / file).stat().st_size, "oid": file}
@@ -71,12 +113,7 @@ class Hub:
             ]
         else:
             content = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files], "private": False}
-        text = json.dumps(content).encode()
-        request.send_response(200)
-        request.send_header("Content-Type", "application/json")
-        request.send_header("Content-Length", str(len(text)))
-        request.end_headers()
-        request.wfile.write(text)
+        self.send_json(request, content)
 
     def send_file(self, request, file, body):
         content = file.read_bytes()

@@ -170,3 +170,66 @@ def test_terms_of_a_source_are_said_before_it_is_fetched(shell, hub, tmp_path):
     assert "commercial" not in err
     _, _, err = shell(*PULL, "timm/vit_base_patch16_224.mae", online=False)  # also when nothing can be fetched
     assert "not for commercial use" in err
+
+
+PUSH = [sys.executable, "-m", "sca", "push"]
+
+
+def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp_path):
+    hub.given = tmp_path / "given"
+    rows = [
+        {"name": "cider_d", "value": 1.25, "low": 1.1, "high": 1.4, "control": None, "protocol": "p-123"},
+        {"name": "cider_d", "value": 0.1, "low": None, "high": None, "control": "shifted", "protocol": "p-123"},
+        {"name": "iou", "value": None, "low": None, "high": None, "control": None, "protocol": "p-124"},
+    ]
+    (tmp_path / "scores.json").write_text(json.dumps({"dataset": "scenes", "split": "test", "rows": rows}))
+    asked = (
+        "sca-tiny",
+        "me/tiny",
+        "--scores",
+        "scores.json",
+        "--licence",
+        "Apache-2.0",
+        "--trained-on",
+        "drawn scenes",
+    )
+    status, out, err = shell(*PUSH, *asked, HF_TOKEN="secret")
+    assert status == 0, err
+    assert out.strip().endswith("/me/tiny")
+    card = (hub.given / "me/tiny/README.md").read_text()
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card).data
+    assert data.license == "apache-2.0"
+    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [("cider_d", 1.25)]
+    assert "| scenes | cider_d | 1.250 | 1.100 to 1.400 | p-123 |" in card
+    assert "drawn scenes" in card
+    assert 'sca.load("me/tiny")' in card
+    program = (
+        "import sca; from sca.checkpoint import weights_hash as h; "
+        "print(h(sca.load('me/tiny')) == h(sca.load('sca-tiny')))"
+    )
+    status, out, err = shell(sys.executable, "-c", program)
+    assert status == 0, err
+    assert out.split()[-1] == "True"
+
+
+def test_what_the_hub_refuses_is_one_line(shell, hub, tmp_path):
+    hub.given = tmp_path / "given"
+    for asked, words in (
+        (("sca-tiny", "me/tiny"), "is HF_TOKEN a token that may write it?"),
+        (("sca-tiny", "no such name!"), "'no such name!' is no name for a model on a hub: give OWNER/NAME"),
+        (("nothing", "me/tiny"), "nothing"),
+        (("sca-tiny", "me/tiny", "--scores", "absent.json"), "absent.json is no scores.json of `sca evaluate`"),
+    ):
+        status, out, err = shell(*PUSH, *asked)
+        assert status == 2, err
+        assert out == ""
+        assert words in err
+        assert len(err.strip().splitlines()) == 1, err
+
+
+def test_the_card_can_be_seen_first(shell):
+    status, out, _ = shell(*PUSH, "sca-tiny", "me/tiny", "--dry-run", online=False)
+    assert status == 0
+    assert out.startswith("---\nlibrary_name: segment-caption-anything\n")

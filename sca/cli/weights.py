@@ -1,4 +1,4 @@
-"""`sca pull`, `sca import` and `sca export`: weights fetched, and taken from one layout to another."""
+"""`sca pull`, `push`, `import` and `export`: weights fetched, given away, and taken from one layout to another."""
 
 from __future__ import annotations
 
@@ -31,6 +31,31 @@ def pull(
         words = tokenizer_source(folder)
         if words:  # a published checkpoint has its language model's tokenizer elsewhere
             typer.echo(f"{words}: {fetch(words, weights=False)}")
+
+
+def push(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or a name of the zoo")],
+    name: Annotated[str, typer.Argument(help="on the hub: OWNER/NAME")],
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="scores.json of `sca evaluate`, for the card; as often as wanted")
+    ] = None,
+    trained_on: Annotated[str | None, typer.Option(help="what the card says of the data")] = None,
+    licence: Annotated[str | None, typer.Option(help="an SPDX name, for the card")] = None,
+    private: Annotated[bool, typer.Option("--private", help="a new repository is not shown to others")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the card, and write nothing")] = False,
+) -> None:
+    """Writes a checkpoint to a hub, with a model card from what is known of it; `sca.load` reads it back by that name.
+
+    HF_TOKEN and HF_ENDPOINT are heeded.
+    """
+    from sca.checkpoint import locate
+    from sca.push import card_of
+    from sca.push import push as give
+
+    if dry_run:
+        typer.echo(card_of(locate(checkpoint), name, scores or (), trained_on, licence))
+    else:
+        typer.echo(give(checkpoint, name, scores or (), private, trained_on, licence))
 
 
 def import_(

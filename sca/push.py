@@ -1,0 +1,171 @@
+"""A checkpoint on a hub, with a card that says what it is: `sca push`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from sca_registry.spec import ModelSpec
+
+from sca.checkpoint import locate, read_spec
+from sca.hub import HubError
+
+CARD = "README.md"
+KEPT = ("spec.json", "weights.safetensors", "origin.json", "tokenizer")
+
+
+def push(
+    source: str | Path,
+    name: str,
+    scores: Sequence[str | Path] = (),
+    private: bool = False,
+    trained_on: str | None = None,
+    licence: str | None = None,
+) -> str:
+    """Writes a checkpoint (a folder, or a name of the zoo) to a hub under `name`, OWNER/NAME, and gives its address.
+
+    scores: files `scores.json` of `sca evaluate`, whose figures the card repeats with their protocols. trained_on,
+    licence: what the card is to say of the data and the terms. `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.
+
+    CheckpointError for what is no checkpoint, HubError for what the hub refuses.
+    """
+    folder = locate(source)
+    card = card_of(folder, name, scores, trained_on, licence)
+    with tempfile.TemporaryDirectory(prefix="sca-") as draft:
+        for each in KEPT:
+            if (folder / each).is_dir():
+                shutil.copytree(folder / each, Path(draft, each))
+            elif (folder / each).exists():
+                shutil.copyfile(folder / each, Path(draft, each))
+        Path(draft, CARD).write_text(card, "utf-8")
+        api = HfApi()
+        try:
+            made = api.create_repo(name, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=made.repo_id, folder_path=draft, commit_message="A segment-caption-anything model"
+            )
+        except HFValidationError as error:
+            raise HubError(f"{name!r} is no name for a model on a hub: give OWNER/NAME") from error
+        except (HfHubHTTPError, HTTPError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise HubError(f"cannot write {name} ({reason}): is HF_TOKEN a token that may write it?") from error
+    return str(made)
+
+
+def card_of(
+    folder: Path,
+    name: str,
+    scores: Sequence[str | Path] = (),
+    trained_on: str | None = None,
+    licence: str | None = None,
+) -> str:
+    """The model card, Markdown with the hub's metadata, from what a checkpoint says of itself."""
+    spec = read_spec(folder)
+    origin = folder / "origin.json"
+    told = json.loads(origin.read_text("utf-8")) if origin.exists() else {}
+    found = [_read_scores(path) for path in scores]
+    return "\n".join(
+        [
+            _metadata(name, found, licence),
+            f"# {name}",
+            "",
+            "A model that segments and captions any region a person points at, made with "
+            "[segment-caption-anything](https://pypi.org/project/segment-caption-anything/) after "
+            "[Segment and Caption Anything](https://arxiv.org/abs/2312.00869).",
+            "",
+            "```python",
+            "import sca",
+            "",
+            f'predictor = sca.Predictor(sca.load("{name}"))',
+            'predictor.set_image(sca.open_image("photo.jpg"))',
+            "for caption in predictor.predict(boxes=[(10, 20, 200, 300)]):",
+            "    print(caption.text)",
+            "```",
+            "",
+            *_parts(spec, told),
+            *(["## Trained on", "", trained_on, ""] if trained_on else []),
+            *_scores(found),
+            "## Licence",
+            "",
+            licence or "Not stated. The parts above keep theirs.",
+            "",
+        ]
+    )
+
+
+def _metadata(name: str, found: Sequence[Mapping[str, Any]], licence: str | None) -> str:
+    """The head of the card, for the hub."""
+    results = [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type=str(file.get("dataset")),
+            dataset_name=str(file.get("dataset")),
+            dataset_split=file.get("split"),
+            metric_type=each["name"],
+            metric_value=each["value"],
+        )
+        for file in found
+        for each in _told(file)
+    ]
+    data = ModelCardData(
+        library_name="segment-caption-anything",
+        pipeline_tag="image-to-text",
+        tags=["image-segmentation", "image-captioning", "segment-anything"],
+        license=licence.lower() if licence else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _parts(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
+    lines = ["## Parts", "", "| part | name | weights | licence |", "| --- | --- | --- | --- |"]
+    known = origin.get("parts") or {}
+    for kind in ("encoder", "segmenter", "mixer", "language_model"):
+        part = getattr(spec, kind)
+        given = known.get(kind, {})
+        if part is not None or given:
+            cells = (kind.replace("_", " "), given.get("name") or part.name, given.get("weights"), given.get("licence"))
+            lines.append(f"| {' | '.join(str(cell or '') for cell in cells)} |")
+    if origin.get("written_by"):
+        lines += ["", f"Written by {origin['written_by']}."]
+    return [*lines, ""]
+
+
+def _scores(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        "## Scores",
+        "",
+        "| dataset | metric | value | 95 % interval | protocol |",
+        "| --- | --- | ---: | --- | --- |",
+    ]
+    for file in found:
+        for each in _told(file):
+            between = f"{each['low']:.3f} to {each['high']:.3f}" if each.get("low") is not None else ""
+            cells = (file.get("dataset"), each["name"], f"{each['value']:.3f}", between, each.get("protocol"))
+            lines.append(f"| {' | '.join(str(cell or '') for cell in cells)} |")
+    return [*lines, ""]
+
+
+def _told(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The scores of what was asked, without those of misleading prompts."""
+    return [each for each in file["rows"] if each["control"] is None and each["value"] is not None]
+
+
+def _read_scores(path: str | Path) -> Mapping[str, Any]:
+    """What `sca evaluate` wrote. ValueError for another file."""
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        for each in _told(content):
+            float(each["value"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no scores.json of `sca evaluate`: {error}") from error
+    return content
