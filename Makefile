@@ -13,7 +13,7 @@ TESTS = tests
 # Published checkpoints with recorded outputs, where there are any beside the checkout; the tests compare with them.
 export SCA_REFERENCE ?= $(abspath $(wildcard ../shared/reference))
 
-.PHONY: demo test test-all check picture screenshots results choice core dev all clean
+.PHONY: demo test test-all check picture docs screenshots results choice core dev all clean
 .NOTPARALLEL:
 
 # Nothing of the shell's has a say in what is run.
@@ -44,6 +44,10 @@ picture: core
 	$(SCA) data export scenes out/drawn --split test --limit 1 size=512 seed=29
 	cp out/drawn/test/*.png $(SCENE)
 	$(SCA) caption $(SCENE) $(SHAPES) --out examples --format png
+
+# The site, in site/.
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The pictures of the demo in docs/.
 screenshots: dev

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 MANUALS = [path.read_text("utf-8") for path in sorted((ROOT / "plugins").rglob("README.md"))]
+DOCS = [path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
@@ -55,7 +56,7 @@ def test_every_python_block_runs(checkout):
     assert "370.0, 434.0, 448.0, 512.0" in done.stdout
 
 
-@pytest.mark.parametrize("command", commands("sca", TEXT, GUIDE, *MANUALS))
+@pytest.mark.parametrize("command", commands("sca", TEXT, GUIDE, *MANUALS, *DOCS))
 def test_every_command_is_understood(command):
     _, *arguments = shlex.split(command)
     parser = typer.main.get_command(cli.app)

@@ -1,0 +1,145 @@
+"""The pages of the site that are made from what is written elsewhere: `make docs`.
+
+A hook of mkdocs. The chapters of the README and the other manuals are pages as they are, so that nothing is told twice;
+the reference is made from the cards of parts, the help of the commands and the docstrings.
+"""
+
+import re
+from pathlib import Path
+
+import typer
+from mkdocs.structure.files import File
+from sca_registry import registry
+from sca_registry.contracts import KINDS
+
+import sca
+from sca.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = {  # a page, and the chapters of the README that it has
+    "index.md": ("", "Try it", "Install"),
+    "python.md": ("In Python",),
+    "command-line.md": ("On the command line",),
+    "browser.md": ("In a browser",),
+    "serving.md": ("As a server",),
+    "models.md": ("The models that come along", "The published models, and real parts"),
+    "training.md": ("Train a model",),
+    "evaluation.md": ("Evaluate a model",),
+}
+MANUALS = {
+    "comparing.md": ("Compare combinations", "benchmarks/README.md"),
+    "plugins.md": ("Add a part", "plugins/README.md"),
+}
+FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PLACES = {  # where what a manual links to is found in the site
+    "docs/demo.jpg": "demo.jpg",
+    "plugins/README.md": "plugins.md",
+    "benchmarks/README.md": "comparing.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "README.md": "index.md",
+}
+
+
+def on_files(files, config):
+    for name, content in pages().items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def pages():
+    """Every generated page by its name."""
+    readme = chapters((ROOT / "README.md").read_text("utf-8"))
+    made = {page: "\n".join(readme[title] for title in titles) for page, titles in CHAPTERS.items()}
+    for page, (title, manual) in MANUALS.items():
+        made[page] = f"{readme[title]}\n{lowered((ROOT / manual).read_text('utf-8'))}"
+    made |= {page: (ROOT / path).read_text("utf-8") for page, path in FILES.items()}
+    made |= {"commands.md": commands(), "parts.md": parts(), "api.md": api(), "contracts.md": contracts()}
+    return {page: linked(risen(content)) for page, content in made.items()}
+
+
+def chapters(text):
+    """The parts of a manual below its headings of the second level, by title; "" is what stands before them."""
+    pieces = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    found = {"": pieces[0]}
+    for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        found[title] = f"## {title}\n{body}"
+    return found
+
+
+def risen(text):
+    """A page that begins with a heading of the second level begins with one of the first."""
+    return re.sub(r"^#(#+ )", r"\1", text, flags=re.MULTILINE) if text.startswith("## ") else text
+
+
+def lowered(text):
+    """The headings of a manual a level down, below those of the page that it ends."""
+    fenced = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(
+        re.sub(r"^#", "##", piece, flags=re.MULTILINE) if n % 2 == 0 else piece for n, piece in enumerate(fenced)
+    )
+
+
+def linked(text):
+    """Links to files of the repository lead to pages, or are plain words where there is no page."""
+
+    def lead(found):
+        shown, words, place = found.groups()
+        if "://" in place or place.startswith("#"):
+            return found[0]
+        place = place.removeprefix("../")
+        return f"{shown}[{words}]({PLACES[place]})" if place in PLACES else words
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", lead, text)
+
+
+def commands():
+    """What `--help` says of every command."""
+    lines = ["# Commands", ""]
+
+    def tell(command, name):
+        context = command.make_context(name, [], resilient_parsing=True)
+        if hasattr(command, "commands"):
+            for inner in sorted(command.commands):
+                tell(command.commands[inner], f"{name} {inner}")
+        else:
+            lines.extend([f"## {name}", "", "```text", command.get_help(context).rstrip(), "```", ""])
+
+    tell(typer.main.get_command(app), "sca")
+    return "\n".join(lines)
+
+
+def parts():
+    """The cards of all parts that come along."""
+    lines = [
+        "# Parts by name",
+        "",
+        "`sca list KIND` has these and what plugins add; `sca show KIND NAME` has the options.",
+        "",
+    ]
+    for kind in KINDS:
+        lines += [
+            f"## {kind.replace('_', ' ')}",
+            "",
+            "| name | what it is | source | licence |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name in registry(kind).names():
+            entry = registry(kind).describe(name)
+            if entry.distribution == "segment-caption-anything":
+                cells = (f"`{name}`", entry.summary, entry.source, entry.licence)
+                lines.append(f"| {' | '.join((cell or '').replace('|', '/') for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def api():
+    """The names of the package."""
+    told = ["# Python", "", "What `import sca` has.", ""]
+    for name in sca.__all__:
+        told += [f"::: {sca._WHERE[name]}.{name}", ""]
+    return "\n".join(told)
+
+
+def contracts():
+    return "# Contracts of parts\n\n::: sca_registry.contracts\n    options:\n      show_root_heading: false\n"
