@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import SamConfig, SamVisionModel
-from transformers.models.sam.modeling_sam import SamVisionEncoder
+from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
 from sca.hub import load_pretrained, read_config
 
@@ -40,12 +42,42 @@ class SamEncoder(nn.Module):
             self.vision = load_pretrained(SamVisionModel, weights, revision, elsewhere, dtype="float32").vision_encoder
         else:
             self.vision = SamVisionEncoder(sam_config(weights, revision, config).vision_config)
+        for layer in self.vision.layers:
+            layer.attn.__class__ = Attention  # the same parameters, used otherwise
         self.image = ImageFormat(size=self.vision.config.image_size)
         self.channels = self.vision.config.output_channels
         self.stride = self.vision.config.patch_size
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.vision(pixels).last_hidden_state
+
+
+class Attention(SamVisionSdpaAttention):
+    """That of transformers; on a CPU, where nothing is learned, a few heads at a time, since what positions add for all
+    heads, (heads, h w, h w), is the most that an encoder holds: 0.8 GB for ViT-B, twice.
+    """
+
+    together = 2**24  # numbers that positions add at a time
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
+        batch, height, width, _ = hidden_states.shape
+        cells, heads = height * width, self.num_attention_heads
+        if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or not self.use_rel_pos:
+            return super().forward(hidden_states, output_attentions)
+        asked = self.qkv(hidden_states).reshape(batch, cells, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = asked.reshape(3, batch * heads, cells, -1).unbind(0)  # (B heads, h w, d)
+        seen = torch.empty_like(query)
+        step = max(1, self.together // cells**2)
+        for start in range(0, batch * heads, step):
+            part = slice(start, start + step)
+            places = self.get_decomposed_rel_pos(
+                query[part], self.rel_pos_h, self.rel_pos_w, (height, width), (height, width)
+            )
+            bias = places.reshape(1, -1, cells, cells)
+            few = (each[part].unsqueeze(0) for each in (query, key, value))
+            seen[part] = F.scaled_dot_product_attention(*few, attn_mask=bias).squeeze(0)
+        together = seen.view(batch, heads, cells, -1).transpose(1, 2).reshape(batch, height, width, -1)
+        return self.proj(together), None
 
 
 def sam_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> SamConfig:

@@ -25,6 +25,7 @@ from sca.nn.masks import best_masks, tight_boxes
 from sca.nn.two_way import TwoWayTransformer, decoder_config
 
 SAM_WIDTH = 256  # D of all that are published
+UPSCALED = 2**22  # numbers of grids that are upscaled at a time on a CPU
 POSITION_SPREAD = 2  # half of it is the deviation of the random frequencies: 1, as in SAM's own code
 
 
@@ -137,12 +138,22 @@ class SamSegmenter(nn.Module):
 
     def masks(self, tokens: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (N, M + 1, 4h, 4w) and IoU (N, M + 1) of fused tokens and grids; the first is the single mask."""
+        networks = self.decoder.output_hypernetworks_mlps
+        weights = torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
+        step = max(1, len(grid))
+        if grid.device.type == "cpu" and not torch.is_grad_enabled():  # what is upscaled is eight times a grid
+            step = max(1, UPSCALED // max(1, grid[:1].numel()))
+        masks = [
+            torch.einsum("nmc,nchw->nmhw", few, self._upscaled(grids))
+            for few, grids in zip(weights.split(step), grid.split(step), strict=True)
+        ]
+        return torch.cat(masks), self.decoder.iou_prediction_head(tokens[:, 0])
+
+    def _upscaled(self, grid: Tensor) -> Tensor:
+        """(N, D, h, w) -> (N, D/8, 4h, 4w)"""
         decoder = self.decoder
         upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(grid)))
-        upscaled = decoder.activation(decoder.upscale_conv2(upscaled))  # (N, D/8, 4h, 4w)
-        weights = [network(tokens[:, 1 + index]) for index, network in enumerate(decoder.output_hypernetworks_mlps)]
-        masks = torch.einsum("nmc,nchw->nmhw", torch.stack(weights, dim=1), upscaled)
-        return masks, decoder.iou_prediction_head(tokens[:, 0])
+        return decoder.activation(decoder.upscale_conv2(upscaled))
 
     def _boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
         return tight_boxes(best_masks(masks.detach(), scores) > 0) * (self.size / masks.shape[-1])
