@@ -1,4 +1,4 @@
-"""How much faster than the published procedure: `python -m sca_bench.against_published [PART...] [--out FILE]`
+"""How much faster than the published procedure: `sca bench published [PART...] [--out FILE]`
 
 The published implementation of SCA (arXiv 2312.00869) is repeated here with the same weights: eight regions at a time
 through transformers' own two-way blocks, each with a copy of its image's grid, attention written out, and `generate`
@@ -14,7 +14,6 @@ everything   the captions of an image, from the times of its parts: published fo
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 from sca_registry.contracts import Prompt, Prompts
+from sca_registry.messages import unknown
 from torch import Tensor
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
@@ -200,28 +200,24 @@ def everything(model: SegmentCaptioner, repeats: int) -> list[Row]:
 PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sca_bench.against_published", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--encoder", default="sam-vit-b")
-    parser.add_argument("--language-model", default="gpt2")
-    parser.add_argument("--regions", type=int, default=32, help="of the captions")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    given = parser.parse_args(arguments)
-    if unknown := set(given.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
-    parts = given.parts or PARTS
+def compare(
+    parts: Sequence[str], encoder: str, language_model: str, regions: int, repeats: int, out: Path | None
+) -> None:
+    """Measures some of `PARTS`, or all, and prints a Markdown table. ValueError for another part."""
+    for part in parts:
+        if part not in PARTS:
+            raise unknown(f"no part {part!r}", part, PARTS)
+    parts = parts or PARTS
     torch.manual_seed(0)
     model = None
     if {"captions", "training", "everything"} & set(parts):
-        model = sca.compose(given.encoder, "query", given.language_model, weights=False).eval()
+        model = sca.compose(encoder, "query", language_model, weights=False).eval()
     makers: dict[str, Callable[[], list[Row]]] = {
-        "captions": lambda: captions(model, given.regions, given.repeats),
-        "training": lambda: training(model, given.repeats),
-        "resampler": lambda: resampler(given.repeats),
-        "tiny": lambda: tiny(given.repeats),
-        "everything": lambda: everything(model, given.repeats),
+        "captions": lambda: captions(model, regions, repeats),
+        "training": lambda: training(model, repeats),
+        "resampler": lambda: resampler(repeats),
+        "tiny": lambda: tiny(repeats),
+        "everything": lambda: everything(model, repeats),
     }
     print("| what | unit | ours | beside | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
     rows = []
@@ -231,15 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 what, unit, mine, other, told = row
                 print(f"| {what} | {unit} | {mine:.4g} | {other:.4g} | {mine / other:.2f} | {told} |", flush=True)
                 rows.append({"what": what, "unit": unit, "ours": mine, "beside": other, "told": told})
-    if given.out:
+    if out:
         from sca_bench.worker import environment
 
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        options = {name: value for name, value in vars(given).items() if name != "out"}
-        given.out.write_text(
-            json.dumps({**options, "rows": rows, "environment": environment("cpu")}, indent=1), "utf-8"
+        options = {"encoder": encoder, "language_model": language_model, "regions": regions, "repeats": repeats}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(
+            f"{json.dumps({**options, 'rows': rows, 'environment': environment('cpu')}, indent=1)}\n", "utf-8"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Where the time goes, beside what the machine could do: `python -m sca_bench.floors [--out FILE]`
 
-Times the stages of captioning an image by the published procedure (see `sca_bench.against_published`) and by ours, and
+Times the stages of captioning an image by the published procedure (see `sca bench published`) and by ours, and
 prints them beside two floors: the operations of a stage at the speed of a large matrix product on this machine, and its
 bytes (weights once a pass, features, and the grid of every region once in and once out) at the speed of a copy.
 """

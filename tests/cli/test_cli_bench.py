@@ -72,3 +72,25 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
 )
 def test_a_mistake_is_one_line(refused, arguments, said):
     assert said in refused(2, "bench", *arguments)
+
+
+def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
+    from sca_bench import runner
+
+    made = []
+
+    def run(sweep, folder, launcher, options, *rest):
+        made.append((sweep.name, str(folder), options))
+        return runner.Status(0, {}, [])
+
+    monkeypatch.setattr(runner, "run", run)
+    result = shell("bench", "run", "throughput", "device=cpu", "workers=1")
+    assert made == [("throughput-cpu", "runs/bench/throughput-cpu", {"workers": 1})]
+    assert "sca bench published" in result.err[0]
+
+
+def test_the_ratios_to_the_published_procedure_are_printed(shell, refused):
+    result = shell("bench", "published", "tiny", "--repeats", 1)
+    assert result.status == 0, result.err
+    assert "same captions: True" in result.out
+    assert "no part 'tinny'" in refused(2, "bench", "published", "tinny")
