@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import DEVICES, complain, settle
+from sca.cli.options import DEVICES, complain, find_device, settle
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIB = 2**20
@@ -67,4 +67,6 @@ def serve(
         log=not quiet,
     )
     hosted.check()
+    if part.name == "local":  # of other places, who serves there knows
+        find_device(device)
     where.serve(hosted, host, port, replicas, lambda url: complain(f"{model} answers at {url}; Ctrl+C ends it"))

@@ -42,9 +42,12 @@ class Hosted:
             raise RegistryError(f"serving needs {' and '.join(missing)}: pip install 'segment-caption-anything[serve]'")
 
     def captioner(self) -> Captioner:
-        from sca.cli.caption import load_captioner
+        import torch
 
-        return load_captioner(self.model, self.device, self.dtype, self.seed)
+        from sca.captioners.door import captioner
+
+        torch.manual_seed(self.seed)
+        return captioner(self.model, self.device, **({"dtype": self.dtype} if self.dtype else {}))
 
     def application(self, captioner: Captioner | None = None) -> FastAPI:
         """The application, with a captioner that may have been made already."""
