@@ -84,6 +84,7 @@ class Local:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 door.bind((host, port))
+                door.listen(hosted.clients)  # who comes before all is ready waits
             except (OSError, OverflowError) as error:
                 raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
             shown = f"[{host}]" if ":" in host else host
