@@ -27,6 +27,9 @@ HELD = 2  # models that are kept in memory
 SECONDS = 300.0  # that an answer may take
 FORMATS = ("png", "jsonl", "coco", "html")
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = (
+    '#canvas [data-testid="status-tracker"] { display: none }'  # what goes wrong is told elsewhere; this would cover it
+)
 HELP = (
     "Click what you mean, draw a box, or paint. Further points belong to the same region until **New region**. With "
     "the keyboard: arrows move a cross on the picture, Enter sets a point inside, Shift + Enter one outside."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sca.demo.app import THEME, Models, page
+from sca.demo.app import CSS, THEME, Models, page
 
 EXAMPLES = (29, 4, 11)  # seeds of drawn scenes
 
@@ -42,6 +42,7 @@ def run(
                 allowed_paths=[folder],
                 footer_links=[],
                 theme=THEME,
+                css=CSS,
                 ssr_mode=False,
             )
             told(f"the demo is at {url}; Ctrl+C ends it")

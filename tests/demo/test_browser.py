@@ -60,12 +60,12 @@ def _elsewhere(url):
 def _open(page, address):
     page.goto(address)
     page.locator("#examples img").first.click()
-    page.wait_for_selector("#canvas svg image")
+    page.wait_for_selector("#canvas .stage svg image")
 
 
 def place(page, x, y):
     """Where a pixel of the 512 x 512 example is in the window."""
-    frame = page.locator("#canvas svg").bounding_box()
+    frame = page.locator("#canvas .stage svg").bounding_box()
     scale = min(frame["width"], frame["height"]) / 512
     left = frame["x"] + (frame["width"] - 512 * scale) / 2
     top = frame["y"] + (frame["height"] - 512 * scale) / 2
@@ -87,10 +87,10 @@ def test_a_click_is_answered_with_three_masks_to_choose_from(tab):
     tab.mouse.click(*place(tab, 270, 260))
     assert "triangle" in captions(tab, 1)[0]
     assert tab.locator("#canvas li button").count() == 3
-    before = tab.locator("#canvas svg .mask").get_attribute("d")
+    before = tab.locator("#canvas .stage svg .mask").get_attribute("d")
     tab.locator("#canvas li button").nth(2).click()
     tab.wait_for_function(
-        "before => document.querySelector('#canvas svg .mask').getAttribute('d') !== before", arg=before
+        "before => document.querySelector('#canvas .stage svg .mask').getAttribute('d') !== before", arg=before
     )
     assert tab.locator("#canvas li button").nth(2).get_attribute("aria-pressed") == "true"
 
@@ -100,7 +100,7 @@ def test_further_points_are_of_the_same_region_until_a_new_one(tab):
     captions(tab, 1)
     tab.get_by_role("button", name="Point outside").click()
     tab.mouse.click(*place(tab, 60, 60))
-    tab.wait_for_selector("#canvas svg .point.outside")
+    tab.wait_for_selector("#canvas .stage svg .point.outside")
     captions(tab, 1)
     tab.get_by_role("button", name="New region").click()
     tab.get_by_role("button", name="Point inside").click()
@@ -122,7 +122,7 @@ def test_a_box_is_drawn(tab):
     tab.mouse.move(*place(tab, 325, 500))
     tab.mouse.up()
     assert "star" in captions(tab, 1)[0]
-    box = tab.locator("#canvas svg .box")
+    box = tab.locator("#canvas .stage svg .box")
     assert float(box.get_attribute("width")) == pytest.approx(145, abs=3)
 
 
@@ -134,7 +134,7 @@ def test_a_region_is_painted(tab):
         tab.mouse.move(*place(tab, x, 280))
     tab.mouse.up()
     assert captions(tab, 1)[0]
-    assert tab.locator("#canvas svg .mask").count() == 1
+    assert tab.locator("#canvas .stage svg .mask").count() == 1
 
 
 def test_everything_is_found_filtered_and_downloaded(tab, tmp_path):
@@ -215,7 +215,7 @@ def test_a_picture_is_opened_and_a_file_that_is_none_is_said(tab, tmp_path):
     (tmp_path / "none.png").write_text("none")
     tab.locator("#open input[type=file], input[type=file]").first.set_input_files(tmp_path / "navy.png")
     tab.wait_for_function("() => document.querySelector('#status').innerText.includes('navy.png: 300 x 200')")
-    assert tab.locator("#canvas svg").get_attribute("viewBox") == "0 0 300 200"
+    assert tab.locator("#canvas .stage svg").get_attribute("viewBox") == "0 0 300 200"
     tab.locator("#open input[type=file], input[type=file]").first.set_input_files(tmp_path / "none.png")
     tab.get_by_text("is not an image that can be read").first.wait_for()
 
@@ -225,7 +225,7 @@ def test_it_is_usable_on_a_phone(browser, address):
     page = context.new_page()
     _open(page, address)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.locator("#canvas svg").scroll_into_view_if_needed()
+    page.locator("#canvas .stage svg").scroll_into_view_if_needed()
     page.touchscreen.tap(*place(page, 270, 260))
     assert "triangle" in captions(page, 1)[0]
     context.close()
