@@ -50,8 +50,10 @@ def test_ten_thousand_regions_are_browsed(browser, tmp_path):
     page.wait_for_selector("li")
     assert page.locator("#count").inner_text() == "10,000 regions in 500 images"
     assert page.locator("li").count() < 500, "only what is near the window is there"
-    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
-    page.wait_for_function("() => document.querySelector('section[data-image=\"499\"] li') !== null")
+    page.wait_for_function(  # the page grows as sections are filled
+        "() => { window.scrollTo(0, document.body.scrollHeight); "
+        "return document.querySelector('section[data-image=\"499\"] li') !== null; }"
+    )
     assert page.locator("li").count() < 500
     page.locator("#words").fill("square 7 image 123")
     page.wait_for_function("() => document.querySelector('#count').textContent === '2 regions in 1 images'")
