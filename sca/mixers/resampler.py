@@ -67,7 +67,7 @@ class ResamplerLayer(nn.Module):
     def prepare(self, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         cells = self.norms[2](image.flatten(2).transpose(1, 2))  # (B, h w, D)
         keys = self.key(cells + position.flatten(1).T)
-        return self._split(keys), self._split(self.value(cells))
+        return self._split(keys).contiguous(), self._split(self.value(cells)).contiguous()  # they are read many times
 
     def forward(
         self, tokens: Tensor, owner: Tensor, keys: Tensor, values: Tensor, queries: int, last: bool = False
