@@ -71,22 +71,16 @@ class Local:
                 _end(process)
 
     def serve(self, hosted: Hosted, host: str, port: int, replicas: int, told: Callable[[str], None]) -> None:
-        """Serves in this process until it is interrupted. ValueError for more than one replica, OSError for an address
-        that cannot be had.
+        """Serves in this process until it is interrupted. ValueError for more than one replica or an address that
+        cannot be had.
         """
         import uvicorn
 
         if replicas != 1:
             raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
         captioner = hosted.captioner()  # first, so that a mistake in its name is told before anybody is let in
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as door:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                door.bind((host, port))
-                door.listen(hosted.clients)  # who comes before all is ready waits
-            except (OSError, OverflowError) as error:
-                raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
+        with bound(host, port) as door:
+            door.listen(hosted.clients)  # who comes before all is ready waits
             shown = f"[{host}]" if ":" in host else host
             config = uvicorn.Config(
                 hosted.application(captioner),
@@ -102,6 +96,18 @@ class Local:
         """Until a process ends or is overdue."""
         left = min(start + task.timeout - time.monotonic() for _, task, _, start in running.values())
         wait(list(running), timeout=None if math.isinf(left) else max(0.0, left))
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address. ValueError for one that cannot be had."""
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+    except (OSError, OverflowError) as error:
+        door.close()
+        raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
+    return door
 
 
 def _devices(tasks: Sequence[Task]) -> list[int]:

@@ -53,6 +53,25 @@ def test_copies_are_served_on_ray(asked):
         process.kill()
 
 
+@pytest.mark.all
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "nothing"), "no model or captioner named 'nothing'"),
+        (("--device", "cuda", "--replicas", "100"), "100 replicas need 100 GPUs"),
+        (("--replicas", "500"), "500 replicas need 500 cores"),
+        (("--host", "256.0.0.1"), "cannot listen at 256.0.0.1, port 8000"),
+    ],
+)
+def test_a_mistake_is_told_by_ray_as_well(arguments, words):
+    pytest.importorskip("ray.serve", reason="needs the extra ray")
+    command = [sys.executable, "-m", "sca", "serve", "--launcher", "ray", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert words in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
