@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from sca_registry.spec import CAPTION_FROM
 
-from sca.cli.options import DEVICES, complain, find_device, print_table, settle
+from sca.cli.options import DEVICES, OUTPUTS, complain, find_device, print_table, settle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +51,7 @@ def caption(
     ] = DEFAULT_MODEL,
     out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
     format: Annotated[
-        str | None, typer.Option(help="any of jsonl,coco,png,html for --out  [default: jsonl]", show_default=False)
+        str | None, typer.Option(help=f"for --out, any of {OUTPUTS}  [default: jsonl]", show_default=False)
     ] = None,
     beams: Annotated[int | None, typer.Option(help="beam search of this width (default: the model's)", min=1)] = None,
     captions: Annotated[int | None, typer.Option(help="so many a region, the best first (default: 1)", min=1)] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import complain, settle
+from sca.cli.options import OUTPUTS, complain, settle
 
 
 def convert(
@@ -16,9 +16,7 @@ def convert(
         Path, typer.Argument(help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files")
     ],
     out: Annotated[Path, typer.Argument(help="folder to write to")],
-    format: Annotated[
-        str, typer.Option(help="any of jsonl,coco,parquet,geojson,label-studio,labelme,png,html")
-    ] = "coco",
+    format: Annotated[str, typer.Option(help=f"any of {OUTPUTS}")] = "coco",
     images: Annotated[Path | None, typer.Option(help="for png and html: the folder that pictures are named in")] = None,
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = "cpu, cuda, cuda:1, mps"
+OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
 
 
 def settle(option: str, value: str, choices: Sequence[str]) -> None:

@@ -24,22 +24,28 @@ def outline(mask: np.ndarray) -> str:
 
 
 def polygons(mask: np.ndarray) -> list[list[Ring]]:
-    """(height, width) mask -> polygons along the edges of its pixels: of each its outer ring, then its holes."""
+    """(height, width) mask -> polygons along the edges of its pixels: of each its outer ring, then its holes.
+
+    A polygon is of the pixels that touch by an edge, and valid as in OGC's simple features: no ring crosses or touches
+    itself, outer rings turn from x to y, holes the other way.
+    """
     box = masks.box_of(mask)
     if box is None:
         return []
+    rings = (ring for edge in _rings(mask, tuple(int(value) for value in box), 1) for ring in _simple(edge))
     outer: list[list[Ring]] = []
-    holes: list[Ring] = []
-    for ring in _rings(mask, tuple(int(value) for value in box), 1):
-        x, y = _first(ring)
+    holes: list[tuple[int, int, Ring]] = []
+    for ring in rings:
+        x, y = min(ring, key=lambda corner: (corner[1], corner[0]))  # of the pixel in the ring's uppermost corner
+        turned = ring if (_area(ring) > 0) == mask[y, x] else ring[::-1]
         if mask[y, x]:
-            outer.append([ring])
+            outer.append([turned])
         else:
-            holes.append(ring)
-    for hole in holes:
-        x, y = _first(hole)
-        around = [polygon for polygon in outer if _contains(polygon[0], x + 0.5, y + 0.5)]
-        min(around, key=lambda polygon: _extent(polygon[0])).append(hole)
+            holes.append((x, y - 1, turned))
+    if holes:
+        owner = _painted(outer, *mask.shape)
+        for x, y, hole in holes:
+            outer[owner[y, x]].append(hole)
     return outer
 
 
@@ -69,21 +75,31 @@ def _rings(mask: np.ndarray, box: tuple[int, ...], step: int) -> Iterator[Ring]:
     inside = mask[top:bottom, left:right]
     for axis in (0, 1):
         inside = np.logical_or.reduceat(inside, np.arange(0, inside.shape[axis], step), axis=axis)
-    corners = _corners(np.pad(inside, 1))  # (K, 2) x y
-    if step > 1:
-        corners = np.minimum(corners * step, [right - left, bottom - top])
-    yield from _followed(np.add(corners, (left, top)).tolist(), _next(corners, (0, 1)), _next(corners, (1, 0)))
+    corners = _corners(np.pad(inside, 1))
+    places = np.minimum(corners[:, :2] * step, [right - left, bottom - top])
+    yield from _followed(np.add(places, (left, top)).tolist(), _next(corners, 0), _next(corners, 1))
 
 
 def _corners(padded: np.ndarray) -> np.ndarray:
-    """Where the edge turns; where two pixels touch by a corner only, it crosses itself and goes straight on."""
-    y, x = np.nonzero(padded[:-1, :-1] ^ padded[:-1, 1:] ^ padded[1:, :-1] ^ padded[1:, 1:])
-    return np.stack([x, y], 1)
+    """(K, 4): x, y where the edge turns, and which comes first of two in one place: across, and down.
+
+    Where two pixels touch by a corner only, both turn there, each around its own pixel.
+    """
+    pixels = np.stack([padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]])
+    y, x = np.nonzero(np.logical_xor.reduce(pixels))
+    none = np.zeros_like(x)
+    plain = np.stack([x, y, none, none], 1)
+    touching = (pixels[0] == pixels[3]) & (pixels[1] == pixels[2]) & (pixels[0] != pixels[1])
+    y, x = np.nonzero(touching)
+    falling = pixels[0][y, x].astype(x.dtype)  # whether it is the pixel on the left that is above
+    left = np.stack([x, y, np.zeros_like(x), 1 - falling], 1)
+    right = np.stack([x, y, np.ones_like(x), falling], 1)
+    return np.concatenate([plain, left, right])
 
 
-def _next(corners: np.ndarray, order: tuple[int, int]) -> list[int]:
+def _next(corners: np.ndarray, axis: int) -> list[int]:
     """The other end of each corner's edge: along a line, corners are its edges' ends in pairs."""
-    pairs = np.lexsort((corners[:, order[0]], corners[:, order[1]])).reshape(-1, 2)
+    pairs = np.lexsort((corners[:, 2 + axis], corners[:, axis], corners[:, 1 - axis])).reshape(-1, 2)
     other = np.empty(len(corners), np.int64)
     other[pairs] = pairs[:, ::-1]
     return other.tolist()
@@ -113,21 +129,35 @@ def _path(ring: Ring) -> str:
     return "".join([*pieces, "z"])
 
 
-def _first(ring: Ring) -> list[int]:
-    """The pixel below and right of the ring's first corner from above: it is within the ring."""
-    return min(ring, key=lambda corner: (corner[1], corner[0]))
+def _simple(ring: Ring) -> Iterator[Ring]:
+    """The rings that one is made of that touches itself."""
+    path: Ring = []
+    places: dict[tuple[int, int], int] = {}
+    for x, y in ring:
+        start = places.get((x, y))
+        if start is not None:
+            loop = path[start:]
+            del path[start:]
+            for turn in loop:
+                del places[turn[0], turn[1]]
+            yield loop
+        places[x, y] = len(path)
+        path.append([x, y])
+    yield path
 
 
-def _contains(ring: Ring, x: float, y: float) -> bool:
-    """Whether a ray to the left crosses the ring an odd number of times."""
-    corners = np.asarray(ring)
-    after = np.roll(corners, -1, axis=0)
-    low, high = np.minimum(corners[:, 1], after[:, 1]), np.maximum(corners[:, 1], after[:, 1])
-    return bool(((corners[:, 0] < x) & (low < y) & (y < high)).sum() % 2)
+def _area(ring: Ring) -> float:
+    """Positive if it turns from x to y."""
+    x, y = np.asarray(ring).T
+    return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 
 
-def _extent(ring: Ring) -> int:
-    """The area of the ring's box."""
-    corners = np.asarray(ring)
-    width, height = corners.max(axis=0) - corners.min(axis=0)
-    return int(width * height)
+def _painted(outer: list[list[Ring]], height: int, width: int) -> np.ndarray:
+    """(height, width): of each pixel the innermost polygon around it, by its place."""
+    boxes = [(np.min(ring, axis=0), np.max(ring, axis=0)) for ring, *_ in outer]
+    owner = np.full((height, width), -1)
+    for place in sorted(range(len(outer)), key=lambda place: -np.prod(boxes[place][1] - boxes[place][0])):
+        (left, top), (right, bottom) = boxes[place]
+        moved = np.subtract(outer[place][0], (left, top))
+        owner[top:bottom, left:right][fill([moved], right - left, bottom - top)] = place
+    return owner

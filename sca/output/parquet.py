@@ -44,7 +44,8 @@ class Parquet:
         )
         self._file = OutputFile(path)
         self._model, self._rows, self._images = model, [], 0
-        self._writer = pyarrow.parquet.ParquetWriter(_Sink(self._file), self._schema, compression="zstd")
+        self._sink = _Sink(self._file)
+        self._writer = pyarrow.parquet.ParquetWriter(self._sink, self._schema, compression="zstd")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         for caption in captions:
@@ -59,15 +60,19 @@ class Parquet:
     def close(self, finished: bool = True) -> None:
         """Keeps the images that are done; of a run that failed before the first, nothing."""
         if not finished and not self._images:
-            self._file.drop()
+            self._drop()
             return
         try:
             self._flush()
             self._writer.close()
         except BaseException:
-            self._file.drop()
+            self._drop()
             raise
         self._file.keep()
+
+    def _drop(self) -> None:
+        self._sink.kept = False
+        self._file.drop()
 
     def _flush(self) -> None:
         import pyarrow
@@ -77,16 +82,18 @@ class Parquet:
 
 
 class _Sink:
-    """What pyarrow writes to."""
+    """What pyarrow writes to; nothing is `kept` of the end that it still writes to a file that was dropped."""
 
     closed = False
+    kept = True
 
     def __init__(self, file: OutputFile):
         self._file, self._place = file, 0
 
     def write(self, piece: Any) -> int:
         content = bytes(piece)
-        self._file.write(content)
+        if self.kept:
+            self._file.write(content)
         self._place += len(content)
         return len(content)
 

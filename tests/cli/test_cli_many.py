@@ -131,6 +131,13 @@ def test_captions_are_converted_and_come_back(shell, checkpoint, pictures, here)
             assert one["segmentation"] == other["segmentation"]
 
 
+def test_the_help_names_every_format():
+    from sca.cli.options import OUTPUTS
+    from sca.output import FORMATS
+
+    assert ",".join(FORMATS) == OUTPUTS
+
+
 def test_a_picture_that_is_gone_is_said_when_it_is_to_be_drawn(shell, refused, checkpoint, pictures, here):
     assert shell("caption", "photos", *BOXES, "--model", checkpoint, "--out", "out", "--quiet").status == 0
     (here / "photos/003.png").unlink()

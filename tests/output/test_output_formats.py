@@ -55,6 +55,23 @@ def test_captions_are_read_back(written, captions, name):
         assert found["a.png"].model == "m"
 
 
+def components(mask):
+    """How many there are of pixels that touch by an edge."""
+    left, count = {(y, x) for y, x in np.argwhere(mask).tolist()}, 0
+    while left:
+        count, reached = count + 1, [left.pop()]
+        for y, x in reached:
+            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
+            left -= near
+            reached += near
+    return count
+
+
+def turn(ring):
+    x, y = np.transpose(ring)
+    return (x * np.roll(y, -1) - np.roll(x, -1) * y).sum()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_masks_of_any_shape_go_through_polygons_and_brushes(seed):
     noise = np.random.default_rng(seed).random((23 + seed, 31))
@@ -62,8 +79,11 @@ def test_masks_of_any_shape_go_through_polygons_and_brushes(seed):
     found = polygons(mask)
     assert (fill([ring for polygon in found for ring in polygon], 31, 23 + seed) == mask).all()
     assert (unpack(pack(mask), 31, 23 + seed) == mask).all()
-    labels = pytest.importorskip("scipy.ndimage").label(mask)[0]
-    assert len(found) <= labels.max()
+    assert len(found) == components(mask)
+    for outer, *holes in found:
+        assert turn(outer) > 0 > max(map(turn, holes), default=-1)
+    for ring in (ring for polygon in found for ring in polygon):
+        assert len({tuple(corner) for corner in ring}) == len(ring), "a ring touches itself"
 
 
 def test_holes_are_in_the_polygon_around_them():
@@ -74,6 +94,14 @@ def test_holes_are_in_the_polygon_around_them():
     mask[8:10, 8:10] = False
     assert sorted(map(len, polygons(mask))) == [2, 2]
     assert polygons(np.zeros((3, 3), bool)) == []
+
+
+def test_a_hole_that_reaches_the_edge_by_a_corner_stays_a_hole():
+    mask = np.ones((4, 4), bool)
+    mask[1, 1] = mask[0, 0] = False
+    (((*outer,), hole),) = polygons(mask)
+    assert [1, 1] in outer
+    assert sorted(hole) == [[1, 1], [1, 2], [2, 1], [2, 2]]
 
 
 def test_labelme_reads_its_files(written, captions):
