@@ -43,6 +43,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
     """
     folder = Path(folder)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate knows no other name for it
     torch.manual_seed(recipe.train.seed)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     share = images_each(recipe.train, processes)
