@@ -33,6 +33,9 @@ _TURNS = {
 }
 
 
+EMPTY = "{} is empty (0 bytes); copy or download it again"
+
+
 class ImageError(ValueError):
     """A picture that cannot be opened; the message is one line that says which, why and what to do."""
 
@@ -52,7 +55,7 @@ def open_image(path: str | Path) -> Image.Image:
         if os.path.isdir(path):
             raise ImageError(f"{shown} is a folder, not an image; name a file in it")
         if not os.stat(path).st_size:
-            raise ImageError(f"{shown} is empty (0 bytes); copy or download it again")
+            raise ImageError(EMPTY.format(shown))
         with open(path, "rb") as file:
             return read_image(file, shown)
     except ImageError:
@@ -66,6 +69,22 @@ def read_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Image.I
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
         return _read(file, shown, PIXEL_LIMIT if pixels is None else pixels)
+
+
+def take_image(image: Image.Image | np.ndarray) -> Image.Image:
+    """A picture that is in memory, as `open_image` gives one; an array is (height, width, 3) uint8 in RGB.
+
+    ImageError for anything else.
+    """
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ImageError(
+                f"an array of {image.dtype} with shape {image.shape}; give (height, width, 3) uint8 in RGB"
+            )
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ImageError(f"{type(image).__name__} is no picture; give a PIL picture or an array, or use sca.open_image")
+    return image if image.mode == "RGB" and not image.info else _upright(image)
 
 
 def find_images(arguments: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
@@ -96,6 +115,9 @@ def show(path: str | Path) -> str:
 
 def _read(file: BinaryIO, shown: str, pixels: int) -> Image.Image:
     try:
+        if not file.read(1):
+            raise ImageError(EMPTY.format(shown))
+        file.seek(0)
         image = Image.open(file)
         if image.format == "EPS":
             raise Image.UnidentifiedImageError("EPS is a program")

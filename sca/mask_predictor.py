@@ -12,9 +12,11 @@ from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions
 from sca_registry.spec import Everything
 from torch import Tensor
 
+from sca.images import take_image
 from sca.masks import encode
 from sca.nn.masks import best_masks
 from sca.processing import Frame, Processor
+from sca.prompts import PromptError, check
 
 if TYPE_CHECKING:
     from sca.model import Segmenting
@@ -60,8 +62,11 @@ class MaskPredictor:
         return Everything()
 
     def set_image(self, image: Image.Image | np.ndarray) -> None:
-        """A PIL picture or an (height, width, 3) uint8 array in RGB."""
-        self.image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        """A PIL picture, turned as its EXIF says, or a (height, width, 3) uint8 array in RGB.
+
+        Coordinates are pixels of the picture as it is kept in `image`.
+        """
+        self.image = take_image(image)
         self.encoded = self.encode([self.image])
 
     @torch.inference_mode()
@@ -124,6 +129,8 @@ class MaskPredictor:
     ) -> list[Caption]:
         """One caption for each prompt, then for each box x1 y1 x2 y2, then for each point x y (pixels of the image).
 
+        Boxes are clipped to the image; PromptError, a ValueError, for what does not fit it (see `sca.prompts.check`).
+
         task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p; captions, how
         many for each region; as far as what captions takes them.
         """
@@ -133,8 +140,9 @@ class MaskPredictor:
     def describe(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
+        """As `set_image` and `predict`, of prompts that fit the image: they are taken as they are."""
         self.set_image(image)
-        return self.predict(prompts, task=task, **generation)
+        return self.answer(self.encoded, [prompts], task, **generation)[0]
 
     def answer(
         self,
@@ -163,9 +171,13 @@ class MaskPredictor:
     ) -> tuple[Encoded, list[Prompt]]:
         if self.image is None:
             raise ValueError("there is no image yet: call set_image(image) first")
-        request = [*prompts]
-        request += [Prompt(box=tuple(map(float, box))) for box in boxes]
-        request += [Prompt(points=((float(point[0]), float(point[1]), 1),)) for point in points]
+        request = [*prompts, *(Prompt(box=_plain(box)) for box in boxes)]
+        request += [Prompt(points=(_plain(point),)) for point in points]
+        for place, prompt in enumerate(request):
+            try:
+                request[place] = check(prompt, *self.image.size)
+            except PromptError as error:
+                raise PromptError(f"prompt {place}: {error}") from error
         return self.encoded, request
 
     def _segmented(
@@ -181,6 +193,11 @@ class MaskPredictor:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
         for row, image in zip(logits, owner.tolist(), strict=True):
             yield encode(self.processor.inside(row, frames[image]))
+
+
+def _plain(numbers: Any) -> Any:
+    """Of an array or tensor its numbers."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
 
 
 def check_task(task: str) -> None:

@@ -282,7 +282,8 @@ def _fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], dict
         raise PromptError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {_quoted(asked)}")
     box, points, mask = (asked.get(name) for name in ("box", "points", "mask"))
     if box is None and not points and mask is None:
-        raise PromptError(f"{where}: no 'box', 'points' or 'mask', only {', '.join(map(_quoted, asked))}")
+        others = f", only {', '.join(map(_quoted, asked))}" if asked else ""
+        raise PromptError(f"{where}: no 'box', 'points' or 'mask'{others}")
     box = None if box is None else _at(where, "box", _box, box)
     points = () if points is None else _at(where, "points", _points, points)
     return box, points, mask if mask is None or isinstance(mask, str) else _at(where, "mask", masks.checked, mask)

@@ -147,7 +147,7 @@ WRONG = {
     "captions": ({"prompts": BOX, "captions": 4, "beams": 2}, 422, "4 captions a region need at least as many beams"),
     "beams": ({"prompts": BOX, "beams": 10**9}, 422, "beams: Input should be less than or equal to 16"),
     "too many": ({"prompts": BOX * 5000}, 413, "5,000 prompts, and 4,096 are allowed"),
-    "no image": ({"prompts": BOX, "image": ""}, 422, "the image is not an image that can be read"),
+    "no image": ({"prompts": BOX, "image": ""}, 422, "the image is empty (0 bytes)"),
     "not base64": ({"prompts": BOX, "image": "?!"}, 422, "image: not base64"),
     "fetched": ({"prompts": BOX, "image": "http://127.0.0.1/a.png"}, 422, "pictures are not fetched from elsewhere"),
     "broken": ({"prompts": BOX, "image": "iVBORw0KGgo="}, 422, "the image"),
