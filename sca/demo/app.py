@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +27,7 @@ from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Se
 HELD = 2  # models that are kept in memory
 SECONDS = 300.0  # that an answer may take
 FORMATS = ("png", "jsonl", "coco", "html")
+TITLE = "Segment and caption anything"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = (
     '#canvas [data-testid="status-tracker"] { display: none }'  # what goes wrong is told elsewhere; this would cover it
@@ -37,28 +39,54 @@ HELP = (
 
 
 class Models:
-    """Engines by the names of their models; of many, those asked last stay in memory."""
+    """Engines by the names of their models; of many, those asked last stay in memory, and those in use."""
 
     def __init__(self, device: Any, dtype: str | None):
         self.device, self.dtype = device, dtype
         self._engines: OrderedDict[str, Engine] = OrderedDict()
-        self._lock = threading.Lock()
+        self._users: Counter[str] = Counter()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
-    def engine(self, name: str) -> Engine:
+    @contextmanager
+    def engine(self, name: str) -> Iterator[Engine]:
         """Loads it if it is not there. What `sca.captioner` raises for a name."""
-        with self._lock:
-            if name not in self._engines:
-                made = Engine(captioner(name, self.device, **({"dtype": self.dtype} if self.dtype else {})))
-                self._engines[name] = made
-            self._engines.move_to_end(name)
-            while len(self._engines) > HELD:
-                self._engines.popitem(last=False)[1].close()
-            return self._engines[name]
+        engine = self._there(name)
+        if engine is None:
+            with self._loading:  # one at a time; nobody waits for it whose model is there
+                engine = self._there(name) or self._loaded(name)
+        try:
+            yield engine
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+            self._close(HELD)
 
     def close(self) -> None:
+        self._users.clear()
+        self._close(0)
+
+    def _there(self, name: str) -> Engine | None:
         with self._lock:
-            while self._engines:
-                self._engines.popitem()[1].close()
+            if name not in self._engines:
+                return None
+            self._engines.move_to_end(name)
+            self._users[name] += 1
+            return self._engines[name]
+
+    def _loaded(self, name: str) -> Engine:
+        engine = Engine(captioner(name, self.device, **({"dtype": self.dtype} if self.dtype else {})))
+        with self._lock:
+            self._engines[name] = engine
+            self._users[name] += 1
+        return engine
+
+    def _close(self, held: int) -> None:
+        """All but the last `held`, as far as nobody uses them."""
+        with self._lock:
+            idle = [name for name in self._engines if not self._users[name]]
+            ended = [self._engines.pop(name) for name in idle[: max(0, len(self._engines) - held)]]
+        for engine in ended:
+            engine.close()
 
 
 def page(models: Models, names: Sequence[str], examples: Sequence[tuple[str, str]], any_model: bool) -> gr.Blocks:
@@ -66,9 +94,9 @@ def page(models: Models, names: Sequence[str], examples: Sequence[tuple[str, str
     name others, folders say. examples: pictures, and what they are called.
     """
     here = files("sca.demo")
-    with gr.Blocks(title="Segment and caption anything", analytics_enabled=False, fill_width=True) as demo:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         session = gr.State(None)
-        gr.Markdown("# Segment and caption anything")
+        gr.Markdown(f"# {TITLE}")
         with gr.Row():
             known = list(dict.fromkeys((*names, *zoo.names())))
             model = gr.Dropdown(
@@ -159,25 +187,25 @@ def _pointed(
     yield session, session.plain(), ""
     if number is None:
         return
+    prompt = session.regions[number].prompt
     try:
-        engine = models.engine(model)
-        prompt = session.regions[number].prompt
-        question = Question(
-            session.image,
-            [prompt],
-            task=task,
-            generation=settings(engine.captioner, beams=int(beams)),
-            candidates=engine.finds,
-            seconds=SECONDS,
-        )
-        found: tuple[Any, ...] = ()
-        for told in engine.events(question):
-            if isinstance(told, Candidates):
-                found = tuple(told.masks)
-            elif isinstance(told, Caption) and session.regions[number].prompt is prompt:
-                session.answered(number, told, found)
+        with models.engine(model) as engine:
+            question = Question(
+                session.image,
+                [prompt],
+                task=task,
+                generation=settings(engine.captioner, beams=int(beams)),
+                candidates=engine.finds,
+                seconds=SECONDS,
+            )
+            found: tuple[Any, ...] = ()
+            for told in engine.events(question):
+                if isinstance(told, Candidates):
+                    found = tuple(told.masks)
+                elif isinstance(told, Caption):
+                    session.answered(prompt, told, found)
     except (EngineError, ValueError) as error:
-        session.point_at({"action": "undo"})
+        session.failed(prompt)
         yield session, session.plain(), ""
         raise gr.Error(str(error)) from error
     yield session, session.plain(), ""
@@ -190,22 +218,22 @@ def _found(
     if session is None:
         raise gr.Error("there is no picture yet: open one, or choose an example")
     try:
-        engine = models.engine(model)
-        options = replace(getattr(engine.captioner, "everything", Everything()), points=int(points), iou=float(iou))
-        generation = settings(engine.captioner, beams=int(beams))
-        question = Question(session.image, (), options, task, generation, seconds=SECONDS)
-        session.begin()
-        yield session, session.plain(), "looking for regions"
-        fresh = 0
-        for told in engine.events(question):
-            if isinstance(told, Searched):
-                yield session, gr.skip(), f"looked at {told.done} of {told.points} points"
-            elif isinstance(told, Caption):
-                session.add(told)
-                fresh += 1
-            if fresh and (fresh >= 16 or isinstance(told, Done)):
-                yield session, session.plain(), f"{len(session.regions)} regions captioned"
-                fresh = 0
+        with models.engine(model) as engine:
+            options = replace(getattr(engine.captioner, "everything", Everything()), points=int(points), iou=float(iou))
+            generation = settings(engine.captioner, beams=int(beams))
+            question = Question(session.image, (), options, task, generation, seconds=SECONDS)
+            session.begin()
+            yield session, session.plain(), "looking for regions"
+            fresh = 0
+            for told in engine.events(question):
+                if isinstance(told, Searched):
+                    yield session, gr.skip(), f"looked at {told.done} of {told.points} points"
+                elif isinstance(told, Caption):
+                    session.add(told)
+                    fresh += 1
+                if fresh and (fresh >= 16 or isinstance(told, Done)):
+                    yield session, session.plain(), f"{len(session.regions)} regions captioned"
+                    fresh = 0
     except (EngineError, ValueError) as error:
         raise gr.Error(str(error)) from error
     count = len(session.regions)

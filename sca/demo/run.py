@@ -26,7 +26,8 @@ def run(
     """Serves the page until it is interrupted. ValueError for a port that cannot be had, and for a model."""
     port = _free(host, port)
     models = Models(device, dtype)
-    models.engine(names[0])
+    with models.engine(names[0]):
+        pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:
         demo = page(models, names, _examples(Path(folder)), any_model)
         try:

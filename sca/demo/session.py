@@ -79,10 +79,25 @@ class Session:
                 return self._prompt(mask=self._painted(told.get("png")))
         return None
 
-    def answered(self, number: int, caption: Caption, found: tuple[Mask, ...]) -> None:
-        """The answer for a region; not a step of its own."""
-        shown = replace(self.regions[number], caption=replace(caption, region=number), masks=found, chosen=0)
-        self.regions = (*self.regions[:number], shown, *self.regions[number + 1 :])
+    def answered(self, prompt: Prompt, caption: Caption, found: tuple[Mask, ...]) -> None:
+        """The answer for a region, wherever it is by now: a step back does not lose it. Not a step of its own."""
+
+        def told(regions: tuple[Shown, ...]) -> tuple[Shown, ...]:
+            return tuple(
+                Shown(prompt, replace(caption, region=number), found) if shown.prompt is prompt else shown
+                for number, shown in enumerate(regions)
+            )
+
+        self.regions = told(self.regions)
+        self.history = [(told(regions), current) for regions, current in self.history]
+
+    def failed(self, prompt: Prompt) -> None:
+        """Takes back the last step if that asked for what has no answer."""
+        if self.history and any(shown.prompt is prompt for shown in self.regions):
+            regions, current = self.history[-1]
+            if not any(shown.prompt is prompt for shown in regions):
+                self.regions, self.current = regions, current
+                self.history.pop()
 
     def add(self, caption: Caption) -> None:
         """A region that was found."""

@@ -1,0 +1,98 @@
+"""What the demo keeps: steps that cross answers, and models that are in use."""
+
+import pytest
+from PIL import Image
+from sca_registry import zoo
+from sca_registry.contracts import Caption
+
+pytest.importorskip("gradio", reason="needs the extra demo")
+
+from sca.demo.app import HELD, Models
+from sca.demo.session import Session
+from sca.serve.engine import ClosedError, Done, Question
+
+
+@pytest.fixture
+def session():
+    return Session(Image.new("RGB", (64, 48)), "a.png")
+
+
+def click(session, x):
+    """A new region, and what it is asked by."""
+    session.point_at({"action": "new"})
+    number = session.point_at({"action": "point", "x": x, "y": 5, "label": 1})
+    return session.regions[number].prompt
+
+
+def answer(session, prompt, words):
+    session.answered(prompt, Caption(words, 0.5, None, None, None, prompt, 0), ())
+
+
+def words(session):
+    return [caption.text for caption in session.captions]
+
+
+def test_answers_that_come_in_another_order_find_their_regions(session):
+    first, second = click(session, 1), click(session, 2)
+    answer(session, second, "two")
+    answer(session, first, "one")
+    assert words(session) == ["one", "two"]
+    assert [caption.region for caption in session.captions] == [0, 1]
+
+
+def test_a_step_back_neither_breaks_on_an_answer_nor_loses_it(session):
+    first, second = click(session, 1), click(session, 2)
+    session.point_at({"action": "undo"})
+    answer(session, second, "two")
+    assert words(session) == []
+    answer(session, first, "one")
+    third = click(session, 3)
+    session.point_at({"action": "clear"})
+    answer(session, third, "three")
+    session.point_at({"action": "undo"})
+    assert words(session) == ["one", "three"]
+
+
+def test_what_has_no_answer_is_taken_back_and_nothing_else(session):
+    first, second = click(session, 1), click(session, 2)
+    answer(session, first, "one")
+    session.failed(first)
+    assert len(session.regions) == 2
+    session.failed(second)
+    assert words(session) == ["one"]
+    assert len(session.regions) == 1
+
+
+@pytest.fixture
+def models(tmp_path):
+    """One for each of a few names of the same model."""
+    for name in "abcd":
+        (tmp_path / name).symlink_to(zoo.get("sca-tiny").folder)
+    models = Models("cpu", None)
+    yield models, [str(tmp_path / name) for name in "abcd"]
+    models.close()
+
+
+def test_a_model_in_use_stays_until_it_is_done(models, session):
+    models, (first, *others) = models
+    question = Question(session.image, [], generation={})
+    with models.engine(first) as engine:
+        for name in others:
+            with models.engine(name) as other:
+                assert isinstance(list(other.events(question))[-1], Done)
+        assert engine.alive
+        assert isinstance(list(engine.events(question))[-1], Done)
+    for name in others[:HELD]:
+        with models.engine(name):
+            pass
+    assert not engine.alive
+    with pytest.raises(ClosedError):
+        list(engine.events(question))
+
+
+def test_a_model_that_is_there_is_not_loaded_again(models):
+    models, (first, second, *_) = models
+    with models.engine(first) as one, models.engine(second):
+        pass
+    with models.engine(first) as again:
+        assert again is one
