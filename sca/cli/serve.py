@@ -29,6 +29,9 @@ def serve(
     waiting: Annotated[int, typer.Option(help="regions that may wait, of all requests", min=1)] = 10_000,
     clients: Annotated[int, typer.Option(help="connections at a time, at most", min=1)] = 512,
     cache: Annotated[int, typer.Option(help="MiB of image features to keep", min=0)] = 512,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="whose pages may ask from a browser: https://example.org, or * for all")
+    ] = None,
     seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
     launcher: Annotated[
         str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
@@ -36,7 +39,7 @@ def serve(
     replicas: Annotated[int, typer.Option(help="copies of the model, with a launcher that spreads them", min=1)] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="no line for each request")] = False,
 ) -> None:
-    """Answers over HTTP: POST /v1/captions, POST /v1/chat/completions, /health, /metrics; /openapi.json tells all.
+    """Answers over HTTP: POST /v1/captions, POST /v1/chat/completions, /health, /metrics; the page at /docs tells all.
 
     Requests of many clients are answered together. Needs the extra `serve`.
     """
@@ -64,6 +67,7 @@ def serve(
         waiting=waiting,
         cache=cache * MIB,
         clients=clients,
+        origins=tuple(origin or ()),
         log=not quiet,
     )
     hosted.check()

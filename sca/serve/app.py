@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi_offline import FastAPIOffline
 from PIL import Image
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -30,9 +32,9 @@ from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, decoded, plain
 QUIET = 10.0  # seconds without an event after which a stream says that it lives
 
 
-def application(engine: Engine, name: str, limits: Limits | None = None) -> FastAPI:
+def application(engine: Engine, name: str, limits: Limits | None = None, origins: Sequence[str] = ()) -> FastAPI:
     """The application that answers with an engine's model, which clients know by `name`. It closes the engine at its
-    end.
+    end. origins: whose pages may ask it from a browser, "*" for all.
     """
     limits = limits or Limits()
     service = Service(engine, name, limits)
@@ -42,15 +44,16 @@ def application(engine: Engine, name: str, limits: Limits | None = None) -> Fast
         yield
         await to_thread.run_sync(engine.close)
 
-    app = FastAPI(
+    app = FastAPIOffline(  # whose page at /docs loads nothing from elsewhere
         title="Segment and caption anything",
         description="Masks and captions for regions of images, in pixels of the image as its viewer sees it.",
         lifespan=lifespan,
-        docs_url=None,  # pages that load scripts from elsewhere
         redoc_url=None,
     )
     app.add_middleware(BodyLimits, size=limits.body, seconds=limits.seconds)
     app.add_middleware(service.metrics.middleware)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     _handle_problems(app)
     _add_captions(app, service)
     _add_facts(app, service)
@@ -111,6 +114,11 @@ def _add_schemas(app: FastAPI, schemas: Mapping[str, Any]) -> None:
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    async def start() -> Response:
+        return RedirectResponse("docs")
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         alive = service.engine.alive

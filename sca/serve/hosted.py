@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from sca_registry.contracts import Captioner
 
-NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+NEEDED = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client")
 
 
 @dataclass(frozen=True)
 class Hosted:
     """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
     of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
-    features that are kept. clients: connections at a time. log: a line for each request.
+    features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. log: a line for each
+    request.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Hosted:
     waiting: int = 10_000
     cache: int = 512 * 2**20
     clients: int = 512
+    origins: tuple[str, ...] = ()
     log: bool = False
 
     def check(self) -> None:
@@ -56,4 +58,4 @@ class Hosted:
         from sca.serve.schema import Limits
 
         engine = Engine(captioner or self.captioner(), cache=self.cache, waiting=self.waiting)
-        return application(engine, self.model, Limits(self.body, self.pixels, self.prompts, self.seconds))
+        return application(engine, self.model, Limits(self.body, self.pixels, self.prompts, self.seconds), self.origins)
