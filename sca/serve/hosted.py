@@ -19,8 +19,8 @@ NEEDED = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "promethe
 class Hosted:
     """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
     of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
-    features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. log: a line for each
-    request.
+    features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. log: a line for
+    each request.
     """
 
     model: str
