@@ -54,7 +54,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if os.path.isdir(path):
             raise ImageError(f"{shown} is a folder, not an image; name a file in it")
-        if not os.stat(path).st_size:
+        if not os.stat(path).st_size:  # before it is opened: a pipe would be waited for
             raise ImageError(EMPTY.format(shown))
         with open(path, "rb") as file:
             return read_image(file, shown)

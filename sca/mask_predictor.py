@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,11 +40,12 @@ class Mask(NamedTuple):
     iou: float  # predicted
 
 
-class MaskPredictor:
+class MaskPredictor(ABC):
     """Set an image once, then point at it as often as wanted: its features are computed once and kept.
 
     model: an encoder and a segmenter; None where regions are taken as they are pointed at. regions: how many go through
-    the segmenter at a time; a memory limit, not a result. What captions regions builds on this, and adds `answer`.
+    the segmenter at a time; a memory limit, not a result. What captions regions builds on this, and adds `answer` and
+    `tell`.
     """
 
     def __init__(self, model: Segmenting | None, regions: int = REGIONS):
@@ -144,6 +146,7 @@ class MaskPredictor:
         self.set_image(image)
         return self.answer(self.encoded, [prompts], task, **generation)[0]
 
+    @abstractmethod
     def answer(
         self,
         encoded: Encoded,
@@ -158,13 +161,12 @@ class MaskPredictor:
         masks: whether full-size masks are wanted. Without, a caption that was not asked for by a box may have none
         either.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def tell(
         self, masks: Sequence[Mask], request: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
         """Captions of regions of the image whose masks are known, and what each is asked for by."""
-        raise NotImplementedError
 
     def _asked(
         self, prompts: Sequence[Prompt], boxes: Sequence[Sequence[float]], points: Sequence[Sequence[float]]

@@ -1,6 +1,7 @@
 """A small whole model for tests that need one, and a cache of what is known of parts that is not the user's."""
 
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -79,3 +80,16 @@ def lm_folder(tmp_path_factory):
         return folders[family]
 
     return save
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, as playwright drives it; while it is open, nothing else in the process may use asyncio."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sca_registry.contracts import Prompt
 
@@ -121,7 +122,6 @@ def test_what_is_no_picture_is_told_in_python(given, model):
 
 
 def test_arrays_and_tensors_are_boxes_and_points(model, picture):
-    torch = pytest.importorskip("torch")
     predictor = sca.Predictor(model)
     predictor.set_image(picture)
     asked = {"boxes": [(1, 2, 30, 40)], "points": [(5, 6)]}

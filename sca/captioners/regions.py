@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,9 +61,9 @@ class RegionCaptioner(MaskPredictor):
             )
         super().__init__(model)
 
+    @abstractmethod
     def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[tuple[str, float]]:
         """A text and a score for each region of the images in `encoded`."""
-        raise NotImplementedError
 
     def answer(
         self,

@@ -59,11 +59,14 @@ class Models:
         finally:
             with self._lock:
                 self._users[name] -= 1
-            self._close(HELD)
+            self._forget()
 
     def close(self) -> None:
-        self._users.clear()
-        self._close(0)
+        with self._lock:
+            ended = [*self._engines.values()]
+            self._engines.clear()
+        for engine in ended:
+            engine.close()
 
     def _there(self, name: str) -> Engine | None:
         with self._lock:
@@ -80,11 +83,11 @@ class Models:
             self._users[name] += 1
         return engine
 
-    def _close(self, held: int) -> None:
-        """All but the last `held`, as far as nobody uses them."""
+    def _forget(self) -> None:
+        """All but the last `HELD`, as far as nobody uses them."""
         with self._lock:
             idle = [name for name in self._engines if not self._users[name]]
-            ended = [self._engines.pop(name) for name in idle[: max(0, len(self._engines) - held)]]
+            ended = [self._engines.pop(name) for name in idle[: max(0, len(self._engines) - HELD)]]
         for engine in ended:
             engine.close()
 

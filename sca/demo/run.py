@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sca.demo.app import CSS, THEME, Models, page
+from sca.serve.listening import bound
 
 EXAMPLES = (29, 4, 11)  # seeds of drawn scenes
 
@@ -24,7 +24,8 @@ def run(
     told: Callable[[str], None],
 ) -> None:
     """Serves the page until it is interrupted. ValueError for a port that cannot be had, and for a model."""
-    port = _free(host, port)
+    with bound(host, port) as door:
+        port = door.getsockname()[1]
     models = Models(device, dtype)
     with models.engine(names[0]):
         pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
@@ -51,17 +52,6 @@ def run(
         finally:
             demo.close(verbose=False)
             models.close()
-
-
-def _free(host: str, port: int) -> int:
-    """The port, or one that is free for 0. ValueError."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
-        return door.getsockname()[1]
 
 
 def _examples(folder: Path) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sca.launchers.child import MADE, child
 from sca.launchers.task import Outcome, Task
+from sca.serve.listening import bound
 
 if TYPE_CHECKING:
     from sca.serve.hosted import Hosted
@@ -96,18 +96,6 @@ class Local:
         """Until a process ends or is overdue."""
         left = min(start + task.timeout - time.monotonic() for _, task, _, start in running.values())
         wait(list(running), timeout=None if math.isinf(left) else max(0.0, left))
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address. ValueError for one that cannot be had."""
-    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        door.bind((host, port))
-    except (OSError, OverflowError) as error:
-        door.close()
-        raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
-    return door
 
 
 def _devices(tasks: Sequence[Task]) -> list[int]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sca.launchers.child import LOG
-from sca.launchers.local import Local, bound
+from sca.launchers.local import Local
 from sca.launchers.task import Outcome, Task
+from sca.serve.listening import bound
 
 if TYPE_CHECKING:
     from sca.serve.hosted import Hosted
@@ -69,7 +70,8 @@ class Ray:
         import ray
 
         if self.address is None:  # on this machine, where it can be seen beforehand
-            bound(host, port).close()
+            with bound(host, port) as door:
+                port = door.getsockname()[1]
         started = not ray.is_initialized()
         if started:
             ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
@@ -103,6 +105,7 @@ class Ray:
 
 
 def _fits(needs: Mapping[str, int], replicas: int, there: Mapping[str, float]) -> None:
+    """ValueError for replicas that would wait forever for cores or GPUs."""
     for name, kind in (("GPUs", "GPU"), ("cores", "CPU")):
         asked, had = replicas * needs[f"num_{kind.lower()}s"], int(there.get(kind, 0))
         if asked > had:

@@ -1,26 +1,12 @@
 """The page of `sca view` in a real browser."""
 
 import json
-import shutil
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from sca import masks
 from sca.cli import run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def write(folder, name, images, regions, words):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import urllib.request
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import sca_registry
@@ -34,6 +34,7 @@ SMALLER = (  # what is said, and how it is done here: in seconds, on a CPU
     (r"^(sca evaluate .*)--limit \d+", r"\1--limit 2"),
     (r"^sca evaluate (?!.*--limit).*", r"\g<0> --limit 2"),
     (r"--device cuda", "--device cpu"),
+    (r"^curl ", "curl --fail "),
 )
 ELSEWHERE = (  # lines that are not run, and why
     (r"^make ", "the Makefile's targets are what runs the tests"),
@@ -70,6 +71,11 @@ repeats = 2
 """
 
 
+def done_here(block):
+    """The lines of a block that are run."""
+    return [line for line in block.splitlines() if not any(re.search(each, line) for each, _ in ELSEWHERE)]
+
+
 class World:
     """`run(block)` does the lines of a shell block as a person would, in the folder and one after the other."""
 
@@ -90,7 +96,7 @@ class World:
 
     def run(self, block):
         block = re.sub(r"\s*\\\n\s*", " ", block)
-        lines = [line for line in block.splitlines() if not any(re.search(each, line) for each, _ in ELSEWHERE)]
+        lines = done_here(block)
         if any(line.startswith(("sca demo", "sca serve")) for line in lines):
             (line,) = lines
             return self.start(line)
@@ -183,11 +189,14 @@ def stock(hub, sam, folder):
         hub.models[sca_registry.captioners.card(name).options["weights"]] = folder / name
 
 
+@contextmanager
 def opened(folder, sam):
-    """A world, and what closes it."""
+    """A world with its hub, for as long as that is served."""
     hub = Hub()
     furnish(folder, sam, hub)
-    with ExitStack() as open_:
-        world = World(folder, open_.enter_context(hub.serving()))
-        open_.callback(world.end)
-        yield world
+    with hub.serving() as address:
+        world = World(folder, address)
+        try:
+            yield world
+        finally:
+            world.end()

@@ -1,8 +1,9 @@
 """Run where Label Studio's and LabelMe's packages and shapely are: what they read, beside captions.jsonl.
 
-    python own_readers.py FOLDER PICTURES
+    python own_readers.py FOLDER PICTURES CONFIG
 
-FOLDER: captions.jsonl and the same in each tool's format. PICTURES: where the records' paths start.
+FOLDER: captions.jsonl and the same in each tool's format. PICTURES: where the records' paths start. CONFIG: Label
+Studio's labelling interface.
 """
 
 import json

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -91,20 +90,14 @@ def test_a_mistake_is_one_line(arguments, words, capfd):
     assert len(said.splitlines()) == 1
 
 
-def test_the_page_of_its_fields_is_there_and_loads_nothing_from_elsewhere():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
+def test_the_page_of_its_fields_is_there_and_loads_nothing_from_elsewhere(browser):
     process, address = begin("--port", "0", "--quiet", "--origin", "https://example.org")
     try:
-        with playwright.sync_playwright() as engine:
-            browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page, asked = browser.new_page(), []
-            page.on("request", lambda request: asked.append(request.url))
-            page.goto(address)
-            page.get_by_text("/v1/captions", exact=False).first.wait_for()
-            browser.close()
+        page, asked = browser.new_page(), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.get_by_text("/v1/captions", exact=False).first.wait_for()
+        page.close()
         assert [url for url in asked if not url.startswith((address, "data:"))] == []
         origin = urllib.request.Request(f"{address}/health", headers={"Origin": "https://example.org"}, method="HEAD")
         with urllib.request.urlopen(origin) as answer:
