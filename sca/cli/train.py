@@ -46,7 +46,13 @@ def train(
 
 def _start(processes: int, arguments: list[str]) -> int:
     """The same command in several processes of this machine, each with its share of the cores."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "sca"]
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_each(processes))}
     return subprocess.run([sys.executable, *launcher, *arguments], env=environment, check=False).returncode
+
+
+def threads_each(processes: int) -> int:
+    """What OMP_NUM_THREADS says, at most a process's share of the cores: threads that share one wait for each other."""
+    share = max(1, (os.cpu_count() or 1) // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share

@@ -195,3 +195,12 @@ def test_a_sharded_run_is_not_validated(run, tmp_path):
     said = process.communicate()[0]
     assert process.returncode == 2
     assert said == "sca: a sharded model is not validated while it trains: leave [validate] out\n"
+
+
+@pytest.mark.parametrize(("asked", "given"), [("", 4), ("1", 1), ("8", 4), ("4,2", 4), ("0", 4)])
+def test_processes_share_the_cores_whatever_the_shell_asks_of_one(monkeypatch, asked, given):
+    from sca.cli.train import threads_each
+
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads_each(2) == given
