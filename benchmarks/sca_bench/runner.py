@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,21 +36,25 @@ def run(
     retry: tuple[str, ...] = (),
     force: bool = False,
     told: Callable[[str], None] = print,
+    seconds: float = math.inf,
+    order: str = "cheapest",
 ) -> Status:
-    """Makes what is missing of a sweep, cheapest first; rows appear in `folder/results.jsonl` as they are finished.
+    """Makes what is missing of a sweep; rows appear in `folder/results.jsonl` as they are finished.
 
     launcher, options: where rows are made, a name of the registry. timeout: seconds that a row has. retry: states whose
     rows are made again. force: tries rows that are predicted not to fit into memory. told: is given a line for what
-    happens.
+    happens. seconds: time budget of the run; no row is started after it, and a row that it cuts stays missing. order:
+    of rows, as in `Sweep.rows`.
 
     StoreError if somebody else writes into the folder, or it cannot be written.
     """
+    deadline = time.time() + seconds
     where = sca_registry.launchers.build(launcher, **(options or {}))
     store = Store(folder)
     with store.held() as repairs:
         for line in repairs:
             told(line)
-        rows = {row.key: row for row in sweep.rows()}
+        rows = {row.key: row for row in sweep.rows(order)}
         if retry:
             store.forget({row["key"] for row in store.rows() if row["state"] in retry and row["key"] in rows})
         there = {row["key"] for row in store.rows()}
@@ -60,6 +66,7 @@ def run(
                 str(store.row_folder(key)),
                 timeout,
                 gpus=int(sweep.device != "cpu"),
+                deadline=deadline,
             )
             for key, row in rows.items()
             if key not in there

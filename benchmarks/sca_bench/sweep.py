@@ -29,6 +29,7 @@ A sweep is a TOML file, shipped in `benchmarks/sweeps` or your own:
     repeats = 5
     dtype = "float32"
     training = true           # a step of training, too
+    plan = true               # predict memory and operations first; takes seconds a row
 """
 
 from __future__ import annotations
@@ -48,11 +49,23 @@ from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec, Part
 
 TABLES = {
-    "train": ("recipe", "steps", "images", "learning_rate", "warmup", "regions", "texts", "precision", "prompts"),
+    "train": (
+        "recipe",
+        "steps",
+        "images",
+        "learning_rate",
+        "warmup",
+        "regions",
+        "texts",
+        "precision",
+        "prompts",
+        "workers",
+    ),
     "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch", "generation"),
-    "measure": ("regions", "words", "repeats", "dtype", "training", "images"),
+    "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),
 }
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
+ORDERS = ("cheapest", "listed")
 
 
 @dataclass(frozen=True)
@@ -124,8 +137,15 @@ class Sweep:
         sweep.rows()
         return sweep
 
-    def rows(self) -> list[Row]:
-        """Every combination, cheapest first. RegistryError for a part that there is not."""
+    def rows(self, order: str = "cheapest") -> list[Row]:
+        """List every combination once.
+
+        Args:
+            order: "cheapest" for the fewest parameters first, or "listed" for the order of the axes in the sweep.
+
+        Raises:
+            RegistryError: A part that does not exist.
+        """
         rows = []
         for values in product(*self.axes.values()):
             model = json.loads(json.dumps(self.model))
@@ -145,8 +165,8 @@ class Sweep:
                     **{table: dict(value) for table in TABLES if (value := getattr(self, table)) is not None},
                 }
                 rows.append(Row(config))
-        unique = {row.key: row for row in rows}
-        return sorted(unique.values(), key=lambda row: row.cost)
+        unique = list({row.key: row for row in rows}.values())
+        return sorted(unique, key=lambda row: row.cost) if order == "cheapest" else unique
 
 
 def sweep_names() -> list[str]:

@@ -49,22 +49,26 @@ class Local:
             while waiting or running:
                 while waiting and len(running) < workers:
                     task = waiting.popleft()
+                    if time.time() >= task.deadline:
+                        continue
                     device = free.popleft() if free else None
                     process = _start(context, task, device if devices else None)
                     running[process.sentinel] = process, task, device, time.monotonic()
+                if not running:
+                    break
                 self._pause(running)
                 for sentinel, (process, task, device, start) in list(running.items()):
-                    overdue = time.monotonic() - start > task.timeout
+                    overdue = _time_left(task, start) < 0
                     if process.is_alive() and not overdue:
                         continue
                     del running[sentinel]
                     free.append(device)
                     outcome = _outcome(process, task, overdue, time.monotonic() - start)
-                    if outcome is None:
+                    if outcome is None and time.time() < task.deadline:
                         times[task.key] = times.get(task.key, 0) + 1
                         if times[task.key] < KILLED:
                             waiting.append(task)
-                    else:
+                    elif outcome is not None:
                         yield outcome
         finally:
             for process, *_ in running.values():
@@ -94,8 +98,13 @@ class Local:
     @staticmethod
     def _pause(running: dict[int, Any]) -> None:
         """Until a process ends or is overdue."""
-        left = min(start + task.timeout - time.monotonic() for _, task, _, start in running.values())
+        left = min(_time_left(task, start) for _, task, _, start in running.values())
         wait(list(running), timeout=None if math.isinf(left) else max(0.0, left))
+
+
+def _time_left(task: Task, start: float) -> float:
+    """Seconds until a task is overdue. start: when its process was started, by the monotonic clock."""
+    return min(start + task.timeout - time.monotonic(), task.deadline - time.time())
 
 
 def _devices(tasks: Sequence[Task]) -> list[int]:
@@ -132,6 +141,8 @@ def _outcome(process: Any, task: Task, overdue: bool, seconds: float) -> Outcome
     if made is not None:
         made.setdefault("seconds", {})["process"] = seconds
         return Outcome(task, made)
+    if overdue and time.time() >= task.deadline:
+        return None
     if overdue:
         return Outcome(task, _typed("timed-out", f"it took more than {task.timeout:g} s", seconds))
     if code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 class Task:
     """A piece of work. key: its name among others. job: "module:function", which is called with config and folder and
     gives a table of plain values that has a `state`. config: plain values, with the `device` to compute on. folder: for
-    the log and what else is left behind. timeout: seconds. gpus, memory (GiB): what it asks of a machine.
+    the log and what else is left behind. timeout: seconds. gpus, memory (GiB): what it asks of a machine. deadline:
+    Unix time after which it is neither started nor left running; a task that it cuts has no outcome.
     """
 
     key: str
@@ -21,6 +23,7 @@ class Task:
     timeout: float = 3600.0
     gpus: int = 0
     memory: float = 0.0
+    deadline: float = math.inf
 
 
 class Outcome(NamedTuple):
