@@ -42,9 +42,10 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     """The step below `compose`. Raises RegistryError for unknown names, options, and parts that do not fit together."""
     spec.check()
     where = torch.device(device)
-    if not weights or where.type == "meta":
+    random = not weights or where.type == "meta"
+    if random:
         spec = untrained(spec)
-    with where if where.type == "meta" else contextlib.nullcontext():
+    with where if random else contextlib.nullcontext():  # random weights are drawn where they are used
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
         chosen = parts(spec, encoder)["segmenter"]
         segmenter = sca_registry.segmenters.build(chosen.name, encoder, **chosen.options)

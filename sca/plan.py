@@ -106,11 +106,12 @@ def plan(
     train: bool = False,
     dtype: torch.dtype = torch.float32,
     gpu: str | float | None = None,
+    on_gpu: bool = False,
 ) -> Plan:
     """What a spec costs for B images with N regions each and captions of L words, greedy.
 
-    dtype: of the weights; in training, of what autocast computes in. gpu: one of `GPUS`, or GiB. Raises RegistryError
-    like `sca.build`, and for an unknown GPU.
+    dtype: of the weights; in training, of what autocast computes in. gpu: one of `GPUS`, or GiB. on_gpu: computed as on
+    a GPU, also where none is named. Raises RegistryError like `sca.build`, and for an unknown GPU.
     """
     for what, number in (("images", images), ("regions", regions), ("words", words)):
         if number < 1:
@@ -125,7 +126,7 @@ def plan(
     names = stored(model)
     for module in model.modules():
         if isinstance(module, TwoWayTransformer):
-            if gpu is not None:  # where all regions of a chunk go through all layers together
+            if on_gpu or gpu is not None:  # where all regions of a chunk go through all layers together
                 module.together = 2**62
             else:  # fewer steps to look at, for a little more memory than there will be
                 module.together *= max(1, min(images * regions, REGIONS) // STEPS)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
 from sca_bench.timing import asked, lesson
+from sca_bench.worker import environment, record
 
 REAL = (
     "sam-vit-b+query+gpt2",
@@ -87,9 +88,10 @@ def compare(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Planned and measured parameters, operations and memory of one model. dtype: of weights that do not train."""
-    planned = plan(spec, images, regions, words, train, torch.float32 if train else dtype)
-    model = build(spec, weights=False)
-    model = model.to(device=device, dtype=torch.float32 if train else dtype)
+    computed = torch.float32 if train else dtype
+    planned = plan(spec, images, regions, words, train, computed, on_gpu=device.startswith("cuda"))
+    model = build(spec, device, weights=False)
+    model = model.to(dtype=torch.float32 if train else dtype)
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     held += 8 * planned.trainable if train else 0  # what AdamW keeps
     pixels, prompts = asked(model, images, regions)
@@ -111,6 +113,14 @@ def compare(
     }
 
 
+def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Compare one model as a job of a launcher: `model` and the options of `compare`."""
+    options = {key: value for key, value in config.items() if key != "model"}
+    options["dtype"] = getattr(torch, options["dtype"])
+    spec = ModelSpec.parse(config["model"])
+    return record(lambda row: row.update(plan=compare(spec, **options)), config["device"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What sca plan says beside what a run takes.")
     parser.add_argument(
@@ -121,24 +131,24 @@ def main() -> None:
     parser.add_argument("--regions", type=int, default=16)
     parser.add_argument("--words", type=int, default=8)
     parser.add_argument("--train", action="store_true", help="also a step of training")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="Time budget; no model is started after it.")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
     given = parser.parse_args()
-    rows = []
+    rows, start = [], time.monotonic()
     print("| model | what | memory, planned : measured | operations, planned : measured |\n| --- | --- | ---: | ---: |")
     for text in given.models:
         for train in (False, True) if given.train else (False,):
+            if time.monotonic() - start >= given.seconds:
+                break
             spec, dtype = ModelSpec.parse(text), getattr(torch, given.dtype)
             row = compare(spec, 1, given.regions, given.words, train, given.device, dtype)
             rows.append(row)
             what = "training" if train else "captioning"
             ratios = [f"{row[of][0] / row[of][1]:.3f}" for of in ("memory", "flops")]
             print(f"| {row['model']} | {what} | {' | '.join(ratios)} |", flush=True)
-    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
-    where = torch.cuda.get_device_name() if given.device.startswith("cuda") else cpu
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        content = {"device": where, "versions": versions, "rows": rows}
+        content = {**environment(given.device), "rows": rows}
         given.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 

@@ -77,10 +77,18 @@ def stages(model: SegmentCaptioner, images: int, regions: int, words: int, repea
     }
 
 
-def training_step(model: SegmentCaptioner, images: int, regions: int, words: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a step: forward, backward and AdamW over what trains, with one text a region."""
+def training_step(
+    model: SegmentCaptioner, images: int, regions: int, words: int, repeats: int, cached: bool = False
+) -> dict[str, Any]:
+    """Seconds of a step: forward, backward and AdamW over what trains, with one text a region.
+
+    cached: the encoder's features are kept, so that a step does not compute them.
+    """
     pixels, prompts = asked(model, images, regions)
     batch = lesson(model, pixels, prompts, words)
+    if cached:
+        with torch.no_grad():
+            batch.features, batch.pixels = model.encode(pixels), None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained)
     clock, seconds = _Clock(pixels.device), []
@@ -110,6 +118,12 @@ def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int
     return batch
 
 
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a device has done all of its work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class _Clock:
     """Wall time after all that was asked of the device is done."""
 
@@ -117,8 +131,7 @@ class _Clock:
         self.device = device
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     def time(self, taken: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:

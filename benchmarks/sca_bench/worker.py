@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ from sca_registry.spec import ModelSpec
 import sca.evaluation.evaluate
 import sca.training.trainer  # noqa: F401 (and transformers with it)
 from sca.composition import build
+from sca.model import SegmentCaptioner
 from sca.plan import plan
 from sca_bench.sweep import PARTS
 from sca_bench.timing import stages, training_step
@@ -48,21 +50,37 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     config: of a `sca_bench.sweep.Row`, and `force` for one that is tried though memory is predicted not to suffice.
     folder: for what the row leaves behind. What is printed goes to the caller's standard output.
     """
-    start = time.perf_counter()
     config = dict(config)
     force = config.pop("force", False)
     print(f"$ {command(config)}", file=sys.stderr, flush=True)
+    return record(lambda row: _make(row, config, Path(folder), force), config["device"])
+
+
+def record(measure: Callable[[dict[str, Any]], None], device: str) -> dict[str, Any]:
+    """Run a measurement and return it as a row, also when it fails.
+
+    Args:
+        measure: Receives the row and adds what it measures.
+        device: Where it computes.
+
+    Returns:
+        The row with `state`, `reason`, `seconds`, `memory` and `environment`.
+
+    Raises:
+        KeyboardInterrupt: The only exception that is not turned into a state.
+    """
+    start = time.perf_counter()
     row: dict[str, Any] = {"state": "done", "reason": "", "seconds": {}}
     try:
-        _make(row, config, Path(folder), force)
+        measure(row)
     except BaseException as error:
         row["state"], row["reason"] = _typed(error), f"{type(error).__name__}: {' '.join(str(error).split())}"
         traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             raise
     row["seconds"]["whole"] = time.perf_counter() - start
-    row["memory"] = _memory(config["device"]) | row.get("memory", {})
-    row["environment"] = environment(config["device"])
+    row["memory"] = _memory(device) | row.get("memory", {})
+    row["environment"] = environment(device)
     return row
 
 
@@ -76,25 +94,37 @@ def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: b
         row["state"], row["reason"] = _broken(spec) or "impossible", str(error)
         return
     measure, training = config.get("measure"), config.get("train")
-    with _timed(row, "plan"):
-        _plan(row, spec, config)
-    if row["memory"].get("room") is not None and row["memory"]["planned"] > row["memory"]["room"] and not force:
+    if measure is None or measure.get("plan", True):
+        with _timed(row, "plan"):
+            _plan(row, spec, config)
+    memory = row.get("memory", {})
+    if memory.get("room") is not None and memory["planned"] > memory["room"] and not force:
         row["state"] = "skipped"
         row["reason"] = (
-            f"planned to take {row['memory']['planned'] / 2**30:.1f} GiB of the "
-            f"{row['memory']['room'] / 2**30:.1f} GiB there are; --force tries it"
+            f"planned to take {memory['planned'] / 2**30:.1f} GiB of the "
+            f"{memory['room'] / 2**30:.1f} GiB there are; --force tries it"
         )
         return
     torch.manual_seed(config["seed"])
     with _timed(row, "build" if training is None else "train"):
-        model = build(spec, weights=False) if training is None else _train(row, spec, config, folder)
-    model = model.to(config["device"])
+        if training is None:
+            model = build(spec, config["device"], weights=False)
+        else:
+            model = _train(row, spec, config, folder).to(config["device"])
+    row.setdefault("parameters", _count_parameters(model))
     if evaluation := config.get("evaluate"):
         with _timed(row, "evaluate"):
             row["scores"] = _evaluate(model, evaluation, config)
     if measure:
         with _timed(row, "measure"):
             _measure(row, model, measure)
+
+
+def _count_parameters(model: SegmentCaptioner) -> dict[str, int]:
+    """Count the parameters by group, as a plan does."""
+    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.groups().items()}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {**groups, "whole": sum(groups.values()), "trainable": trainable}
 
 
 def _broken(spec: ModelSpec) -> str | None:
@@ -165,19 +195,35 @@ def _evaluate(model: Any, asked: Mapping[str, Any], config: Mapping[str, Any]) -
 
 def _measure(row: dict[str, Any], model: Any, asked: Mapping[str, Any]) -> None:
     images, words, repeats = asked.get("images", 1), asked.get("words", 16), asked.get("repeats", 5)
-    model = model.to(getattr(torch, asked.get("dtype", "float32")))
+    counts, memory = asked.get("regions", [1]), row.setdefault("memory", {})
     device = model.task_tokens.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    row["curve"] = [stages(model, images, regions, words, repeats) for regions in asked.get("regions", [1])]
-    if device.type == "cuda":
-        row["memory"]["answering"] = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    if asked.get("training"):
-        regions = min(TRAINED, max(asked.get("regions", [1])))
-        row["training_step"] = training_step(model, images, regions, words, repeats)
-        if device.type == "cuda":
-            row["memory"]["training"] = torch.cuda.max_memory_allocated(device)
+    if asked.get("training"):  # in float32, as models train, with autocast where the sweep computes in less
+        size = (images, min(TRAINED, max(counts)), words, repeats)
+        with _peak(memory, "training", device), torch.autocast(device.type, **_autocast(asked)):
+            row["training_step"] = training_step(model, *size)
+        if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+            with torch.autocast(device.type, **_autocast(asked)):
+                row["training_step_cached"] = training_step(model, *size, cached=True)
+        model.zero_grad(set_to_none=True)
+    model = model.to(getattr(torch, asked.get("dtype", "float32")))
+    with _peak(memory, "answering", device):
+        row["curve"] = [stages(model, images, regions, words, repeats) for regions in counts]
+
+
+def _autocast(asked: Mapping[str, Any]) -> dict[str, Any]:
+    dtype = getattr(torch, asked.get("dtype", "float32"))
+    return {"dtype": torch.bfloat16 if dtype == torch.float32 else dtype, "enabled": dtype != torch.float32}
+
+
+@contextmanager
+def _peak(memory: dict[str, int], name: str, device: torch.device) -> Iterator[None]:
+    """Record under `name` the most bytes that torch allocates on a GPU meanwhile."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    memory[name] = torch.cuda.max_memory_allocated(device)
 
 
 class _timed:
