@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ app = typer.Typer(
 
 SWEEP = "a shipped sweep (smoke, mixers, ...) or a TOML file"
 OUT = "the folder of results (default: runs/bench/SWEEP)"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.callback()
@@ -34,6 +36,10 @@ def run(
     timeout: Annotated[float, typer.Option(help="seconds that a row has", min=1.0)] = 3600.0,
     retry: Annotated[list[str] | None, typer.Option(help="make rows of this state again; may be repeated")] = None,
     force: Annotated[bool, typer.Option("--force", help="try rows that are predicted not to fit")] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Time budget of the run: no row starts after it, and rows that it cuts stay missing.")
+    ] = math.inf,
+    order: Annotated[str, typer.Option(help="Order of rows: cheapest first, or listed as in the sweep.")] = "cheapest",
     quiet: Annotated[bool, typer.Option("--quiet", help="no line for every row")] = False,
 ) -> None:
     """Makes the rows of a sweep that are missing; what is there stays, whatever happens.
@@ -43,10 +49,11 @@ def run(
     from sca.cli.options import complain, find_device, read_options, settle
     from sca_bench.runner import run as make
     from sca_bench.states import STATES
-    from sca_bench.sweep import Sweep, sweep_names
+    from sca_bench.sweep import ORDERS, Sweep, sweep_names
 
     for state in retry or ():
         settle("state", state, STATES)
+    settle("order", order, ORDERS)
     given = read_options(options or ())
     device = str(given.pop("device", device))
     find_device(device)
@@ -55,7 +62,10 @@ def run(
         sweep = f"{sweep}-cpu"
         told(f"on a CPU the sweep is {sweep}; `sca bench published` prints the ratios to the published procedure")
     read = Sweep.read(sweep, device)
-    found = make(read, _folder(read.name, out), launcher, given, timeout, tuple(retry or ()), force, told)
+    retried = tuple(retry or ())
+    found = make(
+        read, _folder(read.name, out), launcher, given, timeout, retried, force, told, seconds=seconds, order=order
+    )
     _print(found)
     raise typer.Exit(1 if found.missing else 0)
 
@@ -142,16 +152,33 @@ def published(
     parts: Annotated[
         list[str] | None, typer.Argument(help="of captions, training, resampler, tiny, everything (default: all)")
     ] = None,
-    encoder: Annotated[str, typer.Option(help="a SAM by name")] = "sam-vit-b",
-    language_model: Annotated[str, typer.Option(help="by name")] = "gpt2",
-    regions: Annotated[int, typer.Option(help="of the captions", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="of each way; the quickest counts", min=1)] = 3,
-    out: Annotated[Path | None, typer.Option(help="a JSON file for what was measured")] = None,
+    encoder: Annotated[str, typer.Option(help="A SAM by name.")] = "sam-vit-b",
+    language_model: Annotated[str, typer.Option(help="A language model by name.")] = "gpt2",
+    images: Annotated[int, typer.Option(help="Images per batch of captions.", min=1)] = 1,
+    regions: Annotated[int, typer.Option(help="Regions per image.", min=1)] = 32,
+    beside: Annotated[int, typer.Option(help="Regions that the published procedure captions; 0 for all.", min=0)] = 0,
+    repeats: Annotated[int, typer.Option(help="Repeats of each way; the fastest counts.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Data type of weights: float32, bfloat16 or float16.")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Time budget; no part is started after it.", min=1.0)] = math.inf,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the measurements.")] = None,
 ) -> None:
     """How much faster than the published procedure, both in this run: a table of ratios. Ten minutes for all."""
-    from sca_bench.against_published import compare as measure
+    from dataclasses import asdict
 
-    measure(parts or (), encoder, language_model, regions, repeats, out)
+    from sca.cli.options import find_device, settle
+    from sca_bench.against_published import Setting, compare, print_table, to_table
+    from sca_bench.worker import environment
+
+    find_device(device)
+    settle("dtype", dtype, DTYPES)
+    setting = Setting(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
+    rows = print_table(compare(parts or (), setting))
+    if out:
+        found = {key: value for key, value in asdict(setting).items() if key != "seconds"}
+        found |= {"rows": [to_table(row) for row in rows], "environment": environment(device)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(f"{json.dumps(found, indent=1)}\n", "utf-8")
 
 
 def _folder(name: str, out: Path | None) -> Path:
