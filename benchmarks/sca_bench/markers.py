@@ -1,0 +1,22 @@
+"""Generated tables in pages: the text between two markers is replaced."""
+
+from __future__ import annotations
+
+
+def replace_between(text: str, start: str, end: str, content: str) -> str:
+    """Return the text with `content` between the first `start` and the `end` after it.
+
+    Raises:
+        ValueError: The text lacks the markers.
+    """
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the page has no {start} with {end} behind it")
+    middle = f"\n{content}\n" if content else "\n"
+    return f"{before}{start}{middle}{end}{after}"
+
+
+def read_between(text: str, start: str, end: str) -> str:
+    """Return what is between the markers, without surrounding white space; empty without them."""
+    return text.partition(start)[2].partition(end)[0].strip()

@@ -1,0 +1,280 @@
+"""The GPU run is complete, ends in time, loses no row, and its rows become tables."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from sca_bench.decoding import measure_way
+from sca_bench.markers import read_between, replace_between
+from sca_bench.parity import compare_golden_folders, compare_scenes
+from sca_registry import registry
+
+from sca.launchers.local import Local
+from sca.launchers.task import Task
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests/data/golden"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", ROOT / f"benchmarks/gpu/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+run, collect = load_script("run"), load_script("collect")
+
+
+def gpu_row(**fields):
+    row = {
+        "key": "k1",
+        "part": "parity",
+        "label": "100 scenes, bfloat16",
+        "config": {"dtype": "bfloat16"},
+        "state": "done",
+        "reason": "",
+        "seconds": {"whole": 1.0},
+        "environment": {
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": {"torch": "2.11.0"},
+            "commit": "0123456789abcdef",
+        },
+    }
+    return {**row, **fields}
+
+
+def timing(seconds):
+    return {"median": seconds, "low": seconds, "high": seconds, "repeats": 3}
+
+
+SCENES = {"regions": 350, "captions": 0.97, "least_iou": 0.95, "mean_iou": 0.998, "finite": True}
+CURVE = [
+    {
+        "images": 1,
+        "regions": 64,
+        "stages": {name: timing(0.01) for name in ("encode", "segment", "mix", "prefill", "decode")},
+        "regions_per_second": 1280.0,
+    }
+]
+RATIO = {"what": "captions, encoding included", "unit": "regions/s", "ours": 2000.0, "beside": 100.0, "told": "16 x 64"}
+GPU_ROWS = [
+    gpu_row(scenes=SCENES),
+    gpu_row(
+        key="k2", part="published", label="captions: sam-vit-b+query+gpt2-large, bfloat16", config={}, ratios=[RATIO]
+    ),
+    gpu_row(
+        key="k3",
+        part="throughput",
+        label="sam-vit-h+query+gpt2, 64 regions",
+        config={},
+        curve=CURVE,
+        memory={"answering": 5 * 2**30},
+    ),
+    gpu_row(
+        key="k4",
+        part="plan",
+        label="sam-vit-b+query+gpt2, captioning",
+        config={},
+        plan={"memory": [2 * 2**30, 2**30]},
+    ),
+    gpu_row(
+        key="k5", part="decoding", label="64 rows, cuda graph", state="crashed", reason="ended by SIGSEGV", config={}
+    ),
+]
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_measurements_are_distinct_and_cover_every_part_in_order(device):
+    listed = list(run.measurements(device, GOLDEN))
+    assert len({each.key for each in listed}) == len(listed)
+    parts = list(dict.fromkeys(each.part for each in listed))
+    assert parts == ["parity", "published", "throughput", "plan", "training step", "decoding", "sca-tiny"]
+
+
+def test_measurements_on_a_gpu_name_every_promised_combination():
+    configs = [each.config for each in run.measurements("cuda", GOLDEN) if each.part == "throughput"]
+    first = [config for config in configs if config["measure"]["regions"] == [64]]
+    names = {
+        tuple(config["model"][kind]["name"] for kind in ("encoder", "mixer", "language_model")) for config in first
+    }
+    assert len(names) == 20
+    assert ("sam-vit-h", "resampler", "mistral-7b") in names
+    assert {tuple(config["measure"]["regions"]) for config in configs} == {(64,), (1, 8, 256)}
+    for kind in ("encoder", "mixer", "language_model"):
+        assert all(config["model"][kind]["name"] in registry(kind) for config in configs)
+
+
+def test_settled_rows_of_the_same_device_are_known(tmp_path):
+    rows = [
+        gpu_row(key="a"),
+        gpu_row(key="b", state="failed"),
+        gpu_row(key="c", state="out-of-memory"),
+        gpu_row(key="d", environment={"device": "another"}),
+    ]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text + '{"key": "cut')
+    assert run.read_settled(tmp_path, "NVIDIA H100 80GB HBM3") == {"a", "c"}
+    assert run.read_settled(tmp_path / "nothing", "NVIDIA H100 80GB HBM3") == set()
+
+
+def test_local_launcher_starts_no_task_after_its_deadline(tmp_path):
+    task = Task("late", "time:sleep", {"device": "cpu"}, str(tmp_path / "late"), deadline=time.time() - 1)
+    assert list(Local(workers=1).map([task])) == []
+    assert not (tmp_path / "late").exists()
+
+
+def test_local_launcher_ends_a_task_at_its_deadline_without_an_outcome(tmp_path, monkeypatch):
+    (tmp_path / "slow_job.py").write_text("import time\ndef work(config, folder):\n    time.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    forkserver._forkserver._stop()  # one that was started before does not know the path
+    tasks = [
+        Task(name, "slow_job:work", {"device": "cpu"}, str(tmp_path / name), deadline=time.time() + 3) for name in "ab"
+    ]
+    try:
+        assert list(Local(workers=1).map(tasks)) == []
+    finally:
+        forkserver._forkserver._stop()
+
+
+@pytest.mark.parametrize("way", ["fixed cache", pytest.param("torch.compile", marks=pytest.mark.all)])
+def test_every_way_of_decoding_gives_the_same_ids(way):
+    from sca.language_models.tiny_gpt2 import TinyGpt2
+
+    torch.manual_seed(0)
+    language_model = TinyGpt2(width=32, depth=2, heads=2, positions=64).eval()
+    found = measure_way(language_model, torch.randn(3, 5, 32), 6, way, 1)
+    assert found["ids"] == 1.0
+    assert found["tokens_per_second"] > 0
+
+
+def test_golden_comparison_finds_no_difference_in_float32():
+    found = compare_golden_folders(GOLDEN, "cpu", torch.float32)
+    assert set(found) == {"sca-tiny-query-gpt2", "sca-tiny-query-llama", "sca-tiny-split-gpt2"}
+    for differences in found.values():
+        assert differences.pop("ids") == 1.0
+        assert max(differences.values()) < 1e-4
+
+
+def test_golden_comparison_refuses_a_folder_without_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match=r"contains no \*/golden\.safetensors"):
+        compare_golden_folders(tmp_path, "cpu", torch.float32)
+
+
+def test_scene_comparison_sees_rounding_in_bfloat16_only():
+    exact = compare_scenes(2, "cpu", torch.float32)
+    assert (exact["captions"], exact["least_iou"]) == (1.0, 1.0)
+    rounded = compare_scenes(2, "cpu", torch.bfloat16)
+    assert rounded["finite"]
+    assert 0.9 < rounded["mean_iou"] < 1.0
+
+
+# --- what becomes of the rows -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pages(tmp_path):
+    for name in ("guide.md", "readme.md"):
+        (tmp_path / name).write_text(f"before\n{collect.START}\nold\n{collect.END}\nafter\n")
+    return tmp_path
+
+
+def gather(folder, *paths):
+    options = ["--results", folder / "results", "--guide", folder / "guide.md", "--readme", folder / "readme.md"]
+    collect.main([str(each) for each in (*paths, *options)])
+    return (folder / "guide.md").read_text(), (folder / "readme.md").read_text()
+
+
+def test_collect_writes_rows_of_a_gpu_into_the_tables(pages):
+    (pages / "made.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in GPU_ROWS))
+    guide, readme = gather(pages, pages / "made.jsonl")
+    for line in (
+        "### NVIDIA H100 80GB HBM3",
+        "torch 2.11.0; commit 0123456789.",
+        "| 350 regions, bfloat16 | 97.0% | 0.9980 | 0.9500 |",
+        "| sam-vit-h+query+gpt2 | 64 | 1,280 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 5.00 |",
+        "| sam-vit-b+query+gpt2, captioning | 2.00 | 1.00 | 2.000 |",
+        "- decoding, 64 rows, cuda graph: crashed. ended by SIGSEGV",
+    ):
+        assert line in guide
+    assert "captions 2,000 regions/s, encoding included" in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("\nafter\n")
+    again = gather(pages)  # from the rows that are kept
+    assert again == (guide, readme)
+
+
+def test_collect_keeps_a_measured_row_over_a_later_failure(pages):
+    (pages / "made.jsonl").write_text(f"{json.dumps(gpu_row(scenes=SCENES))}\n")
+    gather(pages, pages / "made.jsonl")
+    (pages / "made.jsonl").write_text(f"{json.dumps(gpu_row(state='failed', reason='no'))}\n")
+    guide, _ = gather(pages, pages / "made.jsonl")
+    assert "97.0%" in guide
+    assert "Not measured" not in guide
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [("{\n", "line 1 is not JSON"), ('{"key": 1}\n', "line 1 is not a row of run.sh")]
+)
+def test_collect_refuses_what_is_not_a_row_in_one_line(pages, content, problem):
+    (pages / "made.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match=f"error: .*made.jsonl, {problem}"):
+        gather(pages, pages / "made.jsonl")
+    assert not (pages / "results").exists()
+
+
+def test_tables_in_the_repository_are_those_of_its_rows():
+    kept = ROOT / "benchmarks/results/gpu/rows.jsonl"
+    rows = collect.read_rows(kept) if kept.is_file() else []
+    for page, content in (("benchmarks/README.md", collect.tables(rows)), ("README.md", collect.headline(rows))):
+        text = (ROOT / page).read_text("utf-8")
+        assert read_between(text, collect.START, collect.END) == content, "run: python benchmarks/gpu/collect.py"
+
+
+def test_markers_that_are_missing_are_named():
+    with pytest.raises(ValueError, match=r"has no <a> with <b> behind it"):
+        replace_between("text <b> <a>", "<a>", "<b>", "new")
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.all
+def test_gpu_run_on_a_cpu_ends_records_failures_and_skips_what_is_known(tmp_path, pages):
+    inputs, out = tmp_path / "inputs", tmp_path / "out"
+    environment = {**os.environ, "PYTHON": sys.executable, "INPUTS": str(inputs), "OUT": str(out)}
+    environment["PYTHON_VERSION"] = ".".join(map(str, sys.version_info[:2]))
+
+    def shell(*command):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "wheels" in shell("bash", "benchmarks/gpu/prepare.sh")
+    command = ["bash", "benchmarks/gpu/run.sh", "--device", "cpu", "--seconds", "240", "--inputs", str(inputs)]
+    nowhere = tmp_path / "nowhere"
+    nowhere.mkdir()
+    told = shell(*command, "--golden", str(nowhere))
+    rows = collect.read_rows(out / "rows.jsonl")
+    assert len(list(out.iterdir())) <= 8
+    assert [row["label"] for row in rows if row["state"] != "done"] == ["golden checkpoints, float32"]
+    assert f"{len(rows)} rows measured, 1 of them failed; 0 left for another run" in told
+    assert {row["part"] for row in rows} == {each.part for each in run.measurements("cpu", GOLDEN)}
+    (inputs / "rows/earlier.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
+    environment["OUT"] = str(tmp_path / "again")
+    told = shell(*command)
+    assert f"{len(rows) - 1} known, 1 to measure" in told
+    assert "1 rows measured, 0 of them failed" in told
+    guide, _ = gather(pages, out, tmp_path / "again")
+    assert "Throughput, random weights" in guide
