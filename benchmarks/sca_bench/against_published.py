@@ -246,17 +246,21 @@ def everything(model: SegmentCaptioner, setting: Setting) -> list[Row]:
 PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 
-def compare(parts: Sequence[str] = (), setting: Setting = Setting()) -> Iterator[Row]:
-    """Measure some of `PARTS`, or all, one row at a time.
+def choose_parts(names: Sequence[str]) -> list[str]:
+    """Return the named parts in the order of `PARTS`, or all of them.
 
     Raises:
         RegistryError: A part that does not exist.
     """
-    for part in parts:
-        if part not in PARTS:
-            raise unknown(f"no part {part!r}", part, PARTS)
+    for name in names:
+        if name not in PARTS:
+            raise unknown(f"no part {name!r}", name, PARTS)
+    return [part for part in PARTS if part in names or not names]
+
+
+def compare(parts: Sequence[str], setting: Setting) -> Iterator[Row]:
+    """Measure parts, one row at a time."""
     start = time.monotonic()
-    parts = [part for part in PARTS if part in parts or not parts]
     torch.manual_seed(0)
     model = None
     if {"captions", "training", "everything"} & set(parts):
@@ -296,6 +300,6 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     parts = options.pop("parts", ())
 
     def measure(row: dict[str, Any]) -> None:
-        row["ratios"] = [to_table(each) for each in print_table(compare(parts, Setting(**options)))]
+        row["ratios"] = [to_table(each) for each in print_table(compare(choose_parts(parts), Setting(**options)))]
 
     return record(measure, config["device"])

@@ -167,13 +167,13 @@ def published(
     from dataclasses import asdict
 
     from sca.cli.options import find_device, settle
-    from sca_bench.against_published import Setting, compare, print_table, to_table
+    from sca_bench.against_published import Setting, choose_parts, compare, print_table, to_table
     from sca_bench.worker import environment
 
     find_device(device)
     settle("dtype", dtype, DTYPES)
     setting = Setting(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
-    rows = print_table(compare(parts or (), setting))
+    rows = print_table(compare(choose_parts(parts or ()), setting))
     if out:
         found = {key: value for key, value in asdict(setting).items() if key != "seconds"}
         found |= {"rows": [to_table(row) for row in rows], "environment": environment(device)}

@@ -79,7 +79,7 @@ def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
 
     made = []
 
-    def run(sweep, folder, launcher, options, *rest):
+    def run(sweep, folder, launcher, options, *rest, **more):
         made.append((sweep.name, str(folder), options))
         return runner.Status(0, {}, [])
 
