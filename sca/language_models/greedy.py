@@ -50,20 +50,21 @@ def greedy(
     total, lengths = torch.zeros(rows, device=device), torch.zeros(rows, device=device)
     ending = torch.tensor(ends, dtype=torch.long, device=device)
     alive, cache = torch.arange(rows, device=device), DynamicCache(config=model.config)
-    inputs = {"inputs_embeds": prefix}
+    embed, inputs = model.get_input_embeddings(), prefix
     for step in range(steps):
-        states = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        states = model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         logits = head(states).float()
         best, words = logits.max(dim=1)
         ids[alive, step] = words
         total[alive] += best - logits.logsumexp(dim=1)
         lengths[alive] += 1
-        going = ~torch.isin(words, ending)
-        left = int(going.sum())
-        if not left or step + 1 == steps:
-            return ids[:, : step + 1], total / lengths
-        if left < len(alive):
+        if step + 1 == steps:
+            break
+        going = (~torch.isin(words, ending)).nonzero().squeeze(1)  # the one thing in a step that the host waits for
+        if not len(going):
+            break
+        if len(going) < len(alive):
             alive, words = alive[going], words[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-        inputs = {"input_ids": words[:, None]}
-    raise AssertionError("steps is 1 or more")
+            cache.batch_select_indices(going)
+        inputs = embed(words[:, None])
+    return ids[:, : step + 1], total / lengths
