@@ -7,6 +7,7 @@ from sca_registry.contracts import Regions, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sca.nn.regions import rows_by_image
 from sca.nn.two_way import init_weights
 
 Prepared = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
@@ -92,8 +93,7 @@ def _attend_in_place(query: Tensor, owner: Tensor, keys: Tensor, values: Tensor)
     for each region: the queries of an image go as one long row.
     """
     found = torch.empty_like(query)
-    for image in owner.unique().tolist():
-        rows = owner == image
+    for image, rows in rows_by_image(owner):
         mine = query[rows]  # (n, heads, T, d)
         together = mine.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)
         seen = F.scaled_dot_product_attention(together, keys[image : image + 1], values[image : image + 1])

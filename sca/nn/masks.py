@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sca.nn.regions import rows_by_image
+
 
 def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
     """The mean of the features (B, D, h, w) of each region's image under its (N, h, w) weights in 0..1: (N, D). In an
@@ -13,8 +15,7 @@ def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
     weights = weights.flatten(1) + 1e-4
     weights = (weights / weights.sum(1, keepdim=True)).to(image.dtype)
     means = image.new_empty(len(weights), image.shape[1])
-    for place in owner.unique().tolist():
-        rows = owner == place
+    for place, rows in rows_by_image(owner):
         means[rows] = (weights[rows] @ image[place].flatten(1).T).to(means.dtype)  # autocast may give another
     return means
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sca.nn.regions import rows_by_image
+
 
 def roi_align(image: Tensor, owner: Tensor, boxes: Tensor, size: int) -> Tensor:
     """(B, D, h, w) features and (N, 4) boxes x1 y1 x2 y2 in cells, each of the image `owner` (N,) says -> (N, D, size,
@@ -18,8 +20,7 @@ def roi_align(image: Tensor, owner: Tensor, boxes: Tensor, size: int) -> Tensor:
     down = _weights(boxes[:, 1], boxes[:, 3], image.shape[2], size).to(image.dtype)  # (N, size, h)
     across = _weights(boxes[:, 0], boxes[:, 2], image.shape[3], size).to(image.dtype)  # (N, size, w)
     pooled = image.new_empty(len(boxes), image.shape[1], size, size)
-    for place in owner.unique().tolist():
-        rows = owner == place
+    for place, rows in rows_by_image(owner):
         bins = torch.einsum("nih,dhw,njw->ndij", down[rows], image[place], across[rows])
         pooled[rows] = bins.to(pooled.dtype)  # autocast may give another
     return pooled
