@@ -110,29 +110,32 @@ class SegmentCaptioner(Segmenting):
     def _look(self, features: Tensor, prompts: Prompts, chunk: int) -> tuple[Regions, Tensor]:
         """Regions and their queries; those that were looked at in chunks have no grids."""
 
-        def look(part: Prompts) -> tuple[Regions, Tensor]:
+        def look(features: Tensor, part: Prompts) -> tuple[Regions, Tensor]:
             regions = self.segment(features, part)
             return regions, self.mix(regions)
 
-        def look_and_forget(part: Prompts) -> tuple[Regions, Tensor]:
-            regions, queries = look(part)
+        def look_and_forget(features: Tensor, part: Prompts) -> tuple[Regions, Tensor]:
+            regions, queries = look(features, part)
             return replace(regions, grid=None), queries
 
         if not 0 < chunk < len(prompts):
-            return look(prompts)
-        found = [checkpoint(look_and_forget, part, use_reentrant=False) for part in prompts.chunks(chunk)]
+            return look(features, prompts)
+        found = [checkpoint(look_and_forget, features, part, use_reentrant=False) for part in prompts.chunks(chunk)]
         return joined([regions for regions, _ in found]), torch.cat([queries for _, queries in found])
 
     def _states(self, prefix: Tensor, ids: Tensor, mask: Tensor, chunk: int) -> Tensor:
-        """(M, K, E) and (M, L) -> (W, E), for each word and end the state that predicts it, texts in order."""
+        """(M, K, E) and (M, L) -> (W, E), for each word and end the state that predicts it, texts in order.
+
+        Tensors are arguments of what is computed anew: of their devices alone `checkpoint` keeps the random numbers.
+        """
+
+        def states(*rows: Tensor) -> Tensor:
+            return self.states(*rows)[rows[-1].bool()]
+
         if not 0 < chunk < len(ids):
-            return self.states(prefix, ids, mask)[mask.bool()]
-
-        def states(start: int) -> Tensor:
-            rows = slice(start, start + chunk)
-            return self.states(prefix[rows], ids[rows], mask[rows])[mask[rows].bool()]
-
-        return torch.cat([checkpoint(states, start, use_reentrant=False) for start in range(0, len(ids), chunk)])
+            return states(prefix, ids, mask)
+        parts = zip(*(each.split(chunk) for each in (prefix, ids, mask)), strict=True)
+        return torch.cat([checkpoint(states, *part, use_reentrant=False) for part in parts])
 
     def states(self, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(M, K, E) and (M, L) -> (M, L, E): state i predicts `ids[:, i]`, the first being the prefix's last."""
