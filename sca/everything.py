@@ -140,17 +140,19 @@ def _in_window(
     (frame,) = encoded.frames
     logits, scores, origins = _candidates(predictor, encoded, points - torch.tensor(window[:2]), options, progress)
     boxes = tight_boxes(logits > 0)
+    kept = suppress(box_iou(boxes, boxes), scores, options.nms)
+    insides = predictor.processor.inside(logits[kept], [frame] * len(kept))
+    asked = points[origins[kept].cpu()].tolist()
+    x1, y1, x2, y2 = window
+    width, height = predictor.image.size
     found = []
-    for row in suppress(box_iou(boxes, boxes), scores, options.nms).tolist():
-        x1, y1, x2, y2 = window
-        width, height = predictor.image.size
+    for inside, (x, y), iou in zip(insides, asked, scores[kept].clamp(max=1).tolist(), strict=True):
         mask = np.zeros((height, width), bool, order="F")
-        mask[y1:y2, x1:x2] = predictor.processor.inside(logits[row], frame)
+        mask[y1:y2, x1:x2] = inside
         code = encode(mask)
         box = box_of(code)
         if box and not _cut_off(box, window, (width, height)):
-            point = points[origins[row]].tolist()
-            found.append(Found(code, box, (point[0], point[1]), min(float(scores[row]), 1.0), window))
+            found.append(Found(code, box, (x, y), iou, window))
     return [found[place] for place in _once(found, torch.tensor([each.iou for each in found]), options.nms)]
 
 
@@ -172,7 +174,7 @@ def _candidates(
             )
         masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
         sure, possible = (masks > options.offset).sum((1, 2)), (masks > -options.offset).sum((1, 2))
-        good = (scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)
+        good = ((scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)).nonzero().squeeze(1)
         origins = torch.arange(len(chunk), device=masks.device).repeat_interleave(regions.masks.shape[1])
         found.append((masks[good], scores[good], origins[good] + number * predictor.regions))
         progress(min((number + 1) * predictor.regions, len(points)))

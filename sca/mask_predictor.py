@@ -95,14 +95,15 @@ class MaskPredictor(ABC):
         """
         encoded, request = self._asked(prompts, boxes, points)
         found: list[list[Mask]] = [[] for _ in request]
-        for places, _, regions in self._segmented(encoded, [request], multimask):
+        for places, prompts, regions in self._segmented(encoded, [request], multimask):
             if regions.masks is None:
                 raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
-            order = regions.scores.argsort(dim=1, descending=True, stable=True)
-            for row, best in enumerate(order):
-                codes = self._masks(regions.masks[row][best], best.new_zeros(len(best)), encoded.frames)
-                ious = regions.scores[row][best].float().clamp(0, 1).tolist()
-                found[places[row]] = [Mask(code, iou) for code, iou in zip(codes, ious, strict=True)]
+            order = regions.scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
+            masks = regions.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
+            ious = regions.scores.take_along_dim(order, dim=1).float().clamp(0, 1).tolist()
+            codes = self._masks(masks, prompts.owner.repeat_interleave(order.shape[1]), encoded.frames)
+            for place, each in zip(places, ious, strict=True):
+                found[place] = [Mask(next(codes), iou) for iou in each]
         return found
 
     @torch.inference_mode()
@@ -193,8 +194,7 @@ class MaskPredictor(ABC):
 
     def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
-        for row, image in zip(logits, owner.tolist(), strict=True):
-            yield encode(self.processor.inside(row, frames[image]))
+        return map(encode, self.processor.inside(logits, [frames[image] for image in owner.tolist()]))
 
 
 def _plain(numbers: Any) -> Any:

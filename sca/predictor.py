@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sca_registry.contracts import TASKS, Caption, Prompt, Prompts
 from sca_registry.spec import Everything
-from torch import Tensor
 
 from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
 from sca.masks import box_of
@@ -88,14 +87,15 @@ class Predictor(MaskPredictor):
         generated = self.model.language_model.generate(torch.cat(prefixes), **settings)
         nothing = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
-        told = [list(zip(self._texts(ids), each, strict=True)) for ids, each in zip(generated.ids, scores, strict=True)]
+        ids = generated.ids.tolist()
+        told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
         return told, codes or nothing, ious or nothing
 
-    def _texts(self, ids: Tensor) -> list[str]:
+    def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
                 "the language model has no tokenizer, so it gives ids and no words: give it one with "
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
-        return [tokenizer.decode(row) for row in ids.tolist()]
+        return [tokenizer.decode(row) for row in ids]

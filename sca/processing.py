@@ -5,7 +5,7 @@ Frames: an image's own pixels (as its viewer sees it), and the input frame, the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FRAMES = 16  # sizes of images whose stretching is kept
+PIXELS = 2**26  # of masks that are copied to the host at a time
 MASK_PROMPT_LOGIT = 10.0  # how sure a mask drawn by a user is, as a logit
 
 
@@ -127,19 +128,35 @@ class Processor:
             full[..., :height, :width], (frame.height, frame.width), mode="bilinear", align_corners=False
         )
 
-    def inside(self, logits: Tensor, frame: Frame) -> np.ndarray:
-        """(4h, 4w) logits -> (height, width) bool of the image's own pixels, column after column in memory: where
-        `masks` is above zero, of which only the rows and columns that can be are computed.
+    def inside(self, logits: Tensor, frames: Sequence[Frame]) -> Iterator[np.ndarray]:
+        """Yield where `masks` is above zero: (height, width) bool in each image's own pixels, column-major in memory.
+
+        Only the rows and columns that can be above zero are computed. From an accelerator masks are copied `PIXELS` at
+        a time, so that the host does not wait for each.
+
+        Args:
+            logits: (N, 4h, 4w).
+            frames: of the image that each mask is of.
         """
-        whole = np.zeros((frame.width, frame.height), dtype=bool)
         positive = logits > 0
-        rows, columns = (positive.any(axis).nonzero().squeeze(1).tolist() for axis in (1, 0))
-        if rows:
-            down, across = self._stretched(frame, logits.device)
-            y, x = (slice(way.first[at[0]], way.last[at[-1]]) for way, at in ((down, rows), (across, columns)))
-            part = across.weights[x] @ logits.float().T @ down.weights[y].T
-            whole[x, y] = (part > 0).cpu().numpy()
-        return whole.T
+        hit = torch.stack((positive.any(2), positive.any(1)), dim=1).cpu().numpy()  # (N, 2, 4h): rows, columns
+        ways = [self._stretched(frame, logits.device) for frame in frames]
+        windows = [tuple(map(_span, *each)) for each in zip(ways, hit, strict=True)]  # rows and columns of pixels
+
+        def cut(row: int) -> Tensor:
+            (down, across), (y, x) = ways[row], windows[row]
+            return (across.weights[x] @ logits[row].float().T @ down.weights[y].T > 0).flatten()
+
+        step = max(1, PIXELS // max((frame.width * frame.height for frame in frames), default=1))
+        for start in range(0, len(frames), step):
+            rows = range(start, min(start + step, len(frames)))
+            parts = [cut(row) for row in rows]
+            pixels = torch.cat(parts).cpu().numpy()
+            for row, part in zip(rows, np.split(pixels, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
+                y, x = windows[row]
+                whole = np.zeros((frames[row].width, frames[row].height), dtype=bool)
+                whole[x, y] = part.reshape(x.stop - x.start, y.stop - y.start)
+                yield whole.T
 
     def _stretched(self, frame: Frame, device: torch.device) -> tuple[Stretch, Stretch]:
         """What `masks` does, down and across: of the images seen lately."""
@@ -159,3 +176,9 @@ class Processor:
         seen = weights != 0
         first, last = seen.int().argmax(0), length - seen.flip(0).int().argmax(0)
         return Stretch(weights.to(device), first.tolist(), last.tolist())
+
+
+def _span(way: Stretch, hit: np.ndarray) -> slice:
+    """The pixels in which the cells from the first to the last that is hit have a say."""
+    cells = np.flatnonzero(hit)
+    return slice(way.first[cells[0]], way.last[cells[-1]]) if len(cells) else slice(0, 0)

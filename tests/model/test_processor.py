@@ -55,7 +55,7 @@ def test_what_is_inside_is_what_is_above_zero_of_the_masks(width, height, fit):
         logits = -torch.rand(32, 32, generator=draw) - 0.1
         logits.view(-1)[torch.randperm(1024, generator=draw)[:cells]] = 3.0
         expected = processor.masks(logits[None, None], frame)[0, 0]
-        found = processor.inside(logits, frame)
+        (found,) = processor.inside(logits[None], [frame])
         assert found.shape == (height, width)
         unsure = expected.abs() < 1e-5
         assert ((torch.from_numpy(found.copy()) == (expected > 0)) | unsure).all()
