@@ -1,0 +1,294 @@
+"""A simulated CUDA device: its tensors are computed on the CPU and refuse what a GPU refuses.
+
+Within `simulated_cuda()` tensors can be made on `cuda` or moved there. They hold real values, so that code which
+decides by values (greedy search, suppression, boolean masks) runs to its end. What is checked beyond that:
+
+- An operation on tensors of two devices raises, except where CUDA takes a number (0 dimensions) from the CPU.
+- An operation whose CUDA kernel takes one floating type raises if it gets two, also where the CPU's kernel takes both.
+- Random numbers on the device come from a generator of its own, as on a GPU, and a CPU generator is refused there.
+- Autocast follows CUDA's lists of operations, as far as they are called from Python.
+- Whatever makes the host wait for the device is counted in `waits`, with the line of this repository that asked for it.
+
+It is built like torch's FakeTensorMode (tensors on `meta` with the dispatch keys of CUDA, below a dispatch mode), which
+has no values. Kernels are the CPU's: their speed, memory and last bits are not a GPU's.
+"""
+
+import os
+import sys
+from collections import Counter
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+aten = torch.ops.aten
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
+REPOSITORY = Path(__file__).parent.parent
+ASKING = str(REPOSITORY / "sca") + os.sep
+INNER = (__file__, os.path.dirname(torch.__file__))  # says nothing about who asked
+
+COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
+CHOOSING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+NUMBERS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, *CHOOSING}  # take one from the CPU
+WAITS = {  # operations whose result, or its shape, the host needs before it goes on
+    *(aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default),
+    *(aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default),
+    *(aten.repeat_interleave.Tensor, aten.bincount.default),
+}
+PRODUCTS = {  # need one type, and CUDA has none for whole numbers
+    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.addmv.default, aten.mv.default),
+    *(aten.dot.default, aten.linear.default, aten.convolution.default, aten.convolution_backward.default),
+}
+ONE_TYPE = {aten.native_layer_norm.default, aten.native_group_norm.default, *PRODUCTS}
+AUTOCAST = {  # by name, as called from Python: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
+    "lower": {
+        *("__matmul__", "__rmatmul__", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "conv1d", "conv2d"),
+        *("conv_transpose2d", "einsum", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention"),
+        "multi_head_attention_forward",  # made of those
+    },
+    "float32": {
+        *("__pow__", "binary_cross_entropy_with_logits", "cosine_similarity", "cross_entropy", "cumprod", "cumsum"),
+        *("exp", "group_norm", "layer_norm", "log", "log_softmax", "mse_loss", "nll_loss", "norm", "normalize"),
+        *("pow", "prod", "rsqrt", "softmax", "softplus", "sum"),
+    },
+    "widest": {"addcdiv", "addcmul", "cat", "index_put", "scatter_add", "stack", "tensordot"},
+}
+
+
+class SimulatedTensor(Tensor):
+    """A tensor that says it is on `cuda:0`; `held` has its values."""
+
+    @staticmethod
+    def __new__(cls, held):
+        with torch.inference_mode(held.is_inference()):
+            shape = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=META)
+            return Tensor._make_subclass(cls, shape, False, dispatch_device=True, device_for_backend_keys=CUDA)
+
+    def __init__(self, held):
+        self.held = held
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # what C++ asks, which has guards for no GPU
+            return META
+        raise RuntimeError(f"{func} on a simulated tensor outside of simulated_cuda()")
+
+    @property
+    def device(self):
+        return CUDA
+
+    @property
+    def is_cuda(self):
+        return True
+
+    @property
+    def is_meta(self):
+        return False
+
+    def get_device(self):
+        return 0
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, **_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __repr__(self):
+        return f"SimulatedTensor({tuple(self.shape)}, {self.dtype})"
+
+
+@contextmanager
+def simulated_cuda():
+    """See above. Yields the `Simulation` that is on within."""
+    simulation = Simulation()
+    states = simulation.generator
+    patches = {
+        "_lazy_init": lambda: None,
+        "_initialized": True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "device": lambda *_: nullcontext(),
+        "get_rng_state": lambda *_: states.get_state(),
+        "set_rng_state": lambda state, *_: states.set_state(state),
+        "amp.common.amp_definitely_not_available": lambda: False,
+    }
+    with ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(patch(f"torch.cuda.{name}", value))
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its tensor on the CPU and moves it
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # keeps the class, and weights that are tied
+        stack.enter_context(_Calls())
+        stack.enter_context(simulation)
+        yield simulation
+
+
+class Simulation(TorchDispatchMode):
+    """waits: a Counter of (operation, file:line). draws: sums of the random tensors made on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = Counter()
+        self.draws = []
+        self.generator = torch.Generator()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return META
+        kwargs = kwargs or {}
+        if _is_composed(func):
+            with self:  # in inference mode nothing has taken it apart yet
+                return func.decompose(*args, **kwargs)
+        tensors = _tensors((args, kwargs))
+        simulated = any(isinstance(tensor, SimulatedTensor) for tensor in tensors)
+        asked = kwargs.get("device")
+        there = asked is not None and torch.device(asked).type != "cpu"  # C++ writes meta where it means this device
+        if simulated:
+            _check(func, tensors)
+            self._count(func, tensors, asked, args)
+        elif there and tensors:
+            self._wait(func)  # from the CPU, of memory that is not pinned
+        held_args, held = _mapped((args, kwargs), lambda tensor: getattr(tensor, "held", tensor))
+        if there:
+            held["device"] = CPU
+        lands = there if asked is not None else simulated
+        if lands and torch.Tag.nondeterministic_seeded in func.tags:
+            found = self._draw(func, held_args, held)
+        else:
+            found = func(*held_args, **held)
+        if not lands:
+            return found
+        if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
+            raise NotImplementedError(f"{func} changes the shape of a simulated tensor")
+        found = _mapped(found, SimulatedTensor)
+        return return_and_correct_aliasing(func, args, kwargs, found)
+
+    @contextmanager
+    def counted(self):
+        """The waits within, as a Counter."""
+        before, found = self.waits, Counter()
+        self.waits = found
+        try:
+            yield found
+        finally:
+            self.waits = before + found
+
+    def _draw(self, func, args, kwargs):
+        if kwargs.get("generator") is not None:
+            raise RuntimeError(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
+        state = torch.get_rng_state()
+        torch.set_rng_state(self.generator.get_state())
+        try:
+            found = func(*args, **kwargs)
+        finally:
+            self.generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(state)
+        self.draws += [float(leaf.double().sum()) for leaf in _tensors(found)]
+        return found
+
+    def _count(self, func, tensors, asked, args):
+        away = func in COPIES and (
+            any(not isinstance(tensor, SimulatedTensor) for tensor in tensors)
+            or (asked is not None and torch.device(asked).type == "cpu")
+        )
+        chosen = func in CHOOSING and [index for index in args[1] if index is not None]
+        hidden = chosen and any(index.dtype == torch.bool or not isinstance(index, SimulatedTensor) for index in chosen)
+        if away or hidden or func in WAITS:
+            self._wait(func)
+
+    def _wait(self, func):
+        frame, outside = sys._getframe(1), None
+        while frame is not None and not frame.f_code.co_filename.startswith(ASKING):
+            inner = frame.f_code.co_filename
+            if outside is None and not inner.startswith(INNER):
+                outside = f"{Path(inner).name}:{frame.f_lineno}"
+            frame = frame.f_back
+        here = frame and f"{Path(frame.f_code.co_filename).relative_to(REPOSITORY)}:{frame.f_lineno}"
+        self.waits[str(func), " by ".join(filter(None, (here, outside)))] += 1
+
+
+class _Calls(TorchFunctionMode):
+    """What is called of torch, before it is in C++: `cuda` becomes `cuda:0`, since torch would ask the driver which one
+    is meant; and autocast is applied, since torch's own looks at the device that C++ sees.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args = tuple(map(_with_index, args))
+        kwargs = {key: _with_index(value) for key, value in (kwargs or {}).items()}
+        if torch.is_autocast_enabled("cuda"):
+            args, kwargs = _autocast(getattr(func, "__name__", ""), (args, kwargs))
+        if func is Tensor.backward:
+            (loss,) = args
+            with self:  # what is computed anew is called of torch, too
+                how = {"allow_unreachable": True, "accumulate_grad": True}
+                return _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **how)
+        return func(*args, **kwargs)
+
+
+def _with_index(value):
+    return CUDA if isinstance(value, str | torch.device) and str(value) == "cuda" else value
+
+
+def _autocast(name, given):
+    """The arguments of an operation in the type that CUDA's autocast gives them."""
+    kind = next((kind for kind, names in AUTOCAST.items() if name in names), None)
+    if kind is None:
+        return given
+    if kind == "widest":
+        kind = "float32" if any(tensor.dtype == torch.float32 for tensor in _tensors(given)) else "lower"
+    dtype = torch.get_autocast_dtype("cuda") if kind == "lower" else torch.float32
+
+    def cast(tensor):
+        eligible = isinstance(tensor, SimulatedTensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return _mapped(given, cast)
+
+
+def _mapped(value, change):
+    """Lists, tuples and tables with their tensors changed; torch's own function for it takes most of a run."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(each, change) for each in value])
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    return value
+
+
+def _tensors(value):
+    found = []
+    _mapped(value, found.append)
+    return found
+
+
+@cache
+def _is_composed(func):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _check(func, tensors):
+    """Raises RuntimeError for what a GPU refuses."""
+    if func not in COPIES:
+        for tensor in tensors:
+            number = tensor.dim() == 0 and (torch.Tag.pointwise in func.tags or func in NUMBERS)
+            index = func in CHOOSING and tensor is not tensors[0] and not tensor.is_floating_point()
+            if not isinstance(tensor, SimulatedTensor) and not number and not index:
+                shapes = ", ".join(f"{tuple(each.shape)} on {each.device}" for each in tensors)
+                raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
+    if func in ONE_TYPE:
+        types = {tensor.dtype for tensor in tensors}
+        if len(types) > 1:
+            raise RuntimeError(f"expected one scalar type: {func} of {', '.join(sorted(map(str, types)))}")
+        if func in PRODUCTS and not tensors[0].is_floating_point():
+            raise RuntimeError(f"{func} is not implemented for {tensors[0].dtype} on cuda")
