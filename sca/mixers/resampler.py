@@ -97,5 +97,5 @@ def _attend_in_place(query: Tensor, owner: Tensor, keys: Tensor, values: Tensor)
         mine = query[rows]  # (n, heads, T, d)
         together = mine.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)
         seen = F.scaled_dot_product_attention(together, keys[image : image + 1], values[image : image + 1])
-        found[rows] = seen.to(found.dtype).squeeze(0).unflatten(1, (len(mine), -1)).transpose(0, 1)
+        found[rows] = seen.squeeze(0).unflatten(1, (len(mine), -1)).transpose(0, 1)
     return found

@@ -16,7 +16,7 @@ def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
     weights = (weights / weights.sum(1, keepdim=True)).to(image.dtype)
     means = image.new_empty(len(weights), image.shape[1])
     for place, rows in rows_by_image(owner):
-        means[rows] = (weights[rows] @ image[place].flatten(1).T).to(means.dtype)  # autocast may give another
+        means[rows] = weights[rows] @ image[place].flatten(1).T
     return means
 
 

@@ -21,8 +21,7 @@ def roi_align(image: Tensor, owner: Tensor, boxes: Tensor, size: int) -> Tensor:
     across = _weights(boxes[:, 0], boxes[:, 2], image.shape[3], size).to(image.dtype)  # (N, size, w)
     pooled = image.new_empty(len(boxes), image.shape[1], size, size)
     for place, rows in rows_by_image(owner):
-        bins = torch.einsum("nih,dhw,njw->ndij", down[rows], image[place], across[rows])
-        pooled[rows] = bins.to(pooled.dtype)  # autocast may give another
+        pooled[rows] = torch.einsum("nih,dhw,njw->ndij", down[rows], image[place], across[rows])
     return pooled
 
 
