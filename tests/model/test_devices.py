@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import sca_registry
 import torch
 from accelerator import simulated_cuda
 from PIL import Image
-from sca_registry.contracts import Batch, Prompt, Prompts, Targets
+from sca_registry.contracts import Batch, Prompt, Prompts, Regions, Targets
 from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
@@ -19,6 +20,9 @@ from sca.captioners.door import captioner
 from sca.composition import build
 from sca.data.scenes import Scenes
 from sca.everything import caption_everything
+from sca.mixers.resampler import ResamplerMixer
+from sca.nn.masks import mean_under
+from sca.nn.roi_align import roi_align
 from sca.predictor import Predictor
 from sca.training.features import FeatureCache
 from sca.training.trainer import Attributes, Lesson
@@ -320,6 +324,28 @@ def test_waits_of_a_training_step_do_not_grow_with_regions(mixer):
             waits.append(found)
     assert waits[0] == waits[1]
     assert waits[0].total() <= 12
+
+
+@pytest.mark.parametrize("pool", ["mean_under", "roi_align", "resampler"])
+def test_waits_do_not_grow_with_images(pool):
+    mixer = ResamplerMixer(SimpleNamespace(channels=8), queries=2, depth=1, heads=2, mlp=8)
+    with simulated_cuda() as device:
+        mixer.to("cuda")
+        waits = []
+        for images in (1, 4):
+            image, owner = torch.randn(images, 8, 4, 4, device="cuda"), torch.arange(images, device="cuda")
+            rows = torch.rand(images, 4, 4, device="cuda")
+            tokens, position = torch.randn(images, 3, 8, device="cuda"), torch.randn(8, 4, 4, device="cuda")
+            regions = Regions(owner, image, 64, position[:, :1, :1], position, tokens, tokens)
+            with device.counted() as found:
+                if pool == "mean_under":
+                    mean_under(image, owner, rows)
+                elif pool == "roi_align":
+                    roi_align(image, owner, rows[:, 0], 2)
+                else:
+                    mixer(regions)
+            waits.append(found.total())
+    assert waits[0] == waits[1] <= 2
 
 
 # --- what else runs there ---------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_a_full_size_mask_is_made_once_for_what_is_looked_at_in_full_size(counte
     predictor, _ = counted()
     predictor.set_image(scene.image)
     made, inside = [], predictor.processor.inside
-    monkeypatch.setattr(predictor.processor, "inside", lambda *given: (made.append(1), inside(*given))[1])
+    monkeypatch.setattr(predictor.processor, "inside", lambda *given: (made.extend(given[1]), inside(*given))[1])
     captions = caption_everything(predictor, options=ALL)  # no filter that looks at full size leaves anything out
     assert len(made) == len(captions) > 9
 
