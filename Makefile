@@ -10,9 +10,6 @@ SHAPES = --box 370,434,448,512 --box 186,357,323,500 --box 15,270,99,354 --box 2
 ALL = png,jsonl,coco,html
 TESTS = tests
 
-# Published checkpoints with recorded outputs, where there are any beside the checkout; the tests compare with them.
-export SCA_REFERENCE ?= $(abspath $(wildcard ../shared/reference))
-
 .PHONY: demo test test-all check picture docs screenshots results choice core dev all clean
 .NOTPARALLEL:
 
