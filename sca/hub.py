@@ -26,11 +26,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,24 @@ def weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
             shards = [folder / shard for shard in _shards(folder / f"{name}.index.json")]
             return shards if all(shard.is_file() for shard in shards) else None
     return None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a weight file, without running code that it may contain."""
+    import torch
+    from safetensors.torch import load_file
+
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+
+
+def read_tensor_names(file: Path) -> list[str]:
+    """Read the names of a weight file's tensors, without their content."""
+    import torch
+
+    if file.suffix != ".safetensors":
+        return list(torch.load(file, "meta", weights_only=True))
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
 
 
 def weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sca_registry import registry
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec, Part
@@ -28,9 +28,10 @@ from transformers.initialization import no_init_weights
 from sca.checkpoint import CheckpointError, assign, is_published, stored
 from sca.composition import build
 from sca.folders import new_folder
-from sca.hub import SAFE, HubError, absent, fetch, quiet, some, weight_files
+from sca.hub import SAFE, HubError, absent, fetch, quiet, read_tensors, some, weight_files
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import has_tokenizer, read_tokenizer
+from sca.language_models.phi import split_fused_attention
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -71,6 +72,12 @@ def load_published(folder: Path) -> SegmentCaptioner:
     with no_init_weights():
         model = build(spec)
     tensors = {_ours(name): tensor for name, tensor in _tensors(folder).items()}
+    causal = model.language_model.model.config
+    if causal.model_type == "phi":
+        try:
+            tensors = split_fused_attention(tensors, causal)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     own = model.state_dict()
     for name, place in own.items():
         if name not in tensors:  # of tensors that are one, the published files hold one
@@ -171,7 +178,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            tensors |= read_tensors(file)
         except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{file} cannot be read, or holds more than tensors ({reason})") from error

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sca.hub import HubError, fetch, load_pretrained, quiet, read_config
+from sca.hub import HubError, fetch, load_pretrained, quiet, read_config, reading
 from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
+from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 
 
 class HfLanguageModel(CausalLanguageModel):
@@ -44,7 +45,7 @@ class HfLanguageModel(CausalLanguageModel):
             raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
         how = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
-            model = load_pretrained(AutoModelForCausalLM, weights, revision, **how)
+            model = load_pretrained(_model_class(weights, revision, trust_remote_code), weights, revision, **how)
         else:
             model = AutoModelForCausalLM.from_config(_config(weights, revision, config), **how)
             model.tie_weights()  # also where the caller keeps parameters from being initialised
@@ -92,6 +93,12 @@ def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool
             way = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
         reason = " ".join(str(error).split())[:200]
         raise HubError(f"the tokenizer in {folder} cannot be read: {reason}{way}") from error
+
+
+def _model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:
+    with reading(weights):
+        fused = has_fused_attention(fetch(weights, revision, code=trust_remote_code))
+    return FusedPhiForCausalLM if fused else AutoModelForCausalLM
 
 
 def _config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:

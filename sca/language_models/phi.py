@@ -1,0 +1,77 @@
+"""Phi checkpoints of transformers 4.36, whose attention has one fused projection for query, key and value.
+
+The rows of a fused projection are ordered by head: query, key and value of the first head, then those of the second
+head, and so on (`PhiAttention._split_heads` of transformers 4.36). Version 4.37 introduced three projections. All other
+tensors kept their names. transformers itself does not convert the old checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PhiConfig, PhiForCausalLM
+
+from sca.hub import read_tensor_names, read_tensors, weight_files
+
+FUSED = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class FusedPhiForCausalLM(PhiForCausalLM):
+    """Today's Phi, from a folder with fused attention."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **options: Any) -> Any:
+        config = PhiConfig.from_pretrained(folder)
+        tensors = {name: tensor for file in weight_files(folder) or () for name, tensor in read_tensors(file).items()}
+        tensors = split_fused_attention(tensors, config)
+        loaded = PhiForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return loaded
+
+
+def has_fused_attention(folder: Path) -> bool:
+    """Whether a folder in transformers' format contains a Phi with fused attention."""
+    try:
+        if json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "phi":
+            return False
+    except (OSError, ValueError, KeyError, TypeError):  # no configuration; loading it says so
+        return False
+    return any(FUSED.fullmatch(name) for file in weight_files(folder) or () for name in read_tensor_names(file))
+
+
+def split_fused_attention(tensors: Mapping[str, Tensor], config: PhiConfig) -> dict[str, Tensor]:
+    """Replace fused projections by those for query, key and value.
+
+    Args:
+        tensors: by name, with any prefix; other tensors are returned unchanged.
+        config: of the language model.
+
+    Raises:
+        ValueError: a fused tensor has another shape than `config` requires, or split ones are there as well.
+    """
+    heads, width = config.num_attention_heads, config.hidden_size
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = FUSED.fullmatch(name)
+        if match is None:
+            split[name] = tensor
+            continue
+        prefix, kind = match.groups()
+        expected = (3 * width, width) if kind == "weight" else (3 * width,)
+        if tensor.shape != expected:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} and the config.json asks for {expected}")
+        targets = [f"{prefix}{projection}.{kind}" for projection in PROJECTIONS]
+        if any(target in tensors for target in targets):
+            raise ValueError(f"there are both {name} and {targets[0]}; remove one of the two")
+        by_head = tensor.unflatten(0, (heads, 3, width // heads))
+        for place, target in enumerate(targets):
+            split[target] = by_head[:, place].flatten(0, 1).contiguous()
+    return split
