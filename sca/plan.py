@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from sca.checkpoint import stored
@@ -55,10 +56,10 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
     "t4": 14.6,
 }
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
-STEPS = 16  # in which the regions of a chunk go through a two-way transformer, while planning for a CPU
 LIMIT = 2**14  # regions an image: as far as is looked
 GUESSES = 12
 BLOCK = 512  # bytes: what allocators round to
+PLAIN = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
 aten = torch.ops.aten
 CHOOSING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
@@ -124,12 +125,9 @@ def plan(
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     names = stored(model)
-    for module in model.modules():
-        if isinstance(module, TwoWayTransformer):
-            if on_gpu or gpu is not None:  # where all regions of a chunk go through all layers together
-                module.together = 2**62
-            else:  # fewer steps to look at, for a little more memory than there will be
-                module.together *= max(1, min(images * regions, REGIONS) // STEPS)
+    if on_gpu or gpu is not None:  # where all regions of a chunk go through all layers together
+        for module in _two_way(model):
+            module.together = 2**62
     cost = _Cost(model if train else model.to(dtype).requires_grad_(False), dtype)
     measure = cost.step if train else cost.answer
     try:
@@ -170,6 +168,34 @@ def _refer_to_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
             built.checkpoint = source or (model.encoder.checkpoint if brought else None)
 
 
+def _two_way(model: SegmentCaptioner) -> list[TwoWayTransformer]:
+    return [module for module in model.modules() if isinstance(module, TwoWayTransformer)]
+
+
+def _layers(encoder: nn.Module) -> list[nn.Module]:
+    """The members of stacks, of which many are alike."""
+    stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return [layer for stack in stacks for layer in stack]
+
+
+def _makeup(layer: nn.Module) -> tuple:
+    """All that the cost of a layer depends on, apart from its input: equal for layers that differ in content only."""
+    makeup = []
+    for name, module in layer.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
+        tensors = {**module._parameters, **module._buffers}
+        shapes = [(key, None if each is None else (each.shape, each.dtype)) for key, each in tensors.items()]
+        makeup.append((name, type(module), tuple(sorted(plain.items(), key=str)), tuple(shapes)))
+    return tuple(makeup)
+
+
+def _is_new(result: Tensor, inputs: list[Tensor]) -> bool:
+    """Whether a tensor is all of its storage, and shares it with no input."""
+    storage = result.untyped_storage()
+    whole = result.is_contiguous() and storage.nbytes() == result.nbytes
+    return whole and all(storage._cdata != each.untyped_storage()._cdata for each in inputs)
+
+
 def memory_of(gpu: str | float) -> float:
     """GiB of a GPU by name, or as given. Raises RegistryError for neither."""
     if isinstance(gpu, str):
@@ -204,6 +230,10 @@ class _Cost:
         with self.drawn, Live() as live:
             self._weights()
             stages = _Stages(live)
+            for module in _two_way(model):
+                module._through = stages.count_once(partial(TwoWayTransformer._through, module), id(module))
+            for layer in _layers(model.encoder):
+                layer.forward = stages.count_once(partial(type(layer).forward, layer), _makeup(layer))
             with stages("encode"):
                 features = model.encode(torch.empty(images, 3, size, size, dtype=self.dtype))
             prefixes, prepared = [], None
@@ -352,14 +382,55 @@ class _Stages:
         self.live = live
         self.flops: dict[str, int] = {}
         self.memory: dict[str, int] = {}
+        self.counter = FlopCounterMode(display=False)
+        self.repeated = 0  # operations of calls that were counted without being run
+        self.known: dict[Any, tuple[int, int, Any, list[tuple[torch.Size, torch.dtype]]]] = {}
 
     @contextmanager
     def __call__(self, stage: str, times: int = 1) -> Iterator[None]:
         self.live.peak = self.live.now
-        with FlopCounterMode(display=False) as counter:
+        self.repeated = 0
+        with FlopCounterMode(display=False) as self.counter:
             yield
-        self.flops[stage] = self.flops.get(stage, 0) + times * counter.get_total_flops()
+        total = self.counter.get_total_flops() + self.repeated
+        self.flops[stage] = self.flops.get(stage, 0) + times * total
         self.memory[stage] = max(self.memory.get(stage, 0), self.live.peak)
+
+    def count_once(self, run: Callable[..., Any], alike: Any) -> Callable[..., Any]:
+        """Wrap a function so that of all alike calls with the same shapes only the first runs.
+
+        Args:
+            run: takes and returns tensors without content. Its cost must depend on shapes only.
+            alike: equal for functions with the same cost.
+
+        Returns:
+            A function with the same cost at every call: operations, the most memory meanwhile, and its result.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = tree_flatten((args, kwargs))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+            shapes = tuple((*each.shape, *each.stride(), each.dtype) for each in tensors)
+            if not all(isinstance(each, PLAIN) for each in others):
+                return run(*args, **kwargs)
+            key = (alike, str(structure), shapes, tuple(others))
+            if key in self.known:
+                flops, extra, found, results = self.known[key]
+                self.repeated += flops
+                self.live.peak = max(self.live.peak, self.live.now + extra)
+                return tree_unflatten([torch.empty(shape, dtype=dtype) for shape, dtype in results], found)
+            before, start, peak = self.counter.get_total_flops() + self.repeated, self.live.now, self.live.peak
+            self.live.peak = start
+            given = run(*args, **kwargs)
+            cost = (self.counter.get_total_flops() + self.repeated - before, self.live.peak - start)
+            self.live.peak = max(peak, self.live.peak)
+            results, found = tree_flatten(given)
+            if all(isinstance(each, Tensor) and _is_new(each, tensors) for each in results):
+                self.known[key] = (*cost, found, [(each.shape, each.dtype) for each in results])
+            return given
+
+        return call
 
     @contextmanager
     def aside(self) -> Iterator[list[int]]:
