@@ -9,8 +9,9 @@ SCENE = examples/scene.png
 SHAPES = --box 370,434,448,512 --box 186,357,323,500 --box 15,270,99,354 --box 213,190,341,307 --box 52,356,190,494
 ALL = png,jsonl,coco,html
 TESTS = tests
+LOWEST_TESTS = tests/bench tests/model tests/parity tests/training
 
-.PHONY: demo test test-all check picture docs screenshots results choice core dev all clean
+.PHONY: demo test test-all test-lowest check picture docs screenshots results choice core dev all lowest clean
 .NOTPARALLEL:
 
 # Nothing of the shell's has a say in what is run.
@@ -29,6 +30,10 @@ test: dev
 
 test-all: all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(TESTS)
+
+# The lower bounds in pyproject.toml: the tests with every requirement at its lower bound, in .venv-lowest.
+test-lowest: lowest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile $(LOWEST_TESTS)
 
 check: dev
 	$(BIN)/ruff check .
@@ -61,11 +66,13 @@ choice: dev
 core: GROUP =
 dev: GROUP = dev
 all: GROUP = dev plugins ray
-core dev all:
+lowest: GROUP = --lowest test
+lowest: PYTHON = python3.11
+core dev all lowest:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install Python 3.11 or newer." >&2; exit 1; }
 	@$(PYTHON) -I tools/environment.py $(GROUP)
 
 # What these commands made. Trained models in runs/ stay.
 clean:
-	rm -rf .venv out dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-lowest out dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,10 @@ from sca_registry import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"sca": "sca", "sca_registry": "registry/sca_registry", "sca_bench": "benchmarks/sca_bench"}
-MADE = (".git", ".venv", "out", "runs", "dist", "build", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache")
+MADE = (
+    *(".git", ".venv", ".venv-lowest", "out", "runs", "dist", "build"),
+    *("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"),
+)
 LITTER = (".venv/lib/torch.py", "out/boxes/captions.jsonl", "runs/mine/model/spec.json", "sca/__pycache__/model.pyc")
 SHIPPED = [name for name in zoo.names() if zoo.get(name).folder]  # the others are on the hub
 LARGEST = 6_000_000  # bytes of a shipped checkpoint

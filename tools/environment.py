@@ -1,23 +1,24 @@
-"""Makes .venv, with this checkout installed in it: `python3 tools/environment.py [GROUP...]`.
+"""Makes .venv, with this checkout installed in it: `python3 tools/environment.py [--lowest] [GROUP...]`.
 
 A group is one of [dependency-groups] in pyproject.toml; without any, only what the package itself needs is installed.
 Works from any state: a .venv that is whole and up to date is left alone; one that is older is brought up to date; one
 that was left half made, was moved here, or does not run is made anew. Needs nothing but Python and a package index.
+
+With --lowest, the folder is .venv-lowest and Python is the oldest supported version. Every requirement of the package,
+of its extras and of the groups is installed at its lower bound in pyproject.toml; constraints.txt is not used.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-STAMP = VENV / "installed.json"  # where .venv was made, from what, and which groups it has
-UNFINISHED = VENV / "unfinished"  # there while something is being installed
 OLDEST = (3, 11)
 WHERE_PIP_LOOKS = {  # the settings of pip that are the machine's business; the others would change what is installed
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE", "PIP_CACHE_DIR"),
@@ -26,87 +27,147 @@ WHERE_PIP_LOOKS = {  # the settings of pip that are the machine's business; the 
 }
 
 
-def main(groups):
-    if sys.version_info < OLDEST:
-        found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
-        fail(f"this is Python {found}, and {wanted} or newer is needed; name one: make PYTHON=python{wanted} demo")
-    stamp = read_stamp()
+def main(groups, lowest):
+    check_python(lowest)
+    venv = Environment(ROOT / (".venv-lowest" if lowest else ".venv"))
+    stamp = venv.read_stamp()
     made_from = digest()
-    if usable(stamp):
+    if venv.is_usable(stamp):
         groups = sorted({*groups, *stamp.get("groups", ())})
-        if stamp == {"place": str(VENV), "from": made_from, "groups": groups} and pip("check", "--quiet") == 0:
+        current = {"place": str(venv.folder), "from": made_from, "groups": groups}
+        if stamp == current and venv.pip("check", "--quiet") == 0:
             return
     else:
-        make_venv()
-    say(f"installing into .venv: the package{''.join(f', {group}' for group in groups)}; the first time takes a while")
-    UNFINISHED.touch()
-    failed = pip("install", "-qq", "-c", "constraints.txt", "-e", ".", *requirements(groups))
-    UNFINISHED.unlink()  # what pip gives up it also takes back; only a kill leaves something half installed
+        venv.make()
+    added = "".join(f", {group}" for group in groups)
+    say(f"installing into {venv.folder.name}: the package{added}; the first time takes a while")
+    venv.unfinished.touch()
+    versions = lowest_versions if lowest else tested_versions
+    failed = venv.pip("install", "-qq", "-e", ".", *versions(groups))
+    venv.unfinished.unlink()  # what pip gives up it also takes back; only a kill leaves something half installed
     if failed:
         fail(
             "pip could not install what is needed; its reason stands above. If there is no package index in reach, "
             "connect, or set PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1; then give the same command again"
         )
-    if subprocess.run([PYTHON, "-I", ROOT / "tools/fit_torchvision.py"], check=False).returncode:
+    if subprocess.run([venv.python, "-I", ROOT / "tools/fit_torchvision.py"], check=False).returncode:
         say("going on without torchvision, and without timm and open_clip, which need it")
-        pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
-    STAMP.write_text(json.dumps({"place": str(VENV), "from": made_from, "groups": groups}), "utf-8")
+        venv.pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
+    venv.stamp.write_text(json.dumps({"place": str(venv.folder), "from": made_from, "groups": groups}), "utf-8")
 
 
-def usable(stamp):
-    """Whether .venv runs, has pip, lies where it was made, and no installation in it was cut short."""
-    if UNFINISHED.exists() or stamp.get("place", str(VENV)) != str(VENV):
-        return False
-    program = f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"
-    try:
-        return subprocess.run([PYTHON, "-I", "-c", program], stderr=subprocess.DEVNULL, check=False).returncode == 0
-    except OSError:
-        return False
+def check_python(lowest):
+    found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
+    if sys.version_info < OLDEST:
+        fail(f"this is Python {found}, and {wanted} or newer is needed; name one: make PYTHON=python{wanted} demo")
+    if lowest and sys.version_info[:2] != OLDEST:
+        fail(f"the lowest versions need Python {wanted}, not {found}; run: make PYTHON=python{wanted} test-lowest")
 
 
-def make_venv():
-    if VENV.is_symlink() or VENV.is_file():
-        VENV.unlink()
-    elif VENV.exists():
-        say("the .venv that is there does not work; making a new one")
-        shutil.rmtree(VENV)
-    VENV.mkdir()
-    UNFINISHED.touch()
-    if subprocess.run([sys.executable, "-I", "-m", "venv", VENV], check=False).returncode != 0:
-        fail("python could not make .venv; its reason stands above. On Debian and Ubuntu: apt-get install python3-venv")
+class Environment:
+    """A virtual environment in a folder of the checkout."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self.stamp = folder / "installed.json"  # where it was made, from what, and which groups it has
+        self.unfinished = folder / "unfinished"  # there while something is being installed
+
+    def is_usable(self, stamp):
+        """Whether it runs, has pip, lies where it was made, and no installation in it was cut short."""
+        if self.unfinished.exists() or stamp.get("place", str(self.folder)) != str(self.folder):
+            return False
+        program = f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"
+        try:
+            command = [self.python, "-I", "-c", program]
+            return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+        except OSError:
+            return False
+
+    def make(self):
+        if self.folder.is_symlink() or self.folder.is_file():
+            self.folder.unlink()
+        elif self.folder.exists():
+            say(f"the {self.folder.name} that is there does not work; making a new one")
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self.unfinished.touch()
+        if subprocess.run([sys.executable, "-I", "-m", "venv", self.folder], check=False).returncode != 0:
+            fail(
+                f"python could not make {self.folder.name}; its reason stands above. "
+                "On Debian and Ubuntu: apt-get install python3-venv"
+            )
+
+    def pip(self, *arguments):
+        """The exit status of pip in it; what a person set for other installations has no say in it."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in WHERE_PIP_LOOKS or not name.startswith(("PIP_", "PYTHON"))
+        }
+        command = [self.python, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+        quiet = subprocess.DEVNULL if arguments[0] == "check" else None
+        return subprocess.run(command, cwd=ROOT, env=kept, stdout=quiet, check=False).returncode
+
+    def read_stamp(self):
+        try:
+            return json.loads(self.stamp.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
 
 
-def pip(*arguments):
-    """The exit status of pip in .venv; what a person set for other installations has no say in it."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in WHERE_PIP_LOOKS or not name.startswith(("PIP_", "PYTHON"))
-    }
-    command = [PYTHON, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    quiet = subprocess.DEVNULL if arguments[0] == "check" else None
-    return subprocess.run(command, cwd=ROOT, env=kept, stdout=quiet, check=False).returncode
+def tested_versions(groups):
+    """Return pip's arguments for the groups, at the versions in constraints.txt.
+
+    A group names extras of the package itself as package[extra]; pip needs .[extra] to take them from this checkout.
+    """
+    listed = read_pyproject()
+    package = listed["project"]["name"]
+    arguments = ["-c", "constraints.txt"]
+    for requirement in group_requirements(groups, listed["dependency-groups"]):
+        own = requirement.startswith(package)
+        arguments += ["-e", requirement.replace(package, ".", 1)] if own else [requirement]
+    return arguments
 
 
-def requirements(groups):
-    """What the groups ask for, as pip takes it; reading it here spares a newer pip."""
+def lowest_versions(groups):
+    """Return pip's arguments for the package, its extras and the groups, each requirement at its lower bound."""
+    listed = read_pyproject()
+    requirements = [*listed["project"]["dependencies"]]
+    for extra in listed["project"]["optional-dependencies"].values():
+        requirements += extra
+    requirements += group_requirements(groups, listed["dependency-groups"])
+    return [pin_lowest(requirement) for requirement in requirements]
+
+
+def group_requirements(groups, listed):
+    """Yield the requirements of groups and of the groups that they include; an older pip cannot read them itself."""
+    for group in groups:
+        for entry in listed[group]:
+            if isinstance(entry, dict):
+                yield from group_requirements([entry["include-group"]], listed)
+            else:
+                yield entry
+
+
+def pin_lowest(requirement):
+    """Replace the version range of a requirement by its lower bound: `name[extra]>=1.2,<3` -> `name[extra]==1.2`."""
+    pinned = re.fullmatch(r"([\w.-]+(?:\[[\w,.-]+\])?)>=([\w.]+)(?:,[^;]*)?", requirement)
+    if pinned is None:
+        fail(f"{requirement!r} in pyproject.toml has no lower bound; write it as name>=version")
+    return f"{pinned[1]}=={pinned[2]}"
+
+
+def read_pyproject():
     import tomllib  # new in Python 3.11
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
-    return [requirement for group in groups for requirement in listed[group]]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 def digest():
     """Changes whenever what is to be installed does."""
     files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "tools/fit_torchvision.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def read_stamp():
-    try:
-        return json.loads(STAMP.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def say(message):
@@ -118,4 +179,7 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lowest", action="store_true", help="Install every requirement at its lower bound.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="Groups of [dependency-groups] to install.")
+    main(**vars(parser.parse_args()))
