@@ -1,0 +1,122 @@
+"""Bounded JSON reading: content from elsewhere is one ValueError, never a hang, a traceback or an exhausted memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
+MAX_DEPTH = 100  # far below the depth at which copying, comparing or writing a value fails
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = False) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: A regular file, UTF-8, with or without a byte order mark.
+        limit: Maximum size in bytes; None for files that only the user could have named.
+        finite: Reject NaN, Infinity and numbers that overflow to it.
+
+    Raises:
+        OSError: If the file does not exist or cannot be read.
+        ValueError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
+            the path.
+    """
+    try:
+        return parse_json(read_regular_file(path, limit).decode("utf-8-sig"), finite)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); copy it again") from error
+    except JsonError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+
+
+def parse_json(text: str, finite: bool = False) -> Any:
+    """Parse JSON text, such as one line of a JSONL file.
+
+    Args:
+        text: One JSON value.
+        finite: Reject NaN, Infinity and numbers that overflow to it.
+
+    Raises:
+        JsonError: If it is not JSON, nested too deep, or contains half of a surrogate pair. One line, without the text.
+    """
+    try:
+        value = FINITE_DECODER.decode(text) if finite else json.loads(text)
+    except RecursionError as error:
+        raise JsonError(f"nested deeper than {MAX_DEPTH} levels") from error
+    except JsonError:
+        raise
+    except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
+        raise JsonError(str(error).split(";")[0]) from error
+    if _is_deeper_than(value, MAX_DEPTH):
+        raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise JsonError("it contains half of a surrogate pair, which is not text") from error
+    return value
+
+
+class JsonError(ValueError):
+    """Text that is not JSON as we accept it; the message is one line that says why."""
+
+
+def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
+    """Read a regular file; never block on a FIFO or a device.
+
+    Args:
+        path: The file.
+        limit: Maximum size in bytes.
+
+    Raises:
+        OSError: If the file does not exist or cannot be read.
+        ValueError: If it is not a regular file, or too large. One line that names the path.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is not a regular file; give a file that contains the data itself")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(-1 if limit is None else limit + 1)
+    finally:
+        os.close(descriptor)
+    if limit is not None and len(content) > limit:
+        raise ValueError(f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; copy it again")
+    return content
+
+
+def _is_deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            child
+            for container in level
+            if isinstance(container, dict | list)
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _reject_constant(name: str) -> None:
+    raise JsonError(f"{name} is not a finite number")
+
+
+def _parse_finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise JsonError(f"{text[:20]} is not a finite number")
+    return value
+
+
+FINITE_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_finite)
