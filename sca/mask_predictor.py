@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sca.images import take_image
 from sca.masks import encode
+from sca.model import NON_FINITE
 from sca.nn.masks import best_masks
 from sca.processing import Frame, Processor
 from sca.prompts import PromptError, check
@@ -78,7 +79,10 @@ class MaskPredictor(ABC):
             return Encoded(images, None, ())
         pixels = self.processor.pixels(images).to(self.device, next(self.model.parameters()).dtype)
         frames = [self.processor.frame(*image.size) for image in images]
-        return Encoded(images, self.model.encode(pixels), frames)
+        features = self.model.encode(pixels)
+        if not features.isfinite().all():
+            raise ValueError(f"the encoder returned NaN or infinite features; {NON_FINITE}")
+        return Encoded(images, features, frames)
 
     @torch.inference_mode()
     def segment(
@@ -100,7 +104,7 @@ class MaskPredictor(ABC):
                 raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
             order = regions.scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
             masks = regions.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
-            ious = regions.scores.take_along_dim(order, dim=1).float().clamp(0, 1).tolist()
+            ious = ious_of(regions.scores.take_along_dim(order, dim=1))
             codes = self._masks(masks, prompts.owner.repeat_interleave(order.shape[1]), encoded.frames)
             for place, each in zip(places, ious, strict=True):
                 found[place] = [Mask(next(codes), iou) for iou in each]
@@ -115,7 +119,7 @@ class MaskPredictor(ABC):
         for places, prompts, regions in self._segmented(encoded, requests):
             if regions.masks is not None:
                 masks = best_masks(regions.masks, regions.scores)
-                ious = regions.scores.amax(1).float().clamp(0, 1).tolist()
+                ious = ious_of(regions.scores.amax(1))
                 codes = self._masks(masks, prompts.owner, encoded.frames)
                 for place, code, iou in zip(places, codes, ious, strict=True):
                     found[place] = Mask(code, iou)
@@ -195,6 +199,14 @@ class MaskPredictor(ABC):
     def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
         return map(encode, self.processor.inside(logits, [frames[image] for image in owner.tolist()]))
+
+
+def ious_of(scores: Tensor) -> list[Any]:
+    """Read predicted IoUs of any shape, from 0 to 1. Raise ValueError if one is NaN, which says nothing of any mask."""
+    ious = scores.float().clamp(0, 1).cpu()  # the one thing that the host waits for
+    if ious.isnan().any():
+        raise ValueError(f"the segmenter returned NaN as predicted IoU; {NON_FINITE}")
+    return ious.tolist()
 
 
 def _plain(numbers: Any) -> Any:

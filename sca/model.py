@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LABEL_SMOOTHING = 0.1  # SCA, arXiv 2312.00869
 WORDS = 512  # whose logits are there at once when a loss is computed
+NON_FINITE = "if this is float16, use dtype=float32 or bfloat16, else copy the weights again"
+ROWS = 512  # texts that the language model generates at a time, beams and samples counted
 
 
 class Segmenting(nn.Module):
@@ -146,8 +148,31 @@ class SegmentCaptioner(Segmenting):
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Prompts, task: Tensor, **generation: Any) -> Generated:
-        prefix = self.prefix(self.mix(self.segment(features, prompts)), task)
-        return self.language_model.generate(prefix, **{**self.spec.generation, **generation})
+        return self.generate_from_prefix(self.prefix(self.mix(self.segment(features, prompts)), task), **generation)
+
+    @torch.no_grad()
+    def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> Generated:
+        """Generate token ids for prefixes, at most `ROWS` texts at a time, so that memory does not grow with regions.
+
+        Args:
+            prefix: (N, K, E).
+            **generation: Options of the language model's `generate`, in place of those of the spec.
+
+        Raises:
+            ValueError: If scores are not finite, because of damaged weights or a number format that overflows.
+        """
+        options = {**self.spec.generation, **generation}
+        texts = max(1, *(count for name in ("beams", "captions") if isinstance(count := options.get(name, 1), int)))
+        pieces = prefix.split(max(1, ROWS // texts)) if len(prefix) else (prefix,)
+        generated = _join_generated([self.language_model.generate(piece, **options) for piece in pieces], self._pad)
+        check_finite_scores(generated.scores, f"language model {self._name_of('language_model')!r}")
+        return generated
+
+    @property
+    def _pad(self) -> int:
+        """What fills up token ids behind the end of a text."""
+        tokenizer = self.language_model.tokenizer
+        return getattr(self.language_model, "pad", 0) if tokenizer is None else tokenizer.pad
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -187,6 +212,23 @@ class SegmentCaptioner(Segmenting):
             lines.append(f"{group:<15}{count:>15,}  {'trains' if trains else 'frozen'}")
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return "\n".join([*lines, f"{'in all':<15}{sum(p.numel() for p in self.parameters()):>15,}  {trained:,} train"])
+
+
+def check_finite_scores(scores: Tensor, subject: str) -> None:
+    """Raise ValueError if log-probabilities are NaN or infinite: then the tokens mean nothing, whatever they are."""
+    wrong = int((~scores.isfinite()).sum())
+    if wrong:
+        raise ValueError(
+            f"{subject} returned NaN or infinite scores for {wrong} of {scores.numel()} captions; {NON_FINITE}"
+        )
+
+
+def _join_generated(pieces: Sequence[Generated], pad: int) -> Generated:
+    if len(pieces) == 1:
+        return pieces[0]
+    longest = max(piece.ids.shape[2] for piece in pieces)
+    ids = [F.pad(piece.ids, (0, longest - piece.ids.shape[2]), value=pad) for piece in pieces]
+    return Generated(torch.cat(ids), torch.cat([piece.scores for piece in pieces]))
 
 
 def caption_loss(language_model: LanguageModel, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor | None]:

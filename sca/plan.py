@@ -35,7 +35,7 @@ from sca.checkpoint import stored
 from sca.composition import build, parts
 from sca.language_models.greedy import plain
 from sca.mask_predictor import REGIONS
-from sca.model import SegmentCaptioner
+from sca.model import ROWS, SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
 
 GIB = 2**30
@@ -220,7 +220,7 @@ class _Cost:
 
     @torch.no_grad()
     def answer(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
-        """What `Predictor` does: images encoded at once, regions in chunks, and all captions together."""
+        """What `Predictor` does: images encoded at once, regions in chunks, and texts `ROWS` at a time."""
         model, size = self.model.eval(), self.model.encoder.image.size
         asked = _asked(images, regions, size)
         first, *others = asked.chunks(REGIONS)
@@ -247,7 +247,10 @@ class _Cost:
                 del found
             prefix = torch.cat(prefixes)
             del prefixes, prepared
-            self._caption(prefix, words, stages)
+            piece = prefix[:ROWS]
+            self._caption(piece, words, stages)
+            for stage in stages.flops.keys() & {"prefill", "decode"}:  # the other pieces cost the same a row
+                stages.flops[stage] = stages.flops[stage] * len(prefix) // len(piece)
         return stages.flops, stages.memory
 
     def _caption(self, prefix: Tensor, words: int, stages: _Stages) -> None:

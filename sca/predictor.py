@@ -10,7 +10,7 @@ import torch
 from sca_registry.contracts import TASKS, Caption, Prompt, Prompts
 from sca_registry.spec import Everything
 
-from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
+from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task, ious_of
 from sca.masks import box_of
 from sca.nn.masks import best_masks
 
@@ -81,10 +81,9 @@ class Predictor(MaskPredictor):
                 best = best_masks(regions.masks, regions.scores)
                 codes += self._masks(best, chunk.owner, encoded.frames)
             if regions.scores is not None:
-                ious += regions.scores.amax(1).float().clamp(0, 1).tolist()
+                ious += ious_of(regions.scores.amax(1))
             del regions  # the grids of its regions are large, and words need room
-        settings = {**self.generation, **generation}
-        generated = self.model.language_model.generate(torch.cat(prefixes), **settings)
+        generated = self.model.generate_from_prefix(torch.cat(prefixes), **generation)
         nothing = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
         ids = generated.ids.tolist()

@@ -50,7 +50,7 @@ def answer(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int
         prefixes.append(model.prefix(model.mix(regions, prepared), torch.zeros_like(chunk.owner)))
         del regions
     model.language_model._ends = lambda: (0, [])
-    model.language_model.generate(torch.cat(prefixes), max_new_tokens=words)
+    model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=words)
 
 
 def learn(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from sca.captioners.untrained import untrained_processor
 from sca.hub import UNREADABLE, HubError, fetch, fingerprint, load_pretrained, quiet, read_config
 from sca.language_models.causal import DTYPES, new_words
+from sca.model import check_finite_scores
 
 ANSWERLESS = ("blip", "git")  # captioners: they go on with a text, and answer no question
 
@@ -127,6 +128,7 @@ class ImageTextModel:
             )
         pad = self.tokenizer.pad_token_id
         ids, scores = new_words(self.model, found, self.ends, self.ends[0] if pad is None else pad)
+        check_finite_scores(scores, f"captioner model {self.kind!r}")
         texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
         return list(zip(texts, scores.exp().tolist(), strict=True))
 

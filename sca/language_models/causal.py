@@ -133,6 +133,11 @@ class CausalLanguageModel(nn.Module):
                 layers.setdefault(name.split(".")[-1], set()).add(block[1])
         return layers
 
+    @property
+    def pad(self) -> int:
+        """What fills up token ids behind the end of a text."""
+        return self._ends()[0]
+
     def _ends(self) -> tuple[int, list[int]]:
         """What fills up a row, and what ends a text: the tokenizer's, or else what the model's configuration says."""
         eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id

@@ -1,0 +1,91 @@
+"""Texts are generated in pieces whatever asks for them, and scores that mean nothing are an error."""
+
+import pytest
+import torch
+from PIL import Image
+from sca_registry.contracts import Prompt, Prompts
+
+from sca import model as models
+from sca.evaluation.evaluate import evaluate
+from sca.evaluation.predictions import Questions
+from sca.predictor import Predictor
+
+BOXES = [(n % 40, n // 40, n % 40 + 20, n // 40 + 20) for n in range(40)]
+
+
+@pytest.fixture
+def rows(small, monkeypatch):
+    """A model, and the rows of each call of its language model."""
+    model, seen = small(), []
+    generate = model.language_model.generate
+
+    def watched(prefix, **options):
+        seen.append(len(prefix))
+        return generate(prefix, **options)
+
+    monkeypatch.setattr(model.language_model, "generate", watched)
+    return model, seen
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3, "captions": 2}])
+def test_generate_from_prefix_returns_the_same_in_pieces(rows, monkeypatch, options):
+    model, seen = rows
+    prefix = torch.randn(23, 4, model.language_model.width, generator=torch.Generator().manual_seed(0))
+    whole = model.generate_from_prefix(prefix, **options)
+    monkeypatch.setattr(models, "ROWS", 6)
+    pieces = model.generate_from_prefix(prefix, **options)
+    assert torch.equal(whole.ids, pieces.ids)
+    torch.testing.assert_close(whole.scores, pieces.scores)
+    assert max(seen[1:]) == 6 // options.get("beams", 1)
+
+
+def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
+    model = small()
+    pad = model.language_model.tokenizer.pad
+    short = models.Generated(torch.tensor([[[5, 2]]]), torch.zeros(1, 1))
+    long = models.Generated(torch.tensor([[[5, 6, 7, 2]]]), torch.zeros(1, 1))
+    assert models._join_generated([short, long], pad).ids.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
+
+
+def test_every_caller_generates_in_pieces(rows, monkeypatch):
+    model, seen = rows
+    monkeypatch.setattr(models, "ROWS", 16)
+    predictor = Predictor(model)
+    predictor.set_image(Image.new("RGB", (64, 64), "blue"))
+    assert len(predictor.predict(boxes=BOXES)) == 40
+    found = predictor.best(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
+    predictor.tell(found, [Prompt(box=box) for box in BOXES])
+    evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", Questions(), batch=12, quiet=True)
+    features = model.encode(torch.zeros(1, 3, 64, 64))
+    prompts = Prompts(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
+    model.generate(features, prompts, torch.zeros(40, dtype=torch.long))
+    assert sum(seen) > 120
+    assert max(seen) <= 16
+
+
+def test_non_finite_features_scores_and_ious_are_an_error(small):
+    image = Image.new("RGB", (64, 64), "blue")
+    for part, told in (
+        ("encoder", "encoder returned NaN"),
+        ("segmenter.decoder.iou", "NaN as predicted IoU"),
+        ("projection", "language model 'tiny-gpt2' returned NaN or infinite scores for 1 of 1"),
+    ):
+        model = small()
+        broken = [parameter for name, parameter in model.named_parameters() if name.startswith(part)]
+        assert broken, part
+        with torch.no_grad():
+            broken[-1].fill_(torch.nan)
+        predictor = Predictor(model)
+        with pytest.raises(ValueError, match=told):
+            predictor.set_image(image)
+            predictor.predict(boxes=[(1, 2, 30, 40)])
+
+
+def test_float16_overflow_is_an_error(small):
+    model = small()
+    with torch.no_grad():
+        model.language_model.model.get_output_embeddings().weight.fill_(6e4)
+    predictor = Predictor(model.half())
+    with pytest.raises(ValueError, match="if this is float16, use"):
+        predictor.set_image(Image.new("RGB", (64, 64), "blue"))
+        predictor.predict(boxes=[(1, 2, 30, 40)])
