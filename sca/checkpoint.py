@@ -15,9 +15,11 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,19 +27,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from sca_registry import RegistryError, registry, zoo
 from sca_registry.messages import unknown
-from sca_registry.spec import ModelSpec
+from sca_registry.overrides import PARTS
+from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sca.composition import build, parts
 from sca.folders import sync
-from sca.hub import HubError, fetch, fingerprint, some
+from sca.hub import HubError, fetch, fingerprint, here_hint, local_path, some
+from sca.io.json import read_json
 from sca.language_models.hf import read_tokenizer
+from sca.trust import Trust, TrustError, check_folder, confine_spec
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
+SPEC_BYTES = 2**20  # of a spec at most
+MESSAGE = 600  # characters of what is wrong with a checkpoint at most
+WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
+SPREAD = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
+SLACK = 2**28  # bytes of frozen codes and tied weights, which files need not hold
+LARGEST_SOURCE = 2**40  # bytes of components that have weights of their own
+LARGEST_COUNT = 2**16  # parameters, as tensors
 
 
 class CheckpointError(ValueError):
@@ -78,22 +91,89 @@ def save(
     return folder
 
 
-def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SegmentCaptioner:
-    """A model from a checkpoint folder, a zoo name or a hub id, in eval mode. Folders in the layout of the published
-    system (see `sca.published`) are read as they are.
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_external: bool = False,
+    revision: str | None = None,
+) -> SegmentCaptioner:
+    """Load a model in eval mode; folders in the layout of the published system (see `sca.published`) are read, too.
 
-    Every stored tensor must have its place and every place without another source its tensor; otherwise
-    CheckpointError names them.
+    A checkpoint is data: it names components that are installed, and nothing of it runs unless the caller agrees.
+
+    Args:
+        source: A zoo name, a hub id, or a folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
+        device: Where the model runs.
+        dtype: Of its floating-point tensors; by default that of each component.
+        trust_remote_code: Allow the checkpoint to run code: for authors that you trust as you trust a program.
+        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
+            as your own do whose weights you keep elsewhere. It does not allow code.
+        revision: Of a hub id: a commit, a branch or a tag.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
+            weights, lacks a tensor or has one without a place.
     """
-    folder = locate(source)
-    if is_published(folder):
-        from sca.published import load_published
+    trust = Trust(trust_remote_code, allow_external)
+    folder = locate(source, revision)
+    shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
+    with _one_line(folder):
+        check_folder(folder, trust._replace(external=True) if shipped else trust)  # installers may link its files
+        model = _load_published(folder, trust) if is_published(folder) else _load_own(folder, trust)
+        check_finite(model, str(folder))
+        model = model.to(device=device, dtype=dtype).eval()
+        if dtype == torch.float16:
+            check_finite(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
+    return model
 
-        return load_published(folder).to(device=device, dtype=dtype)
+
+def check_finite(model: torch.nn.Module, subject: str) -> None:
+    """Raise CheckpointError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wrong = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
+    if wrong:
+        raise CheckpointError(f"{subject} has NaN or infinite weights: {some(wrong)}; copy or train it again")
+
+
+def _is_finite(tensor: Tensor, everywhere: bool) -> bool:
+    """One pass without a copy: the least and the greatest are NaN if any is."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.detach() if tensor.dtype in WIDE else tensor.detach().float())
+    ends = torch.stack((low, high))
+    return bool(ends.isfinite().all() if everywhere else not ends.isnan().any())
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """What is wrong with a checkpoint as one CheckpointError, of whatever length its content is."""
     try:
-        model = build(read_spec(folder))
+        yield
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
+        if isinstance(error, CheckpointError | HubError) and len(str(error)) <= MESSAGE:
+            raise
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, MESSAGE, placeholder=" ...")
+        raise CheckpointError(reason if str(folder) in reason else f"{folder}: {reason}") from error
+
+
+def _load_published(folder: Path, trust: Trust) -> SegmentCaptioner:
+    from sca.published import load_published
+
+    return load_published(folder, trust)
+
+
+def _load_own(folder: Path, trust: Trust) -> SegmentCaptioner:
+    try:
+        spec = confine_spec(read_spec(folder), folder, trust)
+        with bounded_build([folder / WEIGHTS], spec):
+            model = build(spec)
     except RegistryError as error:
         raise CheckpointError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
+    except TrustError as error:
+        raise CheckpointError(f"{folder / SPEC}: {error}") from error
     expected = stored(model)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -105,7 +185,40 @@ def load(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     assign(model, found, expected, folder / WEIGHTS, SPEC)
     if (folder / "tokenizer").is_dir():
         model.language_model.tokenizer = read_tokenizer(folder / "tokenizer")
-    return model.to(device=device, dtype=dtype).eval()
+    return model
+
+
+@contextmanager
+def bounded_build(files: Sequence[Path], spec: ModelSpec) -> Iterator[None]:
+    """Stop a model that is being built from a checkpoint as soon as it is far larger than the files of its weights.
+
+    A spec is a few numbers, and a wrong one would otherwise fill the memory before its weights are found not to fit.
+    Components with weights of their own are as large as those, whatever the files hold.
+    """
+    sourced = [part for kind in PARTS if (part := getattr(spec, kind)) and _has_source(kind, part)]
+    allowed = sum(file.stat().st_size for file in files if file.is_file()) * SPREAD + SLACK
+    if sourced:
+        allowed = max(allowed, LARGEST_SOURCE)
+    room, count = [allowed], [LARGEST_COUNT]
+
+    def watch(module: torch.nn.Module, name: str, parameter: Tensor | None) -> None:
+        if parameter is None:
+            return
+        room[0] -= parameter.numel() * parameter.element_size()
+        count[0] -= 1
+        if room[0] < 0 or count[0] < 0:
+            raise ValueError("its parameters are far more than its weights; copy the checkpoint again")
+
+    handle = register_module_parameter_registration_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _has_source(kind: str, part: Part) -> bool:
+    options = {**registry(kind).card(part.name).options, **part.options}
+    return bool(options.get("weights") or isinstance(options.get("pretrained"), str) or options.get("model"))
 
 
 def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str], where: Path, asked_by: str) -> None:
@@ -127,29 +240,48 @@ def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str]
     model.load_state_dict(own | found)
 
 
-def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint: a path, the name of a zoo model, or a hub id, which is fetched once."""
-    folder = Path(source)
-    _recover(folder)
-    if folder.is_dir():
-        return folder
-    if str(source) in zoo.names():
-        entry = zoo.get(str(source))
-        return entry.folder or fetch(entry.checkpoint)
-    if folder.exists():
-        raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
-    if HUB_ID.fullmatch(str(source)):
-        return fetch(source)
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint: of a zoo name, of a hub id, which is fetched once, or of a path.
+
+    A bare name is never a folder; a path is a `Path`, or text with a separator. Nothing is renamed or written but what
+    is fetched: of a save that was killed between its renames, the previous checkpoint is read where it is.
+
+    Raises:
+        CheckpointError: If there is none.
+        HubError: If it cannot be fetched.
+    """
+    if isinstance(source, str) and source in zoo.names():
+        entry = zoo.get(source)
+        return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
+    path = local_path(source)
+    if path is not None:
+        for folder in (path, _previous(path)):
+            if folder.is_dir():
+                return folder
+        if path.exists():
+            raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return fetch(source, revision)
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
-    raise CheckpointError(f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME.")
+    hint = "" if isinstance(source, Path) else here_hint(source)
+    raise CheckpointError(
+        f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
+    )
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a folder says that it is in the layout of the published system, see `sca.published`."""
+    """Whether a folder says that it is in the layout of the published system, see `sca.published`.
+
+    Raises:
+        CheckpointError: If its `config.json` cannot be read.
+    """
     try:
-        return json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "sca"
-    except (OSError, ValueError, KeyError, TypeError):
+        config = read_json(folder / "config.json")
+    except FileNotFoundError:
         return False
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return isinstance(config, dict) and config.get("model_type") == "sca"
 
 
 def stored(model: SegmentCaptioner) -> set[str]:
@@ -246,13 +378,13 @@ def _commit() -> str | None:
 def read_spec(folder: Path) -> ModelSpec:
     """The spec of a checkpoint folder. Raises CheckpointError if there is none that can be read."""
     try:
-        table = json.loads((folder / SPEC).read_text("utf-8"))
+        table = read_json(folder / SPEC, SPEC_BYTES, finite=True)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{folder / SPEC} is not JSON ({error}): copy it again") from error
+        raise CheckpointError(str(error)) from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{folder / SPEC} is {table!r:.40} and should be a table of parts: copy it again")
     return ModelSpec.from_dict(table)
@@ -261,7 +393,7 @@ def read_spec(folder: Path) -> ModelSpec:
 def _brought_by(folder: Path) -> str:
     """What to install for the parts of a checkpoint that have no name here; nothing if its origin does not say."""
     try:
-        parts = json.loads((folder / ORIGIN).read_text("utf-8"))["parts"]
+        parts = read_json(folder / ORIGIN)["parts"]
         absent = [part for kind, part in parts.items() if part["name"] not in registry(kind)]
         packages = {f"{part['distribution']}=={part['version']}" for part in absent}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it

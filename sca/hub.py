@@ -6,14 +6,15 @@ What is fetched lies in the cache of huggingface_hub and is used from there ever
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
@@ -27,6 +28,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from sca_registry.verdicts import cache_folder
+
+from sca.io.json import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,10 +48,9 @@ SAFE, OLD = "model.safetensors", "pytorch_model.bin"
 OWN, SPEC = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
 OPEN_CLIP = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
-UNREADABLE = (
-    *(OSError, ValueError, TypeError, RuntimeError, LookupError, ImportError, AttributeError, AssertionError),
-    *(SafetensorError, UnpicklingError),
-)
+ADAPTER = "adapter_config.json"  # by which transformers would fetch the weights that it names
+PULLED = "pulled.json"  # commits that `sca pull` took, in the user's cache
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class HubError(ValueError):
@@ -64,11 +67,104 @@ def fetch(
 
     Raises HubError.
     """
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    folder = local_folder(source)
+    if folder is not None:
+        check_regular_files(folder)
+        return folder
+    revision = revision or pinned(str(source))
     cached = _cached(str(source), revision, prefix)
     enough = cached and (whole(cached, prefix) if weights else any(cached.glob("*.json")))
     return cached if cached and enough else pull(str(source), revision, weights, code, prefix)
+
+
+def local_path(source: str | Path) -> Path | None:
+    """The path that a name means: a `Path`, or text with a separator, such as ./model or runs/x/model.
+
+    A bare name is a name, whatever lies in the working folder; so is a hub id that a card has, OWNER/NAME.
+    """
+    if isinstance(source, Path):
+        return source.expanduser()
+    if not any(sign in source for sign in {"/", os.sep}) and source not in (".", "..", "~"):
+        return None
+    return None if "\0" in source or source in known_sources() else Path(source).expanduser()
+
+
+def here_hint(name: str) -> str:
+    """How to write what lies in the working folder under a name; nothing if there is nothing."""
+    return f"; what lies here is written ./{name}" if "\0" not in name and os.path.exists(name) else ""
+
+
+def local_folder(source: str | Path) -> Path | None:
+    """The folder that a name means, see `local_path`; None if there is none."""
+    path = local_path(source)
+    return path if path is not None and path.is_dir() else None
+
+
+def local_file(source: str | Path) -> Path | None:
+    """The file that a name means, see `local_path`; None if there is none."""
+    path = local_path(source)
+    return path if path is not None and path.is_file() else None
+
+
+def known_sources() -> Mapping[str, str]:
+    """The hub ids and URLs of weights that cards have, each by itself and by the names of its cards."""
+    from sca_registry import REGISTRIES
+
+    return _known_sources(tuple((plural, tuple(each.names())) for plural, each in REGISTRIES.items()))
+
+
+@functools.cache
+def _known_sources(names: tuple[tuple[str, tuple[str, ...]], ...]) -> Mapping[str, str]:
+    from sca_registry import REGISTRIES, zoo
+
+    cards = [REGISTRIES[plural].card(name) for plural, listed in names for name in listed]
+    weights = {card.name: card.options["weights"] for card in cards if card.options.get("weights")}
+    checkpoints = [zoo.get(name).checkpoint for name in zoo.names() if zoo.get(name).folder is None]
+    return weights | {source: source for source in (*weights.values(), *checkpoints)}
+
+
+def pinned(name: str) -> str | None:
+    """The commit of a hub id that `sca pull` took last; None if it never did."""
+    return _pins().get(name)
+
+
+def pin(name: str, folder: Path) -> str | None:
+    """Store which commit of a hub id was pulled into a folder of the cache, for later loads that name no revision.
+
+    Returns:
+        The commit; None for a folder that is not named by one.
+    """
+    commit = commit_of(folder)
+    if commit is not None and _pins().get(name) != commit:
+        file = cache_folder() / PULLED
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{PULLED}.{os.getpid()}")
+        draft.write_text(json.dumps({**_pins(), name: commit}, indent=1) + "\n", "utf-8")
+        os.replace(draft, file)
+    return commit
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit by whose name a folder is stored in the hub's cache; None for any other folder."""
+    return folder.name if COMMIT.fullmatch(folder.name) else None
+
+
+def _pins() -> dict[str, str]:
+    try:
+        pins = read_json(cache_folder() / PULLED)
+    except FileNotFoundError:
+        return {}
+    commits = pins.values() if isinstance(pins, dict) else [pins]
+    if not all(isinstance(commit, str) and COMMIT.fullmatch(commit) for commit in commits):
+        raise HubError(f"{cache_folder() / PULLED} is not a table of commits; delete it and pull again")
+    return pins
+
+
+def check_regular_files(folder: Path) -> None:
+    """Raise HubError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise HubError(f"{path} is not a regular file; remove it or copy the folder again")
 
 
 def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = "") -> Path:
@@ -141,8 +237,9 @@ def weight_file(source: str | Path, revision: str | None = None, prefix: str = "
 
     Raises HubError, also where they are in shards.
     """
-    if Path(source).expanduser().is_file():
-        return Path(source).expanduser()
+    file = local_file(source)
+    if file is not None:
+        return file
     folder = fetch(source, revision, prefix=prefix)
     files = weight_files(folder, prefix)
     if files is None:
@@ -160,7 +257,10 @@ def load_pretrained(
 
     Raises HubError.
     """
-    folder = fetch(source, revision, code=bool(options.get("trust_remote_code")))
+    options = {"trust_remote_code": False, **options}  # None would ask on the terminal
+    folder = fetch(source, revision, code=options["trust_remote_code"])
+    if (folder / ADAPTER).exists():
+        raise HubError(f"{source} is an adapter of other weights ({ADAPTER}); merge it into them first")
     if weight_files(folder) is None:
         raise HubError(f"{source} has no whole weights: {absent(folder)}. Copy or download it again")
     with reading(source), quiet():
@@ -179,12 +279,8 @@ def load_pretrained(
 def read_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
     """`cls.from_pretrained` of a configuration. Raises HubError."""
     folder = fetch(source, revision, weights=False)
-    try:
-        return cls.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(
-            f"{source} has no configuration that can be read: {' '.join(str(error).split())[:300]}"
-        ) from error
+    with reading(f"the configuration of {source}"):
+        return cls.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager
@@ -192,10 +288,11 @@ def reading(source: str | Path) -> Iterator[None]:
     """What libraries raise over weights or figures that do not fit, as one line. Raises HubError."""
     try:
         yield
-    except HubError:
+    except (HubError, KeyboardInterrupt, SystemExit):
         raise
-    except UNREADABLE as error:
-        raise HubError(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    except BaseException as error:  # other people's files in other people's code, whose panics are no Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise HubError(f"{source} cannot be read: {reason}") from error
 
 
 def fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
@@ -203,14 +300,15 @@ def fingerprint(source: str | Path, revision: str | None = None, prefix: str = "
 
     Raises HubError.
     """
-    alone = Path(source).expanduser()
-    folder = alone.parent if alone.is_file() else fetch(source, revision, prefix=prefix)
+    alone = local_file(source)
+    folder = alone.parent if alone else fetch(source, revision, prefix=prefix)
     hashes = {}
-    for file in [alone] if alone.is_file() else weight_files(folder, prefix) or ():
+    for file in [alone] if alone else weight_files(folder, prefix) or ():
         with file.open("rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    commit = {"commit": folder.name} if re.fullmatch("[0-9a-f]{40}", folder.name) else {}
-    return {"weights": str(source), **({"revision": revision} if revision else {}), **commit, "sha256": hashes}
+    commit = commit_of(folder)
+    written = {"weights": str(source), "revision": revision, "commit": commit, "sha256": hashes}
+    return {key: value for key, value in written.items() if value is not None}
 
 
 def some(names: Sequence[str]) -> str:
@@ -247,6 +345,7 @@ def _reaching(name: str, revision: str | None) -> Iterator[None]:
             ) from error
         raise HubError(
             f"{which} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
+            f"{here_hint(name)}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"the hub has no {which}") from error
@@ -254,7 +353,7 @@ def _reaching(name: str, revision: str | None) -> Iterator[None]:
         reason = " ".join(str(error).split())[:150]
         raise HubError(
             f"{which} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
-            "give a folder that has it: weights=FOLDER"
+            f"give a folder that has it: weights=FOLDER{here_hint(name)}"
         ) from error
 
 
@@ -272,8 +371,11 @@ def _cached(name: str, revision: str | None, prefix: str) -> Path | None:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("a shard is a file in another folder")
+        return shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
 
 

@@ -25,13 +25,15 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoint import CheckpointError, assign, is_published, stored
+from sca.checkpoint import CheckpointError, assign, bounded_build, is_published, stored
 from sca.composition import build
 from sca.folders import new_folder
 from sca.hub import SAFE, HubError, absent, fetch, quiet, read_tensors, some, weight_files
+from sca.io.json import read_json
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import has_tokenizer, read_tokenizer
 from sca.language_models.phi import split_fused_attention
+from sca.trust import NO_TRUST, Trust, TrustError, check_source, confine_spec
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -63,13 +65,15 @@ PLACES = (  # beginning of a published name, and of ours
 )
 
 
-def load_published(folder: Path) -> SegmentCaptioner:
+def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
     """The model of a published folder. Every tensor has its place and every place its tensor, or CheckpointError names
     them. Its language model has the tokenizer that lies in the folder, or else that of the name in its configuration.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    spec = read_spec(config, folder)
-    with no_init_weights():
+    try:
+        spec = confine_spec(read_spec(read_json(folder / "config.json"), folder), folder, trust)
+    except TrustError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    with no_init_weights(), bounded_build(weight_files(folder) or [], spec):
         model = build(spec)
     tensors = {_ours(name): tensor for name, tensor in _tensors(folder).items()}
     causal = model.language_model.model.config
@@ -89,7 +93,7 @@ def load_published(folder: Path) -> SegmentCaptioner:
     if "task_tokens" in tensors and tensors["task_tokens"].numel() == own["task_tokens"].numel():
         tensors["task_tokens"] = tensors["task_tokens"].view_as(own["task_tokens"])  # (2 K, E) -> (2, K, E)
     assign(model, tensors, set(own), folder, "config.json")
-    model.language_model.tokenizer = _tokenizer(folder)
+    model.language_model.tokenizer = _tokenizer(folder, trust)
     return model.eval()
 
 
@@ -129,9 +133,9 @@ def read_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:
                 "task_tokens": config["num_task_tokens"],
             }
         )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers raises over figures that it does not expect
         raise CheckpointError(f"{folder / 'config.json'} is not that of a published model ({error!r})") from error
 
 
@@ -139,7 +143,7 @@ def _language_model(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration, with the ends that generation used."""
     plain = {"model_type": written["model_type"], **_plain(AutoConfig.for_model(**written))}
     try:
-        ends = json.loads((folder / "generation_config.json").read_text("utf-8"))
+        ends = read_json(folder / "generation_config.json")
     except FileNotFoundError:
         ends = {}
     return plain | {key: ends[key] for key in ENDS if key in ends}
@@ -152,21 +156,26 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: fields[key] for key in sorted(known) if fields[key] != defaults[key]}
 
 
-def tokenizer_source(folder: Path) -> str | None:
-    """Where a published folder says that its tokenizer is; None if it has one itself, says nothing, or is not one."""
+def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
+    """Where a published folder says that its tokenizer is; None if it has one itself, says nothing, or is not one.
+
+    Raises:
+        TrustError: For one that is neither in the folder nor that of a known card, unless the caller agreed.
+    """
     if not is_published(folder) or has_tokenizer(folder):
         return None
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    return (config.get("text_config") or {}).get("_name_or_path") or None
+    text = read_json(folder / "config.json").get("text_config")
+    source = text.get("_name_or_path") if isinstance(text, dict) else None
+    return check_source(source, folder, trust) if source and isinstance(source, str) else None
 
 
-def _tokenizer(folder: Path) -> TextTokenizer | None:
-    source = tokenizer_source(folder)
-    if source is None:
-        return read_tokenizer(folder)
+def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
     try:
-        return read_tokenizer(fetch(source, weights=False))
-    except HubError as error:
+        source = tokenizer_source(folder, trust)
+        return read_tokenizer(folder if source is None else fetch(source, weights=False))
+    except (HubError, TrustError) as error:
+        if has_tokenizer(folder):
+            raise
         warnings.warn(f"captions of {folder} are ids only: it has no tokenizer, and {error}", stacklevel=3)
         return None
 

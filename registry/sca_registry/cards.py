@@ -43,6 +43,7 @@ class Card:
     needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
     needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
     small: Mapping[str, Any] = field(default_factory=dict)  # options of one that is quick to try out
+    code_options: tuple[str, ...] = ()  # that can run code: a checkpoint may set them to a plain name at most
 
     @property
     def given(self) -> dict[str, Any]:
@@ -65,6 +66,7 @@ TYPES = {
     "needs": list,
     "needs_with": dict,
     "small": dict,
+    "code_options": list,
 }
 
 

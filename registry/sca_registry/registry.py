@@ -138,7 +138,7 @@ class Registry:
         card = offer.card
         preset: Mapping[str, Any] = card.given
         if "weights" in options and options["weights"] != card.options.get("weights"):
-            preset = card.options  # the card's config is that of its own weights
+            preset = {key: value for key, value in card.options.items() if key != "revision"}  # of its own weights
         factory = _filled(self._load(offer), preset)
         check_options(f"{self._one} {name!r}", factory, self._upstream, options)
         try:

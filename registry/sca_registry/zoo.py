@@ -21,6 +21,7 @@ class ZooEntry:
     checkpoint: str  # "package:folder/inside", or a hub id
     trained_on: str
     terms: str
+    revision: str | None = None  # of a hub id: the commit that is fetched unless another is asked for
 
     @property
     def folder(self) -> Path | None:

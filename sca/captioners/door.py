@@ -15,6 +15,7 @@ from sca_registry.messages import unknown
 from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoint import load
+from sca.hub import here_hint, local_path
 from sca.language_models.causal import DTYPES
 from sca.predictor import Predictor
 
@@ -24,7 +25,15 @@ FORMS = (
 )
 
 
-def captioner(source: str | Path | Mapping[str, Any], device: str | torch.device = "cpu", **options: Any) -> Captioner:
+def captioner(
+    source: str | Path | Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    allow_external: bool = False,
+    revision: str | None = None,
+    **options: Any,
+) -> Captioner:
     """Whatever answers for regions, ready to `describe`.
 
     source: a checkpoint (a folder, a name of the zoo, a hub id); the name of a registered captioner; or two names,
@@ -32,14 +41,20 @@ def captioner(source: str | Path | Mapping[str, Any], device: str | torch.device
     "sam-vit-b+blip-base batch=8", in a table with its `name`, or are given by keyword. A checkpoint takes `dtype` and
     `regions` (see `Predictor`).
 
+    trust_remote_code, allow_external, revision: what a checkpoint may do, and which of a hub id; see `sca.load`. A
+    registered captioner has its own options.
+
     Raises RegistryError for names and options, CheckpointError and HubError for what cannot be read.
     """
+    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external, "revision": revision}
+    agreed = {name: value for name, value in agreed.items() if value}
+    path = None if isinstance(source, Mapping) else local_path(source)
     if isinstance(source, Mapping):
         part = Part.from_dict(source, "captioner")
-    elif Path(source).exists():
-        return _model(source, device, **options)
+    elif isinstance(source, Path) or (path is not None and path.exists()):
+        return _model(source, device, agreed, **options)
     else:
-        part = Part.parse(str(source), "a captioner")
+        part = Part.parse(source, "a captioner")
     options = {**part.options, **options}
     names = [name.strip() for name in part.name.split("+")]
     if len(names) > 2:
@@ -48,7 +63,7 @@ def captioner(source: str | Path | Mapping[str, Any], device: str | torch.device
             "that training has written, or a name of the zoo"
         )
     if len(names) == 2:
-        options = {"encoder": names[0], **options}
+        options = {"encoder": {"name": names[0], **agreed} if agreed else names[0], **options}
     name = names[-1]
     if name in sca_registry.captioners:
         return _captioner(name, device, options)
@@ -56,9 +71,10 @@ def captioner(source: str | Path | Mapping[str, Any], device: str | torch.device
         known = sca_registry.captioners.names()
         raise unknown(f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known)
     if name in zoo.names() or "/" in name or os.sep in name:
-        return _model(name, device, **options)
+        return _model(name, device, agreed, **options)
     known = [*zoo.names(), *sca_registry.captioners.names()]
-    raise RegistryError(f"{unknown(f'no model or captioner named {name!r}, and no folder there', name, known)} {FORMS}")
+    reason = unknown(f"no model or captioner named {name!r}, and no folder there", name, known)
+    raise RegistryError(f"{reason} {FORMS}{here_hint(name)}")
 
 
 def settings(
@@ -90,7 +106,7 @@ def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]
     return sca_registry.captioners.build(name, **where, **options)
 
 
-def _model(source: str | Path, device: str | torch.device, **options: Any) -> Predictor:
+def _model(source: str | Path, device: str | torch.device, agreed: Mapping[str, Any], **options: Any) -> Predictor:
     for option in options:
         if option not in ("dtype", "regions"):
             raise unknown(f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions"))
@@ -99,4 +115,4 @@ def _model(source: str | Path, device: str | torch.device, **options: Any) -> Pr
         if dtype not in DTYPES:
             raise unknown(f"no dtype {dtype!r}", dtype, DTYPES)
         dtype = getattr(torch, dtype)
-    return Predictor(load(source, device, dtype), **options)
+    return Predictor(load(source, device, dtype, **agreed), **options)

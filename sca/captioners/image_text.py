@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from sca.captioners.untrained import untrained_processor
-from sca.hub import UNREADABLE, HubError, fetch, fingerprint, load_pretrained, quiet, read_config
+from sca.hub import HubError, fetch, fingerprint, load_pretrained, quiet, read_config, reading
 from sca.language_models.causal import DTYPES, new_words
 from sca.model import check_finite_scores
 
@@ -71,7 +71,7 @@ class ImageTextModel:
             self.processor = untrained_processor(configuration)  # refuses what it does not know
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = AutoModelForImageTextToText.from_config(configuration)
+                model = AutoModelForImageTextToText.from_config(configuration, trust_remote_code=False)
             model = model if kind == "auto" else model.to(getattr(torch, kind))
         self.model = model.to(where).eval()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -144,13 +144,13 @@ class ImageTextModel:
 def read_processor(folder: Path) -> Any:
     """What prepares pictures and texts, as it lies in a folder. Raises HubError for one that cannot be read."""
     try:
-        with quiet():
-            processor = AutoProcessor.from_pretrained(folder)
-            processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300]
+        with reading(f"the processor in {folder}"), quiet():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except HubError as error:
         way = f". It needs: pip install '{BUILTIN}[baselines]'" if "torchvision" in str(error).lower() else ""
-        raise HubError(f"the processor in {folder} cannot be read: {reason}{way}") from error
+        raise HubError(f"{error}{way}") from error
+    processor.image_processor = image_processor
     return processor
 
 

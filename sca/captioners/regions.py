@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sca_registry
@@ -18,10 +17,12 @@ from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoint import HUB_ID, load
 from sca.composition import parts
+from sca.hub import local_folder
 from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
 from sca.masks import RLE, box_of, decode, encode
 from sca.model import Segmenting
 
+AGREED = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes
 Box = tuple[float, float, float, float]
 
 
@@ -127,10 +128,14 @@ def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device = "c
     """
     part = Part.from_dict(encoder, "encoder")
     if part.name not in sca_registry.encoders:
-        if part.name in zoo.names() or Path(part.name).is_dir() or HUB_ID.fullmatch(part.name):
-            if part.options:
-                raise RegistryError(f"the encoder {part.name!r} is a checkpoint, which has no options to set")
-            model = load(part.name, device)
+        if part.name in zoo.names() or local_folder(part.name) or HUB_ID.fullmatch(part.name):
+            for option in part.options:
+                if option not in AGREED:
+                    raise RegistryError(
+                        f"the encoder {part.name!r} is a checkpoint, which has no option {option!r} to set; it takes "
+                        f"{', '.join(AGREED)}"
+                    )
+            model = load(part.name, device, **part.options)
             segmenter = parts(model.spec, model.encoder)["segmenter"].name
             return Segmenting(model.encoder, model.segmenter), _gives_masks(segmenter)
         sca_registry.encoders.card(part.name)  # says what there is

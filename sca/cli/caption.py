@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from sca_registry.spec import CAPTION_FROM
 
-from sca.cli.options import DEVICES, OUTPUTS, complain, find_device, print_table, settle
+from sca.cli.options import DEVICES, OUTPUTS, AllowExternal, TrustRemoteCode, complain, find_device, print_table, settle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "sca-tiny"
 DTYPES = ("float32", "bfloat16", "float16")
-UNKEPT = ("images", "out", "format", "resume", "quiet", "launcher", "shard")  # that say nothing of what is answered
+UNKEPT = (  # that say nothing of what is answered
+    *("images", "out", "format", "resume", "quiet", "launcher", "shard"),
+    *("trust_remote_code", "allow_external"),
+)
 
 
 def caption(
@@ -91,6 +94,8 @@ def caption(
         typer.Option(help="many images, in shards: 'local workers=2', 'ray address=auto', ...; .tar archives, too"),
     ] = None,
     shard: Annotated[int, typer.Option(help="with --launcher: images of a shard", min=1)] = 1000,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
     resume: Annotated[bool, typer.Option("--resume", help="with --out: go on where the same command ended")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
 ) -> None:
@@ -133,7 +138,8 @@ def caption(
     requests.match(paths)
     from sca.captioners.door import settings
 
-    captioner = load_captioner(model, device, dtype, seed)
+    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    captioner = load_captioner(model, device, dtype, seed, **agreed)
     generation = settings(
         captioner, beams=beams, words=words, captions=captions, sample=sample, temperature=temperature
     )
@@ -173,14 +179,14 @@ def caption(
     raise typer.Exit(failures.status)
 
 
-def load_captioner(model: str, device: str, dtype: str | None, seed: int) -> Captioner:
+def load_captioner(model: str, device: str, dtype: str | None, seed: int, **agreed: bool) -> Captioner:
     """What `sca.captioner` has for a name, on a device that is here."""
     import torch
 
     from sca.captioners.door import captioner
 
     torch.manual_seed(seed)
-    return captioner(model, find_device(device), **({"dtype": dtype} if dtype else {}))
+    return captioner(model, find_device(device), **agreed, **({"dtype": dtype} if dtype else {}))
 
 
 class Failures:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import DEVICES, complain, find_device, settle
+from sca.cli.options import DEVICES, AllowExternal, TrustRemoteCode, complain, find_device, settle
 
 DTYPES = ("float32", "bfloat16", "float16")
 HERE = ("127.0.0.1", "localhost", "::1")
@@ -21,6 +21,8 @@ def demo(
     port: Annotated[int, typer.Option(help="port to listen at; 0 for any that is free", min=0, max=65535)] = 7860,
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
     dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
     browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
 ) -> None:
     """A page to point at regions of pictures, or to find them all. Needs the extra `demo`; works offline.
@@ -40,4 +42,5 @@ def demo(
     from sca.demo.run import run
 
     names = model or ["sca-tiny"]
-    run(names, find_device(device), dtype, host, port, host in HERE, browser, complain)
+    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    run(names, find_device(device), dtype, host, port, host in HERE, browser, complain, agreed)

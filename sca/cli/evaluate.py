@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import DEVICES, complain, find_device, print_table, settle
+from sca.cli.options import DEVICES, AllowExternal, TrustRemoteCode, complain, find_device, print_table, settle
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report
@@ -41,6 +41,8 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar and no remarks")] = False,
 ) -> None:
     """Asks a model for the regions of a dataset and scores the answers. A killed run goes on with the same --out.
@@ -63,6 +65,7 @@ def evaluate(
     if out:
         open_folder(out)
     how = {"batch": batch, "limit": limit, "device": device, "quiet": quiet}
+    how |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
         reports = _protocol(model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, how)
@@ -218,6 +221,8 @@ def _run(
             batch=how["batch"],
             limit=how["limit"],
             device=how["device"],
+            trust_remote_code=how["trust_remote_code"],
+            allow_external=how["allow_external"],
             folder=out,
             progress=lambda done, every: progress.update(bar, completed=done, total=every),
         )

@@ -5,13 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import torch
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Allow a checkpoint to run code; only for authors that you trust."),
+]
+AllowExternal = Annotated[
+    bool,
+    typer.Option(
+        "--allow-external",
+        help="Allow a checkpoint to refer to files outside its folder, other repositories and URLs; not to run code.",
+    ),
+]
 DEVICES = "cpu, cuda, cuda:1, mps"
 OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import print_table, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, print_table, settle
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
     from sca.plan import Plan
+    from sca.trust import Trust
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,6 +32,8 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="of the weights; in training, of what autocast computes in: " + ", ".join(DTYPES))
     ] = "float32",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Parameters, sizes of weights, operations and memory of a model, and what fits a GPU.
@@ -42,8 +44,9 @@ def plan(
     import torch
 
     from sca.plan import plan as make_plan
+    from sca.trust import Trust
 
-    spec = _read(model).override(overrides or ())
+    spec = _read(model, Trust(trust_remote_code, allow_external)).override(overrides or ())
     planned = make_plan(spec, images, regions, words, train, getattr(torch, dtype), gpu)
     if as_json:
         typer.echo(json.dumps(planned.to_dict(), indent=1))
@@ -51,24 +54,28 @@ def plan(
         _print(planned)
 
 
-def _read(model: str) -> ModelSpec:
+def _read(model: str, trust: Trust) -> ModelSpec:
     """The spec of what was named. Raises RegistryError for what is none of these."""
     from sca_registry import zoo
     from sca_registry.messages import unknown
     from sca_registry.spec import ModelSpec
 
     from sca.checkpoint import SPEC, read_spec
+    from sca.hub import here_hint, local_folder
+    from sca.trust import confine_spec
 
     if "+" in model:
         return ModelSpec.parse(model)
     entry = zoo.get(model) if model in zoo.names() else None
-    folder = entry.folder if entry else Path(model).expanduser()
-    if folder is not None and (folder / SPEC).is_file():
-        return read_spec(folder)
+    folder = entry.folder if entry else local_folder(model)
+    if folder is not None and (folder / SPEC).exists():
+        return confine_spec(read_spec(folder), folder, trust)
     if entry:
         raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
     local = [name for name in zoo.names() if zoo.get(name).folder]
-    raise unknown(f"{model!r} is neither a folder with a {SPEC} nor encoder+mixer+language-model", model, local)
+    raise unknown(
+        f"{model!r} is neither a folder with a {SPEC} nor encoder+mixer+language-model{here_hint(model)}", model, local
+    )
 
 
 def _print(planned: Plan) -> None:

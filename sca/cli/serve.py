@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import DEVICES, complain, find_device, settle
+from sca.cli.options import DEVICES, AllowExternal, TrustRemoteCode, complain, find_device, settle
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIB = 2**20
@@ -32,6 +32,8 @@ def serve(
     origin: Annotated[
         list[str] | None, typer.Option(help="whose pages may ask from a browser: https://example.org, or * for all")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
     seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
     launcher: Annotated[
         str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
@@ -69,6 +71,8 @@ def serve(
         clients=clients,
         origins=tuple(origin or ()),
         log=not quiet,
+        trust_remote_code=trust_remote_code,
+        allow_external=allow_external,
     )
     hosted.check()
     if part.name == "local":  # of other places, who serves there knows

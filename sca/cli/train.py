@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from sca.cli.options import AllowExternal, TrustRemoteCode
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a TOML file")],
@@ -18,6 +20,8 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; the model is OUT/model")] = None,
     resume: Annotated[bool, typer.Option(help="continue what an interrupted run left in OUT")] = True,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
     """Trains a model; an interrupted run continues when the same command is given again."""
@@ -25,6 +29,7 @@ def train(
 
     plan = Recipe.read(recipe, changes or ())
     folder = out or Path("runs") / plan.name
+    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
     from sca.training.trainer import budget_each, images_each, prepare
@@ -34,11 +39,12 @@ def train(
     if processes > 1 and "RANK" not in os.environ:
         images_each(plan.train, processes)
         budget_each(plan.train, processes)
-        prepare(plan)  # so that a mistake is told once, and before anything is started
+        prepare(plan, **agreed)  # so that a mistake is told once, and before anything is started
         arguments = ["train", recipe, *(changes or ()), "--out", str(folder), "--resume" if resume else "--no-resume"]
-        raise typer.Exit(_start(processes, arguments + ["--quiet"] * quiet))
+        flags = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
+        raise typer.Exit(_start(processes, arguments + [flag for flag, given in flags.items() if given]))
     first = os.environ.get("RANK", "0") == "0"
-    model = run(plan, folder, resume=resume, quiet=quiet)
+    model = run(plan, folder, resume=resume, quiet=quiet, **agreed)
     if first:
         typer.echo(model.freeze_report())
         typer.echo(f"wrote {folder / 'model'}; use it with: sca caption IMAGE --model {folder / 'model'}")

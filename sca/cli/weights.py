@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sca.cli.options import complain, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, complain, settle
 
 LAYOUTS = ("published", "lm")
 
@@ -15,22 +15,35 @@ LAYOUTS = ("published", "lm")
 def pull(
     name: Annotated[str, typer.Argument(help="a model or a part by name, or a hub id OWNER/NAME")],
     revision: Annotated[str | None, typer.Option(help="of a hub id; by name, what the card says")] = None,
+    allow_external: AllowExternal = False,
 ) -> None:
     """Fetches weights into the cache, so that they are there without a network.
 
     What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
+    Prints the commit that was taken and stores it: from then on the same commit is loaded, until another is pulled.
     """
+    from sca.hub import pin
     from sca.hub import pull as fetch
     from sca.published import tokenizer_source
+    from sca.trust import Trust, TrustError
+
+    def take(source: str, revision: str | None = None, **options: Any) -> Path:
+        folder = fetch(source, revision, **options)
+        commit = pin(source, folder)
+        typer.echo(f"{source}{f' at {commit}' if commit else ''}: {folder}")
+        return folder
 
     for source, wanted, prefix in _sources(name):
         if "://" in source:
             raise ValueError(f"{name} has its weights at {source}, from where they are fetched when it is first built")
-        folder = fetch(source, revision or wanted, prefix=prefix)
-        typer.echo(f"{source}: {folder}")
-        words = tokenizer_source(folder)
-        if words:  # a published checkpoint has its language model's tokenizer elsewhere
-            typer.echo(f"{words}: {fetch(words, weights=False)}")
+        folder = take(source, revision or wanted, prefix=prefix)
+        try:
+            tokenizer = tokenizer_source(folder, Trust(external=allow_external))
+        except TrustError as error:
+            complain(f"its tokenizer was not fetched: {error}")
+            continue
+        if tokenizer:  # a published checkpoint has its language model's tokenizer elsewhere
+            take(tokenizer, weights=False)
 
 
 def push(
@@ -64,6 +77,8 @@ def import_(
     encoder: Annotated[str, typer.Option(help="a SAM by name or folder whose weights the model has")] = "",
     language_model: Annotated[str, typer.Option(help="a language model by name or folder, likewise")] = "",
     tokenizer: Annotated[str, typer.Option(help="a hub id or folder with a tokenizer, for a model that has none")] = "",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
 ) -> None:
     """Writes a model in this package's own layout.
 
@@ -75,7 +90,7 @@ def import_(
     from sca.language_models.hf import read_tokenizer
     from sca.published import with_sources
 
-    model = load(folder)
+    model = load(folder, trust_remote_code=trust_remote_code, allow_external=allow_external)
     if encoder or language_model:
         model = with_sources(
             model,
@@ -97,13 +112,15 @@ def export(
     layout: Annotated[
         str, typer.Option(help="published: SCA's own; lm: the language model alone, LoRA merged")
     ] = "published",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_external: AllowExternal = False,
 ) -> None:
     """Writes a model in a layout that other programs read."""
     from sca.checkpoint import load
     from sca.published import write_language_model, write_published
 
     settle("layout", layout, LAYOUTS)
-    model = load(checkpoint)
+    model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
     if layout == "published":
         write_published(model, out)
     else:
@@ -120,7 +137,7 @@ def _sources(name: str) -> list[tuple[str, str | None, str]]:
         entry = zoo.get(name)
         if entry.folder:
             raise ValueError(f"{name} comes with the package: there is nothing to fetch")
-        return [(entry.checkpoint, None, "")]
+        return [(entry.checkpoint, entry.revision, "")]
     found = []
     for registry in REGISTRIES.values():
         options = registry.card(name).options if name in registry else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -41,8 +41,10 @@ HELP = (
 class Models:
     """Engines by the names of their models; of many, those asked last stay in memory, and those in use."""
 
-    def __init__(self, device: Any, dtype: str | None):
+    def __init__(self, device: Any, dtype: str | None, agreed: Mapping[str, Mapping[str, bool]] | None = None):
+        """agreed: what a model may do (see `sca.load`), by the names on the command line; others may do nothing."""
         self.device, self.dtype = device, dtype
+        self.agreed = agreed or {}
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._lock, self._loading = threading.Lock(), threading.Lock()
@@ -77,7 +79,8 @@ class Models:
             return self._engines[name]
 
     def _loaded(self, name: str) -> Engine:
-        engine = Engine(captioner(name, self.device, **({"dtype": self.dtype} if self.dtype else {})))
+        options = {**self.agreed.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
+        engine = Engine(captioner(name, self.device, **options))
         with self._lock:
             self._engines[name] = engine
             self._users[name] += 1

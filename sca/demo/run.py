@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ def run(
     any_model: bool,
     browser: bool,
     told: Callable[[str], None],
+    agreed: Mapping[str, bool],
 ) -> None:
     """Serves the page until it is interrupted. ValueError for a port that cannot be had, and for a model."""
     with bound(host, port) as door:
         port = door.getsockname()[1]
-    models = Models(device, dtype)
+    models = Models(device, dtype, dict.fromkeys(names, agreed))
     with models.engine(names[0]):
         pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:

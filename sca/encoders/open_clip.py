@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -17,7 +16,8 @@ from sca_registry.messages import choice, suggestion
 from torch import Tensor, nn
 
 from sca.encoders.timm import IntermediateLayer, find_layer
-from sca.hub import OPEN_CLIP, fetch, reading, weight_file
+from sca.hub import OPEN_CLIP, fetch, local_file, reading, weight_file
+from sca.io.json import read_json
 from sca.nn.probe import feature_shape
 
 NO_TEXT = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
@@ -132,7 +132,7 @@ def _source(model: str | None, pretrained: str, known: Mapping[str, Any]) -> tup
     """The hub id that a tag stands for, or a file; and what the names of its files begin with."""
     import open_clip
 
-    if Path(pretrained).expanduser().is_file():
+    if local_file(pretrained) is not None:
         return pretrained, OPEN_CLIP
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     if pretrained not in tags:
@@ -147,7 +147,7 @@ def _look(folder: Path | None) -> dict[str, Any]:
     if folder is None or not (folder / CONFIG).is_file():
         return {}
     with reading(folder / CONFIG):
-        look = json.loads((folder / CONFIG).read_text("utf-8")).get("preprocess_cfg", {})
+        look = read_json(folder / CONFIG).get("preprocess_cfg", {})
         for figure in ("mean", "std"):
             if figure in look and (
                 len(look[figure]) != 3 or not all(isinstance(each, float | int) for each in look[figure])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from sca_registry.contracts import ImageFormat
 from sca_registry.messages import suggestion
 from torch import Tensor, nn
 
-from sca.hub import fetch, reading, terms_of, weight_file
+from sca.hub import fetch, local_file, reading, terms_of, weight_file
+from sca.io.json import read_json
 from sca.nn.probe import feature_shape
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class TimmEncoder(nn.Module):
         if pretrained and known and known.license in UNFREE and not terms_of(weights):
             logger.warning("sca: %s: its licence is %s", weights, known.license)
         file = weight_file(weights, revision) if pretrained else None
-        if not model and Path(weights).expanduser().is_file():
+        if not model and local_file(weights) is not None:
             raise ValueError(f"which model {weights} is of has to be said: model=NAME")
         said = _said(file.parent if file else fetch(weights, revision, weights=False) if not model else None)
         if model:
@@ -133,7 +133,7 @@ def _said(folder: Path | None) -> _Said:
     if folder is None or not (folder / "config.json").is_file():
         return _Said()
     with reading(folder / "config.json"):
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
         look = {**config, **(config.get("pretrained_cfg") or {})}
         kept = {key: look[key] for key in ("mean", "std", "interpolation", "num_classes") if key in look}
         return _Said(str(config.get("architecture", "")), kept)

@@ -120,6 +120,8 @@ def evaluate(
     device: str = "cpu",
     folder: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
+    allow_external: bool = False,
 ) -> Report | None:
     """Asks the model for the regions of a dataset and scores its answers.
 
@@ -127,8 +129,8 @@ def evaluate(
     of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built dataset. split: of a dataset given by
     name; a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for
     dense captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
-    device: for a model that is loaded. folder: for predictions.jsonl, which is written as answers come; a run that was
-    killed goes on where it was. batch, limit, progress: see `sca.evaluation.predictions.predict`.
+    device, trust_remote_code, allow_external: for a model that is loaded, see `sca.load`. folder: for
+    predictions.jsonl, which is written as answers come; a run that was killed goes on where it was. batch, limit, progress: see `sca.evaluation.predictions.predict`.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch), which need a
     folder: each asks for its share of the images, the first scores, and the others have no report.
@@ -142,7 +144,8 @@ def evaluate(
     if processes > 1 and folder is None:
         raise ValueError("several processes need a folder to put their predictions together: give --out FOLDER")
     questions = questions or Questions()
-    model_name, captioner = _captioner(model, device)
+    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    model_name, captioner = _captioner(model, device, agreed)
     dataset_name, split, options, built = _dataset(dataset, split)
     found = Part.from_dict(proposer, "proposer") if proposer is not None else None
     asking: Questions | Proposing = questions
@@ -267,9 +270,9 @@ def _report(
     return Report(predictions.run, predictions.end, scored, remarks, seconds, predictions.records, images)
 
 
-def _captioner(model: Any, device: str) -> tuple[str, Captioner]:
+def _captioner(model: Any, device: str, agreed: Mapping[str, bool]) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), open_captioner(model, device)
+        return str(model), open_captioner(model, device, **agreed)
     if isinstance(model, Predictor):
         return _name(model.model), model
     return (_name(model), model) if hasattr(model, "describe") else (_name(model), Predictor(model))

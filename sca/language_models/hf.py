@@ -43,6 +43,8 @@ class HfLanguageModel(CausalLanguageModel):
     ):
         if dtype not in DTYPES:
             raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
+        if not isinstance(trust_remote_code, bool):
+            raise ValueError(f"trust_remote_code is {trust_remote_code!r}; choose true or false")
         how = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
             model = load_pretrained(_model_class(weights, revision, trust_remote_code), weights, revision, **how)
@@ -85,14 +87,13 @@ def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool
     if not has_tokenizer(folder):
         return None
     try:
-        with quiet():
+        with reading(f"the tokenizer in {folder}"), quiet():
             return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except HubError as error:
         way = ""
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
             way = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
-        reason = " ".join(str(error).split())[:200]
-        raise HubError(f"the tokenizer in {folder} cannot be read: {reason}{way}") from error
+        raise HubError(f"{error}{way}") from error
 
 
 def _model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:

@@ -20,7 +20,7 @@ class Hosted:
     """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
     of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
     features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. log: a line for
-    each request.
+    each request. trust_remote_code, allow_external: what the model may do, see `sca.load`; no request can change it.
     """
 
     model: str
@@ -36,6 +36,8 @@ class Hosted:
     clients: int = 512
     origins: tuple[str, ...] = ()
     log: bool = False
+    trust_remote_code: bool = False
+    allow_external: bool = False
 
     def check(self) -> None:
         """RegistryError if what serving needs is not installed."""
@@ -49,7 +51,8 @@ class Hosted:
         from sca.captioners.door import captioner
 
         torch.manual_seed(self.seed)
-        return captioner(self.model, self.device, **({"dtype": self.dtype} if self.dtype else {}))
+        agreed = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
+        return captioner(self.model, self.device, **agreed, **({"dtype": self.dtype} if self.dtype else {}))
 
     def application(self, captioner: Captioner | None = None) -> FastAPI:
         """The application, with a captioner that may have been made already."""

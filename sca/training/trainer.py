@@ -34,12 +34,21 @@ from sca.training.recipe import Recipe, TrainOptions, Validation
 from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
 
 
-def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool = False) -> SegmentCaptioner:
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    resume: bool = True,
+    quiet: bool = False,
+    *,
+    trust_remote_code: bool = False,
+    allow_external: bool = False,
+) -> SegmentCaptioner:
     """Trains a recipe and writes `folder/model`, and `folder/best` if it is validated; what an interrupted run left
     under `folder` is continued.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each takes its
     share of a step's images, and the first writes. However many there are, every step learns the same.
+    trust_remote_code, allow_external: what the checkpoint that training begins with may do, see `sca.load`.
     """
     folder = Path(folder)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
@@ -50,7 +59,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, quiet: bool =
     sharded = _asked_to_shard(recipe) and processes > 1
     if sharded:
         check_shardable(recipe)
-    model, stream, attributes = prepare(recipe)
+    model, stream, attributes = prepare(recipe, trust_remote_code, allow_external)
     lesson = Lesson(model, recipe.loss, attributes, recipe.train.chunk)
     check_rates(recipe.train, lesson)
     budget = budget_each(recipe.train, processes)
@@ -113,12 +122,17 @@ def budget_each(options: TrainOptions, processes: int) -> int:
     return options.budget // parts
 
 
-def prepare(recipe: Recipe) -> tuple[SegmentCaptioner, Mixture, Attributes]:
+def prepare(
+    recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False
+) -> tuple[SegmentCaptioner, Mixture, Attributes]:
     """The model to train, the examples, and the attributes that the auxiliary losses name.
 
     Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
     """
-    model = load(recipe.model) if isinstance(recipe.model, str) else build(recipe.model)
+    if isinstance(recipe.model, str):
+        model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
+    else:
+        model = build(recipe.model)
     if recipe.train.sharded:
         check_shardable(recipe)
     if model.language_model.tokenizer is None:

@@ -75,17 +75,14 @@ def test_non_finite_features_scores_and_ious_are_an_error(small):
         assert broken, part
         with torch.no_grad():
             broken[-1].fill_(torch.nan)
-        predictor = Predictor(model)
         with pytest.raises(ValueError, match=told):
-            predictor.set_image(image)
-            predictor.predict(boxes=[(1, 2, 30, 40)])
+            Predictor(model).describe(image, [Prompt(box=(1, 2, 30, 40))])
 
 
 def test_float16_overflow_is_an_error(small):
     model = small()
     with torch.no_grad():
         model.language_model.model.get_output_embeddings().weight.fill_(6e4)
-    predictor = Predictor(model.half())
+    predictor, image = Predictor(model.half()), Image.new("RGB", (64, 64), "blue")
     with pytest.raises(ValueError, match="if this is float16, use"):
-        predictor.set_image(Image.new("RGB", (64, 64), "blue"))
-        predictor.predict(boxes=[(1, 2, 30, 40)])
+        predictor.describe(image, [Prompt(box=(1, 2, 30, 40))])

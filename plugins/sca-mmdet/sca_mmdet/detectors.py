@@ -13,7 +13,7 @@ import torch
 from sca_registry.messages import suggestion
 from torch import nn
 
-from sca.hub import reading
+from sca.hub import local_file, reading
 from sca_mmdet.operators import prepare, refuse_compiled
 
 if TYPE_CHECKING:
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 
 def read_config(name: str, parts: tuple[str, ...] = ()) -> Config:
-    """A config by its name in mmdet, or by file. parts: those of the model that are used, if not all.
+    """A config by its name in mmdet, or by file, a path with a separator, whose code is run.
+
+    parts: those of the model that are used, if not all.
 
     Raises ValueError if there is none, or what is used needs compiled operators.
     """
     prepare()
     from mmengine.config import Config
 
-    file = Path(name).expanduser()
-    if not file.is_file():
+    file = local_file(name)
+    if file is None:
         known = _known()
         if name not in known:
             raise ValueError(

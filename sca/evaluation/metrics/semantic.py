@@ -37,8 +37,9 @@ class Semantic:
         from transformers import AutoModel, AutoTokenizer
 
         with quiet():
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().to(device)
+            here = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+            self.model = AutoModel.from_pretrained(folder, **here).eval().to(device)
         weights = next(iter(fingerprint(folder)["sha256"].values()))
         self.implementation = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
         self.references, self.batch = references, batch

@@ -1,0 +1,213 @@
+"""What a checkpoint from elsewhere may do: it is data, so its spec names components, runs no code, and stays inside.
+
+The caller's own specs (`sca.compose`, recipes, options of a captioner) are not restricted; what is read from a
+checkpoint is, and only the caller can lift that.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sca_registry import registry
+from sca_registry.cards import NAME
+from sca_registry.overrides import PARTS
+from sca_registry.spec import ModelSpec, Part
+
+from sca.hub import known_sources
+from sca.io.json import read_json
+
+TRUST = "trust_remote_code"
+SOURCES = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
+TOKEN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is no path
+LARGEST = 2**26  # of any whole number in a spec: no dimension, count or position of a model is larger
+DEEPEST = 6  # folders of a checkpoint inside each other
+CODE_WAY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
+EXTERNAL_WAY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
+REMOTE_KEYS = (  # fields of a configuration by which a library takes code or weights from elsewhere
+    *("attn_implementation", "experts_implementation", "base_model_name_or_path"),
+    *("architecture", "backbone", "timm_model_name", "hf_model_name", "hf_tokenizer_name"),
+)
+
+
+class Trust(NamedTuple):
+    """What the caller agrees to.
+
+    remote_code: A checkpoint may run code. external: A checkpoint may name files outside its folder, other repositories
+    and URLs.
+    """
+
+    remote_code: bool = False
+    external: bool = False
+
+
+NO_TRUST = Trust()
+
+
+class TrustError(ValueError):
+    """A checkpoint that asks for more than the caller agreed to; one line that names the option that agrees."""
+
+
+def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
+    """Check the spec of a checkpoint folder before anything is imported or built from it.
+
+    Returns:
+        The spec, in which what lies in the folder has an absolute path.
+
+    Raises:
+        TrustError: For an option that runs code, and for one that names something outside the folder other than the
+            weights of a known card, unless the caller agreed.
+        RegistryError: For a component that does not exist.
+    """
+    parts = {kind: getattr(spec, kind) for kind in PARTS}
+    confined = {kind: _confine_part(kind, part, folder, trust) for kind, part in parts.items() if part is not None}
+    _check_numbers([spec.lora, spec.generation, spec.everything, spec.task_tokens])
+    return replace(spec, **confined)
+
+
+def check_source(name: str, folder: Path, trust: Trust) -> str:
+    """Resolve the name of weights or a tokenizer that a checkpoint refers to.
+
+    Returns:
+        The absolute path of what lies in the folder, the hub id of a known card, or the name itself.
+
+    Raises:
+        TrustError: For anything else, unless the caller agreed.
+    """
+    if "\0" in name:
+        raise TrustError(f"{folder} refers to {_shown(name)}, which is no path; copy the checkpoint again")
+    inside = _find_inside(name, folder)
+    if inside is not None:
+        return str(inside)
+    sources = known_sources()
+    if name in sources:
+        return sources[name]
+    if not trust.external:
+        raise TrustError(f"{folder} refers to {_shown(name)} outside its folder; {EXTERNAL_WAY}")
+    return name
+
+
+def check_folder(folder: Path, trust: Trust, recursive: bool = True) -> None:
+    """Check the files of a checkpoint folder before a library reads them.
+
+    Raises:
+        TrustError: For anything but regular files and folders, and for a link that leaves the folder, unless the caller
+            agreed.
+        ValueError: For JSON that cannot be read.
+    """
+    root = _real_root(folder)
+    for path in _files(folder, DEEPEST if recursive else 0):
+        mode = path.stat().st_mode if path.exists() else 0
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise TrustError(f"{path} is not a regular file; copy the checkpoint again")
+        if path.is_symlink() and not trust.external and not path.resolve().is_relative_to(root):
+            raise TrustError(f"{path} is a link to outside of its folder; {EXTERNAL_WAY}")
+        if path.suffix == ".json" and mode and stat.S_ISREG(mode) and path.name != "tokenizer.json":
+            _check_configuration(read_json(path), path, trust)
+
+
+def _confine_part(kind: str, part: Part, folder: Path, trust: Trust) -> Part:
+    card = registry(kind).card(part.name)
+    what = f"{kind.replace('_', ' ')} {part.name!r}"
+    _check_numbers(part.options)
+    options = dict(part.options)
+    for option, value in part.options.items():
+        if option == TRUST or option in card.code_options:
+            if value is False or (option != TRUST and _is_plain_name(value)):
+                continue
+            if not trust.remote_code:
+                raise TrustError(f"{what} sets {option}={_shown(value)}, which runs code; {CODE_WAY}")
+        options[option] = _confine_value(what, option, value, folder, trust)
+    return Part(part.name, options)
+
+
+def _confine_value(what: str, option: str, value: Any, folder: Path, trust: Trust) -> Any:
+    try:
+        if isinstance(value, str) and (option in SOURCES or _is_reference(value)):
+            return check_source(value, folder, trust)
+        for text in _texts(value):
+            if not trust.external and _is_reference(text):
+                raise TrustError(f"{folder} refers to {_shown(text)} outside its folder; {EXTERNAL_WAY}")
+    except TrustError as error:
+        raise TrustError(f"{option} of the {what}: {error}") from error
+    if isinstance(value, Mapping):
+        _check_configuration(value, f"{option} of the {what}", trust)
+    return value
+
+
+def _check_configuration(content: Any, where: object, trust: Trust) -> None:
+    """Raise TrustError if a configuration makes a library read files or fetch code or weights from elsewhere."""
+    for key, value in _pairs(content):
+        if not isinstance(value, str) or not value:
+            continue
+        if key.endswith(REMOTE_KEYS) and _is_reference(value) and not trust.remote_code:
+            raise TrustError(f"{where} sets {key}={_shown(value)}, which can fetch and run code; {CODE_WAY}")
+        is_file = key.endswith("_file") and key != "special_tokens_map_file"
+        if is_file and _is_reference(value) and not trust.external:
+            raise TrustError(f"{where} sets {key}={_shown(value)}, a file outside its folder; {EXTERNAL_WAY}")
+
+
+def _check_numbers(content: Any) -> None:
+    for _, value in _pairs({"": content}):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise TrustError(f"the number {value!r:.40} is larger than any size of a model; copy the checkpoint again")
+
+
+def _is_plain_name(value: Any) -> bool:
+    """Whether a value can only name something that is installed."""
+    return isinstance(value, str) and bool(NAME.fullmatch(value))
+
+
+def _is_reference(text: str) -> bool:
+    """Whether text looks like a path, a hub id or a URL, and not like a name or a token."""
+    return not TOKEN.fullmatch(text) and (text.startswith("~") or any(sign in text for sign in "/\\:\0"))
+
+
+def _find_inside(name: str, folder: Path) -> Path | None:
+    """The absolute path of what lies in a folder; None if it does not exist, or lies elsewhere."""
+    if not name or name.startswith("~"):
+        return None
+    path = folder.absolute() / name
+    root = _real_root(folder)
+    try:
+        real = path.resolve()
+        return path if path.exists() and ".." not in path.parts and real.is_relative_to(root) else None
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, or a loop of links
+        return None
+
+
+def _real_root(folder: Path) -> Path:
+    """What a folder may refer to: itself, or of one in the hub's cache its repository, where the content is stored."""
+    real = folder.resolve()
+    return real.parent.parent if real.parent.name == "snapshots" else real
+
+
+def _files(folder: Path, depth: int) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        yield path
+        if depth and path.is_dir() and not path.is_symlink():
+            yield from _files(path, depth - 1)
+
+
+def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, and every member of a list with the key of the list, at any depth."""
+    waiting = [("", content)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(str(inner), each) for inner, each in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(key, each) for each in value]
+        yield key, value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    return (each for _, each in _pairs(value) if isinstance(each, str))
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
