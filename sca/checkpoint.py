@@ -153,9 +153,11 @@ def _one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
-        if isinstance(error, CheckpointError | HubError) and len(str(error)) <= MESSAGE:
+        said = str(error) or type(error).__name__
+        if isinstance(error, CheckpointError | HubError) and len(said) <= MESSAGE and said.isprintable():
             raise
-        reason = shorten(" ".join(str(error).split()) or type(error).__name__, MESSAGE, placeholder=" ...")
+        line = "".join(each if each.isprintable() else " " for each in said)
+        reason = shorten(line, MESSAGE, placeholder=" ...") if " " in line[:MESSAGE] else line[:MESSAGE]
         raise CheckpointError(reason if str(folder) in reason else f"{folder}: {reason}") from error
 
 

@@ -11,6 +11,16 @@ from pathlib import Path
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def pinned_by_cards(name):
+    """The commits of a hub id that cards pin; the small models that are served in their place are of all of them."""
+    from sca_registry import REGISTRIES
+
+    cards = [registry.card(each) for registry in REGISTRIES.values() for each in registry.names()]
+    return {
+        card.options["revision"] for card in cards if card.options.get("weights") == name and "revision" in card.options
+    }
+
+
 class Hub:
     """Serves `models[id] = folder`. requests: what was asked, as "METHOD path". gated: ids that need
     the token "secret". cut: files whose first download breaks off half way. given: where pushed models lie; without,
@@ -62,7 +72,7 @@ class Hub:
             return self.refuse(request, 403, "GatedRepo")
         if api is not None:
             rest = api.split("/")[2:]
-            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
+            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT, *pinned_by_cards(name)):
                 return self.refuse(request, 404, "RevisionNotFound")
             return self.describe(request, name, tree=rest[:1] == ["tree"])
         file = self.models[name] / "/".join(path.split("/")[4:])

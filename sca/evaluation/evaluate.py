@@ -130,7 +130,8 @@ def evaluate(
     name; a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for
     dense captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
     device, trust_remote_code, allow_external: for a model that is loaded, see `sca.load`. folder: for
-    predictions.jsonl, which is written as answers come; a run that was killed goes on where it was. batch, limit, progress: see `sca.evaluation.predictions.predict`.
+    predictions.jsonl, which is written as answers come; a run that was killed goes on where it was. batch, limit,
+    progress: see `sca.evaluation.predictions.predict`.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch), which need a
     folder: each asks for its share of the images, the first scores, and the others have no report.

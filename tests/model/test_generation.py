@@ -55,7 +55,7 @@ def test_every_caller_generates_in_pieces(rows, monkeypatch):
     assert len(predictor.predict(boxes=BOXES)) == 40
     found = predictor.best(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
     predictor.tell(found, [Prompt(box=box) for box in BOXES])
-    evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", Questions(), batch=12, quiet=True)
+    evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", questions=Questions(), batch=12)
     features = model.encode(torch.zeros(1, 3, 64, 64))
     prompts = Prompts(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
     model.generate(features, prompts, torch.zeros(40, dtype=torch.long))

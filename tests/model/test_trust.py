@@ -1,0 +1,252 @@
+"""What a checkpoint may name, what a bare name means, and which commit is loaded."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sca_registry import REGISTRIES, zoo
+from sca_registry.spec import ModelSpec
+
+import sca
+from sca.checkpoint import WEIGHTS, CheckpointError, load, locate, save
+from sca.hub import known_sources, local_folder, local_path, pin, pinned
+from sca.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    return save(small(), tmp_path / "model")
+
+
+def change(folder, file="spec.json", **fields):
+    table = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**table, **fields}))
+    return folder
+
+
+STRANGER = (
+    "open({marker!r}, 'w').close()\n"
+    "from transformers import PreTrainedConfig, PreTrainedModel\n"
+    "class StrangerConfig(PreTrainedConfig):\n    model_type = 'stranger'\n"
+    "class Stranger(PreTrainedModel):\n    config_class = StrangerConfig\n"
+)
+
+
+@pytest.fixture
+def stranger(folder, tmp_path):
+    """A checkpoint whose language model is code in its folder, and the file that the code writes."""
+    inner, marker = folder / "lm", tmp_path / "ran"
+    inner.mkdir()
+    auto_map = {"AutoConfig": "stranger.StrangerConfig", "AutoModelForCausalLM": "stranger.Stranger"}
+    config = {"model_type": "stranger", "architectures": ["Stranger"], "auto_map": auto_map}
+    (inner / "config.json").write_text(json.dumps(config))
+    (inner / "stranger.py").write_text(STRANGER.format(marker=str(marker)))
+    save_file({"a": torch.zeros(1)}, inner / "model.safetensors", metadata={"format": "pt"})
+    return change(folder, language_model={"name": "hf", "weights": "lm", "trust_remote_code": True}), marker
+
+
+@pytest.mark.parametrize("agreed", [{}, {"allow_external": True}])
+def test_load_runs_no_code_of_a_checkpoint(stranger, agreed):
+    folder, marker = stranger
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        load(folder, **agreed)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("value", [None, "true", 1])
+def test_load_runs_no_code_when_trust_is_not_a_truth_value(stranger, value):
+    folder, marker = stranger
+    change(folder, language_model={"name": "hf", "weights": "lm", "trust_remote_code": value})
+    with pytest.raises(CheckpointError, match="which runs code"):
+        load(folder)
+    change(folder, language_model={"name": "hf", "weights": "lm"})
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        load(folder)  # neither does it ask on the terminal
+    assert not marker.exists()
+
+
+def test_load_runs_the_code_that_the_caller_trusts(stranger):
+    folder, marker = stranger
+    with pytest.raises(CheckpointError):  # the stranger's model is none
+        load(folder, trust_remote_code=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("language_model", {"name": "hf", "weights": "stranger/model"}, "weights of the language model 'hf'"),
+        ("language_model", {"name": "hf", "weights": "/somewhere/else"}, "--allow-external"),
+        ("language_model", {"name": "hf", "weights": "../else"}, "--allow-external"),
+        ("language_model", {"name": "hf", "weights": "bare"}, "--allow-external"),
+        ("language_model", {"name": "gguf", "weights": "~/a.gguf"}, "--allow-external"),
+        ("language_model", {"name": "gpt2", "tokenizer": "stranger/words"}, "--allow-external"),
+        ("language_model", {"name": "hf", "config": {"x": ["a/b"]}}, "--allow-external"),
+        ("encoder", {"name": "sam", "weights": "https://example.org/a.pth"}, "--allow-external"),
+        ("encoder", {"name": "timm", "model": "hf-hub:stranger/model"}, "--allow-external"),
+        ("encoder", {"name": "open-clip", "model": "ViT-B-32", "pretrained": "./a.pt"}, "--allow-external"),
+        ("encoder", {"name": "tiny-vit", "width": 10**12}, "larger than any size"),
+        ("encoder", {"name": "tiny-vit", "trust_remote_code": True}, "--trust-remote-code"),
+        ("encoder", {"name": "stranger"}, "no encoders named"),
+        ("segmenter", {"name": "sam", "weights": "a\0b"}, "no path"),
+    ],
+)
+def test_load_refuses_what_a_spec_may_not_name(folder, part, value, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(change(folder, **{part: value}))
+    assert "\n" not in str(caught.value)
+
+
+def test_confine_spec_declares_options_that_run_code_in_cards(folder, monkeypatch):
+    card = REGISTRIES["mixers"].card("query")
+    monkeypatch.setitem(card.__dict__, "code_options", ("script",))
+    spec = ModelSpec.from_dict({**json.loads((folder / "spec.json").read_text()), "mixer": {"name": "query"}})
+    for value in ("./a.py", "/a.py", True, ["a"], "http://a/b.py"):
+        with pytest.raises(TrustError, match="script=.*which runs code; .*--trust-remote-code"):
+            confine_spec(
+                ModelSpec.from_dict({**spec.to_dict(), "mixer": {"name": "query", "script": value}}), folder, NO_TRUST
+            )
+    named = ModelSpec.from_dict({**spec.to_dict(), "mixer": {"name": "query", "script": "rtmdet_tiny_8xb32"}})
+    assert confine_spec(named, folder, NO_TRUST).mixer == named.mixer
+
+
+def test_check_source_accepts_what_is_inside_and_known_weights(folder, tmp_path):
+    (folder / "lm").mkdir()
+    (folder / "way_out").symlink_to(tmp_path)
+    assert check_source("lm", folder, NO_TRUST) == str(folder / "lm")
+    assert check_source(str(folder / "lm"), folder, NO_TRUST) == str(folder / "lm")
+    assert check_source("gpt2", folder, NO_TRUST) == "openai-community/gpt2"
+    assert check_source("facebook/sam-vit-base", folder, NO_TRUST) == "facebook/sam-vit-base"
+    assert check_source("stranger/model", folder, Trust(external=True)) == "stranger/model"
+    for outside in ("way_out", "lm/../../model/lm", "stranger/model", str(tmp_path), "x" * 5000):
+        with pytest.raises(TrustError, match="--allow-external"):
+            check_source(outside, folder, NO_TRUST)
+
+
+def test_your_own_checkpoint_loads_when_you_agree(small, lm_folder, tmp_path):
+    folder = save(small(language_model={"name": "hf", "weights": str(lm_folder("gpt2"))}), tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"allow_external=True \(--allow-external\)"):
+        load(folder)
+    assert load(folder, allow_external=True).spec.language_model.name == "hf"
+
+
+def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere(folder, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (folder / "link.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="link to outside"):
+        load(folder)
+    load(folder, allow_external=True)
+    (folder / "link.json").unlink()
+    os.mkfifo(folder / "fifo")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load(folder)
+    (folder / "fifo").unlink()
+    for field in ({"tokenizer_file": "/etc/passwd"}, {"text_config": {"_attn_implementation": "stranger/kernel"}}):
+        change(folder, "tokenizer_config.json", **field)
+        with pytest.raises(TrustError):
+            check_folder(folder, NO_TRUST)
+        (folder / "tokenizer_config.json").unlink()
+
+
+def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
+    for encoder in ({"name": "tiny-vit", "width": 2**16}, {"name": "tiny-vit", "depth": 2**20}):
+        with pytest.raises(CheckpointError, match="far more than its weights"):
+            load(change(folder, encoder=encoder))
+
+
+@pytest.mark.parametrize(
+    "file", ["spec.json", "config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+)
+def test_load_refuses_deep_json_in_one_line(folder, file):
+    (folder / file).write_text('{"encoder":' + "[" * 200_000)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(torch.nan, "encoder"), (torch.inf, "mixer")])
+def test_load_refuses_weights_that_are_not_finite(folder, value, kind):
+    tensors = load_file(folder / WEIGHTS)
+    name = next(each for each in tensors if each.startswith(kind))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"has NaN or infinite weights: {name}"):
+        load(folder)
+
+
+def test_load_refuses_weights_that_overflow_float16(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["task_tokens"].fill_(1e6)
+    save_file(tensors, folder / WEIGHTS)
+    load(folder, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="float16, which is too small for it .*task_tokens"):
+        load(folder, dtype=torch.float16)
+
+
+# --- a bare name is a name --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sca-tiny", ".sca-tiny.previous", "xk-huang"])
+def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(zoo.get("sca-tiny").folder, tmp_path / name)
+    (tmp_path / name / "spec.json").write_text('{"encoder": "of-a-stranger"}')
+    assert locate("sca-tiny") == zoo.get("sca-tiny").folder
+    assert (tmp_path / name).is_dir()
+    if name == "xk-huang":
+        with pytest.raises(CheckpointError, match=r"what lies here is written \./xk-huang"):
+            load(name)
+        with pytest.raises(ValueError, match=r"what lies here is written \./xk-huang"):
+            sca.captioner(name)
+    elif name == "sca-tiny":
+        for path in ("./sca-tiny", tmp_path / "sca-tiny"):
+            with pytest.raises(CheckpointError, match="of-a-stranger|spec.json"):
+                load(path)
+
+
+def test_hub_ids_of_cards_are_never_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("facebook/sam-vit-base", "xk-huang/segment-caption-anything-gpt2_large-vg", "gpt2", "runs/model"):
+        (tmp_path / name).mkdir(parents=True)
+    assert "facebook/sam-vit-base" in known_sources()
+    assert local_path("gpt2") is None
+    assert local_folder("facebook/sam-vit-base") is None
+    assert local_folder("xk-huang/segment-caption-anything-gpt2_large-vg") is None
+    assert local_folder("./facebook/sam-vit-base").is_dir()
+    assert local_folder("runs/model").is_dir()
+
+
+def test_locate_reads_the_previous_checkpoint_of_a_killed_save_where_it_is(folder):
+    previous = folder.rename(folder.parent / f".{folder.name}.previous")
+    assert locate(folder) == previous
+    load(folder)
+    assert previous.is_dir()
+    assert not folder.exists()
+
+
+# --- revisions --------------------------------------------------------------------------------------------------------
+
+
+def test_pin_stores_the_commit_that_was_pulled(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert pinned("owner/model") is None
+    assert pin("owner/model", tmp_path / commit) == commit
+    assert pin("owner/other", tmp_path / "no-commit") is None
+    assert (pinned("owner/model"), pinned("owner/other")) == (commit, None)
+
+
+def test_cards_pin_whole_commits_and_drop_them_for_other_weights(lm_folder):
+    pins = [
+        card.options["revision"]
+        for registry in REGISTRIES.values()
+        for name in registry.names()
+        if "revision" in (card := registry.card(name)).options
+    ]
+    assert pins
+    assert all(len(pin) == 40 and int(pin, 16) for pin in pins)
+    model = REGISTRIES["language_models"].build("gpt2", weights=str(lm_folder("gpt2")))
+    assert model.revision is None
