@@ -154,7 +154,7 @@ def _one_line(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
         said = str(error) or type(error).__name__
-        if isinstance(error, CheckpointError | HubError) and len(said) <= MESSAGE and said.isprintable():
+        if isinstance(error, CheckpointError) and len(said) <= MESSAGE and said.isprintable():
             raise
         line = "".join(each if each.isprintable() else " " for each in said)
         reason = shorten(line, MESSAGE, placeholder=" ...") if " " in line[:MESSAGE] else line[:MESSAGE]

@@ -79,7 +79,7 @@ def check_source(name: str, folder: Path, trust: Trust) -> str:
         TrustError: For anything else, unless the caller agreed.
     """
     if "\0" in name:
-        raise TrustError(f"{folder} refers to {_shown(name)}, which is no path; copy the checkpoint again")
+        raise TrustError(f"{_shown(name)} is no path; copy the checkpoint again")
     inside = _find_inside(name, folder)
     if inside is not None:
         return str(inside)
@@ -87,7 +87,7 @@ def check_source(name: str, folder: Path, trust: Trust) -> str:
     if name in sources:
         return sources[name]
     if not trust.external:
-        raise TrustError(f"{folder} refers to {_shown(name)} outside its folder; {EXTERNAL_WAY}")
+        raise TrustError(f"{_shown(name)} is outside its folder; {EXTERNAL_WAY}")
     return name
 
 
@@ -131,7 +131,7 @@ def _confine_value(what: str, option: str, value: Any, folder: Path, trust: Trus
             return check_source(value, folder, trust)
         for text in _texts(value):
             if not trust.external and _is_reference(text):
-                raise TrustError(f"{folder} refers to {_shown(text)} outside its folder; {EXTERNAL_WAY}")
+                raise TrustError(f"{_shown(text)} is outside its folder; {EXTERNAL_WAY}")
     except TrustError as error:
         raise TrustError(f"{option} of the {what}: {error}") from error
     if isinstance(value, Mapping):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import Hub
+from hub import COMMIT, Hub
 
 PULL = [sys.executable, "-m", "sca", "pull"]
 
@@ -33,6 +33,7 @@ def shell(hub, tmp_path):
             asked = {
                 **os.environ,
                 "HF_HOME": str(tmp_path / "cache"),
+                "SCA_CACHE": str(tmp_path / "sca-cache"),
                 "HF_ENDPOINT": address,
                 "HF_HUB_DISABLE_XET": "1",
             }
@@ -57,7 +58,7 @@ print(float(SamEncoder("owner/sam").vision.neck.conv1.weight.sum()))
 def test_what_was_pulled_is_used_without_a_network(shell, hub, tmp_path):
     status, out, _ = shell(*PULL, "owner/sam")
     assert status == 0
-    assert out.startswith("owner/sam: ")
+    assert out.startswith(f"owner/sam at {COMMIT}: ")
     status, first, _ = shell(sys.executable, "-c", LOAD, online=False)
     assert status == 0
     assert not hub.requests
@@ -104,13 +105,36 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
     figures["text_config"]["_name_or_path"] = "owner/words"
     (folder / "config.json").write_text(json.dumps(figures))
     hub.models |= {"owner/published": folder, "owner/words": tmp_path / "words"}
-    status, out, _ = shell(*PULL, "owner/published")
+    status, out, err = shell(*PULL, "owner/published")
     assert status == 0
-    assert "owner/words: " in out
+    assert "its tokenizer was not fetched: 'owner/words' is outside its folder; pass allow_external=True" in err
+    assert not any("owner/words" in request for request in hub.requests)
+    status, out, _ = shell(*PULL, "owner/published", "--allow-external")
+    assert status == 0
+    assert f"owner/words at {COMMIT}: " in out
     assert not any("words/resolve" in request and "safetensors" in request for request in hub.requests)
-    program = "import sca; print(sca.load('owner/published').language_model.tokenizer.encode('car'))"
-    status, out, _ = shell(sys.executable, "-c", program, online=False)
-    assert (status, out.strip()) == (0, str(words.encode("car")))
+    load = "import sca; print(sca.load('owner/published'{}).language_model.tokenizer and 'has a tokenizer')"
+    status, out, err = shell(sys.executable, "-c", load.format(""), online=False)
+    assert (status, out.strip()) == (0, "None")
+    assert "captions of" in err
+    status, out, _ = shell(sys.executable, "-c", load.format(", allow_external=True"), online=False)
+    assert (status, out.strip()) == (0, "has a tokenizer")
+
+
+def test_pull_stores_the_commit_that_later_loads_take(shell, hub, tmp_path):
+    from sca_registry import zoo
+
+    hub.models["owner/tiny"] = zoo.get("sca-tiny").folder
+    status, out, _ = shell(*PULL, "owner/tiny", "--revision", COMMIT)
+    assert status == 0
+    assert out.startswith(f"owner/tiny at {COMMIT}: ")
+    (pins,) = tmp_path.rglob("pulled.json")
+    assert json.loads(pins.read_text()) == {"owner/tiny": COMMIT}
+    program = "import sca; sca.load('owner/tiny')"  # no branch is known offline, only the commit
+    assert shell(sys.executable, "-c", program, online=False)[0] == 0
+    program = "import sca\ntry: sca.load('owner/tiny', revision='elsewhere')\nexcept ValueError as error: print(error)"
+    _, out, _ = shell(sys.executable, "-c", program)
+    assert "the hub has no 'owner/tiny' at revision 'elsewhere'" in out
 
 
 def test_a_download_that_was_cut_off_is_not_taken_for_whole(shell, hub):

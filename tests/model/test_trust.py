@@ -105,7 +105,7 @@ def test_confine_spec_declares_options_that_run_code_in_cards(folder, monkeypatc
     monkeypatch.setitem(card.__dict__, "code_options", ("script",))
     spec = ModelSpec.from_dict({**json.loads((folder / "spec.json").read_text()), "mixer": {"name": "query"}})
     for value in ("./a.py", "/a.py", True, ["a"], "http://a/b.py"):
-        with pytest.raises(TrustError, match="script=.*which runs code; .*--trust-remote-code"):
+        with pytest.raises(TrustError, match=r"script=.*which runs code; .*--trust-remote-code"):
             confine_spec(
                 ModelSpec.from_dict({**spec.to_dict(), "mixer": {"name": "query", "script": value}}), folder, NO_TRUST
             )
@@ -152,7 +152,7 @@ def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere
 
 
 def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
-    for encoder in ({"name": "tiny-vit", "width": 2**16}, {"name": "tiny-vit", "depth": 2**20}):
+    for encoder in ({"name": "tiny-vit", "width": 2**13}, {"name": "tiny-vit", "depth": 2**20}):
         with pytest.raises(CheckpointError, match="far more than its weights"):
             load(change(folder, encoder=encoder))
 
@@ -170,7 +170,7 @@ def test_load_refuses_deep_json_in_one_line(folder, file):
 @pytest.mark.parametrize(("value", "kind"), [(torch.nan, "encoder"), (torch.inf, "mixer")])
 def test_load_refuses_weights_that_are_not_finite(folder, value, kind):
     tensors = load_file(folder / WEIGHTS)
-    name = next(each for each in tensors if each.startswith(kind))
+    name = next(each for each in tensors if each.startswith(kind) and tensors[each].is_floating_point())
     tensors[name].view(-1)[0] = value
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(CheckpointError, match=f"has NaN or infinite weights: {name}"):
@@ -182,7 +182,7 @@ def test_load_refuses_weights_that_overflow_float16(folder):
     tensors["task_tokens"].fill_(1e6)
     save_file(tensors, folder / WEIGHTS)
     load(folder, dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match="float16, which is too small for it .*task_tokens"):
+    with pytest.raises(CheckpointError, match=r"float16, which is too small for it .*task_tokens"):
         load(folder, dtype=torch.float16)
 
 
@@ -203,7 +203,7 @@ def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
             sca.captioner(name)
     elif name == "sca-tiny":
         for path in ("./sca-tiny", tmp_path / "sca-tiny"):
-            with pytest.raises(CheckpointError, match="of-a-stranger|spec.json"):
+            with pytest.raises(CheckpointError, match=r"spec\.json"):
                 load(path)
 
 
