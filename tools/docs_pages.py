@@ -34,6 +34,7 @@ FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 PLACES = {  # where what a manual links to is found in the site
     "docs/demo.jpg": "demo.jpg",
     "docs/tutorial.md": "tutorial.md",
+    "docs/security.md": "security.md",
     "plugins/README.md": "plugins.md",
     "benchmarks/README.md": "comparing.md",
     "CONTRIBUTING.md": "contributing.md",

@@ -47,7 +47,8 @@ def train(
     model = run(plan, folder, resume=resume, quiet=quiet, **agreed)
     if first:
         typer.echo(model.freeze_report())
-        typer.echo(f"wrote {folder / 'model'}; use it with: sca caption IMAGE --model {folder / 'model'}")
+        written = os.path.join(folder, "model")  # with a separator, also of "."
+        typer.echo(f"wrote {written}; use it with: sca caption IMAGE --model {written}")
 
 
 def _start(processes: int, arguments: list[str]) -> int:

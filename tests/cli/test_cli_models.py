@@ -14,7 +14,7 @@ def broken(checkpoint, refused, picture, here):
     def call(damage):
         shutil.copytree(checkpoint, here / "model", dirs_exist_ok=True)
         damage(here / "model")
-        return refused(2, "caption", picture("a.png"), "--box", "0,0,9,9", "--model", "model")
+        return refused(2, "caption", picture("a.png"), "--box", "0,0,9,9", "--model", "./model")
 
     return call
 
