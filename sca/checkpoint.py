@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,7 +31,8 @@ from sca_registry.messages import unknown
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sca.composition import build, parts
 from sca.folders import sync
@@ -48,9 +50,8 @@ SPEC_BYTES = 2**20  # of a spec at most
 MESSAGE = 600  # characters of what is wrong with a checkpoint at most
 WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
 SPREAD = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
-SLACK = 2**28  # bytes of frozen codes and tied weights, which files need not hold
-LARGEST_SOURCE = 2**40  # bytes of components that have weights of their own
-LARGEST_COUNT = 2**16  # parameters, as tensors
+SLACK = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
+LARGEST = 2**37  # bytes of weights that are fetched
 
 
 class CheckpointError(ValueError):
@@ -121,8 +122,9 @@ def load(
     folder = locate(source, revision)
     shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
     with _one_line(folder):
+        spec = None if is_published(folder) else read_spec(folder)  # so that no other folder is looked through
         check_folder(folder, trust._replace(external=True) if shipped else trust)  # installers may link its files
-        model = _load_published(folder, trust) if is_published(folder) else _load_own(folder, trust)
+        model = _load_published(folder, trust) if spec is None else _load_own(folder, spec, trust)
         check_finite(model, str(folder))
         model = model.to(device=device, dtype=dtype).eval()
         if dtype == torch.float16:
@@ -167,10 +169,10 @@ def _load_published(folder: Path, trust: Trust) -> SegmentCaptioner:
     return load_published(folder, trust)
 
 
-def _load_own(folder: Path, trust: Trust) -> SegmentCaptioner:
+def _load_own(folder: Path, spec: ModelSpec, trust: Trust) -> SegmentCaptioner:
     try:
-        spec = confine_spec(read_spec(folder), folder, trust)
-        with bounded_build([folder / WEIGHTS], spec):
+        spec = confine_spec(spec, folder, trust)
+        with BoundedBuild([folder / WEIGHTS], spec):
             model = build(spec)
     except RegistryError as error:
         raise CheckpointError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
@@ -190,37 +192,51 @@ def _load_own(folder: Path, trust: Trust) -> SegmentCaptioner:
     return model
 
 
-@contextmanager
-def bounded_build(files: Sequence[Path], spec: ModelSpec) -> Iterator[None]:
+class BoundedBuild(TorchDispatchMode):
     """Stop a model that is being built from a checkpoint as soon as it is far larger than the files of its weights.
 
     A spec is a few numbers, and a wrong one would otherwise fill the memory before its weights are found not to fit.
-    Components with weights of their own are as large as those, whatever the files hold.
+    Components that take weights from elsewhere are as large as those, so that nothing is known beforehand.
     """
-    sourced = [part for kind in PARTS if (part := getattr(spec, kind)) and _has_source(kind, part)]
-    allowed = sum(file.stat().st_size for file in files if file.is_file()) * SPREAD + SLACK
-    if sourced:
-        allowed = max(allowed, LARGEST_SOURCE)
-    room, count = [allowed], [LARGEST_COUNT]
 
-    def watch(module: torch.nn.Module, name: str, parameter: Tensor | None) -> None:
-        if parameter is None:
+    def __init__(self, files: Sequence[Path], spec: ModelSpec):
+        super().__init__()
+        sizes = [file.stat().st_size for file in files if file.is_file()]
+        for kind in PARTS:
+            part = getattr(spec, kind)
+            sizes += [] if part is None else _source_sizes(kind, part)
+        self.room = sum(sizes) * SPREAD + SLACK
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._follow(tensor.untyped_storage())
+        return given
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
             return
-        room[0] -= parameter.numel() * parameter.element_size()
-        count[0] -= 1
-        if room[0] < 0 or count[0] < 0:
-            raise ValueError("its parameters are far more than its weights; copy the checkpoint again")
+        self.known.add(key)
+        self.room -= size
+        weakref.finalize(storage, self._forget, key, size)
+        if self.room < 0:
+            raise ValueError("the model is far larger than its weights; copy the checkpoint again")
 
-    handle = register_module_parameter_registration_hook(watch)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.room += size
 
 
-def _has_source(kind: str, part: Part) -> bool:
+def _source_sizes(kind: str, part: Part) -> list[int]:
+    """Sizes in bytes of the weights that a component takes from elsewhere, as far as they are here."""
     options = {**registry(kind).card(part.name).options, **part.options}
-    return bool(options.get("weights") or isinstance(options.get("pretrained"), str) or options.get("model"))
+    path = local_path(str(options["weights"])) if options.get("weights") else None
+    if path is not None and path.exists():
+        return [each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]) if each.is_file()]
+    return [LARGEST] if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained")) else []
 
 
 def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str], where: Path, asked_by: str) -> None:
@@ -389,7 +405,10 @@ def read_spec(folder: Path) -> ModelSpec:
         raise CheckpointError(str(error)) from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{folder / SPEC} is {table!r:.40} and should be a table of parts: copy it again")
-    return ModelSpec.from_dict(table)
+    try:
+        return ModelSpec.from_dict(table)
+    except RegistryError as error:
+        raise CheckpointError(f"{folder / SPEC}: {error}") from error
 
 
 def _brought_by(folder: Path) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoint import CheckpointError, assign, bounded_build, is_published, stored
+from sca.checkpoint import BoundedBuild, CheckpointError, assign, is_published, stored
 from sca.composition import build
 from sca.folders import new_folder
 from sca.hub import SAFE, HubError, absent, fetch, quiet, read_tensors, some, weight_files
@@ -73,7 +73,7 @@ def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
         spec = confine_spec(read_spec(read_json(folder / "config.json"), folder), folder, trust)
     except TrustError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    with no_init_weights(), bounded_build(weight_files(folder) or [], spec):
+    with no_init_weights(), BoundedBuild(weight_files(folder) or [], spec):
         model = build(spec)
     tensors = {_ours(name): tensor for name, tensor in _tensors(folder).items()}
     causal = model.language_model.model.config

@@ -25,6 +25,7 @@ TRUST = "trust_remote_code"
 SOURCES = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
 TOKEN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is no path
 LARGEST = 2**26  # of any whole number in a spec: no dimension, count or position of a model is larger
+MOST_LAYERS = 2**10  # of any number of layers or blocks
 DEEPEST = 6  # folders of a checkpoint inside each other
 CODE_WAY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
 EXTERNAL_WAY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
@@ -152,9 +153,15 @@ def _check_configuration(content: Any, where: object, trust: Trust) -> None:
 
 
 def _check_numbers(content: Any) -> None:
-    for _, value in _pairs({"": content}):
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise TrustError(f"the number {value!r:.40} is larger than any size of a model; copy the checkpoint again")
+    for key, value in _pairs({"": content}):
+        limit = MOST_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else LARGEST
+        if isinstance(value, int) and abs(value) > limit:
+            what = f"{key} is {_number(value)}, which is" if key else f"the number {_number(value)} is"
+            raise TrustError(f"{what} more than any model has; copy the checkpoint again")
+
+
+def _number(value: int) -> str:
+    return str(value) if abs(value) < 10**20 else "a number of many digits"
 
 
 def _is_plain_name(value: Any) -> bool:

@@ -36,9 +36,10 @@ def text(content):
     [
         ("sca-tniy", "Did you mean 'sca-tiny'?"),
         ("no/such/folder", "no model named 'no/such/folder', and no folder there"),
-        ("a.png", "a.png is a file, and a model is a folder"),
+        ("./a.png", "a.png is a file, and a model is a folder"),
+        ("a.png", "what lies here is written ./a.png"),
         (".", "has no spec.json"),
-        ("x" * 300, "File name too long"),
+        ("./" + "x" * 300, "File name too long"),
     ],
 )
 def test_what_is_no_model_is_refused(refused, picture, model, said):

@@ -262,6 +262,8 @@ def main(folder: Path, hows: list[str], allowed: list[str]) -> None:
     out = folder.parent / "out"
     out.mkdir(exist_ok=True)
     sca.load("sca-tiny")  # what a first load imports
+    if "demo" in hows:
+        import sca.demo.app
     places = [Path(each) for each in (*allowed, sys.prefix, sys.base_prefix, str(Path(sca.__file__).parents[1]), out)]
     for number, model in enumerate(sorted(folder.glob("model-*"))):
         how = hows[number % len(hows)]

@@ -88,7 +88,7 @@ def test_load_runs_the_code_that_the_caller_trusts(stranger):
         ("encoder", {"name": "sam", "weights": "https://example.org/a.pth"}, "--allow-external"),
         ("encoder", {"name": "timm", "model": "hf-hub:stranger/model"}, "--allow-external"),
         ("encoder", {"name": "open-clip", "model": "ViT-B-32", "pretrained": "./a.pt"}, "--allow-external"),
-        ("encoder", {"name": "tiny-vit", "width": 10**12}, "larger than any size"),
+        ("encoder", {"name": "tiny-vit", "width": 10**12}, "width is 1000000000000, which is more"),
         ("encoder", {"name": "tiny-vit", "trust_remote_code": True}, "--trust-remote-code"),
         ("encoder", {"name": "stranger"}, "no encoders named"),
         ("segmenter", {"name": "sam", "weights": "a\0b"}, "no path"),
@@ -152,9 +152,11 @@ def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere
 
 
 def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
-    for encoder in ({"name": "tiny-vit", "width": 2**13}, {"name": "tiny-vit", "depth": 2**20}):
-        with pytest.raises(CheckpointError, match="far more than its weights"):
+    for encoder in ({"name": "tiny-vit", "width": 2**12}, {"name": "tiny-vit", "width": 1024, "depth": 99}):
+        with pytest.raises(CheckpointError, match="far larger than its weights"):
             load(change(folder, encoder=encoder))
+    with pytest.raises(CheckpointError, match="depth is 1000000, which is more than any model has"):
+        load(change(folder, encoder={"name": "tiny-vit", "depth": 10**6}))
 
 
 @pytest.mark.parametrize(
