@@ -162,3 +162,21 @@ def test_gradients_pass_through_aligned_regions():
     found = torch.zeros_like(features)
     roi_align_backward(given, rois, None, None, found, 3, 3, 1.0, 2, 1, True)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_checkpoint_may_name_a_config_of_mmdet_and_no_file(tmp_path):
+    from sca_registry.spec import ModelSpec
+
+    from sca.trust import NO_TRUST, Trust, TrustError, confine_spec
+
+    def spec(**options):
+        encoder = {"name": "mmdet", "pretrained": False, **options}
+        return ModelSpec.from_dict({"encoder": encoder, "mixer": "query", "language_model": "tiny-gpt2"})
+
+    (tmp_path / "config.py").write_text("model = {}")
+    assert confine_spec(spec(config=TINY), tmp_path, NO_TRUST).encoder.options["config"] == TINY
+    for config in ("./config.py", str(tmp_path / "config.py"), "https://example.org/config.py"):
+        with pytest.raises(TrustError, match="which runs code"):
+            confine_spec(spec(config=config), tmp_path, Trust(external=True))
+    with pytest.raises(TrustError, match="--allow-external"):
+        confine_spec(spec(config=TINY, weights="http://example.org/a.pth"), tmp_path, NO_TRUST)

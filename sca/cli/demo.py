@@ -43,4 +43,4 @@ def demo(
 
     names = model or ["sca-tiny"]
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-    run(names, find_device(device), dtype, host, port, host in HERE, browser, complain, agreed)
+    run(names, find_device(device), dtype, host, port, host in HERE, browser, complain, agreed=agreed)

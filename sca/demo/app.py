@@ -41,7 +41,7 @@ HELP = (
 class Models:
     """Engines by the names of their models; of many, those asked last stay in memory, and those in use."""
 
-    def __init__(self, device: Any, dtype: str | None, agreed: Mapping[str, Mapping[str, bool]] | None = None):
+    def __init__(self, device: Any, dtype: str | None, *, agreed: Mapping[str, Mapping[str, bool]] | None = None):
         """agreed: what a model may do (see `sca.load`), by the names on the command line; others may do nothing."""
         self.device, self.dtype = device, dtype
         self.agreed = agreed or {}

@@ -22,12 +22,13 @@ def run(
     any_model: bool,
     browser: bool,
     told: Callable[[str], None],
-    agreed: Mapping[str, bool],
+    *,
+    agreed: Mapping[str, bool] | None = None,
 ) -> None:
     """Serves the page until it is interrupted. ValueError for a port that cannot be had, and for a model."""
     with bound(host, port) as door:
         port = door.getsockname()[1]
-    models = Models(device, dtype, dict.fromkeys(names, agreed))
+    models = Models(device, dtype, agreed=dict.fromkeys(names, agreed or {}))
     with models.engine(names[0]):
         pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:

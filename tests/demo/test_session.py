@@ -96,3 +96,16 @@ def test_a_model_that_is_there_is_not_loaded_again(models):
         pass
     with models.engine(first) as again:
         assert again is one
+
+
+def test_models_named_on_the_command_line_alone_may_do_what_was_agreed(monkeypatch):
+    from sca.demo import app
+
+    asked = []
+    monkeypatch.setattr(app, "captioner", lambda name, device, **options: asked.append((name, options)) or object())
+    monkeypatch.setattr(app, "Engine", lambda captioner: type("Idle", (), {"close": lambda self: None})())
+    models = Models("cpu", None, agreed={"./mine": {"allow_external": True}})
+    for name in ("./mine", "./of-a-stranger"):
+        with models.engine(name):
+            pass
+    assert asked == [("./mine", {"allow_external": True}), ("./of-a-stranger", {})]
