@@ -15,12 +15,20 @@ from PIL import ExifTags, Image
 
 from sca.masks import PIXEL_LIMIT
 
-# fmt: off
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-    ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
-)
-# fmt: on
+FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),  # where pillow-heif has registered it
+    "JPEG2000": (".jp2",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,6 +52,10 @@ class TooLargeError(ImageError):
     """A picture with more pixels than are allowed."""
 
 
+class ImageMemoryError(ImageError):
+    """An image that does not fit into memory."""
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
 
@@ -65,10 +77,25 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def read_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Image.Image:
-    """As `open_image`, from an open file that messages call `shown`; with at most so many pixels, if that is given."""
+    """Decode an image as `open_image` does, from an open file that messages call `shown`.
+
+    Args:
+        pixels: Maximum pixels of an image of unknown origin, for which decoders written in Python are excluded as well:
+            a small file can keep them busy for minutes.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
-        return _read(file, shown, PIXEL_LIMIT if pixels is None else pixels)
+        return _read(file, shown, pixels)
+
+
+def identify_image(file: BinaryIO | str | Path) -> Image.Image:
+    """Open an image in one of `FORMATS` without decoding it; its size and mode are known, its pixels are not.
+
+    Raises:
+        PIL.UnidentifiedImageError: For any other format.
+    """
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def take_image(image: Image.Image | np.ndarray) -> Image.Image:
@@ -113,19 +140,19 @@ def show(path: str | Path) -> str:
     return text if text and text.isprintable() else repr(text)
 
 
-def _read(file: BinaryIO, shown: str, pixels: int) -> Image.Image:
+def _read(file: BinaryIO, shown: str, pixels: int | None) -> Image.Image:
     try:
         if not file.read(1):
             raise ImageError(EMPTY.format(shown))
         file.seek(0)
-        image = Image.open(file)
-        if image.format == "EPS":
-            raise Image.UnidentifiedImageError("EPS is a program")
-        if image.width * image.height > pixels:
+        image = identify_image(file)
+        if image.width * image.height > (PIXEL_LIMIT if pixels is None else pixels):
             raise TooLargeError(
                 f"{shown} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
-                f"{pixels:,} are allowed; scale it down"
+                f"{PIXEL_LIMIT if pixels is None else pixels:,} are allowed; scale it down"
             )
+        if pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
+            raise ImageError(f"{shown} uses a rare variant of {image.format} that decodes slowly; convert it to PNG")
         image.load()
         return _upright(image)
     except ImageError:
@@ -134,10 +161,10 @@ def _read(file: BinaryIO, shown: str, pixels: int) -> Image.Image:
         raise TooLargeError(f"{shown}: {str(error).split(',')[0]}; scale it down") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{shown} is not an image that can be read; convert it to JPEG or PNG") from error
-    except MemoryError as error:
-        raise ImageError(f"{shown}: not enough memory to open it; scale it down") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # which Pillow's decoders tell as text
+            raise ImageMemoryError(f"{shown} does not fit into memory; scale it down") from error
         raise ImageError(f"{shown} is truncated or damaged ({reason}); copy or export it again") from error
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from sca_registry.contracts import Prompt
 
 from sca import masks
-from sca.images import show
+from sca.images import identify_image, show
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
@@ -77,7 +77,7 @@ def read_mask(path: str | Path) -> np.ndarray:
                     f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers"
                 )
             return np.asarray(values != 0)
-        with Image.open(path) as image:
+        with identify_image(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("LA", "RGBA"):
                 values = np.asarray(upright)

@@ -1,5 +1,6 @@
 """Pictures open the way their viewer sees them, or are refused in one line."""
 
+import io
 import os
 import struct
 import warnings
@@ -7,9 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
-from sca.images import ImageError, find_images, open_image
+from sca.images import ImageError, ImageMemoryError, TooLargeError, find_images, open_image, read_image
 
 
 def refusal(path) -> str:
@@ -229,3 +230,66 @@ def test_one_problem_does_not_stop_the_others(tmp_path):
     assert not any("\n" in problem for problem in problems)
     for problem, words in zip(problems, ("no file, folder", "nothing matches", "no images", "bad"), strict=True):
         assert words in problem
+
+
+# --- images of unknown origin -----------------------------------------------------------------------------------------
+
+
+def blp(side=64):
+    head = b"BLP2" + struct.pack("<i4bII", 1, 2, 8, 7, 0, side, side) + struct.pack("<16I", 1172, *[0] * 15)
+    head += struct.pack("<16I", side * side, *[0] * 15)
+    return head.ljust(1172, b"\0") + bytes(side * side)
+
+
+def ico_of_a_large_png():
+    file = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(file, "PNG")
+    content = file.getvalue()
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
+
+
+UNLISTED = {
+    "blp": blp(),
+    "qoi": b"qoif" + struct.pack(">IIBB", 8, 8, 3, 0) + b"\1\2" * 32 + b"\0" * 7 + b"\1",
+    "xpm": b'/* XPM */\nstatic char *a[] = {\n"1 1 1 1",\n"a c #000000",\n"a"\n};',
+    "ico": ico_of_a_large_png(),
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+}
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_read_image_rejects_unlisted_formats_without_decoding(name, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match="not an image that can be read"):
+        read_image(io.BytesIO(UNLISTED[name]), "it", 10**6)
+
+
+@pytest.mark.parametrize(
+    "content", [b"P3\n2 1\n255\n1 2 3 4 5 6\n", b"P5\n2 1\n100\n12", b"P1\n2 1\n1 0\n"], ids=["P3", "P5", "P1"]
+)
+def test_read_image_decodes_in_python_only_the_files_of_the_user(content):
+    assert read_image(io.BytesIO(content), "it").size == (2, 1)
+    with pytest.raises(ImageError, match="rare variant of PPM that decodes slowly; convert it to PNG"):
+        read_image(io.BytesIO(content), "it", 10**6)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF"])
+def test_read_image_counts_pixels_before_it_decodes(format, monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(file, format)
+    assert read_image(io.BytesIO(file.getvalue()), "it", 60_000).size == (300, 200)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(TooLargeError, match=r"60,000 pixels \(300 x 200\), 59,999 are allowed"):
+        read_image(io.BytesIO(file.getvalue()), "it", 59_999)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
+def test_read_image_does_not_call_missing_memory_a_damaged_image(error, monkeypatch):
+    def load(_):
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, "BMP")
+    with pytest.raises(ImageMemoryError, match="does not fit into memory"):
+        read_image(io.BytesIO(file.getvalue()), "it")

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm.auto import tqdm
 
 from sca.data.fields import field, four, phrases, size
 from sca.data.own import check_hold_out, chosen
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
+from sca.images import identify_image
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -121,7 +122,7 @@ class Jsonl(TableDataset):
             return given
         path = self._path(name)
         try:
-            with Image.open(path) as picture:
+            with identify_image(path) as picture:
                 turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
                 return (picture.height, picture.width) if turned else picture.size
         except Exception as error:  # a decoder may raise anything for damaged data

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.images import show
+from sca.images import identify_image, show
 from sca.output.label_studio import unpack
 from sca.output.outline import fill
 from sca.prompts import read_prompt
@@ -244,7 +243,7 @@ def _shape(shape: Mapping[str, Any], size: Size, where: str) -> dict[str, Any]:
     match shape.get("shape_type"):
         case "mask":
             try:
-                with Image.open(io.BytesIO(base64.b64decode(shape.get("mask") or "", validate=True))) as image:
+                with identify_image(io.BytesIO(base64.b64decode(shape.get("mask") or "", validate=True))) as image:
                     inside = np.asarray(image.convert("L")) > 0
                 whole = np.zeros((size.height, size.width), bool)
                 x, y = int(min(xs)), int(min(ys))
