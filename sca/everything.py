@@ -7,7 +7,7 @@ once more for each crop; words are generated only for the masks that are left at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,13 @@ from sca.nn.suppression import suppress
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
+
+
+class Searched(NamedTuple):
+    """Progress of a search: so many of all points have been looked at."""
+
+    done: int
+    points: int
 
 
 class Found(NamedTuple):
@@ -61,20 +68,54 @@ def caption_everything(
     return told + [replace(each, region=len(told) + each.region) for each in described]
 
 
-@torch.inference_mode()
 def find_everything(
     predictor: MaskPredictor,
     options: Everything | None = None,
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Mask], list[Prompt]]:
-    """The masks that points find in the predictor's image, best first, and what a caption of each is to be asked from:
-    what `MaskPredictor.tell` takes. Arguments as for `caption_everything`.
+    """What `search_everything` returns, at once. Arguments as for `caption_everything`."""
+    search, last = search_everything(predictor, options, proposals), None
+    while True:
+        try:
+            step = next(search)
+        except StopIteration as end:
+            return end.value
+        if progress and step != last:
+            progress(*step)
+        last = step
+
+
+@torch.inference_mode()
+def search_everything(
+    predictor: MaskPredictor,
+    options: Everything | None = None,
+    proposals: Proposals | None = None,
+    *,
+    max_regions: int | None = None,
+    max_bytes: int | None = None,
+) -> Generator[Searched, None, tuple[list[Mask], list[Prompt]]]:
+    """Search the predictor's image as a generator: it yields its progress after every small piece of work.
+
+    Between two pieces the predictor may serve other images, and the search can be abandoned with `close()`.
+
+    Args:
+        options: Where and what to look for (default: the model's own).
+        proposals: What to look at instead of the grid and the crops of `options`.
+        max_regions: Maximum regions to find.
+        max_bytes: Maximum bytes of candidate masks to hold at a time.
+
+    Returns:
+        The masks that points find, best first, and the prompt that each is captioned from: what `MaskPredictor.tell`
+        takes.
+
+    Raises:
+        ValueError: If there is no image, the segmenter has no masks, or a maximum is exceeded.
     """
     options = options or predictor.everything
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
-    found = _search(predictor, options, proposals, progress)
+    found = yield from _search(predictor, options, proposals, max_regions, max_bytes)
     masks = [Mask(dict(each.mask), each.iou) for each in found]
     return masks, [_asked(each, options.caption_from) for each in found]
 
@@ -91,11 +132,12 @@ def _asked(found: Found, kind: str) -> Prompt:
 def _search(
     predictor: MaskPredictor,
     options: Everything,
-    proposals: Proposals | None,
-    progress: Callable[[int, int], None] | None,
-) -> list[Found]:
+    proposals: Proposals | None = None,
+    max_regions: int | None = None,
+    max_bytes: int | None = None,
+) -> Generator[Searched, None, list[Found]]:
     """What points find, best first, each region once."""
-    image = predictor.image
+    image, whole_image = predictor.image, predictor.encoded  # another image may be set between two steps
     whole = (0, 0, *image.size)
     windows = [whole]
     points: list[Tensor] = []
@@ -110,17 +152,26 @@ def _search(
     for window, places in zip(windows, points, strict=True):
         if not len(places):
             continue
-        encoded = predictor.encoded if window == whole else predictor.encode([image.crop(window)])
-
-        def tell(looked_at: int, before: int = done) -> None:
-            if progress:
-                progress(before + looked_at, total)
-
-        found += _in_window(predictor, encoded, window, places, options, tell)
+        encoded = whole_image if window == whole else predictor.encode([image.crop(window)])
+        kept: list[Found] = []
+        for step in _in_window(predictor, encoded, image.size, window, places, options, max_bytes):
+            if isinstance(step, Found):
+                kept.append(step)
+                if max_regions is not None and len(found) + len(kept) > max_regions:
+                    raise ValueError(f"more than {max_regions:,} regions were found; raise iou or stability, lower nms")
+                yield Searched(done + len(places), total)
+            else:
+                yield Searched(done + step, total)
         done += len(places)
+        for place in _once(kept, torch.tensor([each.iou for each in kept]), options.nms):
+            found.append(kept[place])
+            yield Searched(done, total)
     if len(windows) > 1:  # of what several windows show, the closest look stays
         sizes = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in found)])
-        found = [found[place] for place in _once(found, sizes, options.nms)]
+        several, found = found, []
+        for place in _once(several, sizes, options.nms):
+            found.append(several[place])
+            yield Searched(done, total)
     pixels = image.width * image.height
     return sorted(
         (each for each in found if options.area <= area(each.mask) / pixels <= options.largest),
@@ -131,40 +182,58 @@ def _search(
 def _in_window(
     predictor: MaskPredictor,
     encoded: Encoded,
+    size: tuple[int, int],
     window: Window,
     points: Tensor,
     options: Everything,
-    progress: Callable[[int], None],
-) -> list[Found]:
-    """What the points (P, 2), image pixels, find in a window of the image."""
+    max_bytes: int | None,
+) -> Iterator[int | Found]:
+    """Points (P, 2), image pixels, that have been looked at in a window of an image of (width, height), and then what
+    they have found.
+    """
     (frame,) = encoded.frames
-    logits, scores, origins = _candidates(predictor, encoded, points - torch.tensor(window[:2]), options, progress)
-    boxes = tight_boxes(logits > 0)
-    kept = suppress(box_iou(boxes, boxes), scores, options.nms)
-    insides = predictor.processor.inside(logits[kept], [frame] * len(kept))
-    asked = points[origins[kept].cpu()].tolist()
+    logits: list[Tensor] = []  # K of (4h, 4w)
+    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+    held = 0
+    for looked_at, masks, *rest in _candidates(predictor, encoded, points - torch.tensor(window[:2]), options):
+        held += masks.nbytes
+        if max_bytes is not None and held > max_bytes:
+            raise ValueError("too many masks pass the filters to be compared; raise iou or stability, lower points")
+        logits += masks
+        pieces.append(tuple(each.cpu() for each in (tight_boxes(masks > 0), *rest)))
+        yield looked_at
+    boxes, scores, origins = (torch.cat(each) for each in zip(*pieces, strict=True))  # (K, 4), (K,), (K,)
     x1, y1, x2, y2 = window
-    width, height = predictor.image.size
-    found = []
-    for inside, (x, y), iou in zip(insides, asked, scores[kept].clamp(max=1).tolist(), strict=True):
+    width, height = size
+    kept = []
+    for row in suppress(lambda one, others: box_iou(boxes[[one]], boxes[others])[0], scores, options.nms):
+        kept.append(row)
+        yield len(points)
+    if not kept:
+        return
+    insides = predictor.processor.inside(torch.stack([logits[row] for row in kept]), [frame] * len(kept))
+    for row, inside in zip(kept, insides, strict=True):
         mask = np.zeros((height, width), bool, order="F")
         mask[y1:y2, x1:x2] = inside
         code = encode(mask)
         box = box_of(code)
-        if box and not _cut_off(box, window, (width, height)):
-            found.append(Found(code, box, (x, y), iou, window))
-    return [found[place] for place in _once(found, torch.tensor([each.iou for each in found]), options.nms)]
+        if box and not _cut_off(box, window, size):
+            point = points[origins[row]].tolist()
+            yield Found(code, box, (point[0], point[1]), min(float(scores[row]), 1.0), window)
+        else:
+            yield len(points)
 
 
 def _candidates(
-    predictor: MaskPredictor, encoded: Encoded, points: Tensor, options: Everything, progress: Callable[[int], None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks (K, 4h, 4w) that pass the filters, their predicted IoU (K,), and the points (K,) that they are of."""
+    predictor: MaskPredictor, encoded: Encoded, points: Tensor, options: Everything
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """A chunk at a time: points looked at so far, masks (K, 4h, 4w) that pass the filters, their predicted IoU (K,),
+    and the points (K,) that they are of.
+    """
     (frame,) = encoded.frames
     asked = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
     ones = torch.ones(len(points), 1, dtype=torch.long)
     prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(predictor.device)
-    found = []
     for number, chunk in enumerate(prompts.chunks(predictor.regions)):
         regions = predictor.model.segment(encoded.features, chunk)
         if regions.masks is None:
@@ -176,21 +245,26 @@ def _candidates(
         sure, possible = (masks > options.offset).sum((1, 2)), (masks > -options.offset).sum((1, 2))
         good = ((scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)).nonzero().squeeze(1)
         origins = torch.arange(len(chunk), device=masks.device).repeat_interleave(regions.masks.shape[1])
-        found.append((masks[good], scores[good], origins[good] + number * predictor.regions))
-        progress(min((number + 1) * predictor.regions, len(points)))
-    masks, scores, origins = (torch.cat(each) for each in zip(*found, strict=True))
-    return masks, scores, origins
+        looked_at = min((number + 1) * predictor.regions, len(points))
+        yield looked_at, masks[good], scores[good], origins[good] + number * predictor.regions
 
 
-def _once(found: Sequence[Found], scores: Tensor, limit: float) -> list[int]:
+def _once(found: Sequence[Found], scores: Tensor, limit: float) -> Iterator[int]:
     """The places of those that stay if of two whose boxes or masks overlap too much the better does, best first. Boxes
     alone do not tell: a stray cell makes a box a large one.
     """
-    if not found:
-        return []
-    boxes = torch.tensor([each.box for each in found])
-    masks = torch.from_numpy(coco.iou([each.mask for each in found], [each.mask for each in found], [0] * len(found)))
-    return suppress(torch.maximum(box_iou(boxes, boxes), masks.float()), scores, limit).tolist()
+    boxes = torch.tensor([each.box for each in found]).reshape(-1, 4)
+
+    def overlap(one: int, others: Tensor) -> Tensor:
+        shared = box_iou(boxes[[one]], boxes[others])[0]
+        near = shared.nonzero()[:, 0]  # masks overlap only where boxes do
+        if len(near):
+            codes = [found[place].mask for place in others[near].tolist()]
+            exact = torch.from_numpy(coco.iou([found[one].mask], codes, [0] * len(codes)))[0].float()
+            shared[near] = torch.maximum(shared[near], exact)
+        return shared
+
+    return suppress(overlap, scores, limit)
 
 
 def _grid(window: Window, points: int) -> Tensor:

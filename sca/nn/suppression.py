@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator
+
 from torch import Tensor
 
 
-def suppress(overlaps: Tensor, scores: Tensor, limit: float) -> Tensor:
-    """The places that stay, best first: of two that overlap by more than `limit`, the one with the better score.
+def suppress(overlap: Callable[[int, Tensor], Tensor], scores: Tensor, limit: float) -> Iterator[int]:
+    """Yield the places that stay, best first: of two that overlap by more than `limit`, the one with the better score.
 
-    overlaps: (N, N), such as the IoU of boxes or of masks. scores: (N,).
+    Overlaps are computed a row at a time and only for what stays, so memory grows with N and a caller can stop.
+
+    Args:
+        overlap: Returns the overlap of one place with each of the places (K,), such as the IoU of boxes or of masks.
+        scores: (N,) on the CPU.
+        limit: Greatest overlap of two that both stay.
     """
     order = scores.argsort(descending=True, stable=True)
-    close = (overlaps[order][:, order] > limit).triu(diagonal=1).cpu().numpy()
-    alive = [True] * len(order)
-    for row in range(len(order)):
-        if alive[row]:
-            for other in close[row].nonzero()[0]:
-                alive[other] = False
-    return order[torch.tensor(alive, dtype=torch.bool, device=order.device)]
+    while len(order):
+        best, order = int(order[0]), order[1:]
+        yield best
+        if len(order):
+            order = order[~(overlap(best, order) > limit)]

@@ -10,7 +10,7 @@ from sca_registry.contracts import Prompt, Proposals
 from sca_registry.spec import Everything
 
 from sca import everything
-from sca.everything import caption_everything
+from sca.everything import caption_everything, find_everything, search_everything
 from sca.masks import box_of, decode
 from sca.predictor import Predictor
 from sca.proposers.grid import Grid
@@ -194,6 +194,15 @@ def test_mistakes_say_what_to_do(counted, scene):
         predictor.predict(points=[(1, 1)])
 
 
+def finished(search):
+    """What a generator returns."""
+    while True:
+        try:
+            next(search)
+        except StopIteration as end:
+            return end.value
+
+
 # --- everything -----------------------------------------------------------------------------------------------------
 
 ANY = Everything(points=6, iou=-10.0, stability=0.0, nms=0.5)
@@ -318,7 +327,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     predictor.set_image(pixels)
     del calls["encode"][:]
     options = Everything(points=24, iou=0.0, stability=0.0, nms=0.5, crops=1, crop_overlap=0.34, caption_from="box")
-    search = everything._search(predictor, options, None, None)
+    search = finished(everything._search(predictor, options))
     assert calls["encode"] == [1] * 4
     small = [each for each in search if each.window != (0, 0, 192, 128)]
     assert small, "a closer look stays in place of the one from afar"
@@ -358,6 +367,44 @@ def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
     predictor.set_image(scene.image)
     assert caption_everything(predictor) == []
     assert calls["segment"] == [9]
+
+
+def test_search_everything_interleaves_images(counted, scene):
+    predictor, _ = counted(regions=10)
+    images = [scene.image, scene.image.transpose(0)]
+    alone = []
+    for image in images:
+        predictor.set_image(image)
+        alone.append(find_everything(predictor, replace(ANY, crops=1)))
+    running, together = {}, {}
+    for number, image in enumerate(images):
+        predictor.set_image(image)
+        running[number] = search_everything(predictor, replace(ANY, crops=1))
+        next(running[number])
+    predictor.set_image(Image.new("RGB", (5, 5)))
+    steps = 0
+    while running:
+        for number in list(running):
+            try:
+                next(running[number])
+                steps += 1
+            except StopIteration as end:
+                together[number] = end.value
+                del running[number]
+    assert [together[number] for number in range(2)] == alone
+    found = sum(len(masks) for masks, _ in alone)
+    assert steps >= 2 * 5 * 4 + found, "a step is a chunk of points or one mask"
+
+
+def test_search_everything_stops_at_its_limits(counted, scene):
+    predictor, calls = counted(regions=10)
+    predictor.set_image(scene.image)
+    with pytest.raises(ValueError, match="more than 3 regions were found; raise iou or stability"):
+        finished(search_everything(predictor, ALL, max_regions=3))
+    del calls["segment"][:]
+    with pytest.raises(ValueError, match="too many masks pass the filters"):
+        finished(search_everything(predictor, replace(ALL, points=32), max_bytes=2**20))
+    assert sum(calls["segment"]) < 32 * 32
 
 
 def test_everything_without_masks_is_refused_with_the_way_out(counted):
