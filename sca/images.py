@@ -6,7 +6,8 @@ import errno
 import glob
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,9 +84,32 @@ def read_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Image.I
         pixels: Maximum pixels of an image of unknown origin, for which decoders written in Python are excluded as well:
             a small file can keep them busy for minutes.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
-        return _read(file, shown, pixels)
+    return decode_image(inspect_image(file, shown, pixels), shown)
+
+
+def inspect_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Image.Image:
+    """Open an image without decoding it, and check its header. Arguments as for `read_image`."""
+    most = PIXEL_LIMIT if pixels is None else pixels
+    with _refusals(shown):
+        if not file.read(1):
+            raise ImageError(EMPTY.format(shown))
+        file.seek(0)
+        image = identify_image(file)
+        if image.width * image.height > most:
+            raise TooLargeError(
+                f"{shown} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
+                f"{most:,} are allowed; scale it down"
+            )
+        if pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
+            raise ImageError(f"{shown} uses a rare variant of {image.format} that decodes slowly; convert it to PNG")
+        return image
+
+
+def decode_image(image: Image.Image, shown: str) -> Image.Image:
+    """Decode what `inspect_image` has opened, as `open_image` does."""
+    with _refusals(shown):
+        image.load()
+        return _upright(image)
 
 
 def identify_image(file: BinaryIO | str | Path) -> Image.Image:
@@ -140,21 +164,13 @@ def show(path: str | Path) -> str:
     return text if text and text.isprintable() else repr(text)
 
 
-def _read(file: BinaryIO, shown: str, pixels: int | None) -> Image.Image:
+@contextmanager
+def _refusals(shown: str) -> Iterator[None]:
+    """Whatever Pillow raises, in one line."""
     try:
-        if not file.read(1):
-            raise ImageError(EMPTY.format(shown))
-        file.seek(0)
-        image = identify_image(file)
-        if image.width * image.height > (PIXEL_LIMIT if pixels is None else pixels):
-            raise TooLargeError(
-                f"{shown} has {image.width * image.height:,} pixels ({image.width} x {image.height}), "
-                f"{PIXEL_LIMIT if pixels is None else pixels:,} are allowed; scale it down"
-            )
-        if pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
-            raise ImageError(f"{shown} uses a rare variant of {image.format} that decodes slowly; convert it to PNG")
-        image.load()
-        return _upright(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
+            yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

@@ -70,7 +70,8 @@ class Processor:
         batch = np.zeros((len(images), 3, size, size), dtype=np.float32)
         for row, image in zip(batch, images, strict=True):
             width, height = self.frame(*image.size).used
-            values = np.asarray(image.convert("RGB").resize((width, height), self._resample), dtype=np.float32) / 255.0
+            plain = image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image takes a while
+            values = np.asarray(plain.resize((width, height), self._resample), dtype=np.float32) / 255.0
             values = (values - self._mean) / self._std
             if self.image.order == "bgr":
                 values = values[:, :, ::-1]

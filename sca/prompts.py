@@ -22,6 +22,7 @@ from sca.images import identify_image, show
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
+MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
 
 _BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"

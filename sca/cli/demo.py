@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from sca.cli.options import DEVICES, AllowExternal, TrustRemoteCode, complain, find_device, settle
 
 DTYPES = ("float32", "bfloat16", "float16")
-HERE = ("127.0.0.1", "localhost", "::1")
+MIB = 2**20
 
 
 def demo(
@@ -23,16 +24,31 @@ def demo(
     dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Allow any model name or folder to be entered in the page.")
+    ] = False,
+    max_body_mb: Annotated[int, typer.Option(help="MiB per upload.", min=1)] = 64,
+    max_pixels: Annotated[int, typer.Option(help="Pixels per image.", min=1)] = 50_000_000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of API keys, one per line; the page then asks for one.")
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
 ) -> None:
     """A page to point at regions of pictures, or to find them all. Needs the extra `demo`; works offline.
 
-    Where only this machine reaches it, any folder with a model can be chosen there, too.
+    Where only this machine reaches it, the models of the zoo can be chosen, too; elsewhere only those named.
     """
     import importlib.util
     import os
 
-    from sca_registry import RegistryError
+    from sca_registry import RegistryError, zoo
+
+    from sca.serve.keys import read_keys
+    from sca.serve.listening import is_loopback
 
     if dtype:
         settle("dtype", dtype, DTYPES)
@@ -42,5 +58,28 @@ def demo(
     from sca.demo.run import run
 
     names = model or ["sca-tiny"]
-    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-    run(names, find_device(device), dtype, host, port, host in HERE, browser, complain, agreed=agreed)
+    agreed = dict.fromkeys(names, {"trust_remote_code": trust_remote_code, "allow_external": allow_external})
+    keys = read_keys(api_key_file) if api_key_file else ()
+    if is_loopback(host):
+        names = list(dict.fromkeys((*names, *zoo.names())))
+    elif any_model:
+        raise RegistryError(
+            f"--any-model lets everyone who reaches {host} load any folder of this machine; name models with --model"
+        )
+    elif not keys:
+        complain(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
+    run(
+        names,
+        find_device(device),
+        dtype,
+        host,
+        port,
+        any_model,
+        browser,
+        complain,
+        body=max_body_mb * MIB,
+        pixels=max_pixels,
+        hosts=(host, *(allow_host or ())),
+        keys=keys,
+        agreed=agreed,
+    )

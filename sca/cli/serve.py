@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,13 @@ def serve(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of API keys, one per line; requests then need Authorization: Bearer KEY.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
     launcher: Annotated[
         str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
@@ -50,6 +58,8 @@ def serve(
     from sca_registry.spec import Part
 
     from sca.serve.hosted import Hosted
+    from sca.serve.keys import read_keys
+    from sca.serve.listening import is_loopback
 
     if dtype:
         settle("dtype", dtype, DTYPES)
@@ -70,11 +80,15 @@ def serve(
         cache=cache * MIB,
         clients=clients,
         origins=tuple(origin or ()),
+        hosts=(host, *(allow_host or ())),
+        keys=read_keys(api_key_file) if api_key_file else (),
         log=not quiet,
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,
     )
     hosted.check()
+    if not is_loopback(host) and not hosted.keys:
+        complain(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
     if part.name == "local":  # of other places, who serves there knows
         find_device(device)
     where.serve(hosted, host, port, replicas, lambda url: complain(f"{model} answers at {url}; Ctrl+C ends it"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
 from sca_registry.spec import Everything
 
 from sca.captioners.door import captioner, settings
 from sca.demo.session import Session
-from sca.images import ImageError, open_image
+from sca.images import ImageError, read_image
+from sca.masks import PIXEL_LIMIT
 from sca.output import Writers
 from sca.output.page import data_uri
 from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Searched
@@ -39,11 +39,21 @@ HELP = (
 
 
 class Models:
-    """Engines by the names of their models; of many, those asked last stay in memory, and those in use."""
+    """Engines by the names of their models; of many, those asked last stay in memory, and those in use.
 
-    def __init__(self, device: Any, dtype: str | None, *, agreed: Mapping[str, Mapping[str, bool]] | None = None):
-        """agreed: what a model may do (see `sca.load`), by the names on the command line; others may do nothing."""
-        self.device, self.dtype = device, dtype
+    names: the models that may be chosen; None for any, folders too. agreed: what a model may do (see `sca.load`), by
+    the names on the command line; others may do nothing.
+    """
+
+    def __init__(
+        self,
+        device: Any,
+        dtype: str | None,
+        names: Collection[str] | None = None,
+        *,
+        agreed: Mapping[str, Mapping[str, bool]] | None = None,
+    ):
+        self.device, self.dtype, self.names = device, dtype, names
         self.agreed = agreed or {}
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._users: Counter[str] = Counter()
@@ -51,7 +61,11 @@ class Models:
 
     @contextmanager
     def engine(self, name: str) -> Iterator[Engine]:
-        """Loads it if it is not there. What `sca.captioner` raises for a name."""
+        """Loads it if it is not there. What `sca.captioner` raises for a name, and ValueError for one that may not be
+        chosen.
+        """
+        if self.names is not None and name not in self.names:
+            raise ValueError(f"no model {name!r} here; choose from {', '.join(self.names)}")
         engine = self._there(name)
         if engine is None:
             with self._loading:  # one at a time; nobody waits for it whose model is there
@@ -95,19 +109,26 @@ class Models:
             engine.close()
 
 
-def page(models: Models, names: Sequence[str], examples: Sequence[tuple[str, str]], any_model: bool) -> gr.Blocks:
-    """The demo for the models that are called `names`, the first of them to begin with; with `any_model` a person may
-    name others, folders say. examples: pictures, and what they are called.
+def page(
+    models: Models, names: Sequence[str], examples: Sequence[tuple[str, str]], pixels: int = PIXEL_LIMIT
+) -> gr.Blocks:
+    """Build the page of the demo.
+
+    Args:
+        models: The models behind it; where these may be any, a person may enter other names, and folders.
+        names: Models to choose from, the first of them to begin with.
+        examples: Images, and what they are called.
+        pixels: Maximum pixels of an image.
     """
+    any_model = models.names is None
     here = files("sca.demo")
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         session = gr.State(None)
         gr.Markdown(f"# {TITLE}")
         with gr.Row():
-            known = list(dict.fromkeys((*names, *zoo.names())))
             model = gr.Dropdown(
-                known,
-                value=known[0],
+                list(names),
+                value=names[0],
                 label="Model",
                 info="of the zoo, or a folder" if any_model else None,
                 allow_custom_value=any_model,
@@ -157,11 +178,11 @@ def page(models: Models, names: Sequence[str], examples: Sequence[tuple[str, str
             yield from _found(models, *given)
 
         def chosen(event: gr.SelectData) -> Any:
-            return _opened(*examples[event.index])
+            return _opened(*examples[event.index], pixels)
 
         shown = [session, canvas, status]
         quietly = {"show_progress": "hidden", "api_visibility": "private"}
-        upload.upload(lambda path: _opened(path, path), upload, shown, **quietly)
+        upload.upload(lambda path: _opened(path, path, pixels), upload, shown, **quietly)
         gallery.select(chosen, None, shown, **quietly)
         asked = [session, model, task, beams]
         answer = canvas.input(pointed, asked, shown, **quietly, concurrency_limit=None)
@@ -171,9 +192,10 @@ def page(models: Models, names: Sequence[str], examples: Sequence[tuple[str, str
     return demo
 
 
-def _opened(path: str, name: str) -> tuple[Session, Any, str]:
+def _opened(path: str, name: str, pixels: int) -> tuple[Session, Any, str]:
     try:
-        image = open_image(path)
+        with open(path, "rb") as file:
+            image = read_image(file, Path(name).name, pixels)
     except ImageError as error:
         raise gr.Error(str(error)) from error
     session = Session(image, Path(name).name)

@@ -17,7 +17,7 @@ from sca import masks
 from sca.mask_predictor import Mask
 from sca.output.colours import colour
 from sca.output.outline import outline
-from sca.prompts import PromptError, check
+from sca.prompts import MAX_POINTS, PromptError, check
 
 STEPS = 100  # that can be undone
 
@@ -128,6 +128,8 @@ class Session:
         prompt = Prompt(
             before.box if box is None else box, before.points + points, before.mask if mask is None else mask
         )
+        if len(prompt.points) > MAX_POINTS:
+            raise PromptError(f"a region has at most {MAX_POINTS} points; begin a new one")
         shown = Shown(check(prompt, *self.image.size))
         if self.current is None:
             self._change((*self.regions, shown), len(self.regions))

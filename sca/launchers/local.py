@@ -78,7 +78,7 @@ class Local:
         """Serves in this process until it is interrupted. ValueError for more than one replica or an address that
         cannot be had.
         """
-        import uvicorn
+        from sca.serve.server import make_server
 
         if replicas != 1:
             raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
@@ -86,14 +86,11 @@ class Local:
         with bound(host, port) as door:
             door.listen(hosted.clients)  # who comes before all is ready waits
             shown = f"[{host}]" if ":" in host else host
-            config = uvicorn.Config(
-                hosted.application(captioner),
-                log_level="info" if hosted.log else "warning",
-                limit_concurrency=hosted.clients,
-                timeout_graceful_shutdown=5,
-            )
+            app = hosted.application(captioner)
+            options = {"seconds": hosted.seconds, "connections": hosted.clients, "log": hosted.log}
+            server = make_server(app, app.state.engine, **options)
             told(f"http://{shown}:{door.getsockname()[1]}")
-            uvicorn.Server(config).run([door])
+            server.run([door])
 
     @staticmethod
     def _pause(running: dict[int, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,24 +17,42 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from fastapi_offline import FastAPIOffline
 from PIL import Image
 from pydantic import ValidationError
+from sca_registry.contracts import Caption
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from sca.images import ImageError
 from sca.prompts import PromptError
-from sca.serve.body import BodyLimits
+from sca.serve.access import HostCheck, KeyCheck
+from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat
-from sca.serve.engine import Done, Engine, EngineError, Event, Found, Question, Searched
+from sca.serve.engine import SHORT, Done, Engine, EngineError, Event, Found, Question, Searched
+from sca.serve.memory import BudgetError
 from sca.serve.problems import ApiError, told
-from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits
-from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, decoded, plain
+from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
+from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decoded, plain
 
 QUIET = 10.0  # seconds without an event after which a stream says that it lives
 
 
-def application(engine: Engine, name: str, limits: Limits | None = None, origins: Sequence[str] = ()) -> FastAPI:
-    """The application that answers with an engine's model, which clients know by `name`. It closes the engine at its
-    end. origins: whose pages may ask it from a browser, "*" for all.
+def application(
+    engine: Engine,
+    name: str,
+    limits: Limits | None = None,
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+    keys: Sequence[str] = (),
+) -> FastAPI:
+    """Build the application that answers with an engine's model; it closes the engine at its end.
+
+    Args:
+        engine: The model, and who waits for it.
+        name: What clients call the model.
+        limits: What clients may ask for.
+        origins: Origins whose pages may send requests from a browser, "*" for all.
+        hosts: Names accepted in the Host header, besides this machine's own and any IP address; None for all.
+        keys: API keys, one of which every request has to send; none if there are none.
     """
     limits = limits or Limits()
     service = Service(engine, name, limits)
@@ -42,7 +60,7 @@ def application(engine: Engine, name: str, limits: Limits | None = None, origins
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await to_thread.run_sync(engine.close)
+        await to_thread.run_sync(service.close)
 
     app = FastAPIOffline(  # whose page at /docs loads nothing from elsewhere
         title="Segment and caption anything",
@@ -50,10 +68,15 @@ def application(engine: Engine, name: str, limits: Limits | None = None, origins
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.add_middleware(BodyLimits, size=limits.body, seconds=limits.seconds)
-    app.add_middleware(service.metrics.middleware)
+    app.state.engine = engine
+    if keys:
+        app.add_middleware(KeyCheck, keys=keys)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts)
+    app.add_middleware(RequestLimits, limits=limits, budget=service.budget)
+    app.add_middleware(service.metrics.middleware)  # the last is the outermost
     _handle_problems(app)
     _add_captions(app, service)
     _add_facts(app, service)
@@ -63,7 +86,7 @@ def application(engine: Engine, name: str, limits: Limits | None = None, origins
 
 def _add_captions(app: FastAPI, service: Service) -> None:
     ways = {
-        "application/json": {"schema": AskedOfImage.model_json_schema(ref_template="#/components/schemas/{model}")},
+        "application/json": {"schema": add_schema(app, AskedOfImage)},
         "multipart/form-data": {
             "schema": {
                 "type": "object",
@@ -75,7 +98,6 @@ def _add_captions(app: FastAPI, service: Service) -> None:
             },
         },
     }
-    inner = ways["application/json"]["schema"].pop("$defs", {})
     stream = {"description": "events `found`, `searched`, `region`, `done`, `error`", "schema": {"type": "string"}}
 
     @app.post(
@@ -86,31 +108,26 @@ def _add_captions(app: FastAPI, service: Service) -> None:
         summary="Captions and masks of regions, at once or as they are there",
     )
     async def captions(request: Request) -> Response:
-        asked, content = await _read(request)
-        image = await service.image(content)
-        question = await service.question(asked, image)
+        asked, content = await _read(service, request)
+        service.check(asked)
+        image = await service.image(request, content, count_masks(asked))
+        del content
+        question = await service.question(request, asked, image)
         if asked.stream or EVENT_STREAM in request.headers.get("accept", ""):
             return await _stream(service, request, question)
         found = await service.captions(request, question)
         head = {"model": service.name, "width": image.width, "height": image.height}
-        return JSONResponse({**head, "regions": [plain(each, image) for each in found]})
+        if len(found) <= SHORT:
+            return JSONResponse({**head, "regions": [plain(each, image) for each in found]})
+        return StreamingResponse(_pieces(head, found, image), media_type="application/json")
 
-    _add_schemas(app, inner)
 
-
-def _add_schemas(app: FastAPI, schemas: Mapping[str, Any]) -> None:
-    """The parts of a request's schema are where the page looks for them."""
-    usual = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            page = usual()
-            parts = page.setdefault("components", {}).setdefault("schemas", {})
-            for name, schema in schemas.items():
-                parts.setdefault(name, schema)
-        return app.openapi_schema
-
-    app.openapi = openapi
+def _pieces(head: dict[str, Any], found: Sequence[Caption], image: Image.Image) -> Iterator[str]:
+    """A long answer a region at a time: in one piece it would keep others waiting."""
+    yield f'{json.dumps(head)[:-1]}, "regions": ['
+    for number, each in enumerate(found):
+        yield f"{', ' if number else ''}{json.dumps(plain(each, image))}"
+    yield "]}"
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
@@ -121,14 +138,14 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        alive = service.engine.alive
+        state = service.engine.state
         told = Health(
-            status="ok" if alive else "down",
+            status=state,
             model=service.name,
             device=str(getattr(service.engine.captioner, "device", "cpu")),
             waiting=service.engine.queued,
         )
-        return JSONResponse(told.model_dump(), 200 if alive else 503)
+        return JSONResponse(told.model_dump(), 200 if state == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -176,12 +193,14 @@ def _event(event: Event, head: dict[str, Any], image: Image.Image) -> bytes:
     return format_sse_event(event=name, data_str=json.dumps(data))
 
 
-async def _read(request: Request) -> tuple[Asked, bytes]:
+async def _read(service: Service, request: Request) -> tuple[Asked, bytes]:
     """What is asked, and the image's file."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        asked = AskedOfImage.model_validate_json(await request.body())
-        return asked, decoded(asked.image)
+    kind = content_type(request)
+    if kind == JSON:
+        asked = await service.parse(request, AskedOfImage)
+        content = await to_thread.run_sync(decoded, asked.image)
+        asked.image = ""  # it is large
+        return asked, content
     if kind == "multipart/form-data":
         async with request.form(max_files=1, max_fields=4) as form:
             image, rest = form.get("image"), form.get("request", "{}")
@@ -189,18 +208,21 @@ async def _read(request: Request) -> tuple[Asked, bytes]:
                 raise ApiError(422, "no file in the field 'image'")
             if not isinstance(rest, str):
                 raise ApiError(422, "the field 'request' is JSON text, not a file")
-            return Asked.model_validate_json(rest), await image.read()
-    raise ApiError(415, f"{kind or 'no content type'}: send application/json or multipart/form-data")
+            return service.parsed(rest, Asked), await image.read()
+    raise ApiError(415, f"{kind or 'no content type'}: send {JSON} or multipart/form-data")
 
 
 def _handle_problems(app: FastAPI) -> None:
     """Every problem is a status and {"error": a line}; a defect is one in the log and 500 here."""
 
     async def answer(_: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)  # to nobody
         problem = told(error)
         return JSONResponse({"error": str(problem)}, problem.status, problem.headers)
 
-    for kind in (ApiError, EngineError, ImageError, PromptError, RequestValidationError, ValidationError):
+    kinds = (ApiError, BudgetError, EngineError, ImageError, MemoryError, PromptError, ValidationError)
+    for kind in (*kinds, ClientDisconnect, RequestValidationError):
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(HTTPException)

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
@@ -22,8 +23,8 @@ from sca_registry.contracts import Prompt
 
 from sca.prompts import check, parse_region
 from sca.serve.problems import ApiError
-from sca.serve.schema import Asked, PromptIn
-from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, decoded, plain
+from sca.serve.schema import Asked, PromptIn, add_schema
+from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, count_masks, decoded, plain
 
 REGION = re.compile(r"(?:box|point)=[-+.,\d]*\d(?:;(?:box|point)=[-+.,\d]*\d)*")
 
@@ -91,13 +92,23 @@ def add_chat(app: FastAPI, service: Service) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": service.name, "object": "model", "created": 0, "owned_by": "sca"}]}
 
-    @app.post("/v1/chat/completions", responses=PROBLEMS, summary="One region, as chat clients ask")
-    async def chat(request: Request, asked: Chat) -> Response:
+    body = {"required": True, "content": {"application/json": {"schema": add_schema(app, Chat)}}}
+
+    @app.post(
+        "/v1/chat/completions",
+        responses=PROBLEMS,
+        openapi_extra={"requestBody": body},
+        summary="One region, as chat clients ask",
+    )
+    async def chat(request: Request) -> Response:
+        asked = await service.parse(request, Chat)
         if asked.model not in ("", service.name):
             raise ApiError(404, f"no model {asked.model!r} here: there is {service.name!r}")
-        image = await service.image(decoded(asked.image()))
+        region = asked.asked()
+        service.check(region)
+        image = await service.image(request, await to_thread.run_sync(decoded, asked.image()), count_masks(region))
         pointed = not (asked.box is None and asked.points is None and asked.mask is None)
-        question = await service.question(asked.asked(), image, None if pointed else [asked.region(*image.size)])
+        question = await service.question(request, region, image, None if pointed else [asked.region(*image.size)])
         captions = await service.captions(request, question)
         if not captions:
             return Response(status_code=499)  # to nobody: the client has left

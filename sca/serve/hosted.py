@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ NEEDED = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "promethe
 class Hosted:
     """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
     of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
-    features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. log: a line for
-    each request. trust_remote_code, allow_external: what the model may do, see `sca.load`; no request can change it.
+    features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. hosts: names
+    accepted in the Host header. keys: API keys. log: a line for each request. trust_remote_code, allow_external: what
+    the model may do, see `sca.load`; no request can change it.
     """
 
     model: str
@@ -35,6 +36,8 @@ class Hosted:
     cache: int = 512 * 2**20
     clients: int = 512
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    keys: tuple[str, ...] = field(default=(), repr=False)
     log: bool = False
     trust_remote_code: bool = False
     allow_external: bool = False
@@ -60,5 +63,6 @@ class Hosted:
         from sca.serve.engine import Engine
         from sca.serve.schema import Limits
 
-        engine = Engine(captioner or self.captioner(), cache=self.cache, waiting=self.waiting)
-        return application(engine, self.model, Limits(self.body, self.pixels, self.prompts, self.seconds), self.origins)
+        limits = Limits(self.body, self.pixels, self.prompts, self.seconds, self.clients)
+        engine = Engine(captioner or self.captioner(), cache=self.cache, waiting=self.waiting, max_found=self.prompts)
+        return application(engine, self.model, limits, self.origins, self.hosts, self.keys)

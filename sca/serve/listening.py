@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 
@@ -15,3 +16,11 @@ def bound(host: str, port: int) -> socket.socket:
         door.close()
         raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
     return door
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address to listen at."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -8,9 +8,10 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from sca.images import ImageError, TooLargeError
+from sca.images import ImageError, ImageMemoryError, TooLargeError
 from sca.prompts import PromptError
 from sca.serve.engine import BusyError, CannotError, ClosedError, EngineError, LateError, NoRoomError
+from sca.serve.memory import BudgetError
 
 MOST = 3  # problems of one request that are told
 _STATUS = {BusyError: 503, ClosedError: 503, NoRoomError: 503, LateError: 504, CannotError: 422}
@@ -35,6 +36,10 @@ def told(error: Exception) -> ApiError:
             return error
         case EngineError():
             return ApiError(_STATUS.get(type(error), 500), str(error))
+        case MemoryError():
+            return ApiError(503, "not enough memory for this request: ask for less, or later")
+        case BudgetError() | ImageMemoryError():
+            return ApiError(503, str(error))
         case TooLargeError():
             return ApiError(413, str(error))
         case ImageError() | PromptError():

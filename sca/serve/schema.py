@@ -5,9 +5,14 @@ sees it: EXIF rotation applied, the corner at 0, 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
+
+from sca.prompts import MAX_POINTS
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 _NUMBER = {"type": "number"}
 _BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
@@ -24,16 +29,50 @@ _POINT = {
 }
 
 
+def add_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body that a route reads by itself; the parts it refers to are put on the application's page."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts, usual = schema.pop("$defs", {}), app.openapi
+
+    def openapi() -> dict[str, Any]:
+        page = usual()
+        known = page.setdefault("components", {}).setdefault("schemas", {})
+        for name, part in parts.items():
+            known.setdefault(name, part)
+        return page
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return schema
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for. body: bytes of a request. pixels: of its image. prompts: of a request, and at most ten
-    times `pixels` in their masks together. seconds: until the body is there, and again until the answer is.
+    """What clients may ask for.
+
+    Args:
+        body: Bytes of a request.
+        pixels: Pixels of an image.
+        prompts: Prompts of a request, and regions that a search for everything may find.
+        seconds: Time until a request is there, and again until its answer is.
+        connections: Connections at a time.
+        points: Points of a prompt.
+        all_points: Points of a request.
+        values: Numbers, texts, lists and objects in the JSON of a request.
     """
 
     body: int = 32 * 2**20
     pixels: int = 50_000_000
     prompts: int = 4096
     seconds: float = 60.0
+    connections: int = 512
+    points: int = MAX_POINTS
+    all_points: int = 16_384
+    values: int = 2**20
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all requests may hold at a time: enough for the largest."""
+        return max(2**30, 24 * self.pixels, 8 * self.body)
 
 
 class Strict(BaseModel):
@@ -118,7 +157,7 @@ class Problem(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "down"]
+    status: Literal["ok", "draining", "down"]
     model: str
     device: str
     waiting: int

@@ -6,35 +6,45 @@ import asyncio
 import base64
 import binascii
 import io
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import to_thread
 from fastapi import Request
 from PIL import Image
+from pydantic import BaseModel
 from sca_registry.contracts import Caption, Prompt
 
 from sca.captioners.door import settings
-from sca.images import read_image
+from sca.images import decode_image, inspect_image
 from sca.output.jsonl import record
 from sca.prompts import read_prompt
 from sca.serve.engine import Done, Engine, EngineError, Event, LateError, Question
+from sca.serve.memory import ByteBudget
 from sca.serve.metrics import Metrics
 from sca.serve.problems import ApiError
 from sca.serve.schema import Asked, EverythingIn, Limits, Problem, PromptIn, RegionOut
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 POLL = 0.5  # seconds between two looks at whether a client is still there
 SMALL = 64 * 2**20  # pixels of masks that a request may always have
+JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
+DECODING, DECODED = 13, 4  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
+WORDS = 1000  # bytes of a caption, about
 
 _PROBLEMS = {
     400: "not what a request looks like",
+    401: "no valid API key, where one is needed",
+    403: "a host that is not served",
     408: "the request came too slowly",
     413: "too large",
     415: "neither JSON nor multipart/form-data",
     422: "something that cannot be done, and why",
-    503: "too many wait, or there is no memory; Retry-After says when to come again",
+    503: "too many wait, there is no memory, or the server ends; Retry-After says when to come again",
     504: "no answer in time",
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -48,25 +58,94 @@ class Service:
     def __init__(self, engine: Engine, name: str, limits: Limits):
         self.engine, self.name, self.limits = engine, name, limits
         self.metrics = Metrics(engine)
+        self.budget = ByteBudget(limits.memory)
+        self._small = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")  # which need the memory
 
-    async def image(self, content: bytes) -> Image.Image:
-        """ImageError for what is no picture, or has too many pixels."""
-        return await to_thread.run_sync(read_image, io.BytesIO(content), "the image", self.limits.pixels)
+    def close(self) -> None:
+        self.engine.close()
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def question(self, asked: Asked, image: Image.Image, prompts: Sequence[Prompt] | None = None) -> Question:
-        """What the engine is asked; `prompts` instead of those in `asked`. ApiError and PromptError for what does not
-        fit.
+    def deadline(self, request: Request) -> float:
+        """When a request that is there must be answered, by the clock of the loop; it starts with the first call."""
+        if not hasattr(request.state, "deadline"):
+            request.state.deadline = asyncio.get_running_loop().time() + self.limits.seconds
+        return request.state.deadline
+
+    async def parse(self, request: Request, model: type[Parsed]) -> Parsed:
+        """The JSON body of a request as `model`."""
+        if content_type(request) != JSON:
+            raise ApiError(415, f"{content_type(request) or 'no content type'}: send {JSON}")
+        content = bytearray()
+        async for piece in request.stream():
+            content += piece
+        self.deadline(request)
+        return await to_thread.run_sync(self.parsed, content, model)
+
+    def parsed(self, content: bytes | bytearray | str, model: type[Parsed]) -> Parsed:
+        """ApiError for more values than are allowed, which take much more memory than their text."""
+        separators = ",[{" if isinstance(content, str) else (b",", b"[", b"{")
+        if sum(content.count(each) for each in separators) > self.limits.values:
+            raise ApiError(413, f"the request has more than the {self.limits.values:,} values that are allowed")
+        return model.model_validate_json(content)
+
+    async def image(self, request: Request, content: bytes, masks: int = 0) -> Image.Image:
+        """Decode the image of a request, once there is memory for it and for so many masks of its size.
+
+        ImageError for what is no picture, or has too many pixels.
         """
+        opened = await to_thread.run_sync(inspect_image, io.BytesIO(content), "the image", self.limits.pixels)
+        pixels = opened.width * opened.height
+        if masks * pixels > max(SMALL, 10 * self.limits.pixels):
+            raise ApiError(413, f"{masks} masks of {opened.width} x {opened.height} are too many: ask in pieces")
+        lease = request.state.lease
+        deadline = self.deadline(request)
+        late = time.monotonic() + deadline - asyncio.get_running_loop().time()
+
+        def decode() -> Image.Image:
+            lease.set(len(content) + (DECODING + masks) * pixels, late - time.monotonic())
+            image = decode_image(opened, "the image")
+            lease.set((DECODED + masks) * pixels)
+            return image
+
+        return await self._in_thread((DECODING + masks) * pixels, deadline, decode)
+
+    async def _in_thread(self, size: int, deadline: float, work: Callable[[], Any]) -> Any:
+        """What `work` returns, which takes `size` bytes: what is large waits for what is large, and nothing else does.
+
+        LateError after the deadline.
+        """
+        pool = self._small if self.budget.is_small(size) else self._large
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.get_running_loop().run_in_executor(pool, work)
+        except TimeoutError:
+            raise LateError(f"no answer in {self.limits.seconds:g} s: ask for less, or later") from None
+
+    def check(self, asked: Asked) -> None:
+        """ApiError for what is asked of no image, or of any image too much."""
         if bool(asked.prompts) == bool(asked.everything):
             what = "both prompts and everything" if asked.prompts else "neither prompts nor everything"
             raise ApiError(422, f"{what}: give prompts, or everything=true to have the regions found")
         if len(asked.prompts) > self.limits.prompts:
             raise ApiError(413, f"{len(asked.prompts):,} prompts, and {self.limits.prompts:,} are allowed")
+        points = [len(prompt.points) for prompt in asked.prompts if isinstance(prompt.points, list)]
+        if points and max(points) > self.limits.points:
+            raise ApiError(413, f"a prompt of {max(points):,} points, and {self.limits.points:,} are allowed")
+        if sum(points) > self.limits.all_points:
+            raise ApiError(413, f"{sum(points):,} points, and {self.limits.all_points:,} are allowed in all prompts")
         if asked.temperature is not None and not asked.sample:
             raise ApiError(422, "temperature can only be used with sample=true")
-        with_masks = sum(prompt.mask is not None for prompt in asked.prompts)
-        if with_masks * image.width * image.height > max(SMALL, 10 * self.limits.pixels):
-            raise ApiError(413, f"{with_masks} masks of {image.width} x {image.height} are too many: ask in pieces")
+        if asked.everything and not self.engine.finds:
+            raise ApiError(422, "this model finds no regions by itself: give prompts")
+
+    async def question(
+        self, request: Request, asked: Asked, image: Image.Image, prompts: Sequence[Prompt] | None = None
+    ) -> Question:
+        """What the engine is asked; `prompts` instead of those in `asked`, which were checked. ApiError and PromptError
+        for what does not fit.
+        """
         captioner = self.engine.captioner
         generation = settings(
             captioner,
@@ -78,12 +157,11 @@ class Service:
         )
         everything = None
         if asked.everything:
-            if not self.engine.finds:
-                raise ApiError(422, "this model finds no regions by itself: give prompts")
             given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
             everything = replace(captioner.everything, **given.model_dump(exclude_none=True))
         elif prompts is None:
-            prompts = await to_thread.run_sync(_prompts, asked.prompts, image.size)
+            size = (DECODED + count_masks(asked)) * image.width * image.height
+            prompts = await self._in_thread(size, self.deadline(request), lambda: _prompts(asked.prompts, image.size))
         return Question(
             image,
             prompts or (),
@@ -92,6 +170,7 @@ class Service:
             generation,
             masks=asked.masks,
             seconds=self.limits.seconds,
+            client=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
         )
 
     async def events(self, request: Request, question: Question) -> AsyncIterator[Event | None]:
@@ -100,8 +179,7 @@ class Service:
         Whoever leaves, or has no more time, is not computed for.
         """
         told: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + question.seconds
+        loop, deadline = asyncio.get_running_loop(), self.deadline(request)
         ticket = await to_thread.run_sync(
             self.engine.ask, question, lambda event: loop.call_soon_threadsafe(told.put_nowait, event)
         )
@@ -130,7 +208,21 @@ class Service:
 
     async def captions(self, request: Request, question: Question) -> list[Caption]:
         """All of them at once, in order; none if the client has left."""
-        return [event async for event in self.events(request, question) if isinstance(event, Caption)]
+        found = []
+        async for event in self.events(request, question):
+            if isinstance(event, Caption):
+                found.append(event)
+                if event.mask is not None:
+                    request.state.lease.add(len(event.mask["counts"]) + WORDS)
+        return found
+
+
+def content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def count_masks(asked: Asked) -> int:
+    return sum(prompt.mask is not None for prompt in asked.prompts)
 
 
 def decoded(text: str) -> bytes:

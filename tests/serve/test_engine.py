@@ -219,7 +219,7 @@ def test_a_closed_engine_tells_who_waits_and_takes_no_more(held, scene):
 
 def test_kept_features_are_bounded(tiny, scene):
     encoded = tiny.encode([scene.image])
-    size = encoded.features.nbytes + 3 * scene.image.width * scene.image.height
+    size = encoded.features.nbytes
     store = FeatureStore(2 * size + 1)
     for name in "abc":
         store.put(name, encoded)

@@ -1,0 +1,33 @@
+"""API keys: a file of them, and whether one is right."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Read the keys in a file, one per line; empty lines and lines that begin with # are skipped.
+
+    Raises:
+        ValueError: If the file cannot be read or has no key.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ValueError(f"cannot read the API keys in {path}: {reason}; write one key per line") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError(f"{path} has no API key; write one key per line")
+    return keys
+
+
+def find_key(given: str, keys: Sequence[str]) -> int | None:
+    """The place of a key that was given, in a time that does not depend on how much of it is right."""
+    found = None
+    for place, key in enumerate(keys):
+        if hmac.compare_digest(given.encode(), key.encode()):
+            found = place
+    return found
