@@ -58,7 +58,7 @@ def demo(
     from sca.demo.run import run
 
     names = model or ["sca-tiny"]
-    agreed = dict.fromkeys(names, {"trust_remote_code": trust_remote_code, "allow_external": allow_external})
+    agreed = {name: {"trust_remote_code": trust_remote_code, "allow_external": allow_external} for name in names}
     keys = read_keys(api_key_file) if api_key_file else ()
     if is_loopback(host):
         names = list(dict.fromkeys((*names, *zoo.names())))
@@ -66,8 +66,12 @@ def demo(
         raise RegistryError(
             f"--any-model lets everyone who reaches {host} load any folder of this machine; name models with --model"
         )
-    elif not keys:
-        complain(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
+
+    def announce(message: str) -> None:
+        complain(message)
+        if not is_loopback(host) and not keys:
+            complain(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
+
     run(
         names,
         find_device(device),
@@ -76,7 +80,7 @@ def demo(
         port,
         any_model,
         browser,
-        complain,
+        announce,
         body=max_body_mb * MIB,
         pixels=max_pixels,
         hosts=(host, *(allow_host or ())),

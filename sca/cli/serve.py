@@ -87,8 +87,12 @@ def serve(
         allow_external=allow_external,
     )
     hosted.check()
-    if not is_loopback(host) and not hosted.keys:
-        complain(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
     if part.name == "local":  # of other places, who serves there knows
         find_device(device)
-    where.serve(hosted, host, port, replicas, lambda url: complain(f"{model} answers at {url}; Ctrl+C ends it"))
+
+    def announce(url: str) -> None:
+        complain(f"{model} answers at {url}; Ctrl+C ends it")
+        if not is_loopback(host) and not hosted.keys:
+            complain(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
+
+    where.serve(hosted, host, port, replicas, announce)

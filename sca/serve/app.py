@@ -68,7 +68,7 @@ def application(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.engine = engine
+    app.state.engine, app.state.budget = engine, service.budget
     if keys:
         app.add_middleware(KeyCheck, keys=keys)
     if origins:

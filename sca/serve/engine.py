@@ -366,11 +366,13 @@ class Engine:
             ticket.steps = search_everything(predictor, everything, **limits)
         end = time.monotonic() + SEARCH_SECONDS
         try:
-            while not ticket.cancelled and time.monotonic() < end:
+            while True:
                 step = next(ticket.steps)
                 if step != ticket.looked_at:
                     ticket.looked_at = step
                     _tell(ticket, step)
+                if ticket.cancelled or time.monotonic() > end:
+                    return
         except StopIteration as found:
             ticket.masks, ticket.prompts = found.value
             ticket.search, ticket.steps = False, None
@@ -408,7 +410,7 @@ class Engine:
 
         def cost(prompt: Prompt) -> float:
             masks = made + (prompt.mask is not None)
-            return max(1.0, words) + len(prompt.points) / POINTS + masks * pixels
+            return max(1.0, words) + len(prompt.points) // POINTS + int(masks * pixels)
 
         return cost
 

@@ -73,19 +73,19 @@ def client(tiny):
 
 @pytest.fixture
 def served(tiny):
-    """`served(limits)` is the address of a server on loopback."""
-    import uvicorn
-
+    """`served(limits)` is the address of a server on loopback; `served.stop()` ends it."""
     from sca.serve.app import application
     from sca.serve.engine import Engine
+    from sca.serve.schema import Limits
+    from sca.serve.server import make_server
 
     running = []
 
-    def start(limits=None, **options):
-        door = socket.socket()
+    def start(limits=None, captioner=tiny, **options):
+        door, limits, engine = socket.socket(), limits or Limits(), Engine(captioner, **options)
         door.bind(("127.0.0.1", 0))
-        app = application(Engine(tiny, **options), "sca-tiny", limits)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        app = application(engine, "sca-tiny", limits, hosts=())
+        server = make_server(app, engine, seconds=limits.seconds, connections=limits.connections, log=False)
         thread = threading.Thread(target=server.run, args=([door],), daemon=True)
         thread.start()
         while not server.started:
@@ -93,7 +93,12 @@ def served(tiny):
         running.append((server, thread))
         return f"http://127.0.0.1:{door.getsockname()[1]}"
 
+    def stop():
+        while running:
+            server, thread = running.pop()
+            server.should_exit = True
+            thread.join()
+
+    start.stop = stop
     yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join()
+    stop()

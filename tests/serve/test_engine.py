@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from sca_registry.contracts import Caption, Prompt
@@ -120,6 +121,146 @@ def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
     engine.close()
 
 
+def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, scene, monkeypatch):
+    monkeypatch.setattr("sca.serve.engine.SEARCH_SECONDS", 0.0)
+    engine, order = Engine(tiny), []
+    search, options = Listener(), Everything(**{**vars(tiny.everything), "points": 32})
+    engine.ask(Question(scene.image, everything=options), lambda event: (order.append("search"), search(event)))
+    for number in range(5):
+        short = Listener()
+        engine.ask(Question(scene.image, boxes(scene)[:1]), short)
+        assert short.captions
+        order.append(number)
+    assert not search.ended.is_set()
+    assert "search" in order[: order.index(3)], "it goes on meanwhile"
+    assert told(search.captions) == told(alone(tiny, scene.image, options))
+    engine.close()
+
+
+def alone(captioner, image, options):
+    captioner.set_image(image)
+    return caption_everything(captioner, options=options)
+
+
+def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
+    engine = Engine(tiny)
+    options = Everything(**{**vars(tiny.everything), "points": 24})
+    images = [scene.image, scene.image.transpose(0), scene.image.transpose(1)]
+    expected = [told(alone(tiny, image, options)) for image in images]
+    listeners = [Listener() for _ in images]
+    for image, listener in zip(images, listeners, strict=True):
+        engine.ask(Question(image, everything=options), listener)
+    assert [told(listener.captions) for listener in listeners] == expected
+    engine.close()
+
+
+def test_a_search_that_finds_too_much_is_refused(tiny, scene):
+    engine, listener = Engine(tiny, max_found=3), Listener()
+    options = Everything(points=8, iou=0.0, stability=0.0, nms=1.0)
+    engine.ask(Question(scene.image, everything=options), listener)
+    assert listener.captions == []
+    assert "more than 3 regions were found" in str(listener.events[-1])
+    engine.close()
+
+
+def test_who_has_had_no_turn_alternates_with_others_and_clients_take_turns(held, scene):
+    """Each question has a kind of its own, so that each turn is of one."""
+    engine, order = Engine(held, regions=1), []
+    prompts = boxes(scene)[:1]
+
+    def ask(name, client, words, count=1):
+        question = Question(scene.image, prompts * count, generation={"max_new_tokens": words}, client=client)
+        engine.ask(question, lambda event: order.append(name) if isinstance(event, Caption) else None)
+
+    occupy(engine, held, Question(scene.image, prompts))
+    ask("long", "heavy", 4, count=4)
+    for number in range(3):
+        ask(f"heavy {number}", "heavy", 5 + number)
+    ask("light", "light", 9)
+    held.go.set()
+    deadline = time.monotonic() + 60
+    while engine.queued and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert order[:3] == ["long", "long", "light"], "after one new question of the other client"
+    news, longs = [[place for place, name in enumerate(order) if (name == "long") is kind] for kind in (False, True)]
+    assert all(later - before <= 2 for before, later in pairwise(news[1:]))
+    assert longs[1] < news[-1], "who has had a turn goes on meanwhile"
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "sizes"),
+    [({}, [8]), ({"generation": {"beams": 4}}, [2] * 4), ({"generation": {"max_new_tokens": 80}}, [2] * 4)],
+)
+def test_regions_that_cost_more_are_fewer_in_a_turn(held, scene, more, sizes):
+    engine, listener = Engine(held, regions=8), Listener()
+    held.go.set()
+    engine.ask(Question(scene.image, boxes(scene)[:1] * 8, **more), listener)
+    assert len(listener.captions) == 8
+    assert [sum(each) for each in held.asked] == sizes
+    engine.close()
+
+
+def test_points_and_large_masks_make_a_turn_shorter(held, scene):
+    engine, listeners = Engine(held, regions=8), [Listener(), Listener()]
+    held.go.set()
+    many = Prompt(points=((3.0, 3.0, 1),) * 256)
+    engine.ask(Question(scene.image, [many] * 3), listeners[0])
+    assert len(listeners[0].captions) == 3
+    large = scene.image.resize((4096, 4096))
+    engine.ask(Question(large, [Prompt(box=(0.0, 0.0, 9.0, 9.0))] * 4, masks=True), listeners[1])
+    assert len(listeners[1].captions) == 4
+    assert [sum(each) for each in held.asked] == [1, 1, 1, 1, 1, 1, 1]
+    engine.close()
+
+
+def test_long_questions_leave_room_in_the_queue(held, scene):
+    engine = Engine(held, waiting=200)
+    occupy(engine, held, Question(scene.image, boxes(scene)[:1]))
+    engine.ask(Question(scene.image, boxes(scene)[:1] * 140), Listener())
+    with pytest.raises(BusyError):
+        engine.ask(Question(scene.image, boxes(scene)[:1] * 65), Listener())
+    engine.ask(Question(scene.image, boxes(scene)[:1] * 50), Listener())
+    held.go.set()
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_worker_dies_who_waits_is_told_and_nobody_is_let_in(held, scene, caplog):
+    def answer(*_, **__):
+        held.busy.set()
+        held.go.wait(60)
+        raise SystemExit
+
+    held.answer = answer
+    engine = Engine(held)
+    listeners = [occupy(engine, held, Question(scene.image, boxes(scene))), Listener()]
+    engine.ask(Question(scene.image, boxes(scene), task="recognition"), listeners[1])
+    held.go.set()
+    for listener in listeners:
+        assert listener.captions == []
+        assert isinstance(listener.events[-1], ClosedError)
+        assert "the model has stopped working; restart the server" in str(listener.events[-1])
+    assert (engine.alive, engine.state) == (False, "down")
+    with pytest.raises(ClosedError, match="restart the server"):
+        engine.ask(Question(scene.image, boxes(scene)), Listener())
+    assert "SystemExit" in caplog.text
+    engine.close()
+
+
+def test_a_draining_engine_answers_who_waits_and_takes_no_more(held, scene):
+    engine = Engine(held)
+    listeners = [occupy(engine, held, Question(scene.image, boxes(scene)[:1])), Listener()]
+    engine.ask(Question(scene.image, boxes(scene)[:2], task="recognition"), listeners[1])
+    engine.drain(30)
+    assert engine.state == "draining"
+    with pytest.raises(ClosedError, match="shutting down"):
+        engine.ask(Question(scene.image, boxes(scene)), Listener())
+    held.go.set()
+    assert [len(listener.captions) for listener in listeners] == [1, 2]
+    engine.close()
+
+
 def test_settings_that_differ_are_not_mixed(tiny, held, scene):
     engine = Engine(held)
     prompts = boxes(scene)
@@ -180,7 +321,7 @@ def test_what_fails_by_itself_does_not_keep_others_from_an_answer(tiny, held, sc
         held.busy.set()
         held.go.wait(60)
         if any(prompt.points for request in requests for prompt in request):
-            raise MemoryError
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
         if any(len(request) == 3 for request in requests):
             raise RuntimeError("a defect")
         if any(len(request) == 2 for request in requests):
@@ -230,6 +371,15 @@ def test_kept_features_are_bounded(tiny, scene):
     assert store.get("b") is encoded
     assert store.held == 2 * size
     FeatureStore(0).put("a", encoded)
+
+
+def test_an_engine_keeps_no_images(tiny, scene):
+    engine, listener = Engine(tiny), Listener()
+    engine.ask(Question(scene.image, boxes(scene)[:1]), listener)
+    assert listener.captions
+    (kept,) = engine.features._kept.values()
+    assert kept.images == ()
+    engine.close()
 
 
 def test_what_regions_are_not_found_by_cannot_be_asked_for_everything(held, scene):
