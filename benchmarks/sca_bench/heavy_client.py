@@ -28,6 +28,7 @@ from sca_bench.serving import _ask, _bodies, _Server, _told
 from sca_bench.worker import environment
 
 SILENT = 600  # connections
+PATIENCE = 5.0  # seconds after which the heavy client goes on to its next request
 
 
 def main() -> None:
@@ -128,7 +129,7 @@ def _png(side: int) -> str:
 
 
 def _post(server: Any, content: bytes) -> int | str:
-    line = HTTPConnection(server.host, server.port, timeout=15)
+    line = HTTPConnection(server.host, server.port, timeout=PATIENCE)
     try:
         line.request("POST", "/v1/captions", content, {"Content-Type": "application/json"})
         answer = line.getresponse()
@@ -147,7 +148,7 @@ def _dribble(server: Any) -> str:
         lines = [opened.enter_context(socket.create_connection((server.host, server.port))) for _ in range(50)]
         for line in lines:
             line.sendall(head)
-        for _ in range(5):
+        for _ in range(int(PATIENCE)):
             for line in lines:
                 with contextlib.suppress(OSError):
                     line.sendall(b" ")
@@ -159,7 +160,7 @@ def _keep_silent(server: Any) -> str:
     with contextlib.ExitStack() as opened:
         for _ in range(SILENT):
             opened.enter_context(socket.create_connection((server.host, server.port)))
-        time.sleep(5)
+        time.sleep(PATIENCE)
     return "sent"
 
 

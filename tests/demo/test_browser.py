@@ -4,6 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 
 import pytest
@@ -217,3 +220,35 @@ def test_it_is_usable_on_a_phone(browser, address):
     page.touchscreen.tap(*place(page, 270, 260))
     assert "triangle" in captions(page, 1)[0]
     context.close()
+
+
+def test_the_demo_checks_hosts_and_keys(address, tmp_path):
+    def status(address, path="/", host=None):
+        asked = urllib.request.Request(f"{address}{path}", headers={"Host": host} if host else {})
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert [status(address), status(address, host="evil.example")] == [200, 403]
+    assert status(address, "/config") == 200
+    (tmp_path / "keys").write_text("secret\n")
+    command = [sys.executable, "-m", "sca", "demo", "--port", "0", "--api-key-file", str(tmp_path / "keys")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        locked = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+        try:
+            assert status(locked, "/config") == 401
+            login = {password: _login(locked, password) for password in ("secret", "wrong")}
+        finally:
+            process.terminate()
+    assert login == {"secret": 200, "wrong": 400}
+
+
+def _login(address, password):
+    form = urllib.parse.urlencode({"username": "a", "password": password}).encode()
+    try:
+        with urllib.request.urlopen(f"{address}/login", form, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code

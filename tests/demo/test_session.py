@@ -7,8 +7,11 @@ from sca_registry.contracts import Caption
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
-from sca.demo.app import HELD, Models
+import gradio as gr
+
+from sca.demo.app import HELD, Models, _opened
 from sca.demo.session import Session
+from sca.prompts import MAX_POINTS, PromptError
 from sca.serve.engine import ClosedError, Done, Question
 
 
@@ -88,6 +91,29 @@ def test_a_model_in_use_stays_until_it_is_done(models, session):
     assert not engine.alive
     with pytest.raises(ClosedError):
         list(engine.events(question))
+
+
+def test_models_refuse_names_that_may_not_be_chosen(tmp_path):
+    (tmp_path / "a").symlink_to(zoo.get("sca-tiny").folder)
+    models = Models("cpu", None, ["sca-tiny"])
+    with pytest.raises(ValueError, match=r"no model .*; choose from sca-tiny"), models.engine(str(tmp_path / "a")):
+        pass
+    models.close()
+
+
+def test_session_limits_points_of_a_region(session):
+    for number in range(MAX_POINTS):
+        session.point_at({"action": "point", "x": number % 60, "y": 5, "label": 1})
+    with pytest.raises(PromptError, match=f"at most {MAX_POINTS} points"):
+        session.point_at({"action": "point", "x": 9, "y": 5, "label": 1})
+
+
+def test_opened_image_keeps_to_the_pixel_limit(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    session, *_ = _opened(str(tmp_path / "a.png"), "a.png", 600)
+    assert session.image.size == (30, 20)
+    with pytest.raises(gr.Error, match=r"a\.png has 600 pixels"):
+        _opened(str(tmp_path / "a.png"), "a.png", 599)
 
 
 def test_a_model_that_is_there_is_not_loaded_again(models):

@@ -1,0 +1,19 @@
+"""One client that sends the largest requests does not cost the others their answers."""
+
+import pytest
+
+from sca_bench.heavy_client import describe, measure
+from sca_bench.serving import _Server
+
+
+@pytest.mark.all
+def test_other_clients_are_answered_beside_a_heavy_one():
+    with _Server("sca-tiny", "cpu") as server:
+        found = measure(server, clients=16, seconds=66, pause=60)
+    print(*describe(found), sep="\n")
+    assert found["beside"]["failed"] == 0
+    assert found["ratio"] < 10
+    assert found["memory"]["highest"] < found["memory"]["before"] + 1.5 * 2**30
+    assert found["memory"]["after"] < found["memory"]["before"] + 300 * 2**20
+    refused = {"413", "422", "429", "503", "504", "sent", "200", "TimeoutError"}
+    assert all(set(each) <= refused for each in found["heavy"].values())
