@@ -122,10 +122,15 @@ def _ask(server: _Server, bodies: list[bytes], clients: int, seconds: float) -> 
         place = number
         while time.monotonic() < end:
             start = time.monotonic()
-            line.request("POST", "/v1/captions", bodies[place % len(bodies)], {"Content-Type": "application/json"})
-            answer = line.getresponse()
-            whole = json.loads(answer.read())
-            if answer.status == 200 and len(whole["regions"]) == 1:
+            try:
+                line.request("POST", "/v1/captions", bodies[place % len(bodies)], {"Content-Type": "application/json"})
+                answer = line.getresponse()
+                whole = json.loads(answer.read())
+                good = answer.status == 200 and len(whole["regions"]) == 1
+            except (OSError, http.client.HTTPException):
+                good = False
+                line.close()  # the next request opens it again
+            if good:
                 latencies[number].append(time.monotonic() - start)
             else:
                 failed[number] += 1

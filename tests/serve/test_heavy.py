@@ -1,7 +1,6 @@
 """One client that sends the largest requests does not cost the others their answers."""
 
 import pytest
-
 from sca_bench.heavy_client import describe, measure
 from sca_bench.serving import _Server
 
