@@ -80,7 +80,8 @@ def test_a_connection_without_a_whole_head_is_closed(served, sent):
     read_all(line)
 
 
-def test_silent_connections_make_room_for_others(served):
+def test_silent_connections_make_room_for_others(served, monkeypatch):
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 600.0)
     url = served(Limits(connections=6))
     silent = [connect(url) for _ in range(12)]
     for each in silent[::3]:
@@ -183,3 +184,24 @@ def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked,
     got = read_all(line)
     assert b" 503 " in got
     assert b"the server is shutting down" in got
+
+
+def test_a_stream_is_told_when_the_server_ends(served, asked, tiny, monkeypatch):
+    monkeypatch.setattr(serving, "GRACE_SECONDS", 2.0)
+    usual = tiny.answer
+    monkeypatch.setattr(tiny, "answer", lambda *a, **b: (time.sleep(0.3), usual(*a, **b))[1])
+    url = served(regions=1)
+    body = asked(prompts=[{"box": [0, 0, 50, 50]}] * 200, stream=True)
+    with httpx.stream("POST", f"{url}/v1/captions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        stopping = threading.Thread(target=served.stop)
+        stopping.start()
+        rest = list(lines)
+        stopping.join()
+    assert (first, answer.status_code) == ("event: found", 200)
+    assert "event: region" in rest
+    assert [line for line in rest if line][-2:] == [
+        "event: error",
+        'data: {"error": "the server is shutting down; try again later"}',
+    ]
