@@ -94,6 +94,7 @@ def row(
     import sys
     import tempfile
 
+    from sca.cli.options import print_json
     from sca_bench.worker import work
 
     try:
@@ -105,7 +106,7 @@ def row(
             raise ValueError(f"a row has no {key!r}: give the `config` of one of results.jsonl")
     with tempfile.TemporaryDirectory(prefix="sca-") as folder, contextlib.redirect_stdout(sys.stderr):
         made = work({**given, "force": force}, folder)
-    typer.echo(json.dumps(made, indent=1))
+    print_json(made)
     raise typer.Exit(0 if made["state"] == "done" else 1)
 
 
@@ -141,10 +142,11 @@ def diff(
     second: Annotated[Path, typer.Argument(help="of another run of the same sweep")],
 ) -> None:
     """Whether a second run timed the same, and which states and scores are others."""
+    from sca.cli.options import print_document
     from sca_bench.diff import diff as compare
     from sca_bench.store import Store
 
-    typer.echo(str(compare(Store(first).rows(), Store(second).rows())))
+    print_document(str(compare(Store(first).rows(), Store(second).rows())))
 
 
 @app.command()
@@ -186,7 +188,9 @@ def _folder(name: str, out: Path | None) -> Path:
 
 
 def _print(found) -> None:
+    from sca.cli.options import print_line
+
     told = ", ".join(f"{count} {state}" for state, count in sorted(found.states.items())) or "none made"
-    typer.echo(f"{found.rows} rows: {told}; {len(found.missing)} missing")
+    print_line(f"{found.rows} rows: {told}; {len(found.missing)} missing")
     for label in found.missing[:10]:
-        typer.echo(f"  missing: {label}")
+        print_line(f"  missing: {label}")

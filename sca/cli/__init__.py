@@ -14,6 +14,7 @@ from sca_bench import cli as bench
 
 from sca.cli import caption, catalogue, compare, convert, data, demo, evaluate, plan, plugins, serve, train, weights
 from sca.cli.options import complain
+from sca.io.terminal import guard_terminal
 
 app = typer.Typer(
     name="sca",
@@ -59,6 +60,7 @@ def _whole(
 
 def main() -> None:
     """Runs one command and exits with its status."""
+    guard_terminal()
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of a caption still gets it
     sys.exit(run(sys.argv[1:]))

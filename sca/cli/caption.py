@@ -15,6 +15,7 @@ import typer
 from sca_registry.spec import CAPTION_FROM
 
 from sca.cli.options import DEVICES, OUTPUTS, AllowExternal, TrustRemoteCode, complain, find_device, print_table, settle
+from sca.io import terminal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -271,31 +272,25 @@ class Table:
     """A line a region, printed at the end, also of a run that is interrupted."""
 
     def __init__(self) -> None:
-        from rich.table import Table as RichTable
-
-        self.table = RichTable(box=None, pad_edge=False, header_style="bold")
-        for column in ("image", "region", "caption", "score", "iou", "box"):
-            self.table.add_column(column, justify="right" if column in ("region", "score", "iou") else "left")
+        columns = ("image", "region", "caption", "score", "iou", "box")
+        self.table = terminal.Table(columns, right=("region", "score", "iou"), framed=False)
 
     def __enter__(self) -> Table:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.table.row_count:
+        if self.table.rows:
             print_table(self.table)
 
     def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
-        from rich.text import Text
-
         from sca.images import show
 
         for each in captions:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
             iou = "" if each.iou is None else f"{each.iou:.2f}"
-            cells = (show(path.name), str(each.region), each.text, f"{each.score:.2f}", iou, box)
-            self.table.add_row(*map(Text, cells))
+            self.table.add_row(show(path.name), str(each.region), each.text, f"{each.score:.2f}", iou, box)
             for text, score in each.others:
-                self.table.add_row("", "", Text(text), f"{score:.2f}", "", "")
+                self.table.add_row("", "", text, f"{score:.2f}", "", "")
 
 
 def _formats(format: str | None, out: str) -> tuple[str, ...]:

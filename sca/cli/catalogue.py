@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -10,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from sca_registry import REGISTRIES, registry
 
-from sca.cli.options import print_table, settle
+from sca.cli.options import print_document, print_json, print_line, print_table, settle
+from sca.io.terminal import Table
 
 STATES = ("ok", "unchecked", "broken", "needs extra")
 
@@ -31,20 +31,16 @@ def list_names(
     rows = [row for each in kinds for row in _rows(each)]
     rows = [row for row in rows if row["state"].startswith(state) and (not extra or row.get("extra") == extra)]
     if as_json:
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("kind", "name", "summary", "parameters", "licence", "from", "state"):
-        table.add_column(column, overflow="fold", justify="right" if column == "parameters" else "left")
+    columns = ("kind", "name", "summary", "parameters", "licence", "from", "state")
+    table = Table(columns, right=("parameters",), framed=False)
     for row in rows:
         count = row["parameters"]
         state = row["state"] + (f": {row['reason']}" if row["reason"] else "")
         origin = f"{row['distribution']} {row['version']}"
-        cells = (row["kind"], row["name"], row["summary"], f"{count:,}" if count else "", row["licence"], origin, state)
-        table.add_row(*map(Text, cells))
+        parameters = f"{count:,}" if count else ""
+        table.add_row(row["kind"], row["name"], row["summary"], parameters, row["licence"], origin, state)
     print_table(table)
 
 
@@ -57,23 +53,23 @@ def show(
     if kind == "recipes":
         from sca.training.recipe import recipe_text
 
-        typer.echo(recipe_text(name))
+        print_document(recipe_text(name))
         return
     facts = _model(name) if kind == "models" else _part(kind, name)
     options = facts.pop("options", {})
     for key, value in facts.items():
         if value not in (None, ""):
-            typer.echo(f"{key + ':':<14}{value}")
+            print_line(f"{key + ':':<14}{value}")
     if options:
-        typer.echo("options:")
+        print_line("options:")
         for option, value in options.items():
-            typer.echo(f"  {option} = {'(required)' if value is ... else value}")
+            print_line(f"  {option} = {'(required)' if value is ... else value}")
 
 
 def version(asked: bool) -> None:
     """For --version, which ends the command."""
     if asked:
-        typer.echo(f"sca {_built_in()['version']}")
+        print_line(f"sca {_built_in()['version']}")
         raise typer.Exit()
 
 

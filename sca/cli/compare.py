@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sca.cli.evaluate import METRICS, listed, read_settings
-from sca.cli.options import complain, print_table
+from sca.cli.options import complain, print_json, print_table
 
 BY = "the score that regions are ranked by (default: the most telling there is)"
 SETTINGS = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
@@ -34,7 +33,7 @@ def compare(
 
         _write(out, comparison_page(comparison))
     if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+        print_json(comparison.to_dict())
     else:
         print_table(comparison.table())
 

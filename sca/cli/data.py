@@ -29,14 +29,14 @@ def export(
     """Writes a dataset in the layout that a public one is published in."""
     from sca_registry import datasets
 
-    from sca.cli.options import read_options, settle
+    from sca.cli.options import print_line, read_options, settle
     from sca.data.export import FORMATS
     from sca.data.export import export as write
 
     settle("format", format, tuple(FORMATS))
     chosen = read_options(options or ())
     sets = {name: datasets.build(dataset, name, **chosen) for name in split or ["val"]}
-    typer.echo(f"wrote {write(sets, folder, format, limit=limit)}")
+    print_line(f"wrote {write(sets, folder, format, limit=limit)}")
 
 
 Dataset = Annotated[str, typer.Argument(help="a dataset by name, such as coco; `sca list datasets` has all")]
@@ -57,26 +57,23 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Counts images, regions, phrases and words, and tells what was left out and why."""
-    import json
-
     from sca_registry import datasets
 
-    from sca.cli.options import print_table, read_options
+    from sca.cli.options import print_json, print_table, read_options
     from sca.data.stats import stats as counted
+    from sca.io.terminal import Table
 
     found = {"dataset": dataset, **counted(datasets.build(dataset, split, **read_options(options or ())), pictures)}
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"{dataset} {split}"), show_header=False)
+    table = Table(("", ""), title=f"{dataset} {split}")
     for name, value in found.items():
         if name not in ("dataset", "split", "examples") and value not in (None, {}):
-            table.add_row(name.replace("_", " "), Text(_shown(value)))
+            table.add_row(name.replace("_", " "), _shown(value))
     for reason, examples in found["examples"].items():
-        table.add_row(Text(f"such as {reason}"), Text("\n".join(examples)))
+        for place, example in enumerate(examples):
+            table.add_row("" if place else f"such as {reason}", example)
     print_table(table)
 
 
@@ -102,7 +99,7 @@ def view(
     from sca_registry import datasets
     from sca_registry.overrides import read_assignment
 
-    from sca.cli.options import read_options
+    from sca.cli.options import print_line, read_options
     from sca.data.view import view as write
     from sca.training.recipe import read_augmentation
 
@@ -110,4 +107,4 @@ def view(
     found = datasets.build(dataset, split, **read_options(options or ()))
     chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
     title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
-    typer.echo(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")
+    print_line(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import DEVICES, AllowExternal, TrustRemoteCode, complain, find_device, print_table, settle
+from sca.cli.options import (
+    DEVICES,
+    AllowExternal,
+    TrustRemoteCode,
+    complain,
+    find_device,
+    print_json,
+    print_table,
+    settle,
+)
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report
@@ -82,7 +91,7 @@ def evaluate(
     reports = [report for report in reports if report is not None]  # only one of several processes has them
     if as_json and reports:
         plain = [report.to_dict() for report in reports]
-        typer.echo(json.dumps(plain if protocol else plain[0], indent=1))
+        print_json(plain if protocol else plain[0])
     elif reports:
         for place, report in enumerate(reports):
             print_table(report.table())
@@ -117,7 +126,7 @@ def score(
     against = {"name": dataset, **given["dataset"]} if dataset else None
     report = score_file(predictions, metrics and listed(metrics), given["scores"], against, split)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=1))
+        print_json(report.to_dict())
     else:
         print_table(report.table())
 

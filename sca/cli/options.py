@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Sequence
 from textwrap import shorten
@@ -9,8 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sca.io.terminal import DOCUMENT
+from sca.io.text import UNSAFE, escape_terminal
+
 if TYPE_CHECKING:
     import torch
+
+    from sca.io.terminal import Table
 
 TrustRemoteCode = Annotated[
     bool,
@@ -57,11 +64,27 @@ def find_device(name: str) -> torch.device:
 
 def complain(message: str) -> None:
     """One line on standard error."""
-    print(f"sca: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(escape_terminal(f"sca: {' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
-def print_table(table: Any) -> None:
-    """A rich table on standard output; where that is no terminal, lines are wide enough to be searched."""
+def print_line(text: str) -> None:
+    """Print one line on standard output, safe for a terminal."""
+    print(escape_terminal(text), flush=True)
+
+
+def print_document(text: str) -> None:
+    """Print several lines on standard output, safe for a terminal."""
+    print(escape_terminal(text, DOCUMENT), flush=True)
+
+
+def print_json(value: Any) -> None:
+    r"""Print JSON on standard output: the exact value, with \u escapes for what a terminal would act on."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    print(re.sub(UNSAFE, lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on standard output; where that is no terminal, lines are wide enough to be searched."""
     from rich.console import Console
 
     console = Console()
@@ -69,4 +92,4 @@ def print_table(table: Any) -> None:
         console.width = max(console.width, 200)
     with console.capture() as printed:
         console.print(table)
-    typer.echo(printed.get(), nl=False)
+    print(printed.get(), end="", flush=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, print_table, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, print_json, print_line, print_table, settle
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
@@ -49,7 +48,7 @@ def plan(
     spec = _read(model, Trust(trust_remote_code, allow_external)).override(overrides or ())
     planned = make_plan(spec, images, regions, words, train, getattr(torch, dtype), gpu)
     if as_json:
-        typer.echo(json.dumps(planned.to_dict(), indent=1))
+        print_json(planned.to_dict())
     else:
         _print(planned)
 
@@ -79,30 +78,27 @@ def _read(model: str, trust: Trust) -> ModelSpec:
 
 
 def _print(planned: Plan) -> None:
-    from rich.table import Table
-
+    from sca.io.terminal import Table
     from sca.plan import LIMIT
 
     what = "a step of training" if planned.train else "captioning"
     asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"
-    typer.echo(f"{planned.model}: {asked}")
-    table = Table(box=None, pad_edge=False)
-    for column in ("stage", "GFLOP", "most memory"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    print_line(f"{planned.model}: {asked}")
+    table = Table(("stage", "GFLOP", "most memory"), right=("GFLOP", "most memory"), framed=False)
     for stage, flops in planned.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _size(planned.memory[stage]))
     table.add_row("in all", f"{sum(planned.flops.values()) / 1e9:,.1f}", _size(planned.peak))
     print_table(table)
     for part, count in planned.parameters.items():
-        typer.echo(f"{part:<16}{count:>15,}")
-    typer.echo(f"{'parameters':<16}{sum(planned.parameters.values()):>15,}  {planned.trainable:,} train")
-    typer.echo(f"{'in float32':<16}{_size(planned.weights):>15}  a checkpoint of it {_size(planned.checkpoint)}")
+        print_line(f"{part:<16}{count:>15,}")
+    print_line(f"{'parameters':<16}{sum(planned.parameters.values()):>15,}  {planned.trainable:,} train")
+    print_line(f"{'in float32':<16}{_size(planned.weights):>15}  a checkpoint of it {_size(planned.checkpoint)}")
     if planned.room is not None:
         most = planned.most_regions
         fits = "fits" if planned.fits else "does not fit"
         upto = f"{LIMIT:,} regions an image do, too" if most is None else f"up to {most:,} regions an image do"
         told = upto if most != 0 else "not one region does"
-        typer.echo(f"{planned.gpu:<16}{_size(planned.room):>15}  to plan with: this {fits}; {told}")
+        print_line(f"{planned.gpu:<16}{_size(planned.room):>15}  to plan with: this {fits}; {told}")
 
 
 def _size(count: int) -> str:

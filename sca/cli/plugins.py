@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import read_options
+from sca.cli.options import print_line, read_options
 
 if TYPE_CHECKING:
     from sca.conformance import Finding
@@ -40,7 +40,7 @@ def new(
     from sca.scaffold import scaffold
 
     made = scaffold(kind, name, folder)
-    typer.echo(f"wrote {made}; next: cd {made} && pip install -e . && sca check {kind} {name}")
+    print_line(f"wrote {made}; next: cd {made} && pip install -e . && sca check {kind} {name}")
 
 
 def check(
@@ -67,8 +67,8 @@ def check(
     broken = sum(not finding.passed for finding in findings)
     for finding in findings:
         if not (quiet and finding.passed):
-            typer.echo(str(finding))
-    typer.echo(f"{len(findings) - broken} of {len(findings)} promises kept")
+            print_line(str(finding))
+    print_line(f"{len(findings) - broken} of {len(findings)} promises kept")
     if not options and parts.describe(name).distribution != BUILTIN:
         parts.judge(name, _told(kind, name, findings))
     raise typer.Exit(1 if broken else 0)
@@ -88,7 +88,7 @@ def doctor(
     from sca_registry.plugins import BUILTIN
 
     for name, value in _machine():
-        typer.echo(f"{name + ':':<17}{value}")
+        print_line(f"{name + ':':<17}{value}")
     entries = [(parts, entry) for parts in REGISTRIES.values() for entry in parts.entries()]
     if distribution:
         entries = [(parts, entry) for parts, entry in entries if entry.distribution == distribution]
@@ -109,15 +109,16 @@ def doctor(
         found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
     repairs, broken, extras = [], False, Counter()
     for package, listed in found.items():
-        typer.echo(f"\n{package}")
+        print_line("")
+        print_line(package)
         fine = [entry for entry in listed if entry.distribution == BUILTIN and entry.state == "ok"]
         for kind, count in Counter(entry.kind for entry in fine).items():
-            typer.echo(f"  {f'{count} of kind {kind}':<34}ok")
+            print_line(f"  {f'{count} of kind {kind}':<34}ok")
         lacking = [entry for entry in listed if entry.state.startswith("needs extra")]
         extras.update(entry.reason for entry in lacking)
         for entry in (entry for entry in listed if entry not in fine and entry not in lacking):
             reason = f": {entry.reason}" if entry.reason else ""
-            typer.echo(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
+            print_line(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
         if any(entry.state == "broken" for entry in listed):
             broken = True
             repairs.append(_repair(listed[0].distribution))
@@ -129,9 +130,10 @@ def doctor(
         ("for more parts:", {f"{line}  ({count} of them)": 0 for line, count in extras.items()}),
     ):
         if lines:
-            typer.echo(f"\n{title}")
+            print_line("")
+            print_line(title)
             for line in lines:
-                typer.echo(f"  {line}")
+                print_line(f"  {line}")
     raise typer.Exit(1 if broken else 0)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, complain, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, complain, print_document, print_line, settle
 
 LAYOUTS = ("published", "lm")
 
@@ -30,7 +30,7 @@ def pull(
     def take(source: str, revision: str | None = None, **options: Any) -> Path:
         folder = fetch(source, revision, **options)
         commit = pin(source, folder)
-        typer.echo(f"{source}{f' at {commit}' if commit else ''}: {folder}")
+        print_line(f"{source}{f' at {commit}' if commit else ''}: {folder}")
         return folder
 
     for source, wanted, prefix in _sources(name):
@@ -66,9 +66,9 @@ def push(
     from sca.push import push as give
 
     if dry_run:
-        typer.echo(card_of(locate(checkpoint), name, scores or (), trained_on, licence))
+        print_document(card_of(locate(checkpoint), name, scores or (), trained_on, licence))
     else:
-        typer.echo(give(checkpoint, name, scores or (), private, trained_on, licence))
+        print_line(give(checkpoint, name, scores or (), private, trained_on, licence))
 
 
 def import_(

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sca.data.fields import cut, field, table, unreadable
+from sca.io.text import escape_terminal
 
 CHUNK = 1 << 22  # bytes that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -282,4 +283,6 @@ class _Text:
 
 def reading(path: Path) -> tqdm:
     """A bar over the bytes of a file, on a terminal."""
-    return tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None)
+    return tqdm(
+        total=path.stat().st_size, desc=escape_terminal(path.name), unit="B", unit_scale=True, leave=False, disable=None
+    )

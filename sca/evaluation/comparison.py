@@ -17,7 +17,7 @@ from sca.evaluation.records import Record
 from sca.evaluation.scoring import resamplable
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from sca.io.terminal import Table
 
 TELLING = ("cider-d", "attributes/all", "meteor", "rouge-l", "cider", "class/count", "mask-iou/mean")
 PROTOCOL = ("prompt", "proposer", "generation", "seed", "limit")
@@ -71,25 +71,18 @@ class Comparison:
 
     def table(self) -> Table:
         """For a terminal. A difference whose interval does not hold 0 is marked with a star."""
-        from rich.table import Table
-        from rich.text import Text
+        from sca.io.terminal import Table
 
         below = ["* the interval of the difference does not hold 0", *self.remarks]
-        table = Table(
-            title=Text(f"{self.first.title}  →  {self.second.title}"),
-            caption=Text("\n".join(below)),
-            caption_justify="left",
-        )
-        table.add_column("score")
-        for heading in ("first", "second", "difference", "95 % interval"):
-            table.add_column(heading, justify="right")
+        figures = ("first", "second", "difference", "95 % interval")
+        table = Table(("score", *figures), f"{self.first.title}  →  {self.second.title}", figures, below)
         for each in self.differences:
             between, star = "", ""
             if each.low is not None and each.high is not None:
                 between = f"{each.low:+.3f} to {each.high:+.3f}"
                 star = " *" if each.low > 0 or each.high < 0 else ""
             values = [f"{value:.3f}" for value in (each.first, each.second)]
-            table.add_row(Text(each.name), *values, f"{each.difference:+.3f}{star}", between)
+            table.add_row(each.name, *values, f"{each.difference:+.3f}{star}", between)
         return table
 
 

@@ -28,8 +28,7 @@ from sca.evaluation.soundness import check, check_against, completed
 from sca.predictor import Predictor
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from sca.io.terminal import Table
     from sca.model import SegmentCaptioner
 
 
@@ -86,23 +85,20 @@ class Report:
 
     def table(self) -> Table:
         """For a terminal: a row a score with its 95 % interval, a column a control; below it what is to be said."""
-        from rich.table import Table
-        from rich.text import Text
+        from sca.io.terminal import Table
 
         images, regions = len({record["image_id"] for record in self.records}), regions_of(self.records)
         below = [f"{images} images, {regions} regions, {self.seconds:.1f} s", *self.remarks]
         below += [f"left out {name}: {reason}" for name, reason in self.left_out.items()]
-        table = Table(title=Text(self.title), caption=Text("\n".join(below)), caption_justify="left")
         controls = list(dict.fromkeys(each.control for each in self.scored.scores if each.control))
-        table.add_column("score")
-        for heading in ("value", "95 % interval", *controls):
-            table.add_column(heading, justify="right")
+        figures = ("value", "95 % interval", *controls)
+        table = Table(("score", *figures), self.title, figures, below)
         misled = {name: self.scored.values(name) for name in controls}
         for each in self.scored.scores:
             if each.control is None:
                 between = "" if each.low is None else f"{each.low:.3f} to {each.high:.3f}"
                 others = [_shown(misled[name].get(each.name)) for name in controls]
-                table.add_row(Text(each.name), _shown(each.value), between, *others)
+                table.add_row(each.name, _shown(each.value), between, *others)
         return table
 
 

@@ -16,7 +16,7 @@ from sca_registry.messages import unknown
 from sca.evaluation.predictions import Questions
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from sca.io.terminal import Table
 
 SUFFIX = ".toml"
 
@@ -69,19 +69,16 @@ def read_protocol(name: str) -> Protocol:
     return Protocol(name=name, runs=runs, **table)
 
 
-def beside(run: Run, title: str, scores: Mapping[str, float], source: str) -> Table:
+def beside(run: Run, model: str, scores: Mapping[str, float], source: str) -> Table:
     """What was measured, with what was published above it."""
-    from rich.table import Table
-    from rich.text import Text
+    from sca.io.terminal import Table
 
-    table = Table(title=Text(f"{run.name}, beside what was published"), caption=Text(f"published: {source}"))
-    table.add_column("model", no_wrap=True)
-    for column in run.columns:
-        table.add_column(column, justify="right")
+    title = f"{run.name}, beside what was published"
+    table = Table(("model", *run.columns), title, run.columns, notes=[f"published: {source}"])
     for system, values in run.published.items():
-        table.add_row(Text(f"{system} (published)"), *(f"{value:.3f}" for value in values))
+        table.add_row(f"{system} (published)", *(f"{value:.3f}" for value in values))
     ours = (scores.get(column) for column in run.columns)
-    table.add_row(Text(title), *("–" if value is None else f"{value:.3f}" for value in ours))
+    table.add_row(model, *("–" if value is None else f"{value:.3f}" for value in ours))
     return table
 
 

@@ -1,0 +1,98 @@
+"""What reaches a terminal. Text from elsewhere passes `escape_terminal` here, once, and never where it comes from."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sca.io.text import escape_terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+DOCUMENT = "\n\t"  # what a text of several lines keeps
+
+
+@dataclass
+class Table:
+    """A table for `sca.cli.options.print_table` or rich: cells, title and notes are plain text and mean nothing else.
+
+    columns: headings; a table whose headings are all empty has no head. right: the columns that are aligned right.
+    notes: lines below the table. framed: whether lines are drawn.
+    """
+
+    columns: Sequence[str]
+    title: str = ""
+    right: Collection[str] = ()
+    notes: Sequence[str] = ()
+    framed: bool = True
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def __rich__(self) -> RichTable:
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        def shown(text: str) -> Text:
+            return Text(escape_terminal(text))
+
+        frame: dict[str, Any] = {} if self.framed else {"box": None, "pad_edge": False}
+        table = RichTable(
+            title=shown(self.title) if self.title else None,
+            caption=Text("\n").join(map(shown, self.notes)) if self.notes else None,
+            caption_justify="left",
+            show_header=any(self.columns),
+            **frame,
+        )
+        for column in self.columns:
+            table.add_column(shown(column), justify="right" if column in self.right else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(shown, row))
+        return table
+
+
+def guard_terminal() -> None:
+    """Make tracebacks, warnings and log records of this process safe to print, whoever wrote them."""
+    sys.excepthook = _print_traceback
+    warnings.formatwarning = _format_warning
+    logging.setLogRecordFactory(_SafeRecord)
+
+
+def _print_traceback(kind: Any, error: BaseException, trace: Any) -> None:
+    print(_traceback(kind, error, trace), file=sys.stderr, flush=True)
+
+
+def _traceback(kind: Any, error: Any, trace: Any) -> str:
+    return escape_terminal("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), DOCUMENT)
+
+
+_plain_warning = warnings.formatwarning
+
+
+def _format_warning(*warning: Any, **more: Any) -> str:
+    return escape_terminal(_plain_warning(*warning, **more), DOCUMENT)
+
+
+class _SafeRecord(logging.LogRecord):
+    """A record whose message, arguments and traceback are escaped; formatters may color what they add."""
+
+    def __init__(self, *fields: Any, **more: Any):
+        super().__init__(*fields, **more)
+        self.msg = _logged(self.msg)
+        if isinstance(self.args, tuple):
+            self.args = tuple(map(_logged, self.args))
+        elif self.args:
+            self.args = {name: _logged(value) for name, value in self.args.items()}
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = _traceback(*self.exc_info)
+
+
+def _logged(value: Any) -> Any:
+    return value if value is None or hasattr(value, "__float__") else escape_terminal(str(value), DOCUMENT)

@@ -1,0 +1,56 @@
+"""Text from elsewhere, made inert for where it is shown: a terminal, a Markdown page, a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+
+# Control characters (C0, DEL, C1), line separators, bidirectional controls, and halves of surrogate pairs.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+SHORT = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
+FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # also in full width, which Excel takes as equal
+
+
+def escape_terminal(text: str, keep: str = "") -> str:
+    r"""Replace what a terminal would act on by visible escapes such as \x1b, \n and \u202e.
+
+    Args:
+        text: Anything, for example a caption or a file name.
+        keep: Characters that stay, such as the newlines of a document.
+    """
+    return UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line, also in a table: no HTML, links, mentions or emphasis."""
+    line = " ".join(escape_terminal(" ".join(text.split())).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def format_csv(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV. A spreadsheet takes text that begins like a formula for text; numbers stay numbers."""
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
+    return written.getvalue()
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def _csv_cell(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) and not _is_number(cell) else cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
