@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode
+from sca.cli.options import AllowExternal, TrustRemoteCode, print_document, print_line
 
 
 def train(
@@ -32,6 +30,7 @@ def train(
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
+    from sca.training.processes import join_processes, run_processes
     from sca.training.trainer import budget_each, images_each, prepare
     from sca.training.trainer import train as run
 
@@ -40,26 +39,13 @@ def train(
         images_each(plan.train, processes)
         budget_each(plan.train, processes)
         prepare(plan, **agreed)  # so that a mistake is told once, and before anything is started
-        arguments = ["train", recipe, *(changes or ()), "--out", str(folder), "--resume" if resume else "--no-resume"]
         flags = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
-        raise typer.Exit(_start(processes, arguments + [flag for flag, given in flags.items() if given]))
+        options = ["--out", str(folder), "--resume" if resume else "--no-resume", *(f for f, on in flags.items() if on)]
+        raise typer.Exit(run_processes(processes, ["train", *options, "--", recipe, *(changes or ())]))
+    join_processes()
     first = os.environ.get("RANK", "0") == "0"
     model = run(plan, folder, resume=resume, quiet=quiet, **agreed)
     if first:
-        typer.echo(model.freeze_report())
+        print_document(model.freeze_report())
         written = os.path.join(folder, "model")  # with a separator, also of "."
-        typer.echo(f"wrote {written}; use it with: sca caption IMAGE --model {written}")
-
-
-def _start(processes: int, arguments: list[str]) -> int:
-    """The same command in several processes of this machine, each with its share of the cores."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "sca"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_each(processes))}
-    return subprocess.run([sys.executable, *launcher, *arguments], env=environment, check=False).returncode
-
-
-def threads_each(processes: int) -> int:
-    """What OMP_NUM_THREADS says, at most a process's share of the cores: threads that share one wait for each other."""
-    share = max(1, (os.cpu_count() or 1) // processes)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
+        print_line(f"wrote {written}; use it with: sca caption IMAGE --model {written}")

@@ -1,5 +1,6 @@
 """One process, several, or several that each keep a part: the same steps are made, and only what trains travels."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,8 +201,40 @@ def test_a_sharded_run_is_not_validated(run, tmp_path):
 
 @pytest.mark.parametrize(("asked", "given"), [("", 4), ("1", 1), ("8", 4), ("4,2", 4), ("0", 4)])
 def test_processes_share_the_cores_whatever_the_shell_asks_of_one(monkeypatch, asked, given):
-    from sca.cli.train import threads_each
+    from sca.training.processes import threads_each
 
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert threads_each(2) == given
+
+
+def listening(process):
+    """The addresses, in hexadecimal, at which a process and what it started listen."""
+    children, inodes = {}, set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(stat.read_text().rsplit(")", 1)[1].split()[1]), []).append(int(stat.parent.name))
+    found, left = [], [process]
+    while left:
+        found.append(left.pop())
+        left += children.get(found[-1], [])
+    for each in found:
+        with contextlib.suppress(OSError):
+            inodes |= {os.readlink(link) for link in Path(f"/proc/{each}/fd").iterdir() if os.path.islink(link)}
+    tables = [Path(f"/proc/net/{kind}").read_text().splitlines()[1:] for kind in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_training_processes_listen_on_loopback_only(run, tmp_path):
+    shell = {"GLOO_SOCKET_IFNAME": "elsewhere0", "NCCL_SOCKET_IFNAME": "elsewhere0"}  # of a machine in a cluster
+    process = run.start(*TRAIN, "other", "train.processes=2", "train.steps=10", **shell)
+    addresses = set()
+    while process.poll() is None:
+        addresses |= listening(process.pid)
+        time.sleep(0.1)
+    assert process.returncode == 0, process.communicate()[0]
+    assert (tmp_path / "other/model/weights.safetensors").exists()
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert addresses, "the processes meet on loopback: nothing was seen"

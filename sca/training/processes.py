@@ -1,0 +1,62 @@
+"""Several training processes on this machine; the ports they open are on loopback only.
+
+torchrun's own store, a TCPStore, listens on every interface, asks nobody who they are and unpickles what it is sent.
+Here processes meet in a file in a folder that only this user can open.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STORE = "SCA_PROCESS_STORE"  # the file where the processes of one run meet
+LOOPBACK = ("lo", "lo0")  # Linux; macOS and BSD
+
+
+def run_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run one `sca` command in several processes of this machine and return its exit status."""
+    with tempfile.TemporaryDirectory(prefix="sca-") as folder:
+        launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(count)]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
+        launcher += ["--rdzv-endpoint", str(Path(folder, "launcher")), "-m", "sca"]
+        environment = {**os.environ, **process_environment(count), STORE: str(Path(folder, "processes"))}
+        return subprocess.run([sys.executable, *launcher, *arguments], env=environment, check=False).returncode
+
+
+def process_environment(count: int) -> Mapping[str, str]:
+    """Return the environment variables that keep processes to loopback and to their share of the cores.
+
+    They replace what the shell sets: NCCL_SOCKET_IFNAME is often set for machines that train together.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in LOOPBACK), None)
+    interfaces = {f"{library}_SOCKET_IFNAME": loopback for library in ("GLOO", "NCCL")} if loopback else {}
+    return {
+        **interfaces,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "OMP_NUM_THREADS": str(threads_each(count)),
+    }
+
+
+def join_processes() -> None:
+    """Join the other processes of `run_processes`; do nothing in a process that something else started."""
+    if STORE in os.environ:
+        import torch
+
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            init_method=f"file://{os.environ[STORE]}",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+
+
+def threads_each(processes: int) -> int:
+    """What OMP_NUM_THREADS says, at most a process's share of the cores: threads that share one wait for each other."""
+    share = max(1, (os.cpu_count() or 1) // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
