@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sca.io.text import escape_markdown
+
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {
     "attributes/all": "size, texture, colour and form all right",
@@ -55,7 +57,7 @@ def table(reports: Iterable[Mapping[str, Any]]) -> str:
             prompt = f"{report['prompt']}, {control}" if control else report["prompt"]
             cells = [_cell(name, scores.get(name)) for name in shown]
             rows.append([report["model"], images, prompt, str(report["regions"]), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(map(escape_markdown, row))} |" for row in rows)
 
 
 def _cell(name: str, value: float | None) -> str:

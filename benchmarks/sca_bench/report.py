@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sca.io.text import escape_markdown, format_csv
 from sca.output.colours import COLOURS
 from sca.output.page import FOOT, head, text
 from sca_bench.states import STATES
@@ -67,7 +66,7 @@ def page(rows: Sequence[Mapping[str, Any]], title: str, score: str | None = None
     score = score or telling(rows)
     found = lines(rows, score)
     said = f"quality: {score}" if score else "without scores"
-    parts = [head(title, _STYLE, _SCRIPT), f"<h1>{text(title)}</h1>\n<p>{_where(rows)}; {text(said)}</p>\n"]
+    parts = [head(title, _STYLE, _SCRIPT), f"<h1>{text(title)}</h1>\n<p>{text(_where(rows))}; {text(said)}</p>\n"]
     parts += [_table(found), '<div class="pictures">']
     parts += [_pareto(found, score), _memory(found, score), _curves(found), _bars(found), "</div>\n", _others(rows)]
     parts += [_commands(found), f"<script>{_SCRIPT}</script>\n", FOOT]
@@ -79,10 +78,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str
     score = score or telling(rows)
     body = [_cells(line) for line in lines(rows, score)]
     told = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
-    told += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in body]
-    others = [f"- {row['label']}: {row['state']}. {row['reason']}" for row in _ended(rows)]
-    said = f"Score: {score}. " if score else ""
-    told += [*_speeds(lines(rows, score)), "", f"{said}{_where(rows)}."]
+    told += [f"| {' | '.join(map(escape_markdown, cells))} |" for cells in body]
+    others = [
+        f"- {escape_markdown(row['label'])}: {escape_markdown(row['state'])}. {escape_markdown(row['reason'])}"
+        for row in _ended(rows)
+    ]
+    said = f"Score: {escape_markdown(score)}. " if score else ""
+    told += [*_speeds(lines(rows, score)), "", f"{said}{escape_markdown(_where(rows))}."]
     return "\n".join([*told, *([""] if others else []), *others]) + "\n"
 
 
@@ -98,7 +100,7 @@ def _speeds(found: Sequence[Line]) -> list[str]:
     for line in timed:
         speeds = [_scaled(line.curve.get(regions), 1) for regions in counts]
         stages = [_scaled(line.stages[stage], 1e-3) for stage in STAGES]
-        told.append(f"| {' | '.join([line.label.replace('|', '/'), *speeds, *stages])} |")
+        told.append(f"| {' | '.join([escape_markdown(line.label), *speeds, *stages])} |")
     return told
 
 
@@ -108,9 +110,7 @@ def table(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
     names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})
     columns = ["key", "label", "state", "reason", "seed", "parameters", "trainable", "memory", *names]
     columns += ["regions", *STAGES, "first_caption", "regions_per_second", "training_step"]
-    written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(columns)
+    written: list[list[Any]] = [columns]
     for row in sorted(rows, key=lambda row: (row["label"], row["key"])):
         scores = {each["name"]: each["value"] for each in row.get("scores") or () if each["control"] is None}
         parameters, memory = row.get("parameters") or {}, row.get("memory") or {}
@@ -123,8 +123,8 @@ def table(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
             if point:
                 timings = [point["regions"], *(point["stages"][stage]["median"] for stage in STAGES)]
                 timings += [point["first_caption"]["median"], point["regions_per_second"]]
-            writer.writerow([*common, *timings, step])
-    return written.getvalue()
+            written.append([*common, *timings, step])
+    return format_csv(written)
 
 
 def _cells(line: Line) -> list[str]:
@@ -277,7 +277,7 @@ def _others(rows: Sequence[Mapping[str, Any]]) -> str:
     if not ended:
         return ""
     body = "".join(
-        f'<tr><td>{text(row["label"])}</td><td class="words">{row["state"]}</td>'
+        f'<tr><td>{text(row["label"])}</td><td class="words">{text(row["state"])}</td>'
         f'<td class="words">{text(row["reason"])}</td></tr>\n'
         for row in ended
     )
@@ -305,7 +305,7 @@ def _where(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         if (each := row.get("environment"))
     }
-    return text("; ".join(sorted(places)) or "nothing was made")
+    return "; ".join(sorted(places)) or "nothing was made"
 
 
 def _scaled(value: float | None, unit: float) -> str:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -66,6 +67,7 @@ TABLES = {
 }
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
 ORDERS = ("cheapest", "listed")
+MAX_ROWS = 100_000  # at a minute a row more than two months
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,22 @@ class Sweep:
             if not isinstance(values, list) or not values:
                 raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}: give a list of one or more")
         sweep = cls(stem, **table, device=device)
-        if not sweep.seeds:
-            raise RegistryError(f"the sweep {name} has no seeds: give one or more")
+        if not isinstance(sweep.seeds, Sequence) or not sweep.seeds:
+            raise RegistryError(f"the sweep {name} has no seeds: give a list of one or more")
+        sweep.check_size()
         sweep.rows()
         return sweep
+
+    def check_size(self) -> None:
+        """Raise RegistryError if there are more than MAX_ROWS combinations; it names the size of every axis."""
+        sizes = {**{axis: len(values) for axis, values in self.axes.items()}, "seeds": len(self.seeds)}
+        count = math.prod(sizes.values())
+        if count > MAX_ROWS:
+            told = " x ".join(f"{axis} {size:,}" for axis, size in sizes.items())
+            raise RegistryError(
+                f"the sweep {self.name} has {count:,} combinations ({told}), at most {MAX_ROWS:,} are allowed; "
+                "shorten an axis"
+            )
 
     def rows(self, order: str = "cheapest") -> list[Row]:
         """List every combination once.

@@ -34,7 +34,7 @@ def escape_markdown(text: str) -> str:
 def format_csv(rows: Iterable[Iterable[object]]) -> str:
     """Return rows as CSV. A spreadsheet takes text that begins like a formula for text; numbers stay numbers."""
     written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
+    writer = csv.writer(written, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # also text with a lone \r
     writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
     return written.getvalue()
 

@@ -51,6 +51,14 @@ def test_every_shipped_sweep_can_be_read(name):
     assert [row.cost for row in rows] == sorted(row.cost for row in rows)
 
 
+def test_sweep_with_too_many_combinations_is_refused_before_they_are_built(sweep):
+    axes = "".join(f'"mixer.a{number}" = {list(range(10))}\n' for number in range(10))
+    with pytest.raises(RegistryError, match=r"mixer 2 x mixer.a0 10 x .* seeds 1\), at most 100,000") as caught:
+        sweep(f'{BASE}[axes]\nmixer = ["roi-pool", "mask-tokens"]\n{axes}')
+    assert "20,000,000,000 combinations" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of_one_size():
     import sca
 
@@ -214,6 +222,25 @@ def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
     assert report.markdown(rows) == report.markdown(list(reversed(rows)))
     assert report.table(rows) == report.table(list(reversed(rows)))
     assert len(report.table(rows).splitlines()) == 1 + 7 * 2 + 1
+
+
+HOSTILE = "=cmd()|<img src=x>[a](http://evil) `x`\x1b[31m\n"
+
+
+def test_report_shows_hostile_text_as_text(rows):
+    for row in rows:
+        row["label"] += HOSTILE
+        row["reason"] = HOSTILE
+        row["environment"] = {"device": HOSTILE, "versions": {"torch": HOSTILE}}
+    page, told, table = report.page(rows, HOSTILE), report.markdown(rows), report.table(rows)
+    assert "<img" not in page + told
+    assert "[a](" not in told
+    assert "http:" not in told
+    assert "\x1b" not in page + told
+    assert all(line.startswith(("|", "-", "Regions a second", "Score: ", "")) for line in told.splitlines())
+    assert f'"\'{HOSTILE}"' in table
+    number = rows[0]["scores"][0]["value"]
+    assert f",{number}," in table
 
 
 def test_a_second_run_is_held_against_the_first(rows):

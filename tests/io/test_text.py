@@ -1,0 +1,118 @@
+"""Text from elsewhere is inert where it is shown, and unchanged where it is stored."""
+
+import ast
+import csv
+import io
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import sca_bench.cli
+from rich.console import Console
+
+import sca.cli
+from sca.io import terminal
+from sca.io.terminal import Table, guard_terminal
+from sca.io.text import UNSAFE, escape_markdown, escape_terminal, format_csv
+
+UNSAFE_CHARACTERS = [*map(chr, [*range(32), *range(127, 160)]), *"\u200e\u200f\u2028\u2029\u061c", "\ud800"]
+UNSAFE_CHARACTERS += [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))]
+
+
+@pytest.mark.parametrize("character", UNSAFE_CHARACTERS, ids=ascii)
+def test_escape_terminal_makes_control_characters_visible(character):
+    shown = escape_terminal(f"a{character}b")
+    assert shown.isprintable()
+    assert shown.isascii()
+    assert shown == f"a{character.encode('unicode_escape', 'surrogatepass').decode()}b"
+
+
+def test_escape_terminal_keeps_every_other_character_and_is_idempotent():
+    text = "C:\\dir — “Grüße” 北京 שלום 👩\u200d👧 \u00a0|[bold]"
+    assert escape_terminal(text) == text
+    assert escape_terminal(escape_terminal("\x1b]0;x\x07")) == escape_terminal("\x1b]0;x\x07") == r"\x1b]0;x\x07"
+    assert escape_terminal("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
+
+
+def test_table_shows_markup_and_control_characters_as_text():
+    hostile = "[bold red]x[/] [link=http://evil]y[/link] :smile: \x1b[31m\u202e\nz"
+    table = Table((hostile, "b"), hostile, right=("b",), notes=[hostile, "second"])
+    table.add_row(hostile, "1.0")
+    screen = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
+    screen.print(table)
+    shown = screen.file.getvalue()
+    assert shown.count("[bold red]x[/] [link=http://evil]y[/link] :smile: \\x1b[31m\\u202e\\nz") == 4
+    assert not UNSAFE.search(re.sub("\x1b\\[[0-9;]*m|\n", "", shown)), "rich's own styles aside"
+
+
+def test_format_csv_makes_formulas_text_and_keeps_numbers():
+    formulas = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1", "＝1"]
+    written = format_csv([formulas, [-1.5, 2, None, "-1e-3", "+4", "plain", 'a "b", c']])
+    first, second = csv.reader(io.StringIO(written, newline=""))
+    assert first == [f"'{formula}" for formula in formulas]
+    assert second == ["-1.5", "2", "", "-1e-3", "+4", "plain", 'a "b", c']
+
+
+def test_escape_markdown_leaves_one_line_without_markup():
+    text = escape_markdown("a|b\n# c <img src=x> [d](http://e) `f` *g* _h_ i_j www.k @l & \x1b")
+    assert text == (
+        "a\\|b # c &lt;img src=x&gt; \\[d\\](http&#58;//e) \\`f\\` \\*g\\* \\_h\\_ i_j www&#46;k &#64;l &amp; \\\\x1b"
+    )
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """This process as `sca` sets it up."""
+    monkeypatch.setattr("sys.excepthook", None)
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    before = logging.getLogRecordFactory()
+    guard_terminal()
+    yield
+    logging.setLogRecordFactory(before)
+
+
+def test_guard_terminal_covers_log_records_warnings_and_tracebacks(guarded, capsys):
+    stream = io.StringIO()
+    log = logging.Logger("test")
+    log.addHandler(logging.StreamHandler(stream))
+    log.warning("\x1b[1m %s %5.1f %d %r", "\x1b[31m", 1.25, 3, "a")
+    log.warning("%(name)s", {"name": "\u202e"})
+    log.warning(ValueError("\x9b1m"))
+    try:
+        raise ValueError("two\nlines \x1b[2J")
+    except ValueError as error:
+        log.exception("failed")
+        sys.excepthook(type(error), error, error.__traceback__)
+    stream.write(warnings.formatwarning("\x1b]0;title\x07", UserWarning, "a\x1b.py", 1, ""))
+    shown = stream.getvalue() + capsys.readouterr().err
+    assert not UNSAFE.search(shown.replace("\n", ""))
+    assert "\\x1b[1m \\x1b[31m   1.2 3 'a'\n\\u202e\n\\x9b1m\nfailed\nTraceback" in shown
+    assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
+    assert "UserWarning: \\x1b]0;title\\x07" in shown
+
+
+def test_terminal_module_is_the_only_one_that_prints():
+    """A command prints with `sca.cli.options`, so that no caller has to remember to escape."""
+    files = [*Path(sca.cli.__file__).parent.glob("*.py"), Path(sca_bench.cli.__file__)]
+    calls = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print",
+                "typer.echo",
+                "typer.secho",
+                "Console",
+            ):
+                calls.append((file.name, ast.unparse(node)))
+    allowed = {
+        "options.py": 6,  # complain, print_line, print_document, print_json, print_table and its console
+        "__init__.py": 1,  # typer's own usage
+        "plugins.py": 1,  # a trial, in a process of its own, read by its parent
+        "caption.py": 1,  # progress bars, without text from elsewhere
+        "evaluate.py": 1,
+    }
+    assert {name: sum(found == name for found, _ in calls) for name, _ in calls} == allowed, calls
+    assert terminal.DOCUMENT == "\n\t"
