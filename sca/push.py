@@ -13,8 +13,10 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoint import locate, read_spec
+from sca.checkpoint import CheckpointError, locate, read_spec
 from sca.hub import HubError
+from sca.io.json import read_json
+from sca.io.text import escape_markdown
 
 CARD = "README.md"
 KEPT = ("spec.json", "weights.safetensors", "origin.json", "tokenizer")
@@ -38,11 +40,7 @@ def push(
     folder = locate(source)
     card = card_of(folder, name, scores, trained_on, licence)
     with tempfile.TemporaryDirectory(prefix="sca-") as draft:
-        for each in KEPT:
-            if (folder / each).is_dir():
-                shutil.copytree(folder / each, Path(draft, each))
-            elif (folder / each).exists():
-                shutil.copyfile(folder / each, Path(draft, each))
+        _copy_checkpoint(folder, Path(draft))
         Path(draft, CARD).write_text(card, "utf-8")
         api = HfApi()
         try:
@@ -58,6 +56,28 @@ def push(
     return str(made)
 
 
+def _copy_checkpoint(folder: Path, draft: Path) -> None:
+    """Copy the files of a checkpoint; raise CheckpointError for a link that leads out of it, or for what is no file."""
+    inside = _link_targets(folder)
+    for each in KEPT:
+        for path in (folder / each, *sorted((folder / each).rglob("*"))):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise CheckpointError(f"{path} is a link out of the checkpoint; replace it with the file itself")
+            target = draft / path.relative_to(folder)
+            if path.is_dir():
+                target.mkdir()
+            elif path.is_file():
+                shutil.copyfile(path, target)
+            elif path.exists():
+                raise CheckpointError(f"{path} is no regular file; a checkpoint has only files and folders")
+
+
+def _link_targets(folder: Path) -> Path:
+    """Return where links of a folder may lead: into itself, or of a snapshot in the hub's cache into its repository."""
+    root = folder.resolve()
+    return root.parent.parent if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir() else root
+
+
 def card_of(
     folder: Path,
     name: str,
@@ -68,12 +88,14 @@ def card_of(
     """The model card, Markdown with the hub's metadata, from what a checkpoint says of itself."""
     spec = read_spec(folder)
     origin = folder / "origin.json"
-    told = json.loads(origin.read_text("utf-8")) if origin.exists() else {}
+    told = read_json(origin) if origin.exists() else {}
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{origin} is not an object; copy the checkpoint again")
     found = [_read_scores(path) for path in scores]
     return "\n".join(
         [
             _metadata(name, found, licence),
-            f"# {name}",
+            f"# {escape_markdown(name)}",
             "",
             "A model that segments and captions any region a person points at, made with "
             "[segment-caption-anything](https://pypi.org/project/segment-caption-anything/) after "
@@ -82,7 +104,7 @@ def card_of(
             "```python",
             "import sca",
             "",
-            f'predictor = sca.Predictor(sca.load("{name}"))',
+            f"predictor = sca.Predictor(sca.load({json.dumps(name)}))",
             'predictor.set_image(sca.open_image("photo.jpg"))',
             "for caption in predictor.predict(boxes=[(10, 20, 200, 300)]):",
             "    print(caption.text)",
@@ -126,15 +148,16 @@ def _metadata(name: str, found: Sequence[Mapping[str, Any]], licence: str | None
 
 def _parts(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
     lines = ["## Parts", "", "| part | name | weights | licence |", "| --- | --- | --- | --- |"]
-    known = origin.get("parts") or {}
+    known = origin.get("parts")
     for kind in ("encoder", "segmenter", "mixer", "language_model"):
         part = getattr(spec, kind)
-        given = known.get(kind, {})
+        given = known.get(kind) if isinstance(known, dict) else None
+        given = given if isinstance(given, dict) else {}
         if part is not None or given:
-            cells = (kind.replace("_", " "), given.get("name") or part.name, given.get("weights"), given.get("licence"))
-            lines.append(f"| {' | '.join(str(cell or '') for cell in cells)} |")
+            name = given.get("name") or (part.name if part is not None else "")
+            lines.append(_table_row(kind.replace("_", " "), name, given.get("weights"), given.get("licence")))
     if origin.get("written_by"):
-        lines += ["", f"Written by {origin['written_by']}."]
+        lines += ["", f"Written by {escape_markdown(str(origin['written_by']))}."]
     return [*lines, ""]
 
 
@@ -150,9 +173,14 @@ def _scores(found: Sequence[Mapping[str, Any]]) -> list[str]:
     for file in found:
         for each in _told(file):
             between = f"{each['low']:.3f} to {each['high']:.3f}" if each.get("low") is not None else ""
-            cells = (file.get("dataset"), each["name"], f"{each['value']:.3f}", between, each.get("protocol"))
-            lines.append(f"| {' | '.join(str(cell or '') for cell in cells)} |")
+            value = f"{each['value']:.3f}"
+            lines.append(_table_row(file.get("dataset"), each["name"], value, between, each.get("protocol")))
     return [*lines, ""]
+
+
+def _table_row(*cells: Any) -> str:
+    """A row of a Markdown table, with what a file says as plain text."""
+    return f"| {' | '.join(escape_markdown(str(cell or '')) for cell in cells)} |"
 
 
 def _told(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -163,7 +191,7 @@ def _told(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _read_scores(path: str | Path) -> Mapping[str, Any]:
     """What `sca evaluate` wrote. ValueError for another file."""
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        content = read_json(path)
         for each in _told(content):
             float(each["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,110 @@
+"""What `sca push` uploads: the checkpoint and nothing beside it, with a card in which a file's text stays text."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from sca_registry import zoo
+
+import sca.push
+from sca.checkpoint import CheckpointError
+from sca.push import card_of, push
+
+HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return Path(shutil.copytree(zoo.get("sca-tiny").folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def uploaded(monkeypatch):
+    """The files that were uploaded, by name."""
+    files = {}
+
+    class Api:
+        def create_repo(self, name, **_):
+            return type("Repository", (), {"repo_id": name})()
+
+        def upload_folder(self, folder_path, **_):
+            root = Path(folder_path)
+            files.update({str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()})
+
+    monkeypatch.setattr(sca.push, "HfApi", Api)
+    return files
+
+
+def test_push_uploads_the_checkpoint_and_nothing_else(model, uploaded):
+    (model / "notes.txt").write_text("mine")
+    push(model, "me/model")
+    kept = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()} - {"notes.txt", "README.md"}
+    assert set(uploaded) == kept | {"README.md"}
+    assert uploaded["weights.safetensors"] == (model / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "tokenizer/merges", "origin.json"])
+def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, place):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id_rsa").write_text("PRIVATE")
+    link = model / place
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    if place == "origin.json":
+        shutil.copyfile(zoo.get("sca-tiny").folder / place, secret / "id_rsa")
+        link.symlink_to(secret / "id_rsa")
+    else:
+        link.symlink_to(secret)
+    with pytest.raises(CheckpointError, match=f"{place} is a link out of the checkpoint; replace it"):
+        push(model, "me/model")
+    assert not uploaded
+
+
+def test_push_refuses_what_is_no_file(model, uploaded):
+    (model / "tokenizer").mkdir(exist_ok=True)
+    os.mkfifo(model / "tokenizer/pipe")
+    with pytest.raises(CheckpointError, match="pipe is no regular file"):
+        push(model, "me/model")
+    assert not uploaded
+
+
+def test_push_follows_links_within_a_repository_of_the_hub_cache(model, uploaded, tmp_path):
+    blobs, snapshot = tmp_path / "models--me--model/blobs", tmp_path / "models--me--model/snapshots/abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(path for path in sorted(model.iterdir()) if path.is_file()):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    push(snapshot, "me/other")
+    assert {"spec.json", "weights.safetensors"} <= set(uploaded)
+
+
+def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
+    part = {"name": HOSTILE, "weights": HOSTILE, "licence": HOSTILE}
+    origin = {"written_by": HOSTILE, "parts": {"encoder": part, "mixer": HOSTILE}}
+    (model / "origin.json").write_text(json.dumps(origin))
+    row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol": HOSTILE}
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"dataset": HOSTILE, "split": HOSTILE, "rows": [row]}))
+    body = card_of(model, "me/model", [scores]).split("\n---\n", 1)[1]
+    assert "<" not in body
+    assert "\x1b" not in body
+    assert "[link](" not in body
+    assert "http://evil" not in body
+    assert not any(line.startswith("# Head") for line in body.splitlines())
+    unescaped = body.replace("\\|", "").replace("\\`", "")
+    assert {line.count("|") for line in unescaped.splitlines() if line.startswith("| encoder")} == {5}
+    assert unescaped.count("`") == 6, "the fence of the example and nothing else"
+
+
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, "{"])
+def test_card_of_a_damaged_origin_is_one_line(model, content):
+    (model / "origin.json").write_text(content)
+    with pytest.raises(ValueError, match=r"origin\.json is not") as caught:
+        card_of(model, "me/model")
+    assert "\n" not in str(caught.value)
