@@ -52,6 +52,8 @@ WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which
 SPREAD = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
 SLACK = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
 LARGEST = 2**37  # bytes of weights that are fetched
+# A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
+PACKAGE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
 
 
 class CheckpointError(ValueError):
@@ -412,14 +414,17 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def _brought_by(folder: Path) -> str:
-    """What to install for the parts of a checkpoint that have no name here; nothing if its origin does not say."""
+    """What a checkpoint claims to need for the parts that have no name here; anyone may have written that claim."""
     try:
         parts = read_json(folder / ORIGIN)["parts"]
         absent = [part for kind, part in parts.items() if part["name"] not in registry(kind)]
         packages = {f"{part['distribution']}=={part['version']}" for part in absent}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it
         return ""
-    return f" It came with: pip install {' '.join(sorted(packages))}" if packages else ""
+    named = sorted(package for package in packages if PACKAGE.fullmatch(package))
+    if not named:
+        return ""
+    return f" Its {ORIGIN} claims that they come from {', '.join(named)}; install that only if you trust its publisher."
 
 
 def _write_json(path: Path, table: Any) -> None:

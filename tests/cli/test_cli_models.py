@@ -91,7 +91,20 @@ def test_a_missing_plugin_is_named_with_the_line_that_brings_it(broken):
 
     said = broken(damage)
     assert "no mixers named 'their-mixer'" in said
-    assert said.endswith("It came with: pip install their-package==1.2")
+    claim = "claims that they come from their-package==1.2; install that only if you trust its publisher."
+    assert said.endswith(f"Its origin.json {claim}")
+
+
+@pytest.mark.parametrize(
+    "package", ["--index-url http://x", "a @ http://x", "git+http://x", "a b", "$(id)", "a;b", ["a"]]
+)
+def test_a_package_name_that_is_none_is_not_repeated(broken, package):
+    def damage(folder):
+        spec(mixer={"name": "their-mixer"})(folder)
+        origin = {"parts": {"mixer": {"name": "their-mixer", "distribution": package, "version": "1"}}}
+        (folder / "origin.json").write_text(json.dumps(origin))
+
+    assert "claims" not in broken(damage)
 
 
 def test_a_checkpoint_can_be_read_by_others(checkpoint):
