@@ -132,7 +132,8 @@ def caption(
         if out in ("", "-") or formats != ("jsonl",):
             raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
         raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
-    paths, problems = find_images(images)
+    exact = (context.obj or {}).get("exact_images")
+    paths, problems = ([Path(name) for name in images], []) if exact else find_images(images)
     failures = Failures(problems)
     if not paths:
         raise typer.Exit(failures.status)

@@ -64,8 +64,9 @@ def caption_shards(
             )
             for name in missing
         ]
-        left = set(missing)
+        left, ended = set(missing), set()
         for number, (task, made) in enumerate(where.map(tasks), 1):
+            ended.add(task.key)
             if made["state"] != "done":
                 complain(f"{task.key}: {made['state']}: {made['reason']}")
                 status = 1
@@ -77,6 +78,8 @@ def caption_shards(
                 status = 1
             if not quiet:
                 complain(f"{number} of {len(tasks)}: wrote {folder / task.key}.jsonl")
+    for name in sorted(left - ended):
+        complain(f"{name}: its process was killed each time; if memory ran out, use fewer workers or a smaller --batch")
     if left:
         complain(f"{len(left)} shards are missing: the same command goes on with them")
     return 1 if left else status
@@ -93,17 +96,22 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         os.chdir(config["folder"])
     flags = list(config["flags"])
     if str(config["device"]).startswith("cuda"):  # the launcher has chosen one
-        flags += ["--device", config["device"]]
+        flags.append(f"--device={config['device']}")
     content, made = config["content"], Path(folder, "captions")
     said = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="sca-") as unpacked, contextlib.redirect_stderr(said):
-        named = _unpacked(content["tar"], unpacked) if "tar" in content else content["images"]
-        status = run(["caption", *named, *flags, "--out", str(made), "--quiet"])
+        try:
+            named, problems = _unpack(content["tar"], unpacked) if "tar" in content else (content["images"], [])
+        except ValueError as error:
+            return {"state": "failed", "reason": str(error)}
+        options = [*flags, f"--out={made}", "--quiet"]
+        status = run(["caption", *options, "--", *named], exact_images=True) if named else 0
         lines = made / "captions.jsonl"
         captions = lines.read_text("utf-8") if lines.is_file() else ""
         if "tar" in content:
             captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
-    problems = [line.removeprefix("sca: ") for line in said.getvalue().splitlines()]
+            said = io.StringIO(said.getvalue().replace(f"{unpacked}/", f"{content['tar']}/"))
+    problems += [line.removeprefix("sca: ") for line in said.getvalue().splitlines()]
     if status not in (0, 1):
         return {"state": "failed", "reason": "; ".join(problems) or f"exit status {status}"}
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
@@ -129,18 +137,33 @@ def _shards(images: Sequence[str], size: int, complain: Any) -> Iterator[tuple[s
         yield f"shard-{number:05d}", {"images": [str(path) for path in paths[start : start + size]]}
 
 
-def _unpacked(archive: str, folder: str) -> list[str]:
-    """The pictures of an archive, unpacked."""
-    from sca.images import SUFFIXES
+def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
+    """Extract the images of an archive; return their paths, all inside the folder, and a line for each that is not.
 
+    Raises:
+        ValueError: If the archive cannot be read or contains no images.
+    """
+    from sca.images import SUFFIXES, show
+
+    paths, problems = [], []
     try:
         with tarfile.open(archive) as tar:
-            members = [each for each in tar if each.isfile() and Path(each.name).suffix.lower() in SUFFIXES]
-            for member in members:
-                tar.extract(member, folder, filter="data")
+            for member in tar:
+                if not member.isfile() or Path(member.name).suffix.lower() not in SUFFIXES:
+                    continue
+                try:
+                    inside = tarfile.data_filter(member, folder)
+                    tar.extract(inside, folder, filter="data")
+                except (tarfile.FilterError, OSError, ValueError) as error:
+                    reason = " ".join(str(error).split())
+                    problems.append(f"{show(member.name)} of {show(archive)} cannot be unpacked ({reason}); rename it")
+                else:
+                    paths.append(str(Path(folder, inside.name)))
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"cannot read {archive}: {error}") from error
-    return [str(Path(folder, member.name)) for member in members]
+        raise ValueError(f"cannot read {show(archive)}: {error}") from error
+    if not paths and not problems:
+        raise ValueError(f"{show(archive)} contains no images; looked for {' '.join(SUFFIXES)}")
+    return paths, problems
 
 
 def _flags(params: Mapping[str, Any]) -> list[str]:
@@ -151,7 +174,7 @@ def _flags(params: Mapping[str, Any]) -> list[str]:
         if name in OURS or value is None or value is False or value == [] or (name == "device" and "cuda" in value):
             continue
         for each in value if isinstance(value, list | tuple) else [value]:
-            flags += [flag] if each is True else [flag, str(each)]
+            flags.append(flag if each is True else f"{flag}={each}")
     return flags
 
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sca.launchers.child import MADE, child
+from sca.launchers.child import LOG, MADE, child
 from sca.launchers.task import Outcome, Task
 from sca.serve.listening import bound
 
@@ -146,7 +146,16 @@ def _outcome(process: Any, task: Task, overdue: bool, seconds: float) -> Outcome
         return None
     if code is not None and code < 0:
         return Outcome(task, _typed("crashed", f"ended by {signal.Signals(-code).name}", seconds))
-    return Outcome(task, _typed("crashed", f"ended with status {code} and left nothing", seconds))
+    return Outcome(task, _typed("crashed", f"ended with status {code}: {_last_words(task)}", seconds))
+
+
+def _last_words(task: Task) -> str:
+    """The last line of a task's log, which of a traceback is the exception."""
+    try:
+        lines = Path(task.folder, LOG).read_text("utf-8", "replace").split("\n")
+    except OSError:
+        lines = []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it left nothing")[:300]
 
 
 def _typed(state: str, reason: str, seconds: float) -> dict[str, Any]:

@@ -64,6 +64,74 @@ def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, 
     assert {line["image"] for line in found} == {f"{here / 'set-7.tar'}/{name}.png" for name in "abcde"}
 
 
+def test_shard_captions_images_whose_names_mean_something_to_a_command_line(shell, checkpoint, picture, here):
+    (here / "~").mkdir()
+    names = ["--task=recognition.png", "-x.png", "[a-z].png", "a.png", "~/a.png"]
+    for name in names:
+        picture(name)
+    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local workers=1", "--quiet")
+    assert shell("caption", *BOXES, *asked, "--", ".").status == 0
+    assert sorted({line["image"] for line in lines(here / "out/shard-00000.jsonl")}) == sorted(names)
+
+
+def test_shard_of_files_that_have_gone_captions_no_others(shell, checkpoint, picture, here):
+    from sca.cli.shards import caption_shard
+
+    picture("a.png")
+    flags = ["--box=4,4,40,40", f"--model={checkpoint}"]
+    config = {"flags": flags, "content": {"images": ["[a-z].png", "*.png"]}, "folder": str(here), "device": "cpu"}
+    made = caption_shard(config, str(here / "work"))
+    assert made["captions"] == ""
+    assert all("there is no such file" in line for line in made["problems"])
+    assert len(made["problems"]) == 2
+
+
+def test_archive_members_are_read_from_the_archive_and_nowhere_else(shell, checkpoint, picture, here):
+    picture("secret.png")
+    picture("packed/a.png")
+    with tarfile.open(here / "set.tar", "w") as tar:
+        outside = (f"{here}/secret.png", "../secret.png", "x/../../../secret.png")
+        for name in (*outside, "*.png", "--task=x.png", "~/b.png"):
+            tar.add(here / "packed/a.png", name, filter=lambda member, name=name: member.replace(name=name))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(here / "secret.png")
+        tar.addfile(link)
+    (here / "secret.png").write_bytes(b"not read")
+    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local workers=1", "--quiet")
+    result = shell("caption", "set.tar", *BOXES, *asked)
+    assert result.status == 1
+    assert sum("cannot be unpacked" in line for line in result.err) == 2
+    assert not any("not read" in line or "damaged" in line for line in result.err)
+    inside = (f"{str(here)[1:]}/secret.png", "*.png", "--task=x.png", "~/b.png")
+    found = {line["image"] for line in lines(here / "out/set.jsonl")}
+    assert found == {f"{here / 'set.tar'}/{name}" for name in inside}
+
+
+def test_failed_shard_tells_its_reason(shell, checkpoint, here, monkeypatch):
+    (here / "broken.tar").write_bytes(b"no archive")
+    with tarfile.open(here / "empty.tar", "w"):
+        pass
+    asked = ("--model", checkpoint, "--out", "out", "--launcher", "local workers=1", "--quiet")
+    result = shell("caption", "broken.tar", "empty.tar", *BOXES, *asked)
+    assert result.status == 1
+    assert any(line.startswith("sca: broken: failed: cannot read") for line in result.err)
+    assert any("empty.tar contains no images" in line for line in result.err)
+
+
+def end_badly(config, folder):
+    raise RuntimeError(f"the reason of {config['device']}")
+
+
+def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
+    from sca.launchers.local import Local
+    from sca.launchers.task import Task
+
+    task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
+    (outcome,) = Local(workers=1).map([task])
+    assert outcome.made["state"] == "crashed"
+    assert outcome.made["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
