@@ -50,7 +50,8 @@ def main(groups, lowest):
             "pip could not install what is needed; its reason stands above. If there is no package index in reach, "
             "connect, or set PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1; then give the same command again"
         )
-    if subprocess.run([venv.python, "-I", ROOT / "tools/fit_torchvision.py"], check=False).returncode:
+    doctor = [venv.python, "-I", "-m", "sca", "doctor", "--fix"]
+    if subprocess.run(doctor, stdout=subprocess.DEVNULL, check=False).returncode:
         say("going on without torchvision, and without timm and open_clip, which need it")
         venv.pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
     venv.stamp.write_text(json.dumps({"place": str(venv.folder), "from": made_from, "groups": groups}), "utf-8")
@@ -166,7 +167,7 @@ def read_pyproject():
 
 def digest():
     """Changes whenever what is to be installed does."""
-    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "tools/fit_torchvision.py")
+    files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/repair.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

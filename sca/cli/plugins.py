@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import print_line, read_options
+from sca.cli.options import complain, print_line, read_options
 
 if TYPE_CHECKING:
     from sca.conformance import Finding
@@ -77,6 +77,8 @@ def check(
 def doctor(
     distribution: Annotated[str, typer.Argument(help="only this package")] = "",
     timeout: Annotated[float, typer.Option(help="seconds that a part of a plugin has to be tried in", min=0.1)] = 60.0,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair a torchvision built for CUDA beside a CPU torch.")] = False,
+    unfix: Annotated[bool, typer.Option("--unfix", help="Remove what --fix wrote.")] = False,
 ) -> None:
     """What is installed, whether it works, and the line that repairs what does not.
 
@@ -85,6 +87,19 @@ def doctor(
     from concurrent.futures import ThreadPoolExecutor
 
     from sca_registry import REGISTRIES
+
+    from sca import repair
+
+    if fix and unfix:
+        raise ValueError("--fix and --unfix undo each other; give one")
+    if fix or unfix:
+        try:
+            print_line(repair.fix() if fix else repair.unfix())
+        except repair.RepairError as error:
+            complain(str(error))
+            raise typer.Exit(1) from error
+        return
+
     from sca_registry.plugins import BUILTIN
 
     for name, value in _machine():
@@ -108,6 +123,9 @@ def doctor(
         told = tried.get((entry.kind, entry.name), entry)
         found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
     repairs, broken, extras = [], False, Counter()
+    if repair.needs_fix():
+        broken = True
+        repairs.append("sca doctor --fix, for torchvision, which cannot be imported beside a torch without CUDA")
     for package, listed in found.items():
         print_line("")
         print_line(package)

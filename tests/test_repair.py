@@ -1,0 +1,132 @@
+"""`sca doctor --fix`: torchvision built for CUDA beside a torch without it; what it leaves harms no other torch."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from sca import repair
+
+WATCHED = """
+import ctypes, site, sys
+ctypes.CDLL = lambda path, *_: print("loaded", path.rpartition("/")[2])
+site.addsitedir(sys.argv[1])
+sys.path.insert(0, sys.argv[1])
+print("started", "torch" in sys.modules)
+import importlib.util
+importlib.util.find_spec("torchvision")
+print("looked for", "torch" in sys.modules)
+import torchvision
+print("imported")
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder of packages with torch, torchvision and what `fix` writes, but for the compiler."""
+
+    def make(cuda):
+        for name in ("torch", "torchvision"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("")
+        (tmp_path / "torch/version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\n")
+        stubs = tmp_path / repair.NAME
+        stubs.mkdir()
+        (stubs / "__init__.py").write_text(repair.LOADER)
+        (stubs / "libcudart.so.13").write_bytes(b"")
+        (tmp_path / f"{repair.NAME}.pth").write_text(repair.STARTER)
+        return tmp_path
+
+    return make
+
+
+def start(site):
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", WATCHED, str(site)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_stubs_are_loaded_with_torchvision_where_torch_has_no_cuda(site):
+    lines = start(site(None))
+    assert lines == ["started False", "loaded libcudart.so.13", "looked for False", "imported"]
+
+
+def test_stubs_do_nothing_where_a_torch_with_cuda_was_installed_later(site):
+    assert start(site("13.0")) == ["started False", "looked for False", "imported"]
+
+
+@pytest.mark.parametrize("damage", ["no folder", "broken loader", "no torch", "broken version"])
+def test_stubs_never_break_the_start_of_python(site, damage):
+    folder = site(None)
+    if damage == "no folder":
+        shutil.rmtree(folder / repair.NAME)
+    elif damage == "broken loader":
+        (folder / repair.NAME / "__init__.py").write_text("raise SystemError\n")
+    elif damage == "no torch":
+        shutil.rmtree(folder / "torch")
+    else:
+        (folder / "torch/version.py").write_text("cuda = (")
+    assert start(folder) == ["started False", "looked for False", "imported"]
+
+
+def test_unfix_removes_what_fix_wrote(site):
+    folder = site(None)
+    assert f"removed {folder / repair.NAME}.pth and" in repair.unfix(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["torch", "torchvision"]
+    assert repair.unfix(folder) == "nothing to remove"
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="needs gcc and nm")
+def test_install_stubs_makes_a_library_of_operators_for_cuda_loadable(tmp_path):
+    def compile(target, code, *flags):
+        command = ["gcc", "-shared", "-fPIC", "-o", target, "-x", "c", "-", *flags]
+        subprocess.run([*map(str, command)], input=code, text=True, check=True)
+
+    for folder in ("torch/lib", "torchvision"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "torch/version.py").write_text("cuda = None\n")
+    (tmp_path / "map").write_text("libcudart.so.99 { global: *; };\n")
+    runtime = tmp_path / "libcudart.so.99"
+    compile(
+        runtime,
+        "int cudaFree(void) { return 0; }",
+        f"-Wl,--version-script={tmp_path / 'map'}",
+        "-Wl,-soname,libcudart.so.99",
+    )
+    operators = tmp_path / "torchvision/_C.so"
+    compile(
+        operators,
+        "int cudaFree(void); int c10_cuda(void); int used(void) { return cudaFree() + (c10_cuda != 0); }",
+        "-x",
+        "none",
+        runtime,
+    )
+    runtime.unlink()
+    load = f"import ctypes; print(ctypes.CDLL({str(operators)!r}).used())"
+    alone = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    assert "OSError" in alone.stderr
+    repair.install_stubs(tmp_path)
+    fitted = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torchvision_stubs; torchvision_stubs.load(); {load}"
+    )
+    (tmp_path / "torch/__init__.py").write_text("")
+    done = subprocess.run([sys.executable, "-S", "-c", fitted], capture_output=True, text=True)
+    assert done.stdout.strip() == "101", done.stderr
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
+    from sca.cli import run
+
+    monkeypatch.setattr(repair, "fix", lambda: "fixed")
+    assert run(["doctor", "--fix"]) == 0
+    assert capsys.readouterr().out == "fixed\n"
+
+    def fail():
+        raise repair.RepairError("no gcc")
+
+    monkeypatch.setattr(repair, "fix", fail)
+    assert run(["doctor", "--fix"]) == 1
+    assert capsys.readouterr().err == "sca: no gcc\n"
+    assert run(["doctor", "--fix", "--unfix"]) == 2
