@@ -124,3 +124,31 @@ def test_what_is_installed_captions_with_the_shipped_checkpoint(installed, model
     assert record["box"] == [370, 434, 448, 512]
     assert record["mask"]["size"] == [512, 512]
     assert record["caption"]
+
+
+def test_constraints_pin_everything_that_the_extras_which_listen_stand_on():
+    """fastapi, gradio and whatever they require on this Python, at the version that is installed here."""
+    import tomllib
+    from importlib.metadata import distribution
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    left, found = [Requirement(each) for each in (*extras["serve"], *extras["demo"])], {}
+    while left:
+        requirement = left.pop()
+        key = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if key not in found:
+            found[key] = distribution(requirement.name)
+            for each in map(Requirement, found[key].requires or ()):
+                wanted = each.marker is None or any(
+                    each.marker.evaluate({"extra": extra}) for extra in requirement.extras or {""}
+                )
+                left += [each] if wanted else []
+    installed = {name: distribution.version for (name, _), distribution in found.items()}
+    assert len(installed) > 30
+    assert {name: pinned.get(name) for name in installed} == installed
