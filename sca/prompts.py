@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import numbers
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ImageOps
@@ -19,6 +20,7 @@ from sca_registry.contracts import Prompt
 
 from sca import masks
 from sca.images import identify_image, show
+from sca.io.json import IrregularFileError, JsonError, open_regular_file, parse_json
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
@@ -71,6 +73,8 @@ def parse_region(text: str) -> Prompt:
 def read_mask(path: str | Path) -> np.ndarray:
     """A mask file as (height, width) bool: inside is what is not zero, nor transparent, in an image or .npy array."""
     try:
+        with open_regular_file(path):
+            pass  # which what is no file would wait in
         if str(path).lower().endswith(".npy"):
             values = np.load(path, mmap_mode="r", allow_pickle=False)
             if values.ndim != 2 or values.dtype.kind not in "biuf":
@@ -249,13 +253,20 @@ def read_prompts(path: str | Path) -> RegionPrompts:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(_opened(path), "utf-8-sig") as file:
             lines = path.suffix.lower() in (".jsonl", ".ndjson")
             return RegionPrompts(path, _lines(file, path) if lines else _coco(_json(file.read(), show(path)), path))
     except OSError as error:
         raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular_file(path)
+    except IrregularFileError as error:
+        raise PromptError(str(error)) from error
 
 
 def _lines(file, path: Path) -> dict[str, list[_Entry]]:
@@ -394,12 +405,13 @@ def _at(where: str, field: str, read: Callable[[Any], Any], value: Any) -> Any:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise PromptError(f"{where}: not JSON at {place}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
-        raise PromptError(f"{where}: not JSON that can be read: {type(error).__name__}") from error
+        return parse_json(text)
+    except JsonError as error:
+        cause = error.__cause__
+        if not isinstance(cause, json.JSONDecodeError):
+            raise PromptError(f"{where}: not JSON that can be read: {error}") from error
+        place = f"column {cause.colno}" if cause.lineno == 1 else f"line {cause.lineno}, column {cause.colno}"
+        raise PromptError(f"{where}: not JSON at {place}: {cause.msg}") from error
 
 
 def _text(record: Any, field: str, where: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -95,10 +94,11 @@ def row(
     import tempfile
 
     from sca.cli.options import print_json
+    from sca.io.json import parse_json
     from sca_bench.worker import work
 
     try:
-        given = json.loads(config)
+        given = parse_json(config)
     except ValueError as error:
         raise ValueError(f"the configuration is not JSON: {error}") from error
     for key in ("model", "seed", "threads", "device"):

@@ -12,12 +12,12 @@ two markers is replaced.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sca.io.json import read_json
 from sca.io.text import escape_markdown
 
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -37,7 +37,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     """Every report of every JSON file. ValueError if a file holds anything else."""
     reports = []
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         for report in found if isinstance(found, list) else [found]:
             if not isinstance(report, dict) or "scores" not in report:
                 raise ValueError(f"{path} is not what `sca evaluate --json` prints, nor a list of it")

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sca.io.json import IrregularFileError, parse_json, read_regular_file
+
 NAME = "results.jsonl"
 
 
@@ -32,16 +34,18 @@ class Store:
     def rows(self) -> list[dict[str, Any]]:
         """Every whole row, in the order in which they were finished. StoreError for a line in between that is none."""
         try:
-            content = self.path.read_bytes()
+            content = read_regular_file(self.path)
         except FileNotFoundError:
             return []
+        except IrregularFileError as error:
+            raise StoreError(str(error)) from error
         except OSError as error:
             raise StoreError(f"cannot read {self.path}: {error.strerror or error}") from error
         whole, _, _ = content.rpartition(b"\n")
         rows: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line.decode())
                 rows.setdefault(row["key"], row)
             except (ValueError, TypeError, KeyError) as error:
                 raise StoreError(

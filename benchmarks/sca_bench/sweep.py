@@ -37,7 +37,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -48,6 +47,8 @@ from typing import Any
 from sca_registry import RegistryError, registry
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec, Part
+
+from sca.io.toml import parse_toml
 
 TABLES = {
     "train": (
@@ -118,8 +119,8 @@ class Sweep:
         """A shipped sweep by name, or a TOML file. RegistryError for a name, a key or a value that is wrong."""
         text, stem = _text(name)
         try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            table = parse_toml(text)
+        except ValueError as error:
             raise RegistryError(f"the sweep {name} is not TOML: {error}") from error
         known = [each.name for each in fields(cls) if each.name not in ("name", "device")]
         for key in table:

@@ -79,7 +79,7 @@ def read_cards(text: str) -> dict[str, Card | RegistryError]:
 
     try:
         tables = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RegistryError(f"not a card file: {error}") from error
     cards: dict[str, Card | RegistryError] = {}
     for name, table in tables.items():

@@ -82,7 +82,7 @@ def _value(text: str, assignment: str) -> Any:
         )  # a comment or a second key breaks out of it and is found
         if read.keys() == {"inline"} and read["inline"].keys() == {"value"}:
             return read["inline"]["value"]
-    except ValueError:  # not TOML, or a number too long to read
+    except (ValueError, RecursionError):  # not TOML, a number too long to read, or nested too deep
         if text in ("True", "False"):
             raise RegistryError(f"{assignment!r}: TOML writes {text.lower()}") from None
         if BARE.fullmatch(text):

@@ -166,7 +166,7 @@ class ModelSpec:
 
         try:
             table = tomllib.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RegistryError(f"the model is not written in TOML: {error}") from error
         return cls.from_dict(_table("model", table.get("model", table)))
 

@@ -184,15 +184,16 @@ def _key(flags: Sequence[str], content: Mapping[str, Any]) -> str:
 
 def _check(folder: Path, keys: Mapping[str, str]) -> None:
     """Writes down what the shards are of, or finds that they are of something else."""
+    from sca.io.json import read_json
     from sca.output.files import write_file
 
     path = folder / MANIFEST
     try:
-        known = json.loads(path.read_text("utf-8"))
+        known = read_json(path)
     except FileNotFoundError:
         known = {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON ({error}): choose another folder for --out") from error
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} is not an object: choose another folder for --out")
     for name, key in keys.items():
         if known.get(name, key) != key and (folder / f"{name}.jsonl").is_file():
             raise ValueError(

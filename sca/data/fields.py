@@ -16,6 +16,7 @@ from typing import Any
 from pycocotools import mask as rle
 
 from sca import masks
+from sca.io.json import JsonError, parse_json, read_regular_file
 
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
 
@@ -25,9 +26,13 @@ Skip = Callable[[str, str], None]  # counts a reason, and what it was met at
 def read_json(path: Path) -> Any:
     """A whole JSON file."""
     try:
-        return json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise cut(path, error.msg, error.pos, len(error.doc)) from None
+        content = read_regular_file(path)
+        return parse_json(content.decode(json.detect_encoding(content)))
+    except JsonError as error:
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError):
+            raise cut(path, cause.msg, cause.pos, len(cause.doc)) from None
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     except OSError as error:

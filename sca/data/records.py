@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sca.data.fields import cut, field, table, unreadable
+from sca.io.json import JsonError, check_depth, open_regular_file, parse_json
 from sca.io.text import escape_terminal
 
 CHUNK = 1 << 22  # bytes that are read at a time
@@ -112,16 +113,18 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int, int, int]]:
     """
     start = 0
     try:
-        with path.open("rb") as file, reading(path) as bar:
+        with open_regular_file(path) as file, reading(path) as bar:
             for number, line in enumerate(file, 1):
                 end, place = start + len(line), f"{path}: line {number}"
                 try:
                     text = line.decode("utf-8-sig").strip()
-                    record = json.loads(text) if text else None
+                    record = parse_json(text) if text else None
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{place} is not UTF-8: {error}") from None
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place} is not whole JSON: {error.msg} at character {error.pos}") from None
+                except JsonError as error:
+                    cause = error.__cause__
+                    told = f"{cause.msg} at character {cause.pos}" if isinstance(cause, json.JSONDecodeError) else error
+                    raise ValueError(f"{place} is not whole JSON: {told}") from None
                 if text:
                     yield table(record, place), number, start, end
                 bar.update(len(line))
@@ -182,7 +185,7 @@ def elements(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
     a list, the key is None.
     """
     try:
-        with path.open("rb") as file, reading(path) as bar:
+        with open_regular_file(path) as file, reading(path) as bar:
             text = _Text(file, path, bar)
             if text.take("[{") == "[":
                 yield from _elements(text, None)
@@ -261,6 +264,12 @@ class _Text:
             except json.JSONDecodeError as error:
                 if not self._more():
                     raise self.cut(error.msg) from None
+            except (RecursionError, ValueError) as error:  # the latter for an integer of thousands of digits
+                raise self.cut("nested too deep" if isinstance(error, RecursionError) else str(error)) from None
+        try:
+            check_depth(value)
+        except JsonError as error:
+            raise self.cut(str(error)) from None
         start, written = self._gone + self._at, self._text[self._at : end]
         if not written.isascii():
             value = json.loads(written.encode("latin-1").decode("utf-8"))

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sca.data.coco import Index, box
 from sca.data.fields import field, identified, phrases, read_json, table
 from sca.data.table import TableDataset
+from sca.io.json import open_regular_file
 
 BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
 PICTURES = ("images/mscoco/images/train2014", "train2014", "images")
@@ -108,7 +109,7 @@ def _read_refs(path: Path) -> list[Any]:
         refs = read_json(path)
     else:
         try:
-            with path.open("rb") as file:
+            with open_regular_file(path) as file:
                 refs = _Plain(file, encoding="latin1").load()  # written by Python 2
         except Exception as error:  # an unpickler may raise anything for damaged data
             raise ValueError(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.evaluation.predictions import Asked
+from sca.io.json import IrregularFileError, open_regular_file, parse_json
 from sca.output.files import unwritable, write_file
 
 NAME = "predictions.jsonl"
@@ -145,7 +146,7 @@ def read_predictions(path: str | Path) -> Predictions:
     end: Mapping[str, Any] = {}
     records = []
     try:
-        with path.open("rb") as stream:
+        with open_regular_file(path) as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue
@@ -156,6 +157,8 @@ def read_predictions(path: str | Path) -> Predictions:
                     end = content["end"]
                 elif "done" not in content:
                     records.append(content)
+    except IrregularFileError as error:
+        raise PredictionsError(str(error)) from error
     except OSError as error:
         raise PredictionsError(f"cannot read {path}: {error.strerror or error}") from error
     if run and not end:
@@ -223,7 +226,7 @@ def _name(rank: int) -> str:
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}, line {number}" if number else str(path)
     try:
-        content = json.loads(line)
+        content = parse_json(line.decode())
     except ValueError as error:
         raise PredictionsError(f"{where} is not whole JSON ({error})") from error
     if not isinstance(content, dict):

@@ -8,10 +8,11 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_DEPTH = 100  # far below the depth at which copying, comparing or writing a value fails
+DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -54,8 +55,7 @@ def parse_json(text: str, finite: bool = False) -> Any:
         raise
     except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
         raise JsonError(str(error).split(";")[0]) from error
-    if _is_deeper_than(value, MAX_DEPTH):
-        raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
+    check_depth(value)
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -66,6 +66,10 @@ def parse_json(text: str, finite: bool = False) -> Any:
 
 class JsonError(ValueError):
     """Text that is not JSON as we accept it; the message is one line that says why."""
+
+
+class IrregularFileError(ValueError):
+    """A path of a folder, a FIFO or a device; the message is one line that names it."""
 
 
 def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
@@ -79,18 +83,36 @@ def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
         OSError: If the file does not exist or cannot be read.
         ValueError: If it is not a regular file, or too large. One line that names the path.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is not a regular file; give a file that contains the data itself")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(-1 if limit is None else limit + 1)
-    finally:
-        os.close(descriptor)
+    with open_regular_file(path) as file:
+        content = file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(content) > limit:
         raise ValueError(f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; copy it again")
     return content
+
+
+def open_regular_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; never block on a FIFO or a device.
+
+    What a shell passes as an open descriptor, /dev/stdin or /dev/fd/N, may be a pipe: its other end is open, too.
+
+    Raises:
+        OSError: If the file does not exist or cannot be read.
+        IrregularFileError: If it is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    kind = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(kind) or (stat.S_ISFIFO(kind) and DESCRIPTOR.fullmatch(str(path)))):
+        os.close(descriptor)
+        raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(descriptor, True)
+    return open(descriptor, "rb")
+
+
+def check_depth(value: Any) -> None:
+    """Raise JsonError if a value that was parsed is nested deeper than MAX_DEPTH."""
+    if _is_deeper_than(value, MAX_DEPTH):
+        raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _is_deeper_than(value: Any, depth: int) -> bool:

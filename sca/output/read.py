@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
 from sca.images import identify_image, show
+from sca.io.json import IrregularFileError, JsonError, open_regular_file, parse_json, read_regular_file
 from sca.output.label_studio import unpack
 from sca.output.outline import fill
 from sca.prompts import read_prompt
@@ -65,6 +65,8 @@ def read_captions(path: str | Path) -> Iterator[Captioned]:
             yield from _grouped(_rows(path))
         else:
             yield from _json(path)
+    except IrregularFileError as error:
+        raise ReadError(str(error)) from error
     except OSError as error:
         raise ReadError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
     except UnicodeDecodeError as error:
@@ -79,7 +81,7 @@ def captioned(plain: Any, where: str) -> Captioned:
 
 
 def _json(path: Path) -> Iterator[Captioned]:
-    content = _parsed(path.read_text("utf-8-sig"), show(path))
+    content = _parsed(read_regular_file(path).decode("utf-8-sig"), show(path))
     if isinstance(content, list):
         yield from _label_studio(content, path)
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
@@ -95,7 +97,7 @@ def _json(path: Path) -> Iterator[Captioned]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(open_regular_file(path), "utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{show(path)}, line {number}"
@@ -110,7 +112,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise ReadError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        for batch in pyarrow.parquet.ParquetFile(open_regular_file(path)).iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 where = f"{show(path)}, row {number}"
@@ -223,7 +225,7 @@ def _labelme(paths: list[Path], folder: Path) -> Iterator[Captioned]:
     if not paths:
         raise ReadError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
     for path in paths:
-        content = _table(_parsed(path.read_text("utf-8-sig"), show(path)), show(path))
+        content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), show(path)), show(path))
         size = _size({"width": content.get("imageWidth"), "height": content.get("imageHeight")}, show(path))
         name = os.path.normpath(path.parent / _name(content, "imagePath", show(path)))
         captions = []
@@ -286,8 +288,8 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except JsonError as error:
         raise ReadError(f"{where}: not whole JSON: {error}") from error
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -21,6 +20,8 @@ from sca_registry import RegistryError
 from sca_registry.messages import unknown
 from sca_registry.overrides import override, read_assignment
 from sca_registry.spec import ModelSpec, Part
+
+from sca.io.toml import parse_toml
 
 if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
@@ -197,9 +198,10 @@ class Recipe:
 
         Raises RegistryError for a name, a key or a value that is wrong.
         """
+        text = recipe_text(name)
         try:
-            table = tomllib.loads(recipe_text(name))
-        except tomllib.TOMLDecodeError as error:
+            table = parse_toml(text)
+        except ValueError as error:
             raise RegistryError(f"the recipe {name} is not TOML: {error}") from error
         return cls.from_dict(Path(name).stem if name.endswith(".toml") else name, table, assignments)
 

@@ -1,0 +1,126 @@
+"""Every reader of a file from elsewhere ends in one line for JSON that is nested deep and for what is no file."""
+
+import os
+import signal
+
+import pytest
+from sca_bench.store import Store
+from sca_bench.sweep import Sweep
+from sca_registry import RegistryError, datasets
+from sca_registry.overrides import read_assignments
+from sca_registry.spec import ModelSpec
+
+from sca.data import fields, records
+from sca.evaluation.evaluate import score_file
+from sca.evaluation.journal import read_predictions
+from sca.images import open_image
+from sca.io.json import read_regular_file
+from sca.output.read import read_captions
+from sca.prompts import read_mask, read_prompts
+from sca.push import _read_scores
+from sca.training.recipe import Recipe
+
+DEEP_JSON = {
+    "brackets": "[" * 200_000,
+    "objects": '{"a":' * 200_000,
+    "closed": "[" * 900 + "]" * 900,
+    "inside": '{"images": [{"id": 1, "x": ' + "[" * 500 + "]" * 500 + "}]}",
+    "digits": '{"images": [' + "9" * 5000 + "]}",
+}
+
+
+def read_dataset(path):
+    return datasets.build("jsonl", "train", file=str(path), images=str(path.parent))
+
+
+def read_index(path):
+    return records.index(path, {"images": ["id"]}, (), "should be COCO")
+
+
+READERS = {  # by the name of the file
+    "prompts.json": read_prompts,
+    "prompts.jsonl": read_prompts,
+    "captions.json": lambda path: list(read_captions(path)),
+    "captions.jsonl": lambda path: list(read_captions(path)),
+    "predictions.jsonl": read_predictions,
+    "scored.jsonl": score_file,
+    "scores.json": _read_scores,
+    "lines.jsonl": lambda path: list(records.read_lines(path)),
+    "list.json": lambda path: list(records.stream(path)),
+    "index.json": read_index,
+    "whole.json": fields.read_json,
+    "data.jsonl": read_dataset,
+    "results.jsonl": lambda path: Store(path.parent).rows(),
+}
+OTHERS = {
+    "captions.parquet": lambda path: list(read_captions(path)),
+    "mask.png": read_mask,
+    "mask.npy": read_mask,
+    "image.png": open_image,
+    "recipe.toml": lambda path: Recipe.read(str(path)),
+    "sweep.toml": lambda path: Sweep.read(str(path)),
+}
+
+
+@pytest.fixture
+def limited():
+    """A reader that waits ends in an error instead of hanging."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def told(read, path):
+    with pytest.raises(ValueError, match=r".") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("content", DEEP_JSON)
+@pytest.mark.parametrize("name", READERS)
+def test_reader_refuses_deep_json_in_one_line(limited, tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(DEEP_JSON[content] + "\n")
+    assert name.partition(".")[0] in told(READERS[name], path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("name", [*READERS, *OTHERS])
+def test_reader_refuses_what_is_no_file_without_waiting(limited, tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    told({**READERS, **OTHERS}[name], path)
+
+
+@pytest.mark.parametrize("read", [Recipe.read, Sweep.read])
+@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "[" * 300 + "]" * 300, ".".join("a" * 300) + " = 1"])
+def test_recipe_and_sweep_refuse_deep_toml_in_one_line(limited, tmp_path, read, text):
+    path = tmp_path / "deep.toml"
+    path.write_text(text)
+    assert "nested deeper than 100 levels" in told(read, str(path))
+
+
+def test_spec_refuses_deep_toml_in_one_line():
+    assert "not written in TOML" in told(ModelSpec.from_toml, "x = " + "[" * 100_000)
+    with pytest.raises(RegistryError, match="the value is not TOML"):
+        read_assignments(["lora=" + "[" * 2000])
+
+
+def test_reader_accepts_a_pipe_that_a_shell_opened(limited):
+    line = b'{"image": "a.png", "box": [1, 2, 3, 4]}\n'
+    read_end, write_end = os.pipe()
+    os.write(write_end, line)
+    os.close(write_end)
+    try:
+        assert read_regular_file(f"/dev/fd/{read_end}") == line
+    finally:
+        os.close(read_end)
