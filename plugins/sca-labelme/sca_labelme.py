@@ -1,12 +1,12 @@
 """Pictures annotated with LabelMe (github.com/wkentaro/labelme), and a metric that looks for labels in captions."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from sca_registry.contracts import Region, Sample, Scores
 
+from sca.io.json import read_json
 from sca.masks import box_of, encode
 
 
@@ -67,10 +67,7 @@ class LabelRecall:
 
 
 def _read(file: Path) -> dict:
-    try:
-        record = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    record = read_json(file)
     if not isinstance(record, dict) or not isinstance(record.get("imagePath"), str):
         raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
     shapes = record.get("shapes")

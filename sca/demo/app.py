@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sca_registry.spec import Everything
 from sca.captioners.door import captioner, settings
 from sca.demo.session import Session
 from sca.images import ImageError, read_image
+from sca.io.text import escape_markdown
 from sca.masks import PIXEL_LIMIT
 from sca.output import Writers
 from sca.output.page import data_uri
@@ -197,9 +199,13 @@ def _opened(path: str, name: str, pixels: int) -> tuple[Session, Any, str]:
         with open(path, "rb") as file:
             image = read_image(file, Path(name).name, pixels)
     except ImageError as error:
-        raise gr.Error(str(error)) from error
+        raise _shown(error) from error
     session = Session(image, Path(name).name)
-    return session, gr.update(value=session.plain(), picture=data_uri(image)), f"{session.name}: {_size(image)}"
+    return (
+        session,
+        gr.update(value=session.plain(), picture=data_uri(image)),
+        f"{escape_markdown(session.name)}: {_size(image)}",
+    )
 
 
 def _pointed(
@@ -211,7 +217,7 @@ def _pointed(
     try:
         number = session.point_at(event)
     except ValueError as error:
-        raise gr.Error(str(error)) from error
+        raise _shown(error) from error
     yield session, session.plain(), ""
     if number is None:
         return
@@ -235,7 +241,7 @@ def _pointed(
     except (EngineError, ValueError) as error:
         session.failed(prompt)
         yield session, session.plain(), ""
-        raise gr.Error(str(error)) from error
+        raise _shown(error) from error
     yield session, session.plain(), ""
 
 
@@ -263,7 +269,7 @@ def _found(
                     yield session, session.plain(), f"{len(session.regions)} regions captioned"
                     fresh = 0
     except (EngineError, ValueError) as error:
-        raise gr.Error(str(error)) from error
+        raise _shown(error) from error
     count = len(session.regions)
     told = f"{count} regions" if count else "nothing found: lower the least IoU, or raise the points"
     yield session, session.plain(), told
@@ -285,6 +291,11 @@ def _temporary() -> str:
     folder = get_upload_folder()
     Path(folder).mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _shown(error: Exception) -> gr.Error:
+    """A message for the page, which takes it for HTML."""
+    return gr.Error(escape(str(error), quote=False))
 
 
 def _size(image: Any) -> str:
