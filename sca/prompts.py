@@ -405,7 +405,7 @@ def _at(where: str, field: str, read: Callable[[Any], Any], value: Any) -> Any:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text, surrogates=True)
     except JsonError as error:
         cause = error.__cause__
         if not isinstance(cause, json.JSONDecodeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -142,11 +143,12 @@ def diff(
     second: Annotated[Path, typer.Argument(help="of another run of the same sweep")],
 ) -> None:
     """Whether a second run timed the same, and which states and scores are others."""
-    from sca.cli.options import print_document
+    from sca.cli.options import print_line
     from sca_bench.diff import diff as compare
     from sca_bench.store import Store
 
-    print_document(str(compare(Store(first).rows(), Store(second).rows())))
+    for line in compare(Store(first).rows(), Store(second).rows()).lines():
+        print_line(line)
 
 
 @app.command()

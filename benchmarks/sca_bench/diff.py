@@ -23,14 +23,15 @@ class Diff:
     changed: tuple[str, ...]
     only: tuple[int, int]
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """What is to be printed, a line each."""
         told = [f"{self.rows} rows in both, {self.only[0]} only in the first, {self.only[1]} only in the second"]
         if self.timings:
             told.append(
                 f"{self.timings} timings: {self.inside:.1%} of the second's medians lie between the first's least and "
                 f"most, whose median width is {self.width:.1%}; the second takes {self.ratio:.3f} times as long"
             )
-        return "\n".join([*told, *self.changed])
+        return [*told, *self.changed]
 
 
 def diff(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> Diff:

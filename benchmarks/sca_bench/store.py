@@ -45,7 +45,7 @@ class Store:
         rows: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                row = parse_json(line.decode())
+                row = parse_json(line.decode(), surrogates=True)
                 rows.setdefault(row["key"], row)
             except (ValueError, TypeError, KeyError) as error:
                 raise StoreError(

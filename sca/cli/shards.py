@@ -144,10 +144,11 @@ def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
         ValueError: If the archive cannot be read or contains no images.
     """
     from sca.images import SUFFIXES, show
+    from sca.io.json import open_regular_file
 
     paths, problems = [], []
     try:
-        with tarfile.open(archive) as tar:
+        with open_regular_file(archive) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 if not member.isfile() or Path(member.name).suffix.lower() not in SUFFIXES:
                     continue

@@ -27,7 +27,7 @@ def read_json(path: Path) -> Any:
     """A whole JSON file."""
     try:
         content = read_regular_file(path)
-        return parse_json(content.decode(json.detect_encoding(content)))
+        return parse_json(content.decode(json.detect_encoding(content)), surrogates=True)
     except JsonError as error:
         cause = error.__cause__
         if isinstance(cause, json.JSONDecodeError):

@@ -16,6 +16,7 @@ from sca.data.own import check_hold_out, chosen
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.images import identify_image
+from sca.io.json import open_regular_file
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -122,7 +123,7 @@ class Jsonl(TableDataset):
             return given
         path = self._path(name)
         try:
-            with identify_image(path) as picture:
+            with open_regular_file(path) as file, identify_image(file) as picture:
                 turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
                 return (picture.height, picture.width) if turned else picture.size
         except Exception as error:  # a decoder may raise anything for damaged data

@@ -118,7 +118,7 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int, int, int]]:
                 end, place = start + len(line), f"{path}: line {number}"
                 try:
                     text = line.decode("utf-8-sig").strip()
-                    record = parse_json(text) if text else None
+                    record = parse_json(text, surrogates=True) if text else None
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{place} is not UTF-8: {error}") from None
                 except JsonError as error:

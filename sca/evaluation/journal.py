@@ -226,7 +226,7 @@ def _name(rank: int) -> str:
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}, line {number}" if number else str(path)
     try:
-        content = parse_json(line.decode())
+        content = parse_json(line.decode(), surrogates=True)
     except ValueError as error:
         raise PredictionsError(f"{where} is not whole JSON ({error})") from error
     if not isinstance(content, dict):

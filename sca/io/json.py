@@ -37,12 +37,13 @@ def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = Fa
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
 
 
-def parse_json(text: str, finite: bool = False) -> Any:
+def parse_json(text: str, finite: bool = False, surrogates: bool = False) -> Any:
     """Parse JSON text, such as one line of a JSONL file.
 
     Args:
         text: One JSON value.
         finite: Reject NaN, Infinity and numbers that overflow to it.
+        surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can contain.
 
     Raises:
         JsonError: If it is not JSON, nested too deep, or contains half of a surrogate pair. One line, without the text.
@@ -56,7 +57,7 @@ def parse_json(text: str, finite: bool = False) -> Any:
     except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
         raise JsonError(str(error).split(";")[0]) from error
     check_depth(value)
-    if SURROGATE.search(text):
+    if not surrogates and SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

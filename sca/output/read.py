@@ -288,7 +288,7 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text, surrogates=True)
     except JsonError as error:
         raise ReadError(f"{where}: not whole JSON: {error}") from error
 

@@ -1,5 +1,6 @@
 """Many pictures in shards: what one command does is what many processes do, and what is there is not made again."""
 
+import io
 import json
 import tarfile
 
@@ -92,7 +93,9 @@ def test_archive_members_are_read_from_the_archive_and_nowhere_else(shell, check
     with tarfile.open(here / "set.tar", "w") as tar:
         outside = (f"{here}/secret.png", "../secret.png", "x/../../../secret.png")
         for name in (*outside, "*.png", "--task=x.png", "~/b.png"):
-            tar.add(here / "packed/a.png", name, filter=lambda member, name=name: member.replace(name=name))
+            member = tarfile.TarInfo(name)
+            member.size = (here / "packed/a.png").stat().st_size
+            tar.addfile(member, io.BytesIO((here / "packed/a.png").read_bytes()))
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, str(here / "secret.png")
         tar.addfile(link)

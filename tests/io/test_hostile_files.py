@@ -115,12 +115,13 @@ def test_spec_refuses_deep_toml_in_one_line():
         read_assignments(["lora=" + "[" * 2000])
 
 
-def test_reader_accepts_a_pipe_that_a_shell_opened(limited):
-    line = b'{"image": "a.png", "box": [1, 2, 3, 4]}\n'
+@pytest.mark.parametrize("read", [read_regular_file, fields.read_json, lambda path: read_prompts(path).match])
+def test_reader_accepts_a_pipe_that_a_shell_opened(limited, read):
+    line = b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}'
     read_end, write_end = os.pipe()
     os.write(write_end, line)
     os.close(write_end)
     try:
-        assert read_regular_file(f"/dev/fd/{read_end}") == line
+        assert read(f"/dev/fd/{read_end}")
     finally:
         os.close(read_end)

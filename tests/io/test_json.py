@@ -56,6 +56,10 @@ def test_parse_json_rejects_non_finite_numbers_on_request(number):
     assert parse_json("[1.5, 1e300]", finite=True) == [1.5, 1e300]
 
 
+def test_parse_json_accepts_half_of_a_surrogate_pair_on_request():
+    assert parse_json('"\\ud83d"', surrogates=True) == "\ud83d"
+
+
 def test_read_regular_file_rejects_a_fifo_and_a_folder_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
