@@ -68,7 +68,7 @@ TABLES = {
 }
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
 ORDERS = ("cheapest", "listed")
-MAX_ROWS = 100_000  # at a minute a row more than two months
+MAX_ROWS = 10_000  # at a minute a row a week
 
 
 @dataclass(frozen=True)
