@@ -345,7 +345,7 @@ def test_waits_do_not_grow_with_images(pool):
                 else:
                     mixer(regions)
             waits.append(found.total())
-    assert waits[0] == waits[1] <= 2
+    assert waits[0] == waits[1] <= 3  # ROIAlign also asks how many samples each axis needs
 
 
 # --- what else runs there ---------------------------------------------------------------------------------------------
