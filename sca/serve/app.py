@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -28,11 +29,12 @@ from sca.serve.access import HostCheck, KeyCheck
 from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat
 from sca.serve.engine import SHORT, Done, Engine, EngineError, Event, Found, Question, Searched
-from sca.serve.memory import BudgetError
+from sca.serve.memory import BudgetError, release_memory
 from sca.serve.problems import ApiError, told
 from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
 from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decoded, plain
 
+TRIM = 10.0  # seconds between two times that freed memory goes back to the system
 QUIET = 10.0  # seconds without an event after which a stream says that it lives
 
 
@@ -59,7 +61,9 @@ def application(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        trimming = asyncio.create_task(_trim_memory())
         yield
+        trimming.cancel()
         await to_thread.run_sync(service.close)
 
     app = FastAPIOffline(  # whose page at /docs loads nothing from elsewhere
@@ -82,6 +86,13 @@ def application(
     _add_facts(app, service)
     add_chat(app, service)
     return app
+
+
+async def _trim_memory() -> None:
+    """Gives back what requests have freed, also those that went while their image was being decoded."""
+    while True:
+        await asyncio.sleep(TRIM)
+        await to_thread.run_sync(release_memory)
 
 
 def _add_captions(app: FastAPI, service: Service) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
-from sca.serve.memory import ByteBudget, Lease, release_memory
+from sca.serve.memory import ByteBudget, Lease
 from sca.serve.problems import ApiError
 from sca.serve.schema import Limits
 
@@ -38,8 +38,6 @@ class RequestLimits:
                 await self._answer(scope, receive, send, lease)
         finally:
             self.running -= 1
-            if not self.budget.is_small(lease.peak):
-                await asyncio.to_thread(release_memory)
 
     async def _answer(self, scope: Any, receive: Any, send: Any, lease: Lease) -> None:
         headers = Headers(scope=scope)

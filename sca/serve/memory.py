@@ -47,7 +47,7 @@ class ByteBudget:
             if lease.ended:  # by a request that went while its work went on
                 return
             self.held += count - lease.held
-            lease.held, lease.peak = count, max(lease.peak, count)
+            lease.held = count
             self._freed.notify_all()
 
     def end(self, lease: Lease) -> None:
@@ -62,7 +62,7 @@ class Lease:
     """What one request holds of a budget; given back at the end of a `with` block."""
 
     def __init__(self, budget: ByteBudget):
-        self._budget, self.held, self.peak, self.ended = budget, 0, 0, False
+        self._budget, self.held, self.ended = budget, 0, False
 
     def set(self, count: int, seconds: float = 0.0) -> None:
         """Hold `count` bytes from now on, once they are free. BudgetError if they are not in `seconds`."""
