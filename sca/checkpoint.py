@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
 import subprocess
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sca.composition import build, parts
-from sca.folders import sync
 from sca.hub import HubError, fetch, fingerprint, here_hint, local_path, some
+from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.json import read_json
 from sca.language_models.hf import read_tokenizer
 from sca.trust import Trust, TrustError, check_folder, confine_spec
@@ -54,6 +51,7 @@ SLACK = 2**28  # bytes of frozen codes, tied weights and what is tried out, whic
 LARGEST = 2**37  # bytes of weights that are fetched
 # A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
 PACKAGE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
+CONTENT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")  # all that `save` writes, and so all that it replaces
 
 
 class CheckpointError(ValueError):
@@ -66,32 +64,50 @@ def save(
     dtype: torch.dtype | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes a checkpoint folder; a kill at any moment leaves the old one or the new one, whole.
+    """Write a checkpoint folder; a kill at any moment leaves the old one or the new one, complete.
 
-    dtype: of the stored floating tensors (default: as they are). tensors: in place of the model's own, by name.
+    Args:
+        model: The model.
+        folder: New, empty, or an older checkpoint, which is replaced. A folder with other files is never replaced.
+        dtype: Of the stored floating-point tensors; by default unchanged.
+        tensors: Used in place of the model's own, by name.
+
+    Raises:
+        CheckpointError: The folder contains something else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / SPEC).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is neither a checkpoint nor a new or empty folder: what is in it stays")
-    previous = _previous(folder)
+    check_writable(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _recover(folder)
-        draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
-        draft.mkdir()
-        try:
+        with new_folder(folder, CONTENT) as draft:
             _write(model, draft, dtype, tensors)
-            if folder.exists():
-                shutil.rmtree(previous, ignore_errors=True)  # of an earlier save that was killed at its end
-                os.rename(folder, previous)
-            os.rename(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-            _recover(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot save a checkpoint to {folder}: {error.strerror or error}") from error
+    except FolderError as error:
+        raise CheckpointError(str(error)) from error
     return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a checkpoint may be written to a folder: a new or empty one, or one with nothing but a checkpoint.
+
+    Raises:
+        CheckpointError: The folder contains something else.
+    """
+    try:
+        check_replaceable(folder, CONTENT)
+        if folder.is_dir() and any(folder.iterdir()):
+            read_spec(folder)
+    except (FolderError, RegistryError) as error:
+        raise CheckpointError(f"{error}; it is not overwritten with a checkpoint") from error
+
+
+def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
+    """Whether a folder contains the checkpoint that `save` would write for a model."""
+    try:
+        same = read_spec(folder) == model.spec
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (CheckpointError, RegistryError, SafetensorError, OSError):
+        return False
+    return same and tensors_hash(found) == weights_hash(model)
 
 
 def load(
@@ -275,7 +291,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
     path = local_path(source)
     if path is not None:
-        for folder in (path, _previous(path)):
+        for folder in (path, previous_folder(path)):
             if folder.is_dir():
                 return folder
         if path.exists():
@@ -357,8 +373,6 @@ def _write(
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         tokenizer.save(str(folder / "tokenizer"))
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
 
 
 def origin(model: SegmentCaptioner) -> dict[str, Any]:
@@ -429,14 +443,3 @@ def _brought_by(folder: Path) -> str:
 
 def _write_json(path: Path, table: Any) -> None:
     path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-
-
-def _previous(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.previous"
-
-
-def _recover(folder: Path) -> None:
-    """A kill between the two renames of `save` leaves only the previous checkpoint: give it its name back."""
-    previous = _previous(folder)
-    if previous.is_dir() and not folder.exists():
-        os.rename(previous, folder)

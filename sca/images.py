@@ -6,7 +6,7 @@ import errno
 import glob
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -138,11 +138,15 @@ def take_image(image: Image.Image | np.ndarray) -> Image.Image:
     return image if image.mode == "RGB" and not image.info else _upright(image)
 
 
-def find_images(arguments: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+def find_images(
+    arguments: Sequence[str | Path], exclude: Callable[[Path], bool] = lambda path: False
+) -> tuple[list[Path], list[str]]:
     """The pictures that files, folders and glob patterns name, and a line for each argument or folder that failed.
 
     Files are taken as they are; folders are searched with all their subfolders, and they and patterns give the files
     with a suffix of `SUFFIXES`, sorted, hidden ones left out. A picture named twice comes once, at its first place.
+
+    exclude: returns whether a picture of a folder or a pattern is left out.
     """
     found: dict[str, Path] = {}
     problems: list[str] = []
@@ -150,7 +154,8 @@ def find_images(arguments: Sequence[str | Path]) -> tuple[list[Path], list[str]]
         path = Path(os.path.expanduser(argument))
         try:
             for image in _named(path, problems):
-                found.setdefault(os.path.abspath(image), image)
+                if image == path or not exclude(image):
+                    found.setdefault(os.path.abspath(image), image)
         except ImageError as error:
             problems.append(str(error))
         except (OSError, ValueError) as error:

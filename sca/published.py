@@ -27,8 +27,8 @@ from transformers.initialization import no_init_weights
 
 from sca.checkpoint import BoundedBuild, CheckpointError, assign, is_published, stored
 from sca.composition import build
-from sca.folders import new_folder
 from sca.hub import SAFE, HubError, absent, fetch, quiet, read_tensors, some, weight_files
+from sca.io.atomic import new_folder
 from sca.io.json import read_json
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import has_tokenizer, read_tokenizer

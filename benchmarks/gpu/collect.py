@@ -17,6 +17,9 @@ from typing import Any
 from sca_bench.markers import replace_between
 from sca_bench.timing import STAGES
 
+from sca.io.atomic import write_file
+from sca.io.journal import encode_lines
+
 ROOT = Path(__file__).resolve().parents[2]
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 GIB = 2**30
@@ -38,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = merge(read_rows(kept) if kept.is_file() else [], *(read_rows(file) for file in find_files(given.paths)))
         given.results.mkdir(parents=True, exist_ok=True)
         if rows:
-            kept.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+            write_file(kept, encode_lines(rows))
         for page, content in ((given.guide, tables(rows)), (given.readme, headline(rows))):
-            page.write_text(replace_between(page.read_text("utf-8"), START, END, content), "utf-8")
+            write_file(page, replace_between(page.read_text("utf-8"), START, END, content))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(rows)} rows in {kept}; wrote {given.guide} and {given.readme}")

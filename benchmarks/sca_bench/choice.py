@@ -12,6 +12,7 @@ import torch
 from sca_registry import registry
 from sca_registry.spec import ModelSpec
 
+from sca.io.atomic import write_file
 from sca.plan import GIB, plan
 
 START, END = "<!-- choice -->", "<!-- /choice -->"
@@ -62,7 +63,7 @@ def main(readme: str = "README.md") -> None:
     _, end, after = rest.partition(END)
     if not end:
         sys.exit(f"error: {readme} has no {START} with {END} behind it")
-    Path(readme).write_text(f"{before}{start}\n{table()}\n{end}{after}", "utf-8")
+    write_file(Path(readme), f"{before}{start}\n{table()}\n{end}{after}")
 
 
 if __name__ == "__main__":

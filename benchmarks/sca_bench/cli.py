@@ -119,7 +119,9 @@ def report(
 ) -> None:
     """One page, offline, with Markdown (.md) and CSV (.csv) beside it."""
     from sca.cli.options import complain
-    from sca.output.files import open_folder, write_file
+    from sca.io.atomic import open_folder, write_file
+    from sca.io.run_folder import check_not_inputs
+    from sca.output.page import check_page
     from sca_bench import report as reports
     from sca_bench.store import Store
 
@@ -128,12 +130,18 @@ def report(
         raise ValueError(f"no results in {folder}: sca bench run SWEEP --out {folder} makes some")
     page = out or folder / "report.html"
     open_folder(page.parent)
+    siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]
+    check_not_inputs([page, *siblings], [Store(folder).path])
+    check_page(page, ())
+    for sibling in siblings:
+        if sibling.exists() and not page.exists():
+            raise ValueError(f"{sibling} exists and is not of a report; choose another --out")
     for path, content in (
         (page, reports.page(rows, f"sweep {rows[0]['sweep']}", score)),
         (page.with_suffix(".md"), reports.markdown(rows, score)),
         (page.with_suffix(".csv"), reports.table(rows, score)),
     ):
-        write_file(path, content.encode())
+        write_file(path, content)
     complain(f"wrote {page}, {page.with_suffix('.md').name} and {page.with_suffix('.csv').name}")
 
 
@@ -171,6 +179,7 @@ def published(
     from dataclasses import asdict
 
     from sca.cli.options import find_device, settle
+    from sca.io.atomic import write_file
     from sca_bench.against_published import Setting, choose_parts, compare, print_table, to_table
     from sca_bench.worker import environment
 
@@ -182,7 +191,7 @@ def published(
         found = {key: value for key, value in asdict(setting).items() if key != "seconds"}
         found |= {"rows": [to_table(row) for row in rows], "environment": environment(device)}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f"{json.dumps(found, indent=1)}\n", "utf-8")
+        write_file(out, f"{json.dumps(found, indent=1)}\n")
 
 
 def _folder(name: str, out: Path | None) -> Path:

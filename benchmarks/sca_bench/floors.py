@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import sca
+from sca.io.atomic import write_file
 from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = {name: value for name, value in vars(given).items() if name != "out"}
         found = {**options, "flops_per_second": speed, "bytes_per_second": copied, "rows": rows}
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"{json.dumps({**found, 'environment': environment('cpu')}, indent=1)}\n", "utf-8")
+        write_file(given.out, f"{json.dumps({**found, 'environment': environment('cpu')}, indent=1)}\n")
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sca.composition import build
+from sca.io.atomic import write_file
 from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
@@ -149,7 +150,7 @@ def main() -> None:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         content = {**environment(given.device), "rows": rows}
-        given.out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        write_file(given.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sca.io.atomic import write_file
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
 
@@ -78,7 +79,7 @@ def write(readme: Path, folder: Path) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"{readme} has no {START} with {END} behind it")
-    readme.write_text(f"{before}{start}\n{table(reports)}\n{end}{after}", "utf-8")
+    write_file(readme, f"{before}{start}\n{table(reports)}\n{end}{after}")
 
 
 def main(readme: str = "README.md", folder: str = "benchmarks/results") -> None:

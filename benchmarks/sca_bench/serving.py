@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sca.io.atomic import write_file
 from sca_bench.worker import environment
 
 IMAGES = 24
@@ -58,7 +59,7 @@ def main() -> None:
     print("memory of the server, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in found["memory"].items()))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"{json.dumps(found, indent=1)}\n", "utf-8")
+        write_file(given.out, f"{json.dumps(found, indent=1)}\n")
 
 
 def _bodies() -> list[bytes]:

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sca.io.atomic import write_file
+
 REPEATS = 5
 BOXES = [f"{x},{y},{x + 60},{y + 60}" for x in (10, 60) for y in (10, 60)]
 MANY = """
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from sca_bench.worker import environment
 
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({**found, "environment": environment("cpu")}, indent=1), "utf-8")
+        write_file(given.out, json.dumps({**found, "environment": environment("cpu")}, indent=1))
 
 
 def _draw(path: str) -> None:

@@ -4,20 +4,19 @@ A folder of results has
 
     results.jsonl     a finished row a line; only appended to, a line at a time, by the one who holds the lock
     rows/KEY/         the log of a row, and what it leaves behind
-    lock              held by the runner while it lives
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sca.io.json import IrregularFileError, parse_json, read_regular_file
+from sca.io.atomic import OutputError, write_file
+from sca.io.journal import Journal, JournalError, encode_lines, read_journal
+from sca.io.lock import LockedError
+from sca.io.run_folder import RunFolder
 
 NAME = "results.jsonl"
 
@@ -33,54 +32,35 @@ class Store:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole row, in the order in which they were finished. StoreError for a line in between that is none."""
+        rows: dict[str, dict[str, Any]] = {}
         try:
-            content = read_regular_file(self.path)
-        except FileNotFoundError:
-            return []
-        except IrregularFileError as error:
+            for number, row in enumerate(read_journal(self.path), 1):
+                if "key" not in row:
+                    raise StoreError(f"{self.path}, line {number}, is no row: move the file away, or remove the line")
+                rows.setdefault(row["key"], row)
+        except JournalError as error:
             raise StoreError(str(error)) from error
         except OSError as error:
             raise StoreError(f"cannot read {self.path}: {error.strerror or error}") from error
-        whole, _, _ = content.rpartition(b"\n")
-        rows: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-            try:
-                row = parse_json(line.decode(), surrogates=True)
-                rows.setdefault(row["key"], row)
-            except (ValueError, TypeError, KeyError) as error:
-                raise StoreError(
-                    f"{self.path}, line {number} is no row ({error}): move the file away, or take the line out"
-                ) from error
         return list(rows.values())
 
     @contextmanager
     def held(self) -> Iterator[list[str]]:
         """The right to write. Gives what had to be repaired. StoreError if somebody else has it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "a+") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise StoreError(
-                        f"{self.folder} is being written by another run: wait for it, or give another --out"
-                    ) from None
+            with RunFolder(self.folder, "bench"):
+                self.rows()  # whatever is damaged before the end is named, not cut off
                 yield self._repair()
-        except OSError as error:
-            raise StoreError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        except (LockedError, OutputError) as error:
+            raise StoreError(str(error)) from error
 
     def add(self, row: Mapping[str, Any]) -> None:
         """A finished row: on disk when this returns, or not there at all."""
-        line = f"{json.dumps(row)}\n".encode()
-        with open(self.path, "ab", buffering=0) as file:
-            start = file.tell()
-            try:
-                if file.write(line) != len(line):
-                    raise OSError(28, "No space left on device")
-                os.fsync(file.fileno())
-            except OSError as error:
-                file.truncate(start)
-                raise StoreError(f"cannot write {self.path}: {error.strerror or error}") from error
+        try:
+            with Journal(self.path, sync_seconds=0) as journal:
+                journal.append(row)
+        except (JournalError, OutputError) as error:
+            raise StoreError(str(error)) from error
 
     def row_folder(self, key: str) -> Path:
         """Made anew if it is gone."""
@@ -90,21 +70,12 @@ class Store:
 
     def forget(self, keys: set[str]) -> None:
         """Takes rows out, so that they are made again."""
-        kept = [row for row in self.rows() if row["key"] not in keys]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(f"{json.dumps(row)}\n" for row in kept), "utf-8")
-        os.replace(draft, self.path)
+        write_file(self.path, encode_lines(row for row in self.rows() if row["key"] not in keys))
 
     def _repair(self) -> list[str]:
-        """Sets a last line aside that was cut off."""
+        """Drops a last line that was cut off."""
         if not self.path.exists():
             return []
-        with open(self.path, "r+b") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole == len(content):
-                return []
-            aside = self.folder / f"results.broken-{whole}"
-            aside.write_bytes(content[whole:])
-            file.truncate(whole)
-        return [f"{self.path} ended in the middle of a line: that piece is now {aside}, and its row is made again"]
+        with Journal(self.path) as journal:
+            dropped = journal.dropped
+        return [f"{self.path} ended in the middle of a line; its row is made again"] if dropped else []

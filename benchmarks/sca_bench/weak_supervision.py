@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sca.io.atomic import write_file
 from sca_bench.two_stages import FEW, MANY, METRICS, WAYS
 
 SHOWN = ("cider-d", "attributes/all", "mask-iou/mean")
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(results))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(results, indent=1), "utf-8")
+        write_file(given.out, json.dumps(results, indent=1))
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "sca-tiny"
 DTYPES = ("float32", "bfloat16", "float16")
-UNKEPT = (  # that say nothing of what is answered
-    *("images", "out", "format", "resume", "quiet", "launcher", "shard"),
+UNKEPT = (  # that change no answer
+    *("images", "out", "format", "resume", "overwrite", "quiet", "launcher", "shard"),
     *("trust_remote_code", "allow_external"),
 )
 
@@ -98,6 +98,7 @@ def caption(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
     resume: Annotated[bool, typer.Option("--resume", help="with --out: go on where the same command ended")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="with --out: replace an earlier run there")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no remarks, and no table if there is --out")] = False,
 ) -> None:
     """Captions regions of images: those you point at, or all that are found with --everything.
@@ -107,6 +108,7 @@ def caption(
     from sca_registry.contracts import TASKS
 
     from sca.images import find_images, show
+    from sca.io.run_folder import OutputFilter
     from sca.output import DRAWN, Writers
 
     formats = _formats(format, out)
@@ -126,6 +128,8 @@ def caption(
         raise ValueError("--temperature can only be used with --sample")
     if resume and out in ("", "-"):
         raise ValueError("--resume goes on with what a folder has: name it with --out")
+    if overwrite and (resume or out in ("", "-")):
+        raise ValueError("--overwrite replaces the run of a folder; name it with --out, and leave out --resume")
     if launcher:
         from sca.cli.shards import caption_shards
 
@@ -133,7 +137,10 @@ def caption(
             raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
         raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
     exact = (context.obj or {}).get("exact_images")
-    paths, problems = ([Path(name) for name in images], []) if exact else find_images(images)
+    drawings = OutputFilter()
+    paths, problems = ([Path(name) for name in images], []) if exact else find_images(images, drawings)
+    if drawings.skipped and not quiet:
+        complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
     failures = Failures(problems)
     if not paths:
         raise typer.Exit(failures.status)
@@ -150,7 +157,8 @@ def caption(
         if out == "-":
             writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
         elif out:
-            journal = outputs.enter_context(_journal(Path(out), context.params, resume))
+            read = [*([prompts] if prompts else ()), *(mask or ())]
+            journal = outputs.enter_context(_journal(Path(out), context.params, formats, paths, read))
             writers = outputs.enter_context(Writers(out, formats, model))
         opened = _open(paths, failures, journal.done if journal else {})
         drawn = bool(set(formats) & set(DRAWN))
@@ -347,19 +355,51 @@ def _open(paths: Iterable[Path], failures: Failures, done: Mapping[str, Captione
 
 
 @contextmanager
-def _journal(folder: Path, params: Mapping[str, Any], resume: bool) -> Iterator[Journal]:
-    """Of a run with these options; it goes with a run that comes to its end."""
-    from sca.output.journal import Journal
+def _journal(
+    path: Path, params: Mapping[str, Any], formats: Sequence[str], images: Sequence[Path], read: Sequence[str | Path]
+) -> Iterator[Journal]:
+    """Open the run folder of a command with these options, and the journal in it.
+
+    The journal is removed when the run has finished.
+
+    Args:
+        path: The folder.
+        params: The options, by their names in Python.
+        formats: What is written.
+        images: What is captioned.
+        read: Files that say what is asked of the images.
+
+    Raises:
+        RunFolderError: The folder must not be written.
+        ValueError: The journal there is of a run with other options.
+    """
+    from sca.images import show
+    from sca.io.run_folder import RunFolder, RunFolderError, file_hash
+    from sca.output import output_patterns
+    from sca.output.journal import NAME, Journal, count_images
 
     given = {name: value for name, value in params.items() if name not in UNKEPT and value is not None}
     run = {name: str(value) for name, value in given.items() if value is not False and value not in ((), [])}
-    journal = Journal(folder, run, resume)
-    finished = False
-    try:
-        yield journal
-        finished = True
-    finally:
-        journal.close(finished)
+    resume, overwrite = params["resume"], params["overwrite"]
+    with RunFolder(path, "caption") as folder:
+        earlier = folder.run
+        unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
+        if unfinished and not resume:
+            raise RunFolderError(
+                f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
+                "choose another --out, or replace it with --overwrite"
+            )
+        settings = {"images": params["images"], **run, "files": {str(each): file_hash(each) for each in read}}
+        loose = ("images",) if resume and unfinished else ()  # a resumed run may caption more images
+        folder.begin(settings, (*output_patterns(formats), NAME), [*images, *read], overwrite, loose)
+        journal = Journal(path, run, resume)
+        finished = False
+        try:
+            yield journal
+            finished = True
+        finally:
+            journal.close(finished)
+        folder.finish()
 
 
 def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Size, list[Caption]]:

@@ -25,7 +25,10 @@ def compare(
 ) -> None:
     """How much better the second run is than the first, with intervals of the paired differences."""
     from sca.evaluation.comparison import compare as run
+    from sca.output.page import check_page
 
+    if out:
+        check_page(out, [first, second])
     given = read_settings(options or (), kinds=())
     comparison = run(first, second, metrics and listed(metrics), given["scores"], by)
     if out:
@@ -50,16 +53,18 @@ def report(
 ) -> None:
     """A page of runs on the same regions: scores, how they are spread, best and worst regions, models side by side."""
     from sca.evaluation.evaluate import score_file
+    from sca.output.page import check_page
     from sca.output.report import report_page
 
+    check_page(out, predictions)
     given = read_settings(option or (), kinds=())
     reports = [score_file(path, metrics and listed(metrics), given["scores"]) for path in predictions]
     _write(out, report_page(reports, by, seed))
 
 
 def _write(path: Path, page: str) -> None:
-    from sca.output.files import open_folder, write_file
+    from sca.io.atomic import open_folder, write_file
 
     open_folder(path.parent)
-    write_file(path, page.encode())
+    write_file(path, page)
     complain(f"wrote {path}")

@@ -18,10 +18,12 @@ def convert(
     out: Annotated[Path, typer.Argument(help="folder to write to")],
     format: Annotated[str, typer.Option(help=f"any of {OUTPUTS}")] = "coco",
     images: Annotated[Path | None, typer.Option(help="for png and html: the folder that pictures are named in")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was converted to OUT before.")] = False,
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
     from sca.images import ImageError, open_image, show
-    from sca.output import DRAWN, FORMATS, Writers
+    from sca.io.run_folder import RunFolder
+    from sca.output import DRAWN, FORMATS, Writers, output_patterns
     from sca.output.read import ReadError, read_captions
 
     formats = [name.strip() for name in format.split(",")]
@@ -32,23 +34,27 @@ def convert(
     if first is None:
         raise ReadError(f"{show(captions)} has no captions")
     done, bad = 0, 0
-    with Writers(out, formats, first.model) as writers:
-        for each in chain([first], found):
-            picture = each.size
-            if set(formats) & set(DRAWN):
-                try:
-                    picture = open_image(images / each.image if images else each.image)
-                except ImageError as error:
-                    complain(str(error))
-                    bad += 1
-                    continue
-                if picture.size != each.size:
-                    size = f"{each.size.width} x {each.size.height}"
-                    complain(f"{each.image} is {picture.width} x {picture.height}, and was {size} when captioned")
-                    bad += 1
-                    continue
-            writers.add(each.image, picture, each.captions)
-            done += len(each.captions)
+    with RunFolder(out, "convert") as folder:
+        settings = {"captions": str(captions), "images": images and str(images)}
+        folder.begin(settings, output_patterns(formats), [captions], overwrite)
+        with Writers(out, formats, first.model) as writers:
+            for each in chain([first], found):
+                picture = each.size
+                if set(formats) & set(DRAWN):
+                    try:
+                        picture = open_image(images / each.image if images else each.image)
+                    except ImageError as error:
+                        complain(str(error))
+                        bad += 1
+                        continue
+                    if picture.size != each.size:
+                        size = f"{each.size.width} x {each.size.height}"
+                        complain(f"{each.image} is {picture.width} x {picture.height}, and was {size} when captioned")
+                        bad += 1
+                        continue
+                writers.add(each.image, picture, each.captions)
+                done += len(each.captions)
+        folder.finish()
     for path in writers.paths.values():
         complain(f"wrote {path}")
     complain(f"{done} regions")
@@ -63,11 +69,13 @@ def view(
     images: Annotated[Path | None, typer.Option(help="the folder that pictures are named in")] = None,
 ) -> None:
     """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
-    from sca.output.files import open_folder
+    from sca.io.atomic import open_folder
+    from sca.output.page import check_page
     from sca.output.read import read_captions
     from sca.output.view import write_view
 
     open_folder(out.parent)
+    check_page(out, [path for path in (captions, other) if path])
     names = tuple(str(path) for path in (captions, other) if path)
     regions, problems = write_view(out, read_captions(captions), read_captions(other) if other else None, images, names)
     for problem in problems[:10]:

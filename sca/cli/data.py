@@ -101,10 +101,13 @@ def view(
 
     from sca.cli.options import print_line, read_options
     from sca.data.view import view as write
+    from sca.io.run_folder import existing_paths
+    from sca.output.page import check_page
     from sca.training.recipe import read_augmentation
 
     change = read_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
     found = datasets.build(dataset, split, **read_options(options or ()))
     chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
+    check_page(out, existing_paths(read_options(options or ())))
     title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
     print_line(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")

@@ -52,6 +52,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="with --out: replace another run there")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar and no remarks")] = False,
 ) -> None:
     """Asks a model for the regions of a dataset and scores the answers. A killed run goes on with the same --out.
@@ -61,7 +62,7 @@ def evaluate(
     """
     from sca.evaluation import protocol as protocols
     from sca.evaluation.predictions import CONTROLS, PROMPTS
-    from sca.output.files import open_folder
+    from sca.io.atomic import open_folder
 
     if prompt is not None:
         settle("prompt", prompt, list(PROMPTS))
@@ -73,7 +74,7 @@ def evaluate(
     find_device(device)
     if out:
         open_folder(out)
-    how = {"batch": batch, "limit": limit, "device": device, "quiet": quiet}
+    how = {"batch": batch, "limit": limit, "device": device, "quiet": quiet, "overwrite": overwrite}
     how |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
@@ -211,8 +212,9 @@ def _run(
     from rich.console import Console
     from rich.progress import Progress
 
+    from sca.evaluation.evaluate import SCORES
     from sca.evaluation.evaluate import evaluate as run
-    from sca.output.files import open_folder, write_file
+    from sca.io.atomic import open_folder, write_file
 
     if out:
         open_folder(out)
@@ -233,12 +235,13 @@ def _run(
             trust_remote_code=how["trust_remote_code"],
             allow_external=how["allow_external"],
             folder=out,
+            overwrite=how["overwrite"],
             progress=lambda done, every: progress.update(bar, completed=done, total=every),
         )
     if out and report is not None:
-        write_file(out / "scores.json", f"{json.dumps(report.to_dict(), indent=1)}\n".encode())
+        write_file(out / SCORES, f"{json.dumps(report.to_dict(), indent=1)}\n")
         if not how["quiet"]:
-            complain(f"wrote {out / 'predictions.jsonl'} and {out / 'scores.json'}")
+            complain(f"wrote {out / 'predictions.jsonl'} and {out / SCORES}")
     return report
 
 

@@ -36,8 +36,8 @@ def caption_shards(
     from sca_registry.spec import Part
 
     from sca.cli.options import complain
+    from sca.io.atomic import open_folder, write_file
     from sca.launchers.task import Task
-    from sca.output.files import open_folder, write_file
 
     part = Part.parse(launcher, "--launcher")
     where = sca_registry.launchers.build(part.name, **part.options)
@@ -185,8 +185,8 @@ def _key(flags: Sequence[str], content: Mapping[str, Any]) -> str:
 
 def _check(folder: Path, keys: Mapping[str, str]) -> None:
     """Writes down what the shards are of, or finds that they are of something else."""
+    from sca.io.atomic import write_file
     from sca.io.json import read_json
-    from sca.output.files import write_file
 
     path = folder / MANIFEST
     try:

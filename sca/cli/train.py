@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, print_document, print_line
+from sca.cli.options import AllowExternal, TrustRemoteCode, complain, print_document, print_line
 
 
 def train(
@@ -20,9 +20,13 @@ def train(
     resume: Annotated[bool, typer.Option(help="continue what an interrupted run left in OUT")] = True,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in OUT.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
 ) -> None:
-    """Trains a model; an interrupted run continues when the same command is given again."""
+    """Trains a model; an interrupted run continues when the same command is given again.
+
+    Another run in OUT is never continued: without --out its folder is renamed, with --out it needs --overwrite.
+    """
     from sca.training.recipe import Recipe
 
     plan = Recipe.read(recipe, changes or ())
@@ -40,11 +44,14 @@ def train(
         budget_each(plan.train, processes)
         prepare(plan, **agreed)  # so that a mistake is told once, and before anything is started
         flags = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
-        options = ["--out", str(folder), "--resume" if resume else "--no-resume", *(f for f, on in flags.items() if on)]
+        flags |= {"--overwrite": overwrite}
+        options = ["--resume" if resume else "--no-resume", *(flag for flag, on in flags.items() if on)]
+        options += ["--out", str(out)] if out else []
         raise typer.Exit(run_processes(processes, ["train", *options, "--", recipe, *(changes or ())]))
     join_processes()
     first = os.environ.get("RANK", "0") == "0"
-    model = run(plan, folder, resume=resume, quiet=quiet, **agreed)
+    conflict = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
+    model = run(plan, folder, resume=resume, quiet=quiet, told=complain, **conflict, **agreed)
     if first:
         print_document(model.freeze_report())
         written = os.path.join(folder, "model")  # with a separator, also of "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,18 +80,41 @@ def import_(
     tokenizer: Annotated[str, typer.Option(help="a hub id or folder with a tokenizer, for a model that has none")] = "",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another checkpoint in OUT.")] = False,
 ) -> None:
     """Writes a model in this package's own layout.
 
     What --encoder and --language-model name is compared to the last bit and then referred to, so that the checkpoint
     holds little more than what was trained; without them it holds everything.
     """
-    from sca.checkpoint import load, save
+    from sca.checkpoint import check_writable, locate
+    from sca.io.lock import held_lock
+    from sca.io.run_folder import check_not_inputs, existing_paths
+
+    check_writable(out)
+    check_not_inputs([out], [locate(folder), *existing_paths([encoder, language_model, tokenizer])])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with held_lock(out.parent / f".{out.name}.sca-lock", str(out)):
+        agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+        _import(folder, out, encoder, language_model, tokenizer, overwrite, agreed)
+    complain(f"wrote {out}")
+
+
+def _import(
+    folder: str,
+    out: Path,
+    encoder: str,
+    language_model: str,
+    tokenizer: str,
+    overwrite: bool,
+    agreed: Mapping[str, bool],
+) -> None:
+    from sca.checkpoint import CheckpointError, is_saved, load, save
     from sca.hub import fetch
     from sca.language_models.hf import read_tokenizer
     from sca.published import with_sources
 
-    model = load(folder, trust_remote_code=trust_remote_code, allow_external=allow_external)
+    model = load(folder, **agreed)
     if encoder or language_model:
         model = with_sources(
             model,
@@ -102,8 +126,11 @@ def import_(
         if found is None:
             raise ValueError(f"there is no tokenizer in {tokenizer}")
         model.language_model.tokenizer = found
+    if out.is_dir() and any(out.iterdir()) and not (overwrite or is_saved(model, out)):
+        raise CheckpointError(
+            f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite"
+        )
     save(model, out)
-    complain(f"wrote {out}")
 
 
 def export(
@@ -117,9 +144,11 @@ def export(
 ) -> None:
     """Writes a model in a layout that other programs read."""
     from sca.checkpoint import load
+    from sca.io.atomic import check_replaceable
     from sca.published import write_language_model, write_published
 
     settle("layout", layout, LAYOUTS)
+    check_replaceable(out)
     model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
     if layout == "published":
         write_published(model, out)

@@ -6,11 +6,8 @@ The package's own loaders read the same layouts, so an exported dataset is also 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -20,6 +17,7 @@ from sca_registry.contracts import Dataset, Sample
 
 from sca.data.export_coco import captions, coco, grit, objects365, panoptic, v3det
 from sca.data.export_records import Ids, annotation_record, image_record, save, words, write_instances, write_json
+from sca.io.atomic import new_folder
 from sca.masks import box_of
 
 
@@ -49,20 +47,9 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder; name a new one, or clear it first")
     splits = dataset if isinstance(dataset, Mapping) else {getattr(dataset, "split", "train"): dataset}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        FORMATS[format]({split: islice(_samples(part), limit) for split, part in splits.items()}, partial)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(folder) as draft:
+        FORMATS[format]({split: islice(_samples(part), limit) for split, part in splits.items()}, draft)
     return folder
 
 

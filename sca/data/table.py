@@ -34,8 +34,8 @@ from sca_registry.verdicts import cache_folder
 from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.folders import FolderError, sync
 from sca.images import ImageError, open_image
+from sca.io.atomic import FolderError, sync, write_file
 from sca.masks import box_of
 
 SCHEMA = 4  # of the tables and of what readers put into them; another one converts everything anew
@@ -304,9 +304,7 @@ class TableDataset:
             about |= {"shards": about["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
             about |= {"attributes": self.attributes, "bad": self._bad, "whole": not more}
             sync(path)
-            (draft / "about.new").write_text(json.dumps(about, indent=1), "utf-8")
-            sync(draft / "about.new")
-            os.replace(draft / "about.new", draft / "about.json")
+            write_file(draft / "about.json", json.dumps(about, indent=1))
 
     def _checked(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
         """The record, if its image has a file and regions; else it is counted."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sca_registry.contracts import Caption, Prompt, Region, Sample
 
-from sca.output.files import open_folder
+from sca.io.atomic import open_folder
 from sca.output.html import Html
 
 

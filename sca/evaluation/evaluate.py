@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -20,16 +21,28 @@ from sca_registry.spec import Part
 
 from sca.captioners.door import captioner as open_captioner
 from sca.checkpoint import weights_hash
-from sca.evaluation.journal import Journal, Predictions, PredictionsError, read_predictions
+from sca.evaluation.journal import (
+    Journal,
+    Predictions,
+    PredictionsError,
+    check_same_run,
+    delete_predictions,
+    predictions_files,
+    read_predictions,
+)
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
+from sca.io.run_folder import RunFolder, check_not_inputs, existing_paths
 from sca.predictor import Predictor
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
     from sca.model import SegmentCaptioner
+
+
+SCORES = "scores.json"  # written beside the predictions by `sca evaluate`
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,7 @@ def evaluate(
     limit: int | None = None,
     device: str = "cpu",
     folder: str | Path | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
@@ -126,8 +140,8 @@ def evaluate(
     name; a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for
     dense captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
     device, trust_remote_code, allow_external: for a model that is loaded, see `sca.load`. folder: for
-    predictions.jsonl, which is written as answers come; a run that was killed goes on where it was. batch, limit,
-    progress: see `sca.evaluation.predictions.predict`.
+    predictions.jsonl, which is written as answers come; a run that was killed goes on where it was. overwrite: replace
+    the predictions of another run there. batch, limit, progress: see `sca.evaluation.predictions.predict`.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch), which need a
     folder: each asks for its share of the images, the first scores, and the others have no report.
@@ -166,6 +180,49 @@ def evaluate(
         "batch": batch,
         "versions": {name: version(name) for name in (BUILTIN, "torch", "transformers")},
     }
+    with ExitStack() as stack:
+        if folder is not None and not rank:
+            stack.enter_context(_begun(Path(folder), run, overwrite, [model, options, proposer, settings]))
+        predictions = _predictions(captioner, built, asking, run, folder, (rank, processes, wait), progress)
+    if predictions is None:
+        return None
+    if not predictions.records:
+        raise ValueError(
+            f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(questions.tasks)} asks for "
+            "(phrases for captions, a name for recognition)"
+        )
+    return _report(predictions, "the predictions", metrics, settings, _pictures(built), start)
+
+
+@contextmanager
+def _begun(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -> Iterator[None]:
+    """Hold the folder of predictions, which contains no other run afterwards."""
+    with RunFolder(folder, "evaluate") as run_folder:
+        check_not_inputs([*predictions_files(folder), folder / SCORES], existing_paths(inputs), folder)
+        try:
+            check_same_run(folder, run)
+        except PredictionsError:
+            if not overwrite:
+                raise
+            delete_predictions(folder)
+        run_folder.begin({}, [SCORES])
+        yield
+        run_folder.finish()
+
+
+def _predictions(
+    captioner: Captioner,
+    built: Dataset,
+    asking: Questions | Proposing,
+    run: Mapping[str, Any],
+    folder: str | Path | None,
+    process: tuple[int, int, Callable[[], None]],
+    progress: Callable[[int, int], None] | None,
+) -> Predictions | None:
+    """What is predicted, or was before; None in all processes but the first."""
+    rank, processes, wait = process
+    batch, limit = run["batch"], run["limit"]
+    wait()  # until the first holds the folder
     journal = Journal(None if folder is None else Path(folder), run, rank)
     wait()  # until every process has seen what there was
     if not journal.finished:
@@ -179,12 +236,7 @@ def evaluate(
         return None
     predictions = journal.finish()
     wait()
-    if not predictions.records:
-        raise ValueError(
-            f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(questions.tasks)} asks for "
-            "(phrases for captions, a name for recognition)"
-        )
-    return _report(predictions, "the predictions", metrics, settings, _pictures(built), start)
+    return predictions
 
 
 def score_file(

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sca.evaluation.predictions import Asked
+from sca.io import journal
+from sca.io.atomic import write_file
 from sca.io.json import IrregularFileError, open_regular_file, parse_json
-from sca.output.files import unwritable, write_file
 
 NAME = "predictions.jsonl"
 LOOSE = ("versions", "batch")  # what may differ between a run and its continuation
-DONE = b'{"done": '
 
 
 class PredictionsError(ValueError):
@@ -60,25 +59,22 @@ class Journal:
         self._unread = 0
         self._file = None
         if folder is not None:
-            for path in _files(folder):
+            check_same_run(folder, run)
+            for path in predictions_files(folder):
                 self._take(path)
             if not self.finished:
-                self._file = self._open(folder / _name(rank))
+                self._file = journal.Journal(folder / _name(rank), _completes)
+                if self._file.is_empty:
+                    self._file.append({"run": self.run})
 
     def add(self, asked: Asked) -> None:
-        """A batch: on disk when this returns."""
+        """Add a batch: it survives a kill when this returns, and a power cut a few seconds later."""
         self.done.update(asked.places)
         if self._file is None:
             self._kept += asked.records
             self._unread += asked.unread
             return
-        lines = [*map(_line, asked.records), _line({"done": list(asked.places), "unread": asked.unread})]
-        try:
-            self._file.write(b"".join(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise unwritable(self._file.name, error) from error
+        self._file.append(*asked.records, {"done": list(asked.places), "unread": asked.unread})
 
     def finish(self) -> Predictions:
         """Puts everything together, once each process has added its last."""
@@ -89,11 +85,11 @@ class Journal:
         if not self.finished:
             if self._file is not None:
                 self._file.close()
-            parts = [_whole(part) for part in _files(self.folder)]
+            parts = [_whole(part) for part in predictions_files(self.folder)]
             records = sorted((record for found, _ in parts for record in found), key=lambda each: each["index"])
             end = _end(records, sum(unread for _, unread in parts))
-            write_file(path, b"".join([_line({"run": self.run}), *map(_line, records), _line({"end": end})]))
-            for part in _files(self.folder):
+            write_file(path, journal.encode_lines([{"run": self.run}, *records, {"end": end}]))
+            for part in predictions_files(self.folder):
                 if part != path:
                     part.unlink()
             self.finished = True
@@ -101,38 +97,11 @@ class Journal:
 
     def _take(self, path: Path) -> None:
         """What an earlier run has left in a file."""
-        with path.open("rb") as stream:
-            first = stream.readline()
-            if not first.endswith(b"\n"):  # killed before anything was asked
-                return
-            other = _parsed(first, path, 1).get("run")
-            if other is None:
-                raise PredictionsError(
-                    f"{path} holds predictions, but not what was run: choose another folder for --out"
-                )
-            _same(self.run, other, path)
-            for line in stream:
-                if line.startswith(DONE) and line.endswith(b"\n"):
-                    self.done.update(_parsed(line, path, 0)["done"])
-                self.finished |= line.startswith(b'{"end": ') and line.endswith(b"\n")
-
-    def _open(self, path: Path) -> Any:
-        """To append to: what was whole in it stays."""
-        try:
-            file = path.open("a+b")
-            file.seek(0)
-            whole = here = 0
-            for line in file:
-                here += len(line)
-                if line.endswith(b"\n") and (whole == 0 or line.startswith(DONE)):
-                    whole = here
-            file.truncate(whole)
-            if not whole:
-                file.write(_line({"run": self.run}))
-                file.flush()
-        except OSError as error:
-            raise unwritable(path, error) from error
-        return file
+        if read_run(path) is None:  # killed before anything was asked
+            return
+        for entry in _entries(path):
+            self.done.update(entry.get("done", ()))
+            self.finished |= "end" in entry
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -169,6 +138,58 @@ def read_predictions(path: str | Path) -> Predictions:
     return Predictions(records, run, end)
 
 
+def read_run(path: Path) -> Mapping[str, Any] | None:
+    """What a predictions file says was run, None if it was torn before that or does not exist.
+
+    Raises:
+        PredictionsError: It is not a file that `sca evaluate` began.
+    """
+    try:
+        with open_regular_file(path) as stream:
+            first = stream.readline()
+    except FileNotFoundError:
+        return None
+    except IrregularFileError as error:
+        raise PredictionsError(str(error)) from error
+    if not first.endswith(b"\n"):
+        return None
+    run = _parsed(first, path, 1).get("run")
+    if run is None:
+        raise PredictionsError(f"{path} holds predictions, but not what was run: choose another folder for --out")
+    return run
+
+
+def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Check that the predictions in a folder are of this run, so that it can continue them.
+
+    Raises:
+        PredictionsError: They are of another run, or were made by hand.
+    """
+    run = json.loads(json.dumps(run))
+    for path in predictions_files(folder):
+        other = read_run(path)
+        if other is None:
+            continue
+        changed = [key for key in {**run, **other} if key not in LOOSE and run.get(key) != other.get(key)]
+        if changed:
+            told = "; ".join(f"{key}: {other.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in changed)
+            raise PredictionsError(
+                f"{path} holds the predictions of another run ({told}): choose another folder for --out, or replace "
+                "them with --overwrite"
+            )
+
+
+def delete_predictions(folder: Path) -> None:
+    """Delete what `sca evaluate` wrote into a folder; files made by hand stay.
+
+    Raises:
+        PredictionsError: A predictions file was made by hand.
+    """
+    for path in predictions_files(folder):
+        read_run(path)
+        path.unlink()
+
+
 def truth_hash(records: Iterable[Mapping[str, Any]]) -> str:
     """What tells this truth from any other, whatever the order: of regions, tasks and what is true of them."""
     total = 0
@@ -190,32 +211,31 @@ def _end(records: Sequence[Mapping[str, Any]], unread: int) -> dict[str, Any]:
     }
 
 
-def _same(run: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
-    run = json.loads(json.dumps(run))
-    changed = [key for key in {**run, **other} if key not in LOOSE and run.get(key) != other.get(key)]
-    if changed:
-        told = "; ".join(f"{key}: {other.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in changed)
-        raise PredictionsError(f"{path} holds the predictions of another run ({told}): choose another folder for --out")
-
-
 def _whole(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records above the last `done` of a part, and how many pictures could not be read."""
     records: list[dict[str, Any]] = []
-    waiting: list[bytes] = []
     unread = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream):
-            if line.startswith(DONE) and line.endswith(b"\n"):
-                records += map(json.loads, waiting)
-                unread += json.loads(line)["unread"]
-                waiting = []
-            elif number:
-                waiting.append(line)
+    for entry in _entries(path):
+        if "done" in entry:
+            unread += entry["unread"]
+        elif "run" not in entry:
+            records.append(entry)
     return records, unread
 
 
-def _files(folder: Path) -> list[Path]:
-    """The file of every process, the first one's first."""
+def _completes(entry: Mapping[str, Any]) -> bool:
+    return any(name in entry for name in ("run", "done", "end"))
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from journal.read_journal(path, _completes)
+    except journal.JournalError as error:
+        raise PredictionsError(f"{error}, or choose another folder for --out") from error
+
+
+def predictions_files(folder: Path) -> list[Path]:
+    """The predictions file of every process, the first one's first."""
     return sorted(folder.glob("predictions*.jsonl"), key=lambda path: (path.name != NAME, path.name))
 
 
@@ -232,7 +252,3 @@ def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PredictionsError(f"{where} is {content!r:.40} and not a record")
     return content
-
-
-def _line(content: Mapping[str, Any]) -> bytes:
-    return f"{json.dumps(content)}\n".encode()

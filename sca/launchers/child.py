@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sca.io.atomic import write_file
+
 LOG, MADE = "log.txt", "made.json"
 
 
@@ -23,9 +25,7 @@ def child(job: str, config: Mapping[str, Any], folder: str) -> None:
     module, _, function = job.partition(":")
     made = getattr(import_module(module), function)(config, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
-    draft = Path(folder, f"{MADE}.draft")
-    draft.write_text(json.dumps(made), "utf-8")
-    os.replace(draft, Path(folder, MADE))
+    write_file(Path(folder, MADE), json.dumps(made))
     sys.stdout.flush()
     os._exit(0)  # threads of a library may not let go
 

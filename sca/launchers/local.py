@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sca.io.atomic import remove_drafts
 from sca.launchers.child import LOG, MADE, child
 from sca.launchers.task import Outcome, Task
 from sca.serve.listening import bound
@@ -115,8 +116,8 @@ def _devices(tasks: Sequence[Task]) -> list[int]:
 def _start(context: Any, task: Task, gpu: int | None) -> Any:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (MADE, f"{MADE}.draft"):
-        (folder / name).unlink(missing_ok=True)
+    (folder / MADE).unlink(missing_ok=True)
+    remove_drafts(folder)
     config = dict(task.config)
     if gpu is not None:
         config["device"] = f"cuda:{gpu}"

@@ -18,8 +18,8 @@ from typing import Any, Protocol, TextIO
 from PIL import Image
 from sca_registry.contracts import Caption
 
+from sca.io.atomic import OutputError, open_folder
 from sca.output.coco import Coco
-from sca.output.files import OutputError, open_folder
 from sca.output.geojson import GeoJson
 from sca.output.html import Html
 from sca.output.jsonl import Jsonl, Stream
@@ -28,7 +28,7 @@ from sca.output.labelme import LabelMe
 from sca.output.parquet import Parquet
 from sca.output.png import Png
 
-__all__ = ["FORMATS", "OutputError", "Writers"]
+__all__ = ["FORMATS", "OutputError", "Writers", "output_patterns"]
 
 
 class Writer(Protocol):
@@ -37,18 +37,23 @@ class Writer(Protocol):
     def close(self, finished: bool = True) -> None: ...
 
 
-_KINDS: dict[str, tuple[str, Callable[[Path, str | None], Writer]]] = {
-    "jsonl": ("captions.jsonl", Jsonl),
-    "coco": ("coco.json", Coco),
-    "parquet": ("captions.parquet", Parquet),
-    "geojson": ("captions.geojson", GeoJson),
-    "label-studio": ("label-studio.json", LabelStudio),
-    "labelme": ("labelme", LabelMe),
-    "png": (".", Png),
-    "html": ("captions.html", Html),
+_KINDS: dict[str, tuple[str, str, Callable[[Path, str | None], Writer]]] = {  # where it goes, and its files
+    "jsonl": ("captions.jsonl", "captions.jsonl", Jsonl),
+    "coco": ("coco.json", "coco.json", Coco),
+    "parquet": ("captions.parquet", "captions.parquet", Parquet),
+    "geojson": ("captions.geojson", "captions.geojson", GeoJson),
+    "label-studio": ("label-studio.json", "label-studio.json", LabelStudio),
+    "labelme": ("labelme", "labelme/*.json", LabelMe),
+    "png": (".", "*.captions.png", Png),
+    "html": ("captions.html", "captions.html", Html),
 }
 FORMATS = tuple(_KINDS)
 DRAWN = ("png", "html")  # for which the pictures themselves are needed
+
+
+def output_patterns(formats: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of the files that `Writers` writes into its folder."""
+    return tuple(_KINDS[name][1] for name in formats)
 
 
 class Writers:
@@ -70,7 +75,7 @@ class Writers:
         self._writers: list[Writer] = []
         try:
             for name, path in self.paths.items():
-                self._writers.append(_KINDS[name][1](path, model))
+                self._writers.append(_KINDS[name][2](path, model))
         except BaseException:
             self.close(finished=False)
             raise

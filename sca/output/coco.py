@@ -11,7 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca import masks
-from sca.output.files import OutputFile
+from sca.io.atomic import AtomicFile
 from sca.output.jsonl import record
 
 CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
@@ -26,7 +26,7 @@ class Coco:
     """
 
     def __init__(self, path: Path, model: str | None = None):
-        self._file = OutputFile(path)
+        self._file = AtomicFile(path)
         self._images: list[dict[str, Any]] = []
         self._annotations = 0
         info = {"description": "captions of regions", "model": model}
@@ -44,8 +44,8 @@ class Coco:
         self._images.append({"id": number, "file_name": path, "width": image.width, "height": image.height})
 
     def close(self, finished: bool = True) -> None:
-        """Keeps the images that are done; of a run that failed before the first, nothing."""
-        if not finished and not self._images:
+        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        if not finished and (self._file.replaces or not self._images):
             self._file.drop()
             return
         try:

@@ -11,7 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca import masks
-from sca.output.files import OutputFile
+from sca.io.atomic import AtomicFile
 from sca.output.jsonl import record
 from sca.output.outline import polygons
 
@@ -25,7 +25,7 @@ class GeoJson:
     """
 
     def __init__(self, path: Path, model: str | None = None):
-        self._file = OutputFile(path)
+        self._file = AtomicFile(path)
         self._model, self._features, self._images = model, 0, 0
         self._file.write('{"type": "FeatureCollection", "features": [')
 
@@ -37,8 +37,8 @@ class GeoJson:
         self._images += 1
 
     def close(self, finished: bool = True) -> None:
-        """Keeps the images that are done; of a run that failed before the first, nothing."""
-        if not finished and not self._images:
+        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        if not finished and (self._file.replaces or not self._images):
             self._file.drop()
             return
         try:

@@ -10,8 +10,8 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca import masks
+from sca.io.atomic import AtomicFile
 from sca.output.colours import COLOURS
-from sca.output.files import OutputFile
 from sca.output.outline import outline
 from sca.output.page import FOOT, SHARP, data_uri, head, text
 
@@ -92,7 +92,7 @@ class Html:
     """One page for all images, written as they come; the file has its name when it is closed."""
 
     def __init__(self, path: Path, model: str | None = None):
-        self._file = OutputFile(path)
+        self._file = AtomicFile(path)
         self._images = 0
         self._file.write(f"{_HEAD}<h1>{text(model or 'Captions of regions')}</h1>\n")
 
@@ -101,8 +101,8 @@ class Html:
         self._images += 1
 
     def close(self, finished: bool = True) -> None:
-        """Keeps the images that are done; of a run that failed before the first, nothing."""
-        if not finished and not self._images:
+        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        if not finished and (self._file.replaces or not self._images):
             self._file.drop()
             return
         try:

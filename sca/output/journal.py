@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.images import show
-from sca.output.files import OutputFile, open_folder, remove_drafts, unwritable
+from sca.io import journal
+from sca.io.atomic import open_folder, unwritable
 from sca.output.jsonl import record
 from sca.output.read import Captioned, ReadError, captioned
 
@@ -18,59 +18,65 @@ NAME = "captions.journal"
 
 
 class Journal:
-    """`captions.journal` in a folder: what the run is of, and a line an image as soon as it is captioned. It goes when
-    the run has come to its end.
+    """`captions.journal` in a folder: what the run is of, and a line an image as soon as it is captioned. It is removed
+    when the run has come to its end.
 
     `done` has the images that are there by what they were called. ValueError if `resume` finds another run's journal.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, str], resume: bool):
         open_folder(folder)
-        self._path = folder / NAME
+        self._path, self._run, self._resume = folder / NAME, run, resume
         self.done: dict[str, Captioned] = {}
-        self._file: OutputFile | None = None
-        self._lines = [f"{json.dumps(run)}\n".encode()]
+        self._file: journal.Journal | None = None
         if resume:
-            self._lines = self._read(run) or self._lines
-            remove_drafts(folder)
+            self._read()
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         if path in self.done:
             return
         if self._file is None:  # until there is something new, an older journal stays
-            self._file = OutputFile(self._path, in_place=True)
-            self._file.write(b"".join(self._lines))
+            self._open()
         records = [record(path, image, caption) for caption in captions]
-        line = {"image": path, "width": image.width, "height": image.height, "captions": records}
-        self._file.write(f"{json.dumps(line, allow_nan=False)}\n")
+        self._file.append({"image": path, "width": image.width, "height": image.height, "captions": records})
 
     def close(self, finished: bool) -> None:
         if self._file is not None:
-            self._file.keep()
+            self._file.close()
         if finished:
             try:
                 self._path.unlink(missing_ok=True)
             except OSError as error:
                 raise unwritable(self._path, error) from error
 
-    def _read(self, run: Mapping[str, str]) -> list[bytes]:
-        """The whole lines of a journal that is there; the last may have been cut off."""
+    def _open(self) -> None:
+        if not self._resume:
+            self._path.unlink(missing_ok=True)
+        self._file = journal.Journal(self._path)
+        if self._file.is_empty:
+            self._file.append(self._run)
+
+    def _read(self) -> None:
+        """The images of a journal that is there."""
         try:
-            lines = self._path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        try:
-            content = [json.loads(line) for line in whole]
-            if content and content[0] != run:
-                other = sorted(name for name in run if content[0].get(name) != run[name])
-                raise ValueError(
-                    f"{show(self._path)} is of a run with other options ({', '.join(other)}): give those, choose "
-                    "another --out, or leave --resume out to begin anew"
-                )
-            for number, each in enumerate(content[1:], 2):
-                told = captioned(each, f"{show(self._path)}, line {number}")
-                self.done[told.image] = told
-        except (json.JSONDecodeError, ReadError, AttributeError) as error:
-            raise ValueError(f"{show(self._path)} is damaged ({error}): leave --resume out to begin anew") from error
-        return whole
+            for number, entry in enumerate(journal.read_journal(self._path), 1):
+                if number == 1:
+                    self._check(entry)
+                else:
+                    told = captioned(entry, f"{show(self._path)}, line {number}")
+                    self.done[told.image] = told
+        except (journal.JournalError, ReadError) as error:
+            raise ValueError(f"{error}; or start over with --overwrite") from error
+
+    def _check(self, other: Mapping[str, str]) -> None:
+        if other != self._run:
+            names = sorted(name for name in {**self._run, **other} if other.get(name) != self._run.get(name))
+            raise ValueError(
+                f"{show(self._path)} is of a run with other options ({', '.join(names)}): give those, choose "
+                "another --out, or start over with --overwrite"
+            )
+
+
+def count_images(folder: Path) -> int:
+    """The number of images that an unfinished run in a folder has captioned."""
+    return max(0, sum(1 for _ in journal.read_journal(folder / NAME)) - 1)

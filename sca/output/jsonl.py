@@ -12,17 +12,23 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.output.files import OutputFile, unwritable
+from sca.io.atomic import AtomicFile, unwritable
 
 
 class Sink(Protocol):
+    replaces: bool
+
     def write(self, piece: str) -> None: ...
 
     def keep(self) -> None: ...
 
+    def drop(self) -> None: ...
+
 
 class Stream:
     """A text stream, standard output say, that is not ours to close; what is written is flushed."""
+
+    replaces = False
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -40,9 +46,12 @@ class Stream:
     def keep(self) -> None:
         """All is written already."""
 
+    def drop(self) -> None:
+        """What is written stays."""
+
 
 class Jsonl:
-    """Appends the lines of an image as soon as it is done; the first replaces an older file.
+    """Append the lines of an image as soon as it is done; an older file stays until the run has finished.
 
     A line has `image` (its path as given), `width`, `height`, `region` (the prompt's place in the request), `prompt`
     (what was asked), `box` (x1, y1, x2, y2), `mask` (COCO RLE), `caption`, `score`, `iou`, `model`; where several
@@ -61,13 +70,15 @@ class Jsonl:
         self._open().write("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in records))
 
     def close(self, finished: bool = True) -> None:
-        """A run that finished has a file, if an empty one."""
-        if finished or self._sink:
+        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        if finished or (self._sink and not self._sink.replaces):
             self._open().keep()
+        elif self._sink:
+            self._sink.drop()
 
     def _open(self) -> Sink:
         if self._sink is None:
-            self._sink = OutputFile(self._target, in_place=True) if isinstance(self._target, Path) else self._target
+            self._sink = AtomicFile(self._target, visible=True) if isinstance(self._target, Path) else self._target
         return self._sink
 
 

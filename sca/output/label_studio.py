@@ -16,7 +16,7 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca import masks
-from sca.output.files import OutputFile
+from sca.io.atomic import AtomicFile
 from sca.output.jsonl import record
 
 LABEL = "region"
@@ -34,7 +34,7 @@ class LabelStudio:
     """A task an image. Sizes are per cent of the image; a region with neither mask nor box has its first point."""
 
     def __init__(self, path: Path, model: str | None = None):
-        self._file = OutputFile(path)
+        self._file = AtomicFile(path)
         self._model, self._images = model, 0
         self._file.write("[")
 
@@ -46,8 +46,8 @@ class LabelStudio:
         self._images += 1
 
     def close(self, finished: bool = True) -> None:
-        """Keeps the images that are done; of a run that failed before the first, nothing."""
-        if not finished and not self._images:
+        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        if not finished and (self._file.replaces or not self._images):
             self._file.drop()
             return
         try:

@@ -15,7 +15,8 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca import masks
-from sca.output.files import Names, open_folder, write_file
+from sca.io.atomic import open_folder, write_file
+from sca.output.files import Names
 from sca.output.jsonl import record
 
 VERSION = "5.5.0"

@@ -5,12 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 from PIL import Image
 
+from sca.images import show
+from sca.io.run_folder import RunFolderError, check_not_inputs
+
 SIDE = 2048  # a larger picture is shown at this many pixels on its longest side
 SHARP = 256  # up to this side a picture is kept as PNG and shown in plain pixels
+GENERATOR = '<meta name="generator" content="segment-caption-anything">'  # what we wrote, we may replace
 FOOT = "</body>\n</html>\n"
 
 
@@ -24,6 +30,7 @@ def head(title: str, style: str, script: str = "") -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{text(title)}</title>
@@ -31,6 +38,21 @@ def head(title: str, style: str, script: str = "") -> str:
 </head>
 <body>
 """
+
+
+def check_page(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse to write a page over an input, or over a file that is not a page of ours.
+
+    Raises:
+        RunFolderError: One line with the path and what to do.
+    """
+    check_not_inputs([path], inputs)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        is_ours = GENERATOR.encode() in file.read(4096)
+    if not is_ours:
+        raise RunFolderError(f"{show(path)} exists and is not a page that `sca` wrote; choose another --out")
 
 
 def data_uri(image: Image.Image, side: int = SIDE) -> str:

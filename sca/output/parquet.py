@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.output.files import OutputError, OutputFile
+from sca.io.atomic import AtomicFile, OutputError
 from sca.output.jsonl import record
 
 ROWS = 5_000  # of a group: what is held before it is written
@@ -42,7 +42,7 @@ class Parquet:
                 ("model", pyarrow.string()),
             ]
         )
-        self._file = OutputFile(path)
+        self._file = AtomicFile(path)
         self._model, self._rows, self._images = model, [], 0
         self._sink = _Sink(self._file)
         self._writer = pyarrow.parquet.ParquetWriter(self._sink, self._schema, compression="zstd")
@@ -58,8 +58,8 @@ class Parquet:
             self._flush()
 
     def close(self, finished: bool = True) -> None:
-        """Keeps the images that are done; of a run that failed before the first, nothing."""
-        if not finished and not self._images:
+        """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
+        if not finished and (self._file.replaces or not self._images):
             self._drop()
             return
         try:
@@ -87,7 +87,7 @@ class _Sink:
     closed = False
     kept = True
 
-    def __init__(self, file: OutputFile):
+    def __init__(self, file: AtomicFile):
         self._file, self._place = file, 0
 
     def write(self, piece: Any) -> int:

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
 from sca import masks
+from sca.io.atomic import write_file
 from sca.output.colours import INSIDE, OUTSIDE, colour, readable_on
-from sca.output.files import Names, write_file
+from sca.output.files import Names
 from sca.output.labels import Block, place
 
 SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels

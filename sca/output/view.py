@@ -15,8 +15,8 @@ from typing import Any
 from sca_registry.contracts import Caption
 
 from sca.images import ImageError, open_image
+from sca.io.atomic import AtomicFile
 from sca.output.colours import COLOURS
-from sca.output.files import OutputFile
 from sca.output.page import data_uri, head, text
 from sca.output.read import Captioned, ReadError
 
@@ -57,7 +57,7 @@ def write_view(
     """
     script = files("sca.output").joinpath("view.js").read_text("utf-8")
     second = None if other is None else {each.image: each for each in other}
-    file, problems, regions = OutputFile(path), [], 0
+    file, problems, regions = AtomicFile(path), [], 0
     try:
         title = " and ".join(names) or "Regions"
         file.write(head(title, _STYLE, script))

@@ -11,7 +11,7 @@ from pathlib import Path
 from sca_registry import registry
 from sca_registry.cards import check_name
 
-from sca.folders import new_folder
+from sca.io.atomic import new_folder
 
 KINDS = ("encoder", "segmenter", "mixer", "language_model", "dataset", "metric", "proposer")
 

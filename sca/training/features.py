@@ -7,9 +7,8 @@ picture take 2 MiB.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from sca.checkpoint import tensors_hash
-from sca.folders import FolderError
+from sca.io.atomic import FolderError, write_file
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
 
@@ -83,8 +82,8 @@ def _write(path: Path, features: Tensor) -> None:
         raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
-            np.save(draft, values.numpy())
-        os.replace(draft.name, path)
+        content = io.BytesIO()
+        np.save(content, values.numpy())
+        write_file(path, content.getbuffer())
     except OSError as error:
         raise FolderError(f"cannot write features to {path.parent}: {error.strerror or error}") from error

@@ -66,11 +66,12 @@ class Drawing:
 class TrainOptions(Drawing):
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
     most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit.
-    learning_rate: the peak, after `warmup` steps and before a cosine to zero. rates: factors of it by what trains
-    (`spec.trainable`, and `heads`), 1 where nothing is said. chunk: regions that are worked on at once, their
-    activations computed again for the gradients, which saves memory; 0: all. cache_features: a folder for what a frozen
-    encoder makes of the pictures, as `FeatureCache` says; "": none. report_to: "tensorboard", "wandb", "trackio" or
-    another of transformers', with commas between several, "none", or "auto" for TensorBoard where it is installed.
+    learning_rate: the peak, after `warmup` steps (at most `steps` - 1) and before a cosine to zero. rates: factors of
+    it by what trains (`spec.trainable`, and `heads`), 1 where nothing is said. chunk: regions that are worked on at
+    once, their activations computed again for the gradients, which saves memory; 0: all. cache_features: a folder for
+    what a frozen encoder makes of the pictures, as `FeatureCache` says; "": none. report_to: "tensorboard", "wandb",
+    "trackio" or another of transformers', with commas between several, "none", or "auto" for TensorBoard where it is
+    installed.
     processes: started on this machine unless a launcher did it; with GPUs, one for each instead. sharded: processes
     share out what trains, see `sca.training.sharding`. save: steps between checkpoints to resume from. workers:
     processes that prepare data. The rest: see `Drawing`.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sca.checkpoint import load, save
+from sca.checkpoint import check_writable, load, save, weights_hash
 from sca.composition import build
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
+from sca.io.atomic import sync, sync_tree, unwritable, write_file
+from sca.io.run_folder import RunFolder, existing_paths
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
 from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
@@ -33,6 +37,15 @@ from sca.training.features import FeatureCache
 from sca.training.recipe import Recipe, TrainOptions, Validation
 from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
 
+MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
+STATE = ("best.json", "checkpoint-[0-9]*/*", "validation/step-[0-9]*/*")  # of a run that is not finished
+OUTPUTS = (*STATE, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
+LOOSE = tuple(  # what changes no step
+    f"train.{name}"
+    for name in ("accumulate", "cache_features", "chunk", "processes", "report_to", "save", "sharded", "workers")
+)
+DRAFT = ".sca-draft"
+
 
 def train(
     recipe: Recipe,
@@ -40,17 +53,56 @@ def train(
     resume: bool = True,
     quiet: bool = False,
     *,
+    overwrite: bool = False,
+    set_aside: bool = False,
+    told: Callable[[str], None] = lambda line: None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> SegmentCaptioner:
-    """Trains a recipe and writes `folder/model`, and `folder/best` if it is validated; what an interrupted run left
-    under `folder` is continued.
+    """Train a recipe and write `folder/model`, and `folder/best` if it is validated.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each takes its
     share of a step's images, and the first writes. However many there are, every step learns the same.
-    trust_remote_code, allow_external: what the checkpoint that training begins with may do, see `sca.load`.
+
+    Args:
+        recipe: What is trained.
+        folder: The run folder; what an interrupted run of the same recipe and data left there is continued.
+        resume: False starts the same recipe over.
+        quiet: Show no progress bar.
+        overwrite: Delete what a run of another recipe or other data wrote into the folder.
+        set_aside: Rename the folder of such a run instead.
+        told: Called with one line if that was done.
+        trust_remote_code: What the checkpoint that training begins with may do, see `sca.load`.
+        allow_external: As `trust_remote_code`.
+
+    Raises:
+        RunFolderError: The folder contains another run, files of somebody else, or an input.
+        LockedError: Another process trains there.
     """
-    folder = Path(folder)
+    with ExitStack() as stack:
+        run_folder = stack.enter_context(RunFolder(folder, "train")) if os.environ.get("RANK", "0") == "0" else None
+        conflict = {"overwrite": overwrite, "set_aside": set_aside}
+        agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+        model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed)
+        if run_folder is not None:
+            run_folder.finish()
+            if run_folder.moved_to is not None:
+                told(f"{folder} contained another run, which is now in {run_folder.moved_to}")
+    return model
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    run_folder: RunFolder | None,
+    resume: bool,
+    quiet: bool,
+    conflict: Mapping[str, bool],
+    agreed: Mapping[str, bool],
+) -> SegmentCaptioner:
+    """Train as one process; the first has a run folder."""
+    for name in ("model", "best"):
+        check_writable(folder / name)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate knows no other name for it
     torch.manual_seed(recipe.train.seed)
@@ -59,7 +111,7 @@ def train(
     sharded = _asked_to_shard(recipe) and processes > 1
     if sharded:
         check_shardable(recipe)
-    model, stream, attributes = prepare(recipe, trust_remote_code, allow_external)
+    model, stream, attributes = prepare(recipe, **agreed)
     lesson = Lesson(model, recipe.loss, attributes, recipe.train.chunk)
     check_rates(recipe.train, lesson)
     budget = budget_each(recipe.train, processes)
@@ -82,16 +134,27 @@ def train(
             )
     if recipe.train.cache_features:
         fill_cache(model.to(trainer.args.device), stream, trainer, quiet)
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    if last is None and trainer.is_world_process_zero():
-        shutil.rmtree(folder / "validation", ignore_errors=True)  # of another run
-        (folder / "best.json").unlink(missing_ok=True)
+    if run_folder is not None:
+        inputs = existing_paths(recipe.to_dict())
+        run_folder.begin(_settings(recipe, model, stream), OUTPUTS, inputs, loose=LOOSE, **conflict)
+        if not resume or get_last_checkpoint(str(folder)) is None:
+            run_folder.delete_outputs(STATE)
     trainer.accelerator.wait_for_everyone()
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     tensors = gathered(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
     return model
+
+
+def _settings(recipe: Recipe, model: SegmentCaptioner, stream: Mixture) -> dict[str, Any]:
+    """What a run is of: the recipe, the content of its data, and the weights that it starts from."""
+    table = recipe.to_dict()
+    options = {f"train.{name}": value for name, value in table.pop("train").items()}
+    contents = [getattr(each.dataset, "hash", None) for each in stream.streams]
+    weights = weights_hash(model) if isinstance(recipe.model, str) else None
+    return {**table, **options, "contents": contents, "weights": weights}
 
 
 def _asked_to_shard(recipe: Recipe) -> bool:
@@ -310,7 +373,7 @@ class CaptionTrainer(Trainer):
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         missing, unexpected = load_gathered(self.model, state)
         if set(missing) != frozen & self.model.state_dict().keys() or unexpected:
-            raise RegistryError(f"{resume_from_checkpoint} is of another model: give another --out, or --no-resume")
+            raise RegistryError(f"{resume_from_checkpoint} is of another model: give another --out, or --overwrite")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -328,21 +391,29 @@ class CaptionTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written under another name first, so that a kill never leaves half a checkpoint to resume from."""
         final = Path(self.args.output_dir)
-        draft = final / "draft"
+        draft = final / DRAFT
         if self.args.should_save:
             shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed while it wrote
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(draft)
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_write_error(error):
+                raise
+            shutil.rmtree(draft, ignore_errors=True)
+            reason = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise unwritable(draft, reason) from error
         finally:
             self.args.output_dir = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            earlier = set(final.glob("checkpoint-*"))
+            sync_tree(draft)
+            earlier = set(final.glob("checkpoint-[0-9]*"))
             for written in draft.glob("checkpoint-*"):
                 shutil.rmtree(final / written.name, ignore_errors=True)  # of a run that was not to be resumed
                 earlier.discard(written.rename(final / written.name))
+            sync(final)
             for old in earlier:
                 shutil.rmtree(old)
             shutil.rmtree(draft)
@@ -377,6 +448,7 @@ class Validating(TrainerCallback):
             metrics=options.metrics or None,
             limit=options.limit,
             folder=folder,
+            overwrite=True,  # of a run that was ended between this step and its last checkpoint
         )
         model.train(training)
         if report is not None:
@@ -390,8 +462,13 @@ class Validating(TrainerCallback):
         note, found = self.folder / "best.json", scores[metric]
         if not note.exists() or found > json.loads(note.read_text("utf-8"))["score"]:
             save(self.trainer.model.model, self.folder / "best")
-            note.write_text(json.dumps({"step": step, "metric": metric, "score": found}), "utf-8")
+            write_file(note, json.dumps({"step": step, "metric": metric, "score": found}))
         self.trainer.log({f"validation_{name}": value for name, value in scores.items()})
+
+
+def _is_write_error(error: RuntimeError) -> bool:
+    """Whether torch.save could not write, which it reports without the system's reason."""
+    return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
 
 
 def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> TrainingArguments:
@@ -404,7 +481,7 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
         learning_rate=options.learning_rate,
         adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
-        warmup_steps=options.warmup,
+        warmup_steps=min(options.warmup, options.steps - 1),  # else a short run never gets to its learning rate
         max_grad_norm=options.clip,
         lr_scheduler_type="cosine",
         bf16=options.precision == "bfloat16",

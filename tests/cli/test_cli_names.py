@@ -139,7 +139,7 @@ def test_a_typo_is_answered_with_the_closest_name(refused):
 def test_a_dataset_is_exported_and_a_mistake_leaves_nothing(shell, refused, here):
     assert shell("data", "export", "scenes", "out", "count=2").status == 0
     assert len(json.loads((here / "out" / "val.json").read_text())["images"]) == 2
-    assert "not an empty folder" in refused(2, "data", "export", "scenes", "out", "count=2")
+    assert "not a new or empty folder" in refused(2, "data", "export", "scenes", "out", "count=2")
     assert "Did you mean 'coco'?" in refused(2, "data", "export", "scenes", "new", "--format", "cocoa")
     assert "Did you mean 'count'?" in refused(2, "data", "export", "scenes", "new", "cuont=2")
     assert [path.name for path in here.iterdir()] == ["out"]

@@ -168,7 +168,7 @@ def test_unreadable_pictures_are_not_exported_twice(tmp_path):
 def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path):
     (tmp_path / "out").mkdir()
     export(SPLITS, tmp_path / "out", "coco", limit=1)
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match="not a new or empty folder"):
         export(SPLITS, tmp_path / "out", "coco")
     with pytest.raises(ValueError, match="no format 'voc'; there are: coco, coco-captions, coco-panoptic, "):
         export(SPLITS, tmp_path / "new", "voc")

@@ -51,7 +51,7 @@ def same(one, other):
 
 
 def folders(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(("checkpoint", "draft", "model")))
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(("checkpoint", ".sca-draft", "model")))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -63,7 +63,7 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_last_bit(plan, tmp_path
         with pytest.raises(Stopped):
             train(recipe, tmp_path / "stopped", quiet=True)
     assert folders(tmp_path / "stopped") == ["checkpoint-4"]
-    half_written = tmp_path / "stopped" / "draft" / "checkpoint-999"
+    half_written = tmp_path / "stopped" / ".sca-draft" / "checkpoint-999"
     half_written.mkdir(parents=True)
     (half_written / "lesson.pt").write_bytes(b"half")
     passes = []
@@ -81,7 +81,7 @@ def test_without_resume_a_run_starts_from_nothing(plan, tmp_path):
     first = train(plan(steps=2), tmp_path, quiet=True)
     again = train(plan(steps=2), tmp_path, resume=False, quiet=True)
     assert same(first, again)
-    assert not same(first, train(plan(steps=2, seed=1), tmp_path, resume=False, quiet=True))
+    assert not same(first, train(plan(steps=2, seed=1), tmp_path, quiet=True, overwrite=True))
 
 
 def test_a_run_can_start_from_a_checkpoint(plan, small, small_table, tmp_path):

@@ -1,0 +1,253 @@
+"""Files and folders that appear complete, or not at all. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sca.images import show
+from sca.io.lock import is_locked, lock
+
+DRAFT = ".sca-{}.part"  # the name that a file has while it is written
+
+
+class OutputError(OSError):
+    """Output that cannot be written; the message is one line with the path, the reason and what to do."""
+
+
+class FolderError(ValueError):
+    """A folder that is in the way or cannot be written; the message is one line."""
+
+
+class AtomicFile:
+    """A file that is written in pieces: `write` adds a complete piece, or nothing and raises `OutputError`.
+
+    The file grows under a temporary name in the same folder. `keep` syncs it to disk and renames it; `drop` removes it
+    and leaves an older file unchanged.
+
+    Args:
+        path: The final name.
+        visible: Grow under the final name if no file exists there, so that every piece can be read at once.
+
+    Raises:
+        OutputError: The file cannot be created, or `path` is a folder or a device.
+    """
+
+    def __init__(self, path: Path, visible: bool = False):
+        self.path = path
+        try:
+            self.replaces = _check_replaceable(path)
+            self._name = path if visible and not self.replaces else path.with_name(DRAFT.format(secrets.token_hex(8)))
+            self._file = open(self._name, "xb", buffering=0)  # noqa: SIM115 (closed by keep and drop)
+            lock(self._file)  # a draft whose lock can be taken was left by a killed process
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    def write(self, piece: str | bytes | memoryview) -> None:
+        """Add a piece; text is encoded as UTF-8."""
+        start = self._file.tell()
+        try:
+            write_all(self._file.fileno(), piece.encode() if isinstance(piece, str) else piece)
+        except BaseException as error:
+            self._file.truncate(start)
+            self._file.seek(start)
+            if isinstance(error, OSError):
+                raise unwritable(self.path, error) from error
+            raise
+
+    def keep(self) -> None:
+        """Sync the file to disk and give it its name."""
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if self._name != self.path:
+                os.replace(self._name, self.path)
+            sync(self.path.parent)
+        except OSError as error:
+            self.drop()
+            raise unwritable(self.path, error) from error
+
+    def drop(self) -> None:
+        """Close the file and remove what was written under the temporary name."""
+        self._file.close()
+        if self._name != self.path:
+            self._name.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a whole file: afterwards it has the new content, or the old one if `OutputError` is raised."""
+    file = AtomicFile(path)
+    try:
+        file.write(content)
+    except BaseException:
+        file.drop()
+        raise
+    file.keep()
+
+
+def write_all(handle: int, content: bytes | memoryview) -> None:
+    """Write all bytes to an open file descriptor."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+@contextmanager
+def new_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
+    """Fill a folder that appears complete under its name, or not at all.
+
+    The draft is a hidden folder beside it. An older folder is exchanged in one step where the file system can (Linux,
+    macOS); elsewhere a kill between two renames leaves the older folder as `.NAME.previous`.
+
+    Args:
+        folder: The final name.
+        replaceable: Names of the entries that an older folder may contain; with any other entry it is not replaced.
+
+    Raises:
+        FolderError: `folder` is a file, contains something else, or cannot be written.
+    """
+    check_replaceable(folder, replaceable)
+    draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    previous = previous_folder(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_draft_folders(folder)
+        draft.mkdir()
+        handle = _open_folder(draft)
+        try:
+            yield draft
+            sync_tree(draft)
+            check_replaceable(folder, replaceable)
+            if not folder.exists():
+                os.rename(draft, folder)
+            elif not _exchange(draft, folder):
+                shutil.rmtree(previous, ignore_errors=True)
+                os.rename(folder, previous)
+                os.rename(draft, folder)
+                shutil.rmtree(previous, ignore_errors=True)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            if handle is not None:
+                os.close(handle)
+    except OSError as error:
+        raise FolderError(f"cannot write {show(folder)}: {error.strerror or error}") from error
+
+
+def previous_folder(folder: Path) -> Path:
+    """Where a kill leaves the older folder on a file system that cannot exchange two folders."""
+    return folder.parent / f".{folder.name}.previous"
+
+
+def check_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> None:
+    """Raise FolderError unless `folder` is new, empty, or contains nothing but `replaceable` entries."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FolderError(f"{show(folder)} is not a folder; choose another one")
+    if not folder.is_dir():
+        return
+    others = sorted({entry.name for entry in folder.iterdir()} - set(replaceable))
+    if others:
+        named = ", ".join(map(show, others[:3])) + (", ..." if len(others) > 3 else "")
+        raise FolderError(f"{show(folder)} is not a new or empty folder: it contains {named}; choose another one")
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the temporary files of killed processes; those of a running process are locked and stay."""
+    for draft in folder.glob(DRAFT.format("*")):
+        with suppress(OSError), draft.open("rb") as file:
+            if not is_locked(file):
+                draft.unlink(missing_ok=True)
+
+
+def open_folder(folder: Path) -> None:
+    """Make a folder, and check before anything is computed that files can be created in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def unwritable(path: Path | str, error: OSError) -> OutputError:
+    """The system's reason on one line, with what to do."""
+    if isinstance(error, PermissionError):
+        remedy = "choose a folder that you may write in"
+    elif isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        remedy = "choose another folder"
+    else:
+        remedy = "free some space or choose another folder"
+    return OutputError(f"cannot write {show(path)}: {error.strerror or type(error).__name__}; {remedy}")
+
+
+def _check_replaceable(path: Path) -> bool:
+    """Whether a file exists at `path`. Raises OSError for what a rename must not replace: a folder or a device."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise FileExistsError(errno.EEXIST, "Not a regular file")
+    return True
+
+
+def _open_folder(folder: Path) -> int | None:
+    """A locked descriptor of a draft folder, by which others see that it is being written; None if impossible."""
+    if os.name != "posix":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    lock(handle)
+    return handle
+
+
+def _remove_draft_folders(folder: Path) -> None:
+    """Remove the draft folders of killed processes."""
+    for draft in folder.parent.glob(f".{folder.name}.{'[0-9a-f]' * 16}"):
+        with suppress(OSError):
+            handle = os.open(draft, os.O_RDONLY)
+            try:
+                if not is_locked(handle):
+                    shutil.rmtree(draft, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return library.renameat2(at_cwd, names[0], at_cwd, names[1], exchange) == 0
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return library.renamex_np(*names, 2) == 0  # RENAME_SWAP
+    return False

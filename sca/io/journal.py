@@ -1,0 +1,170 @@
+"""One append-only file of JSON lines, for whatever must outlive a kill, a power cut or a full disk."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sca.images import show
+from sca.io.atomic import sync, unwritable, write_all
+from sca.io.json import IrregularFileError, open_regular_file, parse_json
+from sca.io.lock import LockedError, lock
+
+SYNC_SECONDS = 3.0  # at most this much work is lost in a power cut
+
+Entry = Mapping[str, Any]
+
+
+class JournalError(ValueError):
+    """A journal that is damaged before its end; the message is one line with the line number."""
+
+
+class Journal:
+    """A journal that is open for appending, under an exclusive lock.
+
+    What cannot be decoded at the end, a torn line or the zeros that a power cut leaves, is dropped. Whatever can be
+    decoded stays, also on a full disk.
+
+    Args:
+        path: The file, created if absent.
+        completes: Whether an entry completes a group; entries after the last complete group are dropped. By default
+            every entry is complete.
+        sync_seconds: Maximum age of an entry that is not yet synced to disk; 0 syncs every entry.
+
+    Raises:
+        JournalError: The file is not a journal.
+        LockedError: Another process has the journal open.
+        OutputError: The file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, completes: Callable[[Entry], bool] | None = None, sync_seconds: float = SYNC_SECONDS
+    ):
+        self.path, self._sync_seconds = path, sync_seconds
+        created = not path.exists()
+        if not created and not path.is_file():  # a pipe would be waited for
+            raise JournalError(f"{show(path)} is not a regular file; choose another folder")
+        try:
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
+            if not lock(self._file):
+                self._file.close()
+                raise LockedError(f"{show(path)} is being written by another process; wait for it")
+            self._size = _decodable_size(self._file.fileno(), completes)
+            self.dropped = os.fstat(self._file.fileno()).st_size - self._size  # bytes
+            if self.dropped and not self._size and not _is_torn(self._file):
+                self._file.close()
+                raise JournalError(f"{show(path)} is not a journal; choose another folder, or move the file")
+            if self.dropped:
+                self._file.truncate(self._size)
+            if created:
+                sync(path.parent)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        self._synced = time.monotonic()
+
+    @property
+    def is_empty(self) -> bool:
+        return self._size == 0
+
+    def append(self, *entries: Entry) -> None:
+        """Append entries together: all of them, or none and raise `OutputError`."""
+        lines = encode_lines(entries)
+        handle = self._file.fileno()
+        try:
+            write_all(handle, lines)
+            if time.monotonic() - self._synced >= self._sync_seconds:
+                os.fsync(handle)
+                self._synced = time.monotonic()
+        except BaseException as error:
+            os.ftruncate(handle, self._size)
+            if isinstance(error, OSError):
+                raise unwritable(self.path, error) from error
+            raise
+        self._size += len(lines)
+
+    def close(self) -> None:
+        """Sync the journal to disk and release it."""
+        if self._file.closed:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        finally:
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_journal(path: Path, completes: Callable[[Entry], bool] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a journal, which may be growing, without what cannot be decoded at its end.
+
+    Args:
+        path: The file; an absent one has no entries.
+        completes: As in `Journal`.
+
+    Raises:
+        JournalError: A line before the end cannot be decoded.
+        OSError: The file cannot be read.
+    """
+    try:
+        file = open_regular_file(path)
+    except FileNotFoundError:
+        return
+    except IrregularFileError as error:
+        raise JournalError(str(error)) from error
+    with file:
+        rest = _decodable_size(file.fileno(), completes)
+        for number, line in enumerate(file, 1):
+            rest -= len(line)
+            if rest < 0:
+                return
+            entry = _decode(line)
+            if entry is None:
+                raise JournalError(f"{show(path)}, line {number}, is damaged; remove the line")
+            yield entry
+
+
+def encode_lines(entries: Iterable[Entry]) -> bytes:
+    """Encode entries as the lines of a journal."""
+    return b"".join(f"{json.dumps(entry)}\n".encode() for entry in entries)
+
+
+def _decodable_size(handle: int, completes: Callable[[Entry], bool] | None) -> int:
+    """The number of bytes up to the end of the last line that can be decoded and completes a group."""
+    if not os.fstat(handle).st_size:
+        return 0
+    with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        while end:
+            start = content.rfind(b"\n", 0, end - 1) + 1
+            entry = _decode(content[start:end])
+            if entry is not None and (completes is None or completes(entry)):
+                break
+            end = start
+    return end
+
+
+def _is_torn(file: Any) -> bool:
+    """Whether a file without a whole entry is the beginning of a first one, or zeros in its place."""
+    file.seek(0)
+    content = file.read()
+    return b"\n" not in content and content.strip(b"\0")[:1] in (b"", b"{")
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line, None if it is not a whole JSON object."""
+    try:
+        entry = parse_json(line.decode(), surrogates=True) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

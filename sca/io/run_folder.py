@@ -1,0 +1,323 @@
+"""What a command may write where: run folders, which know what made them, and outputs that are never inputs.
+
+The rule, for every command: replace and delete only what the same kind of run wrote into the folder, as its marker
+`.sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import cache
+from glob import glob
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from sca.images import show
+from sca.io.atomic import open_folder, remove_drafts, unwritable, write_file
+from sca.io.json import read_json
+from sca.io.lock import held_lock
+
+MARKER, LOCK = ".sca-run.json", ".sca-lock"
+
+
+class RunFolderError(ValueError):
+    """A run that its folder does not allow; the message is one line that names the ways out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One kind of run in a folder, as the marker records it.
+
+    Args:
+        settings: What determines the results, as plain JSON.
+        outputs: Patterns of the files that the run writes, relative to the folder, such as `captions.jsonl` and
+            `*.captions.png`.
+        finished: Whether it came to its end.
+        version: Of this package.
+    """
+
+    settings: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    finished: bool = False
+    version: str = ""
+
+
+class RunFolder:
+    """A folder that one command writes: locked while it is open, and marked with what made it.
+
+        with RunFolder("out", "caption") as folder:
+            folder.begin(settings, outputs=("captions.jsonl",), inputs=images)
+            ...
+            folder.finish()
+
+    Args:
+        folder: Made if absent.
+        kind: The command, such as "caption".
+
+    Raises:
+        OutputError: The folder cannot be written.
+        LockedError: Another process writes it.
+    """
+
+    def __init__(self, folder: str | Path, kind: str):
+        self.path, self.kind = Path(folder), kind
+        self.moved_to: Path | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        open_folder(self.path)
+        self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
+        remove_drafts(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def run(self) -> Run | None:
+        """The last run of this kind, None if there was none."""
+        return read_runs(self.path).get(self.kind)
+
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        outputs: Iterable[str],
+        inputs: Iterable[str | Path] = (),
+        overwrite: bool = False,
+        set_aside: bool = False,
+        loose: Iterable[str] = (),
+    ) -> Run | None:
+        """Check that a run may write here, and mark the folder as its own.
+
+        Args:
+            settings: What determines the results, as plain JSON.
+            outputs: Patterns of the files that the run will write.
+            inputs: Files and folders that the command reads.
+            overwrite: Delete what an earlier run with other settings wrote.
+            set_aside: Rename the folder of an earlier run with other settings to `NAME-1`, or the next free number;
+                `moved_to` is its new path.
+            loose: Settings that may differ from those of the earlier run.
+
+        Returns:
+            The earlier run if this one continues or repeats it, else None.
+
+        Raises:
+            RunFolderError: An output is an input, or was not written by this kind of run, or is of a run with other
+                settings.
+        """
+        settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
+        earlier = self.run
+        own = earlier.outputs if earlier else ()
+        changed = _changed(earlier.settings, settings, set(loose)) if earlier else []
+        check_not_inputs(_matches(self.path, {*outputs, *(own if changed else ())}), inputs, self.path)
+        foreign = [path for path in _matches(self.path, outputs) if not _is_one_of(path, self.path, own)]
+        if foreign:
+            raise RunFolderError(
+                f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
+            )
+        if changed and not (overwrite or set_aside):
+            raise RunFolderError(
+                f"{show(self.path)} contains another run ({'; '.join(changed)}); choose another folder, or replace "
+                "the run with --overwrite"
+            )
+        if changed:
+            if overwrite:
+                self.delete_outputs()
+            else:
+                self._set_aside()
+            earlier, own = None, ()
+        self._mark(Run(settings, tuple(dict.fromkeys((*own, *outputs))), False, _version()))
+        return earlier
+
+    def finish(self) -> None:
+        """Record that the run came to its end."""
+        run = self.run
+        assert run is not None, "a run that has not begun"
+        self._mark(Run(run.settings, run.outputs, True, run.version))
+
+    def delete_outputs(self, outputs: Iterable[str] | None = None) -> None:
+        """Delete the files that the last run of this kind wrote, and folders that are empty afterwards.
+
+        Args:
+            outputs: Patterns of a part of these files.
+        """
+        own = self.run.outputs if self.run else ()
+        for path in _matches(self.path, own if outputs is None else [each for each in outputs if each in own]):
+            path.unlink(missing_ok=True)
+            for parent in path.parents:
+                if parent == self.path:
+                    break
+                with suppress(OSError):  # not empty
+                    parent.rmdir()
+
+    def _set_aside(self) -> None:
+        free = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
+        self.moved_to = next(path for path in free if not os.path.lexists(path))
+        try:
+            os.rename(self.path, self.moved_to)
+            (self.moved_to / LOCK).unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.moved_to, error) from error
+        self._open.close()
+        self.__enter__()
+
+    def _mark(self, run: Run) -> None:
+        runs = {kind: asdict(each) for kind, each in {**read_runs(self.path), self.kind: run}.items()}
+        write_file(self.path / MARKER, f"{json.dumps({'format': 1, 'runs': runs}, indent=1, sort_keys=True)}\n")
+
+
+def read_runs(folder: Path) -> dict[str, Run]:
+    """The runs that the marker of a folder records, by kind.
+
+    Raises:
+        RunFolderError: The marker is damaged.
+    """
+    path = folder / MARKER
+    try:
+        runs = read_json(path)["runs"]
+        return {
+            kind: Run(dict(run["settings"]), tuple(map(str, run["outputs"])), run["finished"] is True, run["version"])
+            for kind, run in runs.items()
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunFolderError(f"{show(path)} is damaged; choose another folder, or remove the file") from error
+
+
+class OutputFilter:
+    """Tell which files runs wrote into their folders, so that a command does not read its own outputs.
+
+    `skipped` lists the outputs that were asked about. Each marker is read once.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: list[Path] = []
+        self._runs = cache(read_runs)
+
+    def __call__(self, path: Path) -> bool:
+        folders = list(path.parents)[:2]  # an output is in its run folder, or one folder below
+        found = any(_is_one_of(path, folder, run.outputs) for folder in folders for run in self._runs(folder).values())
+        self.skipped += [path] if found else []
+        return found
+
+
+def check_not_inputs(
+    outputs: Iterable[str | Path], inputs: Iterable[str | Path], folder: str | Path | None = None
+) -> None:
+    """Refuse to write what the same command reads, whatever it is called: a link, a hard link or another spelling.
+
+    Args:
+        outputs: Files and folders that will be written; absent ones are no input.
+        inputs: Files and folders that are read.
+        folder: The run folder; an input folder below it must not receive outputs.
+
+    Raises:
+        RunFolderError: An output is an input, contains one, or lies in an input folder below `folder`.
+    """
+    existing = [(Path(path), known) for path in outputs if (known := _identity(path))]
+    if not existing:
+        return
+    root = Path(folder).resolve() if folder is not None else None
+    files, above = {}, {}
+    for given in inputs:
+        identity = _identity(given)
+        if identity is None:
+            continue
+        path = Path(given).resolve()
+        files[identity] = given
+        for parent in path.parents:
+            above.setdefault(str(parent), given)
+        if root is not None and root in path.parents and path.is_dir():
+            files[str(path)] = given
+    for output, identity in existing:
+        path = output.resolve()
+        found = files.get(identity) or above.get(str(path))
+        found = found or next((files[str(each)] for each in path.parents if str(each) in files), None)
+        if found is not None:
+            raise RunFolderError(
+                f"{show(output)} would be overwritten and is an input of this command ({show(found)}); choose another "
+                "output path"
+            )
+
+
+def file_hash(path: str | Path) -> str | None:
+    """The SHA-256 of a file that a run reads, for its settings; None for a pipe, which can be read only once."""
+    if not Path(path).is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def existing_paths(values: Any) -> Iterator[Path]:
+    """Those texts in plain settings, at any depth, that name an existing file or folder."""
+    if isinstance(values, Mapping):
+        values = values.values()
+    elif isinstance(values, str | Path):
+        with suppress(OSError, ValueError):  # too long for a name, or with a zero byte
+            if os.path.lexists(values) and str(values):
+                yield Path(values)
+        return
+    elif not isinstance(values, list | tuple):
+        return
+    for each in values:
+        yield from existing_paths(each)
+
+
+def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The existing files that patterns name, without what links lead to."""
+    found = {folder / name for each in patterns for name in glob(each, root_dir=folder, include_hidden=True)}
+    inside = [path for path in sorted(found) if not any(parent.is_symlink() for parent in _between(path, folder))]
+    return [path for path in inside if path.is_symlink() or not path.is_dir()]
+
+
+def _between(path: Path, folder: Path) -> Iterator[Path]:
+    for parent in path.parents:
+        if parent == folder:
+            return
+        yield parent
+
+
+def _is_one_of(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names a file, part by part as in `Path.glob`."""
+    parts = path.relative_to(folder).parts
+    return any(
+        len(wanted) == len(parts) and all(map(fnmatch, parts, wanted))
+        for wanted in (Path(pattern).parts for pattern in patterns)
+    )
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """What tells a file from any other, None if it does not exist."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _changed(earlier: Mapping[str, Any], settings: Mapping[str, Any], loose: set[str]) -> list[str]:
+    """A text for every setting that differs."""
+    names = [name for name in {**earlier, **settings} if name not in loose]
+    return [
+        f"{name}: {json.dumps(earlier.get(name))[:80]} there, {json.dumps(settings.get(name))[:80]} now"
+        for name in names
+        if earlier.get(name) != settings.get(name)
+    ]
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _version() -> str:
+    return version("segment-caption-anything")

@@ -1,0 +1,182 @@
+"""A command replaces and deletes only what the same kind of run wrote, and never an input."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from sca.io.lock import LockedError
+from sca.io.run_folder import LOCK, MARKER, OutputFilter, RunFolder, RunFolderError, check_not_inputs, existing_paths
+
+
+def run(folder, settings=None, outputs=("a.txt", "*.part.txt"), **options):
+    """A run that writes its outputs and comes to its end; gives the run before it."""
+    with RunFolder(folder, "test") as run_folder:
+        earlier = run_folder.begin(settings or {"x": 1}, outputs, **options)
+        (folder / "a.txt").write_text("new")
+        (folder / "1.part.txt").write_text("new")
+        run_folder.finish()
+    return earlier
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_run_folder_records_what_made_it(tmp_path):
+    assert run(tmp_path / "out") is None
+    earlier = run(tmp_path / "out")
+    assert earlier.finished
+    assert earlier.settings == {"x": 1}
+    assert names(tmp_path / "out") == [MARKER, "1.part.txt", "a.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "my.part.txt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_folder_refuses_files_that_it_did_not_write(tmp_path, name, overwrite):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(RunFolderError, match=r"exists and was not written by `sca test`; choose another folder"):
+        run(tmp_path, overwrite=overwrite)
+    assert (tmp_path / name).read_text() == "precious"
+    assert names(tmp_path) == [name]
+
+
+def test_run_folder_refuses_a_dangling_link_in_place_of_an_output(tmp_path):
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    with pytest.raises(RunFolderError, match="was not written"):
+        run(tmp_path)
+
+
+def test_run_folder_refuses_other_settings_with_the_ways_out(tmp_path):
+    run(tmp_path, {"x": 1, "y": [1, 2]})
+    with pytest.raises(RunFolderError, match=r"another run \(x: 1 there, 2 now\); choose another folder.*--overwrite"):
+        run(tmp_path, {"x": 2, "y": (1, 2)})
+    run(tmp_path, {"x": 2, "y": (1, 2)}, loose=["x"])
+
+
+def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
+    run(tmp_path)
+    (tmp_path / "notes").write_text("precious")
+    with RunFolder(tmp_path, "test") as folder:
+        assert folder.begin({"x": 2}, ["b.txt"], overwrite=True) is None
+        assert names(tmp_path) == [LOCK, MARKER, "notes"]
+
+
+def test_overwrite_follows_no_link_out_of_the_folder(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.txt").write_text("precious")
+    with RunFolder(tmp_path / "out", "test") as folder:
+        folder.begin({"x": 1}, ["sub/*"])
+        (tmp_path / "out/sub").symlink_to(tmp_path / "other")
+        folder.begin({"x": 2}, ["sub/*"], overwrite=True)
+    assert (tmp_path / "other/a.txt").read_text() == "precious"
+
+
+def test_set_aside_renames_the_folder_of_another_run(tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    (tmp_path / "out-1").mkdir()
+    with RunFolder(out, "test") as folder:
+        folder.begin({"x": 2}, ["a.txt"], set_aside=True)
+        assert folder.moved_to == tmp_path / "out-2"
+        assert names(out) == [LOCK, MARKER]
+        with pytest.raises(LockedError), RunFolder(out, "test"):
+            pass
+    assert names(tmp_path / "out-2") == [MARKER, "1.part.txt", "a.txt"]
+    assert run(tmp_path / "out-2") is not None
+
+
+def test_kinds_of_runs_share_a_folder_but_no_files(tmp_path):
+    run(tmp_path)
+    with RunFolder(tmp_path, "other") as folder:
+        folder.begin({}, ["b.txt"])
+        with pytest.raises(RunFolderError, match="not written by `sca other`"):
+            folder.begin({}, ["a.txt"])
+    assert run(tmp_path) is not None
+
+
+def test_one_process_at_a_time(tmp_path):
+    with RunFolder(tmp_path, "test"):
+        with pytest.raises(LockedError, match="is being written by another process; wait for it"):
+            run(tmp_path)
+    run(tmp_path)
+    assert LOCK not in names(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_lock_ends_with_its_process_and_is_not_kept_by_forked_workers(tmp_path):
+    ready, worker = os.pipe(), None
+    pid = os.fork()
+    if pid == 0:
+        with RunFolder(tmp_path, "test"):
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.write(ready[1], str(worker).encode())
+            time.sleep(30)
+        os._exit(0)
+    worker = int(os.read(ready[0], 20))
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    try:
+        run(tmp_path)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("way", ["same", "spelling", "relative", "symlink", "hardlink", "linked folder"])
+def test_check_not_inputs_sees_through_names(tmp_path, monkeypatch, way):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    given = folder / "a.jsonl"
+    given.write_text("precious")
+    output = given
+    if way == "spelling":
+        output = folder / ".." / "data" / "." / "a.jsonl"
+    elif way == "relative":
+        monkeypatch.chdir(folder)
+        output = "a.jsonl"
+    elif way == "symlink":
+        output = tmp_path / "link"
+        output.symlink_to(given)
+    elif way == "hardlink":
+        output = tmp_path / "link"
+        os.link(given, output)
+    elif way == "linked folder":
+        (tmp_path / "linked").symlink_to(folder)
+        output = tmp_path / "linked" / "a.jsonl"
+    with pytest.raises(RunFolderError, match="would be overwritten and is an input of this command"):
+        check_not_inputs([output], [given])
+    check_not_inputs([tmp_path / "other"], [given])
+
+
+def test_check_not_inputs_refuses_a_folder_that_contains_an_input(tmp_path):
+    (tmp_path / "runs/model").mkdir(parents=True)
+    (tmp_path / "runs/model/spec.json").touch()
+    with pytest.raises(RunFolderError, match="is an input"):
+        check_not_inputs([tmp_path / "runs"], [tmp_path / "runs/model/spec.json"])
+    with pytest.raises(RunFolderError, match="is an input"):  # an input folder of the run folder itself
+        check_not_inputs([tmp_path / "runs/model/spec.json"], [tmp_path / "runs/model"], tmp_path / "runs")
+    check_not_inputs([tmp_path / "runs/model/spec.json"], [tmp_path], tmp_path / "runs")
+
+
+def test_a_damaged_marker_is_one_line(tmp_path):
+    (tmp_path / MARKER).write_text("{")
+    with pytest.raises(RunFolderError, match="is damaged; choose another folder, or remove the file"):
+        run(tmp_path)
+
+
+def test_output_filter_tells_outputs_from_other_files(tmp_path):
+    run(tmp_path)
+    written = OutputFilter()
+    assert [name for name in ("a.txt", "1.part.txt", "mine.txt") if written(tmp_path / name)] == ["a.txt", "1.part.txt"]
+    assert written.skipped == [tmp_path / "a.txt", tmp_path / "1.part.txt"]
+
+
+def test_existing_paths_are_found_at_any_depth(tmp_path):
+    (tmp_path / "a").touch()
+    settings = {"model": str(tmp_path / "a"), "more": [{"x": tmp_path, "y": "no such", "z": 3}], "long": "x" * 9999}
+    assert list(existing_paths(settings)) == [tmp_path / "a", tmp_path]
