@@ -45,7 +45,8 @@ picture: core
 	rm -rf out/drawn
 	$(SCA) data export scenes out/drawn --split test --limit 1 size=512 seed=29
 	cp out/drawn/test/*.png $(SCENE)
-	$(SCA) caption $(SCENE) $(SHAPES) --out examples --format png
+	$(SCA) caption $(SCENE) $(SHAPES) --out out/drawn/captions --format png
+	cp out/drawn/captions/scene.captions.png examples/
 
 # The site, in site/.
 docs: dev

@@ -33,6 +33,7 @@ MANUALS = {
 FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 PLACES = {  # where what a manual links to is found in the site
     "docs/demo.jpg": "demo.jpg",
+    "docs/reliability.md": "reliability.md",
     "docs/tutorial.md": "tutorial.md",
     "docs/security.md": "security.md",
     "plugins/README.md": "plugins.md",

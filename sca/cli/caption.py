@@ -108,7 +108,7 @@ def caption(
     from sca_registry.contracts import TASKS
 
     from sca.images import find_images, show
-    from sca.io.run_folder import OutputFilter
+    from sca.io.run_folder import OutputFilter, RunFolder
     from sca.output import DRAWN, Writers
 
     formats = _formats(format, out)
@@ -135,7 +135,10 @@ def caption(
 
         if out in ("", "-") or formats != ("jsonl",):
             raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
-        raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
+        if overwrite:
+            raise ValueError("--launcher keeps the shards that are there; choose another --out to make them again")
+        with RunFolder(out, "shards"):
+            raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
     exact = (context.obj or {}).get("exact_images")
     drawings = OutputFilter()
     paths, problems = ([Path(name) for name in images], []) if exact else find_images(images, drawings)

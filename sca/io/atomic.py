@@ -64,14 +64,16 @@ class AtomicFile:
                 raise unwritable(self.path, error) from error
             raise
 
-    def keep(self) -> None:
-        """Sync the file to disk and give it its name."""
+    def keep(self, synced: bool = True) -> None:
+        """Sync the file to disk, unless the caller does that later for many files, and give it its name."""
         try:
-            os.fsync(self._file.fileno())
+            if synced:
+                os.fsync(self._file.fileno())
             self._file.close()
             if self._name != self.path:
                 os.replace(self._name, self.path)
-            sync(self.path.parent)
+            if synced:
+                sync(self.path.parent)
         except OSError as error:
             self.drop()
             raise unwritable(self.path, error) from error
@@ -83,15 +85,21 @@ class AtomicFile:
             self._name.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a whole file: afterwards it has the new content, or the old one if `OutputError` is raised."""
+def write_file(path: Path, content: str | bytes | memoryview, synced: bool = True) -> None:
+    """Write a whole file: afterwards it has the new content, or the old one if `OutputError` is raised.
+
+    Args:
+        path: The file.
+        content: Text is encoded as UTF-8.
+        synced: Sync the file to disk before it gets its name; one of many may be synced later.
+    """
     file = AtomicFile(path)
     try:
         file.write(content)
     except BaseException:
         file.drop()
         raise
-    file.keep()
+    file.keep(synced)
 
 
 def write_all(handle: int, content: bytes | memoryview) -> None:

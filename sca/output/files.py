@@ -1,8 +1,10 @@
-"""Names of files that are written for images."""
+"""Files that are written for each image."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from sca.io.atomic import sync, unwritable, write_file
 
 
 class Names:
@@ -19,3 +21,28 @@ class Names:
             name = f"{stem}-{copies}"
         self._used.add(name.casefold())
         return name
+
+
+class FilePerImage:
+    """A file for each image in `folder`, each complete as soon as it is written.
+
+    They are synced to disk together, by `close`: thousands of syncs would take longer than the captions.
+    """
+
+    def __init__(self, folder: Path, suffix: str):
+        self._folder, self._suffix, self._names = folder, suffix, Names()
+        self._written: list[Path] = []
+
+    def write(self, image: str, content: str | bytes) -> None:
+        """Write the file of an image, which is given by its path."""
+        path = self._folder / f"{self._names.of(image)}{self._suffix}"
+        write_file(path, content, synced=False)
+        self._written.append(path)
+
+    def close(self) -> None:
+        try:
+            for path in [*self._written, self._folder]:
+                sync(path)
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+        self._written.clear()

@@ -15,8 +15,8 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca import masks
-from sca.io.atomic import open_folder, write_file
-from sca.output.files import Names
+from sca.io.atomic import open_folder
+from sca.output.files import FilePerImage
 from sca.output.jsonl import record
 
 VERSION = "5.5.0"
@@ -32,7 +32,7 @@ class LabelMe:
 
     def __init__(self, folder: Path, model: str | None = None):
         open_folder(folder)
-        self._folder, self._model, self._names = folder, model, Names()
+        self._folder, self._model, self._files = folder, model, FilePerImage(folder, ".json")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         content = {
@@ -46,10 +46,11 @@ class LabelMe:
             "model": self._model,
         }
         text = json.dumps(content, indent=2, allow_nan=False)
-        write_file(self._folder / f"{self._names.of(path)}.json", text.encode())
+        self._files.write(path, text)
 
     def close(self, finished: bool = True) -> None:
-        """Every file is on disk already."""
+        """Every file is complete already."""
+        self._files.close()
 
 
 def _shape(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
 from sca import masks
-from sca.io.atomic import write_file
 from sca.output.colours import INSIDE, OUTSIDE, colour, readable_on
-from sca.output.files import Names
+from sca.output.files import FilePerImage
 from sca.output.labels import Block, place
 
 SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
@@ -28,15 +27,16 @@ class Png:
     stem has been used for another image of the run."""
 
     def __init__(self, folder: Path, model: str | None = None):
-        self._folder, self._names = folder, Names()
+        self._files = FilePerImage(folder, ".captions.png")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         content = io.BytesIO()
         draw(image, captions).save(content, "PNG", compress_level=4)
-        write_file(self._folder / f"{self._names.of(path)}.captions.png", content.getvalue())
+        self._files.write(path, content.getvalue())
 
     def close(self, finished: bool = True) -> None:
-        """Every picture is on disk already."""
+        """Every picture is complete already."""
+        self._files.close()
 
 
 def draw(image: Image.Image, captions: Sequence[Caption]) -> Image.Image:

@@ -97,9 +97,9 @@ def test_kinds_of_runs_share_a_folder_but_no_files(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with RunFolder(tmp_path, "test"):
-        with pytest.raises(LockedError, match="is being written by another process; wait for it"):
-            run(tmp_path)
+    held = pytest.raises(LockedError, match="is being written by another process; wait for it")
+    with RunFolder(tmp_path, "test"), held:
+        run(tmp_path)
     run(tmp_path)
     assert LOCK not in names(tmp_path)
 

@@ -1,0 +1,113 @@
+"""`sca train` deletes nothing of somebody else's, and continues no other run."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from sca.checkpoint import CheckpointError, save
+from sca.io.lock import LockedError
+from sca.io.run_folder import RunFolder, RunFolderError
+from sca.training.recipe import Recipe
+from sca.training.trainer import train
+
+
+@pytest.fixture
+def plan(small_table):
+    def make(name="tiny", **options):
+        table = {
+            "model": small_table,
+            "data": {"scenes": {"name": "scenes", "count": 2, "size": 64}},
+            "train": {"steps": 1, "images": 1, "warmup": 0, "save": 1, **options},
+        }
+        return Recipe.from_dict(name, table)
+
+    return make
+
+
+def weights(folder):
+    return (folder / "model/weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("blocks", ["best.json", "checkpoint-5/weights.txt", "model/README.md", "best/notes.txt", None])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_train_deletes_no_foreign_files(plan, tmp_path, blocks, overwrite):
+    names = ["validation/photo.txt", "draft/letter.txt", "checkpoint-old/weights.txt", "notes.txt"]
+    mine = [tmp_path / name for name in (*names, *([blocks] if blocks else []))]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+    if blocks:
+        with pytest.raises((RunFolderError, CheckpointError), match=r"not written by `sca train`|it contains"):
+            train(plan(), tmp_path, quiet=True, overwrite=overwrite)
+    else:
+        for seed in (0, 1):
+            train(plan(seed=seed), tmp_path, quiet=True, overwrite=bool(seed))
+        assert (tmp_path / "model/spec.json").is_file()
+    assert all(path.read_text() == "precious" for path in mine)
+
+
+def test_train_refuses_a_folder_of_another_run(plan, tmp_path):
+    train(plan(), tmp_path, quiet=True)
+    before = weights(tmp_path)
+    with pytest.raises(RunFolderError, match=r"another run \(train\.learning_rate: .* there, .* now\).*--overwrite"):
+        train(plan(learning_rate=1e-2), tmp_path, quiet=True)
+    assert weights(tmp_path) == before
+    train(plan(workers=0, save=7), tmp_path, quiet=True)
+    assert weights(tmp_path) == before, "what changes no step may differ"
+    train(plan(learning_rate=1e-2), tmp_path, quiet=True, overwrite=True)
+    assert weights(tmp_path) != before
+
+
+def test_train_sees_that_the_data_is_another(plan, tmp_path):
+    pytest.importorskip("datasets")
+    from sca.data.scenes import Scenes
+
+    (tmp_path / "data").mkdir()
+    Scenes("train", count=1, size=64)[0].image.save(tmp_path / "data/a.png")
+    table = {"name": "jsonl", "file": str(tmp_path / "data/a.jsonl")}
+
+    def recipe(caption):
+        line = {"image": "a.png", "box": [4, 4, 40, 40], "caption": caption}
+        (tmp_path / "data/a.jsonl").write_text(json.dumps(line) + "\n")
+        made = plan()
+        return Recipe.from_dict("own", {**made.to_dict(), "data": {"own": table}})
+
+    train(recipe("a cat"), tmp_path / "out", quiet=True)
+    train(recipe("a cat"), tmp_path / "out", quiet=True)
+    with pytest.raises(RunFolderError, match="another run"):
+        train(recipe("a dog"), tmp_path / "out", quiet=True)
+
+
+def test_train_sets_the_folder_of_another_run_aside_when_told(plan, tmp_path):
+    told, out = [], tmp_path / "out"
+    train(plan(), out, quiet=True, set_aside=True, told=told.append)
+    before = weights(out)
+    train(plan(seed=1), out, quiet=True, set_aside=True, told=told.append)
+    assert told == [f"{out} contained another run, which is now in {out}-1"]
+    assert weights(tmp_path / "out-1") == before
+    assert weights(out) != before
+
+
+def test_a_run_shorter_than_its_warmup_trains(plan, tmp_path):
+    train(plan(warmup=50, learning_rate=0.0), tmp_path / "still", quiet=True)
+    train(plan(warmup=50), tmp_path / "moved", quiet=True)
+    still, moved = (load_file(tmp_path / each / "model/weights.safetensors") for each in ("still", "moved"))
+    assert any(not still[name].equal(moved[name]) for name in still)
+
+
+def test_train_is_alone_in_its_folder(plan, tmp_path):
+    with RunFolder(tmp_path, "train"), pytest.raises(LockedError, match="is being written by another process"):
+        train(plan(), tmp_path, quiet=True)
+
+
+def test_train_does_not_overwrite_the_model_that_it_starts_from(plan, small, small_table, tmp_path):
+    from dataclasses import replace
+
+    train(plan(), tmp_path, quiet=True)
+    before = weights(tmp_path)
+    for start in (tmp_path / "model", save(small(trainable=small_table["trainable"]), tmp_path / "best")):
+        recipe = replace(plan(), model=str(start))
+        with pytest.raises(ValueError, match="is an input of this command"):
+            train(recipe, tmp_path, quiet=True, overwrite=True)
+    assert weights(tmp_path) == before
