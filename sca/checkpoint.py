@@ -96,7 +96,7 @@ def check_writable(folder: Path) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
     except (FolderError, RegistryError) as error:
-        raise CheckpointError(f"{error}; it is not overwritten with a checkpoint") from error
+        raise CheckpointError(f"{error}; what is in it stays") from error
 
 
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:

@@ -394,7 +394,8 @@ def _journal(
             )
         settings = {"images": params["images"], **run, "files": {str(each): file_hash(each) for each in read}}
         loose = ("images",) if resume and unfinished else ()  # a resumed run may caption more images
-        folder.begin(settings, (*output_patterns(formats), NAME), [*images, *read], overwrite, loose)
+        outputs = (*output_patterns(formats), NAME)
+        earlier = folder.begin(settings, outputs, [*images, *read], overwrite=overwrite, loose=loose)
         journal = Journal(path, run, resume)
         finished = False
         try:
@@ -402,7 +403,8 @@ def _journal(
             finished = True
         finally:
             journal.close(finished)
-        folder.finish()
+            if finished or (earlier and earlier.finished and not journal.is_begun):  # the earlier files are unchanged
+                folder.finish()
 
 
 def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Size, list[Caption]]:

@@ -36,7 +36,7 @@ def convert(
     done, bad = 0, 0
     with RunFolder(out, "convert") as folder:
         settings = {"captions": str(captions), "images": images and str(images)}
-        folder.begin(settings, output_patterns(formats), [captions], overwrite)
+        folder.begin(settings, output_patterns(formats), [captions], overwrite=overwrite)
         with Writers(out, formats, first.model) as writers:
             for each in chain([first], found):
                 picture = each.size

@@ -1,7 +1,7 @@
 """What a command may write where: run folders, which know what made them, and outputs that are never inputs.
 
 The rule, for every command: replace and delete only what the same kind of run wrote into the folder, as its marker
-`.sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
+`sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sca.io.atomic import open_folder, remove_drafts, unwritable, write_file
 from sca.io.json import read_json
 from sca.io.lock import held_lock
 
-MARKER, LOCK = ".sca-run.json", ".sca-lock"
+MARKER, LOCK = "sca-run.json", ".sca-lock"
 
 
 class RunFolderError(ValueError):
@@ -91,6 +91,7 @@ class RunFolder:
         settings: Mapping[str, Any],
         outputs: Iterable[str],
         inputs: Iterable[str | Path] = (),
+        *,
         overwrite: bool = False,
         set_aside: bool = False,
         loose: Iterable[str] = (),

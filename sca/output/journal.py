@@ -32,6 +32,11 @@ class Journal:
         if resume:
             self._read()
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether an image has been added."""
+        return self._file is not None
+
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         if path in self.done:
             return

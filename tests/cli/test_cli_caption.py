@@ -230,6 +230,7 @@ def test_all_formats_read_back(shell, checkpoint, picture, here):
         "captions.html",
         "captions.jsonl",
         "coco.json",
+        "sca-run.json",
     ]
     records = lines((here / "out/captions.jsonl").read_text())
     read = coco("out/coco.json")
@@ -266,10 +267,10 @@ def test_the_default_model_says_what_it_knows(shell, picture, monkeypatch, check
     assert result.err == ["sca: the model is sca-tiny, which knows drawn scenes only; choose another with --model"]
 
 
-def test_a_second_run_replaces_the_files_of_the_first(shell, checkpoint, picture, here):
-    for box in ("0,0,9,9", "1,1,5,5"):
-        arguments = ["--model", checkpoint, "--out", "out", "--format", "jsonl,coco"]
-        shell("caption", picture("a.png"), "--box", box, *arguments)
+def test_a_second_run_replaces_the_files_of_the_first_when_told(shell, checkpoint, picture, here):
+    for box, status, *more in (("0,0,9,9", 0), ("1,1,5,5", 2), ("1,1,5,5", 0, "--overwrite")):
+        arguments = ["--model", checkpoint, "--out", "out", "--format", "jsonl,coco", *more]
+        assert shell("caption", picture("a.png"), "--box", box, *arguments).status == status
     (record,) = lines((here / "out/captions.jsonl").read_text())
     assert record["box"] == [1, 1, 5, 5]
     assert len(coco("out/coco.json").getAnnIds()) == 1

@@ -149,17 +149,17 @@ def test_caption_overwrites_an_unfinished_run_when_told(interrupted, captioned, 
     ]
 
 
-def test_caption_repeats_a_finished_run_and_refuses_another(captioned, shell, checkpoint, here):
+def test_caption_repeats_a_finished_run_and_refuses_another(captioned, picture, here):
     for _ in range(2):
         assert captioned("--out", "out").status == 0
     before = content(here / "out")
+    picture("more/a.png")
     for other in (("--words", 3), ("more",)):
-        (here / "more").mkdir(exist_ok=True)
         assert "contains another run" in captioned("--out", "out", *other).err[0]
     assert content(here / "out") == before
 
 
-def test_a_repeated_run_that_is_interrupted_leaves_the_finished_files(captioned, here, monkeypatch):
+def test_caption_interrupted_while_it_repeats_leaves_the_finished_files(captioned, here, monkeypatch):
     formats = "jsonl,coco,html,geojson,label-studio,parquet"
     assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 0
     before = content(here / "out")
@@ -191,7 +191,7 @@ def test_commands_refuse_a_folder_that_is_being_written(captioned, shell, refuse
 def test_import_replaces_only_the_same_checkpoint(shell, refused, checkpoint, here):
     (here / "repo").mkdir()
     (here / "repo/spec.json").write_text('{"openapi": "3.0"}')
-    assert "it is not overwritten with a checkpoint" in refused(2, "import", "sca-tiny", "repo")
+    assert "what is in it stays" in refused(2, "import", "sca-tiny", "repo")
     (here / "repo/README.md").write_text("my model card")
     (here / "repo/.git").mkdir()
     before = content(here / "repo")

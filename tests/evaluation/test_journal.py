@@ -133,7 +133,7 @@ def test_several_processes_write_what_one_writes(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert lines(two) == lines(one)
-    assert sorted(path.name for path in two.iterdir()) == [NAME]
+    assert sorted(path.name for path in two.iterdir()) == [NAME, "sca-run.json"]
 
 
 def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):

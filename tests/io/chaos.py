@@ -117,7 +117,7 @@ class Chaos:
     def check(self, out, how):
         assert self.finish(out) == 0, (how, Path(f"{out}.log").read_text()[-3000:])
         assert self.results(out) == self.whole, how
-        left = [path for path in Path(out).rglob(".sca-*") if path.name != ".sca-run.json"]
+        left = list(Path(out).rglob(".sca-*"))
         assert not left, (how, left)
         assert not list(Path().glob(f".{out}.*")), how
 

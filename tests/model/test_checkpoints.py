@@ -308,7 +308,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_half_written(sa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sca.checkpoint.sync", full)
+        patch.setattr("sca.io.atomic.sync", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
             save(model, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
