@@ -1,4 +1,4 @@
-"""Commands that are killed, run into a full disk, find torn files, or run twice at once: `python chaos.py KIND COUNTS`.
+"""Commands that are killed, run into a full disk, find torn files, or run twice at once: `python chaos.py KIND,KIND COUNTS`.
 
 Every command is forked from this process, which has imported everything; torch has computed nothing before. COUNTS are
 the numbers of kills, full disks, torn tails and pairs. Exit status 0 if nothing finished was lost and every folder ends
@@ -175,7 +175,16 @@ def _lasting(path):
     return sorted((row["key"], row["state"], json.dumps(row.get("scores"))) for row in rows)
 
 
-def main(kind, *counts):
+def main(kinds, *counts):
+    for kind in kinds.split(","):
+        os.mkdir(kind)
+        os.chdir(kind)
+        try_kind(kind, *map(int, counts))
+        os.chdir("..")
+    print("nothing was lost")
+
+
+def try_kind(kind, *counts):
     for number, sample in enumerate(Scenes("test", count=12, size=64)):
         Path("photos").mkdir(exist_ok=True)
         sample.image.save(f"photos/{number:02d}.png")
@@ -185,11 +194,10 @@ def main(kind, *counts):
     lines = [{"image": f"{number:04d}.png", **box} for number in range(300)]
     Path("many.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     chaos = Chaos(kind)
-    for way, count in zip(("kills", "disks", "tails", "pairs"), map(int, counts), strict=True):
+    for way, count in zip(("kills", "disks", "tails", "pairs"), counts, strict=True):
         if count and (way != "tails" or kind in JOURNALS):
             getattr(chaos, way)(count)
     assert not list(Path().rglob(LOCK))
-    print("nothing was lost")
 
 
 if __name__ == "__main__":
