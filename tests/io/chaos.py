@@ -1,4 +1,4 @@
-"""Commands that are killed, run into a full disk, find torn files, or run twice at once: `python chaos.py KIND,KIND COUNTS`.
+"""Commands that are killed, run into a full disk, find torn files, or run twice at once: `chaos.py KIND,KIND COUNTS`.
 
 Every command is forked from this process, which has imported everything; torch has computed nothing before. COUNTS are
 the numbers of kills, full disks, torn tails and pairs. Exit status 0 if nothing finished was lost and every folder ends
