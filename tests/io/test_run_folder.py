@@ -29,7 +29,7 @@ def test_run_folder_records_what_made_it(tmp_path):
     earlier = run(tmp_path / "out")
     assert earlier.finished
     assert earlier.settings == {"x": 1}
-    assert names(tmp_path / "out") == [MARKER, "1.part.txt", "a.txt"]
+    assert names(tmp_path / "out") == ["1.part.txt", "a.txt", MARKER]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "my.part.txt"])
@@ -60,7 +60,7 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
     (tmp_path / "notes").write_text("precious")
     with RunFolder(tmp_path, "test") as folder:
         assert folder.begin({"x": 2}, ["b.txt"], overwrite=True) is None
-        assert names(tmp_path) == [LOCK, MARKER, "notes"]
+        assert names(tmp_path) == [LOCK, "notes", MARKER]
 
 
 def test_overwrite_follows_no_link_out_of_the_folder(tmp_path):
@@ -83,7 +83,7 @@ def test_set_aside_renames_the_folder_of_another_run(tmp_path):
         assert names(out) == [LOCK, MARKER]
         with pytest.raises(LockedError), RunFolder(out, "test"):
             pass
-    assert names(tmp_path / "out-2") == [MARKER, "1.part.txt", "a.txt"]
+    assert names(tmp_path / "out-2") == ["1.part.txt", "a.txt", MARKER]
     assert run(tmp_path / "out-2") is not None
 
 
