@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,6 +99,7 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     if str(config["device"]).startswith("cuda"):  # the launcher has chosen one
         flags.append(f"--device={config['device']}")
     content, made = config["content"], Path(folder, "captions")
+    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
     said = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="sca-") as unpacked, contextlib.redirect_stderr(said):
         try:
