@@ -85,7 +85,7 @@ class TimmEncoder(nn.Module):
         self.backbone = IntermediateLayer(backbone, layer)
         look = backbone.pretrained_cfg
         self.image = ImageFormat(
-            size=size or how.get("img_size") or look["input_size"][-1],
+            size=size or how.get("img_size") or (not model and said.size) or look["input_size"][-1],
             mean=tuple(look["mean"]),
             std=tuple(look["std"]),
             resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
@@ -127,6 +127,7 @@ class _Said(NamedTuple):
 
     architecture: str = ""
     look: Mapping[str, Any] = {}  # mean, std, interpolation, num_classes
+    size: int | None = None  # what the model was built with; timm before 1.0.31 may write another input_size beside it
 
 
 def _said(folder: Path | None) -> _Said:
@@ -135,8 +136,11 @@ def _said(folder: Path | None) -> _Said:
     with reading(folder / "config.json"):
         config = read_json(folder / "config.json")
         look = {**config, **(config.get("pretrained_cfg") or {})}
+        if "num_classes" in config:  # of the weights; pretrained_cfg may have the one of the model they were tuned from
+            look["num_classes"] = config["num_classes"]
         kept = {key: look[key] for key in ("mean", "std", "interpolation", "num_classes") if key in look}
-        return _Said(str(config.get("architecture", "")), kept)
+        size = (config.get("model_args") or {}).get("img_size")
+        return _Said(str(config.get("architecture", "")), kept, size[-1] if isinstance(size, list) else size)
 
 
 def find_layer(layer: int, count: int, name: str) -> tuple[int, bool]:

@@ -240,10 +240,22 @@ def test_every_tag_of_open_clip_has_the_activation_that_it_was_trained_with():
     ],
 )
 def test_towers_and_backbones_of_many_makes_have_features(name, model):
+    if model == "coat_lite_mini" and not hasattr(timm.models.CoaT, "forward_intermediates"):
+        pytest.skip("CoaT has no intermediate features before timm 1.0.31")
     with torch.device("meta"):
         part = encoder(name, model=model, pretrained=False)
     assert part.channels > 0
     assert part.stride in (16, 32)
+
+
+def test_timm_encoder_reads_a_folder_whose_pretrained_cfg_is_of_the_original_model(vit):
+    folder, _ = vit
+    config = json.loads((folder / "config.json").read_text())
+    config["num_classes"], config["model_args"] = 5, VIT
+    config["pretrained_cfg"] |= {"num_classes": 1000, "input_size": [3, 224, 224]}  # as timm before 1.0.31 writes it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert encoder("timm", weights=str(folder)).image.size == 64
+    assert encoder("timm", weights=str(folder), model="vit_tiny_patch16_224", config=VIT).image.size == 64
 
 
 @torch.no_grad()
