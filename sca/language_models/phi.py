@@ -7,7 +7,6 @@ tensors kept their names. transformers itself does not convert the old checkpoin
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PhiConfig, PhiForCausalLM
 
 from sca.hub import read_tensor_names, read_tensors, weight_files
+from sca.io.json import read_json
 
 FUSED = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -40,7 +40,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
 def has_fused_attention(folder: Path) -> bool:
     """Whether a folder in transformers' format contains a Phi with fused attention."""
     try:
-        if json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "phi":
+        if read_json(folder / "config.json")["model_type"] != "phi":
             return False
     except (OSError, ValueError, KeyError, TypeError):  # no configuration; loading it says so
         return False
