@@ -17,6 +17,7 @@ from sca.checkpoint import CheckpointError, locate, read_spec
 from sca.hub import HubError
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
+from sca.trust import find_real_root
 
 CARD = "README.md"
 KEPT = ("spec.json", "weights.safetensors", "origin.json", "tokenizer")
@@ -58,7 +59,7 @@ def push(
 
 def _copy_checkpoint(folder: Path, draft: Path) -> None:
     """Copy the files of a checkpoint; raise CheckpointError for a link that leads out of it, or for what is no file."""
-    inside = _link_targets(folder)
+    inside = find_real_root(folder)
     for each in KEPT:
         for path in (folder / each, *sorted((folder / each).rglob("*"))):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
@@ -70,12 +71,6 @@ def _copy_checkpoint(folder: Path, draft: Path) -> None:
                 shutil.copyfile(path, target)
             elif path.exists():
                 raise CheckpointError(f"{path} is no regular file; a checkpoint has only files and folders")
-
-
-def _link_targets(folder: Path) -> Path:
-    """Return where links of a folder may lead: into itself, or of a snapshot in the hub's cache into its repository."""
-    root = folder.resolve()
-    return root.parent.parent if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir() else root
 
 
 def card_of(

@@ -100,7 +100,7 @@ def check_folder(folder: Path, trust: Trust, recursive: bool = True) -> None:
             agreed.
         ValueError: For JSON that cannot be read.
     """
-    root = _real_root(folder)
+    root = find_real_root(folder)
     for path in _files(folder, DEEPEST if recursive else 0):
         mode = path.stat().st_mode if path.exists() else 0
         if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -179,7 +179,7 @@ def _find_inside(name: str, folder: Path) -> Path | None:
     if not name or name.startswith("~"):
         return None
     path = folder.absolute() / name
-    root = _real_root(folder)
+    root = find_real_root(folder)
     try:
         real = path.resolve()
         return path if path.exists() and ".." not in path.parts and real.is_relative_to(root) else None
@@ -187,10 +187,10 @@ def _find_inside(name: str, folder: Path) -> Path | None:
         return None
 
 
-def _real_root(folder: Path) -> Path:
+def find_real_root(folder: Path) -> Path:
     """What a folder may refer to: itself, or of one in the hub's cache its repository, where the content is stored."""
     real = folder.resolve()
-    return real.parent.parent if real.parent.name == "snapshots" else real
+    return real.parent.parent if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir() else real
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
