@@ -95,7 +95,7 @@ def check_writable(folder: Path) -> None:
         check_replaceable(folder, CONTENT)
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
-    except (FolderError, RegistryError) as error:
+    except (FolderError, CheckpointError) as error:
         raise CheckpointError(f"{error}; what is in it stays") from error
 
 

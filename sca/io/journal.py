@@ -124,6 +124,8 @@ def read_journal(path: Path, completes: Callable[[Entry], bool] | None = None) -
         raise JournalError(str(error)) from error
     with file:
         rest = _decodable_size(file.fileno(), completes)
+        if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file):
+            raise JournalError(f"{show(path)} is not a journal; choose another folder, or move the file")
         for number, line in enumerate(file, 1):
             rest -= len(line)
             if rest < 0:

@@ -262,7 +262,7 @@ def test_the_default_model_says_what_it_knows(shell, picture, monkeypatch, check
     from sca.cli import caption
 
     load = caption.load_captioner
-    monkeypatch.setattr(caption, "load_captioner", lambda model, *rest: load(checkpoint, *rest))
+    monkeypatch.setattr(caption, "load_captioner", lambda model, *rest, **more: load(checkpoint, *rest, **more))
     result = shell("caption", picture("a.png"), "--box", "0,0,9,9")
     assert result.err == ["sca: the model is sca-tiny, which knows drawn scenes only; choose another with --model"]
 
