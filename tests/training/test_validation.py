@@ -86,7 +86,8 @@ def test_a_best_score_that_is_not_scored_is_refused(plan, tmp_path):
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):
     start = train(plan(steps=1, learning_rate=1e-30), tmp_path / "start", quiet=True).state_dict()
     model = train(plan(steps=3, rates={"language_model": 0.0, "mixer": 1.0}), tmp_path / "run", quiet=True)
-    moved = {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    changes = {name: (tensor - start[name]).abs().max() for name, tensor in model.state_dict().items()}
+    moved = {name.split(".")[0] for name, change in changes.items() if change > 1e-20}
     assert "mixer" in moved
     assert "language_model" not in moved
 
