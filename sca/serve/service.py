@@ -8,8 +8,9 @@ import binascii
 import io
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from anyio import to_thread
@@ -60,11 +61,13 @@ class Service:
         self.metrics = Metrics(engine)
         self.budget = ByteBudget(limits.memory)
         self._small = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")  # which need the memory
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
+        # A thread of those two may wait for memory, so whoever holds memory must never need one of them.
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="sca-masks")
 
     def close(self) -> None:
         self.engine.close()
-        for pool in (self._small, self._large):
+        for pool in (self._small, self._large, self._masks):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def deadline(self, request: Request) -> float:
@@ -103,20 +106,19 @@ class Service:
         deadline = self.deadline(request)
         late = time.monotonic() + deadline - asyncio.get_running_loop().time()
 
+        needed = len(content) + (DECODING + masks) * pixels
+
         def decode() -> Image.Image:
-            lease.set(len(content) + (DECODING + masks) * pixels, late - time.monotonic())
+            lease.set(needed, late - time.monotonic())
             image = decode_image(opened, "the image")
             lease.set((DECODED + masks) * pixels)
             return image
 
-        return await self._in_thread((DECODING + masks) * pixels, deadline, decode)
+        pool = self._small if self.budget.is_small(needed) else self._large  # what is large waits for what is large
+        return await self._in_thread(pool, deadline, decode)
 
-    async def _in_thread(self, size: int, deadline: float, work: Callable[[], Any]) -> Any:
-        """What `work` returns, which takes `size` bytes: what is large waits for what is large, and nothing else does.
-
-        LateError after the deadline.
-        """
-        pool = self._small if self.budget.is_small(size) else self._large
+    async def _in_thread(self, pool: Executor, deadline: float, work: Callable[[], Any]) -> Any:
+        """What `work` returns, from a thread of a pool. LateError after the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(pool, work)
@@ -160,8 +162,11 @@ class Service:
             given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
             everything = replace(captioner.everything, **given.model_dump(exclude_none=True))
         elif prompts is None:
-            size = (DECODED + count_masks(asked)) * image.width * image.height
-            prompts = await self._in_thread(size, self.deadline(request), lambda: _prompts(asked.prompts, image.size))
+            if count_masks(asked):
+                work = partial(_prompts, asked.prompts, image.size)
+                prompts = await self._in_thread(self._masks, self.deadline(request), work)
+            else:
+                prompts = await to_thread.run_sync(_prompts, asked.prompts, image.size)
         return Question(
             image,
             prompts or (),

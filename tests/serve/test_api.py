@@ -244,6 +244,20 @@ def test_a_large_image_waits_for_memory_no_longer_than_allowed(client, asked):
     assert same.app.state.budget.held == 0
 
 
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_large_images_together_wait_for_memory_and_not_for_each_other(client, asked, kind):
+    """Those that are decoded hold memory for which the next one waits; they must go on meanwhile."""
+    same, large = client(Limits(seconds=120)), io.BytesIO()
+    same.app.state.budget.limit = 64 * 2**20
+    Image.new("RGBA", (1000, 1000)).save(large, "PNG")
+    prompt = {"box": [1, 1, 90, 90]} if kind == "box" else {"mask": masks.encode(np.ones((1000, 1000), bool))}
+    body = asked(image=base64.b64encode(large.getvalue()).decode(), prompts=[prompt], masks=False)
+    with ThreadPoolExecutor(14) as pool:
+        statuses = list(pool.map(lambda _: same.post("/v1/captions", json=body).status_code, range(14)))
+    assert statuses == [200] * 14
+    assert same.app.state.budget.held == 0
+
+
 def test_a_request_without_memory_is_told_so(client, asked, monkeypatch):
     def decode(*_):
         raise MemoryError
