@@ -7,6 +7,7 @@ is followed until it is let go for the latter. What a kernel allocates for itsel
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from sca.checkpoint import stored
 from sca.composition import build, parts
@@ -57,9 +59,9 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
 }
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
 LIMIT = 2**14  # regions an image: as far as is looked
-GUESSES = 12
 BLOCK = 512  # bytes: what allocators round to
 PLAIN = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
+PLACE = "layer_idx"  # what transformers calls a layer's place in a cache
 aten = torch.ops.aten
 CHOOSING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
@@ -172,28 +174,31 @@ def _two_way(model: SegmentCaptioner) -> list[TwoWayTransformer]:
     return [module for module in model.modules() if isinstance(module, TwoWayTransformer)]
 
 
-def _layers(encoder: nn.Module) -> list[nn.Module]:
-    """The members of stacks, of which many are alike."""
-    stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    return [layer for stack in stacks for layer in stack]
+def _layers(part: nn.Module) -> list[nn.Module]:
+    """The members of stacks, of which many are alike, but for those whose `forward` is not that of their class."""
+    stacks = [module for module in part.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return [layer for stack in stacks for layer in stack if "forward" not in vars(layer)]
 
 
 def _makeup(layer: nn.Module) -> tuple:
     """All that the cost of a layer depends on, apart from its input: equal for layers that differ in content only."""
     makeup = []
     for name, module in layer.named_modules():
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN) and key != PLACE}
         tensors = {**module._parameters, **module._buffers}
         shapes = [(key, None if each is None else (each.shape, each.dtype)) for key, each in tensors.items()]
         makeup.append((name, type(module), tuple(sorted(plain.items(), key=str)), tuple(shapes)))
     return tuple(makeup)
 
 
+def _place_in_cache(layer: nn.Module) -> int | None:
+    return next((vars(module)[PLACE] for module in layer.modules() if PLACE in vars(module)), None)
+
+
 def _is_new(result: Tensor, inputs: list[Tensor]) -> bool:
     """Whether a tensor is all of its storage, and shares it with no input."""
     storage = result.untyped_storage()
-    whole = result.is_contiguous() and storage.nbytes() == result.nbytes
-    return whole and all(storage._cdata != each.untyped_storage()._cdata for each in inputs)
+    return storage.nbytes() == result.nbytes and all(storage._cdata != each.untyped_storage()._cdata for each in inputs)
 
 
 def memory_of(gpu: str | float) -> float:
@@ -216,6 +221,8 @@ class _Cost:
     def __init__(self, model: SegmentCaptioner, dtype: torch.dtype):
         self.model = model
         self.dtype = dtype
+        self.layers = _layers(model.encoder) + _layers(model.language_model)
+        self.known: dict[Any, _Known] = {}
         self.drawn = FakeTensorMode(allow_non_fake_inputs=True)
 
     @torch.no_grad()
@@ -229,11 +236,12 @@ class _Cost:
         runs += [(chunk, 1) for chunk in others if len(chunk) < REGIONS]
         with self.drawn, Live() as live:
             self._weights()
-            stages = _Stages(live)
+            stages = _Stages(live, self.known)
             for module in _two_way(model):
                 module._through = stages.count_once(partial(TwoWayTransformer._through, module), id(module))
-            for layer in _layers(model.encoder):
-                layer.forward = stages.count_once(partial(type(layer).forward, layer), _makeup(layer))
+            for layer in self.layers:
+                run = partial(type(layer).forward, layer)
+                layer.forward = stages.count_once(run, _makeup(layer), _place_in_cache(layer))
             with stages("encode"):
                 features = model.encode(torch.empty(images, 3, size, size, dtype=self.dtype))
             prefixes, prepared = [], None
@@ -298,7 +306,7 @@ class _Cost:
         every_word = torch.ones(rows, words, dtype=torch.long)
         with self.drawn, Live() as live:
             self._weights()
-            stages = _Stages(live)
+            stages = _Stages(live, {})
             kept = [torch.empty(2, *p.shape) for p in model.parameters() if p.requires_grad]
             side = 4 * size // model.encoder.stride
             batch = Batch(
@@ -378,33 +386,77 @@ def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
         return list(index.nonzero(as_tuple=True))
 
 
-class _Stages:
-    """Operations and the most memory by stage; a stage that comes again, or several times, adds to the former."""
+Makeup = tuple[torch.Size, tuple[int, ...], torch.dtype]
+Added = list[list[tuple[torch.Size, torch.dtype]]]  # keys and values
 
-    def __init__(self, live: Live):
+
+def _makeup_of(tensor: Tensor) -> Makeup:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _empty(makeup: Makeup) -> Tensor:
+    shape, stride, dtype = makeup
+    return torch.empty_strided(shape, stride, dtype=dtype)
+
+
+@contextmanager
+def _recorded(caches: list[DynamicCache]) -> Iterator[Added]:
+    """What is added to caches meanwhile."""
+    added: Added = []
+
+    def update(original: Callable[..., Any], keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        added.append([(each.shape, each.dtype) for each in (keys, values)])  # which may be parts of a larger tensor
+        return original(keys, values, *args, **kwargs)
+
+    for cache in caches:
+        cache.update = partial(update, cache.update)
+    try:
+        yield added
+    finally:
+        for cache in caches:
+            del cache.update
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The cost of a call that was run. extra: the most bytes at once, beyond those before. added: to a cache."""
+
+    flops: int
+    extra: int
+    structure: Any
+    results: list[Makeup]
+    added: Added
+
+
+class _Stages:
+    """Operations and the most memory by stage; a stage that comes again, or several times, adds to the former.
+
+    known: the cost of calls, by all that it depends on; several of these may share it.
+    """
+
+    def __init__(self, live: Live, known: dict[Any, _Known]):
         self.live = live
+        self.known = known
         self.flops: dict[str, int] = {}
         self.memory: dict[str, int] = {}
         self.counter = FlopCounterMode(display=False)
         self.repeated = 0  # operations of calls that were counted without being run
-        self.known: dict[Any, tuple[int, int, Any, list[tuple[torch.Size, torch.dtype]]]] = {}
 
     @contextmanager
     def __call__(self, stage: str, times: int = 1) -> Iterator[None]:
         self.live.peak = self.live.now
-        self.repeated = 0
-        with FlopCounterMode(display=False) as self.counter:
+        with self.aside() as counted:
             yield
-        total = self.counter.get_total_flops() + self.repeated
-        self.flops[stage] = self.flops.get(stage, 0) + times * total
+        self.flops[stage] = self.flops.get(stage, 0) + times * counted[0]
         self.memory[stage] = max(self.memory.get(stage, 0), self.live.peak)
 
-    def count_once(self, run: Callable[..., Any], alike: Any) -> Callable[..., Any]:
+    def count_once(self, run: Callable[..., Any], alike: Any, place: int | None = None) -> Callable[..., Any]:
         """Wrap a function so that of all alike calls with the same shapes only the first runs.
 
         Args:
             run: takes and returns tensors without content. Its cost must depend on shapes only.
             alike: equal for functions with the same cost.
+            place: which layer of a cache of keys and values the function adds to, if it takes one.
 
         Returns:
             A function with the same cost at every call: operations, the most memory meanwhile, and its result.
@@ -413,35 +465,45 @@ class _Stages:
         def call(*args: Any, **kwargs: Any) -> Any:
             leaves, structure = tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-            shapes = tuple((*each.shape, *each.stride(), each.dtype) for each in tensors)
-            if not all(isinstance(each, PLAIN) for each in others):
+            caches = [leaf for leaf in leaves if isinstance(leaf, DynamicCache)]
+            plain = [leaf for leaf in leaves if isinstance(leaf, PLAIN)]
+            if len(tensors) + len(plain) + len(caches) < len(leaves) or len(caches) > (place is not None):
                 return run(*args, **kwargs)
-            key = (alike, str(structure), shapes, tuple(others))
+            shapes = tuple(map(_makeup_of, tensors))
+            key = (alike, str(structure), shapes, tuple(plain), *(cache.get_seq_length(place) for cache in caches))
             if key in self.known:
-                flops, extra, found, results = self.known[key]
-                self.repeated += flops
-                self.live.peak = max(self.live.peak, self.live.now + extra)
-                return tree_unflatten([torch.empty(shape, dtype=dtype) for shape, dtype in results], found)
+                return self._repeat(self.known[key], caches, place)
             before, start, peak = self.counter.get_total_flops() + self.repeated, self.live.now, self.live.peak
             self.live.peak = start
-            given = run(*args, **kwargs)
-            cost = (self.counter.get_total_flops() + self.repeated - before, self.live.peak - start)
+            with _recorded(caches) as added:
+                given = run(*args, **kwargs)
+            flops, extra = self.counter.get_total_flops() + self.repeated - before, self.live.peak - start
             self.live.peak = max(peak, self.live.peak)
             results, found = tree_flatten(given)
             if all(isinstance(each, Tensor) and _is_new(each, tensors) for each in results):
-                self.known[key] = (*cost, found, [(each.shape, each.dtype) for each in results])
+                self.known[key] = _Known(flops, extra, found, [*map(_makeup_of, results)], added)
             return given
 
         return call
+
+    def _repeat(self, known: _Known, caches: list[DynamicCache], place: int | None) -> Any:
+        self.repeated += known.flops
+        self.live.peak = peak = max(self.live.peak, self.live.now + known.extra)
+        for cache in caches:
+            for pair in known.added:
+                cache.update(*(torch.empty(shape, dtype=dtype) for shape, dtype in pair), place)
+        results = tree_unflatten([_empty(each) for each in known.results], known.structure)
+        assert self.live.peak == peak, "what a call leaves is part of what it needs"
+        return results
 
     @contextmanager
     def aside(self) -> Iterator[list[int]]:
         """Operations that are no stage of their own."""
         counted: list[int] = []
-        with FlopCounterMode(display=False) as counter:
+        self.repeated = 0
+        with FlopCounterMode(display=False) as self.counter:
             yield counted
-        counted.append(counter.get_total_flops())
+        counted.append(self.counter.get_total_flops() + self.repeated)
 
 
 def _asked(images: int, regions: int, size: int) -> Prompts:
@@ -453,19 +515,21 @@ def _asked(images: int, regions: int, size: int) -> Prompts:
 def _most(memory: Callable[[int], int], room: int) -> int | None:
     """How many regions an image may have, by the memory that so many need; None if `LIMIT` fit, and 0 if none does.
 
-    Memory grows with regions in pieces that are straight, so that a guess between two counts is mostly a good one.
+    At most 2 % more would not fit. Memory grows with regions in pieces that are straight, so that a guess between two
+    counts that are near each other is mostly a good one.
     """
-    low, high = (0, 0), (1, memory(1))  # counts and what they need: the former fits, the latter does not
-    while high[1] <= room:
-        low = high
-        if low[0] >= LIMIT:
-            return None
-        high = (2 * low[0], memory(2 * low[0]))
-    for _ in range(GUESSES):
-        if high[0] - low[0] <= 1:
-            break
-        share = (room - low[1]) / max(high[1] - low[1], 1) if low[0] else 0.5
-        guess = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + 1), high[0] - 1)
+    low, high = (1, memory(1)), (LIMIT, memory(LIMIT))  # counts and what they need
+    if high[1] <= room:
+        return None
+    if low[1] > room:
+        return 0
+    while (gap := high[0] - low[0]) > 1 + low[0] // 50:
+        if high[0] > 2 * low[0]:
+            guess = math.isqrt(low[0] * high[0])
+        else:
+            share = (room - low[1]) / max(high[1] - low[1], 1)
+            guess = low[0] + round(min(max(share, 1 / 16), 15 / 16) * gap)
+        guess = min(max(guess, low[0] + 1), high[0] - 1)
         found = (guess, memory(guess))
         low, high = (found, high) if found[1] <= room else (low, found)
     return low[0]

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 from sca_bench.memory import compare
 from sca_registry.spec import ModelSpec
-from tiny import tiny
+from tiny import SAM, tiny
 
 import sca
-from sca.plan import plan
+from sca.nn.two_way import TwoWayTransformer
+from sca.plan import LIMIT, _most, _Stages, plan
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -56,12 +57,35 @@ def test_what_trains_is_counted(name):
     assert plan(spec_of(name), regions=1, words=1).trainable == trained
 
 
-@pytest.mark.parametrize(("regions", "train", "room"), [(1, True, 0.15), (100, False, 0.25)])
-def test_the_most_regions_that_fit_do_fit_and_more_do_not(regions, train, room):
-    most = plan(spec_of("middle"), regions=regions, words=WORDS, gpu=room, train=train).most_regions
+@pytest.mark.parametrize(
+    ("name", "train", "room"), [pytest.param("tiny", True, 0.05, marks=pytest.mark.all), ("middle", False, 0.25)]
+)
+def test_the_most_regions_that_fit_do_fit_and_more_do_not(name, train, room):
+    found = plan(spec_of(name), regions=1, words=WORDS, gpu=room, train=train)
+    most = found.most_regions
     assert most > 8
-    assert plan(spec_of("middle"), regions=most, words=WORDS, gpu=room, train=train).fits
-    assert not plan(spec_of("middle"), regions=most + 1 + most // 50, words=WORDS, gpu=room, train=train).fits
+    fitting, larger = (
+        plan(spec_of(name), regions=number, words=WORDS, train=train, on_gpu=True)
+        for number in (most, most + 2 + most // 50)
+    )
+    assert fitting.peak <= found.room < larger.peak
+
+
+@pytest.mark.parametrize("memory", [lambda n: 7 * n, lambda n: 2000 + min(n, 64) * 900 + n, lambda n: n * n])
+@pytest.mark.parametrize("most", [1, 2, 8, 63, 1000, 16000])
+def test_the_search_for_the_most_regions_is_exact_to_two_percent_and_short(memory, most):
+    asked = []
+    found = _most(lambda number: asked.append(number) or memory(number), memory(most))
+    assert 0.98 * most <= found <= most
+    assert len(asked) <= 20
+
+
+def test_the_search_for_the_most_regions_ends_at_once_if_none_or_all_fit():
+    assert _most(lambda number: number, 0) == 0
+    assert _most(lambda number: number, LIMIT) is None
+
+
+def test_a_gpu_that_is_too_small_holds_no_region():
     none = plan(spec_of("middle"), words=WORDS, gpu=0.01)
     assert (none.fits, none.most_regions) == (False, 0)
 
@@ -79,6 +103,27 @@ def test_chunks_beyond_the_first_are_counted_without_being_run():
     row = compare(spec_of("tiny"), 2, 100, WORDS)
     assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
     assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
+
+
+SAM_MODEL = {
+    "encoder": {"name": "sam", "pretrained": False, "config": SAM},
+    "mixer": {"name": "query", "depth": 2, "heads": 4, "mlp": 48},
+    "language_model": {**LM, "config": tiny("llama")},
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, "sam"])
+def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
+    spec = ModelSpec.from_dict({**MODELS, "sam": SAM_MODEL}[name])
+    monkeypatch.setattr(TwoWayTransformer, "together", 1)  # a step for each region
+    calls = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
+    found = plan(spec, regions=5, words=WORDS)
+    quick = len(calls)
+    monkeypatch.setattr(_Stages, "count_once", lambda self, run, *_: run)
+    assert plan(spec, regions=5, words=WORDS) == found
+    assert quick < 0.8 * (len(calls) - quick)
 
 
 def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_folder, tmp_path):
@@ -110,7 +155,7 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"]["mixer"] == 19_088_512
     assert told["fits"] is True
-    assert told["most_regions"] > 4
+    assert told["most_regions"] is None  # chunks and pieces keep what any number of regions needs small
     assert cli.run(["plan", "sca-tiny", "--gpu", "24"]) == 0
     assert "this fits; 16,384 regions" in capsys.readouterr().out
     for wrong, told in (
