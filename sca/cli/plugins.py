@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +14,7 @@ import typer
 from sca.cli.options import complain, print_line, read_options
 
 if TYPE_CHECKING:
-    from sca.conformance import Finding
-
-VERDICT = "sca verdict: "
+    from sca_registry.registry import Entry
 
 app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -60,6 +54,7 @@ def check(
     from sca_registry.plugins import BUILTIN
 
     from sca.conformance import check as try_out
+    from sca.conformance.verdict import summarize_broken
 
     parts = registry(kind)
     given = {**parts.card(name).small, **read_options(options or ())}
@@ -70,7 +65,7 @@ def check(
             print_line(str(finding))
     print_line(f"{len(findings) - broken} of {len(findings)} promises kept")
     if not options and parts.describe(name).distribution != BUILTIN:
-        parts.judge(name, _told(kind, name, findings))
+        parts.judge(name, summarize_broken(kind, name, findings))
     raise typer.Exit(1 if broken else 0)
 
 
@@ -84,8 +79,6 @@ def doctor(
 
     Every part of a plugin is tried in a process of its own, as `sca check` does. Exit status 1 if something is broken.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from sca_registry import REGISTRIES
 
     from sca import repair
@@ -114,8 +107,7 @@ def doctor(
         for parts, entry in entries
         if entry.distribution != BUILTIN and entry.name in parts and not entry.state.startswith("needs extra")
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as together:
-        problems = list(together.map(lambda each: _try(each[1].kind, each[1].name, timeout), foreign))
+    problems = _try_parts([entry for _, entry in foreign], timeout)
     judged = [parts.judge(entry.name, *told) for (parts, entry), told in zip(foreign, problems, strict=True)]
     tried = {(entry.kind, entry.name): entry for entry in judged}
     found: dict[str, list[Any]] = {}
@@ -185,80 +177,36 @@ def _strange_groups() -> list[str]:
     ]
 
 
-def _try(kind: str, name: str, timeout: float) -> tuple[str, str]:
-    """What is wrong with a part, tried in a process of its own, or ""; and what is to be said of it besides."""
-    program = "import sys; from sca.cli.plugins import trial; trial(*sys.argv[1:])"
-    command = [sys.executable, "-c", program, kind, name]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True) as child:
-        try:
-            out, err = child.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return f"it takes more than {timeout:g} s to be imported and tried", ""
-        finally:
-            _end(child)
-    for line in out.splitlines():
-        if line.startswith(VERDICT):
-            return tuple(json.loads(line.removeprefix(VERDICT)))
-    last = (err.strip().splitlines() or ["it said nothing"])[-1]
-    return f"Python ended with status {child.returncode} while it was tried: {last}", ""
+def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]]:
+    """Try parts, each in a process of its own.
 
+    Args:
+        entries: Parts, by kind and name.
+        timeout: Seconds for each, without what this package itself imports.
 
-def _end(child: subprocess.Popen) -> None:
-    """The process and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL) if os.name == "posix" else child.kill()
-
-
-def trial(kind: str, name: str) -> None:
-    """Prints what is wrong with a part, and what is to be said besides. One that cannot be built from its card alone,
-    or refuses to be with a ValueError, is only imported.
+    Returns:
+        For each what is wrong with it, or "", and what is to be said besides.
     """
-    from sca_registry import RegistryError, registry
-    from sca_registry.options import REQUIRED
+    from tempfile import TemporaryDirectory
 
-    from sca.conformance import check as try_out
+    from sca.launchers.local import Local
+    from sca.launchers.task import Task
 
-    parts = registry(kind)
-    small = parts.card(name).small
-    problem = note = ""
-    try:
-        factory = parts.get(name)
-        options = parts.describe(name).options
-        missing = [option for option, value in options.items() if value is REQUIRED and option not in small]
-        if missing or (options.get("weights") and not small):
-            note = f"imported, not tried: it needs {', '.join(missing) or 'its weights'}"
-        else:
-            findings = try_out(kind, name, **small)
-            problem = _told(kind, name, findings)
-            refused = refusal(kind, factory, small) if len(findings) == 1 else None
-            if isinstance(refused, ValueError):  # a person's mistake, not the part's
-                problem, note = "", f"imported, not tried: {refused}"
-    except RegistryError as error:
-        problem = str(error)
-    print(f"{VERDICT}{json.dumps([problem, note])}", flush=True)
+    with TemporaryDirectory() as scratch:
+        tasks = []
+        for number, entry in enumerate(entries):
+            config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
+            tasks.append(Task(str(number), "sca.conformance.verdict:try_part", config, f"{scratch}/{number}", timeout))
+        made = {outcome.task.key: outcome.made for outcome in Local(os.cpu_count() or 1).map(tasks)}
+    return [_read_verdict(made.get(task.key)) for task in tasks]
 
 
-def refusal(kind: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Exception | None:
-    """What a factory raises for its options."""
-    from sca_registry import registry
-
-    from sca.conformance.trials import TRIALS, Trial
-
-    try:
-        factory(*TRIALS.get(registry(kind).kind.plural, Trial).upstream, **options)
-    except Exception as error:
-        return error
-    return None
-
-
-def _told(kind: str, name: str, findings: list[Finding]) -> str:
-    """The promises that are broken, in a line; "" if there are none."""
-    from sca_registry.states import BREAKS
-
-    broken = [finding for finding in findings if not finding.passed]
-    names = ", ".join(finding.check for finding in broken)
-    return f"{BREAKS} ({names}). {broken[0].found} `sca check {kind} {name}` tells more" if broken else ""
+def _read_verdict(made: Mapping[str, Any] | None) -> tuple[str, str]:
+    if made is None:
+        return "the process that tried it was killed", ""
+    if "problem" in made:
+        return made["problem"], made["note"]
+    return f"the process that tried it failed: {made['reason']}", ""
 
 
 def _machine() -> list[tuple[str, str]]:
