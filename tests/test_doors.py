@@ -48,7 +48,8 @@ def client(model):
 
     from sca.serve.hosted import Hosted
 
-    with TestClient(Hosted("sca-tiny").application(sca.Predictor(model))) as client:
+    app = Hosted("sca-tiny").application(sca.Predictor(model))
+    with TestClient(app, base_url="http://localhost") as client:
         yield client
 
 

@@ -210,7 +210,7 @@ def watch(allowed: list[Path], folder: Path) -> Callable[[str, tuple[Any, ...]],
             full = str(Path(path).absolute()) if "\0" not in path else path
             if writes and full.startswith(f"{folder}/"):
                 SEEN.append(f"write {full}")
-            elif not full.startswith((*reads, "/proc/", "/sys/", "/dev/")):
+            elif not f"{full}/".startswith((*reads, "/proc/", "/sys/", "/dev/")):
                 SEEN.append(f"open {full!r:.200} {mode}")
         elif event in ("import", "compile", "exec"):
             text = f"{arguments!r:.4000}"
