@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 from sca_bench import choice, readme
+from sca_bench.markers import read_between
 
 from sca import cli
 
@@ -103,8 +104,7 @@ def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
 
 
 def test_the_table_is_the_one_that_the_measured_results_give():
-    _, _, rest = TEXT.partition(readme.START)
-    shown = rest.partition(readme.END)[0].strip()
+    shown = read_between(TEXT, readme.START, readme.END)
     reports = readme.read_reports(ROOT / "benchmarks" / "results")
     assert shown == (readme.table(reports) if reports else ""), "run: make results"
 
@@ -137,8 +137,6 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
         readme.main(str(page), str(tmp_path))
 
 
-@pytest.mark.all
 def test_the_table_of_combinations_is_what_is_planned():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
-    _, _, rest = TEXT.partition(choice.START)
-    assert rest.partition(choice.END)[0].strip() == choice.table(), "run: make choice"
+    assert read_between(TEXT, choice.START, choice.END) == choice.table(), "run: make choice"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sca_bench.markers import replace_between
+from sca_bench.markers import write_between
 from sca_bench.timing import STAGES
 
 from sca.io.atomic import write_file
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if rows:
             write_file(kept, encode_lines(rows))
         for page, content in ((given.guide, tables(rows)), (given.readme, headline(rows))):
-            write_file(page, replace_between(page.read_text("utf-8"), START, END, content))
+            write_between(page, START, END, content)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(rows)} rows in {kept}; wrote {given.guide} and {given.readme}")

@@ -12,8 +12,8 @@ import torch
 from sca_registry import registry
 from sca_registry.spec import ModelSpec
 
-from sca.io.atomic import write_file
 from sca.plan import GIB, plan
+from sca_bench.markers import write_between
 
 START, END = "<!-- choice -->", "<!-- /choice -->"
 REGIONS = 32
@@ -58,12 +58,10 @@ def _giga(count: float) -> str:
 
 
 def main(readme: str = "README.md") -> None:
-    text = Path(readme).read_text("utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        sys.exit(f"error: {readme} has no {START} with {END} behind it")
-    write_file(Path(readme), f"{before}{start}\n{table()}\n{end}{after}")
+    try:
+        write_between(Path(readme), START, END, table())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

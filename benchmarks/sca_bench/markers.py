@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from sca.io.atomic import write_file
+
 
 def replace_between(text: str, start: str, end: str, content: str) -> str:
     """Return the text with `content` between the first `start` and the `end` after it.
@@ -15,6 +19,18 @@ def replace_between(text: str, start: str, end: str, content: str) -> str:
         raise ValueError(f"the page has no {start} with {end} behind it")
     middle = f"\n{content}\n" if content else "\n"
     return f"{before}{start}{middle}{end}{after}"
+
+
+def write_between(page: Path, start: str, end: str, content: str) -> None:
+    """Write a page again with `content` between its markers.
+
+    Raises:
+        ValueError: The page lacks the markers.
+    """
+    try:
+        write_file(page, replace_between(page.read_text("utf-8"), start, end, content))
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from error
 
 
 def read_between(text: str, start: str, end: str) -> str:

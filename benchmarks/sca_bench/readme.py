@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sca.io.atomic import write_file
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
+from sca_bench.markers import write_between
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {
@@ -74,12 +74,7 @@ def write(readme: Path, folder: Path) -> None:
         raise ValueError(
             f"no report in {folder}: write one with sca evaluate MODEL DATASET --json > {folder}/NAME.json"
         )
-    text = readme.read_text("utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{readme} has no {START} with {END} behind it")
-    write_file(readme, f"{before}{start}\n{table(reports)}\n{end}{after}")
+    write_between(readme, START, END, table(reports))
 
 
 def main(readme: str = "README.md", folder: str = "benchmarks/results") -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from sca.io.atomic import write_file
 from sca_bench.two_stages import FEW, MANY, METRICS, WAYS
 
-SHOWN = ("cider-d", "attributes/all", "mask-iou/mean")
+SHOWN = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
 
 
 def differences(folders: Mapping[tuple[str, int], Path], other: str, seeds: Sequence[int]) -> dict[str, list[float]]:
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: the mean of each score by way, and what the first way has above the others."""
-    rows = [f"| | {' | '.join(SHOWN)} |", "| --- |" + " ---: |" * len(SHOWN)]
+    rows = [f"| | {' | '.join(SHOWN.values())} |", "| --- |" + " ---: |" * len(SHOWN)]
     for way, scores in results["scores"].items():
         rows.append(f"| {way} | {' | '.join(f'{np.mean([each[name] for each in scores]):.3f}' for name in SHOWN)} |")
     for way, found in results["differences"].items():
