@@ -13,6 +13,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from sca.evaluation.intervals import Sums, resample
+from sca.evaluation.metrics.meteor import PROGRAM, alignments
 from sca.evaluation.scoring import resamplable
 from sca.evaluation.texts import PUNCTUATION, lacks_java, pairs, tokenise
 
@@ -166,6 +167,19 @@ def test_meteor_takes_empty_captions_bars_and_emoji():
     assert found[0] == 0
     assert found[3] == pytest.approx(1)
     assert (found[1:3] > 0.2).all()
+
+
+@needs_java
+def test_the_program_of_meteor_is_kept_and_replaced_when_it_has_ended():
+    expected = alignments(["a dog"], [["a dog"]])
+    kept = PROGRAM._process
+    assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
+    assert PROGRAM._process is kept
+    kept.kill()
+    kept.wait()
+    assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
+    with pytest.raises(ValueError, match="METEOR gave 0 answers for 1 captions: "):
+        PROGRAM.ask(["no such command"])
 
 
 def test_wrong_words_for_the_protocol_are_refused():

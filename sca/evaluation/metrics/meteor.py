@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import subprocess
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
+from typing import IO
 
 import numpy as np
 from sca_registry.contracts import Scores
@@ -50,22 +53,70 @@ def alignments(captions: Sequence[str], references: Sequence[Sequence[str]]) -> 
         " ||| ".join(("SCORE", *map(_plain, each), _plain(caption)))
         for caption, each in zip(captions, references, strict=True)
     ]
-    command = java("-jar", str(jar("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as program:
-        writer = threading.Thread(target=_write, args=(program.stdin, lines), daemon=True)
-        listener = threading.Thread(target=lambda: said.append(program.stderr.read()), daemon=True)
-        said: list[bytes] = []
-        writer.start()
-        listener.start()
-        told = program.stdout.read().decode("utf-8").splitlines()
-        writer.join()
-        listener.join()
-    figures = [line.split() for line in told if line]
-    if len(figures) != len(lines) or any(len(each) != FIGURES for each in figures):
-        last = b"".join(said).decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-        raise ValueError(f"METEOR gave {len(figures)} answers for {len(lines)} captions: {last[0]}")
+    figures = [answer.split() for answer in PROGRAM.ask(lines)]
     return np.array(figures, dtype=float).reshape(-1, FIGURES)
+
+
+class Program:
+    """METEOR's own program. It takes seconds to start, so it is started once and kept for later captions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._last_error = b""
+
+    def ask(self, lines: Sequence[str]) -> list[str]:
+        """Return the program's answer to each line.
+
+        Raises:
+            ValueError: Java is absent, or the program fails.
+        """
+        asked = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
+        with self._lock:
+            if not self._is_running():
+                self._start()
+            assert self._process
+            assert self._process.stdin
+            assert self._process.stdout
+            writer = threading.Thread(target=_write, args=(self._process.stdin, asked), daemon=True)
+            writer.start()
+            answers = [self._process.stdout.readline().decode("utf-8") for _ in lines]
+            writer.join()
+            answered = [len(answer.split()) == FIGURES for answer in answers]
+            if not all(answered):
+                self._end()
+                said = self._last_error.decode("utf-8", "replace") or "it said nothing"
+                raise ValueError(f"METEOR gave {sum(answered)} answers for {len(lines)} captions: {said}")
+        return answers
+
+    def _is_running(self) -> bool:
+        ours = self._process is not None and self._owner == os.getpid()  # a forked process shares its parent's pipes
+        return ours and self._process.poll() is None
+
+    def _start(self) -> None:
+        command = java("-jar", str(jar("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is for whoever asks
+        self._process, self._owner, self._last_error = process, os.getpid(), b""
+        self._listener = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
+        self._listener.start()
+        atexit.register(self._end)
+
+    def _listen(self, errors: IO[bytes]) -> None:
+        for line in errors:
+            self._last_error = line.strip() or self._last_error
+
+    def _end(self) -> None:
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+            self._listener.join()
+        self._process = None
+        atexit.unregister(self._end)
+
+
+PROGRAM = Program()
 
 
 def meteor(figures: np.ndarray) -> np.ndarray:
@@ -101,9 +152,9 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|||", " ").split())
 
 
-def _write(stream, lines: Iterable[str]) -> None:
+def _write(stream: IO[bytes], content: bytes) -> None:
     try:
-        with stream:
-            stream.writelines(f"{line}\n".encode() for line in lines)
+        stream.write(content)
+        stream.flush()
     except BrokenPipeError:  # the program has ended; what it said is read elsewhere
         pass
