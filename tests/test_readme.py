@@ -133,7 +133,11 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
     with pytest.raises(SystemExit, match="error: no report in"):
         readme.main(str(page), str(tmp_path))
     (tmp_path / "results.json").write_text('{"scores": {}}', "utf-8")
-    with pytest.raises(SystemExit, match=r"error: .* has no <!-- results -->"):
+    with pytest.raises(SystemExit, match=r"error: .*results.json is not what `sca evaluate --json` prints"):
+        readme.main(str(page), str(tmp_path))
+    report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7, "scores": {}}
+    (tmp_path / "results.json").write_text(json.dumps(report), "utf-8")
+    with pytest.raises(SystemExit, match=r"error: .*README.md: the page has no <!-- results -->"):
         readme.main(str(page), str(tmp_path))
 
 

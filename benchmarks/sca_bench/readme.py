@@ -31,6 +31,7 @@ COLUMNS = {
     "region-sensitivity/caption": "caption follows the prompt",
     "region-sensitivity/recognition": "class follows the prompt",
 }
+FIELDS = {"model", "dataset", "split", "prompt", "images", "regions", "scores"}
 SHARES = {name for name in COLUMNS if name != "mask-iou/mean"}
 
 
@@ -40,7 +41,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         found = read_json(path)
         for report in found if isinstance(found, list) else [found]:
-            if not isinstance(report, dict) or "scores" not in report:
+            if not isinstance(report, dict) or not report.keys() >= FIELDS:
                 raise ValueError(f"{path} is not what `sca evaluate --json` prints, nor a list of it")
             reports.append(report)
     return reports
