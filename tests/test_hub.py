@@ -66,6 +66,7 @@ def test_what_was_pulled_is_used_without_a_network(shell, hub, tmp_path):
     assert not list((tmp_path / "cache").rglob("flax_model.msgpack"))
 
 
+@pytest.mark.all
 def test_what_was_not_pulled_is_fetched_when_it_is_used(shell, hub):
     assert shell(sys.executable, "-c", LOAD)[0] == 0
     assert any("model.safetensors" in request for request in hub.requests)
@@ -183,6 +184,7 @@ def test_of_a_repository_with_several_formats_only_the_wanted_one_is_pulled(shel
     assert here == ["config.json", "open_clip_config.json", "open_clip_model.safetensors"]
 
 
+@pytest.mark.all
 def test_terms_of_a_source_are_said_before_it_is_fetched(shell, hub, tmp_path):
     folder = tmp_path / "mae"
     folder.mkdir()

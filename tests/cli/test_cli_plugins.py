@@ -46,7 +46,9 @@ def site(tmp_path):
 NAMES = {"segmenter": "regions", "dataset": "sample", "proposer": "prompt", "mixer": "v1.2"}  # that could be confused
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "mixer" else pytest.param(kind, marks=pytest.mark.all) for kind in KINDS]
+)
 def test_a_new_plugin_installs_is_listed_and_keeps_its_promises_as_it_is(kind, site, tmp_path):
     name = NAMES.get(kind, "my-part")
     distribution = f"sca-{name.replace('.', '-')}"
@@ -64,6 +66,7 @@ def test_a_new_plugin_installs_is_listed_and_keeps_its_promises_as_it_is(kind, s
     assert row["state"] == "ok"
 
 
+@pytest.mark.all  # tests/test_readme.py does the same with the plugin of the README
 def test_the_whole_way_from_a_new_plugin_to_captions(site, tmp_path):
     from PIL import Image
 

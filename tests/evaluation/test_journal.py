@@ -93,7 +93,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
     assert not asked  # all is there
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.all)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.all)])
 def test_kill_9_at_any_moment_leaves_what_an_uninterrupted_run_leaves(tmp_path, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):

@@ -114,6 +114,7 @@ def test_sixteen_scenes_are_learned_by_heart_in_two_hundred_steps(learned):
     assert iou > MASK_IOU
 
 
+@pytest.mark.all
 def test_captions_permuted_among_the_regions_are_not_told_truly(learned):
     """Words reach a region only through its own prompt.
 

@@ -122,7 +122,7 @@ def alone(tmp_path_factory):
     return history(folder / "one"), load_file(folder / "one/model/weights.safetensors")
 
 
-USUAL = ("pieces of a step", "accelerate", "two that share out what trains")  # the others in `make test-all`
+USUAL = ("pieces of a step", "accelerate")  # the others in `make test-all`
 
 
 @pytest.mark.parametrize("way", [way if way in USUAL else pytest.param(way, marks=pytest.mark.all) for way in WAYS])
@@ -183,6 +183,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tm
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+@pytest.mark.all
 def test_several_processes_validate_one_model_whose_encoder_has_statistics_of_its_batches(run, tmp_path):
     (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 2\nlimit = 4\n")
     trained = 'trainable=["encoder", "mixer", "projection", "task_tokens"]'
