@@ -170,16 +170,24 @@ def test_meteor_takes_empty_captions_bars_and_emoji():
 
 
 @needs_java
-def test_the_program_of_meteor_is_kept_and_replaced_when_it_has_ended():
+def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypatch):
     expected = alignments(["a dog"], [["a dog"]])
     kept = PROGRAM._process
     assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
     assert PROGRAM._process is kept
-    kept.kill()
-    kept.wait()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PROGRAM, "_exchange", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            alignments(["a cat"], [["a dog"]])
+    assert kept.poll() is not None
     assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
-    with pytest.raises(ValueError, match="METEOR gave 0 answers for 1 captions: "):
-        PROGRAM.ask(["no such command"])
+    with pytest.raises(ValueError, match="METEOR returned 0 results for 1 captions: "):
+        PROGRAM.score(["no such command"])
+    assert PROGRAM._process is None
 
 
 def test_wrong_words_for_the_protocol_are_refused():

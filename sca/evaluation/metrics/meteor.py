@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import IO
 
@@ -53,53 +54,61 @@ def alignments(captions: Sequence[str], references: Sequence[Sequence[str]]) -> 
         " ||| ".join(("SCORE", *map(_plain, each), _plain(caption)))
         for caption, each in zip(captions, references, strict=True)
     ]
-    figures = [answer.split() for answer in PROGRAM.ask(lines)]
+    figures = [output.split() for output in PROGRAM.score(lines)]
     return np.array(figures, dtype=float).reshape(-1, FIGURES)
 
 
 class Program:
-    """METEOR's own program. It takes seconds to start, so it is started once and kept for later captions."""
+    """METEOR's own program, which takes seconds to start: started by the first call and kept for later ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
         self._last_error = b""
 
-    def ask(self, lines: Sequence[str]) -> list[str]:
-        """Return the program's answer to each line.
+    def score(self, lines: Sequence[str]) -> list[str]:
+        """Return the program's output for each input line.
 
         Raises:
             ValueError: Java is absent, or the program fails.
         """
-        asked = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
+        content = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
         with self._lock:
-            if not self._is_running():
-                self._start()
-            assert self._process
-            assert self._process.stdin
-            assert self._process.stdout
-            writer = threading.Thread(target=_write, args=(self._process.stdin, asked), daemon=True)
-            writer.start()
-            answers = [self._process.stdout.readline().decode("utf-8") for _ in lines]
-            writer.join()
-            answered = [len(answer.split()) == FIGURES for answer in answers]
-            if not all(answered):
+            if self._process is None or self._process.poll() is not None:
                 self._end()
-                said = self._last_error.decode("utf-8", "replace") or "it said nothing"
-                raise ValueError(f"METEOR gave {sum(answered)} answers for {len(lines)} captions: {said}")
-        return answers
+                self._start()
+            try:
+                outputs = self._exchange(content, len(lines))
+                complete = sum(len(output.split()) == FIGURES for output in outputs)
+                if complete < len(lines):
+                    self._end()
+                    reason = self._last_error.decode("utf-8", "replace") or "it printed no reason"
+                    raise ValueError(f"METEOR returned {complete} results for {len(lines)} captions: {reason}")
+            except BaseException:  # also of Ctrl-C: what is still in its pipes would be taken for later results
+                self._end()
+                raise
+        return outputs
 
-    def _is_running(self) -> bool:
-        ours = self._process is not None and self._owner == os.getpid()  # a forked process shares its parent's pipes
-        return ours and self._process.poll() is None
+    def forget(self) -> None:
+        """Leave the program to the process that this one was forked from."""
+        self.__init__()
+
+    def _exchange(self, content: bytes, count: int) -> list[str]:
+        assert self._process
+        assert self._process.stdin
+        assert self._process.stdout
+        writer = threading.Thread(target=_write, args=(self._process.stdin, content), daemon=True)
+        writer.start()
+        outputs = [self._process.stdout.readline().decode("utf-8") for _ in range(count)]
+        writer.join()
+        return outputs
 
     def _start(self) -> None:
         command = java("-jar", str(jar("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is for whoever asks
-        self._process, self._owner, self._last_error = process, os.getpid(), b""
-        self._listener = threading.Thread(target=self._listen, args=(process.stderr,), daemon=True)
+        self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is not meant for it
+        self._last_error = b""
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
         atexit.register(self._end)
 
@@ -108,15 +117,21 @@ class Program:
             self._last_error = line.strip() or self._last_error
 
     def _end(self) -> None:
-        if self._process is not None and self._owner == os.getpid():
-            self._process.kill()
-            self._process.wait()
-            self._listener.join()
-        self._process = None
         atexit.unregister(self._end)
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with suppress(BrokenPipeError):
+                stream.close()
+        self._process = None
 
 
 PROGRAM = Program()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=PROGRAM.forget)
 
 
 def meteor(figures: np.ndarray) -> np.ndarray:
