@@ -19,11 +19,12 @@ from sca_bench.timing import STAGES
 
 from sca.io.atomic import write_file
 from sca.io.journal import encode_lines
+from sca.io.text import escape_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 GIB = 2**30
-REQUIRED = ("key", "part", "label", "state", "reason", "environment")
+REQUIRED = ("key", "part", "label", "config", "state", "reason", "environment")
 Row = Mapping[str, Any]
 
 
@@ -39,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = given.results / "rows.jsonl"
     try:
         rows = merge(read_rows(kept) if kept.is_file() else [], *(read_rows(file) for file in find_files(given.paths)))
+        pages = {given.guide: tables(rows), given.readme: headline(rows)}
         given.results.mkdir(parents=True, exist_ok=True)
         if rows:
             write_file(kept, encode_lines(rows))
-        for page, content in ((given.guide, tables(rows)), (given.readme, headline(rows))):
+        for page, content in pages.items():
             write_between(page, START, END, content)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -77,8 +79,10 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or any(key not in row for key in REQUIRED):
-            raise ValueError(f"{path}, line {number} is not a row of run.sh; a row has {', '.join(REQUIRED)}")
+        if not isinstance(row, dict) or any(key not in row for key in REQUIRED) or not row["environment"].get("device"):
+            raise ValueError(
+                f"{path}, line {number} is not a row of run.sh; a row has {', '.join(REQUIRED)} with a device"
+            )
         rows.append(row)
     return rows
 
@@ -105,17 +109,17 @@ def tables(rows: Sequence[Row]) -> str:
 
 def headline(rows: Sequence[Row]) -> str:
     """Return the sentence of the README; empty without a GPU run."""
-    told = []
+    sentences = []
     for row in rows:
         for each in row.get("ratios", ()):
             if row["part"] == "published" and each["what"] == "captions, encoding included":
-                told.append(
+                sentences.append(
                     f"On one {_device_of(row)}, {row['label'].removeprefix('captions: ')} with random weights captions "
                     f"{each['ours']:,.0f} regions/s, encoding included; the published procedure in the same process "
-                    f"{each['beside']:,.0f} ({each['ours'] / each['beside']:.1f}x). All rows: "
+                    f"{each['published']:,.0f} ({each['ours'] / each['published']:.1f}x). All rows: "
                     "[benchmarks](benchmarks/README.md#on-a-gpu)."
                 )
-    return "\n\n".join(told)
+    return "\n\n".join(sentences)
 
 
 def _device_of(row: Row) -> str:
@@ -135,7 +139,10 @@ def _device(device: str, rows: Sequence[Row]) -> str:
             parts.append(f"{title}\n\n{_table(heads, body)}")
     failed = [row for row in rows if row["state"] != "done"]
     if failed:
-        lines = [f"- {row['part']}, {row['label']}: {row['state']}. {_short(row['reason'])}" for row in failed]
+        lines = [
+            f"- {row['part']}, {escape_markdown(row['label'])}: {row['state']}. {_short(row['reason'])}"
+            for row in failed
+        ]
         parts.append("\n".join(["Not measured:", "", *lines]))
     return "\n\n".join(parts)
 
@@ -146,22 +153,25 @@ def _versions(rows: Sequence[Row]) -> str:
     versions = dict.fromkeys(
         ", ".join(f"{name} {number}" for name, number in each.get("versions", {}).items()) for each in found
     )
-    commits = dict.fromkeys(each["commit"][:10] for each in found if each.get("commit"))
-    told = "; ".join(each for each in versions if each)
-    return f"{told}{'; commit ' if commits else ''}{', '.join(commits)}."
+    commits = dict.fromkeys(_short_commit(each["commit"]) for each in found if each.get("commit"))
+    listed = "; ".join(each for each in versions if each)
+    return f"{listed}{'; commit ' if commits else ''}{', '.join(commits)}."
+
+
+def _short_commit(commit: str) -> str:
+    """Return ten digits of a commit with what follows it, such as "with changes"."""
+    number, space, rest = commit.partition(" ")
+    return f"{number[:10]}{space}{rest}"
 
 
 def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     rule = "| --- |" + " ---: |" * (len(heads) - 1)
-    return "\n".join([f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(map(_clean, line))} |" for line in body)])
-
-
-def _clean(cell: str) -> str:
-    return cell.replace("|", "/").replace("\n", " ")
+    lines = (f"| {' | '.join(map(escape_markdown, line))} |" for line in body)
+    return "\n".join([f"| {' | '.join(heads)} |", rule, *lines])
 
 
 def _short(reason: str) -> str:
-    return _clean(reason if len(reason) <= 200 else f"{reason[:200]} ...")
+    return escape_markdown(reason if len(reason) <= 200 else f"{reason[:200]} ...")
 
 
 def _golden(row: Row) -> list[list[str]]:
@@ -190,10 +200,10 @@ def _scenes(row: Row) -> list[list[str]]:
 def _ratios(row: Row) -> list[list[str]]:
     return [
         [
-            f"{each['what']} ({each['told']})",
+            f"{each['what']} ({each['note']})",
             each["unit"],
-            *(f"{each[name]:,.4g}" for name in ("ours", "beside")),
-            f"{each['ours'] / each['beside']:.2f}",
+            *(f"{each[name]:,.4g}" for name in ("ours", "published")),
+            f"{each['ours'] / each['published']:.2f}",
         ]
         for each in row.get("ratios", ())
     ]
@@ -206,8 +216,8 @@ def _throughput(row: Row) -> list[list[str]]:
     lines = []
     for point in row["curve"]:
         stages = [f"{1e3 * point['stages'][stage]['median']:,.1f}" for stage in STAGES]
-        memory = _gib(row["memory"].get("answering"))
-        lines.append([name, f"{point['regions']}", f"{point['regions_per_second']:,.0f}", *stages, memory])
+        speed = f"{point['regions_per_second']:,.0f}"
+        lines.append([name, f"{point['regions']}", speed, *stages, _gib(point.get("peak"))])
     return lines
 
 
@@ -258,12 +268,12 @@ TABLES: Sequence[tuple[str, Sequence[str], Callable[[Row], list[list[str]]]]] = 
     ),
     (
         "Captions and masks of sca-tiny compared with float32 on the CPU:",
-        ("what", "identical captions", "mean mask IoU", "least mask IoU"),
+        ("data", "identical captions", "mean mask IoU", "least mask IoU"),
         _scenes,
     ),
     (
         "Compared with the published procedure in the same process:",
-        ("what", "unit", "ours", "beside", "ratio"),
+        ("quantity", "unit", "ours", "published", "ratio"),
         _ratios,
     ),
     (
@@ -279,7 +289,7 @@ TABLES: Sequence[tuple[str, Sequence[str], Callable[[Row], list[list[str]]]]] = 
     ),
     (
         "Decoding with GPT-2 large:",
-        ("way", "ms", "tokens/s", "preparation, s", "identical ids"),
+        ("method", "ms", "tokens/s", "preparation, s", "identical ids"),
         _decoding,
     ),
     ("Training sca-tiny:", ("recipe", "steps", "seconds", "attributes", "mask IoU"), _scores),

@@ -13,7 +13,7 @@ inputs=${INPUTS:-.gpu}
 limit=60 # MiB of tracked files and inputs together
 missing=(catalogue pycocotools open_clip_torch ftfy wcwidth)
 
-rm -rf "$inputs"
+rm -rf "$inputs/wheels" "$inputs/rows" "$inputs/commit"
 mkdir -p "$inputs/wheels" "$inputs/rows"
 platforms=()
 for version in 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${version}_x86_64"); done

@@ -16,15 +16,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
 inputs=.gpu
 arguments=("$@")
-for ((place = 0; place < ${#arguments[@]}; place++)); do
-  if [[ ${arguments[place]} == --inputs ]]; then inputs=${arguments[place + 1]}; fi
+for ((i = 0; i < ${#arguments[@]}; i++)); do
+  if [[ ${arguments[i]} == --inputs ]]; then inputs=${arguments[i + 1]}; fi
 done
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 if compgen -G "$inputs/wheels/*.whl" >/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
     --target "$site" "$inputs"/wheels/*.whl
-  export PYTHONPATH=$site
+  export PYTHONPATH=$site PYTHONSAFEPATH=1 # not the checkout, also in processes that are started from here
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 "$python" benchmarks/gpu/run.py --started "$started" "$@"

@@ -124,9 +124,9 @@ def ids_of(model: SegmentCaptioner, features: Tensor, prompts: Prompts, regions:
     for chunk in prompts.chunks(regions):
         mixed = model.mix(model.segment(features, chunk))
         prefixes.append(model.prefix(mixed, torch.ones_like(chunk.owner)))
-    parts = [torch.cat(prefixes)] if together else prefixes
-    found = [model.language_model.generate(part, max_new_tokens=WORDS).ids[:, 0] for part in parts]
-    return torch.cat(found)
+    if together:
+        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=WORDS).ids[:, 0]
+    return torch.cat([model.language_model.generate(prefix, max_new_tokens=WORDS).ids[:, 0] for prefix in prefixes])
 
 
 def captions(model: SegmentCaptioner, setting: Setting) -> list[Row]:
@@ -280,12 +280,12 @@ def compare(parts: Sequence[str], setting: Setting) -> Iterator[Row]:
 
 def to_table(row: Row) -> dict[str, Any]:
     """Return a row as plain values."""
-    return dict(zip(("what", "unit", "ours", "beside", "told"), row, strict=True))
+    return dict(zip(("what", "unit", "ours", "published", "note"), row, strict=True))
 
 
 def print_table(rows: Iterable[Row]) -> list[Row]:
     """Print a Markdown table of ratios, each row when it is measured, and return the rows."""
-    print("| what | unit | ours | beside | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
+    print("| quantity | unit | ours | published | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
     measured = []
     for row in rows:
         what, unit, mine, other, told = row

@@ -206,8 +206,15 @@ def _measure(row: dict[str, Any], model: Any, asked: Mapping[str, Any]) -> None:
                 row["training_step_cached"] = training_step(model, *size, cached=True)
         model.zero_grad(set_to_none=True)
     model = model.to(getattr(torch, asked.get("dtype", "float32")))
-    with _peak(memory, "answering", device):
-        row["curve"] = [stages(model, images, regions, words, repeats) for regions in counts]
+    row["curve"] = []
+    for regions in counts:
+        peak: dict[str, int] = {}
+        with _peak(peak, "peak", device):
+            point = stages(model, images, regions, words, repeats)
+        row["curve"].append(point | peak)
+    peaks = [point["peak"] for point in row["curve"] if "peak" in point]
+    if peaks:
+        memory["answering"] = max(peaks)
 
 
 def _autocast(asked: Mapping[str, Any]) -> dict[str, Any]:

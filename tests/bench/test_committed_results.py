@@ -20,8 +20,8 @@ def read(name):
 
 def published_lines():
     for row in read("against-published/results.json")["rows"]:
-        ours, other = row["ours"], row["beside"]
-        yield f"| {row['what']} | {row['unit']} | {ours:.4g} | {other:.4g} | {ours / other:.2f} | {row['told']} |"
+        ours, other = row["ours"], row["published"]
+        yield f"| {row['what']} | {row['unit']} | {ours:.4g} | {other:.4g} | {ours / other:.2f} | {row['note']} |"
 
 
 def floor_lines():

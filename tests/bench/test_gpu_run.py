@@ -17,7 +17,7 @@ from sca_bench.parity import compare_golden_folders, compare_scenes
 from sca_registry import registry
 
 from sca.launchers.local import Local
-from sca.launchers.task import Task
+from sca.launchers.task import Outcome, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/data/golden"
@@ -60,12 +60,20 @@ SCENES = {"regions": 350, "captions": 0.97, "least_iou": 0.95, "mean_iou": 0.998
 CURVE = [
     {
         "images": 1,
-        "regions": 64,
+        "regions": regions,
         "stages": {name: timing(0.01) for name in ("encode", "segment", "mix", "prefill", "decode")},
         "regions_per_second": 1280.0,
+        "peak": memory * 2**30,
     }
+    for regions, memory in ((1, 3), (64, 5))
 ]
-RATIO = {"what": "captions, encoding included", "unit": "regions/s", "ours": 2000.0, "beside": 100.0, "told": "16 x 64"}
+RATIO = {
+    "what": "captions, encoding included",
+    "unit": "regions/s",
+    "ours": 2000.0,
+    "published": 100.0,
+    "note": "16 x 64",
+}
 GPU_ROWS = [
     gpu_row(scenes=SCENES),
     gpu_row(
@@ -74,7 +82,7 @@ GPU_ROWS = [
     gpu_row(
         key="k3",
         part="throughput",
-        label="sam-vit-h+query+gpt2, 64 regions",
+        label="sam-vit-h+query+gpt2, 1/64 regions",
         config={},
         curve=CURVE,
         memory={"answering": 5 * 2**30},
@@ -87,7 +95,12 @@ GPU_ROWS = [
         plan={"memory": [2 * 2**30, 2**30]},
     ),
     gpu_row(
-        key="k5", part="decoding", label="64 rows, cuda graph", state="crashed", reason="ended by SIGSEGV", config={}
+        key="k5",
+        part="decoding",
+        label="64 rows, cuda graph",
+        state="crashed",
+        reason="<b>ended</b> by SIGSEGV",
+        config={},
     ),
 ]
 
@@ -203,9 +216,10 @@ def test_collect_writes_rows_of_a_gpu_into_the_tables(pages):
         "### NVIDIA H100 80GB HBM3",
         "torch 2.11.0; commit 0123456789.",
         "| 350 regions, bfloat16 | 97.0% | 0.9980 | 0.9500 |",
+        "| sam-vit-h+query+gpt2 | 1 | 1,280 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 3.00 |",
         "| sam-vit-h+query+gpt2 | 64 | 1,280 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 5.00 |",
         "| sam-vit-b+query+gpt2, captioning | 2.00 | 1.00 | 2.000 |",
-        "- decoding, 64 rows, cuda graph: crashed. ended by SIGSEGV",
+        "- decoding, 64 rows, cuda graph: crashed. &lt;b&gt;ended&lt;/b&gt; by SIGSEGV",
     ):
         assert line in guide
     assert "captions 2,000 regions/s, encoding included" in readme
@@ -232,6 +246,18 @@ def test_collect_refuses_what_is_not_a_row_in_one_line(pages, content, problem):
     with pytest.raises(SystemExit, match=f"error: .*made.jsonl, {problem}"):
         gather(pages, pages / "made.jsonl")
     assert not (pages / "results").exists()
+
+
+def test_collect_keeps_what_follows_a_commit():
+    assert collect._short_commit(f"{'0123456789' * 4} with changes") == "0123456789 with changes"
+
+
+def test_a_task_whose_process_was_killed_becomes_a_row_while_there_is_time():
+    tasks = [Task(key, "time:sleep", {"device": "cpu"}, key) for key in ("a", "b")]
+    made = Outcome(tasks[0], {"state": "done"})
+    (first, killed) = run.finish([made], tasks, time.time() + 60)
+    assert (first, killed.task, killed.made["state"]) == (made, tasks[1], "killed")
+    assert list(run.finish([made], tasks, time.time() - 1)) == [made]
 
 
 def test_tables_in_the_repository_are_those_of_its_rows():
