@@ -60,8 +60,8 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
 LIMIT = 2**14  # regions an image: as far as is looked
 BLOCK = 512  # bytes: what allocators round to
-PLAIN = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
-PLACE = "layer_idx"  # what transformers calls a layer's place in a cache
+CONSTANTS = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
+LAYER_INDEX = "layer_idx"  # transformers' name for the index of a layer in a cache
 aten = torch.ops.aten
 CHOOSING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
@@ -86,7 +86,7 @@ class Plan:
     memory: dict[str, int]
     gpu: str | None = None
     room: int | None = None  # bytes of the GPU that are planned with
-    most_regions: int | None = None  # an image, that the GPU holds; 0: not one
+    most_regions: int | None = None  # an image, that the GPU holds, at most 2 % below the largest such; 0: not one
 
     @property
     def peak(self) -> int:
@@ -180,19 +180,23 @@ def _layers(part: nn.Module) -> list[nn.Module]:
     return [layer for stack in stacks for layer in stack if "forward" not in vars(layer)]
 
 
-def _makeup(layer: nn.Module) -> tuple:
-    """All that the cost of a layer depends on, apart from its input: equal for layers that differ in content only."""
-    makeup = []
+def _layer_signature(layer: nn.Module) -> tuple:
+    """Return what the cost of a layer depends on, apart from its input; layers that differ in content only have one."""
+    signature = []
     for name, module in layer.named_modules():
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN) and key != PLACE}
+        attributes = {
+            key: value if isinstance(value, CONSTANTS) else id(value)  # an object that both share, such as a config
+            for key, value in vars(module).items()
+            if key != LAYER_INDEX and (isinstance(value, CONSTANTS) or not key.startswith("_"))
+        }
         tensors = {**module._parameters, **module._buffers}
         shapes = [(key, None if each is None else (each.shape, each.dtype)) for key, each in tensors.items()]
-        makeup.append((name, type(module), tuple(sorted(plain.items(), key=str)), tuple(shapes)))
-    return tuple(makeup)
+        signature.append((name, type(module), tuple(sorted(attributes.items(), key=str)), tuple(shapes)))
+    return tuple(signature)
 
 
-def _place_in_cache(layer: nn.Module) -> int | None:
-    return next((vars(module)[PLACE] for module in layer.modules() if PLACE in vars(module)), None)
+def _layer_index(layer: nn.Module) -> int | None:
+    return next((vars(module)[LAYER_INDEX] for module in layer.modules() if LAYER_INDEX in vars(module)), None)
 
 
 def _is_new(result: Tensor, inputs: list[Tensor]) -> bool:
@@ -241,7 +245,7 @@ class _Cost:
                 module._through = stages.count_once(partial(TwoWayTransformer._through, module), id(module))
             for layer in self.layers:
                 run = partial(type(layer).forward, layer)
-                layer.forward = stages.count_once(run, _makeup(layer), _place_in_cache(layer))
+                layer.forward = stages.count_once(run, _layer_signature(layer), _layer_index(layer))
             with stages("encode"):
                 features = model.encode(torch.empty(images, 3, size, size, dtype=self.dtype))
             prefixes, prepared = [], None
@@ -386,16 +390,16 @@ def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
         return list(index.nonzero(as_tuple=True))
 
 
-Makeup = tuple[torch.Size, tuple[int, ...], torch.dtype]
+TensorMetadata = tuple[torch.Size, tuple[int, ...], torch.dtype]
 Added = list[list[tuple[torch.Size, torch.dtype]]]  # keys and values
 
 
-def _makeup_of(tensor: Tensor) -> Makeup:
+def _metadata(tensor: Tensor) -> TensorMetadata:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _empty(makeup: Makeup) -> Tensor:
-    shape, stride, dtype = makeup
+def _empty(metadata: TensorMetadata) -> Tensor:
+    shape, stride, dtype = metadata
     return torch.empty_strided(shape, stride, dtype=dtype)
 
 
@@ -424,7 +428,7 @@ class _Known:
     flops: int
     extra: int
     structure: Any
-    results: list[Makeup]
+    results: list[TensorMetadata]
     added: Added
 
 
@@ -466,11 +470,11 @@ class _Stages:
             leaves, structure = tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             caches = [leaf for leaf in leaves if isinstance(leaf, DynamicCache)]
-            plain = [leaf for leaf in leaves if isinstance(leaf, PLAIN)]
-            if len(tensors) + len(plain) + len(caches) < len(leaves) or len(caches) > (place is not None):
+            constants = [leaf for leaf in leaves if isinstance(leaf, CONSTANTS)]
+            if len(tensors) + len(constants) + len(caches) < len(leaves) or len(caches) > (place is not None):
                 return run(*args, **kwargs)
-            shapes = tuple(map(_makeup_of, tensors))
-            key = (alike, str(structure), shapes, tuple(plain), *(cache.get_seq_length(place) for cache in caches))
+            shapes = tuple(map(_metadata, tensors))
+            key = (alike, str(structure), shapes, tuple(constants), *(cache.get_seq_length(place) for cache in caches))
             if key in self.known:
                 return self._repeat(self.known[key], caches, place)
             before, start, peak = self.counter.get_total_flops() + self.repeated, self.live.now, self.live.peak
@@ -481,7 +485,7 @@ class _Stages:
             self.live.peak = max(peak, self.live.peak)
             results, found = tree_flatten(given)
             if all(isinstance(each, Tensor) and _is_new(each, tensors) for each in results):
-                self.known[key] = _Known(flops, extra, found, [*map(_makeup_of, results)], added)
+                self.known[key] = _Known(flops, extra, found, [*map(_metadata, results)], added)
             return given
 
         return call
@@ -515,8 +519,8 @@ def _asked(images: int, regions: int, size: int) -> Prompts:
 def _most(memory: Callable[[int], int], room: int) -> int | None:
     """How many regions an image may have, by the memory that so many need; None if `LIMIT` fit, and 0 if none does.
 
-    At most 2 % more would not fit. Memory grows with regions in pieces that are straight, so that a guess between two
-    counts that are near each other is mostly a good one.
+    The result fits; the largest count that fits is at most 2 %, or 1, higher. Memory grows with regions in pieces that
+    are straight, so that a guess between two counts that are near each other is mostly a good one.
     """
     low, high = (1, memory(1)), (LIMIT, memory(LIMIT))  # counts and what they need
     if high[1] <= room:

@@ -9,7 +9,7 @@ from tiny import SAM, tiny
 
 import sca
 from sca.nn.two_way import TwoWayTransformer
-from sca.plan import LIMIT, _most, _Stages, plan
+from sca.plan import LIMIT, _layer_signature, _most, _Stages, plan
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -124,6 +124,18 @@ def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
     monkeypatch.setattr(_Stages, "count_once", lambda self, run, *_: run)
     assert plan(spec, regions=5, words=WORDS) == found
     assert quick < 0.8 * (len(calls) - quick)
+
+
+def test_layers_with_other_options_are_not_alike():
+    def layer(dilations, activation=torch.relu):
+        made = torch.nn.Linear(2, 2)
+        made.dilations, made.activation = dilations, activation
+        return made
+
+    shared = [1]
+    assert _layer_signature(layer(shared)) == _layer_signature(layer(shared))
+    assert _layer_signature(layer([1])) != _layer_signature(layer([1, 2]))
+    assert _layer_signature(layer(shared)) != _layer_signature(layer(shared, torch.tanh))
 
 
 def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_folder, tmp_path):
