@@ -110,7 +110,6 @@ def test_terminal_module_is_the_only_one_that_prints():
     allowed = {
         "options.py": 6,  # complain, print_line, print_document, print_json, print_table and its console
         "__init__.py": 1,  # typer's own usage
-        "plugins.py": 1,  # a trial, in a process of its own, read by its parent
         "caption.py": 1,  # progress bars, without text from elsewhere
         "evaluate.py": 1,
     }
