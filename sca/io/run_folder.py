@@ -119,7 +119,8 @@ class RunFolder:
         own = earlier.outputs if earlier else ()
         changed = _changed(earlier.settings, settings, set(loose)) if earlier else []
         check_not_inputs(_matches(self.path, {*outputs, *(own if changed else ())}), inputs, self.path)
-        foreign = [path for path in _matches(self.path, outputs) if not _is_one_of(path, self.path, own)]
+        written = set(_matches(self.path, own))
+        foreign = [path for path in _matches(self.path, outputs) if path not in written]
         if foreign:
             raise RunFolderError(
                 f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
@@ -307,12 +308,19 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 def _changed(earlier: Mapping[str, Any], settings: Mapping[str, Any], loose: set[str]) -> list[str]:
     """A text for every setting that differs."""
-    names = [name for name in {**earlier, **settings} if name not in loose]
-    return [
-        f"{name}: {json.dumps(earlier.get(name))[:80]} there, {json.dumps(settings.get(name))[:80]} now"
-        for name in names
-        if earlier.get(name) != settings.get(name)
-    ]
+    changed = []
+    for name in {**earlier, **settings}:
+        before, now = earlier.get(name), settings.get(name)
+        if name in loose or before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):  # only what differs
+            before, now = _difference(before, now), _difference(now, before)
+        changed.append(f"{name}: {json.dumps(before)[:80]} there, {json.dumps(now)[:80]} now")
+    return changed
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in one.items() if name not in other or other[name] != value}
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
