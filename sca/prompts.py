@@ -9,7 +9,7 @@ import numbers
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +68,12 @@ def parse_region(text: str) -> Prompt:
     if not prompt:
         raise PromptError(f"{_quoted(text)} points at nothing; {_REGION}")
     return prompt
+
+
+def mask_files(regions: Iterable[str]) -> list[str]:
+    """List the mask files that regions, as `parse_region` takes them, name."""
+    parts = (part.partition("=") for text in regions for part in text.split(";"))
+    return [value.strip() for name, _, value in parts if name.strip() == "mask"]
 
 
 def read_mask(path: str | Path) -> np.ndarray:

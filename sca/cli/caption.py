@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "sca-tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 UNKEPT = (  # that change no answer
-    *("images", "out", "format", "resume", "overwrite", "quiet", "launcher", "shard"),
+    *("images", "out", "format", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
     *("trust_remote_code", "allow_external"),
 )
 
@@ -108,7 +108,7 @@ def caption(
     from sca_registry.contracts import TASKS
 
     from sca.images import find_images, show
-    from sca.io.run_folder import OutputFilter, RunFolder
+    from sca.io.run_folder import OutputFilter
     from sca.output import DRAWN, Writers
 
     formats = _formats(format, out)
@@ -130,23 +130,24 @@ def caption(
         raise ValueError("--resume goes on with what a folder has: name it with --out")
     if overwrite and (resume or out in ("", "-")):
         raise ValueError("--overwrite replaces the run of a folder; name it with --out, and leave out --resume")
-    if launcher:
-        from sca.cli.shards import caption_shards
-
-        if out in ("", "-") or formats != ("jsonl",):
-            raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
-        if overwrite:
-            raise ValueError("--launcher keeps the shards that are there; choose another --out to make them again")
-        with RunFolder(out, "shards"):
-            raise typer.Exit(caption_shards(images, context.params, out, launcher, shard, quiet))
+    if launcher and (out in ("", "-") or formats != ("jsonl",)):
+        raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
+    archives = [name for name in images if launcher and name.endswith(".tar")]
+    others = [name for name in images if name not in archives]
     exact = (context.obj or {}).get("exact_images")
     drawings = OutputFilter()
-    paths, problems = ([Path(name) for name in images], []) if exact else find_images(images, drawings)
+    paths, problems = ([Path(name) for name in others], []) if exact else find_images(others, drawings)
     if drawings.skipped and not quiet:
         complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
     failures = Failures(problems)
-    if not paths:
+    if not (paths or archives):
         raise typer.Exit(failures.status)
+    read = _read_files(prompts, mask or (), region or (), proposer)
+    if launcher:
+        from sca.cli.shards import caption_shards
+
+        status = caption_shards(archives, paths, context.params, _settings(context.params, read), read)
+        raise typer.Exit(max(status, failures.status))
     requests.match(paths)
     from sca.captioners.door import settings
 
@@ -160,7 +161,6 @@ def caption(
         if out == "-":
             writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
         elif out:
-            read = [*([prompts] if prompts else ()), *(mask or ())]
             journal = outputs.enter_context(_journal(Path(out), context.params, formats, paths, read))
             writers = outputs.enter_context(Writers(out, formats, model))
         opened = _open(paths, failures, journal.done if journal else {})
@@ -357,6 +357,28 @@ def _open(paths: Iterable[Path], failures: Failures, done: Mapping[str, Captione
             yield path, image
 
 
+def _read_files(
+    prompts: Path | None, masks: Sequence[str], regions: Sequence[str], proposer: str | None
+) -> list[str | Path]:
+    """The files that say what is asked of the images."""
+    from sca_registry.spec import Part
+
+    from sca.io.run_folder import existing_paths
+    from sca.prompts import mask_files
+
+    proposals = existing_paths(Part.parse(proposer, "--proposer").options) if proposer else ()
+    return [*([prompts] if prompts else ()), *masks, *mask_files(regions), *proposals]
+
+
+def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str, Any]:
+    """What determines the captions of an image: the options of a command, and the content of the files it reads."""
+    from sca.io.run_folder import file_hash
+
+    given = {name: value for name, value in params.items() if name not in UNKEPT and value not in (None, [], ())}
+    options = {name: str(value) for name, value in given.items() if value is not False}
+    return {**options, "files": {str(path): file_hash(path) for path in read}}
+
+
 @contextmanager
 def _journal(
     path: Path, params: Mapping[str, Any], formats: Sequence[str], images: Sequence[Path], read: Sequence[str | Path]
@@ -374,15 +396,13 @@ def _journal(
 
     Raises:
         RunFolderError: The folder must not be written.
-        ValueError: The journal there is of a run with other options.
+        ValueError: The journal there is damaged.
     """
     from sca.images import show
-    from sca.io.run_folder import RunFolder, RunFolderError, file_hash
+    from sca.io.run_folder import RunFolder, RunFolderError
     from sca.output import output_patterns
     from sca.output.journal import NAME, Journal, count_images
 
-    given = {name: value for name, value in params.items() if name not in UNKEPT and value is not None}
-    run = {name: str(value) for name, value in given.items() if value is not False and value not in ((), [])}
     resume, overwrite = params["resume"], params["overwrite"]
     with RunFolder(path, "caption") as folder:
         earlier = folder.run
@@ -392,11 +412,11 @@ def _journal(
                 f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
                 "choose another --out, or replace it with --overwrite"
             )
-        settings = {"images": params["images"], **run, "files": {str(each): file_hash(each) for each in read}}
+        settings = {"images": params["images"], **_settings(params, read)}
         loose = ("images",) if resume and unfinished else ()  # a resumed run may caption more images
         outputs = (*output_patterns(formats), NAME)
         earlier = folder.begin(settings, outputs, [*images, *read], overwrite=overwrite, loose=loose)
-        journal = Journal(path, run, resume)
+        journal = Journal(path, resume)
         finished = False
         try:
             yield journal

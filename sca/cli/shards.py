@@ -2,58 +2,83 @@
 
 A shard is a WebDataset (a .tar of pictures), or so many pictures of those that were named. Each is captioned by the
 same command in a process of its own, wherever the launcher has room, and has a file of JSON lines of its own in --out:
-`shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. What is there is not made again.
+`shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. A shard that `shards.journal` lists is not made again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from glob import escape
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sca.captioners.door  # noqa: F401 (what shards are forked from has it imported)
 
-MANIFEST = "shards.json"
-OURS = ("images", "out", "format", "launcher", "shard", "quiet", "context")  # options that shards are not given
+if TYPE_CHECKING:
+    from sca.io.run_folder import RunFolder
+
+KIND = "caption --launcher"
+JOURNAL = "shards.journal"
+OURS = ("images", "out", "format", "launcher", "shard", "quiet", "context", "resume", "overwrite")  # not of a shard
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
+
+Content = Mapping[str, Any]
 
 
 def caption_shards(
-    images: Sequence[str], params: Mapping[str, Any], out: str, launcher: str, size: int, quiet: bool
+    archives: Sequence[str],
+    paths: Sequence[Path],
+    params: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    read: Sequence[str | Path],
 ) -> int:
-    """Captions what `images` name; the exit status is 1 if something could not be captioned.
+    """Caption archives and images in shards.
 
-    params: the other options of `sca caption`, by their names in Python. launcher: "NAME [key=value]...". size:
-    pictures of a shard.
+    Args:
+        archives: .tar files, a shard each.
+        paths: Other images.
+        params: The options of `sca caption`, by their names in Python.
+        settings: What determines the captions of an image.
+        read: Files that say what is asked of the images.
 
-    ValueError if `out` has the shards of another run.
+    Returns:
+        The exit status: 1 if something could not be captioned.
+
+    Raises:
+        RunFolderError: The folder must not be written.
+        ValueError: The launcher is unknown, or two archives have the same name.
     """
     import sca_registry
     from sca_registry.spec import Part
 
     from sca.cli.options import complain
-    from sca.io.atomic import open_folder, write_file
+    from sca.io.atomic import write_file
+    from sca.io.journal import Journal
+    from sca.io.run_folder import RunFolder
     from sca.launchers.task import Task
 
-    part = Part.parse(launcher, "--launcher")
+    part = Part.parse(params["launcher"], "--launcher")
     where = sca_registry.launchers.build(part.name, **part.options)
-    folder = Path(out)
-    open_folder(folder)
-    flags = _flags(params)
-    shards = dict(_shards(images, size, complain))
-    keys = {name: _key(flags, content) for name, content in shards.items()}
-    _check(folder, keys)
-    missing = [name for name in shards if not (folder / f"{name}.jsonl").is_file()]
-    if len(missing) < len(shards) and not quiet:
-        complain(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+    shards = _shards(archives, paths, params["shard"])
+    contents = {name: _fingerprint(content) for name, content in shards.items()}
+    folder, quiet, flags = Path(params["out"]), params["quiet"], _flags(params)
     device = params.get("device") or "cpu"
     status = 0
-    with tempfile.TemporaryDirectory(prefix="sca-") as logs:
+    with RunFolder(folder, KIND) as run_folder, tempfile.TemporaryDirectory(prefix="sca-") as logs:
+        settings = {"images": params["images"], **settings}
+        inputs = [*archives, *paths, *read]
+        done = _begin(run_folder, settings, contents, inputs, params["overwrite"])
+        missing = [name for name in shards if name not in done]
+        if done and not quiet:
+            complain(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
         tasks = [
             Task(
                 name,
@@ -66,19 +91,23 @@ def caption_shards(
             for name in missing
         ]
         left, ended = set(missing), set()
-        for number, (task, made) in enumerate(where.map(tasks), 1):
-            ended.add(task.key)
-            if made["state"] != "done":
-                complain(f"{task.key}: {made['state']}: {made['reason']}")
-                status = 1
-                continue
-            left.remove(task.key)
-            write_file(folder / f"{task.key}.jsonl", made["captions"].encode())
-            for line in made["problems"]:
-                complain(f"{task.key}: {line}")
-                status = 1
-            if not quiet:
-                complain(f"{number} of {len(tasks)}: wrote {folder / task.key}.jsonl")
+        with Journal(folder / JOURNAL) as journal:
+            for number, (task, made) in enumerate(where.map(tasks), 1):
+                ended.add(task.key)
+                if made["state"] != "done":
+                    complain(f"{task.key}: {made['state']}: {made['reason']}")
+                    status = 1
+                    continue
+                write_file(folder / f"{task.key}.jsonl", made["captions"].encode())
+                journal.append({"shard": task.key, "content": contents[task.key]})
+                left.remove(task.key)
+                for line in made["problems"]:
+                    complain(f"{task.key}: {line}")
+                    status = 1
+                if not quiet:
+                    complain(f"{number} of {len(tasks)}: wrote {folder / task.key}.jsonl")
+        if not left:
+            run_folder.finish()
     for name in sorted(left - ended):
         complain(f"{name}: its process was killed each time; if memory ran out, use fewer workers or a smaller --batch")
     if left:
@@ -119,31 +148,81 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 
 
-def _shards(images: Sequence[str], size: int, complain: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name of each shard, and its pictures or its archive."""
-    from sca.images import find_images
-
-    archives = sorted(each for each in images if each.endswith(".tar"))
-    names: dict[str, str] = {}
-    for archive in archives:
+def _shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[str, Content]:
+    """Name the shards: archives by their files, other images by numbers that no archive has."""
+    named: dict[str, str] = {}
+    for archive in sorted(archives):
         name = Path(archive).stem
-        if name in names:
-            raise ValueError(f"{archive} and {names[name]} would both be {name}.jsonl: caption them into two folders")
-        names[name] = archive
-        yield name, {"tar": os.path.abspath(archive)}
-    rest = [each for each in images if not each.endswith(".tar")]
-    paths, problems = find_images(rest) if rest else ([], [])
-    for problem in problems:
-        complain(problem)
-    for number, start in enumerate(range(0, len(paths), size)):
-        yield f"shard-{number:05d}", {"images": [str(path) for path in paths[start : start + size]]}
+        if name in named:
+            raise ValueError(f"{archive} and {named[name]} would both be {name}.jsonl: caption them into two folders")
+        named[name] = archive
+    shards: dict[str, Content] = {name: {"tar": os.path.abspath(archive)} for name, archive in named.items()}
+    free = (name for number in count() if (name := f"shard-{number:05d}") not in named)
+    for start in range(0, len(paths), size):
+        shards[next(free)] = {"images": [str(path) for path in paths[start : start + size]]}
+    return shards
+
+
+def _fingerprint(content: Content) -> str:
+    """What tells whether a shard is of the same images: their names; of an archive its path, size and time of change.
+
+    Archives are too large to be read once more for a hash of their content.
+    """
+    state = None
+    if "tar" in content and os.path.exists(content["tar"]):
+        found = os.stat(content["tar"])
+        state = [found.st_size, found.st_mtime_ns]
+    return hashlib.sha256(json.dumps([content, state]).encode()).hexdigest()[:16]
+
+
+def _begin(
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    contents: Mapping[str, str],
+    inputs: Iterable[str | Path],
+    overwrite: bool,
+) -> set[str]:
+    """Begin a run of shards in its folder.
+
+    As long as the finished shards are of the same images, there may be others than before: more images, or an archive
+    that could not be read and has been repaired.
+
+    Args:
+        folder: The locked folder.
+        settings: What determines the captions, and the names of the images.
+        contents: The fingerprint of each shard.
+        inputs: Files that the command reads.
+        overwrite: Make every shard again.
+
+    Returns:
+        The names of the shards that are finished.
+
+    Raises:
+        RunFolderError: The folder must not be written.
+        ValueError: The journal is damaged.
+    """
+    from sca.io.journal import read_journal
+
+    entries = read_journal(folder.path / JOURNAL) if folder.run and not overwrite else ()
+    done = {str(entry.get("shard")): entry.get("content") for entry in entries}
+    loose = ("images", "shards") if not overwrite and done.items() <= contents.items() else ()
+    outputs = [JOURNAL, *map(_output, contents)]
+    folder.begin({**settings, "shards": contents}, outputs, inputs, overwrite=overwrite, loose=loose)
+    kept = set() if overwrite else {JOURNAL, *map(_output, done)}
+    folder.delete_outputs(set(folder.run.outputs if folder.run else ()) - kept)
+    return {name for name in done if (folder.path / f"{name}.jsonl").is_file()}
+
+
+def _output(name: str) -> str:
+    """The pattern of the file of a shard."""
+    return f"{escape(name)}.jsonl"
 
 
 def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
     """Extract the images of an archive; return their paths, all inside the folder, and a line for each that is not.
 
     Raises:
-        ValueError: If the archive cannot be read or contains no images.
+        ValueError: If the archive cannot be read or unpacked, or contains no images.
     """
     from sca.images import SUFFIXES, show
     from sca.io.json import open_regular_file
@@ -158,6 +237,8 @@ def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
                     inside = tarfile.data_filter(member, folder)
                     tar.extract(inside, folder, filter="data")
                 except (tarfile.FilterError, OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno not in NAME_ERRORS:  # such as a full disk
+                        raise ValueError(f"cannot unpack {show(archive)}: {error.strerror or error}") from error
                     reason = " ".join(str(error).split())
                     problems.append(f"{show(member.name)} of {show(archive)} cannot be unpacked ({reason}); rename it")
                 else:
@@ -179,27 +260,3 @@ def _flags(params: Mapping[str, Any]) -> list[str]:
         for each in value if isinstance(value, list | tuple) else [value]:
             flags.append(flag if each is True else f"{flag}={each}")
     return flags
-
-
-def _key(flags: Sequence[str], content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([flags, content]).encode()).hexdigest()
-
-
-def _check(folder: Path, keys: Mapping[str, str]) -> None:
-    """Writes down what the shards are of, or finds that they are of something else."""
-    from sca.io.atomic import write_file
-    from sca.io.json import read_json
-
-    path = folder / MANIFEST
-    try:
-        known = read_json(path)
-    except FileNotFoundError:
-        known = {}
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} is not an object: choose another folder for --out")
-    for name, key in keys.items():
-        if known.get(name, key) != key and (folder / f"{name}.jsonl").is_file():
-            raise ValueError(
-                f"{folder / name}.jsonl was made from other pictures or with other options: choose another --out"
-            )
-    write_file(path, f"{json.dumps({**known, **keys}, indent=1)}\n".encode())

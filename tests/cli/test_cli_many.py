@@ -39,7 +39,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     assert shell(*asked, "--out", "parts").status == 130
     monkeypatch.setattr(Journal, "add", add)
     journal = here / "parts/captions.journal"
-    assert len(journal.read_bytes().splitlines()) == 6
+    assert len(journal.read_bytes().splitlines()) == 5
     with journal.open("ab") as file:
         file.write(b'{"image": "photos/00')  # what a kill leaves
     from sca.predictor import Predictor
@@ -77,8 +77,8 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     asked = ("caption", "photos/000.png", "--model", checkpoint, "--out", "out")
     assert shell(*asked, *BOXES, "--quiet").status == 0
     (here / "out/captions.journal").write_text(json.dumps({"model": "another"}) + "\n")
-    line = refused(2, *asked, *BOXES, "--quiet", "--resume")
-    assert "is of a run with other options (batch, box, device, model, seed, task): give those" in line
+    line = refused(2, *asked, *BOXES, "--quiet", "--resume", "--words", 2)
+    assert 'contains another run (words: null there, "2" now)' in line
     assert shell(*asked, *BOXES, "--quiet").status == 0
     assert not (here / "out/captions.journal").exists()
     line = refused(2, "caption", "photos", *BOXES, "--resume")

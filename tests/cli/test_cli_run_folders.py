@@ -124,8 +124,8 @@ def test_caption_repeated_skips_its_own_drawings(captioned, shell, checkpoint, h
 
 def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shell, here):
     before = content(interrupted)
-    assert len(before["captions.journal"].splitlines()) == 3
-    for arguments in (("--batch", 1), ("--batch", 2)):
+    assert len(before["captions.journal"].splitlines()) == 2
+    for arguments in (("--batch", 1), ("--words", 2)):
         result = captioned("--out", "out", *arguments)
         assert result.status == 2
         assert result.err == [
@@ -133,11 +133,30 @@ def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shel
             "or replace it with --overwrite"
         ]
         assert content(interrupted) == before
-    assert "--overwrite" in captioned("--out", "out", "--batch", 2, "--resume").err[0]
+    assert "another run (words: null there" in captioned("--out", "out", "--words", 2, "--resume").err[0]
     assert content(interrupted) == before
     assert captioned("--out", "out", "--batch", 1, "--resume").status == 0
     assert captioned("--out", "whole", "--batch", 1).status == 0
     assert content(interrupted) == content(here / "whole")
+
+
+def test_caption_resumes_with_another_batch_size(interrupted, captioned):
+    assert captioned("--out", "out", "--batch", 2, "--resume").status == 0
+    assert len((interrupted / "captions.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("option", ["--mask", "--region"])
+def test_caption_refuses_to_resume_with_an_edited_mask(shell, checkpoint, picture, here, option):
+    picture("a.png")
+    asked = ("caption", "a.png", "--model", checkpoint, "--out", "out", "--quiet")
+    mask = ("mask=m.png" if option == "--region" else "m.png",)
+    Image.new("L", (64, 48), 255).save(here / "m.png")
+    assert shell(*asked, option, *mask).status == 0
+    before = content(here / "out")
+    Image.new("L", (64, 48), 254).save(here / "m.png")
+    for more in ((), ("--resume",)):
+        assert 'another run (files: {"m.png": ' in shell(*asked, option, *mask, *more).err[0]
+    assert content(here / "out") == before
 
 
 def test_caption_overwrites_an_unfinished_run_when_told(interrupted, captioned, here):

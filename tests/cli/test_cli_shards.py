@@ -1,8 +1,11 @@
 """Many pictures in shards: what one command does is what many processes do, and what is there is not made again."""
 
+import errno
 import io
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +49,122 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     assert (here / "parts/shard-00000.jsonl").stat().st_mtime_ns == kept
     other = shell(*asked, "--shard", 3, "--words", 2)
     assert other.status == 2
-    assert "other options: choose another --out" in other.err[0]
+    assert 'contains another run (words: null there, "2" now)' in other.err[0]
+    (here / "parts/shard-00001.jsonl").unlink()
+    same = shell(*asked, "--shard", 3, "--resume", "--batch", 2)  # neither changes a caption
+    assert same.status == 0
+    assert same.err[0] == "sca: 1 of 2 shards are there already"
+
+
+NAMES = ("set-0", "shard-00000")
+SETTINGS = {"images": ["x"], "words": "2"}
+
+
+def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
+    """Begin a run of shards, and finish some of them."""
+    from sca.cli.shards import JOURNAL, KIND, _begin
+    from sca.io.journal import Journal
+    from sca.io.run_folder import RunFolder
+
+    with RunFolder(folder, KIND) as run_folder:
+        earlier = _begin(run_folder, settings, contents, inputs, overwrite)
+        with Journal(folder / JOURNAL) as journal:
+            for name in done:
+                (folder / f"{name}.jsonl").write_text(f"{name}\n")
+                journal.append({"shard": name, "content": contents[name]})
+    return earlier
+
+
+@pytest.mark.parametrize("name", ["photos.jsonl", "shards.journal"])
+def test_shards_refuse_files_that_they_did_not_write(tmp_path, name):
+    from sca.io.run_folder import RunFolderError
+
+    (tmp_path / name).write_text("precious")
+    (tmp_path / "shards.json").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(RunFolderError, match="was not written by `sca caption --launcher`"):
+            begin(tmp_path, {"photos": "1"}, overwrite=overwrite)
+    with pytest.raises(RunFolderError, match="is an input of this command"):
+        begin(tmp_path, {"photos": "1"}, inputs=[tmp_path / name])
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["precious"] * 2
+
+
+def test_shards_refuse_an_output_that_is_their_prompts_file(refused, picture, here):
+    picture("photos/a.png")
+    line = json.dumps({"image": "photos/a.png", "box": [4, 4, 40, 40]})
+    (here / "shard-00000.jsonl").write_text(line)
+    asked = ("caption", "photos", "--prompts", "shard-00000.jsonl", "--out", ".", "--launcher", "local")
+    assert "is an input of this command" in refused(2, *asked)
+    assert (here / "shard-00000.jsonl").read_text() == line
+
+
+def test_shards_are_done_only_if_the_journal_lists_them(tmp_path):
+    contents = dict.fromkeys(NAMES, "1")
+    assert begin(tmp_path, contents, ["set-0"]) == set()
+    (tmp_path / "shard-00000.jsonl").write_text("of a run that was killed before it was recorded")
+    assert begin(tmp_path, contents, ["shard-00000"]) == {"set-0"}
+    assert begin(tmp_path, {**contents, "set-1": "2"}) == set(NAMES), "more archives"
+    (tmp_path / "set-0.jsonl").unlink()
+    assert begin(tmp_path, contents) == {"shard-00000"}
+
+
+def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told(tmp_path):
+    from sca.io.run_folder import RunFolderError
+
+    contents = dict.fromkeys(NAMES, "1")
+    begin(tmp_path, contents, ["set-0"])
+    repaired = {**contents, "shard-00000": "2"}
+    assert begin(tmp_path, repaired) == {"set-0"}, "what is not finished may change"
+    for other, settings in (({**contents, "set-0": "2"}, SETTINGS), (contents, {**SETTINGS, "words": "3"})):
+        with pytest.raises(RunFolderError, match=r"contains another run \(.*--overwrite"):
+            begin(tmp_path, other, settings=settings)
+    assert (tmp_path / "set-0.jsonl").read_text() == "set-0\n"
+    (tmp_path / "mine.jsonl").write_text("precious")
+    for overwritten in (repaired, {"set-1": "1"}):
+        assert begin(tmp_path, overwritten, overwritten, overwrite=True) == set()
+        shards = {path.stem for path in tmp_path.glob("*.jsonl")}
+        assert shards == {*overwritten, "mine"}
+
+
+def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
+    from sca.cli.shards import _fingerprint, _shards
+
+    archive = tmp_path / "shard-00000.tar"
+    shards = _shards([str(archive)], [Path("a.png"), Path("b.png")], 1)
+    assert list(shards) == ["shard-00000", "shard-00001", "shard-00002"]
+    assert shards["shard-00000"] == {"tar": str(archive)}
+    absent = _fingerprint(shards["shard-00000"])
+    archive.write_bytes(b"one")
+    one = _fingerprint(shards["shard-00000"])
+    archive.write_bytes(b"three")
+    assert len({absent, one, _fingerprint(shards["shard-00000"]), _fingerprint(shards["shard-00001"])}) == 4
+
+
+@pytest.mark.parametrize(("number", "is_of_image"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EISDIR, True)])
+def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, number, is_of_image):
+    from sca.cli.shards import caption_shard
+
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+
+    def extract(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", extract)
+    config = {"flags": [], "content": {"tar": str(tmp_path / "set.tar")}, "folder": str(tmp_path), "device": "cpu"}
+    made = caption_shard(config, str(tmp_path / "work"))
+    if is_of_image:
+        assert made["state"] == "done"
+        assert "a.png of " in made["problems"][0]
+    else:
+        reason = f"cannot unpack {tmp_path}/set.tar: {os.strerror(number)}"
+        assert made == {"state": "failed", "reason": reason}
+
+
+def test_shards_of_images_that_do_not_exist_exit_with_1(shell, here):
+    result = shell("caption", "gone.png", *BOXES, "--out", "out", "--launcher", "local")
+    assert result.status == 1
+    assert not (here / "out").exists()
 
 
 def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, pictures, here):
