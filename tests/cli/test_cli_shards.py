@@ -102,6 +102,8 @@ def test_shards_are_done_only_if_the_journal_lists_them(tmp_path):
     contents = dict.fromkeys(NAMES, "1")
     assert begin(tmp_path, contents, ["set-0"]) == set()
     (tmp_path / "shard-00000.jsonl").write_text("of a run that was killed before it was recorded")
+    assert begin(tmp_path, {"set-0": "1"}) == {"set-0"}
+    assert not (tmp_path / "shard-00000.jsonl").exists()
     assert begin(tmp_path, contents, ["shard-00000"]) == {"set-0"}
     assert begin(tmp_path, {**contents, "set-1": "2"}) == set(NAMES), "more archives"
     (tmp_path / "set-0.jsonl").unlink()
@@ -161,10 +163,12 @@ def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, numbe
         assert made == {"state": "failed", "reason": reason}
 
 
-def test_shards_of_images_that_do_not_exist_exit_with_1(shell, here):
-    result = shell("caption", "gone.png", *BOXES, "--out", "out", "--launcher", "local")
-    assert result.status == 1
+def test_images_that_do_not_exist_exit_with_1_beside_shards(shell, here, monkeypatch):
+    asked = (*BOXES, "--out", "out", "--launcher", "local")
+    assert shell("caption", "gone.png", *asked).status == 1
     assert not (here / "out").exists()
+    monkeypatch.setattr("sca.cli.shards.caption_shards", lambda *arguments: 0)
+    assert shell("caption", "gone.png", "set.tar", *asked).status == 1
 
 
 def test_an_archive_is_a_shard_and_a_broken_picture_is_named(shell, checkpoint, pictures, here):
