@@ -109,7 +109,7 @@ def caption(
 
     from sca.images import find_images, show
     from sca.io.run_folder import OutputFilter
-    from sca.output import DRAWN, Writers
+    from sca.output import DRAWN, FORMATS, Writers, output_patterns
 
     formats = _formats(format, out)
     settle("task", task, TASKS)
@@ -135,7 +135,7 @@ def caption(
     archives = [name for name in images if launcher and name.endswith(".tar")]
     others = [name for name in images if name not in archives]
     exact = (context.obj or {}).get("exact_images")
-    drawings = OutputFilter()
+    drawings = OutputFilter(output_patterns(FORMATS))
     paths, problems = ([Path(name) for name in others], []) if exact else find_images(others, drawings)
     if drawings.skipped and not quiet:
         complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
@@ -400,11 +400,11 @@ def _journal(
     """
     from sca.images import show
     from sca.io.run_folder import RunFolder, RunFolderError
-    from sca.output import output_patterns
+    from sca.output import FORMATS, output_patterns
     from sca.output.journal import NAME, Journal, count_images
 
     resume, overwrite = params["resume"], params["overwrite"]
-    with RunFolder(path, "caption") as folder:
+    with RunFolder(path, "caption", (*output_patterns(FORMATS), NAME)) as folder:
         earlier = folder.run
         unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
         if unfinished and not resume:

@@ -34,7 +34,7 @@ def convert(
     if first is None:
         raise ReadError(f"{show(captions)} has no captions")
     done, bad = 0, 0
-    with RunFolder(out, "convert") as folder:
+    with RunFolder(out, "convert", output_patterns(FORMATS)) as folder:
         settings = {"captions": str(captions), "images": images and str(images)}
         folder.begin(settings, output_patterns(formats), [captions], overwrite=overwrite)
         with Writers(out, formats, first.model) as writers:

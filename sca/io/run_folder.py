@@ -2,6 +2,10 @@
 
 The rule, for every command: replace and delete only what the same kind of run wrote into the folder, as its marker
 `sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
+
+A marker may come from elsewhere, like any other file. So the code, not the marker, defines which files a kind of run can
+write: patterns relative to the folder, such as `captions.jsonl`, `*.captions.png` and `checkpoint-#/*`, where `#` stands
+for a decimal number. Any other pattern in a marker is ignored.
 """
 
 from __future__ import annotations
@@ -9,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from dataclasses import asdict, dataclass, replace
+from fnmatch import translate
 from functools import cache
 from glob import glob
 from importlib.metadata import version
@@ -38,8 +43,7 @@ class Run:
 
     Args:
         settings: What determines the results, as plain JSON.
-        outputs: Patterns of the files that the run writes, relative to the folder, such as `captions.jsonl` and
-            `*.captions.png`.
+        outputs: Patterns of the files that the run writes.
         finished: Whether it came to its end.
         version: Of this package.
     """
@@ -53,7 +57,7 @@ class Run:
 class RunFolder:
     """A folder that one command writes: locked while it is open, and marked with what made it.
 
-        with RunFolder("out", "caption") as folder:
+        with RunFolder("out", "caption", OUTPUTS) as folder:
             folder.begin(settings, outputs=("captions.jsonl",), inputs=images)
             ...
             folder.finish()
@@ -61,14 +65,16 @@ class RunFolder:
     Args:
         folder: Made if absent.
         kind: The command, such as "caption".
+        patterns: Patterns of all files that this kind of run can write.
 
     Raises:
         OutputError: The folder cannot be written.
         LockedError: Another process writes it.
+        IrregularFileError: The lock file is not a regular file.
     """
 
-    def __init__(self, folder: str | Path, kind: str):
-        self.path, self.kind = Path(folder), kind
+    def __init__(self, folder: str | Path, kind: str, patterns: Iterable[str] = ()):
+        self.path, self.kind, self.patterns = Path(folder), kind, frozenset(patterns)
         self.moved_to: Path | None = None
         self._open = ExitStack()
 
@@ -84,7 +90,8 @@ class RunFolder:
     @property
     def run(self) -> Run | None:
         """The last run of this kind, None if there was none."""
-        return read_runs(self.path).get(self.kind)
+        run = read_runs(self.path).get(self.kind)
+        return run and replace(run, outputs=tuple(each for each in run.outputs if each in self.patterns))
 
     def begin(
         self,
@@ -100,7 +107,7 @@ class RunFolder:
 
         Args:
             settings: What determines the results, as plain JSON.
-            outputs: Patterns of the files that the run will write.
+            outputs: Those of `patterns` that the run will write.
             inputs: Files and folders that the command reads.
             overwrite: Delete what an earlier run with other settings wrote.
             set_aside: Rename the folder of an earlier run with other settings to `NAME-1`, or the next free number;
@@ -115,12 +122,13 @@ class RunFolder:
                 settings.
         """
         settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
+        assert self.patterns.issuperset(outputs), f"{self.kind} declares no {set(outputs) - self.patterns}"
         earlier = self.run
         own = earlier.outputs if earlier else ()
         changed = _changed(earlier.settings, settings, set(loose)) if earlier else []
-        check_not_inputs(_matches(self.path, {*outputs, *(own if changed else ())}), inputs, self.path)
-        written = set(_matches(self.path, own))
-        foreign = [path for path in _matches(self.path, outputs) if path not in written]
+        check_not_inputs(find_outputs(self.path, {*outputs, *(own if changed else ())}), inputs, self.path)
+        written = set(find_outputs(self.path, own))
+        foreign = [path for path in find_outputs(self.path, outputs) if path not in written]
         if foreign:
             raise RunFolderError(
                 f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
@@ -152,11 +160,9 @@ class RunFolder:
             outputs: Patterns of a part of these files.
         """
         own = self.run.outputs if self.run else ()
-        for path in _matches(self.path, own if outputs is None else [each for each in outputs if each in own]):
+        for path in find_outputs(self.path, own if outputs is None else [each for each in outputs if each in own]):
             path.unlink(missing_ok=True)
-            for parent in path.parents:
-                if parent == self.path:
-                    break
+            for parent in _between(path, self.path):
                 with suppress(OSError):  # not empty
                     parent.rmdir()
 
@@ -198,16 +204,21 @@ def read_runs(folder: Path) -> dict[str, Run]:
 class OutputFilter:
     """Tell which files runs wrote into their folders, so that a command does not read its own outputs.
 
-    `skipped` lists the outputs that were asked about. Each marker is read once.
+    `skipped` lists the outputs among the checked paths. Each marker is read once.
+
+    Args:
+        patterns: Patterns of the outputs; any other pattern in a marker is ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patterns: Iterable[str]) -> None:
         self.skipped: list[Path] = []
+        self._patterns = frozenset(patterns)
         self._runs = cache(read_runs)
 
     def __call__(self, path: Path) -> bool:
         folders = list(path.parents)[:2]  # an output is in its run folder, or one folder below
-        found = any(_is_one_of(path, folder, run.outputs) for folder in folders for run in self._runs(folder).values())
+        runs = [(folder, run) for folder in folders for run in self._runs(folder).values()]
+        found = any(_is_one_of(path, folder, self._patterns.intersection(run.outputs)) for folder, run in runs)
         self.skipped += [path] if found else []
         return found
 
@@ -274,14 +285,18 @@ def existing_paths(values: Any) -> Iterator[Path]:
         yield from existing_paths(each)
 
 
-def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The existing files that patterns name, without what links lead to."""
-    found = {folder / name for each in patterns for name in glob(each, root_dir=folder, include_hidden=True)}
-    inside = [path for path in sorted(found) if not any(parent.is_symlink() for parent in _between(path, folder))]
+def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The existing files that match patterns, sorted, without what links lead to."""
+    patterns = tuple(patterns)
+    names = (glob(each.replace("#", "[0-9]*"), root_dir=folder, include_hidden=True) for each in patterns)
+    found = {folder / name for each in names for name in each}
+    own = [path for path in sorted(found) if _is_one_of(path, folder, patterns)]
+    inside = [path for path in own if not any(parent.is_symlink() for parent in _between(path, folder))]
     return [path for path in inside if path.is_symlink() or not path.is_dir()]
 
 
 def _between(path: Path, folder: Path) -> Iterator[Path]:
+    """The folders between a path and a folder above it, from the inside."""
     for parent in path.parents:
         if parent == folder:
             return
@@ -292,13 +307,18 @@ def _is_one_of(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
     """Whether a pattern names a file, part by part as in `Path.glob`."""
     parts = path.relative_to(folder).parts
     return any(
-        len(wanted) == len(parts) and all(map(fnmatch, parts, wanted))
+        len(wanted) == len(parts) and all(map(re.fullmatch, map(_regex, wanted), parts))
         for wanted in (Path(pattern).parts for pattern in patterns)
     )
 
 
+@cache
+def _regex(pattern: str) -> str:
+    return translate(pattern).replace(re.escape("#"), "[0-9]+")
+
+
 def _identity(path: str | Path) -> tuple[int, int] | None:
-    """What tells a file from any other, None if it does not exist."""
+    """The device and inode of a file, None if it does not exist."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -324,7 +344,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, A
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """Return settings as they are read back from JSON."""
     return json.loads(json.dumps(settings, default=str))
 
 

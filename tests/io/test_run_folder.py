@@ -1,5 +1,6 @@
 """A command replaces and deletes only what the same kind of run wrote, and never an input."""
 
+import json
 import os
 import signal
 import time
@@ -7,12 +8,24 @@ import time
 import pytest
 
 from sca.io.lock import LockedError
-from sca.io.run_folder import LOCK, MARKER, OutputFilter, RunFolder, RunFolderError, check_not_inputs, existing_paths
+from sca.io.run_folder import (
+    LOCK,
+    MARKER,
+    OutputFilter,
+    RunFolder,
+    RunFolderError,
+    check_not_inputs,
+    existing_paths,
+    find_outputs,
+)
+
+
+PATTERNS = ("a.txt", "b.txt", "*.part.txt", "step-#/*", "sub/*")
 
 
 def run(folder, settings=None, outputs=("a.txt", "*.part.txt"), **options):
     """A run that writes its outputs and comes to its end; gives the run before it."""
-    with RunFolder(folder, "test") as run_folder:
+    with RunFolder(folder, "test", PATTERNS) as run_folder:
         earlier = run_folder.begin(settings or {"x": 1}, outputs, **options)
         (folder / "a.txt").write_text("new")
         (folder / "1.part.txt").write_text("new")
@@ -58,7 +71,7 @@ def test_run_folder_refuses_other_settings_with_the_ways_out(tmp_path):
 def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
     run(tmp_path)
     (tmp_path / "notes").write_text("precious")
-    with RunFolder(tmp_path, "test") as folder:
+    with RunFolder(tmp_path, "test", PATTERNS) as folder:
         assert folder.begin({"x": 2}, ["b.txt"], overwrite=True) is None
         assert names(tmp_path) == [LOCK, "notes", MARKER]
 
@@ -66,7 +79,7 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
 def test_overwrite_follows_no_link_out_of_the_folder(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.txt").write_text("precious")
-    with RunFolder(tmp_path / "out", "test") as folder:
+    with RunFolder(tmp_path / "out", "test", PATTERNS) as folder:
         folder.begin({"x": 1}, ["sub/*"])
         (tmp_path / "out/sub").symlink_to(tmp_path / "other")
         folder.begin({"x": 2}, ["sub/*"], overwrite=True)
@@ -77,11 +90,11 @@ def test_set_aside_renames_the_folder_of_another_run(tmp_path):
     out = tmp_path / "out"
     run(out)
     (tmp_path / "out-1").mkdir()
-    with RunFolder(out, "test") as folder:
+    with RunFolder(out, "test", PATTERNS) as folder:
         folder.begin({"x": 2}, ["a.txt"], set_aside=True)
         assert folder.moved_to == tmp_path / "out-2"
         assert names(out) == [LOCK, MARKER]
-        with pytest.raises(LockedError), RunFolder(out, "test"):
+        with pytest.raises(LockedError), RunFolder(out, "test", PATTERNS):
             pass
     assert names(tmp_path / "out-2") == ["1.part.txt", "a.txt", MARKER]
     assert run(tmp_path / "out-2") is not None
@@ -89,7 +102,7 @@ def test_set_aside_renames_the_folder_of_another_run(tmp_path):
 
 def test_kinds_of_runs_share_a_folder_but_no_files(tmp_path):
     run(tmp_path)
-    with RunFolder(tmp_path, "other") as folder:
+    with RunFolder(tmp_path, "other", PATTERNS) as folder:
         folder.begin({}, ["b.txt"])
         with pytest.raises(RunFolderError, match="not written by `sca other`"):
             folder.begin({}, ["a.txt"])
@@ -98,7 +111,7 @@ def test_kinds_of_runs_share_a_folder_but_no_files(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
     held = pytest.raises(LockedError, match="is being written by another process; wait for it")
-    with RunFolder(tmp_path, "test"), held:
+    with RunFolder(tmp_path, "test", PATTERNS), held:
         run(tmp_path)
     run(tmp_path)
     assert LOCK not in names(tmp_path)
@@ -109,7 +122,7 @@ def test_lock_ends_with_its_process_and_is_not_kept_by_forked_workers(tmp_path):
     ready, worker = os.pipe(), None
     pid = os.fork()
     if pid == 0:
-        with RunFolder(tmp_path, "test"):
+        with RunFolder(tmp_path, "test", PATTERNS):
             worker = os.fork()
             if worker == 0:
                 time.sleep(30)
@@ -163,6 +176,33 @@ def test_check_not_inputs_refuses_a_folder_that_contains_an_input(tmp_path):
     check_not_inputs([tmp_path / "runs/model/spec.json"], [tmp_path], tmp_path / "runs")
 
 
+HOSTILE_PATTERNS = ["../*", "../*/*", "*", "**/*", "/etc/*", "{tmp}/*", "./../*", "sub/../../*", "*/*", "notes"]
+
+
+@pytest.mark.parametrize("pattern", HOSTILE_PATTERNS)
+def test_run_folder_deletes_nothing_that_only_a_marker_claims(tmp_path, pattern):
+    out = tmp_path / "data/out"
+    mine = [tmp_path / "notes", tmp_path / "data/notes", out / "notes", out / "sub-2/notes"]
+    (out / "sub-2").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for path in mine:
+        path.write_text("precious")
+    claimed = {"settings": {"x": 0}, "outputs": [pattern.format(tmp=tmp_path)], "finished": True, "version": ""}
+    (out / MARKER).write_text(json.dumps({"format": 1, "runs": {"test": claimed}}))
+    run(out, overwrite=True)
+    run(out, {"x": 2}, overwrite=True)
+    assert all(path.read_text() == "precious" for path in mine)
+    assert (tmp_path / "empty").is_dir()
+
+
+def test_run_folder_counts_only_decimal_numbers_as_its_own(tmp_path):
+    names = ["step-5/a", "step-500/a", "step-5-good/a", "step-x/a", "step-#/a", "step-/a"]
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    assert [str(path.relative_to(tmp_path)) for path in find_outputs(tmp_path, ["step-#/*"])] == names[:2]
+
+
 def test_a_damaged_marker_is_one_line(tmp_path):
     (tmp_path / MARKER).write_text("{")
     with pytest.raises(RunFolderError, match="is damaged; choose another folder, or remove the file"):
@@ -171,8 +211,9 @@ def test_a_damaged_marker_is_one_line(tmp_path):
 
 def test_output_filter_tells_outputs_from_other_files(tmp_path):
     run(tmp_path)
-    written = OutputFilter()
+    written = OutputFilter(PATTERNS)
     assert [name for name in ("a.txt", "1.part.txt", "mine.txt") if written(tmp_path / name)] == ["a.txt", "1.part.txt"]
+    assert not OutputFilter(["b.txt"])(tmp_path / "a.txt")
     assert written.skipped == [tmp_path / "a.txt", tmp_path / "1.part.txt"]
 
 
