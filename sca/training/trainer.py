@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,7 @@ from sca.training.recipe import Recipe, TrainOptions, Validation
 from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
 
 MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
-STATE = ("best.json", "checkpoint-[0-9]*/*", "validation/step-[0-9]*/*")  # of a run that is not finished
+STATE = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
 OUTPUTS = (*STATE, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
 LOOSE = tuple(  # what changes no step
     f"train.{name}"
@@ -80,7 +81,8 @@ def train(
         LockedError: Another process trains there.
     """
     with ExitStack() as stack:
-        run_folder = stack.enter_context(RunFolder(folder, "train")) if os.environ.get("RANK", "0") == "0" else None
+        first = os.environ.get("RANK", "0") == "0"
+        run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUTS)) if first else None
         conflict = {"overwrite": overwrite, "set_aside": set_aside}
         agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
         model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed)
@@ -409,14 +411,19 @@ class CaptionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_tree(draft)
-            earlier = set(final.glob("checkpoint-[0-9]*"))
-            for written in draft.glob("checkpoint-*"):
+            earlier = set(_checkpoints(final))
+            for written in _checkpoints(draft):
                 shutil.rmtree(final / written.name, ignore_errors=True)  # of a run that was not to be resumed
                 earlier.discard(written.rename(final / written.name))
             sync(final)
             for old in earlier:
                 shutil.rmtree(old)
             shutil.rmtree(draft)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of the trainer; any other name, such as `checkpoint-500-good`, is not one."""
+    return [path for path in folder.iterdir() if re.fullmatch("checkpoint-[0-9]+", path.name)]
 
 
 class Validating(TrainerCallback):

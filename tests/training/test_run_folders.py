@@ -33,6 +33,7 @@ def weights(folder):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_train_deletes_no_foreign_files(plan, tmp_path, blocks, overwrite):
     names = ["validation/photo.txt", "draft/letter.txt", "checkpoint-old/weights.txt", "notes.txt"]
+    names += ["checkpoint-1-good/weights.txt", "checkpoint-1-good/more/notes.txt", "validation/step-1-good/notes.txt"]
     mine = [tmp_path / name for name in (*names, *([blocks] if blocks else []))]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
