@@ -12,12 +12,15 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from sca.images import show
+from sca.io.json import IrregularFileError, open_regular_file
 from sca.io.lock import is_locked, lock
 
 DRAFT = ".sca-{}.part"  # the name that a file has while it is written
+RANDOM = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
 
 
 class OutputError(OSError):
@@ -170,8 +173,8 @@ def check_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> None:
 
 def remove_drafts(folder: Path) -> None:
     """Remove the temporary files of killed processes; those of a running process are locked and stay."""
-    for draft in folder.glob(DRAFT.format("*")):
-        with suppress(OSError), draft.open("rb") as file:
+    for draft in folder.glob(DRAFT.format(RANDOM)):
+        with suppress(OSError, IrregularFileError), open_regular_file(draft) as file:
             if not is_locked(file):
                 draft.unlink(missing_ok=True)
 
@@ -239,9 +242,9 @@ def _open_folder(folder: Path) -> int | None:
 
 def _remove_draft_folders(folder: Path) -> None:
     """Remove the draft folders of killed processes."""
-    for draft in folder.parent.glob(f".{folder.name}.{'[0-9a-f]' * 16}"):
+    for draft in folder.parent.glob(f".{escape(folder.name)}.{RANDOM}"):
         with suppress(OSError):
-            handle = os.open(draft, os.O_RDONLY)
+            handle = os.open(draft, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # never blocks on a FIFO
             try:
                 if not is_locked(handle):
                     shutil.rmtree(draft, ignore_errors=True)

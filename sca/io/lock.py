@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from sca.io.json import IrregularFileError
 
 try:
     import fcntl
@@ -64,9 +67,11 @@ def held_lock(path: Path, shown: str) -> Iterator[None]:
 
     Raises:
         LockedError: Another process holds the lock.
+        IrregularFileError: `path` is not a regular file.
+        OSError: The file cannot be created.
     """
     while True:
-        file = open(path, "ab")  # noqa: SIM115 (closed below)
+        file = _open_lock_file(path)
         if not lock(file):
             file.close()
             raise LockedError(f"{shown} is being written by another process; wait for it, or choose another folder")
@@ -82,6 +87,25 @@ def held_lock(path: Path, shown: str) -> Iterator[None]:
                 if _is_at(file, path):
                     path.unlink()
             file.close()
+
+
+def _open_lock_file(path: Path) -> IO[bytes]:
+    """Create or open a lock file; never block on a FIFO and never follow a link."""
+    flags = os.O_CREAT | os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a FIFO with a reader
+        os.close(descriptor)
+        raise _irregular(path)
+    return open(descriptor, "ab")
+
+
+def _irregular(path: Path) -> IrregularFileError:
+    return IrregularFileError(f"{path} is not a regular file; remove it or choose another folder")
 
 
 def _is_at(file: IO[Any], path: Path) -> bool:

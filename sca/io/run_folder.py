@@ -3,9 +3,9 @@
 The rule, for every command: replace and delete only what the same kind of run wrote into the folder, as its marker
 `sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
 
-A marker may come from elsewhere, like any other file. So the code, not the marker, defines which files a kind of run can
-write: patterns relative to the folder, such as `captions.jsonl`, `*.captions.png` and `checkpoint-#/*`, where `#` stands
-for a decimal number. Any other pattern in a marker is ignored.
+A marker may come from elsewhere, like any other file. So the code, not the marker, defines which files a kind of run
+can write: patterns relative to the folder, such as `captions.jsonl`, `*.captions.png` and `checkpoint-#/*`, where `#`
+matches a decimal number. Any other pattern in a marker is ignored.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         open_folder(self.path)
-        self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
+        try:
+            self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
+        except OSError as error:
+            raise unwritable(self.path / LOCK, error) from error
         remove_drafts(self.path)
         return self
 

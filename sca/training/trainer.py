@@ -29,6 +29,7 @@ from sca.composition import build
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
 from sca.io.atomic import sync, sync_tree, unwritable, write_file
+from sca.io.json import read_json
 from sca.io.run_folder import RunFolder, existing_paths
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
@@ -467,7 +468,7 @@ class Validating(TrainerCallback):
         if metric is None:
             raise unknown(f"validate.best is {list(self.options.best)}, and none was scored", "", scores)
         note, found = self.folder / "best.json", scores[metric]
-        if not note.exists() or found > json.loads(note.read_text("utf-8"))["score"]:
+        if not note.exists() or found > read_json(note)["score"]:
             save(self.trainer.model.model, self.folder / "best")
             write_file(note, json.dumps({"step": step, "metric": metric, "score": found}))
         self.trainer.log({f"validation_{name}": value for name, value in scores.items()})

@@ -89,6 +89,14 @@ def test_remove_drafts_leaves_those_of_running_processes(tmp_path):
     assert names(tmp_path) == [".0123456789abcdef.part", "a.txt"]
 
 
+def test_new_folder_takes_brackets_in_its_name_literally(tmp_path):
+    (tmp_path / ".run[1].0123456789abcdef").mkdir()
+    (tmp_path / ".run1.0123456789abcdef").mkdir()
+    with new_folder(tmp_path / "run[1]"):
+        pass
+    assert names(tmp_path) == [".run1.0123456789abcdef", "run[1]"]
+
+
 def test_new_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
     (tmp_path / ".out.0123456789abcdef").mkdir()
     (tmp_path / ".out.notes").mkdir()

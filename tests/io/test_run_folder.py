@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from sca.io.atomic import new_folder
+from sca.io.json import IrregularFileError
 from sca.io.lock import LockedError
 from sca.io.run_folder import (
     LOCK,
@@ -18,6 +20,16 @@ from sca.io.run_folder import (
     existing_paths,
     find_outputs,
 )
+
+
+@pytest.fixture
+def limited():
+    """Code that waits for a FIFO fails instead of hanging."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 PATTERNS = ("a.txt", "b.txt", "*.part.txt", "step-#/*", "sub/*")
@@ -115,6 +127,38 @@ def test_one_process_at_a_time(tmp_path):
         run(tmp_path)
     run(tmp_path)
     assert LOCK not in names(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "read fifo", "folder", "link", "dangling link"])
+def test_run_folder_refuses_an_irregular_lock_file_without_waiting(tmp_path, limited, kind):
+    path, reader = tmp_path / "out" / LOCK, None
+    path.parent.mkdir()
+    (tmp_path / "mine").write_text("precious")
+    if "fifo" in kind:
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if kind == "read fifo" else None
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / ("mine" if kind == "link" else "absent"))
+    with pytest.raises(
+        IrregularFileError, match="lock is not a regular file; remove it or choose another folder"
+    ):
+        run(tmp_path / "out")
+    if reader is not None:
+        os.close(reader)
+    assert names(tmp_path) == ["mine", "out"]
+    assert names(tmp_path / "out") == [LOCK]
+
+
+def test_run_folder_does_not_wait_for_fifos_with_the_names_of_drafts(tmp_path, limited):
+    names = [f".sca-{'0' * 16}.part", ".sca-x.part", f".out.{'0' * 16}"]
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    run(tmp_path)
+    with new_folder(tmp_path / "out"):
+        pass
+    assert all((tmp_path / name).is_fifo() for name in names)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
