@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sca.images import show
 from sca.io.atomic import sync, unwritable, write_all
 from sca.io.json import IrregularFileError, open_regular_file, parse_json
 from sca.io.lock import LockedError, lock
 
-SYNC_SECONDS = 3.0  # at most this much work is lost in a power cut
+SYNC_SECONDS = 3.0  # a power cut loses at most what was appended within this time
+BLOCK = 2**20  # bytes
 
 Entry = Mapping[str, Any]
 
@@ -28,13 +28,14 @@ class Journal:
     """A journal that is open for appending, under an exclusive lock.
 
     What cannot be decoded at the end, a torn line or the zeros that a power cut leaves, is dropped. Whatever can be
-    decoded stays, also on a full disk.
+    decoded stays, also on a full disk and for a first line that lacks only its newline.
 
     Args:
         path: The file, created if absent.
         completes: Whether an entry completes a group; entries after the last complete group are dropped. By default
             every entry is complete.
-        sync_seconds: Maximum age of an entry that is not yet synced to disk; 0 syncs every entry.
+        sync_seconds: An append syncs to disk if the last sync is at least this long ago; until the next append or
+            `close`, what was appended within this time may not be synced. 0 syncs every append.
 
     Raises:
         JournalError: The file is not a journal.
@@ -54,13 +55,14 @@ class Journal:
             if not lock(self._file):
                 self._file.close()
                 raise LockedError(f"{show(path)} is being written by another process; wait for it")
-            self._size = _decodable_size(self._file.fileno(), completes)
+            self._size = _decodable_size(self._file, completes)
             self.dropped = os.fstat(self._file.fileno()).st_size - self._size  # bytes
             if self.dropped and not self._size and not _is_torn(self._file):
                 self._file.close()
                 raise JournalError(f"{show(path)} is not a journal; choose another folder, or move the file")
             if self.dropped:
                 self._file.truncate(self._size)
+            self._complete_line()
             if created:
                 sync(path.parent)
         except OSError as error:
@@ -86,6 +88,14 @@ class Journal:
                 raise unwritable(self.path, error) from error
             raise
         self._size += len(lines)
+
+    def _complete_line(self) -> None:
+        """Append the newline that the last entry lacks."""
+        if self._size:
+            self._file.seek(self._size - 1)
+            if self._file.read(1) != b"\n":
+                write_all(self._file.fileno(), b"\n")
+                self._size += 1
 
     def close(self) -> None:
         """Sync the journal to disk and release it."""
@@ -123,7 +133,8 @@ def read_journal(path: Path, completes: Callable[[Entry], bool] | None = None) -
     except IrregularFileError as error:
         raise JournalError(str(error)) from error
     with file:
-        rest = _decodable_size(file.fileno(), completes)
+        rest = _decodable_size(file, completes)
+        file.seek(0)
         if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file):
             raise JournalError(f"{show(path)} is not a journal; choose another folder, or move the file")
         for number, line in enumerate(file, 1):
@@ -141,32 +152,47 @@ def encode_lines(entries: Iterable[Entry]) -> bytes:
     return b"".join(f"{json.dumps(entry)}\n".encode() for entry in entries)
 
 
-def _decodable_size(handle: int, completes: Callable[[Entry], bool] | None) -> int:
+def _decodable_size(file: IO[bytes], completes: Callable[[Entry], bool] | None) -> int:
     """The number of bytes up to the end of the last line that can be decoded and completes a group."""
-    if not os.fstat(handle).st_size:
-        return 0
-    with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as content:
-        end = content.rfind(b"\n") + 1
-        while end:
-            start = content.rfind(b"\n", 0, end - 1) + 1
-            entry = _decode(content[start:end])
+    for start, line in _lines_backward(file):
+        if line.endswith(b"\n") or not start:
+            entry = _decode(line)
             if entry is not None and (completes is None or completes(entry)):
-                break
-            end = start
-    return end
+                return start + len(line)
+    return 0
 
 
-def _is_torn(file: Any) -> bool:
+def _lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the start and the content of each line from the last to the first; another process may truncate the file.
+
+    Memory-mapped content that is truncated ends the process, so it is read in blocks.
+    """
+    start, pieces = file.seek(0, os.SEEK_END), []
+    while start:
+        end, start = start, max(0, start - BLOCK)
+        file.seek(start)
+        first, *others = file.read(end - start).split(b"\n")
+        offset = start + len(first) + sum(len(each) + 1 for each in others)
+        for part in reversed(others):
+            offset -= len(part)
+            yield offset, b"".join([part, *reversed(pieces)])
+            pieces = [b"\n"]
+            offset -= 1
+        pieces.append(first)
+    yield 0, b"".join(reversed(pieces))
+
+
+def _is_torn(file: IO[bytes]) -> bool:
     """Whether a file without a whole entry is the beginning of a first one, or zeros in its place."""
     file.seek(0)
     content = file.read()
-    return b"\n" not in content and content.strip(b"\0")[:1] in (b"", b"{")
+    return b"\n" not in content and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     """The entry of a line, None if it is not a whole JSON object."""
     try:
-        entry = parse_json(line.decode(), surrogates=True) if line.endswith(b"\n") else None
+        entry = parse_json(line.decode(), surrogates=True)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -1,5 +1,6 @@
 """A journal loses nothing that can be decoded."""
 
+import json
 import os
 import signal
 from contextlib import contextmanager
@@ -71,6 +72,47 @@ def test_journal_does_not_touch_a_file_that_is_none(tmp_path, content):
     with pytest.raises(JournalError, match="is not a journal; choose another folder"):
         Journal(tmp_path / "notes")
     assert (tmp_path / "notes").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}', b"{}", b'{"a": "\xc3\xa9"}'])
+def test_journal_keeps_a_first_line_that_lacks_only_its_newline(tmp_path, content):
+    (tmp_path / "journal").write_bytes(content)
+    assert list(read_journal(tmp_path / "journal")) == [json.loads(content)]
+    with Journal(tmp_path / "journal") as journal:
+        assert not journal.is_empty
+        assert journal.dropped == 0
+        journal.append({"b": 2})
+    assert (tmp_path / "journal").read_bytes() == content + b'\n{"b": 2}\n'
+
+
+def test_journal_does_not_touch_a_whole_first_line_that_completes_no_group(tmp_path):
+    (tmp_path / "journal").write_bytes(b'{"a": 1}')
+    for read in (Journal, lambda path, completes: list(read_journal(path, completes))):
+        with pytest.raises(JournalError, match="is not a journal"):
+            read(tmp_path / "journal", lambda entry: "done" in entry)
+    assert (tmp_path / "journal").read_bytes() == b'{"a": 1}'
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_journal_finds_its_end_whatever_the_size_of_a_block(path, monkeypatch, block):
+    monkeypatch.setattr("sca.io.journal.BLOCK", block)
+    whole = path.read_bytes()
+    for tail in (b"", b"\0" * 9, b'{"number": 50, "te', b"\n\n[1]\n"):
+        path.write_bytes(whole + tail)
+        with Journal(path) as journal:
+            assert journal.dropped == len(tail)
+        assert list(read_journal(path, lambda entry: entry["number"] == 30)) == ENTRIES[:31]
+
+
+def test_read_journal_survives_that_another_process_truncates_the_file(path, monkeypatch):
+    """A memory map of the file would end this process with SIGBUS."""
+    monkeypatch.setattr("sca.io.journal.BLOCK", 100)
+
+    def completes(entry):
+        os.truncate(path, 0)
+        return False
+
+    assert list(read_journal(path, completes)) == []
 
 
 def test_journal_names_a_line_that_is_damaged_before_its_end(path):

@@ -141,9 +141,7 @@ def test_run_folder_refuses_an_irregular_lock_file_without_waiting(tmp_path, lim
         path.mkdir()
     else:
         path.symlink_to(tmp_path / ("mine" if kind == "link" else "absent"))
-    with pytest.raises(
-        IrregularFileError, match="lock is not a regular file; remove it or choose another folder"
-    ):
+    with pytest.raises(IrregularFileError, match="lock is not a regular file; remove it or choose another folder"):
         run(tmp_path / "out")
     if reader is not None:
         os.close(reader)
