@@ -22,19 +22,20 @@ from sca_registry.spec import Part
 from sca.captioners.door import captioner as open_captioner
 from sca.checkpoint import weights_hash
 from sca.evaluation.journal import (
+    FILES,
+    LOOSE,
     Journal,
+    OtherRunError,
     Predictions,
     PredictionsError,
     check_same_run,
-    delete_predictions,
-    predictions_files,
     read_predictions,
 )
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
-from sca.io.run_folder import RunFolder, check_not_inputs, existing_paths
+from sca.io.run_folder import RunFolder, existing_paths
 from sca.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 
 SCORES = "scores.json"  # written beside the predictions by `sca evaluate`
+OUTPUTS = (*FILES, SCORES)
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,17 @@ def evaluate(
 @contextmanager
 def _begun(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -> Iterator[None]:
     """Hold the folder of predictions, which contains no other run afterwards."""
-    with RunFolder(folder, "evaluate") as run_folder:
-        check_not_inputs([*predictions_files(folder), folder / SCORES], existing_paths(inputs), folder)
+    with RunFolder(folder, "evaluate", OUTPUTS) as run_folder:
+        is_other = False
         try:
             check_same_run(folder, run)
-        except PredictionsError:
+        except OtherRunError:
             if not overwrite:
                 raise
-            delete_predictions(folder)
-        run_folder.begin({}, [SCORES])
+            is_other = True
+        run_folder.begin(run, OUTPUTS, existing_paths(inputs), overwrite=overwrite, loose=LOOSE)
+        if is_other:  # also where the marker is of this run
+            run_folder.delete_outputs(FILES)
         yield
         run_folder.finish()
 
@@ -230,7 +234,8 @@ def _predictions(
         skip = lambda place: place in journal.done or others(place)  # noqa: E731
         for asked in predict(captioner, built, asking, batch, limit, skip, progress):
             journal.add(asked)
-    wait()
+    journal.close()
+    wait()  # until every process has synced its part
     if rank:
         wait()
         return None

@@ -25,13 +25,20 @@ from sca.evaluation.predictions import Asked
 from sca.io import journal
 from sca.io.atomic import write_file
 from sca.io.json import IrregularFileError, open_regular_file, parse_json
+from sca.io.run_folder import find_outputs
 
 NAME = "predictions.jsonl"
+FILES = (NAME, "predictions.#.jsonl")  # of the first process, and of the others
+HEADER = b'{"run": {'  # how a file of `sca evaluate` begins
 LOOSE = ("versions", "batch")  # what may differ between a run and its continuation
 
 
 class PredictionsError(ValueError):
     """A predictions file that cannot be read, continued or scored; the message says which line and why."""
+
+
+class OtherRunError(PredictionsError):
+    """Predictions of another run, which may be replaced; the message says how the runs differ."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,18 @@ class Journal:
             return
         self._file.append(*asked.records, {"done": list(asked.places), "unread": asked.unread})
 
+    def close(self) -> None:
+        """Sync the predictions of this process to disk; nothing can be added afterwards."""
+        if self._file is not None:
+            self._file.close()
+
     def finish(self) -> Predictions:
-        """Puts everything together, once each process has added its last."""
+        """Merge the predictions of all processes, once each has closed its journal."""
         if self.folder is None:
             records = sorted(self._kept, key=lambda each: each["index"])
             return Predictions(records, self.run, _end(records, self._unread))
         path = self.folder / NAME
         if not self.finished:
-            if self._file is not None:
-                self._file.close()
             parts = [_whole(part) for part in predictions_files(self.folder)]
             records = sorted((record for found, _ in parts for record in found), key=lambda each: each["index"])
             end = _end(records, sum(unread for _, unread in parts))
@@ -139,10 +149,10 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def read_run(path: Path) -> Mapping[str, Any] | None:
-    """What a predictions file says was run, None if it was torn before that or does not exist.
+    """Return the run that a predictions file is of, None if its first line is torn or it does not exist.
 
     Raises:
-        PredictionsError: It is not a file that `sca evaluate` began.
+        PredictionsError: The file was not begun by `sca evaluate`.
     """
     try:
         with open_regular_file(path) as stream:
@@ -151,47 +161,51 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
         return None
     except IrregularFileError as error:
         raise PredictionsError(str(error)) from error
-    if not first.endswith(b"\n"):
+    if _is_torn(first):
         return None
     run = _parsed(first, path, 1).get("run")
-    if run is None:
+    if not isinstance(run, dict):
         raise PredictionsError(f"{path} holds predictions, but not what was run: choose another folder for --out")
     return run
+
+
+def _is_torn(first: bytes) -> bool:
+    """Whether a first line is a part of our header, or the zeros that a power cut leaves."""
+    if first.endswith(b"\n"):
+        return False
+    written = first.rstrip(b"\0")
+    if HEADER.startswith(written):
+        return True
+    try:
+        parse_json(first.decode(), surrogates=True)
+    except ValueError:
+        return written.startswith(HEADER)
+    return False
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Check that the predictions in a folder are of this run, so that it can continue them.
 
     Raises:
-        PredictionsError: They are of another run, or were made by hand.
+        OtherRunError: They are of another run.
+        PredictionsError: A file was made by hand.
     """
     run = json.loads(json.dumps(run))
-    for path in predictions_files(folder):
-        other = read_run(path)
+    runs = [(path, read_run(path)) for path in predictions_files(folder)]
+    for path, other in runs:
         if other is None:
             continue
         changed = [key for key in {**run, **other} if key not in LOOSE and run.get(key) != other.get(key)]
         if changed:
             told = "; ".join(f"{key}: {other.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in changed)
-            raise PredictionsError(
+            raise OtherRunError(
                 f"{path} holds the predictions of another run ({told}): choose another folder for --out, or replace "
                 "them with --overwrite"
             )
 
 
-def delete_predictions(folder: Path) -> None:
-    """Delete what `sca evaluate` wrote into a folder; files made by hand stay.
-
-    Raises:
-        PredictionsError: A predictions file was made by hand.
-    """
-    for path in predictions_files(folder):
-        read_run(path)
-        path.unlink()
-
-
 def truth_hash(records: Iterable[Mapping[str, Any]]) -> str:
-    """What tells this truth from any other, whatever the order: of regions, tasks and what is true of them."""
+    """Return a hash of the regions, tasks and labels, whatever their order."""
     total = 0
     for record in records:
         if record.get("control") is None:
@@ -236,7 +250,7 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
 
 def predictions_files(folder: Path) -> list[Path]:
     """The predictions file of every process, the first one's first."""
-    return sorted(folder.glob("predictions*.jsonl"), key=lambda path: (path.name != NAME, path.name))
+    return sorted(find_outputs(folder, FILES), key=lambda path: (path.name != NAME, path.name))
 
 
 def _name(rank: int) -> str:

@@ -11,9 +11,12 @@ import time
 import pytest
 
 from sca.data.scenes import Scenes
+from sca.evaluation import evaluate as evaluation
 from sca.evaluation.evaluate import evaluate, score_file
 from sca.evaluation.journal import NAME, PredictionsError, read_predictions
 from sca.evaluation.predictions import Questions
+from sca.io import journal
+from sca.io.run_folder import RunFolderError
 
 RUN = """
 import sys
@@ -145,6 +148,60 @@ def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
     (tmp_path / NAME).write_text('{"image_id": 1}\n')
     with pytest.raises(PredictionsError, match="not what was run"):
         evaluate(teller(dataset), dataset, folder=tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "content", ['{"image_id": 1}', '{"image_id": 1, "reg', '{"image_id": 1}\n', '{"run": 5}\n', "notes"]
+)
+def test_evaluate_leaves_predictions_made_by_hand_unchanged(teller, dataset, tmp_path, content, overwrite):
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    (tmp_path / "predictions.1.jsonl").write_text(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(PredictionsError, match=r"predictions\.1\.jsonl"):
+        evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"), overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_overwrite_deletes_nothing_before_a_foreign_file_is_refused(teller, dataset, tmp_path):
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    before = (tmp_path / NAME).read_bytes()
+    (tmp_path / "sca-run.json").unlink()
+    with pytest.raises(RunFolderError, match="was not written by"):
+        evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"), overwrite=True)
+    assert (tmp_path / NAME).read_bytes() == before
+
+
+def test_evaluate_takes_only_numbered_predictions_for_its_own(teller, dataset, tmp_path):
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    copies = [tmp_path / f"predictions{each}.jsonl" for each in ("-backup", "-gpt4", ".old", ".1a", "1")]
+    for path in copies:
+        path.write_bytes((tmp_path / NAME).read_bytes())
+    (tmp_path / NAME).unlink()
+    report = evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    assert report.records
+    evaluate(teller(dataset), dataset, folder=tmp_path, limit=3, overwrite=True, metrics=["class"])
+    assert all(path.is_file() for path in copies)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 9, 30, None])
+def test_evaluate_begins_anew_where_its_header_is_torn(teller, dataset, tmp_path, cut):
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    whole = (tmp_path / NAME).read_bytes()
+    header = whole.splitlines()[0]
+    for tail in (b"", b"\0" * 50):
+        (tmp_path / NAME).write_bytes(header[:cut] + tail)
+        evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+        assert (tmp_path / NAME).read_bytes() == whole
+
+
+def test_every_process_syncs_its_predictions_before_the_first_merges_them(teller, dataset, tmp_path, monkeypatch):
+    events = []
+    close = journal.Journal.close
+    monkeypatch.setattr(journal.Journal, "close", lambda self: (events.append("close"), close(self))[1])
+    monkeypatch.setattr(evaluation, "_processes", lambda: (1, 2, lambda: events.append("wait")))
+    assert evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"]) is None
+    assert events == ["wait", "wait", "close", "wait", "wait"]
 
 
 @pytest.mark.parametrize(
