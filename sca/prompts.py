@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import numbers
 import os
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from sca_registry.contracts import Prompt
 from sca import masks
 from sca.images import identify_image, show
 from sca.io.json import IrregularFileError, JsonError, open_regular_file, parse_json
+from sca.io.numbers import is_finite_number
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
@@ -389,17 +389,19 @@ def _numbers(values: Any, lengths: tuple[int, ...], given: Any, form: str) -> li
         raise PromptError(f"{form}, not {_quoted(given)}")
     found = []
     for value in values:
-        try:
-            if isinstance(given, str):
-                number = float(value)
-            else:
-                number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-        except (ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
+        number = _parse_float(value) if isinstance(given, str) else value
+        if not is_finite_number(number):
             raise PromptError(f"{_quoted(value)} in {_quoted(given)} is not a finite number; {form}")
-        found.append(number)
+        found.append(float(number))
     return found
+
+
+def _parse_float(text: str) -> float:
+    """The number that a text contains, NaN if it contains none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _at(where: str, field: str, read: Callable[[Any], Any], value: Any) -> Any:

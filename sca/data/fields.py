@@ -17,6 +17,7 @@ from pycocotools import mask as rle
 
 from sca import masks
 from sca.io.json import JsonError, parse_json, read_regular_file
+from sca.io.numbers import is_int64
 
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
 
@@ -136,7 +137,8 @@ def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) 
 
 
 def is_number(value: Any) -> bool:
-    return (type(value) is int and -(1 << 63) <= value < 1 << 63) or (type(value) is float and math.isfinite(value))
+    """Whether a value is a finite number that fits into a column of a table."""
+    return is_int64(value) or (type(value) is float and math.isfinite(value))
 
 
 def is_text(text: str) -> bool:

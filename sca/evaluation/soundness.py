@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sca_registry.contracts import TASKS
 
 from sca.evaluation.journal import Predictions, PredictionsError, truth_hash
+from sca.io.numbers import is_finite_number
 
 SHOWN = 3
 
@@ -47,6 +47,12 @@ def check(predictions: Predictions, where: str) -> list[str]:
         raise PredictionsError(
             f"{where}: {len(broken)} records have a box that is not four finite numbers: "
             f"{_some(_said(_key(record)) for record in broken)}"
+        )
+    unscored = [record for record in records if not all(map(_is_score, _proposal_scores(record)))]
+    if unscored:
+        raise PredictionsError(
+            f"{where}: {len(unscored)} records have a proposal whose score is not a number: "
+            f"{_some(_said(_key(record)) for record in unscored)}"
         )
     captions = [record for record in records if record["task"] == "caption"]
     without = [record for record in captions if not record["truth"]["phrases"]]
@@ -112,12 +118,16 @@ def _boxes(record: Mapping[str, Any]) -> list[Any]:
     return [box for box in found if box is not None]
 
 
+def _proposal_scores(record: Mapping[str, Any]) -> list[Any]:
+    return [each.get("score") for each in record.get("proposals", ())]
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, float) or is_finite_number(value)  # NaN is a score that a model did not return
+
+
 def _sound(box: Any) -> bool:
-    return (
-        isinstance(box, list | tuple)
-        and len(box) == 4
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
-    )
+    return isinstance(box, list | tuple) and len(box) == 4 and all(map(is_finite_number, box))
 
 
 def _some(words: Iterable[str]) -> str:

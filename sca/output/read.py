@@ -21,6 +21,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca import masks
 from sca.images import identify_image, show
 from sca.io.json import IrregularFileError, JsonError, open_regular_file, parse_json, read_regular_file
+from sca.io.numbers import is_finite_number, is_int64
 from sca.output.label_studio import unpack
 from sca.output.outline import fill
 from sca.prompts import read_prompt
@@ -281,7 +282,7 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
         code,
         None if plain.get("iou") is None else _number(plain["iou"]),
         asked,
-        plain["region"] if isinstance(plain.get("region"), int) else region,
+        plain["region"] if is_int64(plain.get("region")) else region,
         others,
     )
 
@@ -330,10 +331,10 @@ def _size(record: Mapping[str, Any], where: str) -> Size:
 
 def _numbers(value: Any, count: int, where: str) -> tuple[float, ...]:
     good = isinstance(value, list | tuple) and len(value) == count
-    if not good or not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
+    if not good or not all(map(is_finite_number, value)):
         raise ReadError(f"{where}: {count} numbers, not {value!r:.60}")
     return tuple(float(x) for x in value)
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if is_finite_number(value) else math.nan

@@ -21,6 +21,7 @@ from sca_registry.messages import unknown
 from sca_registry.overrides import override, read_assignment
 from sca_registry.spec import ModelSpec, Part
 
+from sca.io.numbers import is_finite_number
 from sca.io.toml import parse_toml
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ def read_augmentation(written: Any, what: str) -> Augmentation:
             if value not in SIDES:
                 raise unknown(f"{what}.sides is {value!r}", value, SIDES)
         elif key == "scale":
-            numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in value)
+            numbers = all(map(is_finite_number, value))
             if value and not (len(value) == 2 and numbers and 0 < value[0] <= value[1]):
                 raise RegistryError(f"{what}.scale is {value!r}: give the least and the greatest factor, [0.1, 2.0]")
         elif not 0 <= value <= 1:
@@ -343,6 +344,7 @@ def read_augmentation(written: Any, what: str) -> Augmentation:
 
 def _check_type(key: str, value: Any, default: Any) -> None:
     wanted = (int, float) if isinstance(default, float) else Mapping if isinstance(default, Mapping) else type(default)
-    if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+    is_valid = is_finite_number(value) if isinstance(default, float) else isinstance(value, wanted)
+    if not is_valid or isinstance(value, bool) != isinstance(default, bool):
         names = {bool: "true or false", int: "a whole number", str: "text", Mapping: "a table", list: "a list"}
-        raise RegistryError(f"{key} is {value!r}: give {names.get(wanted, 'a number')}")
+        raise RegistryError(f"{key} is {value!r:.80}: give {names.get(wanted, 'a number')}")

@@ -10,7 +10,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.output import Writers
+from sca.output import FORMATS, Writers
 from sca.output.label_studio import pack, unpack
 from sca.output.outline import fill, polygons
 from sca.output.read import ReadError, read_captions
@@ -150,6 +150,7 @@ BROKEN = {
     "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image': the name of an image, not 3"),
     "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1: 'width' and 'height' of the image"),
     "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption': text, not None"),
+    "a box beyond float": ("a.jsonl", json.dumps({**LINE, "box": [0, 0, 1, 10**400]}), "line 1, 'box': 4 numbers, not"),
     "a box of three": ("a.jsonl", json.dumps({**LINE, "box": [1, 2, 3]}), "line 1, 'box': 4 numbers, not"),
     "a broken mask": ("a.jsonl", json.dumps({**LINE, "mask": {"size": [3, 4], "counts": "z"}}), "line 1, 'mask'"),
     "another mask": (
@@ -235,3 +236,12 @@ def test_a_score_that_is_none_stays_none(tmp_path):
     for path in writers.paths.values():
         (found,) = read_captions(path)
         assert math.isnan(found.captions[0].score)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_beyond_float_and_int64_are_read_and_written(tmp_path, name):
+    huge = {**LINE, "score": 10**400, "iou": 10**400, "region": 10**400, "others": [{"caption": "y", "score": 10**400}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(huge))
+    (each,) = read_captions(tmp_path / "a.jsonl")
+    with Writers(tmp_path / "out", [name]) as writers:
+        writers.add("a.png", Image.new("RGB", (4, 3)), each.captions)

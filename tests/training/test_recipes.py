@@ -98,6 +98,7 @@ def test_a_wrong_override_is_refused(change, message):
         ({"train": 3}, r"train of the recipe mine is 3: give a table \[train\]"),
         ({"train": {"epochs": 3}}, r"\[train\] has no 'epochs'"),
         ({"train": {"prompts": {"circle": 1.0}}}, "no prompt is called 'circle'"),
+        ({"train": {"learning_rate": 10**400}}, r"train.learning_rate is 10+: give a number"),
         ({"data": {}}, "has no data"),
         ({"model": {"encoder": "tiny-vit"}}, "the mixer is None"),
     ],
