@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Collection, Sequence
@@ -61,12 +62,28 @@ class Table:
 def guard_terminal() -> None:
     """Make tracebacks, warnings and log records of this process safe to print, whoever wrote them."""
     sys.excepthook = _print_traceback
+    threading.excepthook = _print_thread_traceback
+    sys.unraisablehook = _print_unraisable
     warnings.formatwarning = _format_warning
     logging.setLogRecordFactory(_SafeRecord)
 
 
 def _print_traceback(kind: Any, error: BaseException, trace: Any) -> None:
     print(_traceback(kind, error, trace), file=sys.stderr, flush=True)
+
+
+def _print_thread_traceback(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_type is not SystemExit:
+        name = failure.thread.name if failure.thread else "?"
+        print(escape_terminal(f"Exception in thread {name}:"), file=sys.stderr)
+        _print_traceback(failure.exc_type, failure.exc_value, failure.exc_traceback)
+
+
+def _print_unraisable(failure: sys.UnraisableHookArgs) -> None:
+    """Print an exception that cannot be raised, such as one in `__del__`; the object is named without its `repr`."""
+    name = getattr(failure.object, "__qualname__", type(failure.object).__qualname__)
+    print(escape_terminal(f"{failure.err_msg or 'Exception ignored in'}: {name}"), file=sys.stderr)
+    _print_traceback(failure.exc_type, failure.exc_value, failure.exc_traceback)
 
 
 def _traceback(kind: Any, error: Any, trace: Any) -> str:

@@ -2,10 +2,12 @@
 
 import ast
 import csv
+import gc
 import io
 import logging
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -66,7 +68,8 @@ def test_escape_markdown_leaves_one_line_without_markup():
 @pytest.fixture
 def guarded(monkeypatch):
     """This process as `sca` sets it up."""
-    monkeypatch.setattr("sys.excepthook", None)
+    for hook in ("sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
+        monkeypatch.setattr(hook, None)
     monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
     before = logging.getLogRecordFactory()
     guard_terminal()
@@ -92,6 +95,29 @@ def test_guard_terminal_covers_log_records_warnings_and_tracebacks(guarded, caps
     assert "\\x1b[1m \\x1b[31m   1.2 3 'a'\n\\u202e\n\\x9b1m\nfailed\nTraceback" in shown
     assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
     assert "UserWarning: \\x1b]0;title\\x07" in shown
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_guard_terminal_covers_threads_and_finalizers(guarded, capsys):
+    class Broken:
+        def __del__(self):
+            raise ValueError("two\nlines \x1b[2J")
+
+    def fail():
+        raise ValueError("two\nlines \x1b[2J")
+
+    for name, target in (("\x1b[31m", fail), ("quiet", sys.exit)):
+        thread = threading.Thread(target=target, name=name)
+        thread.start()
+        thread.join()
+    Broken()
+    gc.collect()
+    shown = capsys.readouterr().err
+    assert not UNSAFE.search(shown.replace("\n", ""))
+    assert "Exception in thread \\x1b[31m:\nTraceback" in shown
+    assert "Broken.__del__\nTraceback" in shown
+    assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
+    assert "quiet" not in shown
 
 
 def test_terminal_module_is_the_only_one_that_prints():
