@@ -67,15 +67,18 @@ class AtomicFile:
                 raise unwritable(self.path, error) from error
             raise
 
-    def keep(self, synced: bool = True) -> None:
-        """Sync the file to disk, unless the caller does that later for many files, and give it its name."""
+    def keep(self, sync_folder: bool = True) -> None:
+        """Sync the file to disk and give it its name.
+
+        Args:
+            sync_folder: Also sync the name; a caller that writes many files syncs their folder later, once.
+        """
         try:
-            if synced:
-                os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())
             self._file.close()
             if self._name != self.path:
                 os.replace(self._name, self.path)
-            if synced:
+            if sync_folder:
                 sync(self.path.parent)
         except OSError as error:
             self.drop()
@@ -88,13 +91,13 @@ class AtomicFile:
             self._name.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: str | bytes | memoryview, synced: bool = True) -> None:
+def write_file(path: Path, content: str | bytes | memoryview, sync_folder: bool = True) -> None:
     """Write a whole file: afterwards it has the new content, or the old one if `OutputError` is raised.
 
     Args:
         path: The file.
         content: Text is encoded as UTF-8.
-        synced: Sync the file to disk before it gets its name; one of many may be synced later.
+        sync_folder: As in `AtomicFile.keep`.
     """
     file = AtomicFile(path)
     try:
@@ -102,7 +105,7 @@ def write_file(path: Path, content: str | bytes | memoryview, synced: bool = Tru
     except BaseException:
         file.drop()
         raise
-    file.keep(synced)
+    file.keep(sync_folder)
 
 
 def write_all(handle: int, content: bytes | memoryview) -> None:

@@ -24,25 +24,20 @@ class Names:
 
 
 class FilePerImage:
-    """A file for each image in `folder`, each complete as soon as it is written.
+    """A file for each image in `folder`, each complete and synced to disk before it gets its name.
 
-    They are synced to disk together, by `close`: thousands of syncs would take longer than the captions.
+    `close` syncs the names, once for all files.
     """
 
     def __init__(self, folder: Path, suffix: str):
         self._folder, self._suffix, self._names = folder, suffix, Names()
-        self._written: list[Path] = []
 
     def write(self, image: str, content: str | bytes) -> None:
         """Write the file of an image, which is given by its path."""
-        path = self._folder / f"{self._names.of(image)}{self._suffix}"
-        write_file(path, content, synced=False)
-        self._written.append(path)
+        write_file(self._folder / f"{self._names.of(image)}{self._suffix}", content, sync_folder=False)
 
     def close(self) -> None:
         try:
-            for path in [*self._written, self._folder]:
-                sync(path)
+            sync(self._folder)
         except OSError as error:
             raise unwritable(self._folder, error) from error
-        self._written.clear()

@@ -44,6 +44,8 @@ def test_write_file_syncs_before_it_renames(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names, move=os.replace: (done.append("rename"), move(*names))[1])
     write_file(tmp_path / "a.txt", "new")
     assert done == ["sync", "rename", "sync"]
+    write_file(tmp_path / "b.txt", "one of many", sync_folder=False)
+    assert done[3:] == ["sync", "rename"]
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
