@@ -333,7 +333,7 @@ def _captioner(model: Any, device: str, agreed: Mapping[str, bool]) -> tuple[str
 
 
 def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells this captioner from another of the same name: spec, weights and decoding."""
+    """The spec, weights and decoding of a captioner, which differ between captioners of the same name."""
     if isinstance(captioner, Predictor):
         spec = captioner.model.spec
         return {

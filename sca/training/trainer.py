@@ -78,7 +78,7 @@ def train(
         allow_external: As `trust_remote_code`.
 
     Raises:
-        RunFolderError: The folder contains another run, files of somebody else, or an input.
+        RunFolderError: The folder contains another run, files that `sca train` did not write, or an input.
         LockedError: Another process trains there.
     """
     with ExitStack() as stack:
