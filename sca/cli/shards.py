@@ -15,7 +15,6 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from glob import escape
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 KIND = "caption --launcher"
 JOURNAL = "shards.journal"
+PATTERNS = (JOURNAL, "*.jsonl")  # `shards.journal`, and a file per shard
 OURS = ("images", "out", "format", "launcher", "shard", "quiet", "context", "resume", "overwrite")  # not of a shard
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
 
@@ -72,7 +72,7 @@ def caption_shards(
     folder, quiet, flags = Path(params["out"]), params["quiet"], _flags(params)
     device = params.get("device") or "cpu"
     status = 0
-    with RunFolder(folder, KIND) as run_folder, tempfile.TemporaryDirectory(prefix="sca-") as logs:
+    with RunFolder(folder, KIND, PATTERNS) as run_folder, tempfile.TemporaryDirectory(prefix="sca-") as logs:
         settings = {"images": params["images"], **settings}
         inputs = [*archives, *paths, *read]
         done = _begin(run_folder, settings, contents, inputs, params["overwrite"])
@@ -215,7 +215,9 @@ def _begin(
 
 def _output(name: str) -> str:
     """The pattern of the file of a shard."""
-    return f"{escape(name)}.jsonl"
+    from sca.io.run_folder import exact_pattern
+
+    return exact_pattern(f"{name}.jsonl")
 
 
 def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:

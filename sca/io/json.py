@@ -87,7 +87,9 @@ def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
     with open_regular_file(path) as file:
         content = file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(content) > limit:
-        raise ValueError(f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; give a smaller file")
+        raise ValueError(
+            f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; give a smaller file"
+        )
     return content
 
 

@@ -5,7 +5,7 @@ The rule, for every command: replace and delete only what the same kind of run w
 
 A marker may come from elsewhere, like any other file. So the code, not the marker, defines which files a kind of run
 can write: patterns relative to the folder, such as `captions.jsonl`, `*.captions.png` and `checkpoint-#/*`, where `#`
-matches a decimal number. Any other pattern in a marker is ignored.
+matches a decimal number. A marker lists these patterns, or exact names that match one; anything else in it is ignored.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from fnmatch import translate
 from functools import cache
-from glob import glob
+from glob import escape, glob
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,7 @@ from sca.io.json import read_json
 from sca.io.lock import held_lock
 
 MARKER, LOCK = "sca-run.json", ".sca-lock"
+NUMBER = re.compile(r"(?<!\[)#")
 
 
 class RunFolderError(ValueError):
@@ -94,7 +95,7 @@ class RunFolder:
     def run(self) -> Run | None:
         """The last run of this kind, None if there was none."""
         run = read_runs(self.path).get(self.kind)
-        return run and replace(run, outputs=tuple(each for each in run.outputs if each in self.patterns))
+        return run and replace(run, outputs=tuple(each for each in run.outputs if _is_declared(each, self.patterns)))
 
     def begin(
         self,
@@ -110,7 +111,7 @@ class RunFolder:
 
         Args:
             settings: What determines the results, as plain JSON.
-            outputs: Those of `patterns` that the run will write.
+            outputs: Those of `patterns` that the run will write, or exact names that match one (`exact_pattern`).
             inputs: Files and folders that the command reads.
             overwrite: Delete what an earlier run with other settings wrote.
             set_aside: Rename the folder of an earlier run with other settings to `NAME-1`, or the next free number;
@@ -125,7 +126,9 @@ class RunFolder:
                 settings.
         """
         settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
-        assert self.patterns.issuperset(outputs), f"{self.kind} declares no {set(outputs) - self.patterns}"
+        assert all(_is_declared(each, self.patterns) for each in outputs), (
+            f"{self.kind} declares other files: {outputs}"
+        )
         earlier = self.run
         own = earlier.outputs if earlier else ()
         changed = _changed(earlier.settings, settings, set(loose)) if earlier else []
@@ -291,7 +294,7 @@ def existing_paths(values: Any) -> Iterator[Path]:
 def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The existing files that match patterns, sorted, without what links lead to."""
     patterns = tuple(patterns)
-    names = (glob(each.replace("#", "[0-9]*"), root_dir=folder, include_hidden=True) for each in patterns)
+    names = (glob(NUMBER.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
     found = {folder / name for each in names for name in each}
     own = [path for path in sorted(found) if _is_one_of(path, folder, patterns)]
     inside = [path for path in own if not any(parent.is_symlink() for parent in _between(path, folder))]
@@ -308,11 +311,26 @@ def _between(path: Path, folder: Path) -> Iterator[Path]:
 
 def _is_one_of(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
     """Whether a pattern names a file, part by part as in `Path.glob`."""
-    parts = path.relative_to(folder).parts
+    return _matches_one_of(path.relative_to(folder).parts, patterns)
+
+
+def _matches_one_of(parts: tuple[str, ...], patterns: Iterable[str]) -> bool:
     return any(
         len(wanted) == len(parts) and all(map(re.fullmatch, map(_regex, wanted), parts))
         for wanted in (Path(pattern).parts for pattern in patterns)
     )
+
+
+def exact_pattern(name: str) -> str:
+    """The pattern that matches exactly one name."""
+    return escape(name).replace("#", "[#]")
+
+
+def _is_declared(pattern: str, patterns: Collection[str]) -> bool:
+    """Whether a pattern is one of `patterns`, or an exact name that matches one."""
+    path = Path(re.sub(r"\[([*?[#])\]", r"\1", pattern))
+    is_exact = exact_pattern(str(path)) == pattern and not path.is_absolute() and ".." not in path.parts
+    return pattern in patterns or (is_exact and _matches_one_of(path.parts, patterns))
 
 
 @cache

@@ -62,11 +62,11 @@ SETTINGS = {"images": ["x"], "words": "2"}
 
 def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
     """Begin a run of shards, and finish some of them."""
-    from sca.cli.shards import JOURNAL, KIND, _begin
+    from sca.cli.shards import JOURNAL, KIND, PATTERNS, _begin
     from sca.io.journal import Journal
     from sca.io.run_folder import RunFolder
 
-    with RunFolder(folder, KIND) as run_folder:
+    with RunFolder(folder, KIND, PATTERNS) as run_folder:
         earlier = _begin(run_folder, settings, contents, inputs, overwrite)
         with Journal(folder / JOURNAL) as journal:
             for name in done:

@@ -17,6 +17,7 @@ from sca.io.run_folder import (
     RunFolder,
     RunFolderError,
     check_not_inputs,
+    exact_pattern,
     existing_paths,
     find_outputs,
 )
@@ -243,6 +244,17 @@ def test_run_folder_counts_only_decimal_numbers_as_its_own(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")
     assert [str(path.relative_to(tmp_path)) for path in find_outputs(tmp_path, ["step-#/*"])] == names[:2]
+
+
+def test_exact_pattern_matches_one_name(tmp_path):
+    names = ["a#1.txt", "a51.txt", "a[1].txt", "a1.txt", "a*.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    for name in names:
+        assert find_outputs(tmp_path, [exact_pattern(name)]) == [tmp_path / name]
+    with RunFolder(tmp_path / "out", "test", ["*.txt"]) as folder:
+        folder.begin({}, map(exact_pattern, names))
+        assert set(folder.run.outputs) == set(map(exact_pattern, names))
 
 
 def test_a_damaged_marker_is_one_line(tmp_path):
