@@ -36,6 +36,7 @@ from sca.hub import HubError, fetch, fingerprint, here_hint, local_path, some
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.json import read_json
 from sca.language_models.hf import read_tokenizer
+from sca.layouts import CheckpointError, is_published
 from sca.trust import Trust, TrustError, check_folder, confine_spec
 
 if TYPE_CHECKING:
@@ -52,10 +53,6 @@ LARGEST = 2**37  # bytes of weights that are fetched
 # A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
 PACKAGE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
 CONTENT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")  # all that `save` writes, and so all that it replaces
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message is one line that says which and why."""
 
 
 def save(
@@ -303,21 +300,6 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     raise CheckpointError(
         f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
     )
-
-
-def is_published(folder: Path) -> bool:
-    """Whether a folder says that it is in the layout of the published system, see `sca.published`.
-
-    Raises:
-        CheckpointError: If its `config.json` cannot be read.
-    """
-    try:
-        config = read_json(folder / "config.json")
-    except FileNotFoundError:
-        return False
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    return isinstance(config, dict) and config.get("model_type") == "sca"
 
 
 def stored(model: SegmentCaptioner) -> set[str]:

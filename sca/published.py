@@ -25,15 +25,16 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoint import BoundedBuild, CheckpointError, assign, is_published, stored
+from sca.checkpoint import BoundedBuild, assign, stored
 from sca.composition import build
 from sca.hub import SAFE, HubError, absent, fetch, quiet, read_tensors, some, weight_files
 from sca.io.atomic import new_folder
 from sca.io.json import read_json
 from sca.language_models.causal import TextTokenizer
-from sca.language_models.hf import has_tokenizer, read_tokenizer
+from sca.language_models.hf import read_tokenizer
 from sca.language_models.phi import split_fused_attention
-from sca.trust import NO_TRUST, Trust, TrustError, check_source, confine_spec
+from sca.layouts import CheckpointError, has_tokenizer, tokenizer_source
+from sca.trust import NO_TRUST, Trust, TrustError, confine_spec
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -154,19 +155,6 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     fields, defaults = json.loads(config.to_json_string(use_diff=False)), type(config)().to_dict()
     known = fields.keys() & defaults.keys() - NOTES
     return {key: fields[key] for key in sorted(known) if fields[key] != defaults[key]}
-
-
-def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
-    """Where a published folder says that its tokenizer is; None if it has one itself, says nothing, or is not one.
-
-    Raises:
-        TrustError: For one that is neither in the folder nor that of a known card, unless the caller agreed.
-    """
-    if not is_published(folder) or has_tokenizer(folder):
-        return None
-    text = read_json(folder / "config.json").get("text_config")
-    source = text.get("_name_or_path") if isinstance(text, dict) else None
-    return check_source(source, folder, trust) if source and isinstance(source, str) else None
 
 
 def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:

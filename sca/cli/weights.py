@@ -25,7 +25,7 @@ def pull(
     """
     from sca.hub import pin
     from sca.hub import pull as fetch
-    from sca.published import tokenizer_source
+    from sca.layouts import tokenizer_source
     from sca.trust import Trust, TrustError
 
     def take(source: str, revision: str | None = None, **options: Any) -> Path:

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sca.hub import HubError, fetch, load_pretrained, quiet, read_config, reading
 from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
+from sca.layouts import has_tokenizer
 
 
 class HfLanguageModel(CausalLanguageModel):
@@ -76,10 +77,6 @@ class HfLanguageModel(CausalLanguageModel):
         finally:
             for layer, mode in zip(layers, modes, strict=True):
                 layer.gradient_checkpointing, layer.training = False, mode
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
 def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:

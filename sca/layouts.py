@@ -1,0 +1,50 @@
+"""Which layout a checkpoint folder has, and where its tokenizer is; imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sca.io.json import read_json
+from sca.trust import NO_TRUST, Trust, check_source
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message is one line that says which and why."""
+
+
+def is_published(folder: Path) -> bool:
+    """Return whether a folder has the layout of the published system, see `sca.published`.
+
+    Raises:
+        CheckpointError: If its `config.json` cannot be read.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return isinstance(config, dict) and config.get("model_type") == "sca"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder contains a tokenizer of transformers."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
+    """Return the source that a folder in the published layout names for its tokenizer.
+
+    Returns:
+        A hub id or folder; None if the folder contains a tokenizer, names no source, or has another layout.
+
+    Raises:
+        TrustError: For one that is neither in the folder nor that of a known card, unless the caller agreed.
+    """
+    if not is_published(folder) or has_tokenizer(folder):
+        return None
+    text = read_json(folder / "config.json").get("text_config")
+    source = text.get("_name_or_path") if isinstance(text, dict) else None
+    return check_source(source, folder, trust) if source and isinstance(source, str) else None
