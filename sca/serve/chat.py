@@ -21,11 +21,12 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from sca_registry.contracts import Prompt
 
-from sca.prompts import check, parse_region
+from sca.prompts import parse_region
 from sca.serve.problems import ApiError
 from sca.serve.schema import Asked, PromptIn, add_schema
 from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, count_masks, decoded, plain
 
+MAX_TEXT = 2**14  # characters of a message that may contain a region
 REGION = re.compile(r"(?:box|point)=[-+.,\d]*\d(?:;(?:box|point)=[-+.,\d]*\d)*")
 
 
@@ -64,6 +65,8 @@ class Chat(PromptIn):
         if self.temperature:
             fields |= {"sample": True, "temperature": max(self.temperature, 0.01)}
         region = PromptIn(box=self.box, points=self.points, mask=self.mask)
+        if not region.model_dump(exclude_none=True):
+            region = self._parse_text()
         return Asked(**{name: value for name, value in fields.items() if value is not None}, prompts=[region])
 
     def image(self) -> str:
@@ -73,13 +76,26 @@ class Chat(PromptIn):
             raise ApiError(422, "no message has an image: send one as {'type': 'image_url', 'image_url': {'url': ...}}")
         return urls[-1]
 
-    def region(self, width: int, height: int) -> Prompt:
-        """What the text of the last message points at: the whole image if nothing."""
+    def _parse_text(self) -> PromptIn:
+        """Parse the region in the text of the last message; without one, the prompt is empty.
+
+        Raises:
+            ApiError: If the text is too long to be searched.
+            PromptError: If the region is not written correctly.
+        """
         last = self.messages[-1].content
         text = last if isinstance(last, str) else " ".join(piece.text or "" for piece in last)
+        if len(text) > MAX_TEXT:
+            raise ApiError(
+                413,
+                f"the last message has {len(text):,} characters, and {MAX_TEXT:,} are allowed where its text may "
+                "contain the region; give the region as box, points or mask",
+            )
         found = REGION.search(text)
-        prompt = parse_region(found[0]) if found else Prompt(box=(0.0, 0.0, float(width), float(height)))
-        return check(prompt, width, height)
+        if not found:
+            return PromptIn()
+        prompt = parse_region(found[0])
+        return PromptIn(box=prompt.box, points=list(prompt.points) or None)
 
     def _pieces(self) -> list[Piece]:
         return [piece for message in self.messages if not isinstance(message.content, str) for piece in message.content]
@@ -107,8 +123,8 @@ def add_chat(app: FastAPI, service: Service) -> None:
         region = asked.asked()
         service.check(region)
         image = await service.image(request, await to_thread.run_sync(decoded, asked.image()), count_masks(region))
-        pointed = not (asked.box is None and asked.points is None and asked.mask is None)
-        question = await service.question(request, region, image, None if pointed else [asked.region(*image.size)])
+        whole = None if region.prompts[0].model_dump(exclude_none=True) else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
+        question = await service.question(request, region, image, whole)
         captions = await service.captions(request, question)
         if not captions:
             return Response(status_code=499)  # to nobody: the client has left

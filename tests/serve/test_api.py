@@ -110,6 +110,23 @@ def test_the_chat_route_answers_openai_clients(client, asked, scene, tiny):
     assert (wrong.status_code, wrong.json()["error"]) == (404, "no model 'gpt-4o' here: there is 'sca-tiny'")
 
 
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        (";".join(["point=10,10,1"] * 300), 413, "a prompt of 300 points, and 256 are allowed"),
+        (";".join(["point=10,10,1"] * 45_000), 413, "the last message has 630,000 characters, and 16,384 are allowed"),
+        ("box=9,9,1,1", 422, "the box 9,9,1,1 is reversed"),
+        ("box=1,1,9,9;box=1,1,9,9", 422, "has two of 'box'"),
+    ],
+)
+def test_chat_text_has_the_limits_of_other_prompts(client, asked, text, status, message):
+    url = f"data:image/png;base64,{asked()['image']}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    answer = client().post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+
+
 def test_health_and_metrics(client, asked, scene):
     same = client()
     same.post("/v1/captions", json=asked())
