@@ -27,12 +27,13 @@ TOKEN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is no path
 LARGEST = 2**26  # of any whole number in a spec: no dimension, count or position of a model is larger
 MOST_LAYERS = 2**10  # of any number of layers or blocks
 DEEPEST = 6  # folders of a checkpoint inside each other
-CODE_WAY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
-EXTERNAL_WAY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
+CODE_REMEDY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
+EXTERNAL_REMEDY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
 REMOTE_KEYS = (  # fields of a configuration by which a library takes code or weights from elsewhere
-    *("attn_implementation", "experts_implementation", "base_model_name_or_path"),
-    *("architecture", "backbone", "timm_model_name", "hf_model_name", "hf_tokenizer_name"),
+    *("base_model_name_or_path", "architecture", "backbone"),
+    *("timm_model_name", "hf_model_name", "hf_tokenizer_name"),
 )
+IMPLEMENTATIONS = ("", "eager", "sdpa")  # that never load a kernel from a hub, as flash_attention_2 may
 
 
 class Trust(NamedTuple):
@@ -80,7 +81,7 @@ def check_source(name: str, folder: Path, trust: Trust) -> str:
         TrustError: For anything else, unless the caller agreed.
     """
     if "\0" in name:
-        raise TrustError(f"{_shown(name)} is no path; copy the checkpoint again")
+        raise TrustError(f"{_shorten(name)} is no path; copy the checkpoint again")
     inside = _find_inside(name, folder)
     if inside is not None:
         return str(inside)
@@ -88,40 +89,59 @@ def check_source(name: str, folder: Path, trust: Trust) -> str:
     if name in sources:
         return sources[name]
     if not trust.external:
-        raise TrustError(f"{_shown(name)} is outside its folder; {EXTERNAL_WAY}")
+        raise TrustError(f"{_shorten(name)} is outside its folder; {EXTERNAL_REMEDY}")
     return name
 
 
-def check_folder(folder: Path, trust: Trust, recursive: bool = True) -> None:
+def check_folder(folder: Path, trust: Trust) -> None:
     """Check the files of a checkpoint folder before a library reads them.
 
     Raises:
-        TrustError: For anything but regular files and folders, and for a link that leaves the folder, unless the caller
-            agreed.
+        TrustError: For anything but regular files and folders, for folders nested too deep, and for a link that leaves
+            the folder, unless the caller agreed.
         ValueError: For JSON that cannot be read.
     """
     root = find_real_root(folder)
-    for path in _files(folder, DEEPEST if recursive else 0):
-        mode = path.stat().st_mode if path.exists() else 0
-        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise TrustError(f"{path} is not a regular file; copy the checkpoint again")
-        if path.is_symlink() and not trust.external and not path.resolve().is_relative_to(root):
-            raise TrustError(f"{path} is a link to outside of its folder; {EXTERNAL_WAY}")
-        if path.suffix == ".json" and mode and stat.S_ISREG(mode) and path.name != "tokenizer.json":
+    for path in _files(folder, DEEPEST):
+        check_file(path, root, trust)
+        if path.suffix == ".json" and path.is_file() and path.name != "tokenizer.json":
             _check_configuration(read_json(path), path, trust)
+
+
+def check_file(path: Path, root: Path, trust: Trust) -> None:
+    """Check the kind of a file in a checkpoint folder before it is read.
+
+    Args:
+        path: The file; it need not exist.
+        root: What links may refer to, see `find_real_root`.
+        trust: What the caller agrees to.
+
+    Raises:
+        TrustError: For anything but a regular file or a folder, and for a link that leaves `root`, unless the caller
+            agreed.
+    """
+    mode = path.stat().st_mode if path.exists() else 0
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise TrustError(f"{path} is not a regular file; copy the checkpoint again")
+    if path.is_symlink() and not trust.external and not path.resolve().is_relative_to(root):
+        raise TrustError(f"{path} is a link to outside of its folder; {EXTERNAL_REMEDY}")
 
 
 def _confine_part(kind: str, part: Part, folder: Path, trust: Trust) -> Part:
     card = registry(kind).card(part.name)
     what = f"{kind.replace('_', ' ')} {part.name!r}"
     _check_numbers(part.options)
+    _check_configuration(part.options, f"the {what}", trust)
     options = dict(part.options)
+    revision = options.get("revision", card.options.get("revision"))
+    if revision != card.options.get("revision") and not trust.external:
+        raise TrustError(f"{what} sets revision={_shorten(revision)}, not that of its card; {EXTERNAL_REMEDY}")
     for option, value in part.options.items():
         if option == TRUST or option in card.code_options:
             if value is False or (option != TRUST and _is_plain_name(value)):
                 continue
             if not trust.remote_code:
-                raise TrustError(f"{what} sets {option}={_shown(value)}, which runs code; {CODE_WAY}")
+                raise TrustError(f"{what} sets {option}={_shorten(value)}, which runs code; {CODE_REMEDY}")
         options[option] = _confine_value(what, option, value, folder, trust)
     return Part(part.name, options)
 
@@ -132,35 +152,37 @@ def _confine_value(what: str, option: str, value: Any, folder: Path, trust: Trus
             return check_source(value, folder, trust)
         for text in _texts(value):
             if not trust.external and _is_reference(text):
-                raise TrustError(f"{_shown(text)} is outside its folder; {EXTERNAL_WAY}")
+                raise TrustError(f"{_shorten(text)} is outside its folder; {EXTERNAL_REMEDY}")
     except TrustError as error:
         raise TrustError(f"{option} of the {what}: {error}") from error
-    if isinstance(value, Mapping):
-        _check_configuration(value, f"{option} of the {what}", trust)
     return value
 
 
 def _check_configuration(content: Any, where: object, trust: Trust) -> None:
     """Raise TrustError if a configuration makes a library read files or fetch code or weights from elsewhere."""
     for key, value in _pairs(content):
+        if "_implementation" in key and not trust.remote_code:
+            for text in _texts(value):
+                if text not in IMPLEMENTATIONS:
+                    raise TrustError(f"{where} sets {key}={_shorten(text)}, which can fetch and run code; {CODE_REMEDY}")
         if not isinstance(value, str) or not value:
             continue
         if key.endswith(REMOTE_KEYS) and _is_reference(value) and not trust.remote_code:
-            raise TrustError(f"{where} sets {key}={_shown(value)}, which can fetch and run code; {CODE_WAY}")
+            raise TrustError(f"{where} sets {key}={_shorten(value)}, which can fetch and run code; {CODE_REMEDY}")
         is_file = key.endswith("_file") and key != "special_tokens_map_file"
         if is_file and _is_reference(value) and not trust.external:
-            raise TrustError(f"{where} sets {key}={_shown(value)}, a file outside its folder; {EXTERNAL_WAY}")
+            raise TrustError(f"{where} sets {key}={_shorten(value)}, a file outside its folder; {EXTERNAL_REMEDY}")
 
 
 def _check_numbers(content: Any) -> None:
     for key, value in _pairs({"": content}):
         limit = MOST_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else LARGEST
         if isinstance(value, int) and abs(value) > limit:
-            what = f"{key} is {_number(value)}, which is" if key else f"the number {_number(value)} is"
+            what = f"{key} is {_format_number(value)}, which is" if key else f"the number {_format_number(value)} is"
             raise TrustError(f"{what} more than any model has; copy the checkpoint again")
 
 
-def _number(value: int) -> str:
+def _format_number(value: int) -> str:
     return str(value) if abs(value) < 10**20 else "a number of many digits"
 
 
@@ -194,9 +216,12 @@ def find_real_root(folder: Path) -> Path:
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:
+    """Every file and folder at most `depth` folders below `folder`; TrustError for deeper ones."""
     for path in sorted(folder.iterdir()):
         yield path
-        if depth and path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
+            if not depth:
+                raise TrustError(f"{path} is nested deeper than {DEEPEST} folders; copy the checkpoint again")
             yield from _files(path, depth - 1)
 
 
@@ -216,5 +241,5 @@ def _texts(value: Any) -> Iterator[str]:
     return (each for _, each in _pairs(value) if isinstance(each, str))
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value!r:.80}"

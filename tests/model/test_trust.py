@@ -90,6 +90,9 @@ def test_load_runs_the_code_that_the_caller_trusts(stranger):
         ("encoder", {"name": "open-clip", "model": "ViT-B-32", "pretrained": "./a.pt"}, "--allow-external"),
         ("encoder", {"name": "tiny-vit", "width": 10**12}, "width is 1000000000000, which is more"),
         ("encoder", {"name": "tiny-vit", "trust_remote_code": True}, "--trust-remote-code"),
+        ("encoder", {"name": "sam-vit-b", "revision": "0" * 40}, "revision=.*, not that of its card; .*--allow-ext"),
+        ("encoder", {"name": "sam-vit-b", "revision": None}, "revision=None, not that of its card"),
+        ("language_model", {"name": "hf", "config": {"_attn_implementation": {"": "a"}}}, "--trust-remote-code"),
         ("encoder", {"name": "stranger"}, "no encoders named"),
         ("segmenter", {"name": "sam", "weights": "a\0b"}, "no path"),
     ],
@@ -149,6 +152,27 @@ def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere
         with pytest.raises(TrustError):
             check_folder(folder, NO_TRUST)
         (folder / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
+@pytest.mark.parametrize("value", ["flash_attention_2", "stranger/kernel", {"": "stranger/kernel"}, [{"a": "sdpa|b"}]])
+def test_check_folder_refuses_kernels_other_than_those_of_torch(folder, key, value):
+    change(folder, "tokenizer_config.json", text_config={key: value})
+    with pytest.raises(TrustError, match=r"can fetch and run code; .*--trust-remote-code"):
+        check_folder(folder, Trust(external=True))
+    check_folder(folder, Trust(remote_code=True))
+    for harmless in (None, "", True, "eager", {"": "sdpa", "vision_config": None}):
+        change(folder, "tokenizer_config.json", text_config={key: harmless})
+        check_folder(folder, NO_TRUST)
+
+
+def test_check_folder_refuses_folders_that_it_does_not_look_through(folder, tmp_path):
+    deepest = folder / "a" / "b" / "c" / "d" / "e" / "f"
+    deepest.mkdir(parents=True)
+    check_folder(folder, NO_TRUST)
+    (deepest / "g").mkdir()
+    with pytest.raises(CheckpointError, match="nested deeper than 6 folders"):
+        load(folder)
 
 
 def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
