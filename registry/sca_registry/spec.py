@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,9 @@ PROJECTIONS = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both"
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
 CAPTION_FROM = ("box-and-point", "box", "point")
 GENERATION = {"max_new_tokens": 20, "beams": 1}
+MAX_GENERATION = {"max_new_tokens": 4096, "beams": 64, "captions": 64}
+MAX_CROPS = 4  # layers
+MAX_POINTS = 2**20  # of the grids of an image and all its crops
 
 
 @dataclass(frozen=True)
@@ -240,8 +244,9 @@ def _table(what: str, value: Any) -> dict[str, Any]:
 def _generation(value: Any) -> dict[str, Any]:
     """Checked where every language model has the same; the rest is the language model's own business."""
     given = GENERATION | _table("generation", value)
-    for key in GENERATION:
-        _check_number("generation", key, given[key], whole=True, least=1)
+    for key, most in MAX_GENERATION.items():
+        if key in given:
+            _check_number("generation", key, given[key], whole=True, least=1, most=most)
     return given
 
 
@@ -255,15 +260,25 @@ def _everything(value: Any) -> dict[str, Any]:
             if number not in CAPTION_FROM:
                 raise unknown(f"everything.caption_from is {number!r}", str(number), CAPTION_FROM)
         else:
-            _check_number("everything", key, number, whole=key in ("points", "crops"), least=key == "points")
+            most = MAX_CROPS if key == "crops" else math.inf
+            _check_number("everything", key, number, whole=key in ("points", "crops"), least=key == "points", most=most)
     if not given.get("crop_overlap", 0) < 1:
         raise RegistryError(f"everything.crop_overlap is {given['crop_overlap']}: give a share of the image, below 1")
-    return defaults | given
+    settled = defaults | given
+    total = settled["points"] ** 2 * sum(4**layer for layer in range(settled["crops"] + 1))
+    if total > MAX_POINTS:
+        raise RegistryError(
+            f"everything.points and everything.crops ask for more than {MAX_POINTS:,} points; lower one of them"
+        )
+    return settled
 
 
-def _check_number(table: str, key: str, value: Any, whole: bool, least: float) -> None:
+def _check_number(table: str, key: str, value: Any, whole: bool, least: float, most: float = math.inf) -> None:
+    kind = f"a {'whole ' if whole else ''}number"
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= least:
-        raise RegistryError(f"{table}.{key} is {value!r}: give a {'whole ' if whole else ''}number, {least:g} or more")
+        raise RegistryError(f"{table}.{key} is {value!r}: give {kind}, {least:g} or more")
+    if value > most:
+        raise RegistryError(f"{table}.{key} is {value!r:.80}: give {kind}, {most:g} or less")
 
 
 def _projection(value: Any) -> dict[str, str]:

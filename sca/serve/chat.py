@@ -23,7 +23,7 @@ from sca_registry.contracts import Prompt
 
 from sca.prompts import parse_region
 from sca.serve.problems import ApiError
-from sca.serve.schema import Asked, PromptIn, add_schema
+from sca.serve.schema import MAX_BEAMS, MAX_NEW_TOKENS, Asked, PromptIn, add_schema
 from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, count_masks, decoded, plain
 
 MAX_TEXT = 2**14  # characters of a message that may contain a region
@@ -53,7 +53,7 @@ class Chat(PromptIn):
     model: str = ""
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     task: Literal["caption", "recognition"] = "caption"
-    n: Annotated[int | None, Field(ge=1, le=16, description="captions")] = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="captions")] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 or none: the likeliest words")] = None
@@ -61,7 +61,11 @@ class Chat(PromptIn):
 
     def asked(self) -> Asked:
         words = self.max_completion_tokens or self.max_tokens
-        fields = {"captions": self.n, "task": self.task, "max_new_tokens": min(words, 128) if words else None}
+        fields = {
+            "captions": self.n,
+            "task": self.task,
+            "max_new_tokens": min(words, MAX_NEW_TOKENS) if words else None,
+        }
         if self.temperature:
             fields |= {"sample": True, "temperature": max(self.temperature, 0.01)}
         region = PromptIn(box=self.box, points=self.points, mask=self.mask)
@@ -123,7 +127,11 @@ def add_chat(app: FastAPI, service: Service) -> None:
         region = asked.asked()
         service.check(region)
         image = await service.image(request, await to_thread.run_sync(decoded, asked.image()), count_masks(region))
-        whole = None if region.prompts[0].model_dump(exclude_none=True) else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
+        whole = (
+            None
+            if region.prompts[0].model_dump(exclude_none=True)
+            else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
+        )
         question = await service.question(request, region, image, whole)
         captions = await service.captions(request, question)
         if not captions:

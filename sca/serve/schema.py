@@ -14,6 +14,9 @@ from sca.prompts import MAX_POINTS
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # of a caption
+MAX_GRID, MAX_CROPS = 64, 2  # points along each side of the grid, and layers of crops
+
 _NUMBER = {"type": "number"}
 _BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
 _WHOLE = {"type": "integer", "minimum": 0}
@@ -90,12 +93,12 @@ class PromptIn(Strict):
 class EverythingIn(Strict):
     """How everything is looked for; what is left out is the model's own."""
 
-    points: Annotated[int | None, Field(ge=1, le=64, description="along each side of the grid")] = None
+    points: Annotated[int | None, Field(ge=1, le=MAX_GRID, description="along each side of the grid")] = None
     iou: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
     stability: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
     nms: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
     area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
-    crops: Annotated[int | None, Field(ge=0, le=2, description="layers of crops to look at, too")] = None
+    crops: Annotated[int | None, Field(ge=0, le=MAX_CROPS, description="layers of crops to look at, too")] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None
 
 
@@ -105,9 +108,9 @@ class Asked(Strict):
     prompts: list[PromptIn] = []
     everything: StrictBool | EverythingIn = False
     task: Literal["caption", "recognition"] = "caption"
-    beams: Annotated[int | None, Field(ge=1, le=16)] = None
-    captions: Annotated[int | None, Field(ge=1, le=16, description="so many a region, the best first")] = None
-    max_new_tokens: Annotated[int | None, Field(ge=1, le=128)] = None
+    beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS)] = None
+    captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="so many a region, the best first")] = None
+    max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS)] = None
     sample: StrictBool = False
     temperature: Annotated[float | None, Field(ge=0.01, le=100, description="with `sample`")] = None
     masks: Annotated[StrictBool, Field(description="whether masks are to be in the answer")] = True

@@ -7,7 +7,7 @@ import base64
 import binascii
 import io
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,8 @@ from anyio import to_thread
 from fastapi import Request
 from PIL import Image
 from pydantic import BaseModel
-from sca_registry.contracts import Caption, Prompt
+from sca_registry.contracts import Caption, Captioner, Prompt
+from sca_registry.spec import GENERATION
 
 from sca.captioners.door import settings
 from sca.images import decode_image, inspect_image
@@ -27,7 +28,18 @@ from sca.serve.engine import Done, Engine, EngineError, Event, LateError, Questi
 from sca.serve.memory import ByteBudget
 from sca.serve.metrics import Metrics
 from sca.serve.problems import ApiError
-from sca.serve.schema import Asked, EverythingIn, Limits, Problem, PromptIn, RegionOut
+from sca.serve.schema import (
+    MAX_BEAMS,
+    MAX_CROPS,
+    MAX_GRID,
+    MAX_NEW_TOKENS,
+    Asked,
+    EverythingIn,
+    Limits,
+    Problem,
+    PromptIn,
+    RegionOut,
+)
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 POLL = 0.5  # seconds between two looks at whether a client is still there
@@ -157,10 +169,13 @@ class Service:
             sample=asked.sample,
             temperature=asked.temperature,
         )
+        generation |= _limit_defaults(captioner, generation)
         everything = None
         if asked.everything:
             given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
-            everything = replace(captioner.everything, **given.model_dump(exclude_none=True))
+            usual = captioner.everything
+            usual = replace(usual, points=min(usual.points, MAX_GRID), crops=min(usual.crops, MAX_CROPS))
+            everything = replace(usual, **given.model_dump(exclude_none=True))
         elif prompts is None:
             if count_masks(asked):
                 work = partial(_prompts, asked.prompts, image.size)
@@ -247,6 +262,13 @@ def decoded(text: str) -> bytes:
 def plain(caption: Caption, image: Image.Image) -> dict[str, Any]:
     told = record("", image, caption)
     return {name: told[name] for name in RegionOut.model_fields if name in told}
+
+
+def _limit_defaults(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
+    """The limits of the server, for settings in which the captioner's own defaults exceed them."""
+    settled = {**getattr(captioner, "generation", GENERATION), **generation}
+    limits = {"beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "captions": MAX_BEAMS}
+    return {name: limit for name, limit in limits.items() if settled.get(name, 1) > limit}
 
 
 def _prompts(asked: list[PromptIn], size: tuple[int, int]) -> list[Any]:

@@ -206,6 +206,12 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
     [
         ("generation.beams=0", "generation.beams is 0: give a whole number, 1 or more"),
         ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many': give a whole number"),
+        ("generation.beams=60000000", "generation.beams is 60000000: give a whole number, 64 or less"),
+        ("generation.max_new_tokens=60000000", "give a whole number, 4096 or less"),
+        ("generation.captions=60000000", "give a whole number, 64 or less"),
+        ("everything.crops=60", "everything.crops is 60: give a whole number, 4 or less"),
+        ("everything.points=60000000", "ask for more than 1,048,576 points; lower one of them"),
+        ("everything={points=64, crops=4}", "ask for more than 1,048,576 points; lower one of them"),
         ("everything.points=1.5", "everything.points is 1.5: give a whole number"),
         ("everything.iou=high", "everything.iou is 'high': give a number"),
         ("everything.crop_overlap=1", "everything.crop_overlap is 1: give a share"),

@@ -13,7 +13,11 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca import masks
+from sca.serve.engine import BusyError, Engine
 from sca.serve.schema import Limits
+
+
+BOX = [{"box": [0, 0, 9, 9]}]
 
 
 def events(text):
@@ -127,6 +131,27 @@ def test_chat_text_has_the_limits_of_other_prompts(client, asked, text, status, 
     assert message in answer.json()["error"]
 
 
+def test_defaults_of_a_checkpoint_are_bounded_by_the_limits_of_the_server(client, asked, tiny, monkeypatch):
+    spec = tiny.model.spec.override(
+        ["generation={beams=64, max_new_tokens=4096}", "everything={points=100, crops=3, nms=0.5}"]
+    )
+    monkeypatch.setattr(tiny.model, "spec", spec)
+    questions = []
+
+    def refuse(engine, question, tell):
+        questions.append(question)
+        raise BusyError("full")
+
+    monkeypatch.setattr(Engine, "ask", refuse)
+    same = client()
+    for fields in ({"everything": True}, {"prompts": BOX, "max_new_tokens": 5}):
+        assert same.post("/v1/captions", json=asked(**fields)).status_code == 503
+    searched, prompted = questions
+    assert (searched.everything.points, searched.everything.crops, searched.everything.nms) == (64, 2, 0.5)
+    assert searched.generation == {"beams": 16, "max_new_tokens": 128}
+    assert prompted.generation == {"beams": 16, "max_new_tokens": 5}
+
+
 def test_health_and_metrics(client, asked, scene):
     same = client()
     same.post("/v1/captions", json=asked())
@@ -141,7 +166,6 @@ def test_health_and_metrics(client, asked, scene):
     assert "sca_waiting_regions 0.0" in page
 
 
-BOX = [{"box": [0, 0, 9, 9]}]
 WRONG = {
     "no region": ({"prompts": []}, 422, "neither prompts nor everything"),
     "both": ({"prompts": BOX, "everything": True}, 422, "both prompts and everything"),
