@@ -161,16 +161,12 @@ def _confine_value(what: str, option: str, value: Any, folder: Path, trust: Trus
 def _check_configuration(content: Any, where: object, trust: Trust) -> None:
     """Raise TrustError if a configuration makes a library read files or fetch code or weights from elsewhere."""
     for key, value in _pairs(content):
-        if "_implementation" in key and not trust.remote_code:
-            for text in _texts(value):
-                if text not in IMPLEMENTATIONS:
-                    raise TrustError(f"{where} sets {key}={_shorten(text)}, which can fetch and run code; {CODE_REMEDY}")
-        if not isinstance(value, str) or not value:
-            continue
-        if key.endswith(REMOTE_KEYS) and _is_reference(value) and not trust.remote_code:
+        is_kernel = "_implementation" in key and any(text not in IMPLEMENTATIONS for text in _texts(value))
+        is_remote = key.endswith(REMOTE_KEYS) and isinstance(value, str) and _is_reference(value)
+        if (is_kernel or is_remote) and not trust.remote_code:
             raise TrustError(f"{where} sets {key}={_shorten(value)}, which can fetch and run code; {CODE_REMEDY}")
         is_file = key.endswith("_file") and key != "special_tokens_map_file"
-        if is_file and _is_reference(value) and not trust.external:
+        if is_file and isinstance(value, str) and _is_reference(value) and not trust.external:
             raise TrustError(f"{where} sets {key}={_shorten(value)}, a file outside its folder; {EXTERNAL_REMEDY}")
 
 

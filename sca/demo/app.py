@@ -15,10 +15,11 @@ from typing import Any
 
 import gradio as gr
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import Everything
+from sca_registry.spec import Everything, Part
 
 from sca.captioners.door import captioner, settings
 from sca.demo.session import Session
+from sca.hub import local_path
 from sca.images import ImageError, read_image
 from sca.io.text import escape_markdown
 from sca.masks import PIXEL_LIMIT
@@ -28,6 +29,7 @@ from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Se
 
 HELD = 2  # models that are kept in memory
 SECONDS = 300.0  # that an answer may take
+KEPT_SECONDS = 3600  # that the image and regions of a tab without a change stay in memory
 FORMATS = ("png", "jsonl", "coco", "html")
 TITLE = "Segment and caption anything"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -43,19 +45,24 @@ HELP = (
 class Models:
     """Engines by the names of their models; of many, those asked last stay in memory, and those in use.
 
-    names: the models that may be chosen; None for any, folders too. agreed: what a model may do (see `sca.load`), by
-    the names on the command line; others may do nothing.
+    Args:
+        device: Device of the models.
+        dtype: Type of their parameters, None for their own.
+        names: The models of the command line, which may have options.
+        any_model: Allow every other name and folder, without options.
+        agreed: What a model may do (see `sca.load`), by the names of the command line; others may do nothing.
     """
 
     def __init__(
         self,
         device: Any,
         dtype: str | None,
-        names: Collection[str] | None = None,
+        names: Collection[str],
         *,
+        any_model: bool = False,
         agreed: Mapping[str, Mapping[str, bool]] | None = None,
     ):
-        self.device, self.dtype, self.names = device, dtype, names
+        self.device, self.dtype, self.names, self.any_model = device, dtype, names, any_model
         self.agreed = agreed or {}
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._users: Counter[str] = Counter()
@@ -66,8 +73,10 @@ class Models:
         """Loads it if it is not there. What `sca.captioner` raises for a name, and ValueError for one that may not be
         chosen.
         """
-        if self.names is not None and name not in self.names:
-            raise ValueError(f"no model {name!r} here; choose from {', '.join(self.names)}")
+        if name not in self.names:
+            if not self.any_model:
+                raise ValueError(f"no model {name!r} here; choose from {', '.join(self.names)}")
+            _check_bare_name(name)
         engine = self._there(name)
         if engine is None:
             with self._loading:  # one at a time; nobody waits for it whose model is there
@@ -111,21 +120,28 @@ class Models:
             engine.close()
 
 
+def _check_bare_name(name: str) -> None:
+    """Raise ValueError for the name of a model with options, which may trust a checkpoint; a folder has none."""
+    path = local_path(name)
+    if (path is None or not path.exists()) and Part.parse(name, "a model").options:
+        raise ValueError(f"the model {name!r:.80} has options; enter its name only, or pass it to --model")
+
+
 def page(
     models: Models, names: Sequence[str], examples: Sequence[tuple[str, str]], pixels: int = PIXEL_LIMIT
 ) -> gr.Blocks:
     """Build the page of the demo.
 
     Args:
-        models: The models behind it; where these may be any, a person may enter other names, and folders.
+        models: The models behind it; with `any_model` other names and folders can be entered.
         names: Models to choose from, the first of them to begin with.
         examples: Images, and what they are called.
         pixels: Maximum pixels of an image.
     """
-    any_model = models.names is None
+    any_model = models.any_model
     here = files("sca.demo")
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
-        session = gr.State(None)
+        session = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.Markdown(f"# {TITLE}")
         with gr.Row():
             model = gr.Dropdown(
@@ -184,8 +200,9 @@ def page(
 
         shown = [session, canvas, status]
         quietly = {"show_progress": "hidden", "api_visibility": "private"}
-        upload.upload(lambda path: _opened(path, path, pixels), upload, shown, **quietly)
-        gallery.select(chosen, None, shown, **quietly)
+        decoding = {"concurrency_limit": 1, "concurrency_id": "decode"}  # an image at a time, so that memory suffices
+        upload.upload(lambda path: _opened(path, path, pixels), upload, shown, **quietly, **decoding)
+        gallery.select(chosen, None, shown, **quietly, **decoding)
         asked = [session, model, task, beams]
         answer = canvas.input(pointed, asked, shown, **quietly, concurrency_limit=None)
         finding = find.click(found, [*asked, points, iou], shown, **quietly, concurrency_limit=None)

@@ -41,7 +41,7 @@ def run(
         dtype: Type of their parameters, None for their own.
         host: Address to listen at.
         port: Port to listen at, 0 for any that is free.
-        any_model: Whether other names, and folders, may be entered.
+        any_model: Whether other names and folders, without options, may be entered.
         browser: Whether to open the page.
         told: Called with a line when the page is there.
         agreed: What each model may do, see `Models`.
@@ -55,7 +55,7 @@ def run(
     """
     with bound(host, port) as door:
         port = door.getsockname()[1]
-    models = Models(device, dtype, None if any_model else names, agreed=agreed)
+    models = Models(device, dtype, names, any_model=any_model, agreed=agreed)
     with models.engine(names[0]):
         pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:

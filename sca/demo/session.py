@@ -14,6 +14,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
+from sca.images import ImageError, inspect_image
 from sca.mask_predictor import Mask
 from sca.output.colours import colour
 from sca.output.outline import outline
@@ -141,11 +142,12 @@ class Session:
         """(height, width) bool of what was painted, which comes as a data: URL."""
         try:
             content = base64.b64decode(str(png).partition(",")[2], validate=True)
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as layer:
+            pixels = self.image.width * self.image.height
+            with inspect_image(io.BytesIO(content), "what was painted", pixels) as layer:
                 if layer.size != self.image.size:
                     raise PromptError(f"what was painted is {layer.size}, the picture {self.image.size}; try again")
                 return np.asarray(layer.convert("RGBA").getchannel("A")) > 0
-        except (binascii.Error, OSError, SyntaxError) as error:
+        except (binascii.Error, ImageError, OSError, SyntaxError) as error:
             raise PromptError("what was painted did not arrive whole; paint it again") from error
 
     def _number(self, value: Any) -> int | None:

@@ -1,5 +1,9 @@
 """What the demo keeps: steps that cross answers, and models that are in use."""
 
+import base64
+import io
+import zlib
+
 import pytest
 from PIL import Image
 from sca_registry import zoo
@@ -71,7 +75,7 @@ def models(tmp_path):
     """One for each of a few names of the same model."""
     for name in "abcd":
         (tmp_path / name).symlink_to(zoo.get("sca-tiny").folder)
-    models = Models("cpu", None)
+    models = Models("cpu", None, (), any_model=True)
     yield models, [str(tmp_path / name) for name in "abcd"]
     models.close()
 
@@ -99,6 +103,46 @@ def test_models_refuse_names_that_may_not_be_chosen(tmp_path):
     with pytest.raises(ValueError, match=r"no model .*; choose from sca-tiny"), models.engine(str(tmp_path / "a")):
         pass
     models.close()
+
+
+def test_models_refuse_options_of_names_that_are_not_of_the_command_line(tmp_path, monkeypatch):
+    from sca.demo import app
+
+    loaded = []
+    monkeypatch.setattr(app, "captioner", lambda name, device, **options: loaded.append(name))
+    monkeypatch.setattr(app, "Engine", lambda captioner: type("Idle", (), {"close": lambda self: None})())
+    named = "crop-captioner encoder=sam-vit-b"
+    (tmp_path / "my model=1").symlink_to(zoo.get("sca-tiny").folder)
+    models = Models("cpu", None, [named], any_model=True)
+    trusting = "crop-captioner encoder={name='./evil',trust_remote_code=true}"
+    for name in (trusting, "sca-tiny dtype=float16", "./evil trust_remote_code=true"):
+        with pytest.raises(ValueError, match="has options; enter its name only"), models.engine(name):
+            pass
+    for name in (named, "sca-tiny", "sam-vit-b+blip-base", str(tmp_path / "my model=1")):
+        with models.engine(name):
+            pass
+        assert loaded.pop() == name
+
+
+@pytest.mark.parametrize("size", [(64, 50), (4096, 4096), (30_000, 30_000)])
+def test_session_refuses_paint_of_another_size(session, size):
+    png = io.BytesIO()
+    Image.new("1", (8, 8)).save(png, "PNG")
+    content = bytearray(png.getvalue())
+    content[16:24] = b"".join(side.to_bytes(4, "big") for side in size)
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    with pytest.raises(PromptError, match="paint"):
+        session.point_at({"action": "mask", "png": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
+
+
+def test_page_opens_one_image_at_a_time_and_forgets_sessions():
+    from sca.demo.app import page
+
+    demo = page(Models("cpu", None, ["sca-tiny"]), ["sca-tiny"], [])
+    opening = [fn for fn in demo.fns.values() if {each[1] for each in fn.targets} & {"upload", "select"}]
+    assert [(fn.concurrency_limit, fn.concurrency_id) for fn in opening] == [(1, "decode")] * 2
+    (state,) = [each for each in demo.blocks.values() if isinstance(each, gr.State)]
+    assert state.time_to_live
 
 
 def test_session_limits_points_of_a_region(session):
@@ -130,7 +174,7 @@ def test_models_named_on_the_command_line_alone_may_do_what_was_agreed(monkeypat
     asked = []
     monkeypatch.setattr(app, "captioner", lambda name, device, **options: asked.append((name, options)) or object())
     monkeypatch.setattr(app, "Engine", lambda captioner: type("Idle", (), {"close": lambda self: None})())
-    models = Models("cpu", None, agreed={"./mine": {"allow_external": True}})
+    models = Models("cpu", None, ["./mine"], any_model=True, agreed={"./mine": {"allow_external": True}})
     for name in ("./mine", "./of-a-stranger"):
         with models.engine(name):
             pass

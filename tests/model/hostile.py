@@ -240,7 +240,7 @@ def use(folder: Path, how: str, out: Path) -> None:
     if how == "demo":
         from sca.demo.app import Models
 
-        models = Models("cpu", None)
+        models = Models("cpu", None, (), any_model=True)
         with models.engine(str(folder)):
             pass
         models.close()

@@ -16,7 +16,6 @@ from sca import masks
 from sca.serve.engine import BusyError, Engine
 from sca.serve.schema import Limits
 
-
 BOX = [{"box": [0, 0, 9, 9]}]
 
 
