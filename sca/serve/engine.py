@@ -36,8 +36,8 @@ from sca.serve.memory import is_out_of_memory, release_memory
 log = logging.getLogger("sca.serve")
 
 SEARCH_SECONDS = 0.1  # that one turn of a search may take
-SEARCHES = 4  # for everything that run at a time; the others wait
-SEARCH_BYTES = 512 * 2**20  # of candidate masks that one search may hold
+SEARCHES = 2  # for everything that run at a time; the others wait
+SEARCH_BYTES = 512 * 2**20 // SEARCHES  # of candidate masks that one search may hold
 SHORT = 64  # regions of a request that may use the whole queue; longer ones leave a quarter of it
 CROWDED = 4  # how many times shorter turns are while somebody waits who has no part in them
 POINTS = 32  # of a prompt that cost as much as a region
@@ -289,13 +289,14 @@ class Engine:
         worked = False
         while True:
             with self._there:
-                if not self._there.wait_for(lambda: self._tickets or self._closed, 1.0 if worked else None):
-                    worked = False
-                    release_memory()
-                    continue
+                has_work = self._there.wait_for(lambda: self._tickets or self._closed, 1.0 if worked else None)
                 if self._closed:
                     return
-                self._turn = turn = self._next()
+                self._turn = turn = self._next() if has_work else []
+            if not has_work:
+                worked = False
+                release_memory()  # without the lock, for which /health and /metrics would wait
+                continue
             if turn:
                 self._make(turn)
                 worked = True
@@ -358,7 +359,7 @@ class Engine:
             _end(ticket, _told(error))
 
     def _search(self, ticket: Ticket) -> None:
-        """Looks for everything for a moment."""
+        """Continue the search of a ticket for at most SEARCH_SECONDS."""
         if ticket.steps is None:
             predictor, everything = self.captioner, ticket.question.everything
             predictor.image, predictor.encoded = ticket.question.image, self._encoded([ticket])

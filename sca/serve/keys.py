@@ -11,7 +11,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """Read the keys in a file, one per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        ValueError: If the file cannot be read or has no key.
+        ValueError: If the file cannot be read, has no key, or has one that is not printable ASCII.
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -21,6 +21,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"{path} has no API key; write one key per line")
+    if not all(key.isascii() and key.isprintable() for key in keys):  # a header cannot contain others
+        raise ValueError(f"{path} has an API key that is not printable ASCII; write another one")
     return keys
 
 

@@ -24,8 +24,8 @@ from sca.captioners.door import settings
 from sca.images import decode_image, inspect_image
 from sca.output.jsonl import record
 from sca.prompts import read_prompt
-from sca.serve.engine import Done, Engine, EngineError, Event, LateError, Question
-from sca.serve.memory import ByteBudget
+from sca.serve.engine import Done, Engine, EngineError, Event, LateError, NoRoomError, Question
+from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import Metrics
 from sca.serve.problems import ApiError
 from sca.serve.schema import (
@@ -47,7 +47,7 @@ SMALL = 64 * 2**20  # pixels of masks that a request may always have
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
 DECODING, DECODED = 13, 4  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
-WORDS = 1000  # bytes of a caption, about
+WORDS = 1000  # bytes of a caption or another event without its mask, about
 
 _PROBLEMS = {
     400: "not what a request looks like",
@@ -122,6 +122,8 @@ class Service:
 
         def decode() -> Image.Image:
             lease.set(needed, late - time.monotonic())
+            if lease.ended:
+                raise BudgetError("the request has ended")
             image = decode_image(opened, "the image")
             lease.set((DECODED + masks) * pixels)
             return image
@@ -194,14 +196,26 @@ class Service:
         )
 
     async def events(self, request: Request, question: Question) -> AsyncIterator[Event | None]:
-        """What the engine tells, and None every `POLL` seconds without news. An EngineError is raised.
+        """Yield the events of a question, and None every `POLL` seconds without one.
 
-        Whoever leaves, or has no more time, is not computed for.
+        Whoever leaves, or has no more time, is not computed for. An event is part of the request's memory until it is
+        yielded, so that a client that reads slowly cannot pile up masks.
+
+        Raises:
+            EngineError: If the question cannot be answered, in time and within the memory.
         """
-        told: asyncio.Queue[Event] = asyncio.Queue()
-        loop, deadline = asyncio.get_running_loop(), self.deadline(request)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop, deadline, lease = asyncio.get_running_loop(), self.deadline(request), request.state.lease
+
+        def queue(event: Event) -> None:
+            try:
+                lease.add(_size(event))
+            except BudgetError as error:
+                event = NoRoomError(str(error))
+            events.put_nowait(event)
+
         ticket = await to_thread.run_sync(
-            self.engine.ask, question, lambda event: loop.call_soon_threadsafe(told.put_nowait, event)
+            self.engine.ask, question, lambda event: loop.call_soon_threadsafe(queue, event)
         )
         try:
             look = loop.time()
@@ -214,12 +228,13 @@ class Service:
                     if await request.is_disconnected():
                         return
                 try:
-                    event = await asyncio.wait_for(told.get(), min(POLL, deadline - now))
+                    event = await asyncio.wait_for(events.get(), min(POLL, deadline - now))
                 except TimeoutError:
                     yield None
                     continue
                 if isinstance(event, EngineError):
                     raise event
+                lease.add(-_size(event))
                 yield event
                 if isinstance(event, Done):
                     return
@@ -232,8 +247,7 @@ class Service:
         async for event in self.events(request, question):
             if isinstance(event, Caption):
                 found.append(event)
-                if event.mask is not None:
-                    request.state.lease.add(len(event.mask["counts"]) + WORDS)
+                request.state.lease.add(_size(event))
         return found
 
 
@@ -262,6 +276,12 @@ def decoded(text: str) -> bytes:
 def plain(caption: Caption, image: Image.Image) -> dict[str, Any]:
     told = record("", image, caption)
     return {name: told[name] for name in RegionOut.model_fields if name in told}
+
+
+def _size(event: Event) -> int:
+    """Bytes of an event, about."""
+    mask = event.mask if isinstance(event, Caption) else None
+    return WORDS + (0 if mask is None else len(mask["counts"]))
 
 
 def _limit_defaults(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:

@@ -71,6 +71,9 @@ def test_read_keys_skips_comments_and_refuses_empty_files(tmp_path):
     file.write_text("# none\n")
     with pytest.raises(ValueError, match="has no API key; write one key per line"):
         read_keys(file)
+    file.write_text("one\nschlüssel\n", "utf-8")
+    with pytest.raises(ValueError, match="has an API key that is not printable ASCII"):
+        read_keys(file)
     with pytest.raises(ValueError, match=r"cannot read the API keys in .*nothing"):
         read_keys(tmp_path / "nothing")
 

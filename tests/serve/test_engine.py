@@ -9,6 +9,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import Everything
 
 from sca.everything import caption_everything
+from sca.serve import engine as module
 from sca.serve.engine import (
     BusyError,
     CannotError,
@@ -160,6 +161,32 @@ def test_a_search_that_finds_too_much_is_refused(tiny, scene):
     engine.ask(Question(scene.image, everything=options), listener)
     assert listener.captions == []
     assert "more than 3 regions were found" in str(listener.events[-1])
+    engine.close()
+
+
+def test_a_search_with_too_many_masks_is_refused(tiny, scene, monkeypatch):
+    assert module.SEARCHES * module.SEARCH_BYTES <= 512 * 2**20
+    monkeypatch.setattr(module, "SEARCH_BYTES", 2**16)
+    engine, listener = Engine(tiny), Listener()
+    engine.ask(Question(scene.image, everything=Everything(points=16, iou=0.0, stability=0.0)), listener)
+    assert listener.captions == []
+    assert "too many masks pass the filters" in str(listener.events[-1])
+    engine.close()
+
+
+def test_releasing_memory_does_not_block_the_engine(tiny, scene, monkeypatch):
+    releasing, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(module, "release_memory", lambda: releasing.set() or go.wait(60))
+    engine, listener = Engine(tiny), Listener()
+    engine.ask(Question(scene.image, boxes(scene)[:1]), listener)
+    assert listener.captions
+    assert releasing.wait(30)
+    looking = threading.Thread(target=lambda: engine.queued, daemon=True)
+    looking.start()
+    looking.join(5)
+    waited = looking.is_alive()
+    go.set()
+    assert not waited
     engine.close()
 
 

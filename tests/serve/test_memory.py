@@ -1,11 +1,18 @@
 """A budget of bytes: large requests wait or are refused, and small ones always find room."""
 
+import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sca_registry.contracts import Caption, Prompt
 
+from sca.serve import service as module
+from sca.serve.engine import Done, NoRoomError, Question
 from sca.serve.memory import BudgetError, ByteBudget, is_out_of_memory
+from sca.serve.schema import Limits
+from sca.serve.service import Service
 
 MIB = 2**20
 
@@ -49,6 +56,68 @@ def test_lease_that_has_ended_takes_nothing():
         lease.set(5)
     lease.set(10 * MIB)
     assert (lease.held, budget.held) == (0, 0)
+
+
+@pytest.fixture
+def request_of():
+    """`request_of(budget)`: a request with a lease of a budget."""
+
+    async def stays():
+        return False
+
+    def make(budget):
+        state = SimpleNamespace(lease=budget.lease())
+        return SimpleNamespace(state=state, is_disconnected=stays, client=None)
+
+    return make
+
+
+@pytest.fixture
+def service(engine):
+    service = Service(engine, "sca-tiny", Limits())
+    yield service
+    service.close()
+
+
+def test_service_decodes_no_image_for_a_request_that_has_ended(service, request_of, png, monkeypatch):
+    monkeypatch.setattr(module, "decode_image", lambda *_: pytest.fail("decoded"))
+    request = request_of(service.budget)
+    request.state.lease.__exit__()
+    with pytest.raises(BudgetError, match="the request has ended"):
+        asyncio.run(service.image(request, png))
+
+
+@pytest.mark.parametrize("counts", [1000, 100_000])
+def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(service, request_of, monkeypatch, counts):
+    mask = {"size": [9, 9], "counts": "x" * counts}
+    caption = Caption("a cat", 0.5, mask=mask, box=None, iou=None, prompt=Prompt(box=(0, 0, 9, 9)), region=0)
+    told = threading.Event()
+
+    def ask(question, tell):
+        for event in (*[caption] * 50, Done(50)):
+            tell(event)
+        told.set()
+        return SimpleNamespace(cancel=lambda: None)
+
+    monkeypatch.setattr(service.engine, "ask", ask)
+    budget = ByteBudget(2 * MIB)
+    request = request_of(budget)
+
+    async def read():
+        events = service.events(request, Question(None))
+        found = [await anext(events)]
+        assert told.wait(10)
+        await asyncio.sleep(0.1)
+        assert budget.held > 40 * 1000
+        found += [event async for event in events]
+        return found
+
+    if counts == 1000:
+        assert len(asyncio.run(read())) == 51
+        assert budget.held == 0
+    else:
+        with pytest.raises(NoRoomError):
+            asyncio.run(read())
 
 
 def test_torch_out_of_memory_on_a_cpu_is_recognized():
