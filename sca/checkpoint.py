@@ -36,8 +36,8 @@ from sca.hub import HubError, fetch, fingerprint, here_hint, local_path, some
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.json import read_json
 from sca.language_models.hf import read_tokenizer
-from sca.layouts import CheckpointError, is_published
-from sca.trust import Trust, TrustError, check_folder, confine_spec
+from sca.layouts import CONFIG, CheckpointError, is_published
+from sca.trust import NO_TRUST, Trust, TrustError, check_file, check_folder, confine_spec, find_real_root
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -134,17 +134,46 @@ def load(
             weights, lacks a tensor or has one without a place.
     """
     trust = Trust(trust_remote_code, allow_external)
-    folder = locate(source, revision)
-    shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
+    folder, spec = open_checkpoint(source, trust, revision)
     with _one_line(folder):
-        spec = None if is_published(folder) else read_spec(folder)  # so that no other folder is looked through
-        check_folder(folder, trust._replace(external=True) if shipped else trust)  # installers may link its files
-        model = _load_published(folder, trust) if spec is None else _load_own(folder, spec, trust)
+        model = _load_published(folder, trust) if spec is None else _load_own(folder, spec)
         check_finite(model, str(folder))
         model = model.to(device=device, dtype=dtype).eval()
         if dtype == torch.float16:
             check_finite(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
     return model
+
+
+def open_checkpoint(
+    source: str | Path, trust: Trust = NO_TRUST, revision: str | None = None
+) -> tuple[Path, ModelSpec | None]:
+    """Find a checkpoint, check its files and read its spec, each file before it is read.
+
+    Args:
+        source: What `load` takes.
+        trust: What the caller agrees to.
+        revision: Of a hub id.
+
+    Returns:
+        The folder, and the spec as `confine_spec` returns it; None for the layout of the published system.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+        HubError: If it cannot be fetched.
+    """
+    folder = locate(source, revision)
+    shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
+    files = trust._replace(external=True) if shipped else trust  # installers may link the files of a package
+    with _one_line(folder):
+        root = find_real_root(folder)
+        for name in (CONFIG, SPEC, ORIGIN):
+            check_file(folder / name, root, files)
+        spec = None if is_published(folder) else read_spec(folder)  # so that no other folder is looked through
+        check_folder(folder, files)
+        if spec is not None:
+            with _naming_spec(folder):
+                spec = confine_spec(spec, folder, trust)
+    return folder, spec
 
 
 def check_finite(model: torch.nn.Module, subject: str) -> None:
@@ -184,15 +213,20 @@ def _load_published(folder: Path, trust: Trust) -> SegmentCaptioner:
     return load_published(folder, trust)
 
 
-def _load_own(folder: Path, spec: ModelSpec, trust: Trust) -> SegmentCaptioner:
+@contextmanager
+def _naming_spec(folder: Path) -> Iterator[None]:
+    """Raise what is wrong with the spec of a folder as a CheckpointError that names its file."""
     try:
-        spec = confine_spec(spec, folder, trust)
-        with BoundedBuild([folder / WEIGHTS], spec):
-            model = build(spec)
+        yield
     except RegistryError as error:
         raise CheckpointError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
     except TrustError as error:
         raise CheckpointError(f"{folder / SPEC}: {error}") from error
+
+
+def _load_own(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
+    with _naming_spec(folder), BoundedBuild([folder / WEIGHTS], spec):
+        model = build(spec)
     expected = stored(model)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,9 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from sca_registry.verdicts import cache_folder
 
+from sca.io.atomic import write_file
 from sca.io.json import read_json
+from sca.io.lock import LockedError, held_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,10 +141,25 @@ def pin(name: str, folder: Path) -> str | None:
     if commit is not None and _pins().get(name) != commit:
         file = cache_folder() / PULLED
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{PULLED}.{os.getpid()}")
-        draft.write_text(json.dumps({**_pins(), name: commit}, indent=1) + "\n", "utf-8")
-        os.replace(draft, file)
+        with _wait_for_lock(file):
+            write_file(file, json.dumps({**_pins(), name: commit}, indent=1) + "\n")
     return commit
+
+
+@contextmanager
+def _wait_for_lock(file: Path) -> Iterator[None]:
+    """Hold the lock of a file that other processes change for a moment; LockedError after TIMEOUT seconds."""
+    end = time.monotonic() + TIMEOUT
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held_lock(file.with_name(f".{file.name}.sca-lock"), str(file)))
+                break
+            except LockedError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        yield
 
 
 def commit_of(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from sca.io.json import read_json
 from sca.trust import NO_TRUST, Trust, check_source
 
+CONFIG = "config.json"  # of the published layout and of transformers
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
 
 
@@ -21,7 +22,7 @@ def is_published(folder: Path) -> bool:
         CheckpointError: If its `config.json` cannot be read.
     """
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
     except FileNotFoundError:
         return False
     except ValueError as error:
@@ -45,6 +46,6 @@ def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
     """
     if not is_published(folder) or has_tokenizer(folder):
         return None
-    text = read_json(folder / "config.json").get("text_config")
+    text = read_json(folder / CONFIG).get("text_config")
     source = text.get("_name_or_path") if isinstance(text, dict) else None
     return check_source(source, folder, trust) if source and isinstance(source, str) else None

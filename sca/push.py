@@ -13,14 +13,14 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoint import CheckpointError, locate, read_spec
+from sca.checkpoint import ORIGIN, SPEC, WEIGHTS, CheckpointError, locate, read_spec
 from sca.hub import HubError
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
 from sca.trust import find_real_root
 
 CARD = "README.md"
-KEPT = ("spec.json", "weights.safetensors", "origin.json", "tokenizer")
+KEPT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")
 
 
 def push(
@@ -58,19 +58,34 @@ def push(
 
 
 def _copy_checkpoint(folder: Path, draft: Path) -> None:
-    """Copy the files of a checkpoint; raise CheckpointError for a link that leads out of it, or for what is no file."""
+    for path in _find_files(folder):
+        target = draft / path.relative_to(folder)
+        if path.is_dir():
+            target.mkdir()
+        else:
+            shutil.copyfile(path, target)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """The files and folders of a checkpoint, outer ones first.
+
+    Raises:
+        CheckpointError: For one that is missing, a link that leads out of it, or what is no file.
+    """
     inside = find_real_root(folder)
-    for each in KEPT:
-        for path in (folder / each, *sorted((folder / each).rglob("*"))):
+    found = []
+    for name in KEPT:
+        for path in (folder / name, *sorted((folder / name).rglob("*"))):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 raise CheckpointError(f"{path} is a link out of the checkpoint; replace it with the file itself")
-            target = draft / path.relative_to(folder)
-            if path.is_dir():
-                target.mkdir()
-            elif path.is_file():
-                shutil.copyfile(path, target)
+            if path.is_dir() or path.is_file():
+                found.append(path)
             elif path.exists():
                 raise CheckpointError(f"{path} is no regular file; a checkpoint has only files and folders")
+    for name in (SPEC, WEIGHTS):
+        if folder / name not in found:
+            raise CheckpointError(f"{folder} has no {name}, so it is not a whole checkpoint; copy it again")
+    return found
 
 
 def card_of(
@@ -81,10 +96,10 @@ def card_of(
     licence: str | None = None,
 ) -> str:
     """The model card, Markdown with the hub's metadata, from what a checkpoint says of itself."""
+    origin = folder / ORIGIN
+    written = read_json(origin) if origin in _find_files(folder) else {}
     spec = read_spec(folder)
-    origin = folder / "origin.json"
-    told = read_json(origin) if origin.exists() else {}
-    if not isinstance(told, dict):
+    if not isinstance(written, dict):
         raise CheckpointError(f"{origin} is not an object; copy the checkpoint again")
     found = [_read_scores(path) for path in scores]
     return "\n".join(
@@ -105,7 +120,7 @@ def card_of(
             "    print(caption.text)",
             "```",
             "",
-            *_parts(spec, told),
+            *_parts(spec, written),
             *(["## Trained on", "", trained_on, ""] if trained_on else []),
             *_scores(found),
             "## Licence",

@@ -65,6 +65,22 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
     assert not uploaded
 
 
+@pytest.mark.parametrize("name", ["spec.json", "weights.safetensors"])
+def test_push_refuses_a_checkpoint_that_is_not_whole(model, uploaded, name):
+    (model / name).unlink()
+    with pytest.raises(CheckpointError, match=f"has no {name}"):
+        push(model, "me/model")
+    assert not uploaded
+
+
+@pytest.mark.parametrize("name", ["origin.json", "spec.json"])
+def test_card_of_reads_no_links_out_of_the_checkpoint(model, tmp_path, name):
+    (model / name).rename(tmp_path / "secret")
+    (model / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of the checkpoint"):
+        card_of(model, "me/model")
+
+
 def test_push_refuses_what_is_no_file(model, uploaded):
     (model / "tokenizer").mkdir(exist_ok=True)
     os.mkfifo(model / "tokenizer/pipe")

@@ -59,16 +59,15 @@ def _read(model: str, trust: Trust) -> ModelSpec:
     from sca_registry.messages import unknown
     from sca_registry.spec import ModelSpec
 
-    from sca.checkpoint import SPEC, read_spec
+    from sca.checkpoint import SPEC, open_checkpoint
     from sca.hub import here_hint, local_folder
-    from sca.trust import confine_spec
 
     if "+" in model:
         return ModelSpec.parse(model)
     entry = zoo.get(model) if model in zoo.names() else None
     folder = entry.folder if entry else local_folder(model)
     if folder is not None and (folder / SPEC).exists():
-        return confine_spec(read_spec(folder), folder, trust)
+        return open_checkpoint(model if entry else folder, trust)[1]
     if entry:
         raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
     local = [name for name in zoo.names() if zoo.get(name).folder]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,6 +176,18 @@ def test_check_folder_refuses_folders_that_it_does_not_look_through(folder, tmp_
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["spec.json", "config.json", "origin.json"])
+def test_load_and_plan_read_no_file_before_its_link_is_checked(folder, tmp_path, name):
+    from sca.cli.plan import _read
+
+    (tmp_path / "secret").write_text('{"secret": 1}')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    for use in (load, lambda path: _read(str(path), NO_TRUST)):
+        with pytest.raises(CheckpointError, match=f"{name} is a link to outside of its folder"):
+            use(folder)
+
+
 def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
     for encoder in ({"name": "tiny-vit", "width": 2**12}, {"name": "tiny-vit", "width": 1024, "depth": 99}):
         with pytest.raises(CheckpointError, match="far larger than its weights"):
@@ -263,6 +276,15 @@ def test_pin_stores_the_commit_that_was_pulled(tmp_path, monkeypatch):
     assert pin("owner/model", tmp_path / commit) == commit
     assert pin("owner/other", tmp_path / "no-commit") is None
     assert (pinned("owner/model"), pinned("owner/other")) == (commit, None)
+
+
+def test_pins_of_concurrent_pulls_are_all_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    names = [f"owner/model-{number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: pin(name, tmp_path / commit), names))
+    assert [pinned(name) for name in names] == [commit] * len(names)
 
 
 def test_cards_pin_whole_commits_and_drop_them_for_other_weights(lm_folder):
