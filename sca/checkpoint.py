@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sca.composition import build, parts
-from sca.hub import HubError, fetch, fingerprint, here_hint, local_path, some
+from sca.hub import HubError, fetch, fingerprint, local_path, some, suggest_path
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.json import read_json
 from sca.language_models.hf import read_tokenizer
@@ -330,7 +330,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return fetch(source, revision)
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
-    hint = "" if isinstance(source, Path) else here_hint(source)
+    hint = "" if isinstance(source, Path) else suggest_path(source)
     raise CheckpointError(
         f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
     )

@@ -92,8 +92,8 @@ def local_path(source: str | Path) -> Path | None:
     return None if "\0" in source or source in known_sources() else Path(source).expanduser()
 
 
-def here_hint(name: str) -> str:
-    """How to write what lies in the working folder under a name; nothing if there is nothing."""
+def suggest_path(name: str) -> str:
+    """Return a hint how to write the path of what the working folder has under a name; empty without one."""
     return f"; what lies here is written ./{name}" if "\0" not in name and os.path.exists(name) else ""
 
 
@@ -352,7 +352,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _reaching(name: str, revision: str | None) -> Iterator[None]:
-    """What the hub raises, as one line."""
+    """Raise the errors of the hub as HubError of one line."""
     which = repr(name) + (f" at revision {revision!r}" if revision else "")
     try:
         yield
@@ -363,7 +363,7 @@ def _reaching(name: str, revision: str | None) -> Iterator[None]:
             ) from error
         raise HubError(
             f"{which} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
-            f"{here_hint(name)}"
+            f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"the hub has no {which}") from error
@@ -371,7 +371,7 @@ def _reaching(name: str, revision: str | None) -> Iterator[None]:
         reason = " ".join(str(error).split())[:150]
         raise HubError(
             f"{which} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
-            f"give a folder that has it: weights=FOLDER{here_hint(name)}"
+            f"give a folder that has it: weights=FOLDER{suggest_path(name)}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from sca_registry.messages import unknown
 from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoint import load
-from sca.hub import here_hint, local_path
+from sca.hub import local_path, suggest_path
 from sca.language_models.causal import DTYPES
 from sca.predictor import Predictor
 
@@ -74,7 +74,7 @@ def captioner(
         return _model(name, device, agreed, **options)
     known = [*zoo.names(), *sca_registry.captioners.names()]
     reason = unknown(f"no model or captioner named {name!r}, and no folder there", name, known)
-    raise RegistryError(f"{reason} {FORMS}{here_hint(name)}")
+    raise RegistryError(f"{reason} {FORMS}{suggest_path(name)}")
 
 
 def settings(

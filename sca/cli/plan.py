@@ -60,19 +60,23 @@ def _read(model: str, trust: Trust) -> ModelSpec:
     from sca_registry.spec import ModelSpec
 
     from sca.checkpoint import SPEC, open_checkpoint
-    from sca.hub import here_hint, local_folder
+    from sca.hub import local_folder, suggest_path
 
     if "+" in model:
         return ModelSpec.parse(model)
     entry = zoo.get(model) if model in zoo.names() else None
     folder = entry.folder if entry else local_folder(model)
     if folder is not None and (folder / SPEC).exists():
-        return open_checkpoint(model if entry else folder, trust)[1]
+        _, spec = open_checkpoint(model if entry else folder, trust)
+        if spec is not None:
+            return spec
     if entry:
         raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
     local = [name for name in zoo.names() if zoo.get(name).folder]
     raise unknown(
-        f"{model!r} is neither a folder with a {SPEC} nor encoder+mixer+language-model{here_hint(model)}", model, local
+        f"{model!r} is neither a folder with a {SPEC} nor encoder+mixer+language-model{suggest_path(model)}",
+        model,
+        local,
     )
 
 

@@ -30,7 +30,7 @@ from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat
 from sca.serve.engine import SHORT, Done, Engine, EngineError, Event, Found, Question, Searched
 from sca.serve.memory import BudgetError, release_memory
-from sca.serve.problems import ApiError, told
+from sca.serve.problems import ApiError, to_api_error
 from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
 from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decoded, plain
 
@@ -229,7 +229,7 @@ def _handle_problems(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # to nobody
-        problem = told(error)
+        problem = to_api_error(error)
         return JSONResponse({"error": str(problem)}, problem.status, problem.headers)
 
     kinds = (ApiError, BudgetError, EngineError, ImageError, MemoryError, PromptError, ValidationError)

@@ -252,7 +252,7 @@ class Engine:
         closing.start()
 
     def close(self, seconds: float = 1.0) -> None:
-        """Stop after the turn that is being made, and wait for it for at most `seconds`; who waits is told."""
+        """Stop after the turn that is being made, and wait for it for at most `seconds`; all others get ClosedError."""
         with self._there:
             self._closed = True
             waiting = [ticket for ticket in self._tickets if not any(ticket is each for each in self._turn)]
@@ -356,7 +356,7 @@ class Engine:
                     self._make([ticket])
                 return
             (ticket,) = turn
-            _end(ticket, _told(error))
+            _end(ticket, _to_engine_error(error))
 
     def _search(self, ticket: Ticket) -> None:
         """Continue the search of a ticket for at most SEARCH_SECONDS."""
@@ -445,7 +445,7 @@ class Engine:
                 _tell(ticket, Done(ticket.answered))
 
     def _candidates(self, ticket: Ticket, count: int) -> None:
-        """Tells the masks of the next regions."""
+        """Send the candidate masks of the next regions."""
         predictor = self.captioner
         predictor.image, predictor.encoded = ticket.question.image, self._encoded([ticket])
         found = predictor.segment(ticket.prompts[ticket.answered : ticket.answered + count])
@@ -507,13 +507,13 @@ def _tell(ticket: Ticket, event: Event) -> None:
 
 
 def _end(ticket: Ticket, error: EngineError) -> None:
-    """The last that is told of a ticket without an answer."""
+    """End a ticket without an answer: the error is its last event."""
     _tell(ticket, error)
     ticket.cancel()
     ticket.steps = None
 
 
-def _told(error: Exception) -> EngineError:
+def _to_engine_error(error: Exception) -> EngineError:
     """What may be said of an error; a defect is for the log."""
     if isinstance(error, EngineError):
         return error

@@ -13,7 +13,7 @@ from sca.prompts import PromptError
 from sca.serve.engine import BusyError, CannotError, ClosedError, EngineError, LateError, NoRoomError
 from sca.serve.memory import BudgetError
 
-MOST = 3  # problems of one request that are told
+MOST = 3  # problems of one request in its answer
 _STATUS = {BusyError: 503, ClosedError: 503, NoRoomError: 503, LateError: 504, CannotError: 422}
 
 
@@ -29,8 +29,12 @@ class ApiError(Exception):
         return {"Retry-After": "1"} if self.status == 503 else {}
 
 
-def told(error: Exception) -> ApiError:
-    """As HTTP says it. TypeError for what is nobody's mistake."""
+def to_api_error(error: Exception) -> ApiError:
+    """Convert an error to an HTTP status and a line.
+
+    Raises:
+        TypeError: For an error that no request causes.
+    """
     match error:
         case ApiError():
             return error

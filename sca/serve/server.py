@@ -104,7 +104,7 @@ class DeadlineProtocol(H11Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends in an orderly way: accepted requests are answered for a while, then told with 503."""
+    """Drain the engine for a while, then answer the remaining requests with 503."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine):
         super().__init__(config)
