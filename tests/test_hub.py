@@ -52,7 +52,7 @@ PULL_WITHOUT_TORCH = """
 import sys
 from sca.cli import run
 assert run(sys.argv[1:]) == 0
-assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+assert not {"torch", "transformers"} & set(sys.modules)
 """
 LOAD = """
 import sys, torch
