@@ -396,7 +396,7 @@ def _journal(
 
     Raises:
         RunFolderError: The folder must not be written.
-        ValueError: The journal there is damaged.
+        ValueError: The journal there is damaged, or of a run with other options.
     """
     from sca.images import show
     from sca.io.run_folder import RunFolder, RunFolderError
@@ -412,11 +412,12 @@ def _journal(
                 f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
                 "choose another --out, or replace it with --overwrite"
             )
-        settings = {"images": params["images"], **_settings(params, read)}
+        run = _settings(params, read)
+        settings = {"images": params["images"], **run}
         loose = ("images",) if resume and unfinished else ()  # a resumed run may caption more images
         outputs = (*output_patterns(formats), NAME)
         earlier = folder.begin(settings, outputs, [*images, *read], overwrite=overwrite, loose=loose)
-        journal = Journal(path, resume)
+        journal = Journal(path, run, resume)
         finished = False
         try:
             yield journal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,22 +18,22 @@ NAME = "captions.journal"
 
 
 class Journal:
-    """`captions.journal` in a run folder: one line per image, written as soon as the image is captioned.
+    """`captions.journal` in a run folder: its first line is the run, and each other line an image that is captioned.
 
-    It is removed when the run has finished. `done` contains the images of an earlier run, by name. The run folder
-    knows whether that run had the same settings.
+    It is removed when the run has finished. `done` contains the images of the journal that is continued, by name.
 
     Args:
-        folder: The run folder, in which a run has begun.
+        folder: The run folder.
+        run: Options that the captions depend on.
         resume: Continue with the journal that exists, instead of replacing it.
 
     Raises:
-        ValueError: The journal to resume is damaged.
+        ValueError: The journal to resume is damaged, or of a run with other options.
     """
 
-    def __init__(self, folder: Path, resume: bool):
+    def __init__(self, folder: Path, run: Mapping[str, str], resume: bool):
         open_folder(folder)
-        self._path, self._resume = folder / NAME, resume
+        self._path, self._run, self._resume = folder / NAME, run, resume
         self.done: dict[str, Captioned] = {}
         self._file: journal.Journal | None = None
         if resume:
@@ -65,17 +65,30 @@ class Journal:
         if not self._resume:
             self._path.unlink(missing_ok=True)
         self._file = journal.Journal(self._path)
+        if self._file.is_empty:
+            self._file.append(self._run)
 
     def _read(self) -> None:
         """The images of a journal that is there."""
         try:
             for number, entry in enumerate(journal.read_journal(self._path), 1):
-                told = captioned(entry, f"{show(self._path)}, line {number}")
-                self.done[told.image] = told
+                if number == 1:
+                    self._check(entry)
+                else:
+                    told = captioned(entry, f"{show(self._path)}, line {number}")
+                    self.done[told.image] = told
         except (journal.JournalError, ReadError) as error:
             raise ValueError(f"{error}; or start over with --overwrite") from error
+
+    def _check(self, other: Mapping[str, str]) -> None:
+        if other != self._run:
+            names = sorted(name for name in {**self._run, **other} if other.get(name) != self._run.get(name))
+            raise ValueError(
+                f"{show(self._path)} is of a run with other options ({', '.join(names)}): give those, choose "
+                "another --out, or start over with --overwrite"
+            )
 
 
 def count_images(folder: Path) -> int:
     """The number of images that an unfinished run in a folder has captioned."""
-    return sum(1 for _ in journal.read_journal(folder / NAME))
+    return max(0, sum(1 for _ in journal.read_journal(folder / NAME)) - 1)

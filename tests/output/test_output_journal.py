@@ -10,12 +10,13 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io.atomic import OutputError
 from sca.output.journal import NAME, Journal, count_images
 
+RUN = {"model": "x"}
 IMAGE = Image.new("RGB", (8, 8))
 CAPTION = Caption("a thing", 0.5, (0.0, 0.0, 4.0, 4.0), None, None, Prompt(box=(0.0, 0.0, 4.0, 4.0)), 0)
 
 
 def add(folder, names, resume):
-    journal = Journal(folder, resume)
+    journal = Journal(folder, RUN, resume)
     try:
         for name in names:
             journal.add(name, IMAGE, [CAPTION])
@@ -48,10 +49,16 @@ def test_journal_resumes_after_a_torn_or_zeroed_tail(tmp_path, tail):
     with (tmp_path / NAME).open("ab") as file:
         file.write(tail)
     assert list(add(tmp_path, ["2.png"], resume=True).done) == ["0.png", "1.png"]
-    assert list(Journal(tmp_path, resume=True).done) == ["0.png", "1.png", "2.png"]
+    assert list(Journal(tmp_path, RUN, resume=True).done) == ["0.png", "1.png", "2.png"]
+
+
+def test_journal_of_another_run_is_refused(tmp_path):
+    add(tmp_path, ["0.png"], resume=False)
+    with pytest.raises(ValueError, match=r"other options \(model\).*--overwrite"):
+        Journal(tmp_path, {"model": "y"}, resume=True)
 
 
 def test_journal_is_removed_when_its_run_has_finished(tmp_path):
     add(tmp_path, ["0.png"], resume=False)
-    Journal(tmp_path, resume=True).close(finished=True)
+    Journal(tmp_path, RUN, resume=True).close(finished=True)
     assert not (tmp_path / NAME).exists()
