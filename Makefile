@@ -25,11 +25,12 @@ demo: core
 	@echo "Captioned by boxes, by points and everything at once: open out/boxes/captions.html, and so on."
 
 # Two at a time, with one thread each: most of what is computed is small, and much of the time programs are waited for.
+# In the order of the folders: sorted by the number of tests, files with a single long test would come last.
 test: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-all: all
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(TESTS)
 
 # The lower bounds in pyproject.toml: the tests with every requirement at its lower bound, in .venv-lowest.
 test-lowest: lowest

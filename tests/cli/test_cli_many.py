@@ -85,7 +85,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(shell, refused, checkpoint
     assert line == "--resume goes on with what a folder has: name it with --out"
 
 
-@pytest.mark.parametrize(("count", "kills"), [(30, 1), pytest.param(500, 10, marks=pytest.mark.all)])
+@pytest.mark.parametrize(("count", "kills"), [pytest.param(500, 10, marks=pytest.mark.all)])
 def test_a_run_that_is_killed_again_and_again_has_each_image_once(shell, started, picture, here, count, kills):
     for number in range(count):
         picture(f"many/{number:03d}.png", 96 + number % 7, 96)
