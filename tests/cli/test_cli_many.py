@@ -39,7 +39,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     assert shell(*asked, "--out", "parts").status == 130
     monkeypatch.setattr(Journal, "add", add)
     journal = here / "parts/captions.journal"
-    assert len(journal.read_bytes().splitlines()) == 5
+    assert len(journal.read_bytes().splitlines()) == 6
     with journal.open("ab") as file:
         file.write(b'{"image": "photos/00')  # what a kill leaves
     from sca.predictor import Predictor

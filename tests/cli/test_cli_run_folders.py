@@ -124,7 +124,7 @@ def test_caption_repeated_skips_its_own_drawings(captioned, shell, checkpoint, h
 
 def test_caption_does_not_discard_an_unfinished_run(interrupted, captioned, shell, here):
     before = content(interrupted)
-    assert len(before["captions.journal"].splitlines()) == 2
+    assert len(before["captions.journal"].splitlines()) == 3
     for arguments in (("--batch", 1), ("--words", 2)):
         result = captioned("--out", "out", *arguments)
         assert result.status == 2
