@@ -185,7 +185,7 @@ def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]
         timeout: Seconds for each, without what this package itself imports.
 
     Returns:
-        For each what is wrong with it, or "", and what is to be said besides.
+        For each what is wrong with it, or "", and a remark, or "".
     """
     from tempfile import TemporaryDirectory
 

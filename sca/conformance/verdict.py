@@ -24,7 +24,7 @@ def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
         folder: Unused.
 
     Returns:
-        `problem`: what is wrong, or "". `note`: what is to be said besides, or "".
+        `problem`: what is wrong, or "". `note`: a remark, or "".
     """
     kind, name = config["kind"], config["name"]
     parts = registry(kind)
