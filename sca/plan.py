@@ -405,15 +405,15 @@ def _empty(metadata: TensorMetadata) -> Tensor:
 
 @contextmanager
 def _recorded(caches: list[DynamicCache]) -> Iterator[Added]:
-    """What is added to caches meanwhile."""
+    """Record the shapes and types of the keys and values that are added to caches."""
     added: Added = []
 
-    def update(original: Callable[..., Any], keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def record_and_update(original: Callable[..., Any], keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         added.append([(each.shape, each.dtype) for each in (keys, values)])  # which may be parts of a larger tensor
         return original(keys, values, *args, **kwargs)
 
     for cache in caches:
-        cache.update = partial(update, cache.update)
+        cache.update = partial(record_and_update, cache.update)
     try:
         yield added
     finally:
@@ -517,7 +517,7 @@ def _asked(images: int, regions: int, size: int) -> Prompts:
 
 
 def _most(memory: Callable[[int], int], room: int) -> int | None:
-    """How many regions an image may have, by the memory that so many need; None if `LIMIT` fit, and 0 if none does.
+    """Find how many regions per image fit into memory; None if `LIMIT` fit, 0 if none does.
 
     The result fits; the largest count that fits is at most 2 %, or 1, higher. Memory grows with regions in pieces that
     are straight, so that a guess between two counts that are near each other is mostly a good one.

@@ -90,7 +90,7 @@ def measure(wanted: list[Measurement], deadline: float, out: Path, commit: str |
             Task(each.key, each.job, each.config, f"{scratch}/{each.key}", LONGEST, deadline=deadline)
             for each in wanted
         ]
-        for task, result in finish(Local(workers=1).map(tasks), tasks, deadline):
+        for task, result in add_killed(Local(workers=1).map(tasks), tasks, deadline):
             each = by_key[task.key]
             row = {"key": each.key, "part": each.part, "label": each.label, "job": each.job, "config": each.config}
             row |= result
@@ -107,8 +107,8 @@ def measure(wanted: list[Measurement], deadline: float, out: Path, commit: str |
     return made
 
 
-def finish(outcomes: Iterable[Outcome], tasks: Iterable[Task], deadline: float) -> Iterator[Outcome]:
-    """Yield the outcomes, then one for each task that has none although there was time: its process was killed."""
+def add_killed(outcomes: Iterable[Outcome], tasks: Iterable[Task], deadline: float) -> Iterator[Outcome]:
+    """Yield outcomes, then a `killed` one for each task without an outcome, unless the deadline cut it."""
     left = {task.key: task for task in tasks}
     for outcome in outcomes:
         del left[outcome.task.key]

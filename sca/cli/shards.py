@@ -164,7 +164,7 @@ def _shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[s
 
 
 def _fingerprint(content: Content) -> str:
-    """What tells whether a shard is of the same images: their names; of an archive its path, size and time of change.
+    """Return a digest of the names of a shard's images, or of the path, size and modification time of its archive.
 
     Archives are too large to be read once more for a hash of their content.
     """

@@ -48,7 +48,7 @@ def find_refusal(kind: str, factory: Callable[..., Any], options: Mapping[str, A
     """Return what a factory raises for its options."""
     try:
         factory(*TRIALS.get(registry(kind).kind.plural, Trial).upstream, **options)
-    except Exception as error:
+    except Exception as error:  # the code of a plugin may raise anything
         return error
     return None
 
@@ -57,4 +57,4 @@ def summarize_broken(kind: str, name: str, findings: Sequence[Finding]) -> str:
     """Return the promises that are broken, in one line, or "" if there are none."""
     broken = [finding for finding in findings if not finding.passed]
     names = ", ".join(finding.check for finding in broken)
-    return f"{BREAKS} ({names}). {broken[0].found} `sca check {kind} {name}` tells more" if broken else ""
+    return f"{BREAKS} ({names}). {broken[0].found} `sca check {kind} {name}` shows details" if broken else ""

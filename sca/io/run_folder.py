@@ -365,7 +365,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, A
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as they are read back from JSON."""
+    """Return settings after a round trip through JSON, such as lists in place of tuples."""
     return json.loads(json.dumps(settings, default=str))
 
 

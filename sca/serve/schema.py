@@ -14,7 +14,7 @@ from sca.prompts import MAX_POINTS
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # of a caption
+MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # beams, of which each can be a caption, and tokens per caption
 MAX_GRID, MAX_CROPS = 64, 2  # points along each side of the grid, and layers of crops
 
 _NUMBER = {"type": "number"}

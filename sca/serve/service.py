@@ -207,7 +207,7 @@ class Service:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop, deadline, lease = asyncio.get_running_loop(), self.deadline(request), request.state.lease
 
-        def queue(event: Event) -> None:
+        def queue_event(event: Event) -> None:
             try:
                 lease.add(_size(event))
             except BudgetError as error:
@@ -215,7 +215,7 @@ class Service:
             events.put_nowait(event)
 
         ticket = await to_thread.run_sync(
-            self.engine.ask, question, lambda event: loop.call_soon_threadsafe(queue, event)
+            self.engine.ask, question, lambda event: loop.call_soon_threadsafe(queue_event, event)
         )
         try:
             look = loop.time()
@@ -279,13 +279,13 @@ def plain(caption: Caption, image: Image.Image) -> dict[str, Any]:
 
 
 def _size(event: Event) -> int:
-    """Bytes of an event, about."""
+    """Estimate the bytes of an event."""
     mask = event.mask if isinstance(event, Caption) else None
     return WORDS + (0 if mask is None else len(mask["counts"]))
 
 
 def _limit_defaults(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
-    """The limits of the server, for settings in which the captioner's own defaults exceed them."""
+    """Return the server's limits for the settings whose defaults in the captioner exceed them."""
     settled = {**getattr(captioner, "generation", GENERATION), **generation}
     limits = {"beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "captions": MAX_BEAMS}
     return {name: limit for name, limit in limits.items() if settled.get(name, 1) > limit}

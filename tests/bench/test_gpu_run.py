@@ -255,9 +255,9 @@ def test_collect_keeps_what_follows_a_commit():
 def test_a_task_whose_process_was_killed_becomes_a_row_while_there_is_time():
     tasks = [Task(key, "time:sleep", {"device": "cpu"}, key) for key in ("a", "b")]
     made = Outcome(tasks[0], {"state": "done"})
-    (first, killed) = run.finish([made], tasks, time.time() + 60)
+    (first, killed) = run.add_killed([made], tasks, time.time() + 60)
     assert (first, killed.task, killed.made["state"]) == (made, tasks[1], "killed")
-    assert list(run.finish([made], tasks, time.time() - 1)) == [made]
+    assert list(run.add_killed([made], tasks, time.time() - 1)) == [made]
 
 
 def test_tables_in_the_repository_are_those_of_its_rows():

@@ -186,7 +186,7 @@ def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypat
     assert kept.poll() is not None
     assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
     with pytest.raises(ValueError, match="METEOR returned 0 results for 1 captions: "):
-        PROGRAM.score(["no such command"])
+        PROGRAM.score_lines(["no such command"])
     assert PROGRAM._process is None
 
 

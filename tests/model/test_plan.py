@@ -167,7 +167,7 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"]["mixer"] == 19_088_512
     assert told["fits"] is True
-    assert told["most_regions"] is None  # chunks and pieces keep what any number of regions needs small
+    assert told["most_regions"] is None  # regions are computed in chunks and generated in pieces, so any number fits
     assert cli.run(["plan", "sca-tiny", "--gpu", "24"]) == 0
     assert "this fits; 16,384 regions" in capsys.readouterr().out
     for wrong, told in (

@@ -54,7 +54,7 @@ def alignments(captions: Sequence[str], references: Sequence[Sequence[str]]) -> 
         " ||| ".join(("SCORE", *map(_plain, each), _plain(caption)))
         for caption, each in zip(captions, references, strict=True)
     ]
-    figures = [output.split() for output in PROGRAM.score(lines)]
+    figures = [output.split() for output in PROGRAM.score_lines(lines)]
     return np.array(figures, dtype=float).reshape(-1, FIGURES)
 
 
@@ -66,7 +66,7 @@ class Program:
         self._process: subprocess.Popen[bytes] | None = None
         self._last_error = b""
 
-    def score(self, lines: Sequence[str]) -> list[str]:
+    def score_lines(self, lines: Sequence[str]) -> list[str]:
         """Return the program's output for each input line.
 
         Raises:
@@ -84,13 +84,13 @@ class Program:
                     self._end()
                     reason = self._last_error.decode("utf-8", "replace") or "it printed no reason"
                     raise ValueError(f"METEOR returned {complete} results for {len(lines)} captions: {reason}")
-            except BaseException:  # also of Ctrl-C: what is still in its pipes would be taken for later results
+            except BaseException:  # also Ctrl-C: a later call would read the results that remain in the pipes
                 self._end()
                 raise
         return outputs
 
-    def forget(self) -> None:
-        """Leave the program to the process that this one was forked from."""
+    def detach_after_fork(self) -> None:
+        """Leave the program to the parent process, with which a forked one would share its pipes."""
         self.__init__()
 
     def _exchange(self, content: bytes, count: int) -> list[str]:
@@ -131,7 +131,7 @@ class Program:
 
 PROGRAM = Program()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=PROGRAM.forget)
+    os.register_at_fork(after_in_child=PROGRAM.detach_after_fork)
 
 
 def meteor(figures: np.ndarray) -> np.ndarray:
