@@ -79,12 +79,19 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or any(key not in row for key in REQUIRED) or not row["environment"].get("device"):
+        if not _is_row(row):
             raise ValueError(
                 f"{path}, line {number} is not a row of run.sh; a row has {', '.join(REQUIRED)} with a device"
             )
         rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or any(key not in row for key in REQUIRED):
+        return False
+    environment = row["environment"]
+    return isinstance(row["config"], dict) and isinstance(environment, dict) and bool(environment.get("device"))
 
 
 def merge(*groups: Iterable[Row]) -> list[Row]:

@@ -239,7 +239,13 @@ def test_collect_keeps_a_measured_row_over_a_later_failure(pages):
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [("{\n", "line 1 is not JSON"), ('{"key": 1}\n', "line 1 is not a row of run.sh")]
+    ("content", "problem"),
+    [
+        ("{\n", "line 1 is not JSON"),
+        ('{"key": 1}\n', "line 1 is not a row of run.sh"),
+        (f"{json.dumps(gpu_row(environment=[]))}\n", "line 1 is not a row of run.sh"),
+        (f"{json.dumps(gpu_row(config=None))}\n", "line 1 is not a row of run.sh"),
+    ],
 )
 def test_collect_refuses_what_is_not_a_row_in_one_line(pages, content, problem):
     (pages / "made.jsonl").write_text(content)

@@ -41,11 +41,12 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("part", JOBS)
 def test_jobs_of_a_part_run_on_cuda(part, measurements, cuda, tmp_path):
-    for each in measurements:
-        if each.part == part and not each.label.startswith("tiny:"):
-            module, _, name = each.job.partition(":")
-            config = {**each.config, "device": "cuda"}
-            if part == "published":
-                config |= {"images": 1, "regions": 2, "beside": 2}
-            row = getattr(import_module(module), name)(config, str(tmp_path))
-            assert row["state"] == "done", (each.label, row["reason"], row.get("traceback"))
+    chosen = [each for each in measurements if each.part == part and not each.label.startswith("tiny:")]
+    assert chosen
+    for each in chosen:
+        module, _, name = each.job.partition(":")
+        config = {**each.config, "device": "cuda"}
+        if part == "published":
+            config |= {"images": 1, "regions": 2, "beside": 2}
+        row = getattr(import_module(module), name)(config, str(tmp_path))
+        assert row["state"] == "done", (each.label, row["reason"], row.get("traceback"))
