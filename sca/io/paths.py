@@ -1,0 +1,245 @@
+"""From the name of an image, as a file of any tool or system writes it, to the image on this machine.
+
+Names come with the backslashes of Windows, in another Unicode composition, with `~`, percent-encoded, as `file://`, as
+Label Studio serves them, or relative to another folder of the same export. The rule for all readers: the name as
+written counts first, then the least changed reading that exists. Readings that are changed alike must lead to one file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from sca.images import ImageError
+
+URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)  # a drive, C:/, is one letter
+FILE_URL = re.compile(r"file://[^/\\]*(?=[/\\])", re.IGNORECASE)
+DRIVE = re.compile(r"[a-z]:(?=/)|//", re.IGNORECASE)  # C:/ or a network share
+LOCAL_FILES = "/data/local-files/?d="  # Label Studio's URL of a file in its document root
+UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
+EXPORT_FOLDER = "images"  # where exports of labeling tools store images, beside the annotations or below them
+
+
+class ImageNameError(ImageError):
+    """The name of an image that leads to no file, or to several; the message is one line that says why."""
+
+
+def find_image(name: str, roots: Sequence[str | Path]) -> Path:
+    """Return the image file that a name in a file means.
+
+    Args:
+        name: As written: a path in the style of any system, a `file://` URL or a path that Label Studio serves.
+        roots: Folders that relative names may start from; names as they are written count in this order.
+
+    Returns:
+        The file. If no interpretation exists, the name in the first root.
+
+    Raises:
+        ImageNameError: If the name is a URL of another machine, or could mean several files.
+    """
+    written = [Path(root, name) for root in roots]
+    for path in written:
+        if os.path.isfile(path):
+            return path
+    if is_url(name):
+        raise ImageNameError(f"{_shorten(name)} is a URL, not a file; download the image and write its path")
+    for forms, locate in _interpretations(name):
+        for root in roots:
+            found = _existing(path for form in forms for path in locate(form, Path(root)))
+            if len(found) > 1:
+                first, second, *_ = found
+                raise ImageNameError(f"{_shorten(name)} could mean {first} or {second}; write the whole path")
+            if found:
+                return found[0]
+    return written[0]
+
+
+def is_url(name: str) -> bool:
+    """Whether the name of an image is a URL that only a download can read, such as https://, s3:// or data:."""
+    return bool(URL.match(name))
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return a path that a person wrote, with `~` expanded; where there is no home directory, unchanged."""
+    return Path(os.path.expanduser(path))
+
+
+def normalize_name(name: str) -> str:
+    """Return a relative or absolute path without empty and `.` parts; `..` stays, which may follow a link."""
+    root = "/" if name.startswith("/") else ""
+    return root + "/".join(part for part in name.split("/") if part not in ("", ".")) or "."
+
+
+def possible_file_names(name: str) -> set[str]:
+    """Return the file names, without folders and composed (NFC), that a written name could mean."""
+    found = {_split(form.path)[-1] for form in _unwrapped(name) if _split(form.path)}
+    found |= {UPLOAD.sub("", each, count=1) for each in found} if _is_upload(name) else set()
+    return {unicodedata.normalize("NFC", each) for each in found} | {re.split(r"[\\/]", name)[-1]}
+
+
+def add_image_prefix(path: str, prefix: str) -> str:
+    """Return the URL of an image for a labeling tool: a prefix and the percent-encoded path.
+
+    Args:
+        path: Relative to the folder that the prefix serves, or absolute if it serves the root.
+        prefix: Such as `/data/local-files/?d=` or `https://host/folder/`; "" leaves the path unchanged.
+
+    Raises:
+        ValueError: If the path leaves the folder by `..`.
+    """
+    if not prefix:
+        return path
+    parts = _split(path)
+    if ".." in parts:
+        raise ValueError(f"{_shorten(path)} leaves the folder that --image-prefix serves; name images without '..'")
+    return prefix + quote("/".join(parts), safe="/", errors="surrogateescape")
+
+
+def remove_image_prefix(name: str, prefix: str) -> str:
+    """Return the path in a URL that `add_image_prefix` has made; another name unchanged."""
+    if not prefix or not name.startswith(prefix):
+        return name
+    return unquote(name.removeprefix(prefix), errors="surrogateescape")
+
+
+class _Form(NamedTuple):
+    """One reading of a name: a path with `/`, and whether it must stay below the roots.
+
+    Decoding must not lead out of a root: a name that does so says it in plain letters.
+    """
+
+    path: str
+    confined: bool = False
+
+    @property
+    def is_absolute(self) -> bool:
+        return self.path.startswith("/") or bool(DRIVE.match(self.path))
+
+
+def _interpretations(name: str) -> Iterator[tuple[list[_Form], Callable[[_Form, Path], Iterator[Path]]]]:
+    """What a name could mean, the least changed first: respelled, in another folder, and without an upload's prefix."""
+    if "\0" in name:
+        return
+    forms = list(dict.fromkeys(_unwrapped(name)))
+    yield forms, _in_place
+    yield forms, _elsewhere
+    if _is_upload(name):
+        stripped = [form._replace(path=re.sub(rf"{UPLOAD.pattern}(?=[^/]*$)", "", form.path)) for form in forms]
+        yield stripped, _in_place
+        yield stripped, _elsewhere
+
+
+def _unwrapped(name: str) -> Iterator[_Form]:
+    """The readings of a name that differ in how it is written."""
+    if name.startswith(LOCAL_FILES):
+        value = name.removeprefix(LOCAL_FILES)
+        for form in (value, unquote(value), unquote(value.partition("&")[0])):
+            yield _Form(_with_slashes(form), confined=True)
+    elif file_url := FILE_URL.match(name):
+        path = name[file_url.end() :]
+        for form in (path, unquote(path)):
+            yield _Form(_without_slash_before_drive(_with_slashes(form)))
+    else:
+        yield _Form(_with_slashes(name))
+        if "%" in name:
+            yield _Form(_with_slashes(unquote(name)), confined=True)
+        if name.startswith(("~/", "~\\")):
+            yield _Form(os.path.expanduser(_with_slashes(name)))
+
+
+def _with_slashes(name: str) -> str:
+    return name.replace("\\", "/")
+
+
+def _without_slash_before_drive(path: str) -> str:
+    """`C:/x` of `/C:/x`, as the path of a file URL has it."""
+    return path[1:] if DRIVE.match(path[1:]) and path[1:3] != "//" else path
+
+
+def _is_upload(name: str) -> bool:
+    return bool(UPLOAD.match(re.split(r"[\\/]", name)[-1]))
+
+
+def _split(path: str) -> list[str]:
+    """The parts of a path without its root or drive."""
+    whole = _with_slashes(path)
+    return [part for part in DRIVE.sub("", whole, count=1).split("/") if part not in ("", ".")]
+
+
+def _in_place(form: _Form, root: Path) -> Iterator[Path]:
+    """The path that a reading means in a root."""
+    parts = _split(form.path)
+    if not form.confined:
+        yield Path(root, form.path)
+    elif parts and ".." not in parts:
+        yield root.joinpath(*parts)
+
+
+def _elsewhere(form: _Form, root: Path) -> Iterator[Path]:
+    """The paths below a root that a reading means if it starts from another folder.
+
+    That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; and for an
+    absolute path of another machine, any.
+    """
+    parts, own = _split(form.path), Path(os.path.abspath(root)).parts
+    for count in range(len(parts)):
+        rest = parts[count:]
+        if ".." not in rest and (count == 0 or form.is_absolute or _is_same(parts[:count], own[-count:])):
+            yield root.joinpath(*rest)
+            yield root.joinpath(EXPORT_FOLDER, *rest)
+
+
+def _is_same(parts: Sequence[str], others: Sequence[str]) -> bool:
+    return [unicodedata.normalize("NFC", part) for part in parts] == [
+        unicodedata.normalize("NFC", part) for part in others
+    ]
+
+
+def _existing(paths: Iterable[Path]) -> list[Path]:
+    """Those that are files, each file once."""
+    found: dict[str, Path] = {}
+    for path in dict.fromkeys(paths):
+        for each in _compositions(path):
+            if os.path.isfile(each):
+                found.setdefault(os.path.realpath(each), each)
+    return list(found.values())
+
+
+def _compositions(path: Path) -> list[Path]:
+    """The path and, of a path with letters beyond ASCII, those on disk that differ in Unicode composition only."""
+    if str(path).isascii() or os.path.isfile(path):
+        return [path]
+    found = [Path(path.anchor)]
+    for part in path.parts[1:] if path.anchor else path.parts:
+        found = [each / name for each in found for name in _composed_alike(each, part)]
+    return found
+
+
+def _composed_alike(folder: Path, part: str) -> Iterable[str]:
+    if part.isascii():
+        return [part]
+    try:
+        modified = os.stat(folder).st_mtime_ns
+        return _list_by_composition(str(folder), modified).get(unicodedata.normalize("NFC", part), ())
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=64)
+def _list_by_composition(folder: str, modified: int) -> dict[str, list[str]]:
+    """The names in a folder by their composed form; `modified` is part of the key, so that a change is seen."""
+    names: dict[str, list[str]] = {}
+    for name in os.listdir(folder):
+        if not name.isascii():
+            names.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return names
+
+
+def _shorten(name: str) -> str:
+    return f"{name[:77]!r}..." if len(name) > 80 else repr(name)
