@@ -14,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
+from sca.io.json import IrregularFileError, open_regular_file
+from sca.io.walk import walk_files
 from sca.masks import PIXEL_LIMIT
 
 FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for
@@ -67,12 +69,14 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if os.path.isdir(path):
             raise ImageError(f"{shown} is a folder, not an image; name a file in it")
-        if not os.stat(path).st_size:  # before it is opened: a pipe would be waited for
-            raise ImageError(EMPTY.format(shown))
-        with open(path, "rb") as file:
+        with open_regular_file(path, seekable=True) as file:
             return read_image(file, shown)
     except ImageError:
         raise
+    except IrregularFileError as error:
+        raise ImageError(
+            f"{shown} is a pipe or a device, not an image file; save the image and name its file"
+        ) from error
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot open the image {shown}: {_reason(error)}") from error
 
@@ -163,6 +167,11 @@ def find_images(
     return list(found.values()), problems
 
 
+def is_irregular(path: Path) -> bool:
+    """Whether a path is a pipe, a socket or a device, which may never end."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def show(path: str | Path) -> str:
     """A path on one line."""
     text = str(path)
@@ -243,13 +252,12 @@ def _named(path: Path, problems: list[str]) -> list[Path]:
 
 def _below(folder: Path, problems: list[str]) -> list[Path]:
     """Pictures in a folder and its subfolders, sorted."""
-    images = []
-    listing = os.walk(folder, onerror=lambda error: problems.append(f"{show(error.filename)}: {_reason(error)}"))
-    for parent, folders, names in listing:
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        suited = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
-        images += [Path(parent, name) for name in suited if not name.startswith(".")]
-    return sorted(images)
+    files = walk_files(
+        folder,
+        onerror=lambda error: problems.append(f"{show(error.filename)}: {_reason(error)}"),
+        enter=lambda name: not name.startswith("."),
+    )
+    return sorted(path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
 
 
 def _reason(error: OSError | ValueError) -> str:

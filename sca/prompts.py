@@ -6,10 +6,12 @@ import io
 import json
 import math
 import os
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +21,13 @@ from sca_registry.contracts import Prompt
 
 from sca import masks
 from sca.images import identify_image, show
-from sca.io.json import IrregularFileError, JsonError, open_regular_file, parse_json
+from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.numbers import is_finite_number
+from sca.io.paths import ImageNameError, expand_user, find_image, possible_file_names
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
+NPY = b"\x93NUMPY"  # what an array file begins with
 MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
 
 _BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
@@ -59,7 +63,7 @@ def parse_region(text: str) -> Prompt:
             case "point":
                 points.append(parse_point(value))
             case "mask" if mask is None:
-                mask = read_mask(value.strip())
+                mask = read_mask(expand_user(value.strip()))
             case "box" | "mask" as twice:
                 raise PromptError(f"{_quoted(text)} has two of '{twice}'; a region has at most one")
             case other:
@@ -73,28 +77,32 @@ def parse_region(text: str) -> Prompt:
 def mask_files(regions: Iterable[str]) -> list[str]:
     """List the mask files that regions, as `parse_region` takes them, name."""
     parts = (part.partition("=") for text in regions for part in text.split(";"))
-    return [value.strip() for name, _, value in parts if name.strip() == "mask"]
+    return [str(expand_user(value.strip())) for name, _, value in parts if name.strip() == "mask"]
 
 
 def read_mask(path: str | Path) -> np.ndarray:
     """A mask file as (height, width) bool: inside is what is not zero, nor transparent, in an image or .npy array."""
     try:
-        with open_regular_file(path):
-            pass  # which what is no file would wait in
-        if str(path).lower().endswith(".npy"):
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-            if values.ndim != 2 or values.dtype.kind not in "biuf":
-                raise ValueError(
-                    f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers"
+        with open_regular_file(path, seekable=True) as file:
+            is_array = str(path).lower().endswith(".npy") or file.read(len(NPY)) == NPY
+            file.seek(0)
+            if is_array:
+                is_piped = isinstance(file, io.BytesIO)
+                values = (
+                    np.load(file, allow_pickle=False) if is_piped else np.load(path, mmap_mode="r", allow_pickle=False)
                 )
-            return np.asarray(values != 0)
-        with identify_image(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("LA", "RGBA"):
-                values = np.asarray(upright)
-                return values[..., :-1].any(-1) & (values[..., -1] != 0)
-            values = np.asarray(upright) != 0
-            return values if values.ndim == 2 else values.any(-1)
+                if values.ndim != 2 or values.dtype.kind not in "biuf":
+                    raise ValueError(
+                        f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers"
+                    )
+                return np.asarray(values != 0)
+            with identify_image(file) as image:
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode in ("LA", "RGBA"):
+                    values = np.asarray(upright)
+                    return values[..., :-1].any(-1) & (values[..., -1] != 0)
+                values = np.asarray(upright) != 0
+                return values if values.ndim == 2 else values.any(-1)
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise PromptError(
@@ -220,33 +228,61 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     def match(self, images: Sequence[str | Path]) -> dict[Path, str]:
         """The key of each image that has one.
 
-        A key is a path, relative to the prompts file's folder or else to the working folder; a key that is the path of
-        no image given counts by its file name. `PromptError` if a file name could mean several images or keys.
+        A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
+        `find_image` reads; a key that is the path of no image given counts by its file name. `PromptError` if an image
+        could mean several keys, or a file name several images or keys.
         """
         paths = [Path(image) for image in images]
-        keys = {os.path.realpath(key): key for key in self}
-        keys |= {os.path.realpath(self.path.parent / key): key for key in self}
-        found = {image: keys[real] for image in paths if (real := os.path.realpath(image)) in keys}
+        found = {image: key for image in paths if (key := self._key_of_path(image)) is not None}
         taken = set(found.values())
         by_name: dict[str, list[str]] = {}
-        for key in self:
-            if key not in taken:
-                by_name.setdefault(_file_name(key), []).append(key)
-        rest = [image for image in paths if image not in found]
-        sharing = Counter(image.name for image in dict.fromkeys(rest))
-        for image in rest:
-            named = by_name.get(image.name, [])
-            if named and (len(named) > 1 or sharing[image.name] > 1):
-                several = (
-                    f"the keys {', '.join(map(_quoted, named))}" if len(named) > 1 else f"{sharing[image.name]} images"
-                )
-                raise PromptError(
-                    f"{show(self.path)}: the file name {_quoted(image.name)} could mean {several}; "
-                    "write image paths relative to the prompts file"
-                )
+        for key, names in self._file_names.items():
+            for name in names if key not in taken else ():
+                by_name.setdefault(name, []).append(key)
+        rest = {image: unicodedata.normalize("NFC", image.name) for image in paths if image not in found}
+        sharing = Counter(rest.values())
+        for image, name in rest.items():
+            named = by_name.get(name, [])
+            if named and (len(named) > 1 or sharing[name] > 1):
+                raise self._ambiguous(f"the file name {_quoted(image.name)}", named, sharing[name])
             if named:
                 found[image] = named[0]
         return {image: found[image] for image in paths if image in found}
+
+    def _key_of_path(self, image: Path) -> str | None:
+        """The key that is the path of an image: as written, else in another spelling or by a link."""
+        key = self._paths.get(os.path.abspath(image)) if ".." not in image.parts else None
+        if key is not None:
+            return key
+        keys = self._files.get(os.path.realpath(image), [])
+        if len(keys) > 1:
+            raise self._ambiguous(f"the image {show(image)}", keys)
+        return keys[0] if keys else None
+
+    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> PromptError:
+        several = f"the keys {', '.join(map(_quoted, keys))}" if len(keys) > 1 else f"{images} images"
+        return PromptError(
+            f"{show(self.path)}: {what} could mean {several}; write image paths relative to the prompts file"
+        )
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Absolute path -> key; one relative to the prompts file counts before one relative to the working folder."""
+        keys = [key for key in self if ".." not in Path(key).parts]
+        return {os.path.abspath(root / key): key for root in (Path(), self.path.parent) for key in keys}
+
+    @cached_property
+    def _files(self) -> dict[str, list[str]]:
+        """The real path of an existing image -> its keys."""
+        files: dict[str, list[str]] = {}
+        for key in self:
+            with suppress(ImageNameError):  # a URL, or several files: only the file name counts
+                files.setdefault(os.path.realpath(find_image(key, [self.path.parent, Path()])), []).append(key)
+        return files
+
+    @cached_property
+    def _file_names(self) -> dict[str, set[str]]:
+        return {key: possible_file_names(key) for key in self}
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
@@ -259,9 +295,10 @@ def read_prompts(path: str | Path) -> RegionPrompts:
     """
     path = Path(path)
     try:
-        with io.TextIOWrapper(_opened(path), "utf-8-sig") as file:
-            lines = path.suffix.lower() in (".jsonl", ".ndjson")
-            return RegionPrompts(path, _lines(file, path) if lines else _coco(_json(file.read(), show(path)), path))
+        with _opened(path) as file:
+            lines = is_json_lines(path, file, "image")
+            text = io.TextIOWrapper(file, "utf-8-sig")
+            return RegionPrompts(path, _lines(text, path) if lines else _coco(_json(text.read(), show(path)), path))
     except OSError as error:
         raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
@@ -270,7 +307,7 @@ def read_prompts(path: str | Path) -> RegionPrompts:
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return open_regular_file(path)
+        return open_regular_file(path, seekable=True)
     except IrregularFileError as error:
         raise PromptError(str(error)) from error
 
@@ -287,7 +324,7 @@ def _lines(file, path: Path) -> dict[str, list[_Entry]]:
         image = _text(record, "image", where)
         box, points, mask = _fields(record.get("prompt", record), where)
         if isinstance(mask, str):
-            mask = path.parent / mask
+            mask = _at(where, "mask", partial(find_image, roots=[path.parent]), mask)
             if not mask.is_file():
                 raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
         entries.setdefault(image, []).append(_Entry(where, box, points, mask))
@@ -434,10 +471,6 @@ def _id(record: Any, field: str, where: str) -> int | str:
     if not isinstance(value, int | str) or isinstance(value, bool):
         raise PromptError(f"{where}, '{field}': a number or text, not {_quoted(value)}")
     return value
-
-
-def _file_name(key: str) -> str:
-    return re.split(r"[\\/]", key)[-1]
 
 
 def _quoted(value: Any) -> str:

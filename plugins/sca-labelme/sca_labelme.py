@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Region, Sample, Scores
 
 from sca.io.json import read_json
+from sca.io.paths import ImageNameError, find_image
 from sca.masks import box_of, encode
 
 
@@ -36,9 +37,9 @@ class LabelMe:
             raise IndexError(index)
         file, record = self.files[index], self.records[index]
         try:
-            with Image.open(file.parent / record["imagePath"]) as stored:
+            with Image.open(find_image(record["imagePath"], [file.parent])) as stored:
                 image = stored.convert("RGB")
-        except OSError as error:
+        except (OSError, ImageNameError) as error:
             raise ValueError(f"{file}: the picture {record['imagePath']!r} cannot be read ({error})") from error
         regions = []
         for number, shape in enumerate(record["shapes"]):

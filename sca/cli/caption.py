@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from sca_registry.spec import CAPTION_FROM
 
-from sca.cli.options import DEVICES, OUTPUTS, AllowExternal, TrustRemoteCode, complain, find_device, print_table, settle
+from sca.cli.options import (
+    DEVICES,
+    OUTPUTS,
+    AllowExternal,
+    TrustRemoteCode,
+    check_pipes,
+    complain,
+    find_device,
+    input_path,
+    print_table,
+    settle,
+)
 from sca.io import terminal
 
 if TYPE_CHECKING:
@@ -38,7 +49,9 @@ UNKEPT = (  # that change no answer
 
 def caption(
     context: typer.Context,
-    images: Annotated[list[str], typer.Argument(help="files, folders, or globs in quotes", metavar="IMAGE...")],
+    images: Annotated[
+        list[str], typer.Argument(help="files, folders, or globs in quotes; - is standard input", metavar="IMAGE...")
+    ],
     box: Annotated[list[str] | None, typer.Option(help="x1,y1,x2,y2 in image pixels; one region each")] = None,
     point: Annotated[list[str] | None, typer.Option(help="x,y in image pixels; one region each")] = None,
     mask: Annotated[
@@ -47,7 +60,10 @@ def caption(
     region: Annotated[
         list[str] | None, typer.Option(help="'box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE': one region together")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="COCO JSON or JSONL with regions of many images")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(parser=input_path, metavar="PATH", help="COCO JSON or JSONL with regions of many images"),
+    ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
     task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
     model: Annotated[
@@ -107,11 +123,15 @@ def caption(
     """
     from sca_registry.contracts import TASKS
 
-    from sca.images import find_images, show
+    from sca.images import find_images, is_irregular, show
     from sca.io.run_folder import OutputFilter
     from sca.output import DRAWN, FORMATS, Writers, output_patterns
 
     formats = _formats(format, out)
+    exact = (context.obj or {}).get("exact_images")
+    images = images if exact else [str(input_path(name)) for name in images]
+    mask = [str(input_path(name)) for name in mask or ()]
+    _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
     settle("task", task, TASKS)
     if dtype:
         settle("dtype", dtype, DTYPES)
@@ -134,11 +154,18 @@ def caption(
         raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
     archives = [name for name in images if launcher and name.endswith(".tar")]
     others = [name for name in images if name not in archives]
-    exact = (context.obj or {}).get("exact_images")
     drawings = OutputFilter(output_patterns(FORMATS))
-    paths, problems = ([Path(name) for name in others], []) if exact else find_images(others, drawings)
+    irregular: list[Path] = []
+
+    def exclude(path: Path) -> bool:
+        irregular.extend([path] if is_irregular(path) else [])
+        return is_irregular(path) or drawings(path)
+
+    paths, problems = ([Path(name) for name in others], []) if exact else find_images(others, exclude)
     if drawings.skipped and not quiet:
         complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
+    for path in irregular if not quiet else ():
+        complain(f"skipped {show(path)}, which is a pipe or a device, not an image file")
     failures = Failures(problems)
     if not (paths or archives):
         raise typer.Exit(failures.status)
@@ -303,6 +330,17 @@ class Table:
             self.table.add_row(show(path.name), str(each.region), each.text, f"{each.score:.2f}", iou, box)
             for text, score in each.others:
                 self.table.add_row("", "", text, f"{score:.2f}", "", "")
+
+
+def _check_pipes(images: Sequence[str], others: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:
+    """Raises ValueError for a pipe that would have to be read twice, or by another process."""
+    from sca.io.json import DESCRIPTOR
+
+    check_pipes([*images, *others])
+    piped = [str(path) for path in (*images, *others) if DESCRIPTOR.fullmatch(str(path))]
+    if piped and (is_sharded or (resume and piped[0] in images)):
+        option = "--launcher" if is_sharded else "--resume"
+        raise ValueError(f"{option} needs files, and {piped[0]} can be read only once; save it to a file")
 
 
 def _formats(format: str | None, out: str) -> tuple[str, ...]:

@@ -8,15 +8,15 @@ from typing import Annotated
 import typer
 
 from sca.cli.evaluate import METRICS, listed, read_settings
-from sca.cli.options import complain, print_json, print_table
+from sca.cli.options import check_pipes, complain, input_path, print_json, print_table
 
 BY = "the score that regions are ranked by (default: the most telling there is)"
 SETTINGS = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="predictions.jsonl of a run, or its folder")],
-    second: Annotated[Path, typer.Argument(help="of another run on the same regions")],
+    first: Annotated[Path, typer.Argument(parser=input_path, help="predictions.jsonl of a run, or its folder")],
+    second: Annotated[Path, typer.Argument(parser=input_path, help="of another run on the same regions")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=SETTINGS)] = None,
     metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
     by: Annotated[str | None, typer.Option(help=BY)] = None,
@@ -27,6 +27,7 @@ def compare(
     from sca.evaluation.comparison import compare as run
     from sca.output.page import check_page
 
+    check_pipes([first, second])
     if out:
         check_page(out, [first, second])
     given = read_settings(options or (), kinds=())
@@ -43,7 +44,8 @@ def compare(
 
 def report(
     predictions: Annotated[
-        list[Path], typer.Argument(help="predictions.jsonl of one or several runs, or their folders")
+        list[Path],
+        typer.Argument(parser=input_path, help="predictions.jsonl of one or several runs, or their folders"),
     ],
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
     option: Annotated[list[str] | None, typer.Option(metavar="key=value", help=SETTINGS)] = None,
@@ -56,6 +58,7 @@ def report(
     from sca.output.page import check_page
     from sca.output.report import report_page
 
+    check_pipes(predictions)
     check_page(out, predictions)
     given = read_settings(option or (), kinds=())
     reports = [score_file(path, metrics and listed(metrics), given["scores"]) for path in predictions]

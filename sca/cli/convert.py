@@ -8,12 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import OUTPUTS, complain, settle
+from sca.cli.options import OUTPUTS, check_pipes, complain, input_path, settle
 
 
 def convert(
     captions: Annotated[
-        Path, typer.Argument(help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files")
+        Path,
+        typer.Argument(
+            parser=input_path, help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write to")],
     format: Annotated[str, typer.Option(help=f"any of {OUTPUTS}")] = "coco",
@@ -63,8 +66,12 @@ def convert(
 
 
 def view(
-    captions: Annotated[Path, typer.Argument(help="what `sca caption` wrote, in any format that can be read")],
-    other: Annotated[Path | None, typer.Argument(help="another file of the same images, to compare")] = None,
+    captions: Annotated[
+        Path, typer.Argument(parser=input_path, help="what `sca caption` wrote, in any format that can be read")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(parser=input_path, help="another file of the same images, to compare")
+    ] = None,
     out: Annotated[Path, typer.Option(help="the page")] = Path("view.html"),
     images: Annotated[Path | None, typer.Option(help="the folder that pictures are named in")] = None,
 ) -> None:
@@ -74,6 +81,7 @@ def view(
     from sca.output.read import read_captions
     from sca.output.view import write_view
 
+    check_pipes([path for path in (captions, other) if path])
     open_folder(out.parent)
     check_page(out, [path for path in (captions, other) if path])
     names = tuple(str(path) for path in (captions, other) if path)

@@ -15,6 +15,7 @@ from sca.cli.options import (
     TrustRemoteCode,
     complain,
     find_device,
+    input_path,
     print_json,
     print_table,
     settle,
@@ -102,7 +103,9 @@ def evaluate(
 
 
 def score(
-    predictions: Annotated[Path, typer.Argument(help="predictions.jsonl, or the folder of it")],
+    predictions: Annotated[
+        Path, typer.Argument(parser=input_path, help="predictions.jsonl, or the folder of it; - is standard input")
+    ],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="references=first, tokenizer=plain, semantic.model=FOLDER, ..."),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sca.io.json import DESCRIPTOR
 from sca.io.terminal import DOCUMENT
 from sca.io.text import UNSAFE, escape_terminal
 
@@ -30,8 +33,25 @@ AllowExternal = Annotated[
         help="Allow a checkpoint to refer to files outside its folder, other repositories and URLs; not to run code.",
     ),
 ]
+STDIN = "/dev/stdin"
 DEVICES = "cpu, cuda, cuda:1, mps"
 OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
+
+
+def input_path(text: str) -> Path:
+    """Parse the name of a file to read; `-` is standard input."""
+    return Path(STDIN if text == "-" else text)
+
+
+def check_pipes(paths: Sequence[str | Path]) -> None:
+    """Refuse to read a pipe, such as standard input, twice.
+
+    Raises:
+        ValueError: If a pipe is named twice.
+    """
+    for path, count in Counter(str(path) for path in paths if DESCRIPTOR.fullmatch(str(path))).items():
+        if count > 1:
+            raise ValueError(f"{path} is named {count} times, and a pipe can be read once; save it to a file")
 
 
 def settle(option: str, value: str, choices: Sequence[str]) -> None:

@@ -135,9 +135,9 @@ class GritVisualGenome(Coco):
     named = False
 
     def _path(self, name: str) -> Path:
-        base = name.rpartition("/")[2]
-        paths = [self.images / name, *(self.images / folder / base for folder in ("images", "VG_100K", "VG_100K_2"))]
-        return next(filter(os.path.isfile, paths), paths[0])
+        path, base = super()._path(name), name.rpartition("/")[2]
+        paths = [path, *(self.images / folder / base for folder in ("images", "VG_100K", "VG_100K_2"))]
+        return next(filter(os.path.isfile, paths), path)
 
 
 class Objects365(Coco):

@@ -13,6 +13,7 @@ from sca.data.coco import Index, find
 from sca.data.fields import field, table
 from sca.data.table import TableDataset
 from sca.images import ImageError, open_image
+from sca.io.paths import find_image
 from sca.masks import encode
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
@@ -83,7 +84,7 @@ class CocoPanoptic(TableDataset):
         """The segment of each pixel, (height, width); None, and counted, if that cannot be read."""
         path = self.segments.absolute() / name
         try:
-            colours = np.asarray(open_image(path), dtype=np.int64)
+            colours = np.asarray(open_image(find_image(name, [self.segments])), dtype=np.int64)
         except ImageError as error:
             return self._skip_image("segments unreadable", str(path), str(error), stop=False)
         if colours.shape[:2] != (image["height"], image["width"]):

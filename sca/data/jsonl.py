@@ -17,6 +17,7 @@ from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.images import identify_image
 from sca.io.json import open_regular_file
+from sca.io.paths import find_image, normalize_name
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -58,10 +59,7 @@ class Jsonl(TableDataset):
         super().__init__(split, folder, [self.file], max_bad, self.working + choice)
 
     def _path(self, name: str) -> Path:
-        path = self.images / name
-        if self.working and not os.path.isfile(path) and os.path.isfile(here := Path(self.working, name)):
-            return here
-        return path
+        return find_image(name, [self.images, *([self.working] if self.working else [])])
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """All lines, the name and the id of an image, and the numbers of its lines; images as they first come."""
@@ -80,7 +78,7 @@ class Jsonl(TableDataset):
                     raise ValueError(f"{place}: {told}; give it on every line, or on none")
             identity = field(record, "id", int, place) if keyed["id"] else len(places)
             place = f"{place} (id {identity})"
-            name = os.path.normpath(field(record, "image", str, place))
+            name = normalize_name(field(record, "image", str, place))
             known = images[name][1] if name in images else len(images)
             image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
             if owners.setdefault(image_id, name) != name:
@@ -121,16 +119,15 @@ class Jsonl(TableDataset):
                 given = sides
         if given:
             return given
-        path = self._path(name)
+        path = self._find(name)
+        if path is None:
+            return None
         try:
             with open_regular_file(path) as file, identify_image(file) as picture:
                 turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
                 return (picture.height, picture.width) if turned else picture.size
         except Exception as error:  # a decoder may raise anything for damaged data
-            reason, what = (
-                ("image unreadable", f"{name} ({error})") if os.path.isfile(path) else ("image missing", name)
-            )
-            return self._skip_image(reason, name, what, stop=False)
+            return self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
         shape = record.get("mask")

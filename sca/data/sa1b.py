@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sca.data.coco import box
 from sca.data.fields import field, identified, phrases, read_json, size, table
 from sca.data.table import TableDataset
+from sca.io.walk import walk_files
 
 CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
 
@@ -32,7 +33,8 @@ class Sa1b(TableDataset):
         if split != "train":
             raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = Path(root)
-        there = sorted(root.rglob("sa_*.json"), key=_place)
+        below = (path for path in walk_files(root) if path.match("sa_*.json"))
+        there = sorted(below, key=_place)
         self.files = [path for path in there if not path.name.endswith(CAPTIONS)]
         if not self.files:
             raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")

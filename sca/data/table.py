@@ -25,6 +25,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ from tqdm.auto import tqdm
 from sca.data import fields
 from sca.images import ImageError, open_image
 from sca.io.atomic import FolderError, sync, write_file
+from sca.io.paths import ImageNameError, find_image, is_url
 from sca.masks import box_of
 
 SCHEMA = 4  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
-    *("image missing", "image unreadable", "image of another size", "image without data"),
+    *("image missing", "image is a URL", "image name ambiguous"),
+    *("image unreadable", "image of another size", "image without data"),
     *("segments unreadable", "segments of another size"),
 )  # see `max_bad`
 
@@ -77,6 +80,7 @@ class TableDataset:
         self.examples: dict[str, list[str]] = {}
         self.attributes: dict[str, tuple[str, ...]] = {}
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
+        self._names: dict[Path, str] = {}  # of files that are written in another way, see `find_image`
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
         described = [choice, os.path.realpath(images), *paths]
@@ -136,8 +140,8 @@ class TableDataset:
         raise NotImplementedError
 
     def _path(self, name: str) -> Path:
-        """Where the picture that a table calls `name` lies, or should."""
-        return self.images / name
+        """Where the picture that a table calls `name` lies, or should. Raises ImageNameError."""
+        return find_image(name, [self.images])
 
     @staticmethod
     def _image(image_id: int, name: str, width: int, height: int) -> dict[str, Any]:
@@ -192,7 +196,7 @@ class TableDataset:
     def _skip_image(self, reason: str, name: str, what: str, stop: bool = True) -> None:
         """A picture met twice counts once. With `stop`, one too many is a ValueError at once."""
         if name not in self._bad:
-            self._bad[name] = _stamp(self._path(name))
+            self._bad[name] = self._stamp(name)
             self._skip(reason, what)
             if stop:
                 self._stop_if_too_many()
@@ -279,6 +283,7 @@ class TableDataset:
 
     def _write(self, draft: Path, about: dict[str, Any], bar: tqdm) -> None:
         """Adds shards to those that `about` tells of, until there are no entries left."""
+        from datasets import Dataset
         from datasets.arrow_writer import ArrowWriter
 
         entries = iter(self._entries(bar))
@@ -286,6 +291,10 @@ class TableDataset:
             bar.update()
         if about["entries"]:
             self._recall(about)
+            for number in range(about["shards"]):
+                for name in Dataset.from_file(str(draft / _shard(number)))["file"]:
+                    with suppress(ImageNameError):
+                        self._names[self._path(name)] = name
         more = True
         while more:
             path, before = draft / _shard(about["shards"]), about["entries"]
@@ -310,11 +319,31 @@ class TableDataset:
         """The record, if its image has a file and regions; else it is counted."""
         if record is None:
             return None
-        if not os.path.isfile(self._path(record["file"])):
-            return self._skip_image("image missing", record["file"], record["file"], stop=False)
+        if self._find(record["file"]) is None:
+            return None
         if not record["regions"]:
             return self._skip("image without regions", record["file"])
         return record
+
+    def _find(self, name: str) -> Path | None:
+        """The file of an image; None, and counted, where the name leads to none, or to one that another name has."""
+        try:
+            path = self._path(name)
+        except ImageNameError as error:
+            reason = "image is a URL" if is_url(name) else "image name ambiguous"
+            return self._skip_image(reason, name, str(error), stop=False)
+        if not os.path.isfile(path):
+            return self._skip_image("image missing", name, name, stop=False)
+        if path != self.images / name and (other := self._names.setdefault(path, name)) != name:
+            told = f"{name!r} and {other!r} both lead to {path}; write paths relative to {self.images}"
+            return self._skip_image("image name ambiguous", name, told, stop=False)
+        return path
+
+    def _stamp(self, name: str) -> list[int] | None:
+        try:
+            return _stamp(self._path(name))
+        except ImageNameError:
+            return None
 
     def _about(self, folder: Path) -> dict[str, Any] | None:
         """What is known of a table or of the beginning of one, if there is one that is up to date."""
@@ -322,7 +351,7 @@ class TableDataset:
             about = json.loads((folder / "about.json").read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        current = all(_stamp(self._path(name)) == stamp for name, stamp in about["bad"].items())
+        current = all(self._stamp(name) == stamp for name, stamp in about["bad"].items())
         return about if current else None
 
     def _recall(self, about: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
+MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
 MAX_DEPTH = 100  # far below the depth at which copying, comparing or writing a value fails
 DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -93,14 +95,19 @@ def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
     return content
 
 
-def open_regular_file(path: str | Path) -> BinaryIO:
+def open_regular_file(path: str | Path, seekable: bool = False) -> BinaryIO:
     """Open a regular file for reading; never block on a FIFO or a device.
 
     What a shell passes as an open descriptor, /dev/stdin or /dev/fd/N, may be a pipe: its other end is open, too.
 
+    Args:
+        path: The file.
+        seekable: Read a pipe into memory, so that the result can seek.
+
     Raises:
         OSError: If the file does not exist or cannot be read.
         IrregularFileError: If it is not a regular file.
+        ValueError: If a pipe to read into memory has more than `MAX_PIPE_BYTES`.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     kind = os.fstat(descriptor).st_mode
@@ -109,7 +116,34 @@ def open_regular_file(path: str | Path) -> BinaryIO:
         raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(descriptor, True)
-    return open(descriptor, "rb")
+    return _buffer(descriptor, path) if seekable and not stat.S_ISREG(kind) else open(descriptor, "rb")
+
+
+def _buffer(descriptor: int, path: str | Path) -> BinaryIO:
+    with open(descriptor, "rb") as file:
+        content = file.read(MAX_PIPE_BYTES + 1)
+    if len(content) > MAX_PIPE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; give a file")
+    return io.BytesIO(content)
+
+
+def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
+    """Whether a file contains JSON lines: by its suffix or, of a pipe, which has none, by its first line.
+
+    Args:
+        path: Of the file.
+        file: The file, opened and seekable; it is left at its start.
+        key: A key of every line, which a file that is one JSON value does not have.
+    """
+    if not DESCRIPTOR.fullmatch(str(path)):
+        return str(path).lower().endswith((".jsonl", ".ndjson"))
+    lines = (line for line in file if line.strip())
+    try:
+        first = parse_json(next(lines, b"").decode("utf-8-sig"), surrogates=True)
+    except (JsonError, UnicodeDecodeError):
+        first = None
+    file.seek(0)
+    return isinstance(first, dict) and key in first
 
 
 def check_depth(value: Any) -> None:

@@ -76,8 +76,22 @@ def normalize_name(name: str) -> str:
     return root + "/".join(part for part in name.split("/") if part not in ("", ".")) or "."
 
 
+def relative_path(path: str | Path, folder: str | Path) -> str:
+    """Return the path of a file relative to a folder, as the system follows it, also where either is below a link."""
+    parent, name = os.path.split(path)
+    return os.path.join(os.path.relpath(os.path.realpath(parent), os.path.realpath(folder)), name)
+
+
+def remove_parents(path: Path) -> Path:
+    """Return a path without `..`; unchanged where that would lead elsewhere, since a part of it is a link."""
+    short = Path(os.path.normpath(path))
+    is_same = os.path.samefile(short, path) if short.exists() and path.exists() else not path.exists()
+    return short if is_same else path
+
+
 def possible_file_names(name: str) -> set[str]:
     """Return the file names, without folders and composed (NFC), that a written name could mean."""
+    name = re.split("[?#]", name)[0] if is_url(name) else name
     found = {_split(form.path)[-1] for form in _unwrapped(name) if _split(form.path)}
     found |= {UPLOAD.sub("", each, count=1) for each in found} if _is_upload(name) else set()
     return {unicodedata.normalize("NFC", each) for each in found} | {re.split(r"[\\/]", name)[-1]}
@@ -184,13 +198,14 @@ def _in_place(form: _Form, root: Path) -> Iterator[Path]:
 def _elsewhere(form: _Form, root: Path) -> Iterator[Path]:
     """The paths below a root that a reading means if it starts from another folder.
 
-    That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; and for an
-    absolute path of another machine, any.
+    That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; and of a path
+    from another place, absolute or with `..`, any.
     """
     parts, own = _split(form.path), Path(os.path.abspath(root)).parts
+    is_from_elsewhere = form.is_absolute or ".." in parts
     for count in range(len(parts)):
         rest = parts[count:]
-        if ".." not in rest and (count == 0 or form.is_absolute or _is_same(parts[:count], own[-count:])):
+        if ".." not in rest and (count == 0 or is_from_elsewhere or _is_same(parts[:count], own[-count:])):
             yield root.joinpath(*rest)
             yield root.joinpath(EXPORT_FOLDER, *rest)
 

@@ -282,8 +282,9 @@ def existing_paths(values: Any) -> Iterator[Path]:
         values = values.values()
     elif isinstance(values, str | Path):
         with suppress(OSError, ValueError):  # too long for a name, or with a zero byte
-            if os.path.lexists(values) and str(values):
-                yield Path(values)
+            path = os.path.expanduser(values)
+            if path and os.path.lexists(path):
+                yield Path(path)
         return
     elif not isinstance(values, list | tuple):
         return

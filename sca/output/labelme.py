@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sca_registry.contracts import Caption
 
 from sca import masks
 from sca.io.atomic import open_folder
+from sca.io.paths import relative_path
 from sca.output.files import FilePerImage
 from sca.output.jsonl import record
 
@@ -39,7 +39,7 @@ class LabelMe:
             "version": VERSION,
             "flags": {},
             "shapes": [_shape(path, image, caption) for caption in captions],
-            "imagePath": os.path.relpath(path, self._folder),
+            "imagePath": relative_path(path, self._folder),
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,

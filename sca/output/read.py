@@ -9,22 +9,31 @@ import base64
 import binascii
 import io
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
 from sca.images import identify_image, show
-from sca.io.json import IrregularFileError, JsonError, open_regular_file, parse_json, read_regular_file
+from sca.io.json import (
+    IrregularFileError,
+    JsonError,
+    is_json_lines,
+    open_regular_file,
+    parse_json,
+    read_regular_file,
+)
 from sca.io.numbers import is_finite_number, is_int64
+from sca.io.paths import ImageNameError, find_image, remove_parents
 from sca.output.label_studio import unpack
 from sca.output.outline import fill
 from sca.prompts import read_prompt
+
+PARQUET = b"PAR1"  # what such a file begins with
 
 
 class ReadError(ValueError):
@@ -60,12 +69,16 @@ def read_captions(path: str | Path) -> Iterator[Captioned]:
     try:
         if path.is_dir():
             yield from _labelme(sorted(path.glob("*.json")), path)
-        elif path.suffix.lower() in (".jsonl", ".ndjson"):
-            yield from _grouped(_lines(path))
-        elif path.suffix.lower() == ".parquet":
-            yield from _grouped(_rows(path))
-        else:
-            yield from _json(path)
+            return
+        with open_regular_file(path, seekable=True) as file:
+            is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
+            file.seek(0)
+            if is_parquet:
+                yield from _grouped(_rows(file, path))
+            elif is_json_lines(path, file, "image"):
+                yield from _grouped(_lines(file, path))
+            else:
+                yield from _json(file, path)
     except IrregularFileError as error:
         raise ReadError(str(error)) from error
     except OSError as error:
@@ -81,8 +94,8 @@ def captioned(plain: Any, where: str) -> Captioned:
     return Captioned(_name(plain, "image", where), size, told, None)
 
 
-def _json(path: Path) -> Iterator[Captioned]:
-    content = _parsed(read_regular_file(path).decode("utf-8-sig"), show(path))
+def _json(file: BinaryIO, path: Path) -> Iterator[Captioned]:
+    content = _parsed(file.read().decode("utf-8-sig"), show(path))
     if isinstance(content, list):
         yield from _label_studio(content, path)
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
@@ -97,15 +110,14 @@ def _json(path: Path) -> Iterator[Captioned]:
         )
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with io.TextIOWrapper(open_regular_file(path), "utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{show(path)}, line {number}"
-                yield where, _parsed(line, where)
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
+        if line.strip():
+            where = f"{show(path)}, line {number}"
+            yield where, _parsed(line, where)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -113,7 +125,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise ReadError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(open_regular_file(path)).iter_batches(1000):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 where = f"{show(path)}, row {number}"
@@ -228,12 +240,20 @@ def _labelme(paths: list[Path], folder: Path) -> Iterator[Captioned]:
     for path in paths:
         content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), show(path)), show(path))
         size = _size({"width": content.get("imageWidth"), "height": content.get("imageHeight")}, show(path))
-        name = os.path.normpath(path.parent / _name(content, "imagePath", show(path)))
+        name = _image_beside(path, _name(content, "imagePath", show(path)))
         captions = []
         for number, shape in enumerate(_list(content, "shapes", show(path))):
             where = f"{show(path)}, shapes[{number}]"
             captions.append(_caption(_shape(_table(shape, where), size, where), size, number, where))
         yield Captioned(name, size, captions, content.get("model"))
+
+
+def _image_beside(path: Path, name: str) -> str:
+    """The image that a file names relative to its own folder."""
+    try:
+        return str(remove_parents(find_image(name, [path.parent])))
+    except ImageNameError as error:
+        raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
 
 
 def _shape(shape: Mapping[str, Any], size: Size, where: str) -> dict[str, Any]:

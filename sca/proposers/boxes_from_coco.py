@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 from sca_registry.contracts import Proposals
 
+from sca.io.paths import expand_user
 from sca.prompts import PromptError, check, read_prompts
 
 
@@ -18,7 +19,7 @@ class BoxesFromCoco:
     """
 
     def __init__(self, annotations: str):
-        self.file = read_prompts(annotations)
+        self.file = read_prompts(expand_user(annotations))
         self.images: dict[str, Path] = {}  # whose each key has been
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
