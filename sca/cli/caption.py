@@ -18,6 +18,7 @@ from sca.cli.options import (
     DEVICES,
     OUTPUTS,
     AllowExternal,
+    ImagePrefix,
     TrustRemoteCode,
     check_pipes,
     complain,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "sca-tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 UNKEPT = (  # that change no answer
-    *("images", "out", "format", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
+    *("images", "out", "format", "image_prefix", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
     *("trust_remote_code", "allow_external"),
 )
 
@@ -73,6 +74,7 @@ def caption(
     format: Annotated[
         str | None, typer.Option(help=f"for --out, any of {OUTPUTS}  [default: jsonl]", show_default=False)
     ] = None,
+    image_prefix: ImagePrefix = "",
     beams: Annotated[int | None, typer.Option(help="beam search of this width (default: the model's)", min=1)] = None,
     captions: Annotated[int | None, typer.Option(help="so many a region, the best first (default: 1)", min=1)] = None,
     sample: Annotated[bool, typer.Option("--sample", help="draw words at random instead of the likeliest")] = False,
@@ -166,6 +168,7 @@ def caption(
         complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
     for path in irregular if not quiet else ():
         complain(f"skipped {show(path)}, which is a pipe or a device, not an image file")
+    _check_image_prefix(image_prefix, formats, paths)
     failures = Failures(problems)
     if not (paths or archives):
         raise typer.Exit(failures.status)
@@ -189,7 +192,7 @@ def caption(
             writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
         elif out:
             journal = outputs.enter_context(_journal(Path(out), context.params, formats, paths, read))
-            writers = outputs.enter_context(Writers(out, formats, model))
+            writers = outputs.enter_context(Writers(out, formats, model, image_prefix))
         opened = _open(paths, failures, journal.done if journal else {})
         drawn = bool(set(formats) & set(DRAWN))
         if everything:
@@ -341,6 +344,17 @@ def _check_pipes(images: Sequence[str], others: Sequence[str | Path], is_sharded
     if piped and (is_sharded or (resume and piped[0] in images)):
         option = "--launcher" if is_sharded else "--resume"
         raise ValueError(f"{option} needs files, and {piped[0]} can be read only once; save it to a file")
+
+
+def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Path]) -> None:
+    """Raises ValueError for a prefix that nothing is written with, and for an image that it cannot lead to."""
+    from sca.io.paths import add_image_prefix
+    from sca.output import LABEL_STUDIO
+
+    if prefix and LABEL_STUDIO not in formats:
+        raise ValueError(f"--image-prefix is for Label Studio; add --format {LABEL_STUDIO}, or leave it out")
+    for path in paths if prefix else ():
+        add_image_prefix(str(path), prefix)
 
 
 def _formats(format: str | None, out: str) -> tuple[str, ...]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import OUTPUTS, check_pipes, complain, input_path, settle
+from sca.cli.options import OUTPUTS, ImagePrefix, check_pipes, complain, input_path, settle
+from sca.io.json import DESCRIPTOR
+
+if TYPE_CHECKING:
+    from sca.output.read import Captioned
+
+IMAGES = "Folder that image names are relative to (default: the working folder, then that of the captions)."
 
 
 def convert(
@@ -20,32 +27,35 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(help="folder to write to")],
     format: Annotated[str, typer.Option(help=f"any of {OUTPUTS}")] = "coco",
-    images: Annotated[Path | None, typer.Option(help="for png and html: the folder that pictures are named in")] = None,
+    images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
+    image_prefix: ImagePrefix = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was converted to OUT before.")] = False,
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
     from sca.images import ImageError, open_image, show
+    from sca.io.paths import find_image, rewrite_name
     from sca.io.run_folder import RunFolder
-    from sca.output import DRAWN, FORMATS, Writers, output_patterns
-    from sca.output.read import ReadError, read_captions
+    from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
+    from sca.output.read import ReadError
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
         settle("format", name, FORMATS)
-    found = read_captions(captions)
+    found, roots = _read(captions, image_prefix, LABEL_STUDIO in formats), _roots(images, [captions])
     first = next(found, None)
     if first is None:
         raise ReadError(f"{show(captions)} has no captions")
     done, bad = 0, 0
     with RunFolder(out, "convert", output_patterns(FORMATS)) as folder:
         settings = {"captions": str(captions), "images": images and str(images)}
+        settings |= {"image_prefix": image_prefix} if image_prefix else {}
         folder.begin(settings, output_patterns(formats), [captions], overwrite=overwrite)
-        with Writers(out, formats, first.model) as writers:
+        with Writers(out, formats, first.model, image_prefix) as writers:
             for each in chain([first], found):
                 picture = each.size
                 if set(formats) & set(DRAWN):
                     try:
-                        picture = open_image(images / each.image if images else each.image)
+                        picture = open_image(find_image(each.image, roots))
                     except ImageError as error:
                         complain(str(error))
                         bad += 1
@@ -55,7 +65,7 @@ def convert(
                         complain(f"{each.image} is {picture.width} x {picture.height}, and was {size} when captioned")
                         bad += 1
                         continue
-                writers.add(each.image, picture, each.captions)
+                writers.add(rewrite_name(each.image, roots), picture, each.captions)
                 done += len(each.captions)
         folder.finish()
     for path in writers.paths.values():
@@ -73,21 +83,44 @@ def view(
         Path | None, typer.Argument(parser=input_path, help="another file of the same images, to compare")
     ] = None,
     out: Annotated[Path, typer.Option(help="the page")] = Path("view.html"),
-    images: Annotated[Path | None, typer.Option(help="the folder that pictures are named in")] = None,
+    images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
+    image_prefix: ImagePrefix = "",
 ) -> None:
     """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
     from sca.io.atomic import open_folder
     from sca.output.page import check_page
-    from sca.output.read import read_captions
     from sca.output.view import write_view
 
-    check_pipes([path for path in (captions, other) if path])
+    files = [path for path in (captions, other) if path]
+    check_pipes(files)
     open_folder(out.parent)
-    check_page(out, [path for path in (captions, other) if path])
-    names = tuple(str(path) for path in (captions, other) if path)
-    regions, problems = write_view(out, read_captions(captions), read_captions(other) if other else None, images, names)
+    check_page(out, files)
+    first, *rest = (_read(path, image_prefix, is_written=True) for path in files)
+    roots, names = _roots(images, files), tuple(map(str, files))
+    regions, problems = write_view(out, first, rest[0] if rest else None, roots, names)
     for problem in problems[:10]:
         complain(problem)
     if problems:
         complain(f"{len(problems)} pictures are not shown; --images names the folder that they are in")
     complain(f"wrote {out}, {regions} regions")
+
+
+def _read(path: Path, image_prefix: str, is_written: bool = False) -> Iterator[Captioned]:
+    """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
+    from sca.images import show
+    from sca.io.paths import remove_image_prefix
+    from sca.output.read import read_captions
+
+    is_used = not image_prefix or is_written
+    for each in read_captions(path):
+        name = remove_image_prefix(each.image, image_prefix)
+        is_used |= name != each.image
+        yield each._replace(image=name)
+    if not is_used:
+        complain(f"no image name of {show(path)} begins with --image-prefix {image_prefix}")
+
+
+def _roots(images: Path | None, captions: Iterable[Path]) -> list[Path]:
+    """The folders that images may be named in."""
+    beside = [path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR.fullmatch(str(path))]
+    return [images] if images else list(dict.fromkeys([Path(), *beside]))

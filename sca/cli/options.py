@@ -33,6 +33,13 @@ AllowExternal = Annotated[
         help="Allow a checkpoint to refer to files outside its folder, other repositories and URLs; not to run code.",
     ),
 ]
+ImagePrefix = Annotated[
+    str,
+    typer.Option(
+        "--image-prefix",
+        help="For Label Studio: what its image URLs have before the path, such as '/data/local-files/?d='.",
+    ),
+]
 STDIN = "/dev/stdin"
 DEVICES = "cpu, cuda, cuda:1, mps"
 OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"

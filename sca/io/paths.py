@@ -60,6 +60,21 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
     return written[0]
 
 
+def rewrite_name(name: str, roots: Sequence[str | Path]) -> str:
+    """Return the name of an image as other tools on this machine read it: relative to the root that it is found in.
+
+    A name that exists as it is written, or that leads to no file, is unchanged.
+    """
+    try:
+        path = find_image(name, roots)
+    except ImageNameError:
+        return name
+    if not path.is_file() or any(path == Path(root, name) for root in roots):
+        return name
+    found = next((Path(root) for root in roots if path.is_relative_to(root)), None)
+    return str(path.relative_to(found) if found else path)
+
+
 def is_url(name: str) -> bool:
     """Whether the name of an image is a URL that only a download can read, such as https://, s3:// or data:."""
     return bool(URL.match(name))

@@ -37,12 +37,13 @@ class Writer(Protocol):
     def close(self, finished: bool = True) -> None: ...
 
 
-_KINDS: dict[str, tuple[str, str, Callable[[Path, str | None], Writer]]] = {  # where it goes, and its files
+LABEL_STUDIO = "label-studio"
+_KINDS: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # where it goes, and its files
     "jsonl": ("captions.jsonl", "captions.jsonl", Jsonl),
     "coco": ("coco.json", "coco.json", Coco),
     "parquet": ("captions.parquet", "captions.parquet", Parquet),
     "geojson": ("captions.geojson", "captions.geojson", GeoJson),
-    "label-studio": ("label-studio.json", "label-studio.json", LabelStudio),
+    LABEL_STUDIO: ("label-studio.json", "label-studio.json", LabelStudio),
     "labelme": ("labelme", "labelme/*.json", LabelMe),
     "png": (".", "*.captions.png", Png),
     "html": ("captions.html", "captions.html", Html),
@@ -61,10 +62,12 @@ class Writers:
 
     `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
     `label-studio.json`, `captions.html`; and for labelme and png a folder, in which each image has a file `STEM.json`
-    or `STEM.captions.png`.
+    or `STEM.captions.png`. image_prefix: for Label Studio, which opens images by URL; see `add_image_prefix`.
     """
 
-    def __init__(self, folder: str | Path, formats: Iterable[str] = ("jsonl",), model: str | None = None):
+    def __init__(
+        self, folder: str | Path, formats: Iterable[str] = ("jsonl",), model: str | None = None, image_prefix: str = ""
+    ):
         formats = tuple(dict.fromkeys(formats))
         unknown = [name for name in formats if name not in _KINDS]
         if unknown:
@@ -75,7 +78,8 @@ class Writers:
         self._writers: list[Writer] = []
         try:
             for name, path in self.paths.items():
-                self._writers.append(_KINDS[name][2](path, model))
+                options = {"image_prefix": image_prefix} if name == LABEL_STUDIO else {}
+                self._writers.append(_KINDS[name][2](path, model, **options))
         except BaseException:
             self.close(finished=False)
             raise

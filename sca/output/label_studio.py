@@ -17,6 +17,7 @@ from sca_registry.contracts import Caption
 
 from sca import masks
 from sca.io.atomic import AtomicFile
+from sca.io.paths import add_image_prefix
 from sca.output.jsonl import record
 
 LABEL = "region"
@@ -31,16 +32,20 @@ SIZES = (3, 4, 8, 16)  # bits of a run's length; each run says which of them it 
 
 
 class LabelStudio:
-    """A task an image. Sizes are per cent of the image; a region with neither mask nor box has its first point."""
+    """A task an image. Sizes are per cent of the image; a region with neither mask nor box has its first point.
 
-    def __init__(self, path: Path, model: str | None = None):
+    image_prefix: where Label Studio finds the images, see `add_image_prefix`.
+    """
+
+    def __init__(self, path: Path, model: str | None = None, image_prefix: str = ""):
+        self._image_prefix = image_prefix
         self._file = AtomicFile(path)
         self._model, self._images = model, 0
         self._file.write("[")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         results = [piece for place, caption in enumerate(captions) for piece in _results(place, path, image, caption)]
-        data = {"image": path, "width": image.width, "height": image.height}
+        data = {"image": add_image_prefix(path, self._image_prefix), "width": image.width, "height": image.height}
         task = {"data": data, "predictions": [{"model_version": self._model or "", "result": results}]}
         self._file.write((",\n" if self._images else "\n") + json.dumps(task, allow_nan=False))
         self._images += 1

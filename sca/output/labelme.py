@@ -15,7 +15,7 @@ from sca_registry.contracts import Caption
 
 from sca import masks
 from sca.io.atomic import open_folder
-from sca.io.paths import relative_path
+from sca.io.paths import is_url, relative_path
 from sca.output.files import FilePerImage
 from sca.output.jsonl import record
 
@@ -39,7 +39,7 @@ class LabelMe:
             "version": VERSION,
             "flags": {},
             "shapes": [_shape(path, image, caption) for caption in captions],
-            "imagePath": relative_path(path, self._folder),
+            "imagePath": path if is_url(path) else relative_path(path, self._folder),
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sca_registry.contracts import Caption
 
 from sca.images import ImageError, open_image
 from sca.io.atomic import AtomicFile
+from sca.io.paths import find_image
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
 from sca.output.read import Captioned, ReadError
@@ -47,13 +48,13 @@ def write_view(
     path: Path,
     captioned: Iterable[Captioned],
     other: Iterable[Captioned] | None = None,
-    images: Path | None = None,
+    images: Sequence[Path] = (Path(),),
     names: tuple[str, ...] = (),
 ) -> tuple[int, list[str]]:
     """Writes the page, and gives the number of regions and a line for each picture that could not be opened.
 
-    other: what is to be compared, of the same images; regions are paired by their order. images: the folder that
-    pictures are named in (default: the working folder). names: what the files are called.
+    other: what is to be compared, of the same images; regions are paired by their order. images: folders that
+    images may be named in. names: what the files are called.
     """
     script = files("sca.output").joinpath("view.js").read_text("utf-8")
     second = None if other is None else {each.image: each for each in other}
@@ -88,11 +89,11 @@ def _together(
 
 
 def _image(
-    one: Captioned, two: Captioned | None, images: Path | None, compares: bool, problems: list[str]
+    one: Captioned, two: Captioned | None, images: Sequence[Path], compares: bool, problems: list[str]
 ) -> dict[str, Any]:
     source = BLANK
     try:
-        source = data_uri(open_image(images / one.image if images else one.image), SIDE)
+        source = data_uri(open_image(find_image(one.image, images)), SIDE)
     except ImageError as error:
         problems.append(str(error))
     plain = {
