@@ -240,7 +240,9 @@ def _named(path: Path, problems: list[str]) -> list[Path]:
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not matches:
             raise ImageError(f"nothing matches the pattern {show(path)}; check the folder and the suffix")
-        images = [match for match in matches if match.is_file() and match.suffix.lower() in SUFFIXES]
+        images = [
+            match for match in matches if (match.is_file() or is_irregular(match)) and match.suffix.lower() in SUFFIXES
+        ]
         if "**" not in str(path):
             images += [image for match in matches if match.is_dir() for image in _below(match, problems)]
     else:

@@ -54,7 +54,7 @@ def run(
     for state in retry or ():
         settle("state", state, STATES)
     settle("order", order, ORDERS)
-    given = read_options(options or ())
+    given = read_options("launchers", launcher, options or ())
     device = str(given.pop("device", device))
     find_device(device)
     told = (lambda line: None) if quiet else complain

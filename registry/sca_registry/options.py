@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
-from inspect import Parameter, signature
+from inspect import Parameter, formatannotation, signature
 from typing import Any
 
 from sca_registry.messages import RegistryError, choice, suggestion
 
+TEXT = {"str", "Path", "PathLike", "PathLike[str]", "StrPath", "None"}
+OPTIONAL = re.compile(r"^(?:typing\.)?Optional\[(.*)\]$")
+NAMESPACE = re.compile(r"^(?:\w+\.)+")
 REQUIRED = ...  # stands where an option has no default
 
 
@@ -17,6 +21,19 @@ def read_options(factory: Callable[..., Any], upstream: int) -> dict[str, Any]:
     A factory that tells no signature has no known options.
     """
     return {parameter.name: _default(parameter) for parameter in _named(_parameters(factory) or [], upstream)}
+
+
+def takes_text(factory: Callable[..., Any], upstream: int, option: str) -> bool:
+    """Return whether an option is text or a path and nothing else, by its annotation or else its default."""
+    for parameter in _named(_parameters(factory) or [], upstream):
+        if parameter.name == option:
+            annotation = parameter.annotation
+            if annotation is Parameter.empty:
+                return isinstance(parameter.default, str)
+            written = annotation if isinstance(annotation, str) else formatannotation(annotation)
+            members = {NAMESPACE.sub("", each.strip(" '\"")) for each in OPTIONAL.sub(r"\1|None", written).split("|")}
+            return bool(members - {"None"}) and members <= TEXT
+    return False
 
 
 def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Collection[str]) -> None:

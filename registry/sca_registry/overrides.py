@@ -1,6 +1,7 @@
 """`key=value`: one grammar for changing specs and recipes on a command line, in a sweep and in code.
 
-A key is a dotted path and a value is TOML; a bare word is a string, so `mixer=roi-pool` needs no quotes. The parts and
+A key is a dotted path and a value is TOML; a bare word is a string, so `mixer=roi-pool` needs no quotes. An option whose
+annotation is text or a path takes any value but a list or a table as text: `root=2024`, `root=my photos`. The parts and
 the other fields of a model are short for `model.*`.
 
     mixer.depth=2           edits an option of the mixer
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sca_registry.messages import RegistryError, unknown
@@ -23,8 +24,11 @@ PARTS = ("encoder", "segmenter", "mixer", "language_model")
 MODEL = (*PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
 SHORT = {"projection": "kind", "lora": "rank"}  # what a lone value stands for; elsewhere it is the `name` of a part
 
+KINDS = {"encoder": "encoders", "segmenter": "segmenters", "mixer": "mixers", "language_model": "language_models"}
 WORD = re.compile(r"[^\W\d][\w-]*", re.ASCII)
-BARE = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]+""", re.ASCII)
+BARE = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]*""")
+
+IsText = Callable[[str], bool]  # whether an option takes text or a path and nothing else
 
 
 def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
     """
     changed = copy.deepcopy(dict(table))
     for assignment in assignments:
-        path, value = read_assignment(assignment)
+        path, text = _split(assignment)
         first = _spelt(path[0], (*changed, *MODEL))
         if first in MODEL and first not in changed:
             path = ("model", *path)
@@ -46,34 +50,42 @@ def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
             raise unknown(
                 f"{assignment!r}: there is no {path[0]!r} to set", path[0], {**changed, **dict.fromkeys(MODEL)}
             )
-        _assign(changed, (), path, value, assignment)
+        _assign(changed, (), path, text, assignment)
     return changed
 
 
-def read_assignment(assignment: str) -> tuple[tuple[str, ...], Any]:
+def read_assignment(
+    assignment: str, is_text: Callable[[tuple[str, ...]], bool] = lambda path: False
+) -> tuple[tuple[str, ...], Any]:
     """'mixer.depth=2' -> (("mixer", "depth"), 2).
 
-    Raises RegistryError if there is no `=`, the key is no dotted path, or the value is neither TOML nor a bare word.
+    is_text: whether a key takes text or a path and nothing else. Raises RegistryError if there is no `=`, the key is no
+    dotted path, or the value is neither TOML nor a bare word.
     """
+    path, text = _split(assignment)
+    return path, _value(text, assignment, lambda: is_text(path))
+
+
+def _split(assignment: str) -> tuple[tuple[str, ...], str]:
     key, equals, text = assignment.partition("=")
     path = tuple(word.strip() for word in key.split("."))
     if not equals or not all(map(WORD.fullmatch, path)):
         raise RegistryError(f"{assignment!r} does not set anything: write key=value, for example mixer.depth=2")
-    return path, _value(text.strip(), assignment)
+    return path, text.strip()
 
 
-def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+def read_assignments(assignments: Iterable[str], is_text: IsText = lambda option: False) -> dict[str, Any]:
     """The `key=value` options of one part. Raises RegistryError, also for a key with a dot in it."""
     options = {}
     for assignment in assignments:
-        path, value = read_assignment(assignment)
+        path, value = read_assignment(assignment, lambda path: is_text(path[-1]))
         if len(path) > 1:
             raise RegistryError(f"{assignment!r}: the options of a part have plain names, such as {path[-1]}=...")
         options[path[0]] = value
     return options
 
 
-def _value(text: str, assignment: str) -> Any:
+def _value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any:
     import tomllib
 
     try:
@@ -81,8 +93,11 @@ def _value(text: str, assignment: str) -> Any:
             f"inline = {{ value = {text} }}"
         )  # a comment or a second key breaks out of it and is found
         if read.keys() == {"inline"} and read["inline"].keys() == {"value"}:
-            return read["inline"]["value"]
+            value = read["inline"]["value"]
+            return value if isinstance(value, str | list | dict) or not is_text() else text
     except (ValueError, RecursionError):  # not TOML, a number too long to read, or nested too deep
+        if text and text[0] not in "'\"[{" and text.isprintable() and is_text():
+            return text
         if text in ("True", "False"):
             raise RegistryError(f"{assignment!r}: TOML writes {text.lower()}") from None
         if BARE.fullmatch(text):
@@ -93,7 +108,7 @@ def _value(text: str, assignment: str) -> Any:
     )
 
 
-def _assign(table: dict[str, Any], above: tuple[str, ...], path: tuple[str, ...], value: Any, assignment: str) -> None:
+def _assign(table: dict[str, Any], above: tuple[str, ...], path: tuple[str, ...], text: str, assignment: str) -> None:
     """Sets what `path` leads to from `table`, which lies under the keys `above`."""
     fields = MODEL if above == ("model",) else tuple(table)
     key = _spelt(path[0], fields)
@@ -101,12 +116,23 @@ def _assign(table: dict[str, Any], above: tuple[str, ...], path: tuple[str, ...]
     if closed and key not in fields:
         raise unknown(f"{assignment!r}: {'.'.join(above)} has no {path[0]!r}", path[0], fields)
     if len(path) > 1:
-        return _assign(_table(table, key, assignment), (*above, key), path[1:], value, assignment)
+        return _assign(_table(table, key, assignment), (*above, key), path[1:], text, assignment)
     before = table.get(key)
+    value = _value(text, assignment, lambda: _takes_text(table, above, key))
     part = isinstance(before, dict) and "name" in before
     if isinstance(before, dict) and not (part or "model" in above or (above and isinstance(value, dict))):
         raise RegistryError(f"{assignment!r}: {key} is a table; set one of: {', '.join(before)}")
     table[key] = value
+
+
+def _takes_text(table: Mapping[str, Any], above: tuple[str, ...], key: str) -> bool:
+    """Whether a key takes text and nothing else: an option of a part by its factory, another by its default."""
+    from sca_registry.registry import registry
+
+    name, kind = table.get("name"), KINDS.get(above[-1]) if above else None
+    if isinstance(name, str):
+        return registry(kind or "datasets").takes_text(name, key)
+    return isinstance(table.get(key), str) and above[:1] != ("model",)
 
 
 def _table(table: dict[str, Any], key: str, assignment: str) -> dict[str, Any]:

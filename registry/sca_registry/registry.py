@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from sca_registry.cards import Card, check_name
 from sca_registry.contracts import KINDS, Kind
 from sca_registry.messages import RegistryError, choice, suggestion, unknown
-from sca_registry.options import check_options, read_options
+from sca_registry.options import check_options, read_options, takes_text
 from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
 from sca_registry.states import BREAKS, blame, keep_state, out_of_memory, read_state
 from sca_registry.verdicts import Verdict, read_verdicts
@@ -174,6 +174,13 @@ class Registry:
         options = read_options(_filled(factory, offer.card.given), self._upstream)
         entry = self._entry(name, offer, options, read_verdicts())
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
+
+    def takes_text(self, name: str, option: str) -> bool:
+        """Return whether an option is text or a path and nothing else; False for a part that does not load."""
+        try:
+            return takes_text(self._load(self._find(name)), self._upstream, option)
+        except RegistryError:
+            return False
 
     def judge(self, name: str, problem: str = "", note: str = "") -> Entry:
         """Keeps how a trial of a part ended, unless that process came to tell; what is known of the part then.

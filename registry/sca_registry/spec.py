@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from sca_registry.messages import RegistryError, unknown
@@ -46,13 +47,18 @@ class Part:
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
-    def parse(cls, text: str, what: str = "a part") -> Part:
-        """From "NAME [key=value]...", where quotes keep a value with spaces together. Raises RegistryError."""
+    def parse(cls, text: str, what: str = "a part", kind: str = "") -> Part:
+        """From "NAME [key=value]...", where quotes keep a value with spaces together; with its kind, options that take
+        text are read as text. Raises RegistryError.
+        """
         words = WORD.findall(text)
         if not words or WORD.sub("", text).strip():  # nothing in it, or a quote that does not end
             raise RegistryError(f"{what} is 'NAME [key=value]...', not {text!r}")
         name, *assignments = words
-        return cls(name, read_assignments(assignments))
+        if not kind:
+            return cls(name, read_assignments(assignments))
+        last = name.rpartition("+")[2]  # of encoder+captioner
+        return cls(name, read_assignments(assignments, partial(registry(kind).takes_text, last)))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def captioner(
     elif isinstance(source, Path) or (path is not None and path.exists()):
         return _model(source, device, agreed, **options)
     else:
-        part = Part.parse(source, "a captioner")
+        part = Part.parse(source, "a captioner", "captioners")
     options = {**part.options, **options}
     names = [name.strip() for name in part.name.split("+")]
     if len(names) > 2:

@@ -6,6 +6,8 @@ Commands import what they need when they run; listing and help never import torc
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -46,6 +48,7 @@ app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 
+HOME = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # which a shell leaves in --out=~/x, and a program in every argument
 UsageError: Any = typer.BadParameter.__base__
 
 
@@ -75,6 +78,8 @@ def run(arguments: list[str], exact_images: bool = False) -> int:
     or written: both are one line. Any other is a defect and keeps its traceback, as all do under `python -X dev`.
     """
     command = typer.main.get_command(app)
+    if not exact_images:
+        arguments = [HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), each) for each in arguments]
     try:
         with command.make_context("sca", list(arguments), obj={"exact_images": exact_images}) as context:
             command.invoke(context)

@@ -418,7 +418,7 @@ def _read_files(
     from sca.io.run_folder import existing_paths
     from sca.prompts import mask_files
 
-    proposals = existing_paths(Part.parse(proposer, "--proposer").options) if proposer else ()
+    proposals = existing_paths(Part.parse(proposer, "--proposer", "proposers").options) if proposer else ()
     return [*([prompts] if prompts else ()), *masks, *mask_files(regions), *proposals]
 
 
@@ -551,7 +551,7 @@ def _proposer(text: str) -> Proposer:
     from sca_registry import proposers
     from sca_registry.spec import Part
 
-    part = Part.parse(text, "--proposer")
+    part = Part.parse(text, "--proposer", "proposers")
     return proposers.build(part.name, **part.options)
 
 

@@ -34,7 +34,7 @@ def export(
     from sca.data.export import export as write
 
     settle("format", format, tuple(FORMATS))
-    chosen = read_options(options or ())
+    chosen = read_options("datasets", dataset, options or ())
     sets = {name: datasets.build(dataset, name, **chosen) for name in split or ["val"]}
     print_line(f"wrote {write(sets, folder, format, limit=limit)}")
 
@@ -63,7 +63,8 @@ def stats(
     from sca.data.stats import stats as counted
     from sca.io.terminal import Table
 
-    found = {"dataset": dataset, **counted(datasets.build(dataset, split, **read_options(options or ())), pictures)}
+    chosen = read_options("datasets", dataset, options or ())
+    found = {"dataset": dataset, **counted(datasets.build(dataset, split, **chosen), pictures)}
     if as_json:
         print_json(found)
         return
@@ -106,8 +107,9 @@ def view(
     from sca.training.recipe import read_augmentation
 
     change = read_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
-    found = datasets.build(dataset, split, **read_options(options or ()))
+    given = read_options("datasets", dataset, options or ())
+    found = datasets.build(dataset, split, **given)
     chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
-    check_page(out, existing_paths(read_options(options or ())))
+    check_page(out, existing_paths(given))
     title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
     print_line(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")

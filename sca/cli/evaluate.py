@@ -69,7 +69,7 @@ def evaluate(
         settle("prompt", prompt, list(PROMPTS))
     for each in control or ():
         settle("control", each, list(CONTROLS))
-    given = read_settings(options or ())
+    given = read_settings(options or (), dataset, proposer)
     asked = metrics and listed(metrics)
     device = _own(device)
     find_device(device)
@@ -124,7 +124,7 @@ def score(
     """
     from sca.evaluation.evaluate import score_file
 
-    given = read_settings(options or (), kinds=("dataset",))
+    given = read_settings(options or (), dataset, kinds=("dataset",))
     if given["dataset"] and dataset is None:
         raise ValueError(f"{', '.join(given['dataset'])}: options of a dataset, and no --dataset is named")
     against = {"name": dataset, **given["dataset"]} if dataset else None
@@ -135,15 +135,32 @@ def score(
         print_table(report.table())
 
 
-def read_settings(assignments: Sequence[str], kinds: Sequence[str] = ("generation", "proposer")) -> dict[str, Any]:
+def read_settings(
+    assignments: Sequence[str],
+    dataset: str | None = None,
+    proposer: str | None = None,
+    kinds: Sequence[str] = ("generation", "proposer"),
+) -> dict[str, Any]:
     """`key=value` by what it is an option of: the dataset, the scores, or one of `kinds` (kind.key=value)."""
+    from sca_registry import datasets, metrics, proposers
     from sca_registry.overrides import read_assignment
 
     from sca.evaluation.scoring import SHARED
 
+    def is_text(path: tuple[str, ...]) -> bool:
+        *above, option = path
+        match above:
+            case [] | ["dataset"]:
+                return dataset is not None and datasets.takes_text(dataset, option)
+            case ["proposer"]:
+                return proposer is not None and proposers.takes_text(proposer, option)
+            case [metric]:
+                return metrics.takes_text(metric, option)
+        return False
+
     given: dict[str, Any] = {kind: {} for kind in ("dataset", "scores", *kinds)}
     for assignment in assignments:
-        path, value = read_assignment(assignment)
+        path, value = read_assignment(assignment, is_text)
         if len(path) == 2 and path[0] in kinds:
             given[path[0]][path[1]] = value
         elif len(path) == 2 or path[0] in SHARED:

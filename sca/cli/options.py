@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,11 +70,12 @@ def settle(option: str, value: str, choices: Sequence[str]) -> None:
         raise unknown(f"no {option} {value!r}", value, choices)
 
 
-def read_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """The `key=value` options of one part."""
+def read_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """The `key=value` options of one part, by its kind and name."""
+    from sca_registry import registry
     from sca_registry.overrides import read_assignments
 
-    return read_assignments(assignments)
+    return read_assignments(assignments, partial(registry(kind).takes_text, name))
 
 
 def find_device(name: str) -> torch.device:

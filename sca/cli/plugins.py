@@ -57,7 +57,7 @@ def check(
     from sca.conformance.verdict import summarize_broken
 
     parts = registry(kind)
-    given = {**parts.card(name).small, **read_options(options or ())}
+    given = {**parts.card(name).small, **read_options(kind, name, options or ())}
     findings = try_out(kind, name, **given)
     broken = sum(not finding.passed for finding in findings)
     for finding in findings:

@@ -63,7 +63,7 @@ def serve(
 
     if dtype:
         settle("dtype", dtype, DTYPES)
-    part = Part.parse(launcher, "--launcher")
+    part = Part.parse(launcher, "--launcher", "launchers")
     where = sca_registry.launchers.build(part.name, **part.options)
     if not hasattr(where, "serve"):
         raise RegistryError(f"the launcher {part.name!r} runs tasks and serves nothing: choose local or ray")

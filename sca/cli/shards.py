@@ -65,7 +65,7 @@ def caption_shards(
     from sca.io.run_folder import RunFolder
     from sca.launchers.task import Task
 
-    part = Part.parse(params["launcher"], "--launcher")
+    part = Part.parse(params["launcher"], "--launcher", "launchers")
     where = sca_registry.launchers.build(part.name, **part.options)
     shards = _shards(archives, paths, params["shard"])
     contents = {name: _fingerprint(content) for name, content in shards.items()}

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from sca.data.fields import corners, field, four, identified, phrases, size
-from sca.data.own import check_hold_out, chosen
+from sca.data.own import check_hold_out, chosen, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
+from sca.io.paths import expand_user
 
 WHAT = "COCO's format is an object with images, annotations and categories"
 
@@ -185,15 +186,15 @@ class CocoCaptions(Coco):
 class CocoJson(Coco):
     """Dataset: `CocoJson("val", annotations=FILE, images=FOLDER)`: any file in COCO's format, see `Coco`.
 
-    Both may hold `{split}`, in whose place the split is put. hold_out: the share of the images of a file without splits
-    that "val" has; "train" has the others.
+    Both may hold `{split}`, in whose place the split is put; "val" may be called `valid` or `validation`. hold_out: the
+    share of the images of a file without splits that "val" has; "train" has the others.
     """
 
     def __init__(
         self, split: str, annotations: str | Path, images: str | Path, hold_out: float = 0.0, max_bad: int = 100
     ):
         self.hold_out = hold_out
-        annotations, images = (str(path).replace("{split}", split) for path in (annotations, images))
+        annotations, images = (find_split(str(expand_user(path)), split) for path in (annotations, images))
         self.choice = check_hold_out(split, hold_out)
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
@@ -216,6 +217,7 @@ def find(
     images: str | Path | None = None,
 ) -> tuple[Path, Path]:
     """The annotation file and the image folder, both there."""
+    root, annotations, images = (None if path is None else expand_user(path) for path in (root, annotations, images))
     if root is not None:
         names = [tuple(name.replace("{split}", split) for name in layout) for layout in layouts]
         given = [(annotations or f"{root}/{file}", images or f"{root}/{folder}") for file, folder in names]

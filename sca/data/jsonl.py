@@ -12,12 +12,12 @@ from PIL import ExifTags
 from tqdm.auto import tqdm
 
 from sca.data.fields import field, four, phrases, size
-from sca.data.own import check_hold_out, chosen
+from sca.data.own import check_hold_out, chosen, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.images import identify_image
 from sca.io.json import open_regular_file
-from sca.io.paths import find_image, normalize_name
+from sca.io.paths import expand_user, find_image, normalize_name
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -50,11 +50,11 @@ class Jsonl(TableDataset):
         max_bad: int = 100,
     ):
         self.hold_out = hold_out
-        self.file = Path(str(file).replace("{split}", split))
+        self.file = find_split(str(expand_user(file)), split)
         if not self.file.is_file():
             raise ValueError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
         self.working = os.getcwd() if images is None else ""
-        folder = self.file.parent if images is None else Path(images)
+        folder = self.file.parent if images is None else expand_user(images)
         choice = check_hold_out(split, hold_out)
         super().__init__(split, folder, [self.file], max_bad, self.working + choice)
 

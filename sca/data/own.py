@@ -6,34 +6,78 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from sca.io.paths import expand_user
+
 TOLD = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "colour": 0.2}}  # of a source in a recipe
 HOLD_OUT = 0.1  # the share of the images of a single file that a model is not trained on
+SPLIT_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # that tools write, too
+SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow, and of CVAT
+    ("{split}/_annotations.coco.json", "{split}"),
+    ("annotations/instances_{split}.json", "images/{split}"),
+    ("annotations/instances_{split}.json", "images"),
+)
 
 
 def recognised(path: str | Path) -> dict[str, Any]:
     """The table of a recipe's data for `path`: a `.jsonl` file, a COCO `.json` file, or a folder with either, or with
-    `train.json`, `train/`, `val.json` and `val/`. Pictures lie where the file says, from its folder or from `images/`
-    beside it. Of a file without splits, `HOLD_OUT` are kept for "val".
+    `train.json`, `train/`, `val.json` and `val/`, or an export in COCO's format of Label Studio, CVAT or Roboflow.
+    Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
+    are kept for "val".
 
     ValueError if there is nothing, or more than one file to choose from.
     """
-    path = Path(path)
+    path = expand_user(path)
     if not path.exists():
         raise ValueError(f"data={path}: there is no such file or folder")
     if path.is_dir():
         if (path / "train.json").is_file() and (path / "train").is_dir():
             return {"name": "coco", "root": str(path), **TOLD}
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
-        if len(files) != 1:
-            found = ", ".join(file.name for file in files[:5]) or "none"
-            raise ValueError(f"data={path}: a folder with one .jsonl or COCO .json file is wanted, and it has {found}")
-        (path,) = files
-    pictures = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
+        if table := _split_export(path):
+            return {**table, **TOLD}
+        path = _only_file(path)
+    images = _images_of(path)
     if path.suffix == ".jsonl":
-        return {"name": "jsonl", "file": str(path), "images": str(pictures), "hold_out": HOLD_OUT, **TOLD}
+        return {"name": "jsonl", "file": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
     if path.suffix == ".json":
-        return {"name": "coco-json", "annotations": str(path), "images": str(pictures), "hold_out": HOLD_OUT, **TOLD}
+        return {"name": "coco-json", "annotations": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
     raise ValueError(f"data={path}: a .jsonl file, a COCO .json file or a folder with one is wanted")
+
+
+def _split_export(folder: Path) -> dict[str, Any] | None:
+    """The source of an export that has a file for "train" and one for "val"; None if it has not."""
+    for file, images in SPLIT_LAYOUTS:
+        paths = [find_split(f"{folder}/{each}", split) for each in (file, images) for split in ("train", "val")]
+        if all(each.exists() for each in paths):
+            return {"name": "coco-json", "annotations": f"{folder}/{file}", "images": f"{folder}/{images}"}
+    return None
+
+
+def _only_file(folder: Path) -> Path:
+    """The one file of annotations in a folder. Raises ValueError."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
+    if not files:  # CVAT, whatever its subset is called; and an export of Roboflow without splits
+        files = sorted([*folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")])
+        train = [find_split(f"{folder}/{file}", "train") for file, _ in SPLIT_LAYOUTS]
+        files = [file for file in files if file in train] or files
+    if len(files) != 1:
+        found = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "none"
+        raise ValueError(f"data={folder}: a folder with one .jsonl or COCO .json file is wanted, and it has {found}")
+    return files[0]
+
+
+def _images_of(file: Path) -> Path:
+    """The folder that the images of a file are named in."""
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    subset = file.stem.partition("_")[2]  # of instances_default.json
+    places = [root / "images" / subset, root / "images"] if subset else [root / "images"]
+    return next((place for place in places if place.is_dir()), root)
+
+
+def find_split(path: str, split: str) -> Path:
+    """The path with the name of a split in place of `{split}`, in the spelling that exists: "val", "valid", "Val"."""
+    names = (split, *SPLIT_NAMES.get(split, ()))
+    spelt = [path.replace("{split}", form) for name in names for form in (name, name.capitalize())]
+    return next((each for each in map(Path, spelt) if each.exists()), Path(spelt[0]))
 
 
 def chosen(name: str, split: str, hold_out: float) -> bool:

@@ -16,6 +16,7 @@ from sca.data.coco import Index, box
 from sca.data.fields import field, identified, phrases, read_json, table
 from sca.data.table import TableDataset
 from sca.io.json import open_regular_file
+from sca.io.paths import expand_user
 
 BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
 PICTURES = ("images/mscoco/images/train2014", "train2014", "images")
@@ -46,11 +47,12 @@ class RefCoco(TableDataset):
     ):
         if collection not in BY:
             raise ValueError(f"no collection {collection!r}; there are: {', '.join(BY)}")
-        folder = Path(root, collection) if Path(root, collection).is_dir() else Path(root)
+        root = expand_user(root)
+        folder = root / collection if (root / collection).is_dir() else root
         self.refs, self.instances = _refs(folder, by or BY[collection]), folder / "instances.json"
         if not self.instances.is_file():
             raise ValueError(f"there is no instances.json beside {self.refs}")
-        super().__init__(split, _pictures(Path(root), images), [self.refs, self.instances], max_bad, split)
+        super().__init__(split, _pictures(root, images), [self.refs, self.instances], max_bad, split)
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and its refs with their places and the numbers of their annotations."""
@@ -141,7 +143,7 @@ def _refs(folder: Path, by: str) -> Path:
 
 
 def _pictures(root: Path, images: str | Path | None) -> Path:
-    paths = [Path(images)] if images is not None else [root / name for name in PICTURES]
+    paths = [expand_user(images)] if images is not None else [root / name for name in PICTURES]
     for path in paths:
         if path.is_dir():
             return path

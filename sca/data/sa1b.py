@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sca.data.coco import box
 from sca.data.fields import field, identified, phrases, read_json, size, table
 from sca.data.table import TableDataset
+from sca.io.paths import expand_user
 from sca.io.walk import walk_files
 
 CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
@@ -32,7 +33,7 @@ class Sa1b(TableDataset):
     def __init__(self, split: str, root: str | Path, max_bad: int = 100):
         if split != "train":
             raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
-        root = Path(root)
+        root = expand_user(root)
         below = (path for path in walk_files(root) if path.match("sa_*.json"))
         there = sorted(below, key=_place)
         self.files = [path for path in there if not path.name.endswith(CAPTIONS)]

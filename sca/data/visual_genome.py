@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sca.data.fields import corners, field, identified, number, phrases, read_json, size, table
 from sca.data.records import stream
 from sca.data.table import TableDataset
+from sca.io.paths import expand_user
 
 SPLITS = "densecap_splits.json"
 FOLDERS = ("VG_100K", "VG_100K_2")
@@ -30,9 +31,9 @@ class VisualGenome(TableDataset):
     reader = "visual-genome"
 
     def __init__(self, split: str, root: str | Path, splits: str | Path | None = None, max_bad: int = 100):
-        root = Path(root)
+        root = expand_user(root)
         self.data, self.descriptions = root / "image_data.json", root / "region_descriptions.json"
-        self.splits = root / SPLITS if splits is None else Path(splits)
+        self.splits = root / SPLITS if splits is None else expand_user(splits)
         if not self.splits.is_file():
             raise ValueError(
                 f"no file {self.splits}, which says what is in which split: take info/{SPLITS} of the densecap "

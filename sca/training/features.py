@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sca.checkpoint import tensors_hash
 from sca.io.atomic import FolderError, write_file
+from sca.io.paths import expand_user
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
 
@@ -32,7 +33,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, model: SegmentCaptioner):
         told = json.dumps(model.spec.to_dict()["encoder"], sort_keys=True) + tensors_hash(model.encoder.state_dict())
-        self.folder = Path(folder) / hashlib.sha256(told.encode()).hexdigest()[:24]
+        self.folder = expand_user(folder) / hashlib.sha256(told.encode()).hexdigest()[:24]
 
     def path(self, image: Image.Image) -> Path:
         digest = hashlib.sha256(f"{image.size}".encode())

@@ -282,7 +282,7 @@ def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[d
     """`model=NAME` and `data=PATH` put into a table in place of what it has, and the other assignments."""
     changed, others = dict(table), []
     for assignment in assignments:
-        path, value = read_assignment(assignment)
+        path, value = read_assignment(assignment, lambda path: True)  # `override` reads the others
         if path == ("model",) and isinstance(value, str):
             changed["model"] = value
         elif path == ("data",) and isinstance(value, str):
