@@ -1,8 +1,8 @@
 """`key=value`: one grammar for changing specs and recipes on a command line, in a sweep and in code.
 
-A key is a dotted path and a value is TOML; a bare word is a string, so `mixer=roi-pool` needs no quotes. An option whose
-annotation is text or a path takes any value but a list or a table as text: `root=2024`, `root=my photos`. The parts and
-the other fields of a model are short for `model.*`.
+A key is a dotted path and a value is TOML; a bare word is a string, so `mixer=roi-pool` needs no quotes. An option that
+is annotated as text or a path takes any value but a list or a table as text: `root=2024`, `root=my photos`. The parts
+and the other fields of a model are short for `model.*`.
 
     mixer.depth=2           edits an option of the mixer
     mixer=roi-pool          replaces the mixer and drops its options
