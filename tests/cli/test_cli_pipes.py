@@ -153,7 +153,7 @@ def test_a_fifo_that_is_named_is_refused_without_waiting(refused, here):
     assert refused(1, "caption", "b.png", *BOX).startswith("b.png is a pipe or a device, not an image file")
 
 
-@pytest.mark.parametrize("command", [["--help"], ["list"], ["show", "sca-tiny"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["--help"], ["list"], ["show", "mixer", "query"]], ids=" ".join)
 def test_output_to_a_closed_pipe_ends_quietly(started, command):
     process = started(*command)
     process.stdout.close()

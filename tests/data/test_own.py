@@ -77,3 +77,60 @@ def test_what_cannot_be_recognised_is_told(tmp_path):
     (tmp_path / "a.csv").touch()
     with pytest.raises(ValueError, match="a folder with one is wanted"):
         recognised(tmp_path / "a.csv")
+
+
+def _export(folder, layout):
+    """A small export: annotation file -> (folder of its images, how it names them)."""
+    for number, (file, (images, prefix)) in enumerate(layout.items()):
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        names = [f"{number}-{each}.png" for each in range(20)]
+        for name in names:
+            Image.new("RGB", (8, 8)).save(folder / images / name)
+        content = {
+            "images": [{"id": n, "file_name": prefix + name, "width": 8, "height": 8} for n, name in enumerate(names)],
+            "annotations": [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 4, 4]} for n in range(20)],
+            "categories": [{"id": 1, "name": "thing"}],
+        }
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"result.json": ("images", "images/")},  # Label Studio
+        {"result.json": ("images", "images\\")},
+        {"result.json": ("images", "../../label-studio/data/media/upload/1/")},
+        {"annotations/instances_default.json": ("images", "")},  # CVAT
+        {"annotations/instances_default.json": ("images/default", "")},
+        {
+            "annotations/instances_Train.json": ("images/Train", ""),
+            "annotations/instances_Validation.json": ("images/Validation", ""),
+        },
+        {
+            "train/_annotations.coco.json": ("train", ""),  # Roboflow
+            "valid/_annotations.coco.json": ("valid", ""),
+            "test/_annotations.coco.json": ("test", ""),
+        },
+        {"train/_annotations.coco.json": ("train", ""), "test/_annotations.coco.json": ("test", "")},
+        {"train/_annotations.coco.json": ("train", "")},
+    ],
+)
+def test_exports_of_labeling_tools_are_recognised(tmp_path, layout):
+    _export(tmp_path, layout)
+    table = {key: value for key, value in recognised(tmp_path).items() if key not in ("names", "augment")}
+    part = Part.from_dict(table, "dataset")
+    train, val = (datasets.build(part.name, split, **part.options) for split in ("train", "val"))
+    assert (train.skipped, val.skipped) == ({}, {})
+    has_splits = any("al" in file for file in list(layout)[1:])
+    assert has_splits == ("hold_out" not in table)
+    assert len(val) if not has_splits else len(val) == 20
+    assert len(train) + len(val) == (40 if has_splits else 20)
+    if has_splits and len(layout) == 3:
+        assert len(datasets.build(part.name, "test", **part.options)) == 20
+
+
+def test_own_data_may_be_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _export(tmp_path / "mine", {"result.json": ("images", "images/")})
+    assert recognised("~/mine")["annotations"] == str(tmp_path / "mine/result.json")

@@ -1,0 +1,129 @@
+"""Datasets find the images that their files name, however they are written, and count those that they do not find."""
+
+import json
+import unicodedata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sca_registry import datasets
+
+from sca.data.coco import CocoJson
+from sca.data.jsonl import Jsonl
+from sca.data.sa1b import Sa1b
+
+NAMES = st.text(st.sampled_from("ab é각Å +#&-"), min_size=1, max_size=5).filter(lambda name: name.strip() == name)
+SPELLINGS = (
+    lambda name: name,
+    lambda name: name.replace("/", "\\"),
+    lambda name: unicodedata.normalize("NFC", name),
+    lambda name: unicodedata.normalize("NFD", name),
+    quote,
+    lambda name: f"images/{name}",
+    lambda name: f"/data/local-files/?d=images/{quote(name)}",
+    lambda name: f"D:\\photos\\images\\{name}",
+)
+
+
+def _write_image(path: Path, width: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, 8)).save(path)
+
+
+def _write_coco(path: Path, *names: str) -> Path:
+    images = [{"id": n, "file_name": name, "width": 8, "height": 8} for n, name in enumerate(names)]
+    annotations = [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 4, 4]} for n, _ in enumerate(names)]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def _write_lines(path: Path, *names: str) -> Path:
+    lines = ({"image": name, "box": [0, 0, 1, 1], "caption": "a thing"} for name in names)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(NAMES, st.sampled_from(SPELLINGS)), min_size=1, max_size=8, unique_by=lambda pair: pair[0]))
+def test_jsonl_finds_every_spelling_of_every_name(pairs):
+    with TemporaryDirectory() as folder:
+        root = Path(folder, "images")
+        written = []
+        for number, (stem, spell) in enumerate(pairs):
+            name = unicodedata.normalize(
+                "NFD" if number % 2 else "NFC", f"{'sub/' if number % 3 else ''}{stem}{number}.png"
+            )
+            _write_image(root / name, width=number + 1)
+            written.append(spell(name))
+        dataset = Jsonl("val", file=_write_lines(Path(folder, "a.jsonl"), *written), images=root)
+        assert [sample.image.width for sample in dataset] == list(range(1, len(pairs) + 1))
+        assert not dataset.skipped
+
+
+@pytest.mark.parametrize(
+    "name", ["sub\\a.png", "./sub/a.png", "images/sub/a.png", "/old/images/sub/a.png", "sub/%61.png"]
+)
+def test_coco_finds_an_image_in_its_folder(tmp_path, name):
+    _write_image(tmp_path / "images/sub/a.png")
+    dataset = CocoJson("val", _write_coco(tmp_path / "a.json", name), tmp_path / "images")
+    assert (len(dataset), dataset.skipped) == (1, {})
+    assert len(list(dataset)) == 1
+
+
+def test_coco_counts_urls_and_ambiguous_names_by_their_reason(tmp_path):
+    for name in ("a.png", "images/a.png", "b.png", "c.png"):
+        _write_image(tmp_path / name)
+    names = ("https://host/c.png", "/old/a.png", "/train/b.png", "/val/b.png", "c.png", "d.png")
+    dataset = CocoJson("val", _write_coco(tmp_path / "a.json", *names), tmp_path)
+    assert dataset.skipped == {"image is a URL": 1, "image name ambiguous": 2, "image missing": 1}
+    assert "is a URL, not a file" in dataset.examples["image is a URL"][0]
+    several, taken = dataset.examples["image name ambiguous"]
+    assert all(str(tmp_path / name) in several for name in ("a.png", "images/a.png"))
+    assert "'/val/b.png' and '/train/b.png' both lead to" in taken
+    assert len(dataset) == 2
+    (tmp_path / "images/a.png").unlink()  # which settles it, so that the table is made again
+    assert len(CocoJson("val", tmp_path / "a.json", tmp_path)) == 3
+
+
+def test_jsonl_reads_a_name_through_a_link(tmp_path):
+    _write_image(tmp_path / "store/a.png")
+    _write_image(tmp_path / "a.png", width=3)
+    (tmp_path / "store/deep").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path / "store/deep")
+    dataset = Jsonl("val", _write_lines(tmp_path / "a.jsonl", "link/../a.png"), tmp_path / "root")
+    assert dataset[0].image.width == 8
+
+
+def test_sa1b_is_found_below_links_once(tmp_path):
+    store = tmp_path / "store"
+    _write_image(store / "sa_1.jpg")
+    annotation = {"id": 1, "bbox": [0, 0, 4, 4], "caption": "a thing"}
+    image = {"image_id": 1, "file_name": "sa_1.jpg", "width": 8, "height": 8}
+    (store / "sa_1.json").write_text(json.dumps({"image": image, "annotations": [annotation]}))
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "one").symlink_to(store)
+    (root / "two").symlink_to(store)
+    (store / "loop").symlink_to(root)
+    assert len(Sa1b("train", root)) == 1
+
+
+@pytest.mark.parametrize("name", ["coco", "coco-json", "jsonl"])
+def test_datasets_expand_the_home_directory(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _write_image(tmp_path / "data/val/a.png")
+    _write_coco(tmp_path / "data/val.json", "a.png")
+    _write_lines(tmp_path / "data/val.jsonl", "a.png")
+    options = {
+        "coco": {"root": "~/data"},
+        "coco-json": {"annotations": "~/data/val.json", "images": "~/data/val"},
+        "jsonl": {"file": "~/data/val.jsonl", "images": "~/data/val"},
+    }
+    assert len(datasets.build(name, "val", **options[name])) == 1
