@@ -298,3 +298,50 @@ def test_ambiguous_names_are_refused(tmp_path):
     assert "'x/a.jpg', 'y/a.jpg'" in refusal(two_keys.match, [tmp_path / "z" / "a.jpg"])
     one_key = lines_for(tmp_path / "s.jsonl", "a.jpg")
     assert "2 images" in refusal(one_key.match, [tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "pics\\\u00e9 1.png",
+        "pics/e\u0301 1.png",
+        "pics/%C3%A9%201.png",
+        "/data/local-files/?d=pics/%C3%A9%201.png",
+        "/data/upload/3/1a2b3c4d-\u00e9 1.png",
+        "https://host/pics/%C3%A9%201.png?v=2",
+        "file:///old/\u00e9%201.png",
+        "~/\u00e9 1.png",
+    ],
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_match_reads_names_in_every_spelling(tmp_path, key, is_there):
+    image = tmp_path / "pics" / "\u00e9 1.png"
+    image.parent.mkdir()
+    if is_there:
+        image.touch()
+    assert lines_for(tmp_path / "r.jsonl", key).match([image]) == {image: key}
+
+
+def test_match_tells_links_to_one_image_apart(tmp_path):
+    (tmp_path / "blank.png").touch()
+    images = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for image in images:
+        image.symlink_to(tmp_path / "blank.png")
+    prompts = lines_for(tmp_path / "r.jsonl", "b.png", "a.png")
+    assert prompts.match(images[:2]) == {images[0]: "a.png", images[1]: "b.png"}
+    assert "'b.png', 'a.png'" in refusal(prompts.match, images[2:])
+
+
+def test_match_finds_an_image_below_a_linked_folder(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/a.png").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    assert lines_for(tmp_path / "r.jsonl", "store/a.png").match([tmp_path / "link/a.png"])
+
+
+def test_prompts_find_mask_files_in_every_spelling(tmp_path):
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks/a b.npy", np.eye(4))
+    for name in ("masks\\a b.npy", "masks/a%20b.npy"):
+        prompts = read_prompts(write_lines(tmp_path / "r.jsonl", {"image": "a.png", "mask": name}))
+        assert prompts["a.png"][0].mask.sum() == 4

@@ -41,6 +41,20 @@ def test_the_dataset_keeps_its_promises(folder, conformance):
     conformance("dataset", LabelMe, root=str(folder))
 
 
+@pytest.mark.parametrize("name", ["..\\1.png", "C:\\photos\\1.png", "./1.png", "file:///photos/1.png"])
+def test_labelme_finds_the_image_of_another_system(folder, name):
+    content = json.loads((folder / "1.json").read_text()) | {"imagePath": name}
+    (folder / "1.json").write_text(json.dumps(content))
+    assert LabelMe("train", str(folder))[1].image.size == (40, 30)
+
+
+def test_labelme_names_the_file_of_a_url(folder):
+    content = json.loads((folder / "1.json").read_text()) | {"imagePath": "https://host/1.png"}
+    (folder / "1.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"1\.json.*is a URL, not a file"):
+        LabelMe("train", str(folder))[1]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [("{", "not JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": [{}]}', "shapes is not")],

@@ -169,7 +169,7 @@ def _unwrapped(name: str) -> Iterator[_Form]:
     if name.startswith(LOCAL_FILES):
         value = name.removeprefix(LOCAL_FILES)
         for form in (value, unquote(value), unquote(value.partition("&")[0])):
-            yield _Form(_with_slashes(form), confined=True)
+            yield _Form(f"/{_with_slashes(form)}", confined=True)  # its document root may be another folder than ours
     elif file_url := FILE_URL.match(name):
         path = name[file_url.end() :]
         for form in (path, unquote(path)):

@@ -2,7 +2,7 @@
 
 import pytest
 from sca_registry import RegistryError, datasets, mixers
-from sca_registry.options import REQUIRED
+from sca_registry.options import REQUIRED, takes_text
 from sources import MIXER
 
 
@@ -92,3 +92,31 @@ def test_importing_well_does_not_clear_what_failed_to_build(offer, states):
         mixers.build("mine", None)
     mixers.get("mine")
     assert states(mixers)["mine"] == ("broken", "RuntimeError: no")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "wanted"),
+    [
+        ("x: 'str | Path | None' = None", True),
+        ("x: str", True),
+        ("x: str | None = None", True),
+        ("x: Optional[str] = None", True),
+        ("x: 'pathlib.Path'", True),
+        ("x: 'os.PathLike[str] | str'", True),
+        ("x='a'", True),
+        ("x: 'str | int' = 1", False),
+        ("x: 'list[str]' = ()", False),
+        ("x: 'str | list[str]' = ()", False),
+        ("x: int = 1", False),
+        ("x: None = None", False),
+        ("x=1", False),
+        ("x", False),
+        ("**x: str", False),
+    ],
+)
+def test_takes_text_follows_the_annotation(parameter, wanted):
+    scope = {}
+    exec(f"from pathlib import Path\nfrom typing import Optional\ndef make(upstream: str, {parameter}): pass", scope)
+    assert takes_text(scope["make"], 1, "x") == wanted
+    assert not takes_text(scope["make"], 1, "upstream")
+    assert not takes_text(scope["make"], 1, "other")

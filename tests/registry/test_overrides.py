@@ -4,10 +4,11 @@ import json
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sca_registry import RegistryError
-from sca_registry.overrides import override, read_assignment
+from sca_registry.overrides import override, read_assignment, read_assignments
+from sca_registry.spec import Part
 
 RECIPE = {
     "model": {
@@ -41,6 +42,7 @@ def test_any_name_is_a_string_without_quotes(name):
     assert read_assignment(f"mixer={name}") == (("mixer",), name)
 
 
+@settings(deadline=None)  # the first example imports the mixer, whose options tell what is text
 @given(words, values)
 def test_an_option_is_set_and_nothing_else_changes(option, value):
     before = json.dumps(RECIPE)
@@ -151,3 +153,76 @@ def test_a_table_within_a_table_is_replaced_as_a_whole():
 def test_a_wrong_key_is_answered_with_the_right_one(assignment, told):
     with pytest.raises(RegistryError, match=told):
         override(RECIPE, [assignment])
+
+
+PATHS = [
+    ".",
+    "..",
+    "~",
+    "~/x",
+    "2024",
+    "0123",
+    "1_000",
+    "1e3",
+    "1.50",
+    "true",
+    "2024-01-01",
+    "a#b",
+    "#",
+    "my photos",
+    "фото",
+]
+PATHS += ["写真/a b", "x = y", "a, b", "nan", "5x", "1 # more", "-", "*.png", "C:\\x"]
+
+
+@given(st.sampled_from(PATHS) | text.filter(lambda word: word.strip() and word.isprintable()))
+def test_a_value_is_text_where_text_is_wanted(word):
+    word = word.strip()
+    if word[0] in "'\"[{":
+        return
+    assert read_assignment(f"root={word}", lambda path: path == ("root",)) == (("root",), word)
+    assert read_assignments([f"root={word}"], lambda option: option == "root") == {"root": word}
+    assert read_assignment(f"root={toml(word)}", lambda path: True) == (("root",), word)
+
+
+@pytest.mark.parametrize(("written", "value"), [("[1, 'a']", [1, "a"]), ("{a = 1}", {"a": 1}), ("''", "")])
+def test_a_string_a_list_or_a_table_is_toml_where_text_is_wanted(written, value):
+    assert read_assignment(f"root={written}", lambda path: True) == (("root",), value)
+
+
+@pytest.mark.parametrize("written", ["", "'", '"a', "[1", "{a"])
+def test_broken_toml_is_refused_where_text_is_wanted(written):
+    with pytest.raises(RegistryError, match="is not TOML"):
+        read_assignment(f"root={written}", lambda path: True)
+
+
+@pytest.mark.parametrize("name", [".", "..", "фото", "写真"])
+def test_paths_and_letters_of_any_alphabet_need_no_quotes(name):
+    assert read_assignment(f"key={name}") == (("key",), name)
+
+
+def test_an_override_follows_the_wanted_type():
+    recipe = {
+        "data": {"own": {"name": "coco-json", "annotations": "a.json", "images": "x"}},
+        "train": {"steps": 100, "cache_features": ""},
+        "validate": {"dataset": {"name": "jsonl", "file": "a.jsonl"}},
+    }
+    changed = override(
+        recipe,
+        [
+            *("data.own.images=1_000", "data.own.annotations=2024", "data.own.max_bad=1_000", "data.own.weight=2"),
+            *("train.steps=1_000", "train.cache_features=0123", "validate.dataset.images=my photos"),
+        ],
+    )
+    assert changed["data"]["own"] == {
+        **{"name": "coco-json", "annotations": "2024", "images": "1_000"},
+        **{"max_bad": 1000, "weight": 2},
+    }
+    assert changed["train"] == {"steps": 1000, "cache_features": "0123"}
+    assert changed["validate"]["dataset"]["images"] == "my photos"
+
+
+def test_a_part_of_a_known_kind_takes_text():
+    written = "boxes-from-coco annotations=2024"
+    assert Part.parse(written, "--proposer", "proposers").options == {"annotations": "2024"}
+    assert Part.parse(written).options == {"annotations": 2024}
