@@ -13,7 +13,7 @@ from sca.data.fields import corners, field, four, identified, phrases, size
 from sca.data.own import check_hold_out, chosen, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
-from sca.io.paths import expand_user
+from sca.io.paths import expand_user, split_name
 
 WHAT = "COCO's format is an object with images, annotations and categories"
 
@@ -136,7 +136,7 @@ class GritVisualGenome(Coco):
     named = False
 
     def _path(self, name: str) -> Path:
-        path, base = super()._path(name), name.rpartition("/")[2]
+        path, base = super()._path(name), split_name(name)[-1]
         paths = [path, *(self.images / folder / base for folder in ("images", "VG_100K", "VG_100K_2"))]
         return next(filter(os.path.isfile, paths), path)
 
@@ -154,7 +154,7 @@ class Objects365(Coco):
     )
 
     def _file(self, name: str) -> str:
-        return "/".join(name.split("/")[-2:])  # images/v1/patch8/objects365_v1_00420917.jpg
+        return "/".join(split_name(name)[-2:])  # images/v1/patch8/objects365_v1_00420917.jpg
 
 
 class V3Det(Coco):

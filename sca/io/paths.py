@@ -107,7 +107,7 @@ def remove_parents(path: Path) -> Path:
 def possible_file_names(name: str) -> set[str]:
     """Return the file names, without folders and composed (NFC), that a written name could mean."""
     name = re.split("[?#]", name)[0] if is_url(name) else name
-    found = {_split(form.path)[-1] for form in _unwrapped(name) if _split(form.path)}
+    found = {split_name(form.path)[-1] for form in _unwrapped(name) if split_name(form.path)}
     found |= {UPLOAD.sub("", each, count=1) for each in found} if _is_upload(name) else set()
     return {unicodedata.normalize("NFC", each) for each in found} | {re.split(r"[\\/]", name)[-1]}
 
@@ -124,7 +124,7 @@ def add_image_prefix(path: str, prefix: str) -> str:
     """
     if not prefix:
         return path
-    parts = _split(path)
+    parts = split_name(path)
     if ".." in parts:
         raise ValueError(f"{_shorten(path)} leaves the folder that --image-prefix serves; name images without '..'")
     return prefix + quote("/".join(parts), safe="/", errors="surrogateescape")
@@ -195,15 +195,15 @@ def _is_upload(name: str) -> bool:
     return bool(UPLOAD.match(re.split(r"[\\/]", name)[-1]))
 
 
-def _split(path: str) -> list[str]:
-    """The parts of a path without its root or drive."""
+def split_name(path: str) -> list[str]:
+    """Return the parts of a path in the style of any system, without its root or drive."""
     whole = _with_slashes(path)
     return [part for part in DRIVE.sub("", whole, count=1).split("/") if part not in ("", ".")]
 
 
 def _in_place(form: _Form, root: Path) -> Iterator[Path]:
     """The path that a reading means in a root."""
-    parts = _split(form.path)
+    parts = split_name(form.path)
     if not form.confined:
         yield Path(root, form.path)
     elif parts and ".." not in parts:
@@ -216,7 +216,7 @@ def _elsewhere(form: _Form, root: Path) -> Iterator[Path]:
     That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; and of a path
     from another place, absolute or with `..`, any.
     """
-    parts, own = _split(form.path), Path(os.path.abspath(root)).parts
+    parts, own = split_name(form.path), Path(os.path.abspath(root)).parts
     is_from_elsewhere = form.is_absolute or ".." in parts
     for count in range(len(parts)):
         rest = parts[count:]
