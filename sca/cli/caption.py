@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -322,7 +322,8 @@ class Table:
 
     def __exit__(self, *error: object) -> None:
         if self.table.rows:
-            print_table(self.table)
+            with suppress(BrokenPipeError):  # the files of the run are finished all the same
+                print_table(self.table)
 
     def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
         from sca.images import show

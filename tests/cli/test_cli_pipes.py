@@ -153,6 +153,17 @@ def test_a_fifo_that_is_named_is_refused_without_waiting(refused, here):
     assert refused(1, "caption", "b.png", *BOX).startswith("b.png is a pipe or a device, not an image file")
 
 
+def test_a_closed_pipe_behind_the_table_does_not_undo_the_run(started, picture, checkpoint, here):
+    arguments = ("caption", picture("a.png"), *BOX, "--model", checkpoint, "--out", "out", "--overwrite")
+    for words in (2, 3):  # the second run replaces the first
+        process = started(*arguments, "--words", words)
+        process.stdout.close()
+        assert process.stderr.read() == "sca: wrote out/captions.jsonl\n"
+        assert process.wait() == 0
+        assert json.loads((here / "out/sca-run.json").read_text())["runs"]["caption"]["finished"]
+    assert (here / "out/captions.jsonl").exists()
+
+
 @pytest.mark.parametrize("command", [["--help"], ["list"], ["show", "mixer", "query"]], ids=" ".join)
 def test_output_to_a_closed_pipe_ends_quietly(started, command):
     process = started(*command)
