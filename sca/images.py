@@ -15,6 +15,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from sca.io.json import IrregularFileError, open_regular_file
+from sca.io.notices import notice_once
+from sca.io.numbers import is_finite_number
 from sca.io.walk import walk_files
 from sca.masks import PIXEL_LIMIT
 
@@ -31,6 +33,8 @@ FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders a
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "TGA": (".tga",),
 }
+WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of gray in more than 8 bits
+EXPECTED = [(0, 1), (0, 255), (0, 65535)]  # ranges that need no remark
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 _TURNS = {
@@ -42,7 +46,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
+SWAPPED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 EMPTY = "{} is empty (0 bytes); copy or download it again"
 
@@ -62,8 +66,9 @@ class ImageMemoryError(ImageError):
 def open_image(path: str | Path) -> Image.Image:
     """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
 
-    16-bit grey keeps its white at 65535. 32-bit and floating grey is taken as 0..1 (floating only), 0..255 or 0..65535,
-    the first of these that holds all its values; else its own range is stretched. Raises `ImageError`.
+    Gray of more than 8 bits is scaled from the range that the file records, or else from the first of 0..1 (floating
+    only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that contains all values. Values that fill less than an
+    eighth of that range, or do not fit into any, are scaled from their own minimum and maximum. Raises `ImageError`.
     """
     shown = show(path)
     try:
@@ -113,7 +118,7 @@ def decode_image(image: Image.Image, shown: str) -> Image.Image:
     """Decode what `inspect_image` has opened, as `open_image` does."""
     with _refusals(shown):
         image.load()
-        return _upright(image)
+        return _upright(image, shown)
 
 
 def identify_image(file: BinaryIO | str | Path) -> Image.Image:
@@ -124,6 +129,14 @@ def identify_image(file: BinaryIO | str | Path) -> Image.Image:
     """
     Image.init()
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def read_size(file: BinaryIO) -> tuple[int, int]:
+    """Return width and height of the upright image in a file, without decoding it."""
+    image = identify_image(file)
+    is_upright = image.format == "TIFF"  # Pillow rotates TIFF itself, and reports its size so
+    is_turned = not is_upright and image.getexif().get(ExifTags.Base.Orientation) in SWAPPED
+    return (image.height, image.width) if is_turned else image.size
 
 
 def take_image(image: Image.Image | np.ndarray) -> Image.Image:
@@ -139,7 +152,7 @@ def take_image(image: Image.Image | np.ndarray) -> Image.Image:
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise ImageError(f"{type(image).__name__} is no picture; give a PIL picture or an array, or use sca.open_image")
-    return image if image.mode == "RGB" and not image.info else _upright(image)
+    return image if image.mode == "RGB" and not image.info else _upright(image, "an image")
 
 
 def find_images(
@@ -198,16 +211,14 @@ def _refusals(shown: str) -> Iterator[None]:
         raise ImageError(f"{shown} is truncated or damaged ({reason}); copy or export it again") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, shown: str) -> Image.Image:
     """A loaded picture as RGB, turned as its EXIF says and without the EXIF, so that nobody turns it again."""
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata turns nothing
         turn = None
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        image = Image.fromarray(_grey(np.asarray(image)))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = Image.fromarray(_scale_gray(np.asarray(image), _recorded_range(image), shown))
     elif image.has_transparency_data:
         colours = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
@@ -217,17 +228,44 @@ def _upright(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    """(height, width) int32 or float32 -> uint8, see `open_image`; what is not finite becomes the least value."""
+def _recorded_range(image: Image.Image) -> tuple[float, float] | None:
+    """Return the least and greatest value that a TIFF states for its samples, or None."""
+    tags = getattr(image, "tag_v2", {})
+    for lowest, highest in ((280, 281), (340, 341)):  # MinSampleValue, MaxSampleValue and their signed kin
+        low, high = (
+            value[0] if isinstance(value, tuple) and value else value for value in map(tags.get, (lowest, highest))
+        )
+        if is_finite_number(high) and high > (low := float(low) if is_finite_number(low) else 0.0):
+            return low, float(high)
+    return None
+
+
+def _scale_gray(values: np.ndarray, recorded: tuple[float, float] | None, shown: str) -> np.ndarray:
+    """Scale gray of more than 8 bits, see `open_image`; values that are not finite become the least one.
+
+    Args:
+        values: (height, width) of 16 or 32 bits.
+        recorded: Least and greatest value that the file states; used if all values are between them.
+
+    Returns:
+        (height, width) uint8.
+    """
     finite = np.isfinite(values)
     if not finite.any():
         return np.zeros(values.shape, np.uint8)
     low, high = float(values[finite].min()), float(values[finite].max())
-    whites = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
-    ranges = [(0.0, float(white)) for white in whites if low >= 0 and high <= white]
-    black, white = ranges[0] if ranges else (low, high)
+    whites = WHITES if values.dtype.kind == "f" else WHITES[1:]
+    ranges = [recorded] if recorded else []
+    ranges += [(0.0, float(white)) for white in whites]
+    black, white = next((pair for pair in ranges if pair[0] <= low and high <= pair[1]), (low, high))
+    if 0 < high - low < (white - black) / 8:
+        black, white = low, high
+    if (black, white) not in EXPECTED:
+        notice_once(
+            f"gray {white if black == 0 else 'own range'}", f"{shown}: gray values are scaled from {black:g}..{white:g}"
+        )
     scaled = (np.where(finite, values, low).astype(np.float64) - black) * (255 / ((white - black) or 1))
-    return np.rint(scaled).astype(np.uint8)
+    return np.rint(scaled.clip(0, 255)).astype(np.uint8)
 
 
 def _named(path: Path, problems: list[str]) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco
 
 RLE = Mapping[str, Any]
@@ -25,6 +26,47 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 def decode(code: RLE) -> np.ndarray:
     """RLE -> (height, width) bool."""
     return coco.decode(code).astype(bool)
+
+
+def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
+    """Return where a mask is inside, as (height, width) bool.
+
+    Args:
+        values: (height, width) or (1, height, width). Booleans and integers are inside where they are not 0, and so are
+            floating-point values of which one other than 0 exists. Otherwise floating-point values in 0..1 are
+            probabilities, inside from 0.5; with negative ones they are logits, inside above 0, as SAM returns them.
+        is_lossy: The values come from a lossy image format: inside is what exceeds half of the maximum.
+
+    Raises:
+        ValueError: Another shape or type, NaN, or floating-point values that are none of these.
+    """
+    if values.ndim == 3 and len(values) == 1:
+        values = values[0]
+    if values.ndim != 2 or values.dtype.kind not in "biuf":
+        raise ValueError(f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers")
+    if is_lossy and values.size:
+        return values > values.max() / 2
+    if values.dtype.kind != "f" or not values.size:
+        return values != 0
+    low, high = float(values.min()), float(values.max())
+    if np.isnan(low):
+        raise ValueError("a value is NaN; replace NaN by 0 outside the region")
+    if low < 0:
+        return values > 0
+    if ((values == 0) | (values == high)).all():
+        return values != 0
+    if high <= 1:
+        return values >= 0.5
+    raise ValueError(
+        f"floating-point values from {low:g} to {high:g} are neither probabilities (0..1) nor logits "
+        "(negative outside); give booleans"
+    )
+
+
+def resize(code: RLE, width: int, height: int) -> dict[str, Any]:
+    """Scale an RLE to `width` x `height` pixels by nearest neighbor."""
+    image = Image.fromarray(decode(code))
+    return encode(np.asarray(image.resize((width, height), Image.Resampling.NEAREST)))
 
 
 def area(mask: np.ndarray | RLE) -> int:

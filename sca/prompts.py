@@ -21,13 +21,16 @@ from sca_registry.contracts import Prompt
 
 from sca import masks
 from sca.images import identify_image, show
+from sca.io.coordinates import find_normalized_scale, scale_to_pixels
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
+from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number
 from sca.io.paths import ImageNameError, expand_user, find_image, possible_file_names
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
 NPY = b"\x93NUMPY"  # what an array file begins with
+LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
 MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
 
 _BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
@@ -81,28 +84,34 @@ def mask_files(regions: Iterable[str]) -> list[str]:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """A mask file as (height, width) bool: inside is what is not zero, nor transparent, in an image or .npy array."""
+    """Read a mask file.
+
+    Args:
+        path: A .npy array, see `sca.masks.binarize`, or an image. An image is inside where it is neither 0 nor
+            transparent; in a lossy format, where it exceeds half of its maximum.
+
+    Returns:
+        (height, width) bool.
+
+    Raises:
+        PromptError: One line with the file and what to do.
+    """
     try:
         with open_regular_file(path, seekable=True) as file:
             is_array = str(path).lower().endswith(".npy") or file.read(len(NPY)) == NPY
             file.seek(0)
             if is_array:
                 is_piped = isinstance(file, io.BytesIO)
-                values = (
-                    np.load(file, allow_pickle=False) if is_piped else np.load(path, mmap_mode="r", allow_pickle=False)
-                )
-                if values.ndim != 2 or values.dtype.kind not in "biuf":
-                    raise ValueError(
-                        f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers"
-                    )
-                return np.asarray(values != 0)
+                mapped = {} if is_piped else {"mmap_mode": "r"}
+                return masks.binarize(np.load(file if is_piped else path, **mapped, allow_pickle=False))
             with identify_image(file) as image:
+                is_lossy = image.format in LOSSY
                 upright = ImageOps.exif_transpose(image)
+                values = np.asarray(upright)
                 if upright.mode in ("LA", "RGBA"):
-                    values = np.asarray(upright)
-                    return values[..., :-1].any(-1) & (values[..., -1] != 0)
-                values = np.asarray(upright) != 0
-                return values if values.ndim == 2 else values.any(-1)
+                    inside = masks.binarize(values[..., :-1].max(-1), is_lossy)
+                    return inside & (values[..., -1] != 0)
+                return masks.binarize(values if values.ndim == 2 else values.max(-1), is_lossy)
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise PromptError(
@@ -135,12 +144,16 @@ def check(prompt: Prompt, width: int, height: int) -> Prompt:
     """The prompt as plain numbers, its box clipped to the image; `PromptError` if it does not fit `width` x `height`.
 
     A box may reach over the edge, since boxes often do by a pixel, but not lie outside. A point lies in
-    0 <= x < width, 0 <= y < height. A mask has the image's size and something inside.
+    0 <= x < width, 0 <= y < height. A mask has the image's size and something inside. Normalized coordinates and
+    regions of negative points only are refused.
     """
     if not prompt:
         raise PromptError("the prompt is empty; give a box, a point or a mask")
     box = None if prompt.box is None else _clipped(_box(prompt.box), width, height)
     points = tuple(_point(point) for point in prompt.points)
+    if points and not any(label for _, _, label in points) and prompt.box is None and prompt.mask is None:
+        raise PromptError("all points have label 0 (outside); add a point with label 1, a box or a mask")
+    _check_points_are_pixels(points, width, height)
     for x, y, label in points:
         if not (0 <= x < width and 0 <= y < height):
             raise PromptError(
@@ -162,6 +175,12 @@ def _clipped(box: Box, width: int, height: int) -> Box:
             raise PromptError(
                 f"the box {text} is {state}: {axis}2 must be greater than {axis}1; write x1,y1,x2,y2{hint}"
             )
+    if (scale := find_normalized_scale(box, width, height)) is not None:
+        problem = "lies within 0..1" if scale == 1 else f"reaches outside the {width} x {height} image"
+        raise PromptError(
+            f"the box {text} {problem}; boxes are x1,y1,x2,y2 in pixels: if it is normalized to 0..{scale}, write "
+            + ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
+        )
     clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         raise PromptError(
@@ -170,18 +189,35 @@ def _clipped(box: Box, width: int, height: int) -> Box:
     return clipped
 
 
+def _check_points_are_pixels(points: Sequence[Point], width: int, height: int) -> None:
+    """Refuse points that are all within 0..1 and not at a corner of a pixel: they are normalized."""
+    values = [value for x, y, _ in points for value in (x, y)]
+    if not values or max(width, height) <= 1 or not 0 <= min(values) <= max(values) <= 1:
+        return
+    if all(map(float.is_integer, values)):
+        return
+    x, y, label = points[0]
+    pixels = ",".join(f"{value:g}" for value in scale_to_pixels((x, y), 1, width, height))
+    raise PromptError(
+        f"the point {x:g},{y:g},{label} lies within 0..1; points are in pixels: "
+        f"if it is normalized to 0..1, write {pixels}"
+    )
+
+
 def _fitting(mask: np.ndarray, width: int, height: int) -> np.ndarray:
-    mask = np.asarray(mask)
-    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
-        raise PromptError(f"the mask is an array of {mask.dtype} with shape {mask.shape}; give (height, width) bool")
-    if mask.shape != (height, width):
+    try:
+        inside = masks.binarize(np.asarray(mask))
+    except ValueError as error:
+        raise PromptError(f"the mask is unusable: {error}") from error
+    if inside.shape != (height, width):
         raise PromptError(
-            f"the mask is {mask.shape[1]} x {mask.shape[0]}, the image {width} x {height} (width x height); "
+            f"the mask is {inside.shape[1]} x {inside.shape[0]}, the image {width} x {height} (width x height); "
             "give a mask of the image's size"
         )
-    inside = mask.astype(bool)
     if not inside.any():
-        raise PromptError("the mask is empty: it is zero everywhere; mark the region with another value")
+        raise PromptError("the mask is empty: nothing in it is inside; mark the region with another value")
+    if inside.all():
+        notice_once("whole mask", f"a mask covers the whole {width} x {height} image; outside is 0")
     return inside
 
 

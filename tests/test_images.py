@@ -74,7 +74,38 @@ def test_16_bit_grey_keeps_its_scale(tmp_path):
     ramp = np.array([[0, 255, 300, 40000, 65535]], np.uint16)
     for suffix in ("png", "tif"):
         Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
-        assert np.asarray(open_image(tmp_path / f"a.{suffix}"))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+        assert np.asarray(open_image(tmp_path / f"a.{suffix}"))[0, :, 0].tolist() == [0, 1, 1, 156, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 2048, 4080], [0, 128, 254]),  # 12 bits
+        ([0, 512, 1020], [0, 128, 254]),  # 10 bits
+        ([7, 100, 200], [7, 100, 200]),  # 8 bits
+        ([21000, 22000, 23000], [0, 128, 255]),  # a narrow range, as of thermal cameras
+        ([40000, 40000, 40000], [156, 156, 156]),
+        ([0, 0, 0], [0, 0, 0]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_of_few_bits_or_a_narrow_range_fills_8_bits(tmp_path, values, expected, suffix):
+    Image.fromarray(np.array([values], np.uint16)).save(tmp_path / f"a.{suffix}")
+    assert np.asarray(open_image(tmp_path / f"a.{suffix}"))[0, :, 0].tolist() == pytest.approx(expected, abs=1)
+
+
+def test_16_bit_gray_is_scaled_from_the_range_that_a_tiff_records(tmp_path):
+    image = Image.fromarray(np.array([[1000, 1500, 2000]], np.uint16))
+    image.save(tmp_path / "a.tif", tiffinfo={280: 1000, 281: 3000})
+    assert np.asarray(open_image(tmp_path / "a.tif"))[0, :, 0].tolist() == pytest.approx([0, 64, 128], abs=1)
+
+
+def test_scaled_gray_is_noticed_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("sca.io.notices._noticed", set())
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.array([[0, 4000]], np.uint16)).save(tmp_path / name)
+        open_image(tmp_path / name)
+    assert [record.getMessage().count("a.png: gray values are scaled from 0..4095") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca import masks
-from sca.prompts import PromptError, check, parse_box, parse_point, parse_region, read_prompts
+from sca.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask, read_prompts
 
 
 def refusal(call, *arguments) -> str:
@@ -75,6 +77,98 @@ def test_any_mask_file_is_inside_where_it_is_not_zero(tmp_path, mode):
     assert (parse_region(f"mask={path}").mask == disc()).all()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(lambda inside: np.where(inside, 0.99, 0.01), id="probabilities"),
+        pytest.param(lambda inside: np.where(inside, 0.99, 0.01).astype(np.float16), id="half-precision"),
+        pytest.param(lambda inside: np.where(inside, 7.5, -9.0)[None], id="logits-of-SAM"),
+        pytest.param(lambda inside: np.where(inside, np.inf, -np.inf), id="infinite-logits"),
+        pytest.param(lambda inside: inside * 255.0, id="floats-of-two-values"),
+        pytest.param(lambda inside: inside * 3, id="labels"),
+    ],
+)
+def test_mask_array_is_thresholded_by_what_it_contains(tmp_path, values):
+    np.save(tmp_path / "mask.npy", values(disc()))
+    assert (read_mask(tmp_path / "mask.npy") == disc()).all()
+    assert (check(Prompt(mask=values(disc())), 20, 10).mask == disc()).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, 17.5])
+def test_mask_array_of_unknown_meaning_is_refused(tmp_path, value):
+    values = np.where(disc(), value, 0.25)
+    np.save(tmp_path / "mask.npy", values)
+    words = "NaN" if np.isnan(value) else "neither probabilities"
+    assert words in refusal(check, Prompt(mask=values), 20, 10)
+    assert words in refusal(read_mask, tmp_path / "mask.npy")
+
+
+def test_mask_of_a_lossy_image_has_no_ringing(tmp_path):
+    inside = np.zeros((64, 64), bool)
+    inside[19:45, 13:50] = True
+    Image.fromarray(inside).convert("L").save(tmp_path / "mask.jpg", quality=70)
+    assert (np.asarray(Image.open(tmp_path / "mask.jpg")) != 0).sum() > inside.sum() * 1.2
+    assert (read_mask(tmp_path / "mask.jpg") != inside).mean() < 0.01
+
+
+def test_mask_of_the_whole_image_is_noticed(caplog, monkeypatch):
+    monkeypatch.setattr("sca.io.notices._noticed", set())
+    check(Prompt(mask=np.ones((10, 20), bool)), 20, 10)
+    assert "covers the whole 20 x 10 image" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("box", "width", "height", "pixels"),
+    [
+        ((0.72, 0.85, 0.87, 0.99), 512, 512, "368.6,435.2,445.4,506.9"),
+        ((0, 0, 1, 1), 640, 480, "0,0,640,480"),
+        ((720, 850, 870, 990), 512, 512, "368.6,435.2,445.4,506.9"),
+        ((400, 400, 700, 700), 512, 512, "204.8,204.8,358.4,358.4"),
+        ((10, 20, 90, 95), 64, 48, "6.4,9.6,57.6,45.6"),
+    ],
+)
+def test_normalized_box_is_refused_with_its_pixels(box, width, height, pixels):
+    assert f"write {pixels}" in refusal(check, Prompt(box=box), width, height)
+
+
+@pytest.mark.parametrize(
+    ("box", "clipped"),
+    [
+        ((500, 500, 515, 513), (500, 500, 512, 512)),
+        ((-3, -4, 100, 100), (0, 0, 100, 100)),
+        ((-600, 10, 700, 100), (0, 10, 512, 100)),
+        ((100, 100, 4000, 3000), (100, 100, 512, 512)),
+        ((0, 0, 1.5, 1.5), (0, 0, 1.5, 1.5)),
+    ],
+)
+def test_box_over_the_edge_is_clipped(box, clipped):
+    assert check(Prompt(box=box), 512, 512).box == clipped
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(2, 3000), st.integers(2, 3000))
+def test_box_in_pixels_is_unchanged_and_the_same_box_normalized_is_never_taken(data, width, height):
+    x1, y1 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
+    box = (float(x1), float(y1), float(x2), float(y2))
+    if max(box) > 1:
+        assert check(Prompt(box=box), width, height).box == box
+    shares = x1 / width, y1 / height, x2 / width, y2 / height
+    assert "0..1" in refusal(check, Prompt(box=shares), width, height)
+
+
+def test_normalized_point_is_refused_with_its_pixels():
+    assert "write 320,120" in refusal(check, Prompt(points=((0.5, 0.25, 1),)), 640, 480)
+    assert check(Prompt(points=((0, 1, 1),)), 640, 480)
+    assert check(Prompt(points=((0.5, 0.5, 1), (7.5, 3, 0))), 640, 480)
+
+
+def test_region_of_negative_points_only_is_refused():
+    assert "label 0" in refusal(check, Prompt(points=((3, 4, 0), (5, 6, 0))), 20, 10)
+    assert check(Prompt(box=(1, 1, 9, 9), points=((3, 4, 0),)), 20, 10)
+    assert check(Prompt(points=((3, 4, 0), (5, 6, 1))), 20, 10)
+
+
 def test_a_mask_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("text")
     np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
@@ -138,7 +232,7 @@ def test_a_mask_must_fit_and_mark_something():
     assert check(Prompt(mask=disc().astype(int)), 20, 10).mask.dtype == bool
     assert "20 x 10, the image 10 x 20" in refusal(check, Prompt(mask=disc()), 10, 20)
     assert "empty" in refusal(check, Prompt(mask=np.zeros((10, 20), bool)), 20, 10)
-    assert "shape" in refusal(check, Prompt(mask=np.zeros((1, 10, 20), bool)), 20, 10)
+    assert "shape" in refusal(check, Prompt(mask=np.zeros((2, 10, 20), bool)), 20, 10)
 
 
 def test_an_empty_prompt_is_refused():

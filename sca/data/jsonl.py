@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags
 from tqdm.auto import tqdm
 
 from sca.data.fields import field, four, phrases, size
 from sca.data.own import check_hold_out, chosen, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
-from sca.images import identify_image
+from sca.images import read_size
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user, find_image, normalize_name
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
-TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class Jsonl(TableDataset):
@@ -100,16 +98,18 @@ class Jsonl(TableDataset):
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, name, image_id, numbers = entry
         lines = [found[number] for number in numbers]
-        sides = self._size(name, lines)
+        recorded = self._recorded_size(lines)
+        sides = recorded or self._read_size(name)
         if not sides:
             return None
-        image = self._image(image_id, name, *sides)
+        image = self._image(image_id, name, *sides, is_size_recorded=recorded is not None)
         for number, (record, place) in zip(numbers, lines, strict=True):
             self._add(image, record, found.columns["id"][number], place)
         return image
 
-    def _size(self, name: str, lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
-        """What the lines say, or else the picture; None if neither does, which is counted."""
+    @staticmethod
+    def _recorded_size(lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
+        """Return the image's width and height that lines state, or None."""
         given: tuple[int, int] | None = None
         for record, place in lines:
             if "width" in record or "height" in record:
@@ -117,15 +117,16 @@ class Jsonl(TableDataset):
                 if sides != (given or sides):
                     raise ValueError(f"{place}: width and height are {sides}, and {given} on a line before")
                 given = sides
-        if given:
-            return given
+        return given
+
+    def _read_size(self, name: str) -> tuple[int, int] | None:
+        """Return width and height of an image file; None, and counted, if it is missing or unreadable."""
         path = self._find(name)
         if path is None:
             return None
         try:
-            with open_regular_file(path) as file, identify_image(file) as picture:
-                turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
-                return (picture.height, picture.width) if turned else picture.size
+            with open_regular_file(path) as file:
+                return read_size(file)
         except Exception as error:  # a decoder may raise anything for damaged data
             return self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
 

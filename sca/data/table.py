@@ -2,10 +2,11 @@
 
 A table has a row an image:
 
-    image_id int64, file string, width int32, height int32,
+    image_id int64, file string, width int32, height int32, is_size_recorded bool,
     regions  list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
 
-Boxes are x1 y1 x2 y2 in pixels of the image as its viewer sees it, a mask is the counts of its compressed RLE, and
+Width and height are those that the sources record, or else those of the image file. Boxes are x1 y1 x2 y2 in pixels of
+an upright image of that size, a mask is the counts of its compressed RLE, and
 attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
 options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
 to the new one. It appears whole or not at all, and lies in shards of `SHARD` images. `about.json` beside them has the
@@ -18,6 +19,7 @@ Until there the sources are read again, but nothing is checked, drawn or written
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -37,10 +39,11 @@ from tqdm.auto import tqdm
 from sca.data import fields
 from sca.images import ImageError, open_image
 from sca.io.atomic import FolderError, sync, write_file
+from sca.io.coordinates import compare_sizes, find_normalized_scale
 from sca.io.paths import ImageNameError, find_image, is_url
-from sca.masks import box_of
+from sca.masks import box_of, resize
 
-SCHEMA = 4  # of the tables and of what readers put into them; another one converts everything anew
+SCHEMA = 5  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
@@ -55,9 +58,10 @@ class TableDataset:
     and what `_record` each of them is.
 
     Boxes are clipped to the image, and left out if nothing remains, and so are blank phrases, and regions with neither
-    a name nor a phrase; images that have no region left, or whose file is missing, are left out. An unreadable picture,
-    or one whose size (as its viewer sees it, EXIF rotation applied) is not the recorded one, is found only when it is
-    asked for: iteration then passes over it and an index gives the next readable sample in its place. All are counted
+    a name nor a phrase; images that have no region left, or whose file is missing, are left out. Regions of an image
+    that was only resized since are scaled to it. An unreadable picture, or one whose aspect ratio (as its viewer sees
+    it, EXIF rotation applied) is not the recorded one, is found only when it is asked for: iteration then passes over
+    it and an index gives the next readable sample in its place. All are counted
     by reason in `skipped`, the first of each named in `examples`; more than `max_bad` bad images is a ValueError. So is
     a file that is missing or cut off, a record without a needed field, an id that is given twice or leads nowhere; the
     message names file, record and field.
@@ -113,9 +117,17 @@ class TableDataset:
             image = open_image(self._path(name))
         except ImageError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})")
+        regions = [_region(region, *size) for region in row["regions"]]
         if image.size != size:
-            return self._skip_image("image of another size", name, f"{name} ({image.size}, recorded as {size})")
-        return Sample(image, row["image_id"], tuple(_region(region, *size) for region in row["regions"]))
+            is_scaled = row["is_size_recorded"] or any(region.mask for region in regions)
+            try:
+                scale = compare_sizes(size, image.size) if is_scaled else (1.0, 1.0)
+            except ValueError as error:
+                return self._skip_image("image of another size", name, f"{name} ({error})")
+            regions = [fitted for region in regions if (fitted := _fit(region, scale, image.size)) is not None]
+            if not regions:
+                return self._skip_image("image of another size", name, f"{name} (no region is inside it any more)")
+        return Sample(image, row["image_id"], tuple(regions))
 
     def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
         """The regions of each image, in order; no picture is opened."""
@@ -144,8 +156,9 @@ class TableDataset:
         return find_image(name, [self.images])
 
     @staticmethod
-    def _image(image_id: int, name: str, width: int, height: int) -> dict[str, Any]:
-        return {"image_id": image_id, "file": name, "width": width, "height": height, "regions": []}
+    def _image(image_id: int, name: str, width: int, height: int, is_size_recorded: bool = True) -> dict[str, Any]:
+        sides = {"width": width, "height": height, "is_size_recorded": is_size_recorded}
+        return {"image_id": image_id, "file": name, **sides, "regions": []}
 
     def _keep(
         self,
@@ -169,6 +182,8 @@ class TableDataset:
         clipped = [min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True)]
         if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
             return self._skip("empty box", place)
+        if (scale := find_normalized_scale(box, width, height)) is not None:
+            return self._skip("normalized box", f"{place}, in 0..{scale} of a {width} x {height} image")
         name, told = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
         if not name and not told:
             return self._skip("region without words", place)
@@ -366,7 +381,7 @@ def _features() -> Any:
     integer, text = Value("int64"), Value("string")
     region = {"id": integer, "box": List(Value("float64"), length=4), "mask": text, "name": text}
     region |= {"phrases": List(text), "attributes": text}
-    sides = {"width": Value("int32"), "height": Value("int32")}
+    sides = {"width": Value("int32"), "height": Value("int32"), "is_size_recorded": Value("bool")}
     return Features({"image_id": integer, "file": text, **sides, "regions": List(region)})
 
 
@@ -390,6 +405,15 @@ def _region(stored: dict[str, Any], width: int, height: int) -> Region:
         tuple(stored["phrases"]),
         {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()},
     )
+
+
+def _fit(region: Region, scale: tuple[float, float], size: tuple[int, int]) -> Region | None:
+    """Scale a region to an image of another size and clip it there; None if nothing of it is inside."""
+    x1, y1, x2, y2 = (value * factor for value, factor in zip(region.box, scale * 2, strict=True))
+    box = x1, y1, min(x2, float(size[0])), min(y2, float(size[1]))
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return None
+    return dataclasses.replace(region, box=box, mask=None if region.mask is None else resize(region.mask, *size))
 
 
 def _digest(told: Any) -> str:

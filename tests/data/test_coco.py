@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from sca_registry import datasets
 
+from sca import masks
 from sca.data.coco import Coco
 
 WIDTH, HEIGHT = 40, 30
@@ -114,7 +115,7 @@ def cut(path):
 
 
 def shrink(path):
-    Image.new("RGB", (20, 15)).save(path)
+    Image.new("RGB", (20, 20)).save(path)
 
 
 def test_bad_pictures_are_passed_over_when_found(written):
@@ -123,9 +124,41 @@ def test_bad_pictures_are_passed_over_when_found(written):
     assert [sample.image_id for sample in dataset] == [1, 3]
     assert [dataset[index].image_id for index in range(4)] == [1, 1, 3, 3]
     assert dataset.skipped == {"image unreadable": 1, "image of another size": 1}
-    assert "(20, 15), recorded as (40, 30)" in dataset.examples["image of another size"][0]
+    assert "records 40 x 30 and the image is 20 x 20" in dataset.examples["image of another size"][0]
     with pytest.raises(IndexError):
         dataset[4]
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 7.5])
+def test_regions_of_a_resized_image_are_scaled_to_it(written, factor):
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[4:16, 8:20] = True
+    root = written(content(annotation(1, bbox=[8, 4, 12, 12], segmentation=masks.encode(mask))))
+    size = round(WIDTH * factor), round(HEIGHT * factor)
+    Image.new("RGB", size).save(root / "val" / "a.png")
+    (sample,) = dataset = Coco("val", root=root)
+    (region,) = sample.regions
+    assert sample.image.size == size
+    assert region.box == pytest.approx([value * factor for value in (8, 4, 20, 16)])
+    assert masks.box_of(region.mask) == pytest.approx(region.box, abs=0.5)
+    assert not dataset.skipped
+
+
+def test_image_turned_after_annotation_is_left_out(written):
+    root = written(content(annotation(1)))
+    Image.new("RGB", (HEIGHT, WIDTH)).save(root / "val" / "a.png")
+    dataset = Coco("val", root=root)
+    assert not list(dataset)
+    assert "the image is 30 x 40 (width x height): it was rotated" in dataset.examples["image of another size"][0]
+
+
+@pytest.mark.parametrize("bbox", [[0.1, 0.2, 0.5, 0.5], [30, 20, 60, 60], [35, 25, 500, 600]])
+def test_normalized_box_is_left_out_and_counted(written, bbox):
+    dataset = Coco("val", root=written(content(annotation(1), annotation(2, bbox=bbox))))
+    (sample,) = dataset
+    assert [region.id for region in sample.regions] == [1]
+    assert dataset.skipped == {"normalized box": 1}
+    assert "annotations[1] (id 2)" in dataset.examples["normalized box"][0]
 
 
 def test_too_many_bad_pictures_stop_with_an_account(written):

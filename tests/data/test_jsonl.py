@@ -122,15 +122,28 @@ def test_a_file_of_each_split_is_named_at_once(write):
         Jsonl("test", file=pattern)
 
 
-def test_a_picture_without_a_recorded_size_is_seen_as_its_viewer_sees_it(write, tmp_path):
-    file = write(line(box=[0, 0, HEIGHT, WIDTH]))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_a_picture_without_a_recorded_size_is_seen_as_its_viewer_sees_it(write, tmp_path, suffix):
+    file = write(line(image=f"photos/turned.{suffix}", box=[0, 0, HEIGHT, WIDTH]))
     turned = Image.new("RGB", (WIDTH, HEIGHT))
     exif = turned.getexif()
     exif[0x0112] = 6
-    turned.save(tmp_path / "photos" / "1.png", exif=exif)
+    turned.save(tmp_path / "photos" / f"turned.{suffix}", exif=exif)
     (sample,) = dataset = Jsonl("val", file=file)
     assert sample.image.size == (HEIGHT, WIDTH)
     assert not dataset.skipped
+
+
+def test_image_exchanged_since_the_conversion_keeps_boxes_without_a_recorded_size(write, tmp_path):
+    file = write(line(), line(box=[50, 40, 60, 45]))
+    assert len(Jsonl("val", file=file)[0].regions) == 2
+    Image.new("RGB", (40, 100)).save(tmp_path / "photos" / "1.png")
+    (sample,) = Jsonl("val", file=file)
+    assert [region.box for region in sample.regions] == [(2, 3, 12, 11.5)]
+    Image.new("RGB", (2, 2)).save(tmp_path / "photos" / "1.png")
+    dataset = Jsonl("val", file=file)
+    assert not list(dataset)
+    assert dataset.skipped == {"image of another size": 1}
 
 
 def test_what_is_left_out_is_counted(write, tmp_path):

@@ -51,7 +51,7 @@ def test_one_file_is_enough_and_every_picture_is_in_one_split(pictures, write):
 def test_a_split_counts_only_what_is_left_out_of_its_own_pictures(pictures, write):
     write(pictures)
     (file,) = pictures.glob("mine.*")
-    file.write_text(file.read_text().replace("[0, 0, 4, 4]", "[0, 0, 40, 4]"))
+    file.write_text(file.read_text().replace("[0, 0, 4, 4]", "[-1, 0, 4, 4]"))
     table = {key: value for key, value in recognised(file).items() if key not in ("names", "augment")}
     part = Part.from_dict(table, "dataset")
     for split in ("train", "val"):

@@ -231,7 +231,7 @@ def test_a_box_outside_is_counted_and_one_over_the_edge_clipped(written):
 
     whole = written.open().about["regions"]
     written.change(move(70, 80), 0)
-    written.change(move(30, 80), 1)
+    written.change(move(30, 66), 1)
     dataset = written.open()
     assert dataset.skipped == {"empty box": 1, "box clipped": 1}
     assert dataset.about["regions"] == whole - 1

@@ -1,0 +1,57 @@
+"""Coordinates and sizes that a person or a file states, compared with the image they belong to.
+
+Coordinates are pixels of the upright image: x to the right, y down, from the upper left corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
+
+
+def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int | None:
+    """Return what a box seems to be normalized to instead of pixels: 1, 100 or 1000, or None for a box in pixels.
+
+    A box within 0..1 is never meant in pixels. Wider ranges count only if the box leaves the image.
+
+    Args:
+        box: x1, y1, x2, y2.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+    """
+    if min(box) < 0 or max(width, height) <= 1:
+        return None
+    if max(box) <= 1:
+        return 1
+    limits = width * (1 + OVERSHOOT), height * (1 + OVERSHOOT)
+    if max(box[0], box[2]) <= limits[0] and max(box[1], box[3]) <= limits[1]:
+        return None
+    return next((scale for scale in (100, 1000) if max(box) <= scale), None)
+
+
+def scale_to_pixels(box: Sequence[float], scale: float, width: int, height: int) -> tuple[float, ...]:
+    """Convert coordinates x, y, x, y, ... normalized to 0..`scale` into pixels, with one decimal."""
+    return tuple(round(value / scale * side, 1) for value, side in zip(box, (width, height) * 2, strict=False))
+
+
+def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[float, float]:
+    """Return the factors that turn coordinates of an image of the recorded size into those of the actual one.
+
+    Args:
+        recorded: Width and height that a file states for an image.
+        actual: Width and height of the upright image.
+
+    Raises:
+        ValueError: The aspect ratios differ by more than rounding a resized side does.
+    """
+    factor = max(actual) / max(recorded)
+    rounding = max(1.0, factor)  # a side is whole pixels in both images
+    if any(abs(old * factor - new) > rounding for old, new in zip(recorded, actual, strict=True)):
+        is_turned = recorded == actual[::-1]
+        cause = "it was rotated" if is_turned else "its aspect ratio differs"
+        raise ValueError(
+            f"the file records {recorded[0]} x {recorded[1]} and the image is {actual[0]} x {actual[1]} "
+            f"(width x height): {cause}; use the image that was annotated"
+        )
+    return actual[0] / recorded[0], actual[1] / recorded[1]
