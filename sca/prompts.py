@@ -175,18 +175,19 @@ def _clipped(box: Box, width: int, height: int) -> Box:
             raise PromptError(
                 f"the box {text} is {state}: {axis}2 must be greater than {axis}1; write x1,y1,x2,y2{hint}"
             )
-    if (scale := find_normalized_scale(box, width, height)) is not None:
-        problem = "lies within 0..1" if scale == 1 else f"reaches outside the {width} x {height} image"
-        raise PromptError(
-            f"the box {text} {problem}; boxes are x1,y1,x2,y2 in pixels: if it is normalized to 0..{scale}, write "
-            + ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
-        )
     clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise PromptError(
-            f"the box {text} lies outside the {width} x {height} image; boxes are x1,y1,x2,y2 in its pixels"
-        )
-    return clipped
+    is_outside = clipped[2] <= clipped[0] or clipped[3] <= clipped[1]
+    scale = find_normalized_scale(box, width, height)
+    if not is_outside and scale is None:
+        return clipped
+    problem = f"{'lies outside' if is_outside else 'leaves'} the {width} x {height} image"
+    if scale == 1:
+        problem = f"lies within 0..1 of the {width} x {height} image"
+    hint = "boxes are x1,y1,x2,y2 in its pixels"
+    if scale is not None:
+        pixels = ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
+        hint += f": if it is normalized to 0..{scale}, write {pixels}"
+    raise PromptError(f"the box {text} {problem}; {hint}")
 
 
 def _check_points_are_pixels(points: Sequence[Point], width: int, height: int) -> None:

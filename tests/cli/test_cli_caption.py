@@ -169,7 +169,7 @@ def test_a_name_that_is_not_unicode_is_a_name(shell, checkpoint, picture, here):
 
 
 def test_pictures_of_every_shape_and_mode_are_captioned(captioned, here):
-    Image.new("RGB", (1, 1)).save(here / "1.png")
+    Image.new("RGB", (2, 1)).save(here / "1.png")
     Image.new("RGB", (20000, 10)).save(here / "2.png")
     Image.new("P", (9, 9)).save(here / "3.png")
     Image.new("I;16", (9, 9)).save(here / "4.png")
@@ -178,9 +178,9 @@ def test_pictures_of_every_shape_and_mode_are_captioned(captioned, here):
     turned = Image.Exif()
     turned[0x112] = 6
     Image.new("RGB", (9, 5)).save(here / "7.jpg", exif=turned)
-    records = captioned(".", "--box", "0,0,1,1")
+    records = captioned(".", "--box", "0,0,2,1")
     sizes = [(record["width"], record["height"]) for record in records]
-    assert sizes == [(1, 1), (20000, 10), (9, 9), (9, 9), (9, 9), (9, 9), (5, 9)]
+    assert sizes == [(2, 1), (20000, 10), (9, 9), (9, 9), (9, 9), (9, 9), (5, 9)]
 
 
 def test_the_number_of_images_in_a_batch_changes_nothing(captioned, picture):
