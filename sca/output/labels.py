@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 Rectangle = tuple[int, int, int, int]
 
 HIDING = 2.0  # what hiding a whole region weighs, where 1 is a label on the other side of the picture
+CELLS = 512  # of the grid on the longer side of a picture
 LINES = 4  # a longer caption ends in an ellipsis
 # Pillow's own font knows little more than ASCII; of these, where one is installed, the first that has all characters.
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf")
@@ -37,43 +39,68 @@ class Block:
         canvas.multiline_text(at, self.text, fill=ink, font=self._font, spacing=self.margin)
 
 
-def place(
-    size: tuple[int, int],
-    near: Rectangle,
-    taken: Sequence[Rectangle],
-    shown: Sequence[Rectangle],
-    canvas: tuple[int, int],
-) -> Rectangle:
-    """The place inside the canvas (width, height) that covers least of the taken rectangles, and then is the best
-    balance of hiding little of what is shown and being close to the rectangle `near`.
+class Placement:
+    """Finds a place for one label after another; the time for each does not depend on how many there are.
 
-    Above, below and inside `near` (its upper left corner first) count as close.
+    What is covered is counted in cells of a grid over the canvas, whose sums over rectangles come from its integral.
+
+    Args:
+        canvas: Width and height.
+        taken: Rectangles that labels should not cover.
+        shown: Rectangles that labels should hide little of.
     """
-    width, height = size
-    x1, y1, x2, y2 = near
-    good = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1), (x1, y2 - height), (x2, y1), (x1 - width, y1)]
-    step = max(height // 2, 1)
-    grid = np.mgrid[0 : max(canvas[0] - width, 0) + 1 : height, 0 : max(canvas[1] - height, 0) + 1 : step]
-    corners = np.concatenate([np.array(good), grid.reshape(2, -1).T])  # (K, 2) x y
-    corners = np.clip(corners, 0, np.maximum(np.subtract(canvas, size), 0))
-    nothing = np.zeros(len(corners))
-    covered = sum((_shared(corners, size, other) for other in taken), nothing)
-    hidden = sum((_shared(corners, size, other) / max(_area(other), 1) for other in shown), nothing)  # shares
-    away = np.abs(corners - np.array(good[0])).sum(1) / max(canvas)
-    away[: len(good)] = np.arange(len(good)) / 100
-    x, y = (int(value) for value in corners[np.lexsort((HIDING * hidden + away, covered))[0]])
-    return x, y, x + width, y + height
+
+    def __init__(self, canvas: tuple[int, int], taken: Sequence[Rectangle], shown: Sequence[Rectangle]):
+        self._canvas = canvas
+        self._cell = math.ceil(max(canvas) / CELLS)
+        shape = math.ceil(canvas[1] / self._cell), math.ceil(canvas[0] / self._cell)
+        self._taken, hidden = np.zeros(shape, np.int32), np.zeros(shape)
+        for rectangle in taken:
+            self._taken[self._cells(rectangle)] += 1
+        for rectangle in shown:
+            cells = hidden[self._cells(rectangle)]
+            cells += 1 / max(cells.size, 1)  # what a whole region weighs is 1
+        self._covered, self._hidden = _integral(self._taken), _integral(hidden)
+
+    def place(self, size: tuple[int, int], near: Rectangle) -> Rectangle:
+        """Return the place that covers least of what is taken, and take it.
+
+        Among equals it is the best balance of hiding little and being close to the rectangle `near`. Above, below and
+        inside `near` (its upper left corner first) count as close.
+        """
+        width, height = size
+        x1, y1, x2, y2 = near
+        good = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1), (x1, y2 - height), (x2, y1), (x1 - width, y1)]
+        step = max(height // 2, 1)
+        free = np.maximum(np.subtract(self._canvas, size), 0)
+        grid = np.mgrid[0 : free[0] + 1 : height, 0 : free[1] + 1 : step]
+        corners = np.concatenate([np.array(good), grid.reshape(2, -1).T])  # (K, 2) x y
+        corners = np.clip(corners, 0, free)
+        covered, hidden = (self._sums(integral, corners, size) for integral in (self._covered, self._hidden))
+        away = np.abs(corners - np.array(good[0])).sum(1) / max(self._canvas)
+        away[: len(good)] = np.arange(len(good)) / 100
+        x, y = (int(value) for value in corners[np.lexsort((HIDING * hidden + away, covered))[0]])
+        spot = x, y, x + width, y + height
+        self._taken[self._cells(spot)] += 1
+        self._covered = _integral(self._taken)
+        return spot
+
+    def _cells(self, rectangle: Rectangle) -> tuple[slice, slice]:
+        """Return the cells that a rectangle touches, as rows and columns."""
+        x1, y1, x2, y2 = (max(value, 0) for value in rectangle)
+        return slice(y1 // self._cell, -(-y2 // self._cell)), slice(x1 // self._cell, -(-x2 // self._cell))
+
+    def _sums(self, integral: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """(K, 2) upper left corners of rectangles of one size -> (K,) sums over the cells that each touches."""
+        low = corners // self._cell
+        high = np.minimum(-(-(corners + np.array(size)) // self._cell), np.array(integral.shape[::-1]) - 1)
+        (x1, y1), (x2, y2) = low.T, high.T
+        return integral[y2, x2] - integral[y1, x2] - integral[y2, x1] + integral[y1, x1]
 
 
-def _area(rectangle: Rectangle) -> int:
-    x1, y1, x2, y2 = rectangle
-    return (x2 - x1) * (y2 - y1)
-
-
-def _shared(corners: np.ndarray, size: tuple[int, int], other: Rectangle) -> np.ndarray:
-    """(K, 2) upper left corners of rectangles of one size -> (K,) pixels that each shares with another rectangle."""
-    low, high = np.maximum(corners, other[:2]), np.minimum(corners + np.array(size), other[2:])
-    return np.clip(high - low, 0, None).prod(1)
+def _integral(cells: np.ndarray) -> np.ndarray:
+    """(h, w) -> (h + 1, w + 1) sums over all cells above and to the left."""
+    return np.pad(cells.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -14,7 +14,7 @@ from sca_registry.contracts import Caption
 from sca import masks
 from sca.output.colours import INSIDE, OUTSIDE, colour, readable_on
 from sca.output.files import FilePerImage
-from sca.output.labels import Block, place
+from sca.output.labels import Block, Placement
 
 SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
 LEAST = (320, 96)  # width and height that leave room for words; a smaller picture gets a margin right and below
@@ -94,11 +94,11 @@ def _write(
     width = min(canvas.width, max(LEAST[0], round(canvas.width * 0.4)))
     taken = [_around(point, factor, 4 * line) for caption in captions for point in caption.prompt.points]
     shown = [_where(caption, factor, 4 * line, canvas.size) for caption in captions]
+    placement = Placement(canvas.size, taken, shown)
     labels = []
     for number in sorted(range(len(captions)), key=lambda place: _area(captions[place])):
         block = Block(captions[number].text, font_size, width)
-        spot = place(block.size, shown[number], taken, shown, canvas.size)
-        taken.append(spot)
+        spot = placement.place(block.size, shown[number])
         labels.append((number, block, shown[number], spot))
     for number, _, near, spot in labels:
         if spot[0] > near[2] or spot[2] < near[0] or spot[1] > near[3] or spot[3] < near[1]:

@@ -7,7 +7,7 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
 from sca.output.colours import COLOURS, INSIDE, OUTSIDE, readable_on
-from sca.output.labels import LINES, Block, place
+from sca.output.labels import LINES, Block, Placement
 from sca.output.png import LEAST, OPACITY, draw
 
 
@@ -60,9 +60,8 @@ def test_points_are_green_inside_and_red_outside():
 
 def test_labels_stay_inside_and_apart():
     """A dozen regions at one corner: every label is whole, none covers another."""
-    taken = []
-    for _ in range(12):
-        taken.append(place((90, 20), (590, 0, 600, 10), taken, [], (600, 400)))
+    placement = Placement((600, 400), [], [])
+    taken = [placement.place((90, 20), (590, 0, 600, 10)) for _ in range(12)]
     for n, (x1, y1, x2, y2) in enumerate(taken):
         assert 0 <= x1 < x2 <= 600
         assert 0 <= y1 < y2 <= 400
@@ -74,10 +73,21 @@ def test_labels_stay_inside_and_apart():
 def test_a_label_leaves_its_neighbours_in_sight():
     """Above and below the region are small ones: of the places close by, the label takes one that hides nothing."""
     shown = near, above, below = (100, 100, 200, 140), (100, 78, 190, 98), (100, 142, 190, 162)
-    x1, y1, x2, y2 = place((90, 20), near, [], shown, (600, 400))
+    x1, y1, x2, y2 = Placement((600, 400), [], shown).place((90, 20), near)
     for a, b, c, d in (near, above, below):
         assert x2 <= a or c <= x1 or y2 <= b or d <= y1
     assert abs(x1 - 100) + abs(y1 - 100) < 150
+
+
+def test_placing_a_label_costs_the_same_beside_thousands_of_others(monkeypatch):
+    """The work is counted in rectangles that are looked at: none of those placed before."""
+    boxes = [(x, y, x + 9, y + 9) for x in range(0, 500, 10) for y in range(0, 400, 10)]
+    placement = Placement((600, 400), [], boxes)
+    looked_at = []
+    cells = Placement._cells
+    monkeypatch.setattr(Placement, "_cells", lambda self, box: looked_at.append(box) or cells(self, box))
+    placement.place((90, 20), (100, 100, 120, 120))
+    assert len(looked_at) == 1
 
 
 def test_a_label_fits_its_background():
