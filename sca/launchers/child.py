@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.io.atomic import write_file
+from sca.launchers.interrupts import accept_interrupts
 
 LOG, MADE = "log.txt", "made.json"
 
@@ -19,6 +20,7 @@ LOG, MADE = "log.txt", "made.json"
 def child(job: str, config: Mapping[str, Any], folder: str) -> None:
     _end_with_parent()
     os.setsid()
+    accept_interrupts()
     with open(Path(folder, LOG), "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sca.io.atomic import remove_drafts
 from sca.launchers.child import LOG, MADE, child
+from sca.launchers.interrupts import block_interrupts
 from sca.launchers.task import Outcome, Task
 from sca.serve.listening import bound
 
@@ -122,7 +123,8 @@ def _start(context: Any, task: Task, gpu: int | None) -> Any:
     if gpu is not None:
         config["device"] = f"cuda:{gpu}"
     process = context.Process(target=child, args=(task.job, config, str(folder)), daemon=False)
-    process.start()
+    with block_interrupts():
+        process.start()
     return process
 
 

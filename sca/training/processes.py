@@ -14,18 +14,30 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sca.launchers.interrupts import block_interrupts, kill_with_children
+
 STORE = "SCA_PROCESS_STORE"  # the file where the processes of one run meet
 LOOPBACK = ("lo", "lo0")  # Linux; macOS and BSD
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
-    """Run one `sca` command in several processes of this machine and return its exit status."""
+    """Run one `sca` command in several processes of this machine and return its exit status.
+
+    Ctrl+C ends all of them at once; what they have stored is whole at any moment.
+    """
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
         launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(count)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
         launcher += ["--rdzv-endpoint", str(Path(folder, "launcher")), "-m", "sca"]
         environment = {**os.environ, **process_environment(count), STORE: str(Path(folder, "processes"))}
-        return subprocess.run([sys.executable, *launcher, *arguments], env=environment, check=False).returncode
+        with block_interrupts():
+            process = subprocess.Popen([sys.executable, *launcher, *arguments], env=environment)
+        try:
+            return process.wait()
+        except BaseException:
+            kill_with_children(process.pid)
+            process.wait()
+            raise
 
 
 def process_environment(count: int) -> Mapping[str, str]:
