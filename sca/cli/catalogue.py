@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -19,12 +20,10 @@ def list_names(
     kind: Annotated[str, typer.Argument(help="encoders, mixers, ..., models or recipes (default: all)")] = "",
     state: Annotated[str, typer.Option(help="only those in it: ok, unchecked, broken, needs extra")] = "",
     extra: Annotated[str, typer.Option(help="only those that need this extra")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Also license, distribution and version.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list of all that is known.")] = False,
 ) -> None:
-    """What can be named.
-
-    Summary, source, licence, parameters, the distribution and version it comes from, and its state.
-    """
+    """List the available components, models and recipes, and their state."""
     kinds = [_kind(kind)] if kind else [*REGISTRIES, *_OTHERS]
     if state:
         settle("state", state, STATES)
@@ -33,15 +32,39 @@ def list_names(
     if as_json:
         print_json(rows)
         return
-    columns = ("kind", "name", "summary", "parameters", "licence", "from", "state")
-    table = Table(columns, right=("parameters",), framed=False)
-    for row in rows:
-        count = row["parameters"]
-        state = row["state"] + (f": {row['reason']}" if row["reason"] else "")
-        origin = f"{row['distribution']} {row['version']}"
-        parameters = f"{count:,}" if count else ""
-        table.add_row(row["kind"], row["name"], row["summary"], parameters, row["licence"], origin, state)
-    print_table(table)
+    for plural, listed in groupby(rows, key=lambda row: _kind(row["kind"])):
+        if not kind:
+            print_document(f"\n{plural.replace('_', ' ').upper()}")
+        print_table(_table([*listed], long))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
+    """Return a table of the components of one kind; columns without any content are left out."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "name": lambda row: row["name"],
+        "parameters": lambda row: f"{row['parameters']:,}" if row["parameters"] else "",
+        "state": lambda row: row["state"] + (f": {row['reason']}" if row["reason"] else ""),
+        "license": lambda row: row["licence"],
+        "from": lambda row: f"{row['distribution']} {row['version']}",
+        "summary": lambda row: row["summary"],
+    }
+    if not long:
+        del columns["license"], columns["from"]
+        columns["parameters"] = lambda row: _short(row["parameters"])
+        columns["state"] = lambda row: "" if row["state"] == "ok" else row["state"]
+    shown = {name: cells for name, cell in columns.items() if any(cells := [cell(row) for row in rows])}
+    table = Table(tuple(shown), right=("parameters",), framed=False)
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _short(count: int | None) -> str:
+    """Return a count with a unit: 19.1 M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count and count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count or "")
 
 
 def show(

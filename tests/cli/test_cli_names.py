@@ -1,6 +1,7 @@
 """What can be named is told at once, without importing anything heavy."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -97,6 +98,18 @@ def test_a_listing_of_everything_has_every_kind_and_every_name_a_line(shell):
     table = shell("list").out
     for row in rows:
         assert row["name"] in table
+    assert "Apache-2.0" not in table
+    assert "Apache-2.0" in shell("list", "mixers", "--long").out
+
+
+def test_a_listing_of_one_kind_fits_80_columns(shell, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shell("list", "mixers").out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("query ") for line in lines)
 
 
 def test_a_part_is_shown_with_its_options_and_their_defaults(shell):
