@@ -1,14 +1,29 @@
 """A small whole model for tests that need one, and a cache of what is known of parts that is not the user's."""
 
+import functools
 import os
 import shutil
 import tempfile
 
 import pytest
 import torch
+from sca_registry import plugins
 
 CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
 os.environ["SCA_CACHE"] = CACHE.name
+
+INSTALLED = {origin.metadata["Name"] for origin in plugins._distributions()} - {plugins.BUILTIN}
+_find_distributions = plugins._distributions.__wrapped__
+
+
+@functools.cache
+def _distributions_for_tests():
+    """Leave out the plugins that happen to be installed: tests count names, and write plugins of their own."""
+    return tuple(each for each in _find_distributions() if each.metadata["Name"] not in INSTALLED)
+
+
+plugins._distributions = _distributions_for_tests
+plugins.refresh()
 
 PARTS = {
     "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
