@@ -44,7 +44,7 @@ def _write_coco(path: Path, *names: str) -> Path:
 
 
 def _write_lines(path: Path, *names: str) -> Path:
-    lines = ({"image": name, "box": [0, 0, 1, 1], "caption": "a thing"} for name in names)
+    lines = ({"image": name, "box": [0, 0, 1, 8], "caption": "a thing"} for name in names)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
