@@ -21,6 +21,8 @@ from sca_registry.contracts import Prompt
 
 from sca import masks
 from sca.images import identify_image, show
+from sca.io.annotations import coco, label_studio, labelme
+from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
 from sca.io.coordinates import find_normalized_scale, scale_to_pixels
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
@@ -243,10 +245,13 @@ class _Entry:
 
 
 class RegionPrompts(Mapping[str, list[Prompt]]):
-    """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order."""
+    """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order.
 
-    def __init__(self, path: Path, entries: Mapping[str, list[_Entry]]):
-        self.path = path
+    `skip` has the count of what the file contains and a prompt cannot be.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, list[_Entry]], skip: SkipCounter):
+        self.path, self.skip = path, skip
         self._entries = entries
 
     def __getitem__(self, key: str) -> list[Prompt]:
@@ -323,19 +328,22 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
-    """A prompts file: JSON lines when its suffix is .jsonl or .ndjson, else COCO JSON.
+    """A prompts file: JSON lines when its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON.
 
     A line is one region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`,
     or what `sca` wrote for one, whose `prompt` is asked again. Mask files are named relative to the prompts file. Of
-    COCO, `bbox` is taken as x, y, width, height, or else the box of `segmentation`; images without annotations have an
-    empty list. Errors name the file, the line or record, and the field; whether a prompt fits is for `check`.
+    COCO, `bbox` is taken as x, y, width, height, or else the box of `segmentation`; of the other tools, the box of each
+    region, or the point of one that is only a point. Images without annotations have an empty list. Errors name the
+    file, the line or record, and the field; whether a prompt fits is for `check`.
     """
-    path = Path(path)
+    path, skip = Path(path), SkipCounter()
     try:
         with _opened(path) as file:
             lines = is_json_lines(path, file, "image")
             text = io.TextIOWrapper(file, "utf-8-sig")
-            return RegionPrompts(path, _lines(text, path) if lines else _coco(_json(text.read(), show(path)), path))
+            return RegionPrompts(path, _lines(text, path) if lines else _regions(text.read(), path, skip), skip)
+    except AnnotationError as error:
+        raise PromptError(str(error)) from error
     except OSError as error:
         raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
@@ -381,7 +389,16 @@ def _fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], dict
     return box, points, mask if mask is None or isinstance(mask, str) else _at(where, "mask", masks.checked, mask)
 
 
-def _coco(content: Any, path: Path) -> dict[str, list[_Entry]]:
+def _regions(text: str, path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+    content = _json(text, show(path))
+    if label_studio.is_task(content) or (isinstance(content, list) and content):
+        return _label_studio(content, path, skip)
+    if isinstance(content, dict) and "shapes" in content:
+        return _labelme(content, path, skip)
+    return _coco(content, path, skip)
+
+
+def _coco(content: Any, path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise PromptError(
@@ -401,36 +418,46 @@ def _coco(content: Any, path: Path) -> dict[str, list[_Entry]]:
         number = _id(annotation, "image_id", where)
         if number not in keys:
             raise PromptError(f"{where}, 'image_id': no image has the id {_quoted(number)}")
-        if annotation.get("bbox") is not None:
-            box = _at(where, "bbox", _box_of_sides, annotation["bbox"])
-        elif annotation.get("segmentation"):
-            box = _at(where, "segmentation", _box_of_segmentation, annotation["segmentation"])
-        else:
-            raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
-        entries[keys[number]].append(_Entry(where, box))
+        entries[keys[number]].append(_Entry(where, _coco_box(annotation, where, skip)))
     return entries
 
 
-def _box_of_sides(value: Any) -> Box:
-    x, y, width, height = _numbers(value, (4,), value, "a bbox is 4 numbers x,y,width,height in pixels")
-    return x, y, x + width, y + height
-
-
-def _box_of_segmentation(value: Any) -> Box:
-    if isinstance(value, dict):
-        box = masks.box_of(masks.checked(value))
+def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
+    box = _at(where, "bbox", coco.read_box, annotation.get("bbox"))
+    if box is None and annotation.get("segmentation"):
+        bound = partial(coco.bound_segmentation, count=lambda reason: skip(reason, where))
+        box = _at(where, "segmentation", bound, annotation["segmentation"])
         if box is None:
-            raise PromptError("the mask is empty; remove the annotation or give a 'bbox'")
-        return box
-    shape = "a segmentation is an RLE or a list of polygons [x, y, x, y, ...] of at least 3 corners"
-    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
-        raise PromptError(f"{shape}, not {_quoted(value)}")
-    corners: list[float] = []
-    for polygon in value:
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise PromptError(f"{shape}, not {_quoted(polygon)}")
-        corners += _numbers(polygon, (len(polygon),), polygon, shape)
-    return min(corners[::2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2])
+            raise PromptError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+    if box is None:
+        raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+    return box
+
+
+def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+    name = _text(content, "imagePath", show(path))
+    image = _at(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
+    size = labelme.find_size(content, image, show(path))
+    return {name: _annotated(labelme.read_shapes(content, size, show(path), skip), skip)}
+
+
+def _label_studio(content: Any, path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+    entries: dict[str, list[_Entry]] = {}
+    for image in label_studio.read_tasks(content, show(path), skip):
+        entries.setdefault(image.name, []).extend(_annotated(image.annotations, skip))
+    return entries
+
+
+def _annotated(annotations: Iterable[Annotation], skip: SkipCounter) -> list[_Entry]:
+    """Each region by its box, or by its point where it has none."""
+    entries = []
+    for each in annotations:
+        if each.box or each.point:
+            points = () if each.box or not each.point else ((*each.point, 1),)
+            entries.append(_Entry(each.place, each.box, points))
+        else:
+            skip("empty mask", each.place)
+    return entries
 
 
 # --- the pieces -----------------------------------------------------------------------------------------------------

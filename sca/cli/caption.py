@@ -63,7 +63,11 @@ def caption(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(parser=input_path, metavar="PATH", help="COCO JSON or JSONL with regions of many images"),
+        typer.Option(
+            parser=input_path,
+            metavar="PATH",
+            help="COCO, Label Studio or LabelMe JSON, or JSONL, with regions of many images",
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
     task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
@@ -271,6 +275,7 @@ class Requests:
     ):
         from sca_registry.contracts import Prompt
 
+        from sca.images import show
         from sca.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
 
         self.flags = [Prompt(box=parse_box(text)) for text in boxes]
@@ -280,6 +285,8 @@ class Requests:
         if self.flags and file:
             raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
         self.file = read_prompts(file) if file else None
+        if self.file is not None and (summary := self.file.skip.summarize()):
+            complain(f"{show(file)}: {summary}")
 
     def __bool__(self) -> bool:
         return bool(self.flags) or self.file is not None

@@ -13,6 +13,7 @@ from sca.cli.options import OUTPUTS, ImagePrefix, check_pipes, complain, input_p
 from sca.io.json import DESCRIPTOR
 
 if TYPE_CHECKING:
+    from sca.io.annotations.annotation import SkipCounter
     from sca.output.read import Captioned
 
 IMAGES = "Folder that image names are relative to (default: the working folder, then that of the captions)."
@@ -32,8 +33,9 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was converted to OUT before.")] = False,
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
-    from sca.images import ImageError, open_image, show
-    from sca.io.paths import find_image, rewrite_name
+    from sca.images import ImageError, show
+    from sca.io.annotations.annotation import SkipCounter
+    from sca.io.paths import rewrite_name
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
     from sca.output.read import ReadError
@@ -41,7 +43,8 @@ def convert(
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
         settle("format", name, FORMATS)
-    found, roots = _read(captions, image_prefix, LABEL_STUDIO in formats), _roots(images, [captions])
+    skip, roots = SkipCounter(), _roots(images, [captions])
+    found = _read(captions, skip, roots, image_prefix, LABEL_STUDIO in formats)
     first = next(found, None)
     if first is None:
         raise ReadError(f"{show(captions)} has no captions")
@@ -55,7 +58,7 @@ def convert(
                 picture = each.size
                 if set(formats) & set(DRAWN):
                     try:
-                        picture = open_image(find_image(each.image, roots))
+                        picture = each.open(roots)
                     except ImageError as error:
                         complain(str(error))
                         bad += 1
@@ -70,6 +73,8 @@ def convert(
         folder.finish()
     for path in writers.paths.values():
         complain(f"wrote {path}")
+    if summary := skip.summarize():
+        complain(summary)
     complain(f"{done} regions")
     if bad:
         raise typer.Exit(1)
@@ -87,6 +92,7 @@ def view(
     image_prefix: ImagePrefix = "",
 ) -> None:
     """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
+    from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import open_folder
     from sca.output.page import check_page
     from sca.output.view import write_view
@@ -95,24 +101,28 @@ def view(
     check_pipes(files)
     open_folder(out.parent)
     check_page(out, files)
-    first, *rest = (_read(path, image_prefix, is_written=True) for path in files)
-    roots, names = _roots(images, files), tuple(map(str, files))
+    skip, roots, names = SkipCounter(), _roots(images, files), tuple(map(str, files))
+    first, *rest = (_read(path, skip, roots, image_prefix, is_written=True) for path in files)
     regions, problems = write_view(out, first, rest[0] if rest else None, roots, names)
     for problem in problems[:10]:
         complain(problem)
     if problems:
         complain(f"{len(problems)} pictures are not shown; --images names the folder that they are in")
+    if summary := skip.summarize():
+        complain(summary)
     complain(f"wrote {out}, {regions} regions")
 
 
-def _read(path: Path, image_prefix: str, is_written: bool = False) -> Iterator[Captioned]:
+def _read(
+    path: Path, skip: SkipCounter, roots: list[Path], image_prefix: str, is_written: bool = False
+) -> Iterator[Captioned]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
     from sca.images import show
     from sca.io.paths import remove_image_prefix
     from sca.output.read import read_captions
 
     is_used = not image_prefix or is_written
-    for each in read_captions(path):
+    for each in read_captions(path, skip, roots):
         name = remove_image_prefix(each.image, image_prefix)
         is_used |= name != each.image
         yield each._replace(image=name)

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import corners, field, four, identified, phrases, size
+from sca.data.fields import field, identified, phrases, size
 from sca.data.own import check_hold_out, chosen, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
+from sca.io.annotations import coco
+from sca.io.annotations.annotation import Box
 from sca.io.paths import expand_user, split_name
 
 WHAT = "COCO's format is an object with images, annotations and categories"
@@ -61,11 +63,11 @@ class Coco(TableDataset):
     `root` holds either `train.json` and `train/`, or `annotations/instances_train2017.json` and `train2017/` (for the
     split "train"); `annotations` and `images` name a file and a folder outright, in place of those.
 
-    Segmentations may be polygons, uncompressed or compressed RLE. A region's name is its category's, with
-    underscores read as spaces; its phrases are the annotation's "caption" (a string or a list of them), and its
-    attributes the annotation's "attributes". Crowds are left out, and polygons of fewer than three points are dropped,
-    both counted. The file is streamed: however large it is, it is never in memory as a whole. The rest is that of
-    `TableDataset`.
+    Segmentations may be polygons, uncompressed or compressed RLE, and stand in for a bbox that is missing. A region's
+    name is its category's, with underscores read as spaces; its phrases are the annotation's "caption" (a string or a
+    list of them), and its attributes the annotation's "attributes". Crowds are left out, polygons of fewer than three
+    points and keypoints are dropped; all are counted. The file is streamed: however large it is, it is never in memory
+    as a whole. The rest is that of `TableDataset`.
     """
 
     reader = "coco"
@@ -110,12 +112,14 @@ class Coco(TableDataset):
             if record.get("iscrowd"):
                 self._skip("crowd", place)
                 continue
+            if coco.has_keypoints(record):
+                self._skip("keypoints", place)
             self._keep(
                 image,
                 record["id"],
                 box(record, place),
                 place,
-                mask=("segmentation", record.get("segmentation")),
+                mask=("segmentation", coco.find_segmentation(record)),
                 name=name,
                 phrases=phrases(record.get("caption"), "caption", place),
                 attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
@@ -204,9 +208,17 @@ class CocoJson(Coco):
         return super()._record(entry) if chosen(file, self.split, self.hold_out) else None
 
 
-def box(record: dict[str, Any], place: str) -> tuple[float, float, float, float]:
-    """x1 y1 x2 y2 of an annotation."""
-    return corners(*four(record, "bbox", "x, y, width, height", place), place)
+def box(record: dict[str, Any], place: str) -> Box | None:
+    """x1 y1 x2 y2 of an annotation; None where it has only a segmentation."""
+    if not record.get("bbox") and coco.find_segmentation(record):
+        return None
+    try:
+        found = coco.read_box(record.get("bbox"))
+    except ValueError as error:
+        raise ValueError(f"{place}: bbox {error}") from error
+    if found is None:
+        raise ValueError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
+    return found
 
 
 def find(

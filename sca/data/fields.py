@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as rle
-
 from sca import masks
+from sca.io.annotations import coco
+from sca.io.annotations.annotation import Skip
 from sca.io.json import JsonError, parse_json, read_regular_file
 from sca.io.numbers import is_int64
 
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
-
-Skip = Callable[[str, str], None]  # counts a reason, and what it was met at
 
 
 def read_json(path: Path) -> Any:
@@ -118,22 +116,13 @@ def phrases(given: Any, key: str, place: str) -> list[str]:
 
 def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:
     """The compressed counts of a mask given as polygons or RLE of either kind; None if there is none."""
-    if not given:
-        return None
-    if isinstance(given, list):
-        return _filled(given, key, width, height, place, skip)
-    if not isinstance(given, dict) or not isinstance(given.get("counts"), str | list):
-        raise ValueError(f"{place}: {key} must be polygons, or RLE with size and counts")
-    if given.get("size") != [height, width]:
-        raise ValueError(
-            f"{place}: {key} has size {given.get('size')!r:.80} in an image of {[height, width]} (height, width)"
-        )
     try:
-        code = masks.checked(given)
+        code = coco.read_mask(given, (width, height), lambda reason: skip(reason, place))
     except ValueError as error:
-        pixels = width * height
-        raise ValueError(f"{place}: {key} counts do not add up to the {pixels} pixels of the image: {error}") from None
-    return _unless_empty(code, place, skip)
+        raise ValueError(f"{place}: {key} {error}") from error
+    if code is not None and not masks.area(code):
+        return skip("empty mask", place)
+    return code and code["counts"]
 
 
 def is_number(value: Any) -> bool:
@@ -144,26 +133,6 @@ def is_number(value: Any) -> bool:
 def is_text(text: str) -> bool:
     """Whether it can be written as UTF-8; JSON can escape half a character."""
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
-
-
-def _filled(polygons: list, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:
-    reach = 4 * max(width, height)  # drawing takes the longer the farther a point lies outside
-    for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(is_number, polygon)):
-            raise ValueError(f"{place}: {key} must be lists of x, y, x, y, ... for its polygons")
-        if max(map(abs, polygon), default=0) > reach:
-            raise ValueError(f"{place}: {key} has a point far outside the image of {width} x {height}")
-    whole = [polygon for polygon in polygons if len(polygon) >= 6]
-    if len(whole) < len(polygons):
-        skip("polygon of fewer than three points", place)
-    return _unless_empty(rle.merge(rle.frPyObjects(whole, height, width)), place, skip) if whole else None
-
-
-def _unless_empty(code: dict[str, Any], place: str, skip: Skip) -> str | None:
-    if not rle.area(code):
-        return skip("empty mask", place)
-    counts = code["counts"]
-    return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
 def _given(record: dict[str, Any], key: str, place: str) -> Any:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sca.data.coco import Index, box
 from sca.data.fields import field, identified, phrases, read_json, table
 from sca.data.table import TableDataset
+from sca.io.annotations.coco import find_segmentation
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
 
@@ -92,7 +93,7 @@ class RefCoco(TableDataset):
                 ref["ref_id"],
                 box(annotation, at),
                 f"{place}, {at}",
-                mask=("segmentation", annotation.get("segmentation")),
+                mask=("segmentation", find_segmentation(annotation)),
                 name=found.name(annotation, at),
                 phrases=_sentences(ref, place),
             )

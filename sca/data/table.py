@@ -32,6 +32,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from sca_registry.contracts import Region, Sample
 from sca_registry.verdicts import cache_folder
 from tqdm.auto import tqdm
@@ -114,7 +115,7 @@ class TableDataset:
         row = self._table[int(index)]
         name, size = row["file"], (row["width"], row["height"])
         try:
-            image = open_image(self._path(name))
+            image = self._open_image(name)
         except ImageError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})")
         regions = [_region(region, *size) for region in row["regions"]]
@@ -154,6 +155,10 @@ class TableDataset:
     def _path(self, name: str) -> Path:
         """Where the picture that a table calls `name` lies, or should. Raises ImageNameError."""
         return find_image(name, [self.images])
+
+    def _open_image(self, name: str) -> Image.Image:
+        """The picture that a table calls `name`. Raises ImageError."""
+        return open_image(self._path(name))
 
     @staticmethod
     def _image(image_id: int, name: str, width: int, height: int, is_size_recorded: bool = True) -> dict[str, Any]:

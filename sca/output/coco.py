@@ -22,7 +22,8 @@ class Coco:
 
     Images and annotations are numbered from 1. An annotation has what COCO's instances and captions have, and `score`
     and `region` (the prompt's place in the request). `bbox` is x, y, width, height. A region without a mask has its box
-    as a polygon, as pycocotools does for results that are boxes; one with neither has an empty `bbox` and no polygon.
+    as a polygon, as pycocotools does for results that are boxes, and `isbox` 1, so that it is no mask when it is read
+    again; one with neither has an empty `bbox` and no polygon.
     """
 
     def __init__(self, path: Path, model: str | None = None):
@@ -70,6 +71,7 @@ def _annotation(number: int, image_number: int, path: str, image: Image.Image, c
         "area": masks.area(mask) if mask else (x2 - x1) * (y2 - y1),
         "segmentation": mask or ([[x1, y1, x2, y1, x2, y2, x1, y2]] if box else []),
         "iscrowd": 0,
+        "isbox": int(bool(box and not mask)),
         "caption": plain["caption"],
         "score": plain["score"],
         "region": plain["region"],

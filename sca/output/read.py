@@ -1,24 +1,27 @@
-"""Reading captions back from what `sca.output` writes: JSON lines, COCO, Parquet, GeoJSON, Label Studio and LabelMe.
+"""Reading captions from what `sca.output` writes and labelling tools export: JSON lines, COCO, Parquet, GeoJSON, Label
+Studio and LabelMe.
 
 What a format has no place for is unknown afterwards: COCO has no prompts, and a labelling tool no predicted IoU.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
+from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.images import identify_image, show
+from sca.images import open_image, read_size, show
+from sca.io.annotations import coco, label_studio, labelme
+from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
 from sca.io.json import (
     IrregularFileError,
     JsonError,
@@ -29,7 +32,6 @@ from sca.io.json import (
 )
 from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageNameError, find_image, remove_parents
-from sca.output.label_studio import unpack
 from sca.output.outline import fill
 from sca.prompts import read_prompt
 
@@ -52,39 +54,59 @@ class Size(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """An image, as its records name it, with its captions in order."""
+    """An image, as its records name it, with its captions in order; `embedded` opens the image that its file contains,
+    where the image's own file does not exist.
+    """
 
     image: str
     size: Size
     captions: list[Caption]
     model: str | None
+    embedded: Callable[[], Image.Image] | None = None
+
+    def open(self, roots: Sequence[Path]) -> Image.Image:
+        """Open the image; `roots` are the folders that its name may start from. Raises ImageError."""
+        path = find_image(self.image, roots)
+        return self.embedded() if self.embedded and not path.exists() else open_image(path)
 
 
-def read_captions(path: str | Path) -> Iterator[Captioned]:
-    """Image after image of a file, or of a folder of LabelMe files. The kind is told by the suffix and the content.
+def read_captions(
+    path: str | Path, skip: SkipCounter | None = None, roots: Sequence[Path] | None = None
+) -> Iterator[Captioned]:
+    """Read a file, or a folder of LabelMe files, image by image. Suffix and content decide what it is.
 
-    ReadError for what is none of them, and for a record that is not whole.
+    Args:
+        path: The file or folder.
+        skip: Counts what cannot be kept (default: it is a warning at the end).
+        roots: Folders that names of images may start from (default: the working folder and the file's). Images are
+            opened only where a file does not record their size.
+
+    Raises:
+        ReadError: For a file of another kind, and for a record that is damaged.
     """
-    path = Path(path)
+    path, counter = Path(path), SkipCounter() if skip is None else skip
+    roots = (Path(), path.parent) if roots is None else roots
     try:
         if path.is_dir():
-            yield from _labelme(sorted(path.glob("*.json")), path)
-            return
-        with open_regular_file(path, seekable=True) as file:
-            is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
-            file.seek(0)
-            if is_parquet:
-                yield from _grouped(_rows(file, path))
-            elif is_json_lines(path, file, "image"):
-                yield from _grouped(_lines(file, path))
-            else:
-                yield from _json(file, path)
-    except IrregularFileError as error:
+            yield from _labelme(sorted(path.glob("*.json")), path, counter)
+        else:
+            with open_regular_file(path, seekable=True) as file:
+                is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
+                file.seek(0)
+                if is_parquet:
+                    yield from _grouped(_rows(file, path))
+                elif is_json_lines(path, file, "image"):
+                    yield from _grouped(_lines(file, path))
+                else:
+                    yield from _json(file, path, counter, roots)
+    except (IrregularFileError, AnnotationError) as error:
         raise ReadError(str(error)) from error
     except OSError as error:
         raise ReadError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
     except UnicodeDecodeError as error:
         raise ReadError(f"{show(path)} is not UTF-8 text") from error
+    if skip is None and (summary := counter.summarize()):
+        warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
 
 
 def captioned(plain: Any, where: str) -> Captioned:
@@ -94,16 +116,16 @@ def captioned(plain: Any, where: str) -> Captioned:
     return Captioned(_name(plain, "image", where), size, told, None)
 
 
-def _json(file: BinaryIO, path: Path) -> Iterator[Captioned]:
+def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
     content = _parsed(file.read().decode("utf-8-sig"), show(path))
-    if isinstance(content, list):
-        yield from _label_studio(content, path)
+    if isinstance(content, list) or label_studio.is_task(content):
+        yield from _label_studio(content, path, skip, roots)
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
         yield from _grouped(_features(content, path))
     elif isinstance(content, dict) and "shapes" in content:
-        yield from _labelme([path], path.parent)
+        yield from _labelme([path], path.parent, skip)
     elif isinstance(content, dict) and "annotations" in content:
-        yield from _coco(content, path)
+        yield from _coco(content, path, skip, roots)
     else:
         raise ReadError(
             f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
@@ -169,83 +191,51 @@ def _grouped(records: Iterable[tuple[str, Any]]) -> Iterator[Captioned]:
         yield Captioned(name, size, captions, model)
 
 
-def _coco(content: Mapping[str, Any], path: Path) -> Iterator[Captioned]:
+def _coco(content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
     told: dict[Any, list[tuple[str, Any]]] = {}
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None
+    names = coco.name_categories(content)
     for number, each in enumerate(_list(content, "annotations", show(path))):
         where = f"{show(path)}, annotations[{number}]"
         told.setdefault(_key(_table(each, where), "image_id", where), []).append((where, each))
     for number, image in enumerate(_list(content, "images", show(path))):
         where = f"{show(path)}, images[{number}]"
-        size = _size(_table(image, where), where)
+        file_name = _name(_table(image, where), "file_name", where)
+        measured = None if {"width", "height"} <= image.keys() else _measure(file_name, roots)
+        size = measured or _size(image, where)
         captions = []
-        for place, each in told.pop(_key(image, "id", where), []):
-            x, y, width, height = _numbers(each.get("bbox") or [0, 0, 0, 0], 4, f"{place}, 'bbox'")
-            code = each.get("segmentation")
-            plain = {**each, "box": [x, y, x + width, y + height] if width and height else None}
-            plain["mask"] = code if isinstance(code, dict) else None
-            captions.append(_caption(plain, size, len(captions), place))
-        yield Captioned(_name(image, "file_name", where), size, captions, model)
+        for place, record in told.pop(_key(image, "id", where), []):
+            annotation = coco.read_annotation(record, place, size, names.get(str(record.get("category_id"))), skip)
+            region = record["region"] if is_int64(record.get("region")) else len(captions)
+            captions.append(_region(annotation, size, region, skip))
+        yield Captioned(file_name, size, captions, model)
     if told:
         raise ReadError(f"{show(path)}: annotations of images that are not there: {list(told)[:3]}")
 
 
-def _label_studio(content: list[Any], path: Path) -> Iterator[Captioned]:
-    for number, task in enumerate(content):
-        where = f"{show(path)}, task {number}"
-        name = _name(_table(_table(task, where).get("data"), f"{where}, 'data'"), "image", f"{where}, 'data'")
-        found = (task.get("annotations") or task.get("predictions") or [{}])[0]
-        results: dict[str, list[Mapping[str, Any]]] = {}
-        for piece in _table(found, where).get("result") or []:
-            results.setdefault(str(_table(piece, where).get("id")), []).append(piece)
-        data, captions = task["data"], []
-        size = _size(data, where) if "width" in data else None
-        for identity, pieces in results.items():
-            place = f"{where}, region {identity!r}"
-            plain: dict[str, Any] = {}
-            for piece in pieces:
-                size = _size({f"{side}": piece.get(f"original_{side}") for side in ("width", "height")}, place)
-                _take(plain, piece, size, place)
-            captions.append(_caption(plain, size, len(captions), place))
+def _label_studio(content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
+    for image in label_studio.read_tasks(content, show(path), skip):
+        size = Size(*image.size) if image.size else _measure(image.name, roots)
         if size is None:
-            raise ReadError(f"{where}: nothing says how large the image is; leave tasks without regions out")
-        yield Captioned(name, size, captions, found.get("model_version") or None)
+            skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
+            continue
+        regions = [_region(each, size, number, skip) for number, each in enumerate(image.annotations)]
+        yield Captioned(image.name, size, regions, image.model)
 
 
-def _take(plain: dict[str, Any], piece: Mapping[str, Any], size: Size, where: str) -> None:
-    """What one result says of a region."""
-    value = _table(piece.get("value"), f"{where}, 'value'")
-    match piece.get("type"):
-        case "brushlabels":
-            try:
-                plain["mask"] = masks.encode(unpack(value["rle"], *size))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ReadError(f"{where}: a brush that cannot be read: {error}") from error
-            plain["box"] = masks.box_of(plain["mask"])
-        case "rectanglelabels":
-            x, y, width, height = _numbers([value.get(k) for k in ("x", "y", "width", "height")], 4, where)
-            ends = (x + width) / 100, (y + height) / 100
-            plain["box"] = [x / 100 * size.width, y / 100 * size.height, ends[0] * size.width, ends[1] * size.height]
-        case "textarea":
-            words = value.get("text")
-            plain["caption"] = " ".join(words) if isinstance(words, list) else words
-    if piece.get("score") is not None:
-        plain["score"] = piece["score"]
-
-
-def _labelme(paths: list[Path], folder: Path) -> Iterator[Captioned]:
+def _labelme(paths: list[Path], folder: Path, skip: SkipCounter) -> Iterator[Captioned]:
     if not paths:
         raise ReadError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
     for path in paths:
-        content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), show(path)), show(path))
-        size = _size({"width": content.get("imageWidth"), "height": content.get("imageHeight")}, show(path))
-        name = _image_beside(path, _name(content, "imagePath", show(path)))
-        captions = []
-        for number, shape in enumerate(_list(content, "shapes", show(path))):
-            where = f"{show(path)}, shapes[{number}]"
-            captions.append(_caption(_shape(_table(shape, where), size, where), size, number, where))
-        yield Captioned(name, size, captions, content.get("model"))
+        where = show(path)
+        content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), where), where)
+        name = _image_beside(path, _name(content, "imagePath", where))
+        size = Size(*labelme.find_size(content, Path(name), where))
+        shapes = labelme.read_shapes(content, size, where, skip)
+        regions = [_region(each, size, number, skip) for number, each in enumerate(shapes)]
+        embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
+        yield Captioned(name, size, regions, content.get("model"), embedded)
 
 
 def _image_beside(path: Path, name: str) -> str:
@@ -256,30 +246,36 @@ def _image_beside(path: Path, name: str) -> str:
         raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
 
 
-def _shape(shape: Mapping[str, Any], size: Size, where: str) -> dict[str, Any]:
-    plain = {"caption": shape.get("description") or shape.get("label"), "score": shape.get("score")}
-    plain["iou"] = shape.get("iou")
-    corners = [_numbers(point, 2, f"{where}, 'points'") for point in _list(shape, "points", where)]
-    if not corners:
-        raise ReadError(f"{where}: no points")
-    xs, ys = zip(*corners, strict=True)
-    match shape.get("shape_type"):
-        case "mask":
-            try:
-                with identify_image(io.BytesIO(base64.b64decode(shape.get("mask") or "", validate=True))) as image:
-                    inside = np.asarray(image.convert("L")) > 0
-                whole = np.zeros((size.height, size.width), bool)
-                x, y = int(min(xs)), int(min(ys))
-                whole[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-            except (binascii.Error, OSError, ValueError) as error:
-                raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
-            plain["mask"] = masks.encode(whole)
-            plain["box"] = masks.box_of(whole)
-        case "point":
-            plain["prompt"] = {"points": [[xs[0], ys[0], 1]]}
-        case _:
-            plain["box"] = [min(xs), min(ys), max(xs), max(ys)]
-    return plain
+def _measure(name: str, roots: Sequence[Path]) -> Size | None:
+    """The size of an image that is named in a file; None if it cannot be read."""
+    try:
+        with open_regular_file(find_image(name, roots), seekable=True) as file:
+            return Size(*read_size(file))
+    except Exception:  # a decoder may raise anything for damaged data
+        return None
+
+
+def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) -> Caption:
+    if not annotation.texts:
+        skip("region without words", annotation.place)
+    text, *others = annotation.texts or ("",)
+    prompt = Prompt()
+    if annotation.point:
+        x, y = annotation.point
+        if not (0 <= x < size.width and 0 <= y < size.height):
+            sides = f"{size.width} x {size.height}"
+            raise ReadError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
+        prompt = Prompt(points=((x, y, 1),))
+    return Caption(
+        text,
+        _number(annotation.score),
+        annotation.box,
+        annotation.mask,
+        None if annotation.iou is None else _number(annotation.iou),
+        prompt,
+        region,
+        tuple((other, math.nan) for other in others),
+    )
 
 
 def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:

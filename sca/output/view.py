@@ -14,9 +14,8 @@ from typing import Any
 
 from sca_registry.contracts import Caption
 
-from sca.images import ImageError, open_image
+from sca.images import ImageError
 from sca.io.atomic import AtomicFile
-from sca.io.paths import find_image
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
 from sca.output.read import Captioned, ReadError
@@ -93,7 +92,7 @@ def _image(
 ) -> dict[str, Any]:
     source = BLANK
     try:
-        source = data_uri(open_image(find_image(one.image, images)), SIDE)
+        source = data_uri(one.open(images), SIDE)
     except ImageError as error:
         problems.append(str(error))
     plain = {

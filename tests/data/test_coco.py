@@ -68,6 +68,18 @@ def test_polygons_and_both_kinds_of_rle_give_the_same_mask(written):
     assert dataset.skipped == {"polygon of fewer than three points": 1}
 
 
+def test_a_missing_bbox_is_that_of_the_segmentation(written):
+    square = [[2, 3, 12, 3, 12, 11, 2, 11]]
+    for bbox in (None, []):
+        (region,) = Coco("val", root=written(content(annotation(1, bbox=bbox, segmentation=square))))[0].regions
+        assert region.box == (2, 3, 12, 11)
+
+
+def test_keypoints_are_counted(written):
+    dataset = Coco("val", root=written(content(annotation(1, keypoints=[3, 4, 2]), annotation(2, keypoints=[0, 0, 0]))))
+    assert dataset.skipped == {"keypoints": 1}
+
+
 def test_the_official_layout_and_plain_paths_are_found(written):
     root = written(content())
     official = root / "official" / "annotations" / "instances_val2017.json"
@@ -205,7 +217,7 @@ PLACE = r"val\.json: annotations\[0\] \(id 1\): "
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),
         ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE + "bbox must be four numbers"),
         ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE + "bbox must be four numbers"),
-        ({"annotations": [annotation(1, bbox=[1, 2, -3, 4])]}, PLACE + "width -3 and height 4 of the box must not be"),
+        ({"annotations": [annotation(1, bbox=[1, 2, -3, 4])]}, PLACE + "bbox must not have a negative width or height"),
         ({"annotations": [annotation(1, caption=[4])]}, PLACE + "caption must be a string or a list of strings"),
         ({"annotations": [annotation(1, attributes=[4])]}, PLACE + "attributes must be a table"),
         ({"annotations": [annotation(1, segmentation=[[1, 2, 3]])]}, PLACE + "segmentation must be lists of x, y"),

@@ -212,7 +212,7 @@ def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
     ("broken", "message"),
     [
         ({"bbox": [1, 2, 3]}, "bbox must be four numbers"),
-        ({"bbox": [1, 2, -3, 4]}, "width -3 and height 4 of the box must not be negative"),
+        ({"bbox": [1, 2, -3, 4]}, "bbox must not have a negative width or height"),
         ({"bbox": [1, 2, 3, float("inf")]}, "bbox must be four numbers"),
         ({"segmentation": {"size": [1, 1], "counts": "1"}}, r"segmentation has size \[1, 1\]"),
         ({"category_id": 8}, "category_id 8 has no name"),

@@ -248,7 +248,7 @@ def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
 
 def test_a_conversion_that_fails_leaves_nothing(write, cache):
     with pytest.raises(ValueError, match="bbox must be four numbers"):
-        Coco("val", root=write(bbox=None))
+        Coco("val", root=write(bbox=[1, 2, 3]))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 

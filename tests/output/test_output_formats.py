@@ -10,8 +10,8 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
+from sca.io.annotations.brush import pack, unpack
 from sca.output import FORMATS, Writers
-from sca.output.label_studio import pack, unpack
 from sca.output.outline import fill, polygons
 from sca.output.read import ReadError, read_captions
 

@@ -1,0 +1,82 @@
+"""What a labelling tool records of an image and its regions, and a count of what could not be kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Box = tuple[float, float, float, float]
+Size = tuple[int, int]  # width, height
+Skip = Callable[[str, str], None]  # counts a reason, with the place of the record
+EXAMPLES = 5  # places that are remembered per reason
+
+
+class AnnotationError(ValueError):
+    """An annotation that cannot be read; the message is one line that names the record."""
+
+
+Reject = Callable[[AnnotationError], None]  # receives what a region that cannot be read is refused for
+
+
+def raise_error(error: AnnotationError) -> None:
+    """Refuse a whole file for one region that cannot be read."""
+    raise error
+
+
+class Annotation(NamedTuple):
+    """A region in pixels of the upright image.
+
+    Args:
+        place: The file and the record, for messages.
+        box: x1, y1, x2, y2. It may reach over the edges of the image.
+        mask: COCO RLE of the image's size.
+        point: x, y of a region that has neither box nor mask.
+        label: Its class.
+        captions: Its texts, the first one first.
+        score: The confidence that the file records.
+        iou: The predicted IoU that the file records.
+    """
+
+    place: str
+    box: Box | None = None
+    mask: Mapping[str, Any] | None = None
+    point: tuple[float, float] | None = None
+    label: str | None = None
+    captions: tuple[str, ...] = ()
+    score: Any = None
+    iou: Any = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its captions, or its label where it has none."""
+        return self.captions or ((self.label,) if self.label else ())
+
+
+class AnnotatedImage(NamedTuple):
+    """An image of a labelling tool. Its size is None where the file does not record it."""
+
+    place: str
+    name: str
+    size: Size | None
+    annotations: list[Annotation]
+    model: str | None = None
+
+
+class SkipCounter:
+    """Count what could not be kept: `skip(reason, place)`. `skipped` and `examples` are those of a dataset."""
+
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def __call__(self, reason: str, place: str) -> None:
+        self.skipped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(place)
+
+    def summarize(self) -> str:
+        """Return one line with each reason, its count and its first place; empty if nothing was counted."""
+        parts = [f"{reason}: {n} (first: {self.examples[reason][0]})" for reason, n in self.skipped.items()]
+        return f"changed or left out: {'; '.join(parts)}" if parts else ""

@@ -1,0 +1,148 @@
+"""COCO's annotations: `bbox` and `segmentation`, as polygons or as RLE of either kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sca import masks
+from sca.io.annotations.annotation import Annotation, AnnotationError, Box, Size, Skip
+from sca.io.annotations.shapes import Points, bound_points, fill_polygons
+from sca.io.numbers import is_finite_number
+
+SHORT = "polygon of fewer than three points"
+Count = Callable[[str], None]  # counts a reason
+
+
+def read_annotation(record: Mapping[str, Any], place: str, size: Size, label: str | None, skip: Skip) -> Annotation:
+    """Read an annotation.
+
+    Args:
+        record: The annotation.
+        place: The file and the record, for messages.
+        size: Width and height of its image.
+        label: The name of its category.
+        skip: Called for each part that cannot be kept.
+
+    Raises:
+        AnnotationError: If a field cannot be read; the message names it.
+    """
+    segmentation = find_segmentation(record)
+    field = "bbox"
+    try:
+        box = read_box(record.get("bbox"))
+        field = "segmentation"
+        mask = read_mask(segmentation, size, lambda reason: skip(reason, place))
+    except ValueError as error:
+        raise AnnotationError(f"{place}, {field!r}: {error}") from error
+    if box and (box[0] == box[2] or box[1] == box[3]):
+        if any(record["bbox"]):  # all zero is how a region without a box is written
+            skip("empty box", place)
+        box = None
+    if mask and isinstance(segmentation, list) and not masks.area(mask):
+        skip("polygon without a pixel", place)
+        box, mask = box or bound_segmentation(segmentation, lambda _: None), None
+    if has_keypoints(record):
+        skip("keypoints", place)
+    texts = record.get("caption")
+    captions = tuple(texts) if isinstance(texts, list) else () if texts is None else (texts,)
+    if not all(isinstance(text, str) for text in captions):
+        raise AnnotationError(f"{place}, 'caption': text, not {texts!r:.40}")
+    box = box or (masks.box_of(mask) if mask else None)
+    return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"))
+
+
+def name_categories(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name of each category of a file by its id, written as text; underscores are read as spaces."""
+    categories = content.get("categories")
+    named = [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
+    return {
+        str(each.get("id")): each["name"].replace("_", " ").strip()
+        for each in named
+        if isinstance(each.get("name"), str)
+    }
+
+
+def read_box(value: Any) -> Box | None:
+    """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
+
+    Raises:
+        ValueError: With what it must be.
+    """
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or len(value) != 4 or not all(map(is_finite_number, value)):
+        raise ValueError(f"must be four numbers (x, y, width, height), not {value!r:.80}")
+    x, y, width, height = value
+    if min(width, height) < 0:
+        raise ValueError(f"must not have a negative width or height, as {value!r:.80} does")
+    return x, y, x + width, y + height
+
+
+def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
+    """Read a `segmentation` as a compressed RLE, which may be empty; None if there is none.
+
+    Args:
+        value: Polygons [[x, y, x, y, ...]], or an RLE, compressed or not.
+        size: Width and height of the image.
+        count: Called for each polygon that has no inside.
+
+    Raises:
+        ValueError: With what it must be.
+    """
+    if not value:
+        return None
+    width, height = size
+    if isinstance(value, list):
+        polygons = read_polygons(value, count)
+        return fill_polygons(polygons, size) if polygons else None
+    if not isinstance(value, dict) or not isinstance(value.get("counts"), str | list):
+        raise ValueError("must be polygons, or RLE with size and counts")
+    if value.get("size") != [height, width]:
+        raise ValueError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
+    try:
+        return masks.checked(value)
+    except ValueError as error:
+        raise ValueError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
+
+
+def read_polygons(value: list[Any], count: Count) -> list[Points]:
+    """Read polygons [[x, y, x, y, ...]]; those of fewer than three points are counted and left out.
+
+    Raises:
+        ValueError: With what they must be.
+    """
+    polygons = []
+    for flat in value:
+        if not isinstance(flat, list) or len(flat) % 2 or not all(map(is_finite_number, flat)):
+            raise ValueError("must be lists of x, y, x, y, ... for its polygons")
+        if len(flat) < 6:
+            count(SHORT)
+        else:
+            polygons.append(list(zip(flat[::2], flat[1::2], strict=True)))
+    return polygons
+
+
+def bound_segmentation(value: Any, count: Count) -> Box | None:
+    """Return the box around a `segmentation` without the size of its image; None if nothing is inside.
+
+    Raises:
+        ValueError: With what it must be.
+    """
+    if isinstance(value, dict):
+        return masks.box_of(masks.checked(value))
+    if not isinstance(value, list):
+        raise ValueError("must be polygons, or RLE with size and counts")
+    polygons = read_polygons(value, count)
+    return bound_points(point for polygon in polygons for point in polygon) if polygons else None
+
+
+def find_segmentation(record: Mapping[str, Any]) -> Any:
+    """Return the `segmentation` of an annotation; None where our export says by `isbox` that it repeats the box."""
+    return None if record.get("isbox") else record.get("segmentation")
+
+
+def has_keypoints(record: Mapping[str, Any]) -> bool:
+    """Whether an annotation has keypoints, of which we keep none: x, y, visibility for each; 0 is not labelled."""
+    keypoints = record.get("keypoints")
+    return isinstance(keypoints, list) and any(keypoints[2::3])

@@ -1,0 +1,328 @@
+"""Label Studio's tasks: https://labelstud.io/guide/task_format. Coordinates are per cent of the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sca import masks
+from sca.images import SUFFIXES
+from sca.io.annotations import brush
+from sca.io.annotations.annotation import (
+    AnnotatedImage,
+    Annotation,
+    AnnotationError,
+    Box,
+    Reject,
+    Size,
+    Skip,
+    raise_error,
+)
+from sca.io.annotations.shapes import (
+    Points,
+    bound_points,
+    decode_mask,
+    fill_polygons,
+    rotate_rectangle,
+    trace_ellipse,
+)
+from sca.io.numbers import is_finite_number
+
+Results = Sequence[Mapping[str, Any]]
+Point = tuple[float, float]
+SHAPES = ("rectangle", "polygon", "ellipse", "brush", "bitmask", "keypoint", "vector")
+SEVERAL = "task with several {}, of which one is read"
+
+
+def read_tasks(content: Any, where: str, skip: Skip, reject: Reject = raise_error) -> Iterator[AnnotatedImage]:
+    """Read the images of an export, in order.
+
+    A task's annotation is the first that is marked as ground truth, or else the first; cancelled ones are passed over.
+    Where a task has no annotation, it is its first draft, or else its first prediction.
+
+    Args:
+        content: A list of tasks, or one task.
+        where: The file, for messages.
+        skip: Called for each task, result or part that cannot be kept.
+        reject: Called for each task or region that cannot be read, with an error that names it (default: raise it).
+    """
+    for number, task in enumerate(content if isinstance(content, list) else [content]):
+        try:
+            images = _read_task(task, f"{where}, task {number}", skip, reject)
+        except AnnotationError as error:
+            reject(error)
+        else:
+            yield from images
+
+
+def _read_task(task: Any, place: str, skip: Skip, reject: Reject) -> list[AnnotatedImage]:
+    if "data" not in _table(task, place):
+        raise AnnotationError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
+    data = _table(task["data"], f"{place}, 'data'")
+    chosen = choose_annotation(task, place, skip)
+    results = _tables(chosen.get("result") or [], place)
+    images = name_images(data, results, place)
+    model = chosen.get("model_version") if isinstance(chosen.get("model_version"), str) else None
+    found = []
+    for (key, index), name in images.items():
+        its = [each for each in results if _is_of(each, key, index, images)]
+        size = read_size(its, data, len(images), place)
+        regions = read_regions(its, size, place, skip, reject)
+        found.append(AnnotatedImage(place, name, size, regions, model))
+    return found
+
+
+def is_task(content: Any) -> bool:
+    """Whether a JSON value is a single task; a file of several is a list."""
+    return isinstance(content, Mapping) and isinstance(content.get("data"), Mapping)
+
+
+def choose_annotation(task: Mapping[str, Any], place: str, skip: Skip) -> Mapping[str, Any]:
+    """Return the annotation, draft or prediction of a task that counts; empty if there is none."""
+    annotations = _tables(task.get("annotations") or [], f"{place}, 'annotations'")
+    for annotation in annotations:
+        if annotation.get("was_cancelled"):
+            skip("cancelled annotation", place)
+    if annotations:
+        finished = [each for each in annotations if not each.get("was_cancelled")]
+        if len(finished) > 1:
+            skip(SEVERAL.format("annotations"), place)
+        finished.sort(key=lambda each: not each.get("ground_truth"))  # the others keep their order
+        return finished[0] if finished else {}
+    for kind in ("drafts", "predictions"):
+        listed = task.get(kind)
+        found = (
+            [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
+        )  # or only ids
+        if len(found) > 1:
+            skip(SEVERAL.format(kind), place)
+        if found:
+            return found[0]
+    return {}
+
+
+def name_images(data: Mapping[str, Any], results: Results, place: str) -> dict[tuple[str, int], str]:
+    """Find the images of a task: the key in its data and the place in that key's list -> the name.
+
+    The keys are those that the results' `to_name` repeat, or else "image", or else the only one whose value names an
+    image.
+
+    Raises:
+        AnnotationError: If no key or several could be meant.
+    """
+    of_shapes = dict.fromkeys(str(each.get("to_name")) for each in results if _kind(each))
+    keys = [key for key in of_shapes if key in data] or [key for key in data if key == "image"]
+    keys = keys or [key for key, value in data.items() if _names_image(value)]
+    if not keys or (len(keys) > 1 and not set(keys) <= of_shapes.keys()):
+        found = "several values name" if keys else "no value names"
+        raise AnnotationError(f"{place}, 'data': {found} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
+    images = {}
+    for key in keys:
+        values = data[key] if isinstance(data[key], list) else [data[key]]
+        for index, name in enumerate(values):
+            if not isinstance(name, str) or not name:
+                raise AnnotationError(f"{place}, 'data', {key!r}: the name of an image, not {name!r:.40}")
+            images[key, index] = name
+    return images
+
+
+def read_size(results: Results, data: Mapping[str, Any], images: int, place: str) -> Size | None:
+    """Return the width and height that the shapes record, or else the task's data, as our export does; None if none."""
+    sizes = [(each.get("original_width"), each.get("original_height")) for each in results if _kind(each)]
+    if not sizes and images == 1 and {"width", "height"} <= data.keys():
+        sizes = [(data["width"], data["height"])]
+    if other := next((size for size in sizes if size != sizes[0]), None):
+        raise AnnotationError(f"{place}: its results are of images of several sizes: {sizes[0]!r:.40}, {other!r:.40}")
+    for width, height in sizes[:1]:
+        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height)):
+            raise AnnotationError(
+                f"{place}: 'original_width' and 'original_height' in whole pixels, not {width!r:.20}, {height!r:.20}"
+            )
+        if width * height > masks.PIXEL_LIMIT:
+            raise AnnotationError(f"{place}: an image of {width} x {height} has more pixels than are allowed")
+        return width, height
+    return None
+
+
+def read_regions(
+    results: Results, size: Size | None, place: str, skip: Skip, reject: Reject = raise_error
+) -> list[Annotation]:
+    """Read the regions of one image: results with the same id are one region."""
+    regions: dict[Any, list[Mapping[str, Any]]] = {}
+    for number, result in enumerate(results):
+        identity = result.get("id")
+        regions.setdefault(identity if isinstance(identity, str) else number, []).append(result)
+    found = []
+    for identity, pieces in regions.items():
+        where = f"{place}, {'region' if isinstance(identity, str) else 'result'} {identity!r}"
+        shapes = [piece for piece in pieces if _kind(piece)]
+        for kind in (piece.get("type") for piece in pieces if not _kind(piece)):
+            if kind == "textarea" and not shapes:
+                skip("text without a region", where)
+            elif kind not in ("textarea", "labels"):
+                skip(kind if isinstance(kind, str) else "result without a type", where)
+        try:
+            region = _read_region(pieces, shapes, size, where, skip) if shapes and size else None
+        except AnnotationError as error:
+            reject(error)
+        else:
+            found += [region] if region else []
+    return found
+
+
+def _read_region(pieces: Results, shapes: Results, size: Size, place: str, skip: Skip) -> Annotation | None:
+    box, mask, point = None, None, None
+    for piece in shapes:
+        turn = piece.get("image_rotation")
+        if is_finite_number(turn) and turn % 360:
+            skip("region on an image that was turned in Label Studio", place)
+        elif _kind(piece) == "keypoint" and piece.get("parentID"):
+            skip("keypoint", place)
+        elif piece.get("type") != "labels" or not (box or mask or point):  # which repeats a shape of its own
+            new_box, new_mask, new_point = read_shape(piece, size, place, skip)
+            box, mask, point = box or new_box, mask or new_mask, point or new_point
+    if mask and not box:
+        box = masks.box_of(mask)
+    if not (box or mask or point):
+        return None
+    captions = tuple(text for piece in pieces for text in _texts(piece, place))
+    labels = dict.fromkeys(label for piece in pieces for label in _labels(piece))
+    score = next((piece["score"] for piece in pieces if piece.get("score") is not None), None)
+    point = None if box or mask else point
+    return Annotation(place, box, mask, point, ", ".join(labels) or None, captions, score)
+
+
+def read_shape(
+    result: Mapping[str, Any], size: Size, place: str, skip: Skip
+) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
+    """Read the box, the mask or the point of a result, in pixels. All are None for what was counted.
+
+    Raises:
+        AnnotationError: If its value cannot be read.
+    """
+    value, kind = _table(result.get("value"), f"{place}, 'value'"), _kind(result)
+    x_scale, y_scale = size[0] / 100, size[1] / 100
+    try:
+        match kind:
+            case "rectangle":
+                x, y, width, height = _numbers(value, ("x", "y", "width", "height"))
+                (degrees,) = _numbers({"rotation": 0, **_given(value)}, ("rotation",))
+                x1, y1, w, h = x * x_scale, y * y_scale, width * x_scale, height * y_scale
+                if degrees % 360 == 0:
+                    return (x1, y1, (x + width) / 100 * size[0], (y + height) / 100 * size[1]), None, None
+                return _filled(rotate_rectangle(x1, y1, w, h, degrees), size, place, skip)
+            case "ellipse":
+                x, y, radius_x, radius_y = _numbers(value, ("x", "y", "radiusX", "radiusY"))
+                (degrees,) = _numbers({"rotation": 0, **_given(value)}, ("rotation",))
+                around = trace_ellipse(x * x_scale, y * y_scale, radius_x * x_scale, radius_y * y_scale, degrees)
+                return _filled(around, size, place, skip)
+            case "polygon":
+                corners = [_pair(each) for each in value["points"]]
+                return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
+            case "vector":
+                vertices = [_table(each, "a vertex") for each in value["vertices"]]
+                if not value.get("closed") or any(each.get("isBezier") for each in vertices):
+                    skip("open or curved vector", place)
+                    return None, None, None
+                corners = [_numbers(each, ("x", "y")) for each in vertices]
+                return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
+            case "brush":
+                if not isinstance(value.get("rle"), list):
+                    raise ValueError("no list 'rle'")
+                return None, masks.encode(brush.unpack(value["rle"], *size)), None
+            case "bitmask":
+                inside = decode_mask(value.get("imageDataURL"), "'imageDataURL'", size)
+                if inside.shape != size[::-1]:
+                    raise ValueError(f"'imageDataURL' is {inside.shape[1]} x {inside.shape[0]}, the image {size}")
+                return None, masks.encode(np.asarray(inside)), None
+            case _:
+                x, y = _numbers(value, ("x", "y"))
+                return None, None, (x * x_scale, y * y_scale)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise AnnotationError(f"{place}: a {kind} that cannot be read: {reason}") from error
+
+
+def _filled(
+    points: Points, size: Size, place: str, skip: Skip
+) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
+    if len(points) < 3:
+        skip("polygon of fewer than three points", place)
+        return None, None, None
+    mask = fill_polygons([points], size)
+    if masks.area(mask):
+        return masks.box_of(mask), mask, None
+    skip("shape without a pixel, read as its box", place)
+    return bound_points(points), None, None
+
+
+def _kind(result: Mapping[str, Any]) -> str | None:
+    """One of SHAPES; None for a result without a shape. `labels` has that of its own value."""
+    kind, value = result.get("type"), result.get("value")
+    if kind == "labels" and isinstance(value, Mapping):
+        by_key = {"rle": "brush", "imageDataURL": "bitmask", "vertices": "vector", "points": "polygon"}
+        by_key |= {"radiusX": "ellipse", "height": "rectangle", "x": "keypoint"}
+        return next((shape for key, shape in by_key.items() if key in value), None)
+    shape = kind.removesuffix("labels") if isinstance(kind, str) else None
+    return shape if shape in SHAPES else None
+
+
+def _texts(result: Mapping[str, Any], place: str) -> list[str]:
+    if result.get("type") != "textarea":
+        return []
+    texts = _table(result.get("value"), f"{place}, 'value'").get("text")
+    texts = texts if isinstance(texts, list) else [texts]
+    if not all(isinstance(text, str) for text in texts):
+        raise AnnotationError(f"{place}, 'text': text, not {texts!r:.40}")
+    return texts
+
+
+def _labels(result: Mapping[str, Any]) -> list[str]:
+    kind, value = str(result.get("type")), result.get("value")
+    labels = value.get(kind) if kind.endswith("labels") and isinstance(value, Mapping) else None
+    return [label for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
+
+
+def _is_of(result: Mapping[str, Any], key: str, index: int, images: Mapping[tuple[str, int], str]) -> bool:
+    """Whether a result is of this image of its task."""
+    several = len({key for key, _ in images}) > 1
+    place = result.get("item_index") if isinstance(result.get("item_index"), int) else 0
+    return (not several or result.get("to_name") == key) and (place == index or (key, place) not in images)
+
+
+def _names_image(value: Any) -> bool:
+    """Whether a value of a task's data names an image: a path or a URL, whose query may hold the path."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str) and any(part.lower().endswith(SUFFIXES) for part in re.split("[?#&]", first))
+
+
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: each for key, each in value.items() if each is not None}
+
+
+def _numbers(value: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
+    found = [value.get(key) for key in keys]
+    if not all(map(is_finite_number, found)):
+        raise ValueError(f"{', '.join(keys)} must be numbers, not {found!r:.60}")
+    return [float(each) for each in found]  # type: ignore[arg-type]
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_finite_number, value)):
+        raise ValueError(f"a point must be two numbers x, y, not {value!r:.60}")
+    return float(value[0]), float(value[1])
+
+
+def _tables(value: Any, place: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list):
+        raise AnnotationError(f"{place}: a list, not {value!r:.40}")
+    return [_table(each, place) for each in value]
+
+
+def _table(value: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise AnnotationError(f"{place}: an object, not {value!r:.40}")
+    return value

@@ -1,0 +1,119 @@
+"""Masks and boxes of shapes. Coordinates are continuous: pixel (x, y) covers x..x+1, y..y+1."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+
+from sca import masks
+from sca.images import ImageError, inspect_image
+from sca.io.annotations.annotation import Box, Size
+
+Points = Sequence[tuple[float, float]]
+REACH = 4  # points may lie outside by so many times the image's longer side: farther ones take long to draw
+ELLIPSE_CORNERS = 360
+MAX_EMBEDDED_BYTES = 64 * 2**20  # of an image inside an annotation file, as base64
+
+
+def fill_polygons(polygons: Iterable[Points], size: Size) -> dict[str, Any]:
+    """Fill polygons as pycocotools does.
+
+    Args:
+        polygons: Each of at least three corners (x, y). Where they overlap they are one: COCO's polygons have no holes.
+        size: Width and height of the image.
+
+    Returns:
+        The RLE, empty if no pixel lies inside.
+
+    Raises:
+        ValueError: For a point far outside the image.
+    """
+    width, height = size
+    corners = [list(polygon) for polygon in polygons]
+    check_reach((point for polygon in corners for point in polygon), size)
+    flat = [[float(value) for point in polygon for value in point] for polygon in corners]
+    if not flat:
+        return masks.encode(np.zeros((height, width), bool))
+    code = rle.merge(rle.frPyObjects(flat, height, width))
+    return {"size": [height, width], "counts": code["counts"].decode("ascii")}
+
+
+def check_reach(points: Iterable[tuple[float, float]], size: Size) -> None:
+    """Raise ValueError for a point that lies so far outside that drawing it would take long."""
+    reach = REACH * max(size)
+    if any(abs(value) > reach for point in points for value in point):
+        raise ValueError(f"has a point far outside the image of {size[0]} x {size[1]}")
+
+
+def bound_points(points: Iterable[tuple[float, float]]) -> Box:
+    """Return the smallest box around points."""
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def rotate_rectangle(x: float, y: float, width: float, height: float, degrees: float) -> Points:
+    """Return the corners of a rectangle turned clockwise about its first corner (x, y), in pixels."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    sides = ((0, 0), (width, 0), (width, height), (0, height))
+    return [(x + right * cos - down * sin, y + right * sin + down * cos) for right, down in sides]
+
+
+def trace_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> Points:
+    """Return corners along an ellipse around (x, y), turned clockwise about its center, in pixels."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    angles = (2 * math.pi * step / ELLIPSE_CORNERS for step in range(ELLIPSE_CORNERS))
+    around = ((radius_x * math.cos(angle), radius_y * math.sin(angle)) for angle in angles)
+    return [(x + right * cos - down * sin, y + right * sin + down * cos) for right, down in around]
+
+
+def decode_embedded(text: Any, what: str) -> bytes:
+    """Decode an image that an annotation file contains as base64, with or without the head of a data URI.
+
+    Raises:
+        ValueError: If it is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
+    """
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{what}: base64 text, not {text!r:.40}")
+    _, _, content = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if len(content) * 3 // 4 > MAX_EMBEDDED_BYTES:
+        raise ValueError(f"{what} is larger than {MAX_EMBEDDED_BYTES:,} bytes; keep the image in a file")
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{what} is not base64: {error}") from error
+
+
+def decode_mask(text: Any, what: str, size: Size) -> np.ndarray:
+    """Decode a mask that an annotation file contains as an image in base64.
+
+    Args:
+        size: Width and height of the annotated image, which a mask may not exceed.
+
+    Returns:
+        (height, width) bool of the mask's own size: true where a pixel is neither zero nor transparent.
+
+    Raises:
+        ValueError: If it cannot be read, or is larger than the image.
+    """
+    try:
+        image = inspect_image(io.BytesIO(decode_embedded(text, what)), what, pixels=masks.PIXEL_LIMIT)
+        if image.width > size[0] or image.height > size[1]:
+            raise ValueError(f"{what} is {image.width} x {image.height}, larger than the image")
+        with image:
+            return find_inside(np.asarray(image), image.mode in ("LA", "RGBA"))
+    except (ImageError, OSError, SyntaxError) as error:  # the latter two: damaged pixels behind a good header
+        raise ValueError(f"{what}: {error}") from error
+
+
+def find_inside(values: np.ndarray, has_alpha: bool) -> np.ndarray:
+    """(height, width) or (height, width, channels) -> bool, true where a pixel is neither zero nor transparent."""
+    if has_alpha:
+        return values[..., :-1].any(-1) & (values[..., -1] != 0)
+    return values != 0 if values.ndim == 2 else values.any(-1)

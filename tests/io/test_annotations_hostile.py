@@ -1,0 +1,103 @@
+"""Records of labeling tools with any value in any place are read, counted or refused in one line."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sca.io.annotations.annotation import SkipCounter
+from sca.output.read import ReadError, read_captions
+from sca.prompts import PromptError, read_prompts
+
+HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
+VALUES = {
+    "rectanglelabels": {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 5, "rectanglelabels": ["cat"]},
+    "polygonlabels": {"points": [[1, 2], [30, 4], [5, 60]], "polygonlabels": ["cat"]},
+    "ellipselabels": {"x": 1, "y": 2, "radiusX": 3, "radiusY": 4, "rotation": 5},
+    "brushlabels": {"format": "rle", "rle": [1, 2, 3]},
+    "bitmasklabels": {"imageDataURL": "data:image/png;base64,QUJD"},
+    "vectorlabels": {"vertices": [{"x": 1, "y": 2, "isBezier": False}] * 3, "closed": True},
+    "keypointlabels": {"x": 1, "y": 2, "width": 3},
+    "labels": {"x": 1, "y": 2, "width": 3, "height": 4, "labels": ["cat"]},
+    "textarea": {"text": ["a cat"]},
+    "choices": {"choices": ["good"]},
+}
+LABEL_STUDIO = [
+    {
+        "id": 1,
+        "data": {"image": "a.png"},
+        "annotations": [
+            {
+                "was_cancelled": False,
+                "ground_truth": True,
+                "result": [{**HEAD, "type": kind, "value": value, "item_index": 0, "parentID": None}],
+            }
+        ],
+        "drafts": [],
+        "predictions": [{"model_version": "m", "result": []}],
+    }
+    for kind, value in VALUES.items()
+]
+SHAPE = {"label": "cat", "group_id": None, "description": "a cat", "flags": {}, "score": 0.5, "mask": None}
+LABELME = [
+    {
+        "imagePath": "a.png",
+        "imageWidth": 40,
+        "imageHeight": 30,
+        "imageData": "QUJD",
+        "shapes": [{**SHAPE, "shape_type": kind, "points": [[1, 2], [30, 4], [5, 16]][:number]}],
+    }
+    for kind, number in {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2, "line": 2, "point": 1, None: 3}.items()
+]
+COCO = [
+    {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "caption": "a cat", **more}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "info": {"model": "m"},
+    }
+    for more in (
+        {"segmentation": [[1, 2, 30, 4, 5, 16]], "keypoints": [1, 2, 2], "iscrowd": 0},
+        {"segmentation": {"size": [30, 40], "counts": [1200]}, "region": 0, "score": 0.5, "isbox": 0},
+    )
+]
+
+plain = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from([10**400, -1, [], {}])
+)
+values = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner), max_leaves=4
+)
+
+
+def places(content, path=()):
+    """The path of every value in a JSON value."""
+    children = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+@pytest.mark.parametrize("tool", ["label-studio", "labelme", "coco"])
+def test_any_value_in_any_place_is_read_or_refused_in_one_line(tmp_path_factory, tool, data):
+    records = {"label-studio": [[task] for task in LABEL_STUDIO], "labelme": LABELME, "coco": COCO}[tool]
+    content = copy.deepcopy(data.draw(st.sampled_from(records)))
+    *parents, key = data.draw(st.sampled_from(list(places(content))))
+    holder = content
+    for parent in parents:
+        holder = holder[parent]
+    holder[key] = data.draw(values)
+    path = tmp_path_factory.getbasetemp() / "hostile.json"
+    path.write_text(json.dumps(content))
+    for read, error in ((partial(read_captions, skip=SkipCounter()), ReadError), (read_prompts, PromptError)):
+        problem = ""
+        try:
+            list(read(path))
+        except error as refused:
+            problem = str(refused)
+        assert "\n" not in problem
