@@ -1,33 +1,47 @@
 """Pictures annotated with LabelMe (github.com/wkentaro/labelme), and a metric that looks for labels in captions."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from sca_registry.contracts import Region, Sample, Scores
 
+from sca.images import ImageError, open_image
+from sca.io.annotations import labelme
+from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.json import read_json
-from sca.io.paths import ImageNameError, find_image
-from sca.masks import box_of, encode
+from sca.io.paths import ImageNameError, expand_user, find_image
 
 
 class LabelMe:
     """The JSON files of `root/split`, or of `root` where there is no such folder, each beside its picture.
 
-    A polygon, rectangle or circle is a region: its label the name, its description, if any, the phrase. Other shapes
-    are left out. ValueError for a folder without files, and for a file that cannot be used, with the field.
+    A region is a shape, or the shapes of one `group_id`: its label the name, its descriptions, if any, the phrases.
+    What cannot be a region, such as a keypoint, is counted in `skipped`, the first of each named in `examples`. A
+    picture that is not there is taken from the file's `imageData`. ValueError for a folder without files, for a file
+    that cannot be used, with the field, and for a picture that has not the size its file records.
     """
 
     def __init__(self, split: str, root: str):
-        folder = Path(root).expanduser() / split
+        folder = expand_user(root) / split
         folder = folder if folder.is_dir() else folder.parent
         self.split = split
         self.files = sorted(folder.glob("*.json"))
         if not self.files:
             raise ValueError(f"there are no LabelMe files (*.json) in {folder}")
-        self.records = [_read(file) for file in self.files]
-        counts = [len(record["shapes"]) for record in self.records]
-        self.first = [sum(counts[:number]) for number in range(len(counts))]  # each region has an id of its own
+        skip = SkipCounter()
+        self.skipped, self.examples = skip.skipped, skip.examples
+        self.images, self.sizes, self.regions = [], [], []
+        ids = itertools.count()  # each region has an id of its own
+        for file in self.files:
+            content, image = _read(file)
+            size = labelme.find_size(content, image, str(file))
+            shapes = labelme.read_shapes(content, size, str(file), skip)
+            regions = [_region(shape, size, next(ids), skip) for shape in shapes]
+            self.images.append(image)
+            self.sizes.append(size)
+            self.regions.append(tuple(region for region in regions if region))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -35,23 +49,21 @@ class LabelMe:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        file, record = self.files[index], self.records[index]
+        file, path, size = self.files[index], self.images[index], self.sizes[index]
         try:
-            with Image.open(find_image(record["imagePath"], [file.parent])) as stored:
-                image = stored.convert("RGB")
-        except (OSError, ImageNameError) as error:
-            raise ValueError(f"{file}: the picture {record['imagePath']!r} cannot be read ({error})") from error
-        regions = []
-        for number, shape in enumerate(record["shapes"]):
-            mask = _mask(shape, image.size, f"{file}: shapes[{number}]")
-            if mask is not None and mask.any():
-                said = (shape.get("description") or "").strip()
-                regions.append(
-                    Region(
-                        self.first[index] + number, box_of(mask), encode(mask), shape["label"], (said,) if said else ()
-                    )
-                )
-        return Sample(image, index, tuple(regions))
+            image = open_image(path) if path.exists() else labelme.open_image_of(_read(file)[0], path, str(file))
+        except ImageError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if image.size != size:
+            raise ValueError(
+                f"{file}: the picture {path.name!r} is {image.width} x {image.height}, and the file records "
+                f"{size[0]} x {size[1]}; give the picture that was annotated"
+            )
+        return Sample(image, index, self.regions[index])
+
+    def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
+        """The regions of each picture, in order; no picture is opened."""
+        return iter(self.regions)
 
 
 class LabelRecall:
@@ -67,35 +79,24 @@ class LabelRecall:
         return Scores({"label-recall/mean": float(np.mean(found)), "label-recall/captions": len(found)})
 
 
-def _read(file: Path) -> dict:
-    record = read_json(file)
-    if not isinstance(record, dict) or not isinstance(record.get("imagePath"), str):
+def _read(file: Path) -> tuple[dict, Path]:
+    """The content of a file, and where its picture is."""
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
         raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
-    shapes = record.get("shapes")
-    if not isinstance(shapes, list) or not all(isinstance(s, dict) and isinstance(s.get("label"), str) for s in shapes):
-        raise ValueError(f"{file}: shapes is not a list of shapes with a label")
-    return record
-
-
-def _mask(shape: dict, size: tuple[int, int], where: str) -> np.ndarray | None:
-    """(height, width) bool; None for a shape without an inside."""
-    kind = shape.get("shape_type") or "polygon"
-    if kind not in ("polygon", "rectangle", "circle"):
-        return None
     try:
-        points = [(float(x), float(y)) for x, y in shape["points"]]
-        assert len(points) >= (3 if kind == "polygon" else 2)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{where}: points of a {kind} are not what they should be") from error
-    drawn = Image.new("1", size)
-    pen = ImageDraw.Draw(drawn)
-    if kind == "polygon":
-        pen.polygon(points, fill=1, outline=1)
-        return np.array(drawn)
-    (x, y), (u, v) = points[:2]
-    if kind == "rectangle":
-        pen.rectangle((min(x, u), min(y, v), max(x, u), max(y, v)), fill=1)
-    else:
-        radius = ((x - u) ** 2 + (y - v) ** 2) ** 0.5
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
-    return np.array(drawn)
+        return content, find_image(content["imagePath"], [file.parent])
+    except ImageNameError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _region(shape: Annotation, size: tuple[int, int], identity: int, skip: SkipCounter) -> Region | None:
+    """A shape as a region, its box clipped to the picture; None, and counted, where it has none."""
+    if shape.box is None:
+        return skip("keypoint", shape.place)
+    limits = (*size, *size)
+    box = tuple(min(max(float(value), 0.0), float(limit)) for value, limit in zip(shape.box, limits, strict=True))
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return skip("empty box", shape.place)
+    phrases = tuple(text.strip() for text in shape.captions if text.strip())
+    return Region(identity, box, shape.mask, shape.label, phrases)

@@ -1,5 +1,6 @@
 """A folder of LabelMe's is a dataset that keeps its promises, and labels are found in captions."""
 
+import base64
 import json
 
 import numpy as np
@@ -31,10 +32,64 @@ def folder(tmp_path):
 
 
 def test_shapes_are_regions_with_masks(folder):
-    roof, door, sun = LabelMe("train", str(folder))[1].regions
+    roof, door, sun, wire = LabelMe("train", str(folder))[1].regions
     assert (roof.name, roof.phrases, door.name, door.phrases) == ("roof", ("a red roof",), "door", ())
-    assert door.box == (22, 10, 31, 26)
+    assert (door.box, door.mask) == ((22, 10, 30, 25), None)
     assert decode(sun.mask).sum() == pytest.approx(np.pi * 3.5**2, rel=0.1)
+    assert (wire.box, wire.mask) == ((0, 0, 9, 9), None)
+
+
+def test_dataset_counts_what_is_no_region(folder):
+    point = {"label": "eye", "points": [[3, 3]], "shape_type": "point"}
+    ignored = {"label": "__ignore__", "points": [[2, 2], [20, 2], [2, 20]], "shape_type": "polygon"}
+    cuboid = {"label": "box", "points": [[2, 2], [20, 2], [2, 20]], "shape_type": "cuboid"}
+    outside = {"label": "door", "points": [[50, 2], [60, 20]], "shape_type": "rectangle"}
+    content = {"imagePath": "0.png", "shapes": [point, ignored, cuboid, outside]}
+    (folder / "0.json").write_text(json.dumps(content))
+    dataset = LabelMe("train", str(folder))
+    assert dataset.skipped == {
+        "keypoint": 1,
+        "shape labelled __ignore__": 1,
+        "LabelMe shape 'cuboid'": 1,
+        "empty box": 1,
+        "line, read as its box": 1,
+    }
+    assert dataset.examples["keypoint"] == [f"{folder / '0.json'}, shapes[0]"]
+    assert [len(regions) for regions in dataset.annotations_of_all()] == [0, 4]
+
+
+def turned(folder, **changes):
+    """A picture that EXIF turns by a quarter, annotated as LabelMe shows it: 40 x 30."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 40), "grey").save(folder / "0.png", exif=exif)
+    door = {"label": "door", "points": [[32, 10], [39, 25]], "shape_type": "rectangle"}
+    content = {"imagePath": "0.png", "shapes": [door], "imageWidth": 40, "imageHeight": 30} | changes
+    (folder / "0.json").write_text(json.dumps(content))
+    return LabelMe("train", str(folder))
+
+
+def test_dataset_applies_exif_orientation(folder):
+    for changes in ({}, {"imageWidth": None, "imageHeight": None}):
+        sample = turned(folder, **changes)[0]
+        assert sample.image.size == (40, 30)
+        assert [region.box for region in sample.regions] == [(32, 10, 39, 25)]
+
+
+def test_dataset_rejects_an_image_of_another_size(folder):
+    with pytest.raises(ValueError, match=r"'0\.png' is 40 x 30, and the file records 30 x 40"):
+        turned(folder, imageWidth=30, imageHeight=40)[0]
+
+
+def test_dataset_takes_a_missing_image_from_the_file(folder):
+    data = base64.b64encode((folder / "0.png").read_bytes()).decode()
+    for path in folder.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"imageData": data}))
+    whole = LabelMe("train", str(folder))[0]
+    (folder / "0.png").unlink()
+    sample = LabelMe("train", str(folder))[0]
+    assert sample.image.tobytes() == whole.image.tobytes()
+    assert sample.regions == whole.regions
 
 
 def test_the_dataset_keeps_its_promises(folder, conformance):
@@ -57,7 +112,7 @@ def test_labelme_names_the_file_of_a_url(folder):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "not JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": [{}]}', "shapes is not")],
+    [("{", "not JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": [{}]}', "shapes")],
 )
 def test_a_broken_file_is_named(folder, text, told):
     (folder / "1.json").write_text(text)
