@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sca.data.records import elements
 from sca.io.paths import expand_user
 
 TOLD = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "colour": 0.2}}  # of a source in a recipe
@@ -19,8 +21,9 @@ SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow,
 
 
 def recognised(path: str | Path) -> dict[str, Any]:
-    """The table of a recipe's data for `path`: a `.jsonl` file, a COCO `.json` file, or a folder with either, or with
-    `train.json`, `train/`, `val.json` and `val/`, or an export in COCO's format of Label Studio, CVAT or Roboflow.
+    """The table of a recipe's data for `path`: a `.jsonl` file, a `.json` file of COCO, Label Studio or LabelMe, or a
+    folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`, or an export in
+    COCO's format of Label Studio, CVAT or Roboflow.
     Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
     are kept for "val".
 
@@ -34,13 +37,39 @@ def recognised(path: str | Path) -> dict[str, Any]:
             return {"name": "coco", "root": str(path), **TOLD}
         if table := _split_export(path):
             return {**table, **TOLD}
+        if _is_labelme(path):
+            return {"name": "annotations", "file": str(path), "hold_out": HOLD_OUT, **TOLD}
         path = _only_file(path)
     images = _images_of(path)
     if path.suffix == ".jsonl":
         return {"name": "jsonl", "file": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
     if path.suffix == ".json":
+        tool = _tool_of(path)
+        if tool == "LabelMe":  # whose images are named from its own folder
+            return {"name": "annotations", "file": str(path), "hold_out": HOLD_OUT, **TOLD}
+        if tool == "Label Studio":
+            return {"name": "annotations", "file": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
         return {"name": "coco-json", "annotations": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
-    raise ValueError(f"data={path}: a .jsonl file, a COCO .json file or a folder with one is wanted")
+    raise ValueError(f"data={path}: a .jsonl file, a .json file of a labeling tool or a folder with one is wanted")
+
+
+def _is_labelme(folder: Path) -> bool:
+    """Whether all files of a folder that could be annotations are LabelMe's."""
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jsonl")]
+    return bool(files) and all(file.suffix == ".json" and _tool_of(file) == "LabelMe" for file in files)
+
+
+def _tool_of(path: Path) -> str:
+    """The tool that a .json file is of, by its first members; a file that cannot be read counts as COCO's."""
+    with suppress(ValueError):
+        for key, *_ in elements(path):
+            if key in (None, "data"):
+                return "Label Studio"
+            if key in ("shapes", "imagePath", "imageData"):
+                return "LabelMe"
+            if key in ("images", "categories"):
+                return "COCO"
+    return "COCO"
 
 
 def _split_export(folder: Path) -> dict[str, Any] | None:
@@ -61,7 +90,7 @@ def _only_file(folder: Path) -> Path:
         files = [file for file in files if file in train] or files
     if len(files) != 1:
         found = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "none"
-        raise ValueError(f"data={folder}: a folder with one .jsonl or COCO .json file is wanted, and it has {found}")
+        raise ValueError(f"data={folder}: a folder with one .jsonl or .json file is wanted, and it has {found}")
     return files[0]
 
 

@@ -41,7 +41,7 @@ VARIANTS = {  # options worth trying besides those that the card gives for a sma
 }
 READERS = (
     *("coco", "coco-json", "coco-panoptic", "coco-captions", "objects365", "v3det", "sa1b"),
-    *("visual-genome", "visual-genome-grit", "refcoco", "refcoco-plus", "refcocog", "jsonl"),
+    *("visual-genome", "visual-genome-grit", "refcoco", "refcoco-plus", "refcocog", "jsonl", "annotations"),
 )
 JUDGES = ("clip-score", "noun-recall", "semantic", "spice", "verb-recall")
 FROM_FILES = (*READERS, *JUDGES, "boxes-from-coco", "gguf")  # see below, tests/data and tests/evaluation

@@ -1,0 +1,104 @@
+"""Datasets in the files of labeling tools: exports of Label Studio, and folders of LabelMe files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sca.data.fields import field, read_json, table
+from sca.data.own import check_hold_out, chosen, find_split
+from sca.data.table import TableDataset
+from sca.io.annotations import label_studio, labelme
+from sca.io.annotations.annotation import AnnotatedImage, AnnotationError
+from sca.io.paths import ImageNameError, expand_user, normalize_name
+
+
+class Annotations(TableDataset):
+    """Dataset: `Annotations("val", file=PATH, hold_out=0.1)[i]` -> `Sample`: a JSON export of Label Studio, a LabelMe
+    file, or a folder of LabelMe files.
+
+    A region's name is its label, and its phrases are its texts: Label Studio's text areas, LabelMe's description. What
+    cannot be a region, such as a keypoint or a relation, is counted. An image is named relative to `images` if given,
+    else to the file's folder; where LabelMe's image is missing, it is the one inside its file (`imageData`). Images and
+    regions are numbered from 0. `hold_out` is that of `CocoJson`. The rest is that of `TableDataset`.
+    """
+
+    reader = "annotations"
+
+    def __init__(
+        self,
+        split: str,
+        file: str | Path,
+        images: str | Path | None = None,
+        hold_out: float = 0.0,
+        max_bad: int = 100,
+    ):
+        self.hold_out = hold_out
+        self.file = find_split(str(expand_user(file)), split)
+        files = sorted(self.file.glob("*.json")) if self.file.is_dir() else [self.file]
+        if not files or not files[0].is_file():
+            raise ValueError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
+        folder = files[0].parent if images is None else expand_user(images)
+        super().__init__(split, folder, files, max_bad, check_hold_out(split, hold_out))
+
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        """The number of an image, that of its first region, and the image with its regions."""
+        found = list(self._annotated())
+        bar.reset(len(found))
+        names = (each.label for image in found for each in image.annotations)
+        self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
+        first = 0
+        for number, image in enumerate(found):
+            if chosen(image.name, self.split, self.hold_out):
+                yield number, first, image
+            first += len(image.annotations)
+
+    def _record(self, entry: Any) -> dict[str, Any] | None:
+        number, first, annotated = entry
+        if annotated.size is None:  # of a task without regions
+            return self._skip("image without regions", annotated.name)
+        image = self._image(number, annotated.name, *annotated.size)
+        for identity, region in enumerate(annotated.annotations, first):
+            if region.box is None:
+                self._skip("region without a box or mask", region.place)
+                continue
+            mask = ("mask", region.mask)
+            captions = [text.strip() for text in region.captions]
+            self._keep(image, identity, region.box, region.place, mask, name=region.label, phrases=captions)
+        return image
+
+    def _open_image(self, name: str) -> Image.Image:
+        if not name.endswith(".json"):
+            return super()._open_image(name)
+        return labelme.open_embedded(read_json(Path(name)), name)
+
+    def _annotated(self) -> Iterator[AnnotatedImage]:
+        for file in self.sources:
+            content = read_json(file)
+            if isinstance(content, list) or label_studio.is_task(content):
+                yield from label_studio.read_tasks(content, str(file), self._skip, self._reject)
+                continue
+            try:
+                image = self._labelme(table(content, str(file)), file)
+            except (AnnotationError, ImageNameError) as error:
+                self._skip_image("image without data", str(file), str(error), stop=False)
+            else:
+                yield image
+
+    def _labelme(self, content: dict[str, Any], file: Path) -> AnnotatedImage:
+        """An image; one that is inside the file is named by the file."""
+        name = normalize_name(field(content, "imagePath", str, str(file)))
+        path = self._path(name)
+        size = labelme.find_size(content, path, str(file))
+        if not path.is_file() and content.get("imageData"):
+            name = str(file.absolute())
+        return AnnotatedImage(
+            str(file), name, size, labelme.read_shapes(content, size, str(file), self._skip, self._reject)
+        )
+
+    def _reject(self, error: ValueError) -> None:
+        self._skip("region unreadable", str(error))
