@@ -1,0 +1,65 @@
+"""Run where Label Studio's and LabelMe's packages are: what their own converters make of shapes.
+
+    python tool_geometry.py FILE
+
+FILE: {"labelme": {"size": [width, height], "shapes": [...], "groups": [[...], ...]}, "label-studio": [task, ...],
+"masks": [RLE, ...]}. Prints {"labelme": [RLE of each shape, drawn alone], "groups": [RLE of each group],
+"label-studio": COCO annotations of the polygons, "corners": of each rectangle, "brushes": Label Studio's code of each
+mask}.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from label_studio_sdk.converter import Converter
+from label_studio_sdk.converter.brush import mask2rle
+from label_studio_sdk.converter.utils import convert_annotation_to_yolo_obb
+from labelme import utils
+from labelme._label_file import _load_shape_json_obj
+from pycocotools import mask as coco
+
+CONFIG = """<View>
+  <Image name="image" value="$image"/>
+  <RectangleLabels name="box" toName="image"><Label value="cat"/></RectangleLabels>
+  <PolygonLabels name="polygon" toName="image"><Label value="cat"/></PolygonLabels>
+</View>"""
+
+content = json.loads(Path(sys.argv[1]).read_text())
+
+
+def encode(mask):
+    code = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(code["size"]), "counts": code["counts"].decode()}
+
+
+def draw(shapes):
+    """(height, width): which pixels each instance has, by LabelMe's own drawing."""
+    width, height = content["labelme"]["size"]
+    loaded = [_load_shape_json_obj(shape) for shape in shapes]
+    _, instances = utils.shapes_to_label((height, width, 3), loaded, {shape["label"]: 1 for shape in shapes})
+    return instances
+
+
+alone = [encode(draw([shape]) > 0) for shape in content["labelme"]["shapes"]]
+groups = [encode(draw(shapes) > 0) for shapes in content["labelme"]["groups"]]
+
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder, "tasks.json")
+    file.write_text(json.dumps(content["label-studio"]))
+    converter = Converter(CONFIG, folder, download_resources=False)
+    converter.convert_to_coco(str(file), str(Path(folder, "out")), is_dir=False)
+    annotations = json.loads(Path(folder, "out", "result.json").read_text())["annotations"]
+
+results = [result for task in content["label-studio"] for result in task["annotations"][0]["result"]]
+sides = [
+    {**result["value"], **{key: result[key] for key in ("original_width", "original_height")}}
+    for result in results
+    if result["type"] == "rectanglelabels"
+]
+corners = [convert_annotation_to_yolo_obb(each, normalize=False) for each in sides]
+brushes = [mask2rle(coco.decode(code) * np.uint8(255)) for code in content["masks"]]
+found = {"labelme": alone, "groups": groups, "label-studio": annotations, "corners": corners, "brushes": brushes}
+print(json.dumps(found))
