@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from sca.composition import build, parts
 from sca.hub import HubError, fetch, fingerprint, local_path, some, suggest_path
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
-from sca.io.json import read_json
+from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
 from sca.layouts import CONFIG, CheckpointError, is_published
 from sca.trust import NO_TRUST, Trust, TrustError, check_file, check_folder, confine_spec, find_real_root
@@ -229,10 +229,13 @@ def _load_own(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
         model = build(spec)
     expected = stored(model)
     try:
+        open_regular_file(folder / WEIGHTS).close()
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
+    except IrregularFileError as error:
+        raise CheckpointError(str(error)) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
     assign(model, found, expected, folder / WEIGHTS, SPEC)

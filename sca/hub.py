@@ -32,7 +32,7 @@ from safetensors import safe_open
 from sca_registry.verdicts import cache_folder
 
 from sca.io.atomic import write_file
-from sca.io.json import read_json
+from sca.io.json import LfsPointerError, open_regular_file, read_json
 from sca.io.lock import LockedError, held_lock
 
 if TYPE_CHECKING:
@@ -94,7 +94,16 @@ def local_path(source: str | Path) -> Path | None:
 
 def suggest_path(name: str) -> str:
     """Return a hint how to write the path of what the working folder has under a name; empty without one."""
-    return f"; what lies here is written ./{name}" if "\0" not in name and os.path.exists(name) else ""
+    if "\0" in name or not os.path.exists(name):
+        return ""
+    hint = f"; what lies here is written ./{name}"
+    folder = Path(name)
+    try:
+        if (folder / ADAPTER).exists() or weight_files(folder):
+            require_weight_files(folder, folder)
+    except HubError as error:
+        hint += f", but {error}"
+    return hint
 
 
 def local_folder(source: str | Path) -> Path | None:
@@ -232,6 +241,38 @@ def weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
     return None
 
 
+def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> list[Path]:
+    """Return the weight files of a folder in transformers' format.
+
+    Args:
+        folder: The folder.
+        source: What the user called it.
+        prefix: What the names of its files begin with.
+
+    Raises:
+        HubError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
+    """
+    if (folder / ADAPTER).exists():
+        raise HubError(
+            f"{source} is a peft adapter of other weights ({ADAPTER}); merge it first: "
+            "load the base with it in peft, call merge_and_unload(), and save the result"
+        )
+    files = weight_files(folder, prefix)
+    if files is None:
+        raise HubError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+    for file in files:
+        check_is_no_pointer(file)
+    return files
+
+
+def check_is_no_pointer(file: Path) -> None:
+    """Raise HubError for a weight file that is a Git LFS pointer."""
+    try:
+        open_regular_file(file).close()
+    except LfsPointerError as error:
+        raise HubError(str(error)) from error
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read all tensors of a weight file, without running code that it may contain."""
     import torch
@@ -257,11 +298,9 @@ def weight_file(source: str | Path, revision: str | None = None, prefix: str = "
     """
     file = local_file(source)
     if file is not None:
+        check_is_no_pointer(file)
         return file
-    folder = fetch(source, revision, prefix=prefix)
-    files = weight_files(folder, prefix)
-    if files is None:
-        raise HubError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+    files = require_weight_files(fetch(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
         raise HubError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
     return files[0]
@@ -277,10 +316,7 @@ def load_pretrained(
     """
     options = {"trust_remote_code": False, **options}  # None would ask on the terminal
     folder = fetch(source, revision, code=options["trust_remote_code"])
-    if (folder / ADAPTER).exists():
-        raise HubError(f"{source} is an adapter of other weights ({ADAPTER}); merge it into them first")
-    if weight_files(folder) is None:
-        raise HubError(f"{source} has no whole weights: {absent(folder)}. Copy or download it again")
+    require_weight_files(folder, source)
     with reading(source), quiet():
         model, found = cls.from_pretrained(folder, output_loading_info=True, **options)
     unexpected = [name for name in found["unexpected_keys"] if not name.startswith(tuple(elsewhere))]

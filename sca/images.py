@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-from sca.io.json import IrregularFileError, open_regular_file
+from sca.io.json import IrregularFileError, LfsPointerError, open_regular_file
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number
 from sca.io.walk import walk_files
@@ -78,6 +78,8 @@ def open_image(path: str | Path) -> Image.Image:
             return read_image(file, shown)
     except ImageError:
         raise
+    except LfsPointerError as error:
+        raise ImageError(str(error)) from error
     except IrregularFileError as error:
         raise ImageError(
             f"{shown} is a pipe or a device, not an image file; save the image and name its file"

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 
 from sca.checkpoint import BoundedBuild, assign, stored
 from sca.composition import build
-from sca.hub import SAFE, HubError, absent, fetch, quiet, read_tensors, some, weight_files
+from sca.hub import SAFE, HubError, fetch, quiet, read_tensors, require_weight_files, some, weight_files
 from sca.io.atomic import new_folder
 from sca.io.json import read_json
 from sca.language_models.causal import TextTokenizer
@@ -169,9 +169,10 @@ def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    files = weight_files(folder)
-    if files is None:
-        raise CheckpointError(f"{folder} has no whole weights: {absent(folder)}. Copy or download it again")
+    try:
+        files = require_weight_files(folder, folder)
+    except HubError as error:
+        raise CheckpointError(str(error)) from error
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:

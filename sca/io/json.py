@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
 MAX_DEPTH = 100  # far below the depth at which copying, comparing or writing a value fails
+LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
 DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -75,6 +76,10 @@ class IrregularFileError(ValueError):
     """A path of a folder, a FIFO or a device; the message is one line that names it."""
 
 
+class LfsPointerError(IrregularFileError):
+    """A pointer of Git LFS in place of the file that it stands for; the message is one line that names it."""
+
+
 def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
     """Read a regular file; never block on a FIFO or a device.
 
@@ -106,7 +111,7 @@ def open_regular_file(path: str | Path, seekable: bool = False) -> BinaryIO:
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        IrregularFileError: If it is not a regular file.
+        IrregularFileError: If it is not a regular file, or a Git LFS pointer.
         ValueError: If a pipe to read into memory has more than `MAX_PIPE_BYTES`.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -116,6 +121,9 @@ def open_regular_file(path: str | Path, seekable: bool = False) -> BinaryIO:
         raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(descriptor, True)
+    if stat.S_ISREG(kind) and hasattr(os, "pread") and os.pread(descriptor, len(LFS), 0) == LFS:
+        os.close(descriptor)
+        raise LfsPointerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     return _buffer(descriptor, path) if seekable and not stat.S_ISREG(kind) else open(descriptor, "rb")
 
 
