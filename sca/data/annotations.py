@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sca.data.fields import field, read_json, table
-from sca.data.own import check_hold_out, chosen, find_split
+from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
 from sca.io.annotations.annotation import AnnotatedImage, AnnotationError
@@ -51,9 +51,11 @@ class Annotations(TableDataset):
         bar.reset(len(found))
         names = (each.label for image in found for each in image.annotations)
         self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
+        chosen, remark = choose_split([image.name for image in found], self.split, self.hold_out)
+        self.remarks = [remark] if remark else []
         first = 0
         for number, image in enumerate(found):
-            if chosen(image.name, self.split, self.hold_out):
+            if image.name in chosen:
                 yield number, first, image
             first += len(image.annotations)
 
@@ -99,6 +101,3 @@ class Annotations(TableDataset):
         return AnnotatedImage(
             str(file), name, size, labelme.read_shapes(content, size, str(file), self._skip, self._reject)
         )
-
-    def _reject(self, error: ValueError) -> None:
-        self._skip("region unreadable", str(error))

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, identified, phrases, size
-from sca.data.own import check_hold_out, chosen, find_split
+from sca.data.fields import Reject, field, identified, note_unread_caption, phrases, size
+from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
@@ -34,15 +34,32 @@ class Index(NamedTuple):
         path: Path,
         keys: Sequence[str] = ("id", "image_id"),  # of annotations
         named: bool = True,
+        reject: Mapping[str, Reject] | None = None,
     ) -> Index:
-        """Without `named` there need be no categories."""
+        """Read the lists of a file.
+
+        Args:
+            path: The file.
+            keys: Whole numbers that every annotation has, the first of which identifies it.
+            named: False if there need be no categories.
+            reject: For each list what receives the ValueError of an unusable record; without one it is raised.
+        """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
-        found, kept = index(path, lists, ("categories",) if named else (), WHAT)
-        listing = identified(kept.get("categories", []), f"{path}: categories")
-        told = [(record, field(record, "name", str, place).replace("_", " ").strip()) for record, place in listing]
-        names = {record["id"]: name for record, name in told}
-        things = {record["id"] for record, _ in told if record.get("isthing")}
-        return cls(found["images"].unique(), found["annotations"].unique(), names, things)
+        found, kept = index(path, lists, ("categories",) if named else (), WHAT, reject)
+        reject_category = (reject or {}).get("categories")
+        names, things = {}, set()
+        for record, place in identified(kept.get("categories", []), f"{path}: categories", reject=reject_category):
+            try:
+                names[record["id"]] = field(record, "name", str, place).replace("_", " ").strip()
+            except ValueError as error:
+                if reject_category is None:
+                    raise
+                names[record["id"]] = ""
+                reject_category(error)
+            if record.get("isthing"):
+                things.add(record["id"])
+        images, annotations = (found[key].unique((reject or {}).get(key)) for key in ("images", "annotations"))
+        return cls(images, annotations, names, things)
 
     def image(self, number: int) -> tuple[int, str, int, int]:
         """Id, file name, width and height."""
@@ -91,13 +108,14 @@ class Coco(TableDataset):
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and those of its annotations."""
-        found = Index.read(self.annotations, named=self.named)
+        found = Index.read(self.annotations, named=self.named, reject=self._rejects())
         bar.reset(len(found.images))
         if self.named:
-            self.attributes = {"name": tuple(dict.fromkeys(found.names.values()))}
-        owners = found.annotations.owners("image_id", found.images, "the images")
+            self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
+        owners = found.annotations.owners("image_id", found.images, "the images", self._reject)
         for number, its in grouped(owners, len(found.images)):
-            yield found, number, its
+            if number not in found.images.repeated:
+                yield found, number, its
 
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, number, annotations = entry
@@ -108,22 +126,35 @@ class Coco(TableDataset):
 
     def _fill(self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], found: Index) -> None:
         for record, place in annotations:
-            name = found.name(record, place) if self.named else None
-            if record.get("iscrowd"):
-                self._skip("crowd", place)
-                continue
-            if coco.has_keypoints(record):
-                self._skip("keypoints", place)
-            self._keep(
-                image,
-                record["id"],
-                box(record, place),
-                place,
-                mask=("segmentation", coco.find_segmentation(record)),
-                name=name,
-                phrases=phrases(record.get("caption"), "caption", place),
-                attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
-            )
+            with self._rejecting():
+                self._add(image, record, place, found)
+
+    def _add(self, image: dict[str, Any], record: dict[str, Any], place: str, found: Index) -> None:
+        name = self._name(record, place, found) if self.named else None
+        if record.get("iscrowd"):
+            return self._skip("crowd", place)
+        if coco.has_keypoints(record):
+            self._skip("keypoints", place)
+        note_unread_caption(record, ("caption",), place, self._skip)
+        self._keep(
+            image,
+            record["id"],
+            box(record, place),
+            place,
+            mask=("segmentation", coco.find_segmentation(record)),
+            name=name,
+            phrases=phrases(record.get("caption"), "caption", place),
+            attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
+        )
+
+    def _name(self, record: dict[str, Any], place: str, found: Index) -> str | None:
+        """The name of the category; None, and counted, where it has none and the annotation has a caption."""
+        try:
+            return found.name(record, place)
+        except ValueError as error:
+            if not record.get("caption"):
+                raise
+            return self._reject_category(error)
 
     def _file(self, name: str) -> str:
         """Where a picture that the file calls `name` lies in the folder of pictures."""
@@ -181,7 +212,10 @@ class CocoCaptions(Coco):
     named = False
 
     def _fill(self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], found: Index) -> None:
-        told = [phrase for r, at in annotations for phrase in phrases(field(r, "caption", str, at), "caption", at)]
+        told: list[str] = []
+        for record, place in annotations:
+            with self._rejecting():
+                told += phrases(field(record, "caption", str, place), "caption", place)
         if annotations:
             (first, place), *_ = annotations
             self._keep(image, first["id"], (0, 0, image["width"], image["height"]), place, phrases=told)
@@ -191,7 +225,8 @@ class CocoJson(Coco):
     """Dataset: `CocoJson("val", annotations=FILE, images=FOLDER)`: any file in COCO's format, see `Coco`.
 
     Both may hold `{split}`, in whose place the split is put; "val" may be called `valid` or `validation`. hold_out: the
-    share of the images of a file without splits that "val" has; "train" has the others.
+    share of the images of a file without splits that "val" has, at least four as far as that is no more than a third;
+    "train" has the others.
     """
 
     def __init__(
@@ -202,10 +237,15 @@ class CocoJson(Coco):
         self.choice = check_hold_out(split, hold_out)
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
-    def _record(self, entry: Any) -> dict[str, Any] | None:
-        found, number, _ = entry
-        _, file, *_ = found.image(number)
-        return super()._record(entry) if chosen(file, self.split, self.hold_out) else None
+    def _entries(self, bar: tqdm) -> Iterator[Any]:
+        entries = super()._entries(bar)
+        if not self.hold_out:
+            return entries
+        entries = list(entries)
+        names = [entry[0].images[entry[1]][0].get("file_name") for entry in entries]
+        chosen, remark = choose_split([str(name) for name in names], self.split, self.hold_out)
+        self.remarks = [remark]
+        return (entry for entry, name in zip(entries, names, strict=True) if str(name) in chosen)
 
 
 def box(record: dict[str, Any], place: str) -> Box | None:

@@ -43,16 +43,20 @@ class CocoPanoptic(TableDataset):
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, its annotation with its place, and how many segments came before."""
-        found = Index.read(self.annotations, ("image_id",))
+        found = Index.read(
+            self.annotations, ("image_id",), reject=self._rejects() | {"annotations": self._reject_image}
+        )
         found = found._replace(names={number: _plain(name) for number, name in found.names.items()})
-        self.attributes = {"name": tuple(dict.fromkeys(found.names.values()))}
+        self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
         bar.reset(len(found.annotations))
-        owners = found.annotations.owners("image_id", found.images, "the images")
+        owners = found.annotations.owners("image_id", found.images, "the images", self._reject_image)
         count = 0
         for number, owner in enumerate(owners.tolist()):
             record, place = found.annotations[number]
-            yield found, owner, record, place, count
-            count += len(field(record, "segments_info", list, place))
+            if owner >= 0:
+                yield found, owner, record, place, count
+            segments = record.get("segments_info")
+            count += len(segments) if isinstance(segments, list) else 0
         for number in np.setdiff1d(np.arange(len(found.images)), owners).tolist():
             self._skip("image without annotation", found.images.place(number))
 
@@ -65,17 +69,18 @@ class CocoPanoptic(TableDataset):
         known = {NOTHING}
         for n, segment in enumerate(field(record, "segments_info", list, place)):
             at = f"{place}: segments_info[{n}]"
-            identity = field(table(segment, at), "id", int, at)
-            at = f"{at} (id {identity})"
-            if identity in known:
-                raise ValueError(f"{at}: this id was given before")
-            known.add(identity)
-            name = found.name(segment, at)
-            if segment.get("iscrowd"):
-                self._skip("crowd", at)
-            else:
-                kind = "thing" if segment["category_id"] in found.things else "stuff"
-                self._segment(image, count + n + 1, numbers == identity, at, name, kind)
+            with self._rejecting():
+                identity = field(table(segment, at), "id", int, at)
+                at = f"{at} (id {identity})"
+                if identity in known:
+                    raise ValueError(f"{at}: this id was given before")
+                known.add(identity)
+                name = found.name(segment, at)
+                if segment.get("iscrowd"):
+                    self._skip("crowd", at)
+                else:
+                    kind = "thing" if segment["category_id"] in found.things else "stuff"
+                    self._segment(image, count + n + 1, numbers == identity, at, name, kind)
         for identity in np.setdiff1d(numbers, list(known)).tolist():
             self._skip("pixels of no segment", f"{place}: {identity}")
         return image

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from sca_registry.contracts import Dataset, Sample
 
 from sca.data.export_coco import captions, coco, grit, objects365, panoptic, v3det
 from sca.data.export_records import Ids, annotation_record, image_record, save, words, write_instances, write_json
+from sca.data.fields import EmptyDatasetError
+from sca.data.summary import summarize_dataset
 from sca.io.atomic import new_folder
 from sca.masks import box_of
 
@@ -42,15 +45,26 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
       `RefCoco(split, root=folder)`.
 
     The folder appears whole or not at all. A folder with something in it is refused with a ValueError, and so are ids
-    that occur twice in one file.
+    that occur twice in one file. EmptyDatasetError if no sample can be read.
     """
     if format not in FORMATS:
         raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
     folder = Path(folder)
     splits = dataset if isinstance(dataset, Mapping) else {getattr(dataset, "split", "train"): dataset}
+    counts: Counter[str] = Counter()
     with new_folder(folder) as draft:
-        FORMATS[format]({split: islice(_samples(part), limit) for split, part in splits.items()}, draft)
+        FORMATS[format](
+            {name: _counted(islice(_samples(part), limit), name, counts) for name, part in splits.items()}, draft
+        )
+        if not counts:
+            raise EmptyDatasetError(f"no sample can be read; {'; '.join(map(summarize_dataset, splits.values()))}")
     return folder
+
+
+def _counted(samples: Iterator[Sample], split: str, counts: Counter[str]) -> Iterator[Sample]:
+    for sample in samples:
+        counts[split] += 1
+        yield sample
 
 
 def _samples(dataset: Dataset) -> Iterator[Sample]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,24 @@ from sca.io.json import JsonError, parse_json, read_regular_file
 from sca.io.numbers import is_int64
 
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
+
+CAPTION_KEYS = (
+    "caption",
+    "captions",
+    "phrase",
+    "phrases",
+    "text",
+    "description",
+    "sentence",
+    "sentences",
+    "expression",
+)
+
+Reject = Callable[[ValueError], None]  # counts a record of which nothing can be made
+
+
+class EmptyDatasetError(ValueError):
+    """A dataset of which nothing can be used; the message says what was left out, and where images were looked for."""
 
 
 def read_json(path: Path) -> Any:
@@ -47,15 +65,27 @@ def unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"cannot read {path}: {error.strerror or error}")
 
 
-def identified(records: Iterable[Any], place: str, key: str = "id") -> Iterator[tuple[dict[str, Any], str]]:
-    """Each record with the words that name it; the ids under `key` are checked to be unique."""
-    seen = set()
+def identified(
+    records: Iterable[Any], place: str, key: str = "id", reject: Reject | None = None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each record with the words that name it; the ids under `key` are checked to be unique.
+
+    Args:
+        reject: Receives the ValueError of a record without an id of its own, which is then passed over; None raises it.
+    """
+    seen: set[int] = set()
     for number, record in enumerate(records):
         where = f"{place}[{number}]"
-        identity = field(table(record, where), key, int, where)
-        where = f"{where} ({key} {identity})"
-        if identity in seen:
-            raise ValueError(f"{where}: this {key} was given before")
+        try:
+            identity = field(table(record, where), key, int, where)
+            where = f"{where} ({key} {identity})"
+            if identity in seen:
+                raise ValueError(f"{where}: this {key} was given before")
+        except ValueError as error:
+            if reject is None:
+                raise
+            reject(error)
+            continue
         seen.add(identity)
         yield record, where
 
@@ -112,6 +142,17 @@ def phrases(given: Any, key: str, place: str) -> list[str]:
     if not all(map(is_text, given)):
         raise ValueError(f"{place}: {key} has a character that is half of one: {given!r:.80}")
     return [phrase.strip() for phrase in given]
+
+
+def note_unread_caption(record: dict[str, Any], read: Sequence[str], place: str, skip: Skip) -> None:
+    """Count a caption that stands under a key that is not among those that are `read`, unless one of those is there."""
+    if any(record.get(key) for key in read):
+        return
+    for key, value in record.items():
+        texts = value if isinstance(value, list) else [value]
+        if str(key).lower() in CAPTION_KEYS and any(isinstance(text, str) and text.strip() for text in texts):
+            wanted = " or ".join(map(repr, read))
+            return skip(f"caption under {key!r}, which is not read (the key is {wanted})", place)
 
 
 def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:

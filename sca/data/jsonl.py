@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, four, phrases, size
-from sca.data.own import check_hold_out, chosen, find_split
+from sca.data.fields import field, four, note_unread_caption, phrases, size
+from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.images import read_size
@@ -33,8 +33,9 @@ class Jsonl(TableDataset):
     images from 0. Other fields are passed over, so that what `sca caption` writes can be read.
 
     `file` may hold `{split}`, in whose place the split is put; of a file without splits, "val" has a share `hold_out`
-    of the images and "train" the others. An image is named relative to `images` if given, else to the file's folder or,
-    if it is not there, to the working folder. Text is UTF-8; blank lines are passed over.
+    of the images, at least four as far as that is no more than a third, and "train" the others. An image is named
+    relative to `images` if given, else to the file's folder or, if it is not there, to the working folder. Text is
+    UTF-8; blank lines are passed over.
     """
 
     reader = "jsonl"
@@ -67,57 +68,70 @@ class Jsonl(TableDataset):
         places = array("q")
         keyed: dict[str, bool] = {}
         found = Lines(self.file, str(self.file), ("id", "line"))
-        for record, line, start, end in read_lines(self.file):
-            place = f"{self.file}: line {line}"
-            keyed = keyed or {key: key in record for key in ("id", "image_id")}
-            for key, given in keyed.items():
-                if (key in record) != given:
-                    told = f"no {key!r}, which the first line has" if given else f"{key!r}, which the first line lacks"
-                    raise ValueError(f"{place}: {told}; give it on every line, or on none")
-            identity = field(record, "id", int, place) if keyed["id"] else len(places)
-            place = f"{place} (id {identity})"
-            name = normalize_name(field(record, "image", str, place))
-            known = images[name][1] if name in images else len(images)
-            image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
-            if owners.setdefault(image_id, name) != name:
-                raise ValueError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
-            number, first = images.setdefault(name, (len(images), image_id))
-            if first != image_id:
-                raise ValueError(f"{place}: image_id {image_id} is another than before, {known}, for the same image")
-            if isinstance(record.get("name"), str) and record["name"].strip():
-                names.add(record["name"].strip())
-            found.note((identity, line), start, end)
-            places.append(number)
-        found.unique()
+        for record, line, start, end in read_lines(self.file, self._reject):
+            with self._rejecting():
+                place = f"{self.file}: line {line}"
+                keyed = keyed or {key: key in record for key in ("id", "image_id")}
+                for key, given in keyed.items():
+                    if (key in record) != given:
+                        told = f"no {key!r}, which the first line has"
+                        told = told if given else f"{key!r}, which the first line lacks"
+                        raise ValueError(f"{place}: {told}; give it on every line, or on none")
+                identity = field(record, "id", int, place) if keyed["id"] else len(places)
+                place = f"{place} (id {identity})"
+                name = normalize_name(field(record, "image", str, place))
+                known = images[name][1] if name in images else len(images)
+                image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
+                if owners.get(image_id, name) != name:
+                    raise ValueError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
+                if known != image_id and name in images:
+                    raise ValueError(
+                        f"{place}: image_id {image_id} is another than before, {known}, for the same image"
+                    )
+                owners[image_id] = name
+                number, _ = images.setdefault(name, (len(images), image_id))
+                if isinstance(record.get("name"), str) and record["name"].strip():
+                    names.add(record["name"].strip())
+                found.note((identity, line), start, end)
+                places.append(number)
+        for number in found.unique(self._reject).repeated:
+            places[number] = -1
         self.attributes = {"name": tuple(sorted(names))} if names else {}
         bar.reset(len(images))
+        chosen, remark = choose_split(images, self.split, self.hold_out)
+        self.remarks = [remark] if remark else []
         for (name, (_, image_id)), (_, lines) in zip(images.items(), grouped(places, len(images)), strict=True):
-            if chosen(name, self.split, self.hold_out):
+            if name in chosen:
                 yield found, name, image_id, lines
 
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, name, image_id, numbers = entry
-        lines = [found[number] for number in numbers]
-        recorded = self._recorded_size(lines)
+        told = list(self._agreeing([(number, *found[number]) for number in numbers]))
+        recorded = self._recorded_size([(record, place) for _, record, place in told])
         sides = recorded or self._read_size(name)
         if not sides:
             return None
         image = self._image(image_id, name, *sides, is_size_recorded=recorded is not None)
-        for number, (record, place) in zip(numbers, lines, strict=True):
-            self._add(image, record, found.columns["id"][number], place)
+        for number, record, place in told:
+            with self._rejecting():
+                self._add(image, record, found.columns["id"][number], place)
         return image
+
+    def _agreeing(self, lines: list[tuple[int, dict[str, Any], str]]) -> Iterator[tuple[int, dict[str, Any], str]]:
+        """The lines of an image that record the size of the first that records one; the others are rejected."""
+        given: tuple[int, int] | None = None
+        for number, record, place in lines:
+            with self._rejecting():
+                sides = size(record, place) if "width" in record or "height" in record else given
+                if given and sides != given:
+                    raise ValueError(f"{place}: width and height are {sides}, and {given} on a line before")
+                given = sides
+                yield number, record, place
 
     @staticmethod
     def _recorded_size(lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
         """Return the image's width and height that lines state, or None."""
-        given: tuple[int, int] | None = None
-        for record, place in lines:
-            if "width" in record or "height" in record:
-                sides = size(record, place)
-                if sides != (given or sides):
-                    raise ValueError(f"{place}: width and height are {sides}, and {given} on a line before")
-                given = sides
-        return given
+        return next((size(record, place) for record, place in lines if "width" in record), None)
 
     def _read_size(self, name: str) -> tuple[int, int] | None:
         """Return width and height of an image file; None, and counted, if it is missing or unreadable."""
@@ -135,6 +149,7 @@ class Jsonl(TableDataset):
         box = None if shape and record.get("box") is None else four(record, "box", ORDER, place)
         if box and (box[2] < box[0] or box[3] < box[1]):
             raise ValueError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
+        note_unread_caption(record, ("caption", "phrases"), place, self._skip)
         words = [key for key in WORDS if record.get(key) is not None]
         if not words or len({"caption", "phrases"} & set(words)) == 2:
             raise ValueError(

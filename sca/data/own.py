@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sca.io.paths import expand_user
 
 TOLD = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "colour": 0.2}}  # of a source in a recipe
 HOLD_OUT = 0.1  # the share of the images of a single file that a model is not trained on
+LEAST_HELD_OUT = 4  # images, unless that is more than a third of all
 SPLIT_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # that tools write, too
 SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow, and of CVAT
     ("{split}/_annotations.coco.json", "{split}"),
@@ -25,7 +27,7 @@ def recognised(path: str | Path) -> dict[str, Any]:
     folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`, or an export in
     COCO's format of Label Studio, CVAT or Roboflow.
     Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
-    are kept for "val".
+    are kept for "val", as `choose_split` says.
 
     ValueError if there is nothing, or more than one file to choose from.
     """
@@ -109,12 +111,26 @@ def find_split(path: str, split: str) -> Path:
     return next((each for each in map(Path, spelt) if each.exists()), Path(spelt[0]))
 
 
-def chosen(name: str, split: str, hold_out: float) -> bool:
-    """Whether the image of this file name is of the split: a share `hold_out` of all are "val", the others "train"."""
+def choose_split(names: Collection[str], split: str, hold_out: float) -> tuple[set[str], str]:
+    """Choose the images of a split of a file that has none.
+
+    "val" has the first images by a hash of their names: the share `hold_out`, and at least `LEAST_HELD_OUT` as far as
+    that is no more than a third of all. "train" has the others.
+
+    Args:
+        names: File names of the images.
+        split: "train" or "val".
+        hold_out: Share of the images, from 0 to below 1; 0 if the file is of one split.
+
+    Returns:
+        The names of the split, and a phrase that says how many are held out.
+    """
     if not hold_out:
-        return True
-    drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
-    return (drawn < hold_out) == (split == "val")
+        return set(names), ""
+    ordered = sorted(set(names), key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
+    count = max(int(hold_out * len(ordered)), min(LEAST_HELD_OUT, len(ordered) // 3))
+    chosen = ordered[:count] if split == "val" else ordered[count:]
+    return set(chosen), f"{count} of {len(ordered)} images held out for validation"
 
 
 def check_hold_out(split: str, hold_out: float) -> str:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from sca.data.fields import cut, field, table, unreadable
+from sca.data.fields import Reject, cut, field, table, unreadable
 from sca.io.json import JsonError, check_depth, open_regular_file, parse_json
 from sca.io.text import escape_terminal
 
@@ -38,6 +38,9 @@ class Records:
         self.path, self.where, self.keys = path, where, keys
         self.columns = {key: array("q") for key in keys}
         self._starts, self._lengths = array("q"), array("I")
+        self._places: array | None = None  # in the list, of each record, where records before it were passed over
+        self._passed = 0
+        self.repeated: set[int] = set()  # records with the identity of an earlier one
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -50,11 +53,17 @@ class Records:
         return json.loads(self._file.read(self._lengths[number])), self.place(number)
 
     def place(self, number: int) -> str:
-        return f"{self.where}[{number}] ({self.keys[0]} {self.columns[self.keys[0]][number]})"
+        place = number if self._places is None else self._places[number]
+        return f"{self.where}[{place}] ({self.keys[0]} {self.columns[self.keys[0]][number]})"
+
+    def skip(self) -> None:
+        """Pass over one record of the list, which has no number then."""
+        self._places = array("q", range(len(self))) if self._places is None else self._places
+        self._passed += 1
 
     def add(self, record: Any, start: int, end: int) -> None:
         """Notes one more record, which stands at these bytes."""
-        place = f"{self.where}[{len(self)}]"
+        place = f"{self.where}[{len(self) + self._passed}]"
         table(record, place)
         values = []
         for key in self.keys:
@@ -65,15 +74,29 @@ class Records:
         """The same, with the whole numbers that are kept of it."""
         for key, value in zip(self.keys, values, strict=True):
             self.columns[key].append(value)
+        if self._places is not None:
+            self._places.append(len(self) + self._passed)
         self._starts.append(start)
         self._lengths.append(end - start)
 
-    def unique(self) -> Records:
-        """Itself; a ValueError if two have the same identity."""
+    def unique(self, reject: Reject | None = None) -> Records:
+        """Check that each record has an identity of its own.
+
+        Args:
+            reject: Receives the ValueError of each record with that of an earlier one, which is then among those that
+                are `repeated`; None raises it.
+
+        Returns:
+            The records themselves.
+        """
         known, order = np.asarray(self.columns[self.keys[0]]), self._order
         again = order[1:][known[order][1:] == known[order][:-1]]
-        if len(again):
-            raise ValueError(f"{self.place(int(again.min()))}: this {self.keys[0]} was given before")
+        for number in np.sort(again).tolist():
+            problem = ValueError(f"{self.place(number)}: this {self.keys[0]} was given before")
+            if reject is None:
+                raise problem
+            reject(problem)
+            self.repeated.add(number)
         return self
 
     def find(self, identities: Sequence[int]) -> np.ndarray:
@@ -90,12 +113,22 @@ class Records:
         """(R,) the numbers of the records in the order of their identities; there are to be no more of them."""
         return np.argsort(np.asarray(self.columns[self.keys[0]]), kind="stable")
 
-    def owners(self, key: str, others: Records, what: str) -> np.ndarray:
-        """The number among `others` of what each record names under `key`; one that leads nowhere is a ValueError."""
+    def owners(self, key: str, others: Records, what: str, reject: Reject | None = None) -> np.ndarray:
+        """The number among `others` of what each record names under `key`.
+
+        Args:
+            reject: Receives the ValueError of each record that leads nowhere; None raises it.
+
+        Returns:
+            (R,) the numbers; -1 for records that lead nowhere or are repeated.
+        """
         found = others.find(self.columns[key])
-        if (found < 0).any():
-            lost = int(np.argmin(found))
-            raise ValueError(f"{self.place(lost)}: {key} {self.columns[key][lost]} is not among {what}")
+        for lost in np.flatnonzero(found < 0).tolist():
+            problem = ValueError(f"{self.place(lost)}: {key} {self.columns[key][lost]} is not among {what}")
+            if reject is None:
+                raise problem
+            reject(problem)
+        found[list(self.repeated)] = -1
         return found
 
 
@@ -107,34 +140,48 @@ class Lines(Records):
         return f"{self.where}: line {line} ({name} {self.columns[name][number]})"
 
 
-def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int, int, int]]:
+def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[str, Any], int, int, int]]:
     """The objects of a file that has one a line, each with the number of the line, from 1, and the bytes where it
     stands; blank lines are passed over.
+
+    Args:
+        reject: Receives the ValueError of a line that is no object, which is then passed over; None raises it.
     """
     start = 0
     try:
         with open_regular_file(path) as file, reading(path) as bar:
             for number, line in enumerate(file, 1):
-                end, place = start + len(line), f"{path}: line {number}"
+                end = start + len(line)
                 try:
-                    text = line.decode("utf-8-sig").strip()
-                    record = parse_json(text, surrogates=True) if text else None
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{place} is not UTF-8: {error}") from None
-                except JsonError as error:
-                    cause = error.__cause__
-                    told = f"{cause.msg} at character {cause.pos}" if isinstance(cause, json.JSONDecodeError) else error
-                    raise ValueError(f"{place} is not whole JSON: {told}") from None
-                if text:
-                    yield table(record, place), number, start, end
+                    record = _read_line(line, f"{path}: line {number}")
+                except ValueError as error:
+                    if reject is None:
+                        raise
+                    reject(error)
+                    record = None
+                if record is not None:
+                    yield record, number, start, end
                 bar.update(len(line))
                 start = end
     except OSError as error:
         raise unreadable(path, error) from error
 
 
+def _read_line(line: bytes, place: str) -> dict[str, Any] | None:
+    """The object of a line, None for a blank one. Raises ValueError, which names the place."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+        return table(parse_json(text, surrogates=True), place) if text else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8: {error}") from None
+    except JsonError as error:
+        cause = error.__cause__
+        told = f"{cause.msg} at character {cause.pos}" if isinstance(cause, json.JSONDecodeError) else error
+        raise ValueError(f"{place} is not whole JSON: {told}") from None
+
+
 def grouped(owners: np.ndarray | Sequence[int], count: int) -> Iterator[tuple[int, list[int]]]:
-    """(R,) owners in 0..count-1 -> each owner with the places that it has in them, in order."""
+    """(R,) owners in 0..count-1, or -1 for none -> each owner with the places that it has in them, in order."""
     owners = np.asarray(owners)
     order = np.argsort(owners, kind="stable")
     bounds = np.searchsorted(owners[order], np.arange(count + 1))
@@ -142,11 +189,16 @@ def grouped(owners: np.ndarray | Sequence[int], count: int) -> Iterator[tuple[in
 
 
 def index(
-    path: Path, lists: Mapping[str, Sequence[str]], whole: Collection[str], what: str
+    path: Path,
+    lists: Mapping[str, Sequence[str]],
+    whole: Collection[str],
+    what: str,
+    reject: Mapping[str, Reject] | None = None,
 ) -> tuple[dict[str, Records], dict[str, list[Any]]]:
     """The `lists` of a JSON object as `Records` with these keys, and the lists named in `whole` as they are.
 
-    `what` says in messages what the file should be. Other members are passed over.
+    `what` says in messages what the file should be. Other members are passed over. `reject` has for a list what
+    receives the ValueError of each of its records that lacks a key, which is then passed over; one without raises it.
     """
     found = {key: Records(path, f"{path}: {key}", keys) for key, keys in lists.items()}
     kept: dict[str, list[Any]] = {}
@@ -160,7 +212,13 @@ def index(
                 kept[key] = []
         elif there.setdefault(key, False):
             if key in found:
-                found[key].add(value, start, end)
+                try:
+                    found[key].add(value, start, end)
+                except ValueError as error:
+                    if reject is None or key not in reject:
+                        raise
+                    found[key].skip()
+                    reject[key](error)
             elif key in kept:
                 kept[key].append(value)
     for key in (*lists, *whole):

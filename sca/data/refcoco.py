@@ -57,25 +57,29 @@ class RefCoco(TableDataset):
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and its refs with their places and the numbers of their annotations."""
-        refs = [
-            (record, place, field(record, "split", str, place))
-            for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id")
-        ]
+        refs = []
+        for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id", self._reject):
+            with self._rejecting():
+                refs.append((record, place, field(record, "split", str, place)))
         if all(split != self.split for *_, split in refs):
+            self._stop_if_too_many()
             splits = dict.fromkeys(split for *_, split in refs)
             raise ValueError(f"{self.refs} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
-        found = Index.read(self.instances)
-        self.attributes = {"name": tuple(dict.fromkeys(found.names.values()))}
-        mine = [(ref, place) for ref, place, split in refs if split == self.split]
+        found = Index.read(self.instances, reject=self._rejects())
+        self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
+        mine = []
+        for ref, place in ((ref, place) for ref, place, split in refs if split == self.split):
+            with self._rejecting():
+                mine.append((ref, place, *(field(ref, key, int, place) for key in ("image_id", "ann_id"))))
         images: dict[int, list[Any]] = {}
-        told = {key: [field(ref, key, int, place) for ref, place in mine] for key in ("image_id", "ann_id")}
-        known = found.images.find(told["image_id"]).tolist(), found.annotations.find(told["ann_id"]).tolist()
-        for (ref, place), image, annotation in zip(mine, *known, strict=True):
+        known = found.images.find([each[2] for each in mine]), found.annotations.find([each[3] for each in mine])
+        for (ref, place, *_), image, annotation in zip(mine, *(each.tolist() for each in known), strict=True):
             if image < 0:
-                raise ValueError(f"{place}: image_id {ref['image_id']} is not among the images of {self.instances}")
-            if annotation < 0:
-                raise ValueError(f"{place}: ann_id {ref['ann_id']} is not among the annotations of {self.instances}")
-            images.setdefault(image, []).append((ref, place, annotation))
+                self._reject(f"{place}: image_id {ref['image_id']} is not among the images of {self.instances}")
+            elif annotation < 0:
+                self._reject(f"{place}: ann_id {ref['ann_id']} is not among the annotations of {self.instances}")
+            else:
+                images.setdefault(image, []).append((ref, place, annotation))
         bar.reset(len(images))
         for image, its in images.items():
             yield found, image, its
@@ -84,20 +88,25 @@ class RefCoco(TableDataset):
         found, number, refs = entry
         image = self._image(*found.image(number))
         for ref, place, which in refs:
-            annotation, at = found.annotations[which]
-            if annotation["image_id"] != ref["image_id"]:
-                told = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
-                raise ValueError(f"{place}: ann_id {ref['ann_id']} {told}")
-            self._keep(
-                image,
-                ref["ref_id"],
-                box(annotation, at),
-                f"{place}, {at}",
-                mask=("segmentation", find_segmentation(annotation)),
-                name=found.name(annotation, at),
-                phrases=_sentences(ref, place),
-            )
+            with self._rejecting():
+                self._add(image, ref, place, *found.annotations[which], found)
         return image
+
+    def _add(
+        self, image: dict[str, Any], ref: dict[str, Any], place: str, annotation: dict[str, Any], at: str, found: Index
+    ) -> None:
+        if annotation["image_id"] != ref["image_id"]:
+            told = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
+            raise ValueError(f"{place}: ann_id {ref['ann_id']} {told}")
+        self._keep(
+            image,
+            ref["ref_id"],
+            box(annotation, at),
+            f"{place}, {at}",
+            mask=("segmentation", find_segmentation(annotation)),
+            name=found.name(annotation, at),
+            phrases=_sentences(ref, place),
+        )
 
 
 class _Plain(pickle.Unpickler):

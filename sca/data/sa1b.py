@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.coco import box
-from sca.data.fields import field, identified, phrases, read_json, size, table
+from sca.data.fields import field, identified, note_unread_caption, phrases, read_json, size, table
 from sca.data.table import TableDataset
 from sca.io.paths import expand_user
 from sca.io.walk import walk_files
@@ -65,12 +65,15 @@ class Sa1b(TableDataset):
         image = self._image(image_id, name, *size(record, place))
         captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
         where = f"{file}: annotations"
-        for annotation, at in identified(field(content, "annotations", list, str(file)), where):
-            beside = captions.pop(str(annotation["id"]), None)
-            told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
-            mask = annotation.get("segmentation")
-            sides = None if mask else box(annotation, at)
-            self._keep(image, annotation["id"], sides, at, mask=("segmentation", mask), phrases=told)
+        for annotation, at in identified(field(content, "annotations", list, str(file)), where, reject=self._reject):
+            with self._rejecting():
+                beside = captions.pop(str(annotation["id"]), None)
+                if beside is None:
+                    note_unread_caption(annotation, ("caption",), at, self._skip)
+                told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
+                mask = annotation.get("segmentation")
+                sides = None if mask else box(annotation, at)
+                self._keep(image, annotation["id"], sides, at, mask=("segmentation", mask), phrases=told)
         for identity in captions:
             self._skip("caption of no mask", f"{_captions(file)}: {identity}")
         return image

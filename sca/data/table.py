@@ -26,8 +26,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from sca.io.coordinates import compare_sizes, find_normalized_scale
 from sca.io.paths import ImageNameError, find_image, is_url
 from sca.masks import box_of, resize
 
-SCHEMA = 5  # of the tables and of what readers put into them; another one converts everything anew
+SCHEMA = 6  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
@@ -52,6 +52,8 @@ BAD_IMAGES = (
     *("image unreadable", "image of another size", "image without data"),
     *("segments unreadable", "segments of another size"),
 )  # see `max_bad`
+BAD_IMAGE, BAD_REGION = "unusable image", "unusable region"  # of which nothing can be made
+UNNAMED = "category without a name"
 
 
 class TableDataset:
@@ -62,11 +64,12 @@ class TableDataset:
     a name nor a phrase; images that have no region left, or whose file is missing, are left out. Regions of an image
     that was only resized since are scaled to it. An unreadable picture, or one whose aspect ratio (as its viewer sees
     it, EXIF rotation applied) is not the recorded one, is found only when it is asked for: iteration then passes over
-    it and an index gives the next readable sample in its place. All are counted
-    by reason in `skipped`, the first of each named in `examples`; more than `max_bad` bad images is a ValueError. So is
-    a file that is missing or cut off, a record without a needed field, an id that is given twice or leads nowhere; the
-    message names file, record and field.
+    it and an index gives the next readable sample in its place. A record that lacks a field, has a wrong one or leads
+    nowhere costs its own region, or its own image, and no other. All are counted by reason in `skipped`, the first of
+    each named in `examples` with file, record and field; more than `max_bad` bad images, or that many bad regions, is a
+    ValueError, and so is a file that is missing or cut off. Of records with the same id the first counts.
 
+    `remarks` are phrases about the choice of images, such as how many were held out.
     `hash` is a SHA-256 over all that the table says of images and regions, their files' names apart: equal wherever the
     same data lies. `about` is what `about.json` says. `attributes` has the names of the classes, which auxiliary losses
     may ask for. Copies in other processes map the same table. Raises ImportError if the extra `data` is not installed,
@@ -84,6 +87,7 @@ class TableDataset:
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.attributes: dict[str, tuple[str, ...]] = {}
+        self.remarks: list[str] = []
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
         self._names: dict[Path, str] = {}  # of files that are written in another way, see `find_image`
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
@@ -103,7 +107,7 @@ class TableDataset:
             sample = self.read((index + step) % len(self))
             if sample is not None:
                 return sample
-        raise ValueError(f"no picture in {self.images} can be read; {self._account()}")
+        raise fields.EmptyDatasetError(f"no picture in {self.images} can be read; {self._account()}")
 
     def __iter__(self) -> Iterator[Sample]:
         """Every readable sample once."""
@@ -144,7 +148,8 @@ class TableDataset:
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """What `_record` makes a row of, always in the same order, and cheap: a conversion that goes on runs through
-        those that were done. May set `attributes`, count with `_skip`, and tell the bar how many there are in all.
+        those that were done. May set `attributes` and `remarks`, count with `_skip`, and tell the bar how many there
+        are in all.
         """
         raise NotImplementedError
 
@@ -213,6 +218,33 @@ class TableDataset:
         if len(examples) < EXAMPLES:
             examples.append(what)
 
+    def _reject(self, problem: str | ValueError) -> None:
+        """Count a region whose record is unusable; the problem names file, record and field."""
+        self._skip(BAD_REGION, str(problem))
+
+    @contextmanager
+    def _rejecting(self, reject: Callable[[ValueError], None] | None = None) -> Iterator[None]:
+        """Count the record that raises ValueError in this block, by default as a region; the next one is read."""
+        try:
+            yield
+        except ValueError as error:
+            (reject or self._reject)(error)
+
+    def _reject_image(self, problem: str | ValueError) -> None:
+        """Count an image whose record is unusable, as `_reject` does a region."""
+        self._skip(BAD_IMAGE, str(problem))
+
+    def _reject_category(self, problem: ValueError) -> None:
+        self._skip(UNNAMED, str(problem))
+
+    def _rejects(self) -> dict[str, Callable[[ValueError], None]]:
+        """For each list of COCO's format what counts its unusable records."""
+        return {
+            "images": self._reject_image,
+            "annotations": self._reject,
+            "categories": self._reject_category,
+        }
+
     def _skip_image(self, reason: str, name: str, what: str, stop: bool = True) -> None:
         """A picture met twice counts once. With `stop`, one too many is a ValueError at once."""
         if name not in self._bad:
@@ -222,14 +254,22 @@ class TableDataset:
                 self._stop_if_too_many()
 
     def _stop_if_too_many(self) -> None:
-        if len(self._bad) > self.max_bad:
+        images = len(self._bad) + self.skipped[BAD_IMAGE]
+        if images > self.max_bad:
             raise ValueError(
-                f"{len(self._bad)} images of {self.sources[0]} cannot be used, more than max_bad={self.max_bad}; "
+                f"{images} images of {self.sources[0]} cannot be used, more than max_bad={self.max_bad}; "
                 f"{self._account()}. Are the pictures in {self.images} whole and the right ones?"
             )
+        for reason, what in ((BAD_REGION, "regions"), (UNNAMED, "categories")):
+            if self.skipped[reason] > self.max_bad:
+                raise ValueError(
+                    f"{self.skipped[reason]} {what} of {self.sources[0]} cannot be used, more than "
+                    f"max_bad={self.max_bad}; {self._account(reason)}. Correct them, or give a larger max_bad"
+                )
 
-    def _account(self) -> str:
-        found = {reason: self.examples[reason] for reason in BAD_IMAGES if self.skipped[reason]}
+    def _account(self, *reasons: str) -> str:
+        reasons = reasons or (*BAD_IMAGES, BAD_IMAGE)
+        found = {reason: self.examples[reason] for reason in reasons if self.skipped[reason]}
         return "; ".join(f"{reason}: {self.skipped[reason]}, such as {', '.join(e)}" for reason, e in found.items())
 
     def _check(self, index: int) -> None:
@@ -286,7 +326,8 @@ class TableDataset:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
                 about = {"sources": list(map(str, self.sources[:EXAMPLES])), "hash": "", "whole": False}
-                about |= dict.fromkeys(("shards", "entries", "images", "regions", "phrases"), 0)
+                about |= dict.fromkeys(("shards", "entries", "images", "regions", "captioned", "phrases"), 0)
+                about["names"] = []
             if not about["whole"]:
                 with tqdm(desc=self.reader, unit=" images", leave=False, disable=None) as bar:
                     self._write(draft, about, bar)
@@ -315,25 +356,35 @@ class TableDataset:
                 for name in Dataset.from_file(str(draft / _shard(number)))["file"]:
                     with suppress(ImageNameError):
                         self._names[self._path(name)] = name
+        names = dict.fromkeys(about["names"])
         more = True
         while more:
             path, before = draft / _shard(about["shards"]), about["entries"]
             with ArrowWriter(features=_features(), path=str(path), writer_batch_size=500) as writer:
                 for entry in itertools.islice(entries, SHARD):
                     about["entries"] += 1
-                    if (record := self._checked(self._record(entry))) is not None:
+                    if (record := self._checked(self._row(entry))) is not None:
                         writer.write(record)
                         about["hash"] = hashlib.sha256(about["hash"].encode() + _logical(record)).hexdigest()
                         about["images"] += 1
                         about["regions"] += len(record["regions"])
+                        about["captioned"] += sum(bool(region["phrases"]) for region in record["regions"])
+                        names |= dict.fromkeys(region["name"] for region in record["regions"] if region["name"])
                         about["phrases"] += sum(len(region["phrases"]) for region in record["regions"])
                     bar.update()
                 writer.finalize()
             more = about["entries"] - before == SHARD
             about |= {"shards": about["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
-            about |= {"attributes": self.attributes, "bad": self._bad, "whole": not more}
+            about |= {"attributes": self.attributes, "remarks": self.remarks, "names": list(names)}
+            about |= {"bad": self._bad, "whole": not more}
             sync(path)
             write_file(draft / "about.json", json.dumps(about, indent=1))
+
+    def _row(self, entry: Any) -> dict[str, Any] | None:
+        """The row of an entry; None, and counted, for an image whose record is unusable."""
+        with self._rejecting(self._reject_image):
+            return self._record(entry)
+        return None
 
     def _checked(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
         """The record, if its image has a file and regions; else it is counted."""
@@ -378,6 +429,7 @@ class TableDataset:
         """Takes over what was counted."""
         self.skipped, self.examples, self._bad = Counter(about["skipped"]), about["examples"], about["bad"]
         self.attributes = {name: tuple(values) for name, values in about["attributes"].items()}
+        self.remarks = about["remarks"]
 
 
 def _features() -> Any:

@@ -52,33 +52,28 @@ class VisualGenome(TableDataset):
         """A row without its regions, and of each of them the record, the place and the id."""
         wanted = self._ids()
         bar.reset(len(wanted))
-        sizes = {
-            record["image_id"]: size(record, place)
-            for record, place in identified(stream(self.data), f"{self.data}: ", "image_id")
-            if record["image_id"] in wanted
-        }
+        sizes = {}
+        for record, place in identified(stream(self.data), f"{self.data}: ", "image_id", self._reject_image):
+            if record["image_id"] in wanted:
+                with self._rejecting(self._reject_image):
+                    sizes[record["image_id"]] = size(record, place)
         for image_id in sorted(wanted - sizes.keys()):
             self._skip_image("image without data", f"{image_id}.jpg", str(image_id), stop=False)
         self._stop_if_too_many()
         seen: set[int] = set()  # region ids
         listing = stream(self.descriptions)
-        for described, place in identified(listing, f"{self.descriptions}: "):
+        for described, place in identified(listing, f"{self.descriptions}: ", reject=self._reject_image):
             image_id = described["id"]
             if image_id not in wanted:
                 continue
-            if image_id not in sizes:
-                raise ValueError(f"{place}: image {image_id} is not in {self.data}")
-            regions = []
-            for count, region in enumerate(field(described, "regions", list, place)):
-                at = f"{place}: regions[{count}]"
-                identity = field(table(region, at), "region_id", int, at)
-                at = f"{at} (region_id {identity})"
-                if identity in seen:
-                    self._skip("region id repeated", at)
-                else:
-                    seen.add(identity)
-                    regions.append((region, at, identity))
             wanted.remove(image_id)
+            if image_id not in sizes:
+                continue  # counted already
+            regions: list[tuple[dict[str, Any], str, int]] = []
+            with self._rejecting(self._reject_image):
+                for count, region in enumerate(field(described, "regions", list, place)):
+                    with self._rejecting():
+                        self._collect(regions, region, f"{place}: regions[{count}]", seen)
             yield self._image(image_id, f"{image_id}.jpg", *sizes[image_id]), regions
         for image_id in sorted(wanted & sizes.keys()):
             self._skip("image without regions", f"{image_id}.jpg")
@@ -86,12 +81,22 @@ class VisualGenome(TableDataset):
     def _record(self, entry: Any) -> dict[str, Any]:
         image, regions = entry
         for region, place, identity in regions:
-            if region.get("image_id", image["image_id"]) != image["image_id"]:
-                raise ValueError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
-            box = corners(*(number(region, side, place) for side in SIDES), place)
-            phrase = phrases(field(region, "phrase", str, place), "phrase", place)
-            self._keep(image, identity, box, place, phrases=phrase)
+            with self._rejecting():
+                if region.get("image_id", image["image_id"]) != image["image_id"]:
+                    raise ValueError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
+                box = corners(*(number(region, side, place) for side in SIDES), place)
+                phrase = phrases(field(region, "phrase", str, place), "phrase", place)
+                self._keep(image, identity, box, place, phrases=phrase)
         return image
+
+    def _collect(self, regions: list[tuple[dict[str, Any], str, int]], region: Any, place: str, seen: set[int]) -> None:
+        """Add a region with its place and id, unless its id is among those that were seen."""
+        identity = field(table(region, place), "region_id", int, place)
+        place = f"{place} (region_id {identity})"
+        if identity in seen:
+            return self._skip("region id repeated", place)
+        seen.add(identity)
+        regions.append((region, place, identity))
 
     def _ids(self) -> set[int]:
         content = table(read_json(self.splits), str(self.splits))

@@ -69,12 +69,12 @@ def test_label_studio_export_is_a_dataset(folder):
     assert dataset.skipped == {
         "relation": 1,
         "region without a box or mask": 1,
-        "region unreadable": 1,
+        "unusable region": 1,
         "box clipped": 1,
         "image without regions": 1,
         "image missing": 1,
     }
-    assert "task 2, region 'd'" in dataset.examples["region unreadable"][0]
+    assert "task 2, region 'd'" in dataset.examples["unusable region"][0]
 
 
 def test_labelme_folder_is_a_dataset(folder):
@@ -86,7 +86,7 @@ def test_labelme_folder_is_a_dataset(folder):
         ("cat", ("a cat",), (5, 5, 20, 20))
     ]
     assert decode(two.regions[0].mask)[10, 15]
-    assert dataset.skipped == {"region without a box or mask": 1, "region unreadable": 1}
+    assert dataset.skipped == {"region without a box or mask": 1, "unusable region": 1}
 
 
 def test_labelme_image_inside_the_file_is_used_where_the_image_is_missing(folder):

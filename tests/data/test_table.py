@@ -217,7 +217,7 @@ def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write,
 def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, monkeypatch):
     monkeypatch.setattr("sca.data.table.SHARD", 2)
     root, record = write(), Coco._record
-    for error, kept in ((KeyboardInterrupt, 1), (ValueError, 0)):
+    for error, kept in ((KeyboardInterrupt, 1), (RuntimeError, 0)):
 
         def stop(self, entry, error=error):
             if entry[1] == 2:
@@ -247,8 +247,10 @@ def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
 
 
 def test_a_conversion_that_fails_leaves_nothing(write, cache):
-    with pytest.raises(ValueError, match="bbox must be four numbers"):
-        Coco("val", root=write(bbox=[1, 2, 3]))
+    root = write()
+    (root / "val.json").write_text((root / "val.json").read_text()[:-9])
+    with pytest.raises(ValueError, match="is not whole JSON"):
+        Coco("val", root=root)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 

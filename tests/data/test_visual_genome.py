@@ -163,7 +163,7 @@ PLACE = r"region_descriptions\.json: \[0\] \(id 1\): regions\[0\]"
 )
 def test_a_broken_region_is_named_with_its_file_and_field(write, broken, message):
     with pytest.raises(ValueError, match=message):
-        VisualGenome("train", root=write(region(1) | broken))
+        VisualGenome("train", root=write(region(1) | broken), max_bad=0)
 
 
 @pytest.mark.parametrize("key", ["region_id", "phrase", "x", "height"])
@@ -171,13 +171,13 @@ def test_a_missing_field_is_named(write, key):
     whole = region(1)
     del whole[key]
     with pytest.raises(ValueError, match=rf"{PLACE}.*: no '{key}'; it has: "):
-        VisualGenome("train", root=write(whole))
+        VisualGenome("train", root=write(whole), max_bad=0)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"region_descriptions": "[{}, "}, r"region_descriptions\.json: \[0\]: no 'id'; it has: nothing"),
+        ({"region_descriptions": "[{}]"}, r"region_descriptions\.json: \[0\]: no 'id'; it has: nothing"),
         (
             {"region_descriptions": '[{"id": 1, "reg'},
             r"region_descriptions\.json is not whole JSON: Unter.*; was it cut",
@@ -197,7 +197,7 @@ def test_a_missing_field_is_named(write, key):
         ({"image_data": [picture(1), picture(1)]}, r"image_data\.json: \[1\] \(image_id 1\): this image_id was given"),
         ({"image_data": [picture(1, width=0)]}, r"image_data\.json: \[0\] \(image_id 1\): 0 x 64 is no size"),
         ({"image_data": [picture(1, height="9")]}, r"image_data\.json: \[0\] \(image_id 1\): height must be a whole"),
-        ({"image_data": [picture(2)]}, r"\(id 1\): image 1 is not in .*image_data\.json"),
+        ({"image_data": [picture(2)]}, "image without data: 1, such as 1"),
         ({"densecap_splits": []}, r"densecap_splits\.json must be an object"),
         ({"densecap_splits": {"train": 3}}, r"densecap_splits\.json: train must be a list, not 3"),
         ({"densecap_splits": {"train": [1, "2"]}}, r"densecap_splits\.json: train\[1\] must be an image id, not '2'"),
@@ -206,4 +206,4 @@ def test_a_missing_field_is_named(write, key):
 )
 def test_a_broken_file_is_named(write, files, message):
     with pytest.raises(ValueError, match=message):
-        VisualGenome("train", root=write(**files))
+        VisualGenome("train", root=write(**files), max_bad=0)

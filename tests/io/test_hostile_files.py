@@ -30,7 +30,7 @@ DEEP_JSON = {
 
 
 def read_dataset(path):
-    return datasets.build("jsonl", "train", file=str(path), images=str(path.parent))
+    return datasets.build("jsonl", "train", file=str(path), images=str(path.parent), max_bad=0)
 
 
 def read_index(path):

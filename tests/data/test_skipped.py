@@ -1,0 +1,209 @@
+"""A broken record costs its own region and no other; each is counted and named, and one line says so."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sca.data.coco import Coco, CocoJson
+from sca.data.fields import EmptyDatasetError
+from sca.data.jsonl import Jsonl
+from sca.data.own import choose_split
+from sca.data.summary import check_not_empty, summarize_dataset
+from sca.data.table import BAD_IMAGE, BAD_REGION
+
+SIDE = 32
+GOOD = "good"
+BROKEN = {  # what is wrong with a region, as JSON lines; the values replace those of a good one
+    "no box": {"box": ...},
+    "short box": {"box": [1, 2, 3]},
+    "text in a box": {"box": [1, 2, 3, "4"]},
+    "caption of numbers": {"caption": [3]},
+    "mask of another size": {"mask": {"size": [1, 1], "counts": "1"}},
+    "attributes in a list": {"attributes": [3]},
+    "no image": {"image": ...},
+    "image is a number": {"image": 3},
+}
+COCO = {  # the same in COCO's format
+    "no box": {"bbox": ...},
+    "short box": {"bbox": [1, 2, 3]},
+    "text in a box": {"bbox": [1, 2, 3, "4"]},
+    "negative width": {"bbox": [9, 2, -3, 4]},
+    "caption of numbers": {"caption": [3]},
+    "mask of another size": {"segmentation": {"size": [1, 1], "counts": "1"}},
+    "attributes in a list": {"attributes": [3]},
+    "no image": {"image_id": ...},
+    "image of another file": {"image_id": 99},
+    "no id": {"id": ...},
+    "text for an id": {"id": "7"},
+    "unknown category": {"category_id": 99, "caption": ...},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skipped")
+    for number in range(3):
+        Image.new("RGB", (SIDE, SIDE), (number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(folder, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(folder / "cache"))
+
+
+def changed(record, changes):
+    return {key: value for key, value in {**record, **changes}.items() if value is not ...}
+
+
+def regions(dataset):
+    return {region.phrases[0] for regions in dataset.annotations_of_all() for region in regions}
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([GOOD, *BROKEN, "not JSON"])), min_size=1, max_size=12))
+def test_jsonl_loses_nothing_good_and_names_every_broken_line(folder, drawn):
+    lines, good, bad = [], set(), []
+    for number, (image, kind) in enumerate(drawn):
+        line = {"image": f"{image}.png", "box": [1, 2, 9, 8], "caption": f"region {number}"}
+        lines.append('{"image": ' if kind == "not JSON" else json.dumps(changed(line, BROKEN.get(kind, {}))))
+        if kind == GOOD:
+            good.add(f"region {number}")
+        else:
+            bad.append(f"line {number + 1}")
+    file = folder / "regions.jsonl"
+    file.write_text("\n".join(lines))
+    dataset = Jsonl("train", file)
+    assert regions(dataset) == good
+    assert dataset.skipped[BAD_REGION] == len(bad)
+    named = " ".join(dataset.examples.get(BAD_REGION, ()))
+    assert sum(f"{place} " in named or f"{place}:" in named for place in bad) >= min(len(bad), 5)
+    assert (f"{len(bad)} unusable region" in summarize_dataset(dataset)) == bool(bad)
+    if bad:
+        with pytest.raises(ValueError, match=f"{len(bad)} regions of .* more than max_bad={len(bad) - 1}; .*line"):
+            Jsonl("train", file, max_bad=len(bad) - 1)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([GOOD, *COCO, "no object"])), min_size=1, max_size=12))
+def test_coco_loses_nothing_good_and_names_every_broken_annotation(folder, drawn):
+    annotations, good, bad = [], set(), []
+    for number, (image, kind) in enumerate(drawn):
+        whole = {"id": number, "image_id": image, "category_id": 1, "bbox": [1, 2, 8, 6], "caption": f"region {number}"}
+        annotations.append(4 if kind == "no object" else changed(whole, COCO.get(kind, {})))
+        if kind == GOOD:
+            good.add(f"region {number}")
+        else:
+            bad.append(f"annotations[{number}]")
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": SIDE, "height": SIDE} for n in range(3)],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "all.json").write_text(json.dumps(content))
+    dataset = Coco("train", annotations=folder / "all.json", images=folder)
+    assert regions(dataset) == good
+    assert dataset.skipped[BAD_REGION] == len(bad)
+    named = " ".join(dataset.examples.get(BAD_REGION, ()))
+    assert sum(place in named for place in bad) >= min(len(bad), 5)
+
+
+def coco(folder, annotations=None, **changes):
+    region = {"category_id": 1, "bbox": [1, 2, 8, 6]}
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": SIDE, "height": SIDE} for n in range(3)],
+        "annotations": [{"id": n, "image_id": n, **region, **each} for n, each in enumerate(annotations or [{}] * 3)],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "mine.json").write_text(json.dumps(content | changes))
+    return Coco("train", annotations=folder / "mine.json", images=folder)
+
+
+def test_a_summary_counts_regions_captions_names_and_images(folder):
+    images = [{"id": n, "file_name": name, "width": SIDE, "height": SIDE} for n, name in enumerate(["0.png", "x.jpg"])]
+    annotations = [{"caption": "a dog"}, {}, {"image_id": 0}]
+    dataset = coco(folder, annotations, images=images)
+    line = summarize_dataset(dataset)
+    assert line.startswith("2 regions, 1 with captions, 1 class name, 1 image; ")
+    assert f"1 image missing: x.jpg (looked in {folder})" in line
+    assert "\n" not in line
+
+
+def test_an_image_record_that_is_broken_costs_that_image(folder):
+    images = [{"id": 0, "file_name": "0.png"}, {"id": 1, "file_name": "1.png", "width": SIDE, "height": SIDE}]
+    dataset = coco(folder, [{}, {}], images=images)
+    assert dataset.image_ids == [1]
+    assert dataset.skipped == {BAD_IMAGE: 1}
+    assert "images[0] (id 0): no 'width'" in summarize_dataset(dataset)
+
+
+@pytest.mark.parametrize("key", ["description", "text", "Captions", "sentences"])
+def test_a_caption_under_another_key_is_named_with_the_key_that_is_read(folder, key):
+    dataset = coco(folder, [{key: "a dog"}] * 3)
+    assert f"3 captions under {key!r}, which is not read (the key is 'caption')" in summarize_dataset(dataset)
+    assert dataset.about["captioned"] == 0
+    lines = [{"image": "0.png", "box": [1, 2, 9, 8], "name": "dog", key: "a dog"}]
+    (folder / "named.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    line = summarize_dataset(Jsonl("train", folder / "named.jsonl"))
+    assert f"1 caption under {key!r}, which is not read (the key is 'caption' or 'phrases')" in line
+
+
+def test_a_category_without_a_name_keeps_captions_and_is_counted(folder):
+    categories = [{"id": 1}, {"id": 2, "name": "cat"}]
+    dataset = coco(folder, [{"caption": "a dog"}, {"category_id": 2}, {}], categories=categories)
+    assert regions_and_names(dataset) == [("a dog", None), ("", "cat")]
+    assert dataset.skipped["category without a name"] == 1
+    assert dataset.attributes == {"name": ("cat",)}
+    with pytest.raises(
+        ValueError, match=r"1 categories of .* more than max_bad=0; .*categories\[0\] \(id 1\): no 'name'"
+    ):
+        Coco("train", annotations=folder / "mine.json", images=folder, max_bad=0)
+
+
+def regions_and_names(dataset):
+    return [(" ".join(r.phrases), r.name) for regions in dataset.annotations_of_all() for r in regions]
+
+
+def test_a_partial_download_is_counted(folder):
+    names = ["0.png", *(f"gone{n}.png" for n in range(9))]
+    images = [{"id": n, "file_name": name, "width": SIDE, "height": SIDE} for n, name in enumerate(names)]
+    dataset = coco(folder, [{}] * 10, images=images)
+    assert len(dataset) == 1
+    assert "9 images missing: gone0.png, gone1.png, gone2.png and 6 more" in summarize_dataset(dataset)
+
+
+def test_nothing_left_is_one_line_that_says_what_is_missing_and_where(folder):
+    images = [{"id": n, "file_name": f"gone{n}.png", "width": SIDE, "height": SIDE} for n in range(2)]
+    dataset = coco(folder, [{}, {}], images=images)
+    with pytest.raises(EmptyDatasetError) as caught:
+        check_not_empty(dataset, "data.own (train)")
+    assert str(caught.value) == (
+        f"data.own (train) has no image that can be used: 2 images missing: gone0.png, gone1.png (looked in {folder})"
+    )
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (8, 2), (12, 4), (40, 4), (100, 10)])
+def test_held_out_images_are_at_least_four_and_at_most_a_third(count, held):
+    names = [f"{number}.png" for number in range(count)]
+    train, remark = choose_split(names, "train", 0.1)
+    val, again = choose_split(names, "val", 0.1)
+    assert len(val) == held
+    assert not train & val
+    assert train | val == set(names)
+    assert remark == again == f"{held} of {count} images held out for validation"
+
+
+def test_held_out_images_do_not_change_with_their_order(folder):
+    names = [f"{number}.png" for number in range(30)]
+    assert choose_split(names, "val", 0.1) == choose_split(names[::-1], "val", 0.1)
+
+
+def test_the_summary_says_how_many_images_are_held_out(folder):
+    coco(folder)
+    options = {"annotations": folder / "mine.json", "images": folder, "hold_out": 0.1}
+    for _ in range(2):  # converted, and opened again
+        assert "; 1 of 3 images held out for validation" in summarize_dataset(CocoJson("train", **options))
+    assert len(CocoJson("val", **options)) == 1
