@@ -9,28 +9,29 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from sca_registry.contracts import Prompt
 
 from sca import masks
 from sca.images import identify_image, show
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
-from sca.io.coordinates import find_normalized_scale, scale_to_pixels
+from sca.io.coordinates import compare_sizes, find_normalized_scale, scale_to_pixels
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number
+from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageNameError, expand_user, find_image, possible_file_names
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
+Size = tuple[int, int]  # width and height
 NPY = b"\x93NUMPY"  # what an array file begins with
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
 MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
@@ -235,6 +236,7 @@ class _Entry:
     box: Box | None = None
     points: tuple[Point, ...] = ()
     mask: dict[str, Any] | Path | None = None
+    size: Size | None = None  # of the image, where the file records it
 
     def prompt(self) -> Prompt:
         try:
@@ -243,16 +245,54 @@ class _Entry:
             raise PromptError(f"{self.where}, 'mask': {error}") from error
         return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
 
+    def fitting(self, width: int, height: int) -> Prompt:
+        """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
+
+        Raises PromptError, which names the record.
+        """
+        prompt = self.prompt()
+        try:
+            if self.size and self.size != (width, height):
+                prompt = _scale(prompt, self.size, (width, height))
+                notice_once(
+                    "scaled prompts",
+                    f"{self.where}: the file records an image of {self.size[0]} x {self.size[1]}, and its regions are "
+                    f"scaled to {width} x {height}",
+                )
+            return check(prompt, width, height)
+        except ValueError as error:
+            raise PromptError(f"{self.where}: {error}") from error
+
+
+def _scale(prompt: Prompt, recorded: Size, actual: Size) -> Prompt:
+    """Turn a prompt for an image of the recorded size into one for the same image in its actual size.
+
+    Raises ValueError if the aspect ratios differ.
+    """
+    across, down = compare_sizes(recorded, actual)
+    box = prompt.box and (prompt.box[0] * across, prompt.box[1] * down, prompt.box[2] * across, prompt.box[3] * down)
+    points = tuple(
+        (max(0.0, (x + 0.5) * across - 0.5), max(0.0, (y + 0.5) * down - 0.5), label) for x, y, label in prompt.points
+    )
+    mask = prompt.mask
+    if mask is not None and mask.shape == recorded[::-1]:
+        mask = np.asarray(Image.fromarray(mask).resize(actual, Image.Resampling.NEAREST))
+    return Prompt(box, points, mask)
+
 
 class RegionPrompts(Mapping[str, list[Prompt]]):
     """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order.
 
-    `skip` has the count of what the file contains and a prompt cannot be.
+    skip: the count of what the file contains and a prompt cannot be.
+    problems: a line for each record of which no prompt could be made; it names file, record and field.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, list[_Entry]], skip: SkipCounter):
+    def __init__(
+        self, path: Path, entries: Mapping[str, list[_Entry]], skip: SkipCounter, problems: Sequence[str] = ()
+    ):
         self.path, self.skip = path, skip
         self._entries = entries
+        self.problems = tuple(problems)
 
     def __getitem__(self, key: str) -> list[Prompt]:
         return [entry.prompt() for entry in self._entries[key]]
@@ -262,6 +302,25 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def fitting(self, key: str, width: int, height: int) -> tuple[list[Prompt], list[str]]:
+        """The prompts of an image that fit it, each checked by itself.
+
+        Args:
+            key: What the file calls the image.
+            width: Of the image in pixels.
+            height: Of the image in pixels.
+
+        Returns:
+            The prompts that fit, and a line for each that does not, which names its record.
+        """
+        prompts, problems = [], []
+        for entry in self._entries[key]:
+            try:
+                prompts.append(entry.fitting(width, height))
+            except PromptError as error:
+                problems.append(str(error))
+        return prompts, problems
 
     def count(self, key: str) -> int:
         """How many regions an image has."""
@@ -333,21 +392,26 @@ def read_prompts(path: str | Path) -> RegionPrompts:
     A line is one region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`,
     or what `sca` wrote for one, whose `prompt` is asked again. Mask files are named relative to the prompts file. Of
     COCO, `bbox` is taken as x, y, width, height, or else the box of `segmentation`; of the other tools, the box of each
-    region, or the point of one that is only a point. Images without annotations have an empty list. Errors name the
-    file, the line or record, and the field; whether a prompt fits is for `check`.
+    region, or the point of one that is only a point. Images without annotations have an empty list. A record of which
+    no prompt can be made is among the `problems`, which name the file, the line or record, and the field; `PromptError`
+    if the file cannot be read, or none of its records. Whether a prompt fits is for `check`.
     """
     path, skip = Path(path), SkipCounter()
     try:
         with _opened(path) as file:
             lines = is_json_lines(path, file, "image")
-            text = io.TextIOWrapper(file, "utf-8-sig")
-            return RegionPrompts(path, _lines(text, path) if lines else _regions(text.read(), path, skip), skip)
+            text, problems = io.TextIOWrapper(file, "utf-8-sig"), list[str]()
+            entries = _lines(text, path, problems) if lines else _regions(text.read(), path, skip, problems)
     except AnnotationError as error:
         raise PromptError(str(error)) from error
     except OSError as error:
         raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+    if problems and not any(entries.values()):
+        more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
+        raise PromptError(f"{problems[0]}{more}")
+    return RegionPrompts(path, entries, skip, problems)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -357,23 +421,43 @@ def _opened(path: Path) -> BinaryIO:
         raise PromptError(str(error)) from error
 
 
-def _lines(file, path: Path) -> dict[str, list[_Entry]]:
+def _lines(file, path: Path, problems: list[str]) -> dict[str, list[_Entry]]:
     entries: dict[str, list[_Entry]] = {}
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        where = f"{show(path)}, line {number}"
-        record = _json(line, where)
-        if not isinstance(record, dict):
-            raise PromptError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
-        image = _text(record, "image", where)
-        box, points, mask = _fields(record.get("prompt", record), where)
-        if isinstance(mask, str):
-            mask = _at(where, "mask", partial(find_image, roots=[path.parent]), mask)
-            if not mask.is_file():
-                raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
-        entries.setdefault(image, []).append(_Entry(where, box, points, mask))
+        if line.strip():
+            with _noting(problems):
+                image, entry = _line(line, f"{show(path)}, line {number}", path)
+                entries.setdefault(image, []).append(entry)
     return entries
+
+
+def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
+    """The image of a line, and its region."""
+    record = _json(line, where)
+    if not isinstance(record, dict):
+        raise PromptError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
+    image = _text(record, "image", where)
+    box, points, mask = _fields(record.get("prompt", record), where)
+    if isinstance(mask, str):
+        mask = _at(where, "mask", partial(find_image, roots=[path.parent]), mask)
+        if not mask.is_file():
+            raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
+    return image, _Entry(where, box, points, mask, _recorded_size(record))
+
+
+def _recorded_size(record: Mapping[str, Any]) -> Size | None:
+    """Width and height of the image that a record states; None if it does not."""
+    width, height = record.get("width"), record.get("height")
+    return (width, height) if is_int64(width) and is_int64(height) and min(width, height) > 0 else None
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Add what is wrong with one record to the problems; the next one is read."""
+    try:
+        yield
+    except PromptError as error:
+        problems.append(str(error))
 
 
 def _fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
@@ -389,41 +473,47 @@ def _fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], dict
     return box, points, mask if mask is None or isinstance(mask, str) else _at(where, "mask", masks.checked, mask)
 
 
-def _regions(text: str, path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     content = _json(text, show(path))
     if label_studio.is_task(content) or (isinstance(content, list) and content):
-        return _label_studio(content, path, skip)
+        return _label_studio(content, path, skip, problems)
     if isinstance(content, dict) and "shapes" in content:
-        return _labelme(content, path, skip)
-    return _coco(content, path, skip)
+        return _labelme(content, path, skip, problems)
+    return _coco(content, path, skip, problems)
 
 
-def _coco(content: Any, path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise PromptError(
                 f"{show(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
             )
     keys: dict[Any, str] = {}
+    sizes: dict[str, Size | None] = {}
     entries: dict[str, list[_Entry]] = {}
     for place, image in enumerate(content["images"]):
         where = f"{show(path)}, images[{place}]"
-        number, name = _id(image, "id", where), _text(image, "file_name", where)
-        if number in keys or name in entries:
-            field = "'id'" if number in keys else "'file_name'"
-            raise PromptError(f"{where}, {field}: another image has it too; each image has its own")
-        keys[number], entries[name] = name, []
+        with _noting(problems):
+            number, name = _id(image, "id", where), _text(image, "file_name", where)
+            if number in keys or name in entries:
+                field = "'id'" if number in keys else "'file_name'"
+                raise PromptError(f"{where}, {field}: another image has it too; each image has its own")
+            keys[number], entries[name], sizes[name] = name, [], _recorded_size(image)
     for place, annotation in enumerate(content["annotations"]):
         where = f"{show(path)}, annotations[{place}]"
-        number = _id(annotation, "image_id", where)
-        if number not in keys:
-            raise PromptError(f"{where}, 'image_id': no image has the id {_quoted(number)}")
-        entries[keys[number]].append(_Entry(where, _coco_box(annotation, where, skip)))
+        with _noting(problems):
+            number = _id(annotation, "image_id", where)
+            if number not in keys:
+                raise PromptError(f"{where}, 'image_id': no image has the id {_quoted(number)}")
+            name = keys[number]
+            entries[name].append(_Entry(where, _coco_box(annotation, where, skip), size=sizes[name]))
     return entries
 
 
 def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
     box = _at(where, "bbox", coco.read_box, annotation.get("bbox"))
+    if box is not None and (box[2] <= box[0] or box[3] <= box[1]):
+        raise PromptError(f"{where}, 'bbox': {_quoted(annotation['bbox'])} has no area; width and height are above 0")
     if box is None and annotation.get("segmentation"):
         bound = partial(coco.bound_segmentation, count=lambda reason: skip(reason, where))
         box = _at(where, "segmentation", bound, annotation["segmentation"])
@@ -434,27 +524,28 @@ def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> B
     return box
 
 
-def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     name = _text(content, "imagePath", show(path))
     image = _at(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
     size = labelme.find_size(content, image, show(path))
-    return {name: _annotated(labelme.read_shapes(content, size, show(path), skip), skip)}
+    shapes = labelme.read_shapes(content, size, show(path), skip, lambda error: problems.append(str(error)))
+    return {name: _annotated(shapes, size, skip)}
 
 
-def _label_studio(content: Any, path: Path, skip: SkipCounter) -> dict[str, list[_Entry]]:
+def _label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     entries: dict[str, list[_Entry]] = {}
-    for image in label_studio.read_tasks(content, show(path), skip):
-        entries.setdefault(image.name, []).extend(_annotated(image.annotations, skip))
+    for image in label_studio.read_tasks(content, show(path), skip, lambda error: problems.append(str(error))):
+        entries.setdefault(image.name, []).extend(_annotated(image.annotations, image.size, skip))
     return entries
 
 
-def _annotated(annotations: Iterable[Annotation], skip: SkipCounter) -> list[_Entry]:
+def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipCounter) -> list[_Entry]:
     """Each region by its box, or by its point where it has none."""
     entries = []
     for each in annotations:
         if each.box or each.point:
             points = () if each.box or not each.point else ((*each.point, 1),)
-            entries.append(_Entry(each.place, each.box, points))
+            entries.append(_Entry(each.place, each.box, points, size=size))
         else:
             skip("empty mask", each.place)
     return entries

@@ -300,9 +300,11 @@ def test_json_lines_are_read(tmp_path):
         ({"image": "a", "prompt": [1, 2, 3, 4]}, "'prompt'"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, record, words):
+def test_a_wrong_line_is_named_and_costs_no_other(tmp_path, record, words):
     path = write_lines(tmp_path / "regions.jsonl", {"image": "a", "box": [1, 2, 3, 4]}, record)
-    message = refusal(read_prompts, path)
+    prompts = read_prompts(path)
+    (message,) = prompts.problems
+    assert prompts["a"] == [Prompt(box=(1, 2, 3, 4))]
     assert f"{path}, line 2" in message
     assert words in message
     assert len(message) < 400 + len(str(path))
@@ -349,9 +351,28 @@ def test_coco_is_read_as_boxes(tmp_path):
 )
 def test_a_wrong_coco_record_is_named(tmp_path, content, words):
     path = write_lines(tmp_path / "instances.json", content)
-    message = refusal(read_prompts, path)
+    try:
+        message = read_prompts(path).problems[0]
+    except PromptError as error:  # nothing is left
+        message = str(error)
     assert str(path) in message
     assert words in message
+
+
+def test_one_wrong_annotation_takes_no_other_away(tmp_path):
+    good = {"image_id": 1, "bbox": [1, 2, 3, 4]}
+    wrong = [{"image_id": 1, "bbox": [1, 2, 0, 4]}, {"image_id": 1}, 7, {"image_id": 9, "bbox": [1, 2, 3, 4]}]
+    outside = {"image_id": 1, "bbox": [90, 90, 5, 5]}
+    path = write_lines(tmp_path / "instances.json", coco(annotations=[good, *wrong, outside, good]))
+    prompts = read_prompts(path)
+    assert len(prompts.problems) == len(wrong)
+    for place, problem in enumerate(prompts.problems, 1):
+        assert f"annotations[{place}]" in problem
+    fitting, problems = prompts.fitting("a.jpg", 20, 10)
+    assert fitting == [Prompt(box=(1, 2, 4, 6))] * 2
+    (problem,) = problems
+    assert "annotations[5]" in problem
+    assert "lies outside the 20 x 10 image" in problem
 
 
 def test_files_that_are_no_prompts_are_refused(tmp_path):
@@ -439,3 +460,56 @@ def test_prompts_find_mask_files_in_every_spelling(tmp_path):
     for name in ("masks\\a b.npy", "masks/a%20b.npy"):
         prompts = read_prompts(write_lines(tmp_path / "r.jsonl", {"image": "a.png", "mask": name}))
         assert prompts["a.png"][0].mask.sum() == 4
+
+
+@pytest.mark.parametrize("factor", [0.5, 3])
+def test_prompts_for_a_resized_image_are_scaled(tmp_path, factor):
+    size = {"width": 20, "height": 10}
+    lines = (
+        {"image": "a.png", "box": [2, 4, 10, 8], **size},
+        {"image": "a.png", "points": [[3, 5, 1]], **size},
+        {"image": "a.png", "mask": masks.encode(disc()), **size},
+    )
+    prompts = read_prompts(write_lines(tmp_path / "regions.jsonl", *lines))
+    width, height = round(20 * factor), round(10 * factor)
+    (box, point, mask), problems = prompts.fitting("a.png", width, height)
+    assert not problems
+    assert box.box == tuple(value * factor for value in (2, 4, 10, 8))
+    assert point.points[0] == pytest.approx((3.5 * factor - 0.5, 5.5 * factor - 0.5, 1))
+    assert (
+        masks.box_of(mask.mask) == tuple(value * factor for value in (3, 2, 9, 6)) if factor == 3 else mask.mask.any()
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "coco"])
+def test_prompts_for_an_image_of_another_aspect_are_refused_with_both_sizes(tmp_path, kind):
+    if kind == "jsonl":
+        path = write_lines(tmp_path / "p.jsonl", {"image": "a", "box": [1, 1, 3, 3], "width": 20, "height": 10})
+    else:
+        path = tmp_path / "p.json"
+        image = {"id": 1, "file_name": "a", "width": 20, "height": 10}
+        path.write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1, "bbox": [1, 1, 2, 2]}]}))
+    prompts, (problem,) = read_prompts(path).fitting("a", 10, 20)
+    assert not prompts
+    assert "records 20 x 10 and the image is 10 x 20" in problem
+    assert "rotated" in problem
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.05, 20))
+def test_sizes_of_a_resized_image_agree_whatever_the_rounding(width, height, factor):
+    from sca.io.coordinates import compare_sizes
+
+    actual = max(1, round(width * factor)), max(1, round(height * factor))
+    across, down = compare_sizes((width, height), actual)
+    assert (round(width * across), round(height * down)) == actual
+
+
+@pytest.mark.parametrize(
+    ("recorded", "actual"), [((20, 10), (10, 20)), ((640, 480), (640, 640)), ((512, 512), (512, 400))]
+)
+def test_sizes_of_another_aspect_disagree(recorded, actual):
+    from sca.io.coordinates import compare_sizes
+
+    with pytest.raises(ValueError, match="the file records"):
+        compare_sizes(recorded, actual)

@@ -176,6 +176,8 @@ def caption(
     failures = Failures(problems)
     if not (paths or archives):
         raise typer.Exit(failures.status)
+    if not exact:  # a shard's process, whose parent reported this
+        requests.report(failures, quiet)
     read = _read_files(prompts, mask or (), region or (), proposer)
     if launcher:
         from sca.cli.shards import caption_shards
@@ -246,10 +248,14 @@ class Failures:
         for problem in images:
             self.add(problem, status=1)
 
-    def add(self, problem: str, status: int, path: Path | None = None) -> None:
+    def report(self, problem: str, status: int) -> None:
+        """Say what failed of an image that is done otherwise."""
         complain(problem)
-        self.count += 1
         self.status = max(self.status, status)
+
+    def add(self, problem: str, status: int, path: Path | None = None) -> None:
+        self.report(problem, status)
+        self.count += 1
         self.paths += [path] if path else []
 
     def named(self, most: int = 20) -> str:
@@ -302,19 +308,45 @@ class Requests:
 
         for path, image in opened:
             try:
-                width, height = image.size
-                yield path, image, [check(prompt, width, height) for prompt in self._asked(path)]
+                if self.file is None:
+                    yield path, image, [check(prompt, *image.size) for prompt in self.flags]
+                else:
+                    yield path, image, self._listed(path, image, failures)
             except PromptError as error:
                 failures.add(f"{show(path)}: {error}", status=2, path=path)
 
-    def _asked(self, path: Path) -> list[Prompt]:
+    def _listed(self, path: Path, image: Image | Captioned, failures: Failures) -> list[Prompt]:
+        """The prompts of the file that fit the image; the others are reported. Raises PromptError if none fits."""
+        from sca.images import show
         from sca.prompts import PromptError
 
-        if self.file is None:
-            return self.flags
+        assert self.file is not None
         if path not in self.keys:
             raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
-        return self.file[self.keys[path]]
+        prompts, problems = self.file.fitting(self.keys[path], *image.size)
+        if problems and not prompts:
+            more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
+            raise PromptError(f"{problems[0]}{more}")
+        for problem in problems:
+            failures.report(f"{show(path)}: {problem}", status=2)
+        return prompts
+
+    def report(self, failures: Failures, quiet: bool) -> None:
+        """Report what the prompts file contains, and the records of which no prompt can be made."""
+        from sca.data.summary import count_of
+        from sca.images import show
+
+        if self.file is None:
+            return
+        regions = sum(map(self.file.count, self.file))
+        problems = self.file.problems
+        if not quiet:
+            unusable = f"; {count_of(len(problems), 'record')} cannot be used" if problems else ""
+            complain(
+                f"{show(self.file.path)}: {count_of(regions, 'region')}, {count_of(len(self.file), 'image')}{unusable}"
+            )
+        for problem in problems:
+            failures.report(problem, status=2)
 
 
 class Table:

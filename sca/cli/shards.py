@@ -121,6 +121,7 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     import io
 
     from sca.cli import run
+    from sca.output.journal import NAME
 
     if Path(config["folder"]).is_dir():
         os.chdir(config["folder"])
@@ -138,12 +139,13 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         options = [*flags, f"--out={made}", "--quiet"]
         status = run(["caption", *options, "--", *named], exact_images=True) if named else 0
         lines = made / "captions.jsonl"
+        finished = lines.is_file() and not (made / NAME).exists()  # also where some prompts could not be used
         captions = lines.read_text("utf-8") if lines.is_file() else ""
         if "tar" in content:
             captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
             said = io.StringIO(said.getvalue().replace(f"{unpacked}/", f"{content['tar']}/"))
     problems += [line.removeprefix("sca: ") for line in said.getvalue().splitlines()]
-    if status not in (0, 1):
+    if status not in (0, 1) and not finished:
         return {"state": "failed", "reason": "; ".join(problems) or f"exit status {status}"}
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 

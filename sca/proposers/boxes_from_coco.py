@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from PIL import Image
 from sca_registry.contracts import Proposals
 
 from sca.io.paths import expand_user
-from sca.prompts import PromptError, check, read_prompts
+from sca.prompts import PromptError, read_prompts
 
 
 class BoxesFromCoco:
     """The boxes and masks that a COCO file (or JSON lines, see `sca.prompts`) has for an image, found by its path.
 
-    Raises PromptError for a file that cannot be read, an image that it does not have, a file name that has stood for
-    another image, and a box outside the image.
+    Regions that do not fit their image are left out with a warning. Raises PromptError for a file that cannot be read,
+    an image that it does not have or of which no region fits, and a file name that has stood for another image.
     """
 
     def __init__(self, annotations: str):
         self.file = read_prompts(expand_user(annotations))
+        for problem in self.file.problems:
+            warnings.warn(problem, stacklevel=2)
         self.images: dict[str, Path] = {}  # whose each key has been
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
@@ -32,5 +35,9 @@ class BoxesFromCoco:
                 f"{self.file.path}: {keys[path]} could mean {self.images[keys[path]]} or {path}; write image paths "
                 "relative to the prompts file"
             )
-        prompts = tuple(check(prompt, *image.size) for prompt in self.file[keys[path]])
-        return Proposals(prompts, (1.0,) * len(prompts), (None,) * len(prompts))
+        prompts, problems = self.file.fitting(keys[path], *image.size)
+        if problems and not prompts:
+            raise PromptError(problems[0])
+        for problem in problems:
+            warnings.warn(problem, stacklevel=2)
+        return Proposals(tuple(prompts), (1.0,) * len(prompts), (None,) * len(prompts))

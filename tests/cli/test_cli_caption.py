@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def captioned(shell, checkpoint):
     def call(*arguments):
         result = shell("caption", "--model", checkpoint, "--words", 3, "--out", "-", *arguments)
         assert result.status == 0, result.err
-        assert result.err == []
+        assert all(re.fullmatch(r"sca: \S+: \d+ regions?, \d+ images?", line) for line in result.err)  # of --prompts
         return lines(result.out)
 
     return call
@@ -274,3 +275,44 @@ def test_a_second_run_replaces_the_files_of_the_first_when_told(shell, checkpoin
     (record,) = lines((here / "out/captions.jsonl").read_text())
     assert record["box"] == [1, 1, 5, 5]
     assert len(coco("out/coco.json").getAnnIds()) == 1
+
+
+def test_one_bad_region_takes_no_other_away_and_is_named(shell, checkpoint, picture, here):
+    picture("a.png")
+    boxes = [[1, 1, 20, 20], [5, 5, 0, 9], [2, 2, 9, 9], [90, 90, 5, 5], [1, 2, 3]]
+    (here / "c.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.png"}],
+                "annotations": [{"image_id": 1, "bbox": box} for box in boxes],
+            }
+        )
+    )
+    (here / "l.jsonl").write_text(
+        '{"image": "a.png", "box": [1, 1, 20, 20]}\n{"image": "a.png", "box": [9, 9, 2, 2]}\nno JSON\n'
+    )
+    for file, done, places, total in (
+        ("c.json", 2, ["annotations[1], 'bbox'", "annotations[4], 'bbox'", "annotations[3]"], "3 regions, 1 image; 2"),
+        ("l.jsonl", 1, ["line 3", "line 2"], "2 regions, 1 image; 1"),
+    ):
+        result = shell("caption", "a.png", "--prompts", file, "--words", 2, "--model", checkpoint, "--out", "-")
+        assert result.status == 2
+        assert len(lines(result.out)) == done
+        assert result.err[0].startswith(f"sca: {file}: {total} record")
+        assert len(result.err) == 1 + len(places)
+        for place, line in zip(places, result.err[1:], strict=True):
+            assert f"{file}, {place}:" in line
+    assert "would be" not in " ".join(shell("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
+
+
+def test_a_shard_with_a_bad_region_keeps_the_others(shell, checkpoint, picture, here):
+    picture("a.png"), picture("b.png")
+    regions = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
+    regions.append({"image": "b.png", "box": [1, 1, 9, 9]})
+    (here / "r.jsonl").write_text("\n".join(map(json.dumps, [*regions, {"image": "b.png"}])))
+    asked = ("a.png", "b.png", "--prompts", "r.jsonl", "--words", 2, "--model", checkpoint, "--out", "out")
+    result = shell("caption", *asked, "--launcher", "local workers=1")
+    assert len(lines((here / "out/shard-00000.jsonl").read_text())) == 2
+    assert sum("line 4" in line for line in result.err) == 1
+    assert sum("line 2" in line for line in result.err) == 1
+    assert result.status == 2

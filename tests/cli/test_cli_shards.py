@@ -93,7 +93,7 @@ def test_shards_refuse_an_output_that_is_their_prompts_file(refused, picture, he
     picture("photos/a.png")
     line = json.dumps({"image": "photos/a.png", "box": [4, 4, 40, 40]})
     (here / "shard-00000.jsonl").write_text(line)
-    asked = ("caption", "photos", "--prompts", "shard-00000.jsonl", "--out", ".", "--launcher", "local")
+    asked = ("caption", "photos", "--prompts", "shard-00000.jsonl", "--out", ".", "--launcher", "local", "--quiet")
     assert "is an input of this command" in refused(2, *asked)
     assert (here / "shard-00000.jsonl").read_text() == line
 
