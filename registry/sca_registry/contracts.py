@@ -218,12 +218,13 @@ class Scores(NamedTuple):
     `image_id` and `region_id` to say which; an array named like a share of `total` has that share as its mean over the
     rows that are not NaN, unless `sums` has the name, too. sums: of a score that is no mean, what each row adds (R, F),
     and the function that gives the score (...) of summed rows (..., F): with it the score of any choice of rows can be
-    told.
+    told. notes: by the name of a score, why it is no number.
     """
 
     total: dict[str, float]
     each: dict[str, np.ndarray] | None = None
     sums: dict[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] | None = None
+    notes: dict[str, str] | None = None
 
 
 # --- what a part of each kind must do -------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from inspect import Parameter, formatannotation, signature
+from numbers import Integral, Real
 from typing import Any
 
 from sca_registry.messages import RegistryError, choice, suggestion
@@ -13,6 +14,7 @@ TEXT = {"str", "Path", "PathLike", "PathLike[str]", "StrPath", "None"}
 OPTIONAL = re.compile(r"^(?:typing\.)?Optional\[(.*)\]$")
 NAMESPACE = re.compile(r"^(?:\w+\.)+")
 REQUIRED = ...  # stands where an option has no default
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "nothing"}
 
 
 def read_options(factory: Callable[..., Any], upstream: int) -> dict[str, Any]:
@@ -36,8 +38,10 @@ def takes_text(factory: Callable[..., Any], upstream: int, option: str) -> bool:
     return False
 
 
-def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Collection[str]) -> None:
-    """Raises RegistryError, opening with `what`, for an option that the factory does not take or one that it lacks."""
+def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Mapping[str, Any]) -> None:
+    """Raises RegistryError, opening with `what`, for an option that the factory does not take, one that it lacks, or a
+    value that is no number or no truth value where the signature asks for one.
+    """
     parameters = _parameters(factory)
     if parameters is None:
         return
@@ -49,6 +53,29 @@ def check_options(what: str, factory: Callable[..., Any], upstream: int, options
     for option, default in known.items():
         if default is REQUIRED and option not in options:
             raise RegistryError(f"{what} needs the option {option!r}.{_listed(known)}")
+    for parameter in _named(parameters, upstream):
+        if parameter.name in options:
+            _check_value(what, parameter, options[parameter.name])
+
+
+def _check_value(what: str, parameter: Parameter, value: Any) -> None:
+    """Check a value against an annotation that asks for numbers, truth values or None and for nothing else."""
+    annotation = parameter.annotation
+    written = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    names = {name.strip() for name in written.split("|")}
+    if not names <= KINDS.keys() or value is parameter.default:
+        return
+    if not any(_is_kind(name, value) for name in names):
+        wanted = " or ".join(KINDS[name] for name in KINDS if name in names)
+        raise RegistryError(f"{what}: {parameter.name} is {value!r:.80}; give {wanted}")
+
+
+def _is_kind(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return name == "bool"
+    if name == "None":
+        return value is None
+    return isinstance(value, Integral if name == "int" else Real) and name != "bool"
 
 
 def _parameters(factory: Callable[..., Any]) -> list[Parameter] | None:

@@ -19,8 +19,16 @@ from sca_registry.cards import Card, check_name
 from sca_registry.contracts import KINDS, Kind
 from sca_registry.messages import RegistryError, choice, suggestion, unknown
 from sca_registry.options import check_options, read_options, takes_text
-from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
-from sca_registry.states import BREAKS, blame, keep_state, out_of_memory, read_state
+from sca_registry.plugins import (
+    BUILTIN,
+    Offer,
+    Origin,
+    builtin_offers,
+    extra_installed,
+    plugin_offers,
+    same_distribution,
+)
+from sca_registry.states import BREAKS, blame, keep_state, needs_extra, out_of_memory, read_state
 from sca_registry.verdicts import Verdict, read_verdicts
 
 if TYPE_CHECKING:
@@ -159,6 +167,18 @@ class Registry:
             raise RegistryError(f"{self._told(offer)} {problem}: see {contract} for what {self.kind.plural} have")
         keep_state(self.kind.plural, offer, Verdict("ok", built=True))
         return part
+
+    def check(self, name: str, **options: Any) -> None:
+        """Check a name, its extra and its options before anything is built.
+
+        Raises RegistryError like `build`, as far as metadata and the signature of the factory tell.
+        """
+        offer = self._find(name)
+        needs = needs_extra(offer)
+        if needs and extra_installed(offer.origin.name, offer.card.extra) is False:
+            raise RegistryError(f"{self._told(offer)} {needs.state}. Install it: {needs.reason}")
+        factory = _filled(self._load(offer), offer.card.given)
+        check_options(f"{self._one} {name!r}", factory, self._upstream, options)
 
     def describe(self, name: str) -> Entry:
         """All that is known of one name, with the options of its factory; a part that does not load says why.

@@ -11,7 +11,7 @@ import numpy as np
 from sca_registry.contracts import Scores
 
 from sca.evaluation.evaluate import Report, score_file
-from sca.evaluation.intervals import interval, resample
+from sca.evaluation.intervals import LEAST_IMAGES, has_enough_images, interval, resample
 from sca.evaluation.journal import PredictionsError, truth_hash
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import resamplable
@@ -111,7 +111,8 @@ def compare(
         between = None
         if all(name in each for each in sums):
             (ours, groups), (theirs, others) = (each[name] for each in sums)
-            if np.array_equal(np.unique(groups), np.unique(others)):  # the same draws are the same images
+            same = np.array_equal(np.unique(groups), np.unique(others))  # then the same draws are the same images
+            if same and has_enough_images(groups):
                 between = interval(resample(theirs, others) - resample(ours, groups))
         differences.append(Difference(name, *values, values[1] - values[0], *(between or (None, None))))
     single = [judgements(report) for report in reports]
@@ -134,7 +135,7 @@ def judgements(report: Report) -> dict[str, Scores]:
         if control is None and scores.each is not None and "region_id" in scores.each:
             places = np.stack([scores.each["image_id"], scores.each["region_id"]])
             if len(np.unique(places, axis=1)[0]) == places.shape[1]:
-                found |= {name: scores for name in scores.total if name in scores.each}
+                found |= {name: scores for name, v in scores.total.items() if name in scores.each and v == v}
     return {
         name: found[name] for name in (*(n for n in TELLING if n in found), *(n for n in found if n not in TELLING))
     }
@@ -178,11 +179,11 @@ def _check(reports: Sequence[Report], names: Sequence[str]) -> None:
 
 def _remarks(reports: Sequence[Report]) -> tuple[str, ...]:
     runs = [report.run for report in reports]
-    return tuple(
-        f"{key} differs: {runs[0].get(key)!r} and {runs[1].get(key)!r}"
-        for key in PROTOCOL
-        if runs[0].get(key) != runs[1].get(key)
-    )
+    differing = [key for key in PROTOCOL if runs[0].get(key) != runs[1].get(key)]
+    remarks = [f"{key} differs: {runs[0].get(key)!r} and {runs[1].get(key)!r}" for key in differing]
+    if len({record["image_id"] for record in reports[0].records}) < LEAST_IMAGES:
+        remarks.append(f"no intervals over fewer than {LEAST_IMAGES} images")
+    return tuple(remarks)
 
 
 def sums_of(report: Report) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sca_registry.spec import Part
 
 from sca.captioners.door import captioner as open_captioner
 from sca.checkpoint import weights_hash
+from sca.data.summary import check_not_empty, summarize_dataset
 from sca.evaluation.journal import (
     FILES,
     LOOSE,
@@ -70,6 +71,15 @@ class Report:
         return self.scored.values()
 
     @property
+    def notes(self) -> list[str]:
+        """What scores are no numbers or have no interval, and why: a line for each reason."""
+        named: dict[str, list[str]] = {}
+        for each in self.scored.scores:
+            if each.note and each.control is None:
+                named.setdefault(each.note, []).append(each.name)
+        return [f"{', '.join(names)}: {note}" for note, names in named.items()]
+
+    @property
     def left_out(self) -> dict[str, str]:
         return self.scored.left_out
 
@@ -90,6 +100,7 @@ class Report:
             "regions": regions_of(self.records),
             "scores": _plain(self.scores),
             "controls": {name: _plain(self.scored.values(name)) for name in controls},
+            "notes": self.notes,
             "left_out": dict(self.left_out),
             "remarks": list(self.remarks),
             "seconds": self.seconds,
@@ -104,6 +115,7 @@ class Report:
 
         images, regions = len({record["image_id"] for record in self.records}), regions_of(self.records)
         below = [f"{images} images, {regions} regions, {self.seconds:.1f} s", *self.remarks]
+        below += self.notes
         below += [f"left out {name}: {reason}" for name, reason in self.left_out.items()]
         controls = list(dict.fromkeys(each.control for each in self.scored.scores if each.control))
         figures = ("value", "95 % interval", *controls)
@@ -132,6 +144,7 @@ def evaluate(
     folder: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> Report | None:
@@ -148,6 +161,8 @@ def evaluate(
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch), which need a
     folder: each asks for its share of the images, the first scores, and the others have no report.
 
+    report: called with one line that says what the dataset contains and what was left out of it.
+
     ValueError if the dataset has no region to ask for, a metric of `metrics` does not find what it needs, or the folder
     holds the predictions of another run.
     """
@@ -158,8 +173,9 @@ def evaluate(
         raise ValueError("several processes need a folder to put their predictions together: give --out FOLDER")
     questions = questions or Questions()
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-    model_name, captioner = _captioner(model, device, agreed)
     dataset_name, split, options, built = _dataset(dataset, split)
+    check_not_empty(built, f"{dataset_name} {split}".rstrip())
+    model_name, captioner = _captioner(model, device, agreed)
     found = Part.from_dict(proposer, "proposer") if proposer is not None else None
     asking: Questions | Proposing = questions
     if found is not None:
@@ -185,13 +201,15 @@ def evaluate(
     with ExitStack() as stack:
         if folder is not None and not rank:
             stack.enter_context(_begun(Path(folder), run, overwrite, [model, options, proposer, settings]))
+        if report is not None and not rank:
+            report(f"{dataset_name} {split}: {summarize_dataset(built)}")
         predictions = _predictions(captioner, built, asking, run, folder, (rank, processes, wait), progress)
     if predictions is None:
         return None
     if not predictions.records:
         raise ValueError(
             f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(questions.tasks)} asks for "
-            "(phrases for captions, a name for recognition)"
+            f"(phrases for captions, a name for recognition); {summarize_dataset(built)}"
         )
     return _report(predictions, "the predictions", metrics, settings, _pictures(built), start)
 

@@ -13,6 +13,7 @@ import numpy as np
 DRAWS = 1000
 LEVEL = 0.95
 CHUNK = 1 << 24  # numbers of one block of weights
+LEAST_IMAGES = 5  # with fewer the draws repeat each other, and the interval says nothing of other images
 
 
 class Sums(NamedTuple):
@@ -37,6 +38,15 @@ def resample(sums: Sums, groups: np.ndarray, draws: int = DRAWS, seed: int = 0) 
     totals = np.zeros((len(images), sums.rows.shape[1]))
     np.add.at(totals, place.ravel(), sums.rows)
     return np.concatenate([sums.score(weights @ totals) for weights in _weights(len(images), draws, seed)])
+
+
+def has_enough_images(groups: np.ndarray) -> bool:
+    """Whether there is an interval over these images.
+
+    Args:
+        groups: (R,) the image of each row.
+    """
+    return len(np.unique(groups)) >= LEAST_IMAGES
 
 
 def interval(scores: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:

@@ -78,7 +78,7 @@ def beside(run: Run, model: str, scores: Mapping[str, float], source: str) -> Ta
     for system, values in run.published.items():
         table.add_row(f"{system} (published)", *(f"{value:.3f}" for value in values))
     ours = (scores.get(column) for column in run.columns)
-    table.add_row(model, *("–" if value is None else f"{value:.3f}" for value in ours))
+    table.add_row(model, *("–" if value is None or value != value else f"{value:.3f}" for value in ours))
     return table
 
 

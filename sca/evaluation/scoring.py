@@ -15,7 +15,7 @@ from PIL import Image
 from sca_registry.contracts import Metric, Scores
 from sca_registry.plugins import BUILTIN
 
-from sca.evaluation.intervals import Sums, interval, mean_of, resample
+from sca.evaluation.intervals import LEAST_IMAGES, Sums, has_enough_images, interval, mean_of, resample
 from sca.evaluation.predictions import CONTROLS
 from sca.evaluation.records import Record, lack, meeting
 from sca.evaluation.texts import default_tokenizer
@@ -34,6 +34,7 @@ class Score:
     the 95 % interval over the choice of images, where there is one. n: how many judgements it is made of. control: what
     was done to mislead, if something was. references, tokenizer: where the metric takes them. implementation: whose
     code, with its version. protocol: short for all that two scores must have in common to be compared, the model aside.
+    note: why the value is no number, or why it has no interval; empty otherwise.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Score:
     tokenizer: str | None
     implementation: str
     protocol: str
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; NaN is None."""
@@ -121,9 +123,12 @@ def score(
 
 
 def ready(metrics: Sequence[str] | None, settings: Mapping[str, Any] | None) -> None:
-    """Raises what `score` would raise of the names and the options alone, before hours are spent on answers."""
+    """Raises what `score` would raise of the names, the options and what is installed, before hours are spent on
+    answers.
+    """
     settings = _checked(settings or {}, metrics)
     for name in metrics or ():
+        sca_registry.metrics.check(name)
         _built(name, settings)
 
 
@@ -202,7 +207,11 @@ def _rows(
     implementation = f"{implementation} {entry.version}".rstrip() if implementation == own else implementation
     asked = {key: run.get(key) for key in ("dataset", "split", "truth", "prompt", "seed", "generation", "proposer")}
     protocol = protocol_id(asked, name, control, used, implementation)
-    intervals = {key: interval(resample(*made)) for key, made in resamplable(found).items()}
+    sums = resamplable(found)
+    enough = {key: has_enough_images(groups) for key, (_, groups) in sums.items()}
+    intervals = {key: interval(resample(*made)) for key, made in sums.items() if enough[key]}
+    notes = {key: f"no interval over fewer than {LEAST_IMAGES} images" for key in sums if not enough[key]}
+    notes |= found.notes or {}
     counted = {key: _count(found, key) for key in found.total}
     return [
         Score(
@@ -217,6 +226,7 @@ def _rows(
             tokenizer=used["tokenizer"],
             implementation=implementation,
             protocol=protocol,
+            note=notes.get(key, ""),
         )
         for key, value in found.total.items()
     ]

@@ -1,9 +1,15 @@
 """Intervals hold the truth as often as they say."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 
+from sca.evaluation.comparison import compare
+from sca.evaluation.evaluate import score_file
 from sca.evaluation.intervals import interval, mean_of, resample
+from sca.evaluation.scoring import score
 
 DRAWS = [
     pytest.param(lambda draw: draw.normal(0, 1, 200), 0.0, id="normal"),
@@ -45,3 +51,52 @@ def test_what_is_not_a_number_is_not_counted():
     values = np.array([1.0, np.nan, 0.0, np.nan])
     assert resample(mean_of(values), np.zeros(4), draws=3).tolist() == [0.5] * 3
     assert interval(resample(mean_of(np.full(3, np.nan)), np.arange(3))) is None
+
+
+@pytest.mark.parametrize(("images", "enough"), [(1, False), (4, False), (5, True)])
+def test_there_is_no_interval_over_fewer_than_five_images(images, enough):
+    records = [record(image, region) for image in range(images) for region in range(3)]
+    (found,) = score(records, ["rouge-l"], {"tokenizer": "plain"}).scores
+    assert (found.low is not None) == (found.high is not None) == enough
+    assert found.note == ("" if enough else "no interval over fewer than 5 images")
+
+
+def record(image, region, caption="a red dog"):
+    truth = {
+        "phrases": [f"a red dog {region}"],
+        "name": None,
+        "attributes": {},
+        "mask": None,
+        "box": None,
+        "area": None,
+    }
+    ids = {"image_id": image, "region_id": 10 * image + region}
+    return {**ids, "task": "caption", "caption": caption, "control": None, "truth": truth}
+
+
+@pytest.mark.parametrize("name", ["cider", "cider-d"])
+def test_cider_of_a_single_region_is_no_number_and_says_why(name, tmp_path):
+    single = score([record(0, 0)], [name], {"tokenizer": "plain"})
+    (found,) = single.scores
+    assert math.isnan(found.value)
+    assert found.note.startswith("not a number for a single region")
+    (found,) = score([record(0, 0, "a red dog 0"), record(0, 1)], [name], {"tokenizer": "plain"}).scores
+    assert found.value > 0
+    line = {"image_id": 1, "region_id": 2, "caption": "a dog", "references": ["a dog"]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    report = score_file(tmp_path / "one.jsonl", [name, "rouge-l"], {"tokenizer": "plain"})
+    assert report.to_dict()["scores"] == {name: None, "rouge-l": 1.0}
+    assert any(name in note and "single region" in note for note in report.notes)
+    assert "rouge-l: no interval over fewer than 5 images" in report.notes
+    assert set(report.notes) <= set(report.table().notes)
+
+
+def test_a_comparison_over_few_images_has_no_intervals_and_says_so(tmp_path):
+    for name, caption in (("a", "a red dog"), ("b", "a blue cat")):
+        lines = [
+            {"image_id": n, "region_id": n, "caption": caption, "references": [f"a red dog {n}"]} for n in range(4)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl", ["rouge-l"], {"tokenizer": "plain"})
+    assert found.differences[0].low is None
+    assert "no intervals over fewer than 5 images" in found.remarks

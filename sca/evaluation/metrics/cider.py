@@ -14,13 +14,15 @@ from sca.evaluation.scores import from_means
 from sca.evaluation.texts import NEEDS, pairs
 
 LONGEST = 4
+ALONE = "not a number for a single region: how rare an n-gram is takes the references of at least two"
 
 
 class CiderD:
     """CIDEr-D, the variant with clipped counts and a penalty for another length (sigma 6), times 10 by its definition:
     a perfect caption has at most 10, and papers print that times 10 once more.
 
-    How rare an n-gram is comes from the references that are evaluated. For intervals it is held fixed.
+    How rare an n-gram is comes from the references that are evaluated: of a single region the score is NaN. For
+    intervals it is held fixed.
     """
 
     needs = NEEDS
@@ -36,6 +38,8 @@ class CiderD:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
         about, captions, references = pairs(records, "cider-d", self.references, self.tokenizer)
+        if len(about) < 2:
+            return _undefined("cider-d", about)
         scorer = CiderScorer()
         for caption, each in zip(captions, references, strict=True):
             scorer += (caption, each)
@@ -56,6 +60,8 @@ class Cider:
 
     def __call__(self, records: Sequence[Record]) -> Scores:
         about, captions, references = pairs(records, "cider", self.references, self.tokenizer)
+        if len(about) < 2:
+            return _undefined("cider", about)
         counted = [[_ngrams(text) for text in each] for each in references]
         found_in = Counter(ngram for each in counted for ngram in {ngram for counts in each for ngram in counts})
         everything = np.log(len(about))
@@ -65,6 +71,11 @@ class Cider:
             others = [_weighted(counts, found_in, everything) for counts in each]
             values[row] = 10 * np.mean([_cosine(a, b) for other in others for a, b in zip(own, other, strict=True)])
         return from_means({"cider": values}, about)
+
+
+def _undefined(name: str, about: Sequence[Record]) -> Scores:
+    """NaN, with the reason: the logarithm of one region is 0, and so would be the weight of every n-gram."""
+    return from_means({name: np.full(len(about), np.nan)}, about)._replace(notes={name: ALONE})
 
 
 def _ngrams(text: str) -> Counter[tuple[str, ...]]:
