@@ -101,7 +101,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
     words.save(str(tmp_path / "words"))
     (tmp_path / "words" / "model.safetensors").write_bytes(b"nobody wants these")
     torch.manual_seed(0)
-    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 600, "n_positions": 64}
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 800, "n_positions": 64}
     model = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
         {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},

@@ -21,8 +21,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 class CausalLanguageModel(nn.Module):
     """Wraps a causal `PreTrainedModel`. Captions are padded on the right, so that no word ever sees a pad.
 
-    width: E. tokenizer: None for a checkpoint without one; ids still work. positions: how many the model has for prefix
-    and words together; None if it does not say.
+    width: E. tokenizer: None for a checkpoint without one; ids still work. One with more tokens than the model has
+    embeddings is a ValueError. positions: how many the model has for prefix and words together; None if it does not
+    say.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
@@ -31,6 +32,21 @@ class CausalLanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.width = model.get_input_embeddings().embedding_dim
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        tokens = tokenizer.size if isinstance(tokenizer, TextTokenizer) else 0
+        rows = self.model.get_input_embeddings().num_embeddings
+        if tokens > rows:
+            raise ValueError(
+                f"the tokenizer has {tokens:,} tokens and the language model embeddings for {rows:,}; give the "
+                "tokenizer of these weights, or weights saved after resize_token_embeddings of transformers"
+            )
+        self._tokenizer = tokenizer
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
@@ -177,6 +193,11 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self.eos = tokenizer.eos_token_id
         self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @property
+    def size(self) -> int:
+        """One more than the greatest id of a token."""
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
         """At most `limit` ids, the end included."""

@@ -36,7 +36,7 @@ def bases(sam_folder, lm_folder, tmp_path_factory):
     spec = json.loads((place / "inner" / "spec.json").read_text())
     spec["language_model"]["weights"] = "lm"
     (place / "inner" / "spec.json").write_text(json.dumps(spec))
-    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 600, "n_positions": 64}
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 800, "n_positions": 64}
     published = sca.compose({"name": "sam", "weights": str(sam_folder)}, mixer, {"name": "hf", "config": config})
     published.language_model.tokenizer = own.language_model.tokenizer
     write_published(published, place / "published")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import sca
 from sca.hub import HubError
 from sca.language_models.hf import HfLanguageModel, read_tokenizer
+from sca.language_models.tiny_gpt2 import TinyGpt2
 
 WORDS = ["a", "red", "car", "<end>", "<pad>", "<unk>", "<start>"]
 
@@ -158,3 +159,15 @@ def test_a_gguf_file_that_is_none_is_told(tmp_path):
     (tmp_path / "empty.gguf").write_bytes(b"")
     with pytest.raises(RegistryError, match=r"empty\.gguf cannot be read|needs extra: gguf"):
         language_models.build("gguf", weights=str(tmp_path / "empty.gguf"))
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(lm_folder, tmp_path):
+    weights = str(lm_folder("gpt2"))
+    tokenizer = TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    tokenizer.save(str(tmp_path / "words"))
+    said = "the tokenizer has 726 tokens and the language model embeddings for 97; give the tokenizer of these weights"
+    with pytest.raises(RegistryError, match=said):
+        language_models.build("hf", weights=weights, tokenizer=str(tmp_path / "words"))
+    model = language_models.build("hf", weights=weights)
+    with pytest.raises(ValueError, match=said):
+        model.tokenizer = tokenizer

@@ -104,10 +104,14 @@ def test_options_of_use_survive_and_lower_precision_is_no_difference(composed, l
 
 
 def test_a_tokenizer_that_was_given_stays_with_the_checkpoint(composed, tmp_path):
-    from sca.language_models.tiny_gpt2 import TinyGpt2
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
+    from sca.language_models.causal import TextTokenizer
+
+    words = Tokenizer(models.WordLevel({"<end>": 0, "car": 1}, unk_token="<end>"))
     model = composed()
-    model.language_model.tokenizer = TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    model.language_model.tokenizer = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"))
     again = sca.load(sca.save(model, tmp_path / "model"), allow_external=True)
     assert again.language_model.tokenizer.encode("car") == model.language_model.tokenizer.encode("car")
     plain = sca.save(composed(), tmp_path / "plain")
