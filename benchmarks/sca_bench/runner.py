@@ -16,6 +16,7 @@ import sca_registry
 from sca.launchers.task import Task
 from sca_bench.store import Store
 from sca_bench.sweep import Sweep
+from sca_bench.validation import check_rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def run(
     happens. seconds: time budget of the run; no row is started after it, and a row that it cuts stays missing. order:
     of rows, as in `Sweep.rows`.
 
-    StoreError if somebody else writes into the folder, or it cannot be written.
+    ValueError for what is wrong with a row that is missing, before the first is made. StoreError if somebody else
+    writes into the folder, or it cannot be written.
     """
     deadline = time.time() + seconds
     where = sca_registry.launchers.build(launcher, **(options or {}))
@@ -58,6 +60,9 @@ def run(
         if retry:
             store.forget({row["key"] for row in store.rows() if row["state"] in retry and row["key"] in rows})
         there = {row["key"] for row in store.rows()}
+        missing = [row for key, row in rows.items() if key not in there]
+        if missing:
+            check_rows(sweep, missing)
         tasks = [
             Task(
                 key,

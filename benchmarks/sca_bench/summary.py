@@ -93,8 +93,9 @@ def lines(rows: Iterable[Mapping[str, Any]], score: str | None) -> list[Line]:
 
 
 def telling(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """The score that says most of quality, of those that there are."""
-    known = dict.fromkeys(each["name"] for row in rows for each in row.get("scores") or ())
+    """The score that says most of quality, of those that are a number for some row."""
+    scores = [each for row in rows for each in row.get("scores") or ()]
+    known = dict.fromkeys(each["name"] for each in scores if each["value"] is not None)
     return next((name for name in TELLING if name in known), next(iter(known), None))
 
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from itertools import product
@@ -46,9 +46,19 @@ from typing import Any
 
 from sca_registry import RegistryError, registry
 from sca_registry.messages import unknown
+from sca_registry.overrides import SHORT
 from sca_registry.spec import ModelSpec, Part
 
-from sca.io.toml import parse_toml
+from sca.io.toml import parse_toml, read_toml_text
+from sca.io.validation import (
+    check_choice,
+    check_keys,
+    check_least,
+    check_list,
+    check_same_type,
+    check_type,
+)
+from sca.training.recipe import Recipe, TrainOptions
 
 TABLES = {
     "train": (
@@ -68,6 +78,7 @@ TABLES = {
 }
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
 ORDERS = ("cheapest", "listed")
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 10_000  # at a minute a row a week
 
 
@@ -81,6 +92,18 @@ class Row:
     def key(self) -> str:
         """Sixteen hexadecimal digits that differ where the configuration does."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What it trains by, if it trains. Raises RegistryError for a value that is wrong."""
+        if "train" not in self.config:
+            return None
+        options = dict(self.config["train"])
+        name = options.pop("recipe", "sca-tiny")
+        table = Recipe.read(name).to_dict() | {"model": self.config["model"]}
+        table["train"] |= {**options, "seed": self.config["seed"], "processes": 1}
+        table["train"]["save"] = table["train"]["steps"]
+        return Recipe.from_dict(name, table)
 
     @property
     def label(self) -> str:
@@ -122,21 +145,10 @@ class Sweep:
             table = parse_toml(text)
         except ValueError as error:
             raise RegistryError(f"the sweep {name} is not TOML: {error}") from error
-        known = [each.name for each in fields(cls) if each.name not in ("name", "device")]
-        for key in table:
-            if key not in known:
-                raise unknown(f"a sweep has no {key!r}", key, known)
-        for section, keys in TABLES.items():
-            for key in table.get(section, {}):
-                if key not in keys:
-                    raise unknown(f"[{section}] of a sweep has no {key!r}", key, keys)
+        check_keys("a sweep", table, [each.name for each in fields(cls) if each.name not in ("name", "device")])
         table = {"model": {}, "axes": {}, **table}
-        for axis, values in table["axes"].items():
-            if not isinstance(values, list) or not values:
-                raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}: give a list of one or more")
+        _check_fields(name, table)
         sweep = cls(stem, **table, device=device)
-        if not isinstance(sweep.seeds, Sequence) or not sweep.seeds:
-            raise RegistryError(f"the sweep {name} has no seeds: give a list of one or more")
         sweep.check_size()
         sweep.rows()
         return sweep
@@ -192,8 +204,63 @@ def _text(name: str) -> tuple[str, str]:
     if name in sweep_names():
         return (_folder() / f"{name}.toml").read_text("utf-8"), name
     if name.endswith(".toml") and Path(name).is_file():
-        return Path(name).read_text("utf-8"), Path(name).stem
+        return read_toml_text(Path(name)), Path(name).stem
     raise unknown(f"no sweep named {name!r}, and no TOML file there", name, sweep_names())
+
+
+def _check_fields(name: str, table: Mapping[str, Any]) -> None:
+    """Raises RegistryError, naming the field, for a value of a sweep that has the wrong type or is out of range."""
+    for section in ("model", "axes", *TABLES):
+        check_type(f"{section} of the sweep {name}", table.get(section, {}), Mapping)
+    for axis, values in table["axes"].items():
+        if not isinstance(values, list) or not values:
+            raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}: give a list of one or more")
+    check_type("summary", table.get("summary", ""), str)
+    check_list("seeds", table.get("seeds", [0]), int, least=1)
+    for seed in table.get("seeds", ()):
+        check_least("seeds", seed, 0)
+    check_least("threads", table.get("threads", 1), 0)
+    for section, keys in TABLES.items():
+        check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
+        for key, value in table.get(section, {}).items():
+            FIELDS[section](f"{section}.{key}", key, value)
+    if "evaluate" in table and "dataset" not in table["evaluate"]:
+        raise RegistryError("[evaluate] of a sweep has no dataset: give dataset = { name = ..., ... }")
+
+
+def _check_train(what: str, key: str, value: Any) -> None:
+    check_same_type(what, value, "" if key == "recipe" else getattr(TrainOptions(), key))
+
+
+def _check_evaluate(what: str, key: str, value: Any) -> None:
+    if key == "dataset":
+        Part.from_dict(value, "dataset of evaluate")
+    elif key in ("limit", "batch"):
+        check_least(what, value, 1)
+    elif key in ("tasks", "metrics"):
+        check_list(what, value, str)
+    else:
+        check_type(what, value, Mapping if key == "generation" else str)
+
+
+def _check_measure(what: str, key: str, value: Any) -> None:
+    if key == "regions":
+        check_list(what, value, int, least=1)
+        for regions in value:
+            check_least(what, regions, 1)
+    elif key == "dtype":
+        check_choice(what, value, DTYPES)
+    elif key in ("training", "plan"):
+        check_type(what, value, bool)
+    else:
+        check_least(what, value, 1)
+
+
+FIELDS: dict[str, Callable[[str, str, Any], None]] = {
+    "train": _check_train,
+    "evaluate": _check_evaluate,
+    "measure": _check_measure,
+}
 
 
 def _folder():
@@ -207,7 +274,12 @@ def _put(model: dict[str, Any], path: str, value: Any) -> None:
         model[first] = value
         return
     inner = model.get(first, {})
-    model[first] = {**(Part.from_dict(inner, first).to_dict() if first in PARTS else dict(inner)), option: value}
+    if first in PARTS:
+        inner = Part.from_dict(inner, first).to_dict()
+    elif first in SHORT and not isinstance(inner, Mapping):
+        inner = {SHORT[first]: inner}
+    check_type(f"model.{first}", inner, Mapping)
+    model[first] = {**inner, option: value}
 
 
 def _said(part: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ import sca.training.trainer  # noqa: F401 (and transformers with it)
 from sca.composition import build
 from sca.model import SegmentCaptioner
 from sca.plan import plan
-from sca_bench.sweep import PARTS
+from sca_bench.sweep import PARTS, Row
 from sca_bench.timing import stages, training_step
 
 TRAINED = 16  # regions of an image in a step of training, at most
@@ -110,7 +110,7 @@ def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: b
         if training is None:
             model = build(spec, config["device"], weights=False)
         else:
-            model = _train(row, spec, config, folder).to(config["device"])
+            model = _train(row, config, folder).to(config["device"])
     row.setdefault("parameters", _count_parameters(model))
     if evaluation := config.get("evaluate"):
         with _timed(row, "evaluate"):
@@ -153,16 +153,11 @@ def _plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> No
     row["memory"] = {"planned": peak, "room": _room(config["device"])}
 
 
-def _train(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any], folder: Path):
-    from sca.training.recipe import Recipe
+def _train(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
     from sca.training.trainer import train
 
-    options = dict(config["train"])
-    name = options.pop("recipe", "sca-tiny")
-    table = Recipe.read(name).to_dict() | {"model": spec.to_dict()}
-    table["train"] |= {**options, "seed": config["seed"], "processes": 1}
-    table["train"]["save"] = table["train"]["steps"]
-    recipe = Recipe.from_dict(name, table)
+    recipe = Row(config).recipe
+    assert recipe is not None
     left = folder / "training"
     shutil.rmtree(left, ignore_errors=True)
     model = train(recipe, left, resume=False, quiet=True)

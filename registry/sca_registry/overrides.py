@@ -145,7 +145,8 @@ def _table(table: dict[str, Any], key: str, assignment: str) -> dict[str, Any]:
     elif isinstance(below, str) and key != "model":
         below = table[key] = {"name": below}
     if not isinstance(below, dict):
-        raise RegistryError(f"{assignment!r}: {key} is {below!r}, which has no options to set")
+        fix = "; give model={encoder=..., mixer=..., language_model=...} to train a new model" if key == "model" else ""
+        raise RegistryError(f"{assignment!r}: {key} is {below!r}, which has no options to set{fix}")
     return below
 
 

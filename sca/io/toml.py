@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import tomllib
+from datetime import date, time
+from pathlib import Path
 from typing import Any
 
-from sca.io.json import MAX_DEPTH, check_depth
+from sca.io.json import MAX_DEPTH, check_depth, read_regular_file
+
+
+def read_toml_text(path: Path) -> str:
+    """Read the text of a TOML file.
+
+    Raises:
+        ValueError: If it is no regular file, or not UTF-8. One line that names it.
+    """
+    try:
+        return read_regular_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -19,4 +33,14 @@ def parse_toml(text: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     check_depth(table)
+    _check_plain(table)
     return table
+
+
+def _check_plain(value: Any) -> None:
+    """Raises ValueError for a date or a time, which nothing that we read takes."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_plain(each)
+    elif isinstance(value, date | time):
+        raise ValueError(f"{value.isoformat()} is a date or a time; write text in quotes")

@@ -22,7 +22,8 @@ from sca_registry.overrides import override, read_assignment
 from sca_registry.spec import ModelSpec, Part
 
 from sca.io.numbers import is_finite_number
-from sca.io.toml import parse_toml
+from sca.io.toml import parse_toml, read_toml_text
+from sca.io.validation import check_choice, check_keys, check_least, check_list, check_same_type, check_type
 
 if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
@@ -34,7 +35,8 @@ SIDES = ("swap", "drop")
 NAMES = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
-LIMITS = ("budget", "chunk", "warmup", "workers")  # counts that may be 0
+LIMITS = ("budget", "chunk", "warmup", "workers", "seed")  # counts that may be 0
+FACTORS = ("learning_rate", "adam_beta2", "weight_decay", "clip", "jitter")  # numbers that are not negative
 SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
@@ -123,10 +125,10 @@ class Source:
         split, weight, changes, phrases, names = (options.pop(key, None) for key in own)
         given: dict[str, Any] = {}
         if split is not None:
-            _check_type(f"{what}.split", split, "")
+            check_type(f"{what}.split", split, str)
             given["split"] = split
         if weight is not None:
-            _check_type(f"{what}.weight", weight, 0.0)
+            check_type(f"{what}.weight", weight, float)
             if weight <= 0:
                 raise RegistryError(f"{what}.weight is {weight}: give a number above 0, or leave the table out")
             given["weight"] = float(weight)
@@ -134,8 +136,7 @@ class Source:
             given["augment"] = read_augmentation(changes, f"{what}.augment")
         for key, value, known in (("phrases", phrases, PHRASES), ("names", names, NAMES)):
             if value is not None:
-                if value not in known:
-                    raise unknown(f"{what}.{key} is {value!r}", str(value), known)
+                check_choice(f"{what}.{key}", value, known)
                 given[key] = value
         return cls(Part(part.name, options), **given)
 
@@ -168,12 +169,14 @@ class Validation:
         for key, value in table.items():
             if key not in known:
                 raise unknown(f"a recipe's [validate] has no {key!r}", key, known)
-            _check_type(f"validate.{key}", value, list(known[key]) if key in ("metrics", "best") else known[key])
+            if key in ("metrics", "best"):
+                check_list(f"validate.{key}", value, str)
+            else:
+                check_same_type(f"validate.{key}", value, known[key])
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
         found = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
         for key in ("every", "limit"):
-            if getattr(found, key) < 1:
-                raise RegistryError(f"validate.{key} is {getattr(found, key)}: give a whole number, 1 or more")
+            check_least(f"validate.{key}", getattr(found, key), 1)
         if found.split.startswith("test"):
             raise RegistryError(f"validate.split is {found.split!r}: what is tested must not choose; give 'val'")
         Part.from_dict(found.dataset, "dataset of validate")
@@ -209,17 +212,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, name: str, table: Mapping[str, Any], assignments: Iterable[str] = ()) -> Recipe:
-        for key in table:
-            if key not in (known := ("summary", "source", "model", "data", "train", "loss", "validate")):
-                raise unknown(f"a recipe has no {key!r}", key, known)
+        check_keys("a recipe", table, ("summary", "source", "model", "data", "train", "loss", "validate"))
+        for key in ("summary", "source"):
+            check_type(key, table.get(key, ""), str)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
         table, assignments = _with_whole(table, assignments)
-        start = table.get("model")
-        for key in ("model", "data", "train", "loss", "validate"):
-            if key == "model" and isinstance(start, str):
-                continue
-            if not isinstance(table.get(key, {}), Mapping):
-                raise RegistryError(f"{key} of the recipe {name} is {table[key]!r}: give a table [{key}]")
+        _check_tables(name, table)
         full = {
             "model": table.get("model", {}),
             "data": table.get("data", {}),
@@ -228,34 +226,21 @@ class Recipe:
             **({"validate": table["validate"]} if "validate" in table else {}),
         }
         full = override(full, assignments)
+        _check_tables(name, full)
         for section, known in (("train", defaults), ("loss", LOSSES)):
+            check_keys(f"a recipe's [{section}]", full[section], known)
             for key, value in full[section].items():
-                if key not in known:
-                    raise unknown(f"a recipe's [{section}] has no {key!r}", key, known)
-                _check_type(f"{section}.{key}", value, known[key])
-        for key in COUNTS:
-            if full["train"][key] < 1:
-                raise RegistryError(f"train.{key} is {full['train'][key]}: give a whole number, 1 or more")
-        for key in LIMITS:
-            if full["train"][key] < 0:
-                raise RegistryError(f"train.{key} is {full['train'][key]}: give a whole number, 0 or more")
-        for part, rate in full["train"]["rates"].items():
-            _check_type(f"train.rates.{part}", rate, 0.0)
-        for key in SHARES:
-            if not 0 <= full["train"][key] <= 1:
-                raise RegistryError(f"train.{key} is {full['train'][key]}: give a share, from 0 to 1")
-        _check_prompts(full["train"]["prompts"])
-        if full["train"]["precision"] not in PRECISIONS:
-            raise unknown(f"no precision {full['train']['precision']!r}", full["train"]["precision"], PRECISIONS)
+                check_same_type(f"{section}.{key}", value, known[key])
+        _check_train(full["train"])
         if not full["data"]:
             raise RegistryError(
                 f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
             )
         data = {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()}
-        validation = full.get("validate")
+        validation, model = full.get("validate"), full["model"]
         return cls(
             name,
-            start if isinstance(start, str) else ModelSpec.from_dict(full["model"]),
+            model if isinstance(model, str) else _read_model(model),
             data,
             TrainOptions(**full["train"]),
             full["loss"],
@@ -279,11 +264,11 @@ def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """`model=NAME` and `data=PATH` put into a table in place of what it has, and the other assignments."""
+    """The table with `model=NAME`, `model={...}` and `data=PATH` in place of what it had; the other assignments."""
     changed, others = dict(table), []
     for assignment in assignments:
         path, value = read_assignment(assignment, lambda path: True)  # `override` reads the others
-        if path == ("model",) and isinstance(value, str):
+        if path == ("model",):
             changed["model"] = value
         elif path == ("data",) and isinstance(value, str):
             from sca.data.own import recognised
@@ -305,15 +290,57 @@ def recipe_text(name: str) -> str:
     if name in recipe_names():
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
-        return Path(name).read_text("utf-8")
+        return read_toml_text(Path(name))
     raise unknown(f"no recipe named {name!r}, and no TOML file there", name, recipe_names())
+
+
+def _check_tables(name: str, table: Mapping[str, Any]) -> None:
+    """Raises RegistryError for a section that is no table; the model may be a name."""
+    for key in ("model", "data", "train", "loss", "validate"):
+        if key == "model" and isinstance(table.get(key), str):
+            continue
+        if not isinstance(table.get(key, {}), Mapping):
+            raise RegistryError(f"{key} of the recipe {name} is {table[key]!r:.80}: give a table [{key}]")
+
+
+def _read_model(table: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a new model. Raises RegistryError, also for LoRA that would not train."""
+    spec = ModelSpec.from_dict(table)
+    if spec.lora and "lora" not in spec.trainable:
+        names = ", ".join(f'"{name}"' for name in (*spec.trainable, "lora") if name != "language_model")
+        raise RegistryError(
+            f"lora={spec.lora['rank']} would not train: the model's trainable does not contain 'lora'; "
+            f"give trainable=[{names}]"
+        )
+    return spec
+
+
+def _check_train(train: Mapping[str, Any]) -> None:
+    """Raises RegistryError for a value of [train], of the right type, that is out of range."""
+    for key in COUNTS:
+        check_least(f"train.{key}", train[key], 1)
+    for key in LIMITS:
+        check_least(f"train.{key}", train[key], 0)
+    for key in FACTORS:
+        if train[key] < 0:
+            raise RegistryError(f"train.{key} is {train[key]}: give a number, 0 or more")
+    if train["adam_beta2"] >= 1:
+        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}: give a number below 1")
+    for part, rate in train["rates"].items():
+        check_type(f"train.rates.{part}", rate, float)
+    for key in SHARES:
+        if not 0 <= train[key] <= 1:
+            raise RegistryError(f"train.{key} is {train[key]}: give a share, from 0 to 1")
+    _check_prompts(train["prompts"])
+    if train["precision"] not in PRECISIONS:
+        raise unknown(f"no precision {train['precision']!r}", train["precision"], PRECISIONS)
 
 
 def _check_prompts(prompts: Mapping[str, Any]) -> None:
     for kind, share in prompts.items():
         if kind not in PROMPTS:
             raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
-        _check_type(f"train.prompts.{kind}", share, 0.0)
+        check_type(f"train.prompts.{kind}", share, float)
         if share < 0:
             raise RegistryError(f"train.prompts.{kind} is {share}: give a number, 0 or more")
     if not any(prompts.values()):
@@ -324,12 +351,10 @@ def read_augmentation(written: Any, what: str) -> Augmentation:
     """From a table of options. Raises RegistryError, opening with `what`, for one that is wrong."""
     from sca.training.augmentation import Augmentation  # listing the recipes imports no numpy
 
-    _check_type(what, written, {})
     known = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}
+    check_keys(what, written, known)
     for key, value in written.items():
-        if key not in known:
-            raise unknown(f"{what} has no {key!r}", key, known)
-        _check_type(f"{what}.{key}", value, list(known[key]) if key == "scale" else known[key])
+        check_same_type(f"{what}.{key}", value, list(known[key]) if key == "scale" else known[key])
         if key == "sides":
             if value not in SIDES:
                 raise unknown(f"{what}.sides is {value!r}", value, SIDES)
@@ -340,11 +365,3 @@ def read_augmentation(written: Any, what: str) -> Augmentation:
         elif not 0 <= value <= 1:
             raise RegistryError(f"{what}.{key} is {value}: give a number from 0 to 1")
     return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in written.items()})
-
-
-def _check_type(key: str, value: Any, default: Any) -> None:
-    wanted = (int, float) if isinstance(default, float) else Mapping if isinstance(default, Mapping) else type(default)
-    is_valid = is_finite_number(value) if isinstance(default, float) else isinstance(value, wanted)
-    if not is_valid or isinstance(value, bool) != isinstance(default, bool):
-        names = {bool: "true or false", int: "a whole number", str: "text", Mapping: "a table", list: "a list"}
-        raise RegistryError(f"{key} is {value!r:.80}: give {names.get(wanted, 'a number')}")

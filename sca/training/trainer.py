@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry import RegistryError, datasets
+from sca_registry import RegistryError
 from sca_registry.contracts import Batch, Dataset
 from sca_registry.messages import unknown
-from sca_registry.spec import Part
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoint import check_writable, load, save, weights_hash
 from sca.composition import build
+from sca.data.summary import left_out, summarize_dataset
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
 from sca.io.atomic import sync, sync_tree, unwritable, write_file
@@ -38,6 +39,7 @@ from sca.training.examples import ExampleStream, Mixture, collate
 from sca.training.features import FeatureCache
 from sca.training.recipe import Recipe, TrainOptions, Validation
 from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
+from sca.training.sources import open_sources, open_validation, report_sources
 
 MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
 STATE = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
@@ -73,7 +75,8 @@ def train(
         quiet: Show no progress bar.
         overwrite: Delete what a run of another recipe or other data wrote into the folder.
         set_aside: Rename the folder of such a run instead.
-        told: Called with one line if that was done.
+        told: Called with each line that a person should read: what the data contains and what was left out of it, what
+            cannot choose the best model, and whether another run was set aside.
         trust_remote_code: What the checkpoint that training begins with may do, see `sca.load`.
         allow_external: As `trust_remote_code`.
 
@@ -86,7 +89,7 @@ def train(
         run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUTS)) if first else None
         conflict = {"overwrite": overwrite, "set_aside": set_aside}
         agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed)
+        model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed, told)
         if run_folder is not None:
             run_folder.finish()
             if run_folder.moved_to is not None:
@@ -102,6 +105,7 @@ def _train(
     quiet: bool,
     conflict: Mapping[str, bool],
     agreed: Mapping[str, bool],
+    told: Callable[[str], None],
 ) -> SegmentCaptioner:
     """Train as one process; the first has a run folder."""
     for name in ("model", "best"):
@@ -115,6 +119,8 @@ def _train(
     if sharded:
         check_shardable(recipe)
     model, stream, attributes = prepare(recipe, **agreed)
+    unseen = open_validation(recipe.validate) if recipe.validate is not None else None
+    opened = _name_data(recipe, stream, unseen)
     lesson = Lesson(model, recipe.loss, attributes, recipe.train.chunk)
     check_rates(recipe.train, lesson)
     budget = budget_each(recipe.train, processes)
@@ -126,15 +132,8 @@ def _train(
         rates=recipe.train.rates,
         sharded=sharded,
     )
-    if recipe.validate is not None:
-        asked = Part.from_dict(recipe.validate.dataset, "dataset of validate")
-        unseen = datasets.build(asked.name, recipe.validate.split, **asked.options)
-        if len(unseen):
-            trainer.add_callback(Validating(trainer, recipe.validate, unseen, folder))
-        elif trainer.is_world_process_zero():
-            warnings.warn(
-                f"{asked.name} has no image for {recipe.validate.split!r}: nothing is validated", stacklevel=2
-            )
+    if recipe.validate is not None and len(unseen):
+        trainer.add_callback(Validating(trainer, recipe.validate, unseen, folder, told))
     if recipe.train.cache_features:
         fill_cache(model.to(trainer.args.device), stream, trainer, quiet)
     if run_folder is not None:
@@ -142,9 +141,15 @@ def _train(
         run_folder.begin(_settings(recipe, model, stream), OUTPUTS, inputs, loose=LOOSE, **conflict)
         if not resume or get_last_checkpoint(str(folder)) is None:
             run_folder.delete_outputs(STATE)
+        report_sources(opened, told, quiet)
+        if unseen is not None and not len(unseen):
+            told(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(unseen)}")
     trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    before = {name: left_out(dataset) for name, dataset in opened.items()}
     trainer.train(resume_from_checkpoint=last)
+    if run_folder is not None:  # images that were found to be damaged when they were opened
+        report_sources({name: each for name, each in opened.items() if left_out(each) != before[name]}, told)
     tensors = gathered(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
@@ -193,8 +198,13 @@ def prepare(
 ) -> tuple[SegmentCaptioner, Mixture, Attributes]:
     """The model to train, the examples, and the attributes that the auxiliary losses name.
 
-    Raises what parts, checkpoints and datasets raise for what the recipe asks of them.
+    Raises what parts, checkpoints and datasets raise for what the recipe asks of them, also for its [validate].
     """
+    if recipe.validate is not None:
+        open_validation(recipe.validate)
+    sources = open_sources(recipe)
+    for name, dataset in sources.items():
+        _check_readable(name, dataset)
     if isinstance(recipe.model, str):
         model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
     else:
@@ -205,7 +215,24 @@ def prepare(
         raise RegistryError("the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER")
     if recipe.train.cache_features:
         check_cacheable(recipe, model)
-    return model, *_stream(recipe, model)
+    return model, *_stream(recipe, model, list(sources.values()))
+
+
+def _check_readable(name: str, dataset: Dataset) -> None:
+    """Open one image, so that a dataset all of whose images are damaged is refused before the first step."""
+    try:
+        dataset[0]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _name_data(recipe: Recipe, stream: Mixture, unseen: Dataset | None) -> dict[str, Dataset]:
+    """The datasets of a run that have images, by what messages call them."""
+    names = [f"data.{name} ({source.split})" for name, source in recipe.data.items()]
+    opened = dict(zip(names, (each.dataset for each in stream.streams), strict=True))
+    if unseen is not None and len(unseen):
+        opened[f"validate ({recipe.validate.split})"] = unseen
+    return opened
 
 
 def check_shardable(recipe: Recipe) -> None:
@@ -430,15 +457,32 @@ def _checkpoints(folder: Path) -> list[Path]:
 class Validating(TrainerCallback):
     """Evaluates while training, logs the scores, and keeps the best model."""
 
-    def __init__(self, trainer: CaptionTrainer, options: Validation, unseen: Dataset, folder: Path):
-        self.trainer, self.options, self.unseen, self.folder = trainer, options, unseen, folder
+    def __init__(
+        self,
+        trainer: CaptionTrainer,
+        options: Validation,
+        unseen: Dataset,
+        folder: Path,
+        told: Callable[[str], None] = lambda line: None,
+    ):
+        self.trainer, self.options, self.unseen, self.folder, self.told = trainer, options, unseen, folder, told
         self.questions = Questions(prompt=options.prompt)
+        self.values: dict[str, list[float]] = {}  # of the scores that chose
+        self.unusable: set[str] = set()  # scores of `best` that were no number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.options.every == 0 or state.global_step == state.max_steps:
             logs = control.should_log
             self._validate(state.global_step)
             control.should_log = logs  # what one process logged here, all are still to log together
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for metric, values in self.values.items():
+            if len(values) > 1 and len(set(values)) == 1:
+                self.told(
+                    f"validate.best: {metric} was {values[0]:g} at all {len(values)} validations, so `best` is the "
+                    "first of them; name another score, or validate on more images"
+                )
 
     def _validate(self, step: int) -> None:
         model, options = self.trainer.model.model, self.options
@@ -464,14 +508,33 @@ class Validating(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def _note(self, step: int, scores: Mapping[str, float]) -> None:
-        metric = next((name for name in self.options.best if name in scores), None)
-        if metric is None:
+        scored = [name for name in self.options.best if name in scores]
+        if not scored:
             raise unknown(f"validate.best is {list(self.options.best)}, and none was scored", "", scores)
-        note, found = self.folder / "best.json", scores[metric]
-        if not note.exists() or found > read_json(note)["score"]:
-            save(self.trainer.model.model, self.folder / "best")
-            write_file(note, json.dumps({"step": step, "metric": metric, "score": found}))
+        metric = next((name for name in scored if math.isfinite(scores[name])), None)
+        self._report_unusable(scored, metric)
+        note = self.folder / "best.json"
+        if metric is not None:
+            self.values.setdefault(metric, []).append(scores[metric])
+            if self._is_best(metric, scores[metric], read_json(note) if note.exists() else None):
+                save(self.trainer.model.model, self.folder / "best")
+                write_file(note, json.dumps({"step": step, "metric": metric, "score": scores[metric]}))
         self.trainer.log({f"validation_{name}": value for name, value in scores.items()})
+
+    def _report_unusable(self, scored: Sequence[str], metric: str | None) -> None:
+        """Report, once each, the scores of `best` that should have chosen and are no numbers."""
+        for name in scored if metric is None else scored[: scored.index(metric)]:
+            if name not in self.unusable:
+                self.unusable.add(name)
+                instead = f"{metric} chooses `best`" if metric else "no model is kept as `best`"
+                self.told(f"validate.best: {name} is not a number on this data; {instead}")
+
+    def _is_best(self, metric: str, score: float, before: Mapping[str, Any] | None) -> bool:
+        """Whether a model is better than the one that is kept; a score that is named earlier in `best` decides."""
+        if before is None or before["metric"] == metric:
+            return before is None or score > before["score"]
+        order = list(self.options.best)
+        return before["metric"] not in order or order.index(metric) < order.index(before["metric"])
 
 
 def _is_write_error(error: RuntimeError) -> bool:
@@ -507,12 +570,11 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
     )
 
 
-def _stream(recipe: Recipe, model: SegmentCaptioner) -> tuple[Mixture, Attributes]:
+def _stream(recipe: Recipe, model: SegmentCaptioner, sets: Sequence[Dataset]) -> tuple[Mixture, Attributes]:
     """The examples of all data of a recipe, and the attributes that its auxiliary losses name."""
     options = recipe.train
     sources = recipe.data.values()
     weights = [source.weight for source in sources]
-    sets = [datasets.build(source.dataset.name, source.split, **source.dataset.options) for source in sources]
     attributes = Attributes.of(sets)
     length = options.steps * options.images
     cache = FeatureCache(options.cache_features, model) if options.cache_features else None

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import signal
+import sys
+import tomllib
 
 import pytest
 from sca_bench import report
@@ -11,7 +13,7 @@ from sca_bench.diff import diff
 from sca_bench.runner import run, status
 from sca_bench.store import Store, StoreError
 from sca_bench.summary import front, lines
-from sca_bench.sweep import Sweep, sweep_names
+from sca_bench.sweep import TABLES, Sweep, sweep_names
 from sca_registry import RegistryError
 
 BASE = """
@@ -94,6 +96,130 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
 def test_a_wrong_sweep_is_refused_with_the_place(sweep, old, new, said):
     with pytest.raises(RegistryError, match=said):
         sweep(SMALL.replace(old, new))
+
+
+WHOLE = """
+summary = "all fields"
+seeds = [0]
+threads = 1
+[model]
+encoder = "tiny-vit"
+mixer = "query"
+language_model = "tiny-gpt2"
+[axes]
+task_tokens = [1]
+[train]
+recipe = "sca-tiny"
+[evaluate]
+dataset = "scenes"
+[measure]
+"""
+FIELDS = [
+    *((None, field, kind) for field, kind in (("summary", str), ("seeds", list), ("threads", int))),
+    *((None, section, dict) for section in ("model", "axes", "train", "evaluate", "measure")),
+    *(("train", field, kind) for field, kind in (("recipe", str), ("steps", int), ("images", int), ("warmup", int))),
+    *(("train", field, kind) for field, kind in (("learning_rate", float), ("regions", int), ("texts", int))),
+    *(("train", field, kind) for field, kind in (("precision", str), ("prompts", dict), ("workers", int))),
+    *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt", str), ("tasks", list))),
+    *(("evaluate", field, kind) for field, kind in (("metrics", list), ("limit", int), ("batch", int))),
+    *(("evaluate", field, kind) for field, kind in (("generation", dict), ("dataset", "part"))),
+    *(("measure", field, kind) for field, kind in (("regions", list), ("words", int), ("repeats", int))),
+    *(
+        ("measure", field, kind)
+        for field, kind in (("dtype", str), ("training", bool), ("plan", bool), ("images", int))
+    ),
+]
+WRONG = {
+    str: (True, 1, ["x"]),
+    int: (True, 1.5, "2", [1]),
+    float: (True, "1", [1.0]),
+    bool: (1, "true"),
+    list: (3, True, "0,1", [[1]]),
+    dict: (3, True, "sca-tiny", [1]),
+    "part": (3, True, [1], {}),
+}
+WANTED = {
+    str: "give text",
+    int: "give a whole number",
+    float: "give a number",
+    bool: "give true or false",
+    list: "give a list of",
+    dict: "give a table",
+    "part": "give a name, or a table with a name",
+}
+
+
+def test_every_field_of_a_sweep_is_tried_with_wrong_types():
+    known = {(section, field) for section, fields in TABLES.items() for field in fields}
+    assert known <= {(section, field) for section, field, _ in FIELDS}
+
+
+@pytest.mark.parametrize(("section", "field", "kind"), FIELDS)
+def test_a_wrong_type_of_any_field_is_one_line_with_the_field_and_the_type(tmp_path, section, field, kind):
+    for value in WRONG[kind]:
+        table = tomllib.loads(WHOLE)
+        (table if section is None else table[section])[field] = value
+        path = tmp_path / "mine.toml"
+        path.write_text("".join(f"{key} = {inline(each)}\n" for key, each in table.items()))
+        with pytest.raises(RegistryError) as caught:
+            Sweep.read(str(path))
+        message = str(caught.value)
+        assert field in message
+        assert WANTED[kind] in message
+        assert "\n" not in message
+
+
+def inline(value):
+    """A value in TOML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{key}" = {inline(each)}' for key, each in value.items()) + "}"
+    return f"[{', '.join(map(inline, value))}]" if isinstance(value, list) else json.dumps(value)
+
+
+def test_a_sweep_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b'summary = "caf\xe9"')
+    with pytest.raises(ValueError, match=r"latin\.toml is not UTF-8"):
+        Sweep.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('mixer = ["roi-pool"', 'mixer = [{ name = "roi-pool", dpth = 2 }', "mixer 'roi-pool' has no option 'dpth'"),
+        ("size = 64", 'size = "64"', "encoder 'tiny-vit': size is '64'; give a whole number"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
+        ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "no prompt 'circle'"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = ["name"]\n[axes]', "no task 'name'"),
+        ("[axes]", "[train]\nprompts = { circle = 1.0 }\n[axes]", "no prompt is called 'circle'"),
+        ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
+        ("task_tokens = 2", 'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1', "lora=4 would not"),
+    ],
+)
+def test_every_row_is_checked_before_the_first_is_made(sweep, tmp_path, old, new, said):
+    with pytest.raises(ValueError, match=said):
+        run(sweep(SMALL.replace(old, new)), tmp_path / "out", options={"workers": 1}, told=lambda line: None)
+    assert not Store(tmp_path / "out").rows()
+
+
+def test_an_extra_that_is_not_installed_is_refused_before_the_first_row(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["sca_registry.registry"], "extra_installed", lambda distribution, extra: False)
+    for text in (
+        SMALL.replace('encoder = { name = "tiny-vit"', 'encoder = { name = "timm"'),
+        SMALL.replace("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["meteor"]\n[axes]'),
+    ):
+        with pytest.raises(
+            RegistryError, match=r"needs extra: \w+\. Install it: pip install 'segment-caption-anything"
+        ):
+            run(sweep(text), tmp_path / "out", options={"workers": 1}, told=lambda line: None)
+
+
+def test_an_axis_can_edit_a_short_value(sweep):
+    rows = sweep(SMALL.replace("[axes]", '[axes]\n"lora.rank" = [2, 4]').replace("task_tokens = 2", "lora = 8")).rows()
+    assert sorted({row.config["model"]["lora"]["rank"] for row in rows}) == [2, 4]
+    with pytest.raises(RegistryError, match=r"model\.task_tokens is 2: give a table"):
+        sweep(SMALL.replace("[axes]", '[axes]\n"task_tokens.x" = [2, 4]'))
 
 
 def test_an_unknown_sweep_is_told_with_the_closest():

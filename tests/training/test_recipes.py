@@ -1,9 +1,16 @@
 """A recipe says everything a run needs; a mistake in it is refused in one line before anything is built."""
 
+import re
+from collections.abc import Mapping
+
 import pytest
 from sca_registry import RegistryError
+from sca_registry.spec import Part
 
-from sca.training.recipe import Recipe, TrainOptions, recipe_names
+import sca
+from sca.training.augmentation import Augmentation
+from sca.training.recipe import LOSSES, Recipe, Source, TrainOptions, Validation, recipe_names
+from sca.training.sources import open_sources, open_validation
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -116,3 +123,133 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):
     broken.write_text("[train\n")
     with pytest.raises(RegistryError, match="is not TOML"):
         Recipe.read(str(broken))
+
+
+WRONG = {  # of each type some values that are of another one
+    bool: (1, "true", []),
+    int: (True, 1.5, "1", [1]),
+    float: (True, "1", [1.0], float("nan")),
+    str: (True, 1, [], {}),
+    dict: (True, 1, "x", []),
+    list: (True, 1, "x", {}),
+}
+WANTED = {
+    bool: "give true or false",
+    int: "give a whole number",
+    float: "give a number",
+    str: "give text|There are: ",
+    dict: "give a table",
+    list: "give a list",
+}
+DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(Validation()), "loss": LOSSES}
+FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
+FIELDS += [
+    ("data.scenes", name, vars(Source(Part("scenes")))[name]) for name in ("split", "weight", "phrases", "names")
+]
+FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
+
+
+def kind_of(default):
+    default = (
+        dict(default) if isinstance(default, Mapping) else list(default) if isinstance(default, tuple) else default
+    )
+    return type(default)
+
+
+@pytest.mark.parametrize(("section", "name", "default"), FIELDS)
+def test_a_wrong_type_of_any_field_is_one_line_with_the_field_and_the_type(small_table, section, name, default):
+    kind = kind_of(default)
+    for value in WRONG[kind]:
+        table = {"model": small_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
+        place = table
+        for key in section.split("."):
+            place = place.setdefault(key, {})
+        place[name] = value
+        with pytest.raises(RegistryError) as caught:
+            Recipe.from_dict("mine", table)
+        message = str(caught.value)
+        assert name in message
+        assert re.search(WANTED[kind], message), message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("section", ["model", "data", "train", "loss", "validate", "summary", "source"])
+def test_a_wrong_type_of_any_section_is_one_line(small_table, section):
+    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
+    for value in (3, True, ["x"]):
+        with pytest.raises(RegistryError, match=rf"{section}.* is .*: give (a table|text)"):
+            Recipe.from_dict("mine", {**table, section: value})
+
+
+@pytest.mark.parametrize("key", ["metrics", "best"])
+def test_lists_of_validation_are_of_names(small_table, key):
+    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
+    with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]: give a list of texts"):
+        Recipe.from_dict("mine", table)
+
+
+def test_a_model_table_takes_the_place_of_a_name(tmp_path):
+    (tmp_path / "own.jsonl").touch()
+    written = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
+    for name in ("own-data", "sca-tiny"):
+        recipe = Recipe.read(name, [f"data='{tmp_path}'", written, "mixer.depth=1"])
+        assert recipe.model.mixer == Part("query", {"depth": 1})
+    for wrong in ('model={encoder="tiny-vit"}', "model=[1]"):
+        with pytest.raises(RegistryError, match=r"the mixer is None|model of the recipe own-data is"):
+            Recipe.read("own-data", [f"data='{tmp_path}'", wrong])
+
+
+def test_lora_trains_or_is_refused_with_what_to_write(tmp_path):
+    with pytest.raises(
+        RegistryError, match=r"lora=8 would not train: .* give trainable=\[.*\"task_tokens\", \"lora\"\]"
+    ):
+        Recipe.read("sca-tiny", ["lora=8"])
+    recipe = Recipe.read("sca-tiny", ["lora=8", 'trainable=["mixer", "projection", "task_tokens", "lora"]'])
+    model = sca.build(recipe.model, "meta")
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+    assert any("lora_" in name for name, _ in model.named_parameters())
+    (tmp_path / "own.jsonl").touch()
+    with pytest.raises(RegistryError, match=r"model is 'sca-tiny'.*; give model=\{encoder=\.\.\., mixer=\.\.\.,"):
+        Recipe.read("own-data", [f"data='{tmp_path}'", "lora=8"])
+
+
+def test_a_recipe_that_is_not_utf_8_is_named(tmp_path):
+    file = tmp_path / "latin.toml"
+    file.write_bytes(b'summary = "caf\xe9"')
+    with pytest.raises(ValueError, match=r"latin\.toml is not UTF-8 \(byte 14\)"):
+        Recipe.read(str(file))
+    file.write_bytes(b'\xef\xbb\xbfmodel = "sca-tiny"\n[data.a]\nname = "scenes"')  # as Windows writes it
+    assert Recipe.read(str(file)).model == "sca-tiny"
+    file.write_text("train.steps = 2024-01-01")
+    with pytest.raises(RegistryError, match="2024-01-01 is a date or a time; write text in quotes"):
+        Recipe.read(str(file))
+
+
+@pytest.mark.parametrize(
+    ("validate", "message"),
+    [
+        ({"metrics": ["cidr"]}, "no metrics named 'cidr'"),
+        ({"prompt": "circle"}, "no prompt 'circle'"),
+        ({"dataset": {"name": "scene"}}, "no datasets named 'scene'"),
+        ({"dataset": {"name": "scenes", "cuont": 3}}, "has no option 'cuont'"),
+    ],
+)
+def test_validation_is_checked_before_a_model_is_built(small_table, validate, message):
+    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": validate}
+    recipe = Recipe.from_dict("mine", table)
+    with pytest.raises(RegistryError if "prompt" not in message else ValueError, match=message):
+        open_validation(recipe.validate)
+
+
+def test_a_dataset_of_which_nothing_is_left_is_refused_before_a_model_is_built(small_table, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"image": "gone.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
+    data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
+    recipe = Recipe.from_dict("mine", {"model": small_table, "data": data})
+    with pytest.raises(
+        ValueError, match=r"data\.own \(train\) has no image that can be used: 1 image missing: gone\.png"
+    ):
+        open_sources(recipe)
+    (tmp_path / "gone.png").write_bytes(b"damaged")
+    data["own"] |= {"file": str(tmp_path / "mine.jsonl")}
+    with pytest.raises(ValueError, match=r"1 image unreadable: gone\.png"):
+        open_sources(recipe)

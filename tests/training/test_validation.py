@@ -1,16 +1,18 @@
 """While it trains, a model is evaluated, and the best is kept; what is learned and how fast can be chosen by part."""
 
 import json
+import math
 
 import pytest
 import torch
 from PIL import Image
 from sca_registry import RegistryError
+from sca_registry.contracts import Scores
 
 from sca.checkpoint import load, weights_hash
 from sca.evaluation.journal import read_predictions
-from sca.training.recipe import Recipe
-from sca.training.trainer import train
+from sca.training.recipe import Recipe, Validation
+from sca.training.trainer import Validating, train
 
 
 @pytest.fixture
@@ -56,8 +58,12 @@ def test_where_nothing_is_left_to_validate_with_that_is_said(plan, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     recipe = plan({"every": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}})
-    with pytest.warns(UserWarning, match="jsonl has no image for 'val': nothing is validated"):
-        train(recipe, tmp_path / "run", quiet=True)
+    told = []
+    train(recipe, tmp_path / "run", quiet=True, told=told.append)
+    assert told == [
+        "validate (val): nothing is validated; 0 regions, 0 with captions, 0 class names, 0 images; "
+        "0 of 1 images held out for validation"
+    ]
     assert not (tmp_path / "run/best").exists()
 
 
@@ -111,3 +117,65 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     found = events.EventAccumulator(str(file.parent)).Reload().Tags()["scalars"]
     assert {"train/loss", "train/caption", "train/learning_rate"} <= set(found)
+
+
+def test_a_score_that_is_no_number_never_chooses_silently(plan, tmp_path):
+    told = []
+    data = {"name": "scenes", "count": 1, "size": 64}
+    recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["nothing", "cider-d", "rouge-l"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sca.evaluation.metrics.cider.CiderD.__call__", undefined)
+        train(recipe, tmp_path, quiet=True, told=told.append)
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["metric"] == "rouge-l"
+    assert told[0] == "validate.best: cider-d is not a number on this data; rouge-l chooses `best`"
+
+
+def undefined(metric, records):
+    return Scores({"cider-d": math.nan}, notes={"cider-d": "no number"})
+
+
+def test_a_score_that_never_changes_is_reported(plan, tmp_path):
+    told = []
+    recipe = plan({"every": 2, "limit": 2, "best": ["rouge-l"]}, learning_rate=0.0)
+    train(recipe, tmp_path, quiet=True, told=told.append)
+    (line,) = told
+    assert line.startswith("validate.best: rouge-l was ")
+    assert "at all 2 validations, so `best` is the first of them" in line
+
+
+def test_an_earlier_name_of_best_decides_over_a_later_one():
+    kept = Validating.__new__(Validating)
+    kept.options = Validation(best=("a", "b"))
+    for before, metric, score, better in (
+        (None, "b", 0.0, True),
+        ({"metric": "b", "score": 0.5}, "b", 0.4, False),
+        ({"metric": "b", "score": 0.5}, "b", 0.6, True),
+        ({"metric": "b", "score": 0.5}, "a", 0.1, True),
+        ({"metric": "a", "score": 0.1}, "b", 0.9, False),
+    ):
+        assert kept._is_best(metric, score, before) is better
+
+
+def test_training_begins_with_a_line_for_each_dataset(plan, tmp_path):
+    told = []
+    recipe = plan({"every": 4, "limit": 1})
+    train(recipe, tmp_path, told=told.append)
+    assert told[:2] == ["data.scenes (train): 6 images", "validate (val): 6 images"]
+
+
+def test_images_that_are_found_damaged_while_training_are_reported(plan, tmp_path, small_table):
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    lines = [
+        {"image": f"{name}.png", "box": [0, 0, 9, 9], "caption": "a dog", "width": 64, "height": 64} for name in "ab"
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "b.png").write_bytes(b"damaged")
+    data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
+    recipe = Recipe.from_dict("mine", {"model": small_table, "data": data, "train": {"steps": 2, "images": 2}})
+    told = []
+    train(recipe, tmp_path / "run", told=told.append)
+    summary = "data.own (train): 2 regions, 2 with captions, 0 class names, 2 images"
+    assert told[0] == summary
+    assert told[-1].startswith(f"{summary}; 1 image unreadable: b.png")

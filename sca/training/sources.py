@@ -1,0 +1,52 @@
+"""The datasets that a recipe names, opened and checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sca_registry import datasets
+from sca_registry.contracts import Dataset
+from sca_registry.spec import Part
+
+from sca.data.summary import check_not_empty, left_out, summarize_dataset
+from sca.training.recipe import Recipe, Validation
+
+
+def open_sources(recipe: Recipe) -> dict[str, Dataset]:
+    """Open the datasets of a recipe.
+
+    Returns:
+        Each dataset by what messages call it, such as "data.scenes (train)", in the recipe's order.
+
+    Raises:
+        EmptyDatasetError: One has no image that can be used.
+        ValueError: Whatever else a dataset raises for what the recipe asks of it.
+    """
+    opened = {}
+    for name, source in recipe.data.items():
+        dataset = datasets.build(source.dataset.name, source.split, **source.dataset.options)
+        check_not_empty(dataset, f"data.{name} ({source.split})")
+        opened[f"data.{name} ({source.split})"] = dataset
+    return opened
+
+
+def open_validation(validation: Validation) -> Dataset:
+    """Open the dataset of [validate], which may be empty, and check what is asked and scored.
+
+    Raises:
+        ValueError: An unknown prompt or metric, a metric whose extra is not installed, or what the dataset raises.
+    """
+    from sca.evaluation.predictions import Questions
+    from sca.evaluation.scoring import ready
+
+    Questions(prompt=validation.prompt)
+    ready(validation.metrics or None, None)
+    part = Part.from_dict(validation.dataset, "dataset of validate")
+    return datasets.build(part.name, validation.split, **part.options)
+
+
+def report_sources(opened: Mapping[str, Dataset], report: Callable[[str], None], quiet: bool = False) -> None:
+    """Report one line for each dataset; with `quiet` only for those of which something was left out."""
+    for name, dataset in opened.items():
+        if not quiet or left_out(dataset):
+            report(f"{name}: {summarize_dataset(dataset)}")
