@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sca.captioners.regions import Box, RegionCaptioner, Seen, generation_of
+from sca.data.summary import check_not_empty
 from sca.mask_predictor import Encoded, check_task
 from sca.masks import box_of, encode
 from sca.nn.roi_align import roi_align
@@ -124,6 +125,7 @@ class Training:
             raise ValueError(f"limit is {limit}: give a whole number, 0 for all")
         self.facts = {"dataset": dataset, "split": split, "options": dict(options), "limit": limit}
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **options)
+        check_not_empty(self.dataset, f"{dataset} {split}")
 
     def samples(self) -> Iterator[Sample]:
         """Those whose pictures can be read."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +38,34 @@ def export(
     settle("format", format, tuple(FORMATS))
     chosen = read_options("datasets", dataset, options or ())
     sets = {name: datasets.build(dataset, name, **chosen) for name in split or ["val"]}
-    print_line(f"wrote {write(sets, folder, format, limit=limit)}")
+    with _refusing_nothing():
+        _report(dataset, sets)
+        print_line(f"wrote {write(sets, folder, format, limit=limit)}")
+
+
+def _report(dataset: str, sets: Mapping[str, Any]) -> None:
+    """Report what each split contains. Raises EmptyDatasetError if none has an image."""
+    from sca.cli.options import complain
+    from sca.data.summary import check_not_empty, summarize_dataset
+
+    for split, found in sets.items():
+        if len(found) or any(map(len, sets.values())):
+            complain(f"{dataset} {split}: {summarize_dataset(found)}")
+        else:
+            check_not_empty(found, f"{dataset} {split}")
+
+
+@contextmanager
+def _refusing_nothing() -> Iterator[None]:
+    """Exit with status 1 where a dataset has nothing to write."""
+    from sca.cli.options import complain
+    from sca.data.summary import EmptyDatasetError
+
+    try:
+        yield
+    except EmptyDatasetError as error:
+        complain(str(error))
+        raise typer.Exit(1) from error
 
 
 Dataset = Annotated[str, typer.Argument(help="a dataset by name, such as coco; `sca list datasets` has all")]
@@ -108,8 +137,10 @@ def view(
 
     change = read_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
     given = read_options("datasets", dataset, options or ())
-    found = datasets.build(dataset, split, **given)
-    chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
     check_page(out, existing_paths(given))
-    title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
-    print_line(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")
+    found = datasets.build(dataset, split, **given)
+    with _refusing_nothing():
+        _report(dataset, {split: found})
+        chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
+        title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
+        print_line(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")

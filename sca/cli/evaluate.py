@@ -257,6 +257,7 @@ def _run(
             folder=out,
             overwrite=how["overwrite"],
             progress=lambda done, every: progress.update(bar, completed=done, total=every),
+            report=None if how["quiet"] else complain,
         )
     if out and report is not None:
         write_file(out / SCORES, f"{json.dumps(report.to_dict(), indent=1)}\n")

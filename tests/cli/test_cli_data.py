@@ -1,6 +1,7 @@
 """`sca data`: what a dataset holds, as numbers and as a page."""
 
 import json
+import re
 
 import pytest
 
@@ -54,4 +55,24 @@ def test_a_page_is_not_written_over_a_folder(shell, here, folder):
     (here / "there").mkdir()
     told = shell("data", "view", "scenes", "count=1", "--limit", 1, "--out", folder)
     assert told.status == 2
-    assert told.err == [f"sca: cannot write {folder}: Is a directory; choose another folder"]
+    assert told.err[1:] == [f"sca: cannot write {folder}: Is a directory; choose another folder"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("command", ["view", "export"])
+def test_nothing_to_write_is_an_error_in_one_line(shell, here, command, damaged):
+    line = {"image": "a.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
+    (here / "mine.jsonl").write_text(json.dumps(line))
+    if damaged:
+        (here / "a.png").write_bytes(b"damaged")
+    where = ["out"] if command == "export" else ["--out", "out.html"]
+    found = shell("data", command, "jsonl", *where, "file=mine.jsonl", "--split", "train")
+    assert found.status == 1
+    assert re.search("image unreadable: .*a.png" if damaged else "1 image missing: a.png", found.err[-1])
+    assert not found.out
+    assert not (here / "out").exists()
+
+
+def test_a_page_begins_with_a_line_on_what_was_read(shell, here):
+    found = shell("data", "view", "scenes", "count=2", "size=64", "--out", "out.html")
+    assert (found.status, found.err) == (0, ["sca: scenes val: 2 images"])

@@ -21,13 +21,13 @@ def test_scores_are_printed_as_a_table_and_written_with_the_predictions(evaluate
     assert end["end"]["records"] == len(records)
     assert len({(record["image_id"], record["region_id"]) for record in records}) == scores["regions"]
     assert {record["task"] for record in records} == {"caption", "recognition"}
-    assert result.err == ["sca: wrote scores/predictions.jsonl and scores/scores.json"]
+    assert result.err == ["sca: scenes test: 3 images", "sca: wrote scores/predictions.jsonl and scores/scores.json"]
 
 
 def test_json_is_all_there_is_on_standard_output(evaluated):
     result = evaluated("--json")
     assert "mask-iou/mean" in json.loads(result.out)["scores"]
-    assert result.err == []
+    assert result.err == ["sca: scenes val: 3 images"]
 
 
 @pytest.mark.parametrize(
@@ -124,3 +124,20 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
     assert any("left out spice" in line for line in result.err)
     refused = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--split", "val")
     assert "has its own splits" in refused.err[0]
+
+
+def test_a_dataset_whose_images_are_missing_is_one_line_with_where_they_were_looked_for(shell, checkpoint, here):
+    line = {"image": "gone.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
+    (here / "mine.jsonl").write_text(json.dumps(line))
+    result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", f"images={here}")
+    said = f"sca: jsonl val has no image that can be used: 1 image missing: gone.png (looked in {here})"
+    assert (result.status, result.err) == (2, [said])
+
+
+def test_regions_without_what_is_asked_for_are_told_with_what_there_is(shell, checkpoint, here, picture):
+    line = {"image": picture("a.png"), "box": [0, 0, 4, 4], "name": "dog", "text": "a dog"}
+    (here / "mine.jsonl").write_text(json.dumps(line))
+    result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", "--metrics", "class", "--quiet")
+    assert (result.status, result.err) == (0, [])
+    result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", "--metrics", "class")
+    assert "0 with captions, 1 class name, 1 image; 1 caption under 'text', which is not read" in result.err[0]

@@ -15,6 +15,7 @@ from sca_registry.contracts import Region, Sample
 
 from sca.data.coco import Coco
 from sca.data.export import FORMATS, export
+from sca.data.fields import EmptyDatasetError
 from sca.data.scenes import Scenes
 from sca.masks import encode
 
@@ -149,8 +150,10 @@ def test_a_limit_keeps_the_first_of_each_split(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_samples_make_an_empty_dataset(tmp_path, format):
-    assert export(Plain(), tmp_path / "out", format).is_dir()
+def test_export_of_no_samples_is_refused_and_leaves_nothing(tmp_path, format):
+    with pytest.raises(EmptyDatasetError, match="no sample can be read"):
+        export(Plain(), tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_single_dataset_is_written_as_the_split_it_is(tmp_path):
