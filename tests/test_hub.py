@@ -90,6 +90,7 @@ def test_a_checkpoint_of_our_own_is_loaded_from_the_hub(shell, hub, tmp_path):
     assert "in all" in out
 
 
+@pytest.mark.all
 def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell, hub, sam_folder, tmp_path):
     import torch
 
@@ -144,6 +145,7 @@ def test_pull_stores_the_commit_that_later_loads_take(shell, hub, tmp_path):
     assert "the hub has no 'owner/tiny' at revision 'elsewhere'" in out
 
 
+@pytest.mark.all
 def test_a_download_that_was_cut_off_is_not_taken_for_whole(shell, hub):
     hub.cut.add("model.safetensors")
     shell(*PULL, "owner/sam")
@@ -246,6 +248,7 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
     assert out.split()[-1] == "True"
 
 
+@pytest.mark.all
 def test_what_the_hub_refuses_is_one_line(shell, hub, tmp_path):
     hub.given = tmp_path / "given"
     for asked, words in (

@@ -46,7 +46,7 @@ def built(tmp_path_factory) -> dict[str, Path]:
     return {"wheel": wheel, "sdist": sdist}
 
 
-@pytest.fixture(scope="module", params=["wheel", "sdist"])
+@pytest.fixture(scope="module", params=["wheel", pytest.param("sdist", marks=pytest.mark.all)])
 def installed(request, built, tmp_path_factory) -> Path:
     """A folder with nothing but what pip makes of the wheel, or of the sdist."""
     site = tmp_path_factory.mktemp(request.param)

@@ -114,6 +114,7 @@ def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
     assert found[tasks["good"].key]["state"] == "done"
 
 
+@pytest.mark.all
 def test_a_model_that_becomes_infinite_is_told(tmp_path):
     config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "heads": 2, "mlp": 64}).config)
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "images": 1, "learning_rate": 1e38, "warmup": 1}
@@ -122,6 +123,7 @@ def test_a_model_that_becomes_infinite_is_told(tmp_path):
     assert outcome.made["state"] == "not-finite", outcome.made["reason"]
 
 
+@pytest.mark.all
 def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
     small, large = task(tmp_path, mixer="mask-tokens"), task(tmp_path)
     large = replace(
@@ -164,6 +166,7 @@ def test_a_row_has_all_that_was_asked(tmp_path):
     assert "sca bench row" in (tmp_path / "row/log.txt").read_text()
 
 
+@pytest.mark.all
 def test_workers_change_nothing_but_how_many_go_together(tmp_path):
     sweep = Sweep("two", BASE, {"encoder.size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
     keys = []

@@ -95,6 +95,7 @@ def test_a_plugin_that_exists_is_not_written_over_and_a_wrong_kind_is_told(site,
     assert "sca-shade is installed already" in site.run("sca", "plugin", "new", "mixer", "shade").stderr
 
 
+@pytest.mark.all
 def test_a_broken_promise_is_told_with_what_was_expected(site):
     wrong = "from torch import nn\n\n\nclass Wrong(nn.Module):\n    queries, uses_grid = 2, False\n\n"
     wrong += (
@@ -129,7 +130,7 @@ HOSTILE = {  # distribution: its entry points, its module, and what is said of t
     "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
     "signal": ("dead = hostile_signal:Mixer", "import os; os.kill(os.getpid(), 9)", "was killed"),
     "soft-exit": ("quit = hostile_soft_exit:Mixer", "import os; os._exit(0)", "ended with status 0"),
-    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 20 s"),
+    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 8 s"),
     "shadow": ("query = hostile_shadow:Mixer", MIXER, ""),
     "twin-a": ("twin = hostile_twin_a:Mixer", MIXER, ""),
     "twin-b": ("twin = hostile_twin_b:Mixer", MIXER, ""),
@@ -173,13 +174,11 @@ def test_no_plugin_breaks_anything_and_the_doctor_says_what_is_wrong_with_each(s
     assert {name for distribution, name in before if distribution == "segment-caption-anything"} == builtins
     assert site.run("sca", "show", "mixer", "query").returncode == 0
     assert "Did you mean 'query'" in site.run("sca", "show", "mixer", "qurey").stderr
-    assert site.run("sca", "check", "mixer", "query", "--quiet").returncode == 0
-    assert not (tmp_path / "marks").exists()
 
     refusing = MIXER.replace("super().__init__()", "raise ValueError('give me weights')")
     site.write("refuses", "[sca_mixers]\nrefuses = hostile_refuses:Mixer\n", hostile_refuses=refusing)
     site.write("astray", "[sca_mixer]\nastray = hostile_astray:Mixer\n", hostile_astray=MIXER)
-    told = site.run("sca", "doctor", "--timeout", "20")
+    told = site.run("sca", "doctor", "--timeout", "8")
     assert told.returncode == 1, told.stderr
     assert "'sca_mixer'. Did you mean 'sca_mixers'?" in told.stdout
     assert "python:" in told.stdout
@@ -225,6 +224,7 @@ def test_each_plugin_here_is_a_distribution_that_passes_its_own_tests(package, s
     assert not [row for row in listed if row["state"] == "broken"]
 
 
+@pytest.mark.all
 def test_the_plugin_of_the_tutorial_is_short_and_keeps_its_promises(site, tmp_path):
     written = (PLUGINS / "sca-hello" / "sca_hello.py").read_text().splitlines()
     assert len(written) < 30

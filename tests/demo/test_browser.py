@@ -222,6 +222,7 @@ def test_it_is_usable_on_a_phone(browser, address):
     context.close()
 
 
+@pytest.mark.all
 def test_the_demo_checks_hosts_and_keys(address, tmp_path):
     def status(address, path="/", host=None):
         asked = urllib.request.Request(f"{address}{path}", headers={"Host": host} if host else {})

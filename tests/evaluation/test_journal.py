@@ -129,6 +129,7 @@ def test_kill_9_at_any_moment_leaves_what_an_uninterrupted_run_leaves(tmp_path, 
     assert len({(each["region_id"], each["task"]) for each in records}) == len(records)
 
 
+@pytest.mark.all
 def test_several_processes_write_what_one_writes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):

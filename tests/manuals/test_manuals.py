@@ -18,7 +18,7 @@ MANUALS = [
         for path in (*(ROOT / "plugins").rglob("README.md"), *(ROOT / "docs").glob("*.md"))
     ),
 ]
-QUICK = re.compile(r"^(sca (list|show|caption examples/|data stats scenes|data view scenes|data export)|make |pip )")
+QUICK = re.compile(r"^(sca (list|show|data stats scenes|data view scenes|data export)|make |pip )")
 OWN = "out/own/mine.jsonl"  # the block that most people come for
 
 

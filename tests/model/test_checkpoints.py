@@ -242,7 +242,7 @@ print("whole after every kill, saves:", found())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize("kills", [10, pytest.param(300, marks=pytest.mark.all)])
+@pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.all)])
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills):
     """One process saves over and over and is killed at random moments, and another loads what is left."""
     tests = os.path.dirname(os.path.dirname(__file__))
