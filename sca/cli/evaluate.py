@@ -188,6 +188,8 @@ def _protocol(
     split, prompt, proposer = chosen
     if split or prompt:
         raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
+    settings = {**protocol.settings, **given["scores"]}
+    wanted = metrics or _available(protocol, settings, how["quiet"])
     reports = []
     for run in protocol.runs:
         questions = replace(run.questions, controls=tuple(controls), seed=seed)
@@ -196,26 +198,25 @@ def _protocol(
         found = {"name": finder, **given["proposer"]} if finder else None
         table = {"name": run.dataset, **run.options, **given["dataset"]}
         folder = out and out / run.name
-        settings = {**protocol.settings, **given["scores"]}
-        wanted = metrics or _possible(protocol.metrics, settings, how["quiet"])
         reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, how))
     return reports
 
 
-def _possible(metrics: Sequence[str], settings: dict[str, Any], quiet: bool) -> list[str]:
-    """Those of a protocol's metrics that can be computed here; what is left out is said."""
+def _available(protocol: Any, settings: dict[str, Any], quiet: bool) -> list[str]:
+    """Return the metrics of a protocol that can be computed here; one line names the others."""
     import sca_registry
 
-    possible = []
-    for name in metrics:
+    available, missing = [], []
+    for name in protocol.metrics:
         own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
         try:
             sca_registry.metrics.build(name, **own)
-            possible.append(name)
-        except sca_registry.RegistryError as error:
-            if not quiet:
-                complain(f"left out {name}: {error}")
-    return possible
+            available.append(name)
+        except sca_registry.RegistryError:
+            missing.append(name)
+    if missing and not quiet:
+        complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
+    return available
 
 
 def _run(

@@ -115,8 +115,7 @@ class Report:
 
         images, regions = len({record["image_id"] for record in self.records}), regions_of(self.records)
         below = [f"{images} images, {regions} regions, {self.seconds:.1f} s", *self.remarks]
-        below += self.notes
-        below += [f"left out {name}: {reason}" for name, reason in self.left_out.items()]
+        below += [*self.notes, *self.scored.summarize_left_out()]
         controls = list(dict.fromkeys(each.control for each in self.scored.scores if each.control))
         figures = ("value", "95 % interval", *controls)
         table = Table(("score", *figures), self.title, figures, below)

@@ -63,6 +63,14 @@ class Scored:
     left_out: dict[str, str]
     metrics: dict[tuple[str, str | None], Scores] = field(repr=False)
 
+    def summarize_left_out(self) -> list[str]:
+        """Return at most one line about the metrics that were not computed; naming one states its reason."""
+        count = len(self.left_out)
+        if not count:
+            return []
+        counted = f"{count} metric{'s' * (count > 1)} left out"
+        return [f"{counted}; see `sca list metrics`, or name one with --metrics for the reason"]
+
     def values(self, control: str | None = None) -> dict[str, float]:
         return {score.name: score.value for score in self.scores if score.control == control}
 

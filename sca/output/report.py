@@ -117,7 +117,7 @@ def _scores(reports: Sequence[Report]) -> str:
 
 def _remarks(reports: Sequence[Report]) -> str:
     lines = [f"{remark}" for report in reports for remark in (*report.remarks, *report.notes)]
-    lines += [f"left out {name}: {reason}" for name, reason in reports[0].left_out.items()]
+    lines += reports[0].scored.summarize_left_out()
     return "".join(f"<p><small>{text(line)}</small></p>\n" for line in dict.fromkeys(lines))
 
 

@@ -166,12 +166,14 @@ def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
         evaluate(teller([]), [])
 
 
-def test_the_table_shows_every_score_and_what_was_left_out(teller):
+def test_report_table_counts_metrics_left_out_in_one_line(teller):
     dataset = Scenes("val", count=2)
     report = evaluate(teller(dataset, lambda region, *_: region.name), dataset, questions=Questions(tasks=["caption"]))
     screen = Console(file=io.StringIO(), width=100)
     screen.print(report.table())
     shown = screen.file.getvalue()
     assert all(name in shown for name in report.scores)
-    assert "left out class" in shown
+    (line,) = [line for line in shown.splitlines() if "left out" in line]
+    assert f"{len(report.left_out)} metrics left out" in line
+    assert "`sca list metrics`" in line
     assert "nan" not in shown
