@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +14,7 @@ from sca.cli.options import check_pipes, complain, input_path, print_json, print
 
 BY = "the score that regions are ranked by (default: the most telling there is)"
 SETTINGS = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
+ASSIGNMENT = re.compile(r"[\w.-]*\w\s*=")  # a path with `=` in its name is written ./lr=0.1
 
 
 def compare(
@@ -30,8 +33,7 @@ def compare(
     check_pipes([first, second])
     if out:
         check_page(out, [first, second])
-    given = read_settings(options or (), kinds=())
-    comparison = run(first, second, metrics and listed(metrics), given["scores"], by)
+    comparison = run(first, second, metrics and listed(metrics), _read_settings(options or ()), by)
     if out:
         from sca.output.report import comparison_page
 
@@ -43,12 +45,14 @@ def compare(
 
 
 def report(
-    predictions: Annotated[
-        list[Path],
-        typer.Argument(parser=input_path, help="predictions.jsonl of one or several runs, or their folders"),
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PREDICTIONS... [key=value]...",
+            help=f"predictions.jsonl of one or several runs, or their folders; then {SETTINGS}",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
-    option: Annotated[list[str] | None, typer.Option(metavar="key=value", help=SETTINGS)] = None,
     metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
     by: Annotated[str | None, typer.Option(help=BY)] = None,
     seed: Annotated[int, typer.Option(help="of the regions at random")] = 0,
@@ -58,11 +62,27 @@ def report(
     from sca.output.page import check_page
     from sca.output.report import report_page
 
+    options = [argument for argument in arguments if ASSIGNMENT.match(argument)]
+    predictions = [input_path(argument) for argument in arguments if argument not in options]
+    if not predictions:
+        raise ValueError("no predictions are named; name one run folder or predictions.jsonl, or several")
     check_pipes(predictions)
     check_page(out, predictions)
-    given = read_settings(option or (), kinds=())
-    reports = [score_file(path, metrics and listed(metrics), given["scores"]) for path in predictions]
+    settings = _read_settings(options)
+    reports = [score_file(path, metrics and listed(metrics), settings) for path in predictions]
     _write(out, report_page(reports, by, seed))
+
+
+def _read_settings(options: Sequence[str]) -> dict[str, Any]:
+    """Read the `key=value` options of scores; no dataset, proposer or model has options here."""
+    from sca_registry.messages import unknown
+
+    from sca.evaluation.scoring import SHARED
+
+    given = read_settings(options, kinds=())
+    for option in given["dataset"]:
+        raise unknown(f"scores have no option {option!r}", option, SHARED)
+    return given["scores"]
 
 
 def _write(path: Path, page: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from sca.evaluation.intervals import LEAST_IMAGES, has_enough_images, interval, 
 from sca.evaluation.journal import PredictionsError, truth_hash
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import resamplable
+from sca.io.paths import distinguish_paths
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -74,7 +75,7 @@ class Comparison:
         from sca.io.terminal import Table
 
         below = ["* the interval of the difference does not hold 0", *self.remarks]
-        figures = ("first", "second", "difference", "95 % interval")
+        figures = (self.first.name, self.second.name, "difference", "95 % interval")
         table = Table(("score", *figures), f"{self.first.title}  →  {self.second.title}", figures, below)
         for each in self.differences:
             between, star = "", ""
@@ -101,7 +102,7 @@ def compare(
     PredictionsError unless both were asked about the same regions with the same truth; ValueError if there is no score
     `by`.
     """
-    reports = [score_file(path, metrics, settings) for path in (first, second)]
+    reports = label_reports([score_file(path, metrics, settings) for path in (first, second)])
     _check(reports, (str(first), str(second)))
     shares = [{name: value for name, value in report.scores.items() if isinstance(value, float)} for report in reports]
     sums = [sums_of(report) for report in reports]
@@ -119,6 +120,19 @@ def compare(
     by = chosen(by, [name for name in single[0] if name in single[1]])
     judged = _judged(reports, [single_scores(each[by], by) for each in single], by) if by else []
     return Comparison(*reports, tuple(differences), _remarks(reports), by, judged)
+
+
+def label_reports(reports: Sequence[Report]) -> list[Report]:
+    """Label each report by its model, and reports of the same model also by what distinguishes their paths."""
+    by_model: dict[str, list[int]] = {}
+    for index, report in enumerate(reports):
+        by_model.setdefault(report.run.get("model", "predictions"), []).append(index)
+    labeled = list(reports)
+    for model, indices in by_model.items():
+        parts = distinguish_paths([reports[index].path or Path() for index in indices]) if len(indices) > 1 else [""]
+        for index, part in zip(indices, parts, strict=True):
+            labeled[index] = replace(reports[index], label=f"{model} ({part})" if part else model)
+    return labeled
 
 
 def chosen(by: str | None, known: Sequence[str]) -> str | None:

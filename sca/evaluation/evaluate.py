@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,8 @@ class Report:
 
     run, end: what was run and what became of it, as the predictions file says; empty for one made by hand. scored: the
     scores. remarks: what is odd about the answers. seconds: for scoring, and for asking where that was done.
-    records: what was asked and answered. images: where the pictures are, if that is known.
+    records: what was asked and answered. images: where the pictures are, if that is known. path: the predictions file
+    or its folder. label: name of the run among others; by default its model.
     """
 
     run: Mapping[str, Any]
@@ -64,6 +65,12 @@ class Report:
     seconds: float
     records: list[dict[str, Any]] = field(repr=False)
     images: Images | None = field(default=None, repr=False)
+    path: Path | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.run.get("model", "predictions")
 
     @property
     def scores(self) -> dict[str, float]:
@@ -87,9 +94,9 @@ class Report:
     def title(self) -> str:
         run = self.run
         if not run:
-            return "predictions made by hand"
+            return self.label or "predictions made by hand"
         how = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt']}"
-        return f"{run['model']} on {run['dataset']} {run['split']}, {how}"
+        return f"{self.name} on {run['dataset']} {run['split']}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, without the records; NaN is None."""
@@ -281,7 +288,8 @@ def score_file(
         samples = filter(None, (getattr(built, "read", built.__getitem__)(place) for place in range(len(built))))
         truth = ((sample.image_id, region.id) for sample in samples for region in sample.regions if _told(region))
         check_against(predictions, truth, str(path))
-    return _report(predictions, str(path), metrics, settings, pictures_of(predictions.run), start)
+    report = _report(predictions, str(path), metrics, settings, pictures_of(predictions.run), start)
+    return replace(report, path=Path(path))
 
 
 def pictures_of(run: Mapping[str, Any]) -> Images | None:

@@ -104,6 +104,26 @@ def remove_parents(path: Path) -> Path:
     return short if is_same else path
 
 
+def distinguish_paths(paths: Sequence[str | Path]) -> list[str]:
+    """Return for each path what distinguishes it from the others: the path without the folders that all share.
+
+    Equal paths are numbered.
+    """
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    start = _count_shared(parts)
+    end = _count_shared([each[start:][::-1] for each in parts])
+    names = ["/".join(each[start : len(each) - end]) or each[-1] for each in parts]
+    return names if len(set(names)) == len(names) else [str(number) for number in range(1, len(names) + 1)]
+
+
+def _count_shared(sequences: Sequence[Sequence[str]]) -> int:
+    """Return how many elements all sequences begin with."""
+    return next(
+        (index for index, column in enumerate(zip(*sequences, strict=False)) if len(set(column)) > 1),
+        min(map(len, sequences)),
+    )
+
+
 def possible_file_names(name: str) -> set[str]:
     """Return the file names, without folders and composed (NFC), that a written name could mean."""
     name = re.split("[?#]", name)[0] if is_url(name) else name

@@ -11,7 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Scores
 
 from sca import masks
-from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, single_scores
+from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, label_reports, single_scores
 from sca.evaluation.evaluate import Report
 from sca.evaluation.journal import PredictionsError
 from sca.output.outline import outline
@@ -54,6 +54,7 @@ def report_page(reports: Sequence[Report], by: str | None = None, seed: int = 0)
 
     ValueError if there is no score `by`.
     """
+    reports = label_reports(reports)
     single = [judgements(report) for report in reports]
     by = chosen(by, [name for name in single[0] if all(name in each for each in single)])
     title = " and ".join(report.title for report in reports)
@@ -85,7 +86,7 @@ def comparison_page(comparison: Comparison) -> str:
         for each in comparison.differences
     ]
     said = "".join(f"<p>{text(remark)}</p>\n" for remark in comparison.remarks)
-    table = _table(["score", "first", "second", "difference", "95 % interval"], rows)
+    table = _table(["score", comparison.first.name, comparison.second.name, "difference", "95 % interval"], rows)
     parts = [head(title, _STYLE), f"<h1>{text(title)}</h1>\n", said, table]
     gains = [each for each in comparison.judged if each.change > 0][:SHOWN]
     losses = [each for each in reversed(comparison.judged) if each.change < 0][:SHOWN]
@@ -108,9 +109,7 @@ def _scores(reports: Sequence[Report]) -> str:
             each = scores.get(name)
             cells.append("" if each is None else f"{_number(each.value)} {_between(each.low, each.high)}".rstrip())
         rows.append(cells)
-    headings = [
-        f"{report.run.get('model', 'predictions')}{f', {control}' if control else ''}" for report, control in columns
-    ]
+    headings = [f"{report.name}{f', {control}' if control else ''}" for report, control in columns]
     said = "<h2>Scores</h2>\n<p><small>in brackets: the 95 % interval over the choice of images</small></p>\n"
     return said + _table(["score", *headings], rows)
 
@@ -127,7 +126,7 @@ def _spread(reports: Sequence[Report], single: Sequence[Mapping[str, Scores]]) -
         for report, known in zip(reports, single, strict=True):
             values = np.array(list(single_scores(known[name], name).values())) if name in known else np.empty(0)
             if len(np.unique(values)) > 2:  # a share of rights and wrongs has no more to show than its mean
-                figures.append(_histogram(f"{name}, {report.run.get('model', 'predictions')}", values))
+                figures.append(_histogram(f"{name}, {report.name}", values))
     shown = f'<div class="histograms">{"".join(figures)}</div>\n'
     return f"<h2>How scores are spread over regions</h2>\n{shown}" if figures else ""
 
@@ -160,7 +159,7 @@ def _figure(reports: Sequence[Report], by: str, seed: int) -> str:
         cells = "".join(
             f"<td>{picture.shown(mine[key], ('mask',))}<p>{text(mine[key]['caption'])}</p></td>" for key in chosen
         )
-        rows.append(f"<tr><th>{text(report.run.get('model', 'predictions'))}</th>{cells}</tr>\n")
+        rows.append(f"<tr><th>{text(report.name)}</th>{cells}</tr>\n")
     cells = "".join(
         f"<td>{picture.shown(told[0][key], ('true',))}<p>{text(' / '.join(_true(told[0][key])))}</p></td>"
         for key in chosen
@@ -193,9 +192,10 @@ def _changed(comparison: Comparison, judged: Judged) -> str:
     record = judged.first
     before, after = judged.values
     shown = _Pictures(comparison.first).shown(record)
+    names = [text(report.name) for report in (comparison.first, comparison.second)]
     return (
-        f'<figure class="card">{shown}<p><small>first, {before:.3f}:</small> {text(record["caption"])}</p>'
-        f"<p><small>second, {after:.3f}:</small> {text(judged.second['caption'])}</p>"
+        f'<figure class="card">{shown}<p><small>{names[0]}, {before:.3f}:</small> {text(record["caption"])}</p>'
+        f"<p><small>{names[1]}, {after:.3f}:</small> {text(judged.second['caption'])}</p>"
         f"<p><small>true: {text(' / '.join(_true(record)))}<br>{_place(record)}</small></p></figure>\n"
     )
 

@@ -1,6 +1,7 @@
 """`sca evaluate` hands on what the library finds out."""
 
 import json
+import re
 
 import pytest
 
@@ -78,11 +79,15 @@ def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):
     assert result.status == 0
     assert "mask-iou/mean" in result.out
     assert "prompt differs" in result.out
+    assert "(box)" in result.out
+    assert "(center)" in result.out
     assert (
         shell("report", "box", "center", "--metrics", "mask-iou,attributes", "--out", "pages/report.html").status == 0
     )
     for name in ("compare", "report"):
-        assert (here / f"pages/{name}.html").read_text().startswith("<!DOCTYPE html>")
+        page = (here / f"pages/{name}.html").read_text()
+        assert page.startswith("<!DOCTYPE html>")
+        assert re.search(r"<th class=number>[^<]*\(box\)</th><th class=number>[^<]*\(center\)</th>", page)
 
 
 def test_proposed_regions_are_captioned_and_judged(shell, checkpoint):
@@ -141,3 +146,21 @@ def test_regions_without_what_is_asked_for_are_told_with_what_there_is(shell, ch
     assert (result.status, result.err) == (0, [])
     result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", "--metrics", "class")
     assert "0 with captions, 1 class name, 1 image; 1 caption under 'text', which is not read" in result.err[0]
+
+
+@pytest.fixture
+def handmade(here):
+    """Two predictions files of one run folder each, without a model."""
+    for name in ("one", "two", "lr=0.1"):
+        (here / name).mkdir()
+        line = {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}
+        (here / name / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_compare_and_report_read_options_alike(handmade, shell, refused, command):
+    arguments = (command, "one", "two", "--metrics", "rouge-l", "--out", "page.html")
+    assert shell(*arguments, "tokenizer=plain", "rouge-l.references=first").status == 0
+    assert "Did you mean 'tokenizer'?" in refused(2, *arguments, "tokenzier=plain")
+    assert "no metric 'rogue-l'" in refused(2, *arguments, "rogue-l.references=first")
+    assert shell(command, "one", "./lr=0.1", "--metrics", "rouge-l", "--out", "page.html").status == 0

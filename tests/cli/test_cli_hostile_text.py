@@ -87,7 +87,7 @@ def test_score_compare_and_report_show_hostile_text_as_text(safe, here):
     safe(0, "score", "one", "--metrics", "rouge-l", "tokenizer=plain")
     safe(0, "score", "one", "--metrics", "rouge-l", "tokenizer=plain", "--json")
     safe(0, "compare", "one", "two", "--metrics", "rouge-l", "tokenizer=plain", "--out", f"{NAME}.html")
-    safe(0, "report", "one", "--metrics", "rouge-l", "--option", "tokenizer=plain", "--out", "r.html")
+    safe(0, "report", "one", "--metrics", "rouge-l", "tokenizer=plain", "--out", "r.html")
     page = (here / "r.html").read_text()
     assert not any(character in page for character in "\x1b\x9b\u202e")
     safe(2, "score", f"no {NAME}")

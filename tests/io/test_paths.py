@@ -13,6 +13,7 @@ from sca.images import ImageError
 from sca.io.paths import (
     ImageNameError,
     add_image_prefix,
+    distinguish_paths,
     find_image,
     normalize_name,
     possible_file_names,
@@ -203,3 +204,18 @@ def test_image_prefix_round_trip(parts, prefix):
 def test_add_image_prefix_refuses_a_path_that_leaves_its_folder():
     with pytest.raises(ValueError, match="leaves the folder"):
         add_image_prefix("../a.png", "https://host/")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/box", "runs/center"], ["box", "center"]),
+        (["runs/a/eval/predictions.jsonl", "runs/b/eval/predictions.jsonl"], ["a", "b"]),
+        (["runs/a", "runs/a/b"], ["a", "b"]),
+        (["runs/a/x", "runs/b/x", "runs/b/y"], ["a/x", "b/x", "b/y"]),
+        (["runs/a", "runs/../runs/a"], ["1", "2"]),
+        (["runs/a"], ["a"]),
+    ],
+)
+def test_distinguish_paths_returns_what_differs(paths, names):
+    assert distinguish_paths(paths) == names
