@@ -42,11 +42,11 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     left, first, second, seed = Path(folder), config["first"], config["second"], config["seed"]
     start: Any = MODEL
     if config["way"] == WAYS[0]:
-        train(Recipe.from_dict("names", stage(MODEL, first, seed, None)), left / "names", resume=False, quiet=True)
+        train(Recipe.from_dict("names", stage(MODEL, first, seed, None)), left / "names", resume=False)
         start = str(left / "names/model")
     steps = first + second if config["way"] == WAYS[2] else second
     recipe = Recipe.from_dict("captions", stage(start, steps, seed, config["few"]))
-    model = train(recipe, left / "few", resume=False, quiet=True)
+    model = train(recipe, left / "few", resume=False)
     asked = {"name": "scenes", "size": SIZE, "count": config["scenes"]}
     report = evaluate(model, asked, "val", metrics=METRICS, folder=folder)
     return {"state": "done", "scores": report.scores}

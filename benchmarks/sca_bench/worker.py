@@ -160,7 +160,7 @@ def _train(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
     assert recipe is not None
     left = folder / "training"
     shutil.rmtree(left, ignore_errors=True)
-    model = train(recipe, left, resume=False, quiet=True)
+    model = train(recipe, left, resume=False)
     states = sorted(left.glob("checkpoint-*/trainer_state.json"))
     history = json.loads(states[-1].read_text("utf-8"))["log_history"] if states else []
     row["losses"] = [[each["step"], each["loss"]] for each in history if "loss" in each]

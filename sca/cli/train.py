@@ -21,7 +21,7 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in OUT.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no training log.")] = False,
 ) -> None:
     """Trains a model; an interrupted run continues when the same command is given again.
 

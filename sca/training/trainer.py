@@ -21,7 +21,7 @@ from sca_registry.messages import unknown
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoint import check_writable, load, save, weights_hash
@@ -37,7 +37,8 @@ from sca.processing import Processor
 from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
 from sca.training.examples import ExampleStream, Mixture, collate
 from sca.training.features import FeatureCache
-from sca.training.recipe import Recipe, TrainOptions, Validation
+from sca.training.log import VALIDATION, TrainingLog
+from sca.training.recipe import LOSSES, Recipe, TrainOptions, Validation
 from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
 from sca.training.sources import open_sources, open_validation, report_sources
 
@@ -72,7 +73,7 @@ def train(
         recipe: What is trained.
         folder: The run folder; what an interrupted run of the same recipe and data left there is continued.
         resume: False starts the same recipe over.
-        quiet: Show no progress bar.
+        quiet: Show no progress bar and no training log.
         overwrite: Delete what a run of another recipe or other data wrote into the folder.
         set_aside: Rename the folder of such a run instead.
         told: Called with each line that a person should read: what the data contains and what was left out of it, what
@@ -126,12 +127,15 @@ def _train(
     budget = budget_each(recipe.train, processes)
     trainer = CaptionTrainer(
         model=lesson,
-        args=_arguments(recipe, folder, share, quiet),
+        args=_arguments(recipe, folder, share),
         train_dataset=stream,
         data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad, budget)},
         rates=recipe.train.rates,
         sharded=sharded,
     )
+    trainer.remove_callback(PrinterCallback)  # prints dictionaries
+    if not quiet:
+        trainer.add_callback(TrainingLog(LOSSES, recipe.validate.best if recipe.validate else ()))
     if recipe.validate is not None and len(unseen):
         trainer.add_callback(Validating(trainer, recipe.validate, unseen, folder, told))
     if recipe.train.cache_features:
@@ -256,7 +260,7 @@ def fill_cache(model: SegmentCaptioner, stream: Mixture, trainer: Trainer, quiet
     """Encodes the pictures that the stream will draw and whose features are not there, each process its share."""
     drawn = stream.samples()
     mine = drawn[trainer.args.process_index :: trainer.args.world_size]
-    bar = tqdm(total=len(mine), desc="features", disable=quiet or not trainer.is_world_process_zero())
+    bar = tqdm(total=len(mine), desc="features", disable=quiet or not trainer.is_world_process_zero() or None)
     cache = stream.streams[0].cache
     cache.fill(model, (dataset[index].image for dataset, index in mine), bar.update)
     bar.close()
@@ -519,7 +523,7 @@ class Validating(TrainerCallback):
             if self._is_best(metric, scores[metric], read_json(note) if note.exists() else None):
                 save(self.trainer.model.model, self.folder / "best")
                 write_file(note, json.dumps({"step": step, "metric": metric, "score": scores[metric]}))
-        self.trainer.log({f"validation_{name}": value for name, value in scores.items()})
+        self.trainer.log({f"{VALIDATION}{name}": value for name, value in scores.items()})
 
     def _report_unusable(self, scored: Sequence[str], metric: str | None) -> None:
         """Report, once each, the scores of `best` that should have chosen and are no numbers."""
@@ -542,7 +546,7 @@ def _is_write_error(error: RuntimeError) -> bool:
     return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
 
 
-def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, share: int) -> TrainingArguments:
     options = recipe.train
     return TrainingArguments(
         output_dir=str(folder),
@@ -560,7 +564,7 @@ def _arguments(recipe: Recipe, folder: Path, share: int, quiet: bool) -> Trainin
         dataloader_num_workers=options.workers,
         save_steps=options.save,
         logging_steps=max(1, min(50, options.steps // 10)),
-        disable_tqdm=quiet,
+        disable_tqdm=True,  # `TrainingLog` has the bar
         report_to=_reporters(options.report_to),
         ddp_broadcast_buffers=False,
         seed=options.seed,

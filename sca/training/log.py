@@ -1,0 +1,79 @@
+"""Lines about the progress of training, for a person who watches it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+VALIDATION = "validation_"  # prefix of the scores of a validation among what the trainer logs
+
+
+class TrainingLog(TrainerCallback):
+    """Print one line on standard error per logging step and validation, and a progress bar on a terminal.
+
+    Args:
+        losses: Names of the losses that `loss` is the sum of.
+        best: Names of scores; of a validation, the first that is a number is shown.
+    """
+
+    def __init__(self, losses: Sequence[str], best: Sequence[str] = ()):
+        self.losses, self.best = losses, best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.start, self.first_step = time.monotonic(), state.global_step
+        is_hidden = None if state.is_world_process_zero else True  # None: where standard error is no terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=is_hidden, dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        seconds, steps = time.monotonic() - self.start, state.global_step - self.first_step
+        remaining = seconds / steps * (state.max_steps - state.global_step) if steps else None
+        line = format_logs(logs, state.global_step, state.max_steps, remaining, self.losses, self.best)
+        if line:
+            tqdm.write(line, file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+        if state.is_world_process_zero:
+            seconds, steps = time.monotonic() - self.start, state.global_step - self.first_step
+            tqdm.write(f"trained {steps} steps in {tqdm.format_interval(seconds)}", file=sys.stderr)
+
+
+def format_logs(
+    logs: Mapping[str, float],
+    step: int,
+    steps: int,
+    remaining: float | None,
+    losses: Sequence[str] = (),
+    best: Sequence[str] = (),
+) -> str:
+    """Return one line about what the trainer logs at a step, empty if it is nothing to watch.
+
+    Args:
+        logs: As transformers' Trainer passes them to `on_log`.
+        step: Steps done.
+        steps: Total steps.
+        remaining: Seconds left, if known.
+        losses: See `TrainingLog`.
+        best: See `TrainingLog`.
+    """
+    place = f"step {step:>{len(str(steps))}}/{steps}"
+    if "loss" in logs:
+        parts = ", ".join(f"{name} {logs[name]:.4g}" for name in losses if name in logs)
+        columns = [f"loss {logs['loss']:.4g}" + (f" ({parts})" if parts else "")]
+        columns += [f"learning rate {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
+        columns += [f"{tqdm.format_interval(remaining)} left"] if remaining is not None else []
+        return "  ".join([place, *columns])
+    scores = {name: logs[f"{VALIDATION}{name}"] for name in best if f"{VALIDATION}{name}" in logs}
+    chosen = next((name for name, score in scores.items() if math.isfinite(score)), None)
+    return f"{place}  validation {chosen} {scores[chosen]:.4g}" if chosen else ""

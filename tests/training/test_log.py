@@ -1,0 +1,57 @@
+"""The training log is for a person: one line per logging step, and nothing with quiet."""
+
+import re
+
+import pytest
+
+from sca.training.log import format_logs
+from sca.training.recipe import Recipe
+from sca.training.trainer import train
+
+LINE = r"step [12]/2  loss \S+ \(caption \S+, mask \S+, iou \S+\)  learning rate \S+e-\d\d  \d\d:\d\d left"
+
+
+@pytest.fixture
+def plan(small_table):
+    def make(**tables):
+        train = {"steps": 2, "images": 1, "warmup": 0, "save": 2}
+        data = {"scenes": {"name": "scenes", "count": 2, "size": 64}}
+        return Recipe.from_dict("tiny", {"model": small_table, "data": data, "train": train, **tables})
+
+    return make
+
+
+def test_training_log_writes_one_line_per_step(plan, tmp_path, capfd):
+    train(plan(validate={"every": 2, "limit": 1}), tmp_path)
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith(("step ", "trained "))]
+    assert [line.split()[1] for line in lines[:-1]] == ["1/2", "2/2", "2/2"]
+    assert lines[-1].startswith("trained 2 steps in 00:")
+    first, last = (line for line in lines if "loss" in line)
+    assert re.fullmatch(LINE, first)
+    assert last.endswith("00:00 left")
+    assert [line for line in lines if "validation cider-d " in line]
+    assert "{" not in err
+    assert "\r" not in err  # no progress bar where there is no terminal
+
+
+def test_quiet_training_writes_nothing(plan, tmp_path, capfd):
+    train(plan(validate={"every": 2, "limit": 1}), tmp_path, quiet=True)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        (
+            {"loss": 3.21456, "learning_rate": 1e-4, "grad_norm": 2.0, "caption": 2.5, "mask": 0.7, "epoch": 0.1},
+            "step   50/2000  loss 3.215 (caption 2.5, mask 0.7)  learning rate 1.00e-04  12:34 left",
+        ),
+        ({"validation_rouge-l": 0.25, "validation_cider-d": 0.5}, "step   50/2000  validation cider-d 0.5"),
+        ({"validation_words": 3.0}, ""),
+        ({"train_runtime": 3.0, "train_loss": 2.0}, ""),
+    ],
+)
+def test_format_logs_returns_a_readable_line(logs, line):
+    assert format_logs(logs, 50, 2000, 754.0, ("caption", "mask"), ("cider-d", "rouge-l")) == line
