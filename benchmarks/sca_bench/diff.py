@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 
@@ -12,7 +12,8 @@ from typing import Any
 class Diff:
     """rows: that both have made. timings: how many were compared; inside: the share of the second's medians that lie
     between the first's least and most; width: the median of (most - least) / median of the first's timings. changed: a
-    line for each state or score that is another. only: how many rows the first and the second have alone.
+    line for each state or score that is another. scores: a line about each score, over all rows. only: how many rows
+    the first and the second have alone.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class Diff:
     width: float
     ratio: float  # the median of the second's medians by the first's
     changed: tuple[str, ...]
+    scores: tuple[str, ...]
     only: tuple[int, int]
 
     def lines(self) -> list[str]:
@@ -31,13 +33,14 @@ class Diff:
                 f"{self.timings} timings: {self.inside:.1%} of the second's medians lie between the first's least and "
                 f"most, whose median width is {self.width:.1%}; the second takes {self.ratio:.3f} times as long"
             )
-        return [*told, *self.changed]
+        return [*told, *self.scores, *self.changed]
 
 
 def diff(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> Diff:
     rows = [{row["key"]: row for row in each} for each in (first, second)]
     both = [key for key in rows[0] if key in rows[1]]
     inside, widths, ratios, changed = [], [], [], []
+    scores: dict[str, list[tuple[float | None, float | None]]] = {}
     for key in both:
         one, other = rows[0][key], rows[1][key]
         if one["state"] != other["state"]:
@@ -48,12 +51,10 @@ def diff(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
             if before[name]["median"]:
                 widths.append((before[name]["high"] - before[name]["low"]) / before[name]["median"])
                 ratios.append(after[name]["median"] / before[name]["median"])
-        values = [{each["name"]: each["value"] for each in row.get("scores") or ()} for row in (one, other)]
-        changed += [
-            f"{one['label']}: {name} {value}, then {values[1][name]}"
-            for name, value in values[0].items()
-            if name in values[1] and values[1][name] != value
-        ]
+        pairs = _pair_scores(one, other)
+        changed += [f"{one['label']}: {name} {_shown(a)}, then {_shown(b)}" for name, (a, b) in pairs.items() if a != b]
+        for name, pair in pairs.items():
+            scores.setdefault(name, []).append(pair)
     return Diff(
         rows=len(both),
         timings=len(inside),
@@ -61,8 +62,34 @@ def diff(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
         width=median(widths) if widths else 0.0,
         ratio=median(ratios) if ratios else 0.0,
         changed=tuple(changed),
+        scores=tuple(_summarize_score(name, pairs) for name, pairs in scores.items()),
         only=tuple(len(each) - len(both) for each in rows),
     )
+
+
+def _pair_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
+    """Return the values of each score in both rows, None where a row lacks it."""
+    one, other = (
+        {f"{each['name']}, {each['control']}" if each["control"] else each["name"]: each["value"] for each in scores}
+        for scores in (row.get("scores") or () for row in (first, second))
+    )
+    return {name: (one.get(name), other.get(name)) for name in {**one, **other}}
+
+
+def _summarize_score(name: str, pairs: Sequence[tuple[float | None, float | None]]) -> str:
+    """Return one line about a score: its means, over the rows in which both runs have it, and how many differ."""
+    both = [(first, second) for first, second in pairs if first is not None and second is not None]
+    alone = len(pairs) - len(both)
+    missing = f"; missing in {alone} of them" if alone else ""
+    if not both:
+        return f"{name}: no row has it in both runs"
+    before, after = (mean(values) for values in zip(*both, strict=True))
+    differing = sum(first != second for first, second in pairs)
+    return f"{name}: {differing} of {len(pairs)} rows differ, mean {before:.4g}, then {after:.4g}{missing}"
+
+
+def _shown(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.4g}"
 
 
 def _timings(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:

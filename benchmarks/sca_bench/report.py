@@ -10,13 +10,12 @@ from sca.io.text import escape_markdown, format_csv
 from sca.output.colours import COLOURS
 from sca.output.page import FOOT, head, text
 from sca_bench.states import STATES
-from sca_bench.summary import Line, front, lines, telling
+from sca_bench.summary import Line, find_axes, find_shared_parts, front, lines, telling
 from sca_bench.timing import STAGES
 
 WIDTH, HEIGHT, MARGIN = 560, 320, 48  # of a picture, pixels
-COLUMNS = (
+FIGURES = (
     *(
-        "combination",
         "seeds",
         "parameters, M",
         "trained, M",
@@ -35,8 +34,7 @@ h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse }
 th, td { padding: .2rem .6rem; text-align: right; font-variant-numeric: tabular-nums; vertical-align: top;
   border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, Canvas) }
-th { cursor: pointer } th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 16rem }
-td.words { text-align: left }
+th { cursor: pointer } th.words, td.words { text-align: left; overflow-wrap: anywhere; min-width: 8rem }
 .wide { overflow-x: auto } .below { opacity: .6 }
 .pictures { display: flex; flex-wrap: wrap; gap: 2rem } figure { margin: 0 }
 svg text { fill: currentColor; font-size: 11px } .axis, .grid { stroke: currentColor } .grid { opacity: .15 }
@@ -67,7 +65,7 @@ def page(rows: Sequence[Mapping[str, Any]], title: str, score: str | None = None
     found = lines(rows, score)
     said = f"quality: {score}" if score else "without scores"
     parts = [head(title, _STYLE, _SCRIPT), f"<h1>{text(title)}</h1>\n<p>{text(_where(rows))}; {text(said)}</p>\n"]
-    parts += [_table(found), '<div class="pictures">']
+    parts += [_table(found, score), '<div class="pictures">']
     parts += [_pareto(found, score), _memory(found, score), _curves(found), _bars(found), "</div>\n", _others(rows)]
     parts += [_commands(found), f"<script>{_SCRIPT}</script>\n", FOOT]
     return "".join(parts)
@@ -76,16 +74,36 @@ def page(rows: Sequence[Mapping[str, Any]], title: str, score: str | None = None
 def markdown(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
     """A table, and below it what was not made."""
     score = score or telling(rows)
-    body = [_cells(line) for line in lines(rows, score)]
-    told = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
-    told += [f"| {' | '.join(map(escape_markdown, cells))} |" for cells in body]
+    words, figures = _columns(lines(rows, score), score)
+    told = [_row([*words, *figures]), f"|{' --- |' * len(words)}{' ---: |' * len(figures)}"]
+    told += [_row(cells) for cells in zip(*words.values(), *figures.values(), strict=True)]
     others = [
         f"- {escape_markdown(row['label'])}: {escape_markdown(row['state'])}. {escape_markdown(row['reason'])}"
         for row in _ended(rows)
     ]
-    said = f"Score: {escape_markdown(score)}. " if score else ""
+    said = f"Score: {escape_markdown(score)}; " if score else ""
     told += [*_speeds(lines(rows, score)), "", f"{said}{escape_markdown(_where(rows))}."]
     return "\n".join([*told, *([""] if others else []), *others]) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(escape_markdown, cells))} |"
+
+
+def _columns(found: Sequence[Line], score: str | None) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the columns of text and of figures of a table, by their headings.
+
+    Text is what combinations differ in, figures are `FIGURES` and every score but the one that counts as quality.
+    """
+    words = find_axes([line.config for line in found]) or {"combination": [line.label for line in found]}
+    figures = dict(zip(FIGURES, map(list, zip(*map(_cells, found), strict=True)), strict=True)) if found else {}
+    names = dict.fromkeys(name for line in found for name in line.scores if name != score)
+    figures |= {name: [_score(line.scores.get(name)) for line in found] for name in names}
+    return words, figures or {name: [] for name in FIGURES}
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _speeds(found: Sequence[Line]) -> list[str]:
@@ -96,11 +114,12 @@ def _speeds(found: Sequence[Line]) -> list[str]:
     counts = sorted({regions for line in timed for regions in line.curve})
     heads = [*(f"at {regions}" for regions in counts), *(f"{stage}, ms" for stage in STAGES)]
     told = ["", "Regions a second by regions an image, and the stages at the most of them:", ""]
-    told += [f"| combination | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
-    for line in timed:
+    axes = find_axes([line.config for line in timed]) or {"combination": [line.label for line in timed]}
+    told += [_row([*axes, *heads]), f"|{' --- |' * len(axes)}{' ---: |' * len(heads)}"]
+    for line, words in zip(timed, zip(*axes.values(), strict=True), strict=True):
         speeds = [_scaled(line.curve.get(regions), 1) for regions in counts]
         stages = [_scaled(line.stages[stage], 1e-3) for stage in STAGES]
-        told.append(f"| {' | '.join([escape_markdown(line.label), *speeds, *stages])} |")
+        told.append(_row([*words, *speeds, *stages]))
     return told
 
 
@@ -108,13 +127,15 @@ def table(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
     """CSV: a line a row, with every score and every timing."""
     score = score or telling(rows)
     names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})
-    columns = ["key", "label", "state", "reason", "seed", "parameters", "trainable", "memory", *names]
+    ordered = sorted(rows, key=lambda row: (row["label"], row["key"]))
+    axes = find_axes([row["config"] for row in ordered])
+    columns = ["key", "label", *axes, "state", "reason", "seed", "parameters", "trainable", "memory", *names]
     columns += ["regions", *STAGES, "first_caption", "regions_per_second", "training_step"]
     written: list[list[Any]] = [columns]
-    for row in sorted(rows, key=lambda row: (row["label"], row["key"])):
+    for row, *settings in zip(ordered, *axes.values(), strict=True):
         scores = {each["name"]: each["value"] for each in row.get("scores") or () if each["control"] is None}
         parameters, memory = row.get("parameters") or {}, row.get("memory") or {}
-        common = [row["key"], row["label"], row["state"], row["reason"], row["config"]["seed"]]
+        common = [row["key"], row["label"], *settings, row["state"], row["reason"], row["config"]["seed"]]
         common += [parameters.get("whole"), parameters.get("trainable"), memory.get("planned")]
         common += [scores.get(name) for name in names]
         for point in row.get("curve") or [None]:
@@ -131,7 +152,6 @@ def _cells(line: Line) -> list[str]:
     flops = {key: value for key, value in (line.flops or {}).items() if key not in ("images", "regions", "words")}
     rest = sum(flops.values()) - flops.get("encode", 0)
     return [
-        line.label,
         str(len(line.rows)),
         _scaled(line.parameters, 1e6),
         _scaled(line.trainable, 1e6),
@@ -147,18 +167,18 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _table(found: Sequence[Line]) -> str:
+def _table(found: Sequence[Line], score: str | None) -> str:
     """Sorted by a click; what is clearly below the best, by intervals that do not meet, is pale."""
-    top = "".join(f"<th>{text(each)}</th>" for each in COLUMNS)
+    words, figures = _columns(found, score)
+    top = "".join(f'<th class="words">{text(each)}</th>' for each in words)
+    top += "".join(f"<th>{text(each)}</th>" for each in figures)
     best = next((line for line in found if line.low is not None), None)
     body = []
-    for line in found:
+    for line, *row in zip(found, *words.values(), *figures.values(), strict=True):
         below = best is not None and best.low is not None and line.high is not None and line.high < best.low
-        cells = "".join(
-            f'<td data-value="{text(cell.partition(" to ")[0]) or -1}">{text(cell)}</td>'
-            if place
-            else f"<td>{text(cell)}</td>"
-            for place, cell in enumerate(_cells(line))
+        cells = "".join(f'<td class="words">{text(cell)}</td>' for cell in row[: len(words)])
+        cells += "".join(
+            f'<td data-value="{text(cell.partition(" to ")[0]) or -1}">{text(cell)}</td>' for cell in row[len(words) :]
         )
         body.append(f'<tr class="below">{cells}</tr>\n' if below else f"<tr>{cells}</tr>\n")
     note = "<p><small>pale: its interval lies below that of the best. A click on a heading sorts.</small></p>\n"
@@ -299,13 +319,15 @@ def _commands(found: Sequence[Line]) -> str:
 
 
 def _where(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The devices and versions that rows were made on."""
+    """The parts that all rows share, and the devices and versions that they were made on."""
     places = {
         ", ".join([each["device"], *(f"{name} {version}" for name, version in each["versions"].items())])
         for row in rows
         if (each := row.get("environment"))
     }
-    return "; ".join(sorted(places)) or "nothing was made"
+    shared = find_shared_parts([row["config"] for row in rows])
+    parts = f"in every row: {', '.join(f'{name} {value}' for name, value in shared.items())}; " if shared else ""
+    return parts + ("; ".join(sorted(places)) or "nothing was made")
 
 
 def _scaled(value: float | None, unit: float) -> str:

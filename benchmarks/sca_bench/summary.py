@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from sca_bench.sweep import PARTS
+
 TELLING = ("cider-d", "attributes/all", "meteor", "class/count", "mask-iou/mean", "densecap-map")
 
 
 @dataclass(frozen=True)
 class Line:
     """A combination. quality: the score's mean over seeds; low, high: the widest of the 95 % intervals over images;
-    seeds: the score of each seed. The figures are those of `Line.of`; None where nothing was measured.
+    seeds: the score of each seed. scores: the mean of every score over seeds, those of controls as "NAME, CONTROL".
+    The figures are those of `Line.of`; None where nothing was measured.
     """
 
     label: str
@@ -27,6 +30,7 @@ class Line:
     low: float | None
     high: float | None
     seeds: tuple[float, ...]
+    scores: Mapping[str, float]
     curve: Mapping[int, float]  # regions of an image -> regions a second, the image's encoding included
     stages: Mapping[str, float]  # seconds by stage at the most regions
     first_caption: float | None  # seconds at the fewest regions
@@ -61,6 +65,7 @@ class Line:
             low=min(low for low, _ in bounds) if bounds else None,
             high=max(high for _, high in bounds) if bounds else None,
             seeds=tuple(values),
+            scores=_average_scores(rows),
             curve={
                 regions: median(p["regions_per_second"] for curve in curves for p in curve if p["regions"] == regions)
                 for regions in points
@@ -74,6 +79,11 @@ class Line:
             memory=max(taken) if taken else None,
             command=f"sca bench row {shlex.quote(json.dumps(first['config'], sort_keys=True))}",
         )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration, with the seed of the first row."""
+        return self.rows[0]["config"]
 
     @property
     def fastest(self) -> float | None:
@@ -97,6 +107,52 @@ def telling(rows: Iterable[Mapping[str, Any]]) -> str | None:
     scores = [each for row in rows for each in row.get("scores") or ()]
     known = dict.fromkeys(each["name"] for each in scores if each["value"] is not None)
     return next((name for name in TELLING if name in known), next(iter(known), None))
+
+
+def find_axes(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the settings that differ between configurations, each with its value in every configuration.
+
+    The settings are the fields of the model, such as "encoder", and the others by their table: "train.steps".
+    """
+    tables = [_list_settings(config) for config in configs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    columns = {name: [table.get(name, "") for table in tables] for name in names}
+    return {name: column for name, column in columns.items() if len(set(column)) > 1}
+
+
+def find_shared_parts(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the parts of the model that are the same in all configurations."""
+    tables = [_list_settings(config) for config in configs]
+    parts = {name: {table.get(name, "") for table in tables} for name in PARTS}
+    return {name: value for name, values in parts.items() for value in values if len(values) == 1 and value}
+
+
+def _list_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    settings = {name: _format_setting(value) for name, value in config["model"].items()}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name != "model":
+            settings |= {f"{name}.{key}": _format_setting(each) for key, each in value.items()}
+        elif name not in ("model", "seed"):
+            settings[name] = _format_setting(value)
+    return settings
+
+
+def _format_setting(value: Any) -> str:
+    """Return a value as one reads it in a table: a part as NAME(OPTION=VALUE,...)."""
+    if isinstance(value, Mapping):
+        options = ",".join(f"{key}={_format_setting(each)}" for key, each in value.items() if key != "name")
+        name = str(value.get("name", ""))
+        return f"{name}({options})" if name and options else name or options
+    return " ".join(map(_format_setting, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _average_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for score in (score for row in rows for score in row.get("scores") or ()):
+        if score["value"] is not None:
+            name = f"{score['name']}, {score['control']}" if score["control"] else score["name"]
+            values.setdefault(name, []).append(score["value"])
+    return {name: mean(each) for name, each in values.items()}
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -368,6 +368,44 @@ def test_report_shows_hostile_text_as_text(rows):
     assert f",{number}," in table
 
 
+def test_report_has_a_column_per_axis_and_per_score(rows):
+    for row in rows:
+        name = row["config"]["model"].pop("mixer")
+        row["config"]["model"] |= {"encoder": {"name": "tiny"}, "mixer": {"name": name, "depth": 2}}
+        row["config"]["train"] = {"steps": 10 if name == "bad" else 20}
+        if "scores" in row:
+            one = row["scores"][0]
+            row["scores"] += [{**one, "name": "words", "value": 7}, {**one, "value": 0.1, "control": "wrong-region"}]
+    told = report.markdown(rows)
+    heads, _, first, *_ = [line.strip("| ").split(" | ") for line in told.splitlines()]
+    assert heads[:3] == ["mixer", "train.steps", "seeds"]
+    assert heads[-2:] == ["words", "class/count, wrong-region"]
+    assert [first[0], first[1], *first[-2:]] == ["slow(depth=2)", "20", "7", "0.100"]
+    assert "in every row: encoder tiny" in told
+    for cell in (*heads, *first):
+        assert f">{cell}</" in report.page(rows, "sweep s")
+    assert report.table(rows).startswith('"key","label","mixer","train.steps","state"')
+
+
+def test_diff_summarizes_every_score(rows):
+    for row in rows:
+        for score in row.get("scores") or ():
+            row["scores"] = [score, {**score, "control": "wrong-region"}]
+    again = json.loads(json.dumps(rows))
+    again[3]["scores"][0]["value"] = 0.25
+    del again[4]["scores"][1]
+    found = diff(rows, again)
+    assert found.scores == (
+        "class/count: 1 of 7 rows differ, mean 0.6614, then 0.6257",
+        "class/count, wrong-region: 1 of 7 rows differ, mean 0.6883, then 0.6883; missing in 1 of them",
+    )
+    assert found.changed == (
+        "fast seed=0: class/count 0.5, then 0.25",
+        "fast seed=1: class/count, wrong-region 0.5, then nothing",
+    )
+    assert set(found.scores) <= set(found.lines())
+
+
 def test_a_second_run_is_held_against_the_first(rows):
     again = json.loads(json.dumps(rows))
     for point in again[0]["curve"]:
