@@ -16,9 +16,11 @@ which version of the contracts it was made for; without this it is taken to be t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
 
 API = "v1"
+SOURCES = (".py", ".toml", ".so", ".pyd")  # suffixes of the files that decide whether a component works
 BUILTIN = "segment-caption-anything"
 
 
@@ -81,7 +84,8 @@ def plugin_offers(group: str) -> tuple[Offer, ...]:
 def refresh() -> None:
     """Forgets what was read of installed distributions: those installed since then are seen from now on."""
     importlib.invalidate_caches()
-    for cached in (builtin_offers, plugin_offers, _builtin_origin, _distributions, _origin, extra_installed):
+    caches = (builtin_offers, plugin_offers, _builtin_origin, _distributions, _origin)
+    for cached in (*caches, extra_installed, source_fingerprint):
         cached.cache_clear()
 
 
@@ -97,6 +101,36 @@ def extra_installed(distribution: str, extra: str) -> bool | None:
     of_extra = re.compile(rf"""([\w.-]+)[^;]*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]\s*""")
     wanted = [found[1] for found in map(of_extra.fullmatch, requirements) if found]
     return all(map(_installed, wanted)) if wanted else None
+
+
+@functools.cache
+def source_fingerprint(package: str) -> str:
+    """Return a value that changes when a source file of a package changes, as in an editable install.
+
+    Args:
+        package: Top-level name; located and not imported. Empty for a package that cannot be located.
+    """
+    import hashlib
+
+    try:
+        spec = importlib.util.find_spec(package)
+    except Exception:  # finders of editable installs are other people's code
+        return ""
+    if spec is None:
+        return ""
+    files = [
+        os.path.join(folder, name)
+        for place in spec.submodule_search_locations or ()
+        for folder, _, names in os.walk(place)
+        for name in names
+        if name.endswith(SOURCES)
+    ]
+    digest = hashlib.sha256()
+    for file in sorted({*files, *([spec.origin] if spec.has_location and spec.origin else ())}):
+        with contextlib.suppress(OSError):  # removed meanwhile, or a link to nothing
+            state = os.stat(file)
+            digest.update(f"{file}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def same_distribution(one: str, other: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sca_registry.plugins import Offer, extra_installed
+from sca_registry.plugins import Offer, extra_installed, source_fingerprint
 from sca_registry.verdicts import Verdict, read_verdicts, write_verdict
 
 BREAKS = "breaks promises"  # what a verdict says of a part that builds, but does not do what its kind promises
@@ -63,7 +63,10 @@ def needs_extra(offer: Offer) -> Verdict | None:
 
 
 def _key(kind: str, offer: Offer) -> str:
-    return f"{offer.origin.name} {offer.origin.version} {offer.origin.fingerprint} {kind}:{offer.card.name}"
+    """Return what a verdict is about: a name of one installation, with its source files as they are."""
+    origin = offer.origin
+    source = source_fingerprint(offer.card.factory.partition(":")[0].partition(".")[0])
+    return f"{origin.name} {origin.version} {origin.fingerprint} {source} {kind}:{offer.card.name}"
 
 
 def _one_line(error: BaseException) -> str:

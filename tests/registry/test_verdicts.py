@@ -61,6 +61,20 @@ def test_a_verdict_holds_for_one_installation(site, states, another_run):
     assert states(mixers)["mean"][0] == "unchecked"
 
 
+@pytest.mark.parametrize("files", [("shade.py",), ("shade/__init__.py", "shade/parts.py")])
+def test_state_of_a_part_is_unchecked_after_its_source_was_changed(files, site, states, another_run):
+    module = files[-1].removesuffix(".py").replace("/", ".")
+    broken = dict.fromkeys(files, "") | {files[-1]: "1 / 0"}
+    site.install("shade", f"[sca_mixers]\nmean = {module}:Mean\n", broken)
+    with pytest.raises(RegistryError):
+        mixers.get("mean")
+    another_run()
+    assert states(mixers)["mean"][0] == "broken"
+    site.write(files[-1], MIXER)
+    another_run()
+    assert states(mixers)["mean"] == ("unchecked", "")
+
+
 def test_a_mended_part_is_ok_again(site, states):
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": "1 / 0"})
     with pytest.raises(RegistryError):
