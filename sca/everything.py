@@ -52,6 +52,7 @@ def caption_everything(
     options: Everything | None = None,
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
+    max_regions: int | None = None,
     **generation: Any,
 ) -> list[Caption]:
     """A caption for every region found in the predictor's image, best first.
@@ -59,10 +60,17 @@ def caption_everything(
     options: where and what to look for (default: the model's own). proposals: what to look at instead of the grid and
     the crops of `options`, such as a registered proposer gives; one point inside is as one of the grid, and any other
     prompt is a region that is there: it is captioned as it is, in its order, after those that points have found.
-    progress: called with the points looked at and all of them.
+    progress: called with the points looked at and all of them. max_regions: how many regions to caption at most, the
+    best of them.
+
+    ValueError if max_regions is less than 1.
     """
+    if max_regions is not None and max_regions < 1:
+        raise ValueError(f"max_regions is {max_regions}; give 1 or more")
     found, request = find_everything(predictor, options, proposals, progress)
+    found, request = found[:max_regions], request[:max_regions]
     given = [each for each in proposals.prompts if not _is_one_point(each)] if proposals else []
+    given = given if max_regions is None else given[: max_regions - len(found)]
     told = predictor.tell(found, request, task, **generation) if found else []
     (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
     return told + [replace(each, region=len(told) + each.region) for each in described]
@@ -92,7 +100,7 @@ def search_everything(
     options: Everything | None = None,
     proposals: Proposals | None = None,
     *,
-    max_regions: int | None = None,
+    max_found: int | None = None,
     max_bytes: int | None = None,
 ) -> Generator[Searched, None, tuple[list[Mask], list[Prompt]]]:
     """Search the predictor's image as a generator: it yields its progress after every small piece of work.
@@ -102,7 +110,7 @@ def search_everything(
     Args:
         options: Where and what to look for (default: the model's own).
         proposals: What to look at instead of the grid and the crops of `options`.
-        max_regions: Maximum regions to find.
+        max_found: Maximum regions to find; more are refused.
         max_bytes: Maximum bytes of candidate masks to hold at a time.
 
     Returns:
@@ -115,7 +123,7 @@ def search_everything(
     options = options or predictor.everything
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
-    found = yield from _search(predictor, options, proposals, max_regions, max_bytes)
+    found = yield from _search(predictor, options, proposals, max_found, max_bytes)
     masks = [Mask(dict(each.mask), each.iou) for each in found]
     return masks, [_asked(each, options.caption_from) for each in found]
 
@@ -133,7 +141,7 @@ def _search(
     predictor: MaskPredictor,
     options: Everything,
     proposals: Proposals | None = None,
-    max_regions: int | None = None,
+    max_found: int | None = None,
     max_bytes: int | None = None,
 ) -> Generator[Searched, None, list[Found]]:
     """What points find, best first, each region once."""
@@ -157,8 +165,8 @@ def _search(
         for step in _in_window(predictor, encoded, image.size, window, places, options, max_bytes):
             if isinstance(step, Found):
                 kept.append(step)
-                if max_regions is not None and len(found) + len(kept) > max_regions:
-                    raise ValueError(f"more than {max_regions:,} regions were found; raise iou or stability, lower nms")
+                if max_found is not None and len(found) + len(kept) > max_found:
+                    raise ValueError(f"more than {max_found:,} regions were found; raise iou or stability, lower nms")
                 yield Searched(done + len(places), total)
             else:
                 yield Searched(done + step, total)

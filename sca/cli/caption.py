@@ -104,6 +104,9 @@ def caption(
     crops: Annotated[
         int | None, typer.Option(help="with --everything: layers of crops to look at, too", min=0, max=4)
     ] = None,
+    max_regions: Annotated[
+        int | None, typer.Option(help="With --everything: maximum regions per image, best first.", min=1)
+    ] = None,
     caption_from: Annotated[str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM)}")] = None,
     proposer: Annotated[
         str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
@@ -146,7 +149,7 @@ def caption(
     requests = Requests(box or (), point or (), mask or (), region or (), prompts)
     search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "area": area, "crops": crops}
     search |= {"caption_from": caption_from}
-    _settle_regions(requests, everything, search | {"proposer": proposer})
+    _settle_regions(requests, everything, search | {"proposer": proposer, "max_regions": max_regions})
     if proposer and (points is not None or crops is not None):
         raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
     propose = _proposer(proposer) if proposer else None
@@ -201,14 +204,16 @@ def caption(
             writers = outputs.enter_context(Writers(out, formats, model, image_prefix))
         opened = _open(paths, failures, journal.done if journal else {})
         drawn = bool(set(formats) & set(DRAWN))
+        table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
+        bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
         if everything:
             finder = _finder(captioner, model)
-            answers = _everything(finder, opened, task, _given(search), propose, failures, generation, drawn)
+            how = {"progress": bars.show_search, "max_regions": max_regions, **generation}
+            answers = _everything(finder, opened, task, _given(search), propose, failures, how, drawn)
         else:
             answers = _prompted(captioner, requests.of(opened, failures), batch, task, generation, drawn)
-        table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
         done = 0
-        for path, image, found in _watched(answers, len(paths), failures, quiet):
+        for path, image, found in bars.follow(answers, failures):
             for output in filter(None, (writers, table)):
                 output.add(path, image, found)
             if journal:
@@ -266,6 +271,45 @@ class Failures:
             return ""
         more = f" and {len(self.paths) - most} more" if len(self.paths) > most else ""
         return f"; not done: {', '.join(map(show, self.paths[:most]))}{more}"
+
+
+class ProgressBars:
+    """Bars on a terminal: of the images, where there are several, and of the search for regions in one image."""
+
+    def __init__(self, count: int, quiet: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        name, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+        self.progress = Progress(
+            *(name, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()),
+            console=console,
+            disable=quiet or not console.is_terminal,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self.images = self.progress.add_task("images", total=count, visible=count > 1, rate="")
+        self.search = self.progress.add_task("points", visible=False, rate="")
+
+    def __enter__(self) -> ProgressBars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def show_search(self, done: int, points: int) -> None:
+        self.progress.update(self.search, completed=done, total=points, visible=True)
+
+    def follow(self, answers: Answers, failures: Failures) -> Answers:
+        """Yield the answers and count their images."""
+        start = time.monotonic()
+        for done, answer in enumerate(answers, 1):
+            self.progress.reset(self.search, visible=False)
+            yield answer
+            rate = f"{done / max(time.monotonic() - start, 1e-3):.1f} images/s"
+            self.progress.update(self.images, completed=done + failures.count, rate=rate)
 
 
 class Requests:
@@ -525,25 +569,6 @@ def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Siz
     from sca.images import open_image
 
     return path, open_image(path) if drawn else known.size, known.captions
-
-
-def _watched(answers: Answers, count: int, failures: Failures, quiet: bool) -> Answers:
-    """Shows how far a run over many images is, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or count < 2 or not console.is_terminal:
-        yield from answers
-        return
-    rate = TextColumn("{task.speed:.1f} images/s", justify="right")
-    with Progress(BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("", total=count, speed=0.0)
-        start = time.monotonic()
-        for done, answer in enumerate(answers, 1):
-            yield answer
-            speed = done / max(time.monotonic() - start, 1e-3)
-            progress.update(bar, completed=done + failures.count, speed=speed)
 
 
 def _prompted(

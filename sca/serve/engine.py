@@ -363,7 +363,7 @@ class Engine:
         if ticket.steps is None:
             predictor, everything = self.captioner, ticket.question.everything
             predictor.image, predictor.encoded = ticket.question.image, self._encoded([ticket])
-            limits = {"max_regions": self.max_found, "max_bytes": SEARCH_BYTES}
+            limits = {"max_found": self.max_found, "max_bytes": SEARCH_BYTES}
             ticket.steps = search_everything(predictor, everything, **limits)
         end = time.monotonic() + SEARCH_SECONDS
         try:

@@ -316,3 +316,40 @@ def test_a_shard_with_a_bad_region_keeps_the_others(shell, checkpoint, picture, 
     assert sum("line 4" in line for line in result.err) == 1
     assert sum("line 2" in line for line in result.err) == 1
     assert result.status == 2
+
+
+def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
+    from sca.captioners.door import captioner
+    from sca.everything import caption_everything
+
+    search = ("--everything", "--iou", 0, "--stability", 0, "--nms", 1, "--points", 3)
+    every = captioned(picture("a.png"), *search)
+    assert len(every) > 2
+    assert captioned("a.png", *search, "--max-regions", 2) == every[:2]
+    assert captioned("a.png", *search, "--max-regions", 1000) == every
+    grid = "grid points=2"
+    assert len(captioned("a.png", *search[:-2], "--proposer", grid, "--max-regions", 1)) == 1
+    result = shell("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
+    assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
+    predictor = captioner(checkpoint)
+    predictor.set_image(Image.open("a.png").convert("RGB"))
+    with pytest.raises(ValueError, match="max_regions is 0; give 1 or more"):
+        caption_everything(predictor, max_regions=0)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_search_for_everything_shows_its_progress_on_a_terminal(shell, picture, checkpoint, monkeypatch, quiet):
+    from rich.console import Console
+
+    from sca.cli.caption import ProgressBars
+
+    seen = []
+    original = ProgressBars.show_search
+    monkeypatch.setattr(ProgressBars, "show_search", lambda self, *step: (original(self, *step), seen.append(step)))
+    monkeypatch.setattr(Console, "is_terminal", True)
+    arguments = ("caption", picture("a.png"), "--everything", "--points", 3, "--model", checkpoint)
+    result = shell(*arguments, *(["--quiet"] if quiet else []))
+    assert result.status == 0
+    assert seen[-1] == (9, 9)
+    assert any("points" in line for line in result.err) != quiet
+    assert "9/9" not in result.out

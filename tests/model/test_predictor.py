@@ -400,7 +400,7 @@ def test_search_everything_stops_at_its_limits(counted, scene):
     predictor, calls = counted(regions=10)
     predictor.set_image(scene.image)
     with pytest.raises(ValueError, match="more than 3 regions were found; raise iou or stability"):
-        finished(search_everything(predictor, ALL, max_regions=3))
+        finished(search_everything(predictor, ALL, max_found=3))
     del calls["segment"][:]
     with pytest.raises(ValueError, match="too many masks pass the filters"):
         finished(search_everything(predictor, replace(ALL, points=32), max_bytes=2**20))
