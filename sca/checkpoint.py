@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sca.composition import build, parts
-from sca.hub import HubError, fetch, fingerprint, local_path, some, suggest_path
+from sca.hub import HubError, fetch, fingerprint, local_folder, local_path, some, suggest_path
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
@@ -174,6 +174,25 @@ def open_checkpoint(
             with _naming_spec(folder):
                 spec = confine_spec(spec, folder, trust)
     return folder, spec
+
+
+def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | None:
+    """Read the spec of a checkpoint on this machine: of a zoo name that comes with the package, or of a folder.
+
+    Nothing is downloaded.
+
+    Returns:
+        The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+    """
+    shipped = isinstance(source, str) and source in zoo.names()
+    folder = zoo.get(source).folder if shipped else local_folder(source)
+    if folder is None or not (folder / SPEC).exists():
+        return None
+    _, spec = open_checkpoint(source if shipped else folder, trust)
+    return spec
 
 
 def check_finite(model: torch.nn.Module, subject: str) -> None:

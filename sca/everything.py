@@ -7,7 +7,7 @@ once more for each crop; words are generated only for the masks that are left at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -46,6 +46,17 @@ class Found(NamedTuple):
 
 
 @torch.inference_mode()
+def settle_search(captioner: Any, given: Mapping[str, Any]) -> Everything:
+    """Return the search settings of a captioner: its own, except for those that are given.
+
+    Args:
+        captioner: A model; a captioner without settings of its own has SAM's.
+        given: Fields of `Everything` by name; None leaves a field to the captioner.
+    """
+    own = getattr(captioner, "everything", Everything())
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
 def caption_everything(
     predictor: MaskPredictor,
     task: str = "caption",

@@ -30,7 +30,7 @@ class Predictor(MaskPredictor):
 
     @property
     def everything(self) -> Everything:
-        return Everything(**self.model.spec.everything)
+        return self.model.spec.search
 
     @torch.inference_mode()
     def answer(

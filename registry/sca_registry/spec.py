@@ -121,6 +121,11 @@ class ModelSpec:
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}: give a whole number, 0 or more")
 
+    @property
+    def search(self) -> Everything:
+        """The model's own search settings for everything mode."""
+        return Everything(**self.everything)
+
     # --- written forms ------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -59,18 +59,15 @@ def _read(model: str, trust: Trust) -> ModelSpec:
     from sca_registry.messages import unknown
     from sca_registry.spec import ModelSpec
 
-    from sca.checkpoint import SPEC, open_checkpoint
-    from sca.hub import local_folder, suggest_path
+    from sca.checkpoint import SPEC, read_local_spec
+    from sca.hub import suggest_path
 
     if "+" in model:
         return ModelSpec.parse(model)
-    entry = zoo.get(model) if model in zoo.names() else None
-    folder = entry.folder if entry else local_folder(model)
-    if folder is not None and (folder / SPEC).exists():
-        _, spec = open_checkpoint(model if entry else folder, trust)
-        if spec is not None:
-            return spec
-    if entry:
+    spec = read_local_spec(model, trust)
+    if spec is not None:
+        return spec
+    if model in zoo.names():
         raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
     local = [name for name in zoo.names() if zoo.get(name).folder]
     raise unknown(

@@ -21,6 +21,7 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION
 
 from sca.captioners.door import settings
+from sca.everything import settle_search
 from sca.images import decode_image, inspect_image
 from sca.output.jsonl import record
 from sca.prompts import read_prompt
@@ -175,9 +176,8 @@ class Service:
         everything = None
         if asked.everything:
             given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
-            usual = captioner.everything
-            usual = replace(usual, points=min(usual.points, MAX_GRID), crops=min(usual.crops, MAX_CROPS))
-            everything = replace(usual, **given.model_dump(exclude_none=True))
+            search = settle_search(captioner, given.model_dump())
+            everything = replace(search, points=min(search.points, MAX_GRID), crops=min(search.crops, MAX_CROPS))
         elif prompts is None:
             if count_masks(asked):
                 work = partial(_prompts, asked.prompts, image.size)
