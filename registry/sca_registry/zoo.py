@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sca_registry.messages import unknown
 
+PHOTOGRAPHS = "photographs"  # the domain of the models that describe photographs of anything
+
 
 @dataclass(frozen=True)
 class ZooEntry:
@@ -20,8 +22,14 @@ class ZooEntry:
     source: str
     checkpoint: str  # "package:folder/inside", or a hub id
     trained_on: str
+    domain: str  # what kind of images it is for: PHOTOGRAPHS, or something narrower
     terms: str
     revision: str | None = None  # of a hub id: the commit that is fetched unless another is asked for
+
+    @property
+    def download_bytes(self) -> int:
+        """Size of the weights on the hub, which are stored in float32; 0 for a checkpoint that comes with a package."""
+        return 0 if self.folder else 4 * self.parameters
 
     @property
     def folder(self) -> Path | None:
@@ -45,6 +53,30 @@ def get(name: str) -> ZooEntry:
     if name not in texts:
         raise unknown(f"no model in the zoo is named {name!r}", name, sorted(texts))
     return ZooEntry(name=name, **tomllib.loads(texts[name]))
+
+
+def describe_domain(source: object) -> str:
+    """Return one line on a model with a narrow domain, which names the models for photographs and how to get one.
+
+    Args:
+        source: What `sca.captioner` takes.
+
+    Returns:
+        The line; "" for a model for photographs, and for everything that is not a model of the zoo.
+    """
+    name = str(source).partition(" ")[0]  # options follow the name
+    if name not in names() or get(name).domain == PHOTOGRAPHS:
+        return ""
+    return f"{name} is trained on {get(name).domain} only; {describe_photograph_models()}"
+
+
+def describe_photograph_models() -> str:
+    """Return the models for photographs, smallest first, with their download sizes and the commands that use one."""
+    entries = [entry for entry in map(get, names()) if entry.domain == PHOTOGRAPHS]
+    entries.sort(key=lambda entry: (entry.download_bytes, entry.name))
+    listed = ", ".join(f"{entry.name} ({entry.download_bytes / 1e9:.1f} GB)" for entry in entries)
+    first = entries[0].name
+    return f"for photographs: {listed}; run `sca pull {first}`, then `sca caption IMAGE --model {first}`"
 
 
 def _texts() -> dict[str, str]:

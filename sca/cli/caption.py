@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -186,6 +185,8 @@ def caption(
         from sca.cli.shards import caption_shards
 
         status = caption_shards(archives, paths, context.params, _settings(context.params, read), read)
+        if not quiet:
+            _remark_domain(model)
         raise typer.Exit(max(status, failures.status))
     requests.match(paths)
     from sca.captioners.door import settings
@@ -209,7 +210,7 @@ def caption(
         if everything:
             finder = _finder(captioner, model)
             how = {"progress": bars.show_search, "max_regions": max_regions, **generation}
-            answers = _everything(finder, opened, task, _given(search), propose, failures, how, drawn)
+            answers = _everything(finder, opened, task, search, propose, failures, how, drawn)
         else:
             answers = _prompted(captioner, requests.of(opened, failures), batch, task, generation, drawn)
         done = 0
@@ -224,13 +225,20 @@ def caption(
         if not done:  # older files stay as they are
             raise typer.Exit(failures.status)
     if not quiet:
-        if model == DEFAULT_MODEL:
-            complain(f"the model is {DEFAULT_MODEL}, which knows drawn scenes only; choose another with --model")
+        _remark_domain(model)
         for path in writers.paths.values() if writers else ():
             complain(f"wrote {path}")
         if failures.count:
             complain(f"{done} of {done + failures.count} done{failures.named()}")
     raise typer.Exit(failures.status)
+
+
+def _remark_domain(model: str) -> None:
+    """Say on stderr what a model with a narrow domain is trained on, and which models are for photographs."""
+    from sca_registry import zoo
+
+    if remark := zoo.describe_domain(model):
+        complain(remark)
 
 
 def load_captioner(model: str, device: str, dtype: str | None, seed: int, **agreed: bool) -> Captioner:
@@ -630,12 +638,12 @@ def _everything(
     generation: dict[str, Any],
     drawn: bool,
 ) -> Answers:
-    from sca.everything import caption_everything
+    from sca.everything import caption_everything, settle_search
     from sca.images import show
     from sca.output.read import Captioned
     from sca.prompts import PromptError
 
-    options = replace(predictor.everything, **search)
+    options = settle_search(predictor, search)
     for path, image in opened:
         if isinstance(image, Captioned):
             yield _again(path, image, drawn)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from sca_registry import REGISTRIES, registry
 
-from sca.cli.options import print_document, print_json, print_line, print_table, settle
+from sca.cli.options import complain, print_document, print_json, print_line, print_table, settle
 from sca.io.terminal import Table
 
 STATES = ("ok", "unchecked", "broken", "needs extra")
@@ -24,6 +24,8 @@ def list_names(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list of all that is known.")] = False,
 ) -> None:
     """List the available components, models and recipes, and their state."""
+    from sca_registry import zoo
+
     kinds = [_kind(kind)] if kind else [*REGISTRIES, *_OTHERS]
     if state:
         settle("state", state, STATES)
@@ -36,6 +38,8 @@ def list_names(
         if not kind:
             print_document(f"\n{plural.replace('_', ' ').upper()}")
         print_table(_table([*listed], long))
+    if kinds == ["models"]:
+        complain(zoo.describe_photograph_models())
 
 
 def _table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
@@ -43,6 +47,7 @@ def _table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "name": lambda row: row["name"],
         "parameters": lambda row: f"{row['parameters']:,}" if row["parameters"] else "",
+        "domain": lambda row: row.get("domain", ""),
         "state": lambda row: row["state"] + (f": {row['reason']}" if row["reason"] else ""),
         "license": lambda row: row["licence"],
         "from": lambda row: f"{row['distribution']} {row['version']}",
@@ -72,6 +77,8 @@ def show(
     name: Annotated[str, typer.Argument(help="Its name; for a model also a checkpoint folder or a run folder.")],
 ) -> None:
     """Everything that is known of one name: its facts and its options with their defaults."""
+    from sca_registry import zoo
+
     kind = _kind(kind)
     if kind == "recipes":
         from sca.training.recipe import recipe_text
@@ -79,6 +86,12 @@ def show(
         print_document(recipe_text(name))
         return
     facts = _describe_model(name) if kind == "models" else _part(kind, name)
+    _print_facts(facts)
+    if kind == "models" and (remark := zoo.describe_domain(name)):
+        complain(remark)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
     options = facts.pop("options", {})
     known = {f"{key.replace('_', ' ')}:": value for key, value in facts.items() if value not in (None, "")}
     width = max(14, *(len(key) + 1 for key in known))
@@ -144,6 +157,8 @@ def _model(name: str) -> dict[str, Any]:
 
     entry = zoo.get(name)
     facts = {"name": entry.name, "kind": "model", **_built_in(), **asdict(entry)}
+    if entry.download_bytes:
+        facts["download"] = f"{entry.download_bytes / 1e9:.1f} GB"
     if entry.folder and not (entry.folder / "weights.safetensors").is_file():
         remedy = f"pip install --force-reinstall {facts['distribution']}"
         facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}. Try: {remedy}"}

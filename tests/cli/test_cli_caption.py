@@ -259,13 +259,19 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
     assert printed.err == []
 
 
-def test_the_default_model_says_what_it_knows(shell, picture, monkeypatch, checkpoint):
+@pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
+def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
     from sca.cli import caption
 
     load = caption.load_captioner
     monkeypatch.setattr(caption, "load_captioner", lambda model, *rest, **more: load(checkpoint, *rest, **more))
-    result = shell("caption", picture("a.png"), "--box", "0,0,9,9")
-    assert result.err == ["sca: the model is sca-tiny, which knows drawn scenes only; choose another with --model"]
+    arguments = ["caption", picture("a.png"), picture("b.png"), "--box", "0,0,9,9", "--model", name]
+    (remark,) = shell(*arguments).err
+    assert remark.startswith(f"sca: {name} is trained on {domain} only; for photographs: ")
+    assert "sca-gpt2-large-vg (5.7 GB)" in remark
+    assert "`sca pull sca-gpt2-large-pretrain-vg`" in remark
+    assert "--model sca-gpt2-large-pretrain-vg`" in remark
+    assert shell(*arguments, "--quiet").err == []
 
 
 def test_a_second_run_replaces_the_files_of_the_first_when_told(shell, checkpoint, picture, here):

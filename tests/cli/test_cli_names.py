@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from sca_registry import zoo
 
 COMMANDS = (
     ["--help"],
@@ -81,8 +82,6 @@ def test_a_listing_has_what_a_chooser_wants(shell):
 
 
 def test_a_model_whose_weights_are_gone_is_listed_as_broken(shell, here, monkeypatch):
-    from sca_registry import zoo
-
     monkeypatch.setattr(zoo.ZooEntry, "folder", here / "gone")
     for row in json.loads(shell("list", "models", "--json").out):
         assert row["state"] == "broken"
@@ -156,3 +155,17 @@ def test_a_dataset_is_exported_and_a_mistake_leaves_nothing(shell, refused, here
     assert "Did you mean 'coco'?" in refused(2, "data", "export", "scenes", "new", "--format", "cocoa")
     assert "Did you mean 'count'?" in refused(2, "data", "export", "scenes", "new", "cuont=2")
     assert [path.name for path in here.iterdir()] == ["out"]
+
+
+def test_list_and_show_name_the_domain_of_models_and_those_for_photographs(shell):
+    listed = shell("list", "models")
+    assert "drawn scenes" in listed.out
+    (line,) = listed.err
+    assert line.startswith("sca: for photographs: ")
+    assert shell("list", "models", "--json").err == []
+    shown = shell("show", "model", "sca-street")
+    assert "domain:       street photographs" in shown.out
+    assert shown.err == [f"sca: {zoo.describe_domain('sca-street')}"]
+    published = shell("show", "model", "sca-gpt2-large-vg")
+    assert "download:     5.7 GB" in published.out
+    assert published.err == []

@@ -1,5 +1,7 @@
 """Models by name."""
 
+import re
+
 import pytest
 from sca_registry import RegistryError, zoo
 
@@ -23,3 +25,20 @@ def test_an_entry_says_everything_that_a_user_has_to_know(name):
 def test_a_typo_is_answered_with_the_model_meant():
     with pytest.raises(RegistryError, match=r"'sca-tinny'. Did you mean 'sca-tiny'\? There are: "):
         zoo.get("sca-tinny")
+
+
+def test_describe_domain_names_the_models_for_photographs_smallest_first():
+    for name, domain in (("sca-tiny", "drawn scenes"), ("sca-street dtype=bfloat16", "street photographs")):
+        line = zoo.describe_domain(name)
+        assert line.startswith(f"{name.partition(' ')[0]} is trained on {domain} only; for photographs: ")
+        sizes = [zoo.get(found).download_bytes for found in re.findall(r"([\w-]+) \([\d.]+ GB\)", line)]
+        assert sizes == sorted(sizes)
+        assert all(sizes)
+        assert "\n" not in line
+        (pulled,) = re.findall("`sca pull (.*?)`", line)
+        assert zoo.get(pulled).domain == zoo.PHOTOGRAPHS
+
+
+@pytest.mark.parametrize("source", ["sca-gpt2-large-vg", "sam-vit-b+blip-base", "runs/sca-tiny", "owner/sca-tiny"])
+def test_describe_domain_says_nothing_of_other_models(source):
+    assert zoo.describe_domain(source) == ""
