@@ -7,18 +7,20 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
+from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import Everything, Part
+from sca_registry.spec import GENERATION, Everything, Part
 
 from sca.captioners.door import captioner, settings
+from sca.checkpoint import read_local_spec
 from sca.demo.session import Session
+from sca.everything import settle_search
 from sca.hub import local_path
 from sca.images import ImageError, read_image
 from sca.io.text import escape_markdown
@@ -26,6 +28,7 @@ from sca.masks import PIXEL_LIMIT
 from sca.output import Writers
 from sca.output.page import data_uri
 from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Searched
+from sca.trust import Trust
 
 HELD = 2  # models that are kept in memory
 SECONDS = 300.0  # that an answer may take
@@ -40,6 +43,32 @@ HELP = (
     "Click what you mean, draw a box, or paint. Further points belong to the same region until **New region**. With "
     "the keyboard: arrows move a cross on the picture, Enter sets a point inside, Shift + Enter one outside."
 )
+
+
+class Controls(NamedTuple):
+    """The values of the sliders."""
+
+    beams: int = GENERATION["beams"]
+    points: int = Everything.points
+    iou: float = Everything.iou
+
+    @classmethod
+    def of(cls, generation: Mapping[str, Any], search: Everything) -> Controls:
+        """Return the values that a model's own settings give the sliders."""
+        return cls(generation["beams"], search.points, search.iou)
+
+    def changed_from(self, shown: Controls) -> dict[str, Any]:
+        """Return the values that a person moved, by name; None for those that are as they were shown."""
+        moved = zip(self._fields, self, shown, strict=True)
+        return {name: None if value == before else value for name, value, before in moved}
+
+    def updates(self) -> list[Any]:
+        """Return what puts the sliders at these values."""
+        limits = zip(self, LIMITS, strict=True)
+        return [gr.update(value=value, maximum=max(value, limit)) for value, limit in limits]
+
+
+LIMITS = Controls(8, 64, 1)  # right ends of the sliders, unless the model's own value is beyond
 
 
 class Models:
@@ -73,10 +102,7 @@ class Models:
         """Loads it if it is not there. What `sca.captioner` raises for a name, and ValueError for one that may not be
         chosen.
         """
-        if name not in self.names:
-            if not self.any_model:
-                raise ValueError(f"no model {name!r} here; choose from {', '.join(self.names)}")
-            _check_bare_name(name)
+        self._check_name(name)
         engine = self._there(name)
         if engine is None:
             with self._loading:  # one at a time; nobody waits for it whose model is there
@@ -88,12 +114,36 @@ class Models:
                 self._users[name] -= 1
             self._forget()
 
+    def controls(self, name: str) -> Controls:
+        """Return the model's own values without loading it, the same that `sca caption` uses.
+
+        Those of a model that is neither loaded nor on this machine are not known; SAM's stand in for them.
+
+        Raises:
+            ValueError: The model cannot be chosen, or its spec cannot be read.
+        """
+        self._check_name(name)
+        with self._lock:
+            loaded = self._engines.get(name)
+        if loaded is not None:
+            generation = getattr(loaded.captioner, "generation", GENERATION)
+            return Controls.of(generation, settle_search(loaded.captioner, {}))
+        agreed = self.agreed.get(name, {})
+        spec = read_local_spec(name, Trust(agreed.get("trust_remote_code", False), agreed.get("allow_external", False)))
+        return Controls() if spec is None else Controls.of(spec.generation, spec.search)
+
     def close(self) -> None:
         with self._lock:
             ended = [*self._engines.values()]
             self._engines.clear()
         for engine in ended:
             engine.close()
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            if not self.any_model:
+                raise ValueError(f"no model {name!r} here; choose from {', '.join(self.names)}")
+            _check_bare_name(name)
 
     def _there(self, name: str) -> Engine | None:
         with self._lock:
@@ -140,8 +190,10 @@ def page(
     """
     any_model = models.any_model
     here = files("sca.demo")
+    first = models.controls(names[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as demo:
         session = gr.State(None, time_to_live=KEPT_SECONDS)
+        shown_controls = gr.State(first, time_to_live=KEPT_SECONDS)
         gr.Markdown(f"# {TITLE}")
         with gr.Row():
             model = gr.Dropdown(
@@ -153,7 +205,8 @@ def page(
                 elem_id="model",
             )
             task = gr.Radio(list(TASKS), value="caption", label="Task", elem_id="task")
-            beams = gr.Slider(1, 8, 1, step=1, label="Beams", elem_id="beams")
+            beams = gr.Slider(1, max(LIMITS.beams, first.beams), first.beams, step=1, label="Beams", elem_id="beams")
+        note = gr.Markdown(_note(names[0]), elem_id="note")
         with gr.Row():
             upload = gr.UploadButton("Open a picture", file_types=["image"], elem_id="open", scale=1)
             gallery = gr.Gallery(
@@ -171,8 +224,15 @@ def page(
             with gr.Tab("Point at regions", id="prompt"):
                 gr.Markdown(HELP)
             with gr.Tab("Everything", id="everything"), gr.Row():
-                points = gr.Slider(4, 32, 16, step=1, label="Points along each side", elem_id="points")
-                iou = gr.Slider(0, 1, 0.88, step=0.01, label="Least predicted IoU of a mask", elem_id="iou")
+                points = gr.Slider(
+                    1,
+                    max(LIMITS.points, first.points),
+                    first.points,
+                    step=1,
+                    label="Points along each side",
+                    elem_id="points",
+                )
+                iou = gr.Slider(0, 1, first.iou, step=0.01, label="Least predicted IoU of a mask", elem_id="iou")
                 with gr.Column():
                     find = gr.Button("Find everything", variant="primary", elem_id="find")
                     cancel = gr.Button("Cancel", elem_id="cancel")
@@ -198,14 +258,24 @@ def page(
         def chosen(event: gr.SelectData) -> Any:
             return _opened(*examples[event.index], pixels)
 
+        def selected(name: str) -> list[Any]:
+            return _selected(models, name)
+
+        def refreshed(name: str, shown: Controls, *values: float) -> list[Any]:
+            return _refreshed(models, name, shown, values)
+
         shown = [session, canvas, status]
+        sliders = [beams, points, iou]
         quietly = {"show_progress": "hidden", "api_visibility": "private"}
         decoding = {"concurrency_limit": 1, "concurrency_id": "decode"}  # an image at a time, so that memory suffices
         upload.upload(lambda path: _opened(path, path, pixels), upload, shown, **quietly, **decoding)
         gallery.select(chosen, None, shown, **quietly, **decoding)
-        asked = [session, model, task, beams]
-        answer = canvas.input(pointed, asked, shown, **quietly, concurrency_limit=None)
-        finding = find.click(found, [*asked, points, iou], shown, **quietly, concurrency_limit=None)
+        asked = [session, model, shown_controls, task]
+        answer = canvas.input(pointed, [*asked, beams], shown, **quietly, concurrency_limit=None)
+        finding = find.click(found, [*asked, *sliders], shown, **quietly, concurrency_limit=None)
+        model.change(selected, model, [note, shown_controls, *sliders], **quietly)
+        for event in (answer, finding):  # by then the model is loaded, so that its own values are known
+            event.success(refreshed, [model, shown_controls, *sliders], [shown_controls, *sliders], **quietly)
         cancel.click(lambda: "cancelled; what was found stays", None, status, cancels=[finding, answer])
         save.click(_files, [session, model], made, api_visibility="private")
     return demo
@@ -225,8 +295,35 @@ def _opened(path: str, name: str, pixels: int) -> tuple[Session, Any, str]:
     )
 
 
+def _note(model: str) -> str:
+    """The line about a model of a narrow domain."""
+    return escape_markdown(zoo.describe_domain(model))
+
+
+def _selected(models: Models, name: str) -> list[Any]:
+    """Return the note on a model, its own values, and what puts the sliders there."""
+    try:
+        controls = models.controls(name)
+    except ValueError as error:
+        raise _shown(error) from error
+    return [_note(name), controls, *controls.updates()]
+
+
+def _refreshed(models: Models, name: str, shown: Controls, values: Sequence[float]) -> list[Any]:
+    """Return the model's own values, and what puts the sliders there that nobody moved.
+
+    Args:
+        shown: The values that the sliders were put at.
+        values: The values that they have.
+    """
+    controls = models.controls(name)
+    moved = Controls(*values).changed_from(shown)
+    updates = zip(moved.values(), controls.updates(), strict=True)
+    return [controls, *(update if value is None else gr.skip() for value, update in updates)]
+
+
 def _pointed(
-    models: Models, event: Any, session: Session | None, model: str, task: str, beams: int
+    models: Models, event: Any, session: Session | None, model: str, shown: Controls, task: str, beams: int
 ) -> Iterator[tuple[Session, Any, str]]:
     """Shows what was pointed at, then the answer."""
     if session is None:
@@ -245,7 +342,7 @@ def _pointed(
                 session.image,
                 [prompt],
                 task=task,
-                generation=settings(engine.captioner, beams=int(beams)),
+                generation=settings(engine.captioner, beams=None if beams == shown.beams else int(beams)),
                 candidates=engine.finds,
                 seconds=SECONDS,
             )
@@ -263,15 +360,23 @@ def _pointed(
 
 
 def _found(
-    models: Models, session: Session | None, model: str, task: str, beams: int, points: int, iou: float
+    models: Models,
+    session: Session | None,
+    model: str,
+    shown: Controls,
+    task: str,
+    beams: int,
+    points: int,
+    iou: float,
 ) -> Iterator[tuple[Session, Any, str]]:
     """Shows how far the search is, and regions as they are captioned."""
     if session is None:
         raise gr.Error("there is no picture yet: open one, or choose an example")
     try:
         with models.engine(model) as engine:
-            options = replace(getattr(engine.captioner, "everything", Everything()), points=int(points), iou=float(iou))
-            generation = settings(engine.captioner, beams=int(beams))
+            given = Controls(int(beams), int(points), float(iou)).changed_from(shown)
+            generation = settings(engine.captioner, beams=given.pop("beams"))
+            options = settle_search(engine.captioner, given)
             question = Question(session.image, (), options, task, generation, seconds=SECONDS)
             session.begin()
             yield session, session.plain(), "looking for regions"

@@ -8,13 +8,17 @@ import pytest
 from PIL import Image
 from sca_registry import zoo
 from sca_registry.contracts import Caption
+from sca_registry.spec import Everything
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
 import gradio as gr
 
-from sca.demo.app import HELD, Models, _opened
+from sca.captioners.door import captioner
+from sca.data.scenes import Scenes
+from sca.demo.app import HELD, Controls, Models, _found, _opened, _pointed, _refreshed, _selected, page
 from sca.demo.session import Session
+from sca.everything import caption_everything, settle_search
 from sca.prompts import MAX_POINTS, PromptError
 from sca.serve.engine import ClosedError, Done, Question
 
@@ -136,13 +140,10 @@ def test_session_refuses_paint_of_another_size(session, size):
 
 
 def test_page_opens_one_image_at_a_time_and_forgets_sessions():
-    from sca.demo.app import page
-
     demo = page(Models("cpu", None, ["sca-tiny"]), ["sca-tiny"], [])
     opening = [fn for fn in demo.fns.values() if {each[1] for each in fn.targets} & {"upload", "select"}]
     assert [(fn.concurrency_limit, fn.concurrency_id) for fn in opening] == [(1, "decode")] * 2
-    (state,) = [each for each in demo.blocks.values() if isinstance(each, gr.State)]
-    assert state.time_to_live
+    assert all(each.time_to_live for each in demo.blocks.values() if isinstance(each, gr.State))
 
 
 def test_session_limits_points_of_a_region(session):
@@ -179,3 +180,65 @@ def test_models_named_on_the_command_line_alone_may_do_what_was_agreed(monkeypat
         with models.engine(name):
             pass
     assert asked == [("./mine", {"allow_external": True}), ("./of-a-stranger", {})]
+
+
+def slider_values(demo):
+    return {each.elem_id: each.value for each in demo.blocks.values() if isinstance(each, gr.Slider)}
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.get(name).folder])
+def test_sliders_start_at_the_values_that_the_command_line_uses(name):
+    models = Models("cpu", None, [name])
+    before = models.controls(name)  # of what is not loaded
+    own = captioner(name)
+    search = settle_search(own, {})
+    assert search != Everything()
+    assert before == (own.generation["beams"], search.points, search.iou)
+    with models.engine(name):
+        assert models.controls(name) == before
+    models.close()
+    assert slider_values(page(models, [name], [])) == before._asdict()
+
+
+def test_sliders_and_note_follow_the_model():
+    models = Models("cpu", None, ["sca-tiny", "sca-street", "sca-gpt2-large-vg"])
+    for name in models.names:
+        note, controls, *sliders = _selected(models, name)
+        assert [slider["value"] for slider in sliders] == [*models.controls(name)]
+        assert controls == models.controls(name)
+        assert bool(note) == ("large" not in name)
+    with pytest.raises(gr.Error, match="choose from"):
+        _selected(models, "nothing")
+    demo = page(models, models.names, [])
+    (change,) = [fn for fn in demo.fns.values() if "change" in {event for _, event in fn.targets}]
+    assert {each.elem_id for each in change.outputs} >= {"note", "beams", "points", "iou"}
+
+
+def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
+    models, (name, *_) = models
+    scene = Scenes("test", count=1, size=128, seed=29)[0].image
+    shown = Controls(points=7, iou=0.99)  # as of a model whose values were not known when it was chosen
+    session = Session(scene, "a.png")
+    *_, status = list(_found(models, session, name, shown, "caption", *shown))[-1]
+    own = captioner(name)
+    own.set_image(scene)
+    assert words(session) == [each.text for each in caption_everything(own)]
+    assert status == f"{len(session.regions)} regions"
+    assert len(session.regions) > 1
+    *_, status = list(_found(models, session, name, shown, "caption", 1, 7, 1.0))[-1]
+    assert "nothing found" in status
+    controls, *sliders = _refreshed(models, name, shown, (1, 7, 0.5))
+    assert controls == models.controls(name)
+    assert [slider.get("value") for slider in sliders] == [1, controls.points, None]
+
+
+def test_beams_that_nobody_moved_are_the_model_s(models, monkeypatch):
+    models, (name, *_) = models
+    asked = []
+    with models.engine(name) as engine:
+        monkeypatch.setattr(engine, "events", lambda question: asked.append(dict(question.generation)) or iter(()))
+        for beams in (1, 3):
+            session = Session(Image.new("RGB", (64, 48)), "a.png")
+            event = {"action": "point", "x": 5, "y": 5, "label": 1}
+            list(_pointed(models, event, session, name, Controls(), "caption", beams))
+    assert asked == [{}, {"beams": 3}]
