@@ -16,11 +16,13 @@ import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from textwrap import shorten
 
 SITE = Path(sysconfig.get_paths()["purelib"])
 NAME = "torchvision_stubs"  # the folder of the libraries, a package that loads them
 REGISTER = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; it must return a handle
 NO_DEVICE = 100  # cudaErrorNoDevice
+INSTALL_BOTH = "install torch and torchvision again, in versions that belong together"
 STARTER = f"""\
 import sys; exec("try:\\n    import {NAME}\\nexcept Exception:\\n    pass")
 """  # runs whenever Python starts, also after the folder is gone
@@ -62,13 +64,14 @@ class RepairError(ValueError):
     """A repair that did not succeed; the message is one line that says why."""
 
 
-def needs_fix(site: Path = SITE) -> bool:
-    """Return whether torchvision is installed and cannot be imported beside a torch without CUDA."""
-    return (
-        (site / "torchvision").is_dir()
-        and not _runs("import torchvision")
-        and _runs("import torch; assert torch.version.cuda is None")
-    )
+def diagnose(site: Path = SITE) -> str:
+    """Return what is wrong with the installed torchvision, with the remedy, in one line; "" if nothing is."""
+    error = _import_error("torchvision") if (site / "torchvision").is_dir() else ""
+    if not error:
+        return ""
+    if _is_torch_without_cuda():
+        return f"torchvision cannot be imported beside a torch without CUDA ({error}); run `sca doctor --fix`"
+    return f"torchvision cannot be imported ({error}); {INSTALL_BOTH}"
 
 
 def fix(site: Path = SITE) -> str:
@@ -79,17 +82,19 @@ def fix(site: Path = SITE) -> str:
     """
     if not (site / "torchvision").is_dir():
         return "nothing to fix: torchvision is not installed"
-    if _runs("import torchvision"):
+    error = _import_error("torchvision")
+    if not error:
         return "nothing to fix: torchvision can be imported"
-    if not _runs("import torch; assert torch.version.cuda is None"):
-        raise RepairError("torchvision cannot be imported, and not because torch has no CUDA: install both anew")
+    if not _is_torch_without_cuda():
+        raise RepairError(f"torchvision cannot be imported ({error}), and torch has CUDA; {INSTALL_BOTH}")
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise RepairError(f"torchvision is built for CUDA, and fitting it to this torch failed: {error}") from error
-    if not _runs("import torchvision"):
+    error = _import_error("torchvision")
+    if error:
         unfix(site)
-        raise RepairError("torchvision cannot be imported even with CUDA's names present: install torch and it anew")
+        raise RepairError(f"torchvision cannot be imported even with CUDA's names present ({error}); {INSTALL_BOTH}")
     return f"torchvision can be imported now; `sca doctor --unfix` removes {site / NAME} and {NAME}.pth"
 
 
@@ -160,5 +165,16 @@ def _compile(library: Path, lines: Iterable[str], version: str | None = None) ->
         subprocess.run(command, input="\n".join(lines) + "\n", text=True, check=True, capture_output=True)
 
 
-def _runs(program: str) -> bool:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+def _import_error(package: str) -> str:
+    """Return the last line of what importing a package in a new process ends with; "" if it succeeds."""
+    done = _run(f"import {package}")
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return shorten(lines[-1], 200) if done.returncode else ""
+
+
+def _is_torch_without_cuda() -> bool:
+    return _run("import torch; assert torch.version.cuda is None").returncode == 0
+
+
+def _run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from sca_registry import verdicts
+from sca_registry.states import keep_state
 
 from sca import repair
 
@@ -130,3 +132,68 @@ def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
     assert run(["doctor", "--fix"]) == 1
     assert capsys.readouterr().err == "sca: no gcc\n"
     assert run(["doctor", "--fix", "--unfix"]) == 2
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """`processes(torchvision, cuda)`: how imports end in another process, without one."""
+
+    def end(torchvision, cuda):
+        def run(program):
+            failed = torchvision if "torchvision" in program else "AssertionError" if cuda else ""
+            return subprocess.CompletedProcess([], int(bool(failed)), "", f"Traceback\n{failed}\n")
+
+        monkeypatch.setattr(repair, "_run", run)
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("error", "cuda", "remedy"),
+    [
+        ("OSError: libcudart.so.13", False, "run `sca doctor --fix`"),
+        ("RuntimeError: operator torchvision::nms does not exist", True, "install torch and torchvision again"),
+        ("", False, ""),
+    ],
+)
+def test_diagnose_names_the_error_and_the_remedy(processes, site, error, cuda, remedy):
+    processes(error, cuda)
+    told = repair.diagnose(site(None))
+    assert remedy in told
+    assert error in told
+    assert bool(told) == bool(error)
+
+
+def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path):
+    processes("ModuleNotFoundError: No module named 'torchvision'", False)
+    assert repair.diagnose(tmp_path) == ""
+
+
+def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):
+    from sca.cli import plugins, run
+
+    monkeypatch.setattr(repair, "diagnose", lambda: "torchvision cannot be imported; run `sca doctor --fix`")
+    monkeypatch.setattr(plugins, "_try_parts", lambda *_: pytest.fail("a part was tried"))
+    assert run(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
+
+
+@pytest.mark.parametrize("problem", ["", "ImportError: libGL.so.1"])
+def test_doctor_tries_a_broken_built_in_part_again(monkeypatch, capsys, tmp_path, problem):
+    import sca_registry
+
+    from sca.cli import plugins, run
+
+    offer = sca_registry.mixers._find("query")
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path))
+    monkeypatch.setattr(verdicts, "_seen", {})
+    keep_state("mixers", offer, verdicts.Verdict("broken", "OSError: libcudart.so.13"))
+    tried = []
+    monkeypatch.setattr(repair, "diagnose", lambda: "")
+    monkeypatch.setattr(plugins, "_try_parts", lambda entries, _: tried.extend(entries) or [(problem, "")])
+    assert run(["doctor", "segment-caption-anything"]) == int(bool(problem))
+    assert [entry.name for entry in tried] == ["query"]
+    out = capsys.readouterr().out
+    assert "pip install -U segment-caption-anything" not in out
+    assert ("pip install --force-reinstall -c constraints.txt PACKAGE" in out) == bool(problem)

@@ -388,6 +388,8 @@ def _full_name(offer: Offer) -> str:
 
 
 def _remedy(offer: Offer) -> str:
+    if offer.builtin:  # then a package that it imports is broken, and another version of this one would not help
+        return " Run `sca doctor` to find the cause."
     if not offer.origin.fingerprint or "pip install" in offer.fault:  # code has no package; and a fault may say it
         return ""
     return f" Try: pip install -U {offer.origin.name}"

@@ -160,8 +160,8 @@ def _model(name: str) -> dict[str, Any]:
     if entry.download_bytes:
         facts["download"] = f"{entry.download_bytes / 1e9:.1f} GB"
     if entry.folder and not (entry.folder / "weights.safetensors").is_file():
-        remedy = f"pip install --force-reinstall {facts['distribution']}"
-        facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}. Try: {remedy}"}
+        remedy = f"restore the folder, or install {facts['distribution']} again"
+        facts |= {"state": "broken", "reason": f"there are no weights in {entry.folder}; {remedy}"}
     return facts
 
 

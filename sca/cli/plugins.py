@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +77,8 @@ def doctor(
 ) -> None:
     """What is installed, whether it works, and the line that repairs what does not.
 
-    Every part of a plugin is tried in a process of its own, as `sca check` does. Exit status 1 if something is broken.
+    A torchvision that cannot be imported is reported before anything is tried that would fail because of it. Every part
+    of a plugin is tried in a process of its own, as `sca check` does. Exit status 1 if something is broken.
     """
     from sca_registry import REGISTRIES
 
@@ -97,27 +98,29 @@ def doctor(
 
     for name, value in _machine():
         print_line(f"{name + ':':<17}{value}")
+    if problem := repair.diagnose():
+        _print_list("to repair:", [problem, "sca doctor, afterwards: no part was tried yet"])
+        raise typer.Exit(1)
     entries = [(parts, entry) for parts in REGISTRIES.values() for entry in parts.entries()]
     if distribution:
         entries = [(parts, entry) for parts, entry in entries if entry.distribution == distribution]
         if not entries:
             raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
-    foreign = [
+    doubtful = [
         (parts, entry)
         for parts, entry in entries
-        if entry.distribution != BUILTIN and entry.name in parts and not entry.state.startswith("needs extra")
+        if (entry.distribution != BUILTIN or entry.state == "broken")  # when it was used last
+        and entry.name in parts
+        and not entry.state.startswith("needs extra")
     ]
-    problems = _try_parts([entry for _, entry in foreign], timeout)
-    judged = [parts.judge(entry.name, *told) for (parts, entry), told in zip(foreign, problems, strict=True)]
+    problems = _try_parts([entry for _, entry in doubtful], timeout)
+    judged = [parts.judge(entry.name, *told) for (parts, entry), told in zip(doubtful, problems, strict=True)]
     tried = {(entry.kind, entry.name): entry for entry in judged}
     found: dict[str, list[Any]] = {}
     for _, entry in entries:
         told = tried.get((entry.kind, entry.name), entry)
         found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
     repairs, broken, extras = [], False, Counter()
-    if repair.needs_fix():
-        broken = True
-        repairs.append("sca doctor --fix, for torchvision, which cannot be imported beside a torch without CUDA")
     for package, listed in found.items():
         print_line("")
         print_line(package)
@@ -140,17 +143,25 @@ def doctor(
         ("for more parts:", {f"{line}  ({count} of them)": 0 for line, count in extras.items()}),
     ):
         if lines:
-            print_line("")
-            print_line(title)
-            for line in lines:
-                print_line(f"  {line}")
+            _print_list(title, lines)
     raise typer.Exit(1 if broken else 0)
+
+
+def _print_list(title: str, lines: Iterable[str]) -> None:
+    print_line("")
+    print_line(title)
+    for line in lines:
+        print_line(f"  {line}")
 
 
 def _repair(distribution: str) -> str:
     """The line that mends a package, or where it lies if it is at work here."""
     from importlib.metadata import distribution as find
 
+    from sca_registry.plugins import BUILTIN
+
+    if distribution == BUILTIN:
+        return "pip install --force-reinstall -c constraints.txt PACKAGE, for each package that the errors above name"
     try:
         place = json.loads(find(distribution).read_text("direct_url.json") or "{}").get("url", "")
     except (ModuleNotFoundError, ValueError):

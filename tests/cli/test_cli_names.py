@@ -85,7 +85,7 @@ def test_a_model_whose_weights_are_gone_is_listed_as_broken(shell, here, monkeyp
     monkeypatch.setattr(zoo.ZooEntry, "folder", here / "gone")
     for row in json.loads(shell("list", "models", "--json").out):
         assert row["state"] == "broken"
-        assert row["reason"].startswith(f"there are no weights in {here / 'gone'}. Try: pip install")
+        assert row["reason"].startswith(f"there are no weights in {here / 'gone'}; restore")
     assert "state:        broken" in shell("show", "model", "sca-tiny").out
 
 

@@ -1,7 +1,7 @@
 """Other people's distributions: found by metadata, told apart, and unable to harm one another."""
 
 import pytest
-from sca_registry import RegistryError, mixers, refresh
+from sca_registry import RegistryError, mixers, refresh, verdicts
 from sources import MIXER
 
 CARDS = """
@@ -114,6 +114,26 @@ def test_a_broken_plugin_harms_only_its_own_name_and_its_reason_is_shown(how, si
     with pytest.raises(RegistryError, match="Did you mean 'query'"):
         mixers.get("qurey")
     assert mixers.get("mean").__name__ == "Mean"
+
+
+def test_a_built_in_part_whose_import_fails_leads_to_the_doctor(monkeypatch, code, states):
+    import importlib
+
+    monkeypatch.setattr(verdicts, "_seen", {})
+    import_module = importlib.import_module
+
+    def fail(name):
+        if name == "sca.mixers.query":
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return import_module(name)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(RegistryError) as caught:
+        mixers.get("query")
+    assert str(caught.value).startswith("mixer 'query' is broken: RuntimeError: operator torchvision::nms")
+    assert str(caught.value).endswith(". Run `sca doctor` to find the cause.")
+    assert "pip install" not in str(caught.value)
+    assert states(mixers)["query"][0] == "broken"
 
 
 def test_an_interrupt_is_never_taken_for_a_broken_plugin(site, states):
