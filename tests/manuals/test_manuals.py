@@ -74,3 +74,11 @@ def test_every_extra_that_is_installed_is_there():
     for manual in MANUALS:
         for asked in re.findall(r"\.\[([\w,]+)\]|anything\[([\w,]+)\]", (ROOT / manual).read_text("utf-8")):
             assert set(next(filter(None, asked)).split(",")) <= set(extras), manual
+
+
+def test_every_installation_from_the_clone_is_editable():
+    lines = [line for manual in MANUALS for block in blocks(manual, "sh") for line in block.splitlines()]
+    installs = [line for line in lines if re.match(r"pip install -c constraints.txt .*\.(\[|$| )", line)]
+    assert len(installs) > 5
+    for line in installs:
+        assert re.match(r"pip install -c constraints.txt -e ('\.\[[\w,]+\]'|\.)( |$)", line), line

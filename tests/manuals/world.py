@@ -39,6 +39,7 @@ SMALLER = (  # what is said, and how it is done here: in seconds, on a CPU
 ELSEWHERE = (  # lines that are not run, and why
     (r"^make ", "the Makefile's targets are what runs the tests"),
     (r"^pip install -c constraints.txt ", "tests/test_package.py installs the package; the extras are looked up below"),
+    (r"^sca doctor --fix", "it would change the environment of the tests; tests/test_repair.py repairs a folder"),
     (r"--use_fsdp", "accelerate's own FSDP wants a GPU; tests/training shards with gloo"),
     (r"^sca bench run throughput ", "hours on a CPU; tests/bench runs small ones"),
     (r"mmdet|rtmdet", "needs MMDetection's weights; tests/contract tries its plugin with small ones"),
