@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import shorten
+from traceback import walk_tb
 
 SITE = Path(sysconfig.get_paths()["purelib"])
 NAME = "torchvision_stubs"  # the folder of the libraries, a package that loads them
@@ -72,6 +73,18 @@ def diagnose(site: Path = SITE) -> str:
     if _is_torch_without_cuda():
         return f"torchvision cannot be imported beside a torch without CUDA ({error}); run `sca doctor --fix`"
     return f"torchvision cannot be imported ({error}); {INSTALL_BOTH}"
+
+
+def find_torchvision_error(error: BaseException) -> BaseException | None:
+    """Return the error that ended an import of torchvision: `error` itself or what led to it; None if there is none."""
+    current: BaseException | None = error
+    while current is not None:
+        frames = [frame for frame, _ in walk_tb(current.__traceback__)]
+        names = [frame.f_globals.get("__name__", "") for frame in frames if frame.f_code.co_name == "<module>"]
+        if any(name.partition(".")[0] == "torchvision" for name in names):
+            return current
+        current = current.__cause__ or current.__context__
+    return None
 
 
 def fix(site: Path = SITE) -> str:

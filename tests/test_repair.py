@@ -1,5 +1,6 @@
 """`sca doctor --fix`: torchvision built for CUDA beside a torch without it; what it leaves harms no other torch."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -197,3 +198,33 @@ def test_doctor_tries_a_broken_built_in_part_again(monkeypatch, capsys, tmp_path
     out = capsys.readouterr().out
     assert "pip install -U segment-caption-anything" not in out
     assert ("pip install --force-reinstall -c constraints.txt PACKAGE" in out) == bool(problem)
+
+
+@pytest.mark.parametrize("error", ["OSError('libcudart.so.13: no such file')", "RuntimeError('no operator nms')"])
+def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch, capsys, tmp_path, error):
+    from sca.cli import catalogue, run
+
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text(f"raise {error}\n")
+
+    def list_rows(kind):
+        try:
+            importlib.import_module("torchvision")
+        except (OSError, RuntimeError) as failure:
+            raise ImportError("as transformers raises it") from failure
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(catalogue, "_rows", list_rows)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert run(["list", "mixers"]) == 2
+    reason = error.partition("('")[2].removesuffix("')")
+    assert capsys.readouterr().err == f"sca: torchvision cannot be imported ({reason}); run `sca doctor`\n"
+
+
+def test_a_defect_elsewhere_keeps_its_traceback(monkeypatch):
+    from sca.cli import catalogue, run
+
+    monkeypatch.setattr(catalogue, "_rows", lambda kind: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(["list", "mixers"])

@@ -17,6 +17,7 @@ from sca_bench import cli as bench
 from sca.cli import caption, catalogue, compare, convert, data, demo, evaluate, plan, plugins, serve, train, weights
 from sca.cli.options import complain
 from sca.io.terminal import guard_terminal
+from sca.repair import find_torchvision_error
 
 app = typer.Typer(
     name="sca",
@@ -75,7 +76,8 @@ def run(arguments: list[str], exact_images: bool = False) -> int:
     exact_images: names of images are taken as files as they are; `~` and the signs of patterns mean nothing in them.
 
     ValueError is what the library raises for a person's mistake and OSError the system's word for what cannot be read
-    or written: both are one line. Any other is a defect and keeps its traceback, as all do under `python -X dev`.
+    or written: both are one line, and so is what a broken torchvision raises, which any command may import. Any other
+    is a defect and keeps its traceback, as all do under `python -X dev`.
     """
     command = typer.main.get_command(app)
     if not exact_images:
@@ -93,10 +95,11 @@ def run(arguments: list[str], exact_images: bool = False) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         return 0
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except Exception as error:
+        broken = find_torchvision_error(error)
+        if sys.flags.dev_mode or not (broken or isinstance(error, (ValueError, OSError))):
             raise
-        complain(_reason(error))
+        complain(f"torchvision cannot be imported ({_reason(broken)}); run `sca doctor`" if broken else _reason(error))
         return 2
 
 
@@ -110,7 +113,7 @@ def _usage(error: Any) -> int:
     return 2
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Our own words; of the system's, its reason and the file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -99,7 +99,7 @@ def doctor(
     for name, value in _machine():
         print_line(f"{name + ':':<17}{value}")
     if problem := repair.diagnose():
-        _print_list("to repair:", [problem, "sca doctor, afterwards: no part was tried yet"])
+        _print_list("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
         raise typer.Exit(1)
     entries = [(parts, entry) for parts in REGISTRIES.values() for entry in parts.entries()]
     if distribution:
