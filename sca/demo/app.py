@@ -296,8 +296,8 @@ def _opened(path: str, name: str, pixels: int) -> tuple[Session, Any, str]:
 
 
 def _note(model: str) -> str:
-    """The line about a model of a narrow domain."""
-    return escape_markdown(zoo.describe_domain(model))
+    """Return the line about a model of a narrow domain, in which commands are Markdown's code."""
+    return zoo.describe_domain(model)
 
 
 def _selected(models: Models, name: str) -> list[Any]:
