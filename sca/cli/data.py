@@ -34,8 +34,10 @@ def export(
     from sca.cli.options import print_line, read_options, settle
     from sca.data.export import FORMATS
     from sca.data.export import export as write
+    from sca.io.atomic import check_replaceable
 
     settle("format", format, tuple(FORMATS))
+    check_replaceable(folder)
     chosen = read_options("datasets", dataset, options or ())
     sets = {name: datasets.build(dataset, name, **chosen) for name in split or ["val"]}
     with _refusing_nothing():
