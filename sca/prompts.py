@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sca_registry.contracts import Prompt
 
 from sca import masks
@@ -38,6 +38,7 @@ MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as
 
 _BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
+_MASK = "give an image or a .npy array, not zero inside"
 _REGION = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
 
 
@@ -115,11 +116,11 @@ def read_mask(path: str | Path) -> np.ndarray:
                     inside = masks.binarize(values[..., :-1].max(-1), is_lossy)
                     return inside & (values[..., -1] != 0)
                 return masks.binarize(values if values.ndim == 2 else values.max(-1), is_lossy)
+    except UnidentifiedImageError as error:
+        raise PromptError(f"cannot read the mask {show(path)}: it is no image; {_MASK}") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise PromptError(
-            f"cannot read the mask {show(path)}: {reason}; give an image or a .npy array, not zero inside"
-        ) from error
+        raise PromptError(f"cannot read the mask {show(path)}: {reason}; {_MASK}") from error
 
 
 def read_prompt(plain: Any, where: str, width: int, height: int) -> Prompt:

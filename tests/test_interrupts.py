@@ -1,6 +1,5 @@
 """Ctrl+C, which a terminal sends to every process of a command, ends workers without a word of their own."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -30,7 +29,7 @@ def test_interrupt_that_comes_while_blocked_is_raised_afterwards():
 
     def interrupted():
         with block_interrupts():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             time.sleep(0.01)
             finished.append(True)
 

@@ -37,7 +37,7 @@ class TimmEncoder(nn.Module):
         model: str | None = None,
         weights: str | None = None,
         revision: str | None = None,
-        pretrained: bool = True,
+        pretrained: bool | str = True,
         size: int | None = None,
         layer: int = -1,
         fit: str = "pad",

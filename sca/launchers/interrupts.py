@@ -13,7 +13,7 @@ import psutil
 def block_interrupts() -> Iterator[None]:
     """Block SIGINT, for processes that are started meanwhile as well: the caller ends those processes itself.
 
-    An interrupt that arrives meanwhile is raised at the end.
+    An interrupt that this thread receives meanwhile is raised at the end.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

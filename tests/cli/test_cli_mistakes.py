@@ -100,13 +100,13 @@ def test_everything_and_mask_prompts_need_a_model_with_masks(refused, picture, m
         ("p.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2}]}', "'image_id'"),
         ("p.jsonl", '{"image": "b.png", "box": [1, 2, 3, 4]}', "a.png: p.jsonl has no regions for it"),
         ("p.jsonl", '{"image": "x/a.png", "box": [1, 2, 3, 4]}\n{"image": "y/a.png", "box": [1, 2, 3, 4]}', "could"),
-        ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "a.png: the box 90,0,99,9 lies outside"),
+        ("p.jsonl", '{"image": "a.png", "box": [90, 0, 99, 9]}', "p.jsonl, line 1: the box 90,0,99,9 lies outside"),
         ("p.jsonl", '{"image": "a.png", "mask": "p.jsonl"}', "p.jsonl, line 1, 'mask': cannot read the mask"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_prompts_file_is_named_with_its_place(refused, picture, model, here, name, content, said):
     (here / name).write_text(content)
-    assert said in refused(2, "caption", picture("a.png"), "--prompts", name, *model)
+    assert said in refused(2, "caption", picture("a.png"), "--prompts", name, "--quiet", *model)
 
 
 # --- images: status 1
@@ -204,14 +204,16 @@ def nobody(checkpoint, shell, monkeypatch):
         (folder / "locked").chmod(0o755)
 
 
-def test_what_may_not_be_read_or_written_is_said(refused, nobody):
+def test_what_may_not_be_read_or_written_is_said(refused, shell, nobody):
     arguments = (*BOX, "--model", "./model")
     assert "locked: Permission denied; choose a folder that you may write in" in refused(
         2, "caption", "a.png", *arguments, "--out", "locked"
     )
     assert "locked/new: Permission denied" in refused(2, "caption", "a.png", *arguments, "--out", "locked/new")
     assert "permission denied (secret.png)" in refused(1, "caption", "secret.png", *arguments)
-    assert "Permission denied" in refused(2, "data", "export", "scenes", "locked/new", "count=1")
+    exported = shell("data", "export", "scenes", "locked/new", "count=1")
+    assert exported.status == 2
+    assert exported.err == ["sca: scenes val: 1 image", "sca: cannot write locked/new: Permission denied"]
     assert list((nobody / "locked").iterdir()) == []
 
 

@@ -130,7 +130,7 @@ HOSTILE = {  # distribution: its entry points, its module, and what is said of t
     "hard-exit": ("killed = hostile_hard_exit:Mixer", "import os; os._exit(7)", "ended with status 7"),
     "signal": ("dead = hostile_signal:Mixer", "import os; os.kill(os.getpid(), 9)", "was killed"),
     "soft-exit": ("quit = hostile_soft_exit:Mixer", "import os; os._exit(0)", "ended with status 0"),
-    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 8 s"),
+    "slow": ("slow = hostile_slow:Mixer", "import time; time.sleep(90)", "more than 20 s"),
     "shadow": ("query = hostile_shadow:Mixer", MIXER, ""),
     "twin-a": ("twin = hostile_twin_a:Mixer", MIXER, ""),
     "twin-b": ("twin = hostile_twin_b:Mixer", MIXER, ""),
@@ -178,7 +178,7 @@ def test_no_plugin_breaks_anything_and_the_doctor_says_what_is_wrong_with_each(s
     refusing = MIXER.replace("super().__init__()", "raise ValueError('give me weights')")
     site.write("refuses", "[sca_mixers]\nrefuses = hostile_refuses:Mixer\n", hostile_refuses=refusing)
     site.write("astray", "[sca_mixer]\nastray = hostile_astray:Mixer\n", hostile_astray=MIXER)
-    told = site.run("sca", "doctor", "--timeout", "8")
+    told = site.run("sca", "doctor", "--timeout", "20")
     assert told.returncode == 1, told.stderr
     assert "'sca_mixer'. Did you mean 'sca_mixers'?" in told.stdout
     assert "python:" in told.stdout

@@ -57,9 +57,8 @@ def test_what_trains_is_counted(name):
     assert plan(spec_of(name), regions=1, words=1).trainable == trained
 
 
-@pytest.mark.parametrize(
-    ("name", "train", "room"), [pytest.param("tiny", True, 0.05, marks=pytest.mark.all), ("tiny", False, 0.25)]
-)
+@pytest.mark.all
+@pytest.mark.parametrize(("name", "train", "room"), [("tiny", True, 0.05), ("middle", False, 0.25)])
 def test_the_most_regions_that_fit_do_fit_and_more_do_not(name, train, room):
     found = plan(spec_of(name), regions=1, words=WORDS, gpu=room, train=train)
     most = found.most_regions

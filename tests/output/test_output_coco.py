@@ -56,7 +56,9 @@ def test_a_mask_without_a_box_brings_its_own(tmp_path, picture, captions):
 
 def test_the_file_serves_as_prompts(written):
     prompts = read_prompts(written)
-    assert [len(prompts[key]) for key in prompts] == [4, 0, 2]
+    assert [len(prompts[key]) for key in prompts] == [3, 0, 2]
+    (problem,) = prompts.problems  # of a region without a box or a mask
+    assert "has no area" in problem
     assert prompts["b.png"][1].box == (1.5, 2.0, 10.0, 12.25)
 
 
