@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -233,13 +233,17 @@ def _upright(image: Image.Image, shown: str) -> Image.Image:
 def _recorded_range(image: Image.Image) -> tuple[float, float] | None:
     """Return the least and greatest value that a TIFF states for its samples, or None."""
     tags = getattr(image, "tag_v2", {})
-    for lowest, highest in ((280, 281), (340, 341)):  # MinSampleValue, MaxSampleValue and their signed kin
-        low, high = (
-            value[0] if isinstance(value, tuple) and value else value for value in map(tags.get, (lowest, highest))
-        )
-        if is_finite_number(high) and high > (low := float(low) if is_finite_number(low) else 0.0):
-            return low, float(high)
+    for lowest, highest in ((280, 281), (340, 341)):  # MinSampleValue and MaxSampleValue; SMin... and SMaxSampleValue
+        low, high = _first_number(tags.get(lowest, 0)), _first_number(tags.get(highest))
+        if low is not None and high is not None and low < high:
+            return low, high
     return None
+
+
+def _first_number(value: Any) -> float | None:
+    """Return the value of a TIFF tag, or the first of several; None if it is not a finite number."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return float(first) if is_finite_number(first) else None
 
 
 def _scale_gray(values: np.ndarray, recorded: tuple[float, float] | None, shown: str) -> np.ndarray:

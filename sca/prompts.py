@@ -22,7 +22,7 @@ from sca_registry.contracts import Prompt
 from sca import masks
 from sca.images import identify_image, show
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
+from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter
 from sca.io.coordinates import compare_sizes, find_normalized_scale, scale_to_pixels
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
@@ -31,7 +31,6 @@ from sca.io.paths import ImageNameError, expand_user, find_image, possible_file_
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
-Size = tuple[int, int]  # width and height
 NPY = b"\x93NUMPY"  # what an array file begins with
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
 MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text

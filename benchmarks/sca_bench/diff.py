@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from sca_bench.summary import name_score
+
 
 @dataclass(frozen=True)
 class Diff:
@@ -70,7 +72,7 @@ def diff(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 def _pair_scores(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
     """Return the values of each score in both rows, None where a row lacks it."""
     one, other = (
-        {f"{each['name']}, {each['control']}" if each["control"] else each["name"]: each["value"] for each in scores}
+        {name_score(each): each["value"] for each in scores}
         for scores in (row.get("scores") or () for row in (first, second))
     )
     return {name: (one.get(name), other.get(name)) for name in {**one, **other}}

@@ -146,12 +146,16 @@ def _format_setting(value: Any) -> str:
     return " ".join(map(_format_setting, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
+def name_score(score: Mapping[str, Any]) -> str:
+    """Return the name of a score in tables; that of a control is "NAME, CONTROL"."""
+    return f"{score['name']}, {score['control']}" if score["control"] else str(score["name"])
+
+
 def _average_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for score in (score for row in rows for score in row.get("scores") or ()):
         if score["value"] is not None:
-            name = f"{score['name']}, {score['control']}" if score["control"] else score["name"]
-            values.setdefault(name, []).append(score["value"])
+            values.setdefault(name_score(score), []).append(score["value"])
     return {name: mean(each) for name, each in values.items()}
 
 

@@ -15,12 +15,12 @@ from sca.io.paths import ImageNameError, expand_user, find_image
 
 
 class LabelMe:
-    """The JSON files of `root/split`, or of `root` where there is no such folder, each beside its picture.
+    """The JSON files of `root/split`, or of `root` where there is no such folder, each beside its image.
 
     A region is a shape, or the shapes of one `group_id`: its label the name, its descriptions, if any, the phrases.
-    What cannot be a region, such as a keypoint, is counted in `skipped`, the first of each named in `examples`. A
-    picture that is not there is taken from the file's `imageData`. ValueError for a folder without files, for a file
-    that cannot be used, with the field, and for a picture that has not the size its file records.
+    What cannot be a region, such as a keypoint, is counted in `skipped`, the first of each named in `examples`. An
+    image that does not exist is taken from the file's `imageData`. ValueError for a folder without files, for a file
+    that cannot be used, with the field, and for an image that has not the size its file records.
     """
 
     def __init__(self, split: str, root: str):
@@ -56,13 +56,13 @@ class LabelMe:
             raise ValueError(f"{file}: {error}") from error
         if image.size != size:
             raise ValueError(
-                f"{file}: the picture {path.name!r} is {image.width} x {image.height}, and the file records "
-                f"{size[0]} x {size[1]}; give the picture that was annotated"
+                f"{file}: the image {path.name!r} is {image.width} x {image.height}, and the file records "
+                f"{size[0]} x {size[1]}; use the image that was annotated"
             )
         return Sample(image, index, self.regions[index])
 
     def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
-        """The regions of each picture, in order; no picture is opened."""
+        """The regions of each image, in order; no image is opened."""
         return iter(self.regions)
 
 
@@ -80,7 +80,7 @@ class LabelRecall:
 
 
 def _read(file: Path) -> tuple[dict, Path]:
-    """The content of a file, and where its picture is."""
+    """The content of a file, and where its image is."""
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
         raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
@@ -91,7 +91,7 @@ def _read(file: Path) -> tuple[dict, Path]:
 
 
 def _region(shape: Annotation, size: tuple[int, int], identity: int, skip: SkipCounter) -> Region | None:
-    """A shape as a region, its box clipped to the picture; None, and counted, where it has none."""
+    """A shape as a region, its box clipped to the image; None, and counted, where it has none."""
     if shape.box is None:
         return skip("keypoint", shape.place)
     limits = (*size, *size)

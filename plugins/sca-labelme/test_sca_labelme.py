@@ -49,7 +49,7 @@ def test_dataset_counts_what_is_no_region(folder):
     dataset = LabelMe("train", str(folder))
     assert dataset.skipped == {
         "keypoint": 1,
-        "shape labelled __ignore__": 1,
+        "shape labeled __ignore__": 1,
         "LabelMe shape 'cuboid'": 1,
         "empty box": 1,
         "line, read as its box": 1,

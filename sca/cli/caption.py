@@ -385,7 +385,7 @@ class Requests:
 
     def report(self, failures: Failures, quiet: bool) -> None:
         """Report what the prompts file contains, and the records of which no prompt can be made."""
-        from sca.data.summary import count_of
+        from sca.data.summary import format_count
         from sca.images import show
 
         if self.file is None:
@@ -393,10 +393,9 @@ class Requests:
         regions = sum(map(self.file.count, self.file))
         problems = self.file.problems
         if not quiet:
-            unusable = f"; {count_of(len(problems), 'record')} cannot be used" if problems else ""
-            complain(
-                f"{show(self.file.path)}: {count_of(regions, 'region')}, {count_of(len(self.file), 'image')}{unusable}"
-            )
+            unusable = f"; {format_count(len(problems), 'record')} cannot be used" if problems else ""
+            counts = f"{format_count(regions, 'region')}, {format_count(len(self.file), 'image')}"
+            complain(f"{show(self.file.path)}: {counts}{unusable}")
         for problem in problems:
             failures.report(problem, status=2)
 

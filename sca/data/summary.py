@@ -30,16 +30,16 @@ def summarize_dataset(dataset: Dataset) -> str:
         Such as "721 regions, 680 with captions, 11 class names, 39 images; 1 image missing: x.jpg (looked in photos)".
     """
     about = getattr(dataset, "about", None)
-    parts = [count_of(len(dataset), "image")]
+    parts = [format_count(len(dataset), "image")]
     if about is not None:
         captioned = f"{about['captioned']:,} with captions"
-        names = count_of(len(about["names"]), "class name")
-        parts = [count_of(about["regions"], "region"), captioned, names, *parts]
+        names = format_count(len(about["names"]), "class name")
+        parts = [format_count(about["regions"], "region"), captioned, names, *parts]
     remarks = getattr(dataset, "remarks", ())
     return "; ".join([", ".join(parts), *remarks, *_left_out(dataset)])
 
 
-def left_out(dataset: Dataset) -> dict[str, int]:
+def count_left_out(dataset: Dataset) -> dict[str, int]:
     """Count what was left out of a dataset so far, by reason."""
     return {reason: count for reason, count in getattr(dataset, "skipped", {}).items() if count}
 
@@ -59,8 +59,8 @@ def check_not_empty(dataset: Dataset, what: str) -> None:
         raise EmptyDatasetError(f"{what} has no image that can be used: {left_out or 'it contains no images'}")
 
 
-def count_of(number: int, noun: str) -> str:
-    """A number with its noun, such as "1 image" and "1,200 images"."""
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" and "1,200 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -73,7 +73,7 @@ def name_some(names: Iterable[str], total: int) -> str:
 
 def _left_out(dataset: Dataset) -> list[str]:
     """A phrase for each reason for which something was left out, images first."""
-    skipped = left_out(dataset)
+    skipped = count_left_out(dataset)
     examples: Mapping[str, list[str]] = getattr(dataset, "examples", {})
     ordered = [*(each for each in skipped if each in BAD_IMAGES), *(each for each in skipped if each not in BAD_IMAGES)]
     found = []

@@ -32,7 +32,8 @@ def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int 
 
 def scale_to_pixels(box: Sequence[float], scale: float, width: int, height: int) -> tuple[float, ...]:
     """Convert coordinates x, y, x, y, ... normalized to 0..`scale` into pixels, with one decimal."""
-    return tuple(round(value / scale * side, 1) for value, side in zip(box, (width, height) * 2, strict=False))
+    sides = (width, height) * (len(box) // 2)  # of a point or a box
+    return tuple(round(value / scale * side, 1) for value, side in zip(box, sides, strict=True))
 
 
 def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Writing captions image after image: JSON lines, COCO, Parquet, GeoJSON, for labelling tools, pictures and pages.
+"""Writing captions image after image: JSON lines, COCO, Parquet, GeoJSON, for labeling tools, pictures and pages.
 
     with Writers("out", ("jsonl", "png"), model="sam-vit-b+query+gpt2-large") as writers:
         for path, image, captions in ...:

@@ -1,7 +1,7 @@
-"""Reading captions from what `sca.output` writes and labelling tools export: JSON lines, COCO, Parquet, GeoJSON, Label
+"""Reading captions from what `sca.output` writes and labeling tools export: JSON lines, COCO, Parquet, GeoJSON, Label
 Studio and LabelMe.
 
-What a format has no place for is unknown afterwards: COCO has no prompts, and a labelling tool no predicted IoU.
+What a format has no place for is unknown afterwards: COCO has no prompts, and a labeling tool no predicted IoU.
 """
 
 from __future__ import annotations

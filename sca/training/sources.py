@@ -8,7 +8,7 @@ from sca_registry import datasets
 from sca_registry.contracts import Dataset
 from sca_registry.spec import Part
 
-from sca.data.summary import check_not_empty, left_out, summarize_dataset
+from sca.data.summary import check_not_empty, count_left_out, summarize_dataset
 from sca.training.recipe import Recipe, Validation
 
 
@@ -48,5 +48,5 @@ def open_validation(validation: Validation) -> Dataset:
 def report_sources(opened: Mapping[str, Dataset], report: Callable[[str], None], quiet: bool = False) -> None:
     """Report one line for each dataset; with `quiet` only for those of which something was left out."""
     for name, dataset in opened.items():
-        if not quiet or left_out(dataset):
+        if not quiet or count_left_out(dataset):
             report(f"{name}: {summarize_dataset(dataset)}")

@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoint import check_writable, load, save, weights_hash
 from sca.composition import build
-from sca.data.summary import left_out, summarize_dataset
+from sca.data.summary import count_left_out, summarize_dataset
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
 from sca.io.atomic import sync, sync_tree, unwritable, write_file
@@ -150,10 +150,10 @@ def _train(
             told(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(unseen)}")
     trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    before = {name: left_out(dataset) for name, dataset in opened.items()}
+    before = {name: count_left_out(dataset) for name, dataset in opened.items()}
     trainer.train(resume_from_checkpoint=last)
     if run_folder is not None:  # images that were found to be damaged when they were opened
-        report_sources({name: each for name, each in opened.items() if left_out(each) != before[name]}, told)
+        report_sources({name: each for name, each in opened.items() if count_left_out(each) != before[name]}, told)
     tensors = gathered(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)

@@ -1,4 +1,4 @@
-"""Files of labelling tools on the command line: regions are read, and what is left out is one line."""
+"""Files of labeling tools on the command line: regions are read, and what is left out is one line."""
 
 import base64
 import io
@@ -102,7 +102,7 @@ def test_convert_and_view_draw_the_image_inside_a_labelme_file(here, shell):
 
 
 @pytest.mark.parametrize("content", [[task(POLYGON, text("cat"), {"type": "relation"})], LABELME])
-def test_caption_takes_regions_from_labelling_tools(here, shell, picture, checkpoint, content):
+def test_caption_takes_regions_from_labeling_tools(here, shell, picture, checkpoint, content):
     picture("a.png")
     (here / "in.json").write_text(json.dumps(content))
     result = shell(

@@ -66,7 +66,7 @@ def test_thin_polygon_is_its_box_and_counted():
     assert (found.box, found.mask, counted) == ((5, 5.1, 9, 5.2), None, {"polygon without a pixel": 1})
 
 
-def test_keypoints_that_are_not_labelled_count_for_nothing():
+def test_keypoints_that_are_not_labeled_count_for_nothing():
     assert read(bbox=[1, 1, 2, 2], keypoints=[0, 0, 0] * 17)[1] == {}
 
 

@@ -97,7 +97,7 @@ def test_group_is_one_region():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (shape(label="__ignore__"), "shape labelled __ignore__"),
+        (shape(label="__ignore__"), "shape labeled __ignore__"),
         (shape(points=[[1, 1], [2, 2]]), "polygon of too few points"),
         (shape("rectangle", [[1, 1]]), "rectangle of too few points"),
         (shape("points", [[1, 1], [2, 2]]), "LabelMe shape 'points'"),

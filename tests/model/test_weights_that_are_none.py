@@ -65,6 +65,6 @@ def test_file_of_a_user_that_is_a_pointer_is_refused_with_the_remedy(tmp_path, n
         read(tmp_path / name)
 
 
-def test_pointer_is_no_prefix_of_other_files(tmp_path):
+def test_image_that_is_no_pointer_is_opened(tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
     assert sca.open_image(tmp_path / "a.png").size == (3, 3)

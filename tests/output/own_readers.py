@@ -3,7 +3,7 @@
     python own_readers.py FOLDER PICTURES CONFIG
 
 FOLDER: captions.jsonl and the same in each tool's format. PICTURES: where the records' paths start. CONFIG: Label
-Studio's labelling interface.
+Studio's labeling interface.
 """
 
 import json

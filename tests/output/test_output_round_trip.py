@@ -1,4 +1,4 @@
-"""Whatever `sca.output` writes for a labelling tool comes back from `read_captions` as it was."""
+"""Whatever `sca.output` writes for a labeling tool comes back from `read_captions` as it was."""
 
 import math
 import tempfile

@@ -142,7 +142,7 @@ def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
         assert all(len(words) <= 4 and words[-1] == tokenizer.eos for words in example.ids)
 
 
-def test_attributes_are_labelled_by_their_place_in_the_list(stream):
+def test_attributes_are_labeled_by_their_place_in_the_list(stream):
     dataset = Scenes("train", count=8, size=64)
     example = stream(dataset=dataset, attributes={"colour": COLOURS, "name": ("square",), "mood": ("sad",)})[0]
     assert ((example.labels["colour"] >= 0) & (example.labels["colour"] < len(COLOURS))).all()

@@ -1,4 +1,4 @@
-"""What a labelling tool records of an image and its regions, and a count of what could not be kept."""
+"""What a labeling tool records of an image and its regions, and a count of what could not be kept."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Annotation(NamedTuple):
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of a labelling tool. Its size is None where the file does not record it."""
+    """An image of a labeling tool. Its size is None where the file does not record it."""
 
     place: str
     name: str

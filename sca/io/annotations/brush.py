@@ -52,7 +52,7 @@ def unpack(code: Sequence[int], width: int, height: int) -> np.ndarray:
     count, word = take(32), take(5) + 1
     if count != 4 * width * height:
         raise ValueError(
-            f"the run-length code has {count} values, and a picture of {width} x {height} {4 * width * height}"
+            f"the run-length code has {count} values, and an image of {width} x {height} {4 * width * height}"
         )
     sizes = [take(4) + 1 for _ in range(4)]
     alpha = np.zeros(width * height, bool)

@@ -143,6 +143,6 @@ def find_segmentation(record: Mapping[str, Any]) -> Any:
 
 
 def has_keypoints(record: Mapping[str, Any]) -> bool:
-    """Whether an annotation has keypoints, of which we keep none: x, y, visibility for each; 0 is not labelled."""
+    """Whether an annotation has keypoints, of which we keep none: x, y, visibility for each; 0 is not labeled."""
     keypoints = record.get("keypoints")
     return isinstance(keypoints, list) and any(keypoints[2::3])

@@ -119,7 +119,7 @@ def read_shapes(
             reject(error)
             continue
         if shape.record["label"] == IGNORED:
-            skip(f"shape labelled {IGNORED}", shape.place)
+            skip(f"shape labeled {IGNORED}", shape.place)
             continue
         group = record.get("group_id")
         groups.setdefault(number if group is None else (shape.record["label"], str(group)), []).append(shape)
