@@ -85,7 +85,8 @@ class RunFolder:
             self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
         except OSError as error:
             raise unwritable(self.path / LOCK, error) from error
-        remove_drafts(self.path)
+        for folder in find_folders(self.path, self.patterns):
+            remove_drafts(folder)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -294,12 +295,22 @@ def existing_paths(values: Any) -> Iterator[Path]:
 
 def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The existing files that match patterns, sorted, without what links lead to."""
+    return [path for path in _find(folder, patterns) if path.is_symlink() or not path.is_dir()]
+
+
+def find_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The run folder and the existing folders below it that contain files of the patterns, without links."""
+    parents = {str(Path(pattern).parent) for pattern in patterns} - {"."}
+    return [folder, *(path for path in _find(folder, parents) if path.is_dir() and not path.is_symlink())]
+
+
+def _find(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The existing files and folders that match patterns, sorted, without what links lead to."""
     patterns = tuple(patterns)
     names = (glob(NUMBER.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
     found = {folder / name for each in names for name in each}
     own = [path for path in sorted(found) if _is_one_of(path, folder, patterns)]
-    inside = [path for path in own if not any(parent.is_symlink() for parent in _between(path, folder))]
-    return [path for path in inside if path.is_symlink() or not path.is_dir()]
+    return [path for path in own if not any(parent.is_symlink() for parent in _between(path, folder))]
 
 
 def _between(path: Path, folder: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from sca.checkpoint import tensors_hash
-from sca.io.atomic import FolderError, write_file
+from sca.io.atomic import FolderError, remove_drafts, write_file
 from sca.io.paths import expand_user
 from sca.model import SegmentCaptioner
 from sca.processing import Processor
@@ -59,6 +59,8 @@ class FeatureCache:
         ValueError if features are too large for float16, FolderError if they cannot be written.
         """
         processor, waiting = Processor.of(model.encoder), dict[Path, Image.Image]()
+        for folder in self.folder.glob("*"):
+            remove_drafts(folder)
 
         def encode() -> None:
             pixels = processor.pixels(list(waiting.values())).to(model.task_tokens.device)

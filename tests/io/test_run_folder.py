@@ -160,6 +160,17 @@ def test_run_folder_does_not_wait_for_fifos_with_the_names_of_drafts(tmp_path, l
     assert all((tmp_path / name).is_fifo() for name in names)
 
 
+def test_run_folder_removes_what_a_kill_left_in_its_own_folders_and_nowhere_else(tmp_path):
+    draft = f".sca-{'0' * 16}.part"
+    for name in ("out", "out/step-7", "out/step-x", "out/sub", "out/sub/below", "out/other", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / draft).touch()
+    (tmp_path / "out" / "step-8").symlink_to(tmp_path / "elsewhere")
+    run(tmp_path / "out")
+    left = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(draft))
+    assert left == ["elsewhere", "out/other", "out/step-x", "out/sub/below"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_lock_ends_with_its_process_and_is_not_kept_by_forked_workers(tmp_path):
     ready, worker = os.pipe(), None

@@ -79,3 +79,13 @@ def test_a_cache_says_what_is_wrong_with_it(small, tmp_path):
     cache.path(picture).unlink()
     with pytest.raises(ValueError, match="float16 does not hold"):
         cache.fill(model, [picture], lambda: None)
+
+
+def test_a_cache_removes_what_a_kill_left(small, tmp_path):
+    model, picture = small(), Image.new("RGB", (64, 48), "red")
+    cache = FeatureCache(tmp_path, model)
+    draft = cache.path(picture).with_name(f".sca-{'0' * 16}.part")
+    draft.parent.mkdir(parents=True)
+    draft.touch()
+    cache.fill(model, [picture], lambda: None)
+    assert [path.name for path in draft.parent.iterdir()] == [cache.path(picture).name]
