@@ -10,7 +10,7 @@ from sca.data.scenes import Scenes
 
 WORDS = {"circle": "wheel", "square": "tile", "triangle": "sail", "star": "badge", "cross": "plus"}
 IMAGES = 40
-STEPS = 400
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def test_own_data_learns_the_words_of_an_export(write, annotated, tmp_path, monk
     data = write(tmp_path / "data", annotated)
     changes = [
         f"train.steps={STEPS}",
+        "train.images=4",
         "train.processes=1",
         "validate.every=1000",
         "validate.limit=4",
