@@ -166,6 +166,14 @@ def check(prompt: Prompt, width: int, height: int) -> Prompt:
     return Prompt(box, points, None if prompt.mask is None else _fitting(prompt.mask, width, height))
 
 
+def check_counting(prompt: Prompt, width: int, height: int, clipped: SkipCounter, place: str) -> Prompt:
+    """`check` a prompt, and count its box in `clipped` under `place` if it reached over the edge."""
+    checked = check(prompt, width, height)
+    if prompt.box is not None and checked.box != _box(prompt.box):
+        clipped("box clipped", place)
+    return checked
+
+
 def _clipped(box: Box, width: int, height: int) -> Box:
     x1, y1, x2, y2 = box
     text = ",".join(f"{value:g}" for value in box)
@@ -245,10 +253,10 @@ class _Entry:
             raise PromptError(f"{self.where}, 'mask': {error}") from error
         return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
 
-    def fitting(self, width: int, height: int) -> Prompt:
+    def fitting(self, width: int, height: int, clipped: SkipCounter) -> Prompt:
         """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
 
-        Raises PromptError, which names the record.
+        Counts a box that `check` clips. Raises PromptError, which names the record.
         """
         prompt = self.prompt()
         try:
@@ -259,7 +267,7 @@ class _Entry:
                     f"{self.where}: the file records an image of {self.size[0]} x {self.size[1]}, and its regions are "
                     f"scaled to {width} x {height}",
                 )
-            return check(prompt, width, height)
+            return check_counting(prompt, width, height, clipped, self.where)
         except ValueError as error:
             raise PromptError(f"{self.where}: {error}") from error
 
@@ -284,13 +292,14 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order.
 
     skip: the count of what the file contains and a prompt cannot be.
+    clipped: the count of boxes that `fitting` clipped to their image.
     problems: a line for each record of which no prompt could be made; it names file, record and field.
     """
 
     def __init__(
         self, path: Path, entries: Mapping[str, list[_Entry]], skip: SkipCounter, problems: Sequence[str] = ()
     ):
-        self.path, self.skip = path, skip
+        self.path, self.skip, self.clipped = path, skip, SkipCounter()
         self._entries = entries
         self.problems = tuple(problems)
 
@@ -317,7 +326,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         prompts, problems = [], []
         for entry in self._entries[key]:
             try:
-                prompts.append(entry.fitting(width, height))
+                prompts.append(entry.fitting(width, height, self.clipped))
             except PromptError as error:
                 problems.append(str(error))
         return prompts, problems

@@ -226,6 +226,8 @@ def caption(
             raise typer.Exit(failures.status)
     if not quiet:
         _remark_domain(model)
+        if summary := requests.clipped.summarize():
+            complain(summary)
         for path in writers.paths.values() if writers else ():
             complain(f"wrote {path}")
         if failures.count:
@@ -334,6 +336,7 @@ class Requests:
         from sca_registry.contracts import Prompt
 
         from sca.images import show
+        from sca.io.annotations.annotation import SkipCounter
         from sca.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
 
         self.flags = [Prompt(box=parse_box(text)) for text in boxes]
@@ -343,6 +346,7 @@ class Requests:
         if self.flags and file:
             raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
         self.file = read_prompts(file) if file else None
+        self.clipped = self.file.clipped if self.file is not None else SkipCounter()
         if self.file is not None and (summary := self.file.skip.summarize()):
             complain(f"{show(file)}: {summary}")
 
@@ -356,12 +360,14 @@ class Requests:
     def of(self, opened: Opened, failures: Failures) -> Iterator[tuple[Path, Image | Captioned, list[Prompt]]]:
         """Each image with its checked prompts; one whose prompts do not fit is a failure."""
         from sca.images import show
-        from sca.prompts import PromptError, check
+        from sca.prompts import PromptError, check_counting
 
         for path, image in opened:
             try:
                 if self.file is None:
-                    yield path, image, [check(prompt, *image.size) for prompt in self.flags]
+                    place = show(path)
+                    fitted = [check_counting(prompt, *image.size, self.clipped, place) for prompt in self.flags]
+                    yield path, image, fitted
                 else:
                     yield path, image, self._listed(path, image, failures)
             except PromptError as error:
@@ -574,8 +580,9 @@ def _journal(
 def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Size, list[Caption]]:
     """What a journal has of an image, as it was answered; the picture where it is to be drawn on."""
     from sca.images import open_image
+    from sca.output.read import resize_to_recorded
 
-    return path, open_image(path) if drawn else known.size, known.captions
+    return path, resize_to_recorded(open_image(path), known.size, str(path)) if drawn else known.size, known.captions
 
 
 def _prompted(

@@ -63,11 +63,6 @@ def convert(
                         complain(str(error))
                         bad += 1
                         continue
-                    if picture.size != each.size:
-                        size = f"{each.size.width} x {each.size.height}"
-                        complain(f"{each.image} is {picture.width} x {picture.height}, and was {size} when captioned")
-                        bad += 1
-                        continue
                 writers.add(rewrite_name(each.image, roots), picture, each.captions)
                 done += len(each.captions)
         folder.finish()

@@ -19,9 +19,10 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.images import open_image, read_size, show
+from sca.images import ImageError, open_image, read_size, show
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
+from sca.io.coordinates import compare_sizes
 from sca.io.json import (
     IrregularFileError,
     JsonError,
@@ -30,6 +31,7 @@ from sca.io.json import (
     parse_json,
     read_regular_file,
 )
+from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageNameError, find_image, remove_parents
 from sca.output.outline import fill
@@ -65,9 +67,42 @@ class Captioned(NamedTuple):
     embedded: Callable[[], Image.Image] | None = None
 
     def open(self, roots: Sequence[Path]) -> Image.Image:
-        """Open the image; `roots` are the folders that its name may start from. Raises ImageError."""
+        """Open the image, resized to `size` if its file was resized since.
+
+        Args:
+            roots: Folders that the image's name may start from.
+
+        Raises:
+            ImageError: It cannot be opened, or its aspect ratio is not that of `size`.
+        """
         path = find_image(self.image, roots)
-        return self.embedded() if self.embedded and not path.exists() else open_image(path)
+        image = self.embedded() if self.embedded and not path.exists() else open_image(path)
+        return resize_to_recorded(image, self.size, self.image)
+
+
+def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image:
+    """Return an image in the size that its captions record.
+
+    Args:
+        image: The image as it is now.
+        size: What the captions record.
+        name: Of the image, for messages.
+
+    Raises:
+        ImageError: The aspect ratios differ; names both sizes.
+    """
+    if image.size == size:
+        return image
+    try:
+        compare_sizes(size, image.size)
+    except ValueError as error:
+        raise ImageError(f"{show(name)}: {error}") from error
+    actual = f"{image.width} x {image.height}"
+    notice_once(
+        "resized images",
+        f"{show(name)} is {actual}, and its captions record {size.width} x {size.height}: it is resized to that",
+    )
+    return image.resize(size)
 
 
 def read_captions(

@@ -14,7 +14,7 @@ from typing import Any
 
 from sca_registry.contracts import Caption
 
-from sca.images import ImageError
+from sca.images import ImageError, show
 from sca.io.atomic import AtomicFile
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
@@ -81,7 +81,8 @@ def _together(
     for each in captioned:
         pair = second.pop(each.image, None) if second is not None else None
         if pair is not None and pair.size != each.size:
-            raise ReadError(f"{each.image} is {each.size} in one file and {pair.size} in the other")
+            sizes = [f"{size.width} x {size.height}" for size in (each.size, pair.size)]
+            raise ReadError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
         yield each, pair
     for left in (second or {}).values():
         yield left._replace(captions=[]), left

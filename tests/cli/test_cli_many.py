@@ -146,10 +146,21 @@ def test_a_picture_that_is_gone_is_said_when_it_is_to_be_drawn(shell, refused, c
     result = shell("convert", "out/captions.jsonl", "drawn", "--format", "png")
     assert result.status == 1
     assert "photos/003.png" in result.err[0]
-    assert result.err[1] == "sca: photos/004.png is 9 x 9, and was 64 x 48 when captioned"
+    assert "photos/004.png: the file records 64 x 48 and the image is 9 x 9" in result.err[1]
     assert len(list((here / "drawn").glob("*.png"))) == 10
     line = refused(2, "convert", "out/captions.jsonl", "again", "--format", "pdf")
     assert line.startswith("no format 'pdf'.")
+
+
+def test_convert_draws_on_an_image_that_was_resized_since(shell, checkpoint, pictures, here):
+    call = ("caption", "photos/004.png", "--box", "8,8,40,40", "--model", checkpoint, "--quiet", "--format", "jsonl,png")
+    assert shell(*call, "--out", "out").status == 0
+    Image.open("photos/004.png").resize((128, 96), Image.Resampling.NEAREST).save("photos/004.png")
+    assert shell("convert", "out/captions.jsonl", "drawn", "--format", "png").status == 0
+    drawn, before = (Image.open(here / folder / "004.captions.png") for folder in ("drawn", "out"))
+    assert drawn.size == before.size
+    result = shell("view", "out/captions.jsonl")
+    assert not any("not shown" in line for line in result.err)
 
 
 def test_a_page_shows_and_compares(shell, checkpoint, pictures, here):
