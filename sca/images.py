@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders a
     "TGA": (".tga",),
 }
 WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of gray in more than 8 bits
+DEEP_COLORS = re.compile(r"RGB[AX]{0,2};16")  # how Pillow names colors of 16 bits
 EXPECTED = [(0, 1), (0, 255), (0, 65535)]  # ranges that need no remark
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
@@ -68,7 +70,8 @@ def open_image(path: str | Path) -> Image.Image:
 
     Gray of more than 8 bits is scaled from the range that the file records, or else from the first of 0..1 (floating
     only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that contains all values. Values that fill less than an
-    eighth of that range, or do not fit into any, are scaled from their own minimum and maximum. Raises `ImageError`.
+    eighth of that range, or do not fit into any, are scaled from their own minimum and maximum. Colors of 16 bits that
+    use only 10, 12 or 14 of them are scaled as well. Raises `ImageError`.
     """
     shown = show(path)
     try:
@@ -119,8 +122,9 @@ def inspect_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Imag
 def decode_image(image: Image.Image, shown: str) -> Image.Image:
     """Decode what `inspect_image` has opened, as `open_image` does."""
     with _refusals(shown):
+        has_deep_colors = any(DEEP_COLORS.match(_raw_mode(tile)) for tile in image.tile)
         image.load()
-        return _upright(image, shown)
+        return _upright(_scale_colors(image, shown) if has_deep_colors else image, shown)
 
 
 def identify_image(file: BinaryIO | str | Path) -> Image.Image:
@@ -272,6 +276,28 @@ def _scale_gray(values: np.ndarray, recorded: tuple[float, float] | None, shown:
         )
     scaled = (np.where(finite, values, low).astype(np.float64) - black) * (255 / ((white - black) or 1))
     return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+
+
+def _raw_mode(tile: tuple[Any, ...]) -> str:
+    """Return how a tile of an image that Pillow has opened stores its samples, such as "RGB;16B"."""
+    arguments = tile[3]
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _scale_colors(image: Image.Image, shown: str) -> Image.Image:
+    """Scale colors of 16 bits, of which Pillow keeps the upper 8, if they use only 10, 12 or 14 bits."""
+    colors = np.array(image)
+    high = int(colors[..., :3].max())
+    white = next((white for white in WHITES if white > 255 and high <= white >> 8), None) if high else None
+    if white is None or white == WHITES[-1]:
+        return image
+    notice_once(
+        f"colors {white}",
+        f"{shown}: colors are scaled from 0..{white}, with {(white >> 8) + 1} levels per channel; for more levels "
+        "convert the image to 8 bits from that range",
+    )
+    colors[..., :3] = np.rint(colors[..., :3] * (255 / (white >> 8)))
+    return Image.fromarray(colors)
 
 
 def _named(path: Path, problems: list[str]) -> list[Path]:

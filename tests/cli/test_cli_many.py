@@ -153,8 +153,8 @@ def test_a_picture_that_is_gone_is_said_when_it_is_to_be_drawn(shell, refused, c
 
 
 def test_convert_draws_on_an_image_that_was_resized_since(shell, checkpoint, pictures, here):
-    call = ("caption", "photos/004.png", "--box", "8,8,40,40", "--model", checkpoint, "--quiet", "--format", "jsonl,png")
-    assert shell(*call, "--out", "out").status == 0
+    call = ("caption", "photos/004.png", "--box", "8,8,40,40", "--model", checkpoint, "--quiet")
+    assert shell(*call, "--format", "jsonl,png", "--out", "out").status == 0
     Image.open("photos/004.png").resize((128, 96), Image.Resampling.NEAREST).save("photos/004.png")
     assert shell("convert", "out/captions.jsonl", "drawn", "--format", "png").status == 0
     drawn, before = (Image.open(here / folder / "004.captions.png") for folder in ("drawn", "out"))
