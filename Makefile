@@ -67,7 +67,7 @@ choice: dev
 
 core: GROUP =
 dev: GROUP = dev
-all: GROUP = dev plugins ray
+all: GROUP = dev plugins ray references
 lowest: GROUP = --lowest test
 lowest: PYTHON = python3.11
 core dev all lowest:

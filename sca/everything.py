@@ -19,13 +19,13 @@ from sca_registry.spec import Everything
 from torch import Tensor
 
 from sca.mask_predictor import Encoded, Mask, MaskPredictor
-from sca.masks import RLE, area, box_of, encode
+from sca.masks import RLE, area, encode
 from sca.nn.boxes import box_iou
-from sca.nn.masks import tight_boxes
 from sca.nn.suppression import suppress
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
+MEASURED = 16  # masks are measured at a time: a small piece of work
 
 
 class Searched(NamedTuple):
@@ -41,11 +41,10 @@ class Found(NamedTuple):
     mask: RLE
     box: tuple[float, float, float, float]
     point: tuple[float, float]
-    iou: float  # predicted
+    iou: float  # predicted, may exceed 1
     window: Window  # that it was found in
 
 
-@torch.inference_mode()
 def settle_search(captioner: Any, given: Mapping[str, Any]) -> Everything:
     """Return the search settings of a captioner: its own, except for those that are given.
 
@@ -57,6 +56,7 @@ def settle_search(captioner: Any, given: Mapping[str, Any]) -> Everything:
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
+@torch.inference_mode()
 def caption_everything(
     predictor: MaskPredictor,
     task: str = "caption",
@@ -135,7 +135,7 @@ def search_everything(
     if predictor.image is None:
         raise ValueError("there is no image yet: call set_image(image) first")
     found = yield from _search(predictor, options, proposals, max_found, max_bytes)
-    masks = [Mask(dict(each.mask), each.iou) for each in found]
+    masks = [Mask(dict(each.mask), min(each.iou, 1.0)) for each in found]
     return masks, [_asked(each, options.caption_from) for each in found]
 
 
@@ -172,23 +172,27 @@ def _search(
         if not len(places):
             continue
         encoded = whole_image if window == whole else predictor.encode([image.crop(window)])
-        kept: list[Found] = []
-        for step in _in_window(predictor, encoded, image.size, window, places, options, max_bytes):
+        candidates: list[Found] = []
+        looked_at, held = 0, sum(len(each.mask["counts"]) for each in found)
+        for step in _in_window(predictor, encoded, image.size, window, places, options):
             if isinstance(step, Found):
-                kept.append(step)
-                if max_found is not None and len(found) + len(kept) > max_found:
-                    raise ValueError(f"more than {max_found:,} regions were found; raise iou or stability, lower nms")
-                yield Searched(done + len(places), total)
+                candidates.append(step)
+                held += len(step.mask["counts"])
+                if max_bytes is not None and held > max_bytes:
+                    raise ValueError("too many masks pass the filters; raise iou or stability, lower points")
             else:
-                yield Searched(done + step, total)
+                looked_at = step
+            yield Searched(done + looked_at, total)
         done += len(places)
-        for place in _once(kept, torch.tensor([each.iou for each in kept]), options.nms):
-            found.append(kept[place])
+        for place in _suppress_overlaps(candidates, torch.tensor([each.iou for each in candidates]), options):
+            found.append(candidates[place])
+            if max_found is not None and len(found) > max_found:
+                raise ValueError(f"more than {max_found:,} regions were found; raise iou or stability, lower nms")
             yield Searched(done, total)
     if len(windows) > 1:  # of what several windows show, the closest look stays
         sizes = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in found)])
         several, found = found, []
-        for place in _once(several, sizes, options.nms):
+        for place in _suppress_overlaps(several, sizes, options):
             found.append(several[place])
             yield Searched(done, total)
     pixels = image.width * image.height
@@ -205,49 +209,41 @@ def _in_window(
     window: Window,
     points: Tensor,
     options: Everything,
-    max_bytes: int | None,
 ) -> Iterator[int | Found]:
-    """Points (P, 2), image pixels, that have been looked at in a window of an image of (width, height), and then what
-    they have found.
+    """Regions that points (P, 2), image pixels, find in a window of an image of (width, height), and after every small
+    piece of work the number of points that have been looked at.
     """
     (frame,) = encoded.frames
-    logits: list[Tensor] = []  # K of (4h, 4w)
-    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
-    held = 0
-    for looked_at, masks, *rest in _candidates(predictor, encoded, points - torch.tensor(window[:2]), options):
-        held += masks.nbytes
-        if max_bytes is not None and held > max_bytes:
-            raise ValueError("too many masks pass the filters to be compared; raise iou or stability, lower points")
-        logits += masks
-        pieces.append(tuple(each.cpu() for each in (tight_boxes(masks > 0), *rest)))
-        yield looked_at
-    boxes, scores, origins = (torch.cat(each) for each in zip(*pieces, strict=True))  # (K, 4), (K,), (K,)
     x1, y1, x2, y2 = window
     width, height = size
-    kept = []
-    for row in suppress(lambda one, others: box_iou(boxes[[one]], boxes[others])[0], scores, options.nms):
-        kept.append(row)
-        yield len(points)
-    if not kept:
-        return
-    insides = predictor.processor.inside(torch.stack([logits[row] for row in kept]), [frame] * len(kept))
-    for row, inside in zip(kept, insides, strict=True):
-        mask = np.zeros((height, width), bool, order="F")
-        mask[y1:y2, x1:x2] = inside
-        code = encode(mask)
-        box = box_of(code)
-        if box and not _cut_off(box, window, size):
-            point = points[origins[row]].tolist()
-            yield Found(code, box, (point[0], point[1]), min(float(scores[row]), 1.0), window)
-        else:
-            yield len(points)
+    done = 0
+    for looked_at, masks, scores, origins in _candidates(
+        predictor, encoded, points - torch.tensor(window[:2]), options
+    ):
+        for start in range(0, len(masks), MEASURED):
+            yield done
+            rows = slice(start, start + MEASURED)
+            stability, boxes = predictor.processor.measure(masks[rows], frame, options.offset)
+            is_kept = (boxes > 0).any(1) & ((stability >= options.stability) | (options.stability <= 0))
+            boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
+            kept = [
+                row for row, keep in enumerate(is_kept.tolist()) if keep and not _is_cut_off(boxes[row], window, size)
+            ]
+            insides = predictor.processor.inside(masks[rows][kept], [frame] * len(kept))
+            for row, inside in zip(kept, insides, strict=True):
+                mask = np.zeros((height, width), bool, order="F")
+                mask[y1:y2, x1:x2] = inside
+                point = points[origins[start + row]].tolist()
+                yield Found(encode(mask), tuple(boxes[row]), (point[0], point[1]), scores[start + row], window)
+        done = looked_at
+        yield done
 
 
 def _candidates(
     predictor: MaskPredictor, encoded: Encoded, points: Tensor, options: Everything
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """A chunk at a time: points looked at so far, masks (K, 4h, 4w) that pass the filters, their predicted IoU (K,),
-    and the points (K,) that they are of.
+) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
+    """A chunk at a time: points looked at so far, masks (K, 4h, 4w) whose predicted IoU is high enough, these IoUs,
+    and the indices of the points that they are of.
     """
     (frame,) = encoded.frames
     asked = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
@@ -261,29 +257,28 @@ def _candidates(
                 "build the model with segmenter=sam"
             )
         masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
-        sure, possible = (masks > options.offset).sum((1, 2)), (masks > -options.offset).sum((1, 2))
-        good = ((scores > options.iou) & (sure >= options.stability * possible) & (possible > 0)).nonzero().squeeze(1)
-        origins = torch.arange(len(chunk), device=masks.device).repeat_interleave(regions.masks.shape[1])
+        good = ((scores > options.iou) | (options.iou <= 0)).nonzero().squeeze(1)
+        origins = good // regions.masks.shape[1] + number * predictor.regions
         looked_at = min((number + 1) * predictor.regions, len(points))
-        yield looked_at, masks[good], scores[good], origins[good] + number * predictor.regions
+        yield looked_at, masks[good], scores[good].tolist(), origins.tolist()
 
 
-def _once(found: Sequence[Found], scores: Tensor, limit: float) -> Iterator[int]:
-    """The places of those that stay if of two whose boxes or masks overlap too much the better does, best first. Boxes
-    alone do not tell: a stray cell makes a box a large one.
-    """
+def _suppress_overlaps(found: Sequence[Found], scores: Tensor, options: Everything) -> Iterator[int]:
+    """Yield the indices of regions that stay, best first, by the IoU of boxes as SAM does and, if wanted, of masks."""
     boxes = torch.tensor([each.box for each in found]).reshape(-1, 4)
+    boxes[:, 2:] -= 1  # SAM's boxes end at the last pixel
 
-    def overlap(one: int, others: Tensor) -> Tensor:
+    def is_overlapping(one: int, others: Tensor) -> Tensor:
         shared = box_iou(boxes[[one]], boxes[others])[0]
-        near = shared.nonzero()[:, 0]  # masks overlap only where boxes do
-        if len(near):
+        is_same = shared > options.nms
+        near = (shared.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
+        if len(near):  # masks overlap only where boxes do
             codes = [found[place].mask for place in others[near].tolist()]
-            exact = torch.from_numpy(coco.iou([found[one].mask], codes, [0] * len(codes)))[0].float()
-            shared[near] = torch.maximum(shared[near], exact)
-        return shared
+            exact = coco.iou([found[one].mask], codes, [0] * len(codes))[0]
+            is_same[near] = torch.from_numpy(exact > options.mask_nms_thresh)
+        return is_same
 
-    return suppress(overlap, scores, limit)
+    return suppress(is_overlapping, scores)
 
 
 def _grid(window: Window, points: int) -> Tensor:
@@ -306,9 +301,11 @@ def _crops(width: int, height: int, layers: int, overlap: float) -> list[Window]
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer
 
 
-def _cut_off(box: Sequence[float], window: Window, size: tuple[int, int]) -> bool:
-    """Whether a box ends at an edge of the window that is not an edge of the image."""
+def _is_cut_off(box: Sequence[float], window: Window, size: tuple[int, int]) -> bool:
+    """Whether a box ends near an edge of the window that is not near an edge of the image."""
+    x1, y1, x2, y2 = box
+    last = (x1, y1, x2 - 1, y2 - 1)  # SAM's boxes end at the last pixel
     limits = (0, 0, *size)
     return any(
-        abs(at - edge) < NEAR and abs(at - limit) >= NEAR for at, edge, limit in zip(box, window, limits, strict=True)
+        abs(at - edge) <= NEAR and abs(at - limit) > NEAR for at, edge, limit in zip(last, window, limits, strict=True)
     )

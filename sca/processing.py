@@ -15,6 +15,8 @@ from sca_registry.contracts import Encoder, ImageFormat, Prompt, Prompts
 from torch import Tensor
 from torch.nn import functional as F
 
+from sca.nn.masks import tight_boxes
+
 FRAMES = 16  # sizes of images whose stretching is kept
 PIXELS = 2**26  # of masks that are copied to the host at a time
 MASK_PROMPT_LOGIT = 10.0  # how sure a mask drawn by a user is, as a logit
@@ -139,14 +141,11 @@ class Processor:
             logits: (N, 4h, 4w).
             frames: of the image that each mask is of.
         """
-        positive = logits > 0
-        hit = torch.stack((positive.any(2), positive.any(1)), dim=1).cpu().numpy()  # (N, 2, 4h): rows, columns
         ways = [self._stretched(frame, logits.device) for frame in frames]
-        windows = [tuple(map(_span, *each)) for each in zip(ways, hit, strict=True)]  # rows and columns of pixels
+        windows = _windows(logits > 0, ways)
 
         def cut(row: int) -> Tensor:
-            (down, across), (y, x) = ways[row], windows[row]
-            return (across.weights[x] @ logits[row].float().T @ down.weights[y].T > 0).flatten()
+            return (_pixels(logits[row], ways[row], windows[row]) > 0).flatten()
 
         step = max(1, PIXELS // max((frame.width * frame.height for frame in frames), default=1))
         for start in range(0, len(frames), step):
@@ -158,6 +157,32 @@ class Processor:
                 whole = np.zeros((frames[row].width, frames[row].height), dtype=bool)
                 whole[x, y] = part.reshape(x.stop - x.start, y.stop - y.start)
                 yield whole.T
+
+    def measure(self, logits: Tensor, frame: Frame, offset: float) -> tuple[Tensor, Tensor]:
+        """Return the stability and the box of each mask in the image's own pixels, without padding.
+
+        Stability is SAM's: the pixels above `offset` as a share of those above `-offset`, 0 if there are none.
+
+        Args:
+            logits: (N, 4h, 4w), all of one image.
+            frame: of the image.
+            offset: At least 0.
+
+        Returns:
+            (N,) in 0..1, and (N, 4) x1 y1 x2 y2 of the pixels above zero, far edges exclusive, zeros if there are none.
+        """
+        way = self._stretched(frame, logits.device)
+        counts, boxes = [], []
+        for row, (y, x) in enumerate(_windows(logits > -offset, [way] * len(logits))):
+            pixels = _pixels(logits[row], way, (y, x)).T
+            counts.append(torch.stack(((pixels > offset).sum(), (pixels > -offset).sum())))
+            (box,) = tight_boxes((pixels > 0)[None])
+            shift = torch.tensor((x.start, y.start) * 2, device=box.device)
+            boxes.append(torch.where(box.any(), box + shift, box))
+        if not counts:
+            return logits.new_zeros(0), logits.new_zeros(0, 4)
+        sure, possible = torch.stack(counts).unbind(1)
+        return sure / possible.clamp(min=1), torch.stack(boxes)
 
     def _stretched(self, frame: Frame, device: torch.device) -> tuple[Stretch, Stretch]:
         """What `masks` does, down and across: of the images seen lately."""
@@ -177,6 +202,22 @@ class Processor:
         seen = weights != 0
         first, last = seen.int().argmax(0), length - seen.flip(0).int().argmax(0)
         return Stretch(weights.to(device), first.tolist(), last.tolist())
+
+
+def _windows(above: Tensor, ways: Sequence[tuple[Stretch, Stretch]]) -> list[tuple[slice, slice]]:
+    """Rows and columns of pixels that the true cells of (N, 4h, 4w) masks have a say in; no other pixel is above the
+    level that those cells are above.
+    """
+    hit = torch.stack((above.any(2), above.any(1)), dim=1).cpu().numpy()  # (N, 2, 4h): rows, columns
+    return [
+        (_span(down, rows), _span(across, columns)) for (down, across), (rows, columns) in zip(ways, hit, strict=True)
+    ]
+
+
+def _pixels(logits: Tensor, way: tuple[Stretch, Stretch], window: tuple[slice, slice]) -> Tensor:
+    """(4h, 4w) logits stretched to the pixels of a window: (columns, rows)."""
+    (down, across), (y, x) = way, window
+    return across.weights[x] @ logits.float().T @ down.weights[y].T
 
 
 def _span(way: Stretch, hit: np.ndarray) -> slice:

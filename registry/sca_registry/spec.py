@@ -66,11 +66,12 @@ class Everything:
     """How "segment everything" looks for regions, by SAM's filters (arXiv 2304.02643).
 
     points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
-    `+offset` and at `-offset` logits. nms: of two regions whose boxes or masks overlap more, the better stays. area,
-    largest: least and greatest share of the image. crops: layers of crops that are looked at besides, 2 x 2 in the
-    first and twice as many each way in every further one; crop_overlap: of neighbours, as a share of the image's
-    shorter side. caption_from: what a region found is then captioned from, "box-and-point" (its own box, and the point
-    that found it), "box", or "point", which is SCA's way (arXiv 2312.00869).
+    `+offset` and at `-offset` logits. nms: of two regions whose boxes overlap more, the better stays. mask_nms_thresh:
+    the same for masks, which SAM does not compare; 1 for never. area, largest: least and greatest share of the image.
+    crops: layers of crops that are looked at besides, 2 x 2 in the first and twice as many each way in every further
+    one; crop_overlap: of neighbours, as a share of the image's shorter side. caption_from: what a region found is then
+    captioned from, "box-and-point" (its own box, and the point that found it), "box", or "point", which is SCA's way
+    (arXiv 2312.00869).
     """
 
     points: int = 32
@@ -78,6 +79,7 @@ class Everything:
     stability: float = 0.95
     offset: float = 1.0
     nms: float = 0.7
+    mask_nms_thresh: float = 1.0
     area: float = 0.0
     largest: float = 1.0
     crops: int = 0

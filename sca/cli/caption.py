@@ -97,6 +97,10 @@ def caption(
     nms: Annotated[
         float | None, typer.Option(help="with --everything: of two that overlap more, one stays", min=0, max=1)
     ] = None,
+    mask_nms_thresh: Annotated[
+        float | None,
+        typer.Option(help="With --everything: IoU threshold for suppressing masks; 1 for none.", min=0, max=1),
+    ] = None,
     area: Annotated[
         float | None, typer.Option(help="with --everything: least share of the image", min=0, max=1)
     ] = None,
@@ -146,8 +150,8 @@ def caption(
     if caption_from:
         settle("prompt to caption from", caption_from, CAPTION_FROM)
     requests = Requests(box or (), point or (), mask or (), region or (), prompts)
-    search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "area": area, "crops": crops}
-    search |= {"caption_from": caption_from}
+    search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
+    search |= {"area": area, "crops": crops, "caption_from": caption_from}
     _settle_regions(requests, everything, search | {"proposer": proposer, "max_regions": max_regions})
     if proposer and (points is not None or crops is not None):
         raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")

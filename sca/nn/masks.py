@@ -22,6 +22,8 @@ def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
 
 def tight_boxes(masks: Tensor) -> Tensor:
     """(N, h, w) bool -> (N, 4) x1 y1 x2 y2 in mask cells, the far edges exclusive; zeros where a mask is empty."""
+    if not masks.numel():
+        return torch.zeros(len(masks), 4, device=masks.device)
     spans = []
     for dim in (1, 2):  # columns, then rows
         hit = masks.any(dim)  # (N, w), (N, h)

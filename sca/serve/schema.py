@@ -97,6 +97,9 @@ class EverythingIn(Strict):
     iou: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
     stability: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
     nms: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
+    mask_nms_thresh: Annotated[
+        float | None, Field(ge=0, le=1, description="IoU threshold for suppressing masks; 1 for none")
+    ] = None
     area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
     crops: Annotated[int | None, Field(ge=0, le=MAX_CROPS, description="layers of crops to look at, too")] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None

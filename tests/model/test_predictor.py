@@ -215,7 +215,7 @@ def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(coun
     seen = []
     captions = caption_everything(predictor, options=ANY, progress=lambda done, of: seen.append((done, of)))
     assert calls["encode"] == [1]
-    assert seen == [(10, 36), (20, 36), (30, 36), (36, 36)]
+    assert seen == [(0, 36), (10, 36), (20, 36), (30, 36), (36, 36)]
     assert 0 < len(captions) < 36
     assert calls["generate"] == [len(captions)]
     assert sum(calls["mix"]) == len(captions)
@@ -260,8 +260,8 @@ def test_of_two_masks_that_overlap_too_much_the_better_stays(counted, scene):
     assert strict[0].box == loose[0].box
 
 
-def test_a_region_is_not_told_twice_for_a_stray_cell_far_from_it(counted):
-    """The second mask's box is a large one, which overlaps little with the first's."""
+def test_mask_nms_suppresses_a_region_whose_box_is_large_for_a_stray_cell(counted):
+    """The second mask's box overlaps little with the first's."""
     predictor, _ = counted()
     predictor.set_image(Image.new("RGB", (64, 64)))
     segmenter = predictor.model.segmenter
@@ -277,8 +277,10 @@ def test_a_region_is_not_told_twice_for_a_stray_cell_far_from_it(counted):
             return replace(regions, masks=masks, scores=torch.tensor([[0.8, 0.9, 0.7]]).expand(len(prompts), -1))
 
     predictor.model.segmenter = Fixed()
-    found = caption_everything(predictor, options=ANY)
+    found = caption_everything(predictor, options=replace(ANY, mask_nms_thresh=0.5))
     assert [round(caption.iou, 1) for caption in found] == [0.9, 0.7]
+    as_in_sam = caption_everything(predictor, options=ANY)
+    assert [round(caption.iou, 1) for caption in as_in_sam] == [0.9, 0.8, 0.7]
 
 
 @pytest.mark.parametrize(("kind", "box", "points"), [("box", 1, 0), ("point", 0, 1), ("box-and-point", 1, 1)])

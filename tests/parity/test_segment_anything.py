@@ -1,0 +1,199 @@
+"""SAM and everything mode equal the original code (github.com/facebookresearch/segment-anything)."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sca_registry.contracts import Prompts
+from sca_registry.spec import Everything
+
+import sca
+from sca.data.scenes import Scenes
+from sca.encoders.sam import SamEncoder
+from sca.everything import find_everything
+from sca.masks import decode
+from sca.segmenters.sam import SamSegmenter
+
+pytestmark = pytest.mark.all
+pytest.importorskip("segment_anything", reason="the dependency group `references` is not installed")
+from segment_anything import SamAutomaticMaskGenerator  # noqa: E402
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: E402
+
+ORIGINAL_NAMES = (  # of tensors, from ours
+    (r"^vision\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision\.layers\.(\d+)\.", r"image_encoder.blocks.\1."),
+    (r"^vision\.", "image_encoder."),
+    (r"^decoder\.", "mask_decoder."),
+    (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.layers\.0\.", r"\1.layers.1."),
+    (r"\.proj_in\.", ".layers.0."),
+    (r"\.proj_out\.", ".layers.2."),
+    (r"upscale_conv1", "output_upscaling.0"),
+    (r"upscale_layer_norm", "output_upscaling.1"),
+    (r"upscale_conv2", "output_upscaling.3"),
+    (r"mask_embed\.conv1", "mask_downscaling.0"),
+    (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
+    (r"mask_embed\.conv2", "mask_downscaling.3"),
+    (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
+    (r"mask_embed\.conv3", "mask_downscaling.6"),
+    (r"\bpoint_embed\.", "point_embeddings."),
+    (r"shared_embedding\.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
+    (r"\.layer_norm", ".norm"),
+)
+SIZE, WIDTH = 128, 64
+
+
+def original_name(name):
+    for pattern, original in ORIGINAL_NAMES:
+        name = re.sub(pattern, original, name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def ours():
+    torch.manual_seed(0)
+    vision = {"image_size": SIZE, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"mlp_dim": 4 * WIDTH, "window_size": 3, "global_attn_indexes": [1], "output_channels": 256}
+    encoder = SamEncoder(pretrained=False, config={"vision_config": vision}).eval()
+    for name, parameter in encoder.named_parameters():
+        if "pos" in name:  # zeros until they are trained
+            torch.nn.init.normal_(parameter, std=0.1)
+    return encoder, SamSegmenter(encoder, pretrained=False).eval()
+
+
+@pytest.fixture(scope="module")
+def original(ours):
+    image = ImageEncoderViT(
+        img_size=SIZE,
+        embed_dim=WIDTH,
+        depth=3,
+        num_heads=4,
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1,),
+        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+    )
+    prompts = PromptEncoder(256, (SIZE // 16, SIZE // 16), (SIZE, SIZE), mask_in_chans=16)
+    transformer = TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048)
+    model = Sam(image, prompts, MaskDecoder(transformer_dim=256, transformer=transformer)).eval()
+    tensors = {original_name(name): tensor for part in ours for name, tensor in part.state_dict().items()}
+    model.load_state_dict(tensors)
+    return model
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("kind", ["box", "point", "points", "box and points", "box and mask"])
+@torch.no_grad()
+def test_sam_equals_the_original(ours, original, kind, multimask):
+    encoder, segmenter = ours
+    draw = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, SIZE, SIZE, generator=draw)
+    boxes = torch.tensor([[10.0, 20, 50, 90], [0, 0, 127, 40]]) if "box" in kind else None
+    count = 3 if "points" in kind else 1
+    points = torch.rand(2, count, 2, generator=draw) * SIZE if "point" in kind else None
+    labels = torch.tensor([[1, 0, 1], [1, 1, 0]])[:, :count] if "point" in kind else None
+    masks = torch.randn(2, 1, SIZE // 4, SIZE // 4, generator=draw) if "mask" in kind else None
+    features = encoder(pixels)
+    assert torch.allclose(features, original.image_encoder(pixels), atol=1e-4)
+    found = segmenter(features, Prompts(torch.zeros(2, dtype=torch.long), boxes, points, labels, masks), multimask)
+    sparse, dense = original.prompt_encoder(None if points is None else (points, labels), boxes, masks)
+    expected, scores = original.mask_decoder(
+        features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=multimask
+    )
+    assert torch.allclose(found.masks, expected, atol=1e-4)
+    assert torch.allclose(found.scores, scores, atol=1e-4)
+
+
+class ImageEncoder(torch.nn.Module):
+    """Ours with the attributes that the original Sam reads."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.img_size = encoder, encoder.image.size
+
+    def forward(self, pixels):
+        return self.encoder(pixels)
+
+
+class PassPoints(torch.nn.Module):
+    """A prompt encoder that leaves points to the decoder."""
+
+    def get_dense_pe(self):
+        return None
+
+    def forward(self, points, boxes, masks):
+        return points, None
+
+
+class Decoder(torch.nn.Module):
+    """Our segmenter as the original mask decoder is called."""
+
+    def __init__(self, segmenter):
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
+        points, labels = sparse_prompt_embeddings
+        prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=points.float(), labels=labels.long())
+        regions = self.segmenter(image_embeddings, prompts, multimask_output)
+        return regions.masks, regions.scores
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return sca.load("sca-tiny")
+
+
+@pytest.mark.parametrize("nms", [1.0, 0.7, 0.3])
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"points": 6, "iou": 0.5, "stability": 0.6},
+        {"points": 8, "iou": 0.8, "stability": 0.8},
+        {"points": 6, "iou": 0.0, "stability": 0.3, "offset": 2.0},
+        {"points": 4, "iou": 0.3, "stability": 0.3, "crops": 1},
+        {"points": 2, "iou": 0.3, "stability": 0.5, "crops": 2, "crop_overlap": 0.2},
+    ],
+)
+@pytest.mark.parametrize("size", [None, (320, 213), (100, 260)])
+def test_everything_equals_the_original_region_by_region(trained, search, nms, size):
+    image = Scenes("test", count=3)[2].image
+    image = image if size is None else image.resize(size, Image.Resampling.BICUBIC)
+    options = Everything(nms=nms, **search)
+    predictor = sca.Predictor(trained)
+    predictor.set_image(image)
+    found, _ = find_everything(predictor, options)
+
+    form = trained.encoder.image
+    mean, std = ([255 * value for value in values] for values in (form.mean, form.std))
+    sam = Sam(ImageEncoder(trained.encoder), PassPoints(), Decoder(trained.segmenter), mean, std).eval()
+    generator = SamAutomaticMaskGenerator(
+        sam,
+        points_per_side=options.points,
+        pred_iou_thresh=options.iou,
+        stability_score_thresh=options.stability,
+        stability_score_offset=options.offset,
+        box_nms_thresh=nms,
+        crop_nms_thresh=nms,
+        crop_n_layers=options.crops,
+        crop_overlap_ratio=options.crop_overlap,
+    )
+    with torch.no_grad():
+        expected = generator.generate(np.asarray(image))
+    expected = [each for each in expected if each["area"]]  # an empty mask is no region
+    assert len(found) == len(expected) > 0
+    rest = list(expected)
+    for mask in found:
+        inside = decode(mask.mask)
+        apart = [
+            abs(min(each["predicted_iou"], 1.0) - mask.iou) * 1e3 + (each["segmentation"] != inside).mean() * 1e3
+            for each in rest
+        ]
+        nearest = int(np.argmin(apart))
+        assert apart[nearest] < 1
+        rest.pop(nearest)
