@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from sca_mobilesam import MobileSamEncoder, MobileSamSegmenter
+from sca_registry.contracts import Prompts
 
 TO_ORIGINAL = (  # by hand, from the original code
     (r"^vit\.patch_embed\.conv1\.", "patch_embed.seq.0."),
@@ -91,6 +92,31 @@ def test_a_file_in_the_original_layout_gives_the_same_numbers(file):
     read = MobileSamSegmenter(again)
     assert all(torch.equal(value, segmenter.state_dict()[name]) for name, value in read.state_dict().items())
     assert again.checkpoint == read.checkpoint == str(path)
+
+
+@torch.no_grad()
+def test_masks_and_scores_equal_the_original_code(tmp_path):
+    mobile_sam = pytest.importorskip("mobile_sam", reason="mobilesam-mirror is not installed")
+    torch.manual_seed(0)
+    original = mobile_sam.sam_model_registry["vit_t"]()
+    for name, parameter in original.image_encoder.named_parameters():
+        if name.endswith("attention_biases"):  # zeros until they are trained
+            torch.nn.init.normal_(parameter)
+    original.eval()  # keeps what these biases add
+    torch.save(original.state_dict(), tmp_path / "mobile_sam.pt")
+    encoder = MobileSamEncoder(str(tmp_path / "mobile_sam.pt")).eval()
+    segmenter = MobileSamSegmenter(encoder).eval()
+    pixels = torch.randn(1, 3, 1024, 1024)
+    features = encoder(pixels)
+    assert torch.allclose(features, original.image_encoder(pixels), atol=1e-4)
+    boxes = torch.tensor([[100.0, 200, 500, 900], [0, 0, 1023, 400]])
+    found = segmenter(features, Prompts(torch.zeros(2, dtype=torch.long), boxes=boxes))
+    sparse, dense = original.prompt_encoder(None, boxes, None)
+    expected, scores = original.mask_decoder(
+        features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
+    )
+    assert torch.allclose(found.masks, expected, atol=1e-4)
+    assert torch.allclose(found.scores, scores, atol=1e-4)
 
 
 def test_the_whole_encoder_has_six_million_parameters():
