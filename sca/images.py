@@ -124,7 +124,7 @@ def decode_image(image: Image.Image, shown: str) -> Image.Image:
     with _refusals(shown):
         has_deep_colors = any(DEEP_COLORS.match(_raw_mode(tile)) for tile in image.tile)
         image.load()
-        return _upright(_scale_colors(image, shown) if has_deep_colors else image, shown)
+        return _upright(image, shown, has_deep_colors)
 
 
 def identify_image(file: BinaryIO | str | Path) -> Image.Image:
@@ -217,12 +217,14 @@ def _refusals(shown: str) -> Iterator[None]:
         raise ImageError(f"{shown} is truncated or damaged ({reason}); copy or export it again") from error
 
 
-def _upright(image: Image.Image, shown: str) -> Image.Image:
+def _upright(image: Image.Image, shown: str, has_deep_colors: bool = False) -> Image.Image:
     """A loaded picture as RGB, turned as its EXIF says and without the EXIF, so that nobody turns it again."""
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata turns nothing
         turn = None
+    if has_deep_colors:
+        image = _scale_colors(image, shown)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = Image.fromarray(_scale_gray(np.asarray(image), _recorded_range(image), shown))
     elif image.has_transparency_data:

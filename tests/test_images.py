@@ -108,7 +108,7 @@ def test_scaled_gray_is_noticed_once(tmp_path, caplog, monkeypatch):
     assert [record.getMessage().count("a.png: gray values are scaled from 0..4095") for record in caplog.records] == [1]
 
 
-def write_png_of_16_bits(path, colors):
+def write_png_of_16_bits(path, colors, exif):
     """A PNG of (height, width, 3 or 4) colors, which Pillow cannot write."""
 
     def chunk(name, content):
@@ -117,7 +117,12 @@ def write_png_of_16_bits(path, colors):
     height, width, channels = colors.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    content = (
+        chunk(b"IHDR", header)
+        + (chunk(b"eXIf", exif) if exif else b"")
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
 
 
@@ -126,9 +131,12 @@ def write_png_of_16_bits(path, colors):
 def test_open_image_scales_colors_of_16_bits(tmp_path, caplog, monkeypatch, bits, channels):
     colors = np.linspace(0, 2**bits - 1, 60).reshape(5, 4, 3)
     alpha = np.full((5, 4, channels - 3), 2**16 - 1)
-    write_png_of_16_bits(tmp_path / f"{bits}-{channels}.png", np.concatenate([colors, alpha], 2))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    file = tmp_path / f"{bits}-{channels}.png"
+    write_png_of_16_bits(file, np.concatenate([colors, alpha], 2), exif.tobytes().removeprefix(b"Exif\0\0"))
     monkeypatch.setattr("sca.io.notices._noticed", set())
-    opened = np.asarray(open_image(tmp_path / f"{bits}-{channels}.png"))
+    opened = np.asarray(open_image(file))[::-1, ::-1]
     levels = 2 ** (bits - 8)
     assert np.abs(opened - colors * (255 / (2**bits - 1))).max() <= 255 / (levels - 1) + 1
     assert len(caplog.records) == (bits < 16)

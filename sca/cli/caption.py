@@ -339,7 +339,6 @@ class Requests:
     ):
         from sca_registry.contracts import Prompt
 
-        from sca.images import show
         from sca.io.annotations.annotation import SkipCounter
         from sca.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
 
@@ -351,8 +350,6 @@ class Requests:
             raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
         self.file = read_prompts(file) if file else None
         self.clipped = self.file.clipped if self.file is not None else SkipCounter()
-        if self.file is not None and (summary := self.file.skip.summarize()):
-            complain(f"{show(file)}: {summary}")
 
     def __bool__(self) -> bool:
         return bool(self.flags) or self.file is not None
@@ -406,6 +403,8 @@ class Requests:
             unusable = f"; {format_count(len(problems), 'record')} cannot be used" if problems else ""
             counts = f"{format_count(regions, 'region')}, {format_count(len(self.file), 'image')}"
             complain(f"{show(self.file.path)}: {counts}{unusable}")
+            if summary := self.file.skip.summarize():
+                complain(f"{show(self.file.path)}: {summary}")
         for problem in problems:
             failures.report(problem, status=2)
 
