@@ -124,10 +124,10 @@ class ImageTextModel:
                 num_beams=beams,
                 do_sample=False,
                 return_dict_in_generate=True,
-                output_scores=True,
+                output_logits=True,
             )
         pad = self.tokenizer.pad_token_id
-        ids, scores = new_words(self.model, found, self.ends, self.ends[0] if pad is None else pad)
+        ids, scores = new_words(found, self.ends, self.ends[0] if pad is None else pad)
         check_finite_scores(scores, f"captioner model {self.kind!r}")
         texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
         return list(zip(texts, scores.exp().tolist(), strict=True))

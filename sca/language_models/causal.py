@@ -102,10 +102,10 @@ class CausalLanguageModel(nn.Module):
                 pad_token_id=pad,
                 eos_token_id=ends or None,
                 return_dict_in_generate=True,
-                output_scores=True,
+                output_logits=True,
                 **sampling,
             )
-        ids, scores = new_words(self.model, found, ends, pad)
+        ids, scores = new_words(found, ends, pad)
         ids, scores = (each.unflatten(0, (len(prefix), captions)) for each in (ids, scores))
         if sample:  # beams come best first, what is drawn does not
             order = scores.argsort(dim=1, descending=True, stable=True)
@@ -162,18 +162,29 @@ class CausalLanguageModel(nn.Module):
         return (ends or [0])[0] if pad is None else pad, ends
 
 
-def new_words(model: PreTrainedModel, found: Any, ends: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
-    """Of what `generate` gave with its scores, the ids (N, T) that are new, with `pad` after the end, and their mean
-    log-probability (N,), the end counted.
+def new_words(found: Any, ends: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
+    """Read new tokens and their likelihood from what transformers' `generate` returns with `output_logits=True`.
+
+    Args:
+        found: The output of `generate`.
+        ends: Ids that end a text.
+        pad: The id behind an end.
+
+    Returns:
+        ids (N, T), and the mean log-probability (N,) of those up to and including the end. It is the model's own: of
+        the logits before temperature, top-p and penalties.
     """
     beams = getattr(found, "beam_indices", None)
-    steps = model.compute_transition_scores(found.sequences, found.scores, beams, normalize_logits=beams is None)
-    ids = found.sequences[:, found.sequences.shape[1] - steps.shape[1] :]
+    steps = len(found.logits) if beams is None else int((beams >= 0).sum(1).max())
+    ids = found.sequences[:, found.sequences.shape[1] - steps :]
     end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).int()
     before = end.cumsum(1) - end  # how many ends came before
-    counted = (before == 0).to(steps.dtype)
-    scores = steps.masked_fill(counted == 0, 0.0).sum(1) / counted.sum(1)
-    return ids.masked_fill(before > 0, pad), scores.float()
+    total = torch.zeros(len(ids), device=ids.device)
+    for step, logits in enumerate(found.logits[:steps]):
+        rows = slice(None) if beams is None else beams[:, step].clamp(min=0)
+        likelihood = logits[rows].float().log_softmax(1).gather(1, ids[:, step : step + 1])[:, 0]
+        total += likelihood.masked_fill(before[:, step] > 0, 0.0)
+    return ids.masked_fill(before > 0, pad), total / (before == 0).sum(1)
 
 
 class TextTokenizer:

@@ -113,6 +113,34 @@ def test_what_is_drawn_comes_best_first_too(lm_folder):
         model.generate(prefix, max_new_tokens=4, captions=0)
 
 
+GENERATION = [
+    {},
+    {"beams": 3, "captions": 2},
+    {"sample": True, "temperature": 0.2, "captions": 3},
+    {"sample": True, "temperature": 5.0, "top_p": 0.3},
+    {"sample": True, "temperature": 3.0, "beams": 2},
+]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("options", GENERATION, ids=str)
+@torch.no_grad()
+def test_scores_are_mean_log_probabilities_of_untempered_logits(lm_folder, family, options):
+    model = HfLanguageModel(str(lm_folder(family))).eval()
+    torch.manual_seed(0)
+    prefix = torch.randn(3, 2, model.width)
+    generated = model.generate(prefix, max_new_tokens=6, **options)
+    _, ends = model._ends()
+    for row, texts in enumerate(generated.ids.tolist()):
+        for ids, score in zip(texts, generated.scores[row].tolist(), strict=True):
+            length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+            tokens = torch.tensor(ids[:length])
+            embeddings = torch.cat((prefix[row], model.embed(tokens)))[None]
+            states = model.hidden(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.long))
+            likelihoods = model.head(states)[0, 1:-1].log_softmax(1).gather(1, tokens[:, None])
+            assert score == pytest.approx(likelihoods.mean().item(), abs=1e-4)
+
+
 def test_a_prefix_that_leaves_no_room_for_words_is_refused():
     with pytest.raises(RegistryError, match="a prefix of 106; the language model 'tiny-gpt2' has 96 positions"):
         sca.compose("tiny-vit", {"name": "roi-pool", "size": 10}, "tiny-gpt2")
