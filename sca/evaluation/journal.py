@@ -30,6 +30,7 @@ from sca.io.run_folder import find_outputs
 NAME = "predictions.jsonl"
 FILES = (NAME, "predictions.#.jsonl")  # of the first process, and of the others
 HEADER = b'{"run": {'  # how a file of `sca evaluate` begins
+TEXTS = ("caption", "truth", "references", "proposals")  # fields of a record with texts to compare
 LOOSE = ("versions", "batch")  # what may differ between a run and its continuation
 
 
@@ -135,6 +136,7 @@ def read_predictions(path: str | Path) -> Predictions:
                 elif "end" in content:
                     end = content["end"]
                 elif "done" not in content:
+                    _check_texts(content, f"{path}, line {number}")
                     records.append(content)
     except IrregularFileError as error:
         raise PredictionsError(str(error)) from error
@@ -255,6 +257,18 @@ def predictions_files(folder: Path) -> list[Path]:
 
 def _name(rank: int) -> str:
     return NAME if rank == 0 else f"predictions.{rank}.jsonl"
+
+
+def _check_texts(record: Mapping[str, Any], where: str) -> None:
+    """Raise PredictionsError if what metrics compare cannot be encoded; names of images may be such texts."""
+    for key in TEXTS:
+        try:
+            json.dumps(record.get(key), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise PredictionsError(
+                f"{where}, {key!r}: {half} is half of a surrogate pair, which is not text; remove it"
+            ) from error
 
 
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -210,7 +210,13 @@ def test_every_process_syncs_its_predictions_before_the_first_merges_them(teller
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "line 1 is not whole JSON"), ("[]", "line 1 is .* and not a record"), ("\xff", "line 1")],
+    [
+        ("{", "line 1 is not whole JSON"),
+        ("[]", "line 1 is .* and not a record"),
+        ("\xff", "line 1"),
+        ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption': '\\ud800' is half of a surrogate pair"),
+        ('{"truth": {"phrases": ["\\udc80"]}}', r"line 1, 'truth': '\\udc80' is half of a surrogate pair"),
+    ],
 )
 def test_a_file_that_is_none_is_told_by_its_line(tmp_path, content, said):
     path = tmp_path / "made.jsonl"
