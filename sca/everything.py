@@ -24,6 +24,7 @@ from sca.nn.boxes import box_iou
 from sca.nn.suppression import suppress
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
+SEARCH_VERSION = 2  # of what a search finds: raised when the regions of the same settings change
 NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
 MEASURED = 16  # masks are measured at a time: a small piece of work
 

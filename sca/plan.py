@@ -11,14 +11,13 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from sca_registry import registry
 from sca_registry.contracts import Batch, Prompts, Targets
-from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -39,66 +38,14 @@ from sca.language_models.greedy import plain
 from sca.mask_predictor import REGIONS
 from sca.model import ROWS, SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
+from sca.plans import GIB, LIMIT, Plan, memory_of
 
-GIB = 2**30
-GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a run
-    "b200": 178.0,
-    "h200": 139.8,
-    "h100": 79.1,
-    "a100-80": 79.1,
-    "a100-40": 39.4,
-    "l40s": 44.4,
-    "a6000": 47.4,
-    "rtx5090": 31.4,
-    "rtx4090": 23.5,
-    "rtx3090": 23.6,
-    "l4": 22.0,
-    "v100-32": 31.7,
-    "v100-16": 15.8,
-    "t4": 14.6,
-}
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
-LIMIT = 2**14  # regions an image: as far as is looked
 BLOCK = 512  # bytes: what allocators round to
 CONSTANTS = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
 LAYER_INDEX = "layer_idx"  # transformers' name for the index of a layer in a cache
 aten = torch.ops.aten
 CHOOSING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` found. flops: multiplications and additions, each one, for all images and regions; of a training
-    step, forward and backward together. memory: the most bytes at once in each stage, weights and all.
-    """
-
-    model: str
-    images: int
-    regions: int  # an image
-    words: int
-    dtype: str
-    train: bool
-    parameters: dict[str, int]  # by part
-    trainable: int
-    weights: int  # bytes of all of them in float32; what is fetched may be half of it, or have towers that are not kept
-    checkpoint: int  # bytes of a checkpoint alone
-    flops: dict[str, int]
-    memory: dict[str, int]
-    gpu: str | None = None
-    room: int | None = None  # bytes of the GPU that are planned with
-    most_regions: int | None = None  # an image, that the GPU holds, at most 2 % below the largest such; 0: not one
-
-    @property
-    def peak(self) -> int:
-        return max(self.memory.values())
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.room is None else self.peak <= self.room
-
-    def to_dict(self) -> dict[str, Any]:
-        total = sum(self.parameters.values())
-        return {**asdict(self), "parameters_in_all": total, "peak": self.peak, "fits": self.fits}
 
 
 def plan(
@@ -203,20 +150,6 @@ def _is_new(result: Tensor, inputs: list[Tensor]) -> bool:
     """Whether a tensor is all of its storage, and shares it with no input."""
     storage = result.untyped_storage()
     return storage.nbytes() == result.nbytes and all(storage._cdata != each.untyped_storage()._cdata for each in inputs)
-
-
-def memory_of(gpu: str | float) -> float:
-    """GiB of a GPU by name, or as given. Raises RegistryError for neither."""
-    if isinstance(gpu, str):
-        try:
-            gpu = float(gpu)
-        except ValueError:
-            if gpu.lower() not in GPUS:
-                raise unknown(f"no GPU {gpu!r} is known; GiB will do", gpu, GPUS) from None
-            return GPUS[gpu.lower()]
-    if not 0 < gpu < 2**20:
-        raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
-    return gpu
 
 
 class _Cost:

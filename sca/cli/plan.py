@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,8 +14,7 @@ from sca.cli.options import AllowExternal, TrustRemoteCode, print_json, print_li
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
-    from sca.plan import Plan
-    from sca.trust import Trust
+    from sca.plans import Plan
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,31 +42,69 @@ def plan(
     Nothing is fetched or computed: the model is built without weights and run on tensors without content.
     """
     settle("dtype", dtype, DTYPES)
-    import torch
+    from sca.plans import memory_of
 
-    from sca.plan import plan as make_plan
-    from sca.trust import Trust
-
-    spec = _read(model, Trust(trust_remote_code, allow_external)).override(overrides or ())
-    planned = make_plan(spec, images, regions, words, train, getattr(torch, dtype), gpu)
+    if gpu is not None:
+        memory_of(gpu)  # raises for an unknown one
+    settings = {"images": images, "regions": regions, "words": words, "train": train, "gpu": gpu}
+    with _garbage_uncollected():
+        planned = _make_plan(model, overrides or (), trust_remote_code, allow_external, settings, dtype)
     if as_json:
         print_json(planned.to_dict())
     else:
         _print(planned)
 
 
-def _read(model: str, trust: Trust) -> ModelSpec:
+@contextmanager
+def _garbage_uncollected() -> Iterator[None]:
+    """In so short a process collecting garbage takes an eighth of the time and frees little."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _make_plan(
+    model: str,
+    overrides: Sequence[str],
+    trust_remote_code: bool,
+    allow_external: bool,
+    settings: dict[str, Any],
+    dtype: str,
+) -> Plan:
+    """The plan of a model, from the cache if the same was planned before."""
+    from sca.plans import plan_key, read_plan, write_plan
+
+    spec = _read(model, trust_remote_code, allow_external).override(overrides)
+    key = plan_key(spec, {**settings, "dtype": dtype})
+    planned = read_plan(key) if key else None
+    if planned is None:
+        import torch
+
+        from sca.plan import plan as compute_plan
+
+        planned = compute_plan(spec, **settings, dtype=getattr(torch, dtype))
+        if key:
+            write_plan(key, planned)
+    return planned
+
+
+def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpec:
     """The spec of what was named. Raises RegistryError for what is none of these."""
     from sca_registry import zoo
     from sca_registry.messages import unknown
     from sca_registry.spec import ModelSpec
 
-    from sca.checkpoint import SPEC, read_local_spec
-    from sca.hub import suggest_path
-
     if "+" in model:
         return ModelSpec.parse(model)
-    spec = read_local_spec(model, trust)
+    from sca.checkpoint import SPEC, read_local_spec
+    from sca.hub import suggest_path
+    from sca.trust import Trust
+
+    spec = read_local_spec(model, Trust(trust_remote_code, allow_external))
     if spec is not None:
         return spec
     if model in zoo.names():
@@ -79,7 +119,7 @@ def _read(model: str, trust: Trust) -> ModelSpec:
 
 def _print(planned: Plan) -> None:
     from sca.io.terminal import Table
-    from sca.plan import LIMIT
+    from sca.plans import LIMIT
 
     what = "a step of training" if planned.train else "captioning"
     asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"

@@ -36,6 +36,7 @@ from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
+from sca.everything import SEARCH_VERSION
 from sca.io.run_folder import RunFolder, existing_paths
 from sca.predictor import Predictor
 
@@ -197,6 +198,7 @@ def evaluate(
         "images": len(built),
         "prompt": None if found else questions.prompt,
         "proposer": found and found.to_dict(),
+        **({"search": SEARCH_VERSION} if found else {}),
         "tasks": ["dense"] if found else list(questions.tasks),
         "controls": list(questions.controls),
         "seed": questions.seed,

@@ -214,6 +214,7 @@ def _rows(
     implementation = getattr(metric, "implementation", own)
     implementation = f"{implementation} {entry.version}".rstrip() if implementation == own else implementation
     asked = {key: run.get(key) for key in ("dataset", "split", "truth", "prompt", "seed", "generation", "proposer")}
+    asked |= {"search": run["search"]} if "search" in run else {}
     protocol = protocol_id(asked, name, control, used, implementation)
     sums = resamplable(found)
     enough = {key: has_enough_images(groups) for key, (_, groups) in sums.items()}

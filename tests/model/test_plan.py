@@ -9,7 +9,8 @@ from tiny import SAM, tiny
 
 import sca
 from sca.nn.two_way import TwoWayTransformer
-from sca.plan import LIMIT, _layer_signature, _most, _Stages, plan
+from sca.plan import _layer_signature, _most, _Stages, plan
+from sca.plans import LIMIT
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}

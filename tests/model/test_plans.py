@@ -1,0 +1,60 @@
+"""Plans are kept by what they depend on."""
+
+import pytest
+from sca_registry.spec import ModelSpec
+
+import sca.plan
+from sca.cli import run
+from sca.plans import KEPT, plan_key, read_plan, write_plan
+
+TINY = "tiny-vit+query+tiny-gpt2"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "plans"
+
+
+def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
+    spec = ModelSpec.parse(TINY)
+    key = plan_key(spec, {"images": 1})
+    assert key == plan_key(ModelSpec.parse(TINY), {"images": 1})
+    assert key != plan_key(spec, {"images": 2})
+    assert key != plan_key(spec.override(["lora=8"]), {"images": 1})
+    monkeypatch.setattr("sca.plans.source_fingerprint", lambda package: "edited")
+    assert key != plan_key(spec, {"images": 1})
+    monkeypatch.setattr("sca.plans.version", lambda name: "0")
+    assert key != plan_key(spec, {"images": 1})
+
+
+@pytest.mark.parametrize("spec", ["tiny-vit+query+hf weights=./folder", "tiny-vit+unknown+tiny-gpt2"])
+def test_plan_key_is_none_for_files_and_unknown_components(spec):
+    name, *changes = spec.split()
+    assert plan_key(ModelSpec.parse(name).override([f"language_model.{each}" for each in changes]), {}) is None
+
+
+def test_plan_command_computes_once(capsys, monkeypatch, cache):
+    assert run(["plan", TINY, "--json"]) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(sca.plan, "plan", lambda *_, **__: pytest.fail("planned again"))
+    assert run(["plan", TINY, "--json"]) == 0
+    assert capsys.readouterr().out == first
+    assert run(["plan", TINY, "--gpu", "abacus"]) == 2
+    (file,) = cache.iterdir()
+    file.write_text("{")
+    assert read_plan(file.stem) is None
+
+
+def test_write_plan_keeps_the_latest(cache):
+    plan = sca.plan.plan(ModelSpec.parse(TINY))
+    for number in range(KEPT + 3):
+        write_plan(str(number), plan)
+    assert len(list(cache.iterdir())) == KEPT
+    assert read_plan(str(KEPT + 2)) == plan
+
+
+def test_write_plan_without_a_cache_folder_does_nothing(cache):
+    cache.parent.write_text("a file")
+    write_plan("key", sca.plan.plan(ModelSpec.parse(TINY)))
+    assert read_plan("key") is None
