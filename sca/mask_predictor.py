@@ -138,8 +138,8 @@ class MaskPredictor(ABC):
 
         Boxes are clipped to the image; PromptError, a ValueError, for what does not fit it (see `sca.prompts.check`).
 
-        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p; captions, how
-        many for each region; as far as what captions takes them.
+        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p; seed, of
+        what is drawn; captions, how many for each region; as far as what captions takes them.
         """
         encoded, request = self._asked(prompts, boxes, points)
         return self.answer(encoded, [request], task, **generation)[0]

@@ -151,11 +151,13 @@ class SegmentCaptioner(Segmenting):
         return self.generate_from_prefix(self.prefix(self.mix(self.segment(features, prompts)), task), **generation)
 
     @torch.no_grad()
-    def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> Generated:
+    def generate_from_prefix(self, prefix: Tensor, seed: int | None = None, **generation: Any) -> Generated:
         """Generate token ids for prefixes, at most `ROWS` texts at a time, so that memory does not grow with regions.
 
         Args:
             prefix: (N, K, E).
+            seed: Seed of what is drawn for each row. Rows are then generated one at a time, so that a caption does not
+                depend on its neighbors; the state of torch's generators stays.
             **generation: Options of the language model's `generate`, in place of those of the spec.
 
         Raises:
@@ -163,10 +165,20 @@ class SegmentCaptioner(Segmenting):
         """
         options = {**self.spec.generation, **generation}
         texts = max(1, *(count for name in ("beams", "captions") if isinstance(count := options.get(name, 1), int)))
-        pieces = prefix.split(max(1, ROWS // texts)) if len(prefix) else (prefix,)
-        generated = _join_generated([self.language_model.generate(piece, **options) for piece in pieces], self._pad)
+        rows = max(1, ROWS // texts) if seed is None else 1
+        pieces = prefix.split(rows) if len(prefix) else (prefix,)
+        generated = _join_generated([self._generate_piece(piece, seed, options) for piece in pieces], self._pad)
         check_finite_scores(generated.scores, f"language model {self._name_of('language_model')!r}")
         return generated
+
+    def _generate_piece(self, prefix: Tensor, seed: int | None, options: Mapping[str, Any]) -> Generated:
+        if seed is None:
+            return self.language_model.generate(prefix, **options)
+        is_cpu = prefix.device.type == "cpu"
+        kind = {} if is_cpu else {"device_type": prefix.device.type}
+        with torch.random.fork_rng([] if is_cpu else [prefix.device], **kind):
+            torch.manual_seed(seed)
+            return self.language_model.generate(prefix, **options)
 
     @property
     def _pad(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sca_registry.contracts import TASKS, Caption, Prompt, Prompts
+from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, TokenUsage
 from sca_registry.spec import Everything
 
 from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task, ious_of
@@ -46,12 +46,14 @@ class Predictor(MaskPredictor):
         flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
         answers: list[Caption | None] = [None] * len(flat)
         for places, prompts in self.processor.prompts(requests, encoded.frames):
-            told, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
+            told, usages, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
             for row, place in enumerate(places):
                 _, prompt, region = flat[place]
                 box = prompt.box or (codes[row] and box_of(codes[row]))
                 (text, score), *others = told[row]
-                answers[place] = Caption(text, score, box, codes[row], ious[row], prompt, region, tuple(others))
+                answers[place] = Caption(
+                    text, score, box, codes[row], ious[row], prompt, region, tuple(others), usages[row]
+                )
         captions: list[list[Caption]] = [[] for _ in requests]
         for (owner, _, _), answer in zip(flat, answers, strict=True):
             captions[owner].append(answer)
@@ -66,9 +68,9 @@ class Predictor(MaskPredictor):
 
     def _bucket(
         self, encoded: Encoded, prompts: Prompts, task: int, masks: bool, generation: Mapping[str, Any]
-    ) -> tuple[list[list[tuple[str, float]]], list[Any], list[Any]]:
-        """Texts with their scores, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last two may be
-        None.
+    ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
+        """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
+        two may be None.
         """
         prefixes, codes, ious = [], [], []
         prepared = None
@@ -83,12 +85,13 @@ class Predictor(MaskPredictor):
             if regions.scores is not None:
                 ious += ious_of(regions.scores.amax(1))
             del regions  # the grids of its regions are large, and words need room
-        generated = self.model.generate_from_prefix(torch.cat(prefixes), **generation)
+        prefix = torch.cat(prefixes)  # (N, K, E)
+        generated = self.model.generate_from_prefix(prefix, **generation)
         nothing = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
         ids = generated.ids.tolist()
         told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
-        return told, codes or nothing, ious or nothing
+        return told, [self._count_tokens(prefix.shape[1], rows) for rows in ids], codes or nothing, ious or nothing
 
     def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.model.language_model.tokenizer
@@ -98,3 +101,13 @@ class Predictor(MaskPredictor):
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return [tokenizer.decode(row) for row in ids]
+
+    def _count_tokens(self, prompt: int, ids: Sequence[Sequence[int]]) -> TokenUsage:
+        """Count the tokens of the captions (R rows of ids) of a region whose prefix has `prompt` positions."""
+        tokenizer = self.model.language_model.tokenizer
+        lengths, cut = [], []
+        for row in ids:
+            end = next((place for place, token in enumerate(row) if token in (tokenizer.eos, tokenizer.pad)), None)
+            lengths.append(len(row) if end is None else end + 1)
+            cut.append(end is None)
+        return TokenUsage(prompt, tuple(lengths), tuple(cut))

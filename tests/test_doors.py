@@ -70,7 +70,7 @@ def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
     asked = {"image": base64.b64encode(Path("a.png").read_bytes()).decode(), "prompts": [region]}
     answer = client.post("/v1/captions", json=asked)
     assert answer.status_code == 422
-    assert words in answer.json()["error"]
+    assert words in answer.json()["error"]["message"]
 
     if len(region.get("points", ((1, 2),))[0]) == 2:  # a canvas gives no label that there is not
         with pytest.raises(PromptError, match=re.escape(words)):
@@ -112,7 +112,7 @@ def test_a_broken_picture_is_told_alike(name, picture, client, capfd, tmp_path):
     asked = {"image": base64.b64encode(content).decode(), "prompts": [{"box": [1, 1, 9, 9]}]}
     answer = client.post("/v1/captions", json=asked)
     assert answer.status_code == 422
-    for told in (str(raised.value), said[0], answer.json()["error"]):
+    for told in (str(raised.value), said[0], answer.json()["error"]["message"]):
         assert words in told
 
 

@@ -170,6 +170,14 @@ class Prompt:
         return self.box is not None or bool(self.points) or self.mask is not None
 
 
+class TokenUsage(NamedTuple):
+    """Tokens of one region's captions."""
+
+    prompt: int  # positions of the prefix that the language model reads
+    completion: tuple[int, ...]  # tokens of the caption and each of `others`, the end counted
+    is_cut: tuple[bool, ...]  # whether each was cut at the token limit before it ended
+
+
 @dataclass(frozen=True)
 class Caption:
     """The answer for one region, in the image's own pixels."""
@@ -182,6 +190,7 @@ class Caption:
     prompt: Prompt
     region: int  # the prompt's place in the request
     others: tuple[tuple[str, float], ...] = ()  # further captions that were asked for, and their scores, best first
+    usage: TokenUsage | None = None  # None where no language model wrote the captions, or its tokens are not counted
 
 
 @dataclass(frozen=True)

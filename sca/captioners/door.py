@@ -85,15 +85,17 @@ def settings(
     captions: int | None = None,
     sample: bool = False,
     temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """What was asked of generation, as captioners take it; None leaves it to the captioner.
 
     The best of several captions are found by a search, so that without `beams` there are at least as many.
     """
-    given = {"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature}
+    given = {"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature, "top_p": top_p}
     asked = {name: value for name, value in given.items() if value is not None}
     if sample:
-        asked["sample"] = True
+        asked |= {"sample": True} | ({} if seed is None else {"seed": seed})  # nothing else is drawn
     if captions and beams is None and not sample:
         usual = getattr(captioner, "generation", GENERATION)
         asked["beams"] = max(captions, usual["beams"])

@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
 from sca.serve.keys import find_key
+from sca.serve.problems import ApiError, error_response
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/health",)  # that are answered without a key
@@ -38,7 +38,7 @@ class HostCheck:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
         message = f"the host {given[:100]!r} is not served here; start with --allow-host NAME to allow it"
-        await JSONResponse({"error": message}, 403)(scope, receive, send)
+        await error_response(ApiError(403, message))(scope, receive, send)
 
     def _is_allowed(self, given: str) -> bool:
         try:
@@ -66,8 +66,7 @@ class KeyCheck:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         place = find_key(given.strip(), self.keys) if scheme.lower() == "bearer" else None
         if place is None:
-            answer = JSONResponse({"error": "no valid API key; send Authorization: Bearer KEY"}, 401)
-            answer.headers["WWW-Authenticate"] = "Bearer"
-            return await answer(scope, receive, send)
+            error = ApiError(401, "no valid API key; send Authorization: Bearer KEY")
+            return await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         scope.setdefault("state", {})["client"] = f"key {place}"
         await self.app(scope, receive, send)

@@ -30,9 +30,9 @@ from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat
 from sca.serve.engine import SHORT, Done, Engine, EngineError, Event, Found, Question, Searched
 from sca.serve.memory import BudgetError, release_memory
-from sca.serve.problems import ApiError, to_api_error
+from sca.serve.problems import ApiError, error_response, to_api_error
 from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
-from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decoded, plain
+from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decode_base64, plain
 
 TRIM = 10.0  # seconds between two times that freed memory goes back to the system
 QUIET = 10.0  # seconds without an event after which a stream says that it lives
@@ -184,7 +184,7 @@ async def _stream(service: Service, request: Request, question: Question) -> Res
         except StopAsyncIteration:
             return
         except EngineError as error:
-            yield format_sse_event(event="error", data_str=json.dumps({"error": str(error)}))
+            yield format_sse_event(event="error", data_str=json.dumps(to_api_error(error).content))
         finally:
             await events.aclose()
 
@@ -209,7 +209,7 @@ async def _read(service: Service, request: Request) -> tuple[Asked, bytes]:
     kind = content_type(request)
     if kind == JSON:
         asked = await service.parse(request, AskedOfImage)
-        content = await to_thread.run_sync(decoded, asked.image)
+        content = await to_thread.run_sync(decode_base64, asked.image)
         asked.image = ""  # it is large
         return asked, content
     if kind == "multipart/form-data":
@@ -224,22 +224,24 @@ async def _read(service: Service, request: Request) -> tuple[Asked, bytes]:
 
 
 def _handle_problems(app: FastAPI) -> None:
-    """Every problem is a status and {"error": a line}; a defect is one in the log and 500 here."""
+    """Every problem is a status and an error object; a defect is one in the log and 500 here."""
 
     async def answer(_: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # to nobody
-        problem = to_api_error(error)
-        return JSONResponse({"error": str(problem)}, problem.status, problem.headers)
+        return error_response(to_api_error(error))
 
     kinds = (ApiError, BudgetError, EngineError, ImageError, MemoryError, PromptError, ValidationError)
     for kind in (*kinds, ClientDisconnect, RequestValidationError):
         app.add_exception_handler(kind, answer)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+    async def http(request: Request, error: HTTPException) -> Response:
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"there is no {request.method} {request.url.path[:200]}; the page at /docs lists the routes"
+        return error_response(ApiError(error.status_code, message), error.headers)
 
     @app.exception_handler(Exception)
     async def defect(_: Request, __: Exception) -> Response:
-        return JSONResponse({"error": "the server failed; its log says how"}, 500)
+        return error_response(ApiError(500, "the server failed; its log says how"))

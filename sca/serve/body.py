@@ -7,10 +7,10 @@ import contextlib
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from sca.serve.memory import ByteBudget, Lease
-from sca.serve.problems import ApiError
+from sca.serve.problems import ApiError, error_response
 from sca.serve.schema import Limits
 
 COPIES = 4  # of a body while it is read: its bytes, the text in its JSON, the file in that text
@@ -80,12 +80,12 @@ class RequestLimits:
                 raise refusal
             await self.app(scope, limited, sent)
         except ApiError as error:
-            await _respond(error)(scope, receive, sent)
+            await _close_with(error)(scope, receive, sent)
         except asyncio.CancelledError:
             if started:
                 raise
             whole = True  # nothing more is read
-            await _respond(ApiError(503, "the server is shutting down; try again later"))(scope, receive, sent)
+            await _close_with(ApiError(503, "the server is shutting down; try again later"))(scope, receive, sent)
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         """What is wrong with a request before its body is read."""
@@ -112,5 +112,5 @@ async def _discard(receive: Any) -> None:
                     return
 
 
-def _respond(error: ApiError) -> JSONResponse:
-    return JSONResponse({"error": str(error)}, error.status, {**error.headers, "Connection": "close"})
+def _close_with(error: ApiError) -> Response:
+    return error_response(error, {"Connection": "close"})

@@ -405,7 +405,10 @@ class Engine:
         """What a region costs, compared to a usual one."""
         usual = getattr(self.captioner, "generation", GENERATION)
         asked = {**usual, **ticket.question.generation}
-        words = asked["beams"] * asked["max_new_tokens"] / (usual["beams"] * usual["max_new_tokens"])
+        texts = max(asked["beams"], asked.get("captions", 1))
+        words = texts * asked["max_new_tokens"] / (usual["beams"] * usual["max_new_tokens"])
+        if asked.get("seed") is not None:  # such regions are captioned one at a time
+            words = max(words, self.regions)
         pixels = ticket.question.image.width * ticket.question.image.height / PIXELS
         made = ticket.to_mask + 3 * ticket.question.candidates
 

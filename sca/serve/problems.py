@@ -1,4 +1,4 @@
-"""What goes wrong, as HTTP says it: a status and one line."""
+"""What goes wrong, as HTTP says it: a status and one line, in the form that clients of the OpenAI API read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from sca.images import ImageError, ImageMemoryError, TooLargeError
@@ -15,18 +16,51 @@ from sca.serve.memory import BudgetError
 
 MOST = 3  # problems of one request in its answer
 _STATUS = {BusyError: 503, ClosedError: 503, NoRoomError: 503, LateError: 504, CannotError: 422}
+_CODES = {
+    400: "bad_request",
+    401: "invalid_api_key",
+    403: "host_not_allowed",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_value",
+    500: "internal_error",
+    503: "overloaded",
+    504: "timeout",
+}
 
 
 class ApiError(Exception):
-    """A status and a line."""
+    """A status and a line.
 
-    def __init__(self, status: int, message: str):
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to do, in one line.
+        code: What programs compare; None for the usual one of the status.
+        param: The field of the request that is wrong, if it is one.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.param = status, param
+        self.code = code or _CODES.get(status, "error")
 
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "1"} if self.status == 503 else {}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The body of the answer, an error object of the OpenAI API."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Build the HTTP answer for an error, with further headers."""
+    return JSONResponse(error.content, error.status, {**error.headers, **(headers or {})})
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -49,17 +83,18 @@ def to_api_error(error: Exception) -> ApiError:
         case ImageError() | PromptError():
             return ApiError(422, str(error))
         case ValidationError():
-            return ApiError(422, _fields(error.errors(include_url=False, include_context=False, include_input=False)))
+            return _describe_fields(error.errors(include_url=False, include_context=False, include_input=False))
         case RequestValidationError():
-            return ApiError(422, _fields(error.errors()))
+            return _describe_fields(error.errors())
     raise TypeError(type(error).__name__)
 
 
-def _fields(errors: Sequence[Mapping[str, Any]]) -> str:
+def _describe_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first problems, each with the field that has it."""
-    lines = []
+    places, lines = [], []
     for each in errors[:MOST]:
         where = ".".join(str(part) for part in each["loc"] if part != "body")
         message = " ".join(each["msg"].removeprefix("Value error, ").split())
+        places.append(where)
         lines.append(f"{where}: {message}" if where else message)
-    return "; ".join(lines)[:1000]
+    return ApiError(422, "; ".join(lines)[:1000], param=places[0][:100] or None)

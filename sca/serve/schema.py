@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # beams, of which each can be a caption, and tokens per caption
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # as the OpenAI API takes seeds
 MAX_GRID, MAX_CROPS = 64, 2  # points along each side of the grid, and layers of crops
 
 _NUMBER = {"type": "number"}
@@ -116,6 +117,8 @@ class Asked(Strict):
     max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS)] = None
     sample: StrictBool = False
     temperature: Annotated[float | None, Field(ge=0.01, le=100, description="with `sample`")] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, description="with `sample`")] = None
+    seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED, description="of what `sample` draws")] = None
     masks: Annotated[StrictBool, Field(description="whether masks are to be in the answer")] = True
     stream: Annotated[StrictBool, Field(description="server-sent events: a region as soon as it is there")] = False
 
@@ -156,10 +159,17 @@ class Answer(BaseModel):
     regions: list[RegionOut]
 
 
-class Problem(BaseModel):
-    """What was wrong, in one line."""
+class ErrorOut(BaseModel):
+    """What was wrong, as the OpenAI API says it."""
 
-    error: str
+    message: Annotated[str, Field(description="what is wrong and what to do, in one line")]
+    type: Literal["invalid_request_error", "server_error"]
+    param: Annotated[str | None, Field(description="the field of the request, if it is one")]
+    code: Annotated[str, Field(description="what programs compare")]
+
+
+class Problem(BaseModel):
+    error: ErrorOut
 
 
 class Health(BaseModel):

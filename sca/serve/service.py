@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,6 +48,10 @@ SMALL = 64 * 2**20  # pixels of masks that a request may always have
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
 DECODING, DECODED = 13, 4  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
+MAX_HEAD = 1000  # characters of a data: URL before its comma
+SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
+STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from the one for URLs
+PERCENT_ENCODED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
 WORDS = 1000  # bytes of a caption or another event without its mask, about
 
 _PROBLEMS = {
@@ -152,8 +156,9 @@ class Service:
             raise ApiError(413, f"a prompt of {max(points):,} points, and {self.limits.points:,} are allowed")
         if sum(points) > self.limits.all_points:
             raise ApiError(413, f"{sum(points):,} points, and {self.limits.all_points:,} are allowed in all prompts")
-        if asked.temperature is not None and not asked.sample:
-            raise ApiError(422, "temperature can only be used with sample=true")
+        for name in ("temperature", "top_p"):
+            if getattr(asked, name) is not None and not asked.sample:
+                raise ApiError(422, f"{name} can only be used with sample=true", param=name)
         if asked.everything and not self.engine.finds:
             raise ApiError(422, "this model finds no regions by itself: give prompts")
 
@@ -171,6 +176,8 @@ class Service:
             captions=asked.captions,
             sample=asked.sample,
             temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
         )
         generation |= _limit_defaults(captioner, generation)
         everything = None
@@ -259,18 +266,28 @@ def count_masks(asked: Asked) -> int:
     return sum(prompt.mask is not None for prompt in asked.prompts)
 
 
-def decoded(text: str) -> bytes:
-    """The bytes in base64 text or a data: URL; ApiError if there are none."""
-    if text.startswith(("http://", "https://")):
-        raise ApiError(422, "image: pictures are not fetched from elsewhere; send the file in base64")
-    if text.startswith("data:"):
-        head, _, text = text.partition(",")
-        if not head.endswith(";base64"):
-            raise ApiError(422, "image: a data: URL in base64, like data:image/png;base64,...")
+def decode_base64(text: str) -> bytes:
+    """Decode base64 text or a data: URL as clients write them: in either alphabet, with or without padding, line
+    breaks and percent-encoding, and with "data:" in any case.
+
+    Raises:
+        ApiError: If the text is another URL or not base64.
+    """
+    head, comma, _ = text[:MAX_HEAD].partition(",")
+    scheme = SCHEME.match(head)
+    if scheme and scheme[1].lower() != "data":
+        raise ApiError(422, "image: pictures are not fetched from elsewhere; send the file in base64", param="image")
+    if scheme:
+        if not comma or not head.rstrip().lower().endswith(";base64"):
+            raise ApiError(422, "image: a data: URL in base64, like data:image/png;base64,...", param="image")
+        text = text[len(head) + 1 :]
+    for code, sign in PERCENT_ENCODED.items():
+        text = text.replace(code, sign).replace(code.lower(), sign)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(422, "image: not base64") from None
+        content = text.encode("ascii").translate(STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except ValueError:  # binascii.Error and UnicodeEncodeError are kinds of it
+        raise ApiError(422, "image: not base64", param="image") from None
 
 
 def plain(caption: Caption, image: Image.Image) -> dict[str, Any]:

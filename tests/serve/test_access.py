@@ -42,7 +42,7 @@ def test_host_check_allows_addresses_and_named_hosts(plain, host, status):
     answer = client.get("/", headers={"Host": host})
     assert answer.status_code == status
     if status == 403:
-        assert "--allow-host" in answer.json()["error"]
+        assert "--allow-host" in answer.json()["error"]["message"]
 
 
 def test_host_check_allows_all_where_told(plain):

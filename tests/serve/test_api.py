@@ -110,14 +110,14 @@ def test_the_chat_route_answers_openai_clients(client, asked, scene, tiny):
     assert whole["box"] == [0, 0, *scene.image.size]
     assert same.get("/v1/models").json()["data"][0]["id"] == "sca-tiny"
     wrong = same.post("/v1/chat/completions", json={"model": "gpt-4o", "messages": [message]})
-    assert (wrong.status_code, wrong.json()["error"]) == (404, "no model 'gpt-4o' here: there is 'sca-tiny'")
+    assert (wrong.status_code, wrong.json()["error"]["message"]) == (404, "no model 'gpt-4o' here: there is 'sca-tiny'")
 
 
 @pytest.mark.parametrize(
     ("text", "status", "message"),
     [
         (";".join(["point=10,10,1"] * 300), 413, "a prompt of 300 points, and 256 are allowed"),
-        (";".join(["point=10,10,1"] * 45_000), 413, "the last message has 630,000 characters, and 16,384 are allowed"),
+        (";".join(["point=10,10,1"] * 45_000), 413, "the messages have 630,000 characters, and 65,536 are allowed"),
         ("box=9,9,1,1", 422, "the box 9,9,1,1 is reversed"),
         ("box=1,1,9,9;box=1,1,9,9", 422, "has two of 'box'"),
     ],
@@ -127,7 +127,7 @@ def test_chat_text_has_the_limits_of_other_prompts(client, asked, text, status, 
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     answer = client().post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
     assert answer.status_code == status, answer.text
-    assert message in answer.json()["error"]
+    assert message in answer.json()["error"]["message"]
 
 
 def test_defaults_of_a_checkpoint_are_bounded_by_the_limits_of_the_server(client, asked, tiny, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_mistake_is_one_line_with_its_status(client, asked, name):
     text = json.dumps({**asked(prompts=[]), **fields}).replace("1" + "0" * 400, "1e400")
     answer = client().post("/v1/captions", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
-    assert message in answer.json()["error"]
+    assert message in answer.json()["error"]["message"]
     assert "Traceback" not in answer.text
 
 
@@ -219,7 +219,7 @@ def test_a_picture_is_turned_away_for_its_pixels_before_it_is_decoded(client, as
     Image.new("1", (20_000, 5_000)).save(bomb, "PNG")
     answer = client().post("/v1/captions", json=asked(image=base64.b64encode(bomb.getvalue()).decode()))
     assert answer.status_code == 413
-    assert answer.json()["error"] == (
+    assert answer.json()["error"]["message"] == (
         "the image has 100,000,000 pixels (20000 x 5000), 50,000,000 are allowed; scale it down"
     )
 
@@ -237,7 +237,7 @@ def test_what_is_no_request_is_said(client, asked):
     ):
         answer = same.post("/v1/captions", content=content, headers={"content-type": kind})
         assert answer.status_code == status, (content[:20], answer.text)
-        assert message.lower() in answer.json()["error"].lower()
+        assert message.lower() in answer.json()["error"]["message"].lower()
     assert same.get("/v1/captions").status_code == 405
     assert same.post("/v1/captions", json=asked()).status_code == 200
 
@@ -249,7 +249,7 @@ def test_health_is_503_once_the_server_ends_or_the_model_has_stopped(client, ask
     monkeypatch.setattr(tiny, "answer", answer)
     dead = client()
     told = dead.post("/v1/captions", json=asked())
-    assert (told.status_code, told.json()["error"]) == (503, "the model has stopped working; restart the server")
+    assert (told.status_code, told.json()["error"]["message"]) == (503, "the model has stopped working; restart the server")
     assert (dead.get("/health").status_code, dead.get("/health").json()["status"]) == (503, "down")
     draining = client()
     draining.app.state.engine.drain(60)
@@ -305,7 +305,7 @@ def test_a_request_without_memory_is_told_so(client, asked, monkeypatch):
     monkeypatch.setattr("sca.serve.service.decode_image", decode)
     told = client().post("/v1/captions", json=asked())
     assert told.status_code == 503
-    assert told.json()["error"].startswith("not enough memory")
+    assert told.json()["error"]["message"].startswith("not enough memory")
     assert "retry-after" in told.headers
 
 
@@ -325,7 +325,7 @@ def test_who_waits_too_long_is_told(client, asked, monkeypatch, tiny):
     monkeypatch.setattr(tiny, "answer", lambda *a, **b: (time.sleep(1.5), answer(*a, **b))[1])
     told = client(Limits(seconds=0.6)).post("/v1/captions", json=asked())
     assert told.status_code == 504
-    assert "no answer in 0.6 s" in told.json()["error"]
+    assert "no answer in 0.6 s" in told.json()["error"]["message"]
 
 
 def test_a_full_queue_says_when_to_come_again(client, asked):

@@ -13,6 +13,14 @@ import pytest
 from sca.serve import server as serving
 from sca.serve.schema import Limits
 
+CLOSING = {
+    "error": {
+        "message": "the server is shutting down; try again later",
+        "type": "server_error",
+        "param": None,
+        "code": "overloaded",
+    }
+}
 HEAD = "POST /v1/captions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
@@ -54,7 +62,7 @@ def test_a_connection_is_closed_after_408_though_its_client_goes_on(served):
         going_on.join()
     assert b" 408 " in got
     assert b"connection: close" in got.lower()
-    assert b'{"error":"the request was not there after 1 s"}' in got
+    assert b'{"error":{"message":"the request was not there after 1 s",' in got
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_comes(served):
@@ -101,7 +109,7 @@ def test_more_requests_than_connections_are_told(served, asked, tiny, monkeypatc
 
     def ask():
         answer = httpx.post(f"{url}/v1/captions", json=asked(), timeout=60)
-        statuses.append((answer.status_code, answer.json().get("error")))
+        statuses.append((answer.status_code, answer.json().get("error", {}).get("message")))
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
@@ -179,7 +187,7 @@ def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked,
     assert time.monotonic() - start < 6 - 0.5, "it waits for nobody longer than its grace"
     for thread in threads:
         thread.join()
-    expected = 503, "application/json", {"error": "the server is shutting down; try again later"}
+    expected = 503, "application/json", CLOSING
     assert told == {"recognition": expected, "caption": expected}
     got = read_all(line)
     assert b" 503 " in got
@@ -203,5 +211,5 @@ def test_a_stream_is_told_when_the_server_ends(served, asked, tiny, monkeypatch)
     assert "event: region" in rest
     assert [line for line in rest if line][-2:] == [
         "event: error",
-        'data: {"error": "the server is shutting down; try again later"}',
+        f"data: {json.dumps(CLOSING)}",
     ]

@@ -1,0 +1,296 @@
+"""The region that the text of a chat message contains, in the spellings that clients use.
+
+A box is `box=10,20,30,40`, `Box: [10, 20, 30, 40]`, `"bbox_2d": [...]`, `<box>...</box>`, `(10,20),(30,40)`, four
+numbers in brackets, or `x1=10, y1=20, x2=30, y2=40`; a point is `point=10,20` or `point=10,20,0`. What looks like
+coordinates and is none of these is an error: a region is never left out without a word.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from sca.prompts import Box, Point, PromptError, parse_box, parse_point
+
+_NUMBER = r"[-+]?(?:\d++(?:\.\d++|\.(?![\w.]))?+|\.\d++)(?:e[-+]?\d++)?+"
+_SIZED = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit
+_JOINT = r"(?:[\s,;|()\[\]{}<>/\"'`&]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
+_RUN = re.compile(rf"{_SIZED}(?:{_JOINT}++{_SIZED})*+")
+_TOKEN = re.compile(rf"(?P<number>{_SIZED})|(?P<joint>{_JOINT}++)")
+_KEYS = r"[xy](?:_?(?:min|max|[0-2]))?|left|top|right|bottom|width|height|[wh]|label"
+_NAMED = re.compile(rf"(?<![\w.])({_KEYS})[\"'`]?\s*[:=]\s*[\"'`]?({_SIZED})")
+_BETWEEN_NAMED = re.compile(rf"{_JOINT}*+")
+_WORD = re.compile(r"[^\W\d][\w-]*")
+
+_CONNECTING = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with", "xy"}
+_PLACE = re.compile(r"at|co-?ordinates?|coords?|positions?|locations?|regions?|areas?|crops?|windows?|zones?|bounds")
+_BOX = re.compile(r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)")
+_POINT = re.compile(r"(?:.*[_-])?(?:(?:key)?points?|pts?|clicks?|pixels?)(?:[_-].*|\d?d?)")
+_SIZE = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
+_OTHER_ORDER = re.compile(  # names of numbers that are not x1, y1, x2, y2
+    r"box_?2d|(?:.*[_-])?(?:xywh|cxcywh|ltwh|tlwh|yxyx)|h|height|x2|x_?max|right|(?:.*[_-])?(?:poly(?:gon)?|segmentation)s?"
+)
+_PLACE_TOKENS = re.compile(r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>")
+_MASK = re.compile(r"(?<!\w)mask\s*=\s*\S")
+_ASSIGNED = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
+_TAIL = 60  # characters before numbers in which the word is that names them
+
+_WRITE_BOX = "write box=x1,y1,x2,y2 in pixels"
+_WRITE_POINT = "write point=x,y in pixels"
+
+
+class TextRegion(NamedTuple):
+    """What a text points at: a box, points, or both."""
+
+    box: Box | None
+    points: tuple[Point, ...]
+
+
+class _Mention(NamedTuple):
+    """A box or some points, and where in the text they are."""
+
+    start: int
+    end: int
+    box: Box | None
+    points: tuple[Point, ...]
+
+
+@dataclass
+class _Run:
+    """Numbers that belong together. groups: those in each pair of innermost brackets; empty without brackets."""
+
+    start: int
+    end: int
+    numbers: list[str] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
+
+    def add(self, number: re.Match[str], is_inside: bool, is_new_group: bool) -> None:
+        self.numbers.append(number[0])
+        self.end = number.end()
+        if is_inside:
+            if is_new_group or not self.groups:
+                self.groups.append([])
+            self.groups[-1].append(number[0])
+
+
+def find_region(text: str) -> TextRegion | None:
+    """Find the region in a text.
+
+    Args:
+        text: What a person or a program wrote, in any case, with ASCII or full-width signs.
+
+    Returns:
+        The region, in the pixels that the text states; None if nothing in the text looks like coordinates.
+
+    Raises:
+        PromptError: If the text contains several regions, or what looks like coordinates and cannot be read.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\N{MINUS SIGN}", "-")
+    for pattern in (_PLACE_TOKENS, _MASK):
+        if found := pattern.search(text):
+            raise PromptError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
+    named = list(_read_named(text))
+    for mention in named:
+        text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
+    mentions = sorted([*named, *_read_runs(text)])
+    _check_assigned(text, mentions)
+    return _join(text, mentions)
+
+
+def _join(text: str, mentions: Sequence[_Mention]) -> TextRegion | None:
+    """One region of what stands side by side; PromptError for several regions."""
+    if not mentions:
+        return None
+    boxes = [each.box for each in mentions if each.box]
+    if len(boxes) > 1:
+        raise PromptError(
+            "the text has two of 'box' and a request has one region; send one request for each, or all to /v1/captions"
+        )
+    for one, other in pairwise(mentions):
+        if re.search(r"\w", text[one.end : other.start]):
+            raise PromptError(
+                f"the text has {len(mentions)} regions and a request has one; send one request for each, or write "
+                "box=x1,y1,x2,y2;point=x,y for the parts of one region"
+            )
+    return TextRegion(boxes[0] if boxes else None, tuple(point for each in mentions for point in each.points))
+
+
+def _check_assigned(text: str, mentions: Sequence[_Mention]) -> None:
+    """Refuse `box=` and `point=` whose value has digits and was not read; names alone, as in box=x1,y1, are words."""
+    for found in _ASSIGNED.finditer(text):
+        rest = re.sub(rf"(?<![^\W_])(?:{_KEYS})(?![^\W_])", "", found[1])
+        if re.search(r"\d", rest) and not any(each.start <= found.start(1) < each.end for each in mentions):
+            raise PromptError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
+
+
+# --- numbers with names ----------------------------------------------------------------------------------------------
+
+
+def _read_named(text: str) -> Iterator[_Mention]:
+    """Read `x1=10, y1=20, x2=30, y2=40`, `{"x": 10, "y": 20, "width": 5, "height": 5}` and `x=10, y=20`."""
+    unread = []
+    for group in _group_named(text):
+        values = {_simplify(match[1]): match[2] for match in group}
+        start, end = group[0].start(), group[-1].end()
+        mention = _read_values(values, start, end) if len(values) == len(group) else None
+        if mention is not None:
+            yield mention
+        else:
+            unread += [match for match in group if _simplify(match[1]) not in ("w", "h", "label")]
+    if len(unread) > 1:
+        raise PromptError(f"the text {_show(' '.join(each[0] for each in unread))} is not a region; {_WRITE_BOX}")
+
+
+def _group_named(text: str) -> Iterator[list[re.Match[str]]]:
+    """Numbers with names that are next to each other."""
+    group: list[re.Match[str]] = []
+    for match in _NAMED.finditer(text):
+        if group and _BETWEEN_NAMED.match(text, group[-1].end()).end() != match.start():  # type: ignore[union-attr]
+            yield group
+            group = []
+        group.append(match)
+    if group:
+        yield group
+
+
+def _simplify(key: str) -> str:
+    """One name for each edge, of those that mean the same."""
+    key = key.replace("_", "")
+    edges = {"left": "x1", "xmin": "x1", "top": "y1", "ymin": "y1"}
+    edges |= {"right": "x2", "xmax": "x2", "bottom": "y2", "ymax": "y2", "width": "w", "height": "h"}
+    return edges.get(key, key)
+
+
+def _read_values(values: dict[str, str], start: int, end: int) -> _Mention | None:
+    """A box or a point of named values; None for other names."""
+    names = frozenset(values)
+    if names == {"x", "y"} or names == {"x", "y", "label"}:
+        return _Mention(start, end, None, (_to_point([values[name] for name in ("x", "y", "label") if name in names]),))
+    if names == {"x0", "y0", "x1", "y1"}:
+        return _Mention(start, end, _to_box([values[name] for name in ("x0", "y0", "x1", "y1")]), ())
+    if names == {"x1", "y1", "x2", "y2"}:
+        return _Mention(start, end, _to_box([values[name] for name in ("x1", "y1", "x2", "y2")]), ())
+    for x, y in (("x", "y"), ("x1", "y1")):
+        if names == {x, y, "w", "h"}:
+            left, top, width, height = _to_box([values[name] for name in (x, y, "w", "h")])
+            return _Mention(start, end, (left, top, left + width, top + height), ())
+    return None
+
+
+# --- numbers in a row ------------------------------------------------------------------------------------------------
+
+
+def _read_runs(text: str) -> Iterator[_Mention]:
+    end = 0
+    for match in _RUN.finditer(text):
+        for run in _split(text, match):
+            mention = _read_run(text, run, end)
+            if mention is not None:
+                yield mention
+            end = run.end
+
+
+def _split(text: str, match: re.Match[str]) -> Iterator[_Run]:
+    """Runs of one kind: a number beside a bracket, or after a space where others have commas, is another thing."""
+    opening = re.search(r"[\s([{\"'`<|]*$", text[max(0, match.start() - _TAIL) : match.start()])
+    depth = len(re.findall(r"[([{]", opening[0])) if opening else 0
+    run, has_comma, is_new_group = _Run(match.start(), match.start()), False, True
+    for token in _TOKEN.finditer(text, match.start(), match.end()):
+        if token["number"]:
+            run.add(token, depth > 0, is_new_group)
+            is_new_group = False
+            continue
+        joint = token[0]
+        is_new_group = bool(re.search(r"[()\[\]{}]", joint))
+        depth = max(0, depth - len(re.findall(r"[)\]}]", joint))) + len(re.findall(r"[([{]", joint))
+        is_comma = bool(re.search(r"[,;|/]", joint))
+        leaves = (depth > 0) != bool(run.groups) and not (is_comma and run.groups and _is_named(text, run.start))
+        if leaves or (has_comma and not is_new_group and depth == 0 and joint.isspace()):
+            yield run
+            run, has_comma = _Run(token.end(), token.end()), False
+        else:
+            has_comma = has_comma or is_comma
+    yield run
+
+
+def _is_named(text: str, start: int) -> bool:
+    word, _ = _find_name(text, start, 0)
+    return bool(_BOX.fullmatch(word) or _POINT.fullmatch(word))
+
+
+def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
+    """The word that names the numbers at `start`, and its place; "" if there is none after `end`.
+
+    Words such as "is" and "of" are skipped; "box" is preferred to "coordinates" in "box coordinates".
+    """
+    begin = max(end, start - _TAIL)
+    found, place = "", start
+    for match in reversed(list(_WORD.finditer(text, begin, start))):
+        word = match[0].rstrip("-_")
+        if _PLACE.fullmatch(word):
+            found, place = found or word, match.start() if not found else place
+        elif word not in _CONNECTING:
+            hard = _BOX.fullmatch(word) or _POINT.fullmatch(word) or _OTHER_ORDER.fullmatch(word)
+            if hard or (not found and _SIZE.fullmatch(word)):
+                return word, match.start()
+            break
+    return found, place
+
+
+def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
+    """A box or points; None for numbers that do not look like coordinates; PromptError for those that do."""
+    count = len(run.numbers)
+    name, place = _find_name(text, run.start, end)
+    is_assigned = bool(re.search(r"[:=]\W*$", text[max(place, run.start - _TAIL) : run.start]))
+    is_point = bool(_POINT.fullmatch(name)) and not _OTHER_ORDER.fullmatch(name)
+    is_box = bool(_BOX.fullmatch(name)) and not _OTHER_ORDER.fullmatch(name)
+    if count == 1 and not (is_assigned and (is_point or is_box)):
+        return None
+    if _SIZE.fullmatch(name) and count < 4:
+        return None
+    if _OTHER_ORDER.fullmatch(name):
+        raise PromptError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
+    if is_point:
+        return _Mention(place, run.end, None, _to_points(text[place : run.end], run))
+    if count == 4:
+        return _Mention(place if is_box else run.start, run.end, _to_box(run.numbers), ())
+    if is_box or name or run.groups or count > 4 or not re.search(r"\w", text[: run.start] + text[run.end :]):
+        raise PromptError(
+            f"the text {_show(text[place : run.end])} has {count} numbers and a box has 4; {_WRITE_BOX}, or "
+            f"{_WRITE_POINT.removeprefix('write ')}"
+        )
+    return None
+
+
+def _to_points(text: str, run: _Run) -> tuple[Point, ...]:
+    """One point, or one of each pair of brackets."""
+    if len(run.numbers) in (1, 2, 3) and len(run.groups) < 2:
+        return (_to_point(run.numbers),)
+    if run.groups and sum(map(len, run.groups)) == len(run.numbers) and {len(each) for each in run.groups} <= {2, 3}:
+        return tuple(map(_to_point, run.groups))
+    raise PromptError(f"the text {_show(text)} is not x,y or [[x,y],[x,y]]; {_WRITE_POINT}")
+
+
+def _to_point(numbers: Sequence[str]) -> Point:
+    return parse_point(",".join(map(_without_unit, numbers)))
+
+
+def _to_box(numbers: Sequence[str]) -> Box:
+    return parse_box(",".join(map(_without_unit, numbers)))
+
+
+def _without_unit(number: str) -> str:
+    """The digits of a number in pixels; PromptError for one in percent."""
+    if number.endswith("%"):
+        raise PromptError(f"the coordinate {_show(number)} is not in pixels; {_WRITE_BOX}")
+    return re.sub(r"\s?[a-z]+$", "", number)
+
+
+def _show(text: str) -> str:
+    """A part of a text on one line, not too long."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 60 else f"{line[:57]}...")
