@@ -10,6 +10,7 @@ import torch
 from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, TokenUsage
 from sca_registry.spec import Everything
 
+from sca.language_models.usage import count_tokens
 from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task, ious_of
 from sca.masks import box_of
 from sca.nn.masks import best_masks
@@ -91,7 +92,9 @@ class Predictor(MaskPredictor):
         scores = generated.scores.exp().tolist()
         ids = generated.ids.tolist()
         told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
-        return told, [self._count_tokens(prefix.shape[1], rows) for rows in ids], codes or nothing, ious or nothing
+        tokenizer = self.model.language_model.tokenizer
+        usages = [count_tokens(prefix.shape[1], rows, (tokenizer.eos, tokenizer.pad)) for rows in ids]
+        return told, usages, codes or nothing, ious or nothing
 
     def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.model.language_model.tokenizer
@@ -101,13 +104,3 @@ class Predictor(MaskPredictor):
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
         return [tokenizer.decode(row) for row in ids]
-
-    def _count_tokens(self, prompt: int, ids: Sequence[Sequence[int]]) -> TokenUsage:
-        """Count the tokens of the captions (R rows of ids) of a region whose prefix has `prompt` positions."""
-        tokenizer = self.model.language_model.tokenizer
-        lengths, cut = [], []
-        for row in ids:
-            end = next((place for place, token in enumerate(row) if token in (tokenizer.eos, tokenizer.pad)), None)
-            lengths.append(len(row) if end is None else end + 1)
-            cut.append(end is None)
-        return TokenUsage(prompt, tuple(lengths), tuple(cut))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sca.captioners.image_text import ANSWERLESS, ImageTextModel, Question
-from sca.captioners.regions import RegionCaptioner, Seen, crop, generation_of
+from sca.captioners.regions import RegionCaptioner, ScoredText, Seen, crop, generation_of
 from sca.mask_predictor import Encoded
 
 WHAT = "Question: what is the thing that is not white? Answer:"
@@ -53,13 +53,13 @@ class CropCaptioner(RegionCaptioner):
     def facts(self) -> dict[str, Any]:
         return {"captioner": "crop", **self.options, **self.reader.facts}
 
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[tuple[str, float]]:
+    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
         """The task makes no difference: a captioner of pictures knows one."""
         settings = generation_of(generation)
         texts: list[str | None] = [None] * len(regions)
         if self.vcot:
             masked = [Question(crop(seen, seen.tight, white=True), WHAT) for seen in regions]
             answers = self.reader.tell(masked, **settings)
-            texts = [DESCRIBE.format(answer=answer or UNNAMED) for answer, _ in answers]
+            texts = [DESCRIBE.format(answer=answer or UNNAMED) for answer, *_ in answers]
         crops = [crop(seen, seen.tight) for seen in regions]
         return self.reader.tell([Question(*each) for each in zip(crops, texts, strict=True)], **settings)

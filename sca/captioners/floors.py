@@ -15,7 +15,7 @@ from sca_registry.contracts import TASKS, Caption, Dataset, Prompt, Region, Samp
 from torch import Tensor
 from torch.nn import functional as F
 
-from sca.captioners.regions import Box, RegionCaptioner, Seen, generation_of
+from sca.captioners.regions import Box, RegionCaptioner, ScoredText, Seen, generation_of
 from sca.data.summary import check_not_empty
 from sca.mask_predictor import Encoded, check_task
 from sca.masks import box_of, encode
@@ -83,7 +83,7 @@ class NearestNeighbour(RegionCaptioner):
         self.facts = {"captioner": "nearest-neighbour", "encoder": encoder, **self.training.facts}
 
     @torch.inference_mode()
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[tuple[str, float]]:
+    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
         generation_of(generation)  # makes no difference, but is not anything
         known, features = self.known
         rows = [row for row, region in enumerate(known) if _told(region, task)]
@@ -94,7 +94,7 @@ class NearestNeighbour(RegionCaptioner):
         asked = self._features(encoded, [seen.owner for seen in regions], boxes)
         likeness, nearest = (asked @ features[rows].T).clamp(-1, 1).max(1)  # (N,)
         texts = [_told(known[rows[place]], task) for place in nearest.tolist()]
-        return list(zip(texts, likeness.tolist(), strict=True))
+        return [ScoredText(*each) for each in zip(texts, likeness.tolist(), strict=True)]
 
     @cached_property
     def known(self) -> tuple[list[Region], Tensor]:

@@ -12,9 +12,11 @@ from sca_registry.plugins import BUILTIN
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
+from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import untrained_processor
 from sca.hub import HubError, fetch, fingerprint, load_pretrained, quiet, read_config, reading
 from sca.language_models.causal import DTYPES, new_words
+from sca.language_models.usage import count_tokens
 from sca.model import check_finite_scores
 
 ANSWERLESS = ("blip", "git")  # captioners: they go on with a text, and answer no question
@@ -84,12 +86,12 @@ class ImageTextModel:
         return fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
 
     @torch.inference_mode()
-    def tell(self, questions: Sequence[Question], beams: int, max_new_tokens: int) -> list[tuple[str, float]]:
+    def tell(self, questions: Sequence[Question], beams: int, max_new_tokens: int) -> list[ScoredText]:
         """An answer for each question, and how sure the model was: exp of the mean log-probability of a token.
 
         Only what has the same shape goes together, so nothing is padded and no answer depends on its neighbours.
         """
-        told = [("", 0.0)] * len(questions)
+        told = [ScoredText("", 0.0)] * len(questions)
         for start in range(0, len(questions), self.batch):
             alike: dict[Any, list[tuple[int, dict[str, Tensor]]]] = {}
             for place, question in enumerate(questions[start : start + self.batch], start):
@@ -113,7 +115,7 @@ class ImageTextModel:
         with quiet():
             return dict(self.processor(**asked, return_tensors="pt"))
 
-    def _generate(self, inputs: dict[str, Tensor], beams: int, max_new_tokens: int) -> list[tuple[str, float]]:
+    def _generate(self, inputs: dict[str, Tensor], beams: int, max_new_tokens: int) -> list[ScoredText]:
         def moved(value: Tensor) -> Tensor:
             return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
@@ -127,10 +129,13 @@ class ImageTextModel:
                 output_logits=True,
             )
         pad = self.tokenizer.pad_token_id
-        ids, scores = new_words(found, self.ends, self.ends[0] if pad is None else pad)
+        pad = self.ends[0] if pad is None else pad
+        ids, scores = new_words(found, self.ends, pad)
         check_finite_scores(scores, f"captioner model {self.kind!r}")
         texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
-        return list(zip(texts, scores.exp().tolist(), strict=True))
+        prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        usages = [count_tokens(prompt, [row], {*self.ends, pad}) for row in ids.tolist()]
+        return [ScoredText(*each) for each in zip(texts, scores.exp().tolist(), usages, strict=True)]
 
     def _ends(self) -> list[int]:
         """What ends a text: as each part that generates says; BLIP's text decoder stops at its separator."""

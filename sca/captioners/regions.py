@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import RegistryError, zoo
-from sca_registry.contracts import Caption, Prompt
+from sca_registry.contracts import Caption, Prompt, TokenUsage
 from sca_registry.messages import unknown
 from sca_registry.spec import GENERATION, Part
 
@@ -45,6 +45,14 @@ class Seen(NamedTuple):
         return box_of(self.mask) or (0.0, 0.0, 0.0, 0.0)
 
 
+class ScoredText(NamedTuple):
+    """What a baseline says of a region."""
+
+    text: str
+    score: float
+    usage: TokenUsage | None = None  # None where no language model wrote the text
+
+
 class RegionCaptioner(MaskPredictor):
     """Finds the region that a prompt means; what is said of it is for `words`.
 
@@ -63,7 +71,7 @@ class RegionCaptioner(MaskPredictor):
         super().__init__(model)
 
     @abstractmethod
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[tuple[str, float]]:
+    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
         """A text and a score for each region of the images in `encoded`."""
 
     def answer(
@@ -107,14 +115,16 @@ class RegionCaptioner(MaskPredictor):
         return [
             [
                 Caption(
-                    *next(told),
+                    words.text,
+                    words.score,
                     box=seen.prompt.box or (seen.mask and box_of(seen.mask)),
                     mask=seen.mask and dict(seen.mask),
                     iou=seen.iou,
                     prompt=seen.prompt,
                     region=place,
+                    usage=words.usage,
                 )
-                for place, seen in enumerate(each)
+                for place, (seen, words) in enumerate(zip(each, told, strict=False))
             ]
             for each in regions
         ]

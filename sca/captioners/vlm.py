@@ -12,7 +12,7 @@ from sca_registry.messages import unknown
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
 from sca.captioners.image_text import ANSWERLESS, ImageTextModel, Question
-from sca.captioners.regions import Box, RegionCaptioner, Seen, crop, generation_of, pixels_of
+from sca.captioners.regions import Box, RegionCaptioner, ScoredText, Seen, crop, generation_of, pixels_of
 from sca.mask_predictor import Encoded
 
 RED = (255, 0, 0)
@@ -80,10 +80,10 @@ class VisionLanguageModel(RegionCaptioner):
     def facts(self) -> dict[str, Any]:
         return {"captioner": "vlm", **self.options, **self.reader.facts}
 
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[tuple[str, float]]:
+    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
         asked = [self._question(seen, TASKS.index(task)) for seen in regions]
         told = self.reader.tell(asked, **generation_of(generation))
-        return [(" ".join(TAGS.sub(" ", text).split()), score) for text, score in told]
+        return [words._replace(text=" ".join(TAGS.sub(" ", words.text).split())) for words in told]
 
     def _question(self, seen: Seen, task: int) -> Question:
         box = seen.prompt.box or seen.tight

@@ -36,6 +36,7 @@ def demo(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one per line; the page then asks for one.")
     ] = None,
+    root_path: Annotated[str, typer.Option(help="Path below which a proxy shows the demo, such as /captions.")] = "",
     browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
 ) -> None:
     """A page to point at regions of pictures, or to find them all. Needs the extra `demo`; works offline.
@@ -49,6 +50,7 @@ def demo(
 
     from sca.serve.keys import read_keys
     from sca.serve.listening import is_loopback
+    from sca.serve.root_path import check_root_path
 
     if dtype:
         settle("dtype", dtype, DTYPES)
@@ -86,4 +88,5 @@ def demo(
         hosts=(host, *(allow_host or ())),
         keys=keys,
         agreed=agreed,
+        root_path=check_root_path(root_path),
     )

@@ -42,6 +42,7 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one per line; requests then need Authorization: Bearer KEY.")
     ] = None,
+    root_path: Annotated[str, typer.Option(help="Path below which a proxy shows the server, such as /captions.")] = "",
     seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
     launcher: Annotated[
         str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
@@ -60,6 +61,7 @@ def serve(
     from sca.serve.hosted import Hosted
     from sca.serve.keys import read_keys
     from sca.serve.listening import is_loopback
+    from sca.serve.root_path import check_root_path
 
     if dtype:
         settle("dtype", dtype, DTYPES)
@@ -82,6 +84,7 @@ def serve(
         origins=tuple(origin or ()),
         hosts=(host, *(allow_host or ())),
         keys=read_keys(api_key_file) if api_key_file else (),
+        root_path=check_root_path(root_path),
         log=not quiet,
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,

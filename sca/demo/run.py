@@ -32,6 +32,7 @@ def run(
     pixels: int,
     hosts: Sequence[str] = (),
     keys: Sequence[str] = (),
+    root_path: str = "",
 ) -> None:
     """Serve the page until it is interrupted.
 
@@ -49,6 +50,7 @@ def run(
         pixels: Maximum pixels of an image.
         hosts: Names accepted in the Host header.
         keys: API keys, one of which is the password; none if there are none.
+        root_path: Path below which a proxy shows the page.
 
     Raises:
         ValueError: For a port that cannot be had, and for a model.
@@ -78,6 +80,7 @@ def run(
                 theme=THEME,
                 css=CSS,
                 ssr_mode=False,
+                root_path=root_path or None,
             )
             told(f"the demo is at {url}; Ctrl+C ends it")
             demo.block_thread()

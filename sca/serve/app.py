@@ -31,6 +31,7 @@ from sca.serve.chat import add_chat
 from sca.serve.engine import SHORT, Done, Engine, EngineError, Event, Found, Question, Searched
 from sca.serve.memory import BudgetError, release_memory
 from sca.serve.problems import ApiError, error_response, to_api_error
+from sca.serve.root_path import RootPath
 from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
 from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decode_base64, plain
 
@@ -45,6 +46,7 @@ def application(
     origins: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
     keys: Sequence[str] = (),
+    root_path: str = "",
 ) -> FastAPI:
     """Build the application that answers with an engine's model; it closes the engine at its end.
 
@@ -55,6 +57,7 @@ def application(
         origins: Origins whose pages may send requests from a browser, "*" for all.
         hosts: Names accepted in the Host header, besides this machine's own and any IP address; None for all.
         keys: API keys, one of which every request has to send; none if there are none.
+        root_path: Path below which a proxy shows the application, such as "/captions".
     """
     limits = limits or Limits()
     service = Service(engine, name, limits)
@@ -80,7 +83,9 @@ def application(
     if hosts is not None:
         app.add_middleware(HostCheck, hosts=hosts)
     app.add_middleware(RequestLimits, limits=limits, budget=service.budget)
-    app.add_middleware(service.metrics.middleware)  # the last is the outermost
+    app.add_middleware(service.metrics.middleware)
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)  # the last is the outermost
     _handle_problems(app)
     _add_captions(app, service)
     _add_facts(app, service)
@@ -143,8 +148,9 @@ def _pieces(head: dict[str, Any], found: Sequence[Caption], image: Image.Image) 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
-    async def start() -> Response:
-        return RedirectResponse("docs")
+    async def start(request: Request) -> Response:
+        root_path = request.scope.get("root_path", "")
+        return RedirectResponse(f"{root_path}/docs" if root_path else "docs")
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})

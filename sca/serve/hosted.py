@@ -20,8 +20,9 @@ class Hosted:
     """model, device, dtype, seed: as `sca caption` takes them. body: bytes of a request. pixels: of an image. prompts:
     of a request. seconds: until a request is there, and again until its answer is. waiting: regions. cache: bytes of
     features that are kept. clients: connections at a time. origins: whose pages may ask from a browser. hosts: names
-    accepted in the Host header. keys: API keys. log: a line for each request. trust_remote_code, allow_external: what
-    the model may do, see `sca.load`; no request can change it.
+    accepted in the Host header. keys: API keys. root_path: below which a proxy shows the server. log: a
+    line for each request. trust_remote_code, allow_external: what the model may do, see `sca.load`; no request can
+    change it.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Hosted:
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     keys: tuple[str, ...] = field(default=(), repr=False)
+    root_path: str = ""
     log: bool = False
     trust_remote_code: bool = False
     allow_external: bool = False
@@ -65,4 +67,4 @@ class Hosted:
 
         limits = Limits(self.body, self.pixels, self.prompts, self.seconds, self.clients)
         engine = Engine(captioner or self.captioner(), cache=self.cache, waiting=self.waiting, max_found=self.prompts)
-        return application(engine, self.model, limits, self.origins, self.hosts, self.keys)
+        return application(engine, self.model, limits, self.origins, self.hosts, self.keys, self.root_path)

@@ -260,10 +260,14 @@ def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
         return _Mention(place if is_box else run.start, run.end, _to_box(run.numbers), ())
     if is_box or name or run.groups or count > 4 or not re.search(r"\w", text[: run.start] + text[run.end :]):
         raise PromptError(
-            f"the text {_show(text[place : run.end])} has {count} numbers and a box has 4; {_WRITE_BOX}, or "
+            f"the text {_show(text[place : run.end])} has {_count(run)} and a box has 4; {_WRITE_BOX}, or "
             f"{_WRITE_POINT.removeprefix('write ')}"
         )
     return None
+
+
+def _count(run: _Run) -> str:
+    return "1 number" if len(run.numbers) == 1 else f"{len(run.numbers)} numbers"
 
 
 def _to_points(text: str, run: _Run) -> tuple[Point, ...]:

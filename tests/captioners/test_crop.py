@@ -93,7 +93,7 @@ def test_a_chain_of_thought_asks_what_it_is_and_then_for_a_description_of_it(wei
     pixels = np.asarray(image.crop((15, 12, 33, 28)))
     assert np.array_equal(np.asarray(first.image), np.where(inside[..., None], pixels, 255))
     assert same(second.image, image.crop((15, 12, 33, 28)))
-    ((answer, _),) = captioner.reader.tell([first], beams=1, max_new_tokens=20)
+    ((answer, *_),) = captioner.reader.tell([first], beams=1, max_new_tokens=20)
     assert answer
     assert second.text == DESCRIBE.format(answer=answer)
 

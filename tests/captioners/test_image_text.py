@@ -3,6 +3,7 @@
 import pytest
 import sca_registry
 import torch
+from sca_registry.contracts import TokenUsage
 
 import sca
 from sca.captioners.crop import CropCaptioner
@@ -48,7 +49,7 @@ def test_several_images_answer_as_each_alone(weights, kind, image, prompts):
 
 def test_the_words_and_their_score_are_those_of_the_model(weights, image):
     model = ImageTextModel(weights("blip"), None, True, None, "cpu", None, 8)
-    ((text, score),) = model.tell([Question(image)], beams=1, max_new_tokens=6)
+    ((text, score, usage),) = model.tell([Question(image)], beams=1, max_new_tokens=6)
     pixels = model.processor(images=image, return_tensors="pt")["pixel_values"]
     ids = model.model.generate(pixels, max_new_tokens=6, do_sample=False)
     assert model.tokenizer.decode(ids[0], skip_special_tokens=True).strip() == text
@@ -56,6 +57,7 @@ def test_the_words_and_their_score_are_those_of_the_model(weights, image):
         logits = model.model(pixel_values=pixels, input_ids=ids).logits.log_softmax(-1)
     steps = logits[0, :-1].gather(1, ids[0, 1:, None])
     assert score == pytest.approx(steps.mean().exp().item(), rel=1e-4)
+    assert usage == TokenUsage(0, (len(steps),), (ids[0, -1].item() not in model.ends,))
 
 
 def test_no_more_words_come_than_are_asked_for(weights, image, prompts, monkeypatch):

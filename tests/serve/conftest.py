@@ -59,8 +59,8 @@ def client(tiny):
 
     opened = []
 
-    def make(limits=None, **options):
-        app = application(Engine(tiny, **options), "sca-tiny", limits)
+    def make(limits=None, root_path="", keys=(), **options):
+        app = application(Engine(tiny, **options), "sca-tiny", limits, root_path=root_path, keys=keys)
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)

@@ -1,0 +1,183 @@
+"""A region in the text of a chat message is read in any usual spelling, or refused; it is never overlooked."""
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sca.prompts import PromptError
+from sca.serve.text_region import find_region
+
+BOX = (370.0, 434.0, 448.0, 512.0)
+BOXES = [
+    "box=370,434,448,512",
+    "box=[370,434,448,512]",
+    "box: 370,434,448,512",
+    "Box=370,434,448,512",
+    "Box: 370, 434, 448, 512",
+    "box = (370, 434, 448, 512)",
+    "box 370 434 448 512",
+    "box=370;434;448;512;",
+    "box=|370|434|448|512|",
+    "box=[ 370.0 , 434. , 4.48e2 , 512 ]",
+    "box=370px,434px,448px,512px",
+    "box: 370 px, 434 px, 448 px, 512 px",
+    "box：［３７０，４３４，４４８，５１２］",
+    "What is at box=370,434,448,512?",
+    "What is at box=370,434,448,512.",
+    "box=370,434,448,512 in 2 words",
+    '{"bbox_2d": [370, 434, 448, 512]}',
+    '```json\n[{"bbox_2d": [370, 434, 448, 512], "label": "dog"}]\n```',
+    '"box": "370,434,448,512"',
+    "'box': [370, 434, 448, 512]",
+    "bbox_xyxy: [370,434,448,512]",
+    "bounding box: [370, 434, 448, 512]",
+    "bounding box coordinates: 370, 434, 448, 512",
+    "boundingBox: {370,434,448,512}",
+    "The bounding box is (370,434)-(448,512)",
+    "box:\n  370\n  434\n  448\n  512",
+    "Region: 370,434,448,512",
+    "ROI=370,434,448,512",
+    '<area shape="rect" coords="370,434,448,512">',
+    "<box>370,434,448,512</box>",
+    "<box>[[370,434,448,512]]</box>",
+    "<box>(370,434),(448,512)</box>",
+    "<|box_start|>(370,434),(448,512)<|box_end|>",
+    "<bbox>370 434 448 512</bbox>",
+    "[370, 434, 448, 512]",
+    "(370, 434, 448, 512)",
+    "[370. 434. 448. 512.]",
+    "[[370, 434], [448, 512]]",
+    "from (370,434) to (448,512)",
+    "1. [370, 434, 448, 512]",
+    "describe 2 things in [370, 434, 448, 512], 3 words each",
+    "370,434,448,512",
+    "370 434 448 512",
+    "x1=370, y1=434, x2=448 and y2=512",
+    '{"x1": 370, "y1": 434, "x2": 448, "y2": 512}',
+    "xmin: 370 ymin: 434 xmax: 448 ymax: 512",
+    "left=370, top=434, right=448, bottom=512",
+    '{"x": 370, "y": 434, "width": 78, "height": 78}',
+    '{"left": 370, "top": 434, "width": 78, "height": 78}',
+    '<rect x="370" y="434" width="78" height="78"/>',
+    "[x1, y1, x2, y2] = [370, 434, 448, 512]",
+    "the box [370,434,448,512] of the 512 x 512 image, size (512, 512)",
+    "boxes are box=x1,y1,x2,y2; describe box=370,434,448,512",
+]
+POINTS = {
+    "point=10,20": [(10, 20, 1)],
+    "point=10,20,0;point=3,4": [(10, 20, 0), (3, 4, 1)],
+    "Point: (10, 20)": [(10, 20, 1)],
+    "point=(10,20),0": [(10, 20, 0)],
+    "points=[[10,20,1],[3,4,0]]": [(10, 20, 1), (3, 4, 0)],
+    "points (10,20) and (3,4)": [(10, 20, 1), (3, 4, 1)],
+    "<point>10 20</point>": [(10, 20, 1)],
+    '{"point_2d": [10, 20]}': [(10, 20, 1)],
+    "x=10, y=20": [(10, 20, 1)],
+    "click (10, 20)": [(10, 20, 1)],
+}
+REFUSED = {
+    "box=1,2,3": "has 3 numbers and a box has 4; write box=x1,y1,x2,y2",
+    "box=1": "has 1 number and",
+    "box=1,2,3,4,5": "has 5 numbers",
+    "box=1,2,3,4 box=5,6,7,8": "two of 'box'",
+    "box=1,2,3,4 and [5,6,7,8]": "two of 'box'",
+    "[[1,2,3,4],[5,6,7,8]]": "has 8 numbers",
+    "box=1,2,3,4 but not point=3,4": "2 regions",
+    "point=1,2 versus point=3,4": "2 regions",
+    "box_2d: [1,2,3,4]": "is not x1,y1,x2,y2",
+    "xywh=1,2,3,4": "is not x1,y1,x2,y2",
+    "[x, y, w, h] = [1,2,3,4]": "is not x1,y1,x2,y2",
+    "[y1, x1, y2, x2] = [1,2,3,4]": "is not x1,y1,x2,y2",
+    "polygon: 1,2,3,4,5,6": "is not x1,y1,x2,y2",
+    "<loc_12><loc_13><loc_14><loc_15>": "is not a region that can be read",
+    "mask=a.png": "is not a region that can be read",
+    "box=10%,20%,30%,40%": "'10%' is not in pixels",
+    "(10, 20)": "has 2 numbers",
+    "10,20": "has 2 numbers",
+    "What is at (10, 20)?": "has 2 numbers",
+    "What is at 10, 20?": "has 2 numbers",
+    "coordinates: 10, 20": "has 2 numbers",
+    "[0.1, 0.2]": "has 2 numbers",
+    "1,2,3,4,5,6": "has 6 numbers",
+    "top-left (370,434), bottom-right (448,512)": "has 2 numbers",
+    "box=10x20x30x40": "is not a region that can be read",
+    "box=a,2,3,4": "has 3 numbers",
+    "box=nan,1,2,3": "",
+    "box: 370-434-448-512": "",
+    "box=1e999,2,3,4": "not a finite number",
+    "point=1": "",
+    "point=1,2,3,4": "is not x,y",
+    "point=1,2,7": "is not 1 or 0",
+    "x1=3, y1=4, x2=9": "is not a region",
+    "x=5 and further down y=6": "is not a region",
+}
+NO_REGION = [
+    "",
+    "What is this?",
+    "Describe it in 2 or 3 words",
+    "In 2023, 4 cars stood here",
+    "a box of 3 things, and box 3",
+    "1. caption 2. more",
+    "It is 10:30 on 2024-01-02",
+    "version 1.2.3 at 127.0.0.1",
+    "use at most 20 words, 1-2 sentences",
+    "the image is 512 x 512, its size (512, 512), width: 512, height: 512",
+    "1,234 people",
+    "write box=x1,y1,x2,y2 for a box",
+    "3D model, 2 of them, the 2nd and 3rd",
+    '{"temperature": 21}',
+    "at 10 o'clock",
+    "x = 5",
+    "Call me at 555-123-4567",
+]
+
+
+@pytest.mark.parametrize("text", BOXES)
+def test_find_region_reads_a_box_in_any_spelling(text):
+    assert find_region(text) == (BOX, ())
+
+
+@pytest.mark.parametrize("text", POINTS)
+def test_find_region_reads_points(text):
+    assert find_region(text) == (None, tuple(POINTS[text]))
+
+
+def test_find_region_joins_the_parts_of_a_region():
+    assert find_region("box=1,2,3,4;point=2,3;point=1,2,0") == ((1, 2, 3, 4), ((2, 3, 1), (1, 2, 0)))
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_find_region_refuses_what_it_cannot_read(text):
+    with pytest.raises(PromptError) as raised:
+        find_region(text)
+    assert REFUSED[text] in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", NO_REGION)
+def test_find_region_leaves_other_numbers_alone(text):
+    assert find_region(text) is None
+
+
+WORDS = st.sampled_from(
+    ["what is", "the dog", "please", "in 2 words", "at", "colour?", "\n", "it's", "(here)", "é", "-"]
+)
+
+
+@given(st.lists(WORDS, max_size=4), st.sampled_from(BOXES), st.lists(WORDS, max_size=4))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_find_region_never_overlooks_a_box_among_words(before, box, after):
+    try:
+        found = find_region(" ".join([*before, box, *after]))
+    except PromptError:
+        return
+    assert found == (BOX, ())
+
+
+@given(st.text("box=point:[](){}<>|,;. 0123456789-+%exy\"'\n", max_size=60))
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+def test_find_region_raises_nothing_but_prompt_errors(text):
+    with suppress(PromptError):
+        find_region(text)
