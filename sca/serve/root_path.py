@@ -19,7 +19,7 @@ def check_root_path(text: str) -> str:
 
 
 class RootPath:
-    """ASGI middleware that sets the root path, for proxies that remove it from a request and for those that leave it."""
+    """ASGI middleware that sets the root path, whether a proxy removes it from a request or leaves it."""
 
     def __init__(self, app: Any, root_path: str):
         self.app, self.root_path = app, root_path

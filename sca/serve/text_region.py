@@ -18,12 +18,12 @@ from sca.prompts import Box, Point, PromptError, parse_box, parse_point
 
 _NUMBER = r"[-+]?(?:\d++(?:\.\d++|\.(?![\w.]))?+|\.\d++)(?:e[-+]?\d++)?+"
 _SIZED = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit
-_JOINT = r"(?:[\s,;|()\[\]{}<>/\"'`&]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
+_JOINT = r"(?:[\s,;|()\[\]{}<>/\"'`&*]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
 _RUN = re.compile(rf"{_SIZED}(?:{_JOINT}++{_SIZED})*+")
 _TOKEN = re.compile(rf"(?P<number>{_SIZED})|(?P<joint>{_JOINT}++)")
 _KEYS = r"[xy](?:_?(?:min|max|[0-2]))?|left|top|right|bottom|width|height|[wh]|label"
-_NAMED = re.compile(rf"(?<![\w.])({_KEYS})[\"'`]?\s*[:=]\s*[\"'`]?({_SIZED})")
-_BETWEEN_NAMED = re.compile(rf"{_JOINT}*+")
+_NAMED = re.compile(rf"(?<![\w.])({_KEYS})[\"'`]?(\s*[:=]\s*|\s+(?:is\s+|at\s+)?)[\"'`]?({_SIZED})")
+_BETWEEN_NAMED = re.compile(rf"(?:{_JOINT}|[-\N{{BULLET}}])*+")
 _WORD = re.compile(r"[^\W\d][\w-]*")
 
 _CONNECTING = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with", "xy"}
@@ -34,9 +34,13 @@ _SIZE = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
 _OTHER_ORDER = re.compile(  # names of numbers that are not x1, y1, x2, y2
     r"box_?2d|(?:.*[_-])?(?:xywh|cxcywh|ltwh|tlwh|yxyx)|h|height|x2|x_?max|right|(?:.*[_-])?(?:poly(?:gon)?|segmentation)s?"
 )
-_PLACE_TOKENS = re.compile(r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>")
-_MASK = re.compile(r"(?<!\w)mask\s*=\s*\S")
+_UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11
+    r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>|(?<!\w)mask\s*=\s*\S+"
+    r"|[\[(]\s*\d+\s*:\s*\d+\s*,\s*\d+\s*:\s*\d+|(?<!\w)\d+(?:x\d+){3}|(?<!\w)\d+x\d+[-+]\d+[-+]\d+"
+)
+_ESCAPE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
 _ASSIGNED = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
+MAX_NUMBERS = 2048  # of a text; a region has at most 256 points of 3 numbers
 _TAIL = 60  # characters before numbers in which the word is that names them
 
 _WRITE_BOX = "write box=x1,y1,x2,y2 in pixels"
@@ -90,9 +94,14 @@ def find_region(text: str) -> TextRegion | None:
         PromptError: If the text contains several regions, or what looks like coordinates and cannot be read.
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("\N{MINUS SIGN}", "-")
-    for pattern in (_PLACE_TOKENS, _MASK):
-        if found := pattern.search(text):
-            raise PromptError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
+    text = _ESCAPE.sub("  ", text)
+    count = len(re.findall(r"\d+", text))
+    if count > MAX_NUMBERS:
+        raise PromptError(
+            f"the text has {count:,} numbers, and {MAX_NUMBERS:,} are searched for a region; send less text"
+        )
+    if found := _UNREADABLE.search(text):
+        raise PromptError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
     named = list(_read_named(text))
     for mention in named:
         text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
@@ -134,14 +143,15 @@ def _read_named(text: str) -> Iterator[_Mention]:
     """Read `x1=10, y1=20, x2=30, y2=40`, `{"x": 10, "y": 20, "width": 5, "height": 5}` and `x=10, y=20`."""
     unread = []
     for group in _group_named(text):
-        values = {_simplify(match[1]): match[2] for match in group}
+        values = {_simplify(match[1]): match[3] for match in group}
         start, end = group[0].start(), group[-1].end()
-        mention = _read_values(values, start, end) if len(values) == len(group) else None
+        is_one = len(values) == len(group) and not re.fullmatch("points?", _find_name(text, start, 0)[0])
+        mention = _read_values(values, start, end) if is_one or len(values) < 4 else None
         if mention is not None:
             yield mention
         else:
             unread += [match for match in group if _simplify(match[1]) not in ("w", "h", "label")]
-    if len(unread) > 1:
+    if len(unread) > 2 or sum(bool(match[2].strip(" isat\n\t")) for match in unread) > 1:
         raise PromptError(f"the text {_show(' '.join(each[0] for each in unread))} is not a region; {_WRITE_BOX}")
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from sca.serve.chat import NEUTRAL, WITHOUT_EFFECT
 from sca.serve.engine import Engine, Question, Ticket
 from sca.serve.schema import Limits
 
+ROOT = Path(__file__).resolve().parents[2]
 BOX = (10.0, 12.0, 60.0, 70.0)
 TEXT_BOX = "box=10,12,60,70"
 
@@ -240,6 +242,15 @@ def test_captions_of_a_region_count_in_what_a_turn_may_cost(engine, scene):
 def test_fields_of_a_chat_have_limits(ask, user, fields):
     (name,) = fields
     assert name in message_of(ask([user()], **fields))
+
+
+def test_the_client_example_of_the_readme_runs(served, monkeypatch, capsys):
+    pytest.importorskip("openai", reason="needs the package openai")
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert "http://127.0.0.1:8000/v1" in example
+    exec(example.replace("http://127.0.0.1:8000", served()), {})
+    assert capsys.readouterr().out.endswith("[370.0, 434.0, 448.0, 512.0]\n")
 
 
 # --- fields that cannot be honored
