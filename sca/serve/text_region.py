@@ -8,7 +8,6 @@ coordinates and is none of these is an error: a region is never left out without
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +36,10 @@ _OTHER_ORDER = re.compile(  # names of numbers that are not x1, y1, x2, y2
 _UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11
     r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>|(?<!\w)mask\s*=\s*\S+"
     r"|[\[(]\s*\d+\s*:\s*\d+\s*,\s*\d+\s*:\s*\d+|(?<!\w)\d+(?:x\d+){3}|(?<!\w)\d+x\d+[-+]\d+[-+]\d+"
+)
+_ASCII_SIGNS = {0xFF01 + offset: 0x21 + offset for offset in range(94)}  # of full-width signs
+_ASCII_SIGNS |= str.maketrans(
+    "\N{MINUS SIGN}\N{LEFT BLACK LENTICULAR BRACKET}\N{RIGHT BLACK LENTICULAR BRACKET}", "-[]"
 )
 _ESCAPE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
 _ASSIGNED = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
@@ -93,7 +96,7 @@ def find_region(text: str) -> TextRegion | None:
     Raises:
         PromptError: If the text contains several regions, or what looks like coordinates and cannot be read.
     """
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\N{MINUS SIGN}", "-")
+    text = text.translate(_ASCII_SIGNS).casefold()
     text = _ESCAPE.sub("  ", text)
     count = len(re.findall(r"\d+", text))
     if count > MAX_NUMBERS:
