@@ -138,7 +138,7 @@ def add_chat(app: FastAPI, service: Service) -> None:
     card = {"id": service.name, "object": "model", "created": 0, "owned_by": "sca"}
 
     def check_name(name: str) -> None:
-        if name not in ("", service.name):
+        if name != service.name:
             message = f"no model {name[:100]!r} here: there is {service.name!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
@@ -161,7 +161,8 @@ def add_chat(app: FastAPI, service: Service) -> None:
     )
     async def chat(request: Request) -> Response:
         asked = await service.parse(request, Chat)
-        check_name(asked.model)
+        if asked.model:
+            check_name(asked.model)
         asked.check()
         url, region = await to_thread.run_sync(asked.question)
         service.check(region)

@@ -8,6 +8,7 @@ from sca_registry.contracts import Prompt, Prompts
 from sca import model as models
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
+from sca.language_models.usage import count_tokens
 from sca.predictor import Predictor
 
 BOXES = [(n % 40, n // 40, n % 40 + 20, n // 40 + 20) for n in range(40)]
@@ -37,6 +38,38 @@ def test_generate_from_prefix_returns_the_same_in_pieces(rows, monkeypatch, opti
     assert torch.equal(whole.ids, pieces.ids)
     torch.testing.assert_close(whole.scores, pieces.scores)
     assert max(seen[1:]) == 6 // options.get("beams", 1)
+
+
+def test_generate_from_prefix_with_a_seed_depends_on_nothing_else(small):
+    model, options = small(), {"sample": True, "temperature": 2.0, "captions": 2}
+    prefix = torch.randn(3, 4, model.language_model.width, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    together = model.generate_from_prefix(prefix, seed=7, **options).ids
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    alone = model.generate_from_prefix(prefix[1:2], seed=7, **options).ids
+    assert together[1, :, : alone.shape[2]].tolist() == alone[0].tolist()
+    other = model.generate_from_prefix(prefix, seed=8, **options).ids
+    assert other.tolist() != together.tolist()
+
+
+def test_captions_count_their_tokens_and_say_whether_they_were_cut(small):
+    predictor = Predictor(small())
+    predictor.set_image(Image.new("RGB", (64, 64), "blue"))
+    (caption,) = predictor.predict(boxes=BOXES[:1], beams=2, captions=2, max_new_tokens=3)
+    assert len(caption.usage.completion) == len(caption.usage.is_cut) == 2
+    for tokens, is_cut in zip(caption.usage.completion, caption.usage.is_cut, strict=True):
+        assert tokens == 3 or not is_cut
+    model = predictor.model
+    assert caption.usage.prompt == model.spec.task_tokens + model.spec.mixer.options["queries"]
+
+
+def test_count_tokens_counts_the_end_and_no_padding():
+    assert count_tokens(4, [[5, 6, 2, 2], [5, 6, 7, 8], [2], [5, 0, 0]], (2, 0)) == (
+        4,
+        (3, 4, 1, 2),
+        (False, True, False, False),
+    )
 
 
 def test_pieces_of_different_length_are_padded_as_one_batch_is(small):

@@ -117,7 +117,7 @@ def test_the_chat_route_answers_openai_clients(client, asked, scene, tiny):
     ("text", "status", "message"),
     [
         (";".join(["point=10,10,1"] * 300), 413, "a prompt of 300 points, and 256 are allowed"),
-        (";".join(["point=10,10,1"] * 45_000), 413, "the messages have 630,000 characters, and 65,536 are allowed"),
+        (";".join(["point=10,10,1"] * 45_000), 413, "the messages have 629,999 characters, and 65,536 are allowed"),
         ("box=9,9,1,1", 422, "the box 9,9,1,1 is reversed"),
         ("box=1,1,9,9;box=1,1,9,9", 422, "has two of 'box'"),
     ],

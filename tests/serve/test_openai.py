@@ -93,6 +93,7 @@ def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields,
     [
         ("GET", "/v1/nothing", {}, 404),
         ("GET", "/v1/models/other", {}, 404),
+        ("GET", "/v1/models/", {}, 404),
         ("GET", "/v1/chat/completions", {}, 405),
         ("POST", "/v1/models", {}, 405),
         ("POST", "/v1/chat/completions", {"content": b"{"}, 415),
