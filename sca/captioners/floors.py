@@ -12,6 +12,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Dataset, Prompt, Region, Sample
+from sca_registry.spec import GENERATION
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +32,8 @@ class MostFrequent:
     dataset, split, options: whose regions; the dataset's own options go into the table `options`. limit: how many of
     its images are read, from the first on; 0 for all. The score is the share of names, or of phrases, that it is.
     """
+
+    generation_options = tuple(GENERATION)  # that `generation_of` takes
 
     def __init__(self, dataset: str, split: str = "train", options: Mapping[str, Any] | None = None, limit: int = 1000):
         self.training = Training(dataset, split, options or {}, limit)

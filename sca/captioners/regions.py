@@ -61,6 +61,8 @@ class RegionCaptioner(MaskPredictor):
     segmenter gives for the prompt. Without one it is the prompt's box, or else its mask, and a point is refused.
     """
 
+    generation_options = tuple(GENERATION)  # that `generation_of` takes
+
     def __init__(self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, masks: bool = True):
         model, self.segments = (None, False) if encoder is None else segmenting(encoder, device)
         if masks and model is not None and not self.segments:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from anyio import to_thread
@@ -77,8 +77,15 @@ class Chat(PromptIn):
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
 
-    def check(self) -> None:
-        """Raise ApiError for a field that cannot be honored, by its name."""
+    def check(self, generation_options: Collection[str] | None = None) -> None:
+        """Refuse what cannot be honored.
+
+        Args:
+            generation_options: Options of generation that the captioner takes; None if it does not say.
+
+        Raises:
+            ApiError: For a field that cannot be honored, by its name.
+        """
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in WITHOUT_EFFECT and not _is_neutral(value, NEUTRAL.get(name, ())):
                 raise ApiError(
@@ -86,6 +93,15 @@ class Chat(PromptIn):
                     f"the field {name[:40]!r} is not supported; leave it out",
                     "unsupported_parameter",
                     name[:40],
+                )
+        generation = self._generation()
+        for name, option in (("n", "captions"), ("top_p", "top_p"), ("temperature", "temperature")):
+            if generation_options is not None and option in generation and option not in generation_options:
+                raise ApiError(
+                    422,
+                    f"the field {name!r} is not supported by this model; leave it out",
+                    "unsupported_parameter",
+                    name,
                 )
         if self.stream_options is not None and not self.stream:
             raise ApiError(422, "stream_options can only be used with stream=true", param="stream_options")
@@ -163,7 +179,7 @@ def add_chat(app: FastAPI, service: Service) -> None:
         asked = await service.parse(request, Chat)
         if asked.model:
             check_name(asked.model)
-        asked.check()
+        asked.check(getattr(service.engine.captioner, "generation_options", None))
         url, region = await to_thread.run_sync(asked.question)
         service.check(region)
         image = await service.image(request, await to_thread.run_sync(decode_base64, url), count_masks(region))

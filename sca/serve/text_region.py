@@ -41,6 +41,7 @@ _ASCII_SIGNS = {0xFF01 + offset: 0x21 + offset for offset in range(94)}  # of fu
 _ASCII_SIGNS |= str.maketrans(
     "\N{MINUS SIGN}\N{LEFT BLACK LENTICULAR BRACKET}\N{RIGHT BLACK LENTICULAR BRACKET}", "-[]"
 )
+_GLUED = re.compile(r"(?<!\w)(b?box|point|region)(?=\d+\s*[,;])")  # to its first number
 _ESCAPE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
 _ASSIGNED = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
 MAX_NUMBERS = 2048  # of a text; a region has at most 256 points of 3 numbers
@@ -97,7 +98,7 @@ def find_region(text: str) -> TextRegion | None:
         PromptError: If the text contains several regions, or what looks like coordinates and cannot be read.
     """
     text = text.translate(_ASCII_SIGNS).casefold()
-    text = _ESCAPE.sub("  ", text)
+    text = _GLUED.sub(r"\1 ", _ESCAPE.sub("  ", text))
     count = len(re.findall(r"\d+", text))
     if count > MAX_NUMBERS:
         raise PromptError(
@@ -211,7 +212,7 @@ def _split(text: str, match: re.Match[str]) -> Iterator[_Run]:
     """Runs of one kind: a number beside a bracket, or after a space where others have commas, is another thing."""
     opening = re.search(r"[\s([{\"'`<|]*$", text[max(0, match.start() - _TAIL) : match.start()])
     depth = len(re.findall(r"[([{]", opening[0])) if opening else 0
-    run, has_comma, is_new_group = _Run(match.start(), match.start()), False, True
+    run, has_commas, is_new_group = _Run(match.start(), match.start()), False, True
     for token in _TOKEN.finditer(text, match.start(), match.end()):
         if token["number"]:
             run.add(token, depth > 0, is_new_group)
@@ -222,11 +223,11 @@ def _split(text: str, match: re.Match[str]) -> Iterator[_Run]:
         depth = max(0, depth - len(re.findall(r"[)\]}]", joint))) + len(re.findall(r"[([{]", joint))
         is_comma = bool(re.search(r"[,;|/]", joint))
         leaves = (depth > 0) != bool(run.groups) and not (is_comma and run.groups and _is_named(text, run.start))
-        if leaves or (has_comma and not is_new_group and depth == 0 and joint.isspace()):
+        if leaves or (has_commas and not is_new_group and depth == 0 and joint.isspace()):
             yield run
-            run, has_comma = _Run(token.end(), token.end()), False
-        else:
-            has_comma = has_comma or is_comma
+            run, has_commas = _Run(token.end(), token.end()), False
+        elif len(run.numbers) == 1:
+            has_commas = is_comma
     yield run
 
 
@@ -265,7 +266,7 @@ def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
         return None
     if _SIZE.fullmatch(name) and count < 4:
         return None
-    if _OTHER_ORDER.fullmatch(name):
+    if _OTHER_ORDER.fullmatch(name) or not _is_box_order(text[max(end, run.start - _TAIL) : run.start]):
         raise PromptError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
     if is_point:
         return _Mention(place, run.end, None, _to_points(text[place : run.end], run))
@@ -277,6 +278,14 @@ def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
             f"{_WRITE_POINT.removeprefix('write ')}"
         )
     return None
+
+
+def _is_box_order(text: str) -> bool:
+    """Whether the names at the end of a text, if there are four, are x1, y1, x2, y2."""
+    names = [match[0] for match in _WORD.finditer(text)][-4:]
+    if len(names) < 4 or not all(re.fullmatch(_KEYS, name) for name in names):
+        return True
+    return [_simplify(name) for name in names] in (["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])
 
 
 def _count(run: _Run) -> str:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sca_registry.contracts import Prompt
 
+from sca.captioners.regions import RegionCaptioner
 from sca.serve.chat import NEUTRAL, WITHOUT_EFFECT
 from sca.serve.engine import Engine, Question, Ticket
 from sca.serve.schema import Limits
@@ -210,6 +211,13 @@ def test_n_gives_as_many_choices(ask, user):
         assert told["usage"]["completion_tokens"] > 3
 
 
+def test_n_is_1_whatever_the_checkpoint_has_as_default(ask, user, tiny, monkeypatch):
+    monkeypatch.setattr(tiny.model, "spec", tiny.model.spec.override(["generation={beams=3, captions=3}"]))
+    told = ask([user()]).json()
+    assert len(told["choices"]) == 1
+    assert told["usage"]["completion_tokens"] < 20
+
+
 def test_captions_of_a_region_count_in_what_a_turn_may_cost(engine, scene):
     def cost(**generation):
         prompt = Prompt(box=BOX)
@@ -283,6 +291,14 @@ def test_a_field_that_cannot_be_honored_is_refused_by_its_name(ask, user, name, 
     response = ask([user()], **{name: value})
     assert message_of(response) == f"the field {name!r} is not supported; leave it out"
     assert response.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", 2), ("temperature", 0.5), ("top_p", 0.5)])
+def test_a_field_that_a_captioner_does_not_take_is_refused_by_its_name(ask, user, tiny, monkeypatch, name, value):
+    monkeypatch.setattr(type(tiny), "generation_options", RegionCaptioner.generation_options, raising=False)
+    accepted = {"n": 1, "seed": 1, "max_tokens": 5, **({"temperature": 0} if name != "top_p" else {})}
+    assert ask([user()], **accepted).status_code == 200
+    assert f"{name!r} is not supported by this model" in message_of(ask([user()], **{**accepted, name: value}))
 
 
 def test_fields_that_ask_for_nothing_are_accepted(ask, user):
