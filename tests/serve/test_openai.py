@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from sca_registry.contracts import Prompt
 
 from sca.captioners.regions import RegionCaptioner
+from sca.cli import run
 from sca.serve.chat import NEUTRAL, WITHOUT_EFFECT
 from sca.serve.engine import Engine, Question, Ticket
+from sca.serve.root_path import check_root_path
 from sca.serve.schema import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -515,6 +517,19 @@ def test_generated_conversations_never_lose_their_region(ask, url, scene, count)
 
 
 # --- the page
+
+
+@pytest.mark.parametrize(
+    ("text", "path"), [("", ""), ("/", ""), ("captions", "/captions"), ("/a/b-c.d/", "/a/b-c.d"), ("/~me", "/~me")]
+)
+def test_check_root_path_begins_with_a_slash_and_ends_with_none(text, path):
+    assert check_root_path(text) == path
+
+
+@pytest.mark.parametrize("text", ["https://example.org/a", "/a?b", "/a/../b", "/a//b", "/a b", "/é"])
+def test_check_root_path_refuses_what_is_no_path(text, capsys):
+    assert run(["serve", "--root-path", text]) == 2
+    assert "is not a path; write it as /captions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prefix", ["", "/captions"])

@@ -1,0 +1,20 @@
+"""The demo starts with the options of its command."""
+
+import pytest
+
+gradio = pytest.importorskip("gradio", reason="needs the extra demo")
+
+
+@pytest.mark.parametrize(("given", "expected"), [("/captions/", "/captions"), ("", None)])
+def test_demo_is_shown_below_its_root_path(monkeypatch, given, expected):
+    from sca.cli import run
+
+    started = {}
+
+    def launch(_, **options):
+        started.update(options)
+        raise ValueError("started")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    assert run(["demo", "--port", "0", *(["--root-path", given] if given else [])]) == 2
+    assert started["root_path"] == expected
