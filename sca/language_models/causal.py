@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sca.hub import quiet
 from sca.language_models.greedy import greedy, plain
+from sca.language_models.probe import probe_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +31,7 @@ class CausalLanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.structure = probe_model(model)
         self.width = model.get_input_embeddings().embedding_dim
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
@@ -52,16 +54,10 @@ class CausalLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        embeddings = embeddings.to(self.model.dtype)
-        return self.model.base_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.structure.hidden(self.model, embeddings.to(self.model.dtype), mask)
 
     def head(self, states: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(states)
-        config = self.model.config  # some architectures do more to their logits
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        cap = getattr(config, "final_logit_softcapping", None)
-        logits = logits if scale == 1 else logits * scale
-        return (logits / cap).tanh() * cap if cap else logits
+        return self.structure.head(self.model, states)
 
     @torch.no_grad()
     def generate(
@@ -87,8 +83,9 @@ class CausalLanguageModel(nn.Module):
         pad, ends = self._ends()
         room = self.positions or prefix.shape[1] + max_new_tokens
         steps = min(max_new_tokens, room - prefix.shape[1])
-        if beams == captions == 1 and not sample and len(prefix) and steps > 0 and plain(self.model):
-            ids, scores = greedy(self.model, self.head, prefix.to(self.model.dtype), steps, pad, ends)
+        if beams == captions == 1 and not sample and len(prefix) and steps > 0 and self._loops:
+            body = self.model.get_submodule(self.structure.body)
+            ids, scores = greedy(self.model, body, self.head, prefix.to(self.model.dtype), steps, pad, ends)
             return Generated(ids[:, None], scores[:, None])
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
         with quiet():
@@ -111,6 +108,11 @@ class CausalLanguageModel(nn.Module):
             order = scores.argsort(dim=1, descending=True, stable=True)
             ids, scores = ids.gather(1, order[..., None].expand_as(ids)), scores.gather(1, order)
         return Generated(ids, scores)
+
+    @property
+    def _loops(self) -> bool:
+        """Whether `greedy` generates what transformers does, with fewer operations."""
+        return self.structure.has_greedy_loop and plain(self.model)
 
     def adapt(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
         """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 NEUTRAL = {  # settings of generation that greedy search does not look at, or that are given by the caller
@@ -36,6 +36,7 @@ def _caches(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def greedy(
     model: PreTrainedModel,
+    body: nn.Module,
     head: Callable[[Tensor], Tensor],
     prefix: Tensor,
     steps: int,
@@ -43,7 +44,7 @@ def greedy(
     ends: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """(N, K, E) -> ids (N, T), `pad` after the end, and their mean log-probability (N,), the end counted; T is at most
-    `steps`. head: states (..., E) -> logits (..., V).
+    `steps`. body: what turns embeddings into states. head: states (..., E) -> logits (..., V).
     """
     rows, device = len(prefix), prefix.device
     ids = torch.full((rows, steps), pad, dtype=torch.long, device=device)
@@ -52,7 +53,7 @@ def greedy(
     alive, cache = torch.arange(rows, device=device), DynamicCache(config=model.config)
     embed, inputs = model.get_input_embeddings(), prefix
     for step in range(steps):
-        states = model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        states = body(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         logits = head(states).float()
         best, words = logits.max(dim=1)
         ids[alive, step] = words

@@ -1,0 +1,260 @@
+"""What a causal language model of transformers can do, found by running a tiny one of the same configuration.
+
+A caption's prefix is embeddings. So a model must read embeddings as it reads token ids, attend to no later token, compute
+its logits from the states of one inner module, and generate what these logits say. What does not is refused with the
+reason, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from sca.hub import quiet
+from sca.language_models.greedy import greedy
+from sca.language_models.shrink import shrink_config
+
+ROWS, LENGTH, STEPS = 3, 7, 5
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit
+LOW_PRECISION_TOLERANCE = 0.05
+
+
+class IncapableError(ValueError):
+    """A model that cannot caption; the message is the end of a sentence that begins with the model."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a model computes its logits.
+
+    Attributes:
+        body: Name of the module that turns embeddings into states.
+        output: Class of the body's output.
+        has_greedy_loop: Whether `greedy` generates what the model's own `generate` does.
+    """
+
+    body: str
+    output: type[ModelOutput]
+    has_greedy_loop: bool = False
+
+    def hidden(self, model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return the states (N, S, D) of embeddings (N, S, E) under a mask (N, S)."""
+        body = model.get_submodule(self.body)
+        return body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def head(self, model: PreTrainedModel, states: Tensor) -> Tensor:
+        """Return the logits (..., V) that the model's own forward computes from states (..., D).
+
+        Its forward runs with the body replaced by one that returns the states, so that scales, caps and layers before
+        the output projection are the model's own.
+        """
+        rows = states.reshape(1, states[..., 0].numel(), states.shape[-1])
+        replaced = _replace_module(model, self.body.split("."), _GivenStates(self.output))
+        logits = type(model).forward(replaced, inputs_embeds=rows, use_cache=False).logits
+        return logits.reshape(*states.shape[:-1], logits.shape[-1])
+
+
+class _GivenStates(nn.Module):
+    """Stands in for a body: its embeddings are the states already."""
+
+    def __init__(self, output: type[ModelOutput]):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> ModelOutput:
+        return self.output(last_hidden_state=inputs_embeds)
+
+
+def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module in which one below it is replaced; they share all tensors."""
+    if not path:
+        return replacement
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    copied._modules[path[0]] = _replace_module(module._modules[path[0]], path[1:], replacement)
+    return copied
+
+
+_known: dict[tuple[type, str], Structure] = {}
+
+
+def probe_model(model: PreTrainedModel) -> Structure:
+    """Find out how a causal language model computes its logits.
+
+    A tiny model of the same class and configuration, with random weights, is built and run (about 0.1 s, once per
+    configuration). If this is not possible or finds the model incapable, the model itself decides, unless it is on the
+    meta device.
+
+    Args:
+        model: The model; it is not changed.
+
+    Raises:
+        ValueError: The model cannot be fed embeddings, is not causal, or does not generate what its logits say.
+    """
+    key = (type(model), model.config.to_json_string(use_diff=False))
+    if key not in _known:
+        _known[key] = _probe(model)
+    return _known[key]
+
+
+def _probe(model: PreTrainedModel) -> Structure:
+    refused = f"the language model {model.config.model_type!r}"
+    try:
+        _check_signatures(model)
+        try:
+            with _undisturbed(), torch.device("cpu"):
+                return _examine(_tiny_model(model))
+        except Exception as error:  # of sizes that the architecture cannot have, in anyone's code
+            if model.device.type == "meta":
+                raise IncapableError(_reason(error)) from error
+        with _undisturbed():
+            return _examine(model)
+    except Exception as error:
+        raise ValueError(f"{refused} {_reason(error)}; choose a decoder-only model") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, IncapableError):
+        return str(error)
+    return f"cannot be run on embeddings ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
+        torch.manual_seed(0)
+        yield
+
+
+def _check_signatures(model: PreTrainedModel) -> None:
+    if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
+        raise IncapableError("takes no embeddings (inputs_embeds)")
+    if not model.can_generate():
+        raise IncapableError("cannot generate")
+    if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+        raise IncapableError("cannot generate from embeddings (inputs_embeds)")
+
+
+def _tiny_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and settings with few random parameters, none of which is close to nothing."""
+    tiny = type(model)(shrink_config(model.config)).float().eval()
+    for parameter in tiny.parameters():
+        spread = torch.randn_like(parameter) * 0.3
+        parameter.copy_(spread if parameter.dim() > 1 else spread + 0.7)
+    return tiny
+
+
+def _examine(model: PreTrainedModel) -> Structure:
+    """Run a model on a few tokens; IncapableError if something that captions need does not hold."""
+    training = model.training
+    model.eval()
+    try:
+        return _examine_in_eval_mode(model)
+    finally:
+        model.train(training)
+
+
+def _examine_in_eval_mode(model: PreTrainedModel) -> Structure:
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    ids = _draw_ids(model)
+    ids[1, :-1] = ids[0, :-1]  # two texts that differ in their last token
+    mask = torch.ones_like(ids)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    if not logits.isfinite().all():
+        raise IncapableError("predicts NaN or infinite logits")
+    if _differ(logits[0, :-1], logits[1, :-1], tolerance / 10):
+        raise IncapableError("is not causal: its logits depend on later tokens")
+    embeddings = model.get_input_embeddings()(ids)
+    structure = _trace_body(model, embeddings, mask)
+    if _differ(model(inputs_embeds=embeddings, attention_mask=mask).logits, logits, tolerance):
+        raise IncapableError("predicts something else for embeddings than for the ids of the same tokens")
+    states = structure.hidden(model, embeddings, mask)
+    if _differ(structure.head(model, states), logits, tolerance):
+        raise IncapableError(f"does not compute its logits from the states of its {structure.body!r} alone")
+    mask[2, -2:] = 0
+    if _differ(structure.hidden(model, embeddings, mask)[2, :-2], states[2, :-2], tolerance):
+        raise IncapableError("predicts something else for a text that is padded on the right")
+    return _examine_generation(model, structure, embeddings, tolerance)
+
+
+def _examine_generation(model: PreTrainedModel, structure: Structure, prefix: Tensor, tolerance: float) -> Structure:
+    """Compare the model's own greedy `generate` with the likeliest token after token, and `greedy` with both."""
+    generated = model.generate(
+        inputs_embeds=prefix,
+        attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
+        generation_config=GenerationConfig(max_new_tokens=STEPS, eos_token_id=None, pad_token_id=0),
+    )
+    ids = generated[:, -STEPS:]  # (N, T)
+    seen = torch.cat((prefix, model.get_input_embeddings()(ids)), dim=1)
+    states = structure.hidden(model, seen, torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device))
+    logits = structure.head(model, states[:, -STEPS - 1 : -1]).float()  # (N, T, V)
+    chosen = logits.gather(2, ids[..., None])[..., 0]
+    if _differ(chosen, logits.max(dim=2).values, tolerance):
+        raise IncapableError("generates other tokens than its logits say")
+    logs = chosen - logits.logsumexp(dim=2)
+    return replace(structure, has_greedy_loop=_can_loop(model, structure, prefix, ids, logs, tolerance))
+
+
+def _can_loop(
+    model: PreTrainedModel, structure: Structure, prefix: Tensor, ids: Tensor, logs: Tensor, tolerance: float
+) -> bool:
+    """Whether `greedy` generates given ids (N, T) with given log-probabilities (N, T) when some captions end early."""
+    ends = [int(ids[0, 1]), int(ids[1, 2])]
+    ended = torch.isin(ids, torch.tensor(ends, device=ids.device)).int()
+    counted = ended.cumsum(1) - ended == 0
+    try:
+        found, scores = greedy(
+            model, model.get_submodule(structure.body), partial(structure.head, model), prefix, STEPS, 0, ends
+        )
+    except Exception:  # a cache of another kind, in anyone's code
+        return False
+    expected = (logs * counted).sum(1) / counted.sum(1)
+    same = torch.equal(found, ids.masked_fill(~counted, 0)[:, : found.shape[1]])
+    return same and not _differ(scores, expected, 10 * tolerance)
+
+
+def _trace_body(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Structure:
+    """Find the first module that a forward hands the embeddings to, and the class of what it returns."""
+    calls: list[tuple[str, type]] = []
+
+    def record(name: str, kwargs: Mapping[str, Any], output: Any) -> None:
+        if kwargs.get("inputs_embeds") is embeddings:
+            calls.append((name, type(output)))
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, kwargs, output, name=name: record(name, kwargs, output), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        model(inputs_embeds=embeddings, attention_mask=mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not calls or not hasattr(calls[-1][1], "last_hidden_state"):
+        raise IncapableError("hands its embeddings to no inner module that returns states")
+    return Structure(*calls[-1])  # the outermost returns last
+
+
+def _draw_ids(model: PreTrainedModel) -> Tensor:
+    """Random ids (N, L) of tokens without a meaning of their own."""
+    config = model.config.get_text_config(decoder=True)
+    special = {value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
+    size = min(model.get_input_embeddings().num_embeddings, 1000)
+    ordinary = torch.tensor([token for token in range(size) if token not in special], device=model.device)
+    return ordinary[torch.randint(len(ordinary), (ROWS, LENGTH), device="cpu").to(model.device)]
+
+
+def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by more than a share of the largest value."""
+    return not bool((one - other).abs().max() <= tolerance * other.abs().max())

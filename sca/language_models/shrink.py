@@ -1,0 +1,109 @@
+"""Tiny configurations of any architecture of transformers: other sizes, the same settings.
+
+What decides how a model computes (kinds of layers, scales, caps, activations, `is_decoder`) is unchanged, so that a tiny
+model with random weights shows what a large one does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+VOCABULARY, POSITIONS, LAYERS = 97, 64, 6
+HEADS, HEAD_DIM = 4, 16
+WIDTH = HEADS * HEAD_DIM
+SIZES = (  # by the names of fields, the first pattern that matches a whole name decides
+    (r"type_vocab_size|task_type_vocab_size", None),
+    (r"(\w+_)?vocab_size(_\w+)?|(\w+_)?num_embeddings", VOCABULARY),
+    (r"max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|max_seq_len|context_length", POSITIONS),
+    (r"original_max_position_embeddings|model_max_length", POSITIONS),
+    (r"qk_(rope|nope)_head_dim", HEAD_DIM // 2),
+    (r"(\w+_)?(head_dim|headdim|d_head|kv_channels|attention_head_size|rotary_dim)|dim_head", HEAD_DIM),
+    (r"num_(kv|key_value|query)_(heads|groups)|\w+_(kv|key_value)_heads|kv_n_heads", HEADS // 2),
+    (r"(mamba_n|mamba_num|n_mamba)_heads", 2 * WIDTH // HEAD_DIM),
+    (r"(\w+_)?(n|num)_(\w+_)?heads?|(\w+_)?attention_heads", HEADS),
+    (r"n_head|n_heads", HEADS),
+    (r"(decoder|encoder)_layers|num(_\w+)?_layers|n_layers?|num_layers_per_stack|num_blocks", 2),
+    (r"hidden_size_per_layer_input|router_hidden_size", 8),
+    (r"mamba_d_ssm", 2 * WIDTH),
+    (r"mamba_d_state|ssm_state_size|state_size|mamba_chunk_size|chunk_size|block_size|index_block_size", 8),
+    (r"mamba_dt_rank|time_step_rank|(\w+_)?(rank|lowrank)|d_rel", 8),
+    (r"(\w+_)?(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size)(_mlp)?|dim_ff|dff|d_inner", 48),
+    (r"(\w+_)?hidden_size|n_embd|d_model|dim_model_base|emb(edding)?_dim|lru_width|word_embed_proj_dim", WIDTH),
+    (r"(\w+_)?embedding_size|ple_embed_dim|(\w+_)?embed_dim", WIDTH),
+    (r"n(um)?_group|num_expert_group|topk_group", 1),
+    (r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k", 2),
+    (r"(n|num|moe_num)_(routed_|local_)?experts|zero_expert_num", 4),
+    (r"_?sliding_window(_size)?|attention_window_size|window_size|local_attention(_window_len)?", 4),
+    (r"attention_chunk_size|keep_window_size|index_topk|rel_extent|(local|lsh)_attn_chunk_length", 4),
+    (r"expansion_ratio", 2),
+)
+PER_LAYER = re.compile(r"(\w+_)?(layer_types|layers_block_type|block_types|indexer_types|layer_rope_theta|no_rope_layers)|\w+_per_layer|\w+_pattern|intermediate_size|attention_layers")
+INDICES = re.compile(r"mlp_only_layers|full_attn_idxs|moe_layers|hybrid_layer_ids|ple_layer_ids")
+DEPTH = re.compile(r"num_hidden_layers|n_layers?|num_layers|decoder_layers")
+
+
+def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
+    """Return a configuration of the same architecture with tiny sizes.
+
+    Args:
+        config: The configuration; it is not changed.
+        **fields: Fields of the tiny configuration that are given instead.
+
+    Raises:
+        Exception: whatever the architecture raises for sizes that it cannot have.
+    """
+    return type(config).from_dict(_shrink_fields(config.to_dict()) | fields)
+
+
+def _shrink_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    depth = next((value for name, value in fields.items() if DEPTH.fullmatch(name) and isinstance(value, int)), 0)
+    kept = _kept_layers(fields, depth)
+    shrunk: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and "model_type" in value:
+            shrunk[name] = _shrink_fields(value)
+        elif isinstance(value, list | tuple) and depth and len(value) == depth and PER_LAYER.fullmatch(name):
+            shrunk[name] = [_shrink(name, value[layer]) for layer in kept]
+        elif isinstance(value, list | tuple) and INDICES.fullmatch(name):
+            shrunk[name] = [place for place, layer in enumerate(kept) if layer in value]
+        elif DEPTH.fullmatch(name) and isinstance(value, int):
+            shrunk[name] = len(kept)
+        elif name == "per_layer_config":
+            continue
+        elif name.endswith(("_token_id", "_token_index", "_token_ids")) or name == "suppress_tokens":
+            shrunk[name] = _shrink_ids(value)
+        else:
+            shrunk[name] = _shrink(name, value)
+    groups = {name for name in shrunk if re.search("(kv|key_value)_(heads|groups)", name)}
+    for name in groups:
+        if fields.get(name) == fields.get("num_attention_heads", fields.get("n_head")):
+            shrunk[name] = HEADS
+    return shrunk
+
+
+def _shrink(name: str, value: Any) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+    return value if size is None or value <= 0 else min(value, size)
+
+
+def _kept_layers(fields: Mapping[str, Any], depth: int) -> list[int]:
+    """At least two layers, with one of each kind."""
+    lists = [v for n, v in fields.items() if PER_LAYER.fullmatch(n) and isinstance(v, list | tuple) and len(v) == depth]
+    kinds: dict[Any, int] = {}
+    for layer in range(depth):
+        kinds.setdefault(tuple(repr(each[layer]) for each in lists), layer)
+    first = sorted(kinds.values())[:LAYERS]
+    others = [layer for layer in range(depth) if layer not in first]
+    return sorted(first + others[: max(0, 2 - len(first))])
+
+
+def _shrink_ids(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_shrink_ids(each) for each in value]
+    return value if value is None or value < VOCABULARY else value % (VOCABULARY - 8) + 8
