@@ -53,6 +53,7 @@ TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenize
 OPEN_CLIP = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
 ADAPTER = "adapter_config.json"  # by which transformers would fetch the weights that it names
 PULLED = "pulled.json"  # commits that `sca pull` took, in the user's cache
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -312,13 +313,23 @@ def load_pretrained(
     """`cls.from_pretrained` that leaves nothing at random: every tensor of the model must be among the weights, and
     every weight must have its place, but for those whose name begins with one of `elsewhere`.
 
+    Of the settings for generation that a folder has, only the ids of special tokens are used.
+
     Raises HubError.
     """
+    from transformers import GenerationConfig
+
     options = {"trust_remote_code": False, **options}  # None would ask on the terminal
     folder = fetch(source, revision, code=options["trust_remote_code"])
     require_weight_files(folder, source)
+    ids = read_token_ids(folder)
     with reading(source), quiet():
-        model, found = cls.from_pretrained(folder, output_loading_info=True, **options)
+        model, found = cls.from_pretrained(
+            folder, output_loading_info=True, generation_config=GenerationConfig(), **options
+        )
+    if model.can_generate():
+        known = GenerationConfig.from_model_config(model.config)
+        model.generation_config = GenerationConfig(**{name: getattr(known, name, None) for name in TOKEN_IDS} | ids)
     unexpected = [name for name in found["unexpected_keys"] if not name.startswith(tuple(elsewhere))]
     for what, names in (
         ("lacks", found["missing_keys"]),
@@ -328,6 +339,28 @@ def load_pretrained(
         if names:
             raise HubError(f"{source} does not fit a {cls.__name__}: it {what} {some(sorted(names))}")
     return model
+
+
+def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
+    """Read the ids of special tokens from `generation_config.json`; empty if the folder has none.
+
+    Its other settings, such as a penalty for repetition or a limit of time, would change captions: these follow the
+    generation of the spec alone.
+
+    Raises:
+        HubError: An id is no number, or the file is not JSON.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    with reading(file):
+        settings = read_json(file)
+        ids = {name: settings[name] for name in TOKEN_IDS if settings.get(name) is not None}
+    for name, value in ids.items():
+        for token in value if isinstance(value, list) else [value]:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise HubError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
+    return ids
 
 
 def read_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from sca_registry.contracts import Generated, Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sca.hub import quiet
 from sca.language_models.greedy import greedy, plain
 from sca.language_models.probe import probe_model
 
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class CausalLanguageModel(nn.Module):
     """Wraps a causal `PreTrainedModel`. Captions are padded on the right, so that no word ever sees a pad.
+
+    States and logits are those of the model's own forward. Settings for generation that come with the model, such as a
+    penalty for repetition, are not used: captions follow the arguments of `generate` alone. A model that cannot be fed
+    embeddings or attends to later tokens is a ValueError.
 
     width: E. tokenizer: None for a checkpoint without one; ids still work. One with more tokens than the model has
     embeddings is a ValueError. positions: how many the model has for prefix and words together; None if it does not
@@ -31,9 +36,19 @@ class CausalLanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self._config = model.config.get_text_config(decoder=True)
+        self._keep_ends()
         self.structure = probe_model(model)
         self.width = model.get_input_embeddings().embedding_dim
-        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.positions: int | None = getattr(self._config, "max_position_embeddings", None)
+
+    def _keep_ends(self) -> None:
+        """Keep the ids of special tokens, and no other setting for generation that came with the model."""
+        settings = self.model.generation_config
+        ids = {name: getattr(settings, name) for name in ENDS if getattr(settings, name) is not None}
+        self.model.generation_config = GenerationConfig(**ids)
+        for name, value in ids.items():
+            setattr(self._config, name, value)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -83,7 +98,7 @@ class CausalLanguageModel(nn.Module):
         pad, ends = self._ends()
         room = self.positions or prefix.shape[1] + max_new_tokens
         steps = min(max_new_tokens, room - prefix.shape[1])
-        if beams == captions == 1 and not sample and len(prefix) and steps > 0 and self._loops:
+        if beams == captions == 1 and not sample and len(prefix) and steps > 0 and self.has_greedy_loop:
             body = self.model.get_submodule(self.structure.body)
             ids, scores = greedy(self.model, body, self.head, prefix.to(self.model.dtype), steps, pad, ends)
             return Generated(ids[:, None], scores[:, None])
@@ -110,7 +125,7 @@ class CausalLanguageModel(nn.Module):
         return Generated(ids, scores)
 
     @property
-    def _loops(self) -> bool:
+    def has_greedy_loop(self) -> bool:
         """Whether `greedy` generates what transformers does, with fewer operations."""
         return self.structure.has_greedy_loop and plain(self.model)
 
@@ -158,8 +173,8 @@ class CausalLanguageModel(nn.Module):
 
     def _ends(self) -> tuple[int, list[int]]:
         """What fills up a row, and what ends a text: the tokenizer's, or else what the model's configuration says."""
-        eos = self.tokenizer.eos if self.tokenizer else self.model.config.eos_token_id
-        pad = self.tokenizer.pad if self.tokenizer else self.model.config.pad_token_id
+        eos = self.tokenizer.eos if self.tokenizer else self._config.eos_token_id
+        pad = self.tokenizer.pad if self.tokenizer else self._config.pad_token_id
         ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
         return (ends or [0])[0] if pad is None else pad, ends
 

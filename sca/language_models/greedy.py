@@ -20,17 +20,11 @@ NEUTRAL = {  # settings of generation that greedy search does not look at, or th
 
 
 def plain(model: PreTrainedModel) -> bool:
-    """Whether greedy search in this model is no more than the likeliest word after the other: it keeps an ordinary
-    cache, and its own settings ask for nothing besides, such as a penalty for repetition.
+    """Whether a model's own settings for greedy search are no more than the likeliest word after the other: they ask
+    for nothing besides, such as a penalty for repetition.
     """
     asked = {name for name, value in model.generation_config.to_diff_dict().items() if value is not None}
-    return not {name for name in asked if not name.startswith("_")} - NEUTRAL and _caches(model)
-
-
-def _caches(model: PreTrainedModel) -> bool:
-    """Whether past keys and values are all that a step needs to know, and rows of them can be taken out."""
-    kinds = getattr(model.config, "layer_types", None) or ()
-    return not getattr(model, "_is_stateful", False) and all(kind == "full_attention" for kind in kinds)
+    return not {name for name in asked if not name.startswith("_")} - NEUTRAL
 
 
 @torch.no_grad()

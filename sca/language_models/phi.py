@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PhiConfig, PhiForCausalLM
+from transformers import PhiConfig, PhiForCausalLM
 
 from sca.hub import read_tensor_names, read_tensors, weight_files
 from sca.io.json import read_json
@@ -30,11 +30,7 @@ class FusedPhiForCausalLM(PhiForCausalLM):
         config = PhiConfig.from_pretrained(folder)
         tensors = {name: tensor for file in weight_files(folder) or () for name, tensor in read_tensors(file).items()}
         tensors = split_fused_attention(tensors, config)
-        loaded = PhiForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return loaded
+        return PhiForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **options)
 
 
 def has_fused_attention(folder: Path) -> bool:

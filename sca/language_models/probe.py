@@ -132,7 +132,7 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
         yield
 
 
@@ -148,9 +148,11 @@ def _check_signatures(model: PreTrainedModel) -> None:
 def _tiny_model(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and settings with few random parameters, none of which is close to nothing."""
     tiny = type(model)(shrink_config(model.config)).float().eval()
-    for parameter in tiny.parameters():
-        spread = torch.randn_like(parameter) * 0.3
-        parameter.copy_(spread if parameter.dim() > 1 else spread + 0.7)
+    tiny.generation_config = GenerationConfig()
+    for name, parameter in tiny.named_parameters():
+        spread = torch.randn_like(parameter)
+        is_scale = parameter.dim() < 2 and not name.endswith("bias")
+        parameter.copy_(1 + 0.2 * spread if is_scale else 0.3 * spread)
     return tiny
 
 
@@ -184,7 +186,8 @@ def _examine_in_eval_mode(model: PreTrainedModel) -> Structure:
     mask[2, -2:] = 0
     if _differ(structure.hidden(model, embeddings, mask)[2, :-2], states[2, :-2], tolerance):
         raise IncapableError("predicts something else for a text that is padded on the right")
-    return _examine_generation(model, structure, embeddings, tolerance)
+    between = (embeddings + embeddings.roll(1, 0)) / 2  # of no token
+    return _examine_generation(model, structure, between, tolerance)
 
 
 def _examine_generation(model: PreTrainedModel, structure: Structure, prefix: Tensor, tolerance: float) -> Structure:
@@ -192,35 +195,46 @@ def _examine_generation(model: PreTrainedModel, structure: Structure, prefix: Te
     generated = model.generate(
         inputs_embeds=prefix,
         attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
-        generation_config=GenerationConfig(max_new_tokens=STEPS, eos_token_id=None, pad_token_id=0),
+        generation_config=GenerationConfig(
+            max_new_tokens=STEPS, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+        ),
     )
-    ids = generated[:, -STEPS:]  # (N, T)
+    ids = generated.sequences[:, -STEPS:]  # (N, T)
     seen = torch.cat((prefix, model.get_input_embeddings()(ids)), dim=1)
     states = structure.hidden(model, seen, torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device))
-    logits = structure.head(model, states[:, -STEPS - 1 : -1]).float()  # (N, T, V)
-    chosen = logits.gather(2, ids[..., None])[..., 0]
-    if _differ(chosen, logits.max(dim=2).values, tolerance):
-        raise IncapableError("generates other tokens than its logits say")
-    logs = chosen - logits.logsumexp(dim=2)
+    logits = structure.head(model, states[:, -STEPS - 1 : -1])  # (N, T, V)
+    if _differ(torch.stack(generated.logits, dim=1), logits, tolerance):
+        raise IncapableError("generates from other logits than it predicts without a cache")
+    logs = logits.float().log_softmax(dim=2).gather(2, ids[..., None])[..., 0]  # (N, T)
     return replace(structure, has_greedy_loop=_can_loop(model, structure, prefix, ids, logs, tolerance))
 
 
 def _can_loop(
     model: PreTrainedModel, structure: Structure, prefix: Tensor, ids: Tensor, logs: Tensor, tolerance: float
 ) -> bool:
-    """Whether `greedy` generates given ids (N, T) with given log-probabilities (N, T) when some captions end early."""
-    ends = [int(ids[0, 1]), int(ids[1, 2])]
-    ended = torch.isin(ids, torch.tensor(ends, device=ids.device)).int()
+    """Whether `greedy` generates given ids (N, T) with given log-probabilities (N, T) when a caption ends early."""
+    end = _find_early_end(ids)
+    if end is None:
+        return False
+    ended = (ids == end).int()
     counted = ended.cumsum(1) - ended == 0
+    body, head = model.get_submodule(structure.body), partial(structure.head, model)
     try:
-        found, scores = greedy(
-            model, model.get_submodule(structure.body), partial(structure.head, model), prefix, STEPS, 0, ends
-        )
+        found, scores = greedy(model, body, head, prefix, STEPS, -1, [end])
     except Exception:  # a cache of another kind, in anyone's code
         return False
     expected = (logs * counted).sum(1) / counted.sum(1)
-    same = torch.equal(found, ids.masked_fill(~counted, 0)[:, : found.shape[1]])
-    return same and not _differ(scores, expected, 10 * tolerance)
+    return torch.equal(found, ids.masked_fill(~counted, -1)) and not _differ(scores, expected, 10 * tolerance)
+
+
+def _find_early_end(ids: Tensor) -> int | None:
+    """A token that ends one row of ids (N, T) when the others go on for at least two steps."""
+    for step in range(STEPS - 2):
+        for token in ids[:, step].tolist():
+            rows = (ids == token).any(dim=1)
+            if not rows.all():
+                return int(token)
+    return None
 
 
 def _trace_body(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Structure:
@@ -249,7 +263,8 @@ def _trace_body(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Str
 def _draw_ids(model: PreTrainedModel) -> Tensor:
     """Random ids (N, L) of tokens without a meaning of their own."""
     config = model.config.get_text_config(decoder=True)
-    special = {value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
+    fields = {name: value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
+    special = {token for value in fields.values() for token in (value if isinstance(value, list) else [value])}
     size = min(model.get_input_embeddings().num_embeddings, 1000)
     ordinary = torch.tensor([token for token in range(size) if token not in special], device=model.device)
     return ordinary[torch.randint(len(ordinary), (ROWS, LENGTH), device="cpu").to(model.device)]

@@ -7,12 +7,12 @@ model with random weights shows what a large one does.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-VOCABULARY, POSITIONS, LAYERS = 97, 64, 6
+VOCABULARY, POSITIONS, LAYERS = 97, 64, 8
 HEADS, HEAD_DIM = 4, 16
 WIDTH = HEADS * HEAD_DIM
 SIZES = (  # by the names of fields, the first pattern that matches a whole name decides
@@ -38,7 +38,7 @@ SIZES = (  # by the names of fields, the first pattern that matches a whole name
     (r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k", 2),
     (r"(n|num|moe_num)_(routed_|local_)?experts|zero_expert_num", 4),
     (r"_?sliding_window(_size)?|attention_window_size|window_size|local_attention(_window_len)?", 4),
-    (r"attention_chunk_size|keep_window_size|index_topk|rel_extent|(local|lsh)_attn_chunk_length", 4),
+    (r"attention_chunk_size|keep_window_size|rel_extent|(local|lsh)_attn_chunk_length", 4),
     (r"expansion_ratio", 2),
 )
 PER_LAYER = re.compile(r"(\w+_)?(layer_types|layers_block_type|block_types|indexer_types|layer_rope_theta|no_rope_layers)|\w+_per_layer|\w+_pattern|intermediate_size|attention_layers")
@@ -56,51 +56,59 @@ def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
     Raises:
         Exception: whatever the architecture raises for sizes that it cannot have.
     """
-    return type(config).from_dict(_shrink_fields(config.to_dict()) | fields)
+    return type(config).from_dict(_shrink_fields(config) | fields)
 
 
-def _shrink_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _shrink_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    fields = config.to_dict()
     depth = next((value for name, value in fields.items() if DEPTH.fullmatch(name) and isinstance(value, int)), 0)
-    kept = _kept_layers(fields, depth)
+    per_layer = {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, list | tuple) and 0 < depth == len(value) and PER_LAYER.fullmatch(name)
+    }
+    layers = _choose_layers([*per_layer.values(), getattr(config, "layer_types", None) or []], depth)
     shrunk: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, Mapping) and "model_type" in value:
-            shrunk[name] = _shrink_fields(value)
-        elif isinstance(value, list | tuple) and depth and len(value) == depth and PER_LAYER.fullmatch(name):
-            shrunk[name] = [_shrink(name, value[layer]) for layer in kept]
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            shrunk[name] = _shrink_fields(inner)
+        elif name in per_layer:
+            shrunk[name] = [_shrink(name, value[layer]) for layer in layers]
         elif isinstance(value, list | tuple) and INDICES.fullmatch(name):
-            shrunk[name] = [place for place, layer in enumerate(kept) if layer in value]
+            shrunk[name] = [place for place, layer in enumerate(layers) if layer in value]
         elif DEPTH.fullmatch(name) and isinstance(value, int):
-            shrunk[name] = len(kept)
-        elif name == "per_layer_config":
-            continue
-        elif name.endswith(("_token_id", "_token_index", "_token_ids")) or name == "suppress_tokens":
+            shrunk[name] = len(layers)
+        elif name.endswith(("_token_id", "_token_index", "_token_ids")):
             shrunk[name] = _shrink_ids(value)
-        else:
+        elif name != "per_layer_config":  # of numbered layers, most of which are gone
             shrunk[name] = _shrink(name, value)
-    groups = {name for name in shrunk if re.search("(kv|key_value)_(heads|groups)", name)}
-    for name in groups:
-        if fields.get(name) == fields.get("num_attention_heads", fields.get("n_head")):
-            shrunk[name] = HEADS
+    for name in shrunk:
+        if re.fullmatch(r"num_(kv|key_value)_heads|kv_n_heads", name):
+            shrunk[name] = {1: 1, fields.get("num_attention_heads", fields.get("n_head")): HEADS}.get(value := fields[name], shrunk[name])
     return shrunk
+
+
+def _choose_layers(kinds: Sequence[Sequence[Any]], depth: int) -> list[int]:
+    """The first layers, as many as have one of each kind, or else the first layer of each kind; at least two.
+
+    kinds: Lists with what each layer is in one respect; those of another length do not count.
+    """
+    respects = [each for each in kinds if len(each) == depth]
+    first: dict[str, int] = {}
+    for layer in range(depth):
+        first.setdefault(repr([each[layer] for each in respects]), layer)
+    last = max(first.values(), default=0)
+    if last < LAYERS:
+        return list(range(min(depth, max(2, last + 1))))
+    return list(first.values())[:LAYERS]
 
 
 def _shrink(name: str, value: Any) -> Any:
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
-    return value if size is None or value <= 0 else min(value, size)
-
-
-def _kept_layers(fields: Mapping[str, Any], depth: int) -> list[int]:
-    """At least two layers, with one of each kind."""
-    lists = [v for n, v in fields.items() if PER_LAYER.fullmatch(n) and isinstance(v, list | tuple) and len(v) == depth]
-    kinds: dict[Any, int] = {}
-    for layer in range(depth):
-        kinds.setdefault(tuple(repr(each[layer]) for each in lists), layer)
-    first = sorted(kinds.values())[:LAYERS]
-    others = [layer for layer in range(depth) if layer not in first]
-    return sorted(first + others[: max(0, 2 - len(first))])
+    return value if size is None else min(value, size)
 
 
 def _shrink_ids(value: Any) -> Any:
