@@ -16,6 +16,7 @@ from sca.hub import quiet
 from sca.language_models.greedy import greedy, plain
 from sca.language_models.probe import probe_model
 
+POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call them
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,10 +41,12 @@ class CausalLanguageModel(nn.Module):
         self._keep_ends()
         self.structure = probe_model(model)
         self.width = model.get_input_embeddings().embedding_dim
-        self.positions: int | None = getattr(self._config, "max_position_embeddings", None)
+        self.positions: int | None = next((getattr(self._config, name, None) for name in POSITIONS if getattr(self._config, name, None)), None)
 
     def _keep_ends(self) -> None:
         """Keep the ids of special tokens, and no other setting for generation that came with the model."""
+        if not self.model.can_generate():
+            return
         settings = self.model.generation_config
         ids = {name: getattr(settings, name) for name in ENDS if getattr(settings, name) is not None}
         self.model.generation_config = GenerationConfig(**ids)

@@ -175,7 +175,8 @@ def _examine_in_eval_mode(model: PreTrainedModel) -> Structure:
     if not logits.isfinite().all():
         raise IncapableError("predicts NaN or infinite logits")
     if _differ(logits[0, :-1], logits[1, :-1], tolerance / 10):
-        raise IncapableError("is not causal: its logits depend on later tokens")
+        hint = "" if getattr(model.config, "is_decoder", True) else " (is_decoder is false in its configuration)"
+        raise IncapableError(f"is not causal: its logits depend on later tokens{hint}")
     embeddings = model.get_input_embeddings()(ids)
     structure = _trace_body(model, embeddings, mask)
     if _differ(model(inputs_embeds=embeddings, attention_mask=mask).logits, logits, tolerance):

@@ -15,17 +15,16 @@ from transformers import PreTrainedConfig
 VOCABULARY, POSITIONS, LAYERS = 97, 64, 8
 HEADS, HEAD_DIM = 4, 16
 WIDTH = HEADS * HEAD_DIM
-SIZES = (  # by the names of fields, the first pattern that matches a whole name decides
-    (r"type_vocab_size|task_type_vocab_size", None),
-    (r"(\w+_)?vocab_size(_\w+)?|(\w+_)?num_embeddings", VOCABULARY),
-    (r"max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|max_seq_len|context_length", POSITIONS),
-    (r"original_max_position_embeddings|model_max_length", POSITIONS),
+SIZES = (  # by the names of fields: the first pattern that matches a whole name has its largest value
+    (r"(task_)?type_vocab_size", VOCABULARY),
+    (r"(\w+_)?vocab_size(_\w+)?", VOCABULARY),
+    (r"(original_)?max_position_embeddings|max_(source|target)_positions|model_max_length", POSITIONS),
+    (r"n_positions|n_ctx|max_seq_len|context_length", POSITIONS),
     (r"qk_(rope|nope)_head_dim", HEAD_DIM // 2),
-    (r"(\w+_)?(head_dim|headdim|d_head|kv_channels|attention_head_size|rotary_dim)|dim_head", HEAD_DIM),
-    (r"num_(kv|key_value|query)_(heads|groups)|\w+_(kv|key_value)_heads|kv_n_heads", HEADS // 2),
+    (r"(\w+_)?(head_dim|headdim|d_head|attention_head_size|rotary_dim)|dim_head|kv_channels", HEAD_DIM),
+    (r"(\w+_)?(kv|key_value)_heads|num_query_groups|kv_n_heads", HEADS // 2),
     (r"(mamba_n|mamba_num|n_mamba)_heads", 2 * WIDTH // HEAD_DIM),
     (r"(\w+_)?(n|num)_(\w+_)?heads?|(\w+_)?attention_heads", HEADS),
-    (r"n_head|n_heads", HEADS),
     (r"(decoder|encoder)_layers|num(_\w+)?_layers|n_layers?|num_layers_per_stack|num_blocks", 2),
     (r"hidden_size_per_layer_input|router_hidden_size", 8),
     (r"mamba_d_ssm", 2 * WIDTH),
@@ -33,7 +32,7 @@ SIZES = (  # by the names of fields, the first pattern that matches a whole name
     (r"mamba_dt_rank|time_step_rank|(\w+_)?(rank|lowrank)|d_rel", 8),
     (r"(\w+_)?(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size)(_mlp)?|dim_ff|dff|d_inner", 48),
     (r"(\w+_)?hidden_size|n_embd|d_model|dim_model_base|emb(edding)?_dim|lru_width|word_embed_proj_dim", WIDTH),
-    (r"(\w+_)?embedding_size|ple_embed_dim|(\w+_)?embed_dim", WIDTH),
+    (r"(\w+_)?embedding_size|(\w+_)?embed_dim", WIDTH),
     (r"n(um)?_group|num_expert_group|topk_group", 1),
     (r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k", 2),
     (r"(n|num|moe_num)_(routed_|local_)?experts|zero_expert_num", 4),
@@ -41,9 +40,12 @@ SIZES = (  # by the names of fields, the first pattern that matches a whole name
     (r"attention_chunk_size|keep_window_size|rel_extent|(local|lsh)_attn_chunk_length", 4),
     (r"expansion_ratio", 2),
 )
-PER_LAYER = re.compile(r"(\w+_)?(layer_types|layers_block_type|block_types|indexer_types|layer_rope_theta|no_rope_layers)|\w+_per_layer|\w+_pattern|intermediate_size|attention_layers")
-INDICES = re.compile(r"mlp_only_layers|full_attn_idxs|moe_layers|hybrid_layer_ids|ple_layer_ids")
 DEPTH = re.compile(r"num_hidden_layers|n_layers?|num_layers|decoder_layers")
+PER_LAYER = re.compile(
+    r"(\w+_)?(layer_types|layers_block_type|block_types|indexer_types|layer_rope_theta|no_rope_layers)|\w+_per_layer"
+    r"|\w+_pattern|intermediate_size|attention_layers"
+)
+LAYER_NUMBERS = re.compile(r"mlp_only_layers|full_attn_idxs|moe_layers|hybrid_layer_ids|ple_layer_ids")
 
 
 def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
@@ -51,10 +53,10 @@ def shrink_config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
 
     Args:
         config: The configuration; it is not changed.
-        **fields: Fields of the tiny configuration that are given instead.
+        **fields: Fields of the tiny configuration, in place of those that would be chosen.
 
     Raises:
-        Exception: whatever the architecture raises for sizes that it cannot have.
+        Exception: What the architecture raises for sizes that it cannot have.
     """
     return type(config).from_dict(_shrink_fields(config) | fields)
 
@@ -70,23 +72,36 @@ def _shrink_fields(config: PreTrainedConfig) -> dict[str, Any]:
     layers = _choose_layers([*per_layer.values(), getattr(config, "layer_types", None) or []], depth)
     shrunk: dict[str, Any] = {}
     for name, value in fields.items():
-        inner = getattr(config, name, None)
+        inner = config.__dict__.get(name)
         if isinstance(inner, PreTrainedConfig):
             shrunk[name] = _shrink_fields(inner)
         elif name in per_layer:
             shrunk[name] = [_shrink(name, value[layer]) for layer in layers]
-        elif isinstance(value, list | tuple) and INDICES.fullmatch(name):
+        elif isinstance(value, list | tuple) and LAYER_NUMBERS.fullmatch(name):
             shrunk[name] = [place for place, layer in enumerate(layers) if layer in value]
         elif DEPTH.fullmatch(name) and isinstance(value, int):
             shrunk[name] = len(layers)
-        elif name.endswith(("_token_id", "_token_index", "_token_ids")):
+        elif name.endswith(("_token_id", "_token_index")):
             shrunk[name] = _shrink_ids(value)
         elif name != "per_layer_config":  # of numbered layers, most of which are gone
             shrunk[name] = _shrink(name, value)
-    for name in shrunk:
-        if re.fullmatch(r"num_(kv|key_value)_heads|kv_n_heads", name):
-            shrunk[name] = {1: 1, fields.get("num_attention_heads", fields.get("n_head")): HEADS}.get(value := fields[name], shrunk[name])
-    return shrunk
+    return shrunk | _related_sizes(fields, shrunk)
+
+
+def _related_sizes(fields: dict[str, Any], shrunk: dict[str, Any]) -> dict[str, Any]:
+    """Sizes that follow from others, as they do in the large configuration."""
+    sizes: dict[str, Any] = {}
+    heads = next((name for name in ("num_attention_heads", "n_head", "n_heads") if name in fields), "")
+    for name in fields.keys() & {"num_key_value_heads", "num_kv_heads", "kv_n_heads"}:
+        if heads and fields[name] == fields[heads]:
+            sizes[name] = shrunk[heads]
+    if "qk_rope_head_dim" in fields and fields.get("head_dim") == fields["qk_rope_head_dim"]:
+        sizes["head_dim"] = shrunk["qk_rope_head_dim"]
+    if "mamba_d_ssm" in fields and shrunk["mamba_d_ssm"]:
+        sizes["mamba_d_head"] = shrunk["mamba_d_ssm"] // shrunk["mamba_n_heads"]
+    if fields.keys() >= {"expand", "num_heads", "head_dim", "hidden_size"}:
+        sizes["num_heads"] = shrunk["expand"] * shrunk["hidden_size"] // shrunk["head_dim"]
+    return sizes
 
 
 def _choose_layers(kinds: Sequence[Sequence[Any]], depth: int) -> list[int]:
@@ -107,8 +122,8 @@ def _choose_layers(kinds: Sequence[Sequence[Any]], depth: int) -> list[int]:
 def _shrink(name: str, value: Any) -> Any:
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
-    return value if size is None else min(value, size)
+    largest = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
+    return min(value, largest)
 
 
 def _shrink_ids(value: Any) -> Any:
