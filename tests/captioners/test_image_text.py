@@ -1,5 +1,8 @@
 """Image-to-text models say what transformers says, whatever goes together."""
 
+import json
+import shutil
+
 import pytest
 import sca_registry
 import torch
@@ -58,6 +61,16 @@ def test_the_words_and_their_score_are_those_of_the_model(weights, image):
     steps = logits[0, :-1].gather(1, ids[0, 1:, None])
     assert score == pytest.approx(steps.mean().exp().item(), rel=1e-4)
     assert usage == TokenUsage(0, (len(steps),), (ids[0, -1].item() not in model.ends,))
+
+
+@pytest.mark.parametrize("kind", ["git", "blip-2"])
+def test_image_text_model_ignores_the_settings_of_its_files(weights, kind, image, prompts, tmp_path):
+    expected = CropCaptioner(weights=weights(kind)).describe(image, prompts)
+    folder = shutil.copytree(weights(kind), tmp_path / kind)
+    file = folder / "generation_config.json"
+    settings = {"num_return_sequences": 3, "max_time": 1e-4, "repetition_penalty": 1.8, "stop_strings": ["a"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert texts(CropCaptioner(weights=str(folder)).describe(image, prompts)) == texts(expected)
 
 
 def test_no_more_words_come_than_are_asked_for(weights, image, prompts, monkeypatch):
