@@ -226,7 +226,9 @@ class _Cost:
         del first
         with stages.aside():
             cache = run(inputs_embeds=seen, positions=length + words - 2).past_key_values
-        kept = 0 if getattr(language_model, "has_greedy_loop", False) else words  # steps whose scores transformers keeps until the end
+        kept = (
+            0 if getattr(language_model, "has_greedy_loop", False) else words
+        )  # steps whose scores transformers keeps until the end
         scores = [torch.empty(rows, inner.config.vocab_size, dtype=torch.float32) for _ in range(kept)]
         with stages("decode"):  # the last step, whose cache is the longest; the others cost between this and the first
             run(cache, length + words - 1, input_ids=word)

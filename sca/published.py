@@ -208,7 +208,7 @@ def write_published(model: SegmentCaptioner, folder: Path) -> Path:
     with new_folder(folder) as draft:
         save_file(tensors, draft / SAFE, metadata={"format": "pt"})
         (draft / "config.json").write_text(json.dumps(_config(model), indent=2) + "\n", "utf-8")
-        ends = {key: getattr(causal.config, key, None) for key in ENDS}
+        ends = {key: getattr(causal.generation_config, key) for key in ENDS}
         (draft / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", "utf-8")
         if model.language_model.tokenizer is not None:
             model.language_model.tokenizer.save(str(draft))

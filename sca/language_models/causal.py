@@ -36,22 +36,15 @@ class CausalLanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
-        self._config = model.config.get_text_config(decoder=True)
-        self._keep_ends()
+        if model.can_generate():
+            ids = {name: getattr(model.generation_config, name) for name in ENDS}
+            model.generation_config = GenerationConfig(**ids)  # and no other setting that came with the model
         self.structure = probe_model(model)
+        self.tokenizer = tokenizer
         self.width = model.get_input_embeddings().embedding_dim
-        self.positions: int | None = next((getattr(self._config, name, None) for name in POSITIONS if getattr(self._config, name, None)), None)
-
-    def _keep_ends(self) -> None:
-        """Keep the ids of special tokens, and no other setting for generation that came with the model."""
-        if not self.model.can_generate():
-            return
-        settings = self.model.generation_config
-        ids = {name: getattr(settings, name) for name in ENDS if getattr(settings, name) is not None}
-        self.model.generation_config = GenerationConfig(**ids)
-        for name, value in ids.items():
-            setattr(self._config, name, value)
+        config = model.config.get_text_config(decoder=True)
+        limits = (getattr(config, name, None) for name in POSITIONS)
+        self.positions: int | None = next((limit for limit in limits if limit), None)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -175,9 +168,9 @@ class CausalLanguageModel(nn.Module):
         return self._ends()[0]
 
     def _ends(self) -> tuple[int, list[int]]:
-        """What fills up a row, and what ends a text: the tokenizer's, or else what the model's configuration says."""
-        eos = self.tokenizer.eos if self.tokenizer else self._config.eos_token_id
-        pad = self.tokenizer.pad if self.tokenizer else self._config.pad_token_id
+        """What fills up a row, and what ends a text: the tokenizer's, or else the model's own."""
+        eos = self.tokenizer.eos if self.tokenizer else self.model.generation_config.eos_token_id
+        pad = self.tokenizer.pad if self.tokenizer else self.model.generation_config.pad_token_id
         ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
         return (ends or [0])[0] if pad is None else pad, ends
 

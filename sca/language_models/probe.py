@@ -1,8 +1,8 @@
 """What a causal language model of transformers can do, found by running a tiny one of the same configuration.
 
-A caption's prefix is embeddings. So a model must read embeddings as it reads token ids, attend to no later token, compute
-its logits from the states of one inner module, and generate what these logits say. What does not is refused with the
-reason, whatever it is called.
+A caption's prefix is embeddings. So a model must read embeddings as it reads token ids, attend to no later token,
+compute its logits from the states of one inner module, and generate from these logits. A model that does not is refused
+with the reason; nothing depends on its name.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ def _undisturbed() -> Iterator[None]:
 def _check_signatures(model: PreTrainedModel) -> None:
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
         raise IncapableError("takes no embeddings (inputs_embeds)")
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise IncapableError("has no table of token embeddings")
     if not model.can_generate():
         raise IncapableError("cannot generate")
     if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
@@ -242,15 +244,12 @@ def _trace_body(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Str
     """Find the first module that a forward hands the embeddings to, and the class of what it returns."""
     calls: list[tuple[str, type]] = []
 
-    def record(name: str, kwargs: Mapping[str, Any], output: Any) -> None:
+    def record(name: str, _: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         if kwargs.get("inputs_embeds") is embeddings:
             calls.append((name, type(output)))
 
-    hooks = [
-        module.register_forward_hook(lambda _, __, kwargs, output, name=name: record(name, kwargs, output), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name
-    ]
+    inner = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(record, name), with_kwargs=True) for name, module in inner]
     try:
         model(inputs_embeds=embeddings, attention_mask=mask)
     finally:

@@ -1,7 +1,7 @@
 """Tiny configurations of any architecture of transformers: other sizes, the same settings.
 
-What decides how a model computes (kinds of layers, scales, caps, activations, `is_decoder`) is unchanged, so that a tiny
-model with random weights shows what a large one does.
+Whatever decides how a model computes (kinds of layers, scales, caps, activations, `is_decoder`) is unchanged, so that
+a tiny model with random weights behaves like a large one.
 """
 
 from __future__ import annotations

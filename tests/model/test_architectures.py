@@ -35,6 +35,7 @@ NOT_BUILT = {  # default configurations that transformers 5.23 builds no model f
 }
 HEADS = {  # one architecture for each way to compute logits from states
     "gpt2": {},  # a linear layer
+    "codegen": {},  # no padding in its configuration
     "bloom": {},  # of tied weights
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 3.0},
@@ -48,7 +49,17 @@ HEADS = {  # one architecture for each way to compute logits from states
     "llama4_text": {},  # its class names its body wrongly
     "opt": {"word_embed_proj_dim": 32},  # embeddings narrower than states
 }
-REFUSED = ("bert-no-decoder", "cpmant", "ctrl", "falcon_h1", "gemma3n_text", "gemma4_text", "openai-gpt", "roberta", "xlm")
+REFUSED = (
+    "bert-no-decoder",
+    "cpmant",
+    "ctrl",
+    "falcon_h1",
+    "gemma3n_text",
+    "gemma4_text",
+    "openai-gpt",
+    "roberta",
+    "xlm",
+)
 
 
 def build(name, **fields):
@@ -82,7 +93,7 @@ def check_equals_its_model(name, **fields):
     plain = {"attention_mask": torch.ones(ROWS, PREFIX, dtype=torch.long), "max_new_tokens": STEPS, "pad_token_id": 0}
     free = model.generate(inputs_embeds=prefix, eos_token_id=None, **plain)
     ends = [int(free[0, 2]), int(free[1, 4])]
-    model.config.get_text_config(decoder=True).eos_token_id = ends
+    model.generation_config.eos_token_id = ends
     own = model.generate(
         inputs_embeds=prefix, eos_token_id=ends, return_dict_in_generate=True, output_logits=True, **plain
     )
@@ -107,7 +118,9 @@ def test_language_model_that_cannot_caption_is_refused_when_built(name):
     if name == "bert-no-decoder":
         architecture, fields = "bert", {"is_decoder": False}
     model = build(architecture, **fields)
-    with pytest.raises(ValueError, match=f"the language model '{architecture}' .*; choose a decoder-only model") as error:
+    with pytest.raises(
+        ValueError, match=f"the language model '{architecture}' .*; choose a decoder-only model"
+    ) as error:
         CausalLanguageModel(model, None)
     reason = refused()[architecture] if not fields else "is not causal: its logits depend on later tokens"
     assert reason in str(error.value)

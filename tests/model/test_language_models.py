@@ -90,14 +90,14 @@ def test_checkpointing_forgets_the_layers_and_gives_the_same_gradients(lm_folder
 def test_several_ends_and_none_are_both_fine(lm_folder):
     model = HfLanguageModel(str(lm_folder("llama")))
     prefix = torch.randn(3, 2, model.width, generator=torch.Generator().manual_seed(0))
-    model.model.config.eos_token_id = None
+    model.model.generation_config.eos_token_id = None
     free = model.generate(prefix, max_new_tokens=5).ids[:, 0]
     assert free.shape == (3, 5)
-    model.model.config.eos_token_id = [int(free[0, 1]), int(free[1, 2])]
+    model.model.generation_config.eos_token_id = [int(free[0, 1]), int(free[1, 2])]
     ended = model.generate(prefix, max_new_tokens=5).ids[:, 0].tolist()
-    pad = model.model.config.pad_token_id
+    pad = model.model.generation_config.pad_token_id
     for row, whole in zip(ended, free.tolist(), strict=True):
-        at = next((n for n, word in enumerate(whole) if word in model.model.config.eos_token_id), len(whole))
+        at = next((n for n, word in enumerate(whole) if word in model.model.generation_config.eos_token_id), len(whole))
         assert row[: at + 1] == whole[: at + 1]
         assert set(row[at + 1 :]) <= {pad}
 

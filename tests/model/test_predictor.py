@@ -189,7 +189,7 @@ def test_mistakes_say_what_to_do(counted, scene):
     with pytest.raises(ValueError, match="'recognition' and 'caption'"):
         predictor.predict(points=[(1, 1)], task="poetry")
     predictor.model.language_model.tokenizer = None
-    predictor.model.language_model.model.config.eos_token_id = 0
+    predictor.model.language_model.model.generation_config.eos_token_id = 0
     with pytest.raises(ValueError, match="no tokenizer"):
         predictor.predict(points=[(1, 1)])
 
