@@ -7,6 +7,7 @@ is followed until it is let go for the latter. What a kernel allocates for itsel
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -198,11 +199,10 @@ class _Cost:
         return stages.flops, stages.memory
 
     def _caption(self, prefix: Tensor, words: int, stages: _Stages) -> None:
-        """Greedy words with a cache; a model of another make is taken to do the same work without one."""
+        """Greedy words with a cache; a model without one of keys and values does the same work without."""
         language_model = self.model.language_model
         rows, length = prefix.shape[:2]
-        inner = getattr(language_model, "model", None)
-        if not isinstance(inner, nn.Module) or not hasattr(inner, "generate"):
+        if not getattr(language_model, "has_greedy_loop", False):
             with stages("prefill"):
                 language_model.head(language_model.hidden(prefix, prefix.new_ones(rows, length))[:, -1])
             with stages("decode"):
@@ -210,9 +210,12 @@ class _Cost:
                 language_model.head(language_model.hidden(longer, longer.new_ones(longer.shape[:2])))
             return
 
+        inner = language_model.model
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(inner).forward).parameters else {}
+
         def run(cache: Any = None, positions: int = length, **inputs: Tensor) -> Any:
             mask = torch.ones(rows, positions, dtype=torch.long)
-            return inner(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return inner(**inputs, **last, attention_mask=mask, past_key_values=cache, use_cache=True)
 
         embeddings = prefix.to(inner.dtype)
         with stages("prefill"):
@@ -226,14 +229,8 @@ class _Cost:
         del first
         with stages.aside():
             cache = run(inputs_embeds=seen, positions=length + words - 2).past_key_values
-        kept = (
-            0 if getattr(language_model, "has_greedy_loop", False) else words
-        )  # steps whose scores transformers keeps until the end
-        scores = [torch.empty(rows, inner.config.vocab_size, dtype=torch.float32) for _ in range(kept)]
         with stages("decode"):  # the last step, whose cache is the longest; the others cost between this and the first
             run(cache, length + words - 1, input_ids=word)
-            if scores:
-                torch.log_softmax(torch.stack(scores), dim=-1)
         stages.flops["decode"] = (stages.flops["decode"] + early[0]) * (words - 1) // 2
 
     def step(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
