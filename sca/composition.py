@@ -11,9 +11,8 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, registry
 from sca_registry.contracts import Encoder, LanguageModel, Mixer
-from sca_registry.options import check_options
 from sca_registry.overrides import PARTS
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.model import SegmentCaptioner
 
@@ -51,8 +50,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         segmenter = sca_registry.segmenters.build(chosen.name, encoder, **chosen.options)
         mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
-        what = f"generation of the language model {spec.language_model.name!r}"
-        check_options(what, language_model.generate, 1, spec.generation)
+        check_generation("generation", spec.generation, language_model.generate)
         _check_room(spec, mixer, language_model)
         if spec.lora:
             language_model.adapt(**spec.lora)

@@ -47,7 +47,7 @@ from typing import Any
 from sca_registry import RegistryError, registry
 from sca_registry.messages import unknown
 from sca_registry.overrides import SHORT
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
@@ -238,9 +238,12 @@ def _check_evaluate(what: str, key: str, value: Any) -> None:
     elif key in ("limit", "batch"):
         check_least(what, value, 1)
     elif key in ("tasks", "metrics"):
-        check_list(what, value, str)
+        check_list(what, value, str, least=1)
+    elif key == "generation":
+        check_type(what, value, Mapping)
+        check_generation(what, value)
     else:
-        check_type(what, value, Mapping if key == "generation" else str)
+        check_type(what, value, str)
 
 
 def _check_measure(what: str, key: str, value: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from sca_registry import RegistryError, datasets, registry
-from sca_registry.spec import ModelSpec, Part
+from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.data.summary import check_not_empty
 from sca.evaluation.predictions import Questions
@@ -31,6 +32,10 @@ def check_rows(sweep: Sweep, rows: Iterable[Row]) -> None:
             part = getattr(spec, kind)
             if part is not None and _is_new(checked, [kind, part.to_dict()]):
                 _check_component(kind, part)
+        asked = (sweep.evaluate or {}).get("generation", {})
+        for key, options in (("generation", spec.generation), ("evaluate.generation", asked)):
+            if _is_new(checked, [key, options, spec.language_model.name]):
+                _check_generation(key, options, spec.language_model)
         recipe = row.recipe
         if recipe is not None and _is_new(checked, [recipe.to_dict()["data"], str(recipe.validate)]):
             open_sources(recipe)
@@ -52,8 +57,19 @@ def _check_component(kind: str, part: Part) -> None:
     try:
         registry(kind).check(part.name, **part.options)
     except RegistryError:
-        if registry(kind).describe(part.name).state != "broken":
+        if not _is_broken(kind, part):
             raise
+
+
+def _check_generation(key: str, options: Mapping[str, Any], language_model: Part) -> None:
+    """Check options of generation as far as the class of a language model tells, before it is built."""
+    if not _is_broken("language_model", language_model):
+        generate = registry("language_model").stated(language_model.name, "generate")
+        check_generation(key, options, generate, upstream=2)
+
+
+def _is_broken(kind: str, part: Part) -> bool:
+    return registry(kind).describe(part.name).state == "broken"
 
 
 def _is_new(checked: set[str], facts: object) -> bool:

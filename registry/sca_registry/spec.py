@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 from sca_registry.messages import RegistryError, unknown
+from sca_registry.options import check_options
 from sca_registry.overrides import PARTS, override, read_assignments
 from sca_registry.plugins import BUILTIN
 from sca_registry.registry import registry
@@ -255,12 +256,31 @@ def _table(what: str, value: Any) -> dict[str, Any]:
 
 
 def _generation(value: Any) -> dict[str, Any]:
-    """Checked where every language model has the same; the rest is the language model's own business."""
     given = GENERATION | _table("generation", value)
-    for key, most in MAX_GENERATION.items():
-        if key in given:
-            _check_number("generation", key, given[key], whole=True, least=1, most=most)
+    check_generation("generation", given)
     return given
+
+
+def check_generation(
+    key: str, options: Any, generate: Callable[..., Any] | None = None, upstream: int = 1
+) -> None:
+    """Check options of generation.
+
+    Args:
+        key: What messages call them, such as "evaluate.generation".
+        options: The options; those that every language model has must be in range.
+        generate: The method of the language model that takes the options; None if it is not known yet.
+        upstream: How many of its first parameters are not options: 1 for the prefix, 2 for a method of a class.
+
+    Raises:
+        RegistryError: An option that the language model does not take, or a value of another type or out of range.
+    """
+    given = _table(key, options)
+    for name, most in MAX_GENERATION.items():
+        if name in given:
+            _check_number(key, name, given[name], whole=True, least=1, most=most)
+    if generate is not None:
+        check_options(key, generate, upstream, GENERATION | given)
 
 
 def _everything(value: Any) -> dict[str, Any]:

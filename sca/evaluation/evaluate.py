@@ -17,7 +17,7 @@ import sca_registry
 from PIL import Image
 from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN
-from sca_registry.spec import Part
+from sca_registry.spec import Part, check_generation
 
 from sca.captioners.door import captioner as open_captioner
 from sca.checkpoint import weights_hash
@@ -183,6 +183,8 @@ def evaluate(
     dataset_name, split, options, built = _dataset(dataset, split)
     check_not_empty(built, f"{dataset_name} {split}".rstrip())
     model_name, captioner = _captioner(model, device, agreed)
+    if isinstance(captioner, Predictor):
+        check_generation("generation", questions.generation, captioner.model.language_model.generate)
     found = Part.from_dict(proposer, "proposer") if proposer is not None else None
     asking: Questions | Proposing = questions
     if found is not None:

@@ -81,6 +81,8 @@ class Questions:
             for word in given:
                 if word not in known[what]:
                     raise ValueError(f"no {what} {word!r}: there are {', '.join(known[what])}")
+        if not self.tasks:
+            raise ValueError(f"tasks are empty; give one or more of {', '.join(TASKS)}")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 

@@ -91,6 +91,18 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not TOML"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*: give a list of 1 or more"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*: give a list of 1 or more"),
+        (
+            "[axes]",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { beams = 0 }\n[axes]',
+            "evaluate.generation.beams is 0: give a whole number, 1 or more",
+        ),
+        (
+            "[axes]",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { beams = "x" }\n[axes]',
+            "evaluate.generation.beams is 'x': give a whole number",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_refused_with_the_place(sweep, old, new, said):
@@ -192,6 +204,17 @@ def test_a_sweep_that_is_not_utf_8_is_named(tmp_path):
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "no prompt 'circle'"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = ["name"]\n[axes]', "no task 'name'"),
+        (
+            "[axes]",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { beans = 3 }\n[axes]',
+            "evaluate.generation has no option 'beans'. Did you mean 'beams'",
+        ),
+        (
+            "[axes]",
+            '[evaluate]\ndataset = "scenes"\ngeneration = { temperature = "x" }\n[axes]',
+            "evaluate.generation: temperature is 'x'; give a number",
+        ),
+        ("task_tokens = 2", "task_tokens = 2\ngeneration = { beans = 3 }", "generation has no option 'beans'"),
         ("[axes]", "[train]\nprompts = { circle = 1.0 }\n[axes]", "no prompt is called 'circle'"),
         ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
         ("task_tokens = 2", 'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1', "lora=4 would not"),

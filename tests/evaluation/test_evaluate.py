@@ -177,3 +177,21 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
     assert f"{len(report.left_out)} metrics left out" in line
     assert "`sca list metrics`" in line
     assert "nan" not in shown
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"beans": 3}, "generation has no option 'beans'. Did you mean 'beams'"),
+        ({"beams": "x"}, "generation.beams is 'x': give a whole number"),
+        ({"temperature": "hot"}, "generation: temperature is 'hot'; give a number"),
+    ],
+)
+def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, generation, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, {"name": "scenes", "count": 1}, questions=Questions(generation=generation))
+
+
+def test_questions_reject_an_empty_list_of_tasks():
+    with pytest.raises(ValueError, match="tasks are empty; give one or more of caption, recognition"):
+        Questions(tasks=())
