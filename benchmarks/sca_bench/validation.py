@@ -11,6 +11,7 @@ from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.data.summary import check_not_empty
 from sca.evaluation.predictions import Questions
+from sca.evaluation.requirements import check_needs, check_truth
 from sca.evaluation.scoring import ready
 from sca.training.sources import open_sources, open_validation
 from sca_bench.sweep import PARTS, Row, Sweep
@@ -47,10 +48,13 @@ def _check_evaluation(sweep: Sweep) -> None:
     asked = sweep.evaluate
     if asked is None:
         return
-    Questions(**{key: asked[key] for key in ("prompt", "tasks", "generation") if key in asked})
+    questions = Questions(**{key: asked[key] for key in ("prompt", "tasks", "generation") if key in asked})
     ready(asked.get("metrics"), None)
     part, split = Part.from_dict(asked["dataset"], "dataset of evaluate"), asked.get("split", "val")
-    check_not_empty(datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})")
+    dataset, what = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
+    check_not_empty(dataset, what)
+    check_truth(dataset, what, questions.tasks, asked.get("limit"))
+    check_needs(asked.get("metrics", ()), dataset, questions.tasks, asked.get("limit"))
 
 
 def _check_component(kind: str, part: Part) -> None:

@@ -70,6 +70,7 @@ class LabelRecall:
     """The share of captions in which the label of their region is found, letters' case aside."""
 
     needs = ("task=caption", "caption", "truth.name")
+    scores = ("label-recall/mean", "label-recall/captions")
 
     def __call__(self, records) -> Scores:
         asked = [r for r in records if r.get("task") == "caption" and (r.get("truth") or {}).get("name")]

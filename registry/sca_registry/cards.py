@@ -43,6 +43,7 @@ class Card:
     needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
     needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
     small: Mapping[str, Any] = field(default_factory=dict)  # options of one that is quick to try out
+    scores: tuple[str, ...] | None = None  # of a metric: the names of its scores; `class/*` for any that begin so
     code_options: tuple[str, ...] = ()  # that can run code: a checkpoint may set them to a plain name at most
 
     @property
@@ -66,6 +67,7 @@ TYPES = {
     "needs": list,
     "needs_with": dict,
     "small": dict,
+    "scores": list,
     "code_options": list,
 }
 

@@ -330,8 +330,9 @@ class Metric(Protocol):
 
     One that needs "image" is called with a second argument, which gives the picture of a record: (records, images).
     Options that are called `references` and `tokenizer` are the protocol's. May have `implementation`, whose code it is
-    with its version; and `whole = True` to be given the answers to misleading prompts (controls) with the others, and
-    not by themselves.
+    with its version; `whole = True` to be given the answers to misleading prompts (controls) with the others, and not
+    by themselves; and, in its class or its card, `scores`, the names of its scores (`class/*` for any that begin so),
+    by which a score is known before it is computed.
     """
 
     needs: tuple[str, ...]

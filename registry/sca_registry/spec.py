@@ -261,9 +261,7 @@ def _generation(value: Any) -> dict[str, Any]:
     return given
 
 
-def check_generation(
-    key: str, options: Any, generate: Callable[..., Any] | None = None, upstream: int = 1
-) -> None:
+def check_generation(key: str, options: Any, generate: Callable[..., Any] | None = None, upstream: int = 1) -> None:
     """Check options of generation.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from typing import Any
 
 from sca_registry.contracts import TASKS, Scores
@@ -64,14 +65,17 @@ def needs_are_paths(trial: Trial) -> str | None:
 
 @promise("metrics", written="sca_registry.contracts.Scores")
 def gives_scores(trial: Trial) -> str | None:
-    """Called with records that have what it needs, it gives `Scores` whose totals are numbers."""
+    """Called with records that have what it needs, it returns `Scores` whose totals are numbers, named as declared."""
     records = example_records()
     if "image" in trial.part.needs or lack(records, trial.part.needs):
         raise DoesNotApply("the example has not what it needs")
     found = trial.part(records)
     if not isinstance(found, Scores):
         return f"a {type(found).__name__}"
+    declared = trial.stated("scores")
     for key, value in found.total.items():
+        if declared is not None and not any(fnmatchcase(key, name) for name in declared):
+            return f"{key!r}, which is not among the declared scores {', '.join(declared)}"
         if isinstance(value, bool | str) or not isinstance(float(value), float) or math.isinf(value):
             return f"{key} = {value!r}"
     return None if found.total else "no score at all"

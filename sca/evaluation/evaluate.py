@@ -34,6 +34,7 @@ from sca.evaluation.journal import (
 )
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
+from sca.evaluation.requirements import check_needs, check_truth, describe_missing_truth
 from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
 from sca.everything import SEARCH_VERSION
@@ -182,6 +183,9 @@ def evaluate(
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, options, built = _dataset(dataset, split)
     check_not_empty(built, f"{dataset_name} {split}".rstrip())
+    if proposer is None:
+        check_truth(built, dataset_name, questions.tasks, limit)
+        check_needs(metrics or (), built, questions.tasks, limit)
     model_name, captioner = _captioner(model, device, agreed)
     if isinstance(captioner, Predictor):
         check_generation("generation", questions.generation, captioner.model.language_model.generate)
@@ -217,10 +221,7 @@ def evaluate(
     if predictions is None:
         return None
     if not predictions.records:
-        raise ValueError(
-            f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(questions.tasks)} asks for "
-            f"(phrases for captions, a name for recognition); {summarize_dataset(built)}"
-        )
+        raise ValueError(describe_missing_truth(built, dataset_name, questions.tasks))
     return _report(predictions, "the predictions", metrics, settings, _pictures(built), start)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,6 +164,20 @@ class Proposing:
         }
 
 
+def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the task and the truth of each record that a dataset leads to, before anything is predicted.
+
+    Args:
+        dataset: Any dataset; none of its images is opened. One that cannot list its annotations yields nothing.
+        tasks: Those of `Questions`.
+        limit: Only the first images; by default all.
+    """
+    if hasattr(dataset, "annotations_of_all"):
+        for regions in islice(dataset.annotations_of_all(), limit):
+            for region in regions:
+                yield from ({"task": task, "truth": _truth(region)} for task in tasks if _has_truth(region, task))
+
+
 def predict(
     captioner: Captioner,
     dataset: Dataset,
@@ -239,7 +254,11 @@ class _Shown:
 
 
 def _asks(region: Region, task: str, prompts: Request) -> bool:
-    return region.id in prompts and bool(region.phrases if task == "caption" else region.name)
+    return region.id in prompts and _has_truth(region, task)
+
+
+def _has_truth(region: Region, task: str) -> bool:
+    return bool(region.phrases if task == "caption" else region.name)
 
 
 def _prompts(questions: Questions, sample: Sample, shown: _Shown, place: int) -> Request:
@@ -330,16 +349,19 @@ def _record(
         "task": task,
         "control": control,
         **{key: plain[key] for key in ("prompt", "caption", "score", "mask", "iou")},
-        "truth": {
-            "name": region.name,
-            "phrases": list(region.phrases),
-            "attributes": {fact: list(v) if isinstance(v, tuple) else v for fact, v in region.attributes.items()},
-            "mask": None
-            if region.mask is None
-            else {"size": list(region.mask["size"]), "counts": region.mask["counts"]},
-            "box": [float(value) for value in region.box],
-            "area": _area(region),
-        },
+        "truth": _truth(region),
+    }
+
+
+def _truth(region: Region) -> dict[str, Any]:
+    mask = region.mask
+    return {
+        "name": region.name,
+        "phrases": list(region.phrases),
+        "attributes": {fact: list(v) if isinstance(v, tuple) else v for fact, v in region.attributes.items()},
+        "mask": None if mask is None else {"size": list(mask["size"]), "counts": mask["counts"]},
+        "box": [float(value) for value in region.box],
+        "area": _area(region),
     }
 
 

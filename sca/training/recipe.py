@@ -170,7 +170,7 @@ class Validation:
             if key not in known:
                 raise unknown(f"a recipe's [validate] has no {key!r}", key, known)
             if key in ("metrics", "best"):
-                check_list(f"validate.{key}", value, str)
+                check_list(f"validate.{key}", value, str, least=int(key == "best"))
             else:
                 check_same_type(f"validate.{key}", value, known[key])
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}

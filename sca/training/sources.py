@@ -34,15 +34,22 @@ def open_validation(validation: Validation) -> Dataset:
     """Open the dataset of [validate], which may be empty, and check what is asked and scored.
 
     Raises:
-        ValueError: An unknown prompt or metric, a metric whose extra is not installed, or what the dataset raises.
+        ValueError: An unknown prompt, metric or score, a metric whose extra is not installed or which does not find
+            what it needs in the dataset, no score that can choose the best model, or what the dataset raises.
     """
     from sca.evaluation.predictions import Questions
+    from sca.evaluation.requirements import check_best, check_needs, check_truth
     from sca.evaluation.scoring import ready
 
     Questions(prompt=validation.prompt)
     ready(validation.metrics or None, None)
     part = Part.from_dict(validation.dataset, "dataset of validate")
-    return datasets.build(part.name, validation.split, **part.options)
+    dataset = datasets.build(part.name, validation.split, **part.options)
+    if len(dataset):
+        check_truth(dataset, f"validate ({validation.split})", limit=validation.limit)
+        check_needs(validation.metrics, dataset, limit=validation.limit)
+        check_best(validation.best, validation.metrics or None, dataset, validation.limit)
+    return dataset
 
 
 def report_sources(opened: Mapping[str, Dataset], report: Callable[[str], None], quiet: bool = False) -> None:

@@ -214,6 +214,11 @@ def test_a_sweep_that_is_not_utf_8_is_named(tmp_path):
             '[evaluate]\ndataset = "scenes"\ngeneration = { temperature = "x" }\n[axes]',
             "evaluate.generation: temperature is 'x'; give a number",
         ),
+        (
+            "[axes]",
+            '[evaluate]\ndataset = { name = "jsonl", file = "FOLDER/a.jsonl" }\nmetrics = ["class"]\n[axes]',
+            "metric 'class': needs task=recognition, truth.name",
+        ),
         ("task_tokens = 2", "task_tokens = 2\ngeneration = { beans = 3 }", "generation has no option 'beans'"),
         ("[axes]", "[train]\nprompts = { circle = 1.0 }\n[axes]", "no prompt is called 'circle'"),
         ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
@@ -221,8 +226,16 @@ def test_a_sweep_that_is_not_utf_8_is_named(tmp_path):
     ],
 )
 def test_every_row_is_checked_before_the_first_is_made(sweep, tmp_path, old, new, said):
+    line = {"image": "a.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match=said):
-        run(sweep(SMALL.replace(old, new)), tmp_path / "out", options={"workers": 1}, told=lambda line: None)
+        run(
+            sweep(SMALL.replace(old, new.replace("FOLDER", str(tmp_path)))),
+            tmp_path / "out",
+            options={"workers": 1},
+            told=lambda line: None,
+        )
     assert not Store(tmp_path / "out").rows()
 
 

@@ -9,6 +9,7 @@ import catalogue
 import pytest
 import sca_registry
 import torch
+from PIL import Image
 from rich.console import Console
 from sca_registry.contracts import Scores
 
@@ -193,5 +194,17 @@ def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, gener
 
 
 def test_questions_reject_an_empty_list_of_tasks():
-    with pytest.raises(ValueError, match="tasks are empty; give one or more of caption, recognition"):
+    with pytest.raises(ValueError, match="tasks are empty; give one or more of"):
         Questions(tasks=())
+
+
+def test_evaluate_rejects_metrics_that_the_data_cannot_have_before_it_loads_a_model(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog", "width": 9, "height": 9}'
+    )
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    data = {"name": "jsonl", "file": str(tmp_path / "a.jsonl")}
+    with pytest.raises(ValueError, match=r"metric 'class': needs task=recognition, truth\.name"):
+        evaluate("no-such-model", data, metrics=["class"])
+    with pytest.raises(ValueError, match="nothing to evaluate: no region of jsonl has what recognition asks for"):
+        evaluate("no-such-model", data, questions=Questions(tasks=["recognition"]))

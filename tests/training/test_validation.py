@@ -12,6 +12,7 @@ from sca_registry.contracts import Scores
 from sca.checkpoint import load, weights_hash
 from sca.evaluation.journal import read_predictions
 from sca.training.recipe import Recipe, Validation
+from sca.training.sources import open_validation
 from sca.training.trainer import Validating, train
 
 
@@ -84,9 +85,54 @@ def test_a_wrong_validation_is_refused(plan, validate, message):
 
 def test_a_best_score_that_is_not_scored_is_refused(plan, tmp_path):
     with pytest.raises(
-        RegistryError, match=r"validate\.best is \['spice'\], and none was scored. There are: .*cider-d"
+        RegistryError,
+        match=r"validate\.best is \['spice'\], and none of these scores is computed \(spice: .*\); name",
     ):
         train(plan({"every": 1, "limit": 2, "best": ["spice"]}), tmp_path, quiet=True)
+
+
+def captioned(folder, **fields):
+    """The [validate] table of one image with a caption for its only region."""
+    line = {"image": "a.png", "box": [0, 0, 9, 9], "width": 64, "height": 64, "caption": "a dog", **fields}
+    (folder / "mine.jsonl").write_text(json.dumps(line))
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    return {"dataset": {"name": "jsonl", "file": str(folder / "mine.jsonl")}}
+
+
+@pytest.mark.parametrize(
+    ("validate", "message"),
+    [
+        ({"best": ["foo"]}, r"validate\.best: no metric has a score 'foo'\."),
+        ({"best": ["cidr-d"]}, r"no metric has a score 'cidr-d'\. Did you mean 'cider-d'"),
+        ({"best": ["class/count"]}, r"class: needs task=recognition, truth\.name, which none of the 1 records has"),
+        ({"metrics": ["rouge-l"]}, r"cider-d: it is not among validate\.metrics; class: it is not among"),
+        ({"metrics": ["class"]}, r"metric 'class': needs task=recognition, truth\.name, .*; choose other metrics"),
+        ({"metrics": ["mask-iou"]}, r"metric 'mask-iou': needs truth\.mask, which none of the 1 records has"),
+    ],
+)
+def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, validate, message):
+    with pytest.raises(ValueError, match=message):
+        open_validation(plan({**captioned(tmp_path), **validate}).validate)
+
+
+def test_validation_rejects_data_without_captions_and_names(plan, tmp_path):
+    image = {"id": 1, "file_name": "a.png", "width": 64, "height": 64}
+    region = {"id": 1, "image_id": 1, "bbox": [0, 0, 9, 9], "category_id": 1}
+    written = {"images": [image], "annotations": [region], "categories": [{"id": 1}]}
+    (tmp_path / "mine.json").write_text(json.dumps(written))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    recipe = plan({"dataset": {"name": "coco-json", "annotations": str(tmp_path / "mine.json")}})
+    with pytest.raises(ValueError, match=r"nothing to evaluate: no region of validate \(val\) has what"):
+        open_validation(recipe.validate)
+
+
+def test_validation_accepts_a_score_that_a_later_name_of_best_replaces(plan, tmp_path):
+    assert len(open_validation(plan({**captioned(tmp_path), "best": ["class/count", "rouge-l"]}).validate)) == 1
+
+
+def test_validation_rejects_an_empty_best(plan):
+    with pytest.raises(RegistryError, match=r"validate\.best is \[\]: give a list of 1 or more"):
+        plan({"best": []})
 
 
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):
@@ -122,7 +168,7 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
 def test_a_score_that_is_no_number_never_chooses_silently(plan, tmp_path):
     told = []
     data = {"name": "scenes", "count": 1, "size": 64}
-    recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["nothing", "cider-d", "rouge-l"]})
+    recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["densecap-map", "cider-d", "rouge-l"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sca.evaluation.metrics.cider.CiderD.__call__", undefined)
         train(recipe, tmp_path, quiet=True, told=told.append)
