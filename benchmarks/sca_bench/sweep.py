@@ -58,7 +58,7 @@ from sca.io.validation import (
     check_same_type,
     check_type,
 )
-from sca.training.recipe import Recipe, TrainOptions
+from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 
 TABLES = {
     "train": (
@@ -219,6 +219,8 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
     check_list("seeds", table.get("seeds", [0]), int, least=1)
     for seed in table.get("seeds", ()):
         check_least("seeds", seed, 0)
+        if seed > MAX_SEED:
+            raise RegistryError(f"seeds contain {seed}: give whole numbers, {MAX_SEED} or less")
     check_least("threads", table.get("threads", 1), 0)
     for section, keys in TABLES.items():
         check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)

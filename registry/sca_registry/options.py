@@ -6,15 +6,24 @@ import re
 from collections.abc import Callable, Mapping
 from inspect import Parameter, formatannotation, signature
 from numbers import Integral, Real
-from typing import Any
+from os import PathLike
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from sca_registry.messages import RegistryError, choice, suggestion
 
-TEXT = {"str", "Path", "PathLike", "PathLike[str]", "StrPath", "None"}
-OPTIONAL = re.compile(r"^(?:typing\.)?Optional\[(.*)\]$")
+TEXT = ("str", "Path", "PathLike", "PathLike[str]", "StrPath")
+OPTIONAL = re.compile(r"^Optional\[(.*)\]$")
+UNION = re.compile(r"^Union\[(.*)\]$")
 NAMESPACE = re.compile(r"^(?:\w+\.)+")
 REQUIRED = ...  # stands where an option has no default
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "nothing"}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    **dict.fromkeys(TEXT, "text"),
+    "None": "nothing",
+}
 
 
 def read_options(factory: Callable[..., Any], upstream: int) -> dict[str, Any]:
@@ -29,18 +38,36 @@ def takes_text(factory: Callable[..., Any], upstream: int, option: str) -> bool:
     """Return whether an option is text or a path and nothing else, by its annotation or else its default."""
     for parameter in _named(_parameters(factory) or [], upstream):
         if parameter.name == option:
-            annotation = parameter.annotation
-            if annotation is Parameter.empty:
+            if parameter.annotation is Parameter.empty:
                 return isinstance(parameter.default, str)
-            written = annotation if isinstance(annotation, str) else formatannotation(annotation)
-            members = {NAMESPACE.sub("", each.strip(" '\"")) for each in OPTIONAL.sub(r"\1|None", written).split("|")}
-            return bool(members - {"None"}) and members <= TEXT
+            names = read_annotation(parameter.annotation) - {"None"}
+            return bool(names) and names <= set(TEXT)
     return False
+
+
+def read_annotation(annotation: Any) -> set[str]:
+    """Return the types that an annotation allows, by name without module: {"int", "None"} for `Optional[int]`.
+
+    Args:
+        annotation: A type, a union of types, or either of them as text, which is not evaluated.
+    """
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(read_annotation, get_args(annotation)))
+    if annotation in (None, NoneType):
+        return {"None"}
+    written = annotation if isinstance(annotation, str) else formatannotation(annotation)
+    written = NAMESPACE.sub("", written.strip(" '\""))
+    if match := OPTIONAL.match(written):
+        return read_annotation(match[1]) | {"None"}
+    if match := UNION.match(written):
+        return set().union(*map(read_annotation, match[1].split(",")))
+    members = written.split("|")
+    return {written} if len(members) == 1 else set().union(*map(read_annotation, members))
 
 
 def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Mapping[str, Any]) -> None:
     """Raises RegistryError, opening with `what`, for an option that the factory does not take, one that it lacks, or a
-    value that is no number or no truth value where the signature asks for one.
+    value that is no number, truth value or text where the signature asks for one.
     """
     parameters = _parameters(factory)
     if parameters is None:
@@ -59,14 +86,12 @@ def check_options(what: str, factory: Callable[..., Any], upstream: int, options
 
 
 def _check_value(what: str, parameter: Parameter, value: Any) -> None:
-    """Check a value against an annotation that asks for numbers, truth values or None and for nothing else."""
-    annotation = parameter.annotation
-    written = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-    names = {name.strip() for name in written.split("|")}
+    """Check a value against an annotation that allows numbers, truth values, text or None and nothing else."""
+    names = read_annotation(parameter.annotation)
     if not names <= KINDS.keys() or value is parameter.default:
         return
     if not any(_is_kind(name, value) for name in names):
-        wanted = " or ".join(KINDS[name] for name in KINDS if name in names)
+        wanted = " or ".join(dict.fromkeys(kind for name, kind in KINDS.items() if name in names))
         raise RegistryError(f"{what}: {parameter.name} is {value!r:.80}; give {wanted}")
 
 
@@ -75,6 +100,8 @@ def _is_kind(name: str, value: Any) -> bool:
         return name == "bool"
     if name == "None":
         return value is None
+    if name in TEXT:
+        return isinstance(value, str | PathLike)
     return isinstance(value, Integral if name == "int" else Real) and name != "bool"
 
 

@@ -306,7 +306,8 @@ def _everything(value: Any) -> dict[str, Any]:
 
 def _check_number(table: str, key: str, value: Any, whole: bool, least: float, most: float = math.inf) -> None:
     kind = f"a {'whole ' if whole else ''}number"
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= least:
+    valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value != math.inf
+    if not (valid and value >= least):
         raise RegistryError(f"{table}.{key} is {value!r}: give {kind}, {least:g} or more")
     if value > most:
         raise RegistryError(f"{table}.{key} is {value!r:.80}: give {kind}, {most:g} or less")
@@ -333,8 +334,8 @@ def _lora(value: Any) -> dict[str, Any] | None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise RegistryError(f"the rank of lora is {rank!r}: give a whole number, 1 or more, or lora=0 for none")
     full = LORA | {"alpha": 2 * rank} | given
-    for key in ("alpha", "dropout"):
-        _check_number("lora", key, full[key], whole=False, least=0)
+    for key, most in (("alpha", math.inf), ("dropout", 1)):
+        _check_number("lora", key, full[key], whole=False, least=0, most=most)
     targets = full["targets"]
     if not (targets is None or (isinstance(targets, list | tuple) and all(isinstance(each, str) for each in targets))):
         raise RegistryError(f"lora.targets is {targets!r}: give a list of names of layers")

@@ -56,6 +56,13 @@ def check_least(key: str, value: Any, least: int) -> None:
         raise RegistryError(f"{key} is {value}: give a whole number, {least} or more")
 
 
+def check_not_negative(key: str, value: Any) -> None:
+    """Check a finite number of 0 or more. Raises RegistryError."""
+    check_type(key, value, float)
+    if value < 0:
+        raise RegistryError(f"{key} is {value}: give a number, 0 or more")
+
+
 def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     """Check a text that is one of several. Raises RegistryError, with the closest and all of them."""
     check_type(key, value, str)

@@ -23,7 +23,15 @@ from sca_registry.spec import ModelSpec, Part
 
 from sca.io.numbers import is_finite_number
 from sca.io.toml import parse_toml, read_toml_text
-from sca.io.validation import check_choice, check_keys, check_least, check_list, check_same_type, check_type
+from sca.io.validation import (
+    check_choice,
+    check_keys,
+    check_least,
+    check_list,
+    check_not_negative,
+    check_same_type,
+    check_type,
+)
 
 if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
@@ -37,6 +45,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
 LIMITS = ("budget", "chunk", "warmup", "workers", "seed")  # counts that may be 0
 FACTORS = ("learning_rate", "adam_beta2", "weight_decay", "clip", "jitter")  # numbers that are not negative
+MAX_SEED = 2**32 - 1  # that NumPy takes
 SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
@@ -232,6 +241,8 @@ class Recipe:
             for key, value in full[section].items():
                 check_same_type(f"{section}.{key}", value, known[key])
         _check_train(full["train"])
+        for key, weight in full["loss"].items():
+            check_not_negative(f"loss.{key}", weight)
         if not full["data"]:
             raise RegistryError(
                 f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
@@ -321,13 +332,14 @@ def _check_train(train: Mapping[str, Any]) -> None:
         check_least(f"train.{key}", train[key], 1)
     for key in LIMITS:
         check_least(f"train.{key}", train[key], 0)
+    if train["seed"] > MAX_SEED:
+        raise RegistryError(f"train.seed is {train['seed']}: give a whole number, {MAX_SEED} or less")
     for key in FACTORS:
-        if train[key] < 0:
-            raise RegistryError(f"train.{key} is {train[key]}: give a number, 0 or more")
+        check_not_negative(f"train.{key}", train[key])
     if train["adam_beta2"] >= 1:
         raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}: give a number below 1")
     for part, rate in train["rates"].items():
-        check_type(f"train.rates.{part}", rate, float)
+        check_not_negative(f"train.rates.{part}", rate)
     for key in SHARES:
         if not 0 <= train[key] <= 1:
             raise RegistryError(f"train.{key} is {train[key]}: give a share, from 0 to 1")
@@ -340,9 +352,7 @@ def _check_prompts(prompts: Mapping[str, Any]) -> None:
     for kind, share in prompts.items():
         if kind not in PROMPTS:
             raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
-        check_type(f"train.prompts.{kind}", share, float)
-        if share < 0:
-            raise RegistryError(f"train.prompts.{kind} is {share}: give a number, 0 or more")
+        check_not_negative(f"train.prompts.{kind}", share)
     if not any(prompts.values()):
         raise RegistryError("train.prompts says how often each prompt is drawn, and none of them ever is")
 

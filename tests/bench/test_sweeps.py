@@ -91,6 +91,7 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not TOML"),
+        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds contain 4294967296: give whole numbers"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*: give a list of 1 or more"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*: give a list of 1 or more"),
         (

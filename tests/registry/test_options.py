@@ -1,8 +1,10 @@
 """Options are checked against the factory before the call, and what it built against the contract after it."""
 
+from pathlib import Path
+
 import pytest
 from sca_registry import RegistryError, datasets, mixers
-from sca_registry.options import REQUIRED, takes_text
+from sca_registry.options import REQUIRED, check_options, takes_text
 from sources import MIXER
 
 
@@ -120,3 +122,41 @@ def test_takes_text_follows_the_annotation(parameter, wanted):
     assert takes_text(scope["make"], 1, "x") == wanted
     assert not takes_text(scope["make"], 1, "upstream")
     assert not takes_text(scope["make"], 1, "other")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "wrong", "right", "wanted"),
+    [
+        ("int", "a", 2, "a whole number"),
+        ("int | None", "a", None, "a whole number or nothing"),
+        ("'int | None'", 1.5, 2, "a whole number or nothing"),
+        ("Optional[float]", "a", 1, "a number or nothing"),
+        ("'Optional[float]'", "a", 1.5, "a number or nothing"),
+        ("'typing.Optional[float]'", "a", None, "a number or nothing"),
+        ("Union[int, None]", "a", 2, "a whole number or nothing"),
+        ("'Union[bool, int]'", "a", True, "a whole number or true or false"),
+        ("bool", 1, True, "true or false"),
+        ("str", 5, "a", "text"),
+        ("str | Path | None", 5, Path("a"), "text or nothing"),
+        ("'str | bool'", 5, "a", "true or false or text"),
+    ],
+)
+def test_check_options_rejects_values_of_another_type_than_annotated(annotation, wrong, right, wanted):
+    scope = {}
+    exec(
+        "import typing\nfrom pathlib import Path\nfrom typing import Optional, Union\n"
+        f"def make(upstream, x: {annotation} = ...): pass",
+        scope,
+    )
+    check_options("mixer 'mine'", scope["make"], 1, {"x": right})
+    with pytest.raises(RegistryError, match=rf"mixer 'mine': x is {wrong!r}; give {wanted}$"):
+        check_options("mixer 'mine'", scope["make"], 1, {"x": wrong})
+
+
+@pytest.mark.parametrize(
+    "annotation", ["list[int]", "'int | list[int]'", "int | list[int]", "Literal['int']", "object"]
+)
+def test_check_options_leaves_other_annotations_to_the_factory(annotation):
+    scope = {}
+    exec(f"from typing import Literal\ndef make(upstream, x: {annotation} = ...): pass", scope)
+    check_options("mixer 'mine'", scope["make"], 1, {"x": "anything"})

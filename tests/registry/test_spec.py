@@ -204,6 +204,10 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
 @pytest.mark.parametrize(
     ("assignment", "told"),
     [
+        ("lora.dropout=1.5", "lora.dropout is 1.5: give a number, 1 or less"),
+        ("lora.alpha=inf", "lora.alpha is inf: give a number, 0 or more"),
+        ("lora.alpha=nan", "lora.alpha is nan: give a number, 0 or more"),
+        ("everything.iou=inf", "everything.iou is inf: give a number, 0 or more"),
         ("generation.beams=0", "generation.beams is 0: give a whole number, 1 or more"),
         ("generation.max_new_tokens=many", "generation.max_new_tokens is 'many': give a whole number"),
         ("generation.beams=60000000", "generation.beams is 60000000: give a whole number, 64 or less"),

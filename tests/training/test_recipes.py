@@ -1,5 +1,6 @@
 """A recipe says everything a run needs; a mistake in it is refused in one line before anything is built."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -9,7 +10,7 @@ from sca_registry.spec import Part
 
 import sca
 from sca.training.augmentation import Augmentation
-from sca.training.recipe import LOSSES, Recipe, Source, TrainOptions, Validation, recipe_names
+from sca.training.recipe import LOSSES, MAX_SEED, Recipe, Source, TrainOptions, Validation, recipe_names
 from sca.training.sources import open_sources, open_validation
 
 
@@ -171,6 +172,30 @@ def test_a_wrong_type_of_any_field_is_one_line_with_the_field_and_the_type(small
         assert name in message
         assert re.search(WANTED[kind], message), message
         assert "\n" not in message
+
+
+SIGNS = {float: (-1.0, math.inf, -math.inf, math.nan), int: (-1,)}
+NUMBERS = [(section, name, default) for section, name, default in FIELDS if type(default) in SIGNS]
+NUMBERS += [("train.rates", "mixer", 1.0), ("train.prompts", "box", 1.0)]
+
+
+@pytest.mark.parametrize(("section", "name", "default"), NUMBERS)
+def test_recipe_rejects_negative_and_infinite_numbers_in_any_field(small_table, section, name, default):
+    for value in SIGNS[type(default)]:
+        table = {"model": small_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
+        place = table
+        for key in section.split("."):
+            place = place.setdefault(key, {})
+        place[name] = value
+        with pytest.raises(RegistryError, match=rf"^{section}\.{name} is {value!r}: give "):
+            Recipe.from_dict("mine", table)
+
+
+def test_recipe_rejects_a_seed_that_numpy_does_not_take(small_table):
+    table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
+    assert Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED}}).train.seed == MAX_SEED
+    with pytest.raises(RegistryError, match=r"train\.seed is 4294967296: give a whole number, 4294967295 or less"):
+        Recipe.from_dict("mine", table | {"train": {"seed": MAX_SEED + 1}})
 
 
 @pytest.mark.parametrize("section", ["model", "data", "train", "loss", "validate", "summary", "source"])
