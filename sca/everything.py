@@ -72,8 +72,8 @@ def caption_everything(
     options: where and what to look for (default: the model's own). proposals: what to look at instead of the grid and
     the crops of `options`, such as a registered proposer gives; one point inside is as one of the grid, and any other
     prompt is a region that is there: it is captioned as it is, in its order, after those that points have found.
-    progress: called with the points looked at and all of them. max_regions: how many regions to caption at most, the
-    best of them.
+    progress: called with the points looked at and all of them. max_regions: how many regions to caption at most: those
+    that points have found first, by predicted IoU, then those that are there, by the scores of `proposals`.
 
     ValueError if max_regions is less than 1.
     """
@@ -81,8 +81,7 @@ def caption_everything(
         raise ValueError(f"max_regions is {max_regions}; give 1 or more")
     found, request = find_everything(predictor, options, proposals, progress)
     found, request = found[:max_regions], request[:max_regions]
-    given = [each for each in proposals.prompts if not _is_one_point(each)] if proposals else []
-    given = given if max_regions is None else given[: max_regions - len(found)]
+    given = _choose_regions(proposals, None if max_regions is None else max_regions - len(found)) if proposals else []
     told = predictor.tell(found, request, task, **generation) if found else []
     (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
     return told + [replace(each, region=len(told) + each.region) for each in described]
@@ -142,6 +141,13 @@ def search_everything(
 
 def _is_one_point(prompt: Prompt) -> bool:
     return prompt.box is None and prompt.mask is None and [label for _, _, label in prompt.points] == [1]
+
+
+def _choose_regions(proposals: Proposals, count: int | None) -> list[Prompt]:
+    """Return the prompts that are regions already, at most `count` of them, those with the best scores, in order."""
+    places = [place for place, prompt in enumerate(proposals.prompts) if not _is_one_point(prompt)]
+    best = sorted(places, key=lambda place: -proposals.scores[place])[:count]
+    return [proposals.prompts[place] for place in sorted(best)]
 
 
 def _asked(found: Found, kind: str) -> Prompt:

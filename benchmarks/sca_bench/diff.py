@@ -9,6 +9,8 @@ from typing import Any
 
 from sca_bench.summary import name_score
 
+MAX_DIGITS = 17  # by which any two floats differ
+
 
 @dataclass(frozen=True)
 class Diff:
@@ -54,7 +56,9 @@ def diff(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
                 widths.append((before[name]["high"] - before[name]["low"]) / before[name]["median"])
                 ratios.append(after[name]["median"] / before[name]["median"])
         pairs = _pair_scores(one, other)
-        changed += [f"{one['label']}: {name} {_shown(a)}, then {_shown(b)}" for name, (a, b) in pairs.items() if a != b]
+        changed += [
+            f"{one['label']}: {name} {_show_change(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]
+        ]
         for name, pair in pairs.items():
             scores.setdefault(name, []).append(pair)
     return Diff(
@@ -87,11 +91,16 @@ def _summarize_score(name: str, pairs: Sequence[tuple[float | None, float | None
         return f"{name}: no row has it in both runs"
     before, after = (mean(values) for values in zip(*both, strict=True))
     differing = sum(first != second for first, second in pairs)
-    return f"{name}: {differing} of {len(pairs)} rows differ, mean {before:.4g}, then {after:.4g}{missing}"
+    return f"{name}: {differing} of {len(pairs)} rows differ, mean {_show_change(before, after)}{missing}"
 
 
-def _shown(value: float | None) -> str:
-    return "nothing" if value is None else f"{value:.4g}"
+def _show_change(before: float | None, after: float | None) -> str:
+    """Return two values with at least 4 digits, and as many more as it takes for values that differ to look it."""
+    for digits in range(4, MAX_DIGITS + 1):
+        shown = ["nothing" if value is None else f"{value:.{digits}g}" for value in (before, after)]
+        if before == after or shown[0] != shown[1]:
+            break
+    return f"{shown[0]}, then {shown[1]}"
 
 
 def _timings(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:

@@ -364,6 +364,16 @@ def test_proposals_take_the_place_of_the_grid(counted, scene):
     assert [caption.box for caption in by_points] == [c.box for c in caption_everything(predictor, options=ALL)]
 
 
+@pytest.mark.parametrize(("count", "kept"), [(1, [2]), (2, [0, 2]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])])
+def test_max_regions_keeps_the_proposals_with_the_best_scores_in_their_order(counted, scene, count, kept):
+    predictor, _ = counted()
+    predictor.set_image(scene.image)
+    boxes = tuple(Prompt(box=(0.0, 0.0, 10.0 + place, 10.0)) for place in range(4))
+    proposals = Proposals(boxes, (0.5, 0.1, 0.9, 0.5), (None,) * 4)
+    captions = caption_everything(predictor, options=ALL, proposals=proposals, max_regions=count)
+    assert [caption.prompt for caption in captions] == [boxes[place] for place in kept]
+
+
 def test_a_model_says_itself_how_it_looks_for_everything(counted, scene):
     predictor, calls = counted(everything={"points": 3, "iou": 10.0})
     predictor.set_image(scene.image)
