@@ -24,7 +24,6 @@ PARTS = ("encoder", "segmenter", "mixer", "language_model")
 MODEL = (*PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
 SHORT = {"projection": "kind", "lora": "rank"}  # what a lone value stands for; elsewhere it is the `name` of a part
 
-KINDS = {"encoder": "encoders", "segmenter": "segmenters", "mixer": "mixers", "language_model": "language_models"}
 WORD = re.compile(r"[^\W\d][\w-]*", re.ASCII)
 BARE = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]*""")
 
@@ -129,9 +128,9 @@ def _takes_text(table: Mapping[str, Any], above: tuple[str, ...], key: str) -> b
     """Whether a key takes text and nothing else: an option of a part by its factory, another by its default."""
     from sca_registry.registry import registry
 
-    name, kind = table.get("name"), KINDS.get(above[-1]) if above else None
+    name = table.get("name")
     if isinstance(name, str):
-        return registry(kind or "datasets").takes_text(name, key)
+        return registry(above[-1] if above and above[-1] in PARTS else "dataset").takes_text(name, key)
     return isinstance(table.get(key), str) and above[:1] != ("model",)
 
 

@@ -36,6 +36,7 @@ from sca.io.validation import (
 if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
 
+SECTIONS = ("model", "data", "train", "loss", "validate")
 LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
 PROMPTS = ("box", "point", "mask", "box-and-point")
 PHRASES = ("given", "rule")
@@ -221,7 +222,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, name: str, table: Mapping[str, Any], assignments: Iterable[str] = ()) -> Recipe:
-        check_keys("a recipe", table, ("summary", "source", "model", "data", "train", "loss", "validate"))
+        check_keys("a recipe", table, ("summary", "source", *SECTIONS))
         for key in ("summary", "source"):
             check_type(key, table.get(key, ""), str)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
@@ -232,9 +233,10 @@ class Recipe:
             "data": table.get("data", {}),
             "train": defaults | table.get("train", {}),
             "loss": LOSSES | table.get("loss", {}),
-            **({"validate": table["validate"]} if "validate" in table else {}),
+            "validate": {},  # read below: its dataset is that of the data
         }
-        full = override(full, assignments)
+        of_validate = [each for each in assignments if _section_of(each) == "validate"]
+        full = override(full, [each for each in assignments if each not in of_validate])
         _check_tables(name, full)
         for section, known in (("train", defaults), ("loss", LOSSES)):
             check_keys(f"a recipe's [{section}]", full[section], known)
@@ -248,14 +250,18 @@ class Recipe:
                 f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
             )
         data = {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()}
-        validation, model = full.get("validate"), full["model"]
+        source = next(iter(data.values()))
+        validation, model = None, full["model"]
+        if "validate" in table or of_validate:
+            written = Validation(dataset=source.dataset.to_dict()).to_dict() | table.get("validate", {})
+            validation = Validation.from_dict(override({"validate": written}, of_validate)["validate"], source)
         return cls(
             name,
             model if isinstance(model, str) else _read_model(model),
             data,
             TrainOptions(**full["train"]),
             full["loss"],
-            None if validation is None else Validation.from_dict(validation, next(iter(data.values()))),
+            validation,
             table.get("summary", ""),
             table.get("source", ""),
         )
@@ -275,12 +281,14 @@ def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The table with `model=NAME`, `model={...}` and `data=PATH` in place of what it had; the other assignments."""
+    """The table with `model=NAME`, `data=PATH` and whole tables, `train={...}`, in place of what it had; the other
+    assignments.
+    """
     changed, others = dict(table), []
     for assignment in assignments:
         path, value = read_assignment(assignment, lambda path: True)  # `override` reads the others
-        if path == ("model",):
-            changed["model"] = value
+        if path == ("model",) or (len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping)):
+            changed[path[0]] = value
         elif path == ("data",) and isinstance(value, str):
             from sca.data.own import recognised
 
@@ -288,6 +296,10 @@ def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[d
         else:
             others.append(assignment)
     return changed, others
+
+
+def _section_of(assignment: str) -> str:
+    return assignment.partition("=")[0].partition(".")[0].strip()
 
 
 def recipe_names() -> list[str]:
@@ -307,7 +319,7 @@ def recipe_text(name: str) -> str:
 
 def _check_tables(name: str, table: Mapping[str, Any]) -> None:
     """Raises RegistryError for a section that is no table; the model may be a name."""
-    for key in ("model", "data", "train", "loss", "validate"):
+    for key in SECTIONS:
         if key == "model" and isinstance(table.get(key), str):
             continue
         if not isinstance(table.get(key, {}), Mapping):

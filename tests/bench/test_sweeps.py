@@ -426,8 +426,8 @@ def test_report_has_a_column_per_axis_and_per_score(rows):
 
 def test_diff_shows_the_digits_in_which_scores_differ(rows):
     again = json.loads(json.dumps(rows))
-    for run, values in ((rows, (0.654321, 0.5)), (again, (0.654329, 0.5 + 2**-52))):
-        for row, value in zip(run, values, strict=False):
+    for rerun, values in ((rows, (0.654321, 0.5)), (again, (0.654329, 0.5 + 2**-52))):
+        for row, value in zip(rerun, values, strict=False):
             row["scores"][0]["value"] = value
     changed = diff(rows, again).changed
     assert changed[0] == "slow seed=0: class/count 0.65432, then 0.65433"

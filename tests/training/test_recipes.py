@@ -224,6 +224,35 @@ def test_a_model_table_takes_the_place_of_a_name(tmp_path):
             Recipe.read("own-data", [f"data='{tmp_path}'", wrong])
 
 
+def test_recipe_takes_whole_tables_as_assignments(tmp_path):
+    written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.images=2", "loss={mask=0.5}"]
+    recipe = Recipe.read("sca-tiny", written)
+    assert recipe.data == {"x": Source(Part("scenes", {"count": 3}))}
+    assert recipe.train == TrainOptions(steps=7, images=2)
+    assert recipe.loss == LOSSES | {"mask": 0.5}
+    with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
+        Recipe.read("sca-tiny", ["train={stps=7}"])
+
+
+def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
+    table = {"model": small_table, "data": {"a": {"name": "scenes", "count": 9}}, "validate": {"every": 3}}
+    assigned = ['validate.best=["rouge-l"]', 'validate.metrics=["rouge-l"]', "validate.limit=4", "validate.prompt=mask"]
+    found = Recipe.from_dict("mine", table, [*assigned, "validate.dataset.size=64", "data.a.count=8"]).validate
+    dataset = {"name": "scenes", "count": 8, "size": 64}
+    assert found == Validation(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
+    with pytest.raises(RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? There are: every, dataset"):
+        Recipe.from_dict("mine", table, ["validate.bst=3"])
+    with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
+        Recipe.from_dict("mine", table, ["valdate.best=3"])
+
+
+@pytest.mark.parametrize("assignment", ["validate.every=3", "validate={every=3}"])
+def test_recipe_without_validate_takes_it_from_assignments(small_table, assignment):
+    table = {"model": small_table, "data": {"a": {"name": "scenes"}}}
+    assert Recipe.from_dict("mine", table).validate is None
+    assert Recipe.from_dict("mine", table, [assignment]).validate == Validation(3, {"name": "scenes"})
+
+
 def test_lora_trains_or_is_refused_with_what_to_write(tmp_path):
     with pytest.raises(
         RegistryError, match=r"lora=8 would not train: .* give trainable=\[.*\"task_tokens\", \"lora\"\]"
