@@ -23,7 +23,7 @@ SITE = Path(sysconfig.get_paths()["purelib"])
 NAME = "torchvision_stubs"  # the folder of the libraries, a package that loads them
 REGISTER = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; it must return a handle
 NO_DEVICE = 100  # cudaErrorNoDevice
-INSTALL_BOTH = "install torch and torchvision again, in versions that belong together"
+INSTALL_BOTH = "install torch and torchvision again, in matching versions"
 STARTER = f"""\
 import sys; exec("try:\\n    import {NAME}\\nexcept Exception:\\n    pass")
 """  # runs whenever Python starts, also after the folder is gone

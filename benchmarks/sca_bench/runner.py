@@ -36,14 +36,14 @@ def run(
     timeout: float = 3600.0,
     retry: tuple[str, ...] = (),
     force: bool = False,
-    told: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     seconds: float = math.inf,
     order: str = "cheapest",
 ) -> Status:
     """Makes what is missing of a sweep; rows appear in `folder/results.jsonl` as they are finished.
 
     launcher, options: where rows are made, a name of the registry. timeout: seconds that a row has. retry: states whose
-    rows are made again. force: tries rows that are predicted not to fit into memory. told: is given a line for what
+    rows are made again. force: tries rows that are predicted not to fit into memory. report: is given a line for what
     happens. seconds: time budget of the run; no row is started after it, and a row that it cuts stays missing. order:
     of rows, as in `Sweep.rows`.
 
@@ -55,7 +55,7 @@ def run(
     store = Store(folder)
     with store.held() as repairs:
         for line in repairs:
-            told(line)
+            report(line)
         rows = {row.key: row for row in sweep.rows(order)}
         if retry:
             store.forget({row["key"] for row in store.rows() if row["state"] in retry and row["key"] in rows})
@@ -78,15 +78,15 @@ def run(
         ]
         beyond: list[float] = []
         if there & rows.keys():
-            told(f"{len(there & rows.keys())} of {len(rows)} rows are there already")
+            report(f"{len(there & rows.keys())} of {len(rows)} rows are there already")
         for number, (task, made) in enumerate(where.map(tasks), 1):
             row = rows[task.key]
             store.add({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **made})
-            told(f"{number} of {len(tasks)}: {row.label}: {made['state']}{_because(made)}")
+            report(f"{number} of {len(tasks)}: {row.label}: {made['state']}{_because(made)}")
             if "whole" in made["seconds"]:
                 beyond.append(made["seconds"]["process"] - made["seconds"]["whole"])
         if beyond:
-            told(f"a row took {median(beyond):.2f} s beyond its own work (the median of {len(beyond)})")
+            report(f"a row took {median(beyond):.2f} s beyond its own work (the median of {len(beyond)})")
     return status(sweep, folder)
 
 

@@ -53,8 +53,8 @@ from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
     check_choice,
     check_keys,
-    check_least,
     check_list,
+    check_minimum,
     check_same_type,
     check_type,
 )
@@ -216,12 +216,12 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
         if not isinstance(values, list) or not values:
             raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}: give a list of one or more")
     check_type("summary", table.get("summary", ""), str)
-    check_list("seeds", table.get("seeds", [0]), int, least=1)
+    check_list("seeds", table.get("seeds", [0]), int, minimum=1)
     for seed in table.get("seeds", ()):
-        check_least("seeds", seed, 0)
+        check_minimum("seeds", seed, 0)
         if seed > MAX_SEED:
             raise RegistryError(f"seeds contain {seed}: give whole numbers, {MAX_SEED} or less")
-    check_least("threads", table.get("threads", 1), 0)
+    check_minimum("threads", table.get("threads", 1), 0)
     for section, keys in TABLES.items():
         check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
         for key, value in table.get(section, {}).items():
@@ -238,9 +238,9 @@ def _check_evaluate(what: str, key: str, value: Any) -> None:
     if key == "dataset":
         Part.from_dict(value, "dataset of evaluate")
     elif key in ("limit", "batch"):
-        check_least(what, value, 1)
+        check_minimum(what, value, 1)
     elif key in ("tasks", "metrics"):
-        check_list(what, value, str, least=1)
+        check_list(what, value, str, minimum=1)
     elif key == "generation":
         check_type(what, value, Mapping)
         check_generation(what, value)
@@ -250,15 +250,15 @@ def _check_evaluate(what: str, key: str, value: Any) -> None:
 
 def _check_measure(what: str, key: str, value: Any) -> None:
     if key == "regions":
-        check_list(what, value, int, least=1)
+        check_list(what, value, int, minimum=1)
         for regions in value:
-            check_least(what, regions, 1)
+            check_minimum(what, regions, 1)
     elif key == "dtype":
         check_choice(what, value, DTYPES)
     elif key in ("training", "plan"):
         check_type(what, value, bool)
     else:
-        check_least(what, value, 1)
+        check_minimum(what, value, 1)
 
 
 FIELDS: dict[str, Callable[[str, str, Any], None]] = {

@@ -41,7 +41,7 @@ NO_ROOM = ("can't allocate memory", "out of memory", "cannot allocate memory", "
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a score that is no number."""
+    """A loss or a score that is not a number."""
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -227,7 +227,7 @@ class Scores(NamedTuple):
     `image_id` and `region_id` to say which; an array named like a share of `total` has that share as its mean over the
     rows that are not NaN, unless `sums` has the name, too. sums: of a score that is no mean, what each row adds (R, F),
     and the function that gives the score (...) of summed rows (..., F): with it the score of any choice of rows can be
-    told. notes: by the name of a score, why it is no number.
+    told. notes: by the name of a score, why it is not a number.
     """
 
     total: dict[str, float]
@@ -360,7 +360,7 @@ class Captioner(Protocol):
 class Launcher(Protocol):
     """factory(**options).
 
-    May have `serve(hosted, host, port, replicas, told)`, which serves a `sca.serve.hosted.Hosted` until it is
+    May have `serve(hosted, host, port, replicas, report)`, which serves a `sca.serve.hosted.Hosted` until it is
     interrupted, and tells the address.
     """
 

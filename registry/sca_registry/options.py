@@ -67,7 +67,7 @@ def read_annotation(annotation: Any) -> set[str]:
 
 def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Mapping[str, Any]) -> None:
     """Raises RegistryError, opening with `what`, for an option that the factory does not take, one that it lacks, or a
-    value that is no number, truth value or text where the signature asks for one.
+    value of another type where the signature asks for a number, a truth value or text.
     """
     parameters = _parameters(factory)
     if parameters is None:

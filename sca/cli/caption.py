@@ -27,6 +27,7 @@ from sca.cli.options import (
     settle,
 )
 from sca.io import terminal
+from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -392,7 +393,6 @@ class Requests:
 
     def report(self, failures: Failures, quiet: bool) -> None:
         """Report what the prompts file contains, and the records of which no prompt can be made."""
-        from sca.data.summary import format_count
         from sca.images import show
 
         if self.file is None:

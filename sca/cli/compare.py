@@ -14,7 +14,7 @@ from sca.cli.options import check_pipes, complain, input_path, print_json, print
 
 BY = "the score that regions are ranked by (default: the most telling there is)"
 SETTINGS = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
-ASSIGNMENT = re.compile(r"[\w.-]*\w\s*=")  # a path with `=` in its name is written ./lr=0.1
+ASSIGNMENT = re.compile(r"[\w.-]*\w\s*=")  # no path that begins with ./
 
 
 def compare(
@@ -77,6 +77,9 @@ def _read_settings(options: Sequence[str]) -> dict[str, Any]:
     """Read the `key=value` options of scores; no dataset, proposer or model has options here."""
     from sca_registry.messages import unknown
 
+    for option in options:
+        if Path(option).exists():
+            raise ValueError(f"{option} is read as an option, because of '='; write ./{option} to name the path")
     from sca.evaluation.scoring import SHARED
 
     given = read_settings(options, kinds=())

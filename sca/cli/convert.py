@@ -11,6 +11,7 @@ import typer
 
 from sca.cli.options import OUTPUTS, ImagePrefix, check_pipes, complain, input_path, settle
 from sca.io.json import DESCRIPTOR
+from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
@@ -70,7 +71,7 @@ def convert(
         complain(f"wrote {path}")
     if summary := skip.summarize():
         complain(summary)
-    complain(f"{done} regions")
+    complain(format_count(done, "region"))
     if bad:
         raise typer.Exit(1)
 
@@ -102,10 +103,10 @@ def view(
     for problem in problems[:10]:
         complain(problem)
     if problems:
-        complain(f"{len(problems)} pictures are not shown; --images names the folder that they are in")
+        complain(f"{format_count(len(problems), 'picture')} not shown; --images names the folder that they are in")
     if summary := skip.summarize():
         complain(summary)
-    complain(f"wrote {out}, {regions} regions")
+    complain(f"wrote {out}, {format_count(regions, 'region')}")
 
 
 def _read(

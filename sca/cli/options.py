@@ -38,7 +38,7 @@ ImagePrefix = Annotated[
     str,
     typer.Option(
         "--image-prefix",
-        help="For Label Studio: what its image URLs have before the path, such as '/data/local-files/?d='.",
+        help="Prefix of Label Studio's image URLs, such as '/data/local-files/?d='.",
     ),
 ]
 STDIN = "/dev/stdin"

@@ -51,7 +51,7 @@ def train(
     join_processes()
     first = os.environ.get("RANK", "0") == "0"
     conflict = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
-    model = run(plan, folder, resume=resume, quiet=quiet, told=complain, **conflict, **agreed)
+    model = run(plan, folder, resume=resume, quiet=quiet, report=complain, **conflict, **agreed)
     if first:
         print_document(model.freeze_report())
         written = os.path.join(folder, "model")  # with a separator, also of "."

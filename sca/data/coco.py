@@ -225,7 +225,7 @@ class CocoJson(Coco):
     """Dataset: `CocoJson("val", annotations=FILE, images=FOLDER)`: any file in COCO's format, see `Coco`.
 
     Both may hold `{split}`, in whose place the split is put; "val" may be called `valid` or `validation`. hold_out: the
-    share of the images of a file without splits that "val" has, at least four as far as that is no more than a third;
+    share of the images of a file without splits that "val" has, at least 4 images (or a third, if that is fewer);
     "train" has the others.
     """
 

@@ -32,10 +32,10 @@ class Jsonl(TableDataset):
     otherwise. `id` and `image_id` are the region's and the image's if every line has one, and otherwise count lines and
     images from 0. Other fields are passed over, so that what `sca caption` writes can be read.
 
-    `file` may hold `{split}`, in whose place the split is put; of a file without splits, "val" has a share `hold_out`
-    of the images, at least four as far as that is no more than a third, and "train" the others. An image is named
-    relative to `images` if given, else to the file's folder or, if it is not there, to the working folder. Text is
-    UTF-8; blank lines are passed over.
+    `file` may hold `{split}`, in whose place the split is put; of a file without splits, "val" has the share
+    `hold_out` of the images, at least 4 images (or a third, if that is fewer), and "train" the others. An image is
+    named relative to `images` if given, else to the file's folder or, if it is not there, to the working folder. Text
+    is UTF-8; blank lines are passed over.
     """
 
     reader = "jsonl"

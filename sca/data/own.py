@@ -13,7 +13,7 @@ from sca.io.paths import expand_user
 
 TOLD = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "colour": 0.2}}  # of a source in a recipe
 HOLD_OUT = 0.1  # the share of the images of a single file that a model is not trained on
-LEAST_HELD_OUT = 4  # images, unless that is more than a third of all
+MIN_HELD_OUT = 4  # images, unless that is more than a third of all
 SPLIT_NAMES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # that tools write, too
 SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow, and of CVAT
     ("{split}/_annotations.coco.json", "{split}"),
@@ -114,8 +114,8 @@ def find_split(path: str, split: str) -> Path:
 def choose_split(names: Collection[str], split: str, hold_out: float) -> tuple[set[str], str]:
     """Choose the images of a split of a file that has none.
 
-    "val" has the first images by a hash of their names: the share `hold_out`, and at least `LEAST_HELD_OUT` as far as
-    that is no more than a third of all. "train" has the others.
+    "val" has the first images by a hash of their names: the share `hold_out`, at least `MIN_HELD_OUT` images (or a
+    third of all, if that is fewer). "train" has the others.
 
     Args:
         names: File names of the images.
@@ -128,7 +128,7 @@ def choose_split(names: Collection[str], split: str, hold_out: float) -> tuple[s
     if not hold_out:
         return set(names), ""
     ordered = sorted(set(names), key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
-    count = max(int(hold_out * len(ordered)), min(LEAST_HELD_OUT, len(ordered) // 3))
+    count = max(int(hold_out * len(ordered)), min(MIN_HELD_OUT, len(ordered) // 3))
     chosen = ordered[:count] if split == "val" else ordered[count:]
     return set(chosen), f"{count} of {len(ordered)} images held out for validation"
 

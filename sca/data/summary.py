@@ -10,6 +10,7 @@ from sca_registry.contracts import Dataset
 
 from sca.data.fields import EmptyDatasetError
 from sca.data.table import BAD_IMAGES
+from sca.io.text import format_count
 
 NOUNS = {
     **{word: f"{word}s" for word in ("image", "region", "phrase", "crowd", "mask", "polygon", "caption", "segment")},
@@ -57,11 +58,6 @@ def check_not_empty(dataset: Dataset, what: str) -> None:
     if not len(dataset):
         left_out = "; ".join([*getattr(dataset, "remarks", ()), *_left_out(dataset)])
         raise EmptyDatasetError(f"{what} has no image that can be used: {left_out or 'it contains no images'}")
-
-
-def format_count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 image" and "1,200 images"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def name_some(names: Iterable[str], total: int) -> str:

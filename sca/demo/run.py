@@ -25,7 +25,7 @@ def run(
     port: int,
     any_model: bool,
     browser: bool,
-    told: Callable[[str], None],
+    report: Callable[[str], None],
     *,
     agreed: Mapping[str, Mapping[str, bool]] | None = None,
     body: int,
@@ -44,7 +44,7 @@ def run(
         port: Port to listen at, 0 for any that is free.
         any_model: Whether other names and folders, without options, may be entered.
         browser: Whether to open the page.
-        told: Called with a line when the page is there.
+        report: Called with a line when the page is there.
         agreed: What each model may do, see `Models`.
         body: Maximum bytes of an upload.
         pixels: Maximum pixels of an image.
@@ -82,7 +82,7 @@ def run(
                 ssr_mode=False,
                 root_path=root_path or None,
             )
-            told(f"the demo is at {url}; Ctrl+C ends it")
+            report(f"the demo is at {url}; Ctrl+C ends it")
             demo.block_thread()
         finally:
             demo.close(verbose=False)

@@ -11,7 +11,7 @@ import numpy as np
 from sca_registry.contracts import Scores
 
 from sca.evaluation.evaluate import Report, score_file
-from sca.evaluation.intervals import LEAST_IMAGES, has_enough_images, interval, resample
+from sca.evaluation.intervals import MIN_IMAGES, has_enough_images, interval, resample
 from sca.evaluation.journal import PredictionsError, truth_hash
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import resamplable
@@ -195,8 +195,8 @@ def _remarks(reports: Sequence[Report]) -> tuple[str, ...]:
     runs = [report.run for report in reports]
     differing = [key for key in PROTOCOL if runs[0].get(key) != runs[1].get(key)]
     remarks = [f"{key} differs: {runs[0].get(key)!r} and {runs[1].get(key)!r}" for key in differing]
-    if len({record["image_id"] for record in reports[0].records}) < LEAST_IMAGES:
-        remarks.append(f"no intervals over fewer than {LEAST_IMAGES} images")
+    if len({record["image_id"] for record in reports[0].records}) < MIN_IMAGES:
+        remarks.append(f"no intervals over fewer than {MIN_IMAGES} images")
     return tuple(remarks)
 
 

@@ -81,7 +81,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What scores are no numbers or have no interval, and why: a line for each reason."""
+        """What scores are not a number or have no interval, and why: a line for each reason."""
         named: dict[str, list[str]] = {}
         for each in self.scored.scores:
             if each.note and each.control is None:

@@ -13,7 +13,7 @@ import numpy as np
 DRAWS = 1000
 LEVEL = 0.95
 CHUNK = 1 << 24  # numbers of one block of weights
-LEAST_IMAGES = 5  # with fewer the draws repeat each other, and the interval says nothing of other images
+MIN_IMAGES = 5  # with fewer the draws repeat each other, and the interval says nothing of other images
 
 
 class Sums(NamedTuple):
@@ -46,7 +46,7 @@ def has_enough_images(groups: np.ndarray) -> bool:
     Args:
         groups: (R,) the image of each row.
     """
-    return len(np.unique(groups)) >= LEAST_IMAGES
+    return len(np.unique(groups)) >= MIN_IMAGES
 
 
 def interval(scores: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:

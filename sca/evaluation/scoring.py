@@ -15,7 +15,7 @@ from PIL import Image
 from sca_registry.contracts import Metric, Scores
 from sca_registry.plugins import BUILTIN
 
-from sca.evaluation.intervals import LEAST_IMAGES, Sums, has_enough_images, interval, mean_of, resample
+from sca.evaluation.intervals import MIN_IMAGES, Sums, has_enough_images, interval, mean_of, resample
 from sca.evaluation.predictions import CONTROLS
 from sca.evaluation.records import Record, lack, meeting
 from sca.evaluation.texts import default_tokenizer
@@ -34,7 +34,7 @@ class Score:
     the 95 % interval over the choice of images, where there is one. n: how many judgements it is made of. control: what
     was done to mislead, if something was. references, tokenizer: where the metric takes them. implementation: whose
     code, with its version. protocol: short for all that two scores must have in common to be compared, the model aside.
-    note: why the value is no number, or why it has no interval; empty otherwise.
+    note: why the value is not a number, or why it has no interval; empty otherwise.
     """
 
     name: str
@@ -219,7 +219,7 @@ def _rows(
     sums = resamplable(found)
     enough = {key: has_enough_images(groups) for key, (_, groups) in sums.items()}
     intervals = {key: interval(resample(*made)) for key, made in sums.items() if enough[key]}
-    notes = {key: f"no interval over fewer than {LEAST_IMAGES} images" for key in sums if not enough[key]}
+    notes = {key: f"no interval over fewer than {MIN_IMAGES} images" for key in sums if not enough[key]}
     notes |= found.notes or {}
     counted = {key: _count(found, key) for key in found.total}
     return [

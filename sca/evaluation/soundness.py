@@ -92,7 +92,7 @@ def _complete(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     truth = record.get("truth", {})
     references = record.get("references", truth.get("phrases", []) if isinstance(truth, Mapping) else None)
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
-        raise PredictionsError(f"{where}: references must be a list of texts, not {references!r:.60}")
+        raise PredictionsError(f"{where}: references must be a list of strings, not {references!r:.60}")
     told = {"name": None, "attributes": {}, "mask": None, "box": None, "area": None, **truth, "phrases": references}
     if task == "dense":
         told = dict(truth)

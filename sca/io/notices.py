@@ -17,4 +17,4 @@ def notice_once(kind: str, message: str) -> None:
     """
     if kind not in _noticed:
         _noticed.add(kind)
-        _LOGGER.warning("%s (noted once)", message)
+        _LOGGER.warning("%s (shown once)", message)

@@ -1,4 +1,4 @@
-"""Text from elsewhere, made inert for where it is shown: a terminal, a Markdown page, a spreadsheet."""
+"""Text as it is shown: from elsewhere and made inert for a terminal, a Markdown page or a spreadsheet; and counts."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def escape_markdown(text: str) -> str:
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
     return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" and "1,200 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_csv(rows: Iterable[Iterable[object]]) -> str:

@@ -41,19 +41,19 @@ def check_same_type(key: str, value: Any, default: Any) -> None:
     check_type(key, value, next(kind for kind in KINDS if isinstance(default, kind)))
 
 
-def check_list(key: str, values: Any, kind: type, least: int = 0) -> None:
-    """Check a list of at least `least` elements of one type. Raises RegistryError."""
-    if not isinstance(values, list | tuple) or len(values) < least or not all(_is(kind, value) for value in values):
-        plural = {int: "whole numbers", str: "texts", float: "numbers"}[kind]
-        count = f"{least} or more " if least else ""
+def check_list(key: str, values: Any, kind: type, minimum: int = 0) -> None:
+    """Check a list of at least `minimum` elements of one type. Raises RegistryError."""
+    if not isinstance(values, list | tuple) or len(values) < minimum or not all(_is(kind, value) for value in values):
+        plural = {int: "whole numbers", str: "strings", float: "numbers"}[kind]
+        count = f"{minimum} or more " if minimum else ""
         raise RegistryError(f"{key} is {values!r:.80}: give a list of {count}{plural}")
 
 
-def check_least(key: str, value: Any, least: int) -> None:
-    """Check a whole number of `least` or more. Raises RegistryError."""
+def check_minimum(key: str, value: Any, minimum: int) -> None:
+    """Check a whole number of `minimum` or more. Raises RegistryError."""
     check_type(key, value, int)
-    if value < least:
-        raise RegistryError(f"{key} is {value}: give a whole number, {least} or more")
+    if value < minimum:
+        raise RegistryError(f"{key} is {value}: give a whole number, {minimum} or more")
 
 
 def check_not_negative(key: str, value: Any) -> None:

@@ -76,7 +76,7 @@ class Local:
             for process, *_ in running.values():
                 _end(process)
 
-    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, told: Callable[[str], None]) -> None:
+    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, report: Callable[[str], None]) -> None:
         """Serves in this process until it is interrupted. ValueError for more than one replica or an address that
         cannot be had.
         """
@@ -91,7 +91,7 @@ class Local:
             app = hosted.application(captioner)
             options = {"seconds": hosted.seconds, "connections": hosted.clients, "log": hosted.log}
             server = make_server(app, app.state.engine, **options)
-            told(f"http://{shown}:{door.getsockname()[1]}")
+            report(f"http://{shown}:{door.getsockname()[1]}")
             server.run([door])
 
     @staticmethod

@@ -62,7 +62,7 @@ class Ray:
             if started:
                 ray.shutdown()
 
-    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, told: Callable[[str], None]) -> None:
+    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, report: Callable[[str], None]) -> None:
         """Serves copies of the model with Ray Serve until it is interrupted: at every node, requests go to any copy.
 
         ValueError for an address that cannot be had, and whatever is wrong with the model, as where it is built.
@@ -93,7 +93,7 @@ class Ray:
                 max_ongoing_requests=hosted.clients,
             )(serve.ingress(application)())
             serve.run(copies.bind(), name="sca")
-            told(f"http://{host}:{port}")
+            report(f"http://{host}:{port}")
             while True:
                 time.sleep(3600)
         except ray.exceptions.RayTaskError as error:

@@ -26,8 +26,8 @@ from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
     check_choice,
     check_keys,
-    check_least,
     check_list,
+    check_minimum,
     check_not_negative,
     check_same_type,
     check_type,
@@ -180,13 +180,13 @@ class Validation:
             if key not in known:
                 raise unknown(f"a recipe's [validate] has no {key!r}", key, known)
             if key in ("metrics", "best"):
-                check_list(f"validate.{key}", value, str, least=int(key == "best"))
+                check_list(f"validate.{key}", value, str, minimum=int(key == "best"))
             else:
                 check_same_type(f"validate.{key}", value, known[key])
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
         found = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
         for key in ("every", "limit"):
-            check_least(f"validate.{key}", getattr(found, key), 1)
+            check_minimum(f"validate.{key}", getattr(found, key), 1)
         if found.split.startswith("test"):
             raise RegistryError(f"validate.split is {found.split!r}: what is tested must not choose; give 'val'")
         Part.from_dict(found.dataset, "dataset of validate")
@@ -341,9 +341,9 @@ def _read_model(table: Mapping[str, Any]) -> ModelSpec:
 def _check_train(train: Mapping[str, Any]) -> None:
     """Raises RegistryError for a value of [train], of the right type, that is out of range."""
     for key in COUNTS:
-        check_least(f"train.{key}", train[key], 1)
+        check_minimum(f"train.{key}", train[key], 1)
     for key in LIMITS:
-        check_least(f"train.{key}", train[key], 0)
+        check_minimum(f"train.{key}", train[key], 0)
     if train["seed"] > MAX_SEED:
         raise RegistryError(f"train.seed is {train['seed']}: give a whole number, {MAX_SEED} or less")
     for key in FACTORS:

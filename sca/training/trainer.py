@@ -60,7 +60,7 @@ def train(
     *,
     overwrite: bool = False,
     set_aside: bool = False,
-    told: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> SegmentCaptioner:
@@ -76,8 +76,8 @@ def train(
         quiet: Show no progress bar and no training log.
         overwrite: Delete what a run of another recipe or other data wrote into the folder.
         set_aside: Rename the folder of such a run instead.
-        told: Called with each line that a person should read: what the data contains and what was left out of it, what
-            cannot choose the best model, and whether another run was set aside.
+        report: Called with each line that a person should read: what the data contains and what was left out of it,
+            what cannot choose the best model, and whether another run was set aside.
         trust_remote_code: What the checkpoint that training begins with may do, see `sca.load`.
         allow_external: As `trust_remote_code`.
 
@@ -90,11 +90,11 @@ def train(
         run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUTS)) if first else None
         conflict = {"overwrite": overwrite, "set_aside": set_aside}
         agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed, told)
+        model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed, report)
         if run_folder is not None:
             run_folder.finish()
             if run_folder.moved_to is not None:
-                told(f"{folder} contained another run, which is now in {run_folder.moved_to}")
+                report(f"{folder} contained another run, which is now in {run_folder.moved_to}")
     return model
 
 
@@ -106,7 +106,7 @@ def _train(
     quiet: bool,
     conflict: Mapping[str, bool],
     agreed: Mapping[str, bool],
-    told: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> SegmentCaptioner:
     """Train as one process; the first has a run folder."""
     for name in ("model", "best"):
@@ -119,8 +119,7 @@ def _train(
     sharded = _asked_to_shard(recipe) and processes > 1
     if sharded:
         check_shardable(recipe)
-    model, stream, attributes = prepare(recipe, **agreed)
-    unseen = open_validation(recipe.validate) if recipe.validate is not None else None
+    model, stream, attributes, unseen = prepare(recipe, **agreed)
     opened = _name_data(recipe, stream, unseen)
     lesson = Lesson(model, recipe.loss, attributes, recipe.train.chunk)
     check_rates(recipe.train, lesson)
@@ -137,7 +136,7 @@ def _train(
     if not quiet:
         trainer.add_callback(TrainingLog(LOSSES, recipe.validate.best if recipe.validate else ()))
     if recipe.validate is not None and len(unseen):
-        trainer.add_callback(Validating(trainer, recipe.validate, unseen, folder, told))
+        trainer.add_callback(Validating(trainer, recipe.validate, unseen, folder, report))
     if recipe.train.cache_features:
         fill_cache(model.to(trainer.args.device), stream, trainer, quiet)
     if run_folder is not None:
@@ -145,15 +144,15 @@ def _train(
         run_folder.begin(_settings(recipe, model, stream), OUTPUTS, inputs, loose=LOOSE, **conflict)
         if not resume or get_last_checkpoint(str(folder)) is None:
             run_folder.delete_outputs(STATE)
-        report_sources(opened, told, quiet)
+        report_sources(opened, report, quiet)
         if unseen is not None and not len(unseen):
-            told(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(unseen)}")
+            report(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(unseen)}")
     trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     before = {name: count_left_out(dataset) for name, dataset in opened.items()}
     trainer.train(resume_from_checkpoint=last)
     if run_folder is not None:  # images that were found to be damaged when they were opened
-        report_sources({name: each for name, each in opened.items() if count_left_out(each) != before[name]}, told)
+        report_sources({name: each for name, each in opened.items() if count_left_out(each) != before[name]}, report)
     tensors = gathered(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
@@ -199,13 +198,17 @@ def budget_each(options: TrainOptions, processes: int) -> int:
 
 def prepare(
     recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False
-) -> tuple[SegmentCaptioner, Mixture, Attributes]:
-    """The model to train, the examples, and the attributes that the auxiliary losses name.
+) -> tuple[SegmentCaptioner, Mixture, Attributes, Dataset | None]:
+    """Open and build everything that a recipe names, before anything is trained.
 
-    Raises what parts, checkpoints and datasets raise for what the recipe asks of them, also for its [validate].
+    Returns:
+        The model to train, the examples, the attributes that the auxiliary losses name, and the dataset of [validate]
+        if the recipe has one.
+
+    Raises:
+        ValueError: What parts, checkpoints and datasets raise for what the recipe asks of them.
     """
-    if recipe.validate is not None:
-        open_validation(recipe.validate)
+    unseen = open_validation(recipe.validate) if recipe.validate is not None else None
     sources = open_sources(recipe)
     for name, dataset in sources.items():
         _check_readable(name, dataset)
@@ -219,7 +222,7 @@ def prepare(
         raise RegistryError("the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER")
     if recipe.train.cache_features:
         check_cacheable(recipe, model)
-    return model, *_stream(recipe, model, list(sources.values()))
+    return model, *_stream(recipe, model, list(sources.values())), unseen
 
 
 def _check_readable(name: str, dataset: Dataset) -> None:
@@ -467,12 +470,12 @@ class Validating(TrainerCallback):
         options: Validation,
         unseen: Dataset,
         folder: Path,
-        told: Callable[[str], None] = lambda line: None,
+        report: Callable[[str], None] = lambda line: None,
     ):
-        self.trainer, self.options, self.unseen, self.folder, self.told = trainer, options, unseen, folder, told
+        self.trainer, self.options, self.unseen, self.folder, self.report = trainer, options, unseen, folder, report
         self.questions = Questions(prompt=options.prompt)
         self.values: dict[str, list[float]] = {}  # of the scores that chose
-        self.unusable: set[str] = set()  # scores of `best` that were no number
+        self.unusable: set[str] = set()  # scores of `best` that were not a number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.options.every == 0 or state.global_step == state.max_steps:
@@ -483,7 +486,7 @@ class Validating(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for metric, values in self.values.items():
             if len(values) > 1 and len(set(values)) == 1:
-                self.told(
+                self.report(
                     f"validate.best: {metric} was {values[0]:g} at all {len(values)} validations, so `best` is the "
                     "first of them; name another score, or validate on more images"
                 )
@@ -496,7 +499,7 @@ class Validating(TrainerCallback):
         training = model.training
         folder = self.folder / "validation" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        report = evaluate(
+        scored = evaluate(
             model.eval(),
             self.unseen,
             options.split,
@@ -507,8 +510,8 @@ class Validating(TrainerCallback):
             overwrite=True,  # of a run that was ended between this step and its last checkpoint
         )
         model.train(training)
-        if report is not None:
-            self._note(step, report.scores)
+        if scored is not None:
+            self._note(step, scored.scores)
         self.trainer.accelerator.wait_for_everyone()
 
     def _note(self, step: int, scores: Mapping[str, float]) -> None:
@@ -526,12 +529,12 @@ class Validating(TrainerCallback):
         self.trainer.log({f"{VALIDATION}{name}": value for name, value in scores.items()})
 
     def _report_unusable(self, scored: Sequence[str], metric: str | None) -> None:
-        """Report, once each, the scores of `best` that should have chosen and are no numbers."""
+        """Report, once each, the scores of `best` that should have chosen and are not a number."""
         for name in scored if metric is None else scored[: scored.index(metric)]:
             if name not in self.unusable:
                 self.unusable.add(name)
                 instead = f"{metric} chooses `best`" if metric else "no model is kept as `best`"
-                self.told(f"validate.best: {name} is not a number on this data; {instead}")
+                self.report(f"validate.best: {name} is not a number on this data; {instead}")
 
     def _is_best(self, metric: str, score: float, before: Mapping[str, Any] | None) -> bool:
         """Whether a model is better than the one that is kept; a score that is named earlier in `best` decides."""

@@ -235,7 +235,7 @@ def test_every_row_is_checked_before_the_first_is_made(sweep, tmp_path, old, new
             sweep(SMALL.replace(old, new.replace("FOLDER", str(tmp_path)))),
             tmp_path / "out",
             options={"workers": 1},
-            told=lambda line: None,
+            report=lambda line: None,
         )
     assert not Store(tmp_path / "out").rows()
 
@@ -249,7 +249,7 @@ def test_an_extra_that_is_not_installed_is_refused_before_the_first_row(sweep, t
         with pytest.raises(
             RegistryError, match=r"needs extra: \w+\. Install it: pip install 'segment-caption-anything"
         ):
-            run(sweep(text), tmp_path / "out", options={"workers": 1}, told=lambda line: None)
+            run(sweep(text), tmp_path / "out", options={"workers": 1}, report=lambda line: None)
 
 
 def test_an_axis_can_edit_a_short_value(sweep):
@@ -266,23 +266,23 @@ def test_an_unknown_sweep_is_told_with_the_closest():
 
 def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     told = []
-    found = run(sweep(), tmp_path / "out", options={"workers": 1}, told=told.append)
+    found = run(sweep(), tmp_path / "out", options={"workers": 1}, report=told.append)
     assert found.states == {"done": 1, "impossible": 1}
     assert found.missing == []
     assert len(told) == 3
     assert "beyond its own work" in told[-1]
     before = (tmp_path / "out/results.jsonl").read_bytes()
     told.clear()
-    run(sweep(), tmp_path / "out", told=told.append)
+    run(sweep(), tmp_path / "out", report=told.append)
     assert told == ["2 of 2 rows are there already"]
     assert (tmp_path / "out/results.jsonl").read_bytes() == before
     (tmp_path / "out/results.jsonl").write_bytes(before[:-20])  # cut in the middle of a line
     told.clear()
-    found = run(sweep(), tmp_path / "out", options={"workers": 1}, told=told.append)
+    found = run(sweep(), tmp_path / "out", options={"workers": 1}, report=told.append)
     assert "ended in the middle of a line" in told[0]
     assert found.missing == []
     assert len(Store(tmp_path / "out").rows()) == 2
-    found = run(sweep(), tmp_path / "out", options={"workers": 1}, retry=("impossible",), told=told.append)
+    found = run(sweep(), tmp_path / "out", options={"workers": 1}, retry=("impossible",), report=told.append)
     assert found.states == {"done": 1, "impossible": 1}
 
 

@@ -98,7 +98,7 @@ def test_convert_and_view_draw_the_image_inside_a_labelme_file(here, shell):
     assert len(list((here / "out").glob("*.png"))) == 1
     result = shell("view", "in.json")
     assert result.status == 0
-    assert result.err == ["sca: wrote view.html, 1 regions"]
+    assert result.err == ["sca: wrote view.html, 1 region"]
 
 
 @pytest.mark.parametrize("content", [[task(POLYGON, text("cat"), {"type": "relation"})], LABELME])

@@ -32,7 +32,7 @@ def test_the_home_directory_is_expanded_in_options(shell, picture, here, monkeyp
     picture("home/a.png")
     _lines(here / "home/a.jsonl", "~/a.png")
     assert shell("convert", "~/a.jsonl", "~/out", "--format", "jsonl,png").status == 0
-    assert shell("view", "~/a.jsonl", "--out=~/v.html").err == [f"sca: wrote {here}/home/v.html, 1 regions"]
+    assert shell("view", "~/a.jsonl", "--out=~/v.html").err == [f"sca: wrote {here}/home/v.html, 1 region"]
     assert (here / "home/out/a.captions.png").exists()
 
 
@@ -44,7 +44,7 @@ def test_an_image_prefix_is_written_and_read(shell, picture, here, prefix):
     (task,) = json.loads((here / "tasks/label-studio.json").read_text())
     assert task["data"]["image"] == f"{prefix}my%20pics/a%20b%231.png"
     given = ("tasks/label-studio.json", "--image-prefix", prefix)
-    assert shell("view", *given).err == ["sca: wrote view.html, 1 regions"]
+    assert shell("view", *given).err == ["sca: wrote view.html, 1 region"]
     assert shell("convert", *given, "again", "--format", "jsonl,png").status == 0
     assert json.loads((here / "again/captions.jsonl").read_text())["image"] == "my pics/a b#1.png"
 
@@ -74,7 +74,7 @@ def test_names_of_tools_are_found_and_rewritten(shell, picture, here, name):
     ]
     tasks = [{"data": {"image": name}, "annotations": [{"result": results}]}]
     (here / "export/tasks.json").write_text(json.dumps(tasks))
-    assert shell("view", "export/tasks.json").err == ["sca: wrote view.html, 1 regions"]  # beside the file
+    assert shell("view", "export/tasks.json").err == ["sca: wrote view.html, 1 region"]  # beside the file
     result = shell("convert", "export/tasks.json", "out", "--images", "export", "--format", "jsonl,labelme,png")
     assert result.status == 0, result.err
     assert json.loads((here / "out/captions.jsonl").read_text())["image"] == "images/a.png"
@@ -123,4 +123,4 @@ def test_labelme_files_of_windows_are_read(shell, picture, here, name):
     shape = {"label": "cat", "points": [[1, 1], [9, 9]], "shape_type": "rectangle"}
     content = {"imagePath": name, "imageWidth": 64, "imageHeight": 48, "shapes": [shape]}
     (here / "labels/a.json").write_text(json.dumps(content))
-    assert shell("view", "labels").err == ["sca: wrote view.html, 1 regions"]
+    assert shell("view", "labels").err == ["sca: wrote view.html, 1 region"]

@@ -105,7 +105,7 @@ def test_convert_reads_captions_from_a_pipe(shell, here, kind):
 def test_view_and_score_read_standard_input(shell, picture, here):
     picture("a.png")
     with stdin(_lines(RECORD)) as name:
-        assert shell("view", name).err == ["sca: wrote view.html, 1 regions"]
+        assert shell("view", name).err == ["sca: wrote view.html, 1 region"]
     predictions = {"image_id": 1, "region_id": 2, "caption": "a red car", "references": ["the red car"]}
     with stdin(_lines(predictions)) as name:
         assert shell("score", name, "--metrics", "bleu").status == 0

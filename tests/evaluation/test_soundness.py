@@ -44,7 +44,7 @@ def test_a_file_made_by_hand_needs_ids_captions_and_references(made):
         (({"image_id": 1, "caption": ""},), "record 1 has no region_id"),
         ((GOOD | {"caption": None},), "record 1: caption must be text"),
         ((GOOD | {"task": "translation"},), "no task 'translation'"),
-        ((GOOD | {"references": "a dog"},), "references must be a list of texts"),
+        ((GOOD | {"references": "a dog"},), "references must be a list of strings"),
         ((GOOD, GOOD | {"region_id": 2, "references": []}), r"1 of 2 captions have no references: region 2 of image 1"),
         (
             (GOOD | {"prompt": {"box": [0, 0, float("nan"), 1]}},),

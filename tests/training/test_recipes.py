@@ -209,7 +209,7 @@ def test_a_wrong_type_of_any_section_is_one_line(small_table, section):
 @pytest.mark.parametrize("key", ["metrics", "best"])
 def test_lists_of_validation_are_of_names(small_table, key):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
-    with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]: give a list of (1 or more )?texts"):
+    with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]: give a list of (1 or more )?strings"):
         Recipe.from_dict("mine", table)
 
 

@@ -82,9 +82,9 @@ def test_train_sees_that_the_data_is_another(plan, tmp_path):
 
 def test_train_sets_the_folder_of_another_run_aside_when_told(plan, tmp_path):
     told, out = [], tmp_path / "out"
-    train(plan(), out, quiet=True, set_aside=True, told=told.append)
+    train(plan(), out, quiet=True, set_aside=True, report=told.append)
     before = weights(out)
-    train(plan(seed=1), out, quiet=True, set_aside=True, told=told.append)
+    train(plan(seed=1), out, quiet=True, set_aside=True, report=told.append)
     assert told == [f"{out} contained another run, which is now in {out}-1"]
     assert weights(tmp_path / "out-1") == before
     assert weights(out) != before

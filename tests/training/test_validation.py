@@ -50,6 +50,16 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     assert model.training is False
 
 
+def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "sca.training.trainer.open_validation", lambda each: opened.append(each) or open_validation(each)
+    )
+    recipe = plan({"every": 4, "limit": 1})
+    train(recipe, tmp_path, quiet=True)
+    assert opened == [recipe.validate]
+
+
 def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
     straight = train(plan(), tmp_path / "one", quiet=True).state_dict()
     watched = train(plan({"every": 1, "limit": 2}), tmp_path / "two", quiet=True).state_dict()
@@ -61,7 +71,7 @@ def test_where_nothing_is_left_to_validate_with_that_is_said(plan, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     recipe = plan({"every": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}})
     told = []
-    train(recipe, tmp_path / "run", quiet=True, told=told.append)
+    train(recipe, tmp_path / "run", quiet=True, report=told.append)
     assert told == [
         "validate (val): nothing is validated; 0 regions, 0 with captions, 0 class names, 0 images; "
         "0 of 1 images held out for validation"
@@ -176,7 +186,7 @@ def test_a_score_that_is_no_number_never_chooses_silently(plan, tmp_path):
     recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["densecap-map", "cider-d", "rouge-l"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sca.evaluation.metrics.cider.CiderD.__call__", undefined)
-        train(recipe, tmp_path, quiet=True, told=told.append)
+        train(recipe, tmp_path, quiet=True, report=told.append)
     best = json.loads((tmp_path / "best.json").read_text())
     assert best["metric"] == "rouge-l"
     assert told[0] == "validate.best: cider-d is not a number on this data; rouge-l chooses `best`"
@@ -189,7 +199,7 @@ def undefined(metric, records):
 def test_a_score_that_never_changes_is_reported(plan, tmp_path):
     told = []
     recipe = plan({"every": 2, "limit": 2, "best": ["rouge-l"]}, learning_rate=0.0)
-    train(recipe, tmp_path, quiet=True, told=told.append)
+    train(recipe, tmp_path, quiet=True, report=told.append)
     (line,) = told
     assert line.startswith("validate.best: rouge-l was ")
     assert "at all 2 validations, so `best` is the first of them" in line
@@ -211,7 +221,7 @@ def test_an_earlier_name_of_best_decides_over_a_later_one():
 def test_training_begins_with_a_line_for_each_dataset(plan, tmp_path):
     told = []
     recipe = plan({"every": 4, "limit": 1})
-    train(recipe, tmp_path, told=told.append)
+    train(recipe, tmp_path, report=told.append)
     assert told[:2] == ["data.scenes (train): 6 images", "validate (val): 6 images"]
 
 
@@ -226,7 +236,7 @@ def test_images_that_are_found_damaged_while_training_are_reported(plan, tmp_pat
     data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
     recipe = Recipe.from_dict("mine", {"model": small_table, "data": data, "train": {"steps": 2, "images": 2}})
     told = []
-    train(recipe, tmp_path / "run", told=told.append)
+    train(recipe, tmp_path / "run", report=told.append)
     summary = "data.own (train): 2 regions, 2 with captions, 0 class names, 2 images"
     assert told[0] == summary
     assert told[-1].startswith(f"{summary}; 1 image unreadable: b.png")

@@ -25,7 +25,7 @@ from sca.io.numbers import is_finite_number
 IGNORED = "__ignore__"  # the label of pixels that count for nothing
 POLYGONS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
 LINES = ("line", "linestrip")
-LEAST_POINTS = dict.fromkeys(POLYGONS, 3) | {"rectangle": 2, "circle": 2, "mask": 1}  # of shapes with an inside
+MIN_POINTS = dict.fromkeys(POLYGONS, 3) | {"rectangle": 2, "circle": 2, "mask": 1}  # of shapes with an inside
 
 
 class Shape(NamedTuple):
@@ -173,8 +173,8 @@ def _read_group(shapes: Sequence[Shape], size: Size, skip: Skip) -> Annotation |
     """Read shapes as one region: the box of a rectangle, or the mask of all that have an inside; else a point or the
     box of lines.
     """
-    filled = [shape for shape in shapes if len(shape.points) >= LEAST_POINTS.get(shape.kind, math.inf)]
-    rest = [shape for shape in shapes if len(shape.points) < LEAST_POINTS.get(shape.kind, math.inf)]
+    filled = [shape for shape in shapes if len(shape.points) >= MIN_POINTS.get(shape.kind, math.inf)]
+    rest = [shape for shape in shapes if len(shape.points) < MIN_POINTS.get(shape.kind, math.inf)]
     found = None
     if filled:
         found = _read_filled(shapes, filled, size, skip)
@@ -187,7 +187,7 @@ def _read_group(shapes: Sequence[Shape], size: Size, skip: Skip) -> Annotation |
             return _describe(shapes, box=(x1, y1, x2, y2))
     for shape in rest:
         reason = "keypoint" if shape.kind == "point" else f"LabelMe shape {shape.kind!r}"
-        skip(f"{shape.kind} of too few points" if shape.kind in LEAST_POINTS else reason, shape.place)
+        skip(f"{shape.kind} of too few points" if shape.kind in MIN_POINTS else reason, shape.place)
     return found
 
 
