@@ -162,13 +162,13 @@ WANTED = {
 }
 
 
-def test_every_field_of_a_sweep_is_tried_with_wrong_types():
+def test_sweep_type_test_covers_every_field():
     known = {(section, field) for section, fields in TABLES.items() for field in fields}
     assert known <= {(section, field) for section, field, _ in FIELDS}
 
 
 @pytest.mark.parametrize(("section", "field", "kind"), FIELDS)
-def test_a_wrong_type_of_any_field_is_one_line_with_the_field_and_the_type(tmp_path, section, field, kind):
+def test_sweep_rejects_a_wrong_type_in_any_field(tmp_path, section, field, kind):
     for value in WRONG[kind]:
         table = tomllib.loads(WHOLE)
         (table if section is None else table[section])[field] = value
@@ -189,7 +189,7 @@ def inline(value):
     return f"[{', '.join(map(inline, value))}]" if isinstance(value, list) else json.dumps(value)
 
 
-def test_a_sweep_that_is_not_utf_8_is_named(tmp_path):
+def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
     path = tmp_path / "latin.toml"
     path.write_bytes(b'summary = "caf\xe9"')
     with pytest.raises(ValueError, match=r"latin\.toml is not UTF-8"):
@@ -226,7 +226,7 @@ def test_a_sweep_that_is_not_utf_8_is_named(tmp_path):
         ("task_tokens = 2", 'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1', "lora=4 would not"),
     ],
 )
-def test_every_row_is_checked_before_the_first_is_made(sweep, tmp_path, old, new, said):
+def test_run_checks_every_row_before_the_first(sweep, tmp_path, old, new, said):
     line = {"image": "a.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
     (tmp_path / "a.png").touch()
@@ -240,7 +240,7 @@ def test_every_row_is_checked_before_the_first_is_made(sweep, tmp_path, old, new
     assert not Store(tmp_path / "out").rows()
 
 
-def test_an_extra_that_is_not_installed_is_refused_before_the_first_row(sweep, tmp_path, monkeypatch):
+def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["sca_registry.registry"], "extra_installed", lambda distribution, extra: False)
     for text in (
         SMALL.replace('encoder = { name = "tiny-vit"', 'encoder = { name = "timm"'),
@@ -252,7 +252,7 @@ def test_an_extra_that_is_not_installed_is_refused_before_the_first_row(sweep, t
             run(sweep(text), tmp_path / "out", options={"workers": 1}, report=lambda line: None)
 
 
-def test_an_axis_can_edit_a_short_value(sweep):
+def test_sweep_axis_edits_a_short_value(sweep):
     rows = sweep(SMALL.replace("[axes]", '[axes]\n"lora.rank" = [2, 4]').replace("task_tokens = 2", "lora = 8")).rows()
     assert sorted({row.config["model"]["lora"]["rank"] for row in rows}) == [2, 4]
     with pytest.raises(RegistryError, match=r"model\.task_tokens is 2: give a table"):

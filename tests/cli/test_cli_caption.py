@@ -290,7 +290,7 @@ def test_a_second_run_replaces_the_files_of_the_first_when_told(shell, checkpoin
     assert len(coco("out/coco.json").getAnnIds()) == 1
 
 
-def test_one_bad_region_takes_no_other_away_and_is_named(shell, checkpoint, picture, here):
+def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, picture, here):
     picture("a.png")
     boxes = [[1, 1, 20, 20], [5, 5, 0, 9], [2, 2, 9, 9], [90, 90, 5, 5], [1, 2, 3]]
     (here / "c.json").write_text(
@@ -318,7 +318,7 @@ def test_one_bad_region_takes_no_other_away_and_is_named(shell, checkpoint, pict
     assert "would be" not in " ".join(shell("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
 
 
-def test_a_shard_with_a_bad_region_keeps_the_others(shell, checkpoint, picture, here):
+def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint, picture, here):
     picture("a.png"), picture("b.png")
     regions = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
     regions.append({"image": "b.png", "box": [1, 1, 9, 9]})

@@ -60,7 +60,7 @@ def test_a_page_is_not_written_over_a_folder(shell, here, folder):
 
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("command", ["view", "export"])
-def test_nothing_to_write_is_an_error_in_one_line(shell, here, command, damaged):
+def test_data_view_and_export_reject_a_dataset_without_images(shell, here, command, damaged):
     line = {"image": "a.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
     (here / "mine.jsonl").write_text(json.dumps(line))
     if damaged:
@@ -73,6 +73,6 @@ def test_nothing_to_write_is_an_error_in_one_line(shell, here, command, damaged)
     assert not (here / "out").exists()
 
 
-def test_a_page_begins_with_a_line_on_what_was_read(shell, here):
+def test_data_view_reports_what_it_read(shell, here):
     found = shell("data", "view", "scenes", "count=2", "size=64", "--out", "out.html")
     assert (found.status, found.err) == (0, ["sca: scenes val: 2 images"])

@@ -131,7 +131,7 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
     assert "has its own splits" in refused.err[0]
 
 
-def test_a_dataset_whose_images_are_missing_is_one_line_with_where_they_were_looked_for(shell, checkpoint, here):
+def test_evaluate_reports_where_missing_images_were_looked_for(shell, checkpoint, here):
     line = {"image": "gone.png", "box": [0, 0, 4, 4], "caption": "a dog", "width": 8, "height": 8}
     (here / "mine.jsonl").write_text(json.dumps(line))
     result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", f"images={here}")
@@ -139,7 +139,7 @@ def test_a_dataset_whose_images_are_missing_is_one_line_with_where_they_were_loo
     assert (result.status, result.err) == (2, [said])
 
 
-def test_regions_without_what_is_asked_for_are_told_with_what_there_is(shell, checkpoint, here, picture):
+def test_evaluate_reports_a_dataset_without_the_truth_of_its_tasks(shell, checkpoint, here, picture):
     line = {"image": picture("a.png"), "box": [0, 0, 4, 4], "name": "dog", "text": "a dog"}
     (here / "mine.jsonl").write_text(json.dumps(line))
     result = shell("evaluate", checkpoint, "jsonl", "file=mine.jsonl", "--metrics", "class", "--quiet")
@@ -164,3 +164,5 @@ def test_compare_and_report_read_options_alike(handmade, shell, refused, command
     assert "Did you mean 'tokenizer'?" in refused(2, *arguments, "tokenzier=plain")
     assert "no metric 'rogue-l'" in refused(2, *arguments, "rogue-l.references=first")
     assert shell(command, "one", "./lr=0.1", "--metrics", "rouge-l", "--out", "page.html").status == 0
+    last = ("one", "lr=0.1") if command == "report" else ("one", "two", "lr=0.1")
+    assert "write ./lr=0.1 to name the path" in refused(2, command, *last, "--metrics", "rouge-l")

@@ -18,7 +18,7 @@ def _lines(path, *names):
 @pytest.mark.parametrize(
     "images", [".", "~/data", "фото", "1_000", "2024", "0123", "true", "my photos", "a#b", "./.", "写真/"]
 )
-def test_a_folder_of_any_name_is_an_option(shell, picture, here, monkeypatch, images):
+def test_cli_options_take_folders_of_any_name(shell, picture, here, monkeypatch, images):
     monkeypatch.setenv("HOME", str(here / "home"))
     picture(os.path.expanduser(images).removeprefix(f"{here}/") + "/a.png")
     _lines(here / "a.jsonl", "a.png")
@@ -27,7 +27,7 @@ def test_a_folder_of_any_name_is_an_option(shell, picture, here, monkeypatch, im
     assert json.loads(result.out)["images"] == 1
 
 
-def test_the_home_directory_is_expanded_in_options(shell, picture, here, monkeypatch):
+def test_cli_options_expand_the_home_directory(shell, picture, here, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     picture("home/a.png")
     _lines(here / "home/a.jsonl", "~/a.png")
@@ -37,7 +37,7 @@ def test_the_home_directory_is_expanded_in_options(shell, picture, here, monkeyp
 
 
 @pytest.mark.parametrize("prefix", [LOCAL, "https://host/x/", "http://host/data/local-files/?d=sub/"])
-def test_an_image_prefix_is_written_and_read(shell, picture, here, prefix):
+def test_view_strips_the_image_prefix_that_convert_writes(shell, picture, here, prefix):
     picture("my pics/a b#1.png")
     _lines(here / "a.jsonl", "my pics/a b#1.png")
     assert shell("convert", "a.jsonl", "tasks", "--format", "label-studio", "--image-prefix", prefix).status == 0
@@ -65,7 +65,7 @@ def test_caption_writes_an_image_prefix(shell, refused, picture, checkpoint, her
 @pytest.mark.parametrize(
     "name", ["/data/upload/1/1a2b3c4d-a.png", "/data/local-files/?d=sub%2Fa.png", "C:\\old\\a.png", "file:///old/a.png"]
 )
-def test_names_of_tools_are_found_and_rewritten(shell, picture, here, name):
+def test_convert_rewrites_image_names_of_other_tools(shell, picture, here, name):
     picture("export/images/a.png")
     results = [
         {"id": "1", "type": "rectanglelabels", "original_width": 64, "original_height": 48}
@@ -80,7 +80,7 @@ def test_names_of_tools_are_found_and_rewritten(shell, picture, here, name):
     assert json.loads((here / "out/captions.jsonl").read_text())["image"] == "images/a.png"
 
 
-def test_a_url_is_said_to_be_one(shell, here):
+def test_convert_reports_image_urls_as_urls(shell, here):
     _lines(here / "a.jsonl", "https://host/a.png")
     result = shell("view", "a.jsonl")
     assert "'https://host/a.png' is a URL, not a file" in result.err[0]
@@ -88,13 +88,13 @@ def test_a_url_is_said_to_be_one(shell, here):
     assert json.loads((here / "out/labelme/a.json").read_text())["imagePath"] == "https://host/a.png"
 
 
-def test_a_prefix_that_no_image_has_is_told(shell, here):
+def test_convert_reports_an_unused_image_prefix(shell, here):
     _lines(here / "a.jsonl", "a.png")
     result = shell("convert", "a.jsonl", "out", "--format", "jsonl", "--image-prefix", LOCAL)
     assert f"sca: no image name of a.jsonl begins with --image-prefix {LOCAL}" in result.err
 
 
-def test_images_below_linked_folders_are_captioned_once(shell, picture, checkpoint, here):
+def test_caption_reads_images_below_linked_folders_once(shell, picture, checkpoint, here):
     picture("store/a.png")
     picture("in/b.png")
     (here / "in/link").symlink_to(here / "store")
@@ -104,7 +104,7 @@ def test_images_below_linked_folders_are_captioned_once(shell, picture, checkpoi
     assert [json.loads(line)["image"] for line in result.out.splitlines()] == ["in/again/a.png", "in/b.png"]
 
 
-def test_labelme_files_lead_to_their_images_from_a_linked_folder(shell, picture, here):
+def test_caption_finds_images_of_labelme_files_in_a_linked_folder(shell, picture, here):
     picture("a.png")
     _lines(here / "a.jsonl", "a.png")
     (here / "far/away").mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_labelme_files_lead_to_their_images_from_a_linked_folder(shell, picture,
 
 
 @pytest.mark.parametrize("name", ["..\\pics\\a.png", "C:\\old\\pics\\a.png", "pics\\a.png"])
-def test_labelme_files_of_windows_are_read(shell, picture, here, name):
+def test_view_reads_labelme_files_of_windows(shell, picture, here, name):
     picture("pics/a.png")
     picture("labels/pics/a.png")
     os.remove(here / ("labels/pics/a.png" if name.startswith("..") else "pics/a.png"))

@@ -204,7 +204,7 @@ def nobody(checkpoint, shell, monkeypatch):
         (folder / "locked").chmod(0o755)
 
 
-def test_what_may_not_be_read_or_written_is_said(refused, shell, nobody):
+def test_cli_reports_permission_errors(refused, shell, nobody):
     arguments = (*BOX, "--model", "./model")
     assert "locked: Permission denied; choose a folder that you may write in" in refused(
         2, "caption", "a.png", *arguments, "--out", "locked"

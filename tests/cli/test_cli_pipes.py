@@ -122,23 +122,23 @@ def test_view_and_score_read_standard_input(shell, picture, here):
         (("view", "-", "-"), "/dev/stdin is named 2 times"),
     ],
 )
-def test_a_pipe_that_would_be_read_twice_is_refused(refused, here, arguments, told):
+def test_cli_rejects_a_pipe_that_would_be_read_twice(refused, here, arguments, told):
     with stdin(b""):
         assert told in refused(2, *arguments)
 
 
-def test_an_empty_pipe_is_one_line(refused, here):
+def test_cli_reports_an_empty_pipe(refused, here):
     with stdin(b"") as name:
         assert refused(1, "caption", name, *BOX) == "/dev/stdin is empty (0 bytes); copy or download it again"
 
 
-def test_a_pipe_has_a_limit(refused, here, monkeypatch):
+def test_cli_limits_the_bytes_of_a_pipe(refused, here, monkeypatch):
     monkeypatch.setattr("sca.io.json.MAX_PIPE_BYTES", 10)
     with stdin(b"x" * 11) as name:
         assert "/dev/stdin has more than 10 bytes" in refused(1, "caption", name, *BOX)
 
 
-def test_a_fifo_in_a_folder_is_skipped_by_name(shell, picture, checkpoint, here):
+def test_caption_reports_a_fifo_in_a_folder(shell, picture, checkpoint, here):
     picture("in/a.png")
     os.mkfifo(here / "in/b.png")
     for images in ("in", "in/*.png"):
@@ -148,7 +148,7 @@ def test_a_fifo_in_a_folder_is_skipped_by_name(shell, picture, checkpoint, here)
         assert [json.loads(line)["image"] for line in result.out.splitlines()] == ["in/a.png"]
 
 
-def test_a_fifo_that_is_named_is_refused_without_waiting(refused, here):
+def test_cli_rejects_a_fifo_without_waiting(refused, here):
     os.mkfifo(here / "b.png")
     assert refused(1, "caption", "b.png", *BOX).startswith("b.png is a pipe or a device, not an image file")
 

@@ -176,7 +176,7 @@ PATHS += ["写真/a b", "x = y", "a, b", "nan", "5x", "1 # more", "-", "*.png", 
 
 
 @given(st.sampled_from(PATHS) | text.filter(lambda word: word.strip() and word.isprintable()))
-def test_a_value_is_text_where_text_is_wanted(word):
+def test_read_assignment_returns_text_where_text_is_wanted(word):
     word = word.strip()
     if word[0] in "'\"[{":
         return
@@ -186,22 +186,22 @@ def test_a_value_is_text_where_text_is_wanted(word):
 
 
 @pytest.mark.parametrize(("written", "value"), [("[1, 'a']", [1, "a"]), ("{a = 1}", {"a": 1}), ("''", "")])
-def test_a_string_a_list_or_a_table_is_toml_where_text_is_wanted(written, value):
+def test_read_assignment_reads_strings_lists_and_tables_as_toml(written, value):
     assert read_assignment(f"root={written}", lambda path: True) == (("root",), value)
 
 
 @pytest.mark.parametrize("written", ["", "'", '"a', "[1", "{a"])
-def test_broken_toml_is_refused_where_text_is_wanted(written):
+def test_read_assignment_rejects_broken_toml_where_text_is_wanted(written):
     with pytest.raises(RegistryError, match="is not TOML"):
         read_assignment(f"root={written}", lambda path: True)
 
 
 @pytest.mark.parametrize("name", [".", "..", "фото", "写真"])
-def test_paths_and_letters_of_any_alphabet_need_no_quotes(name):
+def test_read_assignment_needs_no_quotes_for_paths_and_any_alphabet(name):
     assert read_assignment(f"key={name}") == (("key",), name)
 
 
-def test_an_override_follows_the_wanted_type():
+def test_override_reads_text_where_the_option_is_text():
     recipe = {
         "data": {"own": {"name": "coco-json", "annotations": "a.json", "images": "x"}},
         "train": {"steps": 100, "cache_features": ""},
@@ -222,7 +222,7 @@ def test_an_override_follows_the_wanted_type():
     assert changed["validate"]["dataset"]["images"] == "my photos"
 
 
-def test_a_part_of_a_known_kind_takes_text():
+def test_part_parse_reads_text_where_the_option_is_text():
     written = "boxes-from-coco annotations=2024"
     assert Part.parse(written, "--proposer", "proposers").options == {"annotations": "2024"}
     assert Part.parse(written).options == {"annotations": 2024}

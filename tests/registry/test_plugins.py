@@ -116,7 +116,7 @@ def test_a_broken_plugin_harms_only_its_own_name_and_its_reason_is_shown(how, si
     assert mixers.get("mean").__name__ == "Mean"
 
 
-def test_a_built_in_part_whose_import_fails_leads_to_the_doctor(monkeypatch, code, states):
+def test_registry_points_to_the_doctor_for_a_broken_built_in_part(monkeypatch, code, states):
     import importlib
 
     monkeypatch.setattr(verdicts, "_seen", {})

@@ -81,7 +81,7 @@ def test_a_cache_says_what_is_wrong_with_it(small, tmp_path):
         cache.fill(model, [picture], lambda: None)
 
 
-def test_a_cache_removes_what_a_kill_left(small, tmp_path):
+def test_feature_cache_removes_what_a_kill_left(small, tmp_path):
     model, picture = small(), Image.new("RGB", (64, 48), "red")
     cache = FeatureCache(tmp_path, model)
     draft = cache.path(picture).with_name(f".sca-{'0' * 16}.part")

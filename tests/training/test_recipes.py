@@ -158,7 +158,7 @@ def kind_of(default):
 
 
 @pytest.mark.parametrize(("section", "name", "default"), FIELDS)
-def test_a_wrong_type_of_any_field_is_one_line_with_the_field_and_the_type(small_table, section, name, default):
+def test_recipe_rejects_a_wrong_type_in_any_field(small_table, section, name, default):
     kind = kind_of(default)
     for value in WRONG[kind]:
         table = {"model": small_table, "data": {"scenes": {"name": "scenes", "augment": {}}}}
@@ -199,7 +199,7 @@ def test_recipe_rejects_a_seed_that_numpy_does_not_take(small_table):
 
 
 @pytest.mark.parametrize("section", ["model", "data", "train", "loss", "validate", "summary", "source"])
-def test_a_wrong_type_of_any_section_is_one_line(small_table, section):
+def test_recipe_rejects_a_wrong_type_in_any_section(small_table, section):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}}
     for value in (3, True, ["x"]):
         with pytest.raises(RegistryError, match=rf"{section}.* is .*: give (a table|text)"):
@@ -207,13 +207,13 @@ def test_a_wrong_type_of_any_section_is_one_line(small_table, section):
 
 
 @pytest.mark.parametrize("key", ["metrics", "best"])
-def test_lists_of_validation_are_of_names(small_table, key):
+def test_validation_rejects_lists_of_other_types(small_table, key):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": {key: ["cider", 3]}}
     with pytest.raises(RegistryError, match=rf"validate\.{key} is \['cider', 3\]: give a list of (1 or more )?strings"):
         Recipe.from_dict("mine", table)
 
 
-def test_a_model_table_takes_the_place_of_a_name(tmp_path):
+def test_recipe_model_table_replaces_a_name(tmp_path):
     (tmp_path / "own.jsonl").touch()
     written = 'model={encoder="tiny-vit", mixer="query", language_model="tiny-gpt2"}'
     for name in ("own-data", "sca-tiny"):
@@ -253,7 +253,7 @@ def test_recipe_without_validate_takes_it_from_assignments(small_table, assignme
     assert Recipe.from_dict("mine", table, [assignment]).validate == Validation(3, {"name": "scenes"})
 
 
-def test_lora_trains_or_is_refused_with_what_to_write(tmp_path):
+def test_recipe_rejects_lora_that_would_not_train(tmp_path):
     with pytest.raises(
         RegistryError, match=r"lora=8 would not train: .* give trainable=\[.*\"task_tokens\", \"lora\"\]"
     ):
@@ -267,7 +267,7 @@ def test_lora_trains_or_is_refused_with_what_to_write(tmp_path):
         Recipe.read("own-data", [f"data='{tmp_path}'", "lora=8"])
 
 
-def test_a_recipe_that_is_not_utf_8_is_named(tmp_path):
+def test_recipe_read_reports_text_that_is_not_utf_8(tmp_path):
     file = tmp_path / "latin.toml"
     file.write_bytes(b'summary = "caf\xe9"')
     with pytest.raises(ValueError, match=r"latin\.toml is not UTF-8 \(byte 14\)"):
@@ -288,14 +288,14 @@ def test_a_recipe_that_is_not_utf_8_is_named(tmp_path):
         ({"dataset": {"name": "scenes", "cuont": 3}}, "has no option 'cuont'"),
     ],
 )
-def test_validation_is_checked_before_a_model_is_built(small_table, validate, message):
+def test_open_validation_rejects_unknown_names(small_table, validate, message):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": validate}
     recipe = Recipe.from_dict("mine", table)
     with pytest.raises(RegistryError if "prompt" not in message else ValueError, match=message):
         open_validation(recipe.validate)
 
 
-def test_a_dataset_of_which_nothing_is_left_is_refused_before_a_model_is_built(small_table, tmp_path):
+def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "gone.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
     recipe = Recipe.from_dict("mine", {"model": small_table, "data": data})

@@ -66,7 +66,7 @@ def test_validating_changes_nothing_of_what_is_learned(plan, tmp_path):
     assert all(torch.equal(straight[name], watched[name]) for name in straight)
 
 
-def test_where_nothing_is_left_to_validate_with_that_is_said(plan, tmp_path):
+def test_train_reports_a_validation_without_images(plan, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "box": [0, 0, 9, 9], "caption": "a dog"}\n')
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     recipe = plan({"every": 1, "dataset": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl"), "hold_out": 0.01}})
@@ -180,7 +180,7 @@ def test_curves_are_written_for_tensorboard_where_it_is_installed(plan, tmp_path
     assert {"train/loss", "train/caption", "train/learning_rate"} <= set(found)
 
 
-def test_a_score_that_is_no_number_never_chooses_silently(plan, tmp_path):
+def test_validating_reports_a_score_that_is_not_a_number(plan, tmp_path):
     told = []
     data = {"name": "scenes", "count": 1, "size": 64}
     recipe = plan({"every": 2, "limit": 1, "dataset": data, "best": ["densecap-map", "cider-d", "rouge-l"]})
@@ -196,7 +196,7 @@ def undefined(metric, records):
     return Scores({"cider-d": math.nan}, notes={"cider-d": "no number"})
 
 
-def test_a_score_that_never_changes_is_reported(plan, tmp_path):
+def test_validating_reports_a_score_that_never_changes(plan, tmp_path):
     told = []
     recipe = plan({"every": 2, "limit": 2, "best": ["rouge-l"]}, learning_rate=0.0)
     train(recipe, tmp_path, quiet=True, report=told.append)
@@ -205,7 +205,7 @@ def test_a_score_that_never_changes_is_reported(plan, tmp_path):
     assert "at all 2 validations, so `best` is the first of them" in line
 
 
-def test_an_earlier_name_of_best_decides_over_a_later_one():
+def test_validating_prefers_the_earlier_names_of_best():
     kept = Validating.__new__(Validating)
     kept.options = Validation(best=("a", "b"))
     for before, metric, score, better in (
@@ -218,14 +218,14 @@ def test_an_earlier_name_of_best_decides_over_a_later_one():
         assert kept._is_best(metric, score, before) is better
 
 
-def test_training_begins_with_a_line_for_each_dataset(plan, tmp_path):
+def test_train_reports_each_dataset_first(plan, tmp_path):
     told = []
     recipe = plan({"every": 4, "limit": 1})
     train(recipe, tmp_path, report=told.append)
     assert told[:2] == ["data.scenes (train): 6 images", "validate (val): 6 images"]
 
 
-def test_images_that_are_found_damaged_while_training_are_reported(plan, tmp_path, small_table):
+def test_train_reports_images_that_it_finds_damaged(plan, tmp_path, small_table):
     for name in ("a", "b"):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
     lines = [
