@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,15 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sca.composition import build, parts
+from sca.devices import find_device, find_dtype
 from sca.hub import HubError, fetch, fingerprint, local_folder, local_path, some, suggest_path
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
 from sca.layouts import CONFIG, CheckpointError, is_published
+from sca.model import SegmentCaptioner
 from sca.trust import NO_TRUST, Trust, TrustError, check_file, check_folder, confine_spec, find_real_root
-
-if TYPE_CHECKING:
-    from sca.model import SegmentCaptioner
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
@@ -58,7 +57,7 @@ CONTENT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")  # all that `save` writes, and so
 def save(
     model: SegmentCaptioner,
     folder: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint folder; a kill at any moment leaves the old one or the new one, complete.
@@ -71,8 +70,13 @@ def save(
 
     Raises:
         CheckpointError: The folder contains something else, or cannot be written.
+        ValueError: The model or the dtype is something else.
     """
-    folder = Path(folder)
+    if not isinstance(model, SegmentCaptioner):
+        raise ValueError(
+            f"an object of type {type(model).__name__} cannot be saved; give a model, such as `predictor.model`"
+        )
+    folder, dtype = Path(folder), find_dtype(dtype)
     check_writable(folder)
     try:
         with new_folder(folder, CONTENT) as draft:
@@ -110,7 +114,7 @@ def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
 def load(
     source: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     *,
     trust_remote_code: bool = False,
     allow_external: bool = False,
@@ -123,7 +127,7 @@ def load(
     Args:
         source: A zoo name, a hub id, or a folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
         device: Where the model runs.
-        dtype: Of its floating-point tensors; by default that of each component.
+        dtype: Of its floating-point tensors, such as "float16"; by default that of each component.
         trust_remote_code: Allow the checkpoint to run code: for authors that you trust as you trust a program.
         allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
             as your own do whose weights you keep elsewhere. It does not allow code.
@@ -132,7 +136,9 @@ def load(
     Raises:
         CheckpointError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
             weights, lacks a tensor or has one without a place.
+        ValueError: If the device or the dtype does not exist.
     """
+    device, dtype = find_device(device), find_dtype(dtype)
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust, revision)
     with _one_line(folder):
@@ -339,6 +345,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         CheckpointError: If there is none.
         HubError: If it cannot be fetched.
     """
+    if not isinstance(source, str | Path):
+        raise CheckpointError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
     if isinstance(source, str) and source in zoo.names():
         entry = zoo.get(source)
         return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
@@ -351,10 +359,23 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return fetch(source, revision)
+    if isinstance(source, str) and "+" in source and "/" not in source:
+        raise CheckpointError(_describe_composition(source))
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
     raise CheckpointError(
         f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
+    )
+
+
+def _describe_composition(source: str) -> str:
+    """Return the error for names of components in place of a checkpoint."""
+    names = ", ".join(repr(name.strip()) for name in source.split("+"))
+    if source.count("+") == 1:
+        return f"{source!r} names an encoder and a captioner; open it with sca.captioner({source!r})"
+    return (
+        f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
+        "a checkpoint"
     )
 
 

@@ -14,6 +14,7 @@ from sca_registry.contracts import Encoder, LanguageModel, Mixer
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part, check_generation
 
+from sca.devices import find_device
 from sca.model import SegmentCaptioner
 
 
@@ -39,8 +40,14 @@ def compose(
 
 def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = True) -> SegmentCaptioner:
     """The step below `compose`. Raises RegistryError for unknown names, options, and parts that do not fit together."""
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(
+            f"the spec is of type {type(spec).__name__}; give a sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+        )
+    if not isinstance(weights, bool):
+        raise ValueError(f"weights is {weights!r:.80}; give True or False, and a file as the option of a component")
+    where = find_device(device, allow_meta=True)
     spec.check()
-    where = torch.device(device)
     random = not weights or where.type == "meta"
     if random:
         spec = untrained(spec)

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
+from sca.devices import DTYPES, find_device
+
 app = typer.Typer(
     help="Sweeps over combinations of parts: run, status, report, diff.", no_args_is_help=True, rich_markup_mode=None
 )
 
 SWEEP = "a shipped sweep (smoke, mixers, ...) or a TOML file"
 OUT = "the folder of results (default: runs/bench/SWEEP)"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.callback()
@@ -46,7 +47,7 @@ def run(
 
     Exit status 1 if rows are missing at the end.
     """
-    from sca.cli.options import complain, find_device, read_options, settle
+    from sca.cli.options import complain, read_options, settle
     from sca_bench.runner import run as make
     from sca_bench.states import STATES
     from sca_bench.sweep import ORDERS, Sweep, sweep_names
@@ -178,7 +179,7 @@ def published(
     """How much faster than the published procedure, both in this run: a table of ratios. Ten minutes for all."""
     from dataclasses import asdict
 
-    from sca.cli.options import find_device, settle
+    from sca.cli.options import settle
     from sca.io.atomic import write_file
     from sca_bench.against_published import Setting, choose_parts, compare, print_table, to_table
     from sca_bench.worker import environment

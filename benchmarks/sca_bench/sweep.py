@@ -49,6 +49,7 @@ from sca_registry.messages import unknown
 from sca_registry.overrides import SHORT
 from sca_registry.spec import ModelSpec, Part, check_generation
 
+from sca.devices import DTYPES
 from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
     check_choice,
@@ -78,7 +79,6 @@ TABLES = {
 }
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
 ORDERS = ("cheapest", "listed")
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 10_000  # at a minute a row a week
 
 

@@ -276,9 +276,21 @@ class Registry:
         if len(rivals) > 1:
             raise RegistryError(f"{len(rivals)} {self._many} are named {name!r}. Say which: {' or '.join(rivals)}")
         raise RegistryError(
-            f"no {self._many} named {name!r}.{suggestion(str(name), named)}{choice(sorted(named))}  "
+            f"no {self._many} named {name!r}.{self._hint(str(name), named)}{choice(sorted(named))}  "
             f"A plugin adds one with an entry point in {self.kind.group!r}."
         )
+
+    def _hint(self, name: str, named: Mapping[str, Offer]) -> str:
+        """What an unknown name may mean: a part of another kind, a hub id or folder of weights, or a close name."""
+        for other in REGISTRIES.values():
+            if other is not self and name in other:
+                return f" It is one of the {other.kind.plural.replace('_', ' ')}."
+        for short, offer in named.items():
+            if name in (offer.card.options.get("weights"), offer.card.factory):
+                return f" Did you mean {short!r}?"
+        if "/" in name and self.kind.plural == "language_models":
+            return f" For any hub id or folder give the part 'hf' with the option weights={name!r}."
+        return suggestion(name, named)
 
     def _load(self, offer: Offer) -> Callable[..., Any]:
         """The factory as it was written, without the card's options."""

@@ -20,6 +20,7 @@ WORD = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part with its opt
 TRAINABLE = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 PROJECTION = {"kind": "linear", "norm": "none"}
 PROJECTIONS = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}  # its names
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
 CAPTION_FROM = ("box-and-point", "box", "point")
 GENERATION = {"max_new_tokens": 20, "beams": 1}
@@ -43,6 +44,9 @@ class Part:
     def from_dict(cls, written: Any, what: str = "part") -> Part:
         """From such a table, or from a name alone. Raises RegistryError if there is no name in it."""
         table = {"name": written} if isinstance(written, str) else written
+        if callable(written):
+            given = getattr(written, "__qualname__", f"of type {type(written).__name__}")
+            raise RegistryError(f"the {what} is {given}: give its name{_name_factory(what, written)}")
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
             raise RegistryError(f"the {what} is {written!r}: give a name, or a table with a name and options")
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
@@ -249,6 +253,16 @@ def _switched_on(kind: str, part: Part) -> list[str]:
     return [option for option in card.needs_with if {**card.options, **part.options}.get(option)]
 
 
+def _name_factory(what: str, factory: Any) -> str:
+    """Say which name a factory of a model's part is registered under, or how to register it."""
+    kind = what.replace(" ", "_")
+    if kind not in PARTS:
+        return ""
+    path = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
+    names = [name for name in registry(kind).names() if registry(kind).card(name).factory == path]
+    return f", {names[0]!r}" if names else f"; register it with @sca_registry.{kind}s('NAME')"
+
+
 def _table(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RegistryError(f"{what} is {value!r}: give a table of options")
@@ -326,10 +340,12 @@ def _projection(value: Any) -> dict[str, str]:
 def _lora(value: Any) -> dict[str, Any] | None:
     if not value:  # None, 0, false, or an empty table
         return None
-    given = {"rank": value} if isinstance(value, int) else _table("lora", value)
+    if not isinstance(value, int | Mapping):
+        raise RegistryError(f"lora is {value!r:.80}: give a rank, such as lora=8, or a table of {', '.join(LORA)}")
+    given = {"rank": value} if isinstance(value, int) else dict(value)
     for key in given:
         if key not in LORA:
-            raise unknown(f"lora has no {key!r}", key, LORA)
+            raise unknown(f"lora has no {key!r}", PEFT.get(key, str(key)), LORA)
     rank = given.get("rank", LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise RegistryError(f"the rank of lora is {rank!r}: give a whole number, 1 or more, or lora=0 for none")

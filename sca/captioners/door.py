@@ -15,8 +15,8 @@ from sca_registry.messages import unknown
 from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoint import load
+from sca.devices import find_device
 from sca.hub import local_path, suggest_path
-from sca.language_models.causal import DTYPES
 from sca.predictor import Predictor
 
 FORMS = (
@@ -104,7 +104,7 @@ def settings(
 
 def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
     takes = sca_registry.captioners.describe(name).options
-    where = {"device": str(device)} if "device" in takes else {}  # what looks at nothing runs nowhere
+    where = {"device": str(find_device(device))} if "device" in takes else {}  # what looks at nothing runs nowhere
     return sca_registry.captioners.build(name, **where, **options)
 
 
@@ -112,9 +112,4 @@ def _model(source: str | Path, device: str | torch.device, agreed: Mapping[str, 
     for option in options:
         if option not in ("dtype", "regions"):
             raise unknown(f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions"))
-    dtype = options.pop("dtype", None)
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise unknown(f"no dtype {dtype!r}", dtype, DTYPES)
-        dtype = getattr(torch, dtype)
-    return Predictor(load(source, device, dtype, **agreed), **options)
+    return Predictor(load(source, device, options.pop("dtype", None), **agreed), **options)

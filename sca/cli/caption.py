@@ -14,18 +14,17 @@ import typer
 from sca_registry.spec import CAPTION_FROM
 
 from sca.cli.options import (
-    DEVICES,
     OUTPUTS,
     AllowExternal,
     ImagePrefix,
     TrustRemoteCode,
     check_pipes,
     complain,
-    find_device,
     input_path,
     print_table,
     settle,
 )
+from sca.devices import DEVICES, DTYPES, find_device
 from sca.io import terminal
 from sca.io.text import format_count
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     Answers = Iterator[tuple[Path, Image | Size, list[Caption]]]
 
 DEFAULT_MODEL = "sca-tiny"
-DTYPES = ("float32", "bfloat16", "float16")
 UNKEPT = (  # that change no answer
     *("images", "out", "format", "image_prefix", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
     *("trust_remote_code", "allow_external"),

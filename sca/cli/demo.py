@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import DEVICES, AllowExternal, TrustRemoteCode, complain, find_device, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, complain, settle
+from sca.devices import DEVICES, DTYPES, find_device
 
-DTYPES = ("float32", "bfloat16", "float16")
 MIB = 2**20
 
 

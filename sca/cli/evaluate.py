@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sca.cli.options import (
-    DEVICES,
     AllowExternal,
     TrustRemoteCode,
     complain,
-    find_device,
     input_path,
     print_json,
     print_table,
     settle,
 )
+from sca.devices import DEVICES, find_device
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,8 +18,6 @@ from sca.io.terminal import DOCUMENT
 from sca.io.text import UNSAFE, escape_terminal
 
 if TYPE_CHECKING:
-    import torch
-
     from sca.io.terminal import Table
 
 TrustRemoteCode = Annotated[
@@ -42,7 +39,6 @@ ImagePrefix = Annotated[
     ),
 ]
 STDIN = "/dev/stdin"
-DEVICES = "cpu, cuda, cuda:1, mps"
 OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
 
 
@@ -76,19 +72,6 @@ def read_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, 
     from sca_registry.overrides import read_assignments
 
     return read_assignments(assignments, partial(registry(kind).takes_text, name))
-
-
-def find_device(name: str) -> torch.device:
-    """Raises ValueError for a name that is no device, and for a device that is not here."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a wrong name and for an absent device
-        reason = shorten(str(error).rstrip("."), 80, placeholder=" ...")
-        raise ValueError(f"no device {name!r} here ({reason}). Try one of: {DEVICES}") from error
-    return device
 
 
 def complain(message: str) -> None:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sca.cli.options import AllowExternal, TrustRemoteCode, print_json, print_line, print_table, settle
+from sca.devices import DTYPES
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
     from sca.plans import Plan
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def plan(

@@ -1,0 +1,104 @@
+"""Mistakes in calls of the Python API are one line that says what to write instead."""
+
+import pytest
+import torch
+from sca_registry import mixers
+
+import sca
+from sca.mixers.query import QueryMixer
+
+NAMES = ("tiny-vit", "query", "tiny-gpt2")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sca.load("sca-tiny")
+
+
+def check_message(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "half16"}, "no dtype 'half16'. There are: float32, bfloat16, float16"),
+        ({"dtype": torch.int64}, "no dtype 'torch.int64'"),
+        ({"device": "gpu"}, "no device 'gpu' here .* Did you mean 'cuda'"),
+        ({"device": "cuda:99"}, "no device 'cuda:99' here"),
+        ({"device": None}, "no device 'None' here"),
+    ],
+)
+@pytest.mark.parametrize("load", [sca.load, sca.captioner])
+def test_load_rejects_unknown_devices_and_dtypes(load, options, message):
+    check_message(lambda: load("sca-tiny", **options), message)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_compose_and_captioners_reject_unknown_devices(device):
+    check_message(lambda: sca.compose(*NAMES, device=device), f"no device '{device}' here")
+    check_message(lambda: sca.captioner("blip-base", device=device), f"no device '{device}' here")
+
+
+def test_load_and_save_take_dtypes_by_name(model, tmp_path):
+    assert sca.load("sca-tiny", dtype="float16").task_tokens.dtype == torch.float16
+    sca.save(model, tmp_path / "model", dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"no dtype 'f16'\. Did you mean 'float16'"):
+        sca.save(model, tmp_path / "other", dtype="f16")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a+b+c", r"'a\+b\+c' names components, .*; build a model with sca.compose\('a', 'b', 'c'\), or give"),
+        ("sam-vit-b+blip-base", r"open it with sca.captioner\('sam-vit-b\+blip-base'\)"),
+        (5, "the model is of type int; give a zoo name, a folder or a hub id"),
+        (None, "the model is of type NoneType; give a zoo name"),
+        ("runs/a+b/model", "no model named 'runs/a\\+b/model'"),
+    ],
+)
+def test_load_rejects_what_is_not_a_checkpoint(source, message):
+    check_message(lambda: sca.load(source), message)
+
+
+def test_save_and_build_reject_other_objects(model, tmp_path):
+    check_message(lambda: sca.save(sca.Predictor(model), tmp_path), "type Predictor cannot be saved; give a model")
+    check_message(
+        lambda: sca.build("a+b+c"), r"the spec is of type str; give a sca.ModelSpec, such as sca.ModelSpec.parse"
+    )
+    check_message(lambda: sca.build(model), "the spec is of type SegmentCaptioner; give a sca.ModelSpec")
+
+
+class Unregistered(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "message"),
+    [
+        (("query", "tiny-vit", "tiny-gpt2"), {}, r"no encoders named 'query'\. It is one of the mixers\."),
+        (("tiny-vit", "tiny-gpt2", "query"), {}, r"no mixers named 'tiny-gpt2'\. It is one of the language models\."),
+        (("tiny-vit", "query", "openai-community/gpt2"), {}, r"Did you mean 'gpt2'\?"),
+        (("tiny-vit", "query", "facebook/opt-1.3b"), {}, r"part 'hf' with the option weights='facebook/opt-1\.3b'"),
+        (("tiny-vit", QueryMixer, "tiny-gpt2"), {}, "the mixer is QueryMixer: give its name, 'query'"),
+        (("tiny-vit", Unregistered, "tiny-gpt2"), {}, r"register it with @sca_registry\.mixers\('NAME'\)"),
+        (("tiny-vit", Unregistered(), "tiny-gpt2"), {}, r"the mixer is of type Unregistered: give its name; register"),
+        (NAMES, {"lora": {"r": 8}}, "lora has no 'r'. Did you mean 'rank'"),
+        (NAMES, {"lora": {"lora_alpha": 8}}, "Did you mean 'alpha'"),
+        (NAMES, {"lora": {"target_modules": ["q"]}}, "Did you mean 'targets'"),
+        (NAMES, {"lora": "8"}, "lora is '8': give a rank, such as lora=8, or a table of rank, alpha"),
+        (NAMES, {"lora": 8.5}, "lora is 8.5: give a rank"),
+        (NAMES, {"weights": "model.safetensors"}, "weights is 'model.safetensors'; give True or False"),
+        (({"name": "tiny-vit", "size": "64"}, *NAMES[1:]), {}, "size is '64'; give a whole number"),
+        ((*NAMES[:2], {"name": "hf", "weights": 5}), {}, "weights is 5; give text"),
+    ],
+)
+def test_compose_names_the_way_out(names, fields, message):
+    check_message(lambda: sca.compose(*names, **fields), message)
+
+
+def test_registry_names_the_kind_of_a_known_name():
+    check_message(lambda: mixers.get("tiny-vit"), r"no mixers named 'tiny-vit'\. It is one of the encoders\.")
