@@ -1,6 +1,6 @@
 """Checkpoints: what was trained, in one folder that always loads.
 
-spec.json              the names and options of every part, and a format version
+spec.json              the names and options of every part, defaults included, and a format version
 weights.safetensors    the tensors that have no other source: what was trained, and parts without pretrained weights
 origin.json            which distribution and version gave each part
 tokenizer/             where the language model was trained here
@@ -15,6 +15,7 @@ import subprocess
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -39,7 +40,7 @@ from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
 from sca.layouts import CONFIG, CheckpointError, is_published
 from sca.model import SegmentCaptioner
-from sca.trust import NO_TRUST, Trust, TrustError, check_file, check_folder, confine_spec, find_real_root
+from sca.trust import NO_TRUST, Trust, TrustError, check_file, check_folder, confine_spec, find_real_root, is_settable
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
@@ -51,6 +52,7 @@ SLACK = 2**28  # bytes of frozen codes, tied weights and what is tried out, whic
 LARGEST = 2**37  # bytes of weights that are fetched
 # A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
 PACKAGE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
+MODULE = re.compile(r"[a-z_][\w.]{0,99}", re.ASCII | re.IGNORECASE)
 CONTENT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")  # all that `save` writes, and so all that it replaces
 
 
@@ -103,7 +105,7 @@ def check_writable(folder: Path) -> None:
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
     """Whether a folder contains the checkpoint that `save` would write for a model."""
     try:
-        same = read_spec(folder) == model.spec
+        same = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (CheckpointError, RegistryError, SafetensorError, OSError):
@@ -427,11 +429,35 @@ def _write(
                 tensor = tensor.clone()  # tied weights are written twice
             tensors[name] = tensor.contiguous()
     (folder / WEIGHTS).write_bytes(serialise(tensors, metadata={"format": "pt"}))
-    _write_json(folder / SPEC, model.spec.to_dict())
+    _write_json(folder / SPEC, resolve_spec(model).to_dict())
     _write_json(folder / ORIGIN, origin(model))
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         tokenizer.save(str(folder / "tokenizer"))
+
+
+def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
+    """Return the spec of a model with every option that its parts have by default, so that other defaults in a later
+    version of a part do not change the checkpoint.
+
+    What a checkpoint may not set stays with the part, as does None: weights, revisions, paths, and options that run
+    code. The segmenter is named, also where it is the encoder's own.
+    """
+    chosen = parts(model.spec, model.encoder)
+    return replace(
+        model.spec,
+        **{kind: Part(part.name, {**_defaults(kind, part), **part.options}) for kind, part in chosen.items()},
+    )
+
+
+def _defaults(kind: str, part: Part) -> dict[str, Any]:
+    """The default options of a part that a checkpoint may set, as JSON has them."""
+    defaults = registry(kind).describe(part.name).options
+    return {
+        option: list(value) if isinstance(value, tuple) else value
+        for option, value in defaults.items()
+        if is_settable(kind, part.name, option, value)
+    }
 
 
 def origin(model: SegmentCaptioner) -> dict[str, Any]:
@@ -492,9 +518,13 @@ def _brought_by(folder: Path) -> str:
         parts = read_json(folder / ORIGIN)["parts"]
         absent = [part for kind, part in parts.items() if part["name"] not in registry(kind)]
         packages = {f"{part['distribution']}=={part['version']}" for part in absent}
+        modules = sorted({part["distribution"] for part in absent if not part["version"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it
         return ""
     named = sorted(package for package in packages if PACKAGE.fullmatch(package))
+    if not named and modules and all(MODULE.fullmatch(module) for module in modules):
+        code = "the program that saved it" if modules == ["__main__"] else ", ".join(modules)
+        return f" Its {ORIGIN} claims that the code of {code} registered them; register them again before loading."
     if not named:
         return ""
     return f" Its {ORIGIN} claims that they come from {', '.join(named)}; install that only if you trust its publisher."

@@ -20,6 +20,7 @@ from sca_registry.spec import ModelSpec, Part
 
 from sca.hub import known_sources
 from sca.io.json import read_json
+from sca.io.numbers import is_finite_number
 
 TRUST = "trust_remote_code"
 SOURCES = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
@@ -69,6 +70,21 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
     confined = {kind: _confine_part(kind, part, folder, trust) for kind, part in parts.items() if part is not None}
     _check_numbers([spec.lora, spec.generation, spec.everything, spec.task_tokens])
     return replace(spec, **confined)
+
+
+def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
+    """Whether a checkpoint may set an option of a component to a plain value without any agreement.
+
+    Plain are truth values, finite numbers, strings that can only name something that is installed, and lists of them.
+    """
+    values = value if isinstance(value, list | tuple) else (value,)
+    if option in (*SOURCES, "revision") or not all(_is_plain(each) for each in values):
+        return False
+    try:
+        _confine_part(kind, Part(name, {option: value}), Path(), NO_TRUST)
+    except TrustError:
+        return False
+    return True
 
 
 def check_source(name: str, folder: Path, trust: Trust) -> str:
@@ -180,6 +196,12 @@ def _check_numbers(content: Any) -> None:
 
 def _format_number(value: int) -> str:
     return str(value) if abs(value) < 10**20 else "a number of many digits"
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, bool) or (isinstance(value, int | float) and is_finite_number(value)) or _is_plain_name(value)
+    )
 
 
 def _is_plain_name(value: Any) -> bool:

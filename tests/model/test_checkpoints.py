@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 
+import catalogue
 import pytest
+import sca_registry
 import torch
 from safetensors.torch import load_file, save_file
 
 import sca
-from sca.checkpoint import SPEC, WEIGHTS, CheckpointError, load, save, stored
+from sca.checkpoint import SPEC, WEIGHTS, CheckpointError, is_saved, load, resolve_spec, save, stored
+from sca.mixers.query import QueryMixer
 from sca.predictor import Predictor
 
 
@@ -44,8 +47,61 @@ def test_a_reloaded_model_gives_the_same_answers_to_the_last_bit(saved):
     again = load(folder)
     assert same_tensors(model, again)
     assert torch.equal(model.encode(batch_of(model)), again.encode(batch_of(model)))
-    assert again.spec == model.spec
+    assert again.spec.to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
     assert not again.training
+
+
+def make_mixer(
+    segmenter, queries=3, depth=1, heads=(4,), weights="org/name", url="org/name", text=None, attn_implementation="f"
+):
+    return QueryMixer(segmenter, queries=queries, depth=depth, heads=heads[0], mlp=64)
+
+
+def test_checkpoint_keeps_the_defaults_of_its_parts(small, small_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
+    sca_registry.mixers("changing")(make_mixer)
+    torch.manual_seed(0)
+    model = sca.compose(**small_table | {"mixer": {"name": "changing", "depth": 2}})
+    folder = save(model, tmp_path / "model")
+    assert is_saved(model, folder)
+    written = json.loads((folder / SPEC).read_text())
+    assert written["mixer"] == {"name": "changing", "queries": 3, "depth": 2, "heads": [4]}
+    assert written["segmenter"]["name"] == "sam"
+    monkeypatch.setattr(make_mixer, "__defaults__", (5, 4, (2,), None, None, None, None))
+    assert same_tensors(model, load(folder))
+
+
+def test_checkpoint_without_resolved_options_loads(saved):
+    model, folder = saved
+    (folder / SPEC).write_text(json.dumps(model.spec.to_dict()))
+    assert load(folder).spec == model.spec
+    assert not is_saved(model, folder)
+
+
+class MainMixer(QueryMixer):
+    """As a script or a notebook defines it."""
+
+    __module__ = "__main__"
+
+
+def test_checkpoint_with_a_part_of_main_loads_where_it_is_registered(small_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
+    sca_registry.mixers("of-main")(MainMixer)
+    mixer = {"name": "of-main", "depth": 1, "heads": 4, "mlp": 64}
+    folder = save(sca.compose(**small_table | {"mixer": mixer}), tmp_path / "model")
+    assert type(load(folder).mixer) is MainMixer
+    monkeypatch.setattr(sca_registry.mixers, "_registered", dict)  # another program
+    with pytest.raises(
+        CheckpointError, match=r"no mixers named 'of-main'\..* the code of the program that saved it"
+    ) as e:
+        load(folder)
+    assert str(e.value).endswith("registered them; register them again before loading.")
+    origin = json.loads((folder / "origin.json").read_text())
+    origin["parts"]["mixer"]["distribution"] = "run this: rm -rf /"
+    (folder / "origin.json").write_text(json.dumps(origin))
+    with pytest.raises(CheckpointError) as e:
+        load(folder)
+    assert "rm -rf" not in str(e.value)
 
 
 def test_captions_of_a_reloaded_model_are_equal(saved, scene):
