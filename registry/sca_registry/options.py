@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from inspect import Parameter, formatannotation, signature
 from numbers import Integral, Real
 from os import PathLike
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from sca_registry.messages import RegistryError, choice, suggestion
 
@@ -51,10 +50,6 @@ def read_annotation(annotation: Any) -> set[str]:
     Args:
         annotation: A type, a union of types, or either of them as text, which is not evaluated.
     """
-    if get_origin(annotation) in (Union, UnionType):
-        return set().union(*map(read_annotation, get_args(annotation)))
-    if annotation in (None, NoneType):
-        return {"None"}
     written = annotation if isinstance(annotation, str) else formatannotation(annotation)
     written = NAMESPACE.sub("", written.strip(" '\""))
     if match := OPTIONAL.match(written):

@@ -50,7 +50,8 @@ def converted(here, shell):
 
 @pytest.mark.parametrize("content", [COCO, [task(POLYGON, text("cat"))], LABELME])
 def test_convert_keeps_polygons(converted, content):
-    (record,), _ = converted(content)
+    (record,), reported = converted(content)
+    assert reported[-1] == "sca: 1 region"
     assert record["caption"] == "cat"
     assert record["mask"]["size"] == [48, 64]
 
