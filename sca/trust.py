@@ -75,10 +75,11 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
 def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
     """Whether a checkpoint may set an option of a component to a plain value without any agreement.
 
-    Plain are truth values, finite numbers, strings that can only name something that is installed, and lists of them.
+    Plain are truth values, finite numbers, strings that can only name something that is installed, and lists of them. A
+    revision is not: the card of a later version may have another.
     """
     values = value if isinstance(value, list | tuple) else (value,)
-    if option in (*SOURCES, "revision") or not all(_is_plain(each) for each in values):
+    if option == "revision" or not all(_is_plain(each) for each in values):
         return False
     try:
         _confine_part(kind, Part(name, {option: value}), Path(), NO_TRUST)

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sca_registry import REGISTRIES, zoo
+from sca_registry import REGISTRIES, registry, zoo
 from sca_registry.spec import ModelSpec
 
 import sca
 from sca.checkpoint import WEIGHTS, CheckpointError, load, locate, save
 from sca.hub import known_sources, local_folder, local_path, pin, pinned
-from sca.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec
+from sca.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
 
 
 @pytest.fixture
@@ -298,3 +298,30 @@ def test_cards_pin_whole_commits_and_drop_them_for_other_weights(lm_folder):
     assert all(len(pin) == 40 and int(pin, 16) for pin in pins)
     model = REGISTRIES["language_models"].build("gpt2", weights=str(lm_folder("gpt2")))
     assert model.revision is None
+
+
+GPT2 = registry("language_model").card("gpt2").options
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("dtype", "float32", True),
+        ("checkpointing", False, True),
+        ("depth", 2, True),
+        ("stem", (8, 16), True),
+        ("trust_remote_code", False, True),
+        ("trust_remote_code", True, False),
+        ("weights", GPT2["weights"], False),
+        ("weights", "plain", False),
+        ("revision", GPT2["revision"], False),
+        ("file", "a/b.json", False),
+        ("attn_implementation", "flash_attention_2", False),
+        ("depth", 2**30, False),
+        ("rate", float("nan"), False),
+        ("eos", None, False),
+        ("config", {"model_type": "gpt2"}, False),
+    ],
+)
+def test_is_settable_accepts_what_a_checkpoint_may_set(option, value, wanted):
+    assert is_settable("language_model", "gpt2", option, value) == wanted
