@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from pycocotools import mask as coco
 from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
-from sca_registry.spec import Everything
+from sca_registry.spec import Everything, check_search
 from torch import Tensor
 
+from sca.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.mask_predictor import Encoded, Mask, MaskPredictor
 from sca.masks import RLE, area, encode
 from sca.nn.boxes import box_iou
 from sca.nn.suppression import suppress
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
+ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
 SEARCH_VERSION = 2  # of what a search finds: raised when the regions of the same settings change
 NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
 MEASURED = 16  # masks are measured at a time: a small piece of work
@@ -65,18 +67,31 @@ def caption_everything(
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_regions: int | None = None,
-    **generation: Any,
+    **given: Any,
 ) -> list[Caption]:
-    """A caption for every region found in the predictor's image, best first.
+    """Caption every region found in the predictor's image, best first.
 
-    options: where and what to look for (default: the model's own). proposals: what to look at instead of the grid and
-    the crops of `options`, such as a registered proposer gives; one point inside is as one of the grid, and any other
-    prompt is a region that is there: it is captioned as it is, in its order, after those that points have found.
-    progress: called with the points looked at and all of them. max_regions: how many regions to caption at most: those
-    that points have found first, by predicted IoU, then those that are there, by the scores of `proposals`.
+    Args:
+        predictor: With an image set.
+        task: "caption", or "recognition" for class names.
+        options: Where and what to look for (default: the model's own settings).
+        proposals: What to look at instead of the grid and the crops, such as a registered proposer returns. A single
+            point inside is searched like a point of the grid. Any other prompt is a region already: it is captioned
+            unchanged, in its order, after those that points find.
+        progress: Called with the points looked at and the total.
+        max_regions: Maximum regions to caption: first those that points find, by predicted IoU, then those that are
+            regions already, by the scores of `proposals`.
+        **given: Fields of `Everything` in place of those in `options`, and generation options of `Predictor.predict`.
 
-    ValueError if max_regions is less than 1.
+    Raises:
+        TypeError: An unknown keyword; names the closest one.
+        ValueError: A value out of range.
     """
+    fields = vars(Everything())
+    refuse_unknown("caption_everything", given.keys() - {*fields, *OPTIONS}, (*ARGUMENTS, *fields, *OPTIONS))
+    search = {name: value for name, value in given.items() if name in fields}
+    options = check_search({**vars(options or predictor.everything), **search}) if search else options
+    generation = settle_generation(predictor, **{name: given[name] for name in given.keys() & {*OPTIONS}})
     if max_regions is not None and max_regions < 1:
         raise ValueError(f"max_regions is {max_regions}; give 1 or more")
     found, request = find_everything(predictor, options, proposals, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions
 from sca_registry.spec import Everything
 from torch import Tensor
 
+from sca.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.images import take_image
-from sca.masks import encode
+from sca.masks import RLE, checked, decode, encode
 from sca.model import NON_FINITE
 from sca.nn.masks import best_masks
 from sca.processing import Frame, Processor
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from sca.model import Segmenting
 
 REGIONS = 64  # go through segmenter and mixer at a time
+BATCH = 8  # images that are encoded at a time
+REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
 
 class Encoded(NamedTuple):
@@ -91,21 +94,22 @@ class MaskPredictor(ABC):
         *,
         boxes: Sequence[Sequence[float]] = (),
         points: Sequence[Sequence[float]] = (),
+        masks: Sequence[np.ndarray | RLE] = (),
         multimask: bool = True,
     ) -> list[list[Mask]]:
         """The masks of each region, best first: all candidates, or with `multimask=False` the segmenter's single one.
 
         What may be asked is as in `predict`. Raises ValueError if the segmenter gives no masks.
         """
-        encoded, request = self._asked(prompts, boxes, points)
+        encoded, request = self._asked(prompts, boxes, points, masks)
         found: list[list[Mask]] = [[] for _ in request]
         for places, prompts, regions in self._segmented(encoded, [request], multimask):
             if regions.masks is None:
                 raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
             order = regions.scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
-            masks = regions.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
+            logits = regions.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
             ious = ious_of(regions.scores.take_along_dim(order, dim=1))
-            codes = self._masks(masks, prompts.owner.repeat_interleave(order.shape[1]), encoded.frames)
+            codes = self._masks(logits, prompts.owner.repeat_interleave(order.shape[1]), encoded.frames)
             for place, each in zip(places, ious, strict=True):
                 found[place] = [Mask(next(codes), iou) for iou in each]
         return found
@@ -131,18 +135,115 @@ class MaskPredictor(ABC):
         *,
         boxes: Sequence[Sequence[float]] = (),
         points: Sequence[Sequence[float]] = (),
+        masks: Sequence[np.ndarray | RLE] = (),
         task: str = "caption",
-        **generation: Any,
+        max_new_tokens: int | None = None,
+        beams: int | None = None,
+        captions: int | None = None,
+        sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **unknown: Any,
     ) -> list[Caption]:
-        """One caption for each prompt, then for each box x1 y1 x2 y2, then for each point x y (pixels of the image).
+        """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
 
-        Boxes are clipped to the image; PromptError, a ValueError, for what does not fit it (see `sca.prompts.check`).
+        Coordinates are pixels of the upright image: x to the right, y down. Options of generation that are None are the
+        model's own; see `sca.generation.settle_generation`.
 
-        task: "caption" or "recognition". generation: beams, max_new_tokens, sample, temperature, top_p; seed, of
-        what is drawn; captions, how many for each region; as far as what captions takes them.
+        Args:
+            prompts: Regions with any combination of a box, points and a mask.
+            boxes: (N, 4) x1 y1 x2 y2; clipped to the image.
+            points: (N, 2) x y, each a region of its own.
+            masks: (height, width) arrays, or COCO RLEs.
+            task: "caption", or "recognition" for a class name.
+            max_new_tokens: Maximum tokens per caption.
+            beams: Beams of the search.
+            captions: Captions per region; all but the best are in `Caption.others`.
+            sample: Draw tokens instead of taking the likeliest.
+            temperature: Divides the logits that are sampled from.
+            top_p: Probability mass that is sampled from.
+            seed: Of what is drawn.
+
+        Returns:
+            A caption for each region, in order.
+
+        Raises:
+            TypeError: An unknown keyword; names the closest one.
+            ValueError: No region, a region that does not fit the image, or a value out of range.
         """
-        encoded, request = self._asked(prompts, boxes, points)
+        refuse_unknown("predict", unknown, (*REGION_ARGUMENTS, *OPTIONS))
+        encoded, request = self._asked(prompts, boxes, points, masks)
+        generation = settle_generation(
+            self,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            captions=captions,
+            sample=sample,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
         return self.answer(encoded, [request], task, **generation)[0]
+
+    def predict_batch(
+        self,
+        images: Sequence[Image.Image | np.ndarray],
+        requests: Sequence[Sequence[Prompt]],
+        *,
+        task: str = "caption",
+        max_new_tokens: int | None = None,
+        beams: int | None = None,
+        captions: int | None = None,
+        sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> list[list[Caption]]:
+        """Caption regions of several images; the image that is set stays.
+
+        Args:
+            images: As for `set_image`; `BATCH` of them are encoded at a time.
+            requests: For each image its regions. Some may have none.
+            task: As for `predict`, like all further options.
+
+        Returns:
+            For each image a caption for each of its regions, in order.
+
+        Raises:
+            TypeError: An unknown keyword; names the closest one.
+            ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
+        """
+        refuse_unknown("predict_batch", unknown, ("images", "requests", "task", *OPTIONS))
+        if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
+            raise ValueError("images and requests are lists: one list of prompts for each image")
+        if len(images) != len(requests):
+            raise ValueError(f"there are {len(images)} images and {len(requests)} requests; give one for each image")
+        taken, fitting = [], []
+        for place, (image, request) in enumerate(zip(images, requests, strict=True)):
+            try:
+                taken.append(take_image(image))
+                fitting.append(check_prompts(request, *taken[-1].size))
+            except ValueError as error:
+                raise type(error)(f"image {place}: {error}") from error
+        if not any(fitting):
+            raise PromptError("no region to caption; give at least one prompt")
+        generation = settle_generation(
+            self,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            captions=captions,
+            sample=sample,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        found: list[list[Caption]] = []
+        for start in range(0, len(taken), BATCH):
+            rows = slice(start, start + BATCH)
+            found += self.answer(self.encode(taken[rows]), fitting[rows], task, **generation)
+        return found
 
     def describe(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
@@ -174,18 +275,20 @@ class MaskPredictor(ABC):
         """Captions of regions of the image whose masks are known, and what each is asked for by."""
 
     def _asked(
-        self, prompts: Sequence[Prompt], boxes: Sequence[Sequence[float]], points: Sequence[Sequence[float]]
+        self,
+        prompts: Sequence[Prompt],
+        boxes: Sequence[Sequence[float]],
+        points: Sequence[Sequence[float]],
+        masks: Sequence[np.ndarray | RLE],
     ) -> tuple[Encoded, list[Prompt]]:
         if self.image is None:
             raise ValueError("there is no image yet: call set_image(image) first")
         request = [*prompts, *(Prompt(box=_plain(box)) for box in boxes)]
         request += [Prompt(points=(_plain(point),)) for point in points]
-        for place, prompt in enumerate(request):
-            try:
-                request[place] = check(prompt, *self.image.size)
-            except PromptError as error:
-                raise PromptError(f"prompt {place}: {error}") from error
-        return self.encoded, request
+        request += [Prompt(mask=decode(checked(mask)) if isinstance(mask, Mapping) else mask) for mask in masks]
+        if not request:
+            raise PromptError("no region to caption; give prompts, boxes, points or masks")
+        return self.encoded, check_prompts(request, *self.image.size)
 
     def _segmented(
         self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
@@ -199,6 +302,19 @@ class MaskPredictor(ABC):
     def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
         return map(encode, self.processor.inside(logits, [frames[image] for image in owner.tolist()]))
+
+
+def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
+    """Check prompts against their image, see `sca.prompts.check`; a message names the index of its prompt."""
+    found = []
+    for place, prompt in enumerate(prompts):
+        try:
+            if not isinstance(prompt, Prompt):
+                raise PromptError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
+            found.append(check(prompt, width, height))
+        except PromptError as error:
+            raise PromptError(f"prompt {place}: {error}") from error
+    return found
 
 
 def ious_of(scores: Tensor) -> list[Any]:

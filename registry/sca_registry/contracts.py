@@ -192,6 +192,15 @@ class Caption:
     others: tuple[tuple[str, float], ...] = ()  # further captions that were asked for, and their scores, best first
     usage: TokenUsage | None = None  # None where no language model wrote the captions, or its tokens are not counted
 
+    @property
+    def array(self) -> np.ndarray | None:
+        """The mask as (height, width) bool, in the image's own pixels; None without a mask."""
+        if self.mask is None:
+            return None
+        from pycocotools import mask as coco
+
+        return coco.decode(self.mask).astype(bool)
+
 
 @dataclass(frozen=True)
 class Region:

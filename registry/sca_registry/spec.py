@@ -291,8 +291,26 @@ def check_generation(key: str, options: Any, generate: Callable[..., Any] | None
     for name, most in MAX_GENERATION.items():
         if name in given:
             _check_number(key, name, given[name], whole=True, least=1, most=most)
+    for name, highest in (("temperature", math.inf), ("top_p", 1.0)):
+        if name in given:
+            _check_number(key, name, given[name], whole=False, least=0, most=highest)
+    if given.get("temperature") == 0:
+        raise RegistryError(f"{key}.temperature is 0: give a number above 0, or leave out sample")
+    if not isinstance(given.get("sample", False), bool):
+        raise RegistryError(f"{key}.sample is {given['sample']!r:.80}: give true or false")
+    if "seed" in given:
+        _check_number(key, "seed", given["seed"], whole=True, least=-(2**63), most=2**63 - 1)
     if generate is not None:
         check_options(key, generate, upstream, GENERATION | given)
+
+
+def check_search(fields: Mapping[str, Any]) -> Everything:
+    """Return search settings from fields by name; the others are SAM's.
+
+    Raises:
+        RegistryError: An unknown field, or a value of another type or out of range.
+    """
+    return Everything(**_everything(fields))
 
 
 def _everything(value: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
 from sca_registry.messages import unknown
-from sca_registry.spec import GENERATION, Part
+from sca_registry.spec import Part
 
 from sca.checkpoint import load
 from sca.devices import find_device
@@ -75,31 +75,6 @@ def captioner(
     known = [*zoo.names(), *sca_registry.captioners.names()]
     reason = unknown(f"no model or captioner named {name!r}, and no folder there", name, known)
     raise RegistryError(f"{reason} {FORMS}{suggest_path(name)}")
-
-
-def settings(
-    captioner: Captioner,
-    *,
-    beams: int | None = None,
-    words: int | None = None,
-    captions: int | None = None,
-    sample: bool = False,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-) -> dict[str, Any]:
-    """What was asked of generation, as captioners take it; None leaves it to the captioner.
-
-    The best of several captions are found by a search, so that without `beams` there are at least as many.
-    """
-    given = {"beams": beams, "max_new_tokens": words, "captions": captions, "temperature": temperature, "top_p": top_p}
-    asked = {name: value for name, value in given.items() if value is not None}
-    if sample:
-        asked |= {"sample": True} | ({} if seed is None else {"seed": seed})  # nothing else is drawn
-    if captions and beams is None and not sample:
-        usual = getattr(captioner, "generation", GENERATION)
-        asked["beams"] = max(captions, usual["beams"])
-    return asked
 
 
 def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:

@@ -192,12 +192,17 @@ def caption(
             _remark_domain(model)
         raise typer.Exit(max(status, failures.status))
     requests.match(paths)
-    from sca.captioners.door import settings
+    from sca.generation import settle_generation
 
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     captioner = load_captioner(model, device, dtype, seed, **agreed)
-    generation = settings(
-        captioner, beams=beams, words=words, captions=captions, sample=sample, temperature=temperature
+    generation = settle_generation(
+        captioner,
+        max_new_tokens=words,
+        beams=beams,
+        captions=captions,
+        sample=sample or None,
+        temperature=temperature,
     )
     with ExitStack() as outputs:
         writers = journal = None

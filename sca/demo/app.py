@@ -17,10 +17,11 @@ from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
 from sca_registry.spec import GENERATION, Everything, Part
 
-from sca.captioners.door import captioner, settings
+from sca.captioners.door import captioner
 from sca.checkpoint import read_local_spec
 from sca.demo.session import Session
 from sca.everything import settle_search
+from sca.generation import settle_generation
 from sca.hub import local_path
 from sca.images import ImageError, read_image
 from sca.io.text import escape_markdown
@@ -342,7 +343,7 @@ def _pointed(
                 session.image,
                 [prompt],
                 task=task,
-                generation=settings(engine.captioner, beams=None if beams == shown.beams else int(beams)),
+                generation=settle_generation(engine.captioner, beams=None if beams == shown.beams else int(beams)),
                 candidates=engine.finds,
                 seconds=SECONDS,
             )
@@ -375,7 +376,7 @@ def _found(
     try:
         with models.engine(model) as engine:
             given = Controls(int(beams), int(points), float(iou)).changed_from(shown)
-            generation = settings(engine.captioner, beams=given.pop("beams"))
+            generation = settle_generation(engine.captioner, beams=given.pop("beams"))
             options = settle_search(engine.captioner, given)
             question = Question(session.image, (), options, task, generation, seconds=SECONDS)
             session.begin()

@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION
 
-from sca.captioners.door import settings
 from sca.everything import settle_search
+from sca.generation import settle_generation
 from sca.images import decode_image, inspect_image
 from sca.output.jsonl import record
 from sca.prompts import read_prompt
@@ -169,10 +169,10 @@ class Service:
         for what does not fit.
         """
         captioner = self.engine.captioner
-        generation = settings(
+        generation = settle_generation(
             captioner,
             beams=asked.beams,
-            words=asked.max_new_tokens,
+            max_new_tokens=asked.max_new_tokens,
             captions=asked.captions,
             sample=asked.sample,
             temperature=asked.temperature,

@@ -205,7 +205,7 @@ def test_numbers_may_be_smaller(captioned, picture):
 
 
 def test_more_words_than_the_model_has_room_for_are_not_said(captioned, picture):
-    assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--words", 5000)) == 1
+    assert len(captioned(picture("a.png"), "--box", "0,0,9,9", "--words", 4000)) == 1
 
 
 def test_without_masks_there_is_no_mask_and_no_iou(shell, maskless, picture):

@@ -96,7 +96,7 @@ def test_overrides_edit_replace_and_leave_the_original_alone():
         ("mixr=query", "Did you mean 'mixer'"),
         ("lora.rnak=2", "Did you mean 'rank'"),
         ("lora=-1", "rank of lora"),
-        ("lora=high", "lora has no|rank of lora|give a table"),
+        ("lora=high", "lora has no|rank of lora|give a rank"),
         ("projection=mpl", "Did you mean 'mlp'"),
         ("projection.nrom=pre", "Did you mean 'norm'"),
         ("projection.norm=prae", "Did you mean 'pre'"),

@@ -1,0 +1,69 @@
+"""Options of generation as callers give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sca_registry.messages import choice, suggestion
+from sca_registry.spec import GENERATION, check_generation
+
+OPTIONS = ("max_new_tokens", "beams", "captions", "sample", "temperature", "top_p", "seed")
+DRAWING = ("temperature", "top_p")  # that nothing but sampling uses
+
+
+def settle_generation(
+    captioner: Any,
+    *,
+    max_new_tokens: int | None = None,
+    beams: int | None = None,
+    captions: int | None = None,
+    sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Check options of generation, and return those that are given as captioners take them.
+
+    The best of several captions are found by beam search, so without `beams` there are at least as many beams. A seed
+    counts for sampling only.
+
+    Args:
+        captioner: A captioner; its `generation` are its own settings, and its `generation_options` name what it takes.
+        max_new_tokens: Maximum tokens per caption.
+        beams: Beams of the search.
+        captions: Captions per region, best first.
+        sample: Draw tokens instead of taking the likeliest.
+        temperature: Divides the logits that are sampled from.
+        top_p: Probability mass that is sampled from.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: A value of another type or out of range, one that only sampling uses, or an option that the
+            captioner does not take.
+    """
+    options = (max_new_tokens, beams, captions, sample, temperature, top_p, seed)
+    given = {name: value for name, value in zip(OPTIONS, options, strict=True) if value is not None}
+    check_generation("generation", given)
+    usual = getattr(captioner, "generation", GENERATION)
+    is_sampling = given.get("sample", usual.get("sample", False))
+    for name in DRAWING:
+        if name in given and not is_sampling:
+            raise ValueError(f"{name} has no effect without sampling; add sample=True")
+    if not is_sampling:
+        given.pop("seed", None)
+    if given.get("sample") is False and not usual.get("sample"):
+        del given["sample"]
+    taken = getattr(captioner, "generation_options", OPTIONS)
+    for name in given:
+        if name not in taken:
+            raise ValueError(f"{type(captioner).__name__} has no option {name!r} of generation.{choice(taken)}")
+    if captions and beams is None and not is_sampling:
+        given["beams"] = max(captions, usual["beams"])
+    return given
+
+
+def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError with the closest name if there is an unknown keyword."""
+    for name in sorted(unknown):
+        raise TypeError(f"{function}() has no argument {name!r}.{suggestion(name, known)}")

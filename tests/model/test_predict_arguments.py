@@ -1,0 +1,163 @@
+"""`predict`, `predict_batch` and `caption_everything` use every argument or refuse it before anything is computed."""
+
+import inspect
+
+import numpy as np
+import pytest
+from PIL import Image
+from sca_registry.contracts import Prompt
+from sca_registry.spec import Everything
+
+import sca
+from sca.generation import OPTIONS
+from sca.mask_predictor import MaskPredictor
+from sca.masks import encode
+from sca.prompts import PromptError
+
+BOX = (4, 4, 40, 40)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sca.load("sca-tiny")
+
+
+@pytest.fixture
+def predictor(model, scene):
+    predictor = sca.Predictor(model)
+    predictor.set_image(scene.image)
+    return predictor
+
+
+@pytest.fixture
+def idle(predictor, monkeypatch):
+    """A predictor that must not compute anything."""
+    monkeypatch.setattr(predictor, "answer", lambda *_, **__: pytest.fail("computed"))
+    return predictor
+
+
+def test_predict_takes_masks_as_arrays_and_rles_after_boxes_and_points(predictor, scene):
+    inside = np.zeros((scene.image.height, scene.image.width), bool)
+    inside[10:40, 20:60] = True
+    captions = predictor.predict(masks=[inside, encode(inside)], boxes=np.array([BOX]), points=[(9, 9)])
+    assert [caption.region for caption in captions] == [0, 1, 2, 3]
+    assert captions[0].prompt.box == BOX
+    assert captions[1].prompt.points == ((9, 9, 1),)
+    assert captions[2].text == captions[3].text
+    assert (captions[2].prompt.mask == inside).all()
+    assert len(predictor.segment(masks=[inside])[0]) == 3
+
+
+def test_caption_array_is_the_mask(predictor, scene):
+    (caption,) = predictor.predict(boxes=[BOX])
+    assert caption.array.shape == (scene.image.height, scene.image.width)
+    assert caption.array.dtype == bool
+    assert encode(caption.array) == caption.mask
+
+
+@pytest.mark.parametrize(
+    ("keyword", "closest"),
+    [
+        ("bboxes", "boxes"),
+        ("box", "boxes"),
+        ("mask", "masks"),
+        ("num_beams", "beams"),
+        ("max_tokens", "max_new_tokens"),
+    ],
+)
+def test_unknown_keyword_is_a_type_error_with_the_closest_name(idle, keyword, closest):
+    for call in (idle.predict, lambda **given: idle.predict_batch([], [], **given)):
+        with pytest.raises(TypeError, match=rf"has no argument '{keyword}'"):
+            call(**{keyword: [BOX]})
+    with pytest.raises(TypeError, match=rf"predict\(\) has no argument '{keyword}'. Did you mean '{closest}'\?"):
+        idle.predict(**{keyword: [BOX]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beams": "3"}, "beams is '3': give a whole number"),
+        ({"beams": 0}, "beams is 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"captions": True}, "captions is True"),
+        ({"sample": "yes"}, "sample is 'yes': give true or false"),
+        ({"sample": True, "temperature": 0}, "temperature is 0"),
+        ({"sample": True, "temperature": float("nan")}, "temperature is nan"),
+        ({"sample": True, "top_p": 1.5}, "top_p is 1.5"),
+        ({"sample": True, "seed": "a"}, "seed is 'a'"),
+        ({"temperature": 0.5}, "temperature has no effect without sampling"),
+        ({"top_p": 0.5, "sample": False}, "top_p has no effect without sampling"),
+        ({"task": "describe"}, "no task 'describe'"),
+    ],
+)
+def test_predict_refuses_options_that_cannot_be_meant(predictor, options, message, monkeypatch):
+    monkeypatch.setattr(predictor, "_bucket", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(boxes=[BOX], **options)
+
+
+def test_empty_requests_are_an_error(idle):
+    with pytest.raises(PromptError, match="no region to caption; give prompts, boxes, points or masks"):
+        idle.predict()
+    with pytest.raises(PromptError, match="no region to caption"):
+        idle.predict(boxes=np.zeros((0, 4)))
+    with pytest.raises(PromptError, match="no region to caption"):
+        idle.predict_batch([Image.new("RGB", (9, 9))], [[]])
+
+
+def test_prompts_of_another_type_are_named_by_index(idle):
+    with pytest.raises(PromptError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
+        idle.predict([Prompt(box=BOX), BOX])
+    with pytest.raises(PromptError, match=r"prompt 0: the mask is 5 x 5"):
+        idle.predict(masks=[np.ones((5, 5), bool)])
+
+
+def test_several_captions_without_beams_are_found_by_as_many_beams(predictor):
+    (caption,) = predictor.predict(boxes=[BOX], captions=3)
+    assert len(caption.others) == 2
+
+
+def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
+    other = np.asarray(scene.image.rotate(90))
+    requests = [[Prompt(box=BOX), Prompt(points=((9, 9, 1),))], [], [Prompt(box=BOX)]]
+    before = predictor.image
+    found = predictor.predict_batch([scene.image, scene.image, other], requests, max_new_tokens=5)
+    assert predictor.image is before
+    assert [len(captions) for captions in found] == [2, 0, 1]
+    for image, request, captions in zip([scene.image, scene.image, other], requests, found, strict=True):
+        if request:
+            predictor.set_image(image)
+            alone = predictor.predict(request, max_new_tokens=5)
+            assert [each.text for each in captions] == [each.text for each in alone]
+            assert [each.region for each in captions] == [each.region for each in alone]
+
+
+@pytest.mark.parametrize(
+    ("images", "requests", "message"),
+    [
+        (2, [[Prompt(box=BOX)]], "there are 2 images and 1 requests"),
+        (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
+        (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
+        (None, [[Prompt(box=BOX)]], "images and requests are lists"),
+        ("text", [[Prompt(box=BOX)]], "image 0: str is no picture"),
+    ],
+)
+def test_predict_batch_checks_lengths_ranges_and_types(idle, scene, images, requests, message):
+    given = {None: scene.image, "text": ["a.png"]}.get(images) or [scene.image] * images
+    with pytest.raises(ValueError, match=message):
+        idle.predict_batch(given, requests)
+
+
+def test_caption_everything_takes_search_and_generation_options_over_the_models_own(predictor):
+    few = sca.caption_everything(predictor, points=2, max_new_tokens=3)
+    options = Everything(**{**vars(predictor.everything), "points": 2})
+    assert few == sca.caption_everything(predictor, options=options, max_new_tokens=3)
+    with pytest.raises(TypeError, match=r"caption_everything\(\) has no argument 'point'. Did you mean 'points'\?"):
+        sca.caption_everything(predictor, point=2)
+    with pytest.raises(ValueError, match=r"everything\.points is 'many'"):
+        sca.caption_everything(predictor, points="many")
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_batch"])
+def test_generation_options_are_explicit_keywords(method):
+    assert set(OPTIONS) < set(inspect.signature(getattr(MaskPredictor, method)).parameters)
