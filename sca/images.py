@@ -65,19 +65,23 @@ class ImageMemoryError(ImageError):
     """An image that does not fit into memory."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
     """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
 
     Gray of more than 8 bits is scaled from the range that the file records, or else from the first of 0..1 (floating
     only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that contains all values. Values that fill less than an
     eighth of that range, or do not fit into any, are scaled from their own minimum and maximum. Colors of 16 bits that
     use only 10, 12 or 14 of them are scaled as well. Raises `ImageError`.
+
+    Args:
+        path: The file.
+        allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
     """
     shown = show(path)
     try:
         if os.path.isdir(path):
             raise ImageError(f"{shown} is a folder, not an image; name a file in it")
-        with open_regular_file(path, seekable=True) as file:
+        with open_regular_file(path, seekable=True, allow_pipe=allow_pipe) as file:
             return read_image(file, shown)
     except ImageError:
         raise

@@ -58,8 +58,13 @@ def parse_point(text: str) -> Point:
     return _point(text.split(","), text)
 
 
-def parse_region(text: str) -> Prompt:
-    """`"box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"`, each part where wanted, points as many as wanted."""
+def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
+    """`"box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE"`, each part where wanted, points as many as wanted.
+
+    Args:
+        text: The region.
+        allow_pipe: As for `read_mask`.
+    """
     box, points, mask = None, [], None
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, _, value = part.partition("=")
@@ -69,7 +74,7 @@ def parse_region(text: str) -> Prompt:
             case "point":
                 points.append(parse_point(value))
             case "mask" if mask is None:
-                mask = read_mask(expand_user(value.strip()))
+                mask = read_mask(expand_user(value.strip()), allow_pipe)
             case "box" | "mask" as twice:
                 raise PromptError(f"{_quoted(text)} has two of '{twice}'; a region has at most one")
             case other:
@@ -86,12 +91,13 @@ def mask_files(regions: Iterable[str]) -> list[str]:
     return [str(expand_user(value.strip())) for name, _, value in parts if name.strip() == "mask"]
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
     """Read a mask file.
 
     Args:
         path: A .npy array, see `sca.masks.binarize`, or an image. An image is inside where it is neither 0 nor
             transparent; in a lossy format, where it exceeds half of its maximum.
+        allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
 
     Returns:
         (height, width) bool.
@@ -100,7 +106,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         PromptError: One line with the file and what to do.
     """
     try:
-        with open_regular_file(path, seekable=True) as file:
+        with open_regular_file(path, seekable=True, allow_pipe=allow_pipe) as file:
             is_array = str(path).lower().endswith(".npy") or file.read(len(NPY)) == NPY
             file.seek(0)
             if is_array:
@@ -396,7 +402,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
-    """A prompts file: JSON lines when its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON.
+    """A prompts file, or a pipe that a person typed: JSON lines when its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON.
 
     A line is one region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`,
     or what `sca` wrote for one, whose `prompt` is asked again. Mask files are named relative to the prompts file. Of
@@ -425,7 +431,7 @@ def read_prompts(path: str | Path) -> RegionPrompts:
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return open_regular_file(path, seekable=True)
+        return open_regular_file(path, seekable=True, allow_pipe=True)
     except IrregularFileError as error:
         raise PromptError(str(error)) from error
 

@@ -348,8 +348,8 @@ class Requests:
 
         self.flags = [Prompt(box=parse_box(text)) for text in boxes]
         self.flags += [Prompt(points=(parse_point(text),)) for text in points]
-        self.flags += [Prompt(mask=read_mask(path)) for path in masks]
-        self.flags += [parse_region(text) for text in regions]
+        self.flags += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in masks]
+        self.flags += [parse_region(text, allow_pipe=True) for text in regions]
         if self.flags and file:
             raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
         self.file = read_prompts(file) if file else None
@@ -505,7 +505,7 @@ def _open(paths: Iterable[Path], failures: Failures, done: Mapping[str, Captione
             yield path, known
             continue
         try:
-            image = open_image(path)
+            image = open_image(path, allow_pipe=True)
         except ImageError as error:
             failures.add(str(error), status=1, path=path)
         else:

@@ -126,7 +126,7 @@ def read_predictions(path: str | Path) -> Predictions:
     end: Mapping[str, Any] = {}
     records = []
     try:
-        with open_regular_file(path) as stream:
+        with open_regular_file(path, allow_pipe=True) as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue

@@ -80,18 +80,19 @@ class LfsPointerError(IrregularFileError):
     """A pointer of Git LFS in place of the file that it stands for; the message is one line that names it."""
 
 
-def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
+def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bool = False) -> bytes:
     """Read a regular file; never block on a FIFO or a device.
 
     Args:
         path: The file.
         limit: Maximum size in bytes.
+        allow_pipe: As for `open_regular_file`.
 
     Raises:
         OSError: If the file does not exist or cannot be read.
         ValueError: If it is not a regular file, or too large. One line that names the path.
     """
-    with open_regular_file(path) as file:
+    with open_regular_file(path, allow_pipe=allow_pipe) as file:
         content = file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(content) > limit:
         raise ValueError(
@@ -100,14 +101,14 @@ def read_regular_file(path: str | Path, limit: int | None = None) -> bytes:
     return content
 
 
-def open_regular_file(path: str | Path, seekable: bool = False) -> BinaryIO:
+def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool = False) -> BinaryIO:
     """Open a regular file for reading; never block on a FIFO or a device.
-
-    What a shell passes as an open descriptor, /dev/stdin or /dev/fd/N, may be a pipe: its other end is open, too.
 
     Args:
         path: The file.
         seekable: Read a pipe into memory, so that the result can seek.
+        allow_pipe: Accept a pipe that a shell passes as an open descriptor, /dev/stdin or /dev/fd/N. Only for a path
+            that a person typed: a name inside a file must not wait for the standard input.
 
     Raises:
         OSError: If the file does not exist or cannot be read.
@@ -116,7 +117,8 @@ def open_regular_file(path: str | Path, seekable: bool = False) -> BinaryIO:
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     kind = os.fstat(descriptor).st_mode
-    if not (stat.S_ISREG(kind) or (stat.S_ISFIFO(kind) and DESCRIPTOR.fullmatch(str(path)))):
+    is_pipe = allow_pipe and stat.S_ISFIFO(kind) and DESCRIPTOR.fullmatch(str(path))
+    if not (stat.S_ISREG(kind) or is_pipe):
         os.close(descriptor)
         raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
     if hasattr(os, "O_NONBLOCK"):

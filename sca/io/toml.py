@@ -11,13 +11,13 @@ from sca.io.json import MAX_DEPTH, check_depth, read_regular_file
 
 
 def read_toml_text(path: Path) -> str:
-    """Read the text of a TOML file.
+    """Read the text of a TOML file, or of a pipe that a person typed.
 
     Raises:
         ValueError: If it is no regular file, or not UTF-8. One line that names it.
     """
     try:
-        return read_regular_file(path).decode("utf-8-sig")
+        return read_regular_file(path, allow_pipe=True).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 

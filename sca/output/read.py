@@ -111,7 +111,7 @@ def read_captions(
     """Read a file, or a folder of LabelMe files, image by image. Suffix and content decide what it is.
 
     Args:
-        path: The file or folder.
+        path: The file or folder, or a pipe such as /dev/stdin, as a person typed it.
         skip: Counts what cannot be kept (default: it is a warning at the end).
         roots: Folders that names of images may start from (default: the working folder and the file's). Images are
             opened only where a file does not record their size.
@@ -125,7 +125,7 @@ def read_captions(
         if path.is_dir():
             yield from _labelme(sorted(path.glob("*.json")), path, counter)
         else:
-            with open_regular_file(path, seekable=True) as file:
+            with open_regular_file(path, seekable=True, allow_pipe=True) as file:
                 is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
                 file.seek(0)
                 if is_parquet:

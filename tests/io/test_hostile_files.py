@@ -1,7 +1,9 @@
 """Every reader of a file from elsewhere ends in one line for JSON that is nested deep and for what is no file."""
 
+import json
 import os
 import signal
+from functools import partial
 
 import pytest
 from sca_bench.store import Store
@@ -13,7 +15,7 @@ from sca_registry.spec import ModelSpec
 from sca.data import fields, records
 from sca.evaluation.evaluate import score_file
 from sca.evaluation.journal import read_predictions
-from sca.images import open_image
+from sca.images import ImageError, open_image
 from sca.io.json import read_regular_file
 from sca.output.read import read_captions
 from sca.prompts import read_mask, read_prompts
@@ -115,7 +117,9 @@ def test_spec_refuses_deep_toml_in_one_line():
         read_assignments(["lora=" + "[" * 2000])
 
 
-@pytest.mark.parametrize("read", [read_regular_file, fields.read_json, lambda path: read_prompts(path).match])
+@pytest.mark.parametrize(
+    "read", [partial(read_regular_file, allow_pipe=True), read_predictions, lambda path: read_prompts(path).match]
+)
 def test_reader_accepts_a_pipe_that_a_shell_opened(limited, read):
     line = b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}'
     read_end, write_end = os.pipe()
@@ -125,3 +129,32 @@ def test_reader_accepts_a_pipe_that_a_shell_opened(limited, read):
         assert read(f"/dev/fd/{read_end}")
     finally:
         os.close(read_end)
+
+
+@pytest.fixture
+def open_pipe():
+    """The path of a pipe whose other end stays open: who reads from it waits."""
+    read_end, write_end = os.pipe()
+    yield f"/dev/fd/{read_end}"
+    os.close(read_end)
+    os.close(write_end)
+
+
+def open_captioned(path, content):
+    path.write_text(json.dumps(content))
+    for each in read_captions(path):
+        with pytest.raises(ImageError):
+            each.open([path.parent])
+
+
+def test_name_in_a_file_does_not_read_a_pipe(limited, tmp_path, open_pipe):
+    line = {"image": open_pipe, "width": 9, "height": 9, "box": [0, 0, 5, 5], "caption": "a cat"}
+    open_captioned(tmp_path / "captions.jsonl", line)
+    told(partial(open_captioned, content={"shapes": [], "imagePath": open_pipe}), tmp_path / "labelme.json")
+    images = [{"id": 1, "file_name": open_pipe}]
+    told(partial(open_captioned, content={"images": images, "annotations": []}), tmp_path / "coco.json")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"image": "a.png", "mask": open_pipe}))
+    told(lambda path: read_prompts(path)["a.png"], tmp_path / "prompts.jsonl")
+    told(read_regular_file, open_pipe)
+    told(open_image, open_pipe)
+    told(read_mask, open_pipe)
