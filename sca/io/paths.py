@@ -1,8 +1,8 @@
 """From the name of an image, as a file of any tool or system writes it, to the image on this machine.
 
 Names come with the backslashes of Windows, in another Unicode composition, with `~`, percent-encoded, as `file://`, as
-Label Studio serves them, or relative to another folder of the same export. The rule for all readers: the name as
-written counts first, then the least changed reading that exists. Readings that are changed alike must lead to one file.
+Label Studio serves them, or relative to another folder of the same export. Readers try the name as written, then the
+interpretation with the fewest changes; equally changed interpretations must resolve to one file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from sca.images import ImageError
+from sca.io.notices import notice_once
 
 URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)  # a drive, C:/, is one letter
 FILE_URL = re.compile(r"file://[^/\\]*(?=[/\\])", re.IGNORECASE)
 DRIVE = re.compile(r"[a-z]:(?=/)|//", re.IGNORECASE)  # C:/ or a network share
 LOCAL_FILES = "/data/local-files/?d="  # Label Studio's URL of a file in its document root
+UPLOAD_FOLDER = re.compile(r"/data/upload/\d+/")  # Label Studio's URL of an uploaded file
 UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
 EXPORT_FOLDER = "images"  # where exports of labeling tools store images, beside the annotations or below them
 
@@ -38,7 +40,8 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
         roots: Folders that relative names may start from; names as they are written count in this order.
 
     Returns:
-        The file. If no interpretation exists, the name in the first root.
+        The file. If no interpretation exists, the name in the first root. A file that only shares its file name with an
+        absolute path of another machine is reported, once per process.
 
     Raises:
         ImageNameError: If the name is a URL of another machine, or could mean several files.
@@ -56,6 +59,7 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
                 first, second, *_ = found
                 raise ImageNameError(f"{_shorten(name)} could mean {first} or {second}; write the whole path")
             if found:
+                _note_substitute(name, forms, found[0])
                 return found[0]
     return written[0]
 
@@ -127,7 +131,7 @@ def _count_shared(sequences: Sequence[Sequence[str]]) -> int:
 def possible_file_names(name: str) -> set[str]:
     """Return the file names, without folders and composed (NFC), that a written name could mean."""
     name = re.split("[?#]", name)[0] if is_url(name) else name
-    found = {split_name(form.path)[-1] for form in _unwrapped(name) if split_name(form.path)}
+    found = {split_name(form.path)[-1] for form in _list_spellings(name) if split_name(form.path)}
     found |= {UPLOAD.sub("", each, count=1) for each in found} if _is_upload(name) else set()
     return {unicodedata.normalize("NFC", each) for each in found} | {re.split(r"[\\/]", name)[-1]}
 
@@ -157,10 +161,10 @@ def remove_image_prefix(name: str, prefix: str) -> str:
     return unquote(name.removeprefix(prefix), errors="surrogateescape")
 
 
-class _Form(NamedTuple):
-    """One reading of a name: a path with `/`, and whether it must stay below the roots.
+class _Interpretation(NamedTuple):
+    """An interpretation of a name: a path with `/`, and whether it must stay below the roots.
 
-    Decoding must not lead out of a root: a name that does so says it in plain letters.
+    Decoding must not lead out of a root: only a name that contains `..` in plain letters does.
     """
 
     path: str
@@ -171,35 +175,41 @@ class _Form(NamedTuple):
         return self.path.startswith("/") or bool(DRIVE.match(self.path))
 
 
-def _interpretations(name: str) -> Iterator[tuple[list[_Form], Callable[[_Form, Path], Iterator[Path]]]]:
-    """What a name could mean, the least changed first: respelled, in another folder, and without an upload's prefix."""
+_Locate = Callable[[_Interpretation, Path], Iterator[Path]]
+
+
+def _interpretations(name: str) -> Iterator[tuple[list[_Interpretation], _Locate]]:
+    """Yield what a name could mean, the fewest changes first: respelled, in another folder, without an upload prefix."""
     if "\0" in name:
         return
-    forms = list(dict.fromkeys(_unwrapped(name)))
-    yield forms, _in_place
-    yield forms, _elsewhere
+    forms = list(dict.fromkeys(_list_spellings(name)))
+    yield forms, _locate_in_root
+    yield forms, _locate_in_other_folders
     if _is_upload(name):
         stripped = [form._replace(path=re.sub(rf"{UPLOAD.pattern}(?=[^/]*$)", "", form.path)) for form in forms]
-        yield stripped, _in_place
-        yield stripped, _elsewhere
+        yield stripped, _locate_in_root
+        yield stripped, _locate_in_other_folders
 
 
-def _unwrapped(name: str) -> Iterator[_Form]:
-    """The readings of a name that differ in how it is written."""
+def _list_spellings(name: str) -> Iterator[_Interpretation]:
+    """Return the spellings of a name: with `/`, decoded, without what its tool or system adds."""
     if name.startswith(LOCAL_FILES):
         value = name.removeprefix(LOCAL_FILES)
-        for form in (value, unquote(value), unquote(value.partition("&")[0])):
-            yield _Form(f"/{_with_slashes(form)}", confined=True)  # its document root may be another folder than ours
+        for path in (value, unquote(value), unquote(value.partition("&")[0])):
+            yield _Interpretation(f"/{_with_slashes(path)}", confined=True)  # from its document root, perhaps not ours
+    elif upload := UPLOAD_FOLDER.match(name):
+        for path in (name[upload.end() :], unquote(name[upload.end() :])):
+            yield _Interpretation(f"/{_with_slashes(path)}", confined=True)
     elif file_url := FILE_URL.match(name):
         path = name[file_url.end() :]
-        for form in (path, unquote(path)):
-            yield _Form(_without_slash_before_drive(_with_slashes(form)))
+        for each in (path, unquote(path)):
+            yield _Interpretation(_without_slash_before_drive(_with_slashes(each)))
     else:
-        yield _Form(_with_slashes(name))
+        yield _Interpretation(_with_slashes(name))
         if "%" in name:
-            yield _Form(_with_slashes(unquote(name)), confined=True)
+            yield _Interpretation(_with_slashes(unquote(name)), confined=True)
         if name.startswith(("~/", "~\\")):
-            yield _Form(os.path.expanduser(_with_slashes(name)))
+            yield _Interpretation(os.path.expanduser(_with_slashes(name)))
 
 
 def _with_slashes(name: str) -> str:
@@ -221,8 +231,8 @@ def split_name(path: str) -> list[str]:
     return [part for part in DRIVE.sub("", whole, count=1).split("/") if part not in ("", ".")]
 
 
-def _in_place(form: _Form, root: Path) -> Iterator[Path]:
-    """The path that a reading means in a root."""
+def _locate_in_root(form: _Interpretation, root: Path) -> Iterator[Path]:
+    """Return the path that an interpretation means in a root."""
     parts = split_name(form.path)
     if not form.confined:
         yield Path(root, form.path)
@@ -230,19 +240,28 @@ def _in_place(form: _Form, root: Path) -> Iterator[Path]:
         yield root.joinpath(*parts)
 
 
-def _elsewhere(form: _Form, root: Path) -> Iterator[Path]:
-    """The paths below a root that a reading means if it starts from another folder.
+def _locate_in_other_folders(form: _Interpretation, root: Path) -> Iterator[Path]:
+    """Return the paths below a root that an interpretation means if it starts from another folder.
 
-    That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; and of a path
-    from another place, absolute or with `..`, any.
+    That is a folder above the root, whose name it repeats, or the folder of an export that has `images/`; for an
+    absolute path of another machine, any. A leading `..` is never dropped: it names another folder.
     """
     parts, own = split_name(form.path), Path(os.path.abspath(root)).parts
-    is_from_elsewhere = form.is_absolute or ".." in parts
     for count in range(len(parts)):
         rest = parts[count:]
-        if ".." not in rest and (count == 0 or is_from_elsewhere or _is_same(parts[:count], own[-count:])):
+        if ".." not in rest and (count == 0 or form.is_absolute or _is_same(parts[:count], own[-count:])):
             yield root.joinpath(*rest)
             yield root.joinpath(EXPORT_FOLDER, *rest)
+
+
+def _note_substitute(name: str, forms: Iterable[_Interpretation], found: Path) -> None:
+    """Report a file that shares no folder with the absolute name that leads to it: only their file names agree."""
+    folders = {part for form in forms if form.is_absolute for part in split_name(form.path)[-2:-1]}
+    if folders and not any(_is_same([Path(os.path.abspath(found)).parent.name], [folder]) for folder in folders):
+        notice_once(
+            "image of another folder",
+            f"{_shorten(name)} does not exist; {found}, which has the same file name, is used instead",
+        )
 
 
 def _is_same(parts: Sequence[str], others: Sequence[str]) -> bool:
@@ -252,7 +271,7 @@ def _is_same(parts: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _existing(paths: Iterable[Path]) -> list[Path]:
-    """Those that are files, each file once."""
+    """Return the paths of files, each file once."""
     found: dict[str, Path] = {}
     for path in dict.fromkeys(paths):
         for each in _compositions(path):
@@ -267,11 +286,11 @@ def _compositions(path: Path) -> list[Path]:
         return [path]
     found = [Path(path.anchor)]
     for part in path.parts[1:] if path.anchor else path.parts:
-        found = [each / name for each in found for name in _composed_alike(each, part)]
+        found = [each / name for each in found for name in _list_equivalent_names(each, part)]
     return found
 
 
-def _composed_alike(folder: Path, part: str) -> Iterable[str]:
+def _list_equivalent_names(folder: Path, part: str) -> Iterable[str]:
     if part.isascii():
         return [part]
     try:

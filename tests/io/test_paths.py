@@ -173,6 +173,37 @@ def test_find_image_follows_links_and_parents(tmp_path):
     assert find_image(normalize_name("./link//../b.png"), [root]).samefile(store / "b.png")
 
 
+@pytest.mark.parametrize("name", ["../val/a.png", "..\\val\\a.png", "../a.png", "sub/../../a.png"])
+def test_find_image_keeps_a_leading_parent(tmp_path, name):
+    root = _make(tmp_path / "train", "a.png", "val/a.png", "sub/b.png")
+    assert not find_image(name, [root]).is_file()
+    _make(tmp_path, "a.png", "val/a.png")
+    assert find_image(name, [root]).resolve() in (tmp_path / "a.png", tmp_path / "val/a.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_noted"),
+    [
+        ("/data/val/a.png", True),
+        ("D:\\val\\a.png", True),
+        ("file:///data/val/a.png", True),
+        ("/data/train/a.png", False),
+        ("D:\\data\\train\\a.png", False),
+        ("/data/sub/b.png", False),
+        ("/data/upload/7/a.png", False),
+        ("/data/local-files/?d=a.png", False),
+        ("/data/local-files/?d=val/a.png", True),
+        ("train/a.png", False),
+    ],
+)
+def test_find_image_notes_a_file_of_another_folder(tmp_path, monkeypatch, caplog, name, is_noted):
+    monkeypatch.setattr("sca.io.notices._noticed", set())
+    root = _make(tmp_path / "train", "a.png", "sub/b.png")
+    found = find_image(name, [root])
+    assert found.is_file()
+    assert [found.name in record.getMessage() for record in caplog.records] == [True] * is_noted
+
+
 def test_find_image_expands_the_home_directory(tmp_path, monkeypatch):
     home = _make(tmp_path / "home", "data/a.png")
     monkeypatch.setenv("HOME", str(home))
