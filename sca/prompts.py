@@ -402,7 +402,8 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
-    """A prompts file, or a pipe that a person typed: JSON lines when its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON.
+    """A prompts file, which may be a pipe: JSON lines when its suffix is .jsonl or .ndjson, else COCO, Label Studio or
+    LabelMe JSON.
 
     A line is one region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`,
     or what `sca` wrote for one, whose `prompt` is asked again. Mask files are named relative to the prompts file. Of

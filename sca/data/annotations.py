@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
 from sca.io.annotations.annotation import AnnotatedImage, AnnotationError
-from sca.io.paths import ImageNameError, expand_user, normalize_name
+from sca.io.paths import ImageFiles, ImageNameError, expand_user, normalize_name
 
 
 class Annotations(TableDataset):
@@ -47,15 +47,16 @@ class Annotations(TableDataset):
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """The number of an image, that of its first region, and the image with its regions."""
-        found = list(self._annotated())
+        files = ImageFiles(self._path)
+        found = self._merge(self._annotated(), files)
         bar.reset(len(found))
         names = (each.label for image in found for each in image.annotations)
         self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
-        chosen, remark = choose_split([image.name for image in found], self.split, self.hold_out)
+        chosen, remark = choose_split([files.identify(image.name) for image in found], self.split, self.hold_out)
         self.remarks = [remark] if remark else []
         first = 0
         for number, image in enumerate(found):
-            if image.name in chosen:
+            if files.identify(image.name) in chosen:
                 yield number, first, image
             first += len(image.annotations)
 
@@ -77,6 +78,21 @@ class Annotations(TableDataset):
         if not name.endswith(".json"):
             return super()._open_image(name)
         return labelme.open_embedded(read_json(Path(name)), name)
+
+    def _merge(self, annotated: Iterable[AnnotatedImage], files: ImageFiles) -> list[AnnotatedImage]:
+        """Merge the regions of each image file, in whatever spelling and in however many tasks it occurs."""
+        found: dict[str, AnnotatedImage] = {}
+        for image in annotated:
+            name = files.unify(image.name)
+            first = found.setdefault(name, image)
+            if first is image:
+                continue
+            if first.size and image.size and first.size != image.size:
+                self._reject_image(f"{image.place}: {name!r} is {image.size}, and {first.size} before")
+                continue
+            regions = [*first.annotations, *image.annotations]
+            found[name] = first._replace(size=first.size or image.size, annotations=regions)
+        return list(found.values())
 
     def _annotated(self) -> Iterator[AnnotatedImage]:
         for file in self.sources:

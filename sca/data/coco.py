@@ -15,7 +15,7 @@ from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import Box
-from sca.io.paths import expand_user, split_name
+from sca.io.paths import ImageFiles, expand_user, split_name
 
 WHAT = "COCO's format is an object with images, annotations and categories"
 
@@ -238,14 +238,27 @@ class CocoJson(Coco):
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
-        entries = super()._entries(bar)
-        if not self.hold_out:
-            return entries
-        entries = list(entries)
-        names = [entry[0].images[entry[1]][0].get("file_name") for entry in entries]
-        chosen, remark = choose_split([str(name) for name in names], self.split, self.hold_out)
-        self.remarks = [remark]
-        return (entry for entry, name in zip(entries, names, strict=True) if str(name) in chosen)
+        """The index, the number of an image, and those of the annotations of all records of its file."""
+        files = ImageFiles(self._path)
+        merged: dict[str, tuple[Index, int, list[int]]] = {}
+        for found, number, its in super()._entries(bar):
+            record, place = found.images[number]
+            name = record.get("file_name")
+            name = files.unify(name) if isinstance(name, str) else place
+            if name not in merged:
+                merged[name] = found, number, its
+            elif self._agrees(record, place, found.images[merged[name][1]][0]):
+                merged[name][2].extend(its)
+        chosen, remark = choose_split(map(files.identify, merged), self.split, self.hold_out)
+        self.remarks = [remark] if remark else []
+        return (entry for name, entry in merged.items() if files.identify(name) in chosen)
+
+    def _agrees(self, record: dict[str, Any], place: str, first: dict[str, Any]) -> bool:
+        """Whether two records of one image file state the same size; the second one is rejected otherwise."""
+        sizes = [(each.get("width"), each.get("height")) for each in (first, record)]
+        if sizes[0] != sizes[1]:
+            self._reject_image(f"{place}: width and height are {sizes[1]}, and {sizes[0]} in a record of the same file")
+        return sizes[0] == sizes[1]
 
 
 def box(record: dict[str, Any], place: str) -> Box | None:

@@ -16,7 +16,7 @@ from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.images import read_size
 from sca.io.json import open_regular_file
-from sca.io.paths import expand_user, find_image, normalize_name
+from sca.io.paths import ImageFiles, expand_user, find_image, normalize_name
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -65,6 +65,7 @@ class Jsonl(TableDataset):
         images: dict[str, tuple[int, int]] = {}  # the place of each, and its id
         owners: dict[int, str] = {}
         names: set[str] = set()
+        files = ImageFiles(self._path)
         places = array("q")
         keyed: dict[str, bool] = {}
         found = Lines(self.file, str(self.file), ("id", "line"))
@@ -79,7 +80,7 @@ class Jsonl(TableDataset):
                         raise ValueError(f"{place}: {told}; give it on every line, or on none")
                 identity = field(record, "id", int, place) if keyed["id"] else len(places)
                 place = f"{place} (id {identity})"
-                name = normalize_name(field(record, "image", str, place))
+                name = files.unify(normalize_name(field(record, "image", str, place)))
                 known = images[name][1] if name in images else len(images)
                 image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
                 if owners.get(image_id, name) != name:
@@ -98,10 +99,10 @@ class Jsonl(TableDataset):
             places[number] = -1
         self.attributes = {"name": tuple(sorted(names))} if names else {}
         bar.reset(len(images))
-        chosen, remark = choose_split(images, self.split, self.hold_out)
+        chosen, remark = choose_split(map(files.identify, images), self.split, self.hold_out)
         self.remarks = [remark] if remark else []
         for (name, (_, image_id)), (_, lines) in zip(images.items(), grouped(places, len(images)), strict=True):
-            if name in chosen:
+            if files.identify(name) in chosen:
                 yield found, name, image_id, lines
 
     def _record(self, entry: Any) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,23 +111,24 @@ def find_split(path: str, split: str) -> Path:
     return next((each for each in map(Path, spelt) if each.exists()), Path(spelt[0]))
 
 
-def choose_split(names: Collection[str], split: str, hold_out: float) -> tuple[set[str], str]:
+def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set[str], str]:
     """Choose the images of a split of a file that has none.
 
     "val" has the first images by a hash of their names: the share `hold_out`, at least `MIN_HELD_OUT` images (or a
     third of all, if that is fewer). "train" has the others.
 
     Args:
-        names: File names of the images.
+        names: File names of the images, one for each file.
         split: "train" or "val".
         hold_out: Share of the images, from 0 to below 1; 0 if the file is of one split.
 
     Returns:
         The names of the split, and a phrase that says how many are held out.
     """
+    distinct = set(names)
     if not hold_out:
-        return set(names), ""
-    ordered = sorted(set(names), key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
+        return distinct, ""
+    ordered = sorted(distinct, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
     count = max(int(hold_out * len(ordered)), min(MIN_HELD_OUT, len(ordered) // 3))
     chosen = ordered[:count] if split == "val" else ordered[count:]
     return set(chosen), f"{count} of {len(ordered)} images held out for validation"

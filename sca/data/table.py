@@ -44,7 +44,7 @@ from sca.io.coordinates import compare_sizes, find_normalized_scale
 from sca.io.paths import ImageNameError, find_image, is_url
 from sca.masks import box_of, resize
 
-SCHEMA = 6  # of the tables and of what readers put into them; another one converts everything anew
+SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
 EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
@@ -89,7 +89,7 @@ class TableDataset:
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
-        self._names: dict[Path, str] = {}  # of files that are written in another way, see `find_image`
+        self._files: dict[int, str | None] = {}  # hash of a file's path -> its name, None if it is as written
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
         described = [choice, os.path.realpath(images), *paths]
@@ -355,7 +355,7 @@ class TableDataset:
             for number in range(about["shards"]):
                 for name in Dataset.from_file(str(draft / _shard(number)))["file"]:
                     with suppress(ImageNameError):
-                        self._names[self._path(name)] = name
+                        self._register(self._path(name), name)
         names = dict.fromkeys(about["names"])
         more = True
         while more:
@@ -405,10 +405,21 @@ class TableDataset:
             return self._skip_image(reason, name, str(error), stop=False)
         if not os.path.isfile(path):
             return self._skip_image("image missing", name, name, stop=False)
-        if path != self.images / name and (other := self._names.setdefault(path, name)) != name:
+        if (other := self._register(path, name)) is not None:
             told = f"{name!r} and {other!r} both lead to {path}; write paths relative to {self.images}"
             return self._skip_image("image name ambiguous", name, told, stop=False)
         return path
+
+    def _register(self, path: Path, name: str) -> str | None:
+        """Note the name of a file, and return another name of the same file that one of the two must be mistaken for.
+
+        Names that exist as they are written are no mistake: they may be links to one file.
+        """
+        written = None if path == self.images / name else name
+        other = self._files.setdefault(hash(os.path.realpath(path)), written)
+        if other == written:
+            return None
+        return other or os.path.relpath(path, self.images)
 
     def _stamp(self, name: str) -> list[int] | None:
         try:

@@ -23,7 +23,7 @@ URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)  # a
 FILE_URL = re.compile(r"file://[^/\\]*(?=[/\\])", re.IGNORECASE)
 DRIVE = re.compile(r"[a-z]:(?=/)|//", re.IGNORECASE)  # C:/ or a network share
 LOCAL_FILES = "/data/local-files/?d="  # Label Studio's URL of a file in its document root
-UPLOAD_FOLDER = re.compile(r"/data/upload/\d+/")  # Label Studio's URL of an uploaded file
+UPLOAD_FOLDER = re.compile(r"(?:/data|[./\w-]*/media)/upload/\d+/")  # of Label Studio: in tasks and in COCO exports
 UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
 EXPORT_FOLDER = "images"  # where exports of labeling tools store images, beside the annotations or below them
 
@@ -64,6 +64,45 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
     return written[0]
 
 
+class ImageFiles:
+    """The names of images by the file that they lead to: a file is one image, however it is written.
+
+    Args:
+        locate: Returns the file that a name means, as `find_image` does.
+    """
+
+    def __init__(self, locate: Callable[[str], Path]):
+        self._locate = locate
+        self._names: dict[str, tuple[str, str]] = {}  # name -> first name with the same meaning, and of the same file
+        self._same: dict[str, str] = {}
+        self._first: dict[str, str] = {}
+
+    def unify(self, name: str) -> str:
+        """Return the first name that is another spelling of the same file; an absolute path of another machine, which
+        may mean another file than the one it leads to, is unchanged.
+        """
+        return self._resolve(name)[0]
+
+    def identify(self, name: str) -> str:
+        """Return the first name that leads to the same file in any way; unchanged where there is no file."""
+        return self._resolve(name)[1]
+
+    def _resolve(self, name: str) -> tuple[str, str]:
+        if name not in self._names:
+            file = self._real_path(name)
+            is_moved = is_absolute_name(name) and not os.path.isfile(name)
+            unified = name if file is None or is_moved else self._same.setdefault(file, name)
+            self._names[name] = unified, name if file is None else self._first.setdefault(file, name)
+        return self._names[name]
+
+    def _real_path(self, name: str) -> str | None:
+        try:
+            path = self._locate(name)
+        except ImageNameError:
+            return None
+        return os.path.realpath(path) if os.path.isfile(path) else None
+
+
 def rewrite_name(name: str, roots: Sequence[str | Path]) -> str:
     """Return the name of an image as other tools on this machine read it: relative to the root that it is found in.
 
@@ -82,6 +121,11 @@ def rewrite_name(name: str, roots: Sequence[str | Path]) -> str:
 def is_url(name: str) -> bool:
     """Whether the name of an image is a URL that only a download can read, such as https://, s3:// or data:."""
     return bool(URL.match(name))
+
+
+def is_absolute_name(name: str) -> bool:
+    """Whether the name of an image starts at the root of some system or server: /x, \\x, C:\\x or file:///x."""
+    return bool(FILE_URL.match(name)) or _Interpretation(_with_slashes(name)).is_absolute
 
 
 def expand_user(path: str | Path) -> Path:
@@ -179,7 +223,7 @@ _Locate = Callable[[_Interpretation, Path], Iterator[Path]]
 
 
 def _interpretations(name: str) -> Iterator[tuple[list[_Interpretation], _Locate]]:
-    """Yield what a name could mean, the fewest changes first: respelled, in another folder, without an upload prefix."""
+    """Yield what a name could mean, fewest changes first: respelled, in another folder, without an upload prefix."""
     if "\0" in name:
         return
     forms = list(dict.fromkeys(_list_spellings(name)))

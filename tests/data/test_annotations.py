@@ -57,7 +57,7 @@ def test_label_studio_export_is_a_dataset(folder):
     second = task("1.png", keypoint, *box("c", "cat"))
     damaged = task("2.png", *box("d", "cat", x=None), *box("e", "cat", x=52))
     (folder / "export.json").write_text(
-        json.dumps([first, second, damaged, task("0.png"), task("none.png", *box("f", "cat"))])
+        json.dumps([first, second, damaged, task("empty.png"), task("none.png", *box("f", "cat"))])
     )
     dataset = Annotations("train", file=folder / "export.json")
     one, two, three = dataset

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry import datasets
 
+from sca.data.annotations import Annotations
 from sca.data.coco import CocoJson
 from sca.data.jsonl import Jsonl
 from sca.data.sa1b import Sa1b
@@ -127,3 +128,49 @@ def test_datasets_expand_the_home_directory(tmp_path, monkeypatch, name):
         "jsonl": {"file": "~/data/val.jsonl", "images": "~/data/val"},
     }
     assert len(datasets.build(name, "val", **options[name])) == 1
+
+
+def _write_tasks(path: Path, *names: str) -> Path:
+    head = {"original_width": 8, "original_height": 8, "type": "rectanglelabels", "to_name": "image"}
+    value = {"x": 0, "y": 0, "width": 50, "height": 50, "rectanglelabels": ["thing"]}
+    tasks = [{"data": {"image": name}, "annotations": [{"result": [{**head, "value": value}]}]} for name in names]
+    path.write_text(json.dumps(tasks))
+    return path
+
+
+READERS = {
+    "jsonl": lambda folder, split, *names: Jsonl(split, _write_lines(folder / "a.jsonl", *names), hold_out=0.3),
+    "coco": lambda folder, split, *names: CocoJson(split, _write_coco(folder / "a.json", *names), folder, hold_out=0.3),
+    "tasks": lambda folder, split, *names: Annotations(split, _write_tasks(folder / "a.json", *names), hold_out=0.3),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_dataset_merges_the_spellings_of_a_file_before_it_splits(tmp_path, reader):
+    for number in range(12):
+        _write_image(tmp_path / f"im/{number}.png")
+    names = [spelling for number in range(12) for spelling in (f"im/{number}.png", f"im\\{number}.png")]
+    train, val = (READERS[reader](tmp_path, split, *names) for split in ("train", "val"))
+    assert (len(train), len(val)) == (8, 4)
+    assert not set(train._table["file"]) & set(val._table["file"])
+    assert [len(regions) for dataset in (train, val) for regions in dataset.annotations_of_all()] == [2] * 12
+    assert not train.skipped
+
+
+@pytest.mark.parametrize("names", [("a.png", "/data/val/a.png"), ("/data/val/a.png", "a.png")])
+@pytest.mark.parametrize("reader", READERS)
+def test_dataset_counts_two_images_that_lead_to_one_file(tmp_path, reader, names):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        _write_image(tmp_path / name)
+    datasets = [READERS[reader](tmp_path, split, *names, "b.png", "c.png", "d.png") for split in ("train", "val")]
+    assert sum(map(len, datasets)) == 4
+    assert sum(dataset.skipped["image name ambiguous"] for dataset in datasets) == 1
+
+
+def test_dataset_rejects_records_of_one_file_with_different_sizes(tmp_path):
+    _write_image(tmp_path / "im/a.png")
+    path = _write_coco(tmp_path / "a.json", "im/a.png", "im\\a.png")
+    path.write_text(path.read_text().replace('"width": 8', '"width": 9', 1))
+    dataset = CocoJson("train", path, tmp_path)
+    assert dataset.skipped["unusable image"] == 1
+    assert [len(regions) for regions in dataset.annotations_of_all()] == [1]

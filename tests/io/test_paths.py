@@ -191,6 +191,7 @@ def test_find_image_keeps_a_leading_parent(tmp_path, name):
         ("D:\\data\\train\\a.png", False),
         ("/data/sub/b.png", False),
         ("/data/upload/7/a.png", False),
+        ("../../label-studio/data/media/upload/7/a.png", False),
         ("/data/local-files/?d=a.png", False),
         ("/data/local-files/?d=val/a.png", True),
         ("train/a.png", False),
