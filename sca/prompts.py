@@ -27,7 +27,7 @@ from sca.io.coordinates import compare_sizes, find_normalized_scale, scale_to_pi
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageNameError, expand_user, find_image, possible_file_names
+from sca.io.paths import ImageFiles, ImageNameError, expand_user, find_image, possible_file_names
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
@@ -427,7 +427,19 @@ def read_prompts(path: str | Path) -> RegionPrompts:
     if problems and not any(entries.values()):
         more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
         raise PromptError(f"{problems[0]}{more}")
-    return RegionPrompts(path, entries, skip, problems)
+    return RegionPrompts(path, _merge_spellings(entries, [path.parent, Path()]), skip, problems)
+
+
+def _merge_spellings(entries: Mapping[str, list[_Entry]], roots: Sequence[Path]) -> dict[str, list[_Entry]]:
+    """Merge the regions of keys that are spellings of one image file under the first of these keys."""
+    files = ImageFiles(partial(find_image, roots=roots))
+    names = {key: possible_file_names(key) for key in entries}
+    sharing = Counter(name for found in names.values() for name in found)
+    merged: dict[str, list[_Entry]] = {}
+    for key, regions in entries.items():
+        is_shared = any(sharing[name] > 1 for name in names[key])
+        merged.setdefault(files.unify(key) if is_shared else key, []).extend(regions)
+    return merged
 
 
 def _opened(path: Path) -> BinaryIO:

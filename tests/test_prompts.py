@@ -447,6 +447,25 @@ def test_match_tells_links_to_one_image_apart(tmp_path):
     assert "'b.png', 'a.png'" in refusal(prompts.match, images[2:])
 
 
+@pytest.mark.parametrize("keys", [("im/1.png", "im\\1.png"), ("im\\1.png", "im/1.png"), ("./im/1.png", "im/%31.png")])
+def test_prompts_of_all_spellings_of_a_file_are_merged(tmp_path, keys):
+    image = tmp_path / "im/1.png"
+    image.parent.mkdir()
+    image.touch()
+    prompts = lines_for(tmp_path / "r.jsonl", *keys, "im/2.png", "other/1.png", "/data/val/1.png")
+    assert prompts.match([image]) == {image: keys[0]}
+    assert prompts.count(keys[0]) == 2
+    assert list(prompts) == [keys[0], "im/2.png", "other/1.png", "/data/val/1.png"]
+
+
+def test_prompts_of_links_with_one_file_name_stay_apart(tmp_path):
+    (tmp_path / "blank.png").touch()
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").symlink_to(tmp_path / "blank.png")
+    assert list(lines_for(tmp_path / "r.jsonl", "x/a.png", "y/a.png")) == ["x/a.png", "y/a.png"]
+
+
 def test_match_finds_an_image_below_a_linked_folder(tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store/a.png").touch()

@@ -65,7 +65,7 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
 
 
 class ImageFiles:
-    """The names of images by the file that they lead to: a file is one image, however it is written.
+    """The names of images by the file that they lead to: a file is one image, in whatever spelling.
 
     Args:
         locate: Returns the file that a name means, as `find_image` does.
@@ -78,8 +78,9 @@ class ImageFiles:
         self._first: dict[str, str] = {}
 
     def unify(self, name: str) -> str:
-        """Return the first name that is another spelling of the same file; an absolute path of another machine, which
-        may mean another file than the one it leads to, is unchanged.
+        """Return the first name that is another spelling of the same path, with folders that are links followed.
+
+        An absolute path of another machine, which may mean another file than the one it leads to, is unchanged.
         """
         return self._resolve(name)[0]
 
@@ -89,18 +90,21 @@ class ImageFiles:
 
     def _resolve(self, name: str) -> tuple[str, str]:
         if name not in self._names:
-            file = self._real_path(name)
-            is_moved = is_absolute_name(name) and not os.path.isfile(name)
-            unified = name if file is None or is_moved else self._same.setdefault(file, name)
-            self._names[name] = unified, name if file is None else self._first.setdefault(file, name)
+            self._names[name] = self._unify_and_identify(name)
         return self._names[name]
 
-    def _real_path(self, name: str) -> str | None:
+    def _unify_and_identify(self, name: str) -> tuple[str, str]:
         try:
             path = self._locate(name)
         except ImageNameError:
-            return None
-        return os.path.realpath(path) if os.path.isfile(path) else None
+            return name, name
+        if not os.path.isfile(path):
+            return name, name
+        is_moved = is_absolute_name(name) and not os.path.isfile(name)
+        real = os.path.join(os.path.realpath(path.parent), path.name)
+        return name if is_moved else self._same.setdefault(real, name), self._first.setdefault(
+            os.path.realpath(path), name
+        )
 
 
 def rewrite_name(name: str, roots: Sequence[str | Path]) -> str:
