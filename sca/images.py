@@ -77,12 +77,28 @@ def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
         path: The file.
         allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
     """
+    with _open_file(path, allow_pipe) as file:
+        return read_image(file, show(path))
+
+
+def measure_image(path: str | Path) -> tuple[int, int]:
+    """Return width and height of the upright image in a file, without decoding it.
+
+    Raises:
+        ImageError: If it cannot be opened.
+    """
+    with _open_file(path) as file, _refusals(show(path)):
+        return read_size(file)
+
+
+@contextmanager
+def _open_file(path: str | Path, allow_pipe: bool = False) -> Iterator[BinaryIO]:
     shown = show(path)
     try:
         if os.path.isdir(path):
             raise ImageError(f"{shown} is a folder, not an image; name a file in it")
         with open_regular_file(path, seekable=True, allow_pipe=allow_pipe) as file:
-            return read_image(file, shown)
+            yield file
     except ImageError:
         raise
     except LfsPointerError as error:

@@ -64,7 +64,7 @@ class Annotations(TableDataset):
         number, first, annotated = entry
         if annotated.size is None:  # of a task without regions
             return self._skip("image without regions", annotated.name)
-        image = self._image(number, annotated.name, *annotated.size)
+        image = self._image(number, annotated.name, *annotated.size, annotated.is_size_recorded)
         for identity, region in enumerate(annotated.annotations, first):
             if region.box is None:
                 self._skip("region without a box or mask", region.place)
@@ -114,6 +114,6 @@ class Annotations(TableDataset):
         size = labelme.find_size(content, path, str(file))
         if not path.is_file() and content.get("imageData"):
             name = str(file.absolute())
-        return AnnotatedImage(
-            str(file), name, size, labelme.read_shapes(content, size, str(file), self._skip, self._reject)
-        )
+        shapes = labelme.read_shapes(content, size, str(file), self._skip, self._reject)
+        is_recorded = labelme.read_size(content, str(file)) is not None
+        return AnnotatedImage(str(file), name, size, shapes, is_size_recorded=is_recorded)

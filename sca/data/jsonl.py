@@ -14,8 +14,7 @@ from sca.data.fields import field, four, note_unread_caption, phrases, size
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
-from sca.images import read_size
-from sca.io.json import open_regular_file
+from sca.images import ImageError, measure_image
 from sca.io.paths import ImageFiles, expand_user, find_image, normalize_name
 
 ORDER = "x1, y1, x2, y2"
@@ -140,9 +139,8 @@ class Jsonl(TableDataset):
         if path is None:
             return None
         try:
-            with open_regular_file(path) as file:
-                return read_size(file)
-        except Exception as error:  # a decoder may raise anything for damaged data
+            return measure_image(path)
+        except ImageError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:

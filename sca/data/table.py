@@ -2,10 +2,11 @@
 
 A table has a row an image:
 
-    image_id int64, file string, width int32, height int32, is_size_recorded bool,
+    image_id int64, file string, width int32, height int32, stamp list of int64 or null,
     regions  list of {id int64, box 4 x float64, mask string or null, name string or null, phrases, attributes}
 
-Width and height are those that the sources record, or else those of the image file. Boxes are x1 y1 x2 y2 in pixels of
+Width and height are those that the sources record, or else those of the image file, whose bytes and time of change are
+then the stamp: a table of which such an image has another size now is made again. Boxes are x1 y1 x2 y2 in pixels of
 an upright image of that size, a mask is the counts of its compressed RLE, and
 attributes are JSON. A table is a folder `data/READER-ASKED-KEY` in the cache folder: ASKED stands for the reader's
 options and the paths of its files, KEY for their sizes and times as well; a table of files that have changed gives way
@@ -38,7 +39,7 @@ from sca_registry.verdicts import cache_folder
 from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.images import ImageError, open_image
+from sca.images import ImageError, measure_image, open_image
 from sca.io.atomic import FolderError, sync, write_file
 from sca.io.coordinates import compare_sizes, find_normalized_scale
 from sca.io.paths import ImageNameError, find_image, is_url
@@ -89,6 +90,7 @@ class TableDataset:
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
+        self._measured: dict[str, tuple[list[int], int, int]] = {}  # images without regions: stamp and size
         self._files: dict[int, str | None] = {}  # hash of a file's path -> its name, None if it is as written
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
@@ -124,9 +126,8 @@ class TableDataset:
             return self._skip_image("image unreadable", name, f"{name} ({error})")
         regions = [_region(region, *size) for region in row["regions"]]
         if image.size != size:
-            is_scaled = row["is_size_recorded"] or any(region.mask for region in regions)
             try:
-                scale = compare_sizes(size, image.size) if is_scaled else (1.0, 1.0)
+                scale = compare_sizes(size, image.size)
             except ValueError as error:
                 return self._skip_image("image of another size", name, f"{name} ({error})")
             regions = [fitted for region in regions if (fitted := _fit(region, scale, image.size)) is not None]
@@ -165,10 +166,11 @@ class TableDataset:
         """The picture that a table calls `name`. Raises ImageError."""
         return open_image(self._path(name))
 
-    @staticmethod
-    def _image(image_id: int, name: str, width: int, height: int, is_size_recorded: bool = True) -> dict[str, Any]:
-        sides = {"width": width, "height": height, "is_size_recorded": is_size_recorded}
-        return {"image_id": image_id, "file": name, **sides, "regions": []}
+    def _image(
+        self, image_id: int, name: str, width: int, height: int, is_size_recorded: bool = True
+    ) -> dict[str, Any]:
+        stamp = None if is_size_recorded else self._stamp(name)
+        return {"image_id": image_id, "file": name, "width": width, "height": height, "stamp": stamp, "regions": []}
 
     def _keep(
         self,
@@ -376,7 +378,7 @@ class TableDataset:
             more = about["entries"] - before == SHARD
             about |= {"shards": about["shards"] + 1, "skipped": self.skipped, "examples": self.examples}
             about |= {"attributes": self.attributes, "remarks": self.remarks, "names": list(names)}
-            about |= {"bad": self._bad, "whole": not more}
+            about |= {"bad": self._bad, "measured": self._measured, "whole": not more}
             sync(path)
             write_file(draft / "about.json", json.dumps(about, indent=1))
 
@@ -393,6 +395,8 @@ class TableDataset:
         if self._find(record["file"]) is None:
             return None
         if not record["regions"]:
+            if record["stamp"]:
+                self._measured[record["file"]] = record["stamp"], record["width"], record["height"]
             return self._skip("image without regions", record["file"])
         return record
 
@@ -433,14 +437,37 @@ class TableDataset:
             about = json.loads((folder / "about.json").read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        current = all(self._stamp(name) == stamp for name, stamp in about["bad"].items())
-        return about if current else None
+        return about if self._is_current(folder, about) else None
+
+    def _is_current(self, folder: Path, about: dict[str, Any]) -> bool:
+        """Whether images that could not be used are unchanged, and measured ones have the size that they had."""
+        from datasets import Dataset
+
+        if any(self._stamp(name) != stamp for name, stamp in about["bad"].items()):
+            return False
+        if not all(self._has_size(name, *measured) for name, measured in about["measured"].items()):
+            return False
+        for number in range(about["shards"]):
+            shard = Dataset.from_file(str(folder / _shard(number))).data
+            if shard["stamp"].null_count < len(shard):
+                columns = (shard[name].to_pylist() for name in ("file", "stamp", "width", "height"))
+                if not all(self._has_size(*row) for row in zip(*columns, strict=True)):
+                    return False
+        return True
+
+    def _has_size(self, name: str, stamp: list[int] | None, width: int, height: int) -> bool:
+        """Whether an image file still has the size that was measured; True if it was not measured, or is gone."""
+        if stamp is None or self._stamp(name) in (stamp, None):
+            return True
+        with suppress(ImageError):  # which is counted when it is read
+            return measure_image(self._path(name)) == (width, height)
+        return True
 
     def _recall(self, about: dict[str, Any]) -> None:
         """Takes over what was counted."""
         self.skipped, self.examples, self._bad = Counter(about["skipped"]), about["examples"], about["bad"]
         self.attributes = {name: tuple(values) for name, values in about["attributes"].items()}
-        self.remarks = about["remarks"]
+        self.remarks, self._measured = about["remarks"], about["measured"]
 
 
 def _features() -> Any:
@@ -449,7 +476,7 @@ def _features() -> Any:
     integer, text = Value("int64"), Value("string")
     region = {"id": integer, "box": List(Value("float64"), length=4), "mask": text, "name": text}
     region |= {"phrases": List(text), "attributes": text}
-    sides = {"width": Value("int32"), "height": Value("int32"), "is_size_recorded": Value("bool")}
+    sides = {"width": Value("int32"), "height": Value("int32"), "stamp": List(integer)}
     return Features({"image_id": integer, "file": text, **sides, "regions": List(region)})
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.images import ImageError, open_image, read_size, show
+from sca.images import ImageError, measure_image, open_image, show
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
 from sca.io.coordinates import compare_sizes
@@ -284,9 +284,8 @@ def _image_beside(path: Path, name: str) -> str:
 def _measure(name: str, roots: Sequence[Path]) -> Size | None:
     """The size of an image that is named in a file; None if it cannot be read."""
     try:
-        with open_regular_file(find_image(name, roots), seekable=True) as file:
-            return Size(*read_size(file))
-    except Exception:  # a decoder may raise anything for damaged data
+        return Size(*measure_image(find_image(name, roots)))
+    except ImageError:
         return None
 
 

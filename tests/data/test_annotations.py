@@ -152,3 +152,12 @@ def test_dataset_keeps_its_promises(folder, conformance):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]), shape("dog", [[5, 5], [20, 5], [20, 20]], "polygon"))
     write_labelme(folder, "1", shape("dog", [[5, 5], [60, 20]]))
     conformance("dataset", Annotations, file=str(folder))
+
+
+def test_labelme_without_a_recorded_size_judges_boxes_by_the_present_image(folder):
+    write_labelme(folder, "0", shape("cat", [[5, 5], [150, 29]]), imageWidth=None, imageHeight=None)
+    for size in ((148, 60), (200, 100)):
+        Image.new("RGB", size).save(folder / "0.png")
+        (sample,) = Annotations("train", file=folder)
+        assert sample.image.size == size
+    assert sample.regions[0].box == (5, 5, 150, 29)

@@ -1,6 +1,7 @@
 """JSON lines: what `sca caption` writes and what people write by hand is read, and a broken line is named."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -134,16 +135,27 @@ def test_a_picture_without_a_recorded_size_is_seen_as_its_viewer_sees_it(write, 
     assert not dataset.skipped
 
 
-def test_image_exchanged_since_the_conversion_keeps_boxes_without_a_recorded_size(write, tmp_path):
-    file = write(line(), line(box=[50, 40, 60, 45]))
-    assert len(Jsonl("val", file=file)[0].regions) == 2
-    Image.new("RGB", (40, 100)).save(tmp_path / "photos" / "1.png")
-    (sample,) = Jsonl("val", file=file)
-    assert [region.box for region in sample.regions] == [(2, 3, 12, 11.5)]
-    Image.new("RGB", (2, 2)).save(tmp_path / "photos" / "1.png")
-    dataset = Jsonl("val", file=file)
-    assert not list(dataset)
-    assert dataset.skipped == {"image of another size": 1}
+def test_jsonl_without_a_recorded_size_judges_boxes_by_the_present_image(write, tmp_path):
+    def boxes(width, height):
+        Image.new("RGB", (width, height)).save(tmp_path / "photos" / "1.png")
+        dataset = Jsonl("val", file=file)
+        assert [sample.image.size for sample in dataset] == [(width, height)] * len(dataset)
+        return [region.box for sample in dataset for region in sample.regions], dict(dataset.skipped)
+
+    file = write(line(box=[0, 0, 208, 204]))
+    assert boxes(200, 200) == ([(0, 0, 200, 200)], {"box clipped": 1})
+    assert boxes(300, 300) == ([(0, 0, 208, 204)], {})
+    assert boxes(100, 100) == ([], {"normalized box": 1, "image without regions": 1})
+    assert boxes(210, 210) == ([(0, 0, 208, 204)], {})
+
+
+def test_jsonl_keeps_the_table_of_an_image_that_is_only_written_again(write, tmp_path):
+    file = write(line())
+    about = Jsonl("val", file=file)._table.cache_files
+    before = [os.stat(each["filename"]).st_ino for each in about]
+    os.utime(tmp_path / "photos" / "1.png", (1, 1))
+    after = [os.stat(each["filename"]).st_ino for each in Jsonl("val", file=file)._table.cache_files]
+    assert before == after
 
 
 def test_what_is_left_out_is_counted(write, tmp_path):

@@ -54,13 +54,23 @@ class Annotation(NamedTuple):
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of a labeling tool. Its size is None where the file does not record it."""
+    """An image of a labeling tool.
+
+    Args:
+        place: The file and the record, for messages.
+        name: What the file calls it.
+        size: Width and height; None where they are unknown.
+        annotations: Its regions.
+        model: What the file says has made them.
+        is_size_recorded: Whether the file records the size; otherwise the image file has it.
+    """
 
     place: str
     name: str
     size: Size | None
     annotations: list[Annotation]
     model: str | None = None
+    is_size_recorded: bool = True
 
 
 class SkipCounter:
