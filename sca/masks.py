@@ -6,7 +6,7 @@ what captions and files carry. `area` and `box_of` take either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,12 @@ def resize(code: RLE, width: int, height: int) -> dict[str, Any]:
     """Scale an RLE to `width` x `height` pixels by nearest neighbor."""
     image = Image.fromarray(decode(code))
     return encode(np.asarray(image.resize((width, height), Image.Resampling.NEAREST)))
+
+
+def merge(codes: Sequence[RLE]) -> dict[str, Any]:
+    """Return the union of RLEs of one size."""
+    code = coco.merge([dict(code) for code in codes])
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
 def area(mask: np.ndarray | RLE) -> int:

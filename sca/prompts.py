@@ -27,7 +27,7 @@ from sca.io.coordinates import compare_sizes, find_normalized_scale, scale_to_pi
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageFiles, ImageNameError, expand_user, find_image, possible_file_names
+from sca.io.paths import ImageFiles, ImageNameError, expand_user, find_image, measure_named_image, possible_file_names
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
@@ -562,7 +562,8 @@ def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems
 
 def _label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     entries: dict[str, list[_Entry]] = {}
-    for image in label_studio.read_tasks(content, show(path), skip, lambda error: problems.append(str(error))):
+    measure = partial(measure_named_image, roots=[path.parent, Path()])
+    for image in label_studio.read_tasks(content, show(path), skip, measure, lambda error: problems.append(str(error))):
         entries.setdefault(image.name, []).extend(_annotated(image.annotations, image.size, skip))
     return entries
 

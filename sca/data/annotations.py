@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from sca.data.fields import field, read_json, table
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
-from sca.io.annotations.annotation import AnnotatedImage, AnnotationError
-from sca.io.paths import ImageFiles, ImageNameError, expand_user, normalize_name
+from sca.io.annotations.annotation import AnnotatedImage, AnnotationError, read_size
+from sca.io.paths import ImageFiles, ImageNameError, expand_user, measure_named_image, normalize_name
 
 
 class Annotations(TableDataset):
@@ -98,7 +99,8 @@ class Annotations(TableDataset):
         for file in self.sources:
             content = read_json(file)
             if isinstance(content, list) or label_studio.is_task(content):
-                yield from label_studio.read_tasks(content, str(file), self._skip, self._reject)
+                measure = partial(measure_named_image, roots=[self.images])
+                yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject)
                 continue
             try:
                 image = self._labelme(table(content, str(file)), file)
@@ -115,5 +117,5 @@ class Annotations(TableDataset):
         if not path.is_file() and content.get("imageData"):
             name = str(file.absolute())
         shapes = labelme.read_shapes(content, size, str(file), self._skip, self._reject)
-        is_recorded = labelme.read_size(content, str(file)) is not None
+        is_recorded = read_size(content, labelme.SIDES, str(file)) is not None
         return AnnotatedImage(str(file), name, size, shapes, is_size_recorded=is_recorded)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from sca.images import ImageError
+from sca.images import ImageError, measure_image
 from sca.io.notices import notice_once
 
 URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)  # a drive, C:/, is one letter
@@ -62,6 +62,14 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
                 _note_substitute(name, forms, found[0])
                 return found[0]
     return written[0]
+
+
+def measure_named_image(name: str, roots: Sequence[str | Path]) -> tuple[int, int] | None:
+    """Return width and height of the image that a name in a file means, see `find_image`; None if it cannot be read."""
+    try:
+        return measure_image(find_image(name, roots))
+    except ImageError:
+        return None
 
 
 class ImageFiles:

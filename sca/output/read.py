@@ -19,7 +19,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca import masks
-from sca.images import ImageError, measure_image, open_image, show
+from sca.images import ImageError, open_image, show
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
 from sca.io.coordinates import compare_sizes
@@ -33,7 +33,7 @@ from sca.io.json import (
 )
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageNameError, find_image, remove_parents
+from sca.io.paths import ImageNameError, find_image, measure_named_image, remove_parents
 from sca.output.outline import fill
 from sca.prompts import read_prompt
 
@@ -237,8 +237,8 @@ def _coco(content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequ
     for number, image in enumerate(_list(content, "images", show(path))):
         where = f"{show(path)}, images[{number}]"
         file_name = _name(_table(image, where), "file_name", where)
-        measured = None if {"width", "height"} <= image.keys() else _measure(file_name, roots)
-        size = measured or _size(image, where)
+        measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
+        size = Size(*measured) if measured else _size(image, where)
         captions = []
         for place, record in told.pop(_key(image, "id", where), []):
             annotation = coco.read_annotation(record, place, size, names.get(str(record.get("category_id"))), skip)
@@ -250,11 +250,12 @@ def _coco(content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequ
 
 
 def _label_studio(content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
-    for image in label_studio.read_tasks(content, show(path), skip):
-        size = Size(*image.size) if image.size else _measure(image.name, roots)
+    for image in label_studio.read_tasks(content, show(path), skip, partial(measure_named_image, roots=roots)):
+        size = image.size or measure_named_image(image.name, roots)
         if size is None:
             skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
             continue
+        size = Size(*size)
         regions = [_region(each, size, number, skip) for number, each in enumerate(image.annotations)]
         yield Captioned(image.name, size, regions, image.model)
 
@@ -279,14 +280,6 @@ def _image_beside(path: Path, name: str) -> str:
         return str(remove_parents(find_image(name, [path.parent])))
     except ImageNameError as error:
         raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
-
-
-def _measure(name: str, roots: Sequence[Path]) -> Size | None:
-    """The size of an image that is named in a file; None if it cannot be read."""
-    try:
-        return Size(*measure_image(find_image(name, roots)))
-    except ImageError:
-        return None
 
 
 def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) -> Caption:

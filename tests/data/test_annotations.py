@@ -161,3 +161,12 @@ def test_labelme_without_a_recorded_size_judges_boxes_by_the_present_image(folde
         (sample,) = Annotations("train", file=folder)
         assert sample.image.size == size
     assert sample.regions[0].box == (5, 5, 150, 29)
+
+
+def test_label_studio_without_a_recorded_size_measures_the_image(folder):
+    results = [each | {"original_width": None} for each in box("a", "cat")]
+    (folder / "export.json").write_text(json.dumps([task("0.png", *results)]))
+    for scale in (1, 3):
+        Image.new("RGB", (WIDTH * scale, HEIGHT * scale)).save(folder / "0.png")
+        (sample,) = Annotations("train", file=folder / "export.json")
+        assert sample.regions[0].box == pytest.approx((10 * scale, 15 * scale, 30 * scale, 21 * scale))

@@ -37,7 +37,19 @@ def task(*results, data=None, **more):
 def read(*tasks):
     """The images of tasks, and what was counted."""
     skip = SkipCounter()
-    return list(read_tasks(list(tasks), "ls.json", skip)), dict(skip.skipped)
+    return list(read_tasks(list(tasks), "ls.json", skip, unmeasured)), dict(skip.skipped)
+
+
+def unmeasured(name):
+    """The size of an image that does not exist."""
+    return None
+
+
+def read_rejecting(*tasks, measure=unmeasured):
+    """The images of tasks, and what was rejected."""
+    problems = []
+    images = list(read_tasks(list(tasks), "ls.json", pytest.fail, measure, lambda error: problems.append(str(error))))
+    return images, problems
 
 
 def region(*results):
@@ -111,8 +123,57 @@ def test_keypoint_alone_is_a_point():
 
 
 def test_keypoint_of_a_region_with_a_box_is_not_its_place():
-    found = region(result("keypointlabels", value={"x": 50, "y": 50, "width": 1}), rectangle())
+    ((image,), counted) = read(task(result("keypointlabels", value={"x": 50, "y": 50, "width": 1}), rectangle()))
+    (found,) = image.annotations
     assert (found.box, found.point) == ((10, 10, 30, 15), None)
+    assert counted == {"keypoint": 1}
+
+
+def test_label_studio_reader_merges_masks_of_a_region():
+    first, second = np.zeros((2, HEIGHT, WIDTH), bool)
+    first[3:6, 5:8], second[10:14, 20:24] = True, True
+    shapes = [result("brushlabels", value={"format": "rle", "rle": brush.pack(inside)}) for inside in (first, second)]
+    square = result("polygonlabels", value={"points": [[0, 0], [10, 0], [10, 20], [0, 20]]})
+    found = region(*shapes, square)
+    assert masks.area(found.mask) == 9 + 16 + 16
+    assert found.box == (0, 0, 24, 14)
+
+
+def test_label_studio_reader_counts_further_shapes_of_a_region():
+    points = [result("keypointlabels", value={"x": x, "y": 50, "width": 1}) for x in (10, 20, 20)]
+    ((image,), counted) = read(task(rectangle(), rectangle(x=0), rectangle()))
+    assert [each.box for each in image.annotations] == [(10, 10, 30, 15)]
+    assert counted == {"further box of a region": 1}
+    ((image,), counted) = read(task(*points))
+    assert [each.point for each in image.annotations] == [(4, 10)]
+    assert counted == {"keypoint": 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (rectangle("b") | {"original_width": "wide"}, "region 'b': 'original_width' and 'original_height' in whole"),
+        (rectangle("b") | {"original_width": 7}, "region 'b': an image of 7 x 20, and 40 x 20 in a result before"),
+        (3, "'result'[1]: an object, not 3"),
+        (rectangle("b", x="left"), "region 'b': a rectangle that cannot be read"),
+    ],
+)
+def test_label_studio_reader_rejects_only_the_bad_result(bad, message):
+    ((image,), problems) = read_rejecting(task(rectangle(), bad, rectangle("c", x=0)))
+    assert [each.box[0] for each in image.annotations] == [10, 0]
+    (problem,) = problems
+    assert message in problem
+
+
+def test_label_studio_reader_takes_a_missing_size_from_other_results_or_the_image():
+    unsized = rectangle("b", x=0) | {"original_width": None}
+    ((image,), problems) = read_rejecting(task(unsized, rectangle()))
+    assert ([each.box[2] for each in image.annotations], image.is_size_recorded, problems) == ([20, 30], True, [])
+    ((image,), problems) = read_rejecting(task(unsized), measure={"a.png": (80, 40)}.get)
+    assert ([each.box for each in image.annotations], image.is_size_recorded) == ([(0, 20, 40, 30)], False)
+    ((image,), problems) = read_rejecting(task(unsized))
+    assert (image.annotations, image.size) == ([], None)
+    assert "no 'original_width' and 'original_height', and no image to measure" in problems[0]
 
 
 def test_bitmask_is_empty_where_it_is_transparent():
@@ -238,14 +299,17 @@ def test_task_without_regions_is_an_image_without_regions():
         ([task(result("brushlabels", value={"rle": [1, 2]}))], "cut short"),
         ([task(result("bitmasklabels", value={"imageDataURL": "é"}))], "'imageDataURL' is not base64"),
         ([task(rectangle() | {"original_width": 10**9})], "more pixels than are allowed"),
-        ([task(rectangle(), rectangle("b") | {"original_width": 9})], "images of several sizes"),
+        (
+            [task(rectangle(), rectangle("b") | {"original_width": 9})],
+            "region 'b': an image of 9 x 20, and 40 x 20 in a result before",
+        ),
         ([task(rectangle(), result("textarea", value={"text": 3}))], "'text': text, not [3]"),
         ([{"data": {"image": "a.png"}, "annotations": 3}], "'annotations': a list, not 3"),
     ],
 )
 def test_a_damaged_record_is_named(content, message):
     with pytest.raises(AnnotationError) as raised:
-        list(read_tasks(content, "ls.json", SkipCounter()))
+        list(read_tasks(content, "ls.json", SkipCounter(), unmeasured))
     assert message in str(raised.value)
     assert str(raised.value).startswith("ls.json, task 0")
 
@@ -253,7 +317,7 @@ def test_a_damaged_record_is_named(content, message):
 def test_a_single_task_is_read():
     assert is_task(task())
     assert not is_task({"images": [], "annotations": []})
-    assert [each.name for each in read_tasks(task(), "ls.json", SkipCounter())] == ["a.png"]
+    assert [each.name for each in read_tasks(task(), "ls.json", SkipCounter(), unmeasured)] == ["a.png"]
 
 
 percent = st.floats(-50, 150).map(lambda value: round(value, 3))

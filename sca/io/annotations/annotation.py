@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from sca import masks
+from sca.io.numbers import is_int64
+
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]  # width, height
 Skip = Callable[[str, str], None]  # counts a reason, with the place of the record
@@ -22,6 +25,30 @@ Reject = Callable[[AnnotationError], None]  # receives what a region that cannot
 def raise_error(error: AnnotationError) -> None:
     """Refuse a whole file for one region that cannot be read."""
     raise error
+
+
+def read_size(record: Mapping[str, Any], keys: tuple[str, str], place: str) -> Size | None:
+    """Read the width and height of an image.
+
+    Args:
+        record: That has them.
+        keys: What it calls them.
+        place: The file and the record, for messages.
+
+    Returns:
+        Both in pixels; None where either is missing.
+
+    Raises:
+        AnnotationError: If they are no size of an image.
+    """
+    width, height = (record.get(key) for key in keys)
+    if width is None or height is None:
+        return None
+    if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
+        raise AnnotationError(f"{place}: {' and '.join(map(repr, keys))} in whole pixels, not {(width, height)!r:.40}")
+    if width * height > masks.PIXEL_LIMIT:
+        raise AnnotationError(f"{place}: an image of {width} x {height} has more pixels than are allowed")
+    return width, height
 
 
 class Annotation(NamedTuple):

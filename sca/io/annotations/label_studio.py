@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sca.io.annotations.annotation import (
     Size,
     Skip,
     raise_error,
+    read_size,
 )
 from sca.io.annotations.shapes import (
     Points,
@@ -33,11 +35,14 @@ from sca.io.numbers import is_finite_number
 
 Results = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
+Measure = Callable[[str], Size | None]
 SHAPES = ("rectangle", "polygon", "ellipse", "brush", "bitmask", "keypoint", "vector")
 SEVERAL = "task with several {}, of which one is read"
 
 
-def read_tasks(content: Any, where: str, skip: Skip, reject: Reject = raise_error) -> Iterator[AnnotatedImage]:
+def read_tasks(
+    content: Any, where: str, skip: Skip, measure: Measure, reject: Reject = raise_error
+) -> Iterator[AnnotatedImage]:
     """Read the images of an export, in order.
 
     A task's annotation is the first that is marked as ground truth, or else the first; cancelled ones are passed over.
@@ -47,32 +52,44 @@ def read_tasks(content: Any, where: str, skip: Skip, reject: Reject = raise_erro
         content: A list of tasks, or one task.
         where: The file, for messages.
         skip: Called for each task, result or part that cannot be kept.
-        reject: Called for each task or region that cannot be read, with an error that names it (default: raise it).
+        measure: Returns the size of an image by its name, None if it cannot; called where no shape records the size.
+        reject: Called for each task, result or region that cannot be read, with an error that names it; raises it by
+            default.
     """
     for number, task in enumerate(content if isinstance(content, list) else [content]):
         try:
-            images = _read_task(task, f"{where}, task {number}", skip, reject)
+            images = _read_task(task, f"{where}, task {number}", skip, measure, reject)
         except AnnotationError as error:
             reject(error)
         else:
             yield from images
 
 
-def _read_task(task: Any, place: str, skip: Skip, reject: Reject) -> list[AnnotatedImage]:
+def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reject) -> list[AnnotatedImage]:
     if "data" not in _table(task, place):
         raise AnnotationError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
     data = _table(task["data"], f"{place}, 'data'")
     chosen = choose_annotation(task, place, skip)
-    results = _tables(chosen.get("result") or [], place)
+    results = _read_results(chosen.get("result") or [], f"{place}, 'result'", reject)
     images = name_images(data, results, place)
     model = chosen.get("model_version") if isinstance(chosen.get("model_version"), str) else None
     found = []
     for (key, index), name in images.items():
         its = [each for each in results if _is_of(each, key, index, images)]
-        size = read_size(its, data, len(images), place)
+        recorded, its = agree_size(its, data, len(images) == 1, place, reject)
+        size = recorded or (measure(name) if any(map(_kind, its)) else None)
         regions = read_regions(its, size, place, skip, reject)
-        found.append(AnnotatedImage(place, name, size, regions, model))
+        found.append(AnnotatedImage(place, name, size, regions, model, is_size_recorded=recorded is not None))
     return found
+
+
+def _read_results(results: Any, place: str, reject: Reject) -> list[Mapping[str, Any]]:
+    if not isinstance(results, list):
+        raise AnnotationError(f"{place}: a list, not {results!r:.40}")
+    for number, result in enumerate(results):
+        if not isinstance(result, Mapping):
+            reject(AnnotationError(f"{place}[{number}]: an object, not {result!r:.40}"))
+    return [result for result in results if isinstance(result, Mapping)]
 
 
 def is_task(content: Any) -> bool:
@@ -129,35 +146,73 @@ def name_images(data: Mapping[str, Any], results: Results, place: str) -> dict[t
     return images
 
 
-def read_size(results: Results, data: Mapping[str, Any], images: int, place: str) -> Size | None:
-    """Return the width and height that the shapes record, or else the task's data, as our export does; None if none."""
-    sizes = [(each.get("original_width"), each.get("original_height")) for each in results if _kind(each)]
-    if not sizes and images == 1 and {"width", "height"} <= data.keys():
-        sizes = [(data["width"], data["height"])]
-    if other := next((size for size in sizes if size != sizes[0]), None):
-        raise AnnotationError(f"{place}: its results are of images of several sizes: {sizes[0]!r:.40}, {other!r:.40}")
-    for width, height in sizes[:1]:
-        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height)):
-            raise AnnotationError(
-                f"{place}: 'original_width' and 'original_height' in whole pixels, not {width!r:.20}, {height!r:.20}"
-            )
-        if width * height > masks.PIXEL_LIMIT:
-            raise AnnotationError(f"{place}: an image of {width} x {height} has more pixels than are allowed")
-        return width, height
-    return None
+def agree_size(
+    results: Results, data: Mapping[str, Any], is_only: bool, place: str, reject: Reject = raise_error
+) -> tuple[Size | None, Results]:
+    """Find the size of an image: the one that its first shape records, or else the task's data, as our export does.
+
+    Args:
+        results: Of the image.
+        data: Of the task.
+        is_only: Whether the task has one image.
+        place: The task, for messages.
+        reject: Called for each shape that records no size of an image, or another one.
+
+    Returns:
+        Width and height, None if nothing records them; and the results without the rejected ones.
+    """
+    size, kept = None, []
+    for number, result in enumerate(results):
+        try:
+            recorded = _recorded_size(result, number, size, place)
+        except AnnotationError as error:
+            reject(error)
+        else:
+            size = size or recorded
+            kept.append(result)
+    if size is None and is_only:
+        with suppress(AnnotationError):  # columns of the user's own
+            size = read_size(data, ("width", "height"), place)
+    return size, kept
+
+
+def _recorded_size(result: Mapping[str, Any], number: int, known: Size | None, place: str) -> Size | None:
+    """Return the size that a shape records; None for one without, and for a result without a shape."""
+    if not _kind(result):
+        return None
+    where = f"{place}, {_name_region(result, number)}"
+    size = read_size(result, ("original_width", "original_height"), where)
+    if size and known and size != known:
+        raise AnnotationError(
+            f"{where}: an image of {size[0]} x {size[1]}, and {known[0]} x {known[1]} in a result before"
+        )
+    return size
+
+
+def _name_region(result: Mapping[str, Any], number: int) -> str:
+    identity = result.get("id")
+    return f"region {identity!r}" if isinstance(identity, str) else f"result {number}"
 
 
 def read_regions(
     results: Results, size: Size | None, place: str, skip: Skip, reject: Reject = raise_error
 ) -> list[Annotation]:
-    """Read the regions of one image: results with the same id are one region."""
+    """Read the regions of one image: results with the same id are one region.
+
+    Args:
+        results: Of the image.
+        size: Width and height; without them no shape can be read.
+        place: The task, for messages.
+        skip: Called for each result or part that cannot be kept.
+        reject: Called for each region that cannot be read, with an error that names it (default: raise it).
+    """
     regions: dict[Any, list[Mapping[str, Any]]] = {}
     for number, result in enumerate(results):
         identity = result.get("id")
         regions.setdefault(identity if isinstance(identity, str) else number, []).append(result)
     found = []
-    for identity, pieces in regions.items():
-        where = f"{place}, {'region' if isinstance(identity, str) else 'result'} {identity!r}"
+    for number, pieces in enumerate(regions.values()):
+        where = f"{place}, {_name_region(pieces[0], number)}"
         shapes = [piece for piece in pieces if _kind(piece)]
         for kind in (piece.get("type") for piece in pieces if not _kind(piece)):
             if kind == "textarea" and not shapes:
@@ -165,7 +220,7 @@ def read_regions(
             elif kind not in ("textarea", "labels"):
                 skip(kind if isinstance(kind, str) else "result without a type", where)
         try:
-            region = _read_region(pieces, shapes, size, where, skip) if shapes and size else None
+            region = _read_region(pieces, shapes, size, where, skip) if shapes else None
         except AnnotationError as error:
             reject(error)
         else:
@@ -173,26 +228,44 @@ def read_regions(
     return found
 
 
-def _read_region(pieces: Results, shapes: Results, size: Size, place: str, skip: Skip) -> Annotation | None:
-    box, mask, point = None, None, None
+def _read_region(pieces: Results, shapes: Results, size: Size | None, place: str, skip: Skip) -> Annotation | None:
+    if size is None:
+        raise AnnotationError(f"{place}: no 'original_width' and 'original_height', and no image to measure")
+    geometry = _read_geometry(shapes, size, place, skip)
+    if geometry is None:
+        return None
+    captions = tuple(text for piece in pieces for text in _texts(piece, place))
+    labels = dict.fromkeys(label for piece in pieces for label in _labels(piece))
+    score = next((piece["score"] for piece in pieces if piece.get("score") is not None), None)
+    return Annotation(place, *geometry, ", ".join(labels) or None, captions, score)
+
+
+def _read_geometry(
+    shapes: Results, size: Size, place: str, skip: Skip
+) -> tuple[Box | None, Mapping[str, Any] | None, Point | None] | None:
+    """Read the shapes of a region: the union of its masks, its first box, or else its first point. Others are counted,
+    except repetitions.
+    """
+    boxes, codes, points = dict[Box, None](), list[Mapping[str, Any]](), dict[Point, None]()
     for piece in shapes:
         turn = piece.get("image_rotation")
         if is_finite_number(turn) and turn % 360:
             skip("region on an image that was turned in Label Studio", place)
         elif _kind(piece) == "keypoint" and piece.get("parentID"):
             skip("keypoint", place)
-        elif piece.get("type") != "labels" or not (box or mask or point):  # which repeats a shape of its own
-            new_box, new_mask, new_point = read_shape(piece, size, place, skip)
-            box, mask, point = box or new_box, mask or new_mask, point or new_point
-    if mask and not box:
-        box = masks.box_of(mask)
-    if not (box or mask or point):
-        return None
-    captions = tuple(text for piece in pieces for text in _texts(piece, place))
-    labels = dict.fromkeys(label for piece in pieces for label in _labels(piece))
-    score = next((piece["score"] for piece in pieces if piece.get("score") is not None), None)
-    point = None if box or mask else point
-    return Annotation(place, box, mask, point, ", ".join(labels) or None, captions, score)
+        else:
+            box, mask, point = read_shape(piece, size, place, skip)
+            boxes |= {box: None} if box and not mask else {}
+            codes += [mask] if mask else []
+            points |= {point: None} if point else {}
+    mask = masks.merge(codes) if codes else None
+    for _ in list(boxes)[1:]:
+        skip("further box of a region", place)
+    for _ in list(points)[0 if boxes or mask else 1 :]:
+        skip("keypoint", place)
+    if boxes or mask:
+        return next(iter(boxes), None) or (masks.box_of(mask) if mask else None), mask, None
+    return (None, None, next(iter(points))) if points else None
 
 
 def read_shape(

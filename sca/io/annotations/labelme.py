@@ -18,12 +18,13 @@ from PIL import Image, ImageDraw
 
 from sca import masks
 from sca.images import ImageError, open_image, read_image
-from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, Size, Skip, raise_error
+from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, Size, Skip, raise_error, read_size
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
 from sca.io.numbers import is_finite_number
 
 IGNORED = "__ignore__"  # the label of pixels that count for nothing
 POLYGONS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
+SIDES = ("imageWidth", "imageHeight")
 LINES = ("line", "linestrip")
 MIN_POINTS = dict.fromkeys(POLYGONS, 3) | {"rectangle": 2, "circle": 2, "mask": 1}  # of shapes with an inside
 
@@ -35,32 +36,13 @@ class Shape(NamedTuple):
     record: Mapping[str, Any]
 
 
-def read_size(content: Mapping[str, Any], where: str) -> Size | None:
-    """Return the `imageWidth` and `imageHeight` of a file; None where either is missing.
-
-    Raises:
-        AnnotationError: If they are no size of an image.
-    """
-    sides = content.get("imageWidth"), content.get("imageHeight")
-    if None in sides:
-        return None
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        raise AnnotationError(f"{where}: 'imageWidth' and 'imageHeight' in whole pixels, not {sides!r:.40}")
-    width, height = sides
-    assert isinstance(width, int)
-    assert isinstance(height, int)
-    if width * height > masks.PIXEL_LIMIT:
-        raise AnnotationError(f"{where}: an image of {width} x {height} has more pixels than are allowed")
-    return width, height
-
-
 def find_size(content: Mapping[str, Any], image: Path, where: str) -> Size:
     """Return the size of the image: as the file records it, or else that of the image file, or of the image inside.
 
     Raises:
         AnnotationError: If nothing says how large the image is.
     """
-    if recorded := read_size(content, where):
+    if recorded := read_size(content, SIDES, where):
         return recorded
     try:
         return open_image_of(content, image, where).size
