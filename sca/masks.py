@@ -15,6 +15,10 @@ from pycocotools import mask as coco
 
 RLE = Mapping[str, Any]
 PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
+LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
+SOFT_MAXIMUM = 224  # the least maximum of 8-bit probabilities; labels and instances rarely have as high numbers
+MAX_LABELS = 16  # different values of a mask that may be labels
+SMOOTH_EDGE = 0.1  # of the pixels inside: the most that smooth edges have, if they have few values
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
@@ -32,13 +36,14 @@ def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
     """Return where a mask is inside, as (height, width) bool.
 
     Args:
-        values: (height, width) or (1, height, width). Booleans and integers are inside where they are not 0, and so are
-            floating-point values of which one other than 0 exists. Otherwise floating-point values in 0..1 are
-            probabilities, inside from 0.5; with negative ones they are logits, inside above 0, as SAM returns them.
+        values: (height, width) or (1, height, width). Values of which at most one other than 0 exists are inside where
+            they are not 0. Otherwise integers up to 255 are inside from 128 if they can only be probabilities or smooth
+            edges, floating-point values in 0..1 are probabilities, inside from 0.5, and with negative ones they are
+            logits, inside above 0, as SAM returns them.
         is_lossy: The values come from a lossy image format: inside is what exceeds half of the maximum.
 
     Raises:
-        ValueError: Another shape or type, NaN, or floating-point values that are none of these.
+        ValueError: Another shape or type, NaN, or values that are none of these, such as a label map.
     """
     if values.ndim == 3 and len(values) == 1:
         values = values[0]
@@ -46,15 +51,17 @@ def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
         raise ValueError(f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers")
     if is_lossy and values.size:
         return values > values.max() / 2
-    if values.dtype.kind != "f" or not values.size:
+    if values.dtype.kind == "b" or not values.size:
         return values != 0
-    low, high = float(values.min()), float(values.max())
+    low, high = values.min().item(), values.max().item()
     if np.isnan(low):
         raise ValueError("a value is NaN; replace NaN by 0 outside the region")
+    if low >= 0 and ((values == 0) | (values == high)).all():
+        return values != 0
+    if values.dtype.kind != "f":
+        return _binarize_integers(values, low, high)
     if low < 0:
         return values > 0
-    if ((values == 0) | (values == high)).all():
-        return values != 0
     if high <= 1:
         return values >= 0.5
     raise ValueError(
@@ -63,10 +70,50 @@ def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
     )
 
 
-def resize(code: RLE, width: int, height: int) -> dict[str, Any]:
-    """Scale an RLE to `width` x `height` pixels by nearest neighbor."""
-    image = Image.fromarray(decode(code))
-    return encode(np.asarray(image.resize((width, height), Image.Resampling.NEAREST)))
+def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return where probabilities of 0..255, or a mask with smooth edges, are at least half. ValueError for others."""
+    distinct = np.unique(values)
+    if low >= 0 and SOFT_MAXIMUM <= high <= 255:
+        between = ((values > 0) & (values < high)).sum()
+        if len(distinct) > MAX_LABELS or between < (values == high).sum() * SMOOTH_EDGE:
+            return values >= 128
+    shown = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+    raise ValueError(
+        f"{len(distinct)} different integers ({shown}) are neither a mask (0 outside, one value inside) nor "
+        "probabilities (0..255); of a label map give one label, `values == LABEL`"
+    )
+
+
+def binarize_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
+    """Return where a mask that is an image is inside, see `binarize`: its alpha channel, or else its colors.
+
+    Args:
+        image: Any mode. Transparent pixels are outside.
+        is_lossy: It comes from a format of `LOSSY`.
+
+    Returns:
+        (height, width) bool.
+
+    Raises:
+        ValueError: As for `binarize`.
+    """
+    values = np.asarray(image)
+    if image.mode not in ("LA", "RGBA"):
+        return binarize(values if values.ndim == 2 else values.max(-1), is_lossy)
+    colors, alpha = values[..., :-1].max(-1), values[..., -1]
+    if is_lossy or alpha.min() == alpha.max():
+        return binarize(colors, is_lossy) & binarize(alpha)
+    return (colors != 0) & binarize(alpha)
+
+
+def resize(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Scale a mask (h, w) bool to (height, width) by nearest neighbor."""
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def resize_code(code: RLE, width: int, height: int) -> dict[str, Any]:
+    """Scale an RLE to `width` x `height` pixels, as `resize` does."""
+    return encode(resize(decode(code), width, height))
 
 
 def merge(codes: Sequence[RLE]) -> dict[str, Any]:

@@ -16,23 +16,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 from sca_registry.contracts import Prompt
 
 from sca import masks
 from sca.images import identify_image, show
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter
-from sca.io.coordinates import compare_sizes, find_normalized_scale, scale_to_pixels
+from sca.io.coordinates import Box, clip_box, compare_sizes, find_normalized_scale, scale_box, scale_to_pixels
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageFiles, ImageNameError, expand_user, find_image, measure_named_image, possible_file_names
 
-Box = tuple[float, float, float, float]
 Point = tuple[float, float, int]
 NPY = b"\x93NUMPY"  # what an array file begins with
-LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
 MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
 
 _BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
@@ -95,8 +93,7 @@ def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
     """Read a mask file.
 
     Args:
-        path: A .npy array, see `sca.masks.binarize`, or an image. An image is inside where it is neither 0 nor
-            transparent; in a lossy format, where it exceeds half of its maximum.
+        path: A .npy array, see `sca.masks.binarize`, or an image, see `sca.masks.binarize_image`.
         allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
 
     Returns:
@@ -114,13 +111,7 @@ def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
                 mapped = {} if is_piped else {"mmap_mode": "r"}
                 return masks.binarize(np.load(file if is_piped else path, **mapped, allow_pickle=False))
             with identify_image(file) as image:
-                is_lossy = image.format in LOSSY
-                upright = ImageOps.exif_transpose(image)
-                values = np.asarray(upright)
-                if upright.mode in ("LA", "RGBA"):
-                    inside = masks.binarize(values[..., :-1].max(-1), is_lossy)
-                    return inside & (values[..., -1] != 0)
-                return masks.binarize(values if values.ndim == 2 else values.max(-1), is_lossy)
+                return masks.binarize_image(ImageOps.exif_transpose(image), image.format in masks.LOSSY)
     except UnidentifiedImageError as error:
         raise PromptError(f"cannot read the mask {show(path)}: it is no image; {_MASK}") from error
     except Exception as error:  # a decoder may raise anything for damaged data
@@ -192,12 +183,11 @@ def _clipped(box: Box, width: int, height: int) -> Box:
             raise PromptError(
                 f"the box {text} is {state}: {axis}2 must be greater than {axis}1; write x1,y1,x2,y2{hint}"
             )
-    clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    is_outside = clipped[2] <= clipped[0] or clipped[3] <= clipped[1]
+    clipped = clip_box(box, width, height)
     scale = find_normalized_scale(box, width, height)
-    if not is_outside and scale is None:
+    if clipped is not None and scale is None:
         return clipped
-    problem = f"{'lies outside' if is_outside else 'leaves'} the {width} x {height} image"
+    problem = f"{'lies outside' if clipped is None else 'leaves'} the {width} x {height} image"
     if scale == 1:
         problem = f"lies within 0..1 of the {width} x {height} image"
     hint = "boxes are x1,y1,x2,y2 in its pixels"
@@ -284,14 +274,21 @@ def _scale(prompt: Prompt, recorded: Size, actual: Size) -> Prompt:
     Raises ValueError if the aspect ratios differ.
     """
     across, down = compare_sizes(recorded, actual)
-    box = prompt.box and (prompt.box[0] * across, prompt.box[1] * down, prompt.box[2] * across, prompt.box[3] * down)
+    box = prompt.box and scale_box(prompt.box, (across, down))
     points = tuple(
-        (max(0.0, (x + 0.5) * across - 0.5), max(0.0, (y + 0.5) * down - 0.5), label) for x, y, label in prompt.points
+        (_scale_inside(x, across, recorded[0], actual[0]), _scale_inside(y, down, recorded[1], actual[1]), label)
+        for x, y, label in prompt.points
     )
     mask = prompt.mask
     if mask is not None and mask.shape == recorded[::-1]:
-        mask = np.asarray(Image.fromarray(mask).resize(actual, Image.Resampling.NEAREST))
+        mask = masks.resize(mask, *actual)
     return Prompt(box, points, mask)
+
+
+def _scale_inside(value: float, factor: float, recorded: int, actual: int) -> float:
+    """Scale a coordinate; one inside the recorded side stays inside the actual one, however it is rounded."""
+    scaled = value * factor
+    return min(scaled, math.nextafter(actual, 0)) if value < recorded else scaled
 
 
 class RegionPrompts(Mapping[str, list[Prompt]]):

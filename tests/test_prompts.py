@@ -1,6 +1,7 @@
 """Prompts are read as they were meant, or refused in one line that names the place."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -92,6 +93,57 @@ def test_mask_array_is_thresholded_by_what_it_contains(tmp_path, values):
     np.save(tmp_path / "mask.npy", values(disc()))
     assert (read_mask(tmp_path / "mask.npy") == disc()).all()
     assert (check(Prompt(mask=values(disc())), 20, 10).mask == disc()).all()
+
+
+def soft(inside, low=3, high=253):
+    """A mask whose values fall off from its center, as 8-bit probabilities."""
+    y, x = np.mgrid[: inside.shape[0], : inside.shape[1]]
+    distance = np.hypot(x - inside.shape[1] / 2, y - inside.shape[0] / 2)
+    return np.rint(low + (high - low) * np.exp(-((distance / 20) ** 2))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["png", "npy", "alpha"])
+def test_mask_of_eight_bit_probabilities_is_inside_from_half(tmp_path, kind):
+    values = soft(np.zeros((100, 120), bool))
+    if kind == "npy":
+        np.save(tmp_path / "mask.npy", values)
+    else:
+        image = Image.fromarray(values)
+        if kind == "alpha":
+            image = Image.merge("LA", (Image.new("L", image.size, 255), image))
+        image.save(tmp_path / "mask.png")
+    found = read_mask(tmp_path / f"mask.{'npy' if kind == 'npy' else 'png'}")
+    assert (found == (values >= 128)).all()
+    assert 0.02 < found.mean() < 0.1
+
+
+def test_mask_with_smooth_edges_is_inside_from_half():
+    values = np.zeros((64, 64), np.uint8)
+    values[10:50, 10:50] = 255
+    values[10, 10:50], values[49, 10:50] = 100, 200
+    inside = check(Prompt(mask=values), 64, 64).mask
+    assert (inside == (values >= 128)).all()
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 2), (1, 2), (0, 15, 255), (0, 1, 300), (-1, 0, 1), (0, 128, 255)])
+def test_mask_of_several_labels_is_refused_with_what_to_do(tmp_path, labels):
+    values = np.resize(np.repeat(labels, 7), (10, 20))
+    assert "values == LABEL" in refusal(check, Prompt(mask=values), 20, 10)
+    np.save(tmp_path / "mask.npy", values)
+    assert "different integers" in refusal(read_mask, tmp_path / "mask.npy")
+
+
+def test_points_at_the_edge_of_a_resized_image_stay_inside(tmp_path):
+    points = [[99.9, 0, 1], [0, 99.9, 1], [math.nextafter(100, 0), 50, 1]]
+    line = {"image": "a", "points": points, "width": 100, "height": 100}
+    prompts = read_prompts(write_lines(tmp_path / "r.jsonl", line))
+    for side in (200, 301, 50, 33):
+        (prompt,), problems = prompts.fitting("a", side, side)
+        assert not problems
+        assert prompt.points[0] == pytest.approx((99.9 * side / 100, 0, 1))
+    line["points"] = [[100, 50, 1]]
+    _, problems = read_prompts(write_lines(tmp_path / "s.jsonl", line)).fitting("a", 200, 200)
+    assert "the point 200,100,1 is outside" in problems[0]
 
 
 @pytest.mark.parametrize("value", [np.nan, 17.5])
@@ -494,7 +546,7 @@ def test_prompts_for_a_resized_image_are_scaled(tmp_path, factor):
     (box, point, mask), problems = prompts.fitting("a.png", width, height)
     assert not problems
     assert box.box == tuple(value * factor for value in (2, 4, 10, 8))
-    assert point.points[0] == pytest.approx((3.5 * factor - 0.5, 5.5 * factor - 0.5, 1))
+    assert point.points[0] == (3 * factor, 5 * factor, 1)
     assert mask.mask.shape == (height, width)
     assert masks.box_of(mask.mask) == pytest.approx([value * factor for value in (3, 2, 9, 6)], abs=0.5)
 

@@ -14,7 +14,7 @@ from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Box
+from sca.io.coordinates import Box
 from sca.io.paths import ImageFiles, expand_user, split_name
 
 WHAT = "COCO's format is an object with images, annotations and categories"

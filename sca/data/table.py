@@ -41,9 +41,9 @@ from tqdm.auto import tqdm
 from sca.data import fields
 from sca.images import ImageError, measure_image, open_image
 from sca.io.atomic import FolderError, sync, write_file
-from sca.io.coordinates import compare_sizes, find_normalized_scale
+from sca.io.coordinates import clip_box, compare_sizes, find_normalized_scale, scale_box
 from sca.io.paths import ImageNameError, find_image, is_url
-from sca.masks import box_of, resize
+from sca.masks import box_of, resize_code
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
@@ -191,8 +191,8 @@ class TableDataset:
                 return  # counted already
             mask = (mask[0], {"size": [height, width], "counts": counts})
             box = box_of(mask[1])
-        clipped = [min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True)]
-        if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        clipped = clip_box(box, width, height)
+        if clipped is None:
             return self._skip("empty box", place)
         if (scale := find_normalized_scale(box, width, height)) is not None:
             return self._skip("normalized box", f"{place}, in 0..{scale} of a {width} x {height} image")
@@ -201,7 +201,7 @@ class TableDataset:
             return self._skip("region without words", place)
         for _ in range(len(phrases) - len(told)):
             self._skip("blank phrase", place)
-        if clipped != list(box):
+        if clipped != tuple(box):
             self._skip("box clipped", place)
         image["regions"].append(
             {
@@ -504,11 +504,10 @@ def _region(stored: dict[str, Any], width: int, height: int) -> Region:
 
 def _fit(region: Region, scale: tuple[float, float], size: tuple[int, int]) -> Region | None:
     """Scale a region to an image of another size and clip it there; None if nothing of it is inside."""
-    x1, y1, x2, y2 = (value * factor for value, factor in zip(region.box, scale * 2, strict=True))
-    box = x1, y1, min(x2, float(size[0])), min(y2, float(size[1]))
-    if box[2] <= box[0] or box[3] <= box[1]:
+    box = clip_box(scale_box(region.box, scale), *size)
+    if box is None:
         return None
-    return dataclasses.replace(region, box=box, mask=None if region.mask is None else resize(region.mask, *size))
+    return dataclasses.replace(region, box=box, mask=None if region.mask is None else resize_code(region.mask, *size))
 
 
 def _digest(told: Any) -> str:

@@ -1,12 +1,14 @@
 """Coordinates and sizes that a person or a file states, compared with the image they belong to.
 
-Coordinates are pixels of the upright image: x to the right, y down, from the upper left corner.
+Coordinates are pixels of the upright image: x to the right, y down, from the upper left corner. They are continuous:
+pixel (x, y) covers x..x+1, y..y+1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+Box = tuple[float, float, float, float]
 OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
 
 
@@ -56,3 +58,15 @@ def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[f
             f"(width x height): {cause}; use the image that was annotated"
         )
     return actual[0] / recorded[0], actual[1] / recorded[1]
+
+
+def scale_box(box: Box, factors: tuple[float, float]) -> Box:
+    """Scale x1, y1, x2, y2 by the factors across and down, see `compare_sizes`."""
+    (x1, y1, x2, y2), (across, down) = box, factors
+    return x1 * across, y1 * down, x2 * across, y2 * down
+
+
+def clip_box(box: Sequence[float], width: int, height: int) -> Box | None:
+    """Clip x1, y1, x2, y2 to an image; None if nothing of it is inside."""
+    x1, y1, x2, y2 = (min(max(float(v), 0.0), float(limit)) for v, limit in zip(box, (width, height) * 2, strict=True))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None

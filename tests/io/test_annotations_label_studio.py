@@ -185,6 +185,17 @@ def test_bitmask_is_empty_where_it_is_transparent():
     assert region(result("bitmasklabels", value={"imageDataURL": data})).box == (0, 0, 7, HEIGHT)
 
 
+def test_bitmask_of_a_lossy_image_has_no_ringing():
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[3:17, 5:30] = True
+    content = io.BytesIO()
+    Image.fromarray(inside).convert("L").save(content, "JPEG", quality=60)
+    assert (np.asarray(Image.open(content)) != 0).sum() > inside.sum() * 1.1
+    data = base64.b64encode(content.getvalue()).decode()
+    found = region(result("bitmasklabels", value={"imageDataURL": data}))
+    assert (masks.decode(found.mask) != inside).mean() < 0.02
+
+
 def test_brush_is_read_with_runs_that_do_not_repeat():
     values = "00000000" * 4 + "11111111" * 4 + "00000000" * 3 + "00000001"
     bits = f"{12:032b}{7:05b}" + "0010" + "0011" + "0111" + "1111" + "0" + "01" + f"{11:04b}" + values

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sca import masks
+from sca.io.coordinates import Box
 from sca.io.numbers import is_int64
 
-Box = tuple[float, float, float, float]
 Size = tuple[int, int]  # width, height
 Skip = Callable[[str, str], None]  # counts a reason, with the place of the record
 EXAMPLES = 5  # places that are remembered per reason

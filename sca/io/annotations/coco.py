@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sca import masks
-from sca.io.annotations.annotation import Annotation, AnnotationError, Box, Size, Skip
+from sca.io.annotations.annotation import Annotation, AnnotationError, Size, Skip
 from sca.io.annotations.shapes import Points, bound_points, fill_polygons
+from sca.io.coordinates import Box
 from sca.io.numbers import is_finite_number
 
 SHORT = "polygon of fewer than three points"

@@ -16,7 +16,6 @@ from sca.io.annotations.annotation import (
     AnnotatedImage,
     Annotation,
     AnnotationError,
-    Box,
     Reject,
     Size,
     Skip,
@@ -31,6 +30,7 @@ from sca.io.annotations.shapes import (
     rotate_rectangle,
     trace_ellipse,
 )
+from sca.io.coordinates import Box
 from sca.io.numbers import is_finite_number
 
 Results = Sequence[Mapping[str, Any]]

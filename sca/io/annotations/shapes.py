@@ -14,10 +14,11 @@ from pycocotools import mask as rle
 
 from sca import masks
 from sca.images import ImageError, inspect_image
-from sca.io.annotations.annotation import Box, Size
+from sca.io.annotations.annotation import Size
+from sca.io.coordinates import Box
 
 Points = Sequence[tuple[float, float]]
-REACH = 4  # points may lie outside by so many times the image's longer side: farther ones take long to draw
+REACH = 4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
 ELLIPSE_CORNERS = 360
 MAX_EMBEDDED_BYTES = 64 * 2**20  # of an image inside an annotation file, as base64
 
@@ -97,7 +98,7 @@ def decode_mask(text: Any, what: str, size: Size) -> np.ndarray:
         size: Width and height of the annotated image, which a mask may not exceed.
 
     Returns:
-        (height, width) bool of the mask's own size: true where a pixel is neither zero nor transparent.
+        (height, width) bool of the mask's own size, see `masks.binarize_image`.
 
     Raises:
         ValueError: If it cannot be read, or is larger than the image.
@@ -107,13 +108,6 @@ def decode_mask(text: Any, what: str, size: Size) -> np.ndarray:
         if image.width > size[0] or image.height > size[1]:
             raise ValueError(f"{what} is {image.width} x {image.height}, larger than the image")
         with image:
-            return find_inside(np.asarray(image), image.mode in ("LA", "RGBA"))
+            return masks.binarize_image(image, image.format in masks.LOSSY)
     except (ImageError, OSError, SyntaxError) as error:  # the latter two: damaged pixels behind a good header
         raise ValueError(f"{what}: {error}") from error
-
-
-def find_inside(values: np.ndarray, has_alpha: bool) -> np.ndarray:
-    """(height, width) or (height, width, channels) -> bool, true where a pixel is neither zero nor transparent."""
-    if has_alpha:
-        return values[..., :-1].any(-1) & (values[..., -1] != 0)
-    return values != 0 if values.ndim == 2 else values.any(-1)
