@@ -536,16 +536,12 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
 
 
 def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
-    box = _at(where, "bbox", coco.read_box, annotation.get("bbox"))
-    if box is not None and (box[2] <= box[0] or box[3] <= box[1]):
-        raise PromptError(f"{where}, 'bbox': {_quoted(annotation['bbox'])} has no area; width and height are above 0")
-    if box is None and annotation.get("segmentation"):
-        bound = partial(coco.bound_segmentation, count=lambda reason: skip(reason, where))
-        box = _at(where, "segmentation", bound, annotation["segmentation"])
-        if box is None:
-            raise PromptError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+    try:
+        box = coco.read_annotation(annotation, where, None, None, skip).box
+    except AnnotationError as error:
+        raise PromptError(str(error)) from error
     if box is None:
-        raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+        raise PromptError(f"{where}: no 'bbox' or 'segmentation' with an area; an annotation needs one to be a prompt")
     return box
 
 

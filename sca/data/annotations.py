@@ -40,7 +40,7 @@ class Annotations(TableDataset):
     ):
         self.hold_out = hold_out
         self.file = find_split(str(expand_user(file)), split)
-        files = sorted(self.file.glob("*.json")) if self.file.is_dir() else [self.file]
+        files = labelme.list_files(self.file) if self.file.is_dir() else [self.file]
         if not files or not files[0].is_file():
             raise ValueError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
         folder = files[0].parent if images is None else expand_user(images)
@@ -70,9 +70,10 @@ class Annotations(TableDataset):
             if region.box is None:
                 self._skip("region without a box or mask", region.place)
                 continue
-            mask = ("mask", region.mask)
+            if region.unread:
+                self._skip(region.unread, region.place)
             captions = [text.strip() for text in region.captions]
-            self._keep(image, identity, region.box, region.place, mask, name=region.label, phrases=captions)
+            self._keep(image, identity, region.box, region.place, region.mask, name=region.label, phrases=captions)
         return image
 
     def _open_image(self, name: str) -> Image.Image:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import Reject, field, identified, note_unread_caption, phrases, size
+from sca.data.fields import Reject, field, identified, phrases, size
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
-from sca.io.coordinates import Box
+from sca.io.annotations.annotation import Annotation, Skip
 from sca.io.paths import ImageFiles, expand_user, split_name
 
 WHAT = "COCO's format is an object with images, annotations and categories"
@@ -82,7 +82,7 @@ class Coco(TableDataset):
 
     Segmentations may be polygons, uncompressed or compressed RLE, and stand in for a bbox that is missing. A region's
     name is its category's, with underscores read as spaces; its phrases are the annotation's "caption" (a string or a
-    list of them), and its attributes the annotation's "attributes". Crowds are left out, polygons of fewer than three
+    list of them), and its attributes the annotation's "attributes". Crowds are left out, polygons with fewer than three
     points and keypoints are dropped; all are counted. The file is streamed: however large it is, it is never in memory
     as a whole. The rest is that of `TableDataset`.
     """
@@ -133,15 +133,17 @@ class Coco(TableDataset):
         name = self._name(record, place, found) if self.named else None
         if record.get("iscrowd"):
             return self._skip("crowd", place)
-        if coco.has_keypoints(record):
-            self._skip("keypoints", place)
-        note_unread_caption(record, ("caption",), place, self._skip)
+        region = read_region(record, place, image, self._skip)
+        if region is None:
+            return
+        if region.unread:
+            self._skip(region.unread, place)
         self._keep(
             image,
             record["id"],
-            box(record, place),
+            region.box,
             place,
-            mask=("segmentation", coco.find_segmentation(record)),
+            mask=region.mask,
             name=name,
             phrases=phrases(record.get("caption"), "caption", place),
             attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
@@ -261,17 +263,23 @@ class CocoJson(Coco):
         return sizes[0] == sizes[1]
 
 
-def box(record: dict[str, Any], place: str) -> Box | None:
-    """x1 y1 x2 y2 of an annotation; None where it has only a segmentation."""
-    if not record.get("bbox") and coco.find_segmentation(record):
-        return None
-    try:
-        found = coco.read_box(record.get("bbox"))
-    except ValueError as error:
-        raise ValueError(f"{place}: bbox {error}") from error
-    if found is None:
+def read_region(record: dict[str, Any], place: str, image: dict[str, Any], skip: Skip) -> Annotation | None:
+    """Read an annotation of an image, which is a row of the table.
+
+    Returns:
+        The annotation, which has a box; None, and counted, if its box and its mask are empty.
+
+    Raises:
+        ValueError: If it cannot be read, or has neither a box nor a mask. One line that names it.
+    """
+    region = coco.read_annotation(record, place, (image["width"], image["height"]), None, skip)
+    if region.box is not None:
+        return region
+    if not record.get("bbox") and not record.get("segmentation"):
         raise ValueError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
-    return found
+    if not record.get("segmentation") and not any(record["bbox"]):
+        skip("empty box", place)  # others are counted already
+    return None
 
 
 def find(

@@ -102,7 +102,7 @@ class CocoPanoptic(TableDataset):
     ) -> None:
         if not mask.any():
             return self._skip("segment without a pixel", place)
-        self._keep(image, identity, None, place, mask=("mask", encode(mask)), name=name, attributes={"kind": kind})
+        self._keep(image, identity, None, place, mask=encode(mask), name=name, attributes={"kind": kind})
 
 
 def _plain(name: str) -> str:

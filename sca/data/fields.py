@@ -15,23 +15,11 @@ from typing import Any
 
 from sca import masks
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Skip
+from sca.io.annotations.annotation import Skip, find_unread_caption
 from sca.io.json import JsonError, parse_json, read_regular_file
 from sca.io.numbers import is_int64
 
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
-
-CAPTION_KEYS = (
-    "caption",
-    "captions",
-    "phrase",
-    "phrases",
-    "text",
-    "description",
-    "sentence",
-    "sentences",
-    "expression",
-)
 
 Reject = Callable[[ValueError], None]  # counts a record of which nothing can be made
 
@@ -145,25 +133,24 @@ def phrases(given: Any, key: str, place: str) -> list[str]:
 
 
 def note_unread_caption(record: dict[str, Any], read: Sequence[str], place: str, skip: Skip) -> None:
-    """Count a caption that stands under a key that is not among those that are `read`, unless one of those is there."""
-    if any(record.get(key) for key in read):
-        return
-    for key, value in record.items():
-        texts = value if isinstance(value, list) else [value]
-        if str(key).lower() in CAPTION_KEYS and any(isinstance(text, str) and text.strip() for text in texts):
-            wanted = " or ".join(map(repr, read))
-            return skip(f"caption under {key!r}, which is not read (the key is {wanted})", place)
+    """Count a caption under a key that is not among those that are `read`, see `find_unread_caption`."""
+    if unread := find_unread_caption(record, read):
+        skip(unread, place)
 
 
-def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) -> str | None:
-    """The compressed counts of a mask given as polygons or RLE of either kind; None if there is none."""
+def mask(given: Any, key: str, width: int, height: int, place: str, skip: Skip) -> dict[str, Any] | None:
+    """Read a mask that is polygons or RLE of either kind as compressed RLE; None, and counted, if it is empty.
+
+    Raises:
+        ValueError: If it is neither. One line with the place and the key.
+    """
     try:
         code = coco.read_mask(given, (width, height), lambda reason: skip(reason, place))
     except ValueError as error:
         raise ValueError(f"{place}: {key} {error}") from error
     if code is not None and not masks.area(code):
         return skip("empty mask", place)
-    return code and code["counts"]
+    return code
 
 
 def is_number(value: Any) -> bool:

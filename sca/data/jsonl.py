@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from sca.data import fields
 from sca.data.fields import field, four, note_unread_caption, phrases, size
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
@@ -155,12 +156,15 @@ class Jsonl(TableDataset):
                 f"{place}: give a caption or phrases, a name, or both; there is {' and '.join(words) or 'none'}"
             )
         told = next((key for key in ("caption", "phrases") if key in words), "caption")
+        mask = fields.mask(shape, "mask", image["width"], image["height"], place, self._skip)
+        if box is None and mask is None:
+            return  # an empty mask, counted
         self._keep(
             image,
             identity,
             box,
             place,
-            mask=("mask", shape),
+            mask=mask,
             name=field(record, "name", str, place) if "name" in words else None,
             phrases=phrases(record.get(told), told, place),
             attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,

@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
-from sca.data.coco import Index, box
+from sca.data.coco import Index, read_region
 from sca.data.fields import field, identified, phrases, read_json, table
 from sca.data.table import TableDataset
-from sca.io.annotations.coco import find_segmentation
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
 
@@ -98,12 +97,15 @@ class RefCoco(TableDataset):
         if annotation["image_id"] != ref["image_id"]:
             told = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
             raise ValueError(f"{place}: ann_id {ref['ann_id']} {told}")
+        region = read_region(annotation, at, image, self._skip)
+        if region is None:
+            return
         self._keep(
             image,
             ref["ref_id"],
-            box(annotation, at),
+            region.box,
             f"{place}, {at}",
-            mask=("segmentation", find_segmentation(annotation)),
+            mask=region.mask,
             name=found.name(annotation, at),
             phrases=_sentences(ref, place),
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.coco import box
+from sca.data.coco import read_region
 from sca.data.fields import field, identified, note_unread_caption, phrases, read_json, size, table
 from sca.data.table import TableDataset
 from sca.io.paths import expand_user
@@ -71,9 +71,10 @@ class Sa1b(TableDataset):
                 if beside is None:
                     note_unread_caption(annotation, ("caption",), at, self._skip)
                 told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
-                mask = annotation.get("segmentation")
-                sides = None if mask else box(annotation, at)
-                self._keep(image, annotation["id"], sides, at, mask=("segmentation", mask), phrases=told)
+                shape = {**annotation, "bbox": None} if annotation.get("segmentation") else annotation
+                region = read_region(shape, at, image, self._skip)
+                if region is not None:
+                    self._keep(image, annotation["id"], region.box, at, mask=region.mask, phrases=told)
         for identity in captions:
             self._skip("caption of no mask", f"{_captions(file)}: {identity}")
         return image

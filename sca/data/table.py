@@ -40,10 +40,11 @@ from tqdm.auto import tqdm
 
 from sca.data import fields
 from sca.images import ImageError, measure_image, open_image
+from sca.io.annotations.shapes import fit_box
 from sca.io.atomic import FolderError, sync, write_file
-from sca.io.coordinates import clip_box, compare_sizes, find_normalized_scale, scale_box
+from sca.io.coordinates import clip_box, compare_sizes, scale_box
 from sca.io.paths import ImageNameError, find_image, is_url
-from sca.masks import box_of, resize_code
+from sca.masks import RLE, box_of, resize_code
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
@@ -178,36 +179,27 @@ class TableDataset:
         identity: int,
         box: Sequence[float] | None,  # x1 y1 x2 y2, which may reach over the edges; None for that of the mask
         place: str,
-        mask: tuple[str, Any] = ("mask", None),  # the name of the field, and what it has
+        mask: RLE | None = None,  # of the image's size, not empty
         name: str | None = None,
         phrases: Sequence[str] = (),
         attributes: dict[str, Any] | None = None,
     ) -> None:
         """Puts a region into its image, or counts why it is left out."""
-        width, height = image["width"], image["height"]
-        if box is None:
-            counts = fields.mask(mask[1], mask[0], width, height, place, self._skip)
-            if counts is None:
-                return  # counted already
-            mask = (mask[0], {"size": [height, width], "counts": counts})
-            box = box_of(mask[1])
-        clipped = clip_box(box, width, height)
+        box = box_of(mask) if box is None and mask else box
+        assert box is not None
+        clipped = fit_box(box, (image["width"], image["height"]), place, self._skip, mask)
         if clipped is None:
-            return self._skip("empty box", place)
-        if (scale := find_normalized_scale(box, width, height)) is not None:
-            return self._skip("normalized box", f"{place}, in 0..{scale} of a {width} x {height} image")
+            return
         name, told = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
         if not name and not told:
             return self._skip("region without words", place)
         for _ in range(len(phrases) - len(told)):
             self._skip("blank phrase", place)
-        if clipped != tuple(box):
-            self._skip("box clipped", place)
         image["regions"].append(
             {
                 "id": identity,
                 "box": clipped,
-                "mask": fields.mask(mask[1], mask[0], width, height, place, self._skip),
+                "mask": mask and mask["counts"],
                 "name": name,
                 "phrases": told,
                 "attributes": json.dumps(attributes or {}),

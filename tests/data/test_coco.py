@@ -11,6 +11,9 @@ from sca_registry import datasets
 
 from sca import masks
 from sca.data.coco import Coco
+from sca.io.annotations.annotation import SkipCounter
+from sca.output.read import read_captions
+from sca.prompts import PromptError, read_prompts
 
 WIDTH, HEIGHT = 40, 30
 
@@ -65,7 +68,7 @@ def test_polygons_and_both_kinds_of_rle_give_the_same_mask(written):
     dataset = Coco("val", root=written(content(*(annotation(n, segmentation=form) for n, form in enumerate(forms)))))
     masks = [region.mask for region in dataset[0].regions]
     assert all(mask == {"size": [HEIGHT, WIDTH], "counts": packed["counts"].decode()} for mask in masks)
-    assert dataset.skipped == {"polygon of fewer than three points": 1}
+    assert dataset.skipped == {"polygon with fewer than three points": 1}
 
 
 def test_a_missing_bbox_is_that_of_the_segmentation(written):
@@ -198,6 +201,7 @@ def test_a_picture_is_seen_as_its_viewer_sees_it(written):
 
 
 PLACE = r"val\.json: annotations\[0\] \(id 1\): "
+PLACE_OF = r"val\.json: annotations\[0\] \(id 1\), "
 
 
 @pytest.mark.parametrize(
@@ -215,20 +219,29 @@ PLACE = r"val\.json: annotations\[0\] \(id 1\): "
         ({"annotations": [annotation(1), annotation(1)]}, r"annotations\[1\] \(id 1\): this id was given before"),
         ({"annotations": [annotation(1, image_id=4)]}, PLACE + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),
-        ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE + "bbox must be four numbers"),
-        ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE + "bbox must be four numbers"),
-        ({"annotations": [annotation(1, bbox=[1, 2, -3, 4])]}, PLACE + "bbox must not have a negative width or height"),
-        ({"annotations": [annotation(1, caption=[4])]}, PLACE + "caption must be a string or a list of strings"),
+        ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE_OF + "'bbox': must be four numbers"),
+        ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE_OF + "'bbox': must be four numbers"),
+        (
+            {"annotations": [annotation(1, bbox=[1, 2, -3, 4])]},
+            PLACE_OF + "'bbox': must not have a negative width",
+        ),
+        ({"annotations": [annotation(1, caption=[4])]}, PLACE_OF + "'caption': text"),
         ({"annotations": [annotation(1, attributes=[4])]}, PLACE + "attributes must be a table"),
-        ({"annotations": [annotation(1, segmentation=[[1, 2, 3]])]}, PLACE + "segmentation must be lists of x, y"),
-        ({"annotations": [annotation(1, segmentation={"size": [3, 3]})]}, PLACE + "segmentation must be polygons, or"),
+        (
+            {"annotations": [annotation(1, segmentation=[[1, 2, 3]])]},
+            PLACE_OF + "'segmentation': must be lists",
+        ),
+        (
+            {"annotations": [annotation(1, segmentation={"size": [3, 3]})]},
+            PLACE_OF + "'segmentation': must be poly",
+        ),
         (
             {"annotations": [annotation(1, segmentation={"size": [3, 3], "counts": "1"})]},
             r"size \[3, 3\] in an image of \[30, 40\]",
         ),
         (
             {"annotations": [annotation(1, segmentation={"size": [HEIGHT, WIDTH], "counts": [4, 5]})]},
-            PLACE + "segmentation counts do not add up to the 1200 pixels",
+            PLACE_OF + "'segmentation': counts do not add up to the 1200 pixels",
         ),
     ],
 )
@@ -268,4 +281,35 @@ def test_any_file_in_the_format_is_read_by_name(written):
 def test_a_mask_of_which_nothing_is_left_is_none(written):
     dataset = Coco("val", root=written(content(annotation(1, segmentation=[[-9, -9, -5, -9, -5, -5]]))))
     assert dataset[0].regions[0].mask is None
-    assert dataset.skipped == {"empty mask": 1}
+    assert dataset.skipped == {"polygon covering no pixel": 1}
+
+
+SQUARE = [[2, 3, 12, 3, 12, 11, 2, 11]]
+
+
+@pytest.mark.parametrize(
+    ("record", "box"),
+    [
+        ({"bbox": [0, 0, 0, 0], "segmentation": SQUARE}, (2, 3, 12, 11)),
+        ({"bbox": [5, 5, 0, 4], "segmentation": SQUARE}, (2, 3, 12, 11)),
+        ({"segmentation": SQUARE}, (2, 3, 12, 11)),
+        ({"bbox": [1, 1, 3, 3], "segmentation": SQUARE}, (1, 1, 4, 4)),
+        ({"bbox": [1, 1, 3, 3], "segmentation": SQUARE, "isbox": 1}, (1, 1, 4, 4)),
+        ({"bbox": [0, 0, 0, 0]}, None),
+    ],
+)
+def test_coco_readers_agree_on_a_region(written, record, box):
+    root = written(content({**annotation(1), "bbox": None, **record}))
+    dataset = Coco("val", root=root)
+    found = [[region.box for sample in dataset for region in sample.regions]]
+    found.append([prompt.box for prompt in _read_prompts(root / "val.json")])
+    (captioned,) = read_captions(root / "val.json", SkipCounter())
+    found.append([caption.box for caption in captioned.captions if caption.box])
+    assert found == [[box] if box else []] * 3
+
+
+def _read_prompts(path):
+    try:
+        return [prompt for prompts in read_prompts(path).values() for prompt in prompts]
+    except PromptError:
+        return []

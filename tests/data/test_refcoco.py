@@ -211,15 +211,15 @@ def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"bbox": [1, 2, 3]}, "bbox must be four numbers"),
-        ({"bbox": [1, 2, -3, 4]}, "bbox must not have a negative width or height"),
-        ({"bbox": [1, 2, 3, float("inf")]}, "bbox must be four numbers"),
-        ({"segmentation": {"size": [1, 1], "counts": "1"}}, r"segmentation has size \[1, 1\]"),
+        ({"bbox": [1, 2, 3]}, "'bbox': must be four numbers"),
+        ({"bbox": [1, 2, -3, 4]}, "'bbox': must not have a negative width or height"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "'bbox': must be four numbers"),
+        ({"segmentation": {"size": [1, 1], "counts": "1"}}, r"'segmentation': has size \[1, 1\]"),
         ({"category_id": 8}, "category_id 8 has no name"),
     ],
 )
 def test_a_broken_annotation_is_named(write, broken, message):
     content = instances(*REFS)
     content["annotations"][1] |= broken
-    with pytest.raises(ValueError, match=rf"instances\.json: annotations\[1\] \(id 102\): {message}"):
+    with pytest.raises(ValueError, match=rf"instances\.json: annotations\[1\] \(id 102\)[:,] {message}"):
         RefCoco("val", root=write(content=content), max_bad=0)

@@ -51,7 +51,7 @@ def test_isbox_is_no_mask():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"segmentation": [SQUARE, [1, 1, 2, 2]]}, "polygon of fewer than three points"),
+        ({"segmentation": [SQUARE, [1, 1, 2, 2]]}, "polygon with fewer than three points"),
         ({"segmentation": [SQUARE], "keypoints": [3, 3, 2, 0, 0, 0]}, "keypoints"),
         ({"segmentation": [SQUARE], "bbox": [5, 5, 0, 4]}, "empty box"),
     ],
@@ -63,7 +63,7 @@ def test_what_is_not_kept_is_counted(record, reason):
 
 def test_thin_polygon_is_its_box_and_counted():
     found, counted = read(segmentation=[[5, 5.1, 9, 5.1, 9, 5.2]])
-    assert (found.box, found.mask, counted) == ((5, 5.1, 9, 5.2), None, {"polygon without a pixel": 1})
+    assert (found.box, found.mask, counted) == ((5, 5.1, 9, 5.2), None, {"polygon covering no pixel": 1})
 
 
 def test_keypoints_that_are_not_labeled_count_for_nothing():

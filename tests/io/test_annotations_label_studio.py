@@ -228,7 +228,7 @@ def test_results_without_an_id_are_regions_of_their_own():
         (result("choices", "a", {"choices": ["hidden"]}), "choices"),
         (text("a street", identity="c"), "text without a region"),
         (result("keypointlabels", "k", {"x": 1, "y": 1}, parentID="a"), "keypoint"),
-        (result("polygonlabels", "p", {"points": [[1, 1], [2, 2]]}), "polygon of fewer than three points"),
+        (result("polygonlabels", "p", {"points": [[1, 1], [2, 2]]}), "polygon with fewer than three points"),
         (result("vectorlabels", "v", {"vertices": [], "closed": False}), "open or curved vector"),
         (
             result("rectanglelabels", "t", {"x": 1, "y": 1, "width": 1, "height": 1}, image_rotation=90),

@@ -103,8 +103,8 @@ def test_group_is_one_region():
         (shape("points", [[1, 1], [2, 2]]), "LabelMe shape 'points'"),
         (shape("line", [[1, 1], [9, 1]]), "LabelMe shape 'line'"),
         (shape("cuboid"), "LabelMe shape 'cuboid'"),
-        (shape(points=[[50, 30], [60, 30], [60, 35]]), "shape without a pixel"),
-        (shape("mask", [[1, 1], [2, 2]], mask=png(np.zeros((2, 2), bool))), "shape without a pixel"),
+        (shape(points=[[50, 30], [60, 30], [60, 35]]), "shape covering no pixel"),
+        (shape("mask", [[1, 1], [2, 2]], mask=png(np.zeros((2, 2), bool))), "shape covering no pixel"),
     ],
 )
 def test_what_is_no_region_is_counted_and_leaves_the_others(record, reason):
@@ -194,7 +194,7 @@ def test_polygon_is_drawn_as_pillow_draws_it(points):
         assert (masks.decode(found[0].mask) == expected).all()
         assert found[0].box == masks.box_of(expected)
     else:
-        assert (found, counted) == ([], {"shape without a pixel": 1})
+        assert (found, counted) == ([], {"shape covering no pixel": 1})
 
 
 @settings(deadline=None, max_examples=40)

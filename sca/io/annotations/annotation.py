@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sca import masks
@@ -13,6 +13,17 @@ from sca.io.numbers import is_int64
 Size = tuple[int, int]  # width, height
 Skip = Callable[[str, str], None]  # counts a reason, with the place of the record
 EXAMPLES = 5  # places that are remembered per reason
+CAPTION_KEYS = (
+    "caption",
+    "captions",
+    "phrase",
+    "phrases",
+    "text",
+    "description",
+    "sentence",
+    "sentences",
+    "expression",
+)
 
 
 class AnnotationError(ValueError):
@@ -51,6 +62,23 @@ def read_size(record: Mapping[str, Any], keys: tuple[str, str], place: str) -> S
     return width, height
 
 
+def find_unread_caption(record: Mapping[str, Any], read: Sequence[str]) -> str | None:
+    """Return what to count for a caption under a key that is not read; None if there is none, or one that is read.
+
+    Args:
+        record: That may have captions.
+        read: Keys of captions that are read.
+    """
+    if any(record.get(key) for key in read):
+        return None
+    for key, value in record.items():
+        texts = value if isinstance(value, list) else [value]
+        is_key = str(key).lower() in CAPTION_KEYS and key not in read
+        if is_key and any(isinstance(text, str) and text.strip() for text in texts):
+            return f"caption under {key!r}, which is not read (the key is {' or '.join(map(repr, read))})"
+    return None
+
+
 class Annotation(NamedTuple):
     """A region in pixels of the upright image.
 
@@ -63,6 +91,7 @@ class Annotation(NamedTuple):
         captions: Its texts, the first one first.
         score: The confidence that the file records.
         iou: The predicted IoU that the file records.
+        unread: What to count for a caption under a key that is not read, see `find_unread_caption`.
     """
 
     place: str
@@ -73,6 +102,7 @@ class Annotation(NamedTuple):
     captions: tuple[str, ...] = ()
     score: Any = None
     iou: Any = None
+    unread: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from sca import masks
-from sca.io.annotations.annotation import Annotation, AnnotationError, Size, Skip
+from sca.io.annotations.annotation import Annotation, AnnotationError, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import Points, bound_points, fill_polygons
 from sca.io.coordinates import Box
 from sca.io.numbers import is_finite_number
 
-SHORT = "polygon of fewer than three points"
+SHORT = "polygon with fewer than three points"
 Count = Callable[[str], None]  # counts a reason
 
 
-def read_annotation(record: Mapping[str, Any], place: str, size: Size, label: str | None, skip: Skip) -> Annotation:
-    """Read an annotation.
+def read_annotation(
+    record: Mapping[str, Any], place: str, size: Size | None, label: str | None, skip: Skip
+) -> Annotation:
+    """Read an annotation. A `bbox` without an area gives way to the box of the segmentation.
 
     Args:
         record: The annotation.
         place: The file and the record, for messages.
-        size: Width and height of its image.
+        size: Width and height of its image; None reads its box without its mask.
         label: The name of its category.
         skip: Called for each part that cannot be kept.
 
@@ -31,26 +34,46 @@ def read_annotation(record: Mapping[str, Any], place: str, size: Size, label: st
     segmentation = find_segmentation(record)
     field = "bbox"
     try:
-        box = read_box(record.get("bbox"))
+        box = _read_box_with_area(record.get("bbox"), place, skip)
         field = "segmentation"
-        mask = read_mask(segmentation, size, lambda reason: skip(reason, place))
+        mask = _read_mask_with_area(segmentation, size, place, skip) if size else None
+        if box is None and segmentation:
+            count = _ignore if size else partial(_count, skip, place)
+            box = masks.box_of(mask) if mask else bound_segmentation(segmentation, count)
     except ValueError as error:
         raise AnnotationError(f"{place}, {field!r}: {error}") from error
-    if box and (box[0] == box[2] or box[1] == box[3]):
-        if any(record["bbox"]):  # all zero is how a region without a box is written
-            skip("empty box", place)
-        box = None
-    if mask and isinstance(segmentation, list) and not masks.area(mask):
-        skip("polygon without a pixel", place)
-        box, mask = box or bound_segmentation(segmentation, lambda _: None), None
     if has_keypoints(record):
         skip("keypoints", place)
     texts = record.get("caption")
     captions = tuple(texts) if isinstance(texts, list) else () if texts is None else (texts,)
     if not all(isinstance(text, str) for text in captions):
         raise AnnotationError(f"{place}, 'caption': text, not {texts!r:.40}")
-    box = box or (masks.box_of(mask) if mask else None)
-    return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"))
+    unread = find_unread_caption(record, ("caption",))
+    return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread)
+
+
+def _read_box_with_area(value: Any, place: str, skip: Skip) -> Box | None:
+    box = read_box(value)
+    if box is None or (box[0] < box[2] and box[1] < box[3]):
+        return box
+    if any(value):  # all zero is how a region without a box is written
+        skip("empty box", place)
+    return None
+
+
+def _read_mask_with_area(value: Any, size: Size, place: str, skip: Skip) -> dict[str, Any] | None:
+    mask = read_mask(value, size, partial(_count, skip, place))
+    if mask is None or masks.area(mask):
+        return mask
+    return skip("polygon covering no pixel" if isinstance(value, list) else "empty mask", place)
+
+
+def _count(skip: Skip, place: str, reason: str) -> None:
+    skip(reason, place)
+
+
+def _ignore(reason: str) -> None:
+    """Count nothing: it is counted already."""
 
 
 def name_categories(content: Mapping[str, Any]) -> dict[str, str]:
@@ -108,7 +131,7 @@ def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
 
 
 def read_polygons(value: list[Any], count: Count) -> list[Points]:
-    """Read polygons [[x, y, x, y, ...]]; those of fewer than three points are counted and left out.
+    """Read polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and left out.
 
     Raises:
         ValueError: With what they must be.

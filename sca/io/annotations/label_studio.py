@@ -19,6 +19,7 @@ from sca.io.annotations.annotation import (
     Reject,
     Size,
     Skip,
+    find_unread_caption,
     raise_error,
     read_size,
 )
@@ -237,7 +238,10 @@ def _read_region(pieces: Results, shapes: Results, size: Size | None, place: str
     captions = tuple(text for piece in pieces for text in _texts(piece, place))
     labels = dict.fromkeys(label for piece in pieces for label in _labels(piece))
     score = next((piece["score"] for piece in pieces if piece.get("score") is not None), None)
-    return Annotation(place, *geometry, ", ".join(labels) or None, captions, score)
+    notes = [each for piece in pieces for each in (piece, piece.get("meta")) if isinstance(each, Mapping)]
+    unread = next(filter(None, (find_unread_caption(each, ("textarea",)) for each in notes)), None)
+    unread = None if captions else unread
+    return Annotation(place, *geometry, ", ".join(labels) or None, captions, score, unread=unread)
 
 
 def _read_geometry(
@@ -323,12 +327,12 @@ def _filled(
     points: Points, size: Size, place: str, skip: Skip
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
     if len(points) < 3:
-        skip("polygon of fewer than three points", place)
+        skip("polygon with fewer than three points", place)
         return None, None, None
     mask = fill_polygons([points], size)
     if masks.area(mask):
         return masks.box_of(mask), mask, None
-    skip("shape without a pixel, read as its box", place)
+    skip("shape covering no pixel, read as its box", place)
     return bound_points(points), None, None
 
 

@@ -18,7 +18,16 @@ from PIL import Image, ImageDraw
 
 from sca import masks
 from sca.images import ImageError, open_image, read_image
-from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, Size, Skip, raise_error, read_size
+from sca.io.annotations.annotation import (
+    Annotation,
+    AnnotationError,
+    Reject,
+    Size,
+    Skip,
+    find_unread_caption,
+    raise_error,
+    read_size,
+)
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
 from sca.io.numbers import is_finite_number
 
@@ -48,6 +57,11 @@ def find_size(content: Mapping[str, Any], image: Path, where: str) -> Size:
         return open_image_of(content, image, where).size
     except ImageError as error:
         raise AnnotationError(f"{where}: no 'imageWidth' and 'imageHeight', and {error}") from error
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that may be LabelMe's, sorted: those with the suffix .json, in any case."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json")
 
 
 def open_image_of(content: Mapping[str, Any], image: Path, where: str) -> Image.Image:
@@ -183,7 +197,7 @@ def _read_filled(shapes: Sequence[Shape], filled: Sequence[Shape], size: Size, s
         except ValueError as error:
             raise AnnotationError(f"{shape.place}: a {shape.kind} that cannot be read: {error}") from error
     if not mask.any():
-        return skip("shape without a pixel", filled[0].place)
+        return skip("shape covering no pixel", filled[0].place)
     code = masks.encode(mask)
     return _describe(shapes, box=masks.box_of(code), mask=code)
 
@@ -209,7 +223,9 @@ def _describe(shapes: Sequence[Shape], **geometry: Any) -> Annotation:
     score, iou = (next((r[key] for r in records if r.get(key) is not None), None) for key in ("score", "iou"))
     label = first.record["label"]
     captions = tuple(dict.fromkeys(texts))
-    return Annotation(first.place, label=label, captions=captions, score=score, iou=iou, **geometry)
+    unread = next(filter(None, (find_unread_caption(record, ("description",)) for record in records)), None)
+    unread = None if captions else unread
+    return Annotation(first.place, label=label, captions=captions, score=score, iou=iou, unread=unread, **geometry)
 
 
 def _is_point(value: Any) -> bool:

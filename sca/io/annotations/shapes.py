@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from pycocotools import mask as rle
 
 from sca import masks
 from sca.images import ImageError, inspect_image
-from sca.io.annotations.annotation import Size
-from sca.io.coordinates import Box
+from sca.io.annotations.annotation import Size, Skip
+from sca.io.coordinates import Box, clip_box, find_normalized_scale
 
 Points = Sequence[tuple[float, float]]
 REACH = 4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
@@ -57,6 +57,32 @@ def bound_points(points: Iterable[tuple[float, float]]) -> Box:
     """Return the smallest box around points."""
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def fit_box(
+    box: Sequence[float], size: Size, place: str, skip: Skip, mask: Mapping[str, Any] | None = None
+) -> Box | None:
+    """Clip a box to its image: the rule for coordinates of every reader of regions.
+
+    Args:
+        box: x1, y1, x2, y2 as a file states them.
+        size: Width and height of the image.
+        place: The file and the record, for messages.
+        skip: Counts a box that is clipped, outside of the image, or not in its pixels.
+        mask: RLE of the region. If its box looks normalized as well, both are tiny.
+
+    Returns:
+        The box in the image; None if nothing is left of it, or it is normalized.
+    """
+    clipped, scale = clip_box(box, *size), find_normalized_scale(box, *size)
+    if clipped is None:
+        return skip("empty box", place)
+    inside = masks.box_of(mask) if scale is not None and mask else None
+    if scale is not None and (inside is None or find_normalized_scale(inside, *size) is None):
+        return skip("normalized box", f"{place}, in 0..{scale} of a {size[0]} x {size[1]} image")
+    if clipped != tuple(box):
+        skip("box clipped", place)
+    return clipped
 
 
 def rotate_rectangle(x: float, y: float, width: float, height: float, degrees: float) -> Points:
