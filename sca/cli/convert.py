@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
     from sca.output.read import Captioned
 
+SHOWN = 10  # records that cannot be read and are named
 IMAGES = "Folder that image names are relative to (default: the working folder, then that of the captions)."
 
 
@@ -44,8 +45,8 @@ def convert(
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
         settle("format", name, FORMATS)
-    skip, roots = SkipCounter(), _roots(images, [captions])
-    found = _read(captions, skip, roots, image_prefix, LABEL_STUDIO in formats)
+    skip, roots, rejected = SkipCounter(), _roots(images, [captions]), Rejected()
+    found = _read(captions, skip, roots, image_prefix, rejected, LABEL_STUDIO in formats)
     first = next(found, None)
     if first is None:
         raise ReadError(f"{show(captions)} has no captions")
@@ -72,6 +73,7 @@ def convert(
     if summary := skip.summarize():
         complain(summary)
     complain(format_count(done, "region"))
+    rejected.end()
     if bad:
         raise typer.Exit(1)
 
@@ -97,8 +99,8 @@ def view(
     check_pipes(files)
     open_folder(out.parent)
     check_page(out, files)
-    skip, roots, names = SkipCounter(), _roots(images, files), tuple(map(str, files))
-    first, *rest = (_read(path, skip, roots, image_prefix, is_written=True) for path in files)
+    skip, roots, names, rejected = SkipCounter(), _roots(images, files), tuple(map(str, files)), Rejected()
+    first, *rest = (_read(path, skip, roots, image_prefix, rejected, is_written=True) for path in files)
     regions, problems = write_view(out, first, rest[0] if rest else None, roots, names)
     for problem in problems[:10]:
         complain(problem)
@@ -107,10 +109,34 @@ def view(
     if summary := skip.summarize():
         complain(summary)
     complain(f"wrote {out}, {format_count(regions, 'region')}")
+    rejected.end()
+
+
+class Rejected:
+    """Name the first records that cannot be read, and count all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, error: ValueError) -> None:
+        self.count += 1
+        if self.count <= SHOWN:
+            complain(str(error))
+
+    def end(self) -> None:
+        """Say how many there are, and end with status 1 if there are any."""
+        if self.count:
+            complain(f"{format_count(self.count, 'record')} cannot be used and left out; correct the file")
+            raise typer.Exit(1)
 
 
 def _read(
-    path: Path, skip: SkipCounter, roots: list[Path], image_prefix: str, is_written: bool = False
+    path: Path,
+    skip: SkipCounter,
+    roots: list[Path],
+    image_prefix: str,
+    rejected: Rejected,
+    is_written: bool = False,
 ) -> Iterator[Captioned]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
     from sca.images import show
@@ -118,7 +144,7 @@ def _read(
     from sca.output.read import read_captions
 
     is_used = not image_prefix or is_written
-    for each in read_captions(path, skip, roots):
+    for each in read_captions(path, skip, roots, rejected):
         name = remove_image_prefix(each.image, image_prefix)
         is_used |= name != each.image
         yield each._replace(image=name)

@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,7 @@ from sca import masks
 from sca.images import ImageError, open_image, show
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
+from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
 from sca.io.json import (
     IrregularFileError,
@@ -33,7 +35,7 @@ from sca.io.json import (
 )
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageNameError, find_image, measure_named_image, remove_parents
+from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, remove_parents
 from sca.output.outline import fill
 from sca.prompts import read_prompt
 
@@ -42,6 +44,14 @@ PARQUET = b"PAR1"  # what such a file begins with
 
 class ReadError(ValueError):
     """Captions that cannot be read; the message is one line that says which, why and what to do."""
+
+
+Reject = Callable[[ValueError], None]  # receives what a record that cannot be read is refused for
+
+
+def raise_error(error: ValueError) -> None:
+    """Refuse a whole file for one record that cannot be read."""
+    raise ReadError(str(error)) from error
 
 
 class Size(NamedTuple):
@@ -106,7 +116,10 @@ def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image
 
 
 def read_captions(
-    path: str | Path, skip: SkipCounter | None = None, roots: Sequence[Path] | None = None
+    path: str | Path,
+    skip: SkipCounter | None = None,
+    roots: Sequence[Path] | None = None,
+    reject: Reject = raise_error,
 ) -> Iterator[Captioned]:
     """Read a file, or a folder of LabelMe files, image by image. Suffix and content decide what it is.
 
@@ -115,25 +128,26 @@ def read_captions(
         skip: Counts what cannot be kept (default: it is a warning at the end).
         roots: Folders that names of images may start from (default: the working folder and the file's). Images are
             opened only where a file does not record their size.
+        reject: Called for each record that is damaged, with an error that names it (default: raise a ReadError).
 
     Raises:
-        ReadError: For a file of another kind, and for a record that is damaged.
+        ReadError: For a file of another kind.
     """
     path, counter = Path(path), SkipCounter() if skip is None else skip
     roots = (Path(), path.parent) if roots is None else roots
     try:
         if path.is_dir():
-            yield from _labelme(sorted(path.glob("*.json")), path, counter)
+            yield from _labelme(labelme.list_files(path), path, counter, reject)
         else:
             with open_regular_file(path, seekable=True, allow_pipe=True) as file:
                 is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
                 file.seek(0)
                 if is_parquet:
-                    yield from _grouped(_rows(file, path))
+                    yield from _grouped(_rows(file, path), counter, reject)
                 elif is_json_lines(path, file, "image"):
-                    yield from _grouped(_lines(file, path))
+                    yield from _grouped(_lines(file, path, reject), counter, reject)
                 else:
-                    yield from _json(file, path, counter, roots)
+                    yield from _json(file, path, counter, roots, reject)
     except (IrregularFileError, AnnotationError) as error:
         raise ReadError(str(error)) from error
     except OSError as error:
@@ -151,27 +165,62 @@ def captioned(plain: Any, where: str) -> Captioned:
     return Captioned(_name(plain, "image", where), size, told, None)
 
 
-def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
+def merge_images(
+    captioned: Iterable[Captioned], roots: Sequence[Path], reject: Reject = raise_error
+) -> dict[str, Captioned]:
+    """Merge the captions of each image file, in whatever spelling and however often it occurs.
+
+    Args:
+        captioned: Images, in order.
+        roots: Folders that names of images may start from.
+        reject: Called for an image that states another size than before.
+
+    Returns:
+        The images by the first names of their files; captions that are added get region numbers of their own.
+    """
+    files = ImageFiles(partial(find_image, roots=roots))
+    merged: dict[str, Captioned] = {}
+    for each in captioned:
+        name = files.unify(each.image)
+        first = merged.setdefault(name, each)
+        if first is each:
+            continue
+        if first.size != each.size:
+            sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
+            reject(ReadError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
+            continue
+        start = 1 + max((caption.region for caption in first.captions), default=-1)
+        more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
+        merged[name] = first._replace(captions=[*first.captions, *more])
+    return merged
+
+
+def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[Captioned]:
     content = _parsed(file.read().decode("utf-8-sig"), show(path))
     if isinstance(content, list) or label_studio.is_task(content):
-        yield from _label_studio(content, path, skip, roots)
+        yield from merge_images(_label_studio(content, path, skip, roots, reject), roots, reject).values()
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
-        yield from _grouped(_features(content, path))
+        yield from _grouped(_features(content, path, reject), skip, reject)
     elif isinstance(content, dict) and "shapes" in content:
-        yield from _labelme([path], path.parent, skip)
+        yield from _labelme([path], path.parent, skip, reject)
     elif isinstance(content, dict) and "annotations" in content:
-        yield from _coco(content, path, skip, roots)
+        yield from merge_images(_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
         raise ReadError(
             f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
         )
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(file: BinaryIO, path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
         if line.strip():
             where = f"{show(path)}, line {number}"
-            yield where, _parsed(line, where)
+            try:
+                plain = _parsed(line, where)
+            except ReadError as error:
+                reject(error)
+            else:
+                yield where, plain
 
 
 def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
@@ -193,85 +242,142 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         raise ReadError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
 
 
-def _features(content: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+def _features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
     """Records; the mask of a MultiPolygon is what it holds."""
     for number, feature in enumerate(_list(content, "features", show(path))):
         where = f"{show(path)}, features[{number}]"
-        plain = dict(_table(_table(feature, where).get("properties"), f"{where}, 'properties'"))
-        shape = _table(feature.get("geometry"), f"{where}, 'geometry'")
-        if shape.get("type") == "MultiPolygon":
-            size = _size(plain, where)
-            try:
-                rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
-                plain["mask"] = masks.encode(fill(rings, *size))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
-        yield where, plain
+        try:
+            plain = _feature(feature, where)
+        except ReadError as error:
+            reject(error)
+        else:
+            yield where, plain
 
 
-def _grouped(records: Iterable[tuple[str, Any]]) -> Iterator[Captioned]:
+def _feature(feature: Any, where: str) -> dict[str, Any]:
+    plain = dict(_table(_table(feature, where).get("properties"), f"{where}, 'properties'"))
+    shape = _table(feature.get("geometry"), f"{where}, 'geometry'")
+    if shape.get("type") == "MultiPolygon":
+        size = _size(plain, where)
+        try:
+            rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
+            plain["mask"] = masks.encode(fill(rings, *size))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
+    return plain
+
+
+def _grouped(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
     """Records of an image stand together."""
     seen: set[str] = set()
-    for name, some in groupby(records, key=lambda pair: _name(pair[1], "image", pair[0])):
+    for name, some in groupby(_named(records, reject), key=lambda record: record[0]):
         captions, size, model = [], None, None
-        for where, plain in some:
+        for _, where, plain in some:
             if size is None and name in seen:
                 raise ReadError(f"{where}: {name!r} had records before, with others between; sort them by image")
             seen.add(name)
-            given = _size(plain, where)
-            if given != (size or given):
-                raise ReadError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
-            size, model = given, plain.get("model") or model
-            captions.append(_caption(plain, size, len(captions), where))
-        yield Captioned(name, size, captions, model)
+            try:
+                given = _size(plain, where)
+                if given != (size or given):
+                    raise ReadError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
+                size, model = given, plain.get("model") or model
+                caption = _fit(_caption(plain, size, len(captions), where), size, where, skip)
+            except ReadError as error:
+                reject(error)
+            else:
+                captions += [caption] if caption else []
+        if size is not None:
+            yield Captioned(name, size, captions, model)
 
 
-def _coco(content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
+def _named(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
+    for where, plain in records:
+        try:
+            name = _name(plain, "image", where)
+        except ReadError as error:
+            reject(error)
+        else:
+            yield name, where, plain
+
+
+def _fit(caption: Caption, size: Size, where: str, skip: SkipCounter) -> Caption | None:
+    """Clip the box of a caption to its image; None, and counted, for a box that is normalized or outside."""
+    if caption.box is None:
+        return caption
+    box = fit_box(caption.box, size, where, skip, caption.mask)
+    return None if box is None else replace(caption, box=box)
+
+
+def _coco(
+    content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
+) -> Iterator[Captioned]:
     told: dict[Any, list[tuple[str, Any]]] = {}
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None
     names = coco.name_categories(content)
     for number, each in enumerate(_list(content, "annotations", show(path))):
         where = f"{show(path)}, annotations[{number}]"
-        told.setdefault(_key(_table(each, where), "image_id", where), []).append((where, each))
+        try:
+            told.setdefault(_key(_table(each, where), "image_id", where), []).append((where, each))
+        except ReadError as error:
+            reject(error)
     for number, image in enumerate(_list(content, "images", show(path))):
         where = f"{show(path)}, images[{number}]"
-        file_name = _name(_table(image, where), "file_name", where)
-        measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
-        size = Size(*measured) if measured else _size(image, where)
+        try:
+            records = told.pop(_key(_table(image, where), "id", where), [])
+            file_name = _name(image, "file_name", where)
+            measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
+            size = Size(*measured) if measured else _size(image, where)
+        except ReadError as error:
+            reject(error)
+            for place, _ in records:
+                skip("region of an image that cannot be used", place)
+            continue
         captions = []
-        for place, record in told.pop(_key(image, "id", where), []):
-            annotation = coco.read_annotation(record, place, size, names.get(str(record.get("category_id"))), skip)
-            region = record["region"] if is_int64(record.get("region")) else len(captions)
-            captions.append(_region(annotation, size, region, skip))
+        for place, record in records:
+            try:
+                annotation = coco.read_annotation(record, place, size, names.get(str(record.get("category_id"))), skip)
+                region = record["region"] if is_int64(record.get("region")) else len(captions)
+                captions += [caption] if (caption := _region(annotation, size, region, skip)) else []
+            except AnnotationError as error:
+                reject(error)
         yield Captioned(file_name, size, captions, model)
-    if told:
-        raise ReadError(f"{show(path)}: annotations of images that are not there: {list(told)[:3]}")
+    for place, _ in (record for records in told.values() for record in records):
+        reject(ReadError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))
 
 
-def _label_studio(content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path]) -> Iterator[Captioned]:
-    for image in label_studio.read_tasks(content, show(path), skip, partial(measure_named_image, roots=roots)):
-        size = image.size or measure_named_image(image.name, roots)
+def _label_studio(
+    content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
+) -> Iterator[Captioned]:
+    measure = partial(measure_named_image, roots=roots)
+    for image in label_studio.read_tasks(content, show(path), skip, measure, reject):
+        size = image.size or measure(image.name)
         if size is None:
             skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
             continue
-        size = Size(*size)
-        regions = [_region(each, size, number, skip) for number, each in enumerate(image.annotations)]
-        yield Captioned(image.name, size, regions, image.model)
+        yield Captioned(image.name, Size(*size), _regions(image.annotations, Size(*size), skip, reject), image.model)
 
 
-def _labelme(paths: list[Path], folder: Path, skip: SkipCounter) -> Iterator[Captioned]:
+def _labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
     if not paths:
         raise ReadError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
     for path in paths:
-        where = show(path)
-        content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), where), where)
-        name = _image_beside(path, _name(content, "imagePath", where))
-        size = Size(*labelme.find_size(content, Path(name), where))
-        shapes = labelme.read_shapes(content, size, where, skip)
-        regions = [_region(each, size, number, skip) for number, each in enumerate(shapes)]
-        embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
-        yield Captioned(name, size, regions, content.get("model"), embedded)
+        try:
+            image = _labelme_file(path, skip, reject)
+        except (ReadError, AnnotationError) as error:
+            reject(error)
+        else:
+            yield image
+
+
+def _labelme_file(path: Path, skip: SkipCounter, reject: Reject) -> Captioned:
+    where = show(path)
+    content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), where), where)
+    name = _image_beside(path, _name(content, "imagePath", where))
+    size = Size(*labelme.find_size(content, Path(name), where))
+    regions = _regions(labelme.read_shapes(content, size, where, skip, reject), size, skip, reject)
+    embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
+    return Captioned(name, size, regions, content.get("model"), embedded)
 
 
 def _image_beside(path: Path, name: str) -> str:
@@ -282,18 +388,31 @@ def _image_beside(path: Path, name: str) -> str:
         raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
 
 
-def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) -> Caption:
-    if not annotation.texts:
-        skip("region without words", annotation.place)
-    text, *others = annotation.texts or ("",)
+def _regions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter, reject: Reject) -> list[Caption]:
+    captions = []
+    for number, annotation in enumerate(annotations):
+        try:
+            captions += [caption] if (caption := _region(annotation, size, number, skip)) else []
+        except AnnotationError as error:
+            reject(error)
+    return captions
+
+
+def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) -> Caption | None:
+    """The caption of an annotation; None, and counted, where its box is normalized or outside of the image."""
     prompt = Prompt()
     if annotation.point:
         x, y = annotation.point
         if not (0 <= x < size.width and 0 <= y < size.height):
             sides = f"{size.width} x {size.height}"
-            raise ReadError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
+            raise AnnotationError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
         prompt = Prompt(points=((x, y, 1),))
-    return Caption(
+    if annotation.unread:
+        skip(annotation.unread, annotation.place)
+    if not annotation.texts:
+        skip("region without text", annotation.place)
+    text, *others = annotation.texts or ("",)
+    caption = Caption(
         text,
         _number(annotation.score),
         annotation.box,
@@ -303,6 +422,7 @@ def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) 
         region,
         tuple((other, math.nan) for other in others),
     )
+    return _fit(caption, size, annotation.place, skip)
 
 
 def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:

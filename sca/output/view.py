@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from sca_registry.contracts import Caption
 
 from sca.images import ImageError, show
 from sca.io.atomic import AtomicFile
+from sca.io.paths import ImageFiles, find_image
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
-from sca.output.read import Captioned, ReadError
+from sca.output.read import Captioned, ReadError, merge_images
 
 SIDE = 640  # pixels of the longest side of a picture in the page
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -56,14 +58,15 @@ def write_view(
     images may be named in. names: what the files are called.
     """
     script = files("sca.output").joinpath("view.js").read_text("utf-8")
-    second = None if other is None else {each.image: each for each in other}
+    first = merge_images(captioned, images)
+    second = None if other is None else merge_images(other, images)
     file, problems, regions = AtomicFile(path), [], 0
     try:
         title = " and ".join(names) or "Regions"
         file.write(head(title, _STYLE, script))
         file.write(_controls(title, second is not None))
         file.write(f'<script type="application/json" id="data">{{"colours": {json.dumps(COLOURS)}, "images": [')
-        for number, each in enumerate(_together(captioned, second)):
+        for number, each in enumerate(_together(first, second, images)):
             one, two = each
             regions += len(one.captions) + (len(two.captions) if two else 0)
             file.write((",\n" if number else "\n") + _escaped(_image(one, two, images, second is not None, problems)))
@@ -76,10 +79,13 @@ def write_view(
 
 
 def _together(
-    captioned: Iterable[Captioned], second: dict[str, Captioned] | None
+    first: dict[str, Captioned], second: dict[str, Captioned] | None, images: Sequence[Path]
 ) -> Iterator[tuple[Captioned, Captioned | None]]:
-    for each in captioned:
-        pair = second.pop(each.image, None) if second is not None else None
+    """The images of the first file, each with that of the second that is the same image file; then the others."""
+    files = ImageFiles(partial(find_image, roots=images))
+    second = second and {files.unify(name): each for name, each in second.items()}
+    for name, each in first.items():
+        pair = second.pop(files.unify(name), None) if second else None
         if pair is not None and pair.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (each.size, pair.size)]
             raise ReadError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")

@@ -56,6 +56,18 @@ def test_convert_keeps_polygons(converted, content):
     assert record["mask"]["size"] == [48, 64]
 
 
+def test_convert_and_view_name_a_damaged_region_and_end_with_status_1(here, shell, picture):
+    picture("a.png")
+    good, bad = COCO["annotations"][0], {"id": 2, "image_id": 1, "bbox": [1, 2, "x", 3]}
+    (here / "in.json").write_text(json.dumps(COCO | {"annotations": [bad, good]}))
+    for arguments in (("convert", "in.json", "out", "--format", "jsonl"), ("view", "in.json")):
+        result = shell(*arguments)
+        assert result.status == 1
+        assert any("in.json, annotations[0], 'bbox': must be four numbers" in line for line in result.err)
+        assert result.err[-1] == "sca: 1 records cannot be used and are left out; correct them"
+    assert len((here / "out/captions.jsonl").read_text().splitlines()) == 1
+
+
 def test_convert_passes_over_cancelled_annotations(converted):
     cancelled = {"was_cancelled": True, "result": [BOX, text("wrong")]}
     right = {"ground_truth": True, "result": [BOX, text("right")]}

@@ -169,7 +169,7 @@ BROKEN = {
     "lost annotations": (
         "a.json",
         json.dumps({"images": [], "annotations": [{"image_id": 7}]}),
-        "annotations of images that are not there: [7]",
+        "annotations[0], 'image_id': no image has this id",
     ),
     "odd polygons": (
         "a.geojson",

@@ -35,7 +35,8 @@ x, y = st.floats(0, WIDTH - 0.5), st.floats(0, HEIGHT - 0.5)
 boxes = st.tuples(x, y, x, y).map(
     lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]) + 0.25, max(b[1], b[3]) + 0.25)
 )
-points = st.tuples(x, y).filter(lambda point: max(point) > 1)  # those within 0..1 are refused, since normalized
+boxes = boxes.filter(lambda box: max(box) > 1)  # those within 0..1 are refused, since normalized
+points = st.tuples(x, y).filter(lambda point: max(point) > 1)  # and so are points
 texts = st.text(min_size=1, max_size=8)
 
 
