@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 from sca_registry.contracts import Region, Sample, Scores
 
-from sca.images import ImageError, open_image
+from sca.images import open_image
 from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
+from sca.io.annotations.shapes import fit_box, scale_region
+from sca.io.coordinates import compare_sizes
 from sca.io.json import read_json
 from sca.io.paths import ImageNameError, expand_user, find_image
+
+BAD_REGION = "unusable region"  # of which nothing can be made
 
 
 class LabelMe:
@@ -19,15 +23,16 @@ class LabelMe:
 
     A region is a shape, or the shapes of one `group_id`: its label the name, its descriptions, if any, the phrases.
     What cannot be a region, such as a keypoint, is counted in `skipped`, the first of each named in `examples`. An
-    image that does not exist is taken from the file's `imageData`. ValueError for a folder without files, for a file
-    that cannot be used, with the field, and for an image that has not the size its file records.
+    image that does not exist is taken from the file's `imageData`, and the regions of a resized image are scaled to it.
+    ValueError for a folder without files, for a file that cannot be used, with the field, and for an image of another
+    aspect ratio than its file records.
     """
 
     def __init__(self, split: str, root: str):
         folder = expand_user(root) / split
         folder = folder if folder.is_dir() else folder.parent
         self.split = split
-        self.files = sorted(folder.glob("*.json"))
+        self.files = labelme.list_files(folder)
         if not self.files:
             raise ValueError(f"there are no LabelMe files (*.json) in {folder}")
         skip = SkipCounter()
@@ -37,7 +42,7 @@ class LabelMe:
         for file in self.files:
             content, image = _read(file)
             size = labelme.find_size(content, image, str(file))
-            shapes = labelme.read_shapes(content, size, str(file), skip)
+            shapes = labelme.read_shapes(content, size, str(file), skip, lambda error: skip(BAD_REGION, str(error)))
             regions = [_region(shape, size, next(ids), skip) for shape in shapes]
             self.images.append(image)
             self.sizes.append(size)
@@ -52,14 +57,13 @@ class LabelMe:
         file, path, size = self.files[index], self.images[index], self.sizes[index]
         try:
             image = open_image(path) if path.exists() else labelme.open_image_of(_read(file)[0], path, str(file))
-        except ImageError as error:
+            factors = compare_sizes(size, image.size)
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        if image.size != size:
-            raise ValueError(
-                f"{file}: the image {path.name!r} is {image.width} x {image.height}, and the file records "
-                f"{size[0]} x {size[1]}; use the image that was annotated"
-            )
-        return Sample(image, index, self.regions[index])
+        if image.size == size:
+            return Sample(image, index, self.regions[index])
+        scaled = (scale_region(region, factors, image.size) for region in self.regions[index])
+        return Sample(image, index, tuple(filter(None, scaled)))
 
     def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
         """The regions of each image, in order; no image is opened."""
@@ -95,9 +99,10 @@ def _region(shape: Annotation, size: tuple[int, int], identity: int, skip: SkipC
     """A shape as a region, its box clipped to the image; None, and counted, where it has none."""
     if shape.box is None:
         return skip("keypoint", shape.place)
-    limits = (*size, *size)
-    box = tuple(min(max(float(value), 0.0), float(limit)) for value, limit in zip(shape.box, limits, strict=True))
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return skip("empty box", shape.place)
+    box = fit_box(shape.box, size, shape.place, skip, shape.mask)
+    if box is None:
+        return None
+    if shape.unread:
+        skip(shape.unread, shape.place)
     phrases = tuple(text.strip() for text in shape.captions if text.strip())
     return Region(identity, box, shape.mask, shape.label, phrases)

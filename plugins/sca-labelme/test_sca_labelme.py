@@ -77,7 +77,7 @@ def test_dataset_applies_exif_orientation(folder):
 
 
 def test_dataset_rejects_an_image_of_another_size(folder):
-    with pytest.raises(ValueError, match=r"'0\.png' is 40 x 30, and the file records 30 x 40"):
+    with pytest.raises(ValueError, match=r"records 30 x 40 and the image is 40 x 30 .*: it was rotated"):
         turned(folder, imageWidth=30, imageHeight=40)[0]
 
 
@@ -90,6 +90,29 @@ def test_dataset_takes_a_missing_image_from_the_file(folder):
     sample = LabelMe("train", str(folder))[0]
     assert sample.image.tobytes() == whole.image.tobytes()
     assert sample.regions == whole.regions
+
+
+def test_labelme_counts_a_bad_shape_and_keeps_the_others(folder):
+    door = {"label": "door", "points": [[22, 10], [30, 25]], "shape_type": "rectangle"}
+    shapes = [{}, door, door | {"points": [["x", 1], [2, 3]]}, door | {"points": [[0.1, 0.1], [0.5, 0.5]]}]
+    shapes.append(door | {"points": [[22, 10], [41, 25]], "caption": "a door"})
+    (folder / "0.json").write_text(json.dumps({"imagePath": "0.png", "shapes": shapes}))
+    dataset = LabelMe("train", str(folder))
+    assert [region.box for region in dataset[0].regions] == [(22, 10, 30, 25), (22, 10, 40, 25)]
+    unread = "caption under 'caption', which is not read (the key is 'description')"
+    counted = {"unusable region": 2, "normalized box": 1, "box clipped": 1, unread: 1}
+    assert {reason: dataset.skipped[reason] for reason in counted} == counted
+    assert "0.json, shapes[0]" in dataset.examples["unusable region"][0]
+
+
+def test_labelme_scales_regions_to_a_resized_image(folder):
+    content = json.loads((folder / "0.json").read_text()) | {"imageWidth": 40, "imageHeight": 30}
+    (folder / "0.json").write_text(json.dumps(content))
+    Image.new("RGB", (80, 60)).save(folder / "0.png")
+    sample = LabelMe("train", str(folder))[0]
+    roof, door, *_ = sample.regions
+    assert (sample.image.size, door.box) == ((80, 60), (44, 20, 60, 50))
+    assert decode(roof.mask).shape == (60, 80)
 
 
 def test_the_dataset_keeps_its_promises(folder, conformance):
@@ -112,7 +135,7 @@ def test_labelme_names_the_file_of_a_url(folder):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "not JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": [{}]}', "shapes")],
+    [("{", "not JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": {}}', "shapes")],
 )
 def test_a_broken_file_is_named(folder, text, told):
     (folder / "1.json").write_text(text)

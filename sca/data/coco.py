@@ -17,6 +17,7 @@ from sca.io.annotations import coco
 from sca.io.annotations.annotation import Annotation, Skip
 from sca.io.paths import ImageFiles, expand_user, split_name
 
+UNCATEGORIZED = "file without categories"
 WHAT = "COCO's format is an object with images, annotations and categories"
 
 
@@ -27,13 +28,14 @@ class Index(NamedTuple):
     annotations: Records
     names: dict[int, str]
     things: set[int]  # the categories that are things, where that is said
+    has_categories: bool = True
 
     @classmethod
     def read(
         cls,
         path: Path,
         keys: Sequence[str] = ("id", "image_id"),  # of annotations
-        named: bool = True,
+        is_named: bool = True,
         reject: Mapping[str, Reject] | None = None,
     ) -> Index:
         """Read the lists of a file.
@@ -41,11 +43,12 @@ class Index(NamedTuple):
         Args:
             path: The file.
             keys: Whole numbers that every annotation has, the first of which identifies it.
-            named: False if there need be no categories.
+            is_named: Whether there must be categories; otherwise they are read where they are there.
             reject: For each list what receives the ValueError of an unusable record; without one it is raised.
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
-        found, kept = index(path, lists, ("categories",) if named else (), WHAT, reject)
+        categories = ("categories",)
+        found, kept = index(path, lists, categories if is_named else (), WHAT, reject, () if is_named else categories)
         reject_category = (reject or {}).get("categories")
         names, things = {}, set()
         for record, place in identified(kept.get("categories", []), f"{path}: categories", reject=reject_category):
@@ -59,7 +62,7 @@ class Index(NamedTuple):
             if record.get("isthing"):
                 things.add(record["id"])
         images, annotations = (found[key].unique((reject or {}).get(key)) for key in ("images", "annotations"))
-        return cls(images, annotations, names, things)
+        return cls(images, annotations, names, things, "categories" in kept)
 
     def image(self, number: int) -> tuple[int, str, int, int]:
         """Id, file name, width and height."""
@@ -108,7 +111,9 @@ class Coco(TableDataset):
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and those of its annotations."""
-        found = Index.read(self.annotations, named=self.named, reject=self._rejects())
+        found = Index.read(self.annotations, is_named=False, reject=self._rejects())
+        if self.named and not found.has_categories:
+            self._skip(UNCATEGORIZED, str(self.annotations))
         bar.reset(len(found.images))
         if self.named:
             self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
@@ -150,7 +155,11 @@ class Coco(TableDataset):
         )
 
     def _name(self, record: dict[str, Any], place: str, found: Index) -> str | None:
-        """The name of the category; None, and counted, where it has none and the annotation has a caption."""
+        """The name of the category; None where the file has no categories, and where it has no name, which is counted,
+        and the annotation has a caption.
+        """
+        if not found.has_categories:
+            return None
         try:
             return found.name(record, place)
         except ValueError as error:

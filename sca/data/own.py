@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.data.records import elements
+from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
 TOLD = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "colour": 0.2}}  # of a source in a recipe
@@ -23,9 +24,9 @@ SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow,
 
 
 def recognised(path: str | Path) -> dict[str, Any]:
-    """The table of a recipe's data for `path`: a `.jsonl` file, a `.json` file of COCO, Label Studio or LabelMe, or a
-    folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`, or an export in
-    COCO's format of Label Studio, CVAT or Roboflow.
+    """The table of a recipe's data for `path`: a `.jsonl` or `.ndjson` file, a `.json` file of COCO, Label Studio or
+    LabelMe, or a folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`,
+    or an export in COCO's format of Label Studio, CVAT or Roboflow. Suffixes may be in upper case.
     Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
     are kept for "val", as `choose_split` says.
 
@@ -43,9 +44,9 @@ def recognised(path: str | Path) -> dict[str, Any]:
             return {"name": "annotations", "file": str(path), "hold_out": HOLD_OUT, **TOLD}
         path = _only_file(path)
     images = _images_of(path)
-    if path.suffix == ".jsonl":
+    if is_json_lines_name(path):
         return {"name": "jsonl", "file": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
-    if path.suffix == ".json":
+    if _is_json_name(path):
         tool = _tool_of(path)
         if tool == "LabelMe":  # whose images are named from its own folder
             return {"name": "annotations", "file": str(path), "hold_out": HOLD_OUT, **TOLD}
@@ -57,8 +58,16 @@ def recognised(path: str | Path) -> dict[str, Any]:
 
 def _is_labelme(folder: Path) -> bool:
     """Whether all files of a folder that could be annotations are LabelMe's."""
-    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jsonl")]
-    return bool(files) and all(file.suffix == ".json" and _tool_of(file) == "LabelMe" for file in files)
+    files = _annotation_files(folder)
+    return bool(files) and all(_is_json_name(file) and _tool_of(file) == "LabelMe" for file in files)
+
+
+def _annotation_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _is_json_name(file) or is_json_lines_name(file))
+
+
+def _is_json_name(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
 
 
 def _tool_of(path: Path) -> str:
@@ -85,7 +94,7 @@ def _split_export(folder: Path) -> dict[str, Any] | None:
 
 def _only_file(folder: Path) -> Path:
     """The one file of annotations in a folder. Raises ValueError."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
+    files = _annotation_files(folder)
     if not files:  # CVAT, whatever its subset is called; and an export of Roboflow without splits
         files = sorted([*folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")])
         train = [find_split(f"{folder}/{file}", "train") for file, _ in SPLIT_LAYOUTS]

@@ -194,8 +194,10 @@ def index(
     whole: Collection[str],
     what: str,
     reject: Mapping[str, Reject] | None = None,
+    optional: Collection[str] = (),
 ) -> tuple[dict[str, Records], dict[str, list[Any]]]:
-    """The `lists` of a JSON object as `Records` with these keys, and the lists named in `whole` as they are.
+    """The `lists` of a JSON object as `Records` with these keys, and the lists named in `whole` as they are, and
+    those in `optional` where they are there.
 
     `what` says in messages what the file should be. Other members are passed over. `reject` has for a list what
     receives the ValueError of each of its records that lacks a key, which is then passed over; one without raises it.
@@ -208,7 +210,7 @@ def index(
             raise ValueError(f"{path}: {what}")
         if value is LIST:
             there[key] = True
-            if key in whole:
+            if key in whole or key in optional:
                 kept[key] = []
         elif there.setdefault(key, False):
             if key in found:

@@ -20,7 +20,6 @@ Until there the sources are read again, but nothing is checked, drawn or written
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -40,11 +39,11 @@ from tqdm.auto import tqdm
 
 from sca.data import fields
 from sca.images import ImageError, measure_image, open_image
-from sca.io.annotations.shapes import fit_box
+from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.atomic import FolderError, sync, write_file
-from sca.io.coordinates import clip_box, compare_sizes, scale_box
+from sca.io.coordinates import compare_sizes
 from sca.io.paths import ImageNameError, find_image, is_url
-from sca.masks import RLE, box_of, resize_code
+from sca.masks import RLE, box_of
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
@@ -131,7 +130,7 @@ class TableDataset:
                 scale = compare_sizes(size, image.size)
             except ValueError as error:
                 return self._skip_image("image of another size", name, f"{name} ({error})")
-            regions = [fitted for region in regions if (fitted := _fit(region, scale, image.size)) is not None]
+            regions = [scaled for region in regions if (scaled := scale_region(region, scale, image.size)) is not None]
             if not regions:
                 return self._skip_image("image of another size", name, f"{name} (no region is inside it any more)")
         return Sample(image, row["image_id"], tuple(regions))
@@ -192,7 +191,7 @@ class TableDataset:
             return
         name, told = (name or "").strip() or None, [phrase for phrase in phrases if phrase]
         if not name and not told:
-            return self._skip("region without words", place)
+            return self._skip("region without text", place)
         for _ in range(len(phrases) - len(told)):
             self._skip("blank phrase", place)
         image["regions"].append(
@@ -492,14 +491,6 @@ def _region(stored: dict[str, Any], width: int, height: int) -> Region:
         tuple(stored["phrases"]),
         {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()},
     )
-
-
-def _fit(region: Region, scale: tuple[float, float], size: tuple[int, int]) -> Region | None:
-    """Scale a region to an image of another size and clip it there; None if nothing of it is inside."""
-    box = clip_box(scale_box(region.box, scale), *size)
-    if box is None:
-        return None
-    return dataclasses.replace(region, box=box, mask=None if region.mask is None else resize_code(region.mask, *size))
 
 
 def _digest(told: Any) -> str:

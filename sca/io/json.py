@@ -146,7 +146,7 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
         key: A key of every line, which a file that is one JSON value does not have.
     """
     if not DESCRIPTOR.fullmatch(str(path)):
-        return str(path).lower().endswith((".jsonl", ".ndjson"))
+        return is_json_lines_name(path)
     lines = (line for line in file if line.strip())
     try:
         first = parse_json(next(lines, b"").decode("utf-8-sig"), surrogates=True)
@@ -154,6 +154,11 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
         first = None
     file.seek(0)
     return isinstance(first, dict) and key in first
+
+
+def is_json_lines_name(path: str | Path) -> bool:
+    """Whether a file is called as one of JSON lines is, in upper or lower case."""
+    return str(path).lower().endswith((".jsonl", ".ndjson"))
 
 
 def check_depth(value: Any) -> None:

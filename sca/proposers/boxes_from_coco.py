@@ -15,7 +15,8 @@ from sca.prompts import PromptError, read_prompts
 class BoxesFromCoco:
     """The boxes and masks that a COCO file (or JSON lines, see `sca.prompts`) has for an image, found by its path.
 
-    Regions that do not fit their image are left out with a warning. Raises PromptError for a file that cannot be read,
+    Regions that do not fit their image are left out with a warning, and so are parts that cannot be prompts; boxes that
+    are clipped to their image are counted in one. Raises PromptError for a file that cannot be read,
     an image that it does not have or of which no region fits, and a file name that has stood for another image.
     """
 
@@ -23,6 +24,8 @@ class BoxesFromCoco:
         self.file = read_prompts(expand_user(annotations))
         for problem in self.file.problems:
             warnings.warn(problem, stacklevel=2)
+        if summary := self.file.skip.summarize():
+            warnings.warn(f"{self.file.path}: {summary}", stacklevel=2)
         self.images: dict[str, Path] = {}  # whose each key has been
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
@@ -35,7 +38,10 @@ class BoxesFromCoco:
                 f"{self.file.path}: {keys[path]} could mean {self.images[keys[path]]} or {path}; write image paths "
                 "relative to the prompts file"
             )
+        before = self.file.clipped.skipped.total()
         prompts, problems = self.file.fitting(keys[path], *image.size)
+        if clipped := self.file.clipped.skipped.total() - before:
+            warnings.warn(f"{self.file.path}: {clipped} of the boxes for {image_id} are clipped to it", stacklevel=2)
         if problems and not prompts:
             raise PromptError(problems[0])
         for problem in problems:

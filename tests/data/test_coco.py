@@ -313,3 +313,11 @@ def _read_prompts(path):
         return [prompt for prompts in read_prompts(path).values() for prompt in prompts]
     except PromptError:
         return []
+
+
+def test_coco_without_categories_keeps_regions_with_captions(written):
+    whole = content(annotation(1, caption="a cat"), {"id": 2, "image_id": 1, "bbox": [1, 1, 5, 5], "caption": "a dog"})
+    whole.pop("categories")
+    dataset = Coco("val", root=written(whole))
+    assert [(region.name, region.phrases) for region in dataset[0].regions] == [(None, ("a cat",)), (None, ("a dog",))]
+    assert dataset.skipped == {"file without categories": 1}

@@ -97,7 +97,7 @@ def test_what_sca_caption_writes_is_read_as_it_is(write, tmp_path, monkeypatch):
         assert [region.box for region in sample.regions] == [(2, 3, 12, 11.5), (3, 4, 9, 12)]
         assert [region.mask for region in sample.regions] == [code, code]
     assert len(dataset) == 2
-    assert dataset.skipped == {"region without words": 2}
+    assert dataset.skipped == {"region without text": 2}
 
 
 def test_images_are_found_by_the_file_by_the_folder_given_or_where_one_works(write, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_what_is_left_out_is_counted(write, tmp_path):
     assert dataset.skipped == {
         "box clipped": 1,
         "empty box": 2,
-        "region without words": 1,
+        "region without text": 1,
         "empty mask": 2,
         "image missing": 1,
         "image unreadable": 1,

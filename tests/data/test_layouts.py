@@ -83,7 +83,7 @@ def test_masks_without_words_and_captions_without_masks_are_counted(written, nam
     first = next(iter(json.loads(captions.read_text())))
     changed(captions, lambda content: content.update({"777": ["a thing"], first: "  "}))
     found = datasets.build(name, "train", root=root)
-    assert found.skipped == {"region without words": 1, "caption of no mask": 1}
+    assert found.skipped == {"region without text": 1, "caption of no mask": 1}
     (root / "sa_888.captions.json").write_text("{}")
     found = datasets.build(name, "train", root=root)
     assert found.skipped["captions of no picture"] == 1

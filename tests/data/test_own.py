@@ -134,3 +134,15 @@ def test_own_data_may_be_below_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     _export(tmp_path / "mine", {"result.json": ("images", "images/")})
     assert recognised("~/mine")["annotations"] == str(tmp_path / "mine/result.json")
+
+
+@pytest.mark.parametrize("name", ["mine.ndjson", "mine.JSONL", "mine.JSON"])
+def test_own_data_accepts_suffixes_that_other_readers_accept(pictures, name):
+    is_lines = not name.endswith(".JSON")
+    (as_lines if is_lines else as_coco)(pictures)
+    (file,) = pictures.glob("mine.*")
+    file.rename(pictures / name)
+    for place in (pictures / name, pictures):
+        table = recognised(place)
+        assert table["name"] == ("jsonl" if is_lines else "coco-json")
+        assert table["file" if is_lines else "annotations"] == str(pictures / name)

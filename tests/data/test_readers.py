@@ -278,7 +278,7 @@ def test_an_empty_caption_is_counted(written):
     written.say("  \n")
     dataset = written.open()
     assert sum(dataset.skipped.values()) == 1
-    assert set(dataset.skipped) <= {"blank phrase", "region without words"}
+    assert set(dataset.skipped) <= {"blank phrase", "region without text"}
     assert len(spoken(dataset)) < len(whole)
     assert all(dataset.examples.values())
 

@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted(write):
     assert dataset.skipped == {
         "box clipped": 1,
         "empty box": 2,
-        "region without words": 1,
+        "region without text": 1,
         "region id repeated": 2,
         "image id repeated": 1,
         "image without data": 1,

@@ -7,18 +7,21 @@ import binascii
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
+from sca_registry.contracts import Region
 
 from sca import masks
 from sca.images import ImageError, inspect_image
 from sca.io.annotations.annotation import Size, Skip
-from sca.io.coordinates import Box, clip_box, find_normalized_scale
+from sca.io.coordinates import Box, clip_box, find_normalized_scale, scale_box
 
 Points = Sequence[tuple[float, float]]
 REACH = 4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
+ROUNDING = 1e-6  # pixels by which a box may leave the image uncounted
 ELLIPSE_CORNERS = 360
 MAX_EMBEDDED_BYTES = 64 * 2**20  # of an image inside an annotation file, as base64
 
@@ -80,9 +83,26 @@ def fit_box(
     inside = masks.box_of(mask) if scale is not None and mask else None
     if scale is not None and (inside is None or find_normalized_scale(inside, *size) is None):
         return skip("normalized box", f"{place}, in 0..{scale} of a {size[0]} x {size[1]} image")
-    if clipped != tuple(box):
+    if any(abs(old - new) > ROUNDING for old, new in zip(box, clipped, strict=True)):
         skip("box clipped", place)
     return clipped
+
+
+def scale_region(region: Region, factors: tuple[float, float], size: Size) -> Region | None:
+    """Scale a region to an image that was resized since.
+
+    Args:
+        region: In pixels of the image as the file records it.
+        factors: Across and down, see `compare_sizes`.
+        size: Width and height of the image.
+
+    Returns:
+        The region, its box clipped to the image; None if nothing of it is inside.
+    """
+    box = clip_box(scale_box(region.box, factors), *size)
+    if box is None:
+        return None
+    return replace(region, box=box, mask=None if region.mask is None else masks.resize_code(region.mask, *size))
 
 
 def rotate_rectangle(x: float, y: float, width: float, height: float, degrees: float) -> Points:
