@@ -322,7 +322,7 @@ def _coco(
         except ReadError as error:
             reject(error)
     for number, image in enumerate(_list(content, "images", show(path))):
-        where = f"{show(path)}, images[{number}]"
+        where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
         try:
             records = told.pop(_key(_table(image, where), "id", where), [])
             file_name = _name(image, "file_name", where)

@@ -148,7 +148,7 @@ def test_missing_file_is_named(folder, name):
         Annotations("train", file=folder / name)
 
 
-def test_dataset_keeps_its_promises(folder, conformance):
+def test_annotations_dataset_passes_conformance(folder, conformance):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]), shape("dog", [[5, 5], [20, 5], [20, 20]], "polygon"))
     write_labelme(folder, "1", shape("dog", [[5, 5], [60, 20]]))
     conformance("dataset", Annotations, file=str(folder))

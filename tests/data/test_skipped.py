@@ -175,7 +175,7 @@ def test_a_partial_download_is_counted(folder):
     assert "9 images missing: gone0.png, gone1.png, gone2.png and 6 more" in summarize_dataset(dataset)
 
 
-def test_nothing_left_is_one_line_that_says_what_is_missing_and_where(folder):
+def test_empty_dataset_error_names_missing_images_and_folder(folder):
     images = [{"id": n, "file_name": f"gone{n}.png", "width": SIDE, "height": SIDE} for n in range(2)]
     dataset = coco(folder, [{}, {}], images=images)
     with pytest.raises(EmptyDatasetError) as caught:

@@ -44,7 +44,7 @@ def test_rle_of_either_kind_keeps_its_holes():
     assert read(segmentation=code)[0].mask == read(segmentation=runs)[0].mask == code
 
 
-def test_isbox_is_no_mask():
+def test_coco_reader_ignores_segmentation_with_isbox():
     assert read(bbox=[5, 5, 4, 4], segmentation=[SQUARE], isbox=1)[0].mask is None
 
 

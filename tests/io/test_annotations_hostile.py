@@ -2,7 +2,6 @@
 
 import copy
 import json
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -94,10 +93,29 @@ def test_any_value_in_any_place_is_read_or_refused_in_one_line(tmp_path_factory,
     holder[key] = data.draw(values)
     path = tmp_path_factory.getbasetemp() / "hostile.json"
     path.write_text(json.dumps(content))
-    for read, error in ((partial(read_captions, skip=SkipCounter()), ReadError), (read_prompts, PromptError)):
-        problem = ""
+    for read, error in ((read_boxes_of_captions, ReadError), (read_boxes_of_prompts, PromptError)):
+        problems = []
         try:
-            list(read(path))
+            for box, (width, height) in read(path, problems):
+                x1, y1, x2, y2 = box
+                assert 0 <= x1 < x2 <= width
+                assert 0 <= y1 < y2 <= height
         except error as refused:
-            problem = str(refused)
-        assert "\n" not in problem
+            problems.append(str(refused))
+        assert not any("\n" in problem for problem in problems)
+
+
+def read_boxes_of_captions(path, problems):
+    """Each box with the size of its image; what is rejected is added to the problems."""
+    for image in read_captions(path, SkipCounter(), reject=lambda error: problems.append(str(error))):
+        yield from ((caption.box, image.size) for caption in image.captions if caption.box)
+
+
+def read_boxes_of_prompts(path, problems):
+    prompts = read_prompts(path)
+    for key in prompts:
+        for size in ((40, 30), (80, 60), (30, 40)):
+            fitting, refused = prompts.fitting(key, *size)
+            problems += refused
+            yield from ((prompt.box, size) for prompt in fitting if prompt.box)
+    problems += prompts.problems

@@ -72,7 +72,7 @@ def test_mask_is_an_image_at_its_first_point():
         assert whole.sum() == 3
 
 
-def test_point_is_a_point():
+def test_labelme_reader_reads_point():
     found = region(shape("point", [[4, 5]], description="a nose"))
     assert (found.box, found.mask, found.point, found.texts) == (None, None, (4, 5), ("a nose",))
 
@@ -83,7 +83,7 @@ def test_description_is_the_caption_and_else_the_label():
     assert region(shape()).texts == ("cat",)
 
 
-def test_group_is_one_region():
+def test_labelme_reader_merges_group_id():
     left = shape(points=[[1, 1], [4, 1], [4, 4]], group_id=3, description="a cat")
     right = shape("rectangle", [[30, 10], [35, 15]], group_id=3, description="behind a fence")
     other = shape("rectangle", [[0, 0], [2, 2]], group_id=3, label="dog")
