@@ -22,11 +22,11 @@ from sca_registry.contracts import Prompt
 from sca import masks
 from sca.images import identify_image, show
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter
+from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter, read_size
 from sca.io.coordinates import Box, clip_box, compare_sizes, find_normalized_scale, scale_box, scale_to_pixels
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number, is_int64
+from sca.io.numbers import is_finite_number
 from sca.io.paths import ImageFiles, ImageNameError, expand_user, find_image, measure_named_image, possible_file_names
 
 Point = tuple[float, float, int]
@@ -467,13 +467,15 @@ def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
         mask = _at(where, "mask", partial(find_image, roots=[path.parent]), mask)
         if not mask.is_file():
             raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
-    return image, _Entry(where, box, points, mask, _recorded_size(record))
+    return image, _Entry(where, box, points, mask, _recorded_size(record, where))
 
 
-def _recorded_size(record: Mapping[str, Any]) -> Size | None:
+def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
     """Width and height of the image that a record states; None if it does not."""
-    width, height = record.get("width"), record.get("height")
-    return (width, height) if is_int64(width) and is_int64(height) and min(width, height) > 0 else None
+    try:
+        return read_size(record, ("width", "height"), where)
+    except AnnotationError as error:
+        raise PromptError(str(error)) from error
 
 
 @contextmanager
@@ -523,7 +525,7 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
             if number in keys or name in entries:
                 field = "'id'" if number in keys else "'file_name'"
                 raise PromptError(f"{where}, {field}: another image has it too; each image has its own")
-            keys[number], entries[name], sizes[name] = name, [], _recorded_size(image)
+            keys[number], entries[name], sizes[name] = name, [], _recorded_size(image, where)
     for place, annotation in enumerate(content["annotations"]):
         where = f"{show(path)}, annotations[{place}]"
         with _noting(problems):

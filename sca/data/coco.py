@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import Reject, field, identified, phrases, size
+from sca.data.fields import field, identified, phrases, size
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Annotation, Skip
+from sca.io.annotations.annotation import Annotation, Reject, Skip
 from sca.io.paths import ImageFiles, expand_user, split_name
 
 UNCATEGORIZED = "file without categories"
@@ -53,7 +53,7 @@ class Index(NamedTuple):
         names, things = {}, set()
         for record, place in identified(kept.get("categories", []), f"{path}: categories", reject=reject_category):
             try:
-                names[record["id"]] = field(record, "name", str, place).replace("_", " ").strip()
+                names[record["id"]] = coco.clean_name(field(record, "name", str, place))
             except ValueError as error:
                 if reject_category is None:
                     raise

@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sca import masks
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Skip, find_unread_caption
+from sca.io.annotations.annotation import Reject, Skip, find_unread_caption
 from sca.io.json import JsonError, parse_json, read_regular_file
 from sca.io.numbers import is_int64
 
 KINDS = {int: "a whole number", str: "a string", list: "a list", dict: "a table of names and values"}
-
-Reject = Callable[[ValueError], None]  # counts a record of which nothing can be made
 
 
 class EmptyDatasetError(ValueError):

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from sca.data.fields import Reject, cut, field, table, unreadable
+from sca.data.fields import cut, field, table, unreadable
+from sca.io.annotations.annotation import Reject
 from sca.io.json import JsonError, check_depth, open_regular_file, parse_json
 from sca.io.text import escape_terminal
 

@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 
 from sca.data import fields
 from sca.images import ImageError, measure_image, open_image
+from sca.io.annotations.annotation import EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.atomic import FolderError, sync, write_file
 from sca.io.coordinates import compare_sizes
@@ -47,7 +48,6 @@ from sca.masks import RLE, box_of
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out
-EXAMPLES = 5  # how many of each kind of skipped thing are remembered by name
 BAD_IMAGES = (
     *("image missing", "image is a URL", "image name ambiguous"),
     *("image unreadable", "image of another size", "image without data"),
@@ -85,8 +85,7 @@ class TableDataset:
         """
         self.split, self.images, self.max_bad = split, images, max_bad
         self.sources = list(sources)
-        self.skipped: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
+        self._skip = SkipCounter()
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
         self._bad: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
@@ -99,6 +98,16 @@ class TableDataset:
         key = _digest([SCHEMA, asked, *map(_stamp, self.sources)])
         self._obtain(cache_folder().absolute() / "data" / f"{self.reader}-{asked}-{key}")
         self._stop_if_too_many()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How many were left out or changed, by reason."""
+        return self._skip.skipped
+
+    @property
+    def examples(self) -> dict[str, list[str]]:
+        """The first of each reason, by name."""
+        return self._skip.examples
 
     def __len__(self) -> int:
         return len(self._table)
@@ -204,12 +213,6 @@ class TableDataset:
                 "attributes": json.dumps(attributes or {}),
             }
         )
-
-    def _skip(self, reason: str, what: str) -> None:
-        self.skipped[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(what)
 
     def _reject(self, problem: str | ValueError) -> None:
         """Count a region whose record is unusable; the problem names file, record and field."""
@@ -456,7 +459,7 @@ class TableDataset:
 
     def _recall(self, about: dict[str, Any]) -> None:
         """Takes over what was counted."""
-        self.skipped, self.examples, self._bad = Counter(about["skipped"]), about["examples"], about["bad"]
+        self._skip, self._bad = SkipCounter(about["skipped"], about["examples"]), about["bad"]
         self.attributes = {name: tuple(values) for name, values in about["attributes"].items()}
         self.remarks, self._measured = about["remarks"], about["measured"]
 

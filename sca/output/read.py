@@ -22,7 +22,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca import masks
 from sca.images import ImageError, open_image, show
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, SkipCounter
+from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, SkipCounter, raise_error, read_size
 from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
 from sca.io.json import (
@@ -44,14 +44,6 @@ PARQUET = b"PAR1"  # what such a file begins with
 
 class ReadError(ValueError):
     """Captions that cannot be read; the message is one line that says which, why and what to do."""
-
-
-Reject = Callable[[ValueError], None]  # receives what a record that cannot be read is refused for
-
-
-def raise_error(error: ValueError) -> None:
-    """Refuse a whole file for one record that cannot be read."""
-    raise ReadError(str(error)) from error
 
 
 class Size(NamedTuple):
@@ -484,12 +476,13 @@ def _key(record: Mapping[str, Any], field: str, where: str) -> int | str:
 
 
 def _size(record: Mapping[str, Any], where: str) -> Size:
-    sides = [_table(record, where).get(side) for side in ("width", "height")]
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        raise ReadError(f"{where}: 'width' and 'height' of the image in whole pixels, not {sides}")
-    if sides[0] * sides[1] > masks.PIXEL_LIMIT:
-        raise ReadError(f"{where}: an image of {sides[0]} x {sides[1]} has more pixels than are allowed")
-    return Size(*sides)
+    try:
+        size = read_size(_table(record, where), ("width", "height"), where)
+    except AnnotationError as error:
+        raise ReadError(str(error)) from error
+    if size is None:
+        raise ReadError(f"{where}: 'width' and 'height' of the image are missing; give both in pixels")
+    return Size(*size)
 
 
 def _numbers(value: Any, count: int, where: str) -> tuple[float, ...]:

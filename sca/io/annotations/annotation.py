@@ -30,11 +30,11 @@ class AnnotationError(ValueError):
     """An annotation that cannot be read; the message is one line that names the record."""
 
 
-Reject = Callable[[AnnotationError], None]  # receives what a region that cannot be read is refused for
+Reject = Callable[[ValueError], None]  # receives what a record of which nothing can be made is refused for
 
 
-def raise_error(error: AnnotationError) -> None:
-    """Refuse a whole file for one region that cannot be read."""
+def raise_error(error: ValueError) -> None:
+    """Refuse a whole file for one record that cannot be read."""
     raise error
 
 
@@ -133,9 +133,9 @@ class AnnotatedImage(NamedTuple):
 class SkipCounter:
     """Count what could not be kept: `skip(reason, place)`. `skipped` and `examples` are those of a dataset."""
 
-    def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
+    def __init__(self, skipped: Mapping[str, int] | None = None, examples: dict[str, list[str]] | None = None) -> None:
+        self.skipped: Counter[str] = Counter(skipped or {})
+        self.examples: dict[str, list[str]] = examples or {}
 
     def __call__(self, reason: str, place: str) -> None:
         self.skipped[reason] += 1

@@ -77,14 +77,15 @@ def _ignore(reason: str) -> None:
 
 
 def name_categories(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name of each category of a file by its id, written as text; underscores are read as spaces."""
+    """Return the name of each category of a file by its id, written as text."""
     categories = content.get("categories")
     named = [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
-    return {
-        str(each.get("id")): each["name"].replace("_", " ").strip()
-        for each in named
-        if isinstance(each.get("name"), str)
-    }
+    return {str(each.get("id")): clean_name(each["name"]) for each in named if isinstance(each.get("name"), str)}
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a category with underscores as spaces."""
+    return name.replace("_", " ").strip()
 
 
 def read_box(value: Any) -> Box | None:
