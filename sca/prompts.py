@@ -471,7 +471,9 @@ def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
 
 
 def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
-    """Width and height of the image that a record states; None if it does not."""
+    """Width and height of the image that a record states; None if it does not, or has 0 in their place."""
+    if not record.get("width") or not record.get("height"):
+        return None
     try:
         return read_size(record, ("width", "height"), where)
     except AnnotationError as error:

@@ -375,6 +375,7 @@ class TableDataset:
             about |= {"bad": self._bad, "measured": self._measured, "whole": not more}
             sync(path)
             write_file(draft / "about.json", json.dumps(about, indent=1))
+        self._files.clear()
 
     def _row(self, entry: Any) -> dict[str, Any] | None:
         """The row of an entry; None, and counted, for an image whose record is unusable."""

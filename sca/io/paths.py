@@ -254,6 +254,8 @@ def _list_spellings(name: str) -> Iterator[_Interpretation]:
         for path in (value, unquote(value), unquote(value.partition("&")[0])):
             yield _Interpretation(f"/{_with_slashes(path)}", confined=True)  # from its document root, perhaps not ours
     elif upload := UPLOAD_FOLDER.match(name):
+        if not name.startswith("/"):
+            yield _Interpretation(name)
         for path in (name[upload.end() :], unquote(name[upload.end() :])):
             yield _Interpretation(f"/{_with_slashes(path)}", confined=True)
     elif file_url := FILE_URL.match(name):

@@ -429,7 +429,7 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
         raise ReadError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
     if code is not None and code["size"] != [size.height, size.width]:
         raise ReadError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
-    others = tuple((str(each["caption"]), _number(each.get("score"))) for each in plain.get("others") or ())
+    others = _list(plain, "others", where) if plain.get("others") else []
     return Caption(
         text,
         _number(plain.get("score")),
@@ -438,8 +438,15 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
         None if plain.get("iou") is None else _number(plain["iou"]),
         asked,
         plain["region"] if is_int64(plain.get("region")) else region,
-        others,
+        tuple(_other(each, f"{where}, 'others'") for each in others),
     )
+
+
+def _other(plain: Any, where: str) -> tuple[str, float]:
+    text = _table(plain, where).get("caption")
+    if not isinstance(text, str):
+        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
+    return text, _number(plain.get("score"))
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -192,6 +192,7 @@ def test_find_image_keeps_a_leading_parent(tmp_path, name):
         ("/data/sub/b.png", False),
         ("/data/upload/7/a.png", False),
         ("../../label-studio/data/media/upload/7/a.png", False),
+        ("sub/media/upload/7/\u00e9.png", False),
         ("/data/local-files/?d=a.png", False),
         ("/data/local-files/?d=val/a.png", True),
         ("train/a.png", False),
@@ -199,7 +200,7 @@ def test_find_image_keeps_a_leading_parent(tmp_path, name):
 )
 def test_find_image_notes_a_file_of_another_folder(tmp_path, monkeypatch, caplog, name, is_noted):
     monkeypatch.setattr("sca.io.notices._noticed", set())
-    root = _make(tmp_path / "train", "a.png", "sub/b.png")
+    root = _make(tmp_path / "train", "a.png", "sub/b.png", "sub/media/upload/7/e\u0301.png")
     found = find_image(name, [root])
     assert found.is_file()
     assert [found.name in record.getMessage() for record in caplog.records] == [True] * is_noted

@@ -124,6 +124,14 @@ def test_reader_rejects_a_damaged_file_of_a_folder(tmp_path):
     assert "b.json: not whole JSON" in problems[0]
 
 
+@pytest.mark.parametrize("others", [3, [3], [{"caption": 3}], [{"score": 1}]])
+def test_jsonl_reader_rejects_damaged_alternatives(tmp_path, others):
+    good, bad = lines([1, 2, 8, 9], [5, 5, 6, 6])
+    ((image,), _, problems) = read(write(tmp_path, [good, bad | {"others": others}]))
+    assert len(image.captions) == len(problems) == 1
+    assert "line 2, 'others'" in problems[0]
+
+
 NAMES = ("v/1.png", "v\\1.png")
 
 
