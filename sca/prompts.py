@@ -540,13 +540,20 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
 
 
 def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
+    counted: list[tuple[str, str]] = []
     try:
-        box = coco.read_annotation(annotation, where, None, None, skip).box
+        box = coco.read_annotation(annotation, where, None, None, lambda *part: counted.append(part)).box
     except AnnotationError as error:
         raise PromptError(str(error)) from error
-    if box is None:
-        raise PromptError(f"{where}: no 'bbox' or 'segmentation' with an area; an annotation needs one to be a prompt")
-    return box
+    if box is not None:
+        for reason, place in counted:
+            skip(reason, place)
+        return box
+    if annotation.get("segmentation"):
+        raise PromptError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+    if annotation.get("bbox"):
+        raise PromptError(f"{where}, 'bbox': {_quoted(annotation['bbox'])} has no area; width and height are above 0")
+    raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
 
 
 def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
