@@ -396,11 +396,11 @@ def test_coco_is_read_as_boxes(tmp_path):
         (coco(annotations=[7]), "annotations[0], 'image_id'"),
         (coco(annotations=[{"image_id": 1}]), "annotations[0]"),
         (coco(annotations=[{"image_id": 1, "bbox": [1, 2, 3]}]), "annotations[0], 'bbox'"),
-        (coco(annotations=[{"image_id": 1, "segmentation": [[1, 2]]}]), "with an area"),
+        (coco(annotations=[{"image_id": 1, "segmentation": [[1, 2]]}]), "annotations[0], 'segmentation'"),
         (coco(annotations=[{"image_id": 1, "segmentation": "x"}]), "annotations[0], 'segmentation'"),
         (
             coco(annotations=[{"image_id": 1, "segmentation": {"size": [2, 2], "counts": [4]}}]),
-            "with an area",
+            "empty",
         ),
     ],
 )

@@ -58,7 +58,7 @@ def test_the_file_serves_as_prompts(written):
     prompts = read_prompts(written)
     assert [len(prompts[key]) for key in prompts] == [3, 0, 2]
     (problem,) = prompts.problems  # of a region without a box or a mask
-    assert "with an area" in problem
+    assert "has no area" in problem
     assert prompts["b.png"][1].box == (1.5, 2.0, 10.0, 12.25)
 
 
