@@ -126,7 +126,7 @@ class Rejected:
     def end(self) -> None:
         """Say how many there are, and end with status 1 if there are any."""
         if self.count:
-            complain(f"{format_count(self.count, 'record')} cannot be used and left out; correct the file")
+            complain(f"left out {format_count(self.count, 'record')} that cannot be used; correct the file")
             raise typer.Exit(1)
 
 
