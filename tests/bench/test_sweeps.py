@@ -213,7 +213,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { temperature = "x" }\n[axes]',
-            "evaluate.generation: temperature is 'x'; give a number",
+            "evaluate.generation.temperature is 'x': give a number",
         ),
         (
             "[axes]",

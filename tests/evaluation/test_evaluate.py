@@ -185,7 +185,7 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
     [
         ({"beans": 3}, "generation has no option 'beans'. Did you mean 'beams'"),
         ({"beams": "x"}, "generation.beams is 'x': give a whole number"),
-        ({"temperature": "hot"}, "generation: temperature is 'hot'; give a number"),
+        ({"temperature": "hot"}, "generation.temperature is 'hot': give a number"),
     ],
 )
 def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, generation, message):

@@ -183,7 +183,7 @@ def test_load_and_plan_read_no_file_before_its_link_is_checked(folder, tmp_path,
     (tmp_path / "secret").write_text('{"secret": 1}')
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
-    for use in (load, lambda path: _read(str(path), NO_TRUST)):
+    for use in (load, lambda path: _read(str(path), False, False)):
         with pytest.raises(CheckpointError, match=f"{name} is a link to outside of its folder"):
             use(folder)
 
