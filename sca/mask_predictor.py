@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,14 +46,21 @@ class Mask(NamedTuple):
 
 
 class MaskPredictor(ABC):
-    """Set an image once, then point at it as often as wanted: its features are computed once and kept.
+    """Set an image once, then predict for any number of prompts: its features are computed once and kept.
 
-    model: an encoder and a segmenter; None where regions are taken as they are pointed at. regions: how many go through
-    the segmenter at a time; a memory limit, not a result. What captions regions builds on this, and adds `answer` and
-    `tell`.
+    Subclasses caption regions: they add `answer` and `tell`.
+
+    Args:
+        model: An encoder and a segmenter; None where a prompt is its region already.
+        regions: Regions that go through the segmenter at a time: limits memory, changes no result.
+
+    Raises:
+        ValueError: The model is something else, such as a name.
     """
 
     def __init__(self, model: Segmenting | None, regions: int = REGIONS):
+        if isinstance(model, str | Path):
+            raise ValueError(f"{type(self).__name__} takes a model and not its name; use sca.load({str(model)!r})")
         self.model = None if model is None else model.eval()
         self.processor = Processor.of(model.encoder) if model is not None else None
         self.regions = regions
@@ -64,20 +72,25 @@ class MaskPredictor(ABC):
 
     @property
     def everything(self) -> Everything:
-        """How everything is looked for where nobody says otherwise."""
+        """The search settings of everything mode: SAM's, or the model's own."""
         return Everything()
 
     def set_image(self, image: Image.Image | np.ndarray) -> None:
-        """A PIL picture, turned as its EXIF says, or a (height, width, 3) uint8 array in RGB.
+        """Encode an image for the predictions that follow.
 
-        Coordinates are pixels of the picture as it is kept in `image`.
+        Args:
+            image: A PIL image, rotated as its EXIF states, or a (height, width, 3) uint8 array in RGB. Coordinates of
+                prompts and results are pixels of the upright image, which is kept as `image`.
+
+        Raises:
+            ImageError: An array of another shape or type.
         """
         self.image = take_image(image)
         self.encoded = self.encode([self.image])
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
-        """Several images in one batch, for `answer`."""
+        """Encode several images as one batch, for `answer`; the image that is set stays."""
         if self.model is None:
             return Encoded(images, None, ())
         pixels = self.processor.pixels(images).to(self.device, next(self.model.parameters()).dtype)
@@ -97,9 +110,17 @@ class MaskPredictor(ABC):
         masks: Sequence[np.ndarray | RLE] = (),
         multimask: bool = True,
     ) -> list[list[Mask]]:
-        """The masks of each region, best first: all candidates, or with `multimask=False` the segmenter's single one.
+        """Predict the masks of regions of the image that is set, without captions.
 
-        What may be asked is as in `predict`. Raises ValueError if the segmenter gives no masks.
+        Args:
+            prompts: As for `predict`, like boxes, points and masks.
+            multimask: All candidates of the segmenter (SAM has three); otherwise its single mask.
+
+        Returns:
+            For each region its masks, by predicted IoU, best first.
+
+        Raises:
+            ValueError: What `predict` refuses, or a segmenter without masks.
         """
         encoded, request = self._asked(prompts, boxes, points, masks)
         found: list[list[Mask]] = [[] for _ in request]
@@ -116,8 +137,15 @@ class MaskPredictor(ABC):
 
     @torch.inference_mode()
     def best(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[Mask | None]:
-        """The mask with the highest predicted IoU for each prompt of each image, all in one list; None where the
-        segmenter gives none.
+        """Predict the best mask of each prompt.
+
+        Args:
+            encoded: What `encode` returned for B images.
+            requests: For each of the B images its prompts.
+
+        Returns:
+            For each prompt of all images in one list its mask with the highest predicted IoU, or None from a segmenter
+            without masks.
         """
         found: list[Mask | None] = [None] * sum(map(len, requests))
         for places, prompts, regions in self._segmented(encoded, requests):
@@ -248,7 +276,7 @@ class MaskPredictor(ABC):
     def describe(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
-        """As `set_image` and `predict`, of prompts that fit the image: they are taken as they are."""
+        """Set an image and caption regions of it, whose prompts are known to fit: they are not checked."""
         self.set_image(image)
         return self.answer(self.encoded, [prompts], task, **generation)[0]
 
@@ -262,17 +290,31 @@ class MaskPredictor(ABC):
         masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        """Any number of prompts for each encoded image: a list of captions an image, in the order of the prompts.
+        """Caption any number of regions of encoded images.
 
-        masks: whether full-size masks are wanted. Without, a caption that was not asked for by a box may have none
-        either.
+        Args:
+            encoded: What `encode` returned for B images.
+            requests: For each of the B images its prompts, which fit it.
+            task: "caption" or "recognition".
+            masks: Compute full-size masks. Without them a caption of a point or a mask may have no box either.
+            **generation: As returned by `sca.generation.settle_generation`.
+
+        Returns:
+            For each image its captions, in the order of its prompts.
         """
 
     @abstractmethod
     def tell(
         self, masks: Sequence[Mask], request: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
-        """Captions of regions of the image whose masks are known, and what each is asked for by."""
+        """Caption regions of the image that is set whose masks are known.
+
+        Args:
+            masks: The masks, which the captions get.
+            request: For each mask the prompt that its caption is generated from.
+            task: "caption" or "recognition".
+            **generation: As for `answer`.
+        """
 
     def _asked(
         self,

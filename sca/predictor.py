@@ -11,7 +11,7 @@ from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, TokenUsage
 from sca_registry.spec import Everything
 
 from sca.language_models.usage import count_tokens
-from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task, ious_of
+from sca.mask_predictor import REGIONS, Encoded, Mask, MaskPredictor, check_task, ious_of
 from sca.masks import box_of
 from sca.nn.masks import best_masks
 
@@ -20,9 +20,21 @@ if TYPE_CHECKING:
 
 
 class Predictor(MaskPredictor):
-    """Masks and captions of a composed model, for whatever is pointed at."""
+    """Masks and captions of a composed model: `set_image` once, then `predict` for any number of regions.
+
+        predictor = sca.Predictor(sca.load("sca-tiny"))
+        predictor.set_image(image)
+        captions = predictor.predict(boxes=[(370, 434, 448, 512)])
+
+    Args:
+        model: The model, which is set to eval mode.
+        regions: Regions that are segmented and mixed at a time: limits memory, changes no result.
+    """
 
     model: SegmentCaptioner
+
+    def __init__(self, model: SegmentCaptioner, regions: int = REGIONS):
+        super().__init__(model, regions)
 
     @property
     def generation(self) -> Mapping[str, Any]:

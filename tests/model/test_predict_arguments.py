@@ -158,6 +158,11 @@ def test_caption_everything_takes_search_and_generation_options_over_the_models_
         sca.caption_everything(predictor, points="many")
 
 
+def test_predictor_refuses_a_name_in_place_of_a_model():
+    with pytest.raises(ValueError, match=r"takes a model and not its name; use sca.load\('sca-tiny'\)"):
+        sca.Predictor("sca-tiny")
+
+
 @pytest.mark.parametrize("method", ["predict", "predict_batch"])
 def test_generation_options_are_explicit_keywords(method):
     assert set(OPTIONS) < set(inspect.signature(getattr(MaskPredictor, method)).parameters)
