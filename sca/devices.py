@@ -31,7 +31,7 @@ def find_device(name: str | torch.device, allow_meta: bool = False) -> torch.dev
     except (RuntimeError, AssertionError, TypeError) as error:  # for a wrong name, an absent device, another type
         reason = shorten(str(error).rstrip("."), 80, placeholder=" ...")
         meant = " Did you mean 'cuda'?" if str(name).startswith("gpu") else ""
-        raise ValueError(f"no device {str(name)!r} here ({reason}).{meant} Try one of: {DEVICES}") from error
+        raise ValueError(f"device {str(name)!r} is not available ({reason}).{meant} Try one of: {DEVICES}") from error
     return device
 
 

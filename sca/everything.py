@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +20,23 @@ from sca_registry.spec import Everything, check_search
 from torch import Tensor
 
 from sca.generation import OPTIONS, refuse_unknown, settle_generation
-from sca.mask_predictor import Encoded, Mask, MaskPredictor
+from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
 from sca.masks import RLE, area, encode
 from sca.nn.boxes import box_iou
 from sca.nn.suppression import suppress
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
+SAM_NAMES = {  # of the options of SAM's automatic mask generator, those here
+    "points_per_side": "points",
+    "pred_iou_thresh": "iou",
+    "stability_score_thresh": "stability",
+    "stability_score_offset": "offset",
+    "box_nms_thresh": "nms",
+    "crop_n_layers": "crops",
+    "crop_overlap_ratio": "crop_overlap",
+    "min_mask_region_area": "area",
+}
 SEARCH_VERSION = 2  # of what a search finds: raised when the regions of the same settings change
 NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
 MEASURED = 16  # masks are measured at a time: a small piece of work
@@ -88,18 +99,26 @@ def caption_everything(
         ValueError: A value out of range.
     """
     fields = vars(Everything())
-    refuse_unknown("caption_everything", given.keys() - {*fields, *OPTIONS}, (*ARGUMENTS, *fields, *OPTIONS))
-    search = {name: value for name, value in given.items() if name in fields}
+    refuse_unknown("caption_everything", given.keys() - {*fields, *OPTIONS}, (*ARGUMENTS, *fields, *OPTIONS), SAM_NAMES)
+    check_task(task)
+    if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
+        raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
+    if not isinstance(options, Everything | None):
+        raise ValueError(
+            f"options is of type {type(options).__name__}; give sca.Everything(...), or its fields by name"
+        )
+    search = {name: value for name, value in given.items() if name in fields and value is not None}
     options = check_search({**vars(options or predictor.everything), **search}) if search else options
     generation = settle_generation(predictor, **{name: given[name] for name in given.keys() & {*OPTIONS}})
-    if max_regions is not None and max_regions < 1:
-        raise ValueError(f"max_regions is {max_regions}; give 1 or more")
-    found, request = find_everything(predictor, options, proposals, progress)
-    found, request = found[:max_regions], request[:max_regions]
-    given = _choose_regions(proposals, None if max_regions is None else max_regions - len(found)) if proposals else []
-    told = predictor.tell(found, request, task, **generation) if found else []
-    (described,) = predictor.answer(predictor.encoded, [given], task, **generation) if given else ([],)
-    return told + [replace(each, region=len(told) + each.region) for each in described]
+    masks, prompts = find_everything(predictor, options, proposals, progress)
+    masks, prompts = masks[:max_regions], prompts[:max_regions]
+    captions = predictor.tell(masks, prompts, task, **generation) if masks else []
+    room = None if max_regions is None else max_regions - len(masks)
+    regions = _choose_regions(proposals, room) if proposals else []
+    if regions:
+        (more,) = predictor.answer(predictor.encoded, [regions], task, **generation)
+        captions += [replace(each, region=len(masks) + each.region) for each in more]
+    return captions
 
 
 def find_everything(
@@ -318,7 +337,8 @@ def _crops(width: int, height: int, layers: int, overlap: float) -> list[Window]
         count = 2**layer
         shared = int(overlap * min(width, height) * 2 / count)
         across, down = (math.ceil((shared * (count - 1) + side) / count) for side in (width, height))
-        starts = [((across - shared) * i, (down - shared) * j) for j in range(count) for i in range(count)]
+        places = product(range(count), repeat=2)  # in SAM's order, which decides between equally good masks
+        starts = [((across - shared) * i, (down - shared) * j) for i, j in places]
         windows += [(x, y, min(x + across, width), min(y + down, height)) for x, y in starts]
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sca_registry.messages import choice, suggestion
 from sca_registry.spec import GENERATION, check_generation
 
 OPTIONS = ("max_new_tokens", "beams", "captions", "sample", "temperature", "top_p", "seed")
+ALIASES = {  # of transformers and SAM, with the names here
+    "num_beams": "beams",
+    "num_return_sequences": "captions",
+    "do_sample": "sample",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "point_coords": "points",
+    "box": "boxes",
+    "mask_input": "masks",
+    "input_boxes": "boxes",
+    "input_points": "points",
+}
 DRAWING = ("temperature", "top_p")  # that nothing but sampling uses
 
 
@@ -57,13 +69,30 @@ def settle_generation(
     taken = getattr(captioner, "generation_options", OPTIONS)
     for name in given:
         if name not in taken:
-            raise ValueError(f"{type(captioner).__name__} has no option {name!r} of generation.{choice(taken)}")
-    if captions and beams is None and not is_sampling:
-        given["beams"] = max(captions, usual["beams"])
+            raise ValueError(
+                f"{type(captioner).__name__} does not support the generation option {name!r}.{choice(taken)}"
+            )
+    if captions and beams is None:
+        if is_sampling and captions > usual["beams"]:
+            given["beams"] = 1  # each caption is drawn by itself
+        elif not is_sampling:
+            given["beams"] = max(captions, usual["beams"])
+    elif captions and beams is not None and captions > beams and (beams > 1 or not is_sampling):
+        raise ValueError(f"captions={captions} needs beams={captions} or more, not {beams}")
     return given
 
 
-def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError with the closest name if there is an unknown keyword."""
+def refuse_unknown(
+    function: str, unknown: Iterable[str], known: Iterable[str], other_names: Mapping[str, str] | None = None
+) -> None:
+    """Raise TypeError if there is an unknown keyword.
+
+    Args:
+        function: Whose keywords they are.
+        unknown: Keywords that it does not have.
+        known: Keywords that it has; the closest is suggested.
+        other_names: What keywords are called in other packages, with the names here.
+    """
     for name in sorted(unknown):
-        raise TypeError(f"{function}() has no argument {name!r}.{suggestion(name, known)}")
+        meant = {**ALIASES, **(other_names or {})}.get(name, name)
+        raise TypeError(f"{function}() has no argument {name!r}.{suggestion(meant, known)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,6 +110,7 @@ class MaskPredictor(ABC):
         points: Sequence[Sequence[float]] = (),
         masks: Sequence[np.ndarray | RLE] = (),
         multimask: bool = True,
+        **unknown: Any,
     ) -> list[list[Mask]]:
         """Predict the masks of regions of the image that is set, without captions.
 
@@ -120,8 +122,10 @@ class MaskPredictor(ABC):
             For each region its masks, by predicted IoU, best first.
 
         Raises:
+            TypeError: An unknown keyword; names the closest one.
             ValueError: What `predict` refuses, or a segmenter without masks.
         """
+        refuse_unknown("segment", unknown, (*REGION_ARGUMENTS[:4], "multimask"))
         encoded, request = self._asked(prompts, boxes, points, masks)
         found: list[list[Mask]] = [[] for _ in request]
         for places, prompts, regions in self._segmented(encoded, [request], multimask):
@@ -256,7 +260,7 @@ class MaskPredictor(ABC):
             except ValueError as error:
                 raise type(error)(f"image {place}: {error}") from error
         if not any(fitting):
-            raise PromptError("no region to caption; give at least one prompt")
+            raise PromptError("no region; give at least one prompt")
         generation = settle_generation(
             self,
             max_new_tokens=max_new_tokens,
@@ -325,11 +329,12 @@ class MaskPredictor(ABC):
     ) -> tuple[Encoded, list[Prompt]]:
         if self.image is None:
             raise ValueError("there is no image yet: call set_image(image) first")
-        request = [*prompts, *(Prompt(box=_plain(box)) for box in boxes)]
-        request += [Prompt(points=(_plain(point),)) for point in points]
-        request += [Prompt(mask=decode(checked(mask)) if isinstance(mask, Mapping) else mask) for mask in masks]
+        request = [*_list("prompts", prompts)]
+        request += [Prompt(box=_plain(box)) for box in _list("boxes", boxes)]
+        request += [Prompt(points=(_plain(point),)) for point in _list("points", points)]
+        request += [Prompt(mask=mask) for mask in _list("masks", masks)]
         if not request:
-            raise PromptError("no region to caption; give prompts, boxes, points or masks")
+            raise PromptError("no region; give prompts, boxes, points or masks")
         return self.encoded, check_prompts(request, *self.image.size)
 
     def _segmented(
@@ -349,10 +354,12 @@ class MaskPredictor(ABC):
 def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
     """Check prompts against their image, see `sca.prompts.check`; a message names the index of its prompt."""
     found = []
-    for place, prompt in enumerate(prompts):
+    for place, prompt in enumerate(_list("prompts", prompts)):
         try:
             if not isinstance(prompt, Prompt):
                 raise PromptError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
+            if isinstance(prompt.mask, Mapping):
+                prompt = replace(prompt, mask=_decode(prompt.mask))
             found.append(check(prompt, width, height))
         except PromptError as error:
             raise PromptError(f"prompt {place}: {error}") from error
@@ -367,6 +374,24 @@ def ious_of(scores: Tensor) -> list[Any]:
     return ious.tolist()
 
 
+def _list(name: str, values: Any) -> Sequence[Any]:
+    """The regions of an argument; None is none. Raises PromptError for one region in place of a list."""
+    if values is None:
+        return ()
+    if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
+        raise PromptError(f"{name} is of type {type(values).__name__}; give a list of {name}")
+    if name in ("boxes", "points") and len(values) and not hasattr(values[0], "__len__"):
+        raise PromptError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_plain, values))}]")
+    return values
+
+
+def _decode(code: RLE) -> np.ndarray:
+    try:
+        return decode(checked(code))
+    except ValueError as error:
+        raise PromptError(f"the mask is unusable: {error}") from error
+
+
 def _plain(numbers: Any) -> Any:
     """Of an array or tensor its numbers."""
     return numbers.tolist() if hasattr(numbers, "tolist") else numbers
@@ -375,4 +400,4 @@ def _plain(numbers: Any) -> Any:
 def check_task(task: str) -> None:
     """Raises ValueError for a task that there is not."""
     if task not in TASKS:
-        raise ValueError(f"no task {task!r}: there are {' and '.join(map(repr, TASKS))}")
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")

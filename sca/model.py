@@ -151,19 +151,20 @@ class SegmentCaptioner(Segmenting):
         return self.generate_from_prefix(self.prefix(self.mix(self.segment(features, prompts)), task), **generation)
 
     @torch.no_grad()
-    def generate_from_prefix(self, prefix: Tensor, seed: int | None = None, **generation: Any) -> Generated:
+    def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> Generated:
         """Generate token ids for prefixes, at most `ROWS` texts at a time, so that memory does not grow with regions.
 
         Args:
             prefix: (N, K, E).
-            seed: Seed of what is drawn for each row. Rows are then generated one at a time, so that a caption does not
-                depend on its neighbors; the state of torch's generators stays.
-            **generation: Options of the language model's `generate`, in place of those of the spec.
+            **generation: Options of the language model's `generate`, in place of those of the spec; and `seed`, of what
+                is drawn for each row. With a seed rows are generated one at a time, so that a caption does not depend
+                on its neighbors, and the state of torch's generators stays.
 
         Raises:
             ValueError: If scores are not finite, because of damaged weights or a number format that overflows.
         """
         options = {**self.spec.generation, **generation}
+        seed = options.pop("seed", None)
         texts = max(1, *(count for name in ("beams", "captions") if isinstance(count := options.get(name, 1), int)))
         rows = max(1, ROWS // texts) if seed is None else 1
         pieces = prefix.split(rows) if len(prefix) else (prefix,)

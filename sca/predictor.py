@@ -105,7 +105,7 @@ class Predictor(MaskPredictor):
         ids = generated.ids.tolist()
         told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
         tokenizer = self.model.language_model.tokenizer
-        usages = [count_tokens(prefix.shape[1], rows, (tokenizer.eos, tokenizer.pad)) for rows in ids]
+        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos]) for rows in ids]
         return told, usages, codes or nothing, ious or nothing
 
     def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import untrained_processor
+from sca.devices import find_dtype
 from sca.hub import HubError, fetch, fingerprint, load_pretrained, quiet, read_config, reading
-from sca.language_models.causal import DTYPES, new_words
+from sca.language_models.causal import new_words
 from sca.language_models.usage import count_tokens
 from sca.model import check_finite_scores
 
@@ -50,8 +51,7 @@ class ImageTextModel:
         dtype: str | None,
         batch: int,
     ):
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
+        find_dtype(dtype)
         if batch < 1:
             raise ValueError(f"batch is {batch}: give a whole number, 1 or more")
         self.weights = weights if pretrained else None
@@ -134,7 +134,7 @@ class ImageTextModel:
         check_finite_scores(scores, f"captioner model {self.kind!r}")
         texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
         prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        usages = [count_tokens(prompt, [row], {*self.ends, pad}) for row in ids.tolist()]
+        usages = [count_tokens(prompt, [row], self.ends) for row in ids.tolist()]
         return [ScoredText(*each) for each in zip(texts, scores.exp().tolist(), usages, strict=True)]
 
     def _ends(self) -> list[int]:

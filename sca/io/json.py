@@ -157,7 +157,7 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
 
 
 def is_json_lines_name(path: str | Path) -> bool:
-    """Whether a file is called as one of JSON lines is, in upper or lower case."""
+    """Whether a file name has a JSON Lines suffix, in any case."""
     return str(path).lower().endswith((".jsonl", ".ndjson"))
 
 

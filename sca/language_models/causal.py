@@ -88,9 +88,7 @@ class CausalLanguageModel(nn.Module):
         if captions < 1:
             raise ValueError(f"{captions} captions a region: ask for 1 or more")
         if captions > 1 and not sample and captions > beams:
-            raise ValueError(
-                f"{captions} captions a region need at least as many beams (there are {beams}) or sample=true"
-            )
+            raise ValueError(f"captions={captions} needs beams={captions} or more, not {beams}, or sample=true")
         pad, ends = self._ends()
         room = self.positions or prefix.shape[1] + max_new_tokens
         steps = min(max_new_tokens, room - prefix.shape[1])

@@ -138,7 +138,7 @@ def _undisturbed() -> Iterator[None]:
 
 def _check_signatures(model: PreTrainedModel) -> None:
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
-        raise IncapableError("takes no embeddings (inputs_embeds)")
+        raise IncapableError("does not accept embeddings (inputs_embeds)")
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise IncapableError("has no table of token embeddings")
     if not model.can_generate():
@@ -182,13 +182,13 @@ def _examine_in_eval_mode(model: PreTrainedModel) -> Structure:
     embeddings = model.get_input_embeddings()(ids)
     structure = _trace_body(model, embeddings, mask)
     if _differ(model(inputs_embeds=embeddings, attention_mask=mask).logits, logits, tolerance):
-        raise IncapableError("predicts something else for embeddings than for the ids of the same tokens")
+        raise IncapableError("returns different logits for embeddings than for the same token ids")
     states = structure.hidden(model, embeddings, mask)
     if _differ(structure.head(model, states), logits, tolerance):
         raise IncapableError(f"does not compute its logits from the states of its {structure.body!r} alone")
     mask[2, -2:] = 0
     if _differ(structure.hidden(model, embeddings, mask)[2, :-2], states[2, :-2], tolerance):
-        raise IncapableError("predicts something else for a text that is padded on the right")
+        raise IncapableError("returns different hidden states when the input is right-padded")
     between = (embeddings + embeddings.roll(1, 0)) / 2  # of no token
     return _examine_generation(model, structure, between, tolerance)
 
@@ -207,7 +207,7 @@ def _examine_generation(model: PreTrainedModel, structure: Structure, prefix: Te
     states = structure.hidden(model, seen, torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device))
     logits = structure.head(model, states[:, -STEPS - 1 : -1])  # (N, T, V)
     if _differ(torch.stack(generated.logits, dim=1), logits, tolerance):
-        raise IncapableError("generates from other logits than it predicts without a cache")
+        raise IncapableError("generates different logits with its cache than without")
     logs = logits.float().log_softmax(dim=2).gather(2, ids[..., None])[..., 0]  # (N, T)
     return replace(structure, has_greedy_loop=_can_loop(model, structure, prefix, ids, logs, tolerance))
 
@@ -256,7 +256,7 @@ def _trace_body(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Str
         for hook in hooks:
             hook.remove()
     if not calls or not hasattr(calls[-1][1], "last_hidden_state"):
-        raise IncapableError("hands its embeddings to no inner module that returns states")
+        raise IncapableError("passes its embeddings to no submodule that returns hidden states")
     return Structure(*calls[-1])  # the outermost returns last
 
 

@@ -13,7 +13,7 @@ def count_tokens(prompt: int, rows: Sequence[Sequence[int]], ends: Collection[in
     Args:
         prompt: Tokens or positions that the model reads before it writes.
         rows: Ids of each caption, the best first.
-        ends: Ids of which the first ends a text: the end and what fills up a row behind it.
+        ends: Ids that end a text; what follows the first of them fills up the row.
     """
     places = [next((place for place, token in enumerate(row) if token in ends), None) for row in rows]
     lengths = [len(row) if end is None else end + 1 for row, end in zip(rows, places, strict=True)]

@@ -87,7 +87,7 @@ def test_no_more_words_come_than_are_asked_for(weights, image, prompts, monkeypa
         ({"beam": 2}, "no option 'beam' of generation. Did you mean 'beams'"),
         ({"captions": 2}, "no option 'captions' of generation. There are: max_new_tokens, beams"),
         ({"beams": 0}, "beams is 0"),
-        ({"task": "translation"}, "no task 'translation'"),
+        ({"task": "translation"}, "unknown task 'translation'"),
     ],
 )
 def test_what_is_unknown_is_refused_by_name(weights, image, prompts, how, message):

@@ -63,7 +63,7 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
         (("run", "smoke", "worker=2"), "Did you mean 'workers'?"),
         (("run", "smoke", "--launcher", "locl"), "Did you mean 'local'?"),
         (("run", "smoke", "--retry", "broken"), "no state 'broken'"),
-        (("run", "smoke", "--device", "gpu"), "no device 'gpu' here"),
+        (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
         (("report", "nowhere"), "no results in nowhere: sca bench run SWEEP --out nowhere makes some"),
         (("row", "{"), "the configuration is not JSON"),
         (("row", "{}"), "a row has no 'model'"),

@@ -39,7 +39,7 @@ def test_json_is_all_there_is_on_standard_output(evaluated):
         (("scenes", "count"), "write key=value"),
         (("scenes", "--split", "vla"), "there are: train, val, test"),
         (("scenes", "--prompt", "bax"), "Did you mean 'box'?"),
-        (("scenes", "--device", "gpu"), "no device 'gpu' here"),
+        (("scenes", "--device", "gpu"), "device 'gpu' is not available"),
         (("scenes", "--limit", "0"), "'--limit'"),
         (("coco",), "give root=FOLDER"),
         (("coco", "root=/nowhere"), "not there: /nowhere/val.json"),

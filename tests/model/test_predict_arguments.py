@@ -1,6 +1,7 @@
 """`predict`, `predict_batch` and `caption_everything` use every argument or refuse it before anything is computed."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sca_registry.spec import Everything
 
 import sca
 from sca.generation import OPTIONS
+from sca.language_models.usage import count_tokens
 from sca.mask_predictor import MaskPredictor
 from sca.masks import encode
 from sca.prompts import PromptError
@@ -87,7 +89,7 @@ def test_unknown_keyword_is_a_type_error_with_the_closest_name(idle, keyword, cl
         ({"sample": True, "seed": "a"}, "seed is 'a'"),
         ({"temperature": 0.5}, "temperature has no effect without sampling"),
         ({"top_p": 0.5, "sample": False}, "top_p has no effect without sampling"),
-        ({"task": "describe"}, "no task 'describe'"),
+        ({"task": "describe"}, "unknown task 'describe'"),
     ],
 )
 def test_predict_refuses_options_that_cannot_be_meant(predictor, options, message, monkeypatch):
@@ -97,11 +99,11 @@ def test_predict_refuses_options_that_cannot_be_meant(predictor, options, messag
 
 
 def test_empty_requests_are_an_error(idle):
-    with pytest.raises(PromptError, match="no region to caption; give prompts, boxes, points or masks"):
+    with pytest.raises(PromptError, match="no region; give prompts, boxes, points or masks"):
         idle.predict()
-    with pytest.raises(PromptError, match="no region to caption"):
+    with pytest.raises(PromptError, match="no region"):
         idle.predict(boxes=np.zeros((0, 4)))
-    with pytest.raises(PromptError, match="no region to caption"):
+    with pytest.raises(PromptError, match="no region"):
         idle.predict_batch([Image.new("RGB", (9, 9))], [[]])
 
 
@@ -110,11 +112,56 @@ def test_prompts_of_another_type_are_named_by_index(idle):
         idle.predict([Prompt(box=BOX), BOX])
     with pytest.raises(PromptError, match=r"prompt 0: the mask is 5 x 5"):
         idle.predict(masks=[np.ones((5, 5), bool)])
+    with pytest.raises(PromptError, match=r"prompt 1: the mask is unusable: the runs in 'counts'"):
+        idle.predict(boxes=[BOX], masks=[{"size": [9, 9], "counts": "0"}])
 
 
-def test_several_captions_without_beams_are_found_by_as_many_beams(predictor):
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompts": Prompt(box=BOX)}, "prompts is of type Prompt; give a list of prompts"),
+        ({"boxes": [1, 2, 30, 40]}, r"boxes is a list of numbers; give a list of boxes: boxes=\[\[1, 2, 30, 40\]\]"),
+        ({"points": np.array([5, 6])}, r"points=\[\[5, 6\]\]"),
+        ({"masks": {"size": [9, 9], "counts": "0"}}, "masks is of type dict; give a list of masks"),
+        ({"boxes": None, "points": None}, "no region"),
+    ],
+)
+def test_one_region_in_place_of_a_list_is_refused(idle, request_, message):
+    with pytest.raises(PromptError, match=message):
+        idle.predict(**request_)
+    with pytest.raises(PromptError, match=message):
+        idle.segment(**request_)
+
+
+def test_predict_takes_none_for_no_regions(predictor):
+    assert len(predictor.predict(boxes=None, points=[(9, 9)])) == 1
+
+
+def test_several_captions_are_found_by_as_many_beams_or_drawn_one_by_one(predictor, monkeypatch):
     (caption,) = predictor.predict(boxes=[BOX], captions=3)
     assert len(caption.others) == 2
+    monkeypatch.setattr(type(predictor), "generation", {"max_new_tokens": 5, "beams": 2})
+    (caption,) = predictor.predict(boxes=[BOX], captions=3, sample=True, temperature=2.0, seed=1)
+    assert len(caption.others) == 2
+    for sample in (None, True):
+        with pytest.raises(ValueError, match="captions=3 needs beams=3 or more, not 2"):
+            predictor.predict(boxes=[BOX], captions=3, beams=2, sample=sample)
+
+
+def test_seed_of_the_spec_is_used(model, scene):
+    spec = replace(model.spec, generation={"sample": True, "temperature": 3.0, "seed": 3})
+    predictor = sca.Predictor(model)
+    predictor.set_image(scene.image)
+    expected = predictor.predict(boxes=[BOX], sample=True, temperature=3.0, seed=3)
+    before, model.spec = model.spec, spec
+    try:
+        assert predictor.predict(boxes=[BOX])[0].text == expected[0].text
+    finally:
+        model.spec = before
+
+
+def test_usage_ends_at_the_first_end_and_counts_ordinary_padding_ids():
+    assert count_tokens(3, [[5, 0, 7, 2], [5, 0, 7, 9], [2, 0, 0, 0]], [2]) == (3, (4, 4, 1), (False, True, False))
 
 
 def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
@@ -139,7 +186,7 @@ def test_predict_batch_equals_predict_and_keeps_the_image(predictor, scene):
         (1, [[BOX]], "image 0: prompt 0: tuple is not a prompt"),
         (2, [[Prompt(box=BOX)], [Prompt(box=(5000, 0, 5010, 9))]], "image 1: prompt 0: the box"),
         (None, [[Prompt(box=BOX)]], "images and requests are lists"),
-        ("text", [[Prompt(box=BOX)]], "image 0: str is no picture"),
+        ("text", [[Prompt(box=BOX)]], "image 0: str is not an image"),
     ],
 )
 def test_predict_batch_checks_lengths_ranges_and_types(idle, scene, images, requests, message):
@@ -154,8 +201,25 @@ def test_caption_everything_takes_search_and_generation_options_over_the_models_
     assert few == sca.caption_everything(predictor, options=options, max_new_tokens=3)
     with pytest.raises(TypeError, match=r"caption_everything\(\) has no argument 'point'. Did you mean 'points'\?"):
         sca.caption_everything(predictor, point=2)
-    with pytest.raises(ValueError, match=r"everything\.points is 'many'"):
-        sca.caption_everything(predictor, points="many")
+    with pytest.raises(TypeError, match=r"no argument 'pred_iou_thresh'. Did you mean 'iou'\?"):
+        sca.caption_everything(predictor, pred_iou_thresh=0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"points": "many"}, r"everything\.points is 'many'"),
+        ({"task": "name"}, "unknown task 'name'"),
+        ({"max_regions": 2.5}, r"max_regions is 2\.5; give a whole number"),
+        ({"max_regions": "3"}, "max_regions is '3'"),
+        ({"options": {"points": 4}}, "options is of type dict"),
+        ({"beams": 0}, "beams is 0"),
+    ],
+)
+def test_caption_everything_checks_arguments_before_it_searches(idle, given, message, monkeypatch):
+    monkeypatch.setattr(idle.model, "segment", lambda *_: pytest.fail("searched"))
+    with pytest.raises(ValueError, match=message):
+        sca.caption_everything(idle, **given)
 
 
 def test_predictor_refuses_a_name_in_place_of_a_model():

@@ -186,7 +186,7 @@ def test_mistakes_say_what_to_do(counted, scene):
     with pytest.raises(ValueError, match="set_image"):
         caption_everything(predictor)
     predictor.set_image(scene.image)
-    with pytest.raises(ValueError, match="'recognition' and 'caption'"):
+    with pytest.raises(ValueError, match="choose from 'recognition', 'caption'"):
         predictor.predict(points=[(1, 1)], task="poetry")
     predictor.model.language_model.tokenizer = None
     predictor.model.language_model.model.generation_config.eos_token_id = 0

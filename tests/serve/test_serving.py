@@ -76,7 +76,7 @@ def test_a_mistake_is_told_by_ray_as_well(arguments, words):
     ("arguments", "words"),
     [
         (("--model", "nothing"), "no model or captioner named 'nothing'"),
-        (("--device", "gpu9"), "no device 'gpu9' here"),
+        (("--device", "gpu9"), "device 'gpu9' is not available"),
         (("--replicas", "2"), "this machine serves one copy of a model, not 2"),
         (("--launcher", "slurm"), "slurm"),
         (("--dtype", "int3"), "no dtype 'int3'"),
