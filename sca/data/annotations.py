@@ -90,7 +90,8 @@ class Annotations(TableDataset):
             if first is image:
                 continue
             if first.size and image.size and first.size != image.size:
-                self._reject_image(f"{image.place}: {name!r} is {image.size}, and {first.size} before")
+                sizes = " and ".join(f"{width} x {height}" for width, height in (first.size, image.size))
+                self._reject_image(f"{image.place}: {name!r} is recorded with two sizes, {sizes}")
                 continue
             regions = [*first.annotations, *image.annotations]
             found[name] = first._replace(size=first.size or image.size, annotations=regions)
