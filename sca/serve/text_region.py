@@ -20,22 +20,48 @@ _SIZED = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a
 _JOINT = r"(?:[\s,;|()\[\]{}<>/\"'`&*]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
 _RUN = re.compile(rf"{_SIZED}(?:{_JOINT}++{_SIZED})*+")
 _TOKEN = re.compile(rf"(?P<number>{_SIZED})|(?P<joint>{_JOINT}++)")
-_KEYS = r"[xy](?:_?(?:min|max|[0-2]))?|left|top|right|bottom|width|height|[wh]|label"
+_KEYS = (
+    r"[xy](?:_?(?:min|max|[0-2]))?|c_?[xy]|[xy]_?c(?:ent(?:er|re))?|cent(?:er|re)_?[xy]|left|top|right|bottom"
+    r"|width|height|[wh]|label"
+)
 _NAMED = re.compile(rf"(?<![\w.])({_KEYS})[\"'`]?(\s*[:=]\s*|\s+(?:is\s+|at\s+)?)[\"'`]?({_SIZED})")
 _BETWEEN_NAMED = re.compile(rf"(?:{_JOINT}|[-\N{{BULLET}}])*+")
 _WORD = re.compile(r"[^\W\d][\w-]*")
 
-_CONNECTING = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with", "xy"}
-_PLACE = re.compile(r"at|co-?ordinates?|coords?|positions?|locations?|regions?|areas?|crops?|windows?|zones?|bounds")
+_CONNECTING = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with"}
+_PLACE = re.compile(
+    r"at|xy|co-?ordinates?|coords?|pos(?:itions?)?|loc(?:ations?)?|cent(?:er|re)s?|regions?|areas?|crops?|windows?|zones?"
+    r"|bounds|selections?"
+)
 _BOX = re.compile(r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)")
 _POINT = re.compile(r"(?:.*[_-])?(?:(?:key)?points?|pts?|clicks?|pixels?)(?:[_-].*|\d?d?)")
 _SIZE = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
 _OTHER_ORDER = re.compile(  # names of numbers that are not x1, y1, x2, y2
     r"box_?2d|(?:.*[_-])?(?:xywh|cxcywh|ltwh|tlwh|yxyx)|h|height|x2|x_?max|right|(?:.*[_-])?(?:poly(?:gon)?|segmentation)s?"
 )
-_UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11
+_ORDER_NAMED_APART = re.compile(  # an order other than x1, y1, x2, y2, before or after the numbers of a box
+    r"(?<![a-z\d])(?:c?xc?ywh|xyhw|ltwh|tlwh|yxyx|yxhw)(?![a-z])"
+    r"|(?:\b(?:in|as|format|mode|order|style|type)\W{1,8}|\()(?:coco|yolo)(?:v?\d+)?\b"
+    r"|\b(?:coco|yolo)(?:v?\d+)?[\s_-]+(?:format|style|order|convention|notation|b?box)"
+    r"|(?<!\w)(?:(?:c_?|center_?)?x\W{1,3}(?:c_?|center_?)?y|x_?[01c]\W{1,3}y_?[01c]|x_?min\W{1,3}y_?min|left\W{1,3}top)"
+    r"\W{1,3}(?:w(?:idth)?\W{1,3}(?:and\s)?h(?:eight)?|h(?:eight)?\W{1,3}(?:and\s)?w(?:idth)?)\b"
+    r"|(?<!\w)(?:y\W{1,3}x\W{1,3}y\W{1,3}x|y_?(?:1\W{1,3}x_?1|0\W{1,3}x_?0|min\W{1,3}x_?min)"
+    r"|x_?(?:1\W{1,3}x_?2|0\W{1,3}x_?1|min\W{1,3}x_?max)|top\s*,\s*left\s*,\s*bottom)\b"
+)
+_RANGE = (  # of the numbers of an axis, after its name
+    rf"(?=[\s:=])\s*+(?:[:=]|from|between|in|is|of)?+\s*+{_NUMBER}\s*+(?:to|and|-|:|\.\.+|\N{{EN DASH}})\s*+{_NUMBER}"
+)
+_UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11, ranges, numbers with "-"
     r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>|(?<!\w)mask\s*=\s*\S+"
     r"|[\[(]\s*\d+\s*:\s*\d+\s*,\s*\d+\s*:\s*\d+|(?<!\w)\d+(?:x\d+){3}|(?<!\w)\d+x\d+[-+]\d+[-+]\d+"
+    rf"|(?<![\w.])(?<!\d )[xy]{_RANGE}|(?<!\w)rows?{_RANGE}\W{{1,3}}(?:and\s)?col(?:umn)?s?{_RANGE}"
+    rf"|(?<!\w)col(?:umn)?s?{_RANGE}\W{{1,3}}(?:and\s)?rows?{_RANGE}"
+    r"|(?<!\w)(?:b?box|rect(?:angle)?|roi|region|coord(?:inate)?s)\W{0,4}\d+(?:\s?[-\N{EN DASH}_:]\s?\d+){3}"
+)
+_CORNERS = re.compile(rf"(?!\d,\d{{3}}\b){_SIZED}\s*,\s*{_SIZED}\s+to\s+{_SIZED}\s*,\s*{_SIZED}")
+_NO_REGION = re.compile(  # a color, bullet points, a number of things as in "box: 2 sentences"
+    r"\b(?:rgb|hs[lv])a?\s?\([^()]{0,60}\)|\bcmyk\s?\([^()]{0,60}\)|\b(?:bullet|talking|main|selling)[\s-]?points?\b"
+    r"|\b(?:b?box(?:es)?|points?)\s?:\s?\d+(?:\s?(?:-|or)\s?\d+)?\s(?!(?:px|pixels?|and|to|by|x|y)\b)(?=[^\W\d_])"
 )
 _ASCII_SIGNS = {0xFF01 + offset: 0x21 + offset for offset in range(94)}  # of full-width signs
 _ASCII_SIGNS |= str.maketrans(
@@ -99,6 +125,7 @@ def find_region(text: str) -> TextRegion | None:
     """
     text = text.translate(_ASCII_SIGNS).casefold()
     text = _GLUED.sub(r"\1 ", _ESCAPE.sub("  ", text))
+    text = _NO_REGION.sub(lambda found: "_" * len(found[0]), text)
     count = len(re.findall(r"\d+", text))
     if count > MAX_NUMBERS:
         raise PromptError(
@@ -109,7 +136,10 @@ def find_region(text: str) -> TextRegion | None:
     named = list(_read_named(text))
     for mention in named:
         text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
-    mentions = sorted([*named, *_read_runs(text)])
+    unnamed = list(_read_runs(text))
+    if any(mention.box for mention in unnamed) and (found := _ORDER_NAMED_APART.search(text)):
+        raise PromptError(f"the text has a box and {_show(found[0])}, which is not x1,y1,x2,y2; {_WRITE_BOX}")
+    mentions = sorted([*named, *unnamed])
     _check_assigned(text, mentions)
     return _join(text, mentions)
 
@@ -120,9 +150,7 @@ def _join(text: str, mentions: Sequence[_Mention]) -> TextRegion | None:
         return None
     boxes = [each.box for each in mentions if each.box]
     if len(boxes) > 1:
-        raise PromptError(
-            "the text has two of 'box' and a request has one region; send one request for each, or all to /v1/captions"
-        )
+        raise PromptError("the text contains more than one box; send one request per box, or all to /v1/captions")
     for one, other in pairwise(mentions):
         if re.search(r"\w", text[one.end : other.start]):
             raise PromptError(
@@ -149,8 +177,9 @@ def _read_named(text: str) -> Iterator[_Mention]:
     for group in _group_named(text):
         values = {_simplify(match[1]): match[3] for match in group}
         start, end = group[0].start(), group[-1].end()
-        is_one = len(values) == len(group) and not re.fullmatch("points?", _find_name(text, start, 0)[0])
-        mention = _read_values(values, start, end) if is_one or len(values) < 4 else None
+        is_point = bool(re.fullmatch("points?", _find_name(text, start, 0)[0]))
+        is_one = len(values) == len(group) and not (is_point and len(values) > 3)
+        mention = _read_values(values, start, end) if is_one else None
         if mention is not None:
             yield mention
         else:
@@ -175,6 +204,8 @@ def _simplify(key: str) -> str:
     """One name for each edge, of those that mean the same."""
     key = key.replace("_", "")
     edges = {"left": "x1", "xmin": "x1", "top": "y1", "ymin": "y1"}
+    edges |= dict.fromkeys(("xc", "xcenter", "xcentre", "centerx", "centrex"), "cx")
+    edges |= dict.fromkeys(("yc", "ycenter", "ycentre", "centery", "centrey"), "cy")
     edges |= {"right": "x2", "xmax": "x2", "bottom": "y2", "ymax": "y2", "width": "w", "height": "h"}
     return edges.get(key, key)
 
@@ -192,6 +223,9 @@ def _read_values(values: dict[str, str], start: int, end: int) -> _Mention | Non
         if names == {x, y, "w", "h"}:
             left, top, width, height = _to_box([values[name] for name in (x, y, "w", "h")])
             return _Mention(start, end, (left, top, left + width, top + height), ())
+    if names == {"cx", "cy", "w", "h"}:
+        x, y, width, height = _to_box([values[name] for name in ("cx", "cy", "w", "h")])
+        return _Mention(start, end, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), ())
     return None
 
 
@@ -264,7 +298,14 @@ def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
     is_box = bool(_BOX.fullmatch(name)) and not _OTHER_ORDER.fullmatch(name)
     if count == 1 and not (is_assigned and (is_point or is_box)):
         return None
+    if count == 1 and name.endswith("s"):  # "points: 3"
+        return None
     if _SIZE.fullmatch(name) and count < 4:
+        return None
+    if is_point and not run.groups and _counts_others(text[max(0, place - _TAIL) : place], count):
+        return None
+    is_bare = not (is_box or is_point or _OTHER_ORDER.fullmatch(name)) and _is_bare(text, run, name)
+    if is_bare and not _is_alone(text, run):
         return None
     if _OTHER_ORDER.fullmatch(name) or not _is_box_order(text[max(end, run.start - _TAIL) : run.start]):
         raise PromptError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
@@ -272,20 +313,49 @@ def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
         return _Mention(place, run.end, None, _to_points(text[place : run.end], run))
     if count == 4:
         return _Mention(place if is_box else run.start, run.end, _to_box(run.numbers), ())
-    if is_box or name or run.groups or count > 4 or not re.search(r"\w", text[: run.start] + text[run.end :]):
-        raise PromptError(
-            f"the text {_show(text[place : run.end])} has {_count(run)} and a box has 4; {_WRITE_BOX}, or "
-            f"{_WRITE_POINT.removeprefix('write ')}"
-        )
-    return None
+    raise PromptError(
+        f"the text {_show(text[place : run.end])} has {_count(run)} and a box has 4; {_WRITE_BOX}, or "
+        f"{_WRITE_POINT.removeprefix('write ')}"
+    )
+
+
+def _counts_others(text: str, count: int) -> bool:
+    """Whether a text ends with a number, as of "3 points: 10, 20 words", of points that `count` numbers are not."""
+    found = re.search(r"(?:^|[^\W\d_]\s+)(\d+)\s+(?:[^\W\d_]+\s+)?$", text)
+    return found is not None and count != 2 * int(found[1])
+
+
+def _is_bare(text: str, run: _Run, name: str) -> bool:
+    """Whether nothing marks numbers as coordinates: no name, no brackets around several of them, no "1,2 to 3,4"."""
+    numbers = text[run.start : run.end]
+    if name in ("", "at") and re.search(r"\d/\d", numbers):  # a date
+        return True
+    if name or _read_order(text[max(0, run.start - _TAIL) : run.start]) or _CORNERS.fullmatch(numbers):
+        return False
+    return max(map(len, run.groups), default=0) < 2
+
+
+def _is_alone(text: str, run: _Run) -> bool:
+    """Whether numbers are all there is in a text or, if they are four, in its line."""
+    if re.search(r"\d/\d", text[run.start : run.end]):
+        return False
+    start, end = 0, len(text)
+    if len(run.numbers) == 4 and "\n" not in text[run.start : run.end]:
+        start = text.rfind("\n", 0, run.start) + 1
+        end = text.find("\n", run.end) if "\n" in text[run.end :] else end
+    return not re.search(r"\w", text[start : run.start] + text[run.end : end])
 
 
 def _is_box_order(text: str) -> bool:
     """Whether the names at the end of a text, if there are four, are x1, y1, x2, y2."""
+    return _read_order(text) in ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])
+
+
+def _read_order(text: str) -> list[str]:
+    """The last four words of a text if all of them name coordinates."""
     names = [match[0] for match in _WORD.finditer(text)][-4:]
-    if len(names) < 4 or not all(re.fullmatch(_KEYS, name) for name in names):
-        return True
-    return [_simplify(name) for name in names] in (["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])
+    is_order = len(names) == 4 and all(re.fullmatch(_KEYS, name) for name in names)
+    return [_simplify(name) for name in names] if is_order else []
 
 
 def _count(run: _Run) -> str:

@@ -373,8 +373,8 @@ def test_coordinates_in_a_message_of_another_role_are_not_overlooked(ask, user, 
 
 
 def test_several_regions_or_images_for_one_answer_are_refused(ask, user, url):
-    assert "two of 'box'" in message_of(ask([user(f"{TEXT_BOX} or [1,2,30,40]")]))
-    assert "two of 'box'" in message_of(ask([user(), {"role": "user", "content": "box=1,2,30,40"}]))
+    assert "more than one box" in message_of(ask([user(f"{TEXT_BOX} or [1,2,30,40]")]))
+    assert "more than one box" in message_of(ask([user(), {"role": "user", "content": "box=1,2,30,40"}]))
     other = {"type": "image_url", "image_url": {"url": f"{url}="}}
     two = {"role": "user", "content": [other, *user()["content"]]}
     assert "2 images" in message_of(ask([two]))
