@@ -1,8 +1,8 @@
 """The chat route, for clients of the OpenAI API: one region of an image, captioned.
 
-https://platform.openai.com/docs/api-reference/chat. A region is what `box`, `points` and `mask` say, which the client
-of OpenAI's package gives as `extra_body`, or what stands in the text of the user's messages (see
-`sca.serve.text_region`); without, it is the whole image. A field that cannot be honored is refused by its name.
+https://platform.openai.com/docs/api-reference/chat. The region comes from the fields `box`,
+`points` and `mask` (pass them as `extra_body` in the OpenAI client) or from the text of the user messages (see
+`sca.serve.text_region`); without either it is the whole image. A field that cannot be honored is refused by its name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sca.serve.schema import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED, Aske
 from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, count_masks, decode_base64, plain
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # texts that end a caption, and characters of each
-WITHOUT_EFFECT = {  # fields of the API that say nothing of the answer
+WITHOUT_EFFECT = {  # fields that do not affect the response
     *("metadata", "user", "safety_identifier", "service_tier", "parallel_tool_calls", "prediction"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
 }
@@ -58,7 +58,7 @@ class StreamOptions(BaseModel):
 
 
 class Chat(PromptIn):
-    """A request of the chat route; fields that say nothing of the answer are left alone."""
+    """A request of the chat route; fields that do not affect the response are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -69,9 +69,14 @@ class Chat(PromptIn):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 or none: the likeliest words")] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1, description="below 1 without temperature: with temperature 1")] = (
-        None
-    )
+    top_p: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1,
+            description="Nucleus sampling; a value below 1 without temperature implies temperature 1.",
+        ),
+    ] = None
     seed: Annotated[StrictInt | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
     stop: Annotated[Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, Field()] = None
     stream: StrictBool | None = False
@@ -115,10 +120,10 @@ class Chat(PromptIn):
         """
         turns = split_turns(self.messages)
         check_parts(turns)
-        url, image_turn = find_image(turns)
+        url = find_image(turns)
         prompt = PromptIn(box=self.box, points=self.points, mask=self.mask)
         if not prompt.model_dump(exclude_none=True):
-            prompt = find_text_region(turns, image_turn)
+            prompt = find_text_region(turns, url)
         return url, Asked(**self._generation(), task=self.task, prompts=[prompt])
 
     def _generation(self) -> dict[str, Any]:
@@ -182,14 +187,15 @@ def add_chat(app: FastAPI, service: Service) -> None:
         asked.check(getattr(service.engine.captioner, "generation_options", None))
         url, region = await to_thread.run_sync(asked.question)
         service.check(region)
-        image = await service.image(request, await to_thread.run_sync(decode_base64, url), count_masks(region))
-        del url
+        content = await to_thread.run_sync(decode_base64, url, "image_url", "messages")
+        image = await service.image(request, content, count_masks(region))
+        del url, content
         whole = (
             None
             if region.prompts[0].model_dump(exclude_none=True)
             else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
         )
-        question = await service.question(request, region, image, whole)
+        question = await service.question(request, region, image, whole, "the region")
         captions = await service.captions(request, question)
         if not captions:
             return Response(status_code=499)  # to nobody: the client has left

@@ -13,10 +13,15 @@ from sca.serve.problems import ApiError
 from sca.serve.schema import PromptIn
 from sca.serve.text_region import find_region
 
-MAX_TEXT = 2**16  # characters, of the messages that may contain the region
+MAX_TEXT = 2**20  # characters, of the messages that may contain the region
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
-REGION_FIELD = re.compile(r"(?:.*_)?(?:b?box(?:es)?|points?|masks?|regions?|rois?)(?:_.*|\d?d?)", re.IGNORECASE)
+REGION_FIELD = re.compile(
+    r"(?:.*[_-])?(?:b?box(?:es)?|boundingbox|(?:key)?points?|masks?|regions?|rois?|crops?|coord(?:inate)?s?|areas?"
+    r"|poly(?:gon)?s?|rect(?:angle)?s?|selections?|segmentations?|xyxy|xywh|ltrb)(?:[_-].*|\d?d?)",
+    re.IGNORECASE,
+)
+_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between two words
 
 
 class ImageUrl(BaseModel):
@@ -53,11 +58,13 @@ class OtherPart(BaseModel):
 
 def _kind_of_part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "text" if kind in TEXT_PARTS else "image" if kind in IMAGE_PARTS else "other"
+    return "TextPart" if kind in TEXT_PARTS else "ImagePart" if kind in IMAGE_PARTS else "OtherPart"
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[ImagePart, Tag("image")] | Annotated[OtherPart, Tag("other")],
+    Annotated[TextPart, Tag("TextPart")]
+    | Annotated[ImagePart, Tag("ImagePart")]
+    | Annotated[OtherPart, Tag("OtherPart")],
     Discriminator(_kind_of_part),
 ]
 
@@ -102,17 +109,14 @@ def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
     return [turn for turn in turns if turn]
 
 
-def find_image(turns: Sequence[Sequence[Message]]) -> tuple[str, int]:
-    """Find the image that the last turn is about: the last one there is.
-
-    Returns:
-        Its URL, and the number of its turn.
+def find_image(turns: Sequence[Sequence[Message]]) -> str:
+    """Find the URL of the image that the last turn is about: the last image of the messages.
 
     Raises:
-        ApiError: If there is no image, or its turn has several.
+        ApiError: If no message has an image, or the turn of the last one has several.
     """
-    for number in reversed(range(len(turns))):
-        urls = list(dict.fromkeys(url for message in turns[number] for url in message.urls))
+    for turn in reversed(turns):
+        urls = list(dict.fromkeys(_urls_of(turn)))
         if len(urls) > 1:
             raise ApiError(
                 422,
@@ -120,7 +124,7 @@ def find_image(turns: Sequence[Sequence[Message]]) -> tuple[str, int]:
                 param="messages",
             )
         if urls:
-            return urls[0], number
+            return urls[0]
     raise ApiError(
         422,
         "no message has an image: send one as {'type': 'image_url', 'image_url': {'url': ...}}",
@@ -128,15 +132,15 @@ def find_image(turns: Sequence[Sequence[Message]]) -> tuple[str, int]:
     )
 
 
-def find_text_region(turns: Sequence[Sequence[Message]], image_turn: int) -> PromptIn:
+def find_text_region(turns: Sequence[Sequence[Message]], url: str) -> PromptIn:
     """Find the region in the text of the user's messages about an image.
 
-    The last turn with a region counts, so that a region holds for further questions. Turns before that of the image are
-    about it as well if none of them has an image.
+    The last turn with a region counts, so that a region holds for further questions, also if each sends the image
+    again. Turns before the image are about it as well if none of them has another image.
 
     Args:
         turns: Messages, see `split_turns`.
-        image_turn: Number of the turn that has the image.
+        url: URL of the image, see `find_image`.
 
     Returns:
         The region; an empty prompt if there is none.
@@ -145,8 +149,7 @@ def find_text_region(turns: Sequence[Sequence[Message]], image_turn: int) -> Pro
         ApiError: If there is more text than may be searched, or if only a message of another role has coordinates.
         PromptError: If the region cannot be read, or there are several.
     """
-    has_other_image = any(message.urls for turn in turns[:image_turn] for message in turn)
-    about = turns[image_turn:] if has_other_image else turns
+    about = _turns_about(turns, url)
     searched = 0
     for turn in reversed(about):
         text = "\n".join(message.text for message in turn if message.role == "user")
@@ -154,7 +157,7 @@ def find_text_region(turns: Sequence[Sequence[Message]], image_turn: int) -> Pro
         region = find_region(text)
         if region is not None:
             return PromptIn(box=region.box, points=list(region.points) or None)
-    others = [message for turn in about for message in turn if message.role in ("tool", "function")]
+    others = [message for turn in about for message in turn if message.role in ("assistant", "tool", "function")]
     others += [message for turn in turns for message in turn if message.role in ("system", "developer")]
     for message in others:
         searched = _count_searched(searched, message.text)
@@ -166,6 +169,19 @@ def find_text_region(turns: Sequence[Sequence[Message]], image_turn: int) -> Pro
                 param="messages",
             )
     return PromptIn()
+
+
+def _turns_about(turns: Sequence[Sequence[Message]], url: str) -> Sequence[Sequence[Message]]:
+    """The turns after any other image, from the first that has this one; all of them without another image."""
+    others = [number for number, turn in enumerate(turns) if any(other != url for other in _urls_of(turn))]
+    if not others:
+        return turns
+    start = others[-1] + 1
+    return turns[next(number for number in range(start, len(turns)) if url in _urls_of(turns[number])) :]
+
+
+def _urls_of(turn: Sequence[Message]) -> list[str]:
+    return [url for message in turn for url in message.urls]
 
 
 def check_parts(turns: Sequence[Sequence[Message]]) -> None:
@@ -186,7 +202,7 @@ def check_parts(turns: Sequence[Sequence[Message]]) -> None:
                 )
     for message in (message for turn in turns for message in turn if message.role == "user"):
         for name in _extra_fields(message):
-            if REGION_FIELD.fullmatch(name[:100]):
+            if REGION_FIELD.fullmatch(_CAMEL_CASE.sub("_", name[:100])):
                 raise ApiError(
                     422,
                     f"the field {name[:40]!r} of a message is not read; give box, points or mask beside messages",
@@ -196,12 +212,15 @@ def check_parts(turns: Sequence[Sequence[Message]]) -> None:
 
 
 def _extra_fields(message: Message) -> Iterator[str]:
-    yield from message.model_extra or ()
+    """Names of the fields, other than null, that a message, its parts and its images have beyond those of the API."""
+    models: list[BaseModel] = [message]
     for part in message.parts:
         if not isinstance(part, OtherPart):
-            yield from part.model_extra or ()
+            models.append(part)
         if isinstance(part, ImagePart) and isinstance(part.image_url, ImageUrl):
-            yield from part.image_url.model_extra or ()
+            models.append(part.image_url)
+    for model in models:
+        yield from (name for name, value in (model.model_extra or {}).items() if value is not None)
 
 
 def _count_searched(searched: int, text: str) -> int:

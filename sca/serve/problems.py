@@ -1,7 +1,8 @@
-"""What goes wrong, as HTTP says it: a status and one line, in the form that clients of the OpenAI API read."""
+"""HTTP errors in the OpenAI format."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from sca.prompts import PromptError
 from sca.serve.engine import BusyError, CannotError, ClosedError, EngineError, LateError, NoRoomError
 from sca.serve.memory import BudgetError
 
+_FIELD = re.compile(r"[a-z][a-z0-9_]*")
 MOST = 3  # problems of one request in its answer
 _STATUS = {BusyError: 503, ClosedError: 503, NoRoomError: 503, LateError: 504, CannotError: 422}
 _CODES = {
@@ -92,9 +94,27 @@ def to_api_error(error: Exception) -> ApiError:
 def _describe_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first problems, each with the field that has it."""
     places, lines = [], []
+    errors = [each for each in errors if not _is_other_branch(each, errors)]
     for each in errors[:MOST]:
-        where = ".".join(str(part) for part in each["loc"] if part != "body")
+        where = ".".join(str(part) for part in each["loc"] if part != "body" and not _is_branch(part))
         message = " ".join(each["msg"].removeprefix("Value error, ").split())
         places.append(where)
         lines.append(f"{where}: {message}" if where else message)
     return ApiError(422, "; ".join(lines)[:1000], param=places[0][:100] or None)
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether a part of a place is pydantic's name of a branch of a union, such as "str" or "list[Part]"."""
+    return part in ("str", "bool", "int", "float") or (isinstance(part, str) and not _FIELD.fullmatch(part))
+
+
+def _is_other_branch(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an error is that a value has not the type of a branch of a union, while it has that of another."""
+    *union, branch = error["loc"] or ("",)
+    if not (_is_branch(branch) and error["type"].endswith("_type")):
+        return False
+    depth = len(union)
+    others = [
+        each for each in errors if list(each["loc"][:depth]) == union and each["loc"][depth : depth + 1] != (branch,)
+    ]
+    return any(len(each["loc"]) > depth + 1 or not each["type"].endswith("_type") for each in others)

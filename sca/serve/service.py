@@ -163,10 +163,25 @@ class Service:
             raise ApiError(422, "this model finds no regions by itself: give prompts")
 
     async def question(
-        self, request: Request, asked: Asked, image: Image.Image, prompts: Sequence[Prompt] | None = None
+        self,
+        request: Request,
+        asked: Asked,
+        image: Image.Image,
+        prompts: Sequence[Prompt] | None = None,
+        where: str = "prompts.{}",
     ) -> Question:
-        """What the engine is asked; `prompts` instead of those in `asked`, which were checked. ApiError and PromptError
-        for what does not fit.
+        """Make the question for the engine.
+
+        Args:
+            request: The request, which has a deadline.
+            asked: What the client sent.
+            image: The image.
+            prompts: Checked prompts that replace those in `asked`.
+            where: Name of a prompt in errors, with its position for `{}`.
+
+        Raises:
+            ApiError: If there is no time for the masks.
+            PromptError: If a prompt does not fit the image.
         """
         captioner = self.engine.captioner
         generation = settle_generation(
@@ -187,10 +202,10 @@ class Service:
             everything = replace(search, points=min(search.points, MAX_GRID), crops=min(search.crops, MAX_CROPS))
         elif prompts is None:
             if count_masks(asked):
-                work = partial(_prompts, asked.prompts, image.size)
+                work = partial(_prompts, asked.prompts, image.size, where)
                 prompts = await self._in_thread(self._masks, self.deadline(request), work)
             else:
-                prompts = await to_thread.run_sync(_prompts, asked.prompts, image.size)
+                prompts = await to_thread.run_sync(_prompts, asked.prompts, image.size, where)
         return Question(
             image,
             prompts or (),
@@ -266,9 +281,14 @@ def count_masks(asked: Asked) -> int:
     return sum(prompt.mask is not None for prompt in asked.prompts)
 
 
-def decode_base64(text: str) -> bytes:
+def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes:
     """Decode base64 text or a data: URL as clients write them: in either alphabet, with or without padding, line
     breaks and percent-encoding, and with "data:" in any case.
+
+    Args:
+        text: The text or URL.
+        name: Field that contains it, for the messages of errors.
+        param: Field of the request that contains it, for the `param` of errors.
 
     Raises:
         ApiError: If the text is another URL or not base64.
@@ -276,10 +296,10 @@ def decode_base64(text: str) -> bytes:
     head, comma, _ = text[:MAX_HEAD].partition(",")
     scheme = SCHEME.match(head)
     if scheme and scheme[1].lower() != "data":
-        raise ApiError(422, "image: pictures are not fetched from elsewhere; send the file in base64", param="image")
+        raise ApiError(422, f"{name}: pictures are not fetched from elsewhere; send the file in base64", param=param)
     if scheme:
         if not comma or not head.rstrip().lower().endswith(";base64"):
-            raise ApiError(422, "image: a data: URL in base64, like data:image/png;base64,...", param="image")
+            raise ApiError(422, f"{name}: a data: URL in base64, like data:image/png;base64,...", param=param)
         text = text[len(head) + 1 :]
     for code, sign in PERCENT_ENCODED.items():
         text = text.replace(code, sign).replace(code.lower(), sign)
@@ -287,7 +307,7 @@ def decode_base64(text: str) -> bytes:
         content = text.encode("ascii").translate(STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
         return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except ValueError:  # binascii.Error and UnicodeEncodeError are kinds of it
-        raise ApiError(422, "image: not base64", param="image") from None
+        raise ApiError(422, f"{name}: not base64", param=param) from None
 
 
 def plain(caption: Caption, image: Image.Image) -> dict[str, Any]:
@@ -308,8 +328,8 @@ def _limit_defaults(captioner: Captioner, generation: Mapping[str, Any]) -> dict
     return {name: limit for name, limit in limits.items() if settled.get(name, 1) > limit}
 
 
-def _prompts(asked: list[PromptIn], size: tuple[int, int]) -> list[Any]:
+def _prompts(asked: list[PromptIn], size: tuple[int, int], where: str) -> list[Any]:
     return [
-        read_prompt(prompt.model_dump(exclude_none=True), f"prompts.{place}", *size)
+        read_prompt(prompt.model_dump(exclude_none=True), where.format(place), *size)
         for place, prompt in enumerate(asked)
     ]

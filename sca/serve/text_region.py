@@ -1,8 +1,9 @@
 """The region that the text of a chat message contains, in the spellings that clients use.
 
 A box is `box=10,20,30,40`, `Box: [10, 20, 30, 40]`, `"bbox_2d": [...]`, `<box>...</box>`, `(10,20),(30,40)`, four
-numbers in brackets, or `x1=10, y1=20, x2=30, y2=40`; a point is `point=10,20` or `point=10,20,0`. What looks like
-coordinates and is none of these is an error: a region is never left out without a word.
+numbers in brackets or in a line of their own, or `x1=10, y1=20, x2=30, y2=40`; a point is `point=10,20` or
+`point=10,20,0`. Other coordinates, and boxes whose text names another order such as xywh, are errors: a region is never
+ignored silently. Four numbers in a sentence, such as "the classes 1, 2, 3, 4", are not a region.
 """
 
 from __future__ import annotations

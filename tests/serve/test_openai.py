@@ -350,21 +350,24 @@ def test_a_region_holds_while_tools_are_called(ask, user, name):
     assert box_of(ask([user(), *HISTORIES[name]])) == BOX
 
 
-def test_a_region_holds_for_further_questions_on_its_image(ask, user, scene):
-    answer = {"role": "assistant", "content": "a circle, box=1,1,5,5"}
+def test_a_region_holds_for_further_questions_on_its_image(ask, user, url, scene):
+    answer = {"role": "assistant", "content": "a circle"}
+    coordinates = {"role": "assistant", "content": "a circle, box=1,1,5,5"}
     more = {"role": "user", "content": "Are you sure?"}
     other = {"role": "user", "content": "And at box=1,2,30,40?"}
     whole = (0, 0, *scene.image.size)
-    assert box_of(ask([user(), answer, more])) == BOX
+    assert box_of(ask([user(), coordinates, more])) == BOX
     assert box_of(ask([user(), answer, other])) == (1, 2, 30, 40)
     assert box_of(ask([user(), answer, other, answer, more])) == (1, 2, 30, 40)
     assert box_of(ask([user("What is this?"), answer, more])) == whole
-    assert box_of(ask([user(), answer, user("And this?")])) == whole, "another image"
+    assert box_of(ask([user(), answer, user("And this?")])) == BOX, "the same image again"
+    assert box_of(ask([user(), answer, user("And this?", image_url=f"{url}=")])) == whole, "another image"
+    assert box_of(ask([user("And this?", image_url=f"{url}="), answer, user(), answer, user("And this?")])) == BOX
     assert box_of(ask([{"role": "user", "content": TEXT_BOX}, user("Here it is")])) == BOX
     assert box_of(ask([{"role": "user", "content": TEXT_BOX}, answer, user("Here it is")])) == BOX
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "tool", "function"])
+@pytest.mark.parametrize("role", ["system", "developer", "assistant", "tool", "function"])
 def test_coordinates_in_a_message_of_another_role_are_not_overlooked(ask, user, role):
     message = {"role": role, "content": '{"bbox_2d": [10, 12, 60, 70]}'}
     assert f"role {role!r} has coordinates" in message_of(ask([user("What is this?"), message]))
@@ -387,7 +390,66 @@ def test_parts_and_fields_that_are_not_read_are_refused(ask, user):
     assert "'input_audio' cannot be answered" in message_of(ask([audio]))
     for message in ({**user("What?"), "bbox": [1, 2, 3, 4]}, user("What?", region=[1, 2, 3, 4])):
         assert "is not read; give box, points or mask" in message_of(ask([message]))
-    assert box_of(ask([user(cache_control={"type": "ephemeral"}, detail="low")])) == BOX
+    assert box_of(ask([user(cache_control={"type": "ephemeral"}, detail="low", crop=None)])) == BOX
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("crop", "coordinates", "polygon", "xyxy", "rect", "area", "selection", "boundingBox", "crop_box", "cropArea"),
+        *("keypoints", "bbox-2d", "segmentation"),
+    ],
+)
+def test_a_region_in_an_unknown_field_is_refused(ask, user, name):
+    message = user("What is this?")
+    message["content"][1][name] = [1, 2, 3, 4]
+    assert f"the field {name!r} of a message is not read" in message_of(ask([message]))
+
+
+def test_a_long_history_without_coordinates_is_accepted(ask, user, scene):
+    text = "Please describe what the picture shows. " * 100
+    messages = [user("What is this?"), *[{"role": "user", "content": text}] * 17]
+    assert box_of(ask(messages)) == (0, 0, *scene.image.size)
+    assert "1,048,576 are allowed" in ask([user("x" * (2**20 + 1))]).json()["error"]["message"]
+
+
+def _with_content(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "start"),
+    [
+        ({"stop": ""}, "stop", "stop: String should have at least 1 character"),
+        ({"stop": [""]}, "stop.0", "stop.0: String should have at least 1 character"),
+        ({"stop": ["a"] * 5}, "stop", "stop: List should have at most 4 items"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "messages.0.content: Input should be"),
+        (
+            _with_content({"type": "image_url", "image_url": {}}),
+            "messages.0.content.0.image_url.url",
+            "messages.0.content.0.image_url.url: Field required",
+        ),
+        (
+            _with_content({"type": "image_url", "image_url": 5}),
+            "messages.0.content.0.image_url",
+            "messages.0.content.0.image_url: Input should be",
+        ),
+        (
+            _with_content({"type": "text", "text": 5}),
+            "messages.0.content.0.text",
+            "messages.0.content.0.text: Input should be a valid string",
+        ),
+        (_with_content({"type": "image_url", "image_url": "http://a.b"}), "messages", "image_url: pictures are not"),
+        (_with_content({"type": "image_url", "image_url": "a=b"}), "messages", "image_url: not base64"),
+        ({"points": [[5000, 1]]}, None, "the region: the point 5000,1,1 is outside"),
+        ({"box": [1, 2, 3]}, None, "the region, 'box': a box is 4 numbers"),
+    ],
+)
+def test_an_error_names_the_field_that_was_sent(ask, user, fields, param, start):
+    response = ask(**{"messages": [user()], **fields})
+    assert message_of(response).startswith(start)
+    assert response.json()["error"]["param"] == param
+    assert not re.search(r"ImageUrl|Part\b|constrained|union|prompts", message_of(response))
 
 
 def test_an_image_is_read_as_clients_send_it(ask, png, url):
@@ -530,6 +592,16 @@ def test_check_root_path_begins_with_a_slash_and_ends_with_none(text, path):
 def test_check_root_path_refuses_what_is_no_path(text, capsys):
     assert run(["serve", "--root-path", text]) == 2
     assert "is not a path; write it as /captions" in capsys.readouterr().err
+
+
+def test_check_root_path_refuses_the_start_of_a_route(client):
+    routes = [route.path for route in client().app.routes if route.path != "/"]
+    assert len(routes) > 7
+    for path in {*("/v1", "docs/", "/v1/chat"), *(re.sub(r"/\{.*", "", route) for route in routes)}:
+        with pytest.raises(ValueError, match=r"is the start of a route of the server; choose another, like /captions$"):
+            check_root_path(path)
+    assert check_root_path("/v1x") == "/v1x"
+    assert check_root_path("/a/v1") == "/a/v1"
 
 
 @pytest.mark.parametrize("prefix", ["", "/captions"])
