@@ -31,7 +31,7 @@ _WORD = re.compile(r"[^\W\d][\w-]*")
 
 _CONNECTING = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with"}
 _PLACE = re.compile(
-    r"at|xy|co-?ordinates?|coords?|pos(?:itions?)?|loc(?:ations?)?|cent(?:er|re)s?|regions?|areas?|crops?|windows?|zones?"
+    r"at|xy|co-?ordinates?|coords?|pos(?:itions?)?|loc(?:ations?)?|regions?|areas?|crops?|windows?|zones?"
     r"|bounds|selections?"
 )
 _BOX = re.compile(r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)")
@@ -52,14 +52,18 @@ _ORDER_NAMED_APART = re.compile(  # an order other than x1, y1, x2, y2, before o
 _RANGE = (  # of the numbers of an axis, after its name
     rf"(?=[\s:=])\s*+(?:[:=]|from|between|in|is|of)?+\s*+{_NUMBER}\s*+(?:to|and|-|:|\.\.+|\N{{EN DASH}})\s*+{_NUMBER}"
 )
+_CORNER = rf"(?<![\w.,])(?!\d,\d{{3}}\b|\d+,0\d\d\b){_NUMBER}\s*,\s*{_NUMBER}"  # not 1,200 or 12,000
 _UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11, ranges, numbers with "-"
     r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>|(?<!\w)mask\s*=\s*\S+"
     r"|[\[(]\s*\d+\s*:\s*\d+\s*,\s*\d+\s*:\s*\d+|(?<!\w)\d+(?:x\d+){3}|(?<!\w)\d+x\d+[-+]\d+[-+]\d+"
     rf"|(?<![\w.])(?<!\d )[xy]{_RANGE}|(?<!\w)rows?{_RANGE}\W{{1,3}}(?:and\s)?col(?:umn)?s?{_RANGE}"
     rf"|(?<!\w)col(?:umn)?s?{_RANGE}\W{{1,3}}(?:and\s)?rows?{_RANGE}"
-    r"|(?<!\w)(?:b?box|rect(?:angle)?|roi|region|coord(?:inate)?s)\W{0,4}\d+(?:\s?[-\N{EN DASH}_:]\s?\d+){3}"
+    r"|(?<!\w)(?:b?box|rect(?:angle)?|roi|region|area|crop|selection|coord(?:inate)?s|xyxy)\W{0,4}"
+    r"\d+(?:\.\d+)?(?:\s?[-\N{EN DASH}_:]\s?\d+(?:\.\d+)?){3}"
+    rf"|{_CORNER}\s*[-\N{{EN DASH}}]\s*{_NUMBER}\s*,\s*{_NUMBER}"
+    rf"|(?<!\w)cent(?:er|re)\s*[:=]\s*{_NUMBER}[\s,;]+{_NUMBER}"
 )
-_CORNERS = re.compile(rf"(?!\d,\d{{3}}\b){_SIZED}\s*,\s*{_SIZED}\s+to\s+{_SIZED}\s*,\s*{_SIZED}")
+_CORNERS = re.compile(rf"{_CORNER}(?:px)?\s+to\s+{_SIZED}\s*,\s*{_SIZED}")
 _NO_REGION = re.compile(  # a color, bullet points, a number of things as in "box: 2 sentences"
     r"\b(?:rgb|hs[lv])a?\s?\([^()]{0,60}\)|\bcmyk\s?\([^()]{0,60}\)|\b(?:bullet|talking|main|selling)[\s-]?points?\b"
     r"|\b(?:b?box(?:es)?|points?)\s?:\s?\d+(?:\s?(?:-|or)\s?\d+)?\s(?!(?:px|pixels?|and|to|by|x|y)\b)(?=[^\W\d_])"

@@ -178,7 +178,11 @@ REFUSED = {
     "box 1-2-3-4": "is not a region",
     "pos: 10 20": "has 2 numbers",
     "xy=10,20": "has 2 numbers",
-    "center: 10 20": "has 2 numbers",
+    "center: 10 20": "is not a region",
+    "area: 10-20-30-40": "is not a region",
+    "box 1.5-2.5-3.5-4.5": "is not a region",
+    "10,20 - 30,40": "is not a region",
+    "What is at 370,434-448,512?": "is not a region",
     "2 points: 1, 2, 3, 4": "is not x,y",
 }
 NO_REGION = [
@@ -215,6 +219,8 @@ NO_REGION = [
     "Answer in bullet points: 10, 20 words",
     "points: 3",
     "1,200 to 3,400 people",
+    "10,000 to 20,000 people, 5,000-6,000 dogs",
+    "in the center 2, 3 dogs",
     "box: 2 sentences",
     "points: 2-3 sentences",
     "box: 2-3 sentences",
