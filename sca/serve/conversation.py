@@ -238,6 +238,6 @@ def _count_searched(searched: int, text: str) -> int:
 
 def _looks_like_region(text: str) -> bool:
     try:
-        return find_region(text) is not None
+        return find_region(text, refuse_bare=False) is not None
     except PromptError:
         return True

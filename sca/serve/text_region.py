@@ -116,11 +116,12 @@ class _Run:
             self.groups[-1].append(number[0])
 
 
-def find_region(text: str) -> TextRegion | None:
+def find_region(text: str, refuse_bare: bool = True) -> TextRegion | None:
     """Find the region in a text.
 
     Args:
         text: What a person or a program wrote, in any case, with ASCII or full-width signs.
+        refuse_bare: Refuse four numbers in a sentence that may be a box or anything else, such as "1,2,3,4".
 
     Returns:
         The region, in the pixels that the text states; None if nothing in the text looks like coordinates.
@@ -141,7 +142,7 @@ def find_region(text: str) -> TextRegion | None:
     named = list(_read_named(text))
     for mention in named:
         text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
-    unnamed = list(_read_runs(text))
+    unnamed = list(_read_runs(text, refuse_bare))
     if any(mention.box for mention in unnamed) and (found := _ORDER_NAMED_APART.search(text)):
         raise PromptError(f"the text has a box and {_show(found[0])}, which is not x1,y1,x2,y2; {_WRITE_BOX}")
     mentions = sorted([*named, *unnamed])
@@ -237,11 +238,11 @@ def _read_values(values: dict[str, str], start: int, end: int) -> _Mention | Non
 # --- numbers in a row ------------------------------------------------------------------------------------------------
 
 
-def _read_runs(text: str) -> Iterator[_Mention]:
+def _read_runs(text: str, refuse_bare: bool) -> Iterator[_Mention]:
     end = 0
     for match in _RUN.finditer(text):
         for run in _split(text, match):
-            mention = _read_run(text, run, end)
+            mention = _read_run(text, run, end, refuse_bare)
             if mention is not None:
                 yield mention
             end = run.end
@@ -294,7 +295,7 @@ def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
     return found, place
 
 
-def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
+def _read_run(text: str, run: _Run, end: int, refuse_bare: bool) -> _Mention | None:
     """A box or points; None for numbers that do not look like coordinates; PromptError for those that do."""
     count = len(run.numbers)
     name, place = _find_name(text, run.start, end)
@@ -311,6 +312,11 @@ def _read_run(text: str, run: _Run, end: int) -> _Mention | None:
         return None
     is_bare = not (is_box or is_point or _OTHER_ORDER.fullmatch(name)) and _is_bare(text, run, name)
     if is_bare and not _is_alone(text, run):
+        if refuse_bare and _may_be_box(text, run):
+            raise PromptError(
+                f"the numbers {_show(text[run.start : run.end])} may be a region; if they are, {_WRITE_BOX}, and if "
+                "not, spell them out"
+            )
         return None
     if _OTHER_ORDER.fullmatch(name) or not _is_box_order(text[max(end, run.start - _TAIL) : run.start]):
         raise PromptError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
@@ -328,6 +334,17 @@ def _counts_others(text: str, count: int) -> bool:
     """Whether a text ends with a number, as of "3 points: 10, 20 words", of points that `count` numbers are not."""
     found = re.search(r"(?:^|[^\W\d_]\s+)(\d+)\s+(?:[^\W\d_]+\s+)?$", text)
     return found is not None and count != 2 * int(found[1])
+
+
+def _may_be_box(text: str, run: _Run) -> bool:
+    """Whether bare numbers are x1 y1 x2 y2 of a box with an area, and no amount of money."""
+    numbers = re.split(r"[ \t,;|*]+", text[run.start : run.end])
+    if text[: run.start].endswith(("$", "\N{EURO SIGN}", "\N{POUND SIGN}")) or len(numbers) != 4:
+        return False
+    if not all(re.fullmatch(r"\d+(?:\.\d+)?(?:px)?", number) for number in numbers):
+        return False
+    x1, y1, x2, y2 = (float(number.removesuffix("px")) for number in numbers)
+    return x1 < x2 and y1 < y2
 
 
 def _is_bare(text: str, run: _Run, name: str) -> bool:
