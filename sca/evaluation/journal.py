@@ -74,6 +74,8 @@ class Journal:
                 self._file = journal.Journal(folder / _name(rank), _completes)
                 if self._file.is_empty:
                     self._file.append({"run": self.run})
+            elif rank == 0:
+                journal.Journal(folder / NAME, _completes).close()  # drops what a crash left behind the end
 
     def add(self, asked: Asked) -> None:
         """Add a batch: it survives a kill when this returns, and a power cut a few seconds later."""

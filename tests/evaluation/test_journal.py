@@ -208,6 +208,16 @@ def test_every_process_syncs_its_predictions_before_the_first_merges_them(teller
     assert events == ["wait", "wait", "close", "wait", "wait"]
 
 
+@pytest.mark.parametrize("tail", [b'{"ima', b"\0" * 100, b"\0\0{\n", b"\xff"])
+def test_evaluate_drops_a_torn_tail_of_a_finished_file(teller, dataset, tmp_path, tail):
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    path = tmp_path / "predictions.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content + tail)
+    evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
+    assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
