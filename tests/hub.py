@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,11 @@ def pinned_by_cards(name):
     return {
         card.options["revision"] for card in cards if card.options.get("weights") == name and "revision" in card.options
     }
+
+
+def commit_of(revision):
+    """The commit that a request names, in a list; that of "main" for any other revision."""
+    return revision[0] if revision and re.fullmatch("[0-9a-f]{40}", revision[0]) else COMMIT
 
 
 class Hub:
@@ -74,9 +80,13 @@ class Hub:
             rest = api.split("/")[2:]
             if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT, *pinned_by_cards(name)):
                 return self.refuse(request, 404, "RevisionNotFound")
-            return self.describe(request, name, tree=rest[:1] == ["tree"])
-        file = self.models[name] / "/".join(path.split("/")[4:])
-        return self.send_file(request, file, body) if file.is_file() else self.refuse(request, 404, "EntryNotFound")
+            return self.describe(request, name, commit_of(rest[1:2]), tree=rest[:1] == ["tree"])
+        file, commit = self.models[name] / "/".join(path.split("/")[4:]), commit_of(path.split("/")[3:4])
+        return (
+            self.send_file(request, file, commit, body)
+            if file.is_file()
+            else self.refuse(request, 404, "EntryNotFound")
+        )
 
     def take(self, request, body):
         """A repository that is made, what is asked of its files before they come, and the commit that has them."""
@@ -113,7 +123,7 @@ class Hub:
         request.end_headers()
         request.wfile.write(text)
 
-    def describe(self, request, name, tree):
+    def describe(self, request, name, commit, tree):
         folder = self.models[name]
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         if tree:
@@ -122,15 +132,15 @@ class Hub:
                 for file in files
             ]
         else:
-            content = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files], "private": False}
+            content = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files], "private": False}
         self.send_json(request, content)
 
-    def send_file(self, request, file, body):
+    def send_file(self, request, file, commit, body):
         content = file.read_bytes()
         start = int((request.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
         request.send_response(206 if start else 200)
         request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()[:40]}"')
-        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("X-Repo-Commit", commit)
         request.send_header("Accept-Ranges", "bytes")
         request.send_header("Content-Length", str(len(content) - start))
         if start:
