@@ -178,7 +178,7 @@ def take_image(image: Image.Image | np.ndarray) -> Image.Image:
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise ImageError(
-            f"{type(image).__name__} is not an image; pass a PIL image or a uint8 array, or use sca.open_image"
+            f"{type(image).__name__} is not an image; give a PIL image or a uint8 array, or use sca.open_image"
         )
     return image if image.mode == "RGB" and not image.info else _upright(image, "an image")
 

@@ -180,20 +180,23 @@ class Service:
             where: Name of a prompt in errors, with its position for `{}`.
 
         Raises:
-            ApiError: If there is no time for the masks.
+            ApiError: If there is no time for the masks, or an option of generation cannot be used.
             PromptError: If a prompt does not fit the image.
         """
         captioner = self.engine.captioner
-        generation = settle_generation(
-            captioner,
-            beams=asked.beams,
-            max_new_tokens=asked.max_new_tokens,
-            captions=asked.captions,
-            sample=asked.sample,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            seed=asked.seed,
-        )
+        try:
+            generation = settle_generation(
+                captioner,
+                beams=asked.beams,
+                max_new_tokens=asked.max_new_tokens,
+                captions=asked.captions,
+                sample=asked.sample,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                seed=asked.seed,
+            )
+        except ValueError as error:
+            raise ApiError(422, str(error)) from error
         generation |= _limit_defaults(captioner, generation)
         everything = None
         if asked.everything:

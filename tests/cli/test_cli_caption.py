@@ -347,7 +347,7 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
     predictor = captioner(checkpoint)
     predictor.set_image(Image.open("a.png").convert("RGB"))
-    with pytest.raises(ValueError, match="max_regions is 0; give 1 or more"):
+    with pytest.raises(ValueError, match="max_regions is 0; give a whole number, 1 or more"):
         caption_everything(predictor, max_regions=0)
 
 

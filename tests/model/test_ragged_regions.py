@@ -101,7 +101,7 @@ def test_beams_find_captions_at_least_as_likely_best_first(small):
     assert beams.ids.shape[:2] == beams.scores.shape == (4, 3)
     assert (beams.scores.diff(dim=1) <= 1e-6).all()
     assert (beams.scores[:, 0] >= greedy.scores[:, 0] - 1e-4).all()
-    with pytest.raises(ValueError, match="at least as many beams"):
+    with pytest.raises(ValueError, match="needs beams=2 or more"):
         model.language_model.generate(prefix, max_new_tokens=5, captions=2)
 
 

@@ -117,9 +117,9 @@ def test_the_chat_route_answers_openai_clients(client, asked, scene, tiny):
     ("text", "status", "message"),
     [
         (";".join(["point=10,10,1"] * 300), 413, "a prompt of 300 points, and 256 are allowed"),
-        (";".join(["point=10,10,1"] * 45_000), 413, "the messages have 629,999 characters, and 65,536 are allowed"),
+        (";".join(["point=10,10,1"] * 45_000), 422, "the text has 135,000 numbers, and 2,048 are searched"),
         ("box=9,9,1,1", 422, "the box 9,9,1,1 is reversed"),
-        ("box=1,1,9,9;box=1,1,9,9", 422, "has two of 'box'"),
+        ("box=1,1,9,9;box=1,1,9,9", 422, "the text contains more than one box"),
     ],
 )
 def test_chat_text_has_the_limits_of_other_prompts(client, asked, text, status, message):
@@ -183,7 +183,7 @@ WRONG = {
     "another field": ({"prompts": BOX, "boxes": 1}, 422, "boxes: Extra inputs are not permitted"),
     "another task": ({"prompts": BOX, "task": "poem"}, 422, "task: Input should be 'caption' or 'recognition'"),
     "temperature": ({"prompts": BOX, "temperature": 1}, 422, "temperature can only be used with sample=true"),
-    "captions": ({"prompts": BOX, "captions": 4, "beams": 2}, 422, "4 captions a region need at least as many beams"),
+    "captions": ({"prompts": BOX, "captions": 4, "beams": 2}, 422, "captions=4 needs beams=4 or more, not 2"),
     "beams": ({"prompts": BOX, "beams": 10**9}, 422, "beams: Input should be less than or equal to 16"),
     "too many": ({"prompts": BOX * 5000}, 413, "5,000 prompts, and 4,096 are allowed"),
     "many points": (
