@@ -113,23 +113,24 @@ class RegionCaptioner(MaskPredictor):
         self, regions: Sequence[Sequence[Seen]], task: str, encoded: Encoded, generation: Mapping[str, Any]
     ) -> list[list[Caption]]:
         check_task(task)
-        told = iter(self.words([seen for each in regions for seen in each], task, encoded, **generation))
-        return [
+        flat = [(place, seen) for each in regions for place, seen in enumerate(each)]
+        texts = self.words([seen for _, seen in flat], task, encoded, **generation)
+        captions = iter(
             [
                 Caption(
-                    words.text,
-                    words.score,
+                    text.text,
+                    text.score,
                     box=seen.prompt.box or (seen.mask and box_of(seen.mask)),
                     mask=seen.mask and dict(seen.mask),
                     iou=seen.iou,
                     prompt=seen.prompt,
                     region=place,
-                    usage=words.usage,
+                    usage=text.usage,
                 )
-                for place, (seen, words) in enumerate(zip(each, told, strict=False))
+                for (place, seen), text in zip(flat, texts, strict=True)
             ]
-            for each in regions
-        ]
+        )
+        return [[next(captions) for _ in each] for each in regions]
 
 
 def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device = "cpu") -> tuple[Segmenting, bool]:

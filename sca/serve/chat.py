@@ -232,9 +232,9 @@ def make_choices(caption: Caption, count: int, stops: Sequence[str]) -> list[Cho
         stops: Texts before which a caption ends.
     """
     texts = [caption.text, *(text for text, _ in caption.others)]
-    cut = caption.usage.is_cut if caption.usage else (False,) * len(texts)
+    cuts = caption.usage.is_cut if caption.usage else (False,) * len(texts)
     choices = []
-    for text, is_cut in zip(texts[:count], cut, strict=False):
+    for text, is_cut in list(zip(texts, cuts, strict=True))[:count]:
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         if places:
             choices.append(Choice(text[: min(places)], "stop"))

@@ -72,6 +72,14 @@ def test_an_empty_mask_is_two_pixels_and_not_an_error(weights, image, asked):
     assert caption.box is None
 
 
+def test_region_captioner_loses_no_region_to_missing_texts(weights, image, prompts, monkeypatch):
+    captioner = CropCaptioner(weights=weights("blip"))
+    words = captioner.words
+    monkeypatch.setattr(captioner, "words", lambda *given, **options: words(*given, **options)[:-1])
+    with pytest.raises(ValueError, match="shorter"):
+        captioner.describe(image, prompts)
+
+
 def test_a_point_without_an_encoder_is_refused_with_the_way_out(weights, image):
     with pytest.raises(ValueError, match=r"sam-vit-b\+NAME"):
         CropCaptioner(weights=weights("blip")).describe(image, POINTS)
