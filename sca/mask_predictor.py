@@ -1,4 +1,4 @@
-"""From a picture and what a user points at to masks."""
+"""Masks of the regions of an image that prompts point at."""
 
 from __future__ import annotations
 
@@ -329,10 +329,10 @@ class MaskPredictor(ABC):
     ) -> tuple[Encoded, list[Prompt]]:
         if self.image is None:
             raise ValueError("there is no image yet: call set_image(image) first")
-        request = [*_list("prompts", prompts)]
-        request += [Prompt(box=_plain(box)) for box in _list("boxes", boxes)]
-        request += [Prompt(points=(_plain(point),)) for point in _list("points", points)]
-        request += [Prompt(mask=mask) for mask in _list("masks", masks)]
+        request = [*_check_list("prompts", prompts)]
+        request += [Prompt(box=_plain(box)) for box in _check_list("boxes", boxes)]
+        request += [Prompt(points=(_plain(point),)) for point in _check_list("points", points)]
+        request += [Prompt(mask=mask) for mask in _check_list("masks", masks)]
         if not request:
             raise PromptError("no region; give prompts, boxes, points or masks")
         return self.encoded, check_prompts(request, *self.image.size)
@@ -354,7 +354,7 @@ class MaskPredictor(ABC):
 def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
     """Check prompts against their image, see `sca.prompts.check`; a message names the index of its prompt."""
     found = []
-    for place, prompt in enumerate(_list("prompts", prompts)):
+    for place, prompt in enumerate(_check_list("prompts", prompts)):
         try:
             if not isinstance(prompt, Prompt):
                 raise PromptError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
@@ -374,7 +374,7 @@ def ious_of(scores: Tensor) -> list[Any]:
     return ious.tolist()
 
 
-def _list(name: str, values: Any) -> Sequence[Any]:
+def _check_list(name: str, values: Any) -> Sequence[Any]:
     """The regions of an argument; None is none. Raises PromptError for one region in place of a list."""
     if values is None:
         return ()

@@ -163,7 +163,7 @@ def check(prompt: Prompt, width: int, height: int) -> Prompt:
     return Prompt(box, points, None if prompt.mask is None else _fitting(prompt.mask, width, height))
 
 
-def check_counting(prompt: Prompt, width: int, height: int, clipped: SkipCounter, place: str) -> Prompt:
+def check_and_count(prompt: Prompt, width: int, height: int, clipped: SkipCounter, place: str) -> Prompt:
     """`check` a prompt, and count its box in `clipped` under `place` if it reached over the edge."""
     checked = check(prompt, width, height)
     if prompt.box is not None and checked.box != _box(prompt.box):
@@ -263,7 +263,7 @@ class _Entry:
                     f"{self.where}: the file records an image of {self.size[0]} x {self.size[1]}, and its regions are "
                     f"scaled to {width} x {height}",
                 )
-            return check_counting(prompt, width, height, clipped, self.where)
+            return check_and_count(prompt, width, height, clipped, self.where)
         except ValueError as error:
             raise PromptError(f"{self.where}: {error}") from error
 

@@ -66,7 +66,7 @@ def _check_component(kind: str, part: Part) -> None:
 
 
 def _check_generation(key: str, options: Mapping[str, Any], language_model: Part) -> None:
-    """Check options of generation as far as the class of a language model tells, before it is built."""
+    """Check options of generation against the class of the language model, before it is built."""
     if not _is_broken("language_model", language_model):
         generate = registry("language_model").stated(language_model.name, "generate")
         check_generation(key, options, generate, upstream=2)

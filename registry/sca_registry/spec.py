@@ -73,8 +73,8 @@ class Everything:
     points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
     `+offset` and at `-offset` logits. nms: of two regions whose boxes overlap more, the better stays. mask_nms_thresh:
     the same for masks, which SAM does not compare; 1 for never. area, largest: least and greatest share of the image.
-    crops: layers of crops that are looked at besides, 2 x 2 in the first and twice as many each way in every further
-    one; crop_overlap: of neighbours, as a share of the image's shorter side. caption_from: what a region found is then
+    crops: layers of crops that are searched, too, 2 x 2 in the first and twice as many each way in every further one;
+    crop_overlap: of neighbors, as a share of the image's shorter side. caption_from: what a region found is then
     captioned from, "box-and-point" (its own box, and the point that found it), "box", or "point", which is SCA's way
     (arXiv 2312.00869).
     """

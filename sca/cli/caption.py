@@ -365,13 +365,13 @@ class Requests:
     def of(self, opened: Opened, failures: Failures) -> Iterator[tuple[Path, Image | Captioned, list[Prompt]]]:
         """Each image with its checked prompts; one whose prompts do not fit is a failure."""
         from sca.images import show
-        from sca.prompts import PromptError, check_counting
+        from sca.prompts import PromptError, check_and_count
 
         for path, image in opened:
             try:
                 if self.file is None:
                     place = show(path)
-                    fitted = [check_counting(prompt, *image.size, self.clipped, place) for prompt in self.flags]
+                    fitted = [check_and_count(prompt, *image.size, self.clipped, place) for prompt in self.flags]
                     yield path, image, fitted
                 else:
                     yield path, image, self._listed(path, image, failures)

@@ -105,7 +105,7 @@ def view(
     for problem in problems[:10]:
         complain(problem)
     if problems:
-        complain(f"{format_count(len(problems), 'picture')} not shown; --images names the folder that they are in")
+        complain(f"{format_count(len(problems), 'image')} not shown; --images names the folder that they are in")
     if summary := skip.summarize():
         complain(summary)
     complain(f"wrote {out}, {format_count(regions, 'region')}")

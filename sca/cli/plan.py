@@ -46,7 +46,7 @@ def plan(
     if gpu is not None:
         memory_of(gpu)  # raises for an unknown one
     settings = {"images": images, "regions": regions, "words": words, "train": train, "gpu": gpu}
-    with _garbage_uncollected():
+    with _without_garbage_collection():
         planned = _make_plan(model, overrides or (), trust_remote_code, allow_external, settings, dtype)
     if as_json:
         print_json(planned.to_dict())
@@ -55,7 +55,7 @@ def plan(
 
 
 @contextmanager
-def _garbage_uncollected() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """In so short a process collecting garbage takes an eighth of the time and frees little."""
     was_enabled = gc.isenabled()
     gc.disable()

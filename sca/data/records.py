@@ -197,7 +197,7 @@ def index(
     reject: Mapping[str, Reject] | None = None,
     optional: Collection[str] = (),
 ) -> tuple[dict[str, Records], dict[str, list[Any]]]:
-    """The `lists` of a JSON object as `Records` with these keys, and the lists named in `whole` as they are, and
+    """The `lists` of a JSON object as `Records` with these keys, and the lists named in `whole` unchanged, and
     those in `optional` where they are there.
 
     `what` says in messages what the file should be. Other members are passed over. `reject` has for a list what

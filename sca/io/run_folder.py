@@ -85,7 +85,7 @@ class RunFolder:
             self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
         except OSError as error:
             raise unwritable(self.path / LOCK, error) from error
-        for folder in find_folders(self.path, self.patterns):
+        for folder in _find_folders(self.path, self.patterns):
             remove_drafts(folder)
         return self
 
@@ -298,7 +298,7 @@ def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [path for path in _find(folder, patterns) if path.is_symlink() or not path.is_dir()]
 
 
-def find_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
+def _find_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The run folder and the existing folders below it that contain files of the patterns, without links."""
     parents = {str(Path(pattern).parent) for pattern in patterns} - {"."}
     return [folder, *(path for path in _find(folder, parents) if path.is_dir() and not path.is_symlink())]

@@ -171,7 +171,7 @@ def test_a_page_shows_and_compares(shell, checkpoint, pictures, here):
     result = shell("view", "out3/captions.jsonl", "out5/captions.jsonl", "--out", "pages/view.html")
     assert result.status == 0, result.err
     assert result.err[-1] == "sca: wrote pages/view.html, 48 regions"
-    assert "1 picture not shown" in result.err[-2]
+    assert "1 image not shown" in result.err[-2]
     page = (here / "pages/view.html").read_text()
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     images = json.loads(data)["images"]

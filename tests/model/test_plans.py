@@ -22,10 +22,10 @@ def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
     assert key == plan_key(ModelSpec.parse(TINY), {"images": 1})
     assert key != plan_key(spec, {"images": 2})
     assert key != plan_key(spec.override(["lora=8"]), {"images": 1})
-    monkeypatch.setattr("sca.plans.source_fingerprint", lambda package: "edited")
-    assert key != plan_key(spec, {"images": 1})
-    monkeypatch.setattr("sca.plans.version", lambda name: "0")
-    assert key != plan_key(spec, {"images": 1})
+    for name in ("source_fingerprint", "version"):
+        with monkeypatch.context() as changed:
+            changed.setattr(f"sca.plans.{name}", lambda package: "changed")
+            assert key != plan_key(spec, {"images": 1}), name
 
 
 @pytest.mark.parametrize("spec", ["tiny-vit+query+hf weights=./folder", "tiny-vit+unknown+tiny-gpt2"])
