@@ -248,6 +248,7 @@ class MaskPredictor(ABC):
             ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
         """
         refuse_unknown("predict_batch", unknown, ("images", "requests", "task", *OPTIONS))
+        check_task(task)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
             raise ValueError("images and requests are lists: one list of prompts for each image")
         if len(images) != len(requests):

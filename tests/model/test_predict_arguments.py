@@ -195,6 +195,12 @@ def test_predict_batch_checks_lengths_ranges_and_types(idle, scene, images, requ
         idle.predict_batch(given, requests)
 
 
+def test_predict_batch_checks_its_task_before_it_encodes(idle, scene, monkeypatch):
+    monkeypatch.setattr(idle, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="unknown task 'describe'"):
+        idle.predict_batch([scene.image], [[Prompt(box=BOX)]], task="describe")
+
+
 def test_caption_everything_takes_search_and_generation_options_over_the_models_own(predictor):
     few = sca.caption_everything(predictor, points=2, max_new_tokens=3)
     options = Everything(**{**vars(predictor.everything), "points": 2})
