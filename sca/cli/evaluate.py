@@ -202,17 +202,24 @@ def _protocol(
 
 
 def _available(protocol: Any, settings: dict[str, Any], quiet: bool) -> list[str]:
-    """Return the metrics of a protocol that can be computed here; one line names the others."""
+    """Return the metrics of a protocol that can be computed here; one line names the others.
+
+    Raises:
+        RegistryError: No metric can be computed; the message is that of the first.
+    """
     import sca_registry
 
-    available, missing = [], []
+    available, missing, reasons = [], [], []
     for name in protocol.metrics:
         own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
         try:
             sca_registry.metrics.build(name, **own)
             available.append(name)
-        except sca_registry.RegistryError:
+        except sca_registry.RegistryError as error:
             missing.append(name)
+            reasons.append(error)
+    if reasons and not available:
+        raise reasons[0]
     if missing and not quiet:
         complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
     return available

@@ -2,7 +2,8 @@
 
 A shard is a WebDataset (a .tar of pictures), or so many pictures of those that were named. Each is captioned by the
 same command in a process of its own, wherever the launcher has room, and has a file of JSON lines of its own in --out:
-`shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. A shard that `shards.journal` lists is not made again.
+`shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. A shard that `shards.journal` lists is not made again; the problems
+of its images are in the journal, and are reported each time.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ def caption_shards(
         missing = [name for name in shards if name not in done]
         if done and not quiet:
             complain(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+        for name, problems in done.items():
+            status = max(status, _report(name, problems))
+        if status:
+            complain("to caption them once they are repaired, choose another --out, or start over with --overwrite")
         tasks = [
             Task(
                 name,
@@ -99,11 +104,10 @@ def caption_shards(
                     status = 1
                     continue
                 write_file(folder / f"{task.key}.jsonl", made["captions"].encode())
-                journal.append({"shard": task.key, "content": contents[task.key]})
+                problems = made["problems"]
+                journal.append({"shard": task.key, "content": contents[task.key], "problems": problems})
                 left.remove(task.key)
-                for line in made["problems"]:
-                    complain(f"{task.key}: {line}")
-                    status = 1
+                status = max(status, _report(task.key, problems))
                 if not quiet:
                     complain(f"{number} of {len(tasks)}: wrote {folder / task.key}.jsonl")
         if not left:
@@ -113,6 +117,15 @@ def caption_shards(
     if left:
         complain(f"{len(left)} shards are missing: the same command goes on with them")
     return 1 if left else status
+
+
+def _report(shard: str, problems: Sequence[str]) -> int:
+    """Report the problems of a shard's images; return the exit status."""
+    from sca.cli.options import complain
+
+    for line in problems:
+        complain(f"{shard}: {line}")
+    return 1 if problems else 0
 
 
 def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -183,7 +196,7 @@ def _begin(
     contents: Mapping[str, str],
     inputs: Iterable[str | Path],
     overwrite: bool,
-) -> set[str]:
+) -> dict[str, Sequence[str]]:
     """Begin a run of shards in its folder.
 
     As long as the finished shards are of the same images, there may be others than before: more images, or an archive
@@ -197,7 +210,7 @@ def _begin(
         overwrite: Make every shard again.
 
     Returns:
-        The names of the shards that are finished.
+        The finished shards by name, with the problems of their images.
 
     Raises:
         RunFolderError: The folder must not be written.
@@ -205,14 +218,15 @@ def _begin(
     """
     from sca.io.journal import read_journal
 
-    entries = read_journal(folder.path / JOURNAL) if folder.run and not overwrite else ()
+    entries = list(read_journal(folder.path / JOURNAL)) if folder.run and not overwrite else []
     done = {str(entry.get("shard")): entry.get("content") for entry in entries}
+    problems = {str(entry.get("shard")): list(map(str, entry.get("problems") or ())) for entry in entries}
     loose = ("images", "shards") if not overwrite and done.items() <= contents.items() else ()
     outputs = [JOURNAL, *map(_output, contents)]
     folder.begin({**settings, "shards": contents}, outputs, inputs, overwrite=overwrite, loose=loose)
     kept = set() if overwrite else {JOURNAL, *map(_output, done)}
     folder.delete_outputs(set(folder.run.outputs if folder.run else ()) - kept)
-    return {name for name in done if (folder.path / f"{name}.jsonl").is_file()}
+    return {name: problems[name] for name in done if (folder.path / f"{name}.jsonl").is_file()}
 
 
 def _output(name: str) -> str:

@@ -56,6 +56,17 @@ def test_what_is_there_is_not_made_again_and_another_run_is_refused(shell, check
     assert same.err[0] == "sca: 1 of 2 shards are there already"
 
 
+def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkpoint, pictures, here):
+    (here / "photos/b.png").write_bytes(b"no image")
+    asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
+    for _ in range(2):
+        result = shell(*asked, "--shard", 3)
+        assert result.status == 1
+        assert sum(line.startswith("sca: shard-00000: photos/b.png") for line in result.err) == 1
+    assert "--overwrite" in result.err[-1]
+    assert len(lines(here / "parts/shard-00000.jsonl")) == 4
+
+
 NAMES = ("set-0", "shard-00000")
 SETTINGS = {"images": ["x"], "words": "2"}
 
@@ -72,7 +83,7 @@ def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=Fal
             for name in done:
                 (folder / f"{name}.jsonl").write_text(f"{name}\n")
                 journal.append({"shard": name, "content": contents[name]})
-    return earlier
+    return set(earlier)
 
 
 @pytest.mark.parametrize("name", ["photos.jsonl", "shards.journal"])
