@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from safetensors import SafetensorError, safe_open
 from sca_registry.spec import ModelSpec
 
 from sca.checkpoint import ORIGIN, SPEC, WEIGHTS, CheckpointError, locate, read_spec
@@ -58,12 +59,17 @@ def push(
 
 
 def _copy_checkpoint(folder: Path, draft: Path) -> None:
+    """Copy the files of a checkpoint. Raises CheckpointError for weights that are damaged."""
     for path in _find_files(folder):
         target = draft / path.relative_to(folder)
         if path.is_dir():
             target.mkdir()
         else:
             shutil.copyfile(path, target)
+    try:
+        safe_open(draft / WEIGHTS, framework="pt").keys()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged ({error}); copy it again") from error
 
 
 def _find_files(folder: Path) -> list[Path]:

@@ -45,6 +45,14 @@ def test_push_uploads_the_checkpoint_and_nothing_else(model, uploaded):
     assert uploaded["weights.safetensors"] == (model / "weights.safetensors").read_bytes()
 
 
+def test_push_refuses_torn_weights(model, uploaded):
+    weights = (model / "weights.safetensors").read_bytes()
+    (model / "weights.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged .*; copy it again"):
+        push(model, "me/model")
+    assert not uploaded
+
+
 @pytest.mark.parametrize("place", ["tokenizer", "tokenizer/merges", "origin.json"])
 def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, place):
     secret = tmp_path / "secret"
