@@ -382,15 +382,16 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     def _paths(self) -> dict[str, str]:
         """Absolute path -> key; one relative to the prompts file counts before one relative to the working folder."""
         keys = [key for key in self if ".." not in Path(key).parts]
-        return {os.path.abspath(root / key): key for root in (Path(), self.path.parent) for key in keys}
+        return {os.path.abspath(root / key): key for root in (Path(), _find_root(self.path)) for key in keys}
 
     @cached_property
     def _files(self) -> dict[str, list[str]]:
         """The real path of an existing image -> its keys."""
         files: dict[str, list[str]] = {}
+        root = _find_root(self.path)
         for key in self:
             with suppress(ImageNameError):  # a URL, or several files: only the file name counts
-                files.setdefault(os.path.realpath(find_image(key, [self.path.parent, Path()])), []).append(key)
+                files.setdefault(os.path.realpath(find_image(key, [root, Path()])), []).append(key)
         return files
 
     @cached_property
@@ -399,32 +400,74 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
-    """A prompts file, which may be a pipe: JSON lines when its suffix is .jsonl or .ndjson, else COCO, Label Studio or
-    LabelMe JSON.
+    """Read a prompts file, which may be a pipe, or a folder of LabelMe files.
 
-    A line is one region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`,
-    or what `sca` wrote for one, whose `prompt` is asked again. Mask files are named relative to the prompts file. Of
-    COCO, `bbox` is taken as x, y, width, height, or else the box of `segmentation`; of the other tools, the box of each
-    region, or the point of one that is only a point. Images without annotations have an empty list. A record of which
-    no prompt can be made is among the `problems`, which name the file, the line or record, and the field; `PromptError`
-    if the file cannot be read, or none of its records. Whether a prompt fits is for `check`.
+    A file is JSON lines if its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON. A line is one
+    region: `{"image": "a.jpg", "box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE or FILE}`, or a record
+    of `sca`, whose `prompt` is repeated. Mask files are named relative to the prompts file. Of COCO, `bbox` is read as
+    x, y, width, height, or else the box of `segmentation`; of the other tools, the box of each region, or the point of
+    one that is only a point. Images without annotations have an empty list. Whether a prompt fits is for `check`.
+
+    Returns:
+        The prompts; `problems` names the file, the line or record, and the field of each record without a prompt.
+
+    Raises:
+        PromptError: If the file or folder cannot be read, or none of its records.
     """
-    path, skip = Path(path), SkipCounter()
+    path, skip, problems = Path(path), SkipCounter(), list[str]()
+    read = _read_folder if path.is_dir() else _read_file
     try:
-        with _opened(path) as file:
-            lines = is_json_lines(path, file, "image")
-            text, problems = io.TextIOWrapper(file, "utf-8-sig"), list[str]()
-            entries = _lines(text, path, problems) if lines else _regions(text.read(), path, skip, problems)
+        entries = read(path, skip, problems)
     except AnnotationError as error:
         raise PromptError(str(error)) from error
     except OSError as error:
         raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
     if problems and not any(entries.values()):
         more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
         raise PromptError(f"{problems[0]}{more}")
-    return RegionPrompts(path, _merge_spellings(entries, [path.parent, Path()]), skip, problems)
+    return RegionPrompts(path, _merge_spellings(entries, [_find_root(path), Path()]), skip, problems)
+
+
+def _find_root(path: Path) -> Path:
+    """Return the folder that the image names of a prompts file or folder are relative to."""
+    return path if path.is_dir() else path.parent
+
+
+def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+    try:
+        with _opened(path) as file:
+            lines = is_json_lines(path, file, "image")
+            text = io.TextIOWrapper(file, "utf-8-sig")
+            return _lines(text, path, problems) if lines else _regions(text.read(), path, skip, problems)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+
+
+def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+    files = labelme.list_files(folder)
+    if not files:
+        raise PromptError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
+    entries: dict[str, list[_Entry]] = {}
+    for file in files:
+        with _noting(problems):
+            for name, regions in _read_labelme_file(file, skip, problems).items():
+                entries.setdefault(name, []).extend(regions)
+    return entries
+
+
+def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+    try:
+        with _opened(path) as file:
+            content = _json(file.read().decode("utf-8-sig"), show(path))
+        if not isinstance(content, dict) or "shapes" not in content:
+            raise PromptError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
+        return _labelme(content, path, skip, problems)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{show(path)} is not UTF-8 text; copy it again") from error
+    except OSError as error:
+        raise PromptError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
+    except AnnotationError as error:
+        raise PromptError(str(error)) from error
 
 
 def _merge_spellings(entries: Mapping[str, list[_Entry]], roots: Sequence[Path]) -> dict[str, list[_Entry]]:

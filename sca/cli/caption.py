@@ -64,7 +64,7 @@ def caption(
         typer.Option(
             parser=input_path,
             metavar="PATH",
-            help="COCO, Label Studio or LabelMe JSON, or JSONL, with regions of many images",
+            help="COCO, Label Studio or LabelMe JSON, JSONL, or a folder of LabelMe files.",
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
@@ -518,11 +518,13 @@ def _read_files(
     """The files that say what is asked of the images."""
     from sca_registry.spec import Part
 
+    from sca.io.annotations.labelme import list_files
     from sca.io.run_folder import existing_paths
     from sca.prompts import mask_files
 
     proposals = existing_paths(Part.parse(proposer, "--proposer", "proposers").options) if proposer else ()
-    return [*([prompts] if prompts else ()), *masks, *mask_files(regions), *proposals]
+    listed = [] if prompts is None else list_files(prompts) if prompts.is_dir() else [prompts]
+    return [*listed, *masks, *mask_files(regions), *proposals]
 
 
 def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str, Any]:

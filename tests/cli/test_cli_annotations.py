@@ -102,6 +102,27 @@ def test_convert_keeps_a_task_without_regions(here, converted, picture):
     assert not any("left out" in line for line in err)
 
 
+def test_caption_reads_a_folder_of_labelme_files(here, shell, checkpoint, picture):
+    for name in ("a", "b", "c"):
+        picture(f"photos/{name}.png")
+        (here / "photos" / f"{name}.json").write_text(json.dumps(LABELME | {"imagePath": f"{name}.png"}))
+    (here / "photos/c.json").write_text(json.dumps(COCO))
+    asked = ("caption", "photos", "--prompts", "photos", "--model", checkpoint, "--out", "out")
+    result = shell(*asked)
+    assert result.status == 2
+    assert "sca: photos/c.json is not a LabelMe file (no 'shapes'); name it by itself, or move it" in result.err
+    assert any("c.png: photos has no regions for it" in line for line in result.err)
+    lines = [json.loads(line) for line in (here / "out/captions.jsonl").read_text().splitlines()]
+    assert [(line["image"], line["prompt"]["box"]) for line in lines] == [
+        (f"photos/{name}.png", [10, 10, 31, 31]) for name in "ab"
+    ]
+    (here / "photos/c.json").write_text(json.dumps(LABELME | {"imagePath": "c.png"}))
+    assert "contains another run" in shell(*asked).err[-1]
+    (here / "labels").mkdir()
+    empty = shell("caption", "photos", "--prompts", "labels", "--model", checkpoint)
+    assert empty.err == ["sca: no .json files in labels; a folder of prompts contains LabelMe files"]
+
+
 def test_convert_and_view_draw_the_image_inside_a_labelme_file(here, shell):
     image = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(image, "PNG")
