@@ -75,7 +75,7 @@ class Question:
 
     generation: settings as `Predictor.predict` takes them. masks: whether they are wanted of `prompts`, too.
     candidates: whether all masks that a prompt may mean are wanted besides. seconds: how long the answer may take.
-    client: who asks; clients take turns.
+    client: who asks; clients take turns. max_regions: Maximum regions of `everything`, best first.
     """
 
     image: Image.Image
@@ -87,6 +87,7 @@ class Question:
     candidates: bool = False
     seconds: float = math.inf
     client: str = ""
+    max_regions: int | None = None
 
 
 class Found(NamedTuple):
@@ -375,7 +376,7 @@ class Engine:
                 if ticket.cancelled or time.monotonic() > end:
                     return
         except StopIteration as found:
-            ticket.masks, ticket.prompts = found.value
+            ticket.masks, ticket.prompts = (each[: ticket.question.max_regions] for each in found.value)
             ticket.search, ticket.steps = False, None
             _tell(ticket, Found(len(ticket.prompts)))
             if not ticket.prompts:

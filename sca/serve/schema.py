@@ -104,6 +104,7 @@ class EverythingIn(Strict):
     area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
     crops: Annotated[int | None, Field(ge=0, le=MAX_CROPS, description="layers of crops to look at, too")] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None
+    max_regions: Annotated[int | None, Field(ge=1, description="maximum regions, best first")] = None
 
 
 class Asked(Strict):

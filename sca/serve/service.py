@@ -198,10 +198,11 @@ class Service:
         except ValueError as error:
             raise ApiError(422, str(error)) from error
         generation |= _limit_defaults(captioner, generation)
-        everything = None
+        everything = max_regions = None
         if asked.everything:
             given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
-            search = settle_search(captioner, given.model_dump())
+            max_regions = given.max_regions
+            search = settle_search(captioner, given.model_dump(exclude={"max_regions"}))
             everything = replace(search, points=min(search.points, MAX_GRID), crops=min(search.crops, MAX_CROPS))
         elif prompts is None:
             if count_masks(asked):
@@ -218,6 +219,7 @@ class Service:
             masks=asked.masks,
             seconds=self.limits.seconds,
             client=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
+            max_regions=max_regions,
         )
 
     async def events(self, request: Request, question: Question) -> AsyncIterator[Event | None]:

@@ -77,6 +77,17 @@ def test_a_stream_has_each_region_as_it_is_there(client, asked, scene):
     assert told[-1] == ("done", {"regions": len(scene.regions)})
 
 
+def test_everything_returns_the_best_regions_up_to_max_regions(client, asked):
+    every, best = (
+        client().post("/v1/captions", json=asked(everything={"points": 8, **limit})).json()["regions"]
+        for limit in ({}, {"max_regions": 2})
+    )
+    assert len(every) > 2
+    assert [(each["box"], each["caption"]) for each in best] == [(each["box"], each["caption"]) for each in every[:2]]
+    refused = client().post("/v1/captions", json=asked(everything={"max_regions": 0}))
+    assert refused.status_code == 422
+
+
 def test_everything_streams_its_search_and_its_regions(client, asked):
     same = client()
     whole = same.post("/v1/captions", json=asked(everything={"points": 8})).json()["regions"]
