@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sca.composition import build as build
     from sca.composition import compose as compose
     from sca.everything import caption_everything as caption_everything
-    from sca.images import open_image as open_image
+    from sca.io.images import open_image as open_image
     from sca.model import SegmentCaptioner as SegmentCaptioner
     from sca.predictor import Predictor as Predictor
     from sca.processing import Processor as Processor
@@ -40,7 +40,7 @@ _WHERE = {
     "captioner": "sca.captioners.door",
     "compose": "sca.composition",
     "load": "sca.checkpoint",
-    "open_image": "sca.images",
+    "open_image": "sca.io.images",
     "save": "sca.checkpoint",
 }
 __all__ = sorted(_WHERE)

@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_leaves
 
 from sca.composition import build, parts
 from sca.devices import find_device, find_dtype
-from sca.hub import HubError, fetch, fingerprint, local_folder, local_path, some, suggest_path
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
+from sca.io.hub import HubError, fetch, fingerprint, local_folder, local_path, some, suggest_path
 from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
 from sca.layouts import CONFIG, CheckpointError, is_published

@@ -20,8 +20,8 @@ from sca_registry.spec import Everything, check_search
 from torch import Tensor
 
 from sca.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.io.masks import RLE, area, encode
 from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
-from sca.masks import RLE, area, encode
 from sca.nn.boxes import box_iou
 from sca.nn.suppression import suppress
 

@@ -16,8 +16,8 @@ from sca_registry.spec import Everything
 from torch import Tensor
 
 from sca.generation import OPTIONS, refuse_unknown, settle_generation
-from sca.images import take_image
-from sca.masks import RLE, checked, decode, encode
+from sca.io.images import take_image
+from sca.io.masks import RLE, checked, decode, encode
 from sca.model import NON_FINITE
 from sca.nn.masks import best_masks
 from sca.processing import Frame, Processor

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import ImageOps, UnidentifiedImageError
 from sca_registry.contracts import Prompt
 
-from sca import masks
-from sca.images import identify_image, show
+from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter, read_size
 from sca.io.coordinates import Box, clip_box, compare_sizes, find_normalized_scale, scale_box, scale_to_pixels
+from sca.io.images import identify_image, show
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number
@@ -93,7 +93,7 @@ def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
     """Read a mask file.
 
     Args:
-        path: A .npy array, see `sca.masks.binarize`, or an image, see `sca.masks.binarize_image`.
+        path: A .npy array, see `sca.io.masks.binarize`, or an image, see `sca.io.masks.binarize_image`.
         allow_pipe: Accept a pipe such as /dev/stdin, which only a path that a person typed may be.
 
     Returns:

@@ -27,8 +27,8 @@ from transformers.initialization import no_init_weights
 
 from sca.checkpoint import BoundedBuild, assign, stored
 from sca.composition import build
-from sca.hub import SAFE, HubError, fetch, quiet, read_tensors, require_weight_files, some, weight_files
 from sca.io.atomic import new_folder
+from sca.io.hub import SAFE, HubError, fetch, quiet, read_tensors, require_weight_files, some, weight_files
 from sca.io.json import read_json
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import read_tokenizer

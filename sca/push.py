@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from sca_registry.spec import ModelSpec
 
 from sca.checkpoint import ORIGIN, SPEC, WEIGHTS, CheckpointError, locate, read_spec
-from sca.hub import HubError
+from sca.io.hub import HubError
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
 from sca.trust import find_real_root

@@ -18,7 +18,7 @@ from sca_registry.cards import NAME
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part
 
-from sca.hub import known_sources
+from sca.io.hub import known_sources
 from sca.io.json import read_json
 from sca.io.numbers import is_finite_number
 

@@ -105,7 +105,7 @@ def test_a_broken_picture_is_told_alike(name, picture, client, capfd, tmp_path):
         Image.fromarray(noise).save(whole, "PNG")
         content = whole.getvalue()[: len(whole.getvalue()) // 2]
     (tmp_path / "b.png").write_bytes(content)
-    with pytest.raises(sca.images.ImageError) as raised:
+    with pytest.raises(sca.io.images.ImageError) as raised:
         sca.open_image("b.png")
     assert run(["caption", "b.png", "--box", "1,1,9,9"]) == 1
     said = capfd.readouterr().err.splitlines()

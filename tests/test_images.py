@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
 
-from sca.images import ImageError, ImageMemoryError, TooLargeError, find_images, open_image, read_image
+from sca.io.images import ImageError, ImageMemoryError, TooLargeError, find_images, open_image, read_image
 
 
 def refusal(path) -> str:
@@ -251,7 +251,7 @@ def test_the_limit_is_twice_pillows_warning_and_nothing_warns(tmp_path, monkeypa
 
 def test_an_unlimited_pillow_does_not_lift_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr("sca.images.PIXEL_LIMIT", 2000)
+    monkeypatch.setattr("sca.io.images.PIXEL_LIMIT", 2000)
     Image.new("L", (50, 50)).save(tmp_path / "b.png")
     assert "2,500 pixels (50 x 50)" in refusal(tmp_path / "b.png")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask, read_prompts
 
 

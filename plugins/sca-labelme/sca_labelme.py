@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from sca_registry.contracts import Region, Sample, Scores
 
-from sca.images import open_image
 from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.coordinates import compare_sizes
+from sca.io.images import open_image
 from sca.io.json import read_json
 from sca.io.paths import ImageNameError, expand_user, find_image
 

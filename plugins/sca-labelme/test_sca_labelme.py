@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sca_labelme import LabelMe, LabelRecall
 
-from sca.masks import decode
+from sca.io.masks import decode
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from sca_registry.spec import Part
 
 from sca.checkpoint import load
 from sca.devices import find_device
-from sca.hub import local_path, suggest_path
+from sca.io.hub import local_path, suggest_path
 from sca.predictor import Predictor
 
 FORMS = (

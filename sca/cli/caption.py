@@ -134,7 +134,7 @@ def caption(
     """
     from sca_registry.contracts import TASKS
 
-    from sca.images import find_images, is_irregular, show
+    from sca.io.images import find_images, is_irregular, show
     from sca.io.run_folder import OutputFilter
     from sca.output import DRAWN, FORMATS, Writers, output_patterns
 
@@ -283,7 +283,7 @@ class Failures:
 
     def named(self, most: int = 20) -> str:
         """The images that failed, once more, for the end of a long run."""
-        from sca.images import show
+        from sca.io.images import show
 
         if not self.paths:
             return ""
@@ -364,7 +364,7 @@ class Requests:
 
     def of(self, opened: Opened, failures: Failures) -> Iterator[tuple[Path, Image | Captioned, list[Prompt]]]:
         """Each image with its checked prompts; one whose prompts do not fit is a failure."""
-        from sca.images import show
+        from sca.io.images import show
         from sca.prompts import PromptError, check_and_count
 
         for path, image in opened:
@@ -380,7 +380,7 @@ class Requests:
 
     def _listed(self, path: Path, image: Image | Captioned, failures: Failures) -> list[Prompt]:
         """The prompts of the file that fit the image; the others are reported. Raises PromptError if none fits."""
-        from sca.images import show
+        from sca.io.images import show
         from sca.prompts import PromptError
 
         assert self.file is not None
@@ -396,7 +396,7 @@ class Requests:
 
     def report(self, failures: Failures, quiet: bool) -> None:
         """Report what the prompts file contains, and the records of which no prompt can be made."""
-        from sca.images import show
+        from sca.io.images import show
 
         if self.file is None:
             return
@@ -428,7 +428,7 @@ class Table:
                 print_table(self.table)
 
     def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
-        from sca.images import show
+        from sca.io.images import show
 
         for each in captions:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
@@ -498,7 +498,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _open(paths: Iterable[Path], failures: Failures, done: Mapping[str, Captioned]) -> Opened:
     """The images that can be opened; of those that a journal has, what it has."""
-    from sca.images import ImageError, open_image
+    from sca.io.images import ImageError, open_image
 
     for path in paths:
         if known := done.get(str(path)):
@@ -555,7 +555,7 @@ def _journal(
         RunFolderError: The folder must not be written.
         ValueError: The journal there is damaged, or of a run with other options.
     """
-    from sca.images import show
+    from sca.io.images import show
     from sca.io.run_folder import RunFolder, RunFolderError
     from sca.output import FORMATS, output_patterns
     from sca.output.journal import NAME, Journal, count_images
@@ -587,7 +587,7 @@ def _journal(
 
 def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Size, list[Caption]]:
     """What a journal has of an image, as it was answered; the picture where it is to be drawn on."""
-    from sca.images import open_image
+    from sca.io.images import open_image
     from sca.output.read import resize_to_recorded
 
     return path, resize_to_recorded(open_image(path), known.size, str(path)) if drawn else known.size, known.captions
@@ -602,7 +602,7 @@ def _prompted(
     drawn: bool,
 ) -> Answers:
     """Batches are as they would be without a journal, so that an answer does not depend on where a run was ended."""
-    from sca.images import open_image
+    from sca.io.images import open_image
     from sca.output.read import Captioned
 
     asked = iter(asked)
@@ -653,7 +653,7 @@ def _everything(
     drawn: bool,
 ) -> Answers:
     from sca.everything import caption_everything, settle_search
-    from sca.images import show
+    from sca.io.images import show
     from sca.output.read import Captioned
     from sca.prompts import PromptError
 

@@ -177,7 +177,7 @@ def _describe_model(name: str) -> dict[str, Any]:
 
         spec = (folder := zoo.get(name).folder) and folder / "spec.json"
         return _model(name) | (describe_spec(ModelSpec.from_dict(read_json(spec))) if spec and spec.is_file() else {})
-    from sca.hub import local_folder, suggest_path
+    from sca.io.hub import local_folder, suggest_path
 
     folder = local_folder(name)
     if folder is not None:

@@ -35,8 +35,8 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was converted to OUT before.")] = False,
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
-    from sca.images import ImageError, show
     from sca.io.annotations.annotation import SkipCounter
+    from sca.io.images import ImageError, show
     from sca.io.paths import rewrite_name
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
@@ -139,7 +139,7 @@ def _read(
     is_written: bool = False,
 ) -> Iterator[Captioned]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
-    from sca.images import show
+    from sca.io.images import show
     from sca.io.paths import remove_image_prefix
     from sca.output.read import read_captions
 

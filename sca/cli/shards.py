@@ -242,7 +242,7 @@ def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: If the archive cannot be read or unpacked, or contains no images.
     """
-    from sca.images import SUFFIXES, show
+    from sca.io.images import SUFFIXES, show
     from sca.io.json import open_regular_file
 
     paths, problems = [], []

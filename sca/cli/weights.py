@@ -23,8 +23,8 @@ def pull(
     What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
     Prints the commit that was taken and stores it: from then on the same commit is loaded, until another is pulled.
     """
-    from sca.hub import pin
-    from sca.hub import pull as fetch
+    from sca.io.hub import pin
+    from sca.io.hub import pull as fetch
     from sca.layouts import tokenizer_source
     from sca.trust import Trust, TrustError
 
@@ -110,7 +110,7 @@ def _import(
     agreed: Mapping[str, bool],
 ) -> None:
     from sca.checkpoint import CheckpointError, is_saved, load, save
-    from sca.hub import fetch
+    from sca.io.hub import fetch
     from sca.language_models.hf import read_tokenizer
     from sca.published import with_sources
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from sca.conformance.promises import DoesNotApply, promise
 from sca.conformance.trials import DatasetTrial
-from sca.masks import box_of, decode
+from sca.io.masks import box_of, decode
 
 
 @promise("datasets", written="sca_registry.contracts.Sample")

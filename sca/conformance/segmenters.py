@@ -11,7 +11,7 @@ from torch import Tensor
 from sca.conformance.comparison import different, misshapen
 from sca.conformance.promises import DoesNotApply, promise
 from sca.conformance.trials import GRID, IMAGES, OWNERS, SIDE, SIZE, SegmenterTrial
-from sca.masks import box_of
+from sca.io.masks import box_of
 
 
 @promise("segmenters", written="sca_registry.contracts.Regions")

@@ -21,7 +21,7 @@ from sca.data.export_records import Ids, annotation_record, image_record, save, 
 from sca.data.fields import EmptyDatasetError
 from sca.data.summary import summarize_dataset
 from sca.io.atomic import new_folder
-from sca.masks import box_of
+from sca.io.masks import box_of
 
 
 def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, limit: int | None = None) -> Path:

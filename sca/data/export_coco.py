@@ -20,7 +20,7 @@ from sca.data.export_records import (
     write_instances,
     write_json,
 )
-from sca.masks import area, decode
+from sca.io.masks import area, decode
 
 Splits = Mapping[str, Iterator[Sample]]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import Reject, Skip, find_unread_caption
 from sca.io.json import JsonError, parse_json, read_regular_file

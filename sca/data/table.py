@@ -38,13 +38,13 @@ from sca_registry.verdicts import cache_folder
 from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.images import ImageError, measure_image, open_image
 from sca.io.annotations.annotation import EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.atomic import FolderError, sync, write_file
 from sca.io.coordinates import compare_sizes
+from sca.io.images import ImageError, measure_image, open_image
+from sca.io.masks import RLE, box_of
 from sca.io.paths import ImageNameError, find_image, is_url
-from sca.masks import RLE, box_of
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out

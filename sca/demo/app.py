@@ -22,10 +22,10 @@ from sca.checkpoint import read_local_spec
 from sca.demo.session import Session
 from sca.everything import settle_search
 from sca.generation import settle_generation
-from sca.hub import local_path
-from sca.images import ImageError, read_image
+from sca.io.hub import local_path
+from sca.io.images import ImageError, read_image
+from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
-from sca.masks import PIXEL_LIMIT
 from sca.output import Writers
 from sca.output.page import data_uri
 from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Searched

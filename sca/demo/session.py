@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
-from sca.images import ImageError, inspect_image
+from sca.io import masks
+from sca.io.images import ImageError, inspect_image
 from sca.mask_predictor import Mask
 from sca.output.colours import colour
 from sca.output.outline import outline

@@ -16,7 +16,7 @@ from sca_registry.messages import choice, suggestion
 from torch import Tensor, nn
 
 from sca.encoders.timm import IntermediateLayer, find_layer
-from sca.hub import OPEN_CLIP, fetch, local_file, reading, weight_file
+from sca.io.hub import OPEN_CLIP, fetch, local_file, reading, weight_file
 from sca.io.json import read_json
 from sca.nn.probe import feature_shape
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
-from sca.hub import load_pretrained, read_config
+from sca.io.hub import load_pretrained, read_config
 
 SPREAD = 0.02  # of random weights; SamVisionConfig has 1e-10, with which all images look the same
 

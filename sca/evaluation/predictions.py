@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposer, Region, Sample
 
-from sca import masks
+from sca.io import masks
 from sca.output.jsonl import record
 from sca.training.examples import point_prompt
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-from sca.images import show
+from sca.io.images import show
 from sca.io.json import IrregularFileError, open_regular_file
 from sca.io.lock import is_locked, lock
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from sca.images import show
 from sca.io.atomic import sync, unwritable, write_all
+from sca.io.images import show
 from sca.io.json import IrregularFileError, open_regular_file, parse_json
 from sca.io.lock import LockedError, lock
 

@@ -25,8 +25,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sca.images import show
 from sca.io.atomic import open_folder, remove_drafts, unwritable, write_file
+from sca.io.images import show
 from sca.io.json import read_json
 from sca.io.lock import held_lock
 

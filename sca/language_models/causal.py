@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sca.hub import quiet
+from sca.io.hub import quiet
 from sca.language_models.greedy import greedy, plain
 from sca.language_models.probe import probe_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sca.hub import quiet, reading
+from sca.io.hub import quiet, reading
 from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
 
 

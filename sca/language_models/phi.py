@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
-from sca.hub import read_tensor_names, read_tensors, weight_files
+from sca.io.hub import read_tensor_names, read_tensors, weight_files
 from sca.io.json import read_json
 
 FUSED = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from sca.hub import quiet
+from sca.io.hub import quiet
 from sca.language_models.greedy import greedy
 from sca.language_models.shrink import shrink_config
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca import masks
+from sca.io import masks
 from sca.io.atomic import AtomicFile
 from sca.output.jsonl import record
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca import masks
+from sca.io import masks
 from sca.io.atomic import AtomicFile
 from sca.output.colours import COLOURS
 from sca.output.outline import outline

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.images import show
 from sca.io import journal
 from sca.io.atomic import open_folder, unwritable
+from sca.io.images import show
 from sca.output.jsonl import record
 from sca.output.read import Captioned, ReadError, captioned
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.io.atomic import AtomicFile, unwritable
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations.brush import pack
 from sca.io.atomic import AtomicFile
 from sca.io.paths import add_image_prefix

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca import masks
+from sca.io import masks
 from sca.io.atomic import open_folder
 from sca.io.paths import is_url, relative_path
 from sca.output.files import FilePerImage

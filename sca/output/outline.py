@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sca import masks
+from sca.io import masks
 
 Ring = list[list[int]]  # corners [x, y], the first not again at the end
 DETAIL = 800  # the longest side of a mask's box in steps; a larger mask is drawn coarser

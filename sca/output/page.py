@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sca.images import show
+from sca.io.images import show
 from sca.io.run_folder import RunFolderError, check_not_inputs
 
 SIDE = 2048  # a larger picture is shown at this many pixels on its longest side

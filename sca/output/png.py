@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
-from sca import masks
+from sca.io import masks
 from sca.output.colours import INSIDE, OUTSIDE, colour, readable_on
 from sca.output.files import FilePerImage
 from sca.output.labels import Block, Placement

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
-from sca.images import ImageError, open_image, show
+from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, SkipCounter, raise_error, read_size
 from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
+from sca.io.images import ImageError, open_image, show
 from sca.io.json import (
     IrregularFileError,
     JsonError,

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Scores
 
-from sca import masks
 from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, label_reports, single_scores
 from sca.evaluation.evaluate import Report
 from sca.evaluation.journal import PredictionsError
+from sca.io import masks
 from sca.output.outline import outline
 from sca.output.page import FOOT, SHARP, data_uri, head, text
 

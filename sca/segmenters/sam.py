@@ -19,7 +19,7 @@ from transformers.models.sam.modeling_sam import (
     SamVisionNeck,
 )
 
-from sca.hub import load_pretrained
+from sca.io.hub import load_pretrained
 from sca.nn.boxes import filled_boxes
 from sca.nn.masks import best_masks, tight_boxes
 from sca.nn.two_way import TwoWayTransformer, decoder_config

@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sca.images import ImageError
+from sca.io.images import ImageError
 from sca.prompts import PromptError
 from sca.serve.access import HostCheck, KeyCheck
 from sca.serve.body import RequestLimits

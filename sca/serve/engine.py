@@ -29,8 +29,8 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION, Everything
 
 from sca.everything import Searched, search_everything
+from sca.io.masks import box_of
 from sca.mask_predictor import Encoded, Mask, MaskPredictor
-from sca.masks import box_of
 from sca.serve.memory import is_out_of_memory, release_memory
 
 log = logging.getLogger("sca.serve")

@@ -22,7 +22,7 @@ from sca_registry.spec import GENERATION
 
 from sca.everything import settle_search
 from sca.generation import settle_generation
-from sca.images import decode_image, inspect_image
+from sca.io.images import decode_image, inspect_image
 from sca.output.jsonl import record
 from sca.prompts import read_prompt
 from sca.serve.engine import Done, Engine, EngineError, Event, LateError, NoRoomError, Question

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from sca_registry.contracts import Region, Sample
 
-from sca.masks import area, box_of, decode, encode
+from sca.io.masks import area, box_of, decode, encode
 
 SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
 PADDING = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders

@@ -26,7 +26,7 @@ from sca_registry.contracts import (
 )
 from torch import Tensor
 
-from sca.masks import decode
+from sca.io.masks import decode
 from sca.nn.boxes import filled_boxes
 from sca.processing import MASK_PROMPT_LOGIT, Processor
 from sca.training.auxiliary import UNKNOWN

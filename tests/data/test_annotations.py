@@ -12,7 +12,7 @@ from sca_registry.spec import Part
 
 from sca.data.annotations import Annotations
 from sca.data.own import recognised
-from sca.masks import decode
+from sca.io.masks import decode
 
 WIDTH, HEIGHT = 40, 30
 HEAD = {"original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0, "to_name": "image"}

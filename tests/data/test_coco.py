@@ -9,8 +9,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from sca_registry import datasets
 
-from sca import masks
 from sca.data.coco import Coco
+from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.output.read import read_captions
 from sca.prompts import PromptError, read_prompts

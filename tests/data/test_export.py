@@ -17,7 +17,7 @@ from sca.data.coco import Coco
 from sca.data.export import FORMATS, export
 from sca.data.fields import EmptyDatasetError
 from sca.data.scenes import Scenes
-from sca.masks import encode
+from sca.io.masks import encode
 
 SPLITS = {"train": Scenes("train", count=4, size=64), "val": Scenes("val", count=2, size=64)}
 

@@ -10,7 +10,7 @@ from sca_registry import datasets
 
 from sca.data.export import export
 from sca.data.scenes import Scenes
-from sca.masks import box_of, encode
+from sca.io.masks import box_of, encode
 
 SPLITS = {"train": Scenes("train", count=5, size=64)}
 LAYOUTS = {  # by the name of the reader: the format, and the file that messages name

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sca_registry import datasets
 
-from sca.masks import decode
+from sca.io.masks import decode
 
 WIDTH, HEIGHT = 40, 30
 PUBLISHED = ["person", "wall-other-merged", "floor-wood", "door-stuff", "tree-merged", "traffic light"]

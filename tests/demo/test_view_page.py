@@ -5,8 +5,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from sca import masks
 from sca.cli import run
+from sca.io import masks
 
 
 def write(folder, name, images, regions, words):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sca_registry.contracts import Caption
 
-from sca.masks import encode
+from sca.io.masks import encode
 
 BOX = [0.0, 0.0, 2.0, 2.0]
 

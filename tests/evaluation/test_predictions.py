@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt, Proposals, Region, Sample
 
-from sca import masks
 from sca.data.scenes import Scenes
 from sca.evaluation.predictions import CONTROLS, PROMPTS, Proposing, Questions, predict
+from sca.io import masks
 
 
 def asked(captioner, dataset, questions=None, **how):

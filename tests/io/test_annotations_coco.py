@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools.coco import COCO
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations.annotation import AnnotationError, SkipCounter
 from sca.io.annotations.coco import bound_segmentation, read_annotation, read_box, read_mask
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations import brush
 from sca.io.annotations.annotation import AnnotationError, SkipCounter
 from sca.io.annotations.label_studio import is_task, read_tasks

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from sca import masks
-from sca.images import ImageError
+from sca.io import masks
 from sca.io.annotations import shapes
 from sca.io.annotations.annotation import AnnotationError, SkipCounter
 from sca.io.annotations.labelme import find_size, open_image_of, read_shapes
+from sca.io.images import ImageError
 
 SIZE = 40, 20
 TRIANGLE = [[10, 2], [30, 2], [10, 18]]

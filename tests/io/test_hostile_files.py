@@ -15,7 +15,7 @@ from sca_registry.spec import ModelSpec
 from sca.data import fields, records
 from sca.evaluation.evaluate import score_file
 from sca.evaluation.journal import read_predictions
-from sca.images import ImageError, open_image
+from sca.io.images import ImageError, open_image
 from sca.io.json import read_regular_file
 from sca.output.read import read_captions
 from sca.prompts import read_mask, read_prompts

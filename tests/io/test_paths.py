@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.images import ImageError
+from sca.io.images import ImageError
 from sca.io.paths import (
     ImageNameError,
     add_image_prefix,

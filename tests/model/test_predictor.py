@@ -11,7 +11,7 @@ from sca_registry.spec import Everything
 
 from sca import everything
 from sca.everything import caption_everything, find_everything, search_everything
-from sca.masks import box_of, decode
+from sca.io.masks import box_of, decode
 from sca.predictor import Predictor
 from sca.proposers.grid import Grid
 

@@ -13,7 +13,7 @@ from sca_registry.spec import ModelSpec
 
 import sca
 from sca.checkpoint import WEIGHTS, CheckpointError, load, locate, save
-from sca.hub import known_sources, local_folder, local_path, pin, pinned
+from sca.io.hub import known_sources, local_folder, local_path, pin, pinned
 from sca.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
 
 

@@ -5,8 +5,8 @@ from PIL import Image
 
 import sca
 from sca.checkpoint import CheckpointError, load, save
-from sca.hub import HubError, suggest_path
-from sca.images import ImageError, open_image
+from sca.io.hub import HubError, suggest_path
+from sca.io.images import ImageError, open_image
 from sca.language_models.hf import HfLanguageModel
 from sca.prompts import PromptError, read_mask, read_prompts
 

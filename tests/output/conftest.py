@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
+from sca.io import masks
 
 HOSTILE = (
     "\"quoted\" and 'single'",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from sca import masks
+from sca.io import masks
 from sca.output import Writers
 from sca.prompts import read_prompts
 

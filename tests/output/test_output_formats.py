@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations.brush import pack, unpack
 from sca.output import FORMATS, Writers
 from sca.output.outline import fill, polygons

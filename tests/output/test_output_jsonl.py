@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sca import masks
+from sca.io import masks
 from sca.output import OutputError, Writers
 from sca.prompts import read_prompts
 

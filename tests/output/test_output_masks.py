@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sca import masks
+from sca.io import masks
 from sca.output.outline import outline
 
 mask_arrays = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))

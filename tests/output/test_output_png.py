@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.output.colours import COLOURS, INSIDE, OUTSIDE, readable_on
 from sca.output.labels import LINES, Block, Placement
 from sca.output.png import LEAST, OPACITY, draw

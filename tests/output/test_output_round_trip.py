@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.output import Writers
 from sca.output.read import read_captions

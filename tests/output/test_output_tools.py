@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sca_registry.contracts import Caption, Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.brush import unpack

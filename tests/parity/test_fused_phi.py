@@ -12,7 +12,7 @@ from tiny import tiny
 
 import sca
 from sca.checkpoint import CheckpointError
-from sca.hub import HubError
+from sca.io.hub import HubError
 from sca.language_models.hf import HfLanguageModel
 from sca.published import write_published
 

@@ -13,7 +13,7 @@ from sca_registry.spec import Part
 
 import sca
 from sca.checkpoint import CheckpointError
-from sca.hub import HubError
+from sca.io.hub import HubError
 from sca.published import with_sources, write_language_model, write_published
 
 

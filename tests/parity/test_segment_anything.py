@@ -13,7 +13,7 @@ import sca
 from sca.data.scenes import Scenes
 from sca.encoders.sam import SamEncoder
 from sca.everything import find_everything
-from sca.masks import decode
+from sca.io.masks import decode
 from sca.segmenters.sam import SamSegmenter
 
 pytestmark = pytest.mark.all

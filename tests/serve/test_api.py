@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Prompt
 
-from sca import masks
+from sca.io import masks
 from sca.serve.engine import BusyError, Engine
 from sca.serve.schema import Limits
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sca_registry.contracts import Region, Sample
 
 from sca.data.scenes import Scenes, parse, relation_holds
-from sca.masks import area, box_of, decode, encode
+from sca.io.masks import area, box_of, decode, encode
 from sca.training.augmentation import PADDING, Augmentation, cropped, flipped
 from sca.training.examples import point_prompt
 

@@ -9,8 +9,8 @@ from PIL import Image
 from sca_registry.contracts import CAPTION, RECOGNITION, ImageFormat, Region, Sample
 
 from sca.data.scenes import COLOURS, Scenes
+from sca.io.masks import decode
 from sca.language_models.tiny_gpt2 import TinyGpt2
-from sca.masks import decode
 from sca.processing import Processor
 from sca.training.augmentation import Augmentation
 from sca.training.examples import Example, ExampleStream, Mixture, collate

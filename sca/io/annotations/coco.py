@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from sca import masks
+from sca.io import masks
 from sca.io.annotations.annotation import Annotation, AnnotationError, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import Points, bound_points, fill_polygons
 from sca.io.coordinates import Box

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sca import masks
-from sca.images import SUFFIXES
+from sca.io import masks
 from sca.io.annotations import brush
 from sca.io.annotations.annotation import (
     AnnotatedImage,
@@ -32,6 +31,7 @@ from sca.io.annotations.shapes import (
     trace_ellipse,
 )
 from sca.io.coordinates import Box
+from sca.io.images import SUFFIXES
 from sca.io.numbers import is_finite_number
 
 Results = Sequence[Mapping[str, Any]]

@@ -1,7 +1,7 @@
 """LabelMe's files, one per image: https://github.com/wkentaro/labelme.
 
 Shapes are drawn as LabelMe's own `shape_to_mask` draws them. LabelMe shows an image as its EXIF orientation has it, and
-so do `sca.images`: its points are in pixels of the upright image.
+so do `sca.io.images`: its points are in pixels of the upright image.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sca import masks
-from sca.images import ImageError, open_image, read_image
+from sca.io import masks
 from sca.io.annotations.annotation import (
     Annotation,
     AnnotationError,
@@ -29,6 +28,7 @@ from sca.io.annotations.annotation import (
     read_size,
 )
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
+from sca.io.images import ImageError, open_image, read_image
 from sca.io.numbers import is_finite_number
 
 IGNORED = "__ignore__"  # the label of pixels that count for nothing

@@ -14,10 +14,10 @@ import numpy as np
 from pycocotools import mask as rle
 from sca_registry.contracts import Region
 
-from sca import masks
-from sca.images import ImageError, inspect_image
+from sca.io import masks
 from sca.io.annotations.annotation import Size, Skip
 from sca.io.coordinates import Box, clip_box, find_normalized_scale, scale_box
+from sca.io.images import ImageError, inspect_image
 
 Points = Sequence[tuple[float, float]]
 REACH = 4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw

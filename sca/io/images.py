@@ -16,10 +16,10 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from sca.io.json import IrregularFileError, LfsPointerError, open_regular_file
+from sca.io.masks import PIXEL_LIMIT
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number
 from sca.io.walk import walk_files
-from sca.masks import PIXEL_LIMIT
 
 FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
