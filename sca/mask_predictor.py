@@ -18,10 +18,10 @@ from torch import Tensor
 from sca.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.io.images import take_image
 from sca.io.masks import RLE, checked, decode, encode
+from sca.io.prompts import PromptError, check
 from sca.model import NON_FINITE
 from sca.nn.masks import best_masks
 from sca.processing import Frame, Processor
-from sca.prompts import PromptError, check
 
 if TYPE_CHECKING:
     from sca.model import Segmenting
@@ -353,7 +353,7 @@ class MaskPredictor(ABC):
 
 
 def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
-    """Check prompts against their image, see `sca.prompts.check`; a message names the index of its prompt."""
+    """Check prompts against their image, see `sca.io.prompts.check`; a message names the index of its prompt."""
     found = []
     for place, prompt in enumerate(_check_list("prompts", prompts)):
         try:

@@ -15,7 +15,7 @@ from sca_registry.contracts import Prompt
 import sca
 from sca.cli import run
 from sca.demo.session import Session
-from sca.prompts import PromptError
+from sca.io.prompts import PromptError
 
 WRONG = {  # a region of a picture of 64 x 48, and what is said of it
     "reversed": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),

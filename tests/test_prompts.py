@@ -11,7 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
-from sca.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask, read_prompts
+from sca.io.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask, read_prompts
 
 
 def refusal(call, *arguments) -> str:

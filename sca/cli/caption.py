@@ -344,7 +344,7 @@ class Requests:
         from sca_registry.contracts import Prompt
 
         from sca.io.annotations.annotation import SkipCounter
-        from sca.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
+        from sca.io.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
 
         self.flags = [Prompt(box=parse_box(text)) for text in boxes]
         self.flags += [Prompt(points=(parse_point(text),)) for text in points]
@@ -365,7 +365,7 @@ class Requests:
     def of(self, opened: Opened, failures: Failures) -> Iterator[tuple[Path, Image | Captioned, list[Prompt]]]:
         """Each image with its checked prompts; one whose prompts do not fit is a failure."""
         from sca.io.images import show
-        from sca.prompts import PromptError, check_and_count
+        from sca.io.prompts import PromptError, check_and_count
 
         for path, image in opened:
             try:
@@ -381,7 +381,7 @@ class Requests:
     def _listed(self, path: Path, image: Image | Captioned, failures: Failures) -> list[Prompt]:
         """The prompts of the file that fit the image; the others are reported. Raises PromptError if none fits."""
         from sca.io.images import show
-        from sca.prompts import PromptError
+        from sca.io.prompts import PromptError
 
         assert self.file is not None
         if path not in self.keys:
@@ -519,8 +519,8 @@ def _read_files(
     from sca_registry.spec import Part
 
     from sca.io.annotations.labelme import list_files
+    from sca.io.prompts import mask_files
     from sca.io.run_folder import existing_paths
-    from sca.prompts import mask_files
 
     proposals = existing_paths(Part.parse(proposer, "--proposer", "proposers").options) if proposer else ()
     listed = [] if prompts is None else list_files(prompts) if prompts.is_dir() else [prompts]
@@ -654,8 +654,8 @@ def _everything(
 ) -> Answers:
     from sca.everything import caption_everything, settle_search
     from sca.io.images import show
+    from sca.io.prompts import PromptError
     from sca.output.read import Captioned
-    from sca.prompts import PromptError
 
     options = settle_search(predictor, search)
     for path, image in opened:

@@ -15,10 +15,10 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.images import ImageError, inspect_image
+from sca.io.prompts import MAX_POINTS, PromptError, check
 from sca.mask_predictor import Mask
 from sca.output.colours import colour
 from sca.output.outline import outline
-from sca.prompts import MAX_POINTS, PromptError, check
 
 STEPS = 100  # that can be undone
 

@@ -36,8 +36,8 @@ from sca.io.json import (
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, remove_parents
+from sca.io.prompts import read_prompt
 from sca.output.outline import fill
-from sca.prompts import read_prompt
 
 PARQUET = b"PAR1"  # what such a file begins with
 

@@ -9,11 +9,11 @@ from PIL import Image
 from sca_registry.contracts import Proposals
 
 from sca.io.paths import expand_user
-from sca.prompts import PromptError, read_prompts
+from sca.io.prompts import PromptError, read_prompts
 
 
 class BoxesFromCoco:
-    """The boxes and masks that a COCO file (or JSON lines, see `sca.prompts`) has for an image, found by its path.
+    """The boxes and masks that a COCO file (or JSON lines, see `sca.io.prompts`) has for an image, found by its path.
 
     Regions that do not fit their image are left out with a warning, and so are parts that cannot be prompts; boxes that
     are clipped to their image are counted in one. Raises PromptError for a file that cannot be read,

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sca.io.images import ImageError
-from sca.prompts import PromptError
+from sca.io.prompts import PromptError
 from sca.serve.access import HostCheck, KeyCheck
 from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from sca.prompts import PromptError
+from sca.io.prompts import PromptError
 from sca.serve.problems import ApiError
 from sca.serve.schema import PromptIn
 from sca.serve.text_region import find_region

@@ -70,7 +70,7 @@ class ClosedError(EngineError):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one picture: its `prompts` as `sca.prompts.check` gives them, or all that is found with
+    """What is asked of one picture: its `prompts` as `sca.io.prompts.check` gives them, or all that is found with
     `everything`.
 
     generation: settings as `Predictor.predict` takes them. masks: whether they are wanted of `prompts`, too.

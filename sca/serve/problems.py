@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from sca.io.images import ImageError, ImageMemoryError, TooLargeError
-from sca.prompts import PromptError
+from sca.io.prompts import PromptError
 from sca.serve.engine import BusyError, CannotError, ClosedError, EngineError, LateError, NoRoomError
 from sca.serve.memory import BudgetError
 

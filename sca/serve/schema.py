@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, WithJsonSchema
 
-from sca.prompts import MAX_POINTS
+from sca.io.prompts import MAX_POINTS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

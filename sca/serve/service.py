@@ -23,8 +23,8 @@ from sca_registry.spec import GENERATION
 from sca.everything import settle_search
 from sca.generation import settle_generation
 from sca.io.images import decode_image, inspect_image
+from sca.io.prompts import read_prompt
 from sca.output.jsonl import record
-from sca.prompts import read_prompt
 from sca.serve.engine import Done, Engine, EngineError, Event, LateError, NoRoomError, Question
 from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import Metrics

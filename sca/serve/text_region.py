@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from sca.prompts import Box, Point, PromptError, parse_box, parse_point
+from sca.io.prompts import Box, Point, PromptError, parse_box, parse_point
 
 _NUMBER = r"[-+]?(?:\d++(?:\.\d++|\.(?![\w.]))?+|\.\d++)(?:e[-+]?\d++)?+"
 _SIZED = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.annotations.annotation import SkipCounter
+from sca.io.prompts import PromptError, read_prompts
 from sca.output.read import ReadError, read_captions
-from sca.prompts import PromptError, read_prompts
 
 HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
 VALUES = {

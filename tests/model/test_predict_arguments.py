@@ -12,9 +12,9 @@ from sca_registry.spec import Everything
 import sca
 from sca.generation import OPTIONS
 from sca.io.masks import encode
+from sca.io.prompts import PromptError
 from sca.language_models.usage import count_tokens
 from sca.mask_predictor import MaskPredictor
-from sca.prompts import PromptError
 
 BOX = (4, 4, 40, 40)
 

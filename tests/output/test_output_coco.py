@@ -6,8 +6,8 @@ import pytest
 from pycocotools.coco import COCO
 
 from sca.io import masks
+from sca.io.prompts import read_prompts
 from sca.output import Writers
-from sca.prompts import read_prompts
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from sca.io import masks
+from sca.io.prompts import read_prompts
 from sca.output import OutputError, Writers
-from sca.prompts import read_prompts
 
 
 def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captions):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.prompts import PromptError
+from sca.io.prompts import PromptError
 from sca.serve.text_region import find_region
 
 BOX = (370.0, 434.0, 448.0, 512.0)
