@@ -11,7 +11,8 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
-from sca.io.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask, read_prompts
+from sca.io.prompt_files import read_prompts
+from sca.io.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask
 
 
 def refusal(call, *arguments) -> str:

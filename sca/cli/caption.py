@@ -344,7 +344,8 @@ class Requests:
         from sca_registry.contracts import Prompt
 
         from sca.io.annotations.annotation import SkipCounter
-        from sca.io.prompts import parse_box, parse_point, parse_region, read_mask, read_prompts
+        from sca.io.prompt_files import read_prompts
+        from sca.io.prompts import parse_box, parse_point, parse_region, read_mask
 
         self.flags = [Prompt(box=parse_box(text)) for text in boxes]
         self.flags += [Prompt(points=(parse_point(text),)) for text in points]

@@ -9,7 +9,8 @@ from PIL import Image
 from sca_registry.contracts import Proposals
 
 from sca.io.paths import expand_user
-from sca.io.prompts import PromptError, read_prompts
+from sca.io.prompt_files import read_prompts
+from sca.io.prompts import PromptError
 
 
 class BoxesFromCoco:

@@ -12,7 +12,8 @@ from sca_registry import datasets
 from sca.data.coco import Coco
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.prompts import PromptError, read_prompts
+from sca.io.prompt_files import read_prompts
+from sca.io.prompts import PromptError
 from sca.output.read import read_captions
 
 WIDTH, HEIGHT = 40, 30

@@ -17,7 +17,8 @@ from sca.evaluation.evaluate import score_file
 from sca.evaluation.journal import read_predictions
 from sca.io.images import ImageError, open_image
 from sca.io.json import read_regular_file
-from sca.io.prompts import read_mask, read_prompts
+from sca.io.prompt_files import read_prompts
+from sca.io.prompts import read_mask
 from sca.output.read import read_captions
 from sca.push import _read_scores
 from sca.training.recipe import Recipe

@@ -7,7 +7,8 @@ import sca
 from sca.checkpoint import CheckpointError, load, save
 from sca.io.hub import HubError, suggest_path
 from sca.io.images import ImageError, open_image
-from sca.io.prompts import PromptError, read_mask, read_prompts
+from sca.io.prompt_files import read_prompts
+from sca.io.prompts import PromptError, read_mask
 from sca.language_models.hf import HfLanguageModel
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"

@@ -6,7 +6,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from sca.io import masks
-from sca.io.prompts import read_prompts
+from sca.io.prompt_files import read_prompts
 from sca.output import Writers
 
 

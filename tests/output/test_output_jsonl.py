@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sca.io import masks
-from sca.io.prompts import read_prompts
+from sca.io.prompt_files import read_prompts
 from sca.output import OutputError, Writers
 
 
