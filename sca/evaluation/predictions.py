@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposer, Region, Sample
 
+from sca.data.points import draw_point_prompt
 from sca.io import masks
 from sca.output.jsonl import record
-from sca.training.examples import point_prompt
 
 PROMPTS = {
     "box": "the region's own box",
@@ -283,7 +283,7 @@ def _prompt(questions: Questions, region: Region) -> Prompt:
         return Prompt(mask=masks.decode(region.mask))
     if questions.prompt in ("random-point", "mask-point"):
         kept = region if questions.prompt == "mask-point" else replace(region, mask=None)
-        return point_prompt(kept, np.random.default_rng([questions.seed, region.id]))
+        return draw_point_prompt(kept, np.random.default_rng([questions.seed, region.id]))
     return Prompt(box=region.box)
 
 

@@ -17,7 +17,6 @@ from sca_registry.contracts import (
     RECOGNITION,
     Batch,
     Dataset,
-    Prompt,
     Prompts,
     Region,
     Sample,
@@ -26,6 +25,7 @@ from sca_registry.contracts import (
 )
 from torch import Tensor
 
+from sca.data.points import draw_point
 from sca.io.masks import decode
 from sca.nn.boxes import filled_boxes
 from sca.processing import MASK_PROMPT_LOGIT, Processor
@@ -137,7 +137,7 @@ class ExampleStream(torch.utils.data.Dataset):
             texts += [(place, task, text) for task, text in dict.fromkeys(drawn)]
             boxes.append(_jittered(region.box, self.drawing.jitter, draw))
             mask = None if region.mask is None else decode(region.mask)
-            points.append(_point(region, mask, draw))
+            points.append(draw_point(region, mask, draw))
             masks.append(torch.zeros(side, side) if mask is None else self.processor.coverage(mask, frame))
         scale = torch.tensor(frame.scale)
         labels = {
@@ -270,21 +270,6 @@ def _prompts(examples: Sequence[Example], owner: Tensor, targets: Targets) -> Pr
         labels=torch.ones(points.shape[:2], dtype=torch.long) if "point" in kind else None,
         masks=masks,
     )
-
-
-def point_prompt(region: Region, draw: np.random.Generator) -> Prompt:
-    """A point drawn inside the region's mask, or its box where it has none; image pixels."""
-    x, y = _point(region, None if region.mask is None else decode(region.mask), draw)
-    return Prompt(points=((x, y, 1),))
-
-
-def _point(region: Region, mask: np.ndarray | None, draw: np.random.Generator) -> tuple[float, float]:
-    if mask is not None and mask.any():
-        inside = np.flatnonzero(mask)
-        y, x = divmod(int(inside[draw.integers(len(inside))]), mask.shape[1])
-        return float(x), float(y)
-    x1, y1, x2, y2 = region.box
-    return float(draw.uniform(x1, x2)), float(draw.uniform(y1, y2))
 
 
 def _jittered(box: Sequence[float], jitter: float, draw: np.random.Generator) -> list[float]:

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import Region, Sample
 
+from sca.data.points import draw_point_prompt
 from sca.data.scenes import Scenes, parse, relation_holds
 from sca.io.masks import area, box_of, decode, encode
 from sca.training.augmentation import PADDING, Augmentation, cropped, flipped
-from sca.training.examples import point_prompt
 
 
 @st.composite
@@ -146,7 +146,7 @@ def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it
         across, down = (before[2] - before[0]) * factor, (before[3] - before[1]) * factor
         assert abs(x2 - x1 - across) <= 2 + 0.1 * across  # a picture of a few pixels is scaled by whole ones
         assert abs(y2 - y1 - down) <= 2 + 0.1 * down
-        (x, y, _), *_ = point_prompt(region, np.random.default_rng(seed)).points
+        (x, y, _), *_ = draw_point_prompt(region, np.random.default_rng(seed)).points
         assert mask[int(y), int(x)]
 
 
