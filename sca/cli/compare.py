@@ -35,7 +35,7 @@ def compare(
         check_page(out, [first, second])
     comparison = run(first, second, metrics and listed(metrics), _read_settings(options or ()), by)
     if out:
-        from sca.output.report import comparison_page
+        from sca.evaluation.report import comparison_page
 
         _write(out, comparison_page(comparison))
     if as_json:
@@ -59,8 +59,8 @@ def report(
 ) -> None:
     """A page of runs on the same regions: scores, how they are spread, best and worst regions, models side by side."""
     from sca.evaluation.evaluate import score_file
+    from sca.evaluation.report import report_page
     from sca.output.page import check_page
-    from sca.output.report import report_page
 
     options = [argument for argument in arguments if ASSIGNMENT.match(argument)]
     predictions = [input_path(argument) for argument in arguments if argument not in options]

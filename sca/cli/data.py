@@ -132,9 +132,9 @@ def view(
     from sca_registry.overrides import read_assignment
 
     from sca.cli.options import print_line, read_options
-    from sca.data.view import view as write
     from sca.io.run_folder import existing_paths
     from sca.output.page import check_page
+    from sca.output.samples import write_samples
     from sca.training.recipe import read_augmentation
 
     change = read_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
@@ -145,4 +145,4 @@ def view(
         _report(dataset, {split: found})
         chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
         title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
-        print_line(f"wrote {write((found[index] for index in chosen), out, title, change, seed)}")
+        print_line(f"wrote {write_samples((found[index] for index in chosen), out, title, change, seed)}")

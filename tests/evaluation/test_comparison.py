@@ -13,7 +13,7 @@ from sca.evaluation.comparison import compare
 from sca.evaluation.evaluate import evaluate, score_file
 from sca.evaluation.journal import PredictionsError
 from sca.evaluation.predictions import Questions
-from sca.output.report import comparison_page, report_page
+from sca.evaluation.report import comparison_page, report_page
 
 DRAWN = ["attributes", "class", "mask-iou"]
 

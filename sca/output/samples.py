@@ -1,4 +1,4 @@
-"""A page of samples: what a dataset says of its pictures, and what augmentation makes of both."""
+"""A page of a dataset's samples, before and after augmentation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sca.io.atomic import open_folder
 from sca.output.html import Html
 
 
-def view(
+def write_samples(
     samples: Iterable[Sample],
     path: Path,
     title: str,
     augment: Callable[[Sample, np.random.Generator], Sample] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes one offline HTML file: each picture with its regions, and once more as `augment` changes it."""
+    """Write one offline HTML file: each image with its regions, and once more as `augment` changes it."""
     open_folder(path.parent)
     page = Html(path, title)
     try:
