@@ -9,6 +9,8 @@ import pytest
 import torch
 from sca_registry import plugins
 
+pytest_plugins = ["sca.testing.pytest"]
+
 CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
 os.environ["SCA_CACHE"] = CACHE.name
 

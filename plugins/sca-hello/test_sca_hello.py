@@ -2,6 +2,8 @@
 
 from sca_hello import HelloMixer
 
+pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
 
-def test_hello_keeps_its_promises(conformance):  # a fixture of segment-caption-anything
+
+def test_hello_keeps_its_promises(conformance):
     conformance("mixer", HelloMixer)

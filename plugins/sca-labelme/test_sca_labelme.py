@@ -10,6 +10,8 @@ from sca_labelme import LabelMe, LabelRecall
 
 from sca.io.masks import decode
 
+pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -11,6 +11,8 @@ from sca_mmdet.encoder import MmdetEncoder
 from sca_mmdet.operators import nms, prepare, roi_align_backward, softnms
 from sca_mmdet.proposer import MmdetProposer
 
+pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+
 TINY = "rtmdet_tiny_8xb32-300e_coco"
 
 

@@ -7,6 +7,8 @@ import torch
 from sca_mobilesam import MobileSamEncoder, MobileSamSegmenter
 from sca_registry.contracts import Prompts
 
+pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
+
 TO_ORIGINAL = (  # by hand, from the original code
     (r"^vit\.patch_embed\.conv1\.", "patch_embed.seq.0."),
     (r"^vit\.patch_embed\.conv2\.", "patch_embed.seq.2."),

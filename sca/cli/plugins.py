@@ -31,7 +31,7 @@ def new(
     folder: Annotated[Path | None, typer.Option(help="a new or empty folder (default: sca-NAME)")] = None,
 ) -> None:
     """Writes a package with one part, which installs and passes its tests as it is."""
-    from sca.scaffold import scaffold
+    from sca.testing.scaffold import scaffold
 
     made = scaffold(kind, name, folder)
     print_line(f"wrote {made}; next: cd {made} && pip install -e . && sca check {kind} {name}")
@@ -53,8 +53,8 @@ def check(
     from sca_registry import registry
     from sca_registry.plugins import BUILTIN
 
-    from sca.conformance import check as try_out
-    from sca.conformance.verdict import summarize_broken
+    from sca.testing.conformance import check as try_out
+    from sca.testing.conformance.verdict import summarize_broken
 
     parts = registry(kind)
     given = {**parts.card(name).small, **read_options(kind, name, options or ())}
@@ -207,7 +207,9 @@ def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]
         tasks = []
         for number, entry in enumerate(entries):
             config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
-            tasks.append(Task(str(number), "sca.conformance.verdict:try_part", config, f"{scratch}/{number}", timeout))
+            tasks.append(
+                Task(str(number), "sca.testing.conformance.verdict:try_part", config, f"{scratch}/{number}", timeout)
+            )
         made = {outcome.task.key: outcome.made for outcome in Local(os.cpu_count() or 1).map(tasks)}
     return [_read_verdict(made.get(task.key)) for task in tasks]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sca.scaffold import KINDS
+from sca.testing.scaffold import KINDS
 
 QUIET = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
 

@@ -17,13 +17,13 @@ from sca_registry.contracts import KINDS, Caption, ImageFormat, Prompt, Proposal
 from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
-from sca.conformance import PROMISES, check
 from sca.data.scenes import Scenes
 from sca.encoders.tiny_vit import TinyVit
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.mixers.query import QueryMixer
 from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
+from sca.testing.conformance import PROMISES, check
 
 ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers", "captioners")
 
@@ -624,7 +624,7 @@ def test_no_part_of_this_package_imports_a_large_optional_package_before_it_is_b
     program = """
 import sys
 from sca_registry import REGISTRIES
-from sca.conformance.common import HEAVY, IMPORT
+from sca.testing.conformance.common import HEAVY, IMPORT
 import sca.language_models.hf
 known = {*sys.modules}
 for parts in REGISTRIES.values():

@@ -9,10 +9,10 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.contracts import Caption, Prompt, Region
 
-from sca.conformance import check
 from sca.data.jsonl import Jsonl
 from sca.io import masks
 from sca.output.jsonl import Jsonl as Output
+from sca.testing.conformance import check
 
 WIDTH, HEIGHT = 64, 48
 

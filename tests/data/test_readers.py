@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 from sca_registry import datasets
 
-from sca.conformance import check
 from sca.data.export import FORMATS, export
 from sca.data.scenes import Scenes
+from sca.testing.conformance import check
 
 SCENES = Scenes("val", count=3, size=64, seed=4)
 LONG = " ".join(f"word{number}" for number in range(10_000))

@@ -10,10 +10,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from sca_registry import datasets
 
-from sca.conformance import check
 from sca.data.export import export
 from sca.data.refcoco import RefCoco
 from sca.data.scenes import Scenes
+from sca.testing.conformance import check
 
 SIDE = 64
 

@@ -8,10 +8,10 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.contracts import Region
 
-from sca.conformance import check
 from sca.data.export import export
 from sca.data.scenes import Scenes
 from sca.data.visual_genome import VisualGenome
+from sca.testing.conformance import check
 
 SIDE = 64
 

@@ -8,10 +8,10 @@ import torch
 from sca_registry.contracts import Regions, Targets
 from torch import Tensor
 
-from sca.conformance.comparison import different, misshapen
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import GRID, IMAGES, OWNERS, SIDE, SIZE, SegmenterTrial
 from sca.io.masks import box_of
+from sca.testing.conformance.comparison import different, misshapen
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.trials import GRID, IMAGES, OWNERS, SIDE, SIZE, SegmenterTrial
 
 
 @promise("segmenters", written="sca_registry.contracts.Regions")

@@ -9,9 +9,9 @@ import torch
 from sca_registry.contracts import Generated
 from transformers import PreTrainedModel
 
-from sca.conformance.comparison import different, listed, misshapen
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import LanguageModelTrial
+from sca.testing.conformance.comparison import different, listed, misshapen
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.trials import LanguageModelTrial
 
 NEW_TOKENS = 4
 TEXTS = ("a small striped red circle left of a blue square", "car", "two words")

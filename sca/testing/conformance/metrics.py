@@ -8,9 +8,9 @@ from typing import Any
 
 from sca_registry.contracts import TASKS, Scores
 
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import Trial
 from sca.evaluation.records import lack
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.trials import Trial
 
 RECORD = (
     *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score", "mask", "iou", "truth"),

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Prompt
 
-from sca.conformance.promises import promise
-from sca.conformance.trials import Trial
+from sca.testing.conformance.promises import promise
+from sca.testing.conformance.trials import Trial
 
 
 @promise("proposers", written="sca_registry.contracts.Proposals")

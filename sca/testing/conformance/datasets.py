@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from PIL import Image
 
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import DatasetTrial
 from sca.io.masks import box_of, decode
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.trials import DatasetTrial
 
 
 @promise("datasets", written="sca_registry.contracts.Sample")

@@ -14,10 +14,10 @@ from sca_registry.contracts import KINDS
 from sca_registry.plugins import BUILTIN
 from torch import nn
 
-from sca.conformance.comparison import copies, different, listed, weighted_sum
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.settings import AT_IMPORT, settings
-from sca.conformance.trials import TENSORS, Trial
+from sca.testing.conformance.comparison import copies, different, listed, weighted_sum
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.settings import AT_IMPORT, settings
+from sca.testing.conformance.trials import TENSORS, Trial
 
 
 @promise(*KINDS)
@@ -171,7 +171,7 @@ HEAVY = (  # packages that no part needs unless it is used
 IMPORT = """
 import json, sys
 import sca.language_models.hf, sca_registry
-from sca.conformance.settings import FILTERS, RANDOM, settings
+from sca.testing.conformance.settings import FILTERS, RANDOM, settings
 parts = sca_registry.registry(sys.argv[1])
 known, before = set(sys.modules), settings()
 factory = parts.get(sys.argv[2])

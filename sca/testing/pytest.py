@@ -1,6 +1,8 @@
-"""The fixture `conformance` for the tests of plugin packages; pytest finds it by itself.
+"""The fixture `conformance` for the tests of plugin packages, in a test module or the topmost conftest.py.
 
-def test_it_keeps_its_promises(conformance):
+pytest_plugins = ["sca.testing.pytest"]
+
+def test_mixer_passes_conformance(conformance):
     conformance("mixer", MyMixer, depth=1)
 """
 
@@ -19,7 +21,7 @@ def conformance() -> Callable[..., Any]:
     """
 
     def keep(kind: str, part: str | Callable[..., Any], /, **options: Any) -> Any:
-        from sca.conformance import check  # imports torch, which not every test run needs
+        from sca.testing.conformance import check  # imports torch, which not every test run needs
 
         findings = check(kind, part, **options)
         broken = [str(finding) for finding in findings if not finding.passed]

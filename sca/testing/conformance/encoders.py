@@ -9,9 +9,9 @@ import torch
 from sca_registry import registry
 from sca_registry.contracts import ImageFormat
 
-from sca.conformance.comparison import misshapen
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import EncoderTrial, Trial
+from sca.testing.conformance.comparison import misshapen
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.trials import EncoderTrial, Trial
 
 
 @promise("encoders", written="sca_registry.contracts.ImageFormat")

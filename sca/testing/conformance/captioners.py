@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Prompt
 
-from sca.conformance.promises import promise
-from sca.conformance.trials import Trial
+from sca.testing.conformance.promises import promise
+from sca.testing.conformance.trials import Trial
 
 SIZE = (48, 32)  # width, height
 BOXES = ((2.0, 3.0, 20.0, 30.0), (10.0, 4.0, 44.0, 28.0), (0.0, 0.0, 48.0, 32.0))

@@ -19,7 +19,7 @@ import torch
 from sca_registry import registry
 from sca_registry.contracts import KINDS
 
-from sca.conformance import (  # noqa: F401 (their promises)
+from sca.testing.conformance import (  # noqa: F401 (their promises)
     captioners,
     common,
     datasets,
@@ -30,8 +30,8 @@ from sca.conformance import (  # noqa: F401 (their promises)
     proposers,
     segmenters,
 )
-from sca.conformance.promises import PROMISES, DoesNotApply, Finding, Promise
-from sca.conformance.trials import TRIALS, Trial
+from sca.testing.conformance.promises import PROMISES, DoesNotApply, Finding, Promise
+from sca.testing.conformance.trials import TRIALS, Trial
 
 __all__ = ["PROMISES", "Finding", "check"]
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sca.conformance.comparison import different, misshapen
-from sca.conformance.promises import DoesNotApply, promise
-from sca.conformance.trials import OWNERS, MixerTrial, Trial
+from sca.testing.conformance.comparison import different, misshapen
+from sca.testing.conformance.promises import DoesNotApply, promise
+from sca.testing.conformance.trials import OWNERS, MixerTrial, Trial
 
 
 @promise("mixers")

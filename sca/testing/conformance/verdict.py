@@ -9,9 +9,9 @@ from sca_registry import RegistryError, registry
 from sca_registry.options import REQUIRED
 from sca_registry.states import BREAKS
 
-from sca.conformance import check
-from sca.conformance.promises import Finding
-from sca.conformance.trials import TRIALS, Trial
+from sca.testing.conformance import check
+from sca.testing.conformance.promises import Finding
+from sca.testing.conformance.trials import TRIALS, Trial
 
 
 def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:

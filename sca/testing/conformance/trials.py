@@ -13,8 +13,8 @@ from sca_registry.contracts import ImageFormat, Prompts, Region, Regions
 from sca_registry.options import read_options
 from torch import Tensor, nn
 
-from sca.conformance.promises import DoesNotApply
-from sca.conformance.settings import settings
+from sca.testing.conformance.promises import DoesNotApply
+from sca.testing.conformance.settings import settings
 
 IMAGES, OWNERS = 3, (0, 0, 0, 2, 2)  # the second image has no region
 SIZE, STRIDE, WIDTH, MASKS = 64, 8, 32, 3

@@ -45,7 +45,7 @@ def scaffold(kind: str, name: str, folder: Path | None = None) -> Path:
         distribution(words["DISTRIBUTION"])
         raise ValueError(f"a package {words['DISTRIBUTION']} is installed already: choose another name")
     folder = folder or Path(words["DISTRIBUTION"])
-    templates = files("sca.scaffold") / "templates"
+    templates = files("sca.testing.scaffold") / "templates"
     with new_folder(folder) as draft:
         for template, target in (
             ("pyproject.toml.txt", "pyproject.toml"),
