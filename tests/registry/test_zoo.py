@@ -16,7 +16,7 @@ def test_an_entry_says_everything_that_a_user_has_to_know(name):
     assert entry.name == name
     assert all(value for field, value in vars(entry).items() if field != "revision")  # not known for all
     if entry.folder:
-        assert entry.checkpoint == f"sca:checkpoints/{name}"  # package, folder inside
+        assert entry.checkpoint == f"sca:bundled/{name}"  # package, folder inside
     else:
         assert entry.checkpoint in entry.source
         assert entry.checkpoint.count("/") == 1
