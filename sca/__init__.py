@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec as ModelSpec
 
     from sca.captioners.door import captioner as captioner
-    from sca.checkpoint import load as load
-    from sca.checkpoint import save as save
+    from sca.checkpoints.native import load as load
+    from sca.checkpoints.native import save as save
     from sca.composition import build as build
     from sca.composition import compose as compose
     from sca.everything import caption_everything as caption_everything
@@ -39,9 +39,9 @@ _WHERE = {
     "caption_everything": "sca.everything",
     "captioner": "sca.captioners.door",
     "compose": "sca.composition",
-    "load": "sca.checkpoint",
+    "load": "sca.checkpoints.native",
     "open_image": "sca.io.images",
-    "save": "sca.checkpoint",
+    "save": "sca.checkpoints.native",
 }
 __all__ = sorted(_WHERE)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from sca_registry import zoo
 
-import sca.push
-from sca.checkpoint import CheckpointError
-from sca.push import card_of, push
+import sca.checkpoints.push
+from sca.checkpoints.native import CheckpointError
+from sca.checkpoints.push import card_of, push
 
 HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"
 
@@ -33,7 +33,7 @@ def uploaded(monkeypatch):
             root = Path(folder_path)
             files.update({str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()})
 
-    monkeypatch.setattr(sca.push, "HfApi", Api)
+    monkeypatch.setattr(sca.checkpoints.push, "HfApi", Api)
     return files
 
 

@@ -169,7 +169,7 @@ def test_gradients_pass_through_aligned_regions():
 def test_a_checkpoint_may_name_a_config_of_mmdet_and_no_file(tmp_path):
     from sca_registry.spec import ModelSpec
 
-    from sca.trust import NO_TRUST, Trust, TrustError, confine_spec
+    from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 
     def spec(**options):
         encoder = {"name": "mmdet", "pretrained": False, **options}

@@ -172,7 +172,7 @@ def _describe_model(name: str) -> dict[str, Any]:
     if name in zoo.names():
         from sca_registry.spec import ModelSpec
 
-        from sca.inspection import describe_spec
+        from sca.checkpoints.inspection import describe_spec
         from sca.io.json import read_json
 
         spec = (folder := zoo.get(name).folder) and folder / "spec.json"
@@ -181,7 +181,7 @@ def _describe_model(name: str) -> dict[str, Any]:
 
     folder = local_folder(name)
     if folder is not None:
-        from sca.inspection import describe_checkpoint
+        from sca.checkpoints.inspection import describe_checkpoint
 
         return describe_checkpoint(folder)
     try:

@@ -99,9 +99,9 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
 
     if "+" in model:
         return ModelSpec.parse(model)
-    from sca.checkpoint import SPEC, read_local_spec
+    from sca.checkpoints.native import SPEC, read_local_spec
+    from sca.checkpoints.trust import Trust
     from sca.io.hub import suggest_path
-    from sca.trust import Trust
 
     spec = read_local_spec(model, Trust(trust_remote_code, allow_external))
     if spec is not None:

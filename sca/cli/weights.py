@@ -23,10 +23,10 @@ def pull(
     What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
     Prints the commit that was taken and stores it: from then on the same commit is loaded, until another is pulled.
     """
+    from sca.checkpoints.layout import tokenizer_source
+    from sca.checkpoints.trust import Trust, TrustError
     from sca.io.hub import pin
     from sca.io.hub import pull as fetch
-    from sca.layouts import tokenizer_source
-    from sca.trust import Trust, TrustError
 
     def take(source: str, revision: str | None = None, **options: Any) -> Path:
         folder = fetch(source, revision, **options)
@@ -62,9 +62,9 @@ def push(
 
     HF_TOKEN and HF_ENDPOINT are heeded.
     """
-    from sca.checkpoint import locate
-    from sca.push import card_of
-    from sca.push import push as give
+    from sca.checkpoints.native import locate
+    from sca.checkpoints.push import card_of
+    from sca.checkpoints.push import push as give
 
     if dry_run:
         print_document(card_of(locate(checkpoint), name, scores or (), trained_on, licence))
@@ -87,7 +87,7 @@ def import_(
     What --encoder and --language-model name is compared to the last bit and then referred to, so that the checkpoint
     holds little more than what was trained; without them it holds everything.
     """
-    from sca.checkpoint import check_writable, locate
+    from sca.checkpoints.native import check_writable, locate
     from sca.io.lock import held_lock
     from sca.io.run_folder import check_not_inputs, existing_paths
 
@@ -109,10 +109,10 @@ def _import(
     overwrite: bool,
     agreed: Mapping[str, bool],
 ) -> None:
-    from sca.checkpoint import CheckpointError, is_saved, load, save
+    from sca.checkpoints.native import CheckpointError, is_saved, load, save
+    from sca.checkpoints.published import with_sources
     from sca.io.hub import fetch
     from sca.language_models.hf import read_tokenizer
-    from sca.published import with_sources
 
     model = load(folder, **agreed)
     if encoder or language_model:
@@ -143,9 +143,9 @@ def export(
     allow_external: AllowExternal = False,
 ) -> None:
     """Writes a model in a layout that other programs read."""
-    from sca.checkpoint import load
+    from sca.checkpoints.native import load
+    from sca.checkpoints.published import write_language_model, write_published
     from sca.io.atomic import check_replaceable
-    from sca.published import write_language_model, write_published
 
     settle("layout", layout, LAYOUTS)
     check_replaceable(out)

@@ -18,7 +18,8 @@ from sca_registry.contracts import TASKS, Caption
 from sca_registry.spec import GENERATION, Everything, Part
 
 from sca.captioners.door import captioner
-from sca.checkpoint import read_local_spec
+from sca.checkpoints.native import read_local_spec
+from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.everything import settle_search
 from sca.generation import settle_generation
@@ -29,7 +30,6 @@ from sca.io.text import escape_markdown
 from sca.output import Writers
 from sca.output.page import data_uri
 from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Searched
-from sca.trust import Trust
 
 HELD = 2  # models that are kept in memory
 SECONDS = 300.0  # that an answer may take

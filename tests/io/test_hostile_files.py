@@ -12,6 +12,7 @@ from sca_registry import RegistryError, datasets
 from sca_registry.overrides import read_assignments
 from sca_registry.spec import ModelSpec
 
+from sca.checkpoints.push import _read_scores
 from sca.data import fields, records
 from sca.evaluation.evaluate import score_file
 from sca.evaluation.journal import read_predictions
@@ -20,7 +21,6 @@ from sca.io.json import read_regular_file
 from sca.io.prompt_files import read_prompts
 from sca.io.prompts import read_mask
 from sca.output.read import read_captions
-from sca.push import _read_scores
 from sca.training.recipe import Recipe
 
 DEEP_JSON = {

@@ -18,10 +18,10 @@ from PIL import Image
 from sca_registry.spec import ModelSpec
 
 import sca
+from sca.checkpoints.published import write_language_model, write_published
 from sca.composition import build
 from sca.data.export import export
 from sca.data.scenes import Scenes
-from sca.published import write_language_model, write_published
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "train.steps=2 train.images=2 train.processes=1 train.workers=0 train.save=2"

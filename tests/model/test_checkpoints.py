@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sca
-from sca.checkpoint import SPEC, WEIGHTS, CheckpointError, is_saved, load, resolve_spec, save, stored
+from sca.checkpoints.native import SPEC, WEIGHTS, CheckpointError, is_saved, load, resolve_spec, save, stored
 from sca.mixers.query import QueryMixer
 from sca.predictor import Predictor
 
@@ -260,7 +260,7 @@ import torch
 from conftest import PARTS
 from sca_registry.spec import ModelSpec
 from sca.composition import build
-from sca.checkpoint import load, save
+from sca.checkpoints.native import load, save
 
 folder, kills = sys.argv[1], int(sys.argv[2])
 model, draw = build(ModelSpec.from_dict(PARTS)), random.Random(7)

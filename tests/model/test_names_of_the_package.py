@@ -3,7 +3,7 @@
 import types
 
 import sca
-import sca.checkpoint
+import sca.checkpoints.native
 import sca.predictor
 
 

@@ -12,9 +12,9 @@ from sca_registry import REGISTRIES, registry, zoo
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.checkpoint import WEIGHTS, CheckpointError, load, locate, save
+from sca.checkpoints.native import WEIGHTS, CheckpointError, load, locate, save
+from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
 from sca.io.hub import known_sources, local_folder, local_path, pin, pinned
-from sca.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
 
 
 @pytest.fixture

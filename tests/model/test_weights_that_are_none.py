@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 import sca
-from sca.checkpoint import CheckpointError, load, save
+from sca.checkpoints.native import CheckpointError, load, save
 from sca.io.hub import HubError, suggest_path
 from sca.io.images import ImageError, open_image
 from sca.io.prompt_files import read_prompts

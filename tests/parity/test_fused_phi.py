@@ -11,10 +11,10 @@ from sca_registry.contracts import Batch, Prompts
 from tiny import tiny
 
 import sca
-from sca.checkpoint import CheckpointError
+from sca.checkpoints.native import CheckpointError
+from sca.checkpoints.published import write_published
 from sca.io.hub import HubError
 from sca.language_models.hf import HfLanguageModel
-from sca.published import write_published
 
 HEADS, WIDTH = tiny("phi")["num_attention_heads"], tiny("phi")["hidden_size"]
 

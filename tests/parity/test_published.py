@@ -12,9 +12,9 @@ from sca_registry.contracts import Batch, Prompts
 from sca_registry.spec import Part
 
 import sca
-from sca.checkpoint import CheckpointError
+from sca.checkpoints.native import CheckpointError
+from sca.checkpoints.published import with_sources, write_language_model, write_published
 from sca.io.hub import HubError
-from sca.published import with_sources, write_language_model, write_published
 
 
 @pytest.fixture(scope="module")

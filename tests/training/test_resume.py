@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sca.checkpoint import load
+from sca.checkpoints.native import load
 from sca.training.examples import Mixture
 from sca.training.recipe import Recipe
 from sca.training.trainer import Lesson, train
@@ -85,7 +85,7 @@ def test_without_resume_a_run_starts_from_nothing(plan, tmp_path):
 
 
 def test_a_run_can_start_from_a_checkpoint(plan, small, small_table, tmp_path):
-    from sca.checkpoint import save
+    from sca.checkpoints.native import save
 
     start = save(small(seed=5, trainable=small_table["trainable"]), tmp_path / "start")
     recipe = replace(plan(steps=1, learning_rate=0.0), model=str(start))

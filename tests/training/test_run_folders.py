@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from sca.checkpoint import CheckpointError, save
+from sca.checkpoints.native import CheckpointError, save
 from sca.io.lock import LockedError
 from sca.io.run_folder import RunFolder, RunFolderError
 from sca.training.recipe import Recipe

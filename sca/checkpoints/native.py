@@ -32,15 +32,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sca.checkpoints.layout import CONFIG, CheckpointError, is_published
+from sca.checkpoints.trust import (
+    NO_TRUST,
+    Trust,
+    TrustError,
+    check_file,
+    check_folder,
+    confine_spec,
+    find_real_root,
+    is_settable,
+)
 from sca.composition import build, parts
 from sca.devices import find_device, find_dtype
 from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
 from sca.io.hub import HubError, fetch, fingerprint, local_folder, local_path, some, suggest_path
 from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
-from sca.layouts import CONFIG, CheckpointError, is_published
 from sca.model import SegmentCaptioner
-from sca.trust import NO_TRUST, Trust, TrustError, check_file, check_folder, confine_spec, find_real_root, is_settable
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
@@ -122,7 +131,7 @@ def load(
     allow_external: bool = False,
     revision: str | None = None,
 ) -> SegmentCaptioner:
-    """Load a model in eval mode; folders in the layout of the published system (see `sca.published`) are read, too.
+    """Load a model in eval mode; folders in the layout of the published system are read, too.
 
     A checkpoint is data: it names components that are installed, and nothing of it runs unless the caller agrees.
 
@@ -235,7 +244,7 @@ def _one_line(folder: Path) -> Iterator[None]:
 
 
 def _load_published(folder: Path, trust: Trust) -> SegmentCaptioner:
-    from sca.published import load_published
+    from sca.checkpoints.published import load_published
 
     return load_published(folder, trust)
 
@@ -484,7 +493,7 @@ def origin(model: SegmentCaptioner) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Of the checkout that this package lies in; None where it does not."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -25,7 +25,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoint import BoundedBuild, assign, stored
+from sca.checkpoints.layout import CheckpointError, has_tokenizer, tokenizer_source
+from sca.checkpoints.native import BoundedBuild, assign, stored
+from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.composition import build
 from sca.io.atomic import new_folder
 from sca.io.hub import SAFE, HubError, fetch, quiet, read_tensors, require_weight_files, some, weight_files
@@ -33,8 +35,6 @@ from sca.io.json import read_json
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import read_tokenizer
 from sca.language_models.phi import split_fused_attention
-from sca.layouts import CheckpointError, has_tokenizer, tokenizer_source
-from sca.trust import NO_TRUST, Trust, TrustError, confine_spec
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sca.checkpoints.trust import NO_TRUST, Trust, check_source
 from sca.io.json import read_json
-from sca.trust import NO_TRUST, Trust, check_source
 
 CONFIG = "config.json"  # of the published layout and of transformers
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
@@ -16,7 +16,7 @@ class CheckpointError(ValueError):
 
 
 def is_published(folder: Path) -> bool:
-    """Return whether a folder has the layout of the published system, see `sca.published`.
+    """Return whether a folder has the layout of the published system, see `sca.checkpoints.published`.
 
     Raises:
         CheckpointError: If its `config.json` cannot be read.

@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoint import ORIGIN, SPEC, WEIGHTS, CheckpointError, locate, read_spec
+from sca.checkpoints.native import ORIGIN, SPEC, WEIGHTS, CheckpointError, locate, read_spec
+from sca.checkpoints.trust import find_real_root
 from sca.io.hub import HubError
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
-from sca.trust import find_real_root
 
 CARD = "README.md"
 KEPT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")
