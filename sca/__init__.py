@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec as ModelSpec
 
     from sca.captioners.door import captioner as captioner
-    from sca.checkpoints.native import load as load
+    from sca.checkpoints.load import load as load
     from sca.checkpoints.native import save as save
     from sca.composition import build as build
     from sca.composition import compose as compose
@@ -39,7 +39,7 @@ _WHERE = {
     "caption_everything": "sca.everything",
     "captioner": "sca.captioners.door",
     "compose": "sca.composition",
-    "load": "sca.checkpoints.native",
+    "load": "sca.checkpoints.load",
     "open_image": "sca.io.images",
     "save": "sca.checkpoints.native",
 }

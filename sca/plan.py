@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from sca.checkpoints.native import stored
+from sca.checkpoints.state import stored
 from sca.composition import build, parts
 from sca.mask_predictor import REGIONS
 from sca.model import ROWS, SegmentCaptioner

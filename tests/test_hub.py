@@ -95,7 +95,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
     import torch
 
     import sca
-    from sca.checkpoints.published import write_published
+    from sca.checkpoints.export import write_published
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
     words = TinyGpt2(width=8, depth=1, heads=1).tokenizer
@@ -240,7 +240,7 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
     assert "drawn scenes" in card
     assert 'sca.load("me/tiny")' in card
     program = (
-        "import sca; from sca.checkpoints.native import weights_hash as h; "
+        "import sca; from sca.checkpoints.state import weights_hash as h; "
         "print(h(sca.load('me/tiny')) == h(sca.load('sca-tiny')))"
     )
     status, out, err = shell(sys.executable, "-c", program)

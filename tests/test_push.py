@@ -9,7 +9,7 @@ import pytest
 from sca_registry import zoo
 
 import sca.checkpoints.push
-from sca.checkpoints.native import CheckpointError
+from sca.checkpoints.layout import CheckpointError
 from sca.checkpoints.push import card_of, push
 
 HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"

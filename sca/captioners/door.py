@@ -14,7 +14,7 @@ from sca_registry.contracts import Captioner
 from sca_registry.messages import unknown
 from sca_registry.spec import Part
 
-from sca.checkpoints.native import load
+from sca.checkpoints.load import load
 from sca.devices import find_device
 from sca.io.hub import local_path, suggest_path
 from sca.predictor import Predictor

@@ -15,7 +15,7 @@ from sca_registry.contracts import Caption, Prompt, TokenUsage
 from sca_registry.messages import unknown
 from sca_registry.spec import GENERATION, Part
 
-from sca.checkpoints.native import HUB_ID, load
+from sca.checkpoints.load import HUB_ID, load
 from sca.composition import parts
 from sca.io.hub import local_folder
 from sca.io.masks import RLE, box_of, decode, encode

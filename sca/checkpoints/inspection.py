@@ -26,7 +26,8 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         ValueError: If there is no checkpoint, or one of its files is damaged.
         RunFolderError: If the marker of the run is damaged.
     """
-    from sca.checkpoints.native import ORIGIN, CheckpointError, open_checkpoint
+    from sca.checkpoints.layout import ORIGIN, CheckpointError
+    from sca.checkpoints.load import open_checkpoint
     from sca.io.run_folder import MARKER, read_runs
 
     is_run = (folder / MARKER).is_file() and "train" in read_runs(folder)

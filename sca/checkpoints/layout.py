@@ -1,14 +1,15 @@
-"""Which layout a checkpoint folder has, and where its tokenizer is; imports no torch."""
+"""Names of the files of a checkpoint, and which layout a folder has; imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sca.checkpoints.trust import NO_TRUST, Trust, check_source
+from sca.io.hub import has_tokenizer
 from sca.io.json import read_json
 
+WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
 CONFIG = "config.json"  # of the published layout and of transformers
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
 
 
 class CheckpointError(ValueError):
@@ -28,11 +29,6 @@ def is_published(folder: Path) -> bool:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return isinstance(config, dict) and config.get("model_type") == "sca"
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder contains a tokenizer of transformers."""
-    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:

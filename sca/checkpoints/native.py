@@ -1,4 +1,4 @@
-"""Checkpoints: what was trained, in one folder that always loads.
+"""Checkpoints in this package's own layout: what was trained, in one folder that always loads.
 
 spec.json              the names and options of every part, defaults included, and a format version
 weights.safetensors    the tensors that have no other source: what was trained, and parts without pretrained weights
@@ -8,57 +8,35 @@ tokenizer/             where the language model was trained here
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
-from sca_registry import RegistryError, registry, zoo
-from sca_registry.messages import unknown
-from sca_registry.overrides import PARTS
+from sca_registry import RegistryError, registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from sca.checkpoints.layout import CONFIG, CheckpointError, is_published
-from sca.checkpoints.trust import (
-    NO_TRUST,
-    Trust,
-    TrustError,
-    check_file,
-    check_folder,
-    confine_spec,
-    find_real_root,
-    is_settable,
-)
+from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS, CheckpointError
+from sca.checkpoints.state import BoundedBuild, assign, stored, tensors_hash, weights_hash
+from sca.checkpoints.trust import TrustError, is_settable
 from sca.composition import build, parts
-from sca.devices import find_device, find_dtype
-from sca.io.atomic import FolderError, check_replaceable, new_folder, previous_folder
-from sca.io.hub import HubError, fetch, fingerprint, local_folder, local_path, some, suggest_path
+from sca.devices import find_dtype
+from sca.io.atomic import FolderError, check_replaceable, new_folder
+from sca.io.hub import HubError, fingerprint
 from sca.io.json import IrregularFileError, open_regular_file, read_json
 from sca.language_models.hf import read_tokenizer
 from sca.model import SegmentCaptioner
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
 SPEC_BYTES = 2**20  # of a spec at most
-MESSAGE = 600  # characters of what is wrong with a checkpoint at most
-WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
-SPREAD = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
-SLACK = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
-LARGEST = 2**37  # bytes of weights that are fetched
 # A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
 PACKAGE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
 MODULE = re.compile(r"[a-z_][\w.]{0,99}", re.ASCII | re.IGNORECASE)
@@ -122,135 +100,8 @@ def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
     return same and tensors_hash(found) == weights_hash(model)
 
 
-def load(
-    source: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
-    *,
-    trust_remote_code: bool = False,
-    allow_external: bool = False,
-    revision: str | None = None,
-) -> SegmentCaptioner:
-    """Load a model in eval mode; folders in the layout of the published system are read, too.
-
-    A checkpoint is data: it names components that are installed, and nothing of it runs unless the caller agrees.
-
-    Args:
-        source: A zoo name, a hub id, or a folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
-        device: Where the model runs.
-        dtype: Of its floating-point tensors, such as "float16"; by default that of each component.
-        trust_remote_code: Allow the checkpoint to run code: for authors that you trust as you trust a program.
-        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
-            as your own do whose weights you keep elsewhere. It does not allow code.
-        revision: Of a hub id: a commit, a branch or a tag.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
-            weights, lacks a tensor or has one without a place.
-        ValueError: If the device or the dtype does not exist.
-    """
-    device, dtype = find_device(device), find_dtype(dtype)
-    trust = Trust(trust_remote_code, allow_external)
-    folder, spec = open_checkpoint(source, trust, revision)
-    with _one_line(folder):
-        model = _load_published(folder, trust) if spec is None else _load_own(folder, spec)
-        check_finite(model, str(folder))
-        model = model.to(device=device, dtype=dtype).eval()
-        if dtype == torch.float16:
-            check_finite(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
-    return model
-
-
-def open_checkpoint(
-    source: str | Path, trust: Trust = NO_TRUST, revision: str | None = None
-) -> tuple[Path, ModelSpec | None]:
-    """Find a checkpoint, check its files and read its spec, each file before it is read.
-
-    Args:
-        source: What `load` takes.
-        trust: What the caller agrees to.
-        revision: Of a hub id.
-
-    Returns:
-        The folder, and the spec as `confine_spec` returns it; None for the layout of the published system.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
-        HubError: If it cannot be fetched.
-    """
-    folder = locate(source, revision)
-    shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
-    files = trust._replace(external=True) if shipped else trust  # installers may link the files of a package
-    with _one_line(folder):
-        root = find_real_root(folder)
-        for name in (CONFIG, SPEC, ORIGIN):
-            check_file(folder / name, root, files)
-        spec = None if is_published(folder) else read_spec(folder)  # so that no other folder is looked through
-        check_folder(folder, files)
-        if spec is not None:
-            with _naming_spec(folder):
-                spec = confine_spec(spec, folder, trust)
-    return folder, spec
-
-
-def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | None:
-    """Read the spec of a checkpoint on this machine: of a zoo name that comes with the package, or of a folder.
-
-    Nothing is downloaded.
-
-    Returns:
-        The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
-    """
-    shipped = isinstance(source, str) and source in zoo.names()
-    folder = zoo.get(source).folder if shipped else local_folder(source)
-    if folder is None or not (folder / SPEC).exists():
-        return None
-    _, spec = open_checkpoint(source if shipped else folder, trust)
-    return spec
-
-
-def check_finite(model: torch.nn.Module, subject: str) -> None:
-    """Raise CheckpointError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wrong = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
-    if wrong:
-        raise CheckpointError(f"{subject} has NaN or infinite weights: {some(wrong)}; copy or train it again")
-
-
-def _is_finite(tensor: Tensor, everywhere: bool) -> bool:
-    """One pass without a copy: the least and the greatest are NaN if any is."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor.detach() if tensor.dtype in WIDE else tensor.detach().float())
-    ends = torch.stack((low, high))
-    return bool(ends.isfinite().all() if everywhere else not ends.isnan().any())
-
-
 @contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    """What is wrong with a checkpoint as one CheckpointError, of whatever length its content is."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
-        said = str(error) or type(error).__name__
-        if isinstance(error, CheckpointError) and len(said) <= MESSAGE and said.isprintable():
-            raise
-        line = "".join(each if each.isprintable() else " " for each in said)
-        reason = shorten(line, MESSAGE, placeholder=" ...") if " " in line[:MESSAGE] else line[:MESSAGE]
-        raise CheckpointError(reason if str(folder) in reason else f"{folder}: {reason}") from error
-
-
-def _load_published(folder: Path, trust: Trust) -> SegmentCaptioner:
-    from sca.checkpoints.published import load_published
-
-    return load_published(folder, trust)
-
-
-@contextmanager
-def _naming_spec(folder: Path) -> Iterator[None]:
+def spec_errors(folder: Path) -> Iterator[None]:
     """Raise what is wrong with the spec of a folder as a CheckpointError that names its file."""
     try:
         yield
@@ -260,8 +111,8 @@ def _naming_spec(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder / SPEC}: {error}") from error
 
 
-def _load_own(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
-    with _naming_spec(folder), BoundedBuild([folder / WEIGHTS], spec):
+def load_native(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
+    with spec_errors(folder), BoundedBuild([folder / WEIGHTS], spec):
         model = build(spec)
     expected = stored(model)
     try:
@@ -278,150 +129,6 @@ def _load_own(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
     if (folder / "tokenizer").is_dir():
         model.language_model.tokenizer = read_tokenizer(folder / "tokenizer")
     return model
-
-
-class BoundedBuild(TorchDispatchMode):
-    """Stop a model that is being built from a checkpoint as soon as it is far larger than the files of its weights.
-
-    A spec is a few numbers, and a wrong one would otherwise fill the memory before its weights are found not to fit.
-    Components that take weights from elsewhere are as large as those, so that nothing is known beforehand.
-    """
-
-    def __init__(self, files: Sequence[Path], spec: ModelSpec):
-        super().__init__()
-        sizes = [file.stat().st_size for file in files if file.is_file()]
-        for kind in PARTS:
-            part = getattr(spec, kind)
-            sizes += [] if part is None else _source_sizes(kind, part)
-        self.room = sum(sizes) * SPREAD + SLACK
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(given):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._follow(tensor.untyped_storage())
-        return given
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.room -= size
-        weakref.finalize(storage, self._forget, key, size)
-        if self.room < 0:
-            raise ValueError("the model is far larger than its weights; copy the checkpoint again")
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.room += size
-
-
-def _source_sizes(kind: str, part: Part) -> list[int]:
-    """Sizes in bytes of the weights that a component takes from elsewhere, as far as they are here."""
-    options = {**registry(kind).card(part.name).options, **part.options}
-    path = local_path(str(options["weights"])) if options.get("weights") else None
-    if path is not None and path.exists():
-        return [each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]) if each.is_file()]
-    return [LARGEST] if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained")) else []
-
-
-def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str], where: Path, asked_by: str) -> None:
-    """Gives a model the tensors that were found `where`, if they are those that are expected.
-
-    Raises CheckpointError that names what is missing, unexpected or of another shape than `asked_by` says.
-    """
-    missing, unexpected = sorted(expected - found.keys()), sorted(found.keys() - expected)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{where} does not fit its {asked_by}: missing {some(missing)}; unexpected {some(unexpected)}"
-        )
-    own = model.state_dict()
-    for name, tensor in found.items():
-        if own[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{where}: {name} is {tuple(tensor.shape)} and the {asked_by} asks for {tuple(own[name].shape)}"
-            )
-    model.load_state_dict(own | found)
-
-
-def locate(source: str | Path, revision: str | None = None) -> Path:
-    """Find the folder of a checkpoint: of a zoo name, of a hub id, which is fetched once, or of a path.
-
-    A bare name is never a folder; a path is a `Path`, or text with a separator. Nothing is renamed or written but what
-    is fetched: of a save that was killed between its renames, the previous checkpoint is read where it is.
-
-    Raises:
-        CheckpointError: If there is none.
-        HubError: If it cannot be fetched.
-    """
-    if not isinstance(source, str | Path):
-        raise CheckpointError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
-    if isinstance(source, str) and source in zoo.names():
-        entry = zoo.get(source)
-        return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
-    path = local_path(source)
-    if path is not None:
-        for folder in (path, previous_folder(path)):
-            if folder.is_dir():
-                return folder
-        if path.exists():
-            raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
-    if isinstance(source, str) and HUB_ID.fullmatch(source):
-        return fetch(source, revision)
-    if isinstance(source, str) and "+" in source and "/" not in source:
-        raise CheckpointError(_describe_composition(source))
-    reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
-    hint = "" if isinstance(source, Path) else suggest_path(source)
-    raise CheckpointError(
-        f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
-    )
-
-
-def _describe_composition(source: str) -> str:
-    """Return the error for names of components in place of a checkpoint."""
-    names = ", ".join(repr(name.strip()) for name in source.split("+"))
-    if source.count("+") == 1:
-        return f"{source!r} names an encoder and a captioner; open it with sca.captioner({source!r})"
-    return (
-        f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
-        "a checkpoint"
-    )
-
-
-def stored(model: SegmentCaptioner) -> set[str]:
-    """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source.
-
-    Statistics and other buffers of a part that trains may have moved, so they are held, too; and what was added here to
-    a part with pretrained weights, a segmenter's neck or LoRA, has no source but this.
-    """
-    elsewhere = set()
-    for part_name in ("encoder", "segmenter", "language_model"):
-        part = getattr(model, part_name)
-        if getattr(part, "checkpoint", None):
-            trains = any(parameter.requires_grad for parameter in part.parameters())
-            names = dict(part.named_parameters(remove_duplicate=False)) if trains else part.state_dict()
-            elsewhere |= {f"{part_name}.{name}" for name in names}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    added = {name for name in elsewhere if name.startswith("segmenter.neck.") or "lora_" in name}
-    return set(model.state_dict()) - (elsewhere - trained - added)
-
-
-def weights_hash(model: SegmentCaptioner) -> str:
-    """SHA-256 of the tensors that a checkpoint of the model would hold, whatever their device."""
-    state = model.state_dict()
-    return tensors_hash({name: state[name] for name in stored(model)})
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors and their names, whatever their device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _write(

@@ -14,7 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoints.native import ORIGIN, SPEC, WEIGHTS, CheckpointError, locate, read_spec
+from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS, CheckpointError
+from sca.checkpoints.load import locate
+from sca.checkpoints.native import read_spec
 from sca.checkpoints.trust import find_real_root
 from sca.io.hub import HubError
 from sca.io.json import read_json

@@ -99,7 +99,8 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
 
     if "+" in model:
         return ModelSpec.parse(model)
-    from sca.checkpoints.native import SPEC, read_local_spec
+    from sca.checkpoints.layout import SPEC
+    from sca.checkpoints.load import read_local_spec
     from sca.checkpoints.trust import Trust
     from sca.io.hub import suggest_path
 

@@ -62,7 +62,7 @@ def push(
 
     HF_TOKEN and HF_ENDPOINT are heeded.
     """
-    from sca.checkpoints.native import locate
+    from sca.checkpoints.load import locate
     from sca.checkpoints.push import card_of
     from sca.checkpoints.push import push as give
 
@@ -87,7 +87,8 @@ def import_(
     What --encoder and --language-model name is compared to the last bit and then referred to, so that the checkpoint
     holds little more than what was trained; without them it holds everything.
     """
-    from sca.checkpoints.native import check_writable, locate
+    from sca.checkpoints.load import locate
+    from sca.checkpoints.native import check_writable
     from sca.io.lock import held_lock
     from sca.io.run_folder import check_not_inputs, existing_paths
 
@@ -109,8 +110,10 @@ def _import(
     overwrite: bool,
     agreed: Mapping[str, bool],
 ) -> None:
-    from sca.checkpoints.native import CheckpointError, is_saved, load, save
-    from sca.checkpoints.published import with_sources
+    from sca.checkpoints.export import with_sources
+    from sca.checkpoints.layout import CheckpointError
+    from sca.checkpoints.load import load
+    from sca.checkpoints.native import is_saved, save
     from sca.io.hub import fetch
     from sca.language_models.hf import read_tokenizer
 
@@ -143,8 +146,8 @@ def export(
     allow_external: AllowExternal = False,
 ) -> None:
     """Writes a model in a layout that other programs read."""
-    from sca.checkpoints.native import load
-    from sca.checkpoints.published import write_language_model, write_published
+    from sca.checkpoints.export import write_language_model, write_published
+    from sca.checkpoints.load import load
     from sca.io.atomic import check_replaceable
 
     settle("layout", layout, LAYOUTS)

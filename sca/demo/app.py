@@ -18,7 +18,7 @@ from sca_registry.contracts import TASKS, Caption
 from sca_registry.spec import GENERATION, Everything, Part
 
 from sca.captioners.door import captioner
-from sca.checkpoints.native import read_local_spec
+from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.everything import settle_search

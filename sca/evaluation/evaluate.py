@@ -20,7 +20,7 @@ from sca_registry.plugins import BUILTIN
 from sca_registry.spec import Part, check_generation
 
 from sca.captioners.door import captioner as open_captioner
-from sca.checkpoints.native import weights_hash
+from sca.checkpoints.state import weights_hash
 from sca.data.summary import check_not_empty, summarize_dataset
 from sca.evaluation.journal import (
     FILES,

@@ -54,6 +54,7 @@ OPEN_CLIP = "open_clip_"  # what the names of open_clip's files begin with, besi
 ADAPTER = "adapter_config.json"  # by which transformers would fetch the weights that it names
 PULLED = "pulled.json"  # commits that `sca pull` took, in the user's cache
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -473,3 +474,8 @@ def absent(folder: Path, prefix: str = "") -> str:
             shards = [shard for shard in _shards(folder / f"{name}.index.json") if not (folder / shard).is_file()]
             return f"no {some(shards)}"
     return f"neither {prefix}{SAFE} nor {prefix}{OLD}"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder contains a tokenizer of transformers."""
+    return any((folder / name).is_file() for name in TOKENIZERS)

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sca.checkpoints.layout import has_tokenizer
-from sca.io.hub import HubError, fetch, load_pretrained, quiet, read_config, reading
+from sca.io.hub import HubError, fetch, has_tokenizer, load_pretrained, quiet, read_config, reading
 from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sca.checkpoints.native import tensors_hash
+from sca.checkpoints.state import tensors_hash
 from sca.io.atomic import FolderError, remove_drafts, write_file
 from sca.io.paths import expand_user
 from sca.model import SegmentCaptioner

@@ -24,7 +24,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sca.checkpoints.native import check_writable, load, save, weights_hash
+from sca.checkpoints.load import load
+from sca.checkpoints.native import check_writable, save
+from sca.checkpoints.state import weights_hash
 from sca.composition import build
 from sca.data.summary import count_left_out, summarize_dataset
 from sca.evaluation.evaluate import evaluate

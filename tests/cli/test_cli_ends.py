@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, here):
     import resource
 
     import sca
-    from sca.checkpoints.native import CheckpointError
+    from sca.checkpoints.layout import CheckpointError
 
     model = sca.load(checkpoint)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

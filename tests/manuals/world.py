@@ -18,7 +18,7 @@ from PIL import Image
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.checkpoints.published import write_language_model, write_published
+from sca.checkpoints.export import write_language_model, write_published
 from sca.composition import build
 from sca.data.export import export
 from sca.data.scenes import Scenes

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import catalogue
 import pytest
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sca
-from sca.checkpoints.native import SPEC, WEIGHTS, CheckpointError, is_saved, load, resolve_spec, save, stored
+from sca.checkpoints.layout import SPEC, WEIGHTS, CheckpointError
+from sca.checkpoints.load import load
+from sca.checkpoints.native import is_saved, origin, resolve_spec, save
+from sca.checkpoints.state import stored
 from sca.mixers.query import QueryMixer
 from sca.predictor import Predictor
 
@@ -248,8 +252,16 @@ def test_weights_that_a_part_finds_in_its_own_way_are_named(small, tmp_path):
     model = small()
     model.encoder.checkpoint = "a_name_of_its_own"
     save(model, tmp_path / "model")
-    origin = json.loads((tmp_path / "model" / "origin.json").read_text())
-    assert origin["parts"]["encoder"]["weights"] == "a_name_of_its_own"
+    written = json.loads((tmp_path / "model" / "origin.json").read_text())
+    assert written["parts"]["encoder"]["weights"] == "a_name_of_its_own"
+
+
+def test_origin_names_the_commit_of_the_checkout(small):
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    assert origin(small())["commit"] == head.stdout.strip()
 
 
 # --- a kill at any moment -------------------------------------------------------------------------------------------
@@ -260,7 +272,7 @@ import torch
 from conftest import PARTS
 from sca_registry.spec import ModelSpec
 from sca.composition import build
-from sca.checkpoints.native import load, save
+from sca import load, save
 
 folder, kills = sys.argv[1], int(sys.argv[2])
 model, draw = build(ModelSpec.from_dict(PARTS)), random.Random(7)

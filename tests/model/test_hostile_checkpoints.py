@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import sca
+from sca.checkpoints.export import write_published
 from sca.checkpoints.native import save
-from sca.checkpoints.published import write_published
 
 HOWS = ["load", "load", "caption", "export", "load", "import", "plan", "show", "push"]
 HOWS += ["demo"] if importlib.util.find_spec("gradio") else []

@@ -3,6 +3,7 @@
 import types
 
 import sca
+import sca.checkpoints.load
 import sca.checkpoints.native
 import sca.predictor
 

@@ -12,7 +12,9 @@ from sca_registry import REGISTRIES, registry, zoo
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.checkpoints.native import WEIGHTS, CheckpointError, load, locate, save
+from sca.checkpoints.layout import WEIGHTS, CheckpointError
+from sca.checkpoints.load import load, locate
+from sca.checkpoints.native import save
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
 from sca.io.hub import known_sources, local_folder, local_path, pin, pinned
 

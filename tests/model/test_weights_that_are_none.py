@@ -4,7 +4,9 @@ import pytest
 from PIL import Image
 
 import sca
-from sca.checkpoints.native import CheckpointError, load, save
+from sca.checkpoints.layout import CheckpointError
+from sca.checkpoints.load import load
+from sca.checkpoints.native import save
 from sca.io.hub import HubError, suggest_path
 from sca.io.images import ImageError, open_image
 from sca.io.prompt_files import read_prompts

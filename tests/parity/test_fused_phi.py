@@ -11,8 +11,8 @@ from sca_registry.contracts import Batch, Prompts
 from tiny import tiny
 
 import sca
-from sca.checkpoints.native import CheckpointError
-from sca.checkpoints.published import write_published
+from sca.checkpoints.export import write_published
+from sca.checkpoints.layout import CheckpointError
 from sca.io.hub import HubError
 from sca.language_models.hf import HfLanguageModel
 

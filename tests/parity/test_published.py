@@ -12,8 +12,8 @@ from sca_registry.contracts import Batch, Prompts
 from sca_registry.spec import Part
 
 import sca
-from sca.checkpoints.native import CheckpointError
-from sca.checkpoints.published import with_sources, write_language_model, write_published
+from sca.checkpoints.export import with_sources, write_language_model, write_published
+from sca.checkpoints.layout import CheckpointError
 from sca.io.hub import HubError
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sca.checkpoints.native import load
+from sca.checkpoints.load import load
 from sca.training.examples import Mixture
 from sca.training.recipe import Recipe
 from sca.training.trainer import Lesson, train

@@ -5,7 +5,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from sca.checkpoints.native import CheckpointError, save
+from sca.checkpoints.layout import CheckpointError
+from sca.checkpoints.native import save
 from sca.io.lock import LockedError
 from sca.io.run_folder import RunFolder, RunFolderError
 from sca.training.recipe import Recipe

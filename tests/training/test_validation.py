@@ -10,7 +10,8 @@ from PIL import Image
 from sca_registry import RegistryError
 from sca_registry.contracts import Region, Scores
 
-from sca.checkpoints.native import load, weights_hash
+from sca.checkpoints.load import load
+from sca.checkpoints.state import weights_hash
 from sca.evaluation.journal import read_predictions
 from sca.training.recipe import Recipe, Validation
 from sca.training.sources import open_validation

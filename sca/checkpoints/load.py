@@ -1,0 +1,175 @@
+"""Find a checkpoint by name, folder or hub id, and load it in either layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from sca_registry import zoo
+from sca_registry.messages import unknown
+from sca_registry.spec import ModelSpec
+
+from sca.checkpoints.layout import CONFIG, ORIGIN, SPEC, WEIGHTS, CheckpointError, is_published
+from sca.checkpoints.native import load_native, read_spec, spec_errors
+from sca.checkpoints.published import load_published
+from sca.checkpoints.state import check_finite
+from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, find_real_root
+from sca.devices import find_device, find_dtype
+from sca.io.atomic import previous_folder
+from sca.io.hub import fetch, local_folder, local_path, suggest_path
+from sca.model import SegmentCaptioner
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+MESSAGE = 600  # characters of what is wrong with a checkpoint at most
+
+
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_external: bool = False,
+    revision: str | None = None,
+) -> SegmentCaptioner:
+    """Load a model in eval mode; folders in the layout of the published system are read, too.
+
+    A checkpoint is data: it names components that are installed, and nothing of it runs unless the caller agrees.
+
+    Args:
+        source: A zoo name, a hub id, or a folder: a `Path`, or text with a separator, such as ./model or runs/x/model.
+        device: Where the model runs.
+        dtype: Of its floating-point tensors, such as "float16"; by default that of each component.
+        trust_remote_code: Allow the checkpoint to run code: for authors that you trust as you trust a program.
+        allow_external: Allow the checkpoint to refer to files outside its folder, to other repositories and to URLs,
+            as your own do whose weights you keep elsewhere. It does not allow code.
+        revision: Of a hub id: a commit, a branch or a tag.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
+            weights, lacks a tensor or has one without a place.
+        ValueError: If the device or the dtype does not exist.
+    """
+    device, dtype = find_device(device), find_dtype(dtype)
+    trust = Trust(trust_remote_code, allow_external)
+    folder, spec = open_checkpoint(source, trust, revision)
+    with _one_line(folder):
+        model = load_published(folder, trust) if spec is None else load_native(folder, spec)
+        check_finite(model, str(folder))
+        model = model.to(device=device, dtype=dtype).eval()
+        if dtype == torch.float16:
+            check_finite(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
+    return model
+
+
+def open_checkpoint(
+    source: str | Path, trust: Trust = NO_TRUST, revision: str | None = None
+) -> tuple[Path, ModelSpec | None]:
+    """Find a checkpoint, check its files and read its spec, each file before it is read.
+
+    Args:
+        source: What `load` takes.
+        trust: What the caller agrees to.
+        revision: Of a hub id.
+
+    Returns:
+        The folder, and the spec as `confine_spec` returns it; None for the layout of the published system.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+        HubError: If it cannot be fetched.
+    """
+    folder = locate(source, revision)
+    shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
+    files = trust._replace(external=True) if shipped else trust  # installers may link the files of a package
+    with _one_line(folder):
+        root = find_real_root(folder)
+        for name in (CONFIG, SPEC, ORIGIN):
+            check_file(folder / name, root, files)
+        spec = None if is_published(folder) else read_spec(folder)  # so that no other folder is looked through
+        check_folder(folder, files)
+        if spec is not None:
+            with spec_errors(folder):
+                spec = confine_spec(spec, folder, trust)
+    return folder, spec
+
+
+def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | None:
+    """Read the spec of a checkpoint on this machine: of a zoo name that comes with the package, or of a folder.
+
+    Nothing is downloaded.
+
+    Returns:
+        The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+    """
+    shipped = isinstance(source, str) and source in zoo.names()
+    folder = zoo.get(source).folder if shipped else local_folder(source)
+    if folder is None or not (folder / SPEC).exists():
+        return None
+    _, spec = open_checkpoint(source if shipped else folder, trust)
+    return spec
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """What is wrong with a checkpoint as one CheckpointError, of whatever length its content is."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
+        said = str(error) or type(error).__name__
+        if isinstance(error, CheckpointError) and len(said) <= MESSAGE and said.isprintable():
+            raise
+        line = "".join(each if each.isprintable() else " " for each in said)
+        reason = shorten(line, MESSAGE, placeholder=" ...") if " " in line[:MESSAGE] else line[:MESSAGE]
+        raise CheckpointError(reason if str(folder) in reason else f"{folder}: {reason}") from error
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint: of a zoo name, of a hub id, which is fetched once, or of a path.
+
+    A bare name is never a folder; a path is a `Path`, or text with a separator. Nothing is renamed or written but what
+    is fetched: of a save that was killed between its renames, the previous checkpoint is read where it is.
+
+    Raises:
+        CheckpointError: If there is none.
+        HubError: If it cannot be fetched.
+    """
+    if not isinstance(source, str | Path):
+        raise CheckpointError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
+    if isinstance(source, str) and source in zoo.names():
+        entry = zoo.get(source)
+        return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
+    path = local_path(source)
+    if path is not None:
+        for folder in (path, previous_folder(path)):
+            if folder.is_dir():
+                return folder
+        if path.exists():
+            raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return fetch(source, revision)
+    if isinstance(source, str) and "+" in source and "/" not in source:
+        raise CheckpointError(_describe_composition(source))
+    reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
+    hint = "" if isinstance(source, Path) else suggest_path(source)
+    raise CheckpointError(
+        f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
+    )
+
+
+def _describe_composition(source: str) -> str:
+    """Return the error for names of components in place of a checkpoint."""
+    names = ", ".join(repr(name.strip()) for name in source.split("+"))
+    if source.count("+") == 1:
+        return f"{source!r} names an encoder and a captioner; open it with sca.captioner({source!r})"
+    return (
+        f"{source!r} names components, which have no trained weights; build a model with sca.compose({names}), or give "
+        "a checkpoint"
+    )
