@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from sca.checkpoints.native import save as save
     from sca.composition import build as build
     from sca.composition import compose as compose
-    from sca.everything import caption_everything as caption_everything
+    from sca.inference.automatic import caption_everything as caption_everything
+    from sca.inference.predictor import Predictor as Predictor
+    from sca.inference.processor import Processor as Processor
     from sca.io.images import open_image as open_image
     from sca.model import SegmentCaptioner as SegmentCaptioner
-    from sca.predictor import Predictor as Predictor
-    from sca.processing import Processor as Processor
 
 _WHERE = {
     "Caption": "sca_registry.contracts",
     "Everything": "sca_registry.spec",
     "ModelSpec": "sca_registry.spec",
-    "Predictor": "sca.predictor",
-    "Processor": "sca.processing",
+    "Predictor": "sca.inference.predictor",
+    "Processor": "sca.inference.processor",
     "Prompt": "sca_registry.contracts",
     "SegmentCaptioner": "sca.model",
     "build": "sca.composition",
-    "caption_everything": "sca.everything",
+    "caption_everything": "sca.inference.automatic",
     "captioner": "sca.captioners.door",
     "compose": "sca.composition",
     "load": "sca.checkpoints.load",

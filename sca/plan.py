@@ -35,10 +35,10 @@ from transformers import DynamicCache
 
 from sca.checkpoints.state import stored
 from sca.composition import build, parts
-from sca.mask_predictor import REGIONS
+from sca.inference.engine import REGIONS
 from sca.model import ROWS, SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
-from sca.plans import GIB, LIMIT, Plan, memory_of
+from sca.plan_cache import GIB, LIMIT, Plan, memory_of
 
 SPARE = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
 BLOCK = 512  # bytes: what allocators round to

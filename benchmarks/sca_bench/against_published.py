@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 import sca
-from sca.mask_predictor import REGIONS
+from sca.inference.engine import REGIONS
 from sca.model import SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
 from sca_bench.timing import asked, lesson, synchronize

@@ -13,7 +13,7 @@ from sca_registry import registry
 from sca_registry.spec import ModelSpec
 
 from sca.plan import plan
-from sca.plans import GIB
+from sca.plan_cache import GIB
 from sca_bench.markers import write_between
 
 START, END = "<!-- choice -->", "<!-- /choice -->"

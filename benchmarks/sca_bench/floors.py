@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import sca
+from sca.inference.engine import REGIONS
 from sca.io.atomic import write_file
-from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
 from sca_bench.against_published import EIGHT, published

@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sca.composition import build
+from sca.inference.engine import REGIONS
 from sca.io.atomic import write_file
-from sca.mask_predictor import REGIONS
 from sca.model import SegmentCaptioner
 from sca.plan import plan
 from sca_bench.timing import asked, lesson

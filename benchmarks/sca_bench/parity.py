@@ -12,9 +12,9 @@ from sca_registry.contracts import TASKS, Batch, Prompt, Prompts
 from torch import Tensor
 
 import sca
+from sca.inference.processor import Processor
 from sca.model import SegmentCaptioner
 from sca.nn.masks import best_masks
-from sca.processing import Processor
 from sca_bench.worker import record
 
 BEAMS, NEW_TOKENS = (1, 3), 8  # of the recorded captions

@@ -11,7 +11,7 @@ import torch
 from sca_registry.contracts import Batch, Prompts, Targets
 from torch import Tensor
 
-from sca.mask_predictor import REGIONS
+from sca.inference.engine import REGIONS
 from sca.model import SegmentCaptioner
 
 STAGES = ("encode", "segment", "mix", "prefill", "decode")

@@ -74,7 +74,7 @@ def test_features_are_the_detectors_own(checkpoint):
 def test_what_mmdet_does_to_a_picture_is_what_the_encoder_asks_for(checkpoint):
     from mmdet.apis import inference_detector
 
-    from sca.processing import Processor
+    from sca.inference.processor import Processor
 
     file, _ = checkpoint
     proposer = MmdetProposer(TINY, weights=str(file))

@@ -7,7 +7,7 @@ from typing import Any
 
 from sca.captioners.image_text import ANSWERLESS, ImageTextModel, Question
 from sca.captioners.regions import RegionCaptioner, ScoredText, Seen, crop, generation_of
-from sca.mask_predictor import Encoded
+from sca.inference.engine import Encoded
 
 WHAT = "Question: what is the thing that is not white? Answer:"
 DESCRIBE = "Question: how would you describe {answer} in this picture? Answer:"

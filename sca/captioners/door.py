@@ -16,8 +16,8 @@ from sca_registry.spec import Part
 
 from sca.checkpoints.load import load
 from sca.devices import find_device
+from sca.inference.predictor import Predictor
 from sca.io.hub import local_path, suggest_path
-from sca.predictor import Predictor
 
 FORMS = (
     "A folder that `sca train` wrote works too, and so do a hub id, OWNER/NAME, and encoder+captioner, such as "

@@ -17,9 +17,9 @@ from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoints.load import HUB_ID, load
 from sca.composition import parts
+from sca.inference.engine import Encoded, Mask, MaskPredictor, check_task
 from sca.io.hub import local_folder
 from sca.io.masks import RLE, box_of, decode, encode
-from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
 from sca.model import Segmenting
 
 AGREED = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes

@@ -13,7 +13,7 @@ from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_i
 
 from sca.captioners.image_text import ANSWERLESS, ImageTextModel, Question
 from sca.captioners.regions import Box, RegionCaptioner, ScoredText, Seen, crop, generation_of, pixels_of
-from sca.mask_predictor import Encoded
+from sca.inference.engine import Encoded
 
 RED = (255, 0, 0)
 SHARE = 150  # a drawn box is as thick as the image's longer side divided by this

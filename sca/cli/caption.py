@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
 
-    from sca.mask_predictor import MaskPredictor
+    from sca.inference.engine import MaskPredictor
     from sca.output.journal import Journal
     from sca.output.read import Captioned, Size
 
@@ -192,7 +192,7 @@ def caption(
             _remark_domain(model)
         raise typer.Exit(max(status, failures.status))
     requests.match(paths)
-    from sca.generation import settle_generation
+    from sca.inference.generation import settle_generation
 
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     captioner = load_captioner(model, device, dtype, seed, **agreed)
@@ -624,7 +624,7 @@ def _prompted(
 
 def _finder(captioner: Captioner, name: str) -> MaskPredictor:
     """The captioner, if it can find regions by itself. Raises ValueError."""
-    from sca.mask_predictor import MaskPredictor
+    from sca.inference.engine import MaskPredictor
 
     if not isinstance(captioner, MaskPredictor) or captioner.model is None:
         raise ValueError(
@@ -653,7 +653,7 @@ def _everything(
     generation: dict[str, Any],
     drawn: bool,
 ) -> Answers:
-    from sca.everything import caption_everything, settle_search
+    from sca.inference.automatic import caption_everything, settle_search
     from sca.io.images import show
     from sca.io.prompts import PromptError
     from sca.output.read import Captioned

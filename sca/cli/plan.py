@@ -15,7 +15,7 @@ from sca.devices import DTYPES
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
 
-    from sca.plans import Plan
+    from sca.plan_cache import Plan
 
 
 def plan(
@@ -41,7 +41,7 @@ def plan(
     Nothing is fetched or computed: the model is built without weights and run on tensors without content.
     """
     settle("dtype", dtype, DTYPES)
-    from sca.plans import memory_of
+    from sca.plan_cache import memory_of
 
     if gpu is not None:
         memory_of(gpu)  # raises for an unknown one
@@ -75,7 +75,7 @@ def _make_plan(
     dtype: str,
 ) -> Plan:
     """The plan of a model, from the cache if the same was planned before."""
-    from sca.plans import plan_key, read_plan, write_plan
+    from sca.plan_cache import plan_key, read_plan, write_plan
 
     spec = _read(model, trust_remote_code, allow_external).override(overrides)
     key = plan_key(spec, {**settings, "dtype": dtype})
@@ -119,7 +119,7 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
 
 def _print(planned: Plan) -> None:
     from sca.io.terminal import Table
-    from sca.plans import LIMIT
+    from sca.plan_cache import LIMIT
 
     what = "a step of training" if planned.train else "captioning"
     asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"

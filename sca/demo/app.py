@@ -21,8 +21,8 @@ from sca.captioners.door import captioner
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
-from sca.everything import settle_search
-from sca.generation import settle_generation
+from sca.inference.automatic import settle_search
+from sca.inference.generation import settle_generation
 from sca.io.hub import local_path
 from sca.io.images import ImageError, read_image
 from sca.io.masks import PIXEL_LIMIT

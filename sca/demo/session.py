@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
+from sca.inference.engine import Mask
 from sca.io import masks
 from sca.io.images import ImageError, inspect_image
 from sca.io.prompts import MAX_POINTS, PromptError, check
-from sca.mask_predictor import Mask
 from sca.output.colours import colour
 from sca.output.outline import outline
 

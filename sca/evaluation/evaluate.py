@@ -37,9 +37,9 @@ from sca.evaluation.records import Record
 from sca.evaluation.requirements import check_needs, check_truth, describe_missing_truth
 from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
-from sca.everything import SEARCH_VERSION
+from sca.inference.automatic import SEARCH_VERSION
+from sca.inference.predictor import Predictor
 from sca.io.run_folder import RunFolder, existing_paths
-from sca.predictor import Predictor
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table

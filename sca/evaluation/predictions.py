@@ -323,8 +323,8 @@ def _recoloured(image: Image.Image) -> Image.Image:
 
 
 def _everything(captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]) -> list[Caption]:
-    from sca.everything import caption_everything
-    from sca.mask_predictor import MaskPredictor
+    from sca.inference.automatic import caption_everything
+    from sca.inference.engine import MaskPredictor
 
     if not isinstance(captioner, MaskPredictor) or captioner.model is None:
         raise ValueError("points of a proposer are searched by what gives masks; another captioner needs boxes")

@@ -28,9 +28,9 @@ from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION, Everything
 
-from sca.everything import Searched, search_everything
+from sca.inference.automatic import Searched, search_everything
+from sca.inference.engine import Encoded, Mask, MaskPredictor
 from sca.io.masks import box_of
-from sca.mask_predictor import Encoded, Mask, MaskPredictor
 from sca.serve.memory import is_out_of_memory, release_memory
 
 log = logging.getLogger("sca.serve")

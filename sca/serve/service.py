@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION
 
-from sca.everything import settle_search
-from sca.generation import settle_generation
+from sca.inference.automatic import settle_search
+from sca.inference.generation import settle_generation
 from sca.io.images import decode_image, inspect_image
 from sca.io.prompts import read_prompt
 from sca.output.jsonl import record

@@ -26,9 +26,9 @@ from sca_registry.contracts import (
 from torch import Tensor
 
 from sca.data.points import draw_point
+from sca.inference.processor import MASK_PROMPT_LOGIT, Processor
 from sca.io.masks import decode
 from sca.nn.boxes import filled_boxes
-from sca.processing import MASK_PROMPT_LOGIT, Processor
 from sca.training.auxiliary import UNKNOWN
 from sca.training.phrases import told_by_rule
 from sca.training.recipe import Drawing

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from sca.checkpoints.state import tensors_hash
+from sca.inference.processor import Processor
 from sca.io.atomic import FolderError, remove_drafts, write_file
 from sca.io.paths import expand_user
 from sca.model import SegmentCaptioner
-from sca.processing import Processor
 
 
 class FeatureCache:

@@ -31,11 +31,11 @@ from sca.composition import build
 from sca.data.summary import count_left_out, summarize_dataset
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
+from sca.inference.processor import Processor
 from sca.io.atomic import sync, sync_tree, unwritable, write_file
 from sca.io.json import read_json
 from sca.io.run_folder import RunFolder, existing_paths
 from sca.model import SegmentCaptioner
-from sca.processing import Processor
 from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
 from sca.training.examples import ExampleStream, Mixture, collate
 from sca.training.features import FeatureCache

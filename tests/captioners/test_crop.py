@@ -7,7 +7,7 @@ from sca_registry.spec import Everything
 
 from sca.captioners.crop import DESCRIBE, WHAT, CropCaptioner
 from sca.captioners.regions import pixels_of
-from sca.everything import caption_everything
+from sca.inference.automatic import caption_everything
 from sca.io.masks import box_of, decode, encode
 
 POINTS = [Prompt(points=((20.0, 20.0, 1),)), Prompt(points=((60.0, 45.0, 1), (5.0, 5.0, 0)))]

@@ -333,7 +333,7 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
 
 def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
     from sca.captioners.door import captioner
-    from sca.everything import caption_everything
+    from sca.inference.automatic import caption_everything
 
     search = ("--everything", "--iou", 0, "--stability", 0, "--nms", 1, "--points", 3)
     every = captioned(picture("a.png"), *search)

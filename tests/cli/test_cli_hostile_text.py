@@ -53,7 +53,7 @@ def test_caption_shows_a_hostile_file_name_as_text(safe, checkpoint, picture, he
 
 
 def test_caption_table_shows_a_hostile_caption_as_text(safe, checkpoint, picture, monkeypatch):
-    from sca.predictor import Predictor
+    from sca.inference.predictor import Predictor
 
     answer = Predictor.answer
 

@@ -42,7 +42,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     assert len(journal.read_bytes().splitlines()) == 6
     with journal.open("ab") as file:
         file.write(b'{"image": "photos/00')  # what a kill leaves
-    from sca.predictor import Predictor
+    from sca.inference.predictor import Predictor
 
     answer, seen = Predictor.answer, []
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ from sca.captioners.door import captioner
 from sca.data.scenes import Scenes
 from sca.demo.app import HELD, Controls, Models, _found, _opened, _pointed, _refreshed, _selected, page
 from sca.demo.session import Session
-from sca.everything import caption_everything, settle_search
+from sca.inference.automatic import caption_everything, settle_search
 from sca.io.prompts import MAX_POINTS, PromptError
 from sca.serve.engine import ClosedError, Done, Question
 

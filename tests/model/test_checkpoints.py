@@ -19,8 +19,8 @@ from sca.checkpoints.layout import SPEC, WEIGHTS, CheckpointError
 from sca.checkpoints.load import load
 from sca.checkpoints.native import is_saved, origin, resolve_spec, save
 from sca.checkpoints.state import stored
+from sca.inference.predictor import Predictor
 from sca.mixers.query import QueryMixer
-from sca.predictor import Predictor
 
 
 def batch_of(model):

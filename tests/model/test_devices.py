@@ -19,11 +19,11 @@ from torch import nn
 from sca.captioners.door import captioner
 from sca.composition import build
 from sca.data.scenes import Scenes
-from sca.everything import caption_everything
+from sca.inference.automatic import caption_everything
+from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import mean_under
 from sca.nn.roi_align import roi_align
-from sca.predictor import Predictor
 from sca.training.features import FeatureCache
 from sca.training.trainer import Attributes, Lesson
 

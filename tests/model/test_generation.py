@@ -8,8 +8,8 @@ from sca_registry.contracts import Prompt, Prompts
 from sca import model as models
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
+from sca.inference.predictor import Predictor
 from sca.language_models.usage import count_tokens
-from sca.predictor import Predictor
 
 BOXES = [(n % 40, n // 40, n % 40 + 20, n // 40 + 20) for n in range(40)]
 

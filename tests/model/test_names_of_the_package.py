@@ -5,7 +5,7 @@ import types
 import sca
 import sca.checkpoints.load
 import sca.checkpoints.native
-import sca.predictor
+import sca.inference.predictor
 
 
 def test_no_module_hides_behind_a_public_name():

@@ -10,7 +10,7 @@ from tiny import SAM, tiny
 import sca
 from sca.nn.two_way import TwoWayTransformer
 from sca.plan import _layer_signature, _most, _Stages, plan
-from sca.plans import LIMIT
+from sca.plan_cache import LIMIT
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}

@@ -5,7 +5,7 @@ from sca_registry.spec import ModelSpec
 
 import sca.plan
 from sca.cli import run
-from sca.plans import KEPT, plan_key, read_plan, write_plan
+from sca.plan_cache import KEPT, plan_key, read_plan, write_plan
 
 TINY = "tiny-vit+query+tiny-gpt2"
 
@@ -24,7 +24,7 @@ def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
     assert key != plan_key(spec.override(["lora=8"]), {"images": 1})
     for name in ("source_fingerprint", "version"):
         with monkeypatch.context() as changed:
-            changed.setattr(f"sca.plans.{name}", lambda package: "changed")
+            changed.setattr(f"sca.plan_cache.{name}", lambda package: "changed")
             assert key != plan_key(spec, {"images": 1}), name
 
 

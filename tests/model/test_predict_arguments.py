@@ -10,11 +10,11 @@ from sca_registry.contracts import Prompt
 from sca_registry.spec import Everything
 
 import sca
-from sca.generation import OPTIONS
+from sca.inference.engine import MaskPredictor
+from sca.inference.generation import OPTIONS
 from sca.io.masks import encode
 from sca.io.prompts import PromptError
 from sca.language_models.usage import count_tokens
-from sca.mask_predictor import MaskPredictor
 
 BOX = (4, 4, 40, 40)
 

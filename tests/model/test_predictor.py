@@ -9,10 +9,10 @@ from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
 from sca_registry.spec import Everything
 
-from sca import everything
-from sca.everything import caption_everything, find_everything, search_everything
+from sca.inference import automatic as everything
+from sca.inference.automatic import caption_everything, find_everything, search_everything
+from sca.inference.predictor import Predictor
 from sca.io.masks import box_of, decode
-from sca.predictor import Predictor
 from sca.proposers.grid import Grid
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from sca_registry.contracts import ImageFormat, Prompt
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from sca.processing import Processor
+from sca.inference.processor import Processor
 
 SIDES = st.integers(1, 200)
 

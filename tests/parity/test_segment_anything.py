@@ -12,7 +12,7 @@ from sca_registry.spec import Everything
 import sca
 from sca.data.scenes import Scenes
 from sca.encoders.sam import SamEncoder
-from sca.everything import find_everything
+from sca.inference.automatic import find_everything
 from sca.io.masks import decode
 from sca.segmenters.sam import SamSegmenter
 

@@ -8,7 +8,7 @@ import pytest
 from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import Everything
 
-from sca.everything import caption_everything
+from sca.inference.automatic import caption_everything
 from sca.serve import engine as module
 from sca.serve.engine import (
     BusyError,

@@ -9,9 +9,9 @@ from PIL import Image
 from sca_registry.contracts import CAPTION, RECOGNITION, ImageFormat, Region, Sample
 
 from sca.data.scenes import COLOURS, Scenes
+from sca.inference.processor import Processor
 from sca.io.masks import decode
 from sca.language_models.tiny_gpt2 import TinyGpt2
-from sca.processing import Processor
 from sca.training.augmentation import Augmentation
 from sca.training.examples import Example, ExampleStream, Mixture, collate
 from sca.training.recipe import Drawing

@@ -9,7 +9,7 @@ import torch
 from sca_registry.contracts import Sample
 
 from sca.data.scenes import Scenes
-from sca.processing import Processor
+from sca.inference.processor import Processor
 from sca.training.examples import ExampleStream, collate
 from sca.training.recipe import Drawing, Recipe
 from sca.training.trainer import train

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import CAPTION, ImageFormat, Region, Sample
 
+from sca.inference.processor import Processor
 from sca.language_models.tiny_gpt2 import TinyGpt2
-from sca.processing import Processor
 from sca.training.augmentation import Augmentation
 from sca.training.examples import ExampleStream
 from sca.training.phrases import phrases, told_by_rule

@@ -15,13 +15,13 @@ from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions
 from sca_registry.spec import Everything
 from torch import Tensor
 
-from sca.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.processor import Frame, Processor
 from sca.io.images import take_image
 from sca.io.masks import RLE, checked, decode, encode
 from sca.io.prompts import PromptError, check
 from sca.model import NON_FINITE
 from sca.nn.masks import best_masks
-from sca.processing import Frame, Processor
 
 if TYPE_CHECKING:
     from sca.model import Segmenting
@@ -181,7 +181,7 @@ class MaskPredictor(ABC):
         """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
 
         Coordinates are pixels of the upright image: x to the right, y down. Options of generation that are None are the
-        model's own; see `sca.generation.settle_generation`.
+        model's own; see `sca.inference.generation.settle_generation`.
 
         Args:
             prompts: Regions with any combination of a box, points and a mask.
@@ -302,7 +302,7 @@ class MaskPredictor(ABC):
             requests: For each of the B images its prompts, which fit it.
             task: "caption" or "recognition".
             masks: Compute full-size masks. Without them a caption of a point or a mask may have no box either.
-            **generation: As returned by `sca.generation.settle_generation`.
+            **generation: As returned by `sca.inference.generation.settle_generation`.
 
         Returns:
             For each image its captions, in the order of its prompts.

@@ -10,9 +10,9 @@ import torch
 from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, TokenUsage
 from sca_registry.spec import Everything
 
+from sca.inference.engine import REGIONS, Encoded, Mask, MaskPredictor, check_task, ious_of
 from sca.io.masks import box_of
 from sca.language_models.usage import count_tokens
-from sca.mask_predictor import REGIONS, Encoded, Mask, MaskPredictor, check_task, ious_of
 from sca.nn.masks import best_masks
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
 from sca_registry.spec import Everything, check_search
 from torch import Tensor
 
-from sca.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.engine import Encoded, Mask, MaskPredictor, check_task
+from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.io.masks import RLE, area, encode
-from sca.mask_predictor import Encoded, Mask, MaskPredictor, check_task
 from sca.nn.boxes import box_iou
 from sca.nn.suppression import suppress
 
