@@ -34,7 +34,7 @@ def train(
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
-    from sca.training.processes import join_processes, run_processes
+    from sca.training.processes import joined_processes, run_processes
     from sca.training.trainer import budget_each, images_each, prepare
     from sca.training.trainer import train as run
 
@@ -48,10 +48,10 @@ def train(
         options = ["--resume" if resume else "--no-resume", *(flag for flag, on in flags.items() if on)]
         options += ["--out", str(out)] if out else []
         raise typer.Exit(run_processes(processes, ["train", *options, "--", recipe, *(changes or ())]))
-    join_processes()
     first = os.environ.get("RANK", "0") == "0"
     conflict = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
-    model = run(plan, folder, resume=resume, quiet=quiet, report=complain, **conflict, **agreed)
+    with joined_processes():
+        model = run(plan, folder, resume=resume, quiet=quiet, report=complain, **conflict, **agreed)
     if first:
         print_document(model.freeze_report())
         written = os.path.join(folder, "model")  # with a separator, also of "."

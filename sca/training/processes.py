@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from sca.launchers.interrupts import block_interrupts, kill_with_children
@@ -54,17 +55,24 @@ def process_environment(count: int) -> Mapping[str, str]:
     }
 
 
-def join_processes() -> None:
-    """Join the other processes of `run_processes`; do nothing in a process that something else started."""
-    if STORE in os.environ:
-        import torch
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Join the other processes of `run_processes`, and leave the group of any launcher at the end.
 
+    Threads of a group that nobody left abort the process when the interpreter ends.
+    """
+    import torch
+
+    if STORE in os.environ:
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             init_method=f"file://{os.environ[STORE]}",
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def threads_each(processes: int) -> int:
