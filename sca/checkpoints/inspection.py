@@ -43,7 +43,8 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     facts |= count_parameters(spec)
     if (folder / ORIGIN).is_file():
         facts |= _read_fields(folder / ORIGIN, ("written_by", "commit"))
-    return facts | describe_training(folder.resolve().parent)
+    is_of_run = folder.resolve().name in MODELS  # beside no other folder is a file looked for
+    return facts | (describe_training(folder.resolve().parent) if is_of_run else {})
 
 
 def describe_spec(spec: ModelSpec) -> dict[str, str]:

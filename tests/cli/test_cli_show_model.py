@@ -52,6 +52,12 @@ def test_show_model_prints_how_a_run_was_trained(shell, run):
     assert shown["best score"] == "cider-d 0.5 at step 2"
 
 
+def test_show_model_reads_nothing_beside_a_checkpoint_that_is_not_of_a_run(shell, run):
+    assert "trained by" in stripped(shell("show", "model", run / "model"))
+    other = shutil.copytree(run / "model", run / "other")
+    assert "trained by" not in stripped(shell("show", "model", other))
+
+
 def test_show_model_refuses_what_has_no_model(refused, run, tmp_path):
     assert "no spec.json" in refused(2, "show", "model", tmp_path)
     assert "Did you mean 'sca-tiny'?" in refused(2, "show", "model", "sca-tniy")
