@@ -15,6 +15,7 @@ from sca_registry.contracts import Prompt
 import sca
 from sca.cli import run
 from sca.demo.session import Session
+from sca.inference.engine import Engine
 from sca.io.prompts import PromptError
 
 WRONG = {  # a region of a picture of 64 x 48, and what is said of it
@@ -48,7 +49,7 @@ def client(model):
 
     from sca.serve.hosted import Hosted
 
-    app = Hosted("sca-tiny").application(sca.Predictor(model))
+    app = Hosted("sca-tiny").application(Engine(model))
     with TestClient(app, base_url="http://localhost") as client:
         yield client
 

@@ -16,7 +16,7 @@ from sca_registry.spec import Part
 
 from sca.checkpoints.load import load
 from sca.devices import find_device
-from sca.inference.predictor import Predictor
+from sca.inference.engine import Engine
 from sca.io.hub import local_path, suggest_path
 
 FORMS = (
@@ -39,7 +39,7 @@ def captioner(
     source: a checkpoint (a folder, a name of the zoo, a hub id); the name of a registered captioner; or two names,
     encoder+captioner, where the encoder finds the masks. Options of a captioner stand after its name,
     "sam-vit-b+blip-base batch=8", in a table with its `name`, or are given by keyword. A checkpoint takes `dtype` and
-    `regions` (see `Predictor`).
+    `regions` (see `Engine`).
 
     trust_remote_code, allow_external, revision: what a checkpoint may do, and which of a hub id; see `sca.load`. A
     registered captioner has its own options.
@@ -83,8 +83,8 @@ def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]
     return sca_registry.captioners.build(name, **where, **options)
 
 
-def _model(source: str | Path, device: str | torch.device, agreed: Mapping[str, Any], **options: Any) -> Predictor:
+def _model(source: str | Path, device: str | torch.device, agreed: Mapping[str, Any], **options: Any) -> Engine:
     for option in options:
         if option not in ("dtype", "regions"):
             raise unknown(f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions"))
-    return Predictor(load(source, device, options.pop("dtype", None), **agreed), **options)
+    return Engine(load(source, device, options.pop("dtype", None), **agreed), **options)

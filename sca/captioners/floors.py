@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from sca.captioners.regions import Box, RegionCaptioner, ScoredText, Seen, generation_of
 from sca.data.summary import check_not_empty
-from sca.inference.engine import Encoded, check_task
+from sca.inference.engine import Encoded
+from sca.inference.requests import check_task
 from sca.io.masks import box_of, encode
 from sca.nn.roi_align import roi_align
 

@@ -17,7 +17,8 @@ from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoints.load import HUB_ID, load
 from sca.composition import parts
-from sca.inference.engine import Encoded, Mask, MaskPredictor, check_task
+from sca.inference.engine import Encoded, Mask, MaskEngine
+from sca.inference.requests import check_task
 from sca.io.hub import local_folder
 from sca.io.masks import RLE, box_of, decode, encode
 from sca.model import Segmenting
@@ -53,7 +54,7 @@ class ScoredText(NamedTuple):
     usage: TokenUsage | None = None  # None where no language model wrote the text
 
 
-class RegionCaptioner(MaskPredictor):
+class RegionCaptioner(MaskEngine):
     """Finds the region that a prompt means; what is said of it is for `words`.
 
     encoder: the name of an encoder that brings a segmenter with masks, such as a SAM, or a table of its name and
@@ -90,10 +91,16 @@ class RegionCaptioner(MaskPredictor):
         return self._captions(regions, task, encoded, generation)
 
     def tell(
-        self, masks: Sequence[Mask], request: Sequence[Prompt], task: str = "caption", **generation: Any
+        self,
+        encoded: Encoded,
+        masks: Sequence[Mask],
+        request: Sequence[Prompt],
+        task: str = "caption",
+        **generation: Any,
     ) -> list[Caption]:
-        regions = [Seen(0, self.image, prompt, *mask) for prompt, mask in zip(request, masks, strict=True)]
-        return self._captions([regions], task, self.encoded, generation)[0]
+        (image,) = encoded.images
+        regions = [Seen(0, image, prompt, *mask) for prompt, mask in zip(request, masks, strict=True)]
+        return self._captions([regions], task, encoded, generation)[0]
 
     def _find(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[Seen]:
         shown = enumerate(zip(encoded.images, requests, strict=True))

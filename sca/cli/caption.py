@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
 
-    from sca.inference.engine import MaskPredictor
+    from sca.inference.engine import MaskEngine
     from sca.output.journal import Journal
     from sca.output.read import Captioned, Size
 
@@ -622,11 +622,11 @@ def _prompted(
         yield from zip(paths, images, answers, strict=True)
 
 
-def _finder(captioner: Captioner, name: str) -> MaskPredictor:
+def _finder(captioner: Captioner, name: str) -> MaskEngine:
     """The captioner, if it can find regions by itself. Raises ValueError."""
-    from sca.inference.engine import MaskPredictor
+    from sca.inference.engine import MaskEngine
 
-    if not isinstance(captioner, MaskPredictor) or captioner.model is None:
+    if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(
             f"{name!r} finds no regions by itself: --everything needs a model, or encoder+captioner with an encoder "
             "that brings masks, such as sam-vit-b+blip-base"
@@ -644,7 +644,7 @@ def _proposer(text: str) -> Proposer:
 
 
 def _everything(
-    predictor: MaskPredictor,
+    engine: MaskEngine,
     opened: Opened,
     task: str,
     search: dict[str, Any],
@@ -654,11 +654,12 @@ def _everything(
     drawn: bool,
 ) -> Answers:
     from sca.inference.automatic import caption_everything, settle_search
+    from sca.inference.predictor import Predictor
     from sca.io.images import show
     from sca.io.prompts import PromptError
     from sca.output.read import Captioned
 
-    options = settle_search(predictor, search)
+    options, predictor = settle_search(engine, search), Predictor(engine)
     for path, image in opened:
         if isinstance(image, Captioned):
             yield _again(path, image, drawn)

@@ -38,6 +38,7 @@ from sca.evaluation.requirements import check_needs, check_truth, describe_missi
 from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
 from sca.inference.automatic import SEARCH_VERSION
+from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.io.run_folder import RunFolder, existing_paths
 
@@ -187,7 +188,7 @@ def evaluate(
         check_truth(built, dataset_name, questions.tasks, limit)
         check_needs(metrics or (), built, questions.tasks, limit)
     model_name, captioner = _captioner(model, device, agreed)
-    if isinstance(captioner, Predictor):
+    if isinstance(captioner, Engine):
         check_generation("generation", questions.generation, captioner.model.language_model.generate)
     found = Part.from_dict(proposer, "proposer") if proposer is not None else None
     asking: Questions | Proposing = questions
@@ -358,13 +359,15 @@ def _captioner(model: Any, device: str, agreed: Mapping[str, bool]) -> tuple[str
     if isinstance(model, str | Path):
         return str(model), open_captioner(model, device, **agreed)
     if isinstance(model, Predictor):
+        model = model.engine
+    if isinstance(model, Engine):
         return _name(model.model), model
-    return (_name(model), model) if hasattr(model, "describe") else (_name(model), Predictor(model))
+    return (_name(model), model) if hasattr(model, "describe") else (_name(model), Engine(model))
 
 
 def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The spec, weights and decoding of a captioner, which differ between captioners of the same name."""
-    if isinstance(captioner, Predictor):
+    if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
             "weights": weights_hash(captioner.model),

@@ -125,7 +125,7 @@ class Proposing:
     """How regions are found and told of where none is given: dense captioning.
 
     proposer: where to look. Points of a proposer (the grid) are searched as "segment everything" does, which takes a
-    `MaskPredictor`; its boxes and masks are described as they are.
+    `MaskEngine`; its boxes and masks are described as they are.
     """
 
     proposer: Proposer
@@ -324,12 +324,14 @@ def _recoloured(image: Image.Image) -> Image.Image:
 
 def _everything(captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]) -> list[Caption]:
     from sca.inference.automatic import caption_everything
-    from sca.inference.engine import MaskPredictor
+    from sca.inference.engine import MaskEngine
+    from sca.inference.predictor import Predictor
 
-    if not isinstance(captioner, MaskPredictor) or captioner.model is None:
+    if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError("points of a proposer are searched by what gives masks; another captioner needs boxes")
-    captioner.set_image(image)
-    return caption_everything(captioner, proposals=proposals, **generation)
+    predictor = Predictor(captioner)
+    predictor.set_image(image)
+    return caption_everything(predictor, proposals=proposals, **generation)
 
 
 def _in_order(records: Sequence[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:

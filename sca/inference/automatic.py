@@ -19,8 +19,10 @@ from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
 from sca_registry.spec import Everything, check_search
 from torch import Tensor
 
-from sca.inference.engine import Encoded, Mask, MaskPredictor, check_task
+from sca.inference.engine import Encoded, Mask, MaskEngine
 from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.predictor import Predictor
+from sca.inference.requests import check_task
 from sca.io.masks import RLE, area, encode
 from sca.nn.boxes import box_iou
 from sca.nn.suppression import suppress
@@ -72,7 +74,7 @@ def settle_search(captioner: Any, given: Mapping[str, Any]) -> Everything:
 
 @torch.inference_mode()
 def caption_everything(
-    predictor: MaskPredictor,
+    predictor: Predictor,
     task: str = "caption",
     options: Everything | None = None,
     proposals: Proposals | None = None,
@@ -108,27 +110,31 @@ def caption_everything(
             f"options is of type {type(options).__name__}; give sca.Everything(...), or its fields by name"
         )
     search = {name: value for name, value in given.items() if name in fields and value is not None}
-    options = check_search({**vars(options or predictor.everything), **search}) if search else options
-    generation = settle_generation(predictor, **{name: given[name] for name in given.keys() & {*OPTIONS}})
-    masks, prompts = find_everything(predictor, options, proposals, progress)
+    engine, encoded = predictor.engine, predictor.encoded
+    options = check_search({**vars(options or engine.everything), **search}) if search else options
+    generation = settle_generation(engine, **{name: given[name] for name in given.keys() & {*OPTIONS}})
+    if encoded is None:
+        raise ValueError("there is no image yet: call set_image(image) first")
+    masks, prompts = find_everything(engine, encoded, options, proposals, progress)
     masks, prompts = masks[:max_regions], prompts[:max_regions]
-    captions = predictor.tell(masks, prompts, task, **generation) if masks else []
+    captions = engine.tell(encoded, masks, prompts, task, **generation) if masks else []
     room = None if max_regions is None else max_regions - len(masks)
     regions = _choose_regions(proposals, room) if proposals else []
     if regions:
-        (more,) = predictor.answer(predictor.encoded, [regions], task, **generation)
+        (more,) = engine.answer(encoded, [regions], task, **generation)
         captions += [replace(each, region=len(masks) + each.region) for each in more]
     return captions
 
 
 def find_everything(
-    predictor: MaskPredictor,
+    engine: MaskEngine,
+    encoded: Encoded,
     options: Everything | None = None,
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Mask], list[Prompt]]:
-    """What `search_everything` returns, at once. Arguments as for `caption_everything`."""
-    search, last = search_everything(predictor, options, proposals), None
+    """Return the result of `search_everything`; `progress` as for `caption_everything`."""
+    search, last = search_everything(engine, encoded, options, proposals), None
     while True:
         try:
             step = next(search)
@@ -141,34 +147,36 @@ def find_everything(
 
 @torch.inference_mode()
 def search_everything(
-    predictor: MaskPredictor,
+    engine: MaskEngine,
+    encoded: Encoded,
     options: Everything | None = None,
     proposals: Proposals | None = None,
     *,
     max_found: int | None = None,
     max_bytes: int | None = None,
 ) -> Generator[Searched, None, tuple[list[Mask], list[Prompt]]]:
-    """Search the predictor's image as a generator: it yields its progress after every small piece of work.
+    """Search an image as a generator: it yields its progress after every small piece of work.
 
-    Between two pieces the predictor may serve other images, and the search can be abandoned with `close()`.
+    Between two pieces the engine may serve other images, and the search can be abandoned with `close()`.
 
     Args:
+        engine: The engine, with an encoder and a segmenter.
+        encoded: What `engine.encode` returned for one image.
         options: Where and what to look for (default: the model's own).
         proposals: What to look at instead of the grid and the crops of `options`.
         max_found: Maximum regions to find; more are refused.
         max_bytes: Maximum bytes of candidate masks to hold at a time.
 
     Returns:
-        The masks that points find, best first, and the prompt that each is captioned from: what `MaskPredictor.tell`
+        The masks that points find, best first, and the prompt that each is captioned from: what `MaskEngine.tell`
         takes.
 
     Raises:
-        ValueError: If there is no image, the segmenter has no masks, or a maximum is exceeded.
+        ValueError: If there is no segmenter, it has no masks, or a maximum is exceeded.
     """
-    options = options or predictor.everything
-    if predictor.image is None:
-        raise ValueError("there is no image yet: call set_image(image) first")
-    found = yield from _search(predictor, options, proposals, max_found, max_bytes)
+    engine.check_segments()
+    options = options or engine.everything
+    found = yield from _search(engine, encoded, options, proposals, max_found, max_bytes)
     masks = [Mask(dict(each.mask), min(each.iou, 1.0)) for each in found]
     return masks, [_asked(each, options.caption_from) for each in found]
 
@@ -190,14 +198,15 @@ def _asked(found: Found, kind: str) -> Prompt:
 
 
 def _search(
-    predictor: MaskPredictor,
+    engine: MaskEngine,
+    whole_image: Encoded,
     options: Everything,
     proposals: Proposals | None = None,
     max_found: int | None = None,
     max_bytes: int | None = None,
 ) -> Generator[Searched, None, list[Found]]:
     """What points find, best first, each region once."""
-    image, whole_image = predictor.image, predictor.encoded  # another image may be set between two steps
+    (image,) = whole_image.images
     whole = (0, 0, *image.size)
     windows = [whole]
     points: list[Tensor] = []
@@ -212,10 +221,10 @@ def _search(
     for window, places in zip(windows, points, strict=True):
         if not len(places):
             continue
-        encoded = whole_image if window == whole else predictor.encode([image.crop(window)])
+        encoded = whole_image if window == whole else engine.encode([image.crop(window)])
         candidates: list[Found] = []
         looked_at, held = 0, sum(len(each.mask["counts"]) for each in found)
-        for step in _in_window(predictor, encoded, image.size, window, places, options):
+        for step in _in_window(engine, encoded, image.size, window, places, options):
             if isinstance(step, Found):
                 candidates.append(step)
                 held += len(step.mask["counts"])
@@ -244,7 +253,7 @@ def _search(
 
 
 def _in_window(
-    predictor: MaskPredictor,
+    engine: MaskEngine,
     encoded: Encoded,
     size: tuple[int, int],
     window: Window,
@@ -258,19 +267,17 @@ def _in_window(
     x1, y1, x2, y2 = window
     width, height = size
     done = 0
-    for looked_at, masks, scores, origins in _candidates(
-        predictor, encoded, points - torch.tensor(window[:2]), options
-    ):
+    for looked_at, masks, scores, origins in _candidates(engine, encoded, points - torch.tensor(window[:2]), options):
         for start in range(0, len(masks), MEASURED):
             yield done
             rows = slice(start, start + MEASURED)
-            stability, boxes = predictor.processor.measure(masks[rows], frame, options.offset)
+            stability, boxes = engine.processor.measure(masks[rows], frame, options.offset)
             is_kept = (boxes > 0).any(1) & ((stability >= options.stability) | (options.stability <= 0))
             boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
             kept = [
                 row for row, keep in enumerate(is_kept.tolist()) if keep and not _is_cut_off(boxes[row], window, size)
             ]
-            insides = predictor.processor.inside(masks[rows][kept], [frame] * len(kept))
+            insides = engine.processor.inside(masks[rows][kept], [frame] * len(kept))
             for row, inside in zip(kept, insides, strict=True):
                 mask = np.zeros((height, width), bool, order="F")
                 mask[y1:y2, x1:x2] = inside
@@ -281,7 +288,7 @@ def _in_window(
 
 
 def _candidates(
-    predictor: MaskPredictor, encoded: Encoded, points: Tensor, options: Everything
+    engine: MaskEngine, encoded: Encoded, points: Tensor, options: Everything
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
     """A chunk at a time: points looked at so far, masks (K, 4h, 4w) whose predicted IoU is high enough, these IoUs,
     and the indices of the points that they are of.
@@ -289,18 +296,18 @@ def _candidates(
     (frame,) = encoded.frames
     asked = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
     ones = torch.ones(len(points), 1, dtype=torch.long)
-    prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(predictor.device)
-    for number, chunk in enumerate(prompts.chunks(predictor.regions)):
-        regions = predictor.model.segment(encoded.features, chunk)
+    prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(engine.device)
+    for number, chunk in enumerate(prompts.chunks(engine.regions)):
+        regions = engine.model.segment(encoded.features, chunk)
         if regions.masks is None:
             raise ValueError(
-                f"everything needs masks, and the segmenter {type(predictor.model.segmenter).__name__} gives none: "
+                f"everything needs masks, and the segmenter {type(engine.model.segmenter).__name__} gives none: "
                 "build the model with segmenter=sam"
             )
         masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
         good = ((scores > options.iou) | (options.iou <= 0)).nonzero().squeeze(1)
-        origins = good // regions.masks.shape[1] + number * predictor.regions
-        looked_at = min((number + 1) * predictor.regions, len(points))
+        origins = good // regions.masks.shape[1] + number * engine.regions
+        looked_at = min((number + 1) * engine.regions, len(points))
         yield looked_at, masks[good], scores[good].tolist(), origins.tolist()
 
 

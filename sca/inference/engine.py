@@ -1,4 +1,4 @@
-"""Masks of the regions of an image that prompts point at."""
+"""Masks and captions of regions of images, without state: encode images, then segment and caption their regions."""
 
 from __future__ import annotations
 
@@ -8,31 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions
+from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions, TokenUsage
 from sca_registry.spec import Everything
 from torch import Tensor
 
-from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.inference.processor import Frame, Processor
-from sca.io.images import take_image
-from sca.io.masks import RLE, checked, decode, encode
-from sca.io.prompts import PromptError, check
+from sca.inference.requests import check_task
+from sca.io.masks import box_of, encode
+from sca.language_models.usage import count_tokens
 from sca.model import NON_FINITE
 from sca.nn.masks import best_masks
 
 if TYPE_CHECKING:
-    from sca.model import Segmenting
+    from sca.model import SegmentCaptioner, Segmenting
 
 REGIONS = 64  # go through segmenter and mixer at a time
-BATCH = 8  # images that are encoded at a time
-REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
 
 class Encoded(NamedTuple):
-    """What a predictor keeps of B images: computed once, and asked as often as wanted."""
+    """B images and their features, computed once for any number of requests."""
 
     images: Sequence[Image.Image]
     features: Tensor | None  # (B, C, h, w); None without an encoder
@@ -46,26 +42,18 @@ class Mask(NamedTuple):
     iou: float  # predicted
 
 
-class MaskPredictor(ABC):
-    """Set an image once, then predict for any number of prompts: its features are computed once and kept.
-
-    Subclasses caption regions: they add `answer` and `tell`.
+class MaskEngine(ABC):
+    """Encode images and segment regions of them; subclasses add captions with `answer` and `tell`.
 
     Args:
         model: An encoder and a segmenter; None where a prompt is its region already.
         regions: Regions that go through the segmenter at a time: limits memory, changes no result.
-
-    Raises:
-        ValueError: The model is something else, such as a name.
     """
 
     def __init__(self, model: Segmenting | None, regions: int = REGIONS):
-        if isinstance(model, str | Path):
-            raise ValueError(f"{type(self).__name__} takes a model and not its name; use sca.load({str(model)!r})")
         self.model = None if model is None else model.eval()
         self.processor = Processor.of(model.encoder) if model is not None else None
         self.regions = regions
-        self.image: Image.Image | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,22 +64,14 @@ class MaskPredictor(ABC):
         """The search settings of everything mode: SAM's, or the model's own."""
         return Everything()
 
-    def set_image(self, image: Image.Image | np.ndarray) -> None:
-        """Encode an image for the predictions that follow.
-
-        Args:
-            image: A PIL image, rotated as its EXIF states, or a (height, width, 3) uint8 array in RGB. Coordinates of
-                prompts and results are pixels of the upright image, which is kept as `image`.
-
-        Raises:
-            ImageError: An array of another shape or type.
-        """
-        self.image = take_image(image)
-        self.encoded = self.encode([self.image])
+    def check_segments(self) -> None:
+        """Raise ValueError if there is no encoder and no segmenter."""
+        if self.model is None:
+            raise ValueError("nothing here finds masks; choose encoder+captioner, such as sam-vit-b+blip-base")
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
-        """Encode several images as one batch, for `answer`; the image that is set stays."""
+        """Encode images as one batch."""
         if self.model is None:
             return Encoded(images, None, ())
         pixels = self.processor.pixels(images).to(self.device, next(self.model.parameters()).dtype)
@@ -103,32 +83,24 @@ class MaskPredictor(ABC):
 
     @torch.inference_mode()
     def segment(
-        self,
-        prompts: Sequence[Prompt] = (),
-        *,
-        boxes: Sequence[Sequence[float]] = (),
-        points: Sequence[Sequence[float]] = (),
-        masks: Sequence[np.ndarray | RLE] = (),
-        multimask: bool = True,
-        **unknown: Any,
+        self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
     ) -> list[list[Mask]]:
-        """Predict the masks of regions of the image that is set, without captions.
+        """Predict the candidate masks of each prompt.
 
         Args:
-            prompts: As for `predict`, like boxes, points and masks.
+            encoded: What `encode` returned for B images.
+            requests: For each of the B images its prompts, which fit it.
             multimask: All candidates of the segmenter (SAM has three); otherwise its single mask.
 
         Returns:
-            For each region its masks, by predicted IoU, best first.
+            For each prompt of all images in one list its masks, by predicted IoU, best first.
 
         Raises:
-            TypeError: An unknown keyword; names the closest one.
-            ValueError: What `predict` refuses, or a segmenter without masks.
+            ValueError: There is no segmenter, or it has no masks.
         """
-        refuse_unknown("segment", unknown, (*REGION_ARGUMENTS[:4], "multimask"))
-        encoded, request = self._asked(prompts, boxes, points, masks)
-        found: list[list[Mask]] = [[] for _ in request]
-        for places, prompts, regions in self._segmented(encoded, [request], multimask):
+        self.check_segments()
+        found: list[list[Mask]] = [[] for _ in range(sum(map(len, requests)))]
+        for places, prompts, regions in self._segmented(encoded, requests, multimask):
             if regions.masks is None:
                 raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
             order = regions.scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
@@ -161,129 +133,11 @@ class MaskPredictor(ABC):
                     found[place] = Mask(code, iou)
         return found
 
-    def predict(
-        self,
-        prompts: Sequence[Prompt] = (),
-        *,
-        boxes: Sequence[Sequence[float]] = (),
-        points: Sequence[Sequence[float]] = (),
-        masks: Sequence[np.ndarray | RLE] = (),
-        task: str = "caption",
-        max_new_tokens: int | None = None,
-        beams: int | None = None,
-        captions: int | None = None,
-        sample: bool | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        **unknown: Any,
-    ) -> list[Caption]:
-        """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
-
-        Coordinates are pixels of the upright image: x to the right, y down. Options of generation that are None are the
-        model's own; see `sca.inference.generation.settle_generation`.
-
-        Args:
-            prompts: Regions with any combination of a box, points and a mask.
-            boxes: (N, 4) x1 y1 x2 y2; clipped to the image.
-            points: (N, 2) x y, each a region of its own.
-            masks: (height, width) arrays, or COCO RLEs.
-            task: "caption", or "recognition" for a class name.
-            max_new_tokens: Maximum tokens per caption.
-            beams: Beams of the search.
-            captions: Captions per region; all but the best are in `Caption.others`.
-            sample: Draw tokens instead of taking the likeliest.
-            temperature: Divides the logits that are sampled from.
-            top_p: Probability mass that is sampled from.
-            seed: Of what is drawn.
-
-        Returns:
-            A caption for each region, in order.
-
-        Raises:
-            TypeError: An unknown keyword; names the closest one.
-            ValueError: No region, a region that does not fit the image, or a value out of range.
-        """
-        refuse_unknown("predict", unknown, (*REGION_ARGUMENTS, *OPTIONS))
-        encoded, request = self._asked(prompts, boxes, points, masks)
-        generation = settle_generation(
-            self,
-            max_new_tokens=max_new_tokens,
-            beams=beams,
-            captions=captions,
-            sample=sample,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
-        return self.answer(encoded, [request], task, **generation)[0]
-
-    def predict_batch(
-        self,
-        images: Sequence[Image.Image | np.ndarray],
-        requests: Sequence[Sequence[Prompt]],
-        *,
-        task: str = "caption",
-        max_new_tokens: int | None = None,
-        beams: int | None = None,
-        captions: int | None = None,
-        sample: bool | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        **unknown: Any,
-    ) -> list[list[Caption]]:
-        """Caption regions of several images; the image that is set stays.
-
-        Args:
-            images: As for `set_image`; `BATCH` of them are encoded at a time.
-            requests: For each image its regions. Some may have none.
-            task: As for `predict`, like all further options.
-
-        Returns:
-            For each image a caption for each of its regions, in order.
-
-        Raises:
-            TypeError: An unknown keyword; names the closest one.
-            ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
-        """
-        refuse_unknown("predict_batch", unknown, ("images", "requests", "task", *OPTIONS))
-        check_task(task)
-        if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
-            raise ValueError("images and requests are lists: one list of prompts for each image")
-        if len(images) != len(requests):
-            raise ValueError(f"there are {len(images)} images and {len(requests)} requests; give one for each image")
-        taken, fitting = [], []
-        for place, (image, request) in enumerate(zip(images, requests, strict=True)):
-            try:
-                taken.append(take_image(image))
-                fitting.append(check_prompts(request, *taken[-1].size))
-            except ValueError as error:
-                raise type(error)(f"image {place}: {error}") from error
-        if not any(fitting):
-            raise PromptError("no region; give at least one prompt")
-        generation = settle_generation(
-            self,
-            max_new_tokens=max_new_tokens,
-            beams=beams,
-            captions=captions,
-            sample=sample,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
-        found: list[list[Caption]] = []
-        for start in range(0, len(taken), BATCH):
-            rows = slice(start, start + BATCH)
-            found += self.answer(self.encode(taken[rows]), fitting[rows], task, **generation)
-        return found
-
     def describe(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
-        """Set an image and caption regions of it, whose prompts are known to fit: they are not checked."""
-        self.set_image(image)
-        return self.answer(self.encoded, [prompts], task, **generation)[0]
+        """Caption regions of an image whose prompts are known to fit: they are not checked."""
+        return self.answer(self.encode([image]), [prompts], task, **generation)[0]
 
     @abstractmethod
     def answer(
@@ -310,33 +164,22 @@ class MaskPredictor(ABC):
 
     @abstractmethod
     def tell(
-        self, masks: Sequence[Mask], request: Sequence[Prompt], task: str = "caption", **generation: Any
+        self,
+        encoded: Encoded,
+        masks: Sequence[Mask],
+        request: Sequence[Prompt],
+        task: str = "caption",
+        **generation: Any,
     ) -> list[Caption]:
-        """Caption regions of the image that is set whose masks are known.
+        """Caption regions whose masks are known.
 
         Args:
+            encoded: What `encode` returned for one image.
             masks: The masks, which the captions get.
             request: For each mask the prompt that its caption is generated from.
             task: "caption" or "recognition".
             **generation: As for `answer`.
         """
-
-    def _asked(
-        self,
-        prompts: Sequence[Prompt],
-        boxes: Sequence[Sequence[float]],
-        points: Sequence[Sequence[float]],
-        masks: Sequence[np.ndarray | RLE],
-    ) -> tuple[Encoded, list[Prompt]]:
-        if self.image is None:
-            raise ValueError("there is no image yet: call set_image(image) first")
-        request = [*_check_list("prompts", prompts)]
-        request += [Prompt(box=_plain(box)) for box in _check_list("boxes", boxes)]
-        request += [Prompt(points=(_plain(point),)) for point in _check_list("points", points)]
-        request += [Prompt(mask=mask) for mask in _check_list("masks", masks)]
-        if not request:
-            raise PromptError("no region; give prompts, boxes, points or masks")
-        return self.encoded, check_prompts(request, *self.image.size)
 
     def _segmented(
         self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
@@ -352,19 +195,109 @@ class MaskPredictor(ABC):
         return map(encode, self.processor.inside(logits, [frames[image] for image in owner.tolist()]))
 
 
-def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
-    """Check prompts against their image, see `sca.io.prompts.check`; a message names the index of its prompt."""
-    found = []
-    for place, prompt in enumerate(_check_list("prompts", prompts)):
-        try:
-            if not isinstance(prompt, Prompt):
-                raise PromptError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
-            if isinstance(prompt.mask, Mapping):
-                prompt = replace(prompt, mask=_decode(prompt.mask))
-            found.append(check(prompt, width, height))
-        except PromptError as error:
-            raise PromptError(f"prompt {place}: {error}") from error
-    return found
+class Engine(MaskEngine):
+    """Masks and captions of a composed model.
+
+    Args:
+        model: The model, which is set to eval mode.
+        regions: Regions that are segmented and mixed at a time: limits memory, changes no result.
+
+    Raises:
+        ValueError: The model is something else, such as a name.
+    """
+
+    model: SegmentCaptioner
+
+    def __init__(self, model: SegmentCaptioner, regions: int = REGIONS):
+        if isinstance(model, str | Path):
+            raise ValueError(f"Predictor takes a model and not its name; use sca.load({str(model)!r})")
+        super().__init__(model, regions)
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """The model's own settings of generation."""
+        return self.model.spec.generation
+
+    @property
+    def everything(self) -> Everything:
+        return self.model.spec.search
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        encoded: Encoded,
+        requests: Sequence[Sequence[Prompt]],
+        task: str = "caption",
+        *,
+        masks: bool = True,
+        **generation: Any,
+    ) -> list[list[Caption]]:
+        check_task(task)
+        flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
+        answers: list[Caption | None] = [None] * len(flat)
+        for places, prompts in self.processor.prompts(requests, encoded.frames):
+            told, usages, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
+            for row, place in enumerate(places):
+                _, prompt, region = flat[place]
+                box = prompt.box or (codes[row] and box_of(codes[row]))
+                (text, score), *others = told[row]
+                answers[place] = Caption(
+                    text, score, box, codes[row], ious[row], prompt, region, tuple(others), usages[row]
+                )
+        captions: list[list[Caption]] = [[] for _ in requests]
+        for (owner, _, _), answer in zip(flat, answers, strict=True):
+            captions[owner].append(answer)
+        return captions
+
+    def tell(
+        self,
+        encoded: Encoded,
+        masks: Sequence[Mask],
+        request: Sequence[Prompt],
+        task: str = "caption",
+        **generation: Any,
+    ) -> list[Caption]:
+        (captions,) = self.answer(encoded, [request], task, masks=False, **generation)
+        told = zip(captions, masks, strict=True)
+        return [replace(caption, mask=code, box=box_of(code), iou=iou) for caption, (code, iou) in told]
+
+    def _bucket(
+        self, encoded: Encoded, prompts: Prompts, task: int, masks: bool, generation: Mapping[str, Any]
+    ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
+        """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
+        two may be None.
+        """
+        prefixes, codes, ious = [], [], []
+        prepared = None
+        for chunk in prompts.to(self.device).chunks(self.regions):
+            regions = self.model.segment(encoded.features, chunk)
+            prepared = self.model.prepare(regions) if prepared is None else prepared
+            tasks = torch.full((len(chunk),), task, device=self.device)
+            prefixes.append(self.model.prefix(self.model.mix(regions, prepared), tasks))
+            if regions.masks is not None and masks:
+                best = best_masks(regions.masks, regions.scores)
+                codes += self._masks(best, chunk.owner, encoded.frames)
+            if regions.scores is not None:
+                ious += ious_of(regions.scores.amax(1))
+            del regions  # the grids of its regions are large, and words need room
+        prefix = torch.cat(prefixes)  # (N, K, E)
+        generated = self.model.generate_from_prefix(prefix, **generation)
+        nothing = [None] * len(prompts)
+        scores = generated.scores.exp().tolist()
+        ids = generated.ids.tolist()
+        told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
+        tokenizer = self.model.language_model.tokenizer
+        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos]) for rows in ids]
+        return told, usages, codes or nothing, ious or nothing
+
+    def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer = self.model.language_model.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "the language model has no tokenizer, so it gives ids and no words: give it one with "
+                "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
+            )
+        return [tokenizer.decode(row) for row in ids]
 
 
 def ious_of(scores: Tensor) -> list[Any]:
@@ -373,32 +306,3 @@ def ious_of(scores: Tensor) -> list[Any]:
     if ious.isnan().any():
         raise ValueError(f"the segmenter returned NaN as predicted IoU; {NON_FINITE}")
     return ious.tolist()
-
-
-def _check_list(name: str, values: Any) -> Sequence[Any]:
-    """The regions of an argument; None is none. Raises PromptError for one region in place of a list."""
-    if values is None:
-        return ()
-    if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
-        raise PromptError(f"{name} is of type {type(values).__name__}; give a list of {name}")
-    if name in ("boxes", "points") and len(values) and not hasattr(values[0], "__len__"):
-        raise PromptError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_plain, values))}]")
-    return values
-
-
-def _decode(code: RLE) -> np.ndarray:
-    try:
-        return decode(checked(code))
-    except ValueError as error:
-        raise PromptError(f"the mask is unusable: {error}") from error
-
-
-def _plain(numbers: Any) -> Any:
-    """Of an array or tensor its numbers."""
-    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
-
-
-def check_task(task: str) -> None:
-    """Raises ValueError for a task that there is not."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")

@@ -1,118 +1,217 @@
-"""From a picture and what a user points at to masks and captions."""
+"""A session with one image at a time: `set_image` once, then any number of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, TokenUsage
-from sca_registry.spec import Everything
+import numpy as np
+from PIL import Image
+from sca_registry.contracts import Caption, Prompt
 
-from sca.inference.engine import REGIONS, Encoded, Mask, MaskPredictor, check_task, ious_of
-from sca.io.masks import box_of
-from sca.language_models.usage import count_tokens
-from sca.nn.masks import best_masks
+from sca.inference.engine import REGIONS, Encoded, Engine, Mask, MaskEngine
+from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.requests import check_prompts, check_task, collect_prompts
+from sca.io.images import take_image
+from sca.io.masks import RLE
+from sca.io.prompts import PromptError
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
+BATCH = 8  # images that are encoded at a time
+REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
-class Predictor(MaskPredictor):
-    """Masks and captions of a composed model: `set_image` once, then `predict` for any number of regions.
+
+class Predictor:
+    """Masks and captions of a model: `set_image` once, then `predict` for any number of regions.
 
         predictor = sca.Predictor(sca.load("sca-tiny"))
         predictor.set_image(image)
         captions = predictor.predict(boxes=[(370, 434, 448, 512)])
 
     Args:
-        model: The model, which is set to eval mode.
-        regions: Regions that are segmented and mixed at a time: limits memory, changes no result.
+        model: A model, which is set to eval mode, or a captioner such as `sca.captioner("sam-vit-b+blip-base")`.
+        regions: Regions of a model that are segmented and mixed at a time: limits memory, changes no result.
+
+    Raises:
+        ValueError: The model is something else, such as a name.
     """
 
-    model: SegmentCaptioner
-
-    def __init__(self, model: SegmentCaptioner, regions: int = REGIONS):
-        super().__init__(model, regions)
-
-    @property
-    def generation(self) -> Mapping[str, Any]:
-        """The model's own settings of generation."""
-        return self.model.spec.generation
+    def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int = REGIONS):
+        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions)
+        self.image: Image.Image | None = None
+        self.encoded: Encoded | None = None
 
     @property
-    def everything(self) -> Everything:
-        return self.model.spec.search
+    def model(self) -> Any:
+        """The model; None for a captioner without an encoder."""
+        return self.engine.model
 
-    @torch.inference_mode()
-    def answer(
-        self,
-        encoded: Encoded,
-        requests: Sequence[Sequence[Prompt]],
-        task: str = "caption",
-        *,
-        masks: bool = True,
-        **generation: Any,
-    ) -> list[list[Caption]]:
-        check_task(task)
-        flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
-        answers: list[Caption | None] = [None] * len(flat)
-        for places, prompts in self.processor.prompts(requests, encoded.frames):
-            told, usages, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
-            for row, place in enumerate(places):
-                _, prompt, region = flat[place]
-                box = prompt.box or (codes[row] and box_of(codes[row]))
-                (text, score), *others = told[row]
-                answers[place] = Caption(
-                    text, score, box, codes[row], ious[row], prompt, region, tuple(others), usages[row]
-                )
-        captions: list[list[Caption]] = [[] for _ in requests]
-        for (owner, _, _), answer in zip(flat, answers, strict=True):
-            captions[owner].append(answer)
-        return captions
+    def set_image(self, image: Image.Image | np.ndarray) -> None:
+        """Encode an image for the predictions that follow.
 
-    def tell(
-        self, masks: Sequence[Mask], request: Sequence[Prompt], task: str = "caption", **generation: Any
-    ) -> list[Caption]:
-        (captions,) = self.answer(self.encoded, [request], task, masks=False, **generation)
-        told = zip(captions, masks, strict=True)
-        return [replace(caption, mask=code, box=box_of(code), iou=iou) for caption, (code, iou) in told]
+        Args:
+            image: A PIL image, rotated as its EXIF states, or a (height, width, 3) uint8 array in RGB. Coordinates of
+                prompts and results are pixels of the upright image, which is kept as `image`.
 
-    def _bucket(
-        self, encoded: Encoded, prompts: Prompts, task: int, masks: bool, generation: Mapping[str, Any]
-    ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
-        """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
-        two may be None.
+        Raises:
+            ImageError: An array of another shape or type.
         """
-        prefixes, codes, ious = [], [], []
-        prepared = None
-        for chunk in prompts.to(self.device).chunks(self.regions):
-            regions = self.model.segment(encoded.features, chunk)
-            prepared = self.model.prepare(regions) if prepared is None else prepared
-            tasks = torch.full((len(chunk),), task, device=self.device)
-            prefixes.append(self.model.prefix(self.model.mix(regions, prepared), tasks))
-            if regions.masks is not None and masks:
-                best = best_masks(regions.masks, regions.scores)
-                codes += self._masks(best, chunk.owner, encoded.frames)
-            if regions.scores is not None:
-                ious += ious_of(regions.scores.amax(1))
-            del regions  # the grids of its regions are large, and words need room
-        prefix = torch.cat(prefixes)  # (N, K, E)
-        generated = self.model.generate_from_prefix(prefix, **generation)
-        nothing = [None] * len(prompts)
-        scores = generated.scores.exp().tolist()
-        ids = generated.ids.tolist()
-        told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
-        tokenizer = self.model.language_model.tokenizer
-        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos]) for rows in ids]
-        return told, usages, codes or nothing, ious or nothing
+        self.image = take_image(image)
+        self.encoded = self.engine.encode([self.image])
 
-    def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        tokenizer = self.model.language_model.tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "the language model has no tokenizer, so it gives ids and no words: give it one with "
-                "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
-            )
-        return [tokenizer.decode(row) for row in ids]
+    def predict(
+        self,
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        masks: Sequence[np.ndarray | RLE] = (),
+        task: str = "caption",
+        max_new_tokens: int | None = None,
+        beams: int | None = None,
+        captions: int | None = None,
+        sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> list[Caption]:
+        """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
+
+        Coordinates are pixels of the upright image: x to the right, y down. Options of generation that are None are the
+        model's own; see `sca.inference.generation.settle_generation`.
+
+        Args:
+            prompts: Regions with any combination of a box, points and a mask.
+            boxes: (N, 4) x1 y1 x2 y2; clipped to the image.
+            points: (N, 2) x y, each a region of its own.
+            masks: (height, width) arrays, or COCO RLEs.
+            task: "caption", or "recognition" for a class name.
+            max_new_tokens: Maximum tokens per caption.
+            beams: Beams of the search.
+            captions: Captions per region; all but the best are in `Caption.others`.
+            sample: Draw tokens instead of taking the likeliest.
+            temperature: Divides the logits that are sampled from.
+            top_p: Probability mass that is sampled from.
+            seed: Of what is drawn.
+
+        Returns:
+            A caption for each region, in order.
+
+        Raises:
+            TypeError: An unknown keyword; names the closest one.
+            ValueError: No region, a region that does not fit the image, or a value out of range.
+        """
+        refuse_unknown("predict", unknown, (*REGION_ARGUMENTS, *OPTIONS))
+        request = self._collect(prompts, boxes, points, masks)
+        generation = settle_generation(
+            self.engine,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            captions=captions,
+            sample=sample,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        return self.engine.answer(self.encoded, [request], task, **generation)[0]
+
+    def segment(
+        self,
+        prompts: Sequence[Prompt] = (),
+        *,
+        boxes: Sequence[Sequence[float]] = (),
+        points: Sequence[Sequence[float]] = (),
+        masks: Sequence[np.ndarray | RLE] = (),
+        multimask: bool = True,
+        **unknown: Any,
+    ) -> list[list[Mask]]:
+        """Predict the masks of regions of the image that is set, without captions.
+
+        Args:
+            prompts: As for `predict`, like boxes, points and masks.
+            multimask: All candidates of the segmenter (SAM has three); otherwise its single mask.
+
+        Returns:
+            For each region its masks, by predicted IoU, best first.
+
+        Raises:
+            TypeError: An unknown keyword; names the closest one.
+            ValueError: What `predict` refuses, or a segmenter without masks.
+        """
+        refuse_unknown("segment", unknown, (*REGION_ARGUMENTS[:4], "multimask"))
+        request = self._collect(prompts, boxes, points, masks)
+        return self.engine.segment(self.encoded, [request], multimask)
+
+    def predict_batch(
+        self,
+        images: Sequence[Image.Image | np.ndarray],
+        requests: Sequence[Sequence[Prompt]],
+        *,
+        task: str = "caption",
+        max_new_tokens: int | None = None,
+        beams: int | None = None,
+        captions: int | None = None,
+        sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> list[list[Caption]]:
+        """Caption regions of several images; the image that is set stays.
+
+        Args:
+            images: As for `set_image`; `BATCH` of them are encoded at a time.
+            requests: For each image its regions. Some may have none.
+            task: As for `predict`, like all further options.
+
+        Returns:
+            For each image a caption for each of its regions, in order.
+
+        Raises:
+            TypeError: An unknown keyword; names the closest one.
+            ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
+        """
+        refuse_unknown("predict_batch", unknown, ("images", "requests", "task", *OPTIONS))
+        check_task(task)
+        if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
+            raise ValueError("images and requests are lists: one list of prompts for each image")
+        if len(images) != len(requests):
+            raise ValueError(f"there are {len(images)} images and {len(requests)} requests; give one for each image")
+        taken, fitting = [], []
+        for place, (image, request) in enumerate(zip(images, requests, strict=True)):
+            try:
+                taken.append(take_image(image))
+                fitting.append(check_prompts(request, *taken[-1].size))
+            except ValueError as error:
+                raise type(error)(f"image {place}: {error}") from error
+        if not any(fitting):
+            raise PromptError("no region; give at least one prompt")
+        generation = settle_generation(
+            self.engine,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            captions=captions,
+            sample=sample,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        found: list[list[Caption]] = []
+        for start in range(0, len(taken), BATCH):
+            rows = slice(start, start + BATCH)
+            found += self.engine.answer(self.engine.encode(taken[rows]), fitting[rows], task, **generation)
+        return found
+
+    def _collect(
+        self,
+        prompts: Sequence[Prompt],
+        boxes: Sequence[Sequence[float]],
+        points: Sequence[Sequence[float]],
+        masks: Sequence[np.ndarray | RLE],
+    ) -> list[Prompt]:
+        if self.image is None:
+            raise ValueError("there is no image yet: call set_image(image) first")
+        return collect_prompts(prompts, boxes, points, masks, self.image.size)

@@ -29,7 +29,7 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION, Everything
 
 from sca.inference.automatic import Searched, search_everything
-from sca.inference.engine import Encoded, Mask, MaskPredictor
+from sca.inference.engine import Encoded, Mask, MaskEngine
 from sca.io.masks import box_of
 from sca.serve.memory import is_out_of_memory, release_memory
 
@@ -212,7 +212,7 @@ class Engine:
     @property
     def finds(self) -> bool:
         """Whether the captioner can be asked for everything."""
-        return isinstance(self.captioner, MaskPredictor) and self.captioner.model is not None
+        return isinstance(self.captioner, MaskEngine) and self.captioner.model is not None
 
     def ask(self, question: Question, tell: Callable[[Event], None]) -> Ticket:
         """Puts a question in the queue. BusyError, ClosedError, CannotError."""
@@ -362,10 +362,9 @@ class Engine:
     def _search(self, ticket: Ticket) -> None:
         """Continue the search of a ticket for at most SEARCH_SECONDS."""
         if ticket.steps is None:
-            predictor, everything = self.captioner, ticket.question.everything
-            predictor.image, predictor.encoded = ticket.question.image, self._encoded([ticket])
             limits = {"max_found": self.max_found, "max_bytes": SEARCH_BYTES}
-            ticket.steps = search_everything(predictor, everything, **limits)
+            encoded = self._encoded([ticket])
+            ticket.steps = search_everything(self.captioner, encoded, ticket.question.everything, **limits)
         end = time.monotonic() + SEARCH_SECONDS
         try:
             while True:
@@ -450,9 +449,8 @@ class Engine:
 
     def _candidates(self, ticket: Ticket, count: int) -> None:
         """Send the candidate masks of the next regions."""
-        predictor = self.captioner
-        predictor.image, predictor.encoded = ticket.question.image, self._encoded([ticket])
-        found = predictor.segment(ticket.prompts[ticket.answered : ticket.answered + count])
+        prompts = ticket.prompts[ticket.answered : ticket.answered + count]
+        found = self.captioner.segment(self._encoded([ticket]), [prompts])
         for region, masks in enumerate(found, ticket.answered):
             _tell(ticket, Candidates(region, masks))
 

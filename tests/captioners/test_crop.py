@@ -5,6 +5,7 @@ import pytest
 from sca_registry.contracts import Prompt
 from sca_registry.spec import Everything
 
+import sca
 from sca.captioners.crop import DESCRIBE, WHAT, CropCaptioner
 from sca.captioners.regions import pixels_of
 from sca.inference.automatic import caption_everything
@@ -27,7 +28,7 @@ def test_what_reaches_the_captioner_is_the_tight_box_of_the_best_mask(weights, s
     request = [*prompts, *POINTS]
     found = captioner.describe(image, request)
     (questions,) = asked
-    best = [masks[0] for masks in captioner.segment(request)]
+    best = [masks[0] for masks in captioner.segment(captioner.encode([image]), [request])]
     assert len(best) == len(request)
     for question, caption, (mask, iou) in zip(questions, found, best, strict=True):
         x1, y1, x2, y2 = map(int, box_of(mask))
@@ -120,9 +121,10 @@ def test_a_chain_of_thought_needs_a_model_that_answers_questions(weights):
 
 def test_everything_is_found_by_the_encoder_and_its_own_masks_are_cut_out(weights, image, asked):
     captioner = CropCaptioner("sca-tiny", weights("blip"))
-    captioner.set_image(image)
+    predictor = sca.Predictor(captioner)
+    predictor.set_image(image)
     options = Everything(points=4, iou=0.0, stability=0.0)
-    found = caption_everything(captioner, options=options, beams=2)
+    found = caption_everything(predictor, options=options, beams=2)
     assert found
     for question, caption in zip(asked[0], found, strict=True):
         assert same(question.image, image.crop(pixels_of(box_of(caption.mask), image.size)))

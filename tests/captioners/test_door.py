@@ -11,15 +11,16 @@ from sca_registry.spec import ModelSpec, Part
 
 import sca
 from sca.cli import run
+from sca.inference.engine import Engine
 
 COUNTED = [name for name in sca_registry.captioners.names() if sca_registry.captioners.card(name).parameters]
 
 
 def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
-    assert isinstance(sca.captioner("sca-tiny"), sca.Predictor)
+    assert isinstance(sca.captioner("sca-tiny"), Engine)
     folder = sca.save(small(), tmp_path / "a+b model")
     for source in (folder, str(folder)):
-        assert isinstance(sca.captioner(source, dtype="bfloat16", regions=3), sca.Predictor)
+        assert isinstance(sca.captioner(source, dtype="bfloat16", regions=3), Engine)
 
 
 def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weights):

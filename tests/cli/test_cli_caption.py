@@ -334,6 +334,7 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
 def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
     from sca.captioners.door import captioner
     from sca.inference.automatic import caption_everything
+    from sca.inference.predictor import Predictor
 
     search = ("--everything", "--iou", 0, "--stability", 0, "--nms", 1, "--points", 3)
     every = captioned(picture("a.png"), *search)
@@ -345,7 +346,7 @@ def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoin
     assert len(captioned("a.png", *search[:-2], "--proposer", grid, "--max-regions", 1)) == 1
     result = shell("caption", "a.png", "--box", "1,1,9,9", "--max-regions", 2, "--model", checkpoint)
     assert (result.status, result.err) == (2, ["sca: --max-regions can only be used with --everything"])
-    predictor = captioner(checkpoint)
+    predictor = Predictor(captioner(checkpoint))
     predictor.set_image(Image.open("a.png").convert("RGB"))
     with pytest.raises(ValueError, match="max_regions is 0; give a whole number, 1 or more"):
         caption_everything(predictor, max_regions=0)

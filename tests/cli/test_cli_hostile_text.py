@@ -53,15 +53,15 @@ def test_caption_shows_a_hostile_file_name_as_text(safe, checkpoint, picture, he
 
 
 def test_caption_table_shows_a_hostile_caption_as_text(safe, checkpoint, picture, monkeypatch):
-    from sca.inference.predictor import Predictor
+    from sca.inference.engine import Engine
 
-    answer = Predictor.answer
+    answer = Engine.answer
 
     def hostile(*arguments, **options):
         found = answer(*arguments, **options)
         return [[replace(each, text=HOSTILE, others=((HOSTILE, 0.1),)) for each in captions] for captions in found]
 
-    monkeypatch.setattr(Predictor, "answer", hostile)
+    monkeypatch.setattr(Engine, "answer", hostile)
     picture("a.png")
     shown = safe(0, "caption", "a.png", "--box", "1,1,40,40", "--model", checkpoint, "--quiet")
     assert shown.count("[bold]x[/bold]") == 2

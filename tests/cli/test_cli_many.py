@@ -42,11 +42,11 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     assert len(journal.read_bytes().splitlines()) == 6
     with journal.open("ab") as file:
         file.write(b'{"image": "photos/00')  # what a kill leaves
-    from sca.inference.predictor import Predictor
+    from sca.inference.engine import Engine
 
-    answer, seen = Predictor.answer, []
+    answer, seen = Engine.answer, []
     monkeypatch.setattr(
-        Predictor,
+        Engine,
         "answer",
         lambda self, encoded, *a, **b: (seen.append(len(encoded.images)), answer(self, encoded, *a, **b))[1],
     )

@@ -19,6 +19,7 @@ from sca.data.scenes import Scenes
 from sca.demo.app import HELD, Controls, Models, _found, _opened, _pointed, _refreshed, _selected, page
 from sca.demo.session import Session
 from sca.inference.automatic import caption_everything, settle_search
+from sca.inference.predictor import Predictor
 from sca.io.prompts import MAX_POINTS, PromptError
 from sca.serve.engine import ClosedError, Done, Question
 
@@ -220,7 +221,7 @@ def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     shown = Controls(points=7, iou=0.99)  # as of a model whose values were not known when it was chosen
     session = Session(scene, "a.png")
     *_, status = list(_found(models, session, name, shown, "caption", *shown))[-1]
-    own = captioner(name)
+    own = Predictor(captioner(name))
     own.set_image(scene)
     assert words(session) == [each.text for each in caption_everything(own)]
     assert status == f"{len(session.regions)} regions"

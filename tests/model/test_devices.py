@@ -260,7 +260,7 @@ def test_waits_grow_with_chunks_by_a_few_each(pointed):
     with simulated_cuda() as device:
         predictor, totals = pointed(), []
         for regions in (6, 6, 3, 2):  # the first also prepares what is kept of an image's size
-            predictor.regions = regions
+            predictor.engine.regions = regions
             with device.counted() as found:
                 predictor.predict(boxes(6))
             totals.append(found.total())
@@ -270,7 +270,7 @@ def test_waits_grow_with_chunks_by_a_few_each(pointed):
 def test_waits_do_not_grow_with_the_masks_of_everything(pointed):
     with simulated_cuda() as device:
         predictor = pointed()
-        options = replace(predictor.everything, points=3, iou=-9.0, stability=0.0, area=0.0, largest=1.0)
+        options = replace(predictor.engine.everything, points=3, iou=-9.0, stability=0.0, area=0.0, largest=1.0)
         waits = []
         for nms in (1.0, 1.0, 0.0):
             with device.counted() as found:

@@ -8,6 +8,7 @@ from sca_registry.contracts import Prompt, Prompts
 from sca import model as models
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import Questions
+from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.language_models.usage import count_tokens
 
@@ -86,8 +87,8 @@ def test_every_caller_generates_in_pieces(rows, monkeypatch):
     predictor = Predictor(model)
     predictor.set_image(Image.new("RGB", (64, 64), "blue"))
     assert len(predictor.predict(boxes=BOXES)) == 40
-    found = predictor.best(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
-    predictor.tell(found, [Prompt(box=box) for box in BOXES])
+    found = predictor.engine.best(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
+    predictor.engine.tell(predictor.encoded, found, [Prompt(box=box) for box in BOXES])
     evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", questions=Questions(), batch=12)
     features = model.encode(torch.zeros(1, 3, 64, 64))
     prompts = Prompts(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
@@ -109,7 +110,7 @@ def test_non_finite_features_scores_and_ious_are_an_error(small):
         with torch.no_grad():
             broken[-1].fill_(torch.nan)
         with pytest.raises(ValueError, match=told):
-            Predictor(model).describe(image, [Prompt(box=(1, 2, 30, 40))])
+            Engine(model).describe(image, [Prompt(box=(1, 2, 30, 40))])
 
 
 def test_float16_overflow_is_an_error(small):
@@ -117,6 +118,6 @@ def test_float16_overflow_is_an_error(small):
     with torch.no_grad():
         for parameter in model.language_model.parameters():
             parameter.mul_(1e4)
-    predictor, image = Predictor(model.half()), Image.new("RGB", (64, 64), "blue")
+    predictor, image = Engine(model.half()), Image.new("RGB", (64, 64), "blue")
     with pytest.raises(ValueError, match="if this is float16, use"):
         predictor.describe(image, [Prompt(box=(1, 2, 30, 40))])

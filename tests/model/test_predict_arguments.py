@@ -10,7 +10,6 @@ from sca_registry.contracts import Prompt
 from sca_registry.spec import Everything
 
 import sca
-from sca.inference.engine import MaskPredictor
 from sca.inference.generation import OPTIONS
 from sca.io.masks import encode
 from sca.io.prompts import PromptError
@@ -34,7 +33,7 @@ def predictor(model, scene):
 @pytest.fixture
 def idle(predictor, monkeypatch):
     """A predictor that must not compute anything."""
-    monkeypatch.setattr(predictor, "answer", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(predictor.engine, "answer", lambda *_, **__: pytest.fail("computed"))
     return predictor
 
 
@@ -93,7 +92,7 @@ def test_unknown_keyword_is_a_type_error_with_the_closest_name(idle, keyword, cl
     ],
 )
 def test_predict_refuses_options_that_cannot_be_meant(predictor, options, message, monkeypatch):
-    monkeypatch.setattr(predictor, "_bucket", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(predictor.engine, "_bucket", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
         predictor.predict(boxes=[BOX], **options)
 
@@ -140,7 +139,7 @@ def test_predict_takes_none_for_no_regions(predictor):
 def test_several_captions_are_found_by_as_many_beams_or_drawn_one_by_one(predictor, monkeypatch):
     (caption,) = predictor.predict(boxes=[BOX], captions=3)
     assert len(caption.others) == 2
-    monkeypatch.setattr(type(predictor), "generation", {"max_new_tokens": 5, "beams": 2})
+    monkeypatch.setattr(type(predictor.engine), "generation", {"max_new_tokens": 5, "beams": 2})
     (caption,) = predictor.predict(boxes=[BOX], captions=3, sample=True, temperature=2.0, seed=1)
     assert len(caption.others) == 2
     for sample in (None, True):
@@ -196,14 +195,14 @@ def test_predict_batch_checks_lengths_ranges_and_types(idle, scene, images, requ
 
 
 def test_predict_batch_checks_its_task_before_it_encodes(idle, scene, monkeypatch):
-    monkeypatch.setattr(idle, "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(idle.engine, "encode", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ValueError, match="unknown task 'describe'"):
         idle.predict_batch([scene.image], [[Prompt(box=BOX)]], task="describe")
 
 
 def test_caption_everything_takes_search_and_generation_options_over_the_models_own(predictor):
     few = sca.caption_everything(predictor, points=2, max_new_tokens=3)
-    options = Everything(**{**vars(predictor.everything), "points": 2})
+    options = Everything(**{**vars(predictor.engine.everything), "points": 2})
     assert few == sca.caption_everything(predictor, options=options, max_new_tokens=3)
     with pytest.raises(TypeError, match=r"caption_everything\(\) has no argument 'point'. Did you mean 'points'\?"):
         sca.caption_everything(predictor, point=2)
@@ -235,4 +234,4 @@ def test_predictor_refuses_a_name_in_place_of_a_model():
 
 @pytest.mark.parametrize("method", ["predict", "predict_batch"])
 def test_generation_options_are_explicit_keywords(method):
-    assert set(OPTIONS) < set(inspect.signature(getattr(MaskPredictor, method)).parameters)
+    assert set(OPTIONS) < set(inspect.signature(getattr(sca.Predictor, method)).parameters)

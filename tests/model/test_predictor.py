@@ -9,8 +9,9 @@ from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
 from sca_registry.spec import Everything
 
-from sca.inference import automatic as everything
+from sca.inference import automatic
 from sca.inference.automatic import caption_everything, find_everything, search_everything
+from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.io.masks import box_of, decode
 from sca.proposers.grid import Grid
@@ -79,10 +80,11 @@ def test_an_image_is_encoded_once_and_asked_as_often_as_wanted(counted, scene):
 def test_mixed_requests_come_back_in_order(counted, scene):
     predictor, calls = counted()
     prompts = mixed(scene)
-    together = predictor.describe(scene.image, prompts)
+    together = predictor.engine.describe(scene.image, prompts)
     assert [caption.region for caption in together] == list(range(len(prompts)))
     assert all(caption.prompt is prompt for caption, prompt in zip(together, prompts, strict=True))
     assert sorted(calls["segment"]) == [1, 1, 1, 2, 2]
+    predictor.set_image(scene.image)
     for prompt, caption in zip(prompts, together, strict=True):
         assert alike(predictor.predict([prompt])[0], caption)
 
@@ -91,11 +93,11 @@ def test_several_images_answer_as_each_alone(counted, scene):
     predictor, calls = counted()
     images = [scene.image, scene.image.resize((96, 60)), scene.image]
     requests = [mixed(scene)[:3], [], mixed(scene)]
-    together = predictor.answer(predictor.encode(images), requests)
+    together = predictor.engine.answer(predictor.engine.encode(images), requests)
     assert calls["encode"] == [3]
     assert [len(captions) for captions in together] == [3, 0, 7]
     for image, request, captions in zip(images, requests, together, strict=True):
-        for caption, alone in zip(captions, predictor.describe(image, request), strict=True):
+        for caption, alone in zip(captions, predictor.engine.describe(image, request), strict=True):
             assert alike(caption, alone)
             assert caption.region == alone.region
 
@@ -118,7 +120,7 @@ def test_what_regions_share_is_computed_once_for_all_chunks(counted, scene):
     found = predictor.predict(boxes=[region.box for region in scene.regions])
     assert len(calls["mix"]) == len(scene.regions) > 1
     assert len(calls["prepare"]) == 1
-    together = Predictor(predictor.model).describe(scene.image, [caption.prompt for caption in found])
+    together = Engine(predictor.model).describe(scene.image, [caption.prompt for caption in found])
     assert [caption.text for caption in together] == [caption.text for caption in found]
 
 
@@ -173,7 +175,7 @@ def test_an_array_is_taken_as_well_as_a_picture(counted, scene):
 
 def test_without_masks_there_are_captions_and_boxes(counted, scene):
     predictor, _ = counted(segmenter={"name": "box"})
-    (caption,) = predictor.describe(scene.image, [Prompt(box=scene.regions[0].box)])
+    (caption,) = predictor.engine.describe(scene.image, [Prompt(box=scene.regions[0].box)])
     assert caption.mask is None
     assert caption.iou is None
     assert caption.box == scene.regions[0].box
@@ -225,8 +227,8 @@ def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(coun
 def test_a_full_size_mask_is_made_once_for_what_is_looked_at_in_full_size(counted, scene, monkeypatch):
     predictor, _ = counted()
     predictor.set_image(scene.image)
-    made, inside = [], predictor.processor.inside
-    monkeypatch.setattr(predictor.processor, "inside", lambda *given: (made.extend(given[1]), inside(*given))[1])
+    made, inside = [], predictor.engine.processor.inside
+    monkeypatch.setattr(predictor.engine.processor, "inside", lambda *given: (made.extend(given[1]), inside(*given))[1])
     captions = caption_everything(predictor, options=ALL)  # no filter that looks at full size leaves anything out
     assert len(made) == len(captions) > 9
 
@@ -329,7 +331,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     predictor.set_image(pixels)
     del calls["encode"][:]
     options = Everything(points=24, iou=0.0, stability=0.0, nms=0.5, crops=1, crop_overlap=0.34, caption_from="box")
-    search = finished(everything._search(predictor, options))
+    search = finished(automatic._search(predictor.engine, predictor.encoded, options))
     assert calls["encode"] == [1] * 4
     small = [each for each in search if each.window != (0, 0, 192, 128)]
     assert small, "a closer look stays in place of the one from afar"
@@ -387,11 +389,11 @@ def test_search_everything_interleaves_images(counted, scene):
     alone = []
     for image in images:
         predictor.set_image(image)
-        alone.append(find_everything(predictor, replace(ANY, crops=1)))
+        alone.append(find_everything(predictor.engine, predictor.encoded, replace(ANY, crops=1)))
     running, together = {}, {}
     for number, image in enumerate(images):
         predictor.set_image(image)
-        running[number] = search_everything(predictor, replace(ANY, crops=1))
+        running[number] = search_everything(predictor.engine, predictor.encoded, replace(ANY, crops=1))
         next(running[number])
     predictor.set_image(Image.new("RGB", (5, 5)))
     steps = 0
@@ -412,10 +414,10 @@ def test_search_everything_stops_at_its_limits(counted, scene):
     predictor, calls = counted(regions=10)
     predictor.set_image(scene.image)
     with pytest.raises(ValueError, match="more than 3 regions were found; raise iou or stability"):
-        finished(search_everything(predictor, ALL, max_found=3))
+        finished(search_everything(predictor.engine, predictor.encoded, ALL, max_found=3))
     del calls["segment"][:]
     with pytest.raises(ValueError, match="too many masks pass the filters"):
-        finished(search_everything(predictor, replace(ALL, points=32), max_bytes=2**20))
+        finished(search_everything(predictor.engine, predictor.encoded, replace(ALL, points=32), max_bytes=2**20))
     assert sum(calls["segment"]) < 32 * 32
 
 

@@ -167,7 +167,7 @@ def test_everything_equals_the_original_region_by_region(trained, search, nms, s
     options = Everything(nms=nms, **search)
     predictor = sca.Predictor(trained)
     predictor.set_image(image)
-    found, _ = find_everything(predictor, options)
+    found, _ = find_everything(predictor.engine, predictor.encoded, options)
 
     form = trained.encoder.image
     mean, std = ([255 * value for value in values] for values in (form.mean, form.std))

@@ -8,6 +8,7 @@ import pytest
 from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import Everything
 
+import sca
 from sca.inference.automatic import caption_everything
 from sca.serve import engine as module
 from sca.serve.engine import (
@@ -139,8 +140,9 @@ def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, sce
 
 
 def alone(captioner, image, options):
-    captioner.set_image(image)
-    return caption_everything(captioner, options=options)
+    predictor = sca.Predictor(captioner)
+    predictor.set_image(image)
+    return caption_everything(predictor, options=options)
 
 
 def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
@@ -305,8 +307,7 @@ def test_everything_is_found_and_captioned_as_without_a_server(tiny, engine, sce
     listener, options = Listener(), Everything(**{**vars(tiny.everything), "points": 12})
     engine.ask(Question(scene.image, everything=options), listener)
     captions = listener.captions
-    tiny.set_image(scene.image)
-    assert told(captions) == told(caption_everything(tiny, options=options))
+    assert told(captions) == told(alone(tiny, scene.image, options))
     kinds = [type(event) for event in listener.events]
     assert kinds[0] is Searched
     assert listener.events[kinds.index(Found)] == (len(captions),)
