@@ -175,9 +175,9 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
 
 def _is_torn(first: bytes) -> bool:
     """Whether a first line is a part of our header, or the zeros that a power cut leaves."""
-    if first.endswith(b"\n"):
+    if first.endswith(b"\n") and b"\0" not in first:  # no text file contains zeros
         return False
-    written = first.rstrip(b"\0")
+    written = first.partition(b"\0")[0]
     if HEADER.startswith(written):
         return True
     try:

@@ -183,10 +183,14 @@ def _lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_torn(file: IO[bytes]) -> bool:
-    """Whether a file without a whole entry is the beginning of a first one, or zeros in its place."""
+    """Whether a file without a whole entry is the beginning of a first one, or zeros in its place.
+
+    Several lines are a file of something else, unless they contain zeros, which no text file does.
+    """
     file.seek(0)
     content = file.read()
-    return b"\n" not in content and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
+    is_one_line = b"\n" not in content or b"\0" in content
+    return is_one_line and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -193,7 +193,7 @@ def test_evaluate_begins_anew_where_its_header_is_torn(teller, dataset, tmp_path
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     whole = (tmp_path / NAME).read_bytes()
     header = whole.splitlines()[0]
-    for tail in (b"", b"\0" * 50):
+    for tail in (b"", b"\0" * 50, b"\0\0{\n"):
         (tmp_path / NAME).write_bytes(header[:cut] + tail)
         evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
         assert (tmp_path / NAME).read_bytes() == whole

@@ -57,7 +57,7 @@ def test_journal_drops_a_torn_line(path, cut):
     assert list(read_journal(path)) == ENTRIES[:-1]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'{"number": 0, "te'])
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'{"number": 0, "te', b'{"number"\0\0{\n'])
 def test_journal_begins_anew_where_the_first_line_is_torn(tmp_path, content):
     (tmp_path / "journal").write_bytes(content)
     with Journal(tmp_path / "journal") as journal:
@@ -66,7 +66,7 @@ def test_journal_begins_anew_where_the_first_line_is_torn(tmp_path, content):
     assert list(read_journal(tmp_path / "journal")) == [{"number": 0}]
 
 
-@pytest.mark.parametrize("content", [b"my notes\n", b"my notes", b"[1]\n[2]\n", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [b"my notes\n", b"my notes", b"[1]\n[2]\n", b"\x89PNG\r\n\x1a\n", b"{\n "])
 def test_journal_does_not_touch_a_file_that_is_none(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
     with pytest.raises(JournalError, match="is not a journal; choose another folder"):
