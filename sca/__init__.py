@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from sca_registry.spec import Everything as Everything
     from sca_registry.spec import ModelSpec as ModelSpec
 
-    from sca.captioners.door import captioner as captioner
     from sca.checkpoints.load import load as load
     from sca.checkpoints.native import save as save
     from sca.composition import build as build
     from sca.composition import compose as compose
     from sca.inference.automatic import caption_everything as caption_everything
+    from sca.inference.factory import captioner as captioner
     from sca.inference.predictor import Predictor as Predictor
     from sca.inference.processor import Processor as Processor
     from sca.io.images import open_image as open_image
@@ -37,7 +37,7 @@ _WHERE = {
     "SegmentCaptioner": "sca.model",
     "build": "sca.composition",
     "caption_everything": "sca.inference.automatic",
-    "captioner": "sca.captioners.door",
+    "captioner": "sca.inference.factory",
     "compose": "sca.composition",
     "load": "sca.checkpoints.load",
     "open_image": "sca.io.images",

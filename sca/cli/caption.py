@@ -185,7 +185,7 @@ def caption(
         requests.report(failures, quiet)
     read = _read_files(prompts, mask or (), region or (), proposer)
     if launcher:
-        from sca.cli.shards import caption_shards
+        from sca.inference.shards import caption_shards
 
         status = caption_shards(archives, paths, context.params, _settings(context.params, read), read)
         if not quiet:
@@ -255,7 +255,7 @@ def load_captioner(model: str, device: str, dtype: str | None, seed: int, **agre
     """What `sca.captioner` has for a name, on a device that is here."""
     import torch
 
-    from sca.captioners.door import captioner
+    from sca.inference.factory import captioner
 
     torch.manual_seed(seed)
     return captioner(model, find_device(device), **agreed, **({"dtype": dtype} if dtype else {}))

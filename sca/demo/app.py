@@ -17,11 +17,11 @@ from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
 from sca_registry.spec import GENERATION, Everything, Part
 
-from sca.captioners.door import captioner
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.inference.automatic import settle_search
+from sca.inference.factory import captioner
 from sca.inference.generation import settle_generation
 from sca.io.hub import local_path
 from sca.io.images import ImageError, read_image

@@ -19,7 +19,6 @@ from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN
 from sca_registry.spec import Part, check_generation
 
-from sca.captioners.door import captioner as open_captioner
 from sca.checkpoints.state import weights_hash
 from sca.data.summary import check_not_empty, summarize_dataset
 from sca.evaluation.journal import (
@@ -39,6 +38,7 @@ from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
 from sca.evaluation.soundness import check, check_against, completed
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
+from sca.inference.factory import captioner as open_captioner
 from sca.inference.predictor import Predictor
 from sca.io.run_folder import RunFolder, existing_paths
 

@@ -53,7 +53,7 @@ class Hosted:
     def captioner(self) -> Captioner:
         import torch
 
-        from sca.captioners.door import captioner
+        from sca.inference.factory import captioner
 
         torch.manual_seed(self.seed)
         agreed = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}

@@ -332,8 +332,8 @@ def test_caption_in_shards_keeps_the_regions_beside_a_bad_one(shell, checkpoint,
 
 
 def test_max_regions_keeps_the_best_regions(captioned, shell, picture, checkpoint):
-    from sca.captioners.door import captioner
     from sca.inference.automatic import caption_everything
+    from sca.inference.factory import captioner
     from sca.inference.predictor import Predictor
 
     search = ("--everything", "--iou", 0, "--stability", 0, "--nms", 1, "--points", 3)

@@ -73,7 +73,7 @@ SETTINGS = {"images": ["x"], "words": "2"}
 
 def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
     """Begin a run of shards, and finish some of them."""
-    from sca.cli.shards import JOURNAL, KIND, PATTERNS, _begin
+    from sca.inference.shards import JOURNAL, KIND, PATTERNS, _begin
     from sca.io.journal import Journal
     from sca.io.run_folder import RunFolder
 
@@ -140,7 +140,7 @@ def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told
 
 
 def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
-    from sca.cli.shards import _fingerprint, _shards
+    from sca.inference.shards import _fingerprint, _shards
 
     archive = tmp_path / "shard-00000.tar"
     shards = _shards([str(archive)], [Path("a.png"), Path("b.png")], 1)
@@ -155,7 +155,7 @@ def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
 
 @pytest.mark.parametrize(("number", "is_of_image"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EISDIR, True)])
 def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, number, is_of_image):
-    from sca.cli.shards import caption_shard
+    from sca.inference.shards import caption_shard
 
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
@@ -178,7 +178,7 @@ def test_images_that_do_not_exist_exit_with_1_beside_shards(shell, here, monkeyp
     asked = (*BOXES, "--out", "out", "--launcher", "local")
     assert shell("caption", "gone.png", *asked).status == 1
     assert not (here / "out").exists()
-    monkeypatch.setattr("sca.cli.shards.caption_shards", lambda *arguments: 0)
+    monkeypatch.setattr("sca.inference.shards.caption_shards", lambda *arguments: 0)
     assert shell("caption", "gone.png", "set.tar", *asked).status == 1
 
 
@@ -209,7 +209,7 @@ def test_shard_captions_images_whose_names_mean_something_to_a_command_line(shel
 
 
 def test_shard_of_files_that_have_gone_captions_no_others(shell, checkpoint, picture, here):
-    from sca.cli.shards import caption_shard
+    from sca.inference.shards import caption_shard
 
     picture("a.png")
     flags = ["--box=4,4,40,40", f"--model={checkpoint}"]

@@ -14,11 +14,11 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 
 import gradio as gr
 
-from sca.captioners.door import captioner
 from sca.data.scenes import Scenes
 from sca.demo.app import HELD, Controls, Models, _found, _opened, _pointed, _refreshed, _selected, page
 from sca.demo.session import Session
 from sca.inference.automatic import caption_everything, settle_search
+from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.io.prompts import MAX_POINTS, PromptError
 from sca.serve.engine import ClosedError, Done, Question

@@ -16,10 +16,10 @@ from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
 
-from sca.captioners.door import captioner
 from sca.composition import build
 from sca.data.scenes import Scenes
 from sca.inference.automatic import caption_everything
+from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import mean_under

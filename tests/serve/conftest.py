@@ -14,7 +14,7 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
 @pytest.fixture(scope="session")
 def tiny():
-    from sca.captioners.door import captioner
+    from sca.inference.factory import captioner
 
     return captioner("sca-tiny")
 

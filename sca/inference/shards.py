@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sca.captioners.door  # noqa: F401 (what shards are forked from has it imported)
+import sca.inference.factory  # noqa: F401 (what shards are forked from has it imported)
 
 if TYPE_CHECKING:
     from sca.io.run_folder import RunFolder
@@ -87,7 +87,7 @@ def caption_shards(
         tasks = [
             Task(
                 name,
-                "sca.cli.shards:caption_shard",
+                "sca.inference.shards:caption_shard",
                 {"flags": flags, "content": shards[name], "folder": os.getcwd(), "device": device},
                 str(Path(logs, name)),
                 timeout=float("inf"),
