@@ -70,20 +70,17 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str], exact_images: bool = False) -> int:
+def run(arguments: list[str]) -> int:
     """The exit status of one command.
-
-    exact_images: names of images are taken as files as they are; `~` and the signs of patterns mean nothing in them.
 
     ValueError is what the library raises for a person's mistake and OSError the system's word for what cannot be read
     or written: both are one line, and so is what a broken torchvision raises, which any command may import. Any other
     is a defect and keeps its traceback, as all do under `python -X dev`.
     """
     command = typer.main.get_command(app)
-    if not exact_images:
-        arguments = [HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), each) for each in arguments]
+    arguments = [HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), each) for each in arguments]
     try:
-        with command.make_context("sca", list(arguments), obj={"exact_images": exact_images}) as context:
+        with command.make_context("sca", list(arguments)) as context:
             command.invoke(context)
         return 0
     except typer.Exit as ended:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,20 +23,18 @@ from sca.cli.options import (
     print_table,
     settle,
 )
-from sca.devices import DEVICES, DTYPES, find_device
+from sca.devices import DEVICES, DTYPES
 from sca.io import terminal
 from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from sca_registry.contracts import Caption, Captioner, Prompt, Proposer
+    from sca_registry.contracts import Caption, Launcher
 
-    from sca.inference.engine import MaskEngine
+    from sca.inference.batch import Failure, Results
+    from sca.inference.job import CaptionJob, Regions
+    from sca.inference.shards import ShardedRun
     from sca.output.journal import Journal
-    from sca.output.read import Captioned, Size
-
-    Opened = Iterator[tuple[Path, Image | Captioned]]
-    Answers = Iterator[tuple[Path, Image | Size, list[Caption]]]
 
 DEFAULT_MODEL = "sca-tiny"
 UNKEPT = (  # that change no answer
@@ -134,13 +131,11 @@ def caption(
     """
     from sca_registry.contracts import TASKS
 
-    from sca.io.images import find_images, is_irregular, show
-    from sca.io.run_folder import OutputFilter
-    from sca.output import DRAWN, FORMATS, Writers, output_patterns
+    from sca.inference.job import CaptionJob
+    from sca.io.images import show
 
     formats = _formats(format, out)
-    exact = (context.obj or {}).get("exact_images")
-    images = images if exact else [str(input_path(name)) for name in images]
+    images = [str(input_path(name)) for name in images]
     mask = [str(input_path(name)) for name in mask or ()]
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
     settle("task", task, TASKS)
@@ -148,13 +143,12 @@ def caption(
         settle("dtype", dtype, DTYPES)
     if caption_from:
         settle("prompt to caption from", caption_from, CAPTION_FROM)
-    requests = Requests(box or (), point or (), mask or (), region or (), prompts)
     search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
     search |= {"area": area, "crops": crops, "caption_from": caption_from}
-    _settle_regions(requests, everything, search | {"proposer": proposer, "max_regions": max_regions})
+    given = bool(box or point or mask or region or prompts)
+    _settle_regions(given, everything, search | {"proposer": proposer, "max_regions": max_regions})
     if proposer and (points is not None or crops is not None):
         raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
-    propose = _proposer(proposer) if proposer else None
     if temperature is not None and not sample:
         raise ValueError("--temperature can only be used with --sample")
     if resume and out in ("", "-"):
@@ -163,47 +157,57 @@ def caption(
         raise ValueError("--overwrite replaces the run of a folder; name it with --out, and leave out --resume")
     if launcher and (out in ("", "-") or formats != ("jsonl",)):
         raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
+    job = CaptionJob(
+        model,
+        device,
+        dtype,
+        seed,
+        trust_remote_code,
+        allow_external,
+        boxes=box or (),
+        points=point or (),
+        masks=mask,
+        regions=region or (),
+        prompts=str(prompts) if prompts else None,
+        everything=everything,
+        search=search,
+        proposer=proposer,
+        max_regions=max_regions,
+        task=task,
+        generation={
+            "max_new_tokens": words,
+            "beams": beams,
+            "captions": captions,
+            "sample": sample or None,
+            "temperature": temperature,
+        },
+        batch=batch,
+    )
+    regions = job.read_regions()
     archives = [name for name in images if launcher and name.endswith(".tar")]
-    others = [name for name in images if name not in archives]
-    drawings = OutputFilter(output_patterns(FORMATS))
-    irregular: list[Path] = []
-
-    def exclude(path: Path) -> bool:
-        irregular.extend([path] if is_irregular(path) else [])
-        return is_irregular(path) or drawings(path)
-
-    paths, problems = ([Path(name) for name in others], []) if exact else find_images(others, exclude)
-    if drawings.skipped and not quiet:
-        complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
-    for path in irregular if not quiet else ():
-        complain(f"skipped {show(path)}, which is a pipe or a device, not an image file")
+    paths, problems = _find_images([name for name in images if name not in archives], quiet)
     _check_image_prefix(image_prefix, formats, paths)
     failures = Failures(problems)
     if not (paths or archives):
         raise typer.Exit(failures.status)
-    if not exact:  # a shard's process, whose parent reported this
-        requests.report(failures, quiet)
-    read = _read_files(prompts, mask or (), region or (), proposer)
+    _report_prompts(regions, failures, quiet)
+    read = job.input_files()
     if launcher:
-        from sca.inference.shards import caption_shards
+        from sca.inference.shards import ShardedRun, name_shards
 
-        status = caption_shards(archives, paths, context.params, _settings(context.params, read), read)
+        settings = {"images": context.params["images"], **_settings(context.params, read)}
+        shards = name_shards(archives, paths, shard)
+        inputs = [*archives, *paths, *read]
+        where = _build_launcher(launcher)
+        with ShardedRun(Path(out), shards, settings, inputs, overwrite) as run:
+            _caption_shards(run, job, where, failures, quiet)
         if not quiet:
             _remark_domain(model)
-        raise typer.Exit(max(status, failures.status))
-    requests.match(paths)
-    from sca.inference.generation import settle_generation
+        raise typer.Exit(failures.status)
+    from sca.inference.batch import BatchCaptioner, Failure
+    from sca.output import DRAWN, Writers
 
-    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-    captioner = load_captioner(model, device, dtype, seed, **agreed)
-    generation = settle_generation(
-        captioner,
-        max_new_tokens=words,
-        beams=beams,
-        captions=captions,
-        sample=sample or None,
-        temperature=temperature,
-    )
+    captioner = BatchCaptioner(job, regions)
     with ExitStack() as outputs:
         writers = journal = None
         if out == "-":
@@ -211,36 +215,81 @@ def caption(
         elif out:
             journal = outputs.enter_context(_journal(Path(out), context.params, formats, paths, read))
             writers = outputs.enter_context(Writers(out, formats, model, image_prefix))
-        opened = _open(paths, failures, journal.done if journal else {})
-        drawn = bool(set(formats) & set(DRAWN))
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
         bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
-        if everything:
-            finder = _finder(captioner, model)
-            how = {"progress": bars.show_search, "max_regions": max_regions, **generation}
-            answers = _everything(finder, opened, task, search, propose, failures, how, drawn)
-        else:
-            answers = _prompted(captioner, requests.of(opened, failures), batch, task, generation, drawn)
+        drawn = bool(set(formats) & set(DRAWN))
+        results = captioner.caption(paths, journal.done if journal else None, drawn, bars.show_search)
         done = 0
-        for path, image, found in bars.follow(answers, failures):
+        for result in bars.follow(results):
+            if isinstance(result, Failure):
+                failures.add(result)
+                continue
             for output in filter(None, (writers, table)):
-                output.add(path, image, found)
+                output.add(*result)
             if journal:
-                journal.add(str(path), image, found)
-            if everything and not found and not quiet:
-                complain(f"nothing found in {show(path)}; lower --iou or --stability, or raise --points")
+                journal.add(str(result.path), result.image, result.captions)
+            if everything and not result.captions and not quiet:
+                complain(f"nothing found in {show(result.path)}; lower --iou or --stability, or raise --points")
             done += 1
         if not done:  # older files stay as they are
             raise typer.Exit(failures.status)
     if not quiet:
         _remark_domain(model)
-        if summary := requests.clipped.summarize():
+        if summary := regions.clipped.summarize():
             complain(summary)
         for path in writers.paths.values() if writers else ():
             complain(f"wrote {path}")
         if failures.count:
             complain(f"{done} of {done + failures.count} done{failures.named()}")
     raise typer.Exit(failures.status)
+
+
+def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
+    """Find images, without those that `sca` drew; return a line for each name that leads to none."""
+    from sca.io.images import find_images, is_irregular, show
+    from sca.io.run_folder import OutputFilter
+    from sca.output import FORMATS, output_patterns
+
+    drawings = OutputFilter(output_patterns(FORMATS))
+    irregular: list[Path] = []
+
+    def exclude(path: Path) -> bool:
+        irregular.extend([path] if is_irregular(path) else [])
+        return is_irregular(path) or drawings(path)
+
+    paths, problems = find_images(names, exclude)
+    if drawings.skipped and not quiet:
+        complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
+    for path in irregular if not quiet else ():
+        complain(f"skipped {show(path)}, which is a pipe or a device, not an image file")
+    return paths, problems
+
+
+def _build_launcher(text: str) -> Launcher:
+    import sca_registry
+    from sca_registry.spec import Part
+
+    part = Part.parse(text, "--launcher", "launchers")
+    return sca_registry.launchers.build(part.name, **part.options)
+
+
+def _caption_shards(run: ShardedRun, job: CaptionJob, launcher: Launcher, failures: Failures, quiet: bool) -> None:
+    """Caption the missing shards of a run and report what becomes of each."""
+    missing = run.missing
+    if run.finished and not quiet:
+        complain(f"{len(run.finished)} of {len(run.shards)} shards are there already")
+    for name, problems in run.finished.items():
+        failures.report_lines(name, problems)
+    if any(run.finished.values()):
+        complain("to caption them once they are repaired, choose another --out, or start over with --overwrite")
+    for number, result in enumerate(run.caption(job, launcher), 1):
+        failures.report_lines(result.name, result.problems)
+        if result.path is None:
+            failures.report(f"{result.name}: {result.reason}", status=1)
+        elif not quiet:
+            complain(f"{number} of {len(missing)}: wrote {result.path}")
+    if run.missing:
+        complain(f"{len(run.missing)} shards are missing: the same command goes on with them")
 
 
 def _remark_domain(model: str) -> None:
@@ -251,38 +300,35 @@ def _remark_domain(model: str) -> None:
         complain(remark)
 
 
-def load_captioner(model: str, device: str, dtype: str | None, seed: int, **agreed: bool) -> Captioner:
-    """What `sca.captioner` has for a name, on a device that is here."""
-    import torch
-
-    from sca.inference.factory import captioner
-
-    torch.manual_seed(seed)
-    return captioner(model, find_device(device), **agreed, **({"dtype": dtype} if dtype else {}))
-
-
 class Failures:
-    """Says what failed as soon as it does, and keeps the exit status: 1 for an image, 2 for what was asked of it."""
+    """Reports what failed as soon as it does, and keeps the exit status: 1 for an image, 2 for its prompts."""
 
     def __init__(self, images: Iterable[str] = ()):
         self.count = 0
         self.status = 0
         self.paths: list[Path] = []
         for problem in images:
-            self.add(problem, status=1)
+            self.report(problem, status=1)
+            self.count += 1
 
     def report(self, problem: str, status: int) -> None:
-        """Say what failed of an image that is done otherwise."""
+        """Report a problem that leaves no image without captions."""
         complain(problem)
         self.status = max(self.status, status)
 
-    def add(self, problem: str, status: int, path: Path | None = None) -> None:
-        self.report(problem, status)
-        self.count += 1
-        self.paths += [path] if path else []
+    def report_lines(self, shard: str, problems: Iterable[str]) -> None:
+        """Report the problems of a shard's images."""
+        for line in problems:
+            self.report(f"{shard}: {line}", status=1)
+
+    def add(self, failure: Failure) -> None:
+        self.report(failure.reason, failure.status)
+        if failure.is_whole:
+            self.count += 1
+            self.paths.append(failure.path)
 
     def named(self, most: int = 20) -> str:
-        """The images that failed, once more, for the end of a long run."""
+        """Name the images that failed once more, for the end of a long run."""
         from sca.io.images import show
 
         if not self.paths:
@@ -320,97 +366,34 @@ class ProgressBars:
     def show_search(self, done: int, points: int) -> None:
         self.progress.update(self.search, completed=done, total=points, visible=True)
 
-    def follow(self, answers: Answers, failures: Failures) -> Answers:
-        """Yield the answers and count their images."""
-        start = time.monotonic()
-        for done, answer in enumerate(answers, 1):
+    def follow(self, results: Results) -> Results:
+        """Yield the results and count their images."""
+        start, done, failed = time.monotonic(), 0, 0
+        for result in results:
             self.progress.reset(self.search, visible=False)
-            yield answer
+            yield result
+            failed += getattr(result, "is_whole", False)
+            done += not hasattr(result, "is_whole")
             rate = f"{done / max(time.monotonic() - start, 1e-3):.1f} images/s"
-            self.progress.update(self.images, completed=done + failures.count, rate=rate)
+            self.progress.update(self.images, completed=done + failed, rate=rate)
 
 
-class Requests:
-    """What is asked of each image: the regions of the flags, the same for all, or those of a prompts file."""
+def _report_prompts(regions: Regions, failures: Failures, quiet: bool) -> None:
+    """Report what a prompts file contains, and the records of which no prompt can be made."""
+    from sca.inference.job import ListedPrompts
+    from sca.io.images import show
 
-    def __init__(
-        self,
-        boxes: Iterable[str],
-        points: Iterable[str],
-        masks: Iterable[str],
-        regions: Iterable[str],
-        file: Path | None,
-    ):
-        from sca_registry.contracts import Prompt
-
-        from sca.io.annotations.annotation import SkipCounter
-        from sca.io.prompt_files import read_prompts
-        from sca.io.prompts import parse_box, parse_point, parse_region, read_mask
-
-        self.flags = [Prompt(box=parse_box(text)) for text in boxes]
-        self.flags += [Prompt(points=(parse_point(text),)) for text in points]
-        self.flags += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in masks]
-        self.flags += [parse_region(text, allow_pipe=True) for text in regions]
-        if self.flags and file:
-            raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
-        self.file = read_prompts(file) if file else None
-        self.clipped = self.file.clipped if self.file is not None else SkipCounter()
-
-    def __bool__(self) -> bool:
-        return bool(self.flags) or self.file is not None
-
-    def match(self, paths: Sequence[Path]) -> None:
-        """Finds the images in the prompts file. Raises PromptError if a name could mean several."""
-        self.keys = self.file.match(paths) if self.file is not None else {}
-
-    def of(self, opened: Opened, failures: Failures) -> Iterator[tuple[Path, Image | Captioned, list[Prompt]]]:
-        """Each image with its checked prompts; one whose prompts do not fit is a failure."""
-        from sca.io.images import show
-        from sca.io.prompts import PromptError, check_and_count
-
-        for path, image in opened:
-            try:
-                if self.file is None:
-                    place = show(path)
-                    fitted = [check_and_count(prompt, *image.size, self.clipped, place) for prompt in self.flags]
-                    yield path, image, fitted
-                else:
-                    yield path, image, self._listed(path, image, failures)
-            except PromptError as error:
-                failures.add(f"{show(path)}: {error}", status=2, path=path)
-
-    def _listed(self, path: Path, image: Image | Captioned, failures: Failures) -> list[Prompt]:
-        """The prompts of the file that fit the image; the others are reported. Raises PromptError if none fits."""
-        from sca.io.images import show
-        from sca.io.prompts import PromptError
-
-        assert self.file is not None
-        if path not in self.keys:
-            raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
-        prompts, problems = self.file.fitting(self.keys[path], *image.size)
-        if problems and not prompts:
-            more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
-            raise PromptError(f"{problems[0]}{more}")
-        for problem in problems:
-            failures.report(f"{show(path)}: {problem}", status=2)
-        return prompts
-
-    def report(self, failures: Failures, quiet: bool) -> None:
-        """Report what the prompts file contains, and the records of which no prompt can be made."""
-        from sca.io.images import show
-
-        if self.file is None:
-            return
-        regions = sum(map(self.file.count, self.file))
-        problems = self.file.problems
-        if not quiet:
-            unusable = f"; {format_count(len(problems), 'record')} cannot be used" if problems else ""
-            counts = f"{format_count(regions, 'region')}, {format_count(len(self.file), 'image')}"
-            complain(f"{show(self.file.path)}: {counts}{unusable}")
-            if summary := self.file.skip.summarize():
-                complain(f"{show(self.file.path)}: {summary}")
-        for problem in problems:
-            failures.report(problem, status=2)
+    if not isinstance(regions, ListedPrompts):
+        return
+    file = regions.file
+    if not quiet:
+        unusable = f"; {format_count(len(file.problems), 'record')} cannot be used" if file.problems else ""
+        counts = f"{format_count(sum(map(file.count, file)), 'region')}, {format_count(len(file), 'image')}"
+        complain(f"{show(file.path)}: {counts}{unusable}")
+        if summary := file.skip.summarize():
+            complain(f"{show(file.path)}: {summary}")
+    for problem in file.problems:
+        failures.report(problem, status=2)
 
 
 class Table:
@@ -477,16 +460,16 @@ def _formats(format: str | None, out: str) -> tuple[str, ...]:
     return formats
 
 
-def _settle_regions(requests: Requests, everything: bool, search: dict[str, Any]) -> None:
+def _settle_regions(given: bool, everything: bool, search: dict[str, Any]) -> None:
     """Raises ValueError unless regions are either given or to be found."""
-    if everything and requests:
+    if everything and given:
         raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
     if everything:
         return
-    given = [f"--{name.replace('_', '-')}" for name in _given(search)]
-    if given:
-        raise ValueError(f"{' and '.join(given)} can only be used with --everything")
-    if not requests:
+    unused = [f"--{name.replace('_', '-')}" for name in _given(search)]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
+    if not given:
         raise ValueError(
             "no region to caption: point with --box, --point, --mask, --region or --prompts, or find them with "
             "--everything"
@@ -495,37 +478,6 @@ def _settle_regions(requests: Requests, everything: bool, search: dict[str, Any]
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _open(paths: Iterable[Path], failures: Failures, done: Mapping[str, Captioned]) -> Opened:
-    """The images that can be opened; of those that a journal has, what it has."""
-    from sca.io.images import ImageError, open_image
-
-    for path in paths:
-        if known := done.get(str(path)):
-            yield path, known
-            continue
-        try:
-            image = open_image(path, allow_pipe=True)
-        except ImageError as error:
-            failures.add(str(error), status=1, path=path)
-        else:
-            yield path, image
-
-
-def _read_files(
-    prompts: Path | None, masks: Sequence[str], regions: Sequence[str], proposer: str | None
-) -> list[str | Path]:
-    """The files that say what is asked of the images."""
-    from sca_registry.spec import Part
-
-    from sca.io.annotations.labelme import list_files
-    from sca.io.prompts import mask_files
-    from sca.io.run_folder import existing_paths
-
-    proposals = existing_paths(Part.parse(proposer, "--proposer", "proposers").options) if proposer else ()
-    listed = [] if prompts is None else list_files(prompts) if prompts.is_dir() else [prompts]
-    return [*listed, *masks, *mask_files(regions), *proposals]
 
 
 def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str, Any]:
@@ -584,90 +536,3 @@ def _journal(
             journal.close(finished)
             if finished or (earlier and earlier.finished and not journal.is_begun):  # the earlier files are unchanged
                 folder.finish()
-
-
-def _again(path: Path, known: Captioned, drawn: bool) -> tuple[Path, Image | Size, list[Caption]]:
-    """What a journal has of an image, as it was answered; the picture where it is to be drawn on."""
-    from sca.io.images import open_image
-    from sca.output.read import resize_to_recorded
-
-    return path, resize_to_recorded(open_image(path), known.size, str(path)) if drawn else known.size, known.captions
-
-
-def _prompted(
-    captioner: Captioner,
-    asked: Iterable[tuple[Path, Image | Captioned, list[Prompt]]],
-    batch: int,
-    task: str,
-    generation: dict[str, Any],
-    drawn: bool,
-) -> Answers:
-    """Batches are as they would be without a journal, so that an answer does not depend on where a run was ended."""
-    from sca.io.images import open_image
-    from sca.output.read import Captioned
-
-    asked = iter(asked)
-    while several := list(islice(asked, batch)):
-        known = [image if isinstance(image, Captioned) else None for _, image, _ in several]
-        if all(known):
-            yield from (_again(path, image, drawn) for path, image, _ in several)
-            continue
-        paths, images, requests = zip(*several, strict=True)
-        images = [open_image(path) if there else image for path, image, there in zip(paths, images, known, strict=True)]
-        if hasattr(captioner, "answer"):  # many images together
-            answers = captioner.answer(captioner.encode(images), requests, task, **generation)
-        else:
-            pairs = zip(images, requests, strict=True)
-            answers = [captioner.describe(image, request, task, **generation) for image, request in pairs]
-        yield from zip(paths, images, answers, strict=True)
-
-
-def _finder(captioner: Captioner, name: str) -> MaskEngine:
-    """The captioner, if it can find regions by itself. Raises ValueError."""
-    from sca.inference.engine import MaskEngine
-
-    if not isinstance(captioner, MaskEngine) or captioner.model is None:
-        raise ValueError(
-            f"{name!r} finds no regions by itself: --everything needs a model, or encoder+captioner with an encoder "
-            "that brings masks, such as sam-vit-b+blip-base"
-        )
-    return captioner
-
-
-def _proposer(text: str) -> Proposer:
-    """From "NAME key=value ..."; quotes keep a value with spaces together."""
-    from sca_registry import proposers
-    from sca_registry.spec import Part
-
-    part = Part.parse(text, "--proposer", "proposers")
-    return proposers.build(part.name, **part.options)
-
-
-def _everything(
-    engine: MaskEngine,
-    opened: Opened,
-    task: str,
-    search: dict[str, Any],
-    propose: Proposer | None,
-    failures: Failures,
-    generation: dict[str, Any],
-    drawn: bool,
-) -> Answers:
-    from sca.inference.automatic import caption_everything, settle_search
-    from sca.inference.predictor import Predictor
-    from sca.io.images import show
-    from sca.io.prompts import PromptError
-    from sca.output.read import Captioned
-
-    options, predictor = settle_search(engine, search), Predictor(engine)
-    for path, image in opened:
-        if isinstance(image, Captioned):
-            yield _again(path, image, drawn)
-            continue
-        try:
-            proposals = propose(image, str(path)) if propose else None
-        except PromptError as error:
-            failures.add(f"{show(path)}: {error}", status=2, path=path)
-            continue
-        predictor.set_image(image)
-        yield path, image, caption_everything(predictor, task, options, proposals, **generation)

@@ -1,169 +1,179 @@
-"""Many pictures, a shard at a time: `sca caption --launcher NAME`.
+"""Many images, a shard at a time, each in a process of its own, wherever a launcher has room.
 
-A shard is a WebDataset (a .tar of pictures), or so many pictures of those that were named. Each is captioned by the
-same command in a process of its own, wherever the launcher has room, and has a file of JSON lines of its own in --out:
-`shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. A shard that `shards.journal` lists is not made again; the problems
-of its images are in the journal, and are reported each time.
+A shard is a WebDataset (a .tar of images), or a number of the images that were named. Each has a file of JSON lines in
+the run folder: `shard-00000.jsonl`, or `NAME.jsonl` for `NAME.tar`. A shard that `shards.journal` lists is not
+captioned again; the problems of its images are in the journal.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
-import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import sca.inference.factory  # noqa: F401 (what shards are forked from has it imported)
+from sca_registry.contracts import Launcher
 
-if TYPE_CHECKING:
-    from sca.io.run_folder import RunFolder
+from sca.inference.batch import BatchCaptioner, Failure
+from sca.inference.job import CaptionJob
+from sca.io.atomic import write_file
+from sca.io.images import SUFFIXES, show
+from sca.io.journal import Journal, read_journal
+from sca.io.json import open_regular_file
+from sca.io.run_folder import RunFolder, exact_pattern
+from sca.launchers.task import Task
+from sca.output.jsonl import Jsonl, Stream
 
 KIND = "caption --launcher"
 JOURNAL = "shards.journal"
 PATTERNS = (JOURNAL, "*.jsonl")  # `shards.journal`, and a file per shard
-OURS = ("images", "out", "format", "launcher", "shard", "quiet", "context", "resume", "overwrite")  # not of a shard
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
 
 Content = Mapping[str, Any]
 
 
-def caption_shards(
-    archives: Sequence[str],
-    paths: Sequence[Path],
-    params: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    read: Sequence[str | Path],
-) -> int:
-    """Caption archives and images in shards.
+class ShardResult(NamedTuple):
+    """What became of a shard."""
+
+    name: str
+    path: Path | None  # of its captions; None if it failed
+    problems: Sequence[str]  # a line for each image, or region of one, that is not captioned
+    reason: str = ""  # why it failed
+
+
+class ShardedRun:
+    """A run of shards in its folder, to be used in a `with` statement.
+
+    As long as the finished shards are of the same images, there may be others than before: more images, or an archive
+    that could not be read and has been repaired.
 
     Args:
-        archives: .tar files, a shard each.
-        paths: Other images.
-        params: The options of `sca caption`, by their names in Python.
-        settings: What determines the captions of an image.
-        read: Files that say what is asked of the images.
-
-    Returns:
-        The exit status: 1 if something could not be captioned.
+        folder: The run folder.
+        shards: What `name_shards` returned.
+        settings: What determines the captions, and the names of the images.
+        inputs: Files that the run reads.
+        overwrite: Caption every shard again.
 
     Raises:
         RunFolderError: The folder must not be written.
-        ValueError: The launcher is unknown, or two archives have the same name.
+        ValueError: The journal is damaged.
     """
-    import sca_registry
-    from sca_registry.spec import Part
 
-    from sca.cli.options import complain
-    from sca.io.atomic import write_file
-    from sca.io.journal import Journal
-    from sca.io.run_folder import RunFolder
-    from sca.launchers.task import Task
+    def __init__(
+        self,
+        folder: Path,
+        shards: Mapping[str, Content],
+        settings: Mapping[str, Any],
+        inputs: Iterable[str | Path],
+        overwrite: bool = False,
+    ):
+        self.shards, self.contents = shards, {name: _fingerprint(content) for name, content in shards.items()}
+        self.finished: dict[str, Sequence[str]] = {}  # shards with the problems of their images
+        self._folder, self._begin = RunFolder(folder, KIND, PATTERNS), (settings, list(inputs), overwrite)
 
-    part = Part.parse(params["launcher"], "--launcher", "launchers")
-    where = sca_registry.launchers.build(part.name, **part.options)
-    shards = _shards(archives, paths, params["shard"])
-    contents = {name: _fingerprint(content) for name, content in shards.items()}
-    folder, quiet, flags = Path(params["out"]), params["quiet"], _flags(params)
-    device = params.get("device") or "cpu"
-    status = 0
-    with RunFolder(folder, KIND, PATTERNS) as run_folder, tempfile.TemporaryDirectory(prefix="sca-") as logs:
-        settings = {"images": params["images"], **settings}
-        inputs = [*archives, *paths, *read]
-        done = _begin(run_folder, settings, contents, inputs, params["overwrite"])
-        missing = [name for name in shards if name not in done]
-        if done and not quiet:
-            complain(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
-        for name, problems in done.items():
-            status = max(status, _report(name, problems))
-        if status:
-            complain("to caption them once they are repaired, choose another --out, or start over with --overwrite")
-        tasks = [
-            Task(
-                name,
-                "sca.inference.shards:caption_shard",
-                {"flags": flags, "content": shards[name], "folder": os.getcwd(), "device": device},
-                str(Path(logs, name)),
-                timeout=float("inf"),
-                gpus=int(device.startswith("cuda")),
-            )
-            for name in missing
-        ]
-        left, ended = set(missing), set()
-        with Journal(folder / JOURNAL) as journal:
-            for number, (task, made) in enumerate(where.map(tasks), 1):
+    def __enter__(self) -> ShardedRun:
+        self._folder.__enter__()
+        try:
+            settings, inputs, overwrite = self._begin
+            self.finished = _begin(self._folder, settings, self.contents, inputs, overwrite)
+        except BaseException:
+            self._folder.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._folder.__exit__(*error)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the shards that are not finished."""
+        return [name for name in self.shards if name not in self.finished]
+
+    def caption(self, job: CaptionJob, launcher: Launcher) -> Iterator[ShardResult]:
+        """Caption the missing shards and yield each as it ends.
+
+        Args:
+            job: What to caption in each image, and how.
+            launcher: Where the processes run.
+        """
+        folder, plain = self._folder.path, asdict(job)
+        with Journal(folder / JOURNAL) as journal, tempfile.TemporaryDirectory(prefix="sca-") as logs:
+            tasks = [
+                Task(
+                    name,
+                    "sca.inference.shards:caption_shard",
+                    {"job": plain, "content": self.shards[name], "folder": os.getcwd(), "device": job.device},
+                    str(Path(logs, name)),
+                    timeout=float("inf"),
+                    gpus=int(job.device.startswith("cuda")),
+                )
+                for name in self.missing
+            ]
+            ended = set()
+            for task, made in launcher.map(tasks):
                 ended.add(task.key)
                 if made["state"] != "done":
-                    complain(f"{task.key}: {made['state']}: {made['reason']}")
-                    status = 1
+                    yield ShardResult(task.key, None, (), f"{made['state']}: {made['reason']}")
                     continue
-                write_file(folder / f"{task.key}.jsonl", made["captions"].encode())
-                problems = made["problems"]
-                journal.append({"shard": task.key, "content": contents[task.key], "problems": problems})
-                left.remove(task.key)
-                status = max(status, _report(task.key, problems))
-                if not quiet:
-                    complain(f"{number} of {len(tasks)}: wrote {folder / task.key}.jsonl")
-        if not left:
-            run_folder.finish()
-    for name in sorted(left - ended):
-        complain(f"{name}: its process was killed each time; if memory ran out, use fewer workers or a smaller --batch")
-    if left:
-        complain(f"{len(left)} shards are missing: the same command goes on with them")
-    return 1 if left else status
-
-
-def _report(shard: str, problems: Sequence[str]) -> int:
-    """Report the problems of a shard's images; return the exit status."""
-    from sca.cli.options import complain
-
-    for line in problems:
-        complain(f"{shard}: {line}")
-    return 1 if problems else 0
+                path, problems = folder / f"{task.key}.jsonl", made["problems"]
+                write_file(path, made["captions"].encode())
+                journal.append({"shard": task.key, "content": self.contents[task.key], "problems": problems})
+                self.finished[task.key] = problems
+                yield ShardResult(task.key, path, problems)
+        killed = "its process was killed each time; if memory ran out, use fewer workers or a smaller --batch"
+        yield from (ShardResult(name, None, (), killed) for name in sorted({*self.missing} - ended))
+        if not self.missing:
+            self._folder.finish()
 
 
 def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The job of one shard: captions it as the command line does, and gives the lines."""
-    import contextlib
-    import io
+    """Caption one shard: the job of a launcher.
 
-    from sca.cli import run
-    from sca.output.journal import NAME
+    Args:
+        config: The fields of a `CaptionJob`, the content of the shard, the working folder and the device.
+        folder: Of the task; nothing is written there.
 
+    Returns:
+        The state, and the lines with the captions and the problems, or the reason of a failure.
+    """
     if Path(config["folder"]).is_dir():
         os.chdir(config["folder"])
-    flags = list(config["flags"])
-    if str(config["device"]).startswith("cuda"):  # the launcher has chosen one
-        flags.append(f"--device={config['device']}")
-    content, made = config["content"], Path(folder, "captions")
-    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
-    said = io.StringIO()
-    with tempfile.TemporaryDirectory(prefix="sca-") as unpacked, contextlib.redirect_stderr(said):
+    job, content = replace(CaptionJob(**config["job"]), device=config["device"]), config["content"]
+    text = io.StringIO()
+    with tempfile.TemporaryDirectory(prefix="sca-") as unpacked:
         try:
             named, problems = _unpack(content["tar"], unpacked) if "tar" in content else (content["images"], [])
-        except ValueError as error:
+            problems += _caption(job, [Path(name) for name in named], text) if named else []
+        except (ValueError, OSError) as error:
             return {"state": "failed", "reason": str(error)}
-        options = [*flags, f"--out={made}", "--quiet"]
-        status = run(["caption", *options, "--", *named], exact_images=True) if named else 0
-        lines = made / "captions.jsonl"
-        finished = lines.is_file() and not (made / NAME).exists()  # also where some prompts could not be used
-        captions = lines.read_text("utf-8") if lines.is_file() else ""
+        captions = text.getvalue()
         if "tar" in content:
             captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
-            said = io.StringIO(said.getvalue().replace(f"{unpacked}/", f"{content['tar']}/"))
-    problems += [line.removeprefix("sca: ") for line in said.getvalue().splitlines()]
-    if status not in (0, 1) and not finished:
-        return {"state": "failed", "reason": "; ".join(problems) or f"exit status {status}"}
+            problems = [line.replace(f"{unpacked}/", f"{content['tar']}/") for line in problems]
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 
 
-def _shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[str, Content]:
+def _caption(job: CaptionJob, paths: Sequence[Path], text: io.StringIO) -> list[str]:
+    """Write the captions of images as JSON lines; return a line for each problem."""
+    writer, problems = Jsonl(Stream(text), job.model), []
+    for result in BatchCaptioner(job, job.read_regions()).caption(paths):
+        if isinstance(result, Failure):
+            problems.append(result.reason)
+        else:
+            writer.add(str(result.path), result.image, result.captions)
+    writer.close()
+    return problems
+
+
+def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[str, Content]:
     """Name the shards: archives by their files, other images by numbers that no archive has."""
     named: dict[str, str] = {}
     for archive in sorted(archives):
@@ -199,9 +209,6 @@ def _begin(
 ) -> dict[str, Sequence[str]]:
     """Begin a run of shards in its folder.
 
-    As long as the finished shards are of the same images, there may be others than before: more images, or an archive
-    that could not be read and has been repaired.
-
     Args:
         folder: The locked folder.
         settings: What determines the captions, and the names of the images.
@@ -216,8 +223,6 @@ def _begin(
         RunFolderError: The folder must not be written.
         ValueError: The journal is damaged.
     """
-    from sca.io.journal import read_journal
-
     entries = list(read_journal(folder.path / JOURNAL)) if folder.run and not overwrite else []
     done = {str(entry.get("shard")): entry.get("content") for entry in entries}
     problems = {str(entry.get("shard")): list(map(str, entry.get("problems") or ())) for entry in entries}
@@ -231,8 +236,6 @@ def _begin(
 
 def _output(name: str) -> str:
     """The pattern of the file of a shard."""
-    from sca.io.run_folder import exact_pattern
-
     return exact_pattern(f"{name}.jsonl")
 
 
@@ -242,9 +245,6 @@ def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: If the archive cannot be read or unpacked, or contains no images.
     """
-    from sca.io.images import SUFFIXES, show
-    from sca.io.json import open_regular_file
-
     paths, problems = [], []
     try:
         with open_regular_file(archive) as file, tarfile.open(fileobj=file) as tar:
@@ -266,15 +266,3 @@ def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
     if not paths and not problems:
         raise ValueError(f"{show(archive)} contains no images; looked for {' '.join(SUFFIXES)}")
     return paths, problems
-
-
-def _flags(params: Mapping[str, Any]) -> list[str]:
-    """The options as they are written on a command line."""
-    flags = []
-    for name, value in params.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in OURS or value is None or value is False or value == [] or (name == "device" and "cuda" in value):
-            continue
-        for each in value if isinstance(value, list | tuple) else [value]:
-            flags.append(flag if each is True else f"{flag}={each}")
-    return flags

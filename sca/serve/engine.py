@@ -29,6 +29,7 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION, Everything
 
 from sca.inference.automatic import Searched, search_everything
+from sca.inference.batch import answer_requests
 from sca.inference.engine import Encoded, Mask, MaskEngine
 from sca.io.masks import box_of
 from sca.serve.memory import is_out_of_memory, release_memory
@@ -424,13 +425,10 @@ class Engine:
         turn = [each for each, _ in parts]
         requests = [each.prompts[each.answered : each.answered + share] for each, share in parts]
         task, settings = turn[0].question.task, turn[0].question.generation
+        images, encoded = [ticket.question.image for ticket in turn], None
         if hasattr(self.captioner, "answer"):
-            answers = self.captioner.answer(self._encoded(turn), requests, task, masks=turn[0].to_mask, **settings)
-        else:
-            answers = [
-                self.captioner.describe(ticket.question.image, request, task, **settings)
-                for ticket, request in zip(turn, requests, strict=True)
-            ]
+            encoded, settings = self._encoded(turn), {**settings, "masks": turn[0].to_mask}
+        answers = answer_requests(self.captioner, images, requests, task, encoded, **settings)
         for ticket, captions in zip(turn, answers, strict=True):
             if not ticket.answered and ticket.masks is None:
                 _tell(ticket, Found(len(ticket.prompts)))

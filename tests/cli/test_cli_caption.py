@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,10 +269,10 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
 
 @pytest.mark.parametrize(("name", "domain"), [("sca-tiny", "drawn scenes"), ("sca-street", "street photographs")])
 def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
-    from sca.cli import caption
+    from sca.inference.job import CaptionJob
 
-    load = caption.load_captioner
-    monkeypatch.setattr(caption, "load_captioner", lambda model, *rest, **more: load(checkpoint, *rest, **more))
+    load = CaptionJob.load
+    monkeypatch.setattr(CaptionJob, "load", lambda job: load(replace(job, model=str(checkpoint))))
     arguments = ["caption", picture("a.png"), picture("b.png"), "--box", "0,0,9,9", "--model", name]
     (remark,) = shell(*arguments).err
     assert remark.startswith(f"sca: {name} is trained on {domain} only; for photographs: ")

@@ -58,10 +58,10 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
 def test_everything_is_resumed_too(shell, checkpoint, pictures, here, monkeypatch):
     asked = ("caption", "photos", "--everything", "--points", 2, "--iou", 0, "--stability", 0, "--model", checkpoint)
     assert shell(*asked, "--out", "whole", "--quiet").status == 0
-    from sca.cli import caption
+    from sca.inference import batch
 
-    again, used = caption._again, []
-    monkeypatch.setattr(caption, "_again", lambda path, *rest: (used.append(path), again(path, *rest))[1])
+    repeat, used = batch._repeat, []
+    monkeypatch.setattr(batch, "_repeat", lambda path, *rest: (used.append(path), repeat(path, *rest))[1])
     from sca.output.journal import Journal
 
     close = Journal.close

@@ -140,10 +140,10 @@ def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told
 
 
 def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
-    from sca.inference.shards import _fingerprint, _shards
+    from sca.inference.shards import _fingerprint, name_shards
 
     archive = tmp_path / "shard-00000.tar"
-    shards = _shards([str(archive)], [Path("a.png"), Path("b.png")], 1)
+    shards = name_shards([str(archive)], [Path("a.png"), Path("b.png")], 1)
     assert list(shards) == ["shard-00000", "shard-00001", "shard-00002"]
     assert shards["shard-00000"] == {"tar": str(archive)}
     absent = _fingerprint(shards["shard-00000"])
@@ -164,7 +164,12 @@ def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, numbe
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(tarfile.TarFile, "extract", extract)
-    config = {"flags": [], "content": {"tar": str(tmp_path / "set.tar")}, "folder": str(tmp_path), "device": "cpu"}
+    config = {
+        "job": {"model": "sca-tiny"},
+        "content": {"tar": str(tmp_path / "set.tar")},
+        "folder": str(tmp_path),
+        "device": "cpu",
+    }
     made = caption_shard(config, str(tmp_path / "work"))
     if is_of_image:
         assert made["state"] == "done"
@@ -178,7 +183,7 @@ def test_images_that_do_not_exist_exit_with_1_beside_shards(shell, here, monkeyp
     asked = (*BOXES, "--out", "out", "--launcher", "local")
     assert shell("caption", "gone.png", *asked).status == 1
     assert not (here / "out").exists()
-    monkeypatch.setattr("sca.inference.shards.caption_shards", lambda *arguments: 0)
+    monkeypatch.setattr("sca.inference.shards.ShardedRun.caption", lambda *arguments: iter(()))
     assert shell("caption", "gone.png", "set.tar", *asked).status == 1
 
 
@@ -212,8 +217,8 @@ def test_shard_of_files_that_have_gone_captions_no_others(shell, checkpoint, pic
     from sca.inference.shards import caption_shard
 
     picture("a.png")
-    flags = ["--box=4,4,40,40", f"--model={checkpoint}"]
-    config = {"flags": flags, "content": {"images": ["[a-z].png", "*.png"]}, "folder": str(here), "device": "cpu"}
+    job = {"model": str(checkpoint), "boxes": ["4,4,40,40"]}
+    config = {"job": job, "content": {"images": ["[a-z].png", "*.png"]}, "folder": str(here), "device": "cpu"}
     made = caption_shard(config, str(here / "work"))
     assert made["captions"] == ""
     assert all("there is no such file" in line for line in made["problems"])

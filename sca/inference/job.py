@@ -1,0 +1,169 @@
+"""What to caption in many images, as plain options that any process can receive; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from sca_registry import proposers
+from sca_registry.contracts import Captioner, Prompt, Proposer
+from sca_registry.spec import Part
+
+from sca.devices import find_device
+from sca.io.annotations.annotation import SkipCounter
+from sca.io.annotations.labelme import list_files
+from sca.io.images import show
+from sca.io.prompt_files import RegionPrompts, read_prompts
+from sca.io.prompts import PromptError, check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
+from sca.io.run_folder import existing_paths
+
+
+class Regions(Protocol):
+    """The regions to caption in each image: prompts, or what a search finds."""
+
+    clipped: SkipCounter  # boxes that were clipped to their image
+
+    def match(self, paths: Sequence[Path]) -> None:
+        """Match images to what a file calls them. Raises PromptError if a name could mean several."""
+
+    def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
+        """Return the prompts that fit an image of (width, height), and a line for each that does not.
+
+        Raises:
+            PromptError: None fits; one line without the image's name.
+        """
+
+
+class Search:
+    """The regions that everything mode finds, from the prompts of a proposer if there is one."""
+
+    def __init__(self, proposer: Proposer | None):
+        self.proposer, self.clipped = proposer, SkipCounter()
+
+    def match(self, paths: Sequence[Path]) -> None:
+        pass
+
+    def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
+        return [], []
+
+
+class SamePrompts:
+    """The same prompts for every image."""
+
+    def __init__(self, prompts: Sequence[Prompt]):
+        self.prompts, self.clipped = prompts, SkipCounter()
+
+    def match(self, paths: Sequence[Path]) -> None:
+        pass
+
+    def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
+        return [check_and_count(prompt, *size, self.clipped, show(path)) for prompt in self.prompts], []
+
+
+class ListedPrompts:
+    """The prompts that a file lists for each image."""
+
+    def __init__(self, file: RegionPrompts):
+        self.file, self.clipped = file, file.clipped
+        self.keys: Mapping[Path, str] = {}
+
+    def match(self, paths: Sequence[Path]) -> None:
+        self.keys = self.file.match(paths)
+
+    def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
+        if path not in self.keys:
+            raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
+        prompts, problems = self.file.fitting(self.keys[path], *size)
+        if problems and not prompts:
+            more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
+            raise PromptError(f"{problems[0]}{more}")
+        return prompts, problems
+
+
+@dataclass(frozen=True)
+class CaptionJob:
+    """What to caption in each image, and how: plain values, which any process can receive.
+
+    Args:
+        model: What `sca.captioner` takes, as text.
+        device: Where the model runs.
+        dtype: Of its floating-point tensors; None for the model's own.
+        seed: Of everything that is drawn at random.
+        trust_remote_code: As for `sca.load`, like allow_external.
+        boxes: x1,y1,x2,y2; one region each, in every image.
+        points: x,y.
+        masks: Image or .npy files.
+        regions: Several parts of one region, see `sca.io.prompts.parse_region`.
+        prompts: A prompts file or folder, in place of these regions.
+        everything: Search for the regions instead.
+        search: Fields of `sca.Everything`; None leaves one to the model.
+        proposer: 'NAME [key=value]...', in place of the grid of points.
+        max_regions: Maximum regions per image of a search, best first.
+        task: "caption" or "recognition".
+        generation: Options of generation; None leaves one to the model.
+        batch: Images encoded at a time.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    allow_external: bool = False
+    boxes: Sequence[str] = ()
+    points: Sequence[str] = ()
+    masks: Sequence[str] = ()
+    regions: Sequence[str] = ()
+    prompts: str | None = None
+    everything: bool = False
+    search: Mapping[str, Any] = field(default_factory=dict)
+    proposer: str | None = None
+    max_regions: int | None = None
+    task: str = "caption"
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 8
+
+    def read_regions(self) -> Regions:
+        """Read the prompts, or build the proposer of a search.
+
+        Raises:
+            PromptError: A prompt cannot be read, or they come from the options and from a file.
+            RegistryError: The proposer is unknown, or cannot be built.
+        """
+        if self.everything:
+            return Search(self._build_proposer())
+        same = [Prompt(box=parse_box(text)) for text in self.boxes]
+        same += [Prompt(points=(parse_point(text),)) for text in self.points]
+        same += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in self.masks]
+        same += [parse_region(text, allow_pipe=True) for text in self.regions]
+        if same and self.prompts:
+            raise PromptError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
+        return ListedPrompts(read_prompts(self.prompts)) if self.prompts else SamePrompts(same)
+
+    def input_files(self) -> list[Path]:
+        """List the files that the regions are read from."""
+        prompts = [] if self.prompts is None else [Path(self.prompts)]
+        listed = [file for path in prompts for file in (list_files(path) if path.is_dir() else [path])]
+        part = self._parse_proposer()
+        proposals = existing_paths(part.options) if part else ()
+        return [*listed, *map(Path, self.masks), *map(Path, mask_files(self.regions)), *proposals]
+
+    def load(self) -> Captioner:
+        """Load the captioner; see `sca.captioner` for what it raises."""
+        import torch
+
+        from sca.inference.factory import captioner
+
+        torch.manual_seed(self.seed)
+        agreed = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
+        options = {"dtype": self.dtype} if self.dtype else {}
+        return captioner(self.model, find_device(self.device), **agreed, **options)
+
+    def _parse_proposer(self) -> Part | None:
+        return Part.parse(self.proposer, "--proposer", "proposers") if self.proposer else None
+
+    def _build_proposer(self) -> Proposer | None:
+        part = self._parse_proposer()
+        return proposers.build(part.name, **part.options) if part else None
