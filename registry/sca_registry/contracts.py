@@ -367,11 +367,7 @@ class Captioner(Protocol):
 
 @runtime_checkable
 class Launcher(Protocol):
-    """factory(**options).
-
-    May have `serve(hosted, host, port, replicas, report)`, which serves a `sca.serve.hosted.Hosted` until it is
-    interrupted, and tells the address.
-    """
+    """factory(**options). Runs tasks, see `sca.launchers.task`, and yields their outcomes as they end."""
 
     def map(self, tasks: Sequence[Any]) -> Iterator[Any]: ...
 

@@ -58,6 +58,8 @@ def serve(
     from sca_registry import RegistryError
     from sca_registry.spec import Part
 
+    from sca.launchers.local import Local
+    from sca.launchers.ray import Ray
     from sca.serve.hosted import Hosted
     from sca.serve.keys import read_keys
     from sca.serve.listening import is_loopback
@@ -67,8 +69,10 @@ def serve(
         settle("dtype", dtype, DTYPES)
     part = Part.parse(launcher, "--launcher", "launchers")
     where = sca_registry.launchers.build(part.name, **part.options)
-    if not hasattr(where, "serve"):
+    if not isinstance(where, Local | Ray):
         raise RegistryError(f"the launcher {part.name!r} runs tasks and serves nothing: choose local or ray")
+    if replicas != 1 and isinstance(where, Local):
+        raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
     hosted = Hosted(
         model,
         device,
@@ -90,7 +94,7 @@ def serve(
         allow_external=allow_external,
     )
     hosted.check()
-    if part.name == "local":  # of other places, who serves there knows
+    if isinstance(where, Local):  # Ray reports it for its nodes
         find_device(device)
 
     def announce(url: str) -> None:
@@ -98,4 +102,11 @@ def serve(
         if not is_loopback(host) and not hosted.keys:
             complain(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
 
-    where.serve(hosted, host, port, replicas, announce)
+    if isinstance(where, Ray):
+        from sca.serve.cluster import serve_on_ray
+
+        serve_on_ray(hosted, host, port, replicas, announce, where.address, where.cores)
+    else:
+        from sca.serve.server import serve_here
+
+        serve_here(hosted, host, port, announce)

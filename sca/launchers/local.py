@@ -8,20 +8,16 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sca.io.atomic import remove_drafts
 from sca.launchers.child import LOG, MADE, child
 from sca.launchers.interrupts import block_interrupts
 from sca.launchers.task import Outcome, Task
-from sca.serve.listening import bound
-
-if TYPE_CHECKING:
-    from sca.serve.hosted import Hosted
 
 KILLED = 3  # times that a process may be killed from outside before its task is left for another run
 
@@ -75,24 +71,6 @@ class Local:
         finally:
             for process, *_ in running.values():
                 _end(process)
-
-    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, report: Callable[[str], None]) -> None:
-        """Serves in this process until it is interrupted. ValueError for more than one replica or an address that
-        cannot be had.
-        """
-        from sca.serve.server import make_server
-
-        if replicas != 1:
-            raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
-        captioner = hosted.captioner()  # first, so that a mistake in its name is told before anybody is let in
-        with bound(host, port) as door:
-            door.listen(hosted.clients)  # who comes before all is ready waits
-            shown = f"[{host}]" if ":" in host else host
-            app = hosted.application(captioner)
-            options = {"seconds": hosted.seconds, "connections": hosted.clients, "log": hosted.log}
-            server = make_server(app, app.state.engine, **options)
-            report(f"http://{shown}:{door.getsockname()[1]}")
-            server.run([door])
 
     @staticmethod
     def _pause(running: dict[int, Any]) -> None:

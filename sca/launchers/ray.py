@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sca.launchers.child import LOG
 from sca.launchers.local import Local
 from sca.launchers.task import Outcome, Task
-from sca.serve.listening import bound
-
-if TYPE_CHECKING:
-    from sca.serve.hosted import Hosted
 
 RETRIES = 3  # of a task whose node was lost
 
@@ -61,63 +56,6 @@ class Ray:
         finally:
             if started:
                 ray.shutdown()
-
-    def serve(self, hosted: Hosted, host: str, port: int, replicas: int, report: Callable[[str], None]) -> None:
-        """Serves copies of the model with Ray Serve until it is interrupted: at every node, requests go to any copy.
-
-        ValueError for an address that cannot be had, and whatever is wrong with the model, as where it is built.
-        """
-        import ray
-
-        if self.address is None:  # on this machine, where it can be seen beforehand
-            with bound(host, port) as door:
-                port = door.getsockname()[1]
-        started = not ray.is_initialized()
-        if started:
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
-        from ray import serve
-
-        needs = {"num_cpus": self.cores, "num_gpus": int(hosted.device.startswith("cuda"))}
-
-        def application() -> Any:  # without parameters: Ray takes any other function for the application itself
-            return hosted.application()
-
-        try:
-            if self.address is None:  # another cluster may grow
-                _fits(needs, replicas, ray.cluster_resources())
-            ray.get(ray.remote(**needs)(_tried).remote(hosted))
-            serve.start(http_options={"host": host, "port": port})
-            copies = serve.deployment(
-                num_replicas=replicas,
-                ray_actor_options=needs,
-                max_ongoing_requests=hosted.clients,
-            )(serve.ingress(application)())
-            serve.run(copies.bind(), name="sca")
-            report(f"http://{host}:{port}")
-            while True:
-                time.sleep(3600)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        finally:
-            serve.shutdown()
-            if started:
-                ray.shutdown()
-
-
-def _fits(needs: Mapping[str, int], replicas: int, there: Mapping[str, float]) -> None:
-    """ValueError for replicas that would wait forever for cores or GPUs."""
-    for name, kind in (("GPUs", "GPU"), ("cores", "CPU")):
-        asked, had = replicas * needs[f"num_{kind.lower()}s"], int(there.get(kind, 0))
-        if asked > had:
-            raise ValueError(
-                f"{replicas} replicas need {asked} {name} and this machine has {had}: ask for fewer, or name a cluster "
-                "with 'ray address=...'"
-            )
-
-
-def _tried(hosted: Hosted) -> None:
-    """On a node: a mistake in the model is told before anybody is let in, in its own words."""
-    hosted.captioner()
 
 
 def _make(task: Task) -> tuple[dict[str, Any] | None, str]:

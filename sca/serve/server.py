@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sca.serve.engine import Engine
+from sca.serve.hosted import Hosted
+from sca.serve.listening import bound
 
 HEAD_SECONDS = 10.0  # in which the head of a request has to be there, at most
 GRACE_SECONDS = 5.0  # that requests have when the server ends
@@ -113,6 +116,29 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.engine.drain(GRACE_SECONDS - SPARE_SECONDS)
         await super().shutdown(sockets)
+
+
+def serve_here(hosted: Hosted, host: str, port: int, report: Callable[[str], None]) -> None:
+    """Serve a model in this process until interrupted.
+
+    Args:
+        hosted: The model, and how to serve it.
+        host: The address to listen at.
+        port: 0 for any free port.
+        report: Called with the URL.
+
+    Raises:
+        ValueError: The address cannot be listened at; and what `hosted.captioner` raises.
+    """
+    captioner = hosted.captioner()  # before anybody can connect, so that its errors are raised first
+    with bound(host, port) as listening:
+        listening.listen(hosted.clients)  # clients that come before all is ready wait
+        shown = f"[{host}]" if ":" in host else host
+        app = hosted.application(captioner)
+        options = {"seconds": hosted.seconds, "connections": hosted.clients, "log": hosted.log}
+        server = make_server(app, app.state.engine, **options)
+        report(f"http://{shown}:{listening.getsockname()[1]}")
+        server.run([listening])
 
 
 def make_server(app: FastAPI, engine: Engine, *, seconds: float, connections: int, log: bool) -> uvicorn.Server:
