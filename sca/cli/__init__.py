@@ -12,15 +12,16 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from sca_bench import cli as bench
 
 from sca.cli import caption, catalogue, compare, convert, data, demo, evaluate, plan, plugins, serve, train, weights
+from sca.cli.commands import CommandGroup
 from sca.cli.options import complain
 from sca.io.terminal import guard_terminal
 from sca.repair import find_torchvision_error
 
 app = typer.Typer(
     name="sca",
+    cls=CommandGroup,
     help="Segment and caption any region of any image, with parts chosen by name.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,7 +48,6 @@ app.command("check")(plugins.check)
 app.command("doctor")(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
-app.add_typer(bench.app, name="bench")
 
 HOME = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # which a shell leaves in --out=~/x, and a program in every argument
 UsageError: Any = typer.BadParameter.__base__

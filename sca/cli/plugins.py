@@ -135,6 +135,9 @@ def doctor(
         if any(entry.state == "broken" for entry in listed):
             broken = True
             repairs.append(_repair(listed[0].distribution))
+    for problem in _find_command_problems():
+        broken = True
+        repairs.append(problem)
     for group in _strange_groups():
         broken = True
         repairs.append(group)
@@ -178,7 +181,9 @@ def _strange_groups() -> list[str]:
     from sca_registry.contracts import KINDS
     from sca_registry.messages import suggestion
 
-    known = {f"sca_{kind}" for kind in KINDS} | {"sca_api"}
+    from sca.cli.commands import GROUP
+
+    known = {f"sca_{kind}" for kind in KINDS} | {"sca_api", GROUP}
     return [
         f"{found.metadata['Name']}: no parts are read from the entry points {point.group!r}."
         f"{suggestion(point.group, known)}"
@@ -186,6 +191,21 @@ def _strange_groups() -> list[str]:
         for point in found.entry_points
         if point.group.startswith("sca_") and point.group not in known
     ]
+
+
+def _find_command_problems() -> list[str]:
+    """Find the commands of plugins that cannot be used; nothing is imported."""
+    from sca.cli import app
+    from sca.cli.commands import find_commands, find_problem
+
+    own = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    problems = []
+    for name, offers in find_commands().items():
+        if name in own:
+            problems += [f"{each.origin}: `sca` has a command {name!r} itself; rename the plugin's" for each in offers]
+        elif problem := find_problem(name, offers):
+            problems.append(problem)
+    return problems
 
 
 def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]]:
