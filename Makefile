@@ -40,6 +40,7 @@ check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The picture in the README: a drawn scene that no model was trained on, and what the shipped model says of it.
 picture: core
