@@ -60,11 +60,11 @@ screenshots: dev
 
 # The table in the README, from what `sca evaluate` found.
 results: core
-	$(BIN)/python -m sca_bench.readme
+	$(BIN)/python tools/results_table.py
 
 # The table of combinations to choose from, as planned.
 choice: dev
-	$(BIN)/python -m sca_bench.choice
+	$(BIN)/python tools/choice_table.py
 
 core: GROUP =
 dev: GROUP = dev

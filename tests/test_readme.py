@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from sca_bench import choice, readme
-from sca_bench.markers import read_between
 
+import choice_table
+import results_table
+from markers import read_between
 from sca import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,8 @@ def test_every_python_block_runs(checkout):
 def test_every_command_is_understood(command):
     _, *arguments = shlex.split(command)
     parser = typer.main.get_command(cli.app)
+    with parser.make_context("sca", [*arguments]) as context:
+        _, parser, arguments = parser.resolve_command(context, arguments)
     while hasattr(parser, "commands"):
         parser = parser.commands[arguments.pop(0)]
     parser.make_context("sca", arguments)  # an unknown option or a value of the wrong type raises
@@ -104,9 +107,9 @@ def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
 
 
 def test_the_table_is_the_one_that_the_measured_results_give():
-    shown = read_between(TEXT, readme.START, readme.END)
-    reports = readme.read_reports(ROOT / "benchmarks" / "results")
-    assert shown == (readme.table(reports) if reports else ""), "run: make results"
+    shown = read_between(TEXT, results_table.START, results_table.END)
+    reports = results_table.read_reports(ROOT / "benchmarks" / "results")
+    assert shown == (results_table.table(reports) if reports else ""), "run: make results"
 
 
 def test_results_become_a_table_between_the_markers(tmp_path):
@@ -115,9 +118,9 @@ def test_results_become_a_table_between_the_markers(tmp_path):
     other = report | {"model": "n", "scores": {"mask-iou/mean": None, "attributes/all": None, "class/area": 0.25}}
     (tmp_path / "results.json").write_text(json.dumps([scored, other]), "utf-8")
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.START}\nold\n{readme.END}\nafter\n", "utf-8")
+    page.write_text(f"before\n{results_table.START}\nold\n{results_table.END}\nafter\n", "utf-8")
     for _ in range(2):
-        readme.main(str(page), str(tmp_path))
+        results_table.main(str(page), str(tmp_path))
     head, rule, first, second = page.read_text("utf-8").splitlines()[2:-2]
     assert head.endswith("| size, texture, colour and form all right | class right, by area | mask IoU |")
     assert rule.count("|") == head.count("|")
@@ -131,16 +134,16 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
     page = tmp_path / "README.md"
     page.write_text("nothing\n", "utf-8")
     with pytest.raises(SystemExit, match="error: no report in"):
-        readme.main(str(page), str(tmp_path))
+        results_table.main(str(page), str(tmp_path))
     (tmp_path / "results.json").write_text('{"scores": {}}', "utf-8")
     with pytest.raises(SystemExit, match=r"error: .*results.json is not what `sca evaluate --json` prints"):
-        readme.main(str(page), str(tmp_path))
+        results_table.main(str(page), str(tmp_path))
     report = {"model": "m", "dataset": "d", "split": "test", "prompt": "box", "images": 3, "regions": 7, "scores": {}}
     (tmp_path / "results.json").write_text(json.dumps(report), "utf-8")
     with pytest.raises(SystemExit, match=r"error: .*README.md: the page has no <!-- results -->"):
-        readme.main(str(page), str(tmp_path))
+        results_table.main(str(page), str(tmp_path))
 
 
 def test_the_table_of_combinations_is_what_is_planned():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
-    assert read_between(TEXT, choice.START, choice.END) == choice.table(), "run: make choice"
+    assert read_between(TEXT, choice_table.START, choice_table.END) == choice_table.table(), "run: make choice"

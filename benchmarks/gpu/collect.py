@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sca_bench.markers import write_between
 from sca_bench.timing import STAGES
 
 from sca.io.atomic import write_file
@@ -22,6 +21,7 @@ from sca.io.journal import encode_lines
 from sca.io.text import escape_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))  # programs that are not installed
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 GIB = 2**30
 REQUIRED = ("key", "part", "label", "config", "state", "reason", "environment")
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.results.mkdir(parents=True, exist_ok=True)
         if rows:
             write_file(kept, encode_lines(rows))
+        from markers import write_between
+
         for page, content in pages.items():
             write_between(page, START, END, content)
     except (OSError, ValueError) as error:

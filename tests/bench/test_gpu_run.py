@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from sca_bench.decoding import measure_way
-from sca_bench.markers import read_between, replace_between
 from sca_bench.parity import compare_golden_folders, compare_scenes
 from sca_registry import registry
 
+from markers import read_between, replace_between
 from sca.launchers.local import Local
 from sca.launchers.task import Outcome, Task
 

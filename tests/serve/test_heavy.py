@@ -1,8 +1,9 @@
 """One client that sends the largest requests does not cost the others their answers."""
 
 import pytest
-from sca_bench.heavy_client import describe, measure
-from sca_bench.serving import _Server
+
+from heavy_client import describe, measure
+from serving import _Server
 
 
 @pytest.mark.all

@@ -1,4 +1,4 @@
-"""How much faster many clients are answered than one: `python -m sca_bench.serving [--seconds 120] [--clients 32]`.
+"""How much faster many clients are answered than one: `python benchmarks/studies/serving.py [--clients 32]`.
 
 Starts `sca serve`, asks it for one caption after another, then from many clients at once for as long, of the same
 drawn scenes; prints requests a second of both, their ratio, how long a request took, and the memory of the server.
@@ -21,8 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sca.io.atomic import write_file
 from sca_bench.worker import environment
+
+from sca.io.atomic import write_file
 
 IMAGES = 24
 

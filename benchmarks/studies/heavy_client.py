@@ -1,4 +1,4 @@
-"""What one heavy client costs the others: `python -m sca_bench.heavy_client [--seconds 60] [--clients 16]`.
+"""What one heavy client costs the others: `python benchmarks/studies/heavy_client.py [--seconds 60] [--clients 16]`.
 
 Starts `sca serve`, lets some clients ask for one caption after another, first alone and then beside one client that
 sends in turn the largest requests the server accepts, and more: points, prompts, everything, pixels, beams, bodies of
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-
-from sca_bench.serving import _ask, _bodies, _Server, _told
 from sca_bench.worker import environment
+
+from serving import _ask, _bodies, _Server, _told
 
 SILENT = 600  # connections
 PATIENCE = 5.0  # seconds after which the heavy client goes on to its next request

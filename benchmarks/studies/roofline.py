@@ -1,4 +1,4 @@
-"""Where the time goes, beside what the machine could do: `python -m sca_bench.floors [--out FILE]`
+"""Where the time goes, beside what the machine could do: `python benchmarks/studies/roofline.py [--out FILE]`
 
 Times the stages of captioning an image by the published procedure (see `sca bench published`) and by ours, and
 prints them beside two floors: the operations of a stage at the speed of a large matrix product on this machine, and its
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sca_bench.against_published import EIGHT, published
+from sca_bench.timing import STAGES, asked
 
 import sca
 from sca.inference.engine import REGIONS
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan
-from sca_bench.against_published import EIGHT, published
-from sca_bench.timing import STAGES, asked
 
 WORDS = 20
 

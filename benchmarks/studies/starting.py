@@ -1,4 +1,4 @@
-"""What starting takes, and how much memory many regions do: `python -m sca_bench.starting [--out FILE]`
+"""What starting takes, and how much memory many regions do: `python benchmarks/studies/starting.py [--out FILE]`
 
 import       `import sca`
 cold start   `sca caption` of a drawn scene, in a process of its own, beside a process that imports torch and

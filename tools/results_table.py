@@ -1,4 +1,4 @@
-"""Writes the README's table of results: `python -m sca_bench.readme [README.md] [benchmarks/results]`.
+"""Writes the README's table of results: `python tools/results_table.py [README.md] [benchmarks/results]`.
 
 Reads every JSON file of the folder, in the order of their names. A file holds what `sca evaluate ... --json` printed,
 or a list of several such reports:
@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from markers import write_between
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
-from sca_bench.markers import write_between
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {

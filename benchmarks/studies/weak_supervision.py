@@ -1,4 +1,4 @@
-"""Does weak supervision help? `python -m sca_bench.weak_supervision [--out FILE] [workers=2 ...]`
+"""Does weak supervision help? `python benchmarks/studies/weak_supervision.py [--out FILE] [workers=2 ...]`
 
 The claim of SCA (arXiv 2312.00869) on generated data: a model that first learns class names of many scenes and then
 captions of few is compared with one that learns the few captions alone, for as many steps as the former's second stage
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sca.io.atomic import write_file
-from sca_bench.two_stages import FEW, MANY, METRICS, WAYS
+from two_stages import FEW, MANY, METRICS, WAYS
 
 SHOWN = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
 
@@ -42,7 +42,9 @@ def differences(folders: Mapping[tuple[str, int], Path], other: str, seeds: Sequ
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sca_bench.weak_supervision", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/studies/weak_supervision.py", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("options", nargs="*", help="of the local launcher: workers=2")
     parser.add_argument("--first", type=int, default=250, help="steps of names")
     parser.add_argument("--second", type=int, default=150, help="steps of captions")
@@ -53,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     import sca_registry
+    from sca_bench.worker import environment
     from sca_registry.overrides import read_assignments
 
     from sca.launchers.task import Task
-    from sca_bench.worker import environment
 
     seeds = range(given.seeds)
     steps = {"first": given.first, "second": given.second, "scenes": given.scenes, "few": given.few}
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for (way, seed), folder in folders.items():
             folder.mkdir()
             config = {"way": way, "seed": seed, "device": "cpu", **steps}
-            tasks.append(Task(folder.name, "sca_bench.two_stages:work", config, str(folder)))
+            tasks.append(Task(folder.name, "two_stages:work", config, str(folder)))
         launcher = sca_registry.launchers.build("local", **read_assignments(given.options))
         made = {}
         for outcome in launcher.map(tasks):

@@ -1,4 +1,4 @@
-"""Writes the README's table of combinations to choose from: `python -m sca_bench.choice [README.md]`.
+"""Writes the README's table of combinations to choose from: `python tools/choice_table.py [README.md]`.
 
 The figures are those of `sca plan MODEL --dtype bfloat16`: for one image with 32 regions and captions of 20 tokens.
 """
@@ -12,9 +12,9 @@ import torch
 from sca_registry import registry
 from sca_registry.spec import ModelSpec
 
+from markers import write_between
 from sca.plan import plan
 from sca.plan_cache import GIB
-from sca_bench.markers import write_between
 
 START, END = "<!-- choice -->", "<!-- /choice -->"
 REGIONS = 32
