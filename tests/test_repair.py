@@ -202,7 +202,7 @@ def test_doctor_tries_a_broken_built_in_part_again(monkeypatch, capsys, tmp_path
 
 @pytest.mark.parametrize("error", ["OSError('libcudart.so.13: no such file')", "RuntimeError('no operator nms')"])
 def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch, capsys, tmp_path, error):
-    from sca.cli import catalogue, run
+    from sca.cli import listing, run
 
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision/__init__.py").write_text(f"raise {error}\n")
@@ -214,7 +214,7 @@ def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch,
             raise ImportError("as transformers raises it") from failure
 
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(catalogue, "_rows", list_rows)
+    monkeypatch.setattr(listing, "_rows", list_rows)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     assert run(["list", "mixers"]) == 2
@@ -223,8 +223,8 @@ def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch,
 
 
 def test_a_defect_elsewhere_keeps_its_traceback(monkeypatch):
-    from sca.cli import catalogue, run
+    from sca.cli import listing, run
 
-    monkeypatch.setattr(catalogue, "_rows", lambda kind: 1 / 0)
+    monkeypatch.setattr(listing, "_rows", lambda kind: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(["list", "mixers"])

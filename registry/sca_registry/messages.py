@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+import catalogue
 
-class RegistryError(ValueError):
+
+class RegistryError(catalogue.RegistryError):
     """A person's mistake about names, options or combinations, or a part that does not work; says what to do."""
 
 

@@ -1,4 +1,9 @@
-"""Parts by name: one `Registry` for each kind, over built-in cards, installed plugins and what code registers.
+"""Components by name: one `catalogue.Registry` for each kind, over built-in cards, installed plugins and code.
+
+    @mixers.register("mean")
+    class MeanMixer: ...
+
+    "mean" in mixers, mixers.get("mean"), mixers.get_all(), mixers.find("mean")
 
 Names are read from cards and from metadata, so that listing them imports nothing; looking one up imports one module. A
 built-in keeps its name when a plugin offers the same, two plugins with one name have to be told apart, and
@@ -10,10 +15,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+import catalogue
 
 from sca_registry.cards import Card, check_name
 from sca_registry.contracts import KINDS, Kind
@@ -30,9 +38,6 @@ from sca_registry.plugins import (
 )
 from sca_registry.states import BREAKS, blame, keep_state, needs_extra, out_of_memory, read_state
 from sca_registry.verdicts import Verdict, read_verdicts
-
-if TYPE_CHECKING:
-    import catalogue
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -62,21 +67,26 @@ class Entry:
     options: Mapping[str, Any]
 
 
-class Registry:
-    """The parts of one kind. `@registry("name")` registers a factory or a class in code."""
+class Registry(catalogue.Registry):
+    """The components of one kind, with the methods of `catalogue.Registry`.
+
+    Other than there, names are listed without an import, an entry point may also name a card file, a name that is taken
+    is refused, a broken plugin affects its own name alone, and `build` checks options and results.
+    """
 
     def __init__(self, kind: Kind):
+        super().__init__(("sca", kind.plural))
         self.kind = kind
-        self._code: catalogue.Registry | None = None  # made when code first registers something
 
     def __repr__(self) -> str:
         return f"<Registry of {self.kind.plural}: {', '.join(self.names())}>"
 
-    def __call__(self, name: str) -> Callable[[Factory], Factory]:
-        """A decorator that registers a factory, or a class, under a name of this process.
+    def register(self, name: str, *, func: Any = None) -> Any:
+        """Register a factory, or a class, under a name of this process: a decorator, or at once with `func`.
 
-        Raises RegistryError if the name is built in or was registered before; a module that runs again (reloaded, or a
-        cell of a notebook) may register its own factory again.
+        Raises:
+            RegistryError: The name is built in or was registered before. A module that runs again (reloaded, or a cell
+                of a notebook) may register its own factory again.
         """
         check_name(name)
 
@@ -93,13 +103,9 @@ class Registry:
                 raise RegistryError(
                     f"{self._one} {name!r} is already registered by {taken[0]}: give {_place(factory)} another name"
                 )
-            if self._code is None:
-                import catalogue  # reads the metadata of every distribution when it is imported
+            return super(Registry, self).register(name)(factory)
 
-                self._code = catalogue.create("sca", self.kind.plural)
-            return self._code(name)(factory)
-
-        return register
+        return register if func is None else register(func)
 
     # --- reading names: nothing is imported ---------------------------------------------------------------------------
 
@@ -134,6 +140,39 @@ class Registry:
         """
         offer = self._find(name)
         return _filled(self._load(offer), offer.card.given)
+
+    def get_all(self) -> dict[str, Callable[..., Any]]:
+        """The factories of all names that work; each is imported. `find` says what is wrong with the others."""
+        return self._load_all(self.names())
+
+    def get_entry_points(self) -> dict[str, Callable[..., Any]]:
+        """The factories that work of installed plugins, by the names that reach them."""
+        return self._load_all(name for name, offer in self._named().items() if self._is_plugin(offer))
+
+    def get_entry_point(self, name: str, default: Any = None) -> Any:
+        """The factory of a plugin, or `default` if no plugin offers the name or it does not work."""
+        offers = [*self._in_full(name), *(offer for full, offer in self._named().items() if full == name)]
+        return self._load_all([name]).get(name, default) if any(map(self._is_plugin, offers)) else default
+
+    def find(self, name: str) -> dict[str, Any]:
+        """Where a component comes from and whether it works; a broken one says why.
+
+        Returns:
+            module, file, line_no and docstring as in catalogue, and distribution, version, state and reason as in
+            `Entry`.
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous.
+        """
+        entry, offer = self.describe(name), self._find(name)
+        facts = {key: getattr(entry, key) for key in ("distribution", "version", "state", "reason")}
+        place: dict[str, Any] = {"file": None, "line_no": None, "docstring": None}
+        with suppress(RegistryError):
+            factory = self._load(offer)
+            place["docstring"] = inspect.getdoc(factory)
+            with suppress(TypeError, OSError):
+                place |= {"file": inspect.getsourcefile(factory), "line_no": inspect.getsourcelines(factory)[1]}
+        return {"module": entry.factory.partition(":")[0], **place, **facts}
 
     def build(self, name: str, /, *upstream: Any, **options: Any) -> Any:
         """A part of this kind: the factory called with the built part upstream (or a dataset's split) and options.
@@ -235,7 +274,18 @@ class Registry:
         return builtin_offers(self.kind.plural)
 
     def _registered(self) -> dict[str, Any]:
-        return self._code.get_all() if self._code is not None else {}
+        """What code has registered."""
+        return super().get_all()
+
+    def _is_plugin(self, offer: Offer) -> bool:
+        return not offer.builtin and offer.registered is None
+
+    def _load_all(self, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+        found = {}
+        for name in names:
+            with suppress(RegistryError):
+                found[name] = self.get(name)
+        return found
 
     def _offers(self) -> list[Offer]:
         """Built-in first. What code registers and an entry point names as well is one offer, the entry point's."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli import caption, catalogue, compare, convert, data, demo, evaluate, plan, plugins, serve, train, weights
+from sca.cli import caption, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train, weights
 from sca.cli.commands import CommandGroup
 from sca.cli.options import complain
 from sca.io.terminal import guard_terminal
@@ -27,8 +27,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("list")(catalogue.list_names)
-app.command("show")(catalogue.show)
+app.command("list")(listing.list_names)
+app.command("show")(listing.show)
 app.command("caption")(caption.caption)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
@@ -56,7 +56,7 @@ UsageError: Any = typer.BadParameter.__base__
 @app.callback()
 def _whole(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=catalogue.version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=listing.version, is_eager=True)
     ] = False,
 ) -> None:
     pass

@@ -77,7 +77,7 @@ def test_a_plugin_s_full_name_works_when_nobody_else_has_the_name(site):
 
 
 def test_code_that_registers_what_its_entry_point_names_is_one_part(site, code):
-    decorated = "from sca_registry import mixers\n\n@mixers('mean')\nclass Mean: pass\n"
+    decorated = "from sca_registry import mixers\n\n@mixers.register('mean')\nclass Mean: pass\n"
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": decorated})
     assert mixers.get("mean").__module__ == "shade"
     assert mixers.names().count("mean") == 1
