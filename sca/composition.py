@@ -10,6 +10,7 @@ from typing import Any
 import sca_registry
 import torch
 from sca_registry import RegistryError, registry
+from sca_registry.compatibility import check_compatible
 from sca_registry.contracts import Encoder, LanguageModel, Mixer
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part, check_generation
@@ -47,7 +48,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
     if not isinstance(weights, bool):
         raise ValueError(f"weights is {weights!r:.80}; give True or False, and a file as the option of a component")
     where = find_device(device, allow_meta=True)
-    spec.check()
+    check_compatible(spec)
     random = not weights or where.type == "meta"
     if random:
         spec = untrained(spec)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from sca_registry import RegistryError, registry
+from sca_registry.compatibility import check_compatible
 from sca_registry.plugins import BUILTIN
 from sca_registry.spec import ModelSpec
 
@@ -89,7 +90,7 @@ def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: b
         torch.set_num_threads(config["threads"])
     spec = ModelSpec.from_dict(config["model"])
     try:
-        spec.check()
+        check_compatible(spec)
     except RegistryError as error:
         row["state"], row["reason"] = _broken(spec) or "impossible", str(error)
         return

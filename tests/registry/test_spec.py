@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sca_registry import RegistryError
+from sca_registry.compatibility import check_compatible
 from sca_registry.spec import ModelSpec, Part
 from sources import MIXER
 
@@ -129,9 +130,9 @@ def test_a_part_left_out_is_named():
 )
 def test_check_finds_a_wrong_name_of_any_part(text, told):
     with pytest.raises(RegistryError, match=told):
-        ModelSpec.parse(text).check()
+        check_compatible(ModelSpec.parse(text))
     with pytest.raises(RegistryError, match="no segmenters named 'smam'"):
-        TINY.override(["segmenter=smam"]).check()
+        check_compatible(TINY.override(["segmenter=smam"]))
 
 
 CARDS = """
@@ -153,34 +154,34 @@ def shade(site):
 
 def test_check_refuses_a_mixer_on_a_segmenter_that_cannot_feed_it_and_names_both_and_the_way_out(shade):
     with pytest.raises(RegistryError) as caught:
-        TINY.override(["segmenter=box", "mixer=masked"]).check()
+        check_compatible(TINY.override(["segmenter=box", "mixer=masked"]))
     told = str(caught.value)
     assert told.startswith("mixer 'masked' needs masks, and segmenter 'box' gives boxes.")
     assert "segmenter=sam" in told
     assert "mixer=query" in told
     assert "shade.parts" not in sys.modules
-    TINY.override(["segmenter=sam", "mixer=masked"]).check()
+    check_compatible(TINY.override(["segmenter=sam", "mixer=masked"]))
 
 
 def test_check_asks_the_class_where_the_card_is_silent(shade):
     with pytest.raises(RegistryError, match="mixer 'wants' needs masks and grid"):
-        TINY.override(["segmenter=box", "mixer=wants"]).check()
-    TINY.override(["segmenter=box", "mixer=silent"]).check()
+        check_compatible(TINY.override(["segmenter=box", "mixer=wants"]))
+    check_compatible(TINY.override(["segmenter=box", "mixer=silent"]))
 
 
 def test_check_knows_what_an_option_needs():
     with pytest.raises(RegistryError, match=r"mixer\.pooled=false"):
-        TINY.override(["segmenter=box", "mixer.pooled=true"]).check()
-    TINY.override(["segmenter=sam", "mixer.pooled=true"]).check()
-    TINY.override(["segmenter=box", "mixer.pooled=false"]).check()
+        check_compatible(TINY.override(["segmenter=box", "mixer.pooled=true"]))
+    check_compatible(TINY.override(["segmenter=sam", "mixer.pooled=true"]))
+    check_compatible(TINY.override(["segmenter=box", "mixer.pooled=false"]))
 
 
 def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
     brings = "class Blind:\n    default_segmenter = 'box'\n"
     site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": brings})
     with pytest.raises(RegistryError, match="segmenter 'box' gives boxes"):
-        TINY.override(["encoder=blind", "mixer=masked"]).check()
-    TINY.override(["encoder=blind", "mixer=query"]).check()
+        check_compatible(TINY.override(["encoder=blind", "mixer=masked"]))
+    check_compatible(TINY.override(["encoder=blind", "mixer=query"]))
 
 
 WRITTEN = TINY.override(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points=8"]).to_dict()
@@ -198,7 +199,7 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
         inner = inner[key]
     inner[place[-1]] = value
     with contextlib.suppress(RegistryError):  # anything else is a traceback for a person's mistake
-        ModelSpec.from_dict(table).check()
+        check_compatible(ModelSpec.from_dict(table))
 
 
 @pytest.mark.parametrize(
