@@ -30,7 +30,7 @@ from sca_registry.plugins import BUILTIN
 from sca_registry.spec import ModelSpec
 
 import sca.evaluation.evaluate
-import sca.training.trainer  # noqa: F401 (and transformers with it)
+import sca.training.train  # noqa: F401 (and transformers with it)
 from sca.composition import build
 from sca.model import SegmentCaptioner
 from sca.plan import plan
@@ -155,7 +155,7 @@ def _plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> No
 
 
 def _train(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
-    from sca.training.trainer import train
+    from sca.training.train import train
 
     recipe = Row(config).recipe
     assert recipe is not None

@@ -36,7 +36,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
     from sca.evaluation.evaluate import evaluate
     from sca.training.recipe import Recipe
-    from sca.training.trainer import train
+    from sca.training.train import train
 
     torch.set_num_threads(1)
     left, first, second, seed = Path(folder), config["first"], config["second"], config["seed"]

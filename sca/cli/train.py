@@ -35,8 +35,8 @@ def train(
     import torch
 
     from sca.training.processes import joined_processes, run_processes
-    from sca.training.trainer import budget_each, images_each, prepare
-    from sca.training.trainer import train as run
+    from sca.training.train import budget_each, images_each, prepare
+    from sca.training.train import train as run
 
     processes = torch.cuda.device_count() or plan.train.processes
     if processes > 1 and "RANK" not in os.environ:

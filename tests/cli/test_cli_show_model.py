@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from sca.training.recipe import Recipe
-from sca.training.trainer import train
+from sca.training.train import train
 
 
 @pytest.fixture(scope="module")

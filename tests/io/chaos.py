@@ -19,7 +19,7 @@ from sca.cli import run
 from sca.data.scenes import Scenes
 from sca.io.run_folder import LOCK
 from sca.training.recipe import Recipe  # noqa: F401 (imported before forking)
-from sca.training.trainer import train  # noqa: F401
+from sca.training.train import train  # noqa: F401
 
 RECIPE = """
 [model]

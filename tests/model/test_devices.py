@@ -24,8 +24,9 @@ from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import mean_under
 from sca.nn.roi_align import roi_align
+from sca.training.auxiliary import Attributes
 from sca.training.features import FeatureCache
-from sca.training.trainer import Attributes, Lesson
+from sca.training.module import TrainingModule
 
 TRAINABLE = ["neck", "mixer", "projection", "task_tokens", "lora", "segmenter"]
 MIXERS = {
@@ -382,7 +383,7 @@ def test_a_step_of_adamw_needs_nothing_from_the_host(small):
 def test_auxiliary_losses_run_on_an_accelerator(small):
     attributes = Attributes({"colour": ("red", "blue")}, {"side": ("left", "right")})
     model = small()
-    lesson = Lesson(model, {"attributes": 1.0, "features": 1.0}, attributes)
+    lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
     batch = batch_of(model)
     batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("colour", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):

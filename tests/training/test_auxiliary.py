@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sca.data.scenes import Scenes
 from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
-from sca.training.trainer import Lesson
+from sca.training.module import TrainingModule
 
 OWN = {"colour": ("red", "blue"), "form": ("circle", "square", "star")}
 ATTRIBUTES = Attributes(OWN, {"relation": ("above", "below")})
@@ -58,7 +58,7 @@ def test_features_are_averaged_where_the_region_truly_is(small, batch):
 
 def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(small, batch):
     model = small(trainable=["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"])
-    lesson = Lesson(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
+    lesson = TrainingModule(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
     lesson(batch).backward()
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"encoder"}  # the features themselves, and no way round them
@@ -67,7 +67,8 @@ def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(s
 
 
 def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
-    lesson = Lesson(small(), {"features": 1.0, "attributes": 1.0}, Attributes.of([Scenes("val"), Scenes("val")]))
+    attributes = Attributes.of([Scenes("val"), Scenes("val")])
+    lesson = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
     assert lesson.heads["features"].heads.keys() == {"colour", "form", "size", "texture"}
     assert lesson.heads["attributes"].heads.keys() == Scenes.attributes.keys()
 
@@ -75,12 +76,12 @@ def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
 def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
     for loss in ("attributes", "features"):
         with pytest.raises(RegistryError, match=f"set loss.{loss}=0"):
-            Lesson(small(), {loss: 1.0}, Attributes({}, {}))
-    Lesson(small(), {"attributes": 1.0}, Attributes({}, {"relation": ("above", "below")}))
+            TrainingModule(small(), {loss: 1.0}, Attributes({}, {}))
+    TrainingModule(small(), {"attributes": 1.0}, Attributes({}, {"relation": ("above", "below")}))
 
 
 def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
-    lesson = Lesson(small(), {"features": 1.0}, ATTRIBUTES)
+    lesson = TrainingModule(small(), {"features": 1.0}, ATTRIBUTES)
     lesson(batch)
     batch.targets.has_mask[1] = False
     lesson(batch)

@@ -8,7 +8,7 @@ from sca_registry import RegistryError
 
 from sca.training.features import FeatureCache
 from sca.training.recipe import Recipe
-from sca.training.trainer import train
+from sca.training.train import train
 
 
 @pytest.fixture

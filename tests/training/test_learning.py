@@ -12,7 +12,7 @@ from sca.data.scenes import Scenes
 from sca.inference.processor import Processor
 from sca.training.examples import ExampleStream, collate
 from sca.training.recipe import Drawing, Recipe
-from sca.training.trainer import train
+from sca.training.train import train
 
 SCENES = Scenes("train", count=16, size=64, seed=3)
 WORD_LOSS = 0.2  # nats a word, without smoothing: the likeliest word is right nearly always

@@ -6,7 +6,7 @@ import pytest
 
 from sca.training.log import format_logs
 from sca.training.recipe import Recipe
-from sca.training.trainer import train
+from sca.training.train import train
 
 LINE = r"step [12]/2  loss \S+ \(caption \S+, mask \S+, iou \S+\)  learning rate \S+e-\d\d  \d\d:\d\d left"
 

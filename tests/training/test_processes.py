@@ -38,7 +38,7 @@ save = 20
 """
 WATCHED = """
 import json, os, sys
-import sca.training.trainer as trainer
+import sca.training.train as trainer
 from sca.training.recipe import Recipe
 
 told, step = {}, trainer.CaptionTrainer.training_step
@@ -175,7 +175,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tm
             process.communicate()
             done += 1
         for written in (tmp_path / "killed").glob("checkpoint-*"):
-            for file in ("lesson.pt", "optimizer.pt"):
+            for file in ("training_module.pt", "optimizer.pt"):
                 torch.load(written / file, weights_only=True)
             json.loads((written / "trainer_state.json").read_text())
     run(*TRAIN, "killed", *options)

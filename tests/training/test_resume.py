@@ -7,8 +7,9 @@ import torch
 
 from sca.checkpoints.load import load
 from sca.training.examples import Mixture
+from sca.training.module import TrainingModule
 from sca.training.recipe import Recipe
-from sca.training.trainer import Lesson, train
+from sca.training.train import train
 
 
 class Stopped(BaseException):
@@ -34,7 +35,7 @@ def plan(small_table):
 
 def stop_after(monkeypatch, passes):
     """The training is stopped in the middle of a step, after so many passes through the model."""
-    forward, done = Lesson.forward, []
+    forward, done = TrainingModule.forward, []
 
     def counted(self, batch, shares):
         if len(done) == passes:
@@ -42,7 +43,7 @@ def stop_after(monkeypatch, passes):
         done.append(batch)
         return forward(self, batch, shares)
 
-    monkeypatch.setattr(Lesson, "forward", counted)
+    monkeypatch.setattr(TrainingModule, "forward", counted)
 
 
 def same(one, other):
@@ -65,11 +66,11 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_last_bit(plan, tmp_path
     assert folders(tmp_path / "stopped") == ["checkpoint-4"]
     half_written = tmp_path / "stopped" / ".sca-draft" / "checkpoint-999"
     half_written.mkdir(parents=True)
-    (half_written / "lesson.pt").write_bytes(b"half")
+    (half_written / "training_module.pt").write_bytes(b"half")
     passes = []
     with monkeypatch.context() as patch:
-        forward = Lesson.forward
-        patch.setattr(Lesson, "forward", lambda self, *given: (passes.append(1), forward(self, *given))[1])
+        forward = TrainingModule.forward
+        patch.setattr(TrainingModule, "forward", lambda self, *given: (passes.append(1), forward(self, *given))[1])
         resumed = train(recipe, tmp_path / "stopped", quiet=True)
     assert len(passes) == 2 * accumulate  # steps 5 and 6
     assert same(straight, resumed)

@@ -10,7 +10,7 @@ from sca.checkpoints.native import save
 from sca.io.lock import LockedError
 from sca.io.run_folder import RunFolder, RunFolderError
 from sca.training.recipe import Recipe
-from sca.training.trainer import train
+from sca.training.train import train
 
 
 @pytest.fixture

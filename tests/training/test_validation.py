@@ -15,7 +15,8 @@ from sca.checkpoints.state import weights_hash
 from sca.evaluation.journal import read_predictions
 from sca.training.recipe import Recipe, Validation
 from sca.training.sources import open_validation
-from sca.training.trainer import Validating, train
+from sca.training.train import train
+from sca.training.validation import ValidationCallback
 
 
 @pytest.fixture
@@ -53,9 +54,7 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
 
 def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(
-        "sca.training.trainer.open_validation", lambda each: opened.append(each) or open_validation(each)
-    )
+    monkeypatch.setattr("sca.training.train.open_validation", lambda each: opened.append(each) or open_validation(each))
     recipe = plan({"every": 4, "limit": 1})
     train(recipe, tmp_path, quiet=True)
     assert opened == [recipe.validate]
@@ -207,7 +206,7 @@ def test_validating_reports_a_score_that_never_changes(plan, tmp_path):
 
 
 def test_validating_prefers_the_earlier_names_of_best():
-    kept = Validating.__new__(Validating)
+    kept = ValidationCallback.__new__(ValidationCallback)
     kept.options = Validation(best=("a", "b"))
     for before, metric, score, better in (
         (None, "b", 0.0, True),
