@@ -106,7 +106,7 @@ def test_geometry_is_that_of_the_tools_own_converters(tmp_path, python):
         (found,) = labelme.read_shapes({"shapes": group}, (40, 30), "a.json", SkipCounter())
         assert found.mask == code
 
-    (image,) = label_studio.read_tasks(tasks, "ls.json", SkipCounter())
+    (image,) = label_studio.read_tasks(tasks, "ls.json", SkipCounter(), lambda name: None)
     regions = {each.place.rpartition(" ")[2].strip("'"): each for each in image.annotations}
     polygons = [each["segmentation"] for each in theirs["label-studio"] if each["segmentation"]]
     assert len(polygons) == len(theirs["corners"]) == 50
