@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from sca.checkpoints.native import save as save
     from sca.composition import build as build
     from sca.composition import compose as compose
+    from sca.evaluation.evaluate import evaluate as evaluate
     from sca.inference.automatic import caption_everything as caption_everything
     from sca.inference.factory import captioner as captioner
     from sca.inference.predictor import Predictor as Predictor
     from sca.inference.processor import Processor as Processor
     from sca.io.images import open_image as open_image
     from sca.model import SegmentCaptioner as SegmentCaptioner
+    from sca.training.train import train as train
 
 _WHERE = {
     "Caption": "sca_registry.contracts",
@@ -39,9 +41,11 @@ _WHERE = {
     "caption_everything": "sca.inference.automatic",
     "captioner": "sca.inference.factory",
     "compose": "sca.composition",
+    "evaluate": "sca.evaluation.evaluate",
     "load": "sca.checkpoints.load",
     "open_image": "sca.io.images",
     "save": "sca.checkpoints.native",
+    "train": "sca.training.train",
 }
 __all__ = sorted(_WHERE)
 

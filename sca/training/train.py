@@ -46,13 +46,14 @@ LOOSE = tuple(  # what changes no step
 
 
 def train(
-    recipe: Recipe,
-    folder: str | Path,
+    recipe: Recipe | str | Path,
+    folder: str | Path | None = None,
     resume: bool = True,
     quiet: bool = False,
     *,
+    changes: Sequence[str] = (),
     overwrite: bool = False,
-    set_aside: bool = False,
+    set_aside: bool | None = None,
     report: Callable[[str], None] = lambda line: None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
@@ -63,21 +64,34 @@ def train(
     share of a step's images, and the first writes. However many there are, every step learns the same.
 
     Args:
-        recipe: What is trained.
-        folder: The run folder; what an interrupted run of the same recipe and data left there is continued.
+        recipe: A recipe, the name of a shipped one, or a TOML file.
+        folder: The run folder (default: runs/NAME); what an interrupted run of the same recipe and data left there is
+            continued.
         resume: False starts the same recipe over.
         quiet: Show no progress bar and no training log.
+        changes: Changes to the recipe, such as "train.steps=200".
         overwrite: Delete what a run of another recipe or other data wrote into the folder.
-        set_aside: Rename the folder of such a run instead.
+        set_aside: Rename the folder of such a run instead (default: if no folder is given).
         report: Called with each line that a person should read: what the data contains and what was left out of it,
             what cannot choose the best model, and whether another run was set aside.
         trust_remote_code: What the checkpoint that training begins with may do, see `sca.load`.
         allow_external: As `trust_remote_code`.
 
+    Returns:
+        The trained model.
+
     Raises:
+        ValueError: The recipe cannot be read, or what it names.
         RunFolderError: The folder contains another run, files that `sca train` did not write, or an input.
         LockedError: Another process trains there.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.read(str(recipe), changes)
+    elif changes:
+        recipe = Recipe.from_dict(recipe.name, recipe.to_dict(), changes)
+    if set_aside is None:
+        set_aside = folder is None and not overwrite
+    folder = Path("runs") / recipe.name if folder is None else folder
     with ExitStack() as stack:
         first = os.environ.get("RANK", "0") == "0"
         run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUTS)) if first else None

@@ -21,6 +21,7 @@ from sca.io.atomic import sync, sync_tree, unwritable
 from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
 
 DRAFT = ".sca-draft"
+MODULE = "training_module.pt"  # of a checkpoint: what trains, and buffers
 
 
 def counts(batch: Batch) -> dict[str, int]:
@@ -105,10 +106,10 @@ class CaptionTrainer(Trainer):
         state = gathered(state)
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            torch.save(state, os.path.join(output_dir, "training_module.pt"))
+            torch.save(state, os.path.join(output_dir, MODULE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = torch.load(os.path.join(resume_from_checkpoint, "training_module.pt"), weights_only=True, map_location="cpu")
+        state = torch.load(os.path.join(resume_from_checkpoint, MODULE), weights_only=True, map_location="cpu")
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         missing, unexpected = load_gathered(self.model, state)
         if set(missing) != frozen & self.model.state_dict().keys() or unexpected:

@@ -1,0 +1,35 @@
+"""`sca.train` and `sca.evaluate` do in Python what the commands do."""
+
+from pathlib import Path
+
+import pytest
+from sca_registry import RegistryError
+
+import sca
+from sca.training.recipe import Recipe
+
+FEW = ["train.steps=1", "train.images=2", "data.scenes.size=64", "data.scenes.count=2", "train.report_to=none"]
+
+
+def test_train_takes_a_recipe_by_name_and_evaluate_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = sca.train("sca-tiny", changes=FEW, quiet=True)
+    assert isinstance(model, sca.SegmentCaptioner)
+    assert Path("runs/sca-tiny/model/weights.safetensors").is_file()
+    report = sca.evaluate(model, {"name": "scenes", "count": 2, "size": 64}, metrics=["class"])
+    assert 0 <= report.scores["class/mean"] <= 1
+
+
+def test_train_takes_a_file_or_a_recipe_and_changes(tmp_path):
+    (tmp_path / "mine.toml").write_text('model = "sca-tiny"\n[data.scenes]\nname = "scenes"\nsize = 64\ncount = 2\n')
+    few = [*FEW[:2], "train.report_to=none"]
+    sca.train(tmp_path / "mine.toml", tmp_path / "one", changes=few, quiet=True)
+    recipe = Recipe.read(str(tmp_path / "mine.toml"), few)
+    sca.train(recipe, tmp_path / "two", changes=["train.seed=3"], quiet=True)
+    weights = [(tmp_path / run / "model/weights.safetensors").read_bytes() for run in ("one", "two")]
+    assert weights[0] != weights[1]
+
+
+def test_train_refuses_an_unknown_recipe():
+    with pytest.raises(RegistryError, match="sca-tiny"):
+        sca.train("sca-tinny")
