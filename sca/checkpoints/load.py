@@ -15,9 +15,10 @@ from sca_registry.spec import ModelSpec
 
 from sca.checkpoints.layout import CONFIG, ORIGIN, SPEC, WEIGHTS, CheckpointError, is_published
 from sca.checkpoints.native import load_native, read_spec, spec_errors
-from sca.checkpoints.published import load_published
+from sca.checkpoints.published import load_published, open_published
 from sca.checkpoints.state import check_finite
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, find_real_root
+from sca.composition import build
 from sca.devices import find_device, find_dtype
 from sca.io.atomic import previous_folder
 from sca.io.hub import fetch, local_folder, local_path, suggest_path
@@ -64,6 +65,23 @@ def load(
         if dtype == torch.float16:
             check_finite(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
     return model
+
+
+def load_without_weights(
+    source: str | Path, *, trust_remote_code: bool = False, allow_external: bool = False
+) -> SegmentCaptioner:
+    """Build the model of a checkpoint on the meta device: its components, but neither tensors nor a tokenizer.
+
+    Args:
+        source: As for `load`, like the others.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+    """
+    trust = Trust(trust_remote_code, allow_external)
+    folder, spec = open_checkpoint(source, trust)
+    with _one_line(folder), spec_errors(folder):
+        return build(open_published(folder, trust) if spec is None else spec, "meta")
 
 
 def open_checkpoint(

@@ -61,10 +61,7 @@ def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
     """The model of a published folder. Every tensor has its place and every place its tensor, or CheckpointError names
     them. Its language model has the tokenizer that lies in the folder, or else that of the name in its configuration.
     """
-    try:
-        spec = confine_spec(read_published_spec(read_json(folder / "config.json"), folder), folder, trust)
-    except TrustError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    spec = open_published(folder, trust)
     with no_init_weights(), BoundedBuild(weight_files(folder) or [], spec):
         model = build(spec)
     tensors = {_ours(name): tensor for name, tensor in _tensors(folder).items()}
@@ -87,6 +84,14 @@ def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
     assign(model, tensors, set(own), folder, "config.json")
     model.language_model.tokenizer = _tokenizer(folder, trust)
     return model.eval()
+
+
+def open_published(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
+    """Read the spec of a published folder, confined to what the caller agreed to. Raises CheckpointError."""
+    try:
+        return confine_spec(read_published_spec(read_json(folder / "config.json"), folder), folder, trust)
+    except TrustError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
 def read_published_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:

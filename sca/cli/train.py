@@ -35,14 +35,14 @@ def train(
     import torch
 
     from sca.training.processes import joined_processes, run_processes
-    from sca.training.train import budget_each, images_each, prepare
+    from sca.training.train import budget_each, check_recipe, images_each
     from sca.training.train import train as run
 
     processes = torch.cuda.device_count() or plan.train.processes
     if processes > 1 and "RANK" not in os.environ:
         images_each(plan.train, processes)
         budget_each(plan.train, processes)
-        prepare(plan, **agreed)  # so that a mistake is told once, and before anything is started
+        check_recipe(plan, **agreed)  # so that mistakes are reported once, and before anything is started
         flags = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
         flags |= {"--overwrite": overwrite}
         options = ["--resume" if resume else "--no-resume", *(flag for flag, on in flags.items() if on)]

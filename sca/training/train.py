@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sca.checkpoints.load import load
+from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
 from sca.checkpoints.state import weights_hash
 from sca.composition import build
@@ -215,10 +215,7 @@ def prepare(
     Raises:
         ValueError: What parts, checkpoints and datasets raise for what the recipe asks of them.
     """
-    unseen = open_validation(recipe.validate) if recipe.validate is not None else None
-    sources = open_sources(recipe)
-    for name, dataset in sources.items():
-        _check_readable(name, dataset)
+    unseen, sources = _open_data(recipe)
     if isinstance(recipe.model, str):
         model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
     else:
@@ -230,6 +227,39 @@ def prepare(
     if recipe.train.cache_features:
         check_cacheable(recipe, model)
     return model, *_stream(recipe, model, list(sources.values())), unseen
+
+
+def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False) -> None:
+    """Check a recipe as far as that takes no weights, before several processes load them.
+
+    Args:
+        recipe: As for `prepare`, like the others.
+
+    Raises:
+        ValueError: What components, checkpoints and datasets raise for what the recipe asks of them.
+    """
+    _, sources = _open_data(recipe)
+    if isinstance(recipe.model, str):
+        agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+        model = load_without_weights(recipe.model, **agreed)
+    else:
+        model = build(recipe.model, "meta")
+    if recipe.train.sharded:
+        check_shardable(recipe)
+    if recipe.train.cache_features:
+        check_cacheable(recipe, model)
+    attributes = Attributes.of(list(sources.values()))
+    check_rates(recipe.train, TrainingModule(model, recipe.loss, attributes))
+    _reporters(recipe.train.report_to)
+
+
+def _open_data(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
+    """Open the dataset of [validate], if the recipe has one, and those to train on."""
+    unseen = open_validation(recipe.validate) if recipe.validate is not None else None
+    sources = open_sources(recipe)
+    for name, dataset in sources.items():
+        _check_readable(name, dataset)
+    return unseen, sources
 
 
 def _check_readable(name: str, dataset: Dataset) -> None:

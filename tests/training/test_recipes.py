@@ -13,6 +13,7 @@ import sca
 from sca.training.augmentation import Augmentation
 from sca.training.recipe import LOSSES, MAX_SEED, Recipe, Source, TrainOptions, Validation, recipe_names
 from sca.training.sources import open_sources, open_validation
+from sca.training.train import check_recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -308,3 +309,26 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
     data["own"] |= {"file": str(tmp_path / "mine.jsonl")}
     with pytest.raises(ValueError, match=r"1 image unreadable: gone\.png"):
         open_sources(recipe)
+
+
+DATA = {"data": {"scenes": {"name": "scenes", "count": 2, "size": 64}}}
+LARGE = {"encoder": "sam-vit-h", "mixer": "query", "language_model": "mistral-7b", "lora": 4}
+
+
+@pytest.mark.parametrize("model", ["sca-tiny", LARGE])
+def test_recipe_is_checked_without_weights(model, monkeypatch):
+    monkeypatch.setattr("sca.io.hub.snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    check_recipe(Recipe.from_dict("mine", {"model": model, **DATA}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"rates": {"nothing": 1.0}}}, "nothing"),
+        ({"train": {"cache_features": "features"}}, "cache_features"),
+        ({"train": {"report_to": "nobody"}}, "nothing is called 'nobody'"),
+    ],
+)
+def test_check_recipe_finds_mistakes_that_need_no_weights(change, message):
+    with pytest.raises(RegistryError, match=message):
+        check_recipe(Recipe.from_dict("mine", {"model": "sca-tiny", **DATA, **change}))
