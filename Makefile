@@ -9,7 +9,7 @@ SCENE = examples/scene.png
 SHAPES = --box 370,434,448,512 --box 186,357,323,500 --box 15,270,99,354 --box 213,190,341,307 --box 52,356,190,494
 ALL = png,jsonl,coco,html
 TESTS = tests
-LOWEST_TESTS = tests/bench tests/model tests/parity tests/training
+LOWEST_TESTS = tests/bench tests/checkpoints tests/inference tests/model tests/parity tests/training
 
 .PHONY: demo test test-all test-lowest check picture docs screenshots results choice core dev all lowest clean
 .NOTPARALLEL:
