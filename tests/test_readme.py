@@ -77,7 +77,14 @@ def test_every_file_that_is_linked_is_there(link):
 
 def test_the_folders_of_the_tree_are_there():
     (tree,) = (block for block in blocks("text") if "registry/" in block)
-    assert all((ROOT / line.split()[0]).is_dir() for line in tree.splitlines())
+    folders, parent = [], ""
+    for line in tree.splitlines():
+        folder = line.split()[0]
+        parent = parent if line.startswith(" ") else folder
+        folders.append(f"{parent}{folder}" if line.startswith(" ") else folder)
+    assert all((ROOT / folder).is_dir() for folder in folders)
+    shown = {folder for folder in folders if folder.startswith("sca/")}
+    assert shown >= {f"sca/{each.name}/" for each in (ROOT / "sca").iterdir() if (each / "__init__.py").exists()}
 
 
 def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
