@@ -193,12 +193,12 @@ def caption(
     _report_prompts(regions, failures, quiet)
     read = job.input_files()
     if launcher:
+        where = _build_launcher(launcher)
         from sca.inference.shards import ShardedRun, name_shards
 
         settings = {"images": context.params["images"], **_settings(context.params, read)}
         shards = name_shards(archives, paths, shard)
         inputs = [*archives, *paths, *read]
-        where = _build_launcher(launcher)
         with ShardedRun(Path(out), shards, settings, inputs, overwrite) as run:
             _caption_shards(run, job, where, failures, quiet)
         if not quiet:
