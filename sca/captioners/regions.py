@@ -19,12 +19,12 @@ from sca.checkpoints.load import HUB_ID, load
 from sca.composition import parts
 from sca.inference.engine import Encoded, Mask, MaskEngine
 from sca.inference.requests import check_task
+from sca.io.coordinates import Box
 from sca.io.hub import local_folder
 from sca.io.masks import RLE, box_of, decode, encode
 from sca.model import Segmenting
 
 AGREED = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes
-Box = tuple[float, float, float, float]
 
 
 class Seen(NamedTuple):

@@ -18,7 +18,6 @@ from sca.language_models.probe import probe_model
 
 POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call them
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class CausalLanguageModel(nn.Module):

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sca.devices import DTYPES
 from sca.io.hub import quiet, reading
-from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
+from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 
 
 class GgufLanguageModel(CausalLanguageModel):

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sca.devices import DTYPES
 from sca.io.hub import HubError, fetch, has_tokenizer, load_pretrained, quiet, read_config, reading
-from sca.language_models.causal import DTYPES, CausalLanguageModel, TextTokenizer
+from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 
 
