@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import catalogue
 import numpy as np
 import pytest
 import sca_registry
@@ -21,6 +22,7 @@ from sca.data.scenes import Scenes
 from sca.encoders.tiny_vit import TinyVit
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.mixers.query import QueryMixer
+from sca.mixers.resampler import ResamplerMixer
 from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
 from sca.testing.conformance import PROMISES, check
@@ -118,8 +120,6 @@ def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_wr
     for finding in check("mixer", "query", depth=1, mlp=32):
         assert finding.expected.endswith("."), finding
         assert finding.written.startswith(("sca_registry.", "sca.", "plugins/"))
-    assert len(PROMISES) >= 25
-    assert len({name for _, _, name in MUTANTS}) >= 12
 
 
 # --- parts that are wrong on purpose --------------------------------------------------------------------------------
@@ -492,6 +492,46 @@ class Refuses:
         raise OSError("no weights here")
 
 
+class Crashing(Encoder):
+    def forward(self, pixels):
+        raise RuntimeError("out of chalk")
+
+
+class Wandering:
+    def __call__(self, image, image_id):
+        box = (0.0, 0.0, 1.0 + random.random(), 9.0)
+        return Proposals((Prompt(box=box),), (1.0,), (None,))
+
+
+class OneScore(SmallSam):
+    def forward(self, features, prompts, multimask=True):
+        found = super().forward(features, prompts, multimask)
+        found.scores = found.scores[:, :1].expand(-1, found.masks.shape[1] + 1)
+        return found
+
+
+class LossOfEachRegion(SmallSam):
+    def loss(self, regions, targets):
+        return {name: value.expand(3) for name, value in super().loss(regions, targets).items()}
+
+
+class Flat(Small):
+    def head(self, states):
+        return super().head(states if states.dim() > 1 else states[None])
+
+
+class Rushed(ResamplerMixer):
+    def __init__(self, segmenter):
+        super().__init__(segmenter, depth=1)
+
+    def forward(self, regions, prepared=None):
+        return super().forward(regions, prepared) + (0.0 if prepared is None else 1.0)
+
+
+class Nowhere(Encoder):
+    default_segmenter = "nothing"
+
+
 MUTANTS = [
     ("encoder", Refuses, "builds"),
     ("encoder", NamelessEncoder, "attributes"),
@@ -547,7 +587,42 @@ MUTANTS = [
     ("dataset", each_region(by_width), "boxes-lie-in-the-image"),
     ("dataset", each_region(lambda r: Region(r.id, (0, 0, 2, 2), r.mask, r.name)), "boxes-contain-masks"),
     ("dataset", each_region(lambda r: Region(r.id, r.box, r.mask)), "regions-have-words"),
+    ("encoder", Crashing, "runs"),
+    ("proposer", Wandering, "proposals-are-fixed"),
+    ("segmenter", OneScore, "regions"),
+    ("segmenter", LossOfEachRegion, "loss-is-scalars-that-train"),
+    ("language model", Flat, "states-and-logits-shape"),
+    ("mixer", Rushed, "prepared-or-not"),
 ]
+NAMED = ("default-segmenter-is-known", "import-is-light")  # promises of what has a name, with a test each
+
+
+def test_every_promise_has_a_mutant_that_breaks_it():
+    assert {name for _, _, name in MUTANTS} | {*NAMED} == {each.name for each in PROMISES}
+
+
+def test_encoder_with_an_unknown_default_segmenter_breaks_its_promise(monkeypatch):
+    monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
+    sca_registry.encoders.register("nowhere", func=Nowhere)
+    assert "'nothing'; there are" in broken(check("encoder", "nowhere"))["default-segmenter-is-known"]
+
+
+def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, monkeypatch):
+    info = tmp_path / "loud-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[sca_metrics]\nloud = loud_metric:Loud\n")
+    (tmp_path / "loud_metric.py").write_text(
+        "print('hello')\nfrom sca.evaluation.metrics.classes import Classes as Loud\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sca_registry.refresh()
+    try:
+        assert "it prints 'hello'" in broken(check("metric", "loud"))["import-is-light"]
+    finally:
+        monkeypatch.undo()
+        sca_registry.refresh()
 
 
 @pytest.mark.parametrize(("kind", "factory", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
