@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ARCHITECTURES
 
@@ -49,6 +50,8 @@ HEADS = {  # one architecture for each way to compute logits from states
     "llama4_text": {},  # its class names its body wrongly
     "opt": {"word_embed_proj_dim": 32},  # embeddings narrower than states
 }
+NEWER = ("recurrent_gemma",)
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 REFUSED = ("cpmant", "ctrl", "falcon_h1", "gemma3n_text", "gemma4_text", "openai-gpt", "roberta", "xlm")
 
 
@@ -99,6 +102,8 @@ def check_equals_its_model(name, **fields):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_language_model_has_the_logits_and_ids_of_its_own_model(name):
+    if name in NEWER and VERSION < (5, 23):
+        pytest.skip("transformers 5.17 does not run it on embeddings, so that it is refused there")
     check_equals_its_model(name, **HEADS[name])
 
 
