@@ -70,8 +70,8 @@ class Entry:
 class Registry(catalogue.Registry):
     """The components of one kind, with the methods of `catalogue.Registry`.
 
-    Other than there, names are listed without an import, an entry point may also name a card file, a name that is taken
-    is refused, a broken plugin affects its own name alone, and `build` checks options and results.
+    Unlike catalogue's, it lists names without an import, reads card files, refuses a name that is taken, confines a
+    broken plugin to its own name, and checks options and results in `build`.
     """
 
     def __init__(self, kind: Kind):

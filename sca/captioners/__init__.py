@@ -1,1 +1,1 @@
-"""What captions regions without being trained for it: baselines, and the door to them and to models."""
+"""Baselines and vision-language models that caption regions."""

@@ -43,7 +43,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     facts |= count_parameters(spec)
     if (folder / ORIGIN).is_file():
         facts |= _read_fields(folder / ORIGIN, ("written_by", "commit"))
-    is_of_run = folder.resolve().name in MODELS  # beside no other folder is a file looked for
+    is_of_run = folder.resolve().name in MODELS  # only these have a training run beside them
     return facts | (describe_training(folder.resolve().parent) if is_of_run else {})
 
 

@@ -80,8 +80,11 @@ def load_without_weights(
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
-    with _one_line(folder), spec_errors(folder):
-        return build(open_published(folder, trust) if spec is None else spec, "meta")
+    with _one_line(folder):
+        if spec is None:
+            return build(open_published(folder, trust), "meta")
+        with spec_errors(folder):
+            return build(spec, "meta")
 
 
 def open_checkpoint(

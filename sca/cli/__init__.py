@@ -17,6 +17,7 @@ from sca.cli import caption, compare, convert, data, demo, evaluate, listing, pl
 from sca.cli.commands import CommandGroup
 from sca.cli.options import complain
 from sca.io.terminal import guard_terminal
+from sca.io.text import describe_error
 from sca.repair import find_torchvision_error
 
 app = typer.Typer(
@@ -96,7 +97,11 @@ def run(arguments: list[str]) -> int:
         broken = find_torchvision_error(error)
         if sys.flags.dev_mode or not (broken or isinstance(error, (ValueError, OSError))):
             raise
-        complain(f"torchvision cannot be imported ({_reason(broken)}); run `sca doctor`" if broken else _reason(error))
+        complain(
+            f"torchvision cannot be imported ({describe_error(broken)}); run `sca doctor`"
+            if broken
+            else describe_error(error)
+        )
         return 2
 
 
@@ -108,10 +113,3 @@ def _usage(error: Any) -> int:
     else:
         complain(f"{message} See: {command} --help")
     return 2
-
-
-def _reason(error: BaseException) -> str:
-    """Our own words; of the system's, its reason and the file."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__

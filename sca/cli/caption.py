@@ -191,6 +191,7 @@ def caption(
     if not (paths or archives):
         raise typer.Exit(failures.status)
     _report_prompts(regions, failures, quiet)
+    regions.match(paths)
     read = job.input_files()
     if launcher:
         where = _build_launcher(launcher)
@@ -200,7 +201,7 @@ def caption(
         shards = name_shards(archives, paths, shard)
         inputs = [*archives, *paths, *read]
         with ShardedRun(Path(out), shards, settings, inputs, overwrite) as run:
-            _caption_shards(run, job, where, failures, quiet)
+            _caption_shards(run, job, where, regions, failures, quiet)
         if not quiet:
             _remark_domain(model)
         raise typer.Exit(failures.status)
@@ -273,23 +274,25 @@ def _build_launcher(text: str) -> Launcher:
     return sca_registry.launchers.build(part.name, **part.options)
 
 
-def _caption_shards(run: ShardedRun, job: CaptionJob, launcher: Launcher, failures: Failures, quiet: bool) -> None:
+def _caption_shards(
+    run: ShardedRun, job: CaptionJob, launcher: Launcher, regions: Regions, failures: Failures, quiet: bool
+) -> None:
     """Caption the missing shards of a run and report what becomes of each."""
     missing = run.missing
     if run.finished and not quiet:
         complain(f"{len(run.finished)} of {len(run.shards)} shards are there already")
     for name, problems in run.finished.items():
-        failures.report_lines(name, problems)
+        failures.report_shard(name, problems)
     if any(run.finished.values()):
-        complain("to caption them once they are repaired, choose another --out, or start over with --overwrite")
-    for number, result in enumerate(run.caption(job, launcher), 1):
-        failures.report_lines(result.name, result.problems)
+        complain("images with problems are not captioned again; after fixing them, use another --out or --overwrite")
+    for number, result in enumerate(run.caption(job, launcher, getattr(regions, "keys", None)), 1):
+        failures.report_shard(result.name, result.problems)
         if result.path is None:
             failures.report(f"{result.name}: {result.reason}", status=1)
         elif not quiet:
             complain(f"{number} of {len(missing)}: wrote {result.path}")
     if run.missing:
-        complain(f"{len(run.missing)} shards are missing: the same command goes on with them")
+        complain(f"{format_count(len(run.missing), 'shard')} missing; repeat the command to resume")
 
 
 def _remark_domain(model: str) -> None:
@@ -316,10 +319,10 @@ class Failures:
         complain(problem)
         self.status = max(self.status, status)
 
-    def report_lines(self, shard: str, problems: Iterable[str]) -> None:
-        """Report the problems of a shard's images."""
-        for line in problems:
-            self.report(f"{shard}: {line}", status=1)
+    def report_shard(self, shard: str, problems: Iterable[tuple[str, int]]) -> None:
+        """Report the problems of a shard's images, each with its status."""
+        for line, status in problems:
+            self.report(f"{shard}: {line}", status)
 
     def add(self, failure: Failure) -> None:
         self.report(failure.reason, failure.status)
@@ -368,12 +371,16 @@ class ProgressBars:
 
     def follow(self, results: Results) -> Results:
         """Yield the results and count their images."""
+        from sca.inference.batch import Failure
+
         start, done, failed = time.monotonic(), 0, 0
         for result in results:
             self.progress.reset(self.search, visible=False)
             yield result
-            failed += getattr(result, "is_whole", False)
-            done += not hasattr(result, "is_whole")
+            if not isinstance(result, Failure):
+                done += 1
+            elif result.is_whole:
+                failed += 1
             rate = f"{done / max(time.monotonic() - start, 1e-3):.1f} images/s"
             self.progress.update(self.images, completed=done + failed, rate=rate)
 

@@ -70,7 +70,7 @@ def load_command(name: str) -> Any:
     try:
         found = getattr(import_module(module), attribute)
         return _make_command(name, found)
-    except Exception as error:  # other people's code may raise anything
+    except (Exception, SystemExit) as error:  # other people's code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the command {name!r} of {offer.origin} cannot be loaded: {reason}; update it") from error
 

@@ -110,6 +110,8 @@ def caption_everything(
             f"options is of type {type(options).__name__}; give sca.Everything(...), or its fields by name"
         )
     search = {name: value for name, value in given.items() if name in fields and value is not None}
+    if not isinstance(predictor, Predictor):
+        raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
     options = check_search({**vars(options or engine.everything), **search}) if search else options
     generation = settle_generation(engine, **{name: given[name] for name in given.keys() & {*OPTIONS}})

@@ -1,4 +1,7 @@
-"""Images in, captions out: many images, some at a time, with failures as values.
+"""Images in, captions out: many images, some at a time, yielding failures instead of raising them.
+
+from sca.inference.batch import BatchCaptioner, Failure
+from sca.inference.job import CaptionJob
 
 job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
 for result in BatchCaptioner(job, job.read_regions()).caption(paths):
@@ -53,7 +56,7 @@ class BatchCaptioner:
 
     Args:
         job: What to caption in each image, and how; its model is loaded.
-        regions: What `job.read_regions` returned.
+        regions: What `job.read_regions` returned, after `match` with all images of the run.
 
     Raises:
         ValueError: An option does not suit the captioner. See `sca.captioner` for what loading raises.
@@ -79,11 +82,7 @@ class BatchCaptioner:
                 not depend on where a run was interrupted.
             keeps_images: Also open images that are captioned already.
             progress: Called with the points looked at and the total, during a search.
-
-        Raises:
-            PromptError: The name of an image could mean several of a prompts file.
         """
-        self.regions.match(paths)
         opened = _open_images(paths, done or {})
         if self._engine is not None:
             return self._search(self._engine, opened, keeps_images, progress)

@@ -18,11 +18,11 @@ from sca.inference.processor import Frame, Processor
 from sca.inference.requests import check_task
 from sca.io.masks import box_of, encode
 from sca.language_models.usage import count_tokens
-from sca.model import NON_FINITE
+from sca.model import NON_FINITE, SegmentCaptioner
 from sca.nn.masks import best_masks
 
 if TYPE_CHECKING:
-    from sca.model import SegmentCaptioner, Segmenting
+    from sca.model import Segmenting
 
 REGIONS = 64  # go through segmenter and mixer at a time
 
@@ -67,7 +67,7 @@ class MaskEngine(ABC):
     def check_segments(self) -> None:
         """Raise ValueError if there is no encoder and no segmenter."""
         if self.model is None:
-            raise ValueError("nothing here finds masks; choose encoder+captioner, such as sam-vit-b+blip-base")
+            raise ValueError("the captioner has no segmenter; use encoder+captioner, such as sam-vit-b+blip-base")
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> Encoded:
@@ -211,6 +211,8 @@ class Engine(MaskEngine):
     def __init__(self, model: SegmentCaptioner, regions: int = REGIONS):
         if isinstance(model, str | Path):
             raise ValueError(f"Predictor takes a model and not its name; use sca.load({str(model)!r})")
+        if not isinstance(model, SegmentCaptioner):
+            raise ValueError(f"model is of type {type(model).__name__}; give a model, such as sca.load returns")
         super().__init__(model, regions)
 
     @property

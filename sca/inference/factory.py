@@ -1,4 +1,4 @@
-"""One door: whatever captions regions, by name."""
+"""Load anything that captions regions, by name."""
 
 from __future__ import annotations
 

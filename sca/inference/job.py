@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sca_registry import proposers
-from sca_registry.contracts import Captioner, Prompt, Proposer
+from sca_registry.contracts import TASKS, Captioner, Prompt, Proposer
 from sca_registry.spec import Part
 
 from sca.devices import find_device
@@ -26,7 +26,7 @@ class Regions(Protocol):
     clipped: SkipCounter  # boxes that were clipped to their image
 
     def match(self, paths: Sequence[Path]) -> None:
-        """Match images to what a file calls them. Raises PromptError if a name could mean several."""
+        """Match images to the image names in a prompts file. Raises PromptError if a name could mean several."""
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
         """Return the prompts that fit an image of (width, height), and a line for each that does not.
@@ -90,7 +90,7 @@ class CaptionJob:
         model: What `sca.captioner` takes, as text.
         device: Where the model runs.
         dtype: Of its floating-point tensors; None for the model's own.
-        seed: Of everything that is drawn at random.
+        seed: Random seed.
         trust_remote_code: As for `sca.load`, like allow_external.
         boxes: x1,y1,x2,y2; one region each, in every image.
         points: x,y.
@@ -124,6 +124,12 @@ class CaptionJob:
     task: str = "caption"
     generation: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"unknown task {self.task!r}; choose from {', '.join(map(repr, TASKS))}")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch!r}; give 1 or more")
 
     def read_regions(self) -> Regions:
         """Read the prompts, or build the proposer of a search.

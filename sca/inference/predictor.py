@@ -38,8 +38,10 @@ class Predictor:
         ValueError: The model is something else, such as a name.
     """
 
-    def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int = REGIONS):
-        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions)
+    def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int | None = None):
+        if isinstance(model, MaskEngine) and regions is not None:
+            raise ValueError("regions is an option of the captioner; give it to sca.captioner")
+        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions or REGIONS)
         self.image: Image.Image | None = None
         self.encoded: Encoded | None = None
 

@@ -80,6 +80,6 @@ def _plain(numbers: Any) -> Any:
 
 
 def check_task(task: str) -> None:
-    """Raises ValueError for a task that there is not."""
+    """Raise ValueError for an unknown task."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")

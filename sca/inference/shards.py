@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 
 from sca_registry.contracts import Launcher
 
-from sca.inference.batch import BatchCaptioner, Failure
-from sca.inference.job import CaptionJob
+import sca.inference.factory  # noqa: F401 (what shards are forked from has imported it)
+from sca.inference.batch import IMAGE, PROMPTS, BatchCaptioner, Failure
+from sca.inference.job import CaptionJob, ListedPrompts
 from sca.io.atomic import write_file
 from sca.io.images import SUFFIXES, show
 from sca.io.journal import Journal, read_journal
 from sca.io.json import open_regular_file
 from sca.io.run_folder import RunFolder, exact_pattern
+from sca.io.text import describe_error
 from sca.launchers.task import Task
 from sca.output.jsonl import Jsonl, Stream
 
@@ -38,6 +40,7 @@ PATTERNS = (JOURNAL, "*.jsonl")  # `shards.journal`, and a file per shard
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
 
 Content = Mapping[str, Any]
+Problem = tuple[str, int]  # one line, and the exit status of a command for it
 
 
 class ShardResult(NamedTuple):
@@ -45,7 +48,7 @@ class ShardResult(NamedTuple):
 
     name: str
     path: Path | None  # of its captions; None if it failed
-    problems: Sequence[str]  # a line for each image, or region of one, that is not captioned
+    problems: Sequence[Problem]  # of images, or regions of one, that are not captioned
     reason: str = ""  # why it failed
 
 
@@ -76,14 +79,14 @@ class ShardedRun:
         overwrite: bool = False,
     ):
         self.shards, self.contents = shards, {name: _fingerprint(content) for name, content in shards.items()}
-        self.finished: dict[str, Sequence[str]] = {}  # shards with the problems of their images
-        self._folder, self._begin = RunFolder(folder, KIND, PATTERNS), (settings, list(inputs), overwrite)
+        self.finished: dict[str, Sequence[Problem]] = {}  # shards with the problems of their images
+        self._folder = RunFolder(folder, KIND, PATTERNS)
+        self._settings, self._inputs, self._overwrite = settings, list(inputs), overwrite
 
     def __enter__(self) -> ShardedRun:
         self._folder.__enter__()
         try:
-            settings, inputs, overwrite = self._begin
-            self.finished = _begin(self._folder, settings, self.contents, inputs, overwrite)
+            self.finished = begin_run(self._folder, self._settings, self.contents, self._inputs, self._overwrite)
         except BaseException:
             self._folder.__exit__(None, None, None)
             raise
@@ -97,20 +100,34 @@ class ShardedRun:
         """Names of the shards that are not finished."""
         return [name for name in self.shards if name not in self.finished]
 
-    def caption(self, job: CaptionJob, launcher: Launcher) -> Iterator[ShardResult]:
+    def caption(
+        self, job: CaptionJob, launcher: Launcher, keys: Mapping[Path, str] | None = None
+    ) -> Iterator[ShardResult]:
         """Caption the missing shards and yield each as it ends.
 
         Args:
             job: What to caption in each image, and how.
             launcher: Where the processes run.
+            keys: What a prompts file calls each image, matched with the images of all shards; those of an archive are
+                matched by themselves.
         """
-        folder, plain = self._folder.path, asdict(job)
+        folder, plain, keys = self._folder.path, asdict(job), keys or {}
+
+        def images(shard: str) -> Sequence[str]:
+            return self.shards[shard].get("images", ())
+
         with Journal(folder / JOURNAL) as journal, tempfile.TemporaryDirectory(prefix="sca-") as logs:
             tasks = [
                 Task(
                     name,
                     "sca.inference.shards:caption_shard",
-                    {"job": plain, "content": self.shards[name], "folder": os.getcwd(), "device": job.device},
+                    {
+                        "job": plain,
+                        "content": self.shards[name],
+                        "keys": {path: keys[Path(path)] for path in images(name) if Path(path) in keys},
+                        "folder": os.getcwd(),
+                        "device": job.device,
+                    },
                     str(Path(logs, name)),
                     timeout=float("inf"),
                     gpus=int(job.device.startswith("cuda")),
@@ -150,23 +167,35 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     text = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="sca-") as unpacked:
         try:
-            named, problems = _unpack(content["tar"], unpacked) if "tar" in content else (content["images"], [])
-            problems += _caption(job, [Path(name) for name in named], text) if named else []
+            named, unusable = _unpack(content["tar"], unpacked) if "tar" in content else (content["images"], [])
+            problems = [(line, IMAGE) for line in unusable]
+            keys = None if "tar" in content else {Path(path): key for path, key in config["keys"].items()}
+            problems += _caption(job, [Path(name) for name in named], keys, text) if named else []
         except (ValueError, OSError) as error:
-            return {"state": "failed", "reason": str(error)}
+            return {"state": "failed", "reason": describe_error(error)}
+        if not text.getvalue() and any(status == PROMPTS for _, status in problems):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            return {"state": "failed", "reason": f"{problems[0][0]}{more}"}
         captions = text.getvalue()
         if "tar" in content:
             captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
-            problems = [line.replace(f"{unpacked}/", f"{content['tar']}/") for line in problems]
+            problems = [(line.replace(f"{unpacked}/", f"{content['tar']}/"), status) for line, status in problems]
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 
 
-def _caption(job: CaptionJob, paths: Sequence[Path], text: io.StringIO) -> list[str]:
-    """Write the captions of images as JSON lines; return a line for each problem."""
-    writer, problems = Jsonl(Stream(text), job.model), []
-    for result in BatchCaptioner(job, job.read_regions()).caption(paths):
+def _caption(
+    job: CaptionJob, paths: Sequence[Path], keys: Mapping[Path, str] | None, text: io.StringIO
+) -> list[Problem]:
+    """Write the captions of images as JSON lines; return the problems."""
+    regions = job.read_regions()
+    if isinstance(regions, ListedPrompts) and keys is not None:
+        regions.keys = keys
+    else:
+        regions.match(paths)
+    writer, problems = Jsonl(Stream(text), job.model), list[Problem]()
+    for result in BatchCaptioner(job, regions).caption(paths):
         if isinstance(result, Failure):
-            problems.append(result.reason)
+            problems.append((result.reason, result.status))
         else:
             writer.add(str(result.path), result.image, result.captions)
     writer.close()
@@ -200,13 +229,13 @@ def _fingerprint(content: Content) -> str:
     return hashlib.sha256(json.dumps([content, state]).encode()).hexdigest()[:16]
 
 
-def _begin(
+def begin_run(
     folder: RunFolder,
     settings: Mapping[str, Any],
     contents: Mapping[str, str],
     inputs: Iterable[str | Path],
     overwrite: bool,
-) -> dict[str, Sequence[str]]:
+) -> dict[str, Sequence[Problem]]:
     """Begin a run of shards in its folder.
 
     Args:
@@ -225,13 +254,19 @@ def _begin(
     """
     entries = list(read_journal(folder.path / JOURNAL)) if folder.run and not overwrite else []
     done = {str(entry.get("shard")): entry.get("content") for entry in entries}
-    problems = {str(entry.get("shard")): list(map(str, entry.get("problems") or ())) for entry in entries}
+    problems = {str(entry.get("shard")): _read_problems(entry.get("problems")) for entry in entries}
     loose = ("images", "shards") if not overwrite and done.items() <= contents.items() else ()
     outputs = [JOURNAL, *map(_output, contents)]
     folder.begin({**settings, "shards": contents}, outputs, inputs, overwrite=overwrite, loose=loose)
     kept = set() if overwrite else {JOURNAL, *map(_output, done)}
     folder.delete_outputs(set(folder.run.outputs if folder.run else ()) - kept)
     return {name: problems[name] for name in done if (folder.path / f"{name}.jsonl").is_file()}
+
+
+def _read_problems(listed: Any) -> list[Problem]:
+    """Read the problems of a line of the journal."""
+    pairs = listed if isinstance(listed, list) else []
+    return [(str(pair[0]), int(pair[1])) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
 
 
 def _output(name: str) -> str:

@@ -59,3 +59,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error; of one of the system, its reason and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__

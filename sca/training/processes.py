@@ -59,7 +59,8 @@ def process_environment(count: int) -> Mapping[str, str]:
 def joined_processes() -> Iterator[None]:
     """Join the other processes of `run_processes`, and leave the group of any launcher at the end.
 
-    Threads of a group that nobody left abort the process when the interpreter ends.
+    Without this, threads of the group can abort the process at exit. After an error the group is left with gloo alone:
+    NCCL would wait for the other processes.
     """
     import torch
 
@@ -70,9 +71,14 @@ def joined_processes() -> Iterator[None]:
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
-    yield
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        group = torch.distributed
+        if group.is_available() and group.is_initialized() and (finished or group.get_backend() == "gloo"):
+            group.destroy_process_group()
 
 
 def threads_each(processes: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry import RegistryError
+from sca_registry import RegistryError, language_models
 from sca_registry.contracts import Dataset
 from sca_registry.messages import unknown
 from tqdm.auto import tqdm
@@ -39,6 +39,7 @@ from sca.training.validation import ValidationCallback
 MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
 STATE = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
 OUTPUTS = (*STATE, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
+NO_TOKENIZER = "the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER"
 LOOSE = tuple(  # what changes no step
     f"train.{name}"
     for name in ("accumulate", "cache_features", "chunk", "processes", "report_to", "save", "sharded", "workers")
@@ -81,7 +82,7 @@ def train(
         The trained model.
 
     Raises:
-        ValueError: The recipe cannot be read, or what it names.
+        ValueError: The recipe, or something that it names, cannot be read.
         RunFolderError: The folder contains another run, files that `sca train` did not write, or an input.
         LockedError: Another process trains there.
     """
@@ -128,11 +129,11 @@ def _train(
         check_shardable(recipe)
     model, stream, attributes, unseen = prepare(recipe, **agreed)
     opened = _name_data(recipe, stream, unseen)
-    lesson = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk)
-    check_rates(recipe.train, lesson)
+    training_module = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk)
+    check_rates(recipe.train, training_module)
     budget = budget_each(recipe.train, processes)
     trainer = CaptionTrainer(
-        model=lesson,
+        model=training_module,
         args=_arguments(recipe, folder, share),
         train_dataset=stream,
         data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad, budget)},
@@ -223,14 +224,14 @@ def prepare(
     if recipe.train.sharded:
         check_shardable(recipe)
     if model.language_model.tokenizer is None:
-        raise RegistryError("the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER")
+        raise RegistryError(NO_TOKENIZER)
     if recipe.train.cache_features:
         check_cacheable(recipe, model)
     return model, *_stream(recipe, model, list(sources.values())), unseen
 
 
 def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False) -> None:
-    """Check a recipe as far as that takes no weights, before several processes load them.
+    """Check everything in a recipe that needs no weights, before several processes load them.
 
     Args:
         recipe: As for `prepare`, like the others.
@@ -244,6 +245,10 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
         model = load_without_weights(recipe.model, **agreed)
     else:
         model = build(recipe.model, "meta")
+        part = recipe.model.language_model
+        options = {**language_models.card(part.name).options, **part.options}
+        if model.language_model.tokenizer is None and not (options.get("weights") or options.get("tokenizer")):
+            raise RegistryError(NO_TOKENIZER)
     if recipe.train.sharded:
         check_shardable(recipe)
     if recipe.train.cache_features:

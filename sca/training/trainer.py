@@ -109,7 +109,10 @@ class CaptionTrainer(Trainer):
             torch.save(state, os.path.join(output_dir, MODULE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = torch.load(os.path.join(resume_from_checkpoint, MODULE), weights_only=True, map_location="cpu")
+        path = Path(resume_from_checkpoint, MODULE)
+        if not path.is_file():
+            raise RegistryError(f"{resume_from_checkpoint} has no {MODULE}: give another --out, or --overwrite")
+        state = torch.load(path, weights_only=True, map_location="cpu")
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         missing, unexpected = load_gathered(self.model, state)
         if set(missing) != frozen & self.model.state_dict().keys() or unexpected:

@@ -282,6 +282,19 @@ def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monk
     assert shell(*arguments, "--quiet").err == []
 
 
+def test_ambiguous_prompts_leave_an_earlier_run_unchanged(shell, checkpoint, picture, here):
+    for name in ("a/x.png", "b/x.png"):
+        picture(name)
+    assert shell("caption", "a", "--box", "1,1,9,9", "--model", checkpoint, "--out", "out", "--quiet").status == 0
+    before = (here / "out/captions.jsonl").read_bytes()
+    (here / "p.jsonl").write_text(json.dumps({"image": "x.png", "box": [1, 1, 9, 9]}) + "\n")
+    asked = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--overwrite")
+    result = shell(*asked, "--out", "out")
+    assert result.status == 2
+    assert "could mean 2 images" in result.err[-1]
+    assert (here / "out/captions.jsonl").read_bytes() == before
+
+
 def test_a_second_run_replaces_the_files_of_the_first_when_told(shell, checkpoint, picture, here):
     for box, status, *more in (("0,0,9,9", 0), ("1,1,5,5", 2), ("1,1,5,5", 0, "--overwrite")):
         arguments = ["--model", checkpoint, "--out", "out", "--format", "jsonl,coco", *more]

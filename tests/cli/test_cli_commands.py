@@ -64,6 +64,7 @@ def test_plugin_command_may_be_an_app_or_a_function(shell, install):
     ("text", "reason"),
     [
         ("raise RuntimeError('out of tea')", "RuntimeError: out of tea"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
         ("import nothing_here", "ModuleNotFoundError: No module named 'nothing_here'"),
         ("app = 3", "TypeError: int is not a typer app or a function"),
         ("", "AttributeError: module 'greeter_app' has no attribute 'app'"),

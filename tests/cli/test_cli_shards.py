@@ -67,18 +67,40 @@ def test_repeated_shards_report_the_images_that_were_not_captioned(shell, checkp
     assert len(lines(here / "parts/shard-00000.jsonl")) == 4
 
 
+def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, checkpoint, picture, here):
+    for name in ("a/x.png", "b/x.png"):
+        picture(name)
+    (here / "p.jsonl").write_text(json.dumps({"image": "a/x.png", "box": [4, 4, 40, 40]}) + "\n")
+    asked = ("caption", "a/x.png", "b/x.png", "--prompts", "p.jsonl", "--model", checkpoint, "--quiet")
+    whole = shell(*asked, "--out", "whole")
+    parts = shell(*asked, "--out", "parts", "--launcher", "local workers=1", "--shard", 2)
+    assert whole.status == parts.status == 2
+    assert "b/x.png: p.jsonl has no regions for it" in whole.err[0]
+    assert "b/x.png: p.jsonl has no regions for it" in parts.err[0]
+    assert {line["image"] for line in lines(here / "parts/shard-00000.jsonl")} == {"a/x.png"}
+
+
+def test_shard_whose_prompts_all_fail_is_not_finished(shell, checkpoint, pictures, here):
+    far = ("--box", "9000,9000,9100,9100", "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
+    result = shell("caption", "photos", *far, "--quiet")
+    assert result.status == 1
+    assert "shard-00000: failed: photos/a.png: the box" in result.err[0]
+    assert result.err[-1] == "sca: 1 shard missing; repeat the command to resume"
+    assert not (here / "parts/shard-00000.jsonl").exists()
+
+
 NAMES = ("set-0", "shard-00000")
 SETTINGS = {"images": ["x"], "words": "2"}
 
 
 def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
     """Begin a run of shards, and finish some of them."""
-    from sca.inference.shards import JOURNAL, KIND, PATTERNS, _begin
+    from sca.inference.shards import JOURNAL, KIND, PATTERNS, begin_run
     from sca.io.journal import Journal
     from sca.io.run_folder import RunFolder
 
     with RunFolder(folder, KIND, PATTERNS) as run_folder:
-        earlier = _begin(run_folder, settings, contents, inputs, overwrite)
+        earlier = begin_run(run_folder, settings, contents, inputs, overwrite)
         with Journal(folder / JOURNAL) as journal:
             for name in done:
                 (folder / f"{name}.jsonl").write_text(f"{name}\n")
@@ -173,7 +195,7 @@ def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, numbe
     made = caption_shard(config, str(tmp_path / "work"))
     if is_of_image:
         assert made["state"] == "done"
-        assert "a.png of " in made["problems"][0]
+        assert "a.png of " in made["problems"][0][0]
     else:
         reason = f"cannot unpack {tmp_path}/set.tar: {os.strerror(number)}"
         assert made == {"state": "failed", "reason": reason}
@@ -218,10 +240,16 @@ def test_shard_of_files_that_have_gone_captions_no_others(shell, checkpoint, pic
 
     picture("a.png")
     job = {"model": str(checkpoint), "boxes": ["4,4,40,40"]}
-    config = {"job": job, "content": {"images": ["[a-z].png", "*.png"]}, "folder": str(here), "device": "cpu"}
+    config = {
+        "job": job,
+        "content": {"images": ["[a-z].png", "*.png"]},
+        "keys": {},
+        "folder": str(here),
+        "device": "cpu",
+    }
     made = caption_shard(config, str(here / "work"))
     assert made["captions"] == ""
-    assert all("there is no such file" in line for line in made["problems"])
+    assert all("there is no such file" in line for line, _ in made["problems"])
     assert len(made["problems"]) == 2
 
 

@@ -327,6 +327,7 @@ def test_recipe_is_checked_without_weights(model, monkeypatch):
         ({"train": {"rates": {"nothing": 1.0}}}, "nothing"),
         ({"train": {"cache_features": "features"}}, "cache_features"),
         ({"train": {"report_to": "nobody"}}, "nothing is called 'nobody'"),
+        ({"model": {**LARGE, "language_model": {"name": "hf", "config": {"model_type": "gpt2"}}}}, "no tokenizer"),
     ],
 )
 def test_check_recipe_finds_mistakes_that_need_no_weights(change, message):

@@ -1,4 +1,4 @@
-"""One door for whatever captions regions, and the commands behind it."""
+"""Whatever captions regions is loaded by name."""
 
 import json
 
