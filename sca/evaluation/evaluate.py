@@ -157,23 +157,37 @@ def evaluate(
     trust_remote_code: bool = False,
     allow_external: bool = False,
 ) -> Report | None:
-    """Asks the model for the regions of a dataset and scores its answers.
+    """Evaluate a model on a dataset.
 
-    model: what `sca.captioner` takes, a built model, or anything with `describe`. dataset: a registered name, a table
-    of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built dataset. split: of a dataset given by
-    name; a built one has its own. questions: how regions are asked for. proposer: where they are found instead, for
-    dense captioning; a name, or a table of a name and options. metrics, settings: see `sca.evaluation.scoring.score`.
-    device, trust_remote_code, allow_external: for a model that is loaded, see `sca.load`. folder: for
-    predictions.jsonl, which is written as answers come; a run that was killed goes on where it was. overwrite: replace
-    the predictions of another run there. batch, limit, progress: see `sca.evaluation.predictions.predict`.
+    Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each captions its
+    share of the images, and the first one scores.
 
-    Works alone or as one of several processes that a launcher started (torchrun, accelerate launch), which need a
-    folder: each asks for its share of the images, the first scores, and the others have no report.
+    Args:
+        model: What `sca.captioner` takes, a built model, or anything with `describe`.
+        dataset: A registered name, a table of a name and options such as `{"name": "coco", "root": FOLDER}`, or a built
+            dataset.
+        split: Of a dataset given by name; a built one has its own.
+        questions: Which prompts, tasks and controls the regions get, and options of generation.
+        proposer: For dense captioning: finds the regions instead; a name, or a table of a name and options.
+        metrics: Registered names; None for all that find what they need, see `sca.evaluation.scoring.score`.
+        settings: Options of metrics, and the references and tokenizer that they share.
+        batch: Images encoded at a time.
+        limit: Maximum images.
+        device: For a model that is loaded.
+        folder: For predictions.jsonl, which is written as captions come; an interrupted run resumes. Several processes
+            need one.
+        overwrite: Replace the predictions of another run in the folder.
+        progress: Called with the images done and the total.
+        report: Called with one line on what the dataset contains and what was left out of it.
+        trust_remote_code: For a model that is loaded, see `sca.load`.
+        allow_external: As `trust_remote_code`.
 
-    report: called with one line that says what the dataset contains and what was left out of it.
+    Returns:
+        The report; None in processes other than the first.
 
-    ValueError if the dataset has no region to ask for, a metric of `metrics` does not find what it needs, or the folder
-    holds the predictions of another run.
+    Raises:
+        ValueError: The dataset has no region to caption, a metric of `metrics` does not find what it needs, or the
+            folder contains the predictions of another run.
     """
     start = time.perf_counter()
     ready(metrics, settings)
