@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sca.output.journal import Journal
 
 DEFAULT_MODEL = "sca-tiny"
+STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
 UNKEPT = (  # that change no answer
     *("images", "out", "format", "image_prefix", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
     *("trust_remote_code", "allow_external"),
@@ -319,13 +320,13 @@ class Failures:
         complain(problem)
         self.status = max(self.status, status)
 
-    def report_shard(self, shard: str, problems: Iterable[tuple[str, int]]) -> None:
-        """Report the problems of a shard's images, each with its status."""
-        for line, status in problems:
-            self.report(f"{shard}: {line}", status)
+    def report_shard(self, shard: str, problems: Iterable[tuple[str, str]]) -> None:
+        """Report the problems of a shard's images."""
+        for line, kind in problems:
+            self.report(f"{shard}: {line}", STATUSES[kind])
 
     def add(self, failure: Failure) -> None:
-        self.report(failure.reason, failure.status)
+        self.report(failure.reason, STATUSES[failure.kind])
         if failure.is_whole:
             self.count += 1
             self.paths.append(failure.path)

@@ -26,7 +26,7 @@ from sca.io.images import ImageError, open_image, show
 from sca.io.prompts import PromptError
 from sca.output.read import Captioned, Size, resize_to_recorded
 
-IMAGE, PROMPTS = 1, 2  # exit status of a command for an unusable image, and for unusable prompts
+IMAGE, PROMPTS = "image", "prompts"  # what cannot be used
 
 
 class ImageCaptions(NamedTuple):
@@ -42,7 +42,7 @@ class Failure(NamedTuple):
 
     path: Path
     reason: str  # one line that names the image
-    status: int  # IMAGE or PROMPTS
+    kind: str  # IMAGE or PROMPTS
     is_whole: bool = True  # no region of the image is captioned
 
 

@@ -40,7 +40,7 @@ PATTERNS = (JOURNAL, "*.jsonl")  # `shards.journal`, and a file per shard
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
 
 Content = Mapping[str, Any]
-Problem = tuple[str, int]  # one line, and the exit status of a command for it
+Problem = tuple[str, str]  # one line, and IMAGE or PROMPTS
 
 
 class ShardResult(NamedTuple):
@@ -173,13 +173,13 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
             problems += _caption(job, [Path(name) for name in named], keys, text) if named else []
         except (ValueError, OSError) as error:
             return {"state": "failed", "reason": describe_error(error)}
-        if not text.getvalue() and any(status == PROMPTS for _, status in problems):
+        if not text.getvalue() and any(kind == PROMPTS for _, kind in problems):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             return {"state": "failed", "reason": f"{problems[0][0]}{more}"}
         captions = text.getvalue()
         if "tar" in content:
             captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
-            problems = [(line.replace(f"{unpacked}/", f"{content['tar']}/"), status) for line, status in problems]
+            problems = [(line.replace(f"{unpacked}/", f"{content['tar']}/"), kind) for line, kind in problems]
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 
 
@@ -195,7 +195,7 @@ def _caption(
     writer, problems = Jsonl(Stream(text), job.model), list[Problem]()
     for result in BatchCaptioner(job, regions).caption(paths):
         if isinstance(result, Failure):
-            problems.append((result.reason, result.status))
+            problems.append((result.reason, result.kind))
         else:
             writer.add(str(result.path), result.image, result.captions)
     writer.close()
@@ -266,7 +266,11 @@ def begin_run(
 def _read_problems(listed: Any) -> list[Problem]:
     """Read the problems of a line of the journal."""
     pairs = listed if isinstance(listed, list) else []
-    return [(str(pair[0]), int(pair[1])) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    return [(str(line), kind) for line, kind in filter(_is_pair, pairs) if kind in (IMAGE, PROMPTS)]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
 
 
 def _output(name: str) -> str:

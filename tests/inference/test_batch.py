@@ -34,7 +34,7 @@ def test_failures_are_yielded_between_the_captions_of_the_others(paths):
     Image.new("RGB", (8, 8)).save(paths[2])
     results = caption(CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch=2), paths)
     failed = {result.path: result for result in results if isinstance(result, Failure)}
-    assert {path.name: (each.status, each.is_whole) for path, each in failed.items()} == {
+    assert {path.name: (each.kind, each.is_whole) for path, each in failed.items()} == {
         "b.png": (IMAGE, True),
         "c.png": (PROMPTS, True),
     }
@@ -47,7 +47,7 @@ def test_regions_of_a_file_that_do_not_fit_are_failures_of_their_image(paths, tm
     lines = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     failure, result = caption(CaptionJob("sca-tiny", prompts=str(tmp_path / "prompts.jsonl")), paths[:1])
-    assert (failure.status, failure.is_whole) == (PROMPTS, False)
+    assert (failure.kind, failure.is_whole) == (PROMPTS, False)
     assert "prompts.jsonl, line 2" in failure.reason
     assert len(result.captions) == 1
 
