@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sca_registry.contracts import Caption, Launcher
 
     from sca.inference.batch import Failure, Results
-    from sca.inference.job import CaptionJob, Regions
+    from sca.inference.job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
     from sca.output.journal import Journal
 
@@ -276,7 +276,7 @@ def _build_launcher(text: str) -> Launcher:
 
 
 def _caption_shards(
-    run: ShardedRun, job: CaptionJob, launcher: Launcher, regions: Regions, failures: Failures, quiet: bool
+    run: ShardedRun, job: CaptionJob, launcher: Launcher, regions: RegionSource, failures: Failures, quiet: bool
 ) -> None:
     """Caption the missing shards of a run and report what becomes of each."""
     missing = run.missing
@@ -386,7 +386,7 @@ class ProgressBars:
             self.progress.update(self.images, completed=done + failed, rate=rate)
 
 
-def _report_prompts(regions: Regions, failures: Failures, quiet: bool) -> None:
+def _report_prompts(regions: RegionSource, failures: Failures, quiet: bool) -> None:
     """Report what a prompts file contains, and the records of which no prompt can be made."""
     from sca.inference.job import ListedPrompts
     from sca.io.images import show

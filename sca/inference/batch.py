@@ -20,7 +20,7 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 from sca.inference.automatic import caption_everything, settle_search
 from sca.inference.engine import MaskEngine
 from sca.inference.generation import settle_generation
-from sca.inference.job import CaptionJob, Regions, Search
+from sca.inference.job import CaptionJob, RegionSource, Search
 from sca.inference.predictor import Predictor
 from sca.io.images import ImageError, open_image, show
 from sca.io.prompts import PromptError
@@ -62,7 +62,7 @@ class BatchCaptioner:
         ValueError: An option does not suit the captioner. See `sca.captioner` for what loading raises.
     """
 
-    def __init__(self, job: CaptionJob, regions: Regions):
+    def __init__(self, job: CaptionJob, regions: RegionSource):
         self.job, self.regions, self.captioner = job, regions, job.load()
         self._generation = settle_generation(self.captioner, **job.generation)
         self._engine = _check_searches(self.captioner, job.model) if isinstance(regions, Search) else None

@@ -20,7 +20,7 @@ from sca.io.prompts import PromptError, check_and_count, mask_files, parse_box, 
 from sca.io.run_folder import existing_paths
 
 
-class Regions(Protocol):
+class RegionSource(Protocol):
     """The regions to caption in each image: prompts, or what a search finds."""
 
     clipped: SkipCounter  # boxes that were clipped to their image
@@ -131,7 +131,7 @@ class CaptionJob:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch!r}; give 1 or more")
 
-    def read_regions(self) -> Regions:
+    def read_regions(self) -> RegionSource:
         """Read the prompts, or build the proposer of a search.
 
         Raises:
