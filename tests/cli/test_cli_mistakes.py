@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -77,6 +79,22 @@ def test_a_mistake_in_the_options_is_one_line(refused, picture, model, here, wro
     Image.new("L", (3, 3), 255).save(here / "small.png")
     Image.new("L", (64, 48)).save(here / "black.png")
     assert said in refused(2, "caption", "a.png", *model, *wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--box", "1,2"),
+        ("--everything", "--proposer", "nothing"),
+        ("--box", "1,1,9,9", "--launcher", "nothing", "--out", "out"),
+        ("--box", "1,1,9,9", "--prompts", "p.jsonl"),
+    ],
+)
+def test_mistakes_of_caption_are_reported_before_torch_is_imported(picture, options):
+    program = "import sys; from sca.cli import run; print(run(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, "caption", picture("a.png"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n", done.stderr
 
 
 def test_no_image_at_all_is_a_mistake(refused, model):
