@@ -58,8 +58,8 @@ class TrainingModule(nn.Module):
         return {name: parameters for name, parameters in trained.items() if parameters}
 
 
-def check_rates(options: TrainOptions, lesson: TrainingModule) -> None:
-    """Raises RegistryError for a rate of something that does not train."""
+def check_rates(options: TrainOptions, module: TrainingModule) -> None:
+    """Raise RegistryError for a rate of something that does not train."""
     for name in options.rates:
-        if name not in (known := lesson.groups()):
+        if name not in (known := module.groups()):
             raise unknown(f"train.rates.{name} is for nothing that trains", name, known)

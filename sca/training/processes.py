@@ -76,9 +76,9 @@ def joined_processes() -> Iterator[None]:
         yield
         finished = True
     finally:
-        group = torch.distributed
-        if group.is_available() and group.is_initialized() and (finished or group.get_backend() == "gloo"):
-            group.destroy_process_group()
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if joined and (finished or torch.distributed.get_backend() == "gloo"):
+            torch.distributed.destroy_process_group()
 
 
 def threads_each(processes: int) -> int:

@@ -75,15 +75,15 @@ class CaptionTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over each group at its own rate; norms and biases do not decay."""
         if self.optimizer is None:
-            lesson = self.model if model is None else model
-            decaying = set(self.get_decay_parameter_names(lesson))
-            names = {id(parameter): name for name, parameter in lesson.named_parameters()}
+            module = self.model if model is None else model
+            decaying = set(self.get_decay_parameter_names(module))
+            names = {id(parameter): name for name, parameter in module.named_parameters()}
             tables: dict[tuple[float, bool], list[nn.Parameter]] = {}
-            for group, parameters in lesson.groups().items():
+            for group, parameters in module.groups().items():
                 rate = self.args.learning_rate * self.rates.get(group, 1.0)
                 for parameter in parameters:
                     tables.setdefault((rate, names[id(parameter)] in decaying), []).append(parameter)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, lesson)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, module)
             self.optimizer = kind(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
