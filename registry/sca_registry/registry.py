@@ -151,8 +151,10 @@ class Registry(catalogue.Registry):
 
     def get_entry_point(self, name: str, default: Any = None) -> Any:
         """The factory of a plugin, or `default` if no plugin offers the name or it does not work."""
-        offers = [*self._in_full(name), *(offer for full, offer in self._named().items() if full == name)]
-        return self._load_all([name]).get(name, default) if any(map(self._is_plugin, offers)) else default
+        with suppress(RegistryError):
+            if self._is_plugin(self._find(name)):
+                return self.get(name)
+        return default
 
     def find(self, name: str) -> dict[str, Any]:
         """Where a component comes from and whether it works; a broken one says why.
