@@ -1,9 +1,11 @@
-"""The fixture `conformance` for the tests of plugin packages, in a test module or the topmost conftest.py.
+"""A pytest fixture for the tests of plugin packages.
 
-pytest_plugins = ["sca.testing.pytest"]
+    pytest_plugins = ["sca.testing.pytest"]
 
-def test_mixer_passes_conformance(conformance):
-    conformance("mixer", MyMixer, depth=1)
+    def test_mixer_passes_conformance(conformance):
+        conformance("mixer", MyMixer, depth=1)
+
+The first line is for a test module or the topmost conftest.py.
 """
 
 from __future__ import annotations
