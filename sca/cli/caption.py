@@ -133,7 +133,6 @@ def caption(
     from sca_registry.contracts import TASKS
 
     from sca.inference.job import CaptionJob
-    from sca.io.images import show
 
     formats = _formats(format, out)
     images = [str(input_path(name)) for name in images]
@@ -159,12 +158,12 @@ def caption(
     if launcher and (out in ("", "-") or formats != ("jsonl",)):
         raise ValueError("--launcher writes JSON lines, a file a shard: name a folder with --out, and no --format")
     job = CaptionJob(
-        model,
-        device,
-        dtype,
-        seed,
-        trust_remote_code,
-        allow_external,
+        model=model,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        allow_external=allow_external,
         boxes=box or (),
         points=point or (),
         masks=mask,
@@ -196,27 +195,52 @@ def caption(
     read = job.input_files()
     if launcher:
         where = _build_launcher(launcher)
-        from sca.inference.shards import ShardedRun, name_shards
+        from sca.inference.shards import name_shards, open_run
 
         settings = {"images": context.params["images"], **_settings(context.params, read)}
         shards = name_shards(archives, paths, shard)
         inputs = [*archives, *paths, *read]
-        with ShardedRun(Path(out), shards, settings, inputs, overwrite) as run:
+        with open_run(Path(out), shards, settings, inputs, overwrite) as run:
             _caption_shards(run, job, where, regions, failures, quiet)
         if not quiet:
             _remark_domain(model)
         raise typer.Exit(failures.status)
+    _caption_here(job, regions, paths, formats, context.params, read, failures)
+
+
+def _caption_here(
+    job: CaptionJob,
+    regions: RegionSource,
+    paths: Sequence[Path],
+    formats: Sequence[str],
+    params: Mapping[str, Any],
+    read: Sequence[Path],
+    failures: Failures,
+) -> None:
+    """Caption images in this process, write and print their captions, and exit with the status.
+
+    Args:
+        job: What to caption in each image, and how.
+        regions: The regions, matched with the images.
+        paths: Image files.
+        formats: What is written to `params["out"]`.
+        params: The options of the command, by their names in Python.
+        read: Files that the regions are read from.
+        failures: Those so far.
+    """
     from sca.inference.batch import BatchCaptioner, Failure
+    from sca.io.images import show
     from sca.output import DRAWN, Writers
 
+    out, quiet, model = params["out"], params["quiet"], params["model"]
     captioner = BatchCaptioner(job, regions)
     with ExitStack() as outputs:
         writers = journal = None
         if out == "-":
             writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
         elif out:
-            journal = outputs.enter_context(_journal(Path(out), context.params, formats, paths, read))
-            writers = outputs.enter_context(Writers(out, formats, model, image_prefix))
+            journal = outputs.enter_context(_journal(Path(out), params, formats, paths, read))
+            writers = outputs.enter_context(Writers(out, formats, model, params["image_prefix"]))
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
         bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
         drawn = bool(set(formats) & set(DRAWN))
@@ -230,7 +254,7 @@ def caption(
                 output.add(*result)
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
-            if everything and not result.captions and not quiet:
+            if job.everything and not result.captions and not quiet:
                 complain(f"nothing found in {show(result.path)}; lower --iou or --stability, or raise --points")
             done += 1
         if not done:  # older files stay as they are
@@ -286,7 +310,7 @@ def _caption_shards(
         failures.report_shard(name, problems)
     if any(run.finished.values()):
         complain("images with problems are not captioned again; after fixing them, use another --out or --overwrite")
-    for number, result in enumerate(run.caption(job, launcher, getattr(regions, "keys", None)), 1):
+    for number, result in enumerate(run.caption(job, launcher, regions), 1):
         failures.report_shard(result.name, result.problems)
         if result.path is None:
             failures.report(f"{result.name}: {result.reason}", status=1)

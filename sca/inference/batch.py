@@ -1,11 +1,13 @@
-"""Images in, captions out: many images, some at a time, yielding failures instead of raising them.
+"""Images in, captions out: many images, some at a time.
 
-from sca.inference.batch import BatchCaptioner, Failure
-from sca.inference.job import CaptionJob
+    from sca.inference.batch import BatchCaptioner, Failure
+    from sca.inference.job import CaptionJob
 
-job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
-for result in BatchCaptioner(job, job.read_regions()).caption(paths):
-    print(result.reason if isinstance(result, Failure) else result.captions)
+    job = CaptionJob("sca-tiny", boxes=["370,434,448,512"])
+    for result in BatchCaptioner(job, job.read_regions()).caption(paths):
+        print(result.reason if isinstance(result, Failure) else result.captions)
+
+An image that fails yields a `Failure`; the others are captioned.
 """
 
 from __future__ import annotations

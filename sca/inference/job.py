@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sca_registry import proposers
 from sca_registry.contracts import TASKS, Captioner, Prompt, Proposer
@@ -20,22 +20,6 @@ from sca.io.prompts import PromptError, check_and_count, mask_files, parse_box, 
 from sca.io.run_folder import existing_paths
 
 
-class RegionSource(Protocol):
-    """The regions to caption in each image: prompts, or what a search finds."""
-
-    clipped: SkipCounter  # boxes that were clipped to their image
-
-    def match(self, paths: Sequence[Path]) -> None:
-        """Match images to the image names in a prompts file. Raises PromptError if a name could mean several."""
-
-    def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
-        """Return the prompts that fit an image of (width, height), and a line for each that does not.
-
-        Raises:
-            PromptError: None fits; one line without the image's name.
-        """
-
-
 class Search:
     """The regions that everything mode finds, from the prompts of a proposer if there is one."""
 
@@ -43,22 +27,20 @@ class Search:
         self.proposer, self.clipped = proposer, SkipCounter()
 
     def match(self, paths: Sequence[Path]) -> None:
-        pass
-
-    def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
-        return [], []
+        """Do nothing: a search needs no names of images."""
 
 
 class SamePrompts:
-    """The same prompts for every image."""
+    """The same prompts for every image; `clipped` counts the boxes that were clipped to one."""
 
     def __init__(self, prompts: Sequence[Prompt]):
         self.prompts, self.clipped = prompts, SkipCounter()
 
     def match(self, paths: Sequence[Path]) -> None:
-        pass
+        """Do nothing: every image has the prompts."""
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
+        """Return what `ListedPrompts.list_prompts` returns."""
         return [check_and_count(prompt, *size, self.clipped, show(path)) for prompt in self.prompts], []
 
 
@@ -70,9 +52,19 @@ class ListedPrompts:
         self.keys: Mapping[Path, str] = {}
 
     def match(self, paths: Sequence[Path]) -> None:
+        """Match all images of a run to the image names in the file.
+
+        Raises:
+            PromptError: A name could mean several images.
+        """
         self.keys = self.file.match(paths)
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
+        """Return the prompts that fit an image of (width, height), and a line for each that does not.
+
+        Raises:
+            PromptError: None fits; one line without the image's name.
+        """
         if path not in self.keys:
             raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
         prompts, problems = self.file.fitting(self.keys[path], *size)
@@ -80,6 +72,9 @@ class ListedPrompts:
             more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
             raise PromptError(f"{problems[0]}{more}")
         return prompts, problems
+
+
+RegionSource = Search | SamePrompts | ListedPrompts
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ from sca_registry.contracts import Launcher
 
 import sca.inference.factory  # noqa: F401 (what shards are forked from has imported it)
 from sca.inference.batch import IMAGE, PROMPTS, BatchCaptioner, Failure
-from sca.inference.job import CaptionJob, ListedPrompts
+from sca.inference.job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file
 from sca.io.images import SUFFIXES, show
 from sca.io.journal import Journal, read_journal
@@ -52,8 +53,15 @@ class ShardResult(NamedTuple):
     reason: str = ""  # why it failed
 
 
-class ShardedRun:
-    """A run of shards in its folder, to be used in a `with` statement.
+@contextmanager
+def open_run(
+    folder: Path,
+    shards: Mapping[str, Content],
+    settings: Mapping[str, Any],
+    inputs: Iterable[str | Path],
+    overwrite: bool = False,
+) -> Iterator[ShardedRun]:
+    """Open the run folder of shards, locked against other processes.
 
     As long as the finished shards are of the same images, there may be others than before: more images, or an archive
     that could not be read and has been repaired.
@@ -69,53 +77,40 @@ class ShardedRun:
         RunFolderError: The folder must not be written.
         ValueError: The journal is damaged.
     """
+    contents = {name: _fingerprint(content) for name, content in shards.items()}
+    with RunFolder(folder, KIND, PATTERNS) as run_folder:
+        yield ShardedRun(run_folder, shards, contents, begin_run(run_folder, settings, contents, inputs, overwrite))
+
+
+class ShardedRun:
+    """The shards of a run, by name: `shards` to caption, and those `finished` with the problems of their images."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: RunFolder,
         shards: Mapping[str, Content],
-        settings: Mapping[str, Any],
-        inputs: Iterable[str | Path],
-        overwrite: bool = False,
+        contents: Mapping[str, str],
+        finished: dict[str, Sequence[Problem]],
     ):
-        self.shards, self.contents = shards, {name: _fingerprint(content) for name, content in shards.items()}
-        self.finished: dict[str, Sequence[Problem]] = {}  # shards with the problems of their images
-        self._folder = RunFolder(folder, KIND, PATTERNS)
-        self._settings, self._inputs, self._overwrite = settings, list(inputs), overwrite
-
-    def __enter__(self) -> ShardedRun:
-        self._folder.__enter__()
-        try:
-            self.finished = begin_run(self._folder, self._settings, self.contents, self._inputs, self._overwrite)
-        except BaseException:
-            self._folder.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._folder.__exit__(*error)
+        self.shards, self.finished = shards, finished
+        self._folder, self._contents = folder, contents
 
     @property
     def missing(self) -> list[str]:
         """Names of the shards that are not finished."""
         return [name for name in self.shards if name not in self.finished]
 
-    def caption(
-        self, job: CaptionJob, launcher: Launcher, keys: Mapping[Path, str] | None = None
-    ) -> Iterator[ShardResult]:
+    def caption(self, job: CaptionJob, launcher: Launcher, regions: RegionSource) -> Iterator[ShardResult]:
         """Caption the missing shards and yield each as it ends.
 
         Args:
             job: What to caption in each image, and how.
             launcher: Where the processes run.
-            keys: What a prompts file calls each image, matched with the images of all shards; those of an archive are
-                matched by themselves.
+            regions: What `job.read_regions` returned, after `match` with the images of all shards; those of an archive
+                are matched by themselves.
         """
-        folder, plain, keys = self._folder.path, asdict(job), keys or {}
-
-        def images(shard: str) -> Sequence[str]:
-            return self.shards[shard].get("images", ())
-
+        folder, plain = self._folder.path, asdict(job)
+        keys = regions.keys if isinstance(regions, ListedPrompts) else {}
         with Journal(folder / JOURNAL) as journal, tempfile.TemporaryDirectory(prefix="sca-") as logs:
             tasks = [
                 Task(
@@ -123,8 +118,8 @@ class ShardedRun:
                     "sca.inference.shards:caption_shard",
                     {
                         "job": plain,
-                        "content": self.shards[name],
-                        "keys": {path: keys[Path(path)] for path in images(name) if Path(path) in keys},
+                        "content": content,
+                        "keys": {path: keys[Path(path)] for path in content.get("images", ()) if Path(path) in keys},
                         "folder": os.getcwd(),
                         "device": job.device,
                     },
@@ -132,7 +127,8 @@ class ShardedRun:
                     timeout=float("inf"),
                     gpus=int(job.device.startswith("cuda")),
                 )
-                for name in self.missing
+                for name, content in self.shards.items()
+                if name not in self.finished
             ]
             ended = set()
             for task, made in launcher.map(tasks):
@@ -142,7 +138,7 @@ class ShardedRun:
                     continue
                 path, problems = folder / f"{task.key}.jsonl", made["problems"]
                 write_file(path, made["captions"].encode())
-                journal.append({"shard": task.key, "content": self.contents[task.key], "problems": problems})
+                journal.append({"shard": task.key, "content": self._contents[task.key], "problems": problems})
                 self.finished[task.key] = problems
                 yield ShardResult(task.key, path, problems)
         killed = "its process was killed each time; if memory ran out, use fewer workers or a smaller --batch"
@@ -155,7 +151,8 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Caption one shard: the job of a launcher.
 
     Args:
-        config: The fields of a `CaptionJob`, the content of the shard, the working folder and the device.
+        config: The fields of a `CaptionJob`, the content of the shard, what a prompts file calls its images, the
+            working folder and the device.
         folder: Of the task; nothing is written there.
 
     Returns:
@@ -173,13 +170,13 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
             problems += _caption(job, [Path(name) for name in named], keys, text) if named else []
         except (ValueError, OSError) as error:
             return {"state": "failed", "reason": describe_error(error)}
-        if not text.getvalue() and any(kind == PROMPTS for _, kind in problems):
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            return {"state": "failed", "reason": f"{problems[0][0]}{more}"}
         captions = text.getvalue()
         if "tar" in content:
             captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
             problems = [(line.replace(f"{unpacked}/", f"{content['tar']}/"), kind) for line, kind in problems]
+    if not captions and any(kind == PROMPTS for _, kind in problems):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return {"state": "failed", "reason": f"{problems[0][0]}{more}"}
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 
 

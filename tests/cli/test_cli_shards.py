@@ -80,6 +80,14 @@ def test_shards_match_a_prompts_file_with_all_images_as_one_command_does(shell, 
     assert {line["image"] for line in lines(here / "parts/shard-00000.jsonl")} == {"a/x.png"}
 
 
+def test_archive_whose_prompts_all_fail_is_named(shell, checkpoint, pictures, here):
+    with tarfile.open(here / "set.tar", "w") as tar:
+        tar.add(here / "photos/a.png", "a.png")
+    asked = ("--model", checkpoint, "--out", "parts", "--launcher", "local workers=1", "--quiet")
+    result = shell("caption", "set.tar", "--box", "9000,9000,9100,9100", *asked)
+    assert result.err[0].startswith(f"sca: set: failed: {here / 'set.tar'}/a.png: the box")
+
+
 def test_shard_whose_prompts_all_fail_is_not_finished(shell, checkpoint, pictures, here):
     far = ("--box", "9000,9000,9100,9100", "--model", checkpoint, "--out", "parts", "--launcher", "local workers=1")
     result = shell("caption", "photos", *far, "--quiet")
