@@ -189,8 +189,8 @@ def _is_torn(file: IO[bytes]) -> bool:
     """
     file.seek(0)
     content = file.read()
-    is_one_line = b"\n" not in content or b"\0" in content
-    return is_one_line and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
+    is_other_text = b"\n" in content and b"\0" not in content
+    return not is_other_text and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

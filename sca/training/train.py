@@ -291,7 +291,7 @@ def check_shardable(recipe: Recipe) -> None:
 
 
 def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
-    """Raises RegistryError if features change while training, by the encoder or by the pictures."""
+    """Raise RegistryError if features change during training, by the encoder or by augmentation."""
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         raise RegistryError("train.cache_features keeps what a frozen encoder makes, and this one trains: leave it out")
     for name, source in recipe.data.items():
