@@ -1,4 +1,4 @@
-"""What pages of results share: one file, offline, in which nothing runs or loads but what is written here."""
+"""HTML pages from Jinja2 templates: one file each, which loads nothing and runs nothing but its own script."""
 
 from __future__ import annotations
 
@@ -6,26 +6,71 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterable
+from functools import cache
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from sca.io.images import show
 from sca.io.run_folder import RunFolderError, check_not_inputs
+from sca.output.colours import COLOURS
 
-SIDE = 2048  # a larger picture is shown at this many pixels on its longest side
-SHARP = 256  # up to this side a picture is kept as PNG and shown in plain pixels
-GENERATOR = '<meta name="generator" content="segment-caption-anything">'  # what we wrote, we may replace
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SIDE = 2048  # a larger image is embedded with this many pixels on its longest side
+SHARP = 256  # up to this side an image is embedded as PNG and shown without smoothing
+GENERATOR = '<meta name="generator" content="segment-caption-anything">'  # marks the pages that may be replaced
+
+
 FOOT = "</body>\n</html>\n"
+
+
+def render(template: str, package: str = "sca.output", **values: Any) -> str:
+    """Render a template of a package; every page extends `page.html` of this one.
+
+    Strings are escaped, and control characters, which HTML does not have, become spaces.
+
+    Args:
+        template: Name of a file in the package's folder `templates`, in which its CSS and JavaScript are too.
+        package: Import name of the package.
+        values: Variables of the template.
+    """
+    return _environment(package).get_template(template).render(values)
+
+
+@cache
+def _environment(package: str) -> Environment:
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("sca.output")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if hasattr(value, "__html__") or not isinstance(value, str) else printable(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["csp_hash"] = lambda content: Markup(_csp_hash(content))
+    environment.globals |= {"generator": Markup(GENERATOR), "palette": COLOURS}
+    return environment
+
+
+def printable(value: str) -> str:
+    """Return text in which spaces replace what HTML cannot display: control characters and lone surrogates."""
+    return value if value.isprintable() else "".join(c if c.isprintable() or c == "\n" else " " for c in value)
 
 
 def head(title: str, style: str, script: str = "") -> str:
     """The page up to its body. Its policy allows this style, this script and embedded pictures: whatever a caption
     says, nothing else runs or loads.
     """
-    scripts = f"; script-src {_hash(script)}" if script else ""
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}{scripts}"
+    scripts = f"; script-src {_csp_hash(script)}" if script else ""
+    policy = f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}{scripts}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -56,7 +101,7 @@ def check_page(path: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def data_uri(image: Image.Image, side: int = SIDE) -> str:
-    """The picture, at most `side` pixels wide and high: PNG for a small one, else JPEG."""
+    """Return an image, at most `side` pixels wide and high, as a data URI: PNG for a small one, else JPEG."""
     image = image.convert("RGB")
     image.thumbnail((side, side))
     content = io.BytesIO()
@@ -70,5 +115,5 @@ def text(value: str) -> str:
     return escape("".join(c if c.isprintable() or c == "\n" else " " for c in value))
 
 
-def _hash(content: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() + "'"
+def _csp_hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
