@@ -82,6 +82,8 @@ def test_the_data_that_the_code_reads_is_among_the_files(built):
     wanted = {"sca/py.typed", "sca_registry/py.typed", "sca/language_models/tiny_tokenizer.json"}
     wanted |= {f"sca_registry/cards/{kind}.toml" for kind in ("encoders", "segmenters", "mixers", "language_models")}
     wanted |= {f"sca_registry/zoo/{name}.toml" for name in zoo.names()} | {"sca/training/recipes/sca-tiny.toml"}
+    wanted |= {f"sca/output/templates/{name}" for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")}
+    wanted |= {"sca/evaluation/templates/report.html", "sca_bench/templates/sweep.html"}
     for name in SHIPPED:
         package, _, folder = zoo.get(name).checkpoint.partition(":")
         wanted |= {f"{package}/{folder}/{file}" for file in ("spec.json", "weights.safetensors", "origin.json")}
@@ -124,6 +126,12 @@ def test_what_is_installed_captions_with_the_shipped_checkpoint(installed, model
     assert record["box"] == [370, 434, 448, 512]
     assert record["mask"]["size"] == [512, 512]
     assert record["caption"]
+
+
+def test_what_is_installed_writes_pages(installed, tmp_path):
+    program = "from pathlib import Path; from sca.output.html import Html; Html(Path('page.html')).close()"
+    run(sys.executable, "-c", program, env={**os.environ, "PYTHONPATH": str(installed)}, cwd=tmp_path)
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_constraints_pin_everything_that_the_extras_which_listen_stand_on():

@@ -61,7 +61,7 @@ def view(browser):
         subprocess.run([*SCA, "view", "out/captions.jsonl"], cwd=folder, check=True)
         page = browser.new_page(viewport={"width": 1280, "height": 760})
         page.goto(f"file://{folder}/view.html")
-        page.wait_for_selector("canvas")
+        page.wait_for_selector("li")
         page.screenshot(path=DOCS / "view.jpg", quality=80)
 
 

@@ -32,7 +32,7 @@ import json, sys
 from sca.cli import run
 for command in json.loads(sys.argv[1]):
     run(command)
-    heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+    heavy = {"torch", "transformers", "numpy", "jinja2"} & set(sys.modules)
     assert not heavy, f"sca {' '.join(command)} imported {heavy}"
 """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from viewer_page import ViewerPage
 
 from sca.io.annotations.annotation import SkipCounter
 from sca.output.read import read_captions
@@ -156,7 +157,5 @@ def test_view_pairs_images_by_their_file_and_keeps_all_regions(folder, make):
     files = [read_captions(path, SkipCounter(), [folder]) for path in (first, second)]
     regions, problems = write_view(folder / "view.html", *files, images=[folder])
     assert (regions, problems) == (5, [])
-    page = (folder / "view.html").read_text()
-    (data,) = [json.loads(part.partition("</script>")[0]) for part in page.split('id="data">')[1:]]
-    (card,) = data["images"]
-    assert (len(card["regions"]), len(card["other"])) == (2, 3)
+    (image,) = ViewerPage((folder / "view.html").read_text()).images
+    assert (len(image["regions"]), len(image["other"])) == (2, 3)
