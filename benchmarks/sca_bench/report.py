@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sca.io.text import escape_markdown, format_csv
 from sca.output.colours import COLOURS
-from sca.output.page import FOOT, head, text
+from sca.output.page import render
 from sca_bench.states import STATES
 from sca_bench.summary import Line, find_axes, find_shared_parts, front, lines, telling
 from sca_bench.timing import STAGES
@@ -27,48 +27,50 @@ FIGURES = (
     *("over seeds", "first caption, ms", "regions/s", "step, ms", "memory, GiB"),
 )
 
-_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; background: Canvas; color: CanvasText }
-body { max-width: 100rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse }
-th, td { padding: .2rem .6rem; text-align: right; font-variant-numeric: tabular-nums; vertical-align: top;
-  border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, Canvas) }
-th { cursor: pointer } th.words, td.words { text-align: left; overflow-wrap: anywhere; min-width: 8rem }
-.wide { overflow-x: auto } .below { opacity: .6 }
-.pictures { display: flex; flex-wrap: wrap; gap: 2rem } figure { margin: 0 }
-svg text { fill: currentColor; font-size: 11px } .axis, .grid { stroke: currentColor } .grid { opacity: .15 }
-.front { fill: none; stroke: currentColor; stroke-dasharray: 4 3 } .curve { fill: none; stroke-width: 1.5 }
-code { overflow-wrap: anywhere; font-size: .8rem } details { margin: .2rem 0 }
-""" + "\n".join(
-    f".c{n} {{ fill: rgb{c}; }} .curve.c{n} {{ fill: none; stroke: rgb{c} }}" for n, c in enumerate(COLOURS)
-)
-_SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0];
-  table.tHead.addEventListener("click", (event) => {
-    const place = event.target.cellIndex;
-    if (place === undefined) return;
-    const sign = table.dataset.by === String(place) ? -1 : 1;
-    table.dataset.by = sign === 1 ? place : "";
-    const value = (row) => row.cells[place].dataset.value ?? row.cells[place].textContent;
-    const order = (a, b) => (isNaN(a) || isNaN(b) ? String(a).localeCompare(String(b)) : b - a);
-    body.append(...[...body.rows].sort((a, b) => sign * order(value(a), value(b))));
-  });
-}
-"""
+
+class Chart(NamedTuple):
+    """Lines and dots between two axes, in pixels; places are those of combinations in the table as it first stands."""
+
+    title: str
+    across: tuple[str, str, str]  # the axis at the bottom: text at its ends, and what it shows
+    up: tuple[str, str, str]
+    lines: list[tuple[str, list[tuple[float, float]]]]  # CSS classes, and points
+    dots: list[tuple[int, float, float]]
+    labels: list[tuple[int, float, float]]
+
+
+class Bars(NamedTuple):
+    """Seconds by stage, of each combination that was timed."""
+
+    rows: list[tuple[int, Mapping[str, float]]]
+    stages: tuple[str, ...]
+    longest: float  # seconds of all stages together
 
 
 def page(rows: Sequence[Mapping[str, Any]], title: str, score: str | None = None) -> str:
     """One HTML file. score: what counts as quality (default: the most telling that there is)."""
     score = score or telling(rows)
     found = lines(rows, score)
+    words, figures = _columns(found, score)
     said = f"quality: {score}" if score else "without scores"
-    parts = [head(title, _STYLE, _SCRIPT), f"<h1>{text(title)}</h1>\n<p>{text(_where(rows))}; {text(said)}</p>\n"]
-    parts += [_table(found, score), '<div class="pictures">']
-    parts += [_pareto(found, score), _memory(found, score), _curves(found), _bars(found), "</div>\n", _others(rows)]
-    parts += [_commands(found), f"<script>{_SCRIPT}</script>\n", FOOT]
-    return "".join(parts)
+    charts = (_pareto(found, score), _memory(found, score), _curves(found))
+    return render(
+        "sweep.html",
+        "sca_bench",
+        title=title,
+        facts=f"{_where(rows)}; {said}",
+        headings=[*words, *figures],
+        text_columns=len(words),
+        rows=list(zip(*words.values(), *figures.values(), strict=True)),
+        pale=_below_best(found),
+        width=WIDTH,
+        height=HEIGHT,
+        margin=MARGIN,
+        charts=[chart for chart in charts if chart],
+        bars=_bars(found),
+        unfinished=[(row["label"], row["state"], row["reason"]) for row in _ended(rows)],
+        commands=[(line.label, line.command) for line in found],
+    )
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
@@ -167,32 +169,19 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _table(found: Sequence[Line], score: str | None) -> str:
-    """Sorted by a click; what is clearly below the best, by intervals that do not meet, is pale."""
-    words, figures = _columns(found, score)
-    top = "".join(f'<th class="words">{text(each)}</th>' for each in words)
-    top += "".join(f"<th>{text(each)}</th>" for each in figures)
-    best = next((line for line in found if line.low is not None), None)
-    body = []
-    for line, *row in zip(found, *words.values(), *figures.values(), strict=True):
-        below = best is not None and best.low is not None and line.high is not None and line.high < best.low
-        cells = "".join(f'<td class="words">{text(cell)}</td>' for cell in row[: len(words)])
-        cells += "".join(
-            f'<td data-value="{text(cell.partition(" to ")[0]) or -1}">{text(cell)}</td>' for cell in row[len(words) :]
-        )
-        body.append(f'<tr class="below">{cells}</tr>\n' if below else f"<tr>{cells}</tr>\n")
-    note = "<p><small>pale: its interval lies below that of the best. A click on a heading sorts.</small></p>\n"
-    rows = f"<thead><tr>{top}</tr></thead>\n<tbody>{''.join(body)}</tbody>"
-    return f'<div class="wide"><table class="sortable">{rows}</table></div>\n{note}'
+def _below_best(found: Sequence[Line]) -> set[int]:
+    """Indices of what is clearly below the best, by intervals that do not meet."""
+    best = next((line.low for line in found if line.low is not None), None)
+    return {n for n, line in enumerate(found) if best is not None and line.high is not None and line.high < best}
 
 
-def _pareto(found: Sequence[Line], score: str | None) -> str:
+def _pareto(found: Sequence[Line], score: str | None) -> Chart | None:
     points = [(place, line.fastest, line.quality) for place, line in enumerate(found)]
     known = [(n, math.log10(x), y) for n, x, y in points if x and y is not None]
     return _scatter(known, "regions a second (log)", str(score), "quality and speed", lambda x: f"{10**x:.3g}")
 
 
-def _memory(found: Sequence[Line], score: str | None) -> str:
+def _memory(found: Sequence[Line], score: str | None) -> Chart | None:
     points = [(place, line.memory, line.quality) for place, line in enumerate(found)]
     known = [(n, -math.log10(x), y) for n, x, y in points if x and y is not None]
     return _scatter(
@@ -204,104 +193,55 @@ def _memory(found: Sequence[Line], score: str | None) -> str:
     )
 
 
-def _scatter(points: Sequence[tuple[int, float, float]], across: str, up: str, title: str, shown: Any) -> str:
+def _scatter(
+    points: Sequence[tuple[int, float, float]], across: str, up: str, title: str, shown: Callable[[float], str]
+) -> Chart | None:
     if len(points) < 2:
-        return ""
+        return None
     place_x, low_x, high_x = _scale([x for _, x, _ in points], MARGIN, WIDTH - 12)
     place_y, low_y, high_y = _scale([y for *_, y in points], HEIGHT - MARGIN, 12)
-    marks = "".join(
-        f'<circle class="c{n % len(COLOURS)}" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="5"/>'
-        f'<text x="{place_x(x) + 7:.1f}" y="{place_y(y) + 4:.1f}">{n + 1}</text>'
-        for n, x, y in points
-    )
+    dots = [(n, place_x(x), place_y(y)) for n, x, y in points]
     best = front([(x, y) for _, x, y in points])
-    path = " ".join(
-        f"{place_x(points[n][1]):.1f},{place_y(points[n][2]):.1f}" for n in sorted(best, key=lambda n: points[n][1])
-    )
-    return _picture(
-        f'<polyline class="front" points="{path}"/>{marks}',
+    return Chart(
+        f"{title}; dashed: no combination is better in both. Numbers are places in the table as it first stands.",
         (shown(low_x), shown(high_x), across),
         (f"{low_y:.3g}", f"{high_y:.3g}", up),
-        f"{title}; dashed: no combination is better in both. Numbers are places in the table as it first stands.",
+        [("front", [dots[n][1:] for n in sorted(best, key=lambda n: points[n][1])])],
+        dots,
+        [(n, x + 7, y + 4) for n, x, y in dots],
     )
 
 
-def _curves(found: Sequence[Line]) -> str:
+def _curves(found: Sequence[Line]) -> Chart | None:
     curves = [(place, line.curve) for place, line in enumerate(found) if len(line.curve) > 1]
     if not curves:
-        return ""
+        return None
     every = [(math.log10(x), math.log10(y)) for _, curve in curves for x, y in curve.items()]
     place_x, low_x, high_x = _scale([x for x, _ in every], MARGIN, WIDTH - 24)
     place_y, low_y, high_y = _scale([y for _, y in every], HEIGHT - MARGIN, 12)
-    drawn = ""
-    for place, curve in curves:
-        at = [(place_x(math.log10(x)), place_y(math.log10(y))) for x, y in sorted(curve.items())]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        drawn += f'<polyline class="curve c{place % len(COLOURS)}" points="{path}"/>'
-        drawn += f'<text x="{at[-1][0] + 3:.1f}" y="{at[-1][1] + 4:.1f}">{place + 1}</text>'
-    ends = (f"{10**low_x:.3g}", f"{10**high_x:.3g}", "regions of an image (log)")
-    return _picture(
-        drawn, ends, (f"{10**low_y:.3g}", f"{10**high_y:.3g}", "regions/s (log)"), "speed over regions of an image"
+    drawn = [
+        (place, [(place_x(math.log10(x)), place_y(math.log10(y))) for x, y in sorted(curve.items())])
+        for place, curve in curves
+    ]
+    return Chart(
+        "speed over regions of an image",
+        (f"{10**low_x:.3g}", f"{10**high_x:.3g}", "regions of an image (log)"),
+        (f"{10**low_y:.3g}", f"{10**high_y:.3g}", "regions/s (log)"),
+        [(f"curve c{place % len(COLOURS)}", points) for place, points in drawn],
+        [],
+        [(place, points[-1][0] + 3, points[-1][1] + 4) for place, points in drawn],
     )
 
 
-def _bars(found: Sequence[Line]) -> str:
-    timed = [(place, line) for place, line in enumerate(found) if line.stages]
-    if not timed:
-        return ""
-    longest = max(sum(line.stages.values()) for _, line in timed)
-    step, left = 18, 30
-    bars = []
-    for row, (place, line) in enumerate(timed):
-        x = float(left)
-        bars.append(f'<text x="0" y="{row * step + 12}">{place + 1}</text>')
-        for number, stage in enumerate(STAGES):
-            wide = line.stages[stage] / longest * (WIDTH - left)
-            told = f"<title>{stage} {line.stages[stage] * 1e3:.3g} ms</title>"
-            size = f'x="{x:.1f}" y="{row * step}" width="{wide:.1f}" height="{step - 4}"'
-            bars.append(f'<rect class="c{number}" {size}>{told}</rect>')
-            x += wide
-    legend = "".join(
-        f'<rect class="c{n}" x="{left + n * 90}" y="{len(timed) * step + 6}" width="10" height="10"/>'
-        f'<text x="{left + n * 90 + 14}" y="{len(timed) * step + 15}">{stage}</text>'
-        for n, stage in enumerate(STAGES)
-    )
-    size = f'width="{WIDTH}" height="{len(timed) * step + 24}"'
-    svg = f'<svg {size} role="img" aria-label="stages">{"".join(bars)}{legend}</svg>'
-    most = f"{longest * 1e3:.3g} ms"
-    said = f"where the time goes at the most regions; the longest is {most}"
-    return f"<figure>{svg}<figcaption>{said}</figcaption></figure>\n"
+def _bars(found: Sequence[Line]) -> Bars | None:
+    timed = [(place, line.stages) for place, line in enumerate(found) if line.stages]
+    return Bars(timed, STAGES, max(sum(stages.values()) for _, stages in timed)) if timed else None
 
 
-def _picture(drawn: str, across: tuple[str, str, str], up: tuple[str, str, str], title: str) -> str:
-    bottom, right = HEIGHT - MARGIN + 8, WIDTH - 12
-    axes = f'<line class="axis" x1="{MARGIN}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
-    axes += f'<line class="axis" x1="{MARGIN - 8}" x2="{MARGIN - 8}" y1="12" y2="{bottom}"/>'
-    words = f'<text x="{MARGIN}" y="{bottom + 14}">{text(across[0])}</text>'
-    words += f'<text x="{right}" y="{bottom + 14}" text-anchor="end">{text(across[1])}</text>'
-    words += f'<text x="{(MARGIN + right) / 2}" y="{bottom + 30}" text-anchor="middle">{text(across[2])}</text>'
-    words += f'<text x="0" y="{HEIGHT - MARGIN}">{text(up[0])}</text><text x="0" y="18">{text(up[1])}</text>'
-    words += f'<text x="{MARGIN}" y="10">{text(up[2])}</text>'
-    svg = f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{text(title)}">{axes}{words}{drawn}</svg>'
-    return f"<figure>{svg}<figcaption>{text(title)}</figcaption></figure>\n"
-
-
-def _scale(values: Sequence[float], start: float, end: float) -> tuple[Any, float, float]:
+def _scale(values: Sequence[float], start: float, end: float) -> tuple[Callable[[float], float], float, float]:
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return (lambda value: start + (value - low) / span * (end - start)), low, high
-
-
-def _others(rows: Sequence[Mapping[str, Any]]) -> str:
-    ended = _ended(rows)
-    if not ended:
-        return ""
-    body = "".join(
-        f'<tr><td>{text(row["label"])}</td><td class="words">{text(row["state"])}</td>'
-        f'<td class="words">{text(row["reason"])}</td></tr>\n'
-        for row in ended
-    )
-    return f'<h2>Not made</h2>\n<div class="wide"><table>{body}</table></div>\n'
 
 
 def _ended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -309,13 +249,6 @@ def _ended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(
         (row for row in rows if row["state"] != "done"), key=lambda row: (order.index(row["state"]), row["label"])
     )
-
-
-def _commands(found: Sequence[Line]) -> str:
-    told = "".join(
-        f"<details><summary>{text(line.label)}</summary><code>{text(line.command)}</code></details>\n" for line in found
-    )
-    return f"<h2>To make a row again</h2>\n{told}"
 
 
 def _where(rows: Sequence[Mapping[str, Any]]) -> str:

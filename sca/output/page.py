@@ -7,7 +7,6 @@ import hashlib
 import io
 from collections.abc import Iterable
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 SIDE = 2048  # a larger image is embedded with this many pixels on its longest side
 SHARP = 256  # up to this side an image is embedded as PNG and shown without smoothing
 GENERATOR = '<meta name="generator" content="segment-caption-anything">'  # marks the pages that may be replaced
-
-
-FOOT = "</body>\n</html>\n"
 
 
 def render(template: str, package: str = "sca.output", **values: Any) -> str:
@@ -65,26 +61,6 @@ def printable(value: str) -> str:
     return value if value.isprintable() else "".join(c if c.isprintable() or c == "\n" else " " for c in value)
 
 
-def head(title: str, style: str, script: str = "") -> str:
-    """The page up to its body. Its policy allows this style, this script and embedded pictures: whatever a caption
-    says, nothing else runs or loads.
-    """
-    scripts = f"; script-src {_csp_hash(script)}" if script else ""
-    policy = f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}{scripts}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{GENERATOR}
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-"""
-
-
 def check_page(path: Path, inputs: Iterable[str | Path]) -> None:
     """Refuse to write a page over an input, or over a file that is not a page of ours.
 
@@ -108,11 +84,6 @@ def data_uri(image: Image.Image, side: int = SIDE) -> str:
     kind = "png" if max(image.size) <= SHARP else "jpeg"
     image.save(content, kind, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
-
-
-def text(value: str) -> str:
-    """Text for an element or a quoted attribute; control characters, which HTML does not have, become spaces."""
-    return escape("".join(c if c.isprintable() or c == "\n" else " " for c in value))
 
 
 def _csp_hash(content: str) -> str:

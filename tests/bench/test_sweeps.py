@@ -379,7 +379,7 @@ def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
     assert "&lt;b&gt;" in page
     assert "crashed" in page
     assert page.count("<svg") == 4
-    assert 'class="below"' in page
+    assert 'class="pale"' in page
     assert page.count("sca bench row") == 3
     assert report.markdown(rows) == report.markdown(list(reversed(rows)))
     assert report.table(rows) == report.table(list(reversed(rows)))
