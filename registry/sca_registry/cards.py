@@ -42,7 +42,7 @@ class Card:
     gives: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind downstream can rely on
     needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
     needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
-    small: Mapping[str, Any] = field(default_factory=dict)  # options of one that is quick to try out
+    small: Mapping[str, Any] = field(default_factory=dict)  # of a plugin: options that make it tiny, for `sca check`
     scores: tuple[str, ...] | None = None  # of a metric: the names of its scores; `class/*` for any that begin so
     code_options: tuple[str, ...] = ()  # that can run code: a checkpoint may set them to a plain name at most
 

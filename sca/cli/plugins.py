@@ -42,7 +42,7 @@ def check(
     name: Annotated[str, typer.Argument()],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="options of the part, besides the card's `small`"),
+        typer.Argument(metavar="[key=value]...", help="Options, in addition to those that make it tiny."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="only what failed")] = False,
 ) -> None:
@@ -50,11 +50,10 @@ def check(
 
     Exit status 1 if a promise is broken.
     """
-    from sca_registry import registry
-
     from sca.testing.conformance import check as try_out
+    from sca.testing.tiny import tiny_options
 
-    given = {**registry(kind).card(name).small, **read_options(kind, name, options or ())}
+    given = {**tiny_options(kind, name), **read_options(kind, name, options or ())}
     findings = try_out(kind, name, **given)
     broken = sum(not finding.passed for finding in findings)
     for finding in findings:

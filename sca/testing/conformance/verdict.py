@@ -10,6 +10,7 @@ from sca_registry.options import REQUIRED
 
 from sca.testing.conformance import check
 from sca.testing.conformance.trials import TRIALS, Trial
+from sca.testing.tiny import tiny_options
 
 
 def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
@@ -25,14 +26,14 @@ def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
         `state` and `reason` as in `sca_registry.Entry`.
     """
     kind, name = config["kind"], config["name"]
-    entry, small = registry(kind).describe(name), registry(kind).card(name).small
+    entry, options = registry(kind).describe(name), tiny_options(kind, name)
     if entry.state != "ok":
         return {"state": entry.state, "reason": entry.reason}
-    missing = [option for option, value in entry.options.items() if value is REQUIRED and option not in small]
-    if missing or (entry.options.get("weights") and not small):
+    missing = [option for option, value in entry.options.items() if value is REQUIRED and option not in options]
+    if missing or (entry.options.get("weights") and not options):
         return _imported(f"it needs {', '.join(missing) or 'its weights'}")
-    findings = check(kind, name, **small)
-    if len(findings) == 1 and isinstance(refusal := _find_refusal(kind, name, small), ValueError):
+    findings = check(kind, name, **options)
+    if len(findings) == 1 and isinstance(refusal := _find_refusal(kind, name, options), ValueError):
         return _imported(str(refusal))  # a person's mistake, not the part's
     broken = [finding for finding in findings if not finding.passed]
     if not broken:
