@@ -15,7 +15,7 @@ from typing import Any
 
 from sca_registry import registry
 from sca_registry.messages import unknown
-from sca_registry.plugins import BUILTIN
+from sca_registry.plugins import BUILTIN, is_installed
 from sca_registry.spec import ModelSpec
 
 from sca.io.atomic import write_file
@@ -112,7 +112,7 @@ def plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
     if len(entries) < len(parts):  # unknown names, which building explains
         return None
     packages = {BUILTIN, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}
-    packages |= {name for name in ("open_clip_torch", "timm") if _is_installed(name)}
+    packages |= {name for name in ("open_clip_torch", "timm") if is_installed(name)}
     factories = [registry(kind).card(part.name).factory for kind, part in parts.items()]
     modules = {"sca", "sca_registry", *(factory.partition(":")[0].partition(".")[0] for factory in factories)}
     facts = {
@@ -175,11 +175,3 @@ def write_plan(key: str, plan: Plan) -> None:
 
 def _file(key: str) -> Path:
     return cache_folder() / "plans" / f"{key}.json"
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except ImportError:
-        return False
-    return True

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sca_registry.messages import RegistryError, unknown
@@ -53,23 +53,8 @@ class Card:
 
 
 THINGS = ("masks", "boxes", "grid")  # what parts give and need
-TYPES = {
-    "factory": str,
-    "options": dict,
-    "summary": str,
-    "source": str,
-    "licence": str,
-    "terms": str,
-    "parameters": int,
-    "config": dict,
-    "extra": str,
-    "gives": list,
-    "needs": list,
-    "needs_with": dict,
-    "small": dict,
-    "scores": list,
-    "code_options": list,
-}
+TOML = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # how values of fields are written
+TYPES = {each.name: TOML[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"}
 
 
 def read_cards(text: str) -> dict[str, Card | RegistryError]:

@@ -95,7 +95,7 @@ def extra_installed(distribution: str, extra: str) -> bool | None:
         return None
     of_extra = re.compile(rf"""([\w.-]+)[^;]*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]\s*""")
     wanted = [found[1] for found in map(of_extra.fullmatch, requirements) if found]
-    return all(map(_installed, wanted)) if wanted else None
+    return all(map(is_installed, wanted)) if wanted else None
 
 
 def same_distribution(one: str, other: str) -> bool:
@@ -103,11 +103,12 @@ def same_distribution(one: str, other: str) -> bool:
     return re.sub(r"[-_.]+", "-", one).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
 
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, distribution
+def is_installed(distribution: str) -> bool:
+    """Whether a distribution is installed, by its metadata."""
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
-        distribution(name)
+        version(distribution)
     except PackageNotFoundError:
         return False
     return True

@@ -27,16 +27,8 @@ from sca_registry.cards import Card, check_name
 from sca_registry.contracts import KINDS, Kind
 from sca_registry.messages import RegistryError, choice, suggestion, unknown
 from sca_registry.options import check_options, read_options, takes_text
-from sca_registry.plugins import (
-    BUILTIN,
-    Offer,
-    Origin,
-    builtin_offers,
-    extra_installed,
-    plugin_offers,
-    same_distribution,
-)
-from sca_registry.states import State, blame, needs_extra, out_of_memory, read_state
+from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
+from sca_registry.states import State, blame, out_of_memory, read_state
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -212,9 +204,9 @@ class Registry(catalogue.Registry):
         Raises RegistryError like `build`, as far as metadata and the signature of the factory tell.
         """
         offer = self._find(name)
-        needs = needs_extra(offer)
-        if needs and extra_installed(offer.origin.name, offer.card.extra) is False:
-            raise RegistryError(f"{self._told(offer)} {needs.name}. Install it: {needs.reason}")
+        state = read_state(offer)
+        if state.name.startswith("needs extra"):
+            raise RegistryError(f"{self._told(offer)} {state.name}. Install it: {state.reason}")
         factory = _filled(self._load(offer), offer.card.given)
         check_options(f"{self._one} {name!r}", factory, self._upstream, options)
 
@@ -293,8 +285,8 @@ class Registry(catalogue.Registry):
         for offer in offers:
             rivals.setdefault(offer.card.name, []).append(offer)
         return {
-            offer.card.name if offer.builtin or len(rivals[offer.card.name]) == 1 else _full_name(offer): offer
-            for offer in offers
+            name if offer.builtin or len(rivals[name]) == 1 else f"{offer.origin.name}:{name}": offer
+            for name, offer in ((offer.card.name, offer) for offer in offers)
         }
 
     def _in_full(self, name: object) -> list[Offer]:
@@ -427,10 +419,6 @@ def _nameless(offer: Offer) -> bool:
     except RegistryError:
         return True
     return False
-
-
-def _full_name(offer: Offer) -> str:
-    return f"{offer.origin.name}:{offer.card.name}"
 
 
 def _remedy(offer: Offer) -> str:

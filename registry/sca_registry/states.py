@@ -18,7 +18,7 @@ def read_state(offer: Offer) -> State:
     """Return the state of a component according to metadata; nothing is imported."""
     if offer.fault:
         return State("broken", offer.fault)
-    needs = needs_extra(offer)
+    needs = _needs_extra(offer)
     if needs and extra_installed(offer.origin.name, offer.card.extra) is False:
         return needs
     return State("ok" if offer.builtin or offer.registered else "unchecked")
@@ -30,7 +30,7 @@ def blame(offer: Offer, error: BaseException) -> State:
     An import error means a missing extra if the card names one, it is not known to be installed, and the module that
     was not found is not the component's own.
     """
-    needs, top = needs_extra(offer), offer.card.factory.partition(":")[0].partition(".")[0]
+    needs, top = _needs_extra(offer), offer.card.factory.partition(":")[0].partition(".")[0]
     elsewhere = isinstance(error, ImportError) and (error.name or "").partition(".")[0] != top
     if needs and elsewhere and not extra_installed(offer.origin.name, offer.card.extra):
         return needs
@@ -44,7 +44,7 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def needs_extra(offer: Offer) -> State | None:
+def _needs_extra(offer: Offer) -> State | None:
     """The state of a part whose extra is not installed, with the command that installs it; None if it needs none."""
     if not offer.card.extra:
         return None
