@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sca_registry import registry
 from sca_registry.messages import unknown
-from sca_registry.plugins import BUILTIN, source_fingerprint
+from sca_registry.plugins import BUILTIN, is_installed
 from sca_registry.spec import ModelSpec
-from sca_registry.verdicts import cache_folder
 
 from sca.io.atomic import write_file
+from sca.io.cache import cache_folder
 from sca.io.json import parse_json, read_regular_file
 
 GIB = 2**30
@@ -39,6 +41,7 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
 }
 LIMIT = 2**14  # regions an image: as far as is looked
 EXTERNAL = {"weights", "tokenizer", "config", "revision"}  # options that refer to files, which may change
+SOURCES = (".py", ".toml", ".so", ".pyd")  # suffixes of the files that a plan depends on
 KEPT = 200  # plans in the cache, the latest of them
 
 
@@ -109,7 +112,7 @@ def plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
     if len(entries) < len(parts):  # unknown names, which building explains
         return None
     packages = {BUILTIN, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}
-    packages |= {name for name in ("open_clip_torch", "timm") if _is_installed(name)}
+    packages |= {name for name in ("open_clip_torch", "timm") if is_installed(name)}
     factories = [registry(kind).card(part.name).factory for kind, part in parts.items()]
     modules = {"sca", "sca_registry", *(factory.partition(":")[0].partition(".")[0] for factory in factories)}
     facts = {
@@ -119,6 +122,36 @@ def plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
         "sources": {name: source_fingerprint(name) for name in sorted(modules)},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def source_fingerprint(package: str) -> str:
+    """Return a value that changes when a source file of a package changes, as in an editable install.
+
+    Args:
+        package: Top-level name; located and not imported.
+
+    Returns:
+        A hash, or "" for a package that cannot be located.
+    """
+    try:
+        spec = find_spec(package)
+    except Exception:  # finders of editable installs are other people's code
+        return ""
+    if spec is None:
+        return ""
+    files = [
+        os.path.join(folder, name)
+        for place in spec.submodule_search_locations or ()
+        for folder, _, names in os.walk(place)
+        for name in names
+        if name.endswith(SOURCES)
+    ]
+    digest = hashlib.sha256()
+    for file in sorted({*files, *([spec.origin] if spec.has_location and spec.origin else ())}):
+        with suppress(OSError):  # removed meanwhile, or a link to nothing
+            state = os.stat(file)
+            digest.update(f"{file}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def read_plan(key: str) -> Plan | None:
@@ -142,11 +175,3 @@ def write_plan(key: str, plan: Plan) -> None:
 
 def _file(key: str) -> Path:
     return cache_folder() / "plans" / f"{key}.json"
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except ImportError:
-        return False
-    return True

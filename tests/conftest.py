@@ -1,4 +1,4 @@
-"""A small whole model for tests that need one, and a cache of what is known of parts that is not the user's."""
+"""A small whole model for tests that need one, and a cache folder that is not the user's."""
 
 import functools
 import os

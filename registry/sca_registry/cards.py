@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sca_registry.messages import RegistryError, unknown
@@ -42,7 +42,7 @@ class Card:
     gives: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind downstream can rely on
     needs: tuple[str, ...] | None = None  # of masks, boxes, grid: what the kind upstream must give
     needs_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> what it needs when it is on
-    small: Mapping[str, Any] = field(default_factory=dict)  # options of one that is quick to try out
+    small: Mapping[str, Any] = field(default_factory=dict)  # of a plugin: options that make it tiny, for `sca check`
     scores: tuple[str, ...] | None = None  # of a metric: the names of its scores; `class/*` for any that begin so
     code_options: tuple[str, ...] = ()  # that can run code: a checkpoint may set them to a plain name at most
 
@@ -53,23 +53,8 @@ class Card:
 
 
 THINGS = ("masks", "boxes", "grid")  # what parts give and need
-TYPES = {
-    "factory": str,
-    "options": dict,
-    "summary": str,
-    "source": str,
-    "licence": str,
-    "terms": str,
-    "parameters": int,
-    "config": dict,
-    "extra": str,
-    "gives": list,
-    "needs": list,
-    "needs_with": dict,
-    "small": dict,
-    "scores": list,
-    "code_options": list,
-}
+TOML = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # how values of fields are written
+TYPES = {each.name: TOML[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"}
 
 
 def read_cards(text: str) -> dict[str, Card | RegistryError]:

@@ -30,7 +30,8 @@ def read_options(factory: Callable[..., Any], upstream: int) -> dict[str, Any]:
 
     A factory that tells no signature has no known options.
     """
-    return {parameter.name: _default(parameter) for parameter in _named(_parameters(factory) or [], upstream)}
+    named = _named(_parameters(factory) or [], upstream)
+    return {each.name: REQUIRED if each.default is Parameter.empty else each.default for each in named}
 
 
 def takes_text(factory: Callable[..., Any], upstream: int, option: str) -> bool:
@@ -111,10 +112,6 @@ def _named(parameters: list[Parameter], upstream: int) -> list[Parameter]:
     by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     taken = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:upstream]
     return [parameter for parameter in parameters if parameter.kind in by_name and parameter not in taken]
-
-
-def _default(parameter: Parameter) -> Any:
-    return REQUIRED if parameter.default is Parameter.empty else parameter.default
 
 
 def _listed(known: dict[str, Any]) -> str:

@@ -16,11 +16,9 @@ which version of the contracts it was made for; without this it is taken to be t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,17 +34,15 @@ if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
 
 API = "v1"
-SOURCES = (".py", ".toml", ".so", ".pyd")  # suffixes of the files that decide whether a component works
 BUILTIN = "segment-caption-anything"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a name comes from. `fingerprint` changes when the distribution is installed anew; code has none."""
+    """Where a name comes from."""
 
     name: str
     version: str = ""
-    fingerprint: str = ""
     summary: str = ""
     licence: str = ""
 
@@ -84,8 +80,7 @@ def plugin_offers(group: str) -> tuple[Offer, ...]:
 def refresh() -> None:
     """Forgets what was read of installed distributions: those installed since then are seen from now on."""
     importlib.invalidate_caches()
-    caches = (builtin_offers, plugin_offers, _builtin_origin, _distributions, _origin)
-    for cached in (*caches, extra_installed, source_fingerprint):
+    for cached in (builtin_offers, plugin_offers, extra_installed, _builtin_origin, _distributions):
         cached.cache_clear()
 
 
@@ -100,37 +95,7 @@ def extra_installed(distribution: str, extra: str) -> bool | None:
         return None
     of_extra = re.compile(rf"""([\w.-]+)[^;]*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]\s*""")
     wanted = [found[1] for found in map(of_extra.fullmatch, requirements) if found]
-    return all(map(_installed, wanted)) if wanted else None
-
-
-@functools.cache
-def source_fingerprint(package: str) -> str:
-    """Return a value that changes when a source file of a package changes, as in an editable install.
-
-    Args:
-        package: Top-level name; located and not imported. Empty for a package that cannot be located.
-    """
-    import hashlib
-
-    try:
-        spec = importlib.util.find_spec(package)
-    except Exception:  # finders of editable installs are other people's code
-        return ""
-    if spec is None:
-        return ""
-    files = [
-        os.path.join(folder, name)
-        for place in spec.submodule_search_locations or ()
-        for folder, _, names in os.walk(place)
-        for name in names
-        if name.endswith(SOURCES)
-    ]
-    digest = hashlib.sha256()
-    for file in sorted({*files, *([spec.origin] if spec.has_location and spec.origin else ())}):
-        with contextlib.suppress(OSError):  # removed meanwhile, or a link to nothing
-            state = os.stat(file)
-            digest.update(f"{file}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
+    return all(map(is_installed, wanted)) if wanted else None
 
 
 def same_distribution(one: str, other: str) -> bool:
@@ -138,11 +103,12 @@ def same_distribution(one: str, other: str) -> bool:
     return re.sub(r"[-_.]+", "-", one).lower() == re.sub(r"[-_.]+", "-", other).lower()
 
 
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, distribution
+def is_installed(distribution: str) -> bool:
+    """Whether a distribution is installed, by its metadata."""
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
-        distribution(name)
+        version(distribution)
     except PackageNotFoundError:
         return False
     return True
@@ -175,16 +141,11 @@ def _distributions() -> tuple[Distribution, ...]:
     return tuple(found.values())
 
 
-@functools.cache
 def _origin(distribution: Distribution) -> Origin:
-    import hashlib
-
-    record = f"{distribution.locate_file('')}\n{distribution.read_text('RECORD')}"
     facts = cast("Message", distribution.metadata)  # which it is; its stated type lacks `get`
     return Origin(
         name=facts["Name"],
         version=facts.get("Version", ""),
-        fingerprint=hashlib.sha256(record.encode("utf-8", "replace")).hexdigest()[:16],
         summary=facts.get("Summary", ""),
         licence=facts.get("License-Expression") or facts.get("License", "").partition("\n")[0],
     )

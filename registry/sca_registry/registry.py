@@ -27,17 +27,8 @@ from sca_registry.cards import Card, check_name
 from sca_registry.contracts import KINDS, Kind
 from sca_registry.messages import RegistryError, choice, suggestion, unknown
 from sca_registry.options import check_options, read_options, takes_text
-from sca_registry.plugins import (
-    BUILTIN,
-    Offer,
-    Origin,
-    builtin_offers,
-    extra_installed,
-    plugin_offers,
-    same_distribution,
-)
-from sca_registry.states import BREAKS, blame, keep_state, needs_extra, out_of_memory, read_state
-from sca_registry.verdicts import Verdict, read_verdicts
+from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
+from sca_registry.states import State, blame, out_of_memory, read_state
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -46,9 +37,10 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 class Entry:
     """What a listing shows of one name.
 
-    `state` is "ok", "unchecked" (a plugin that was not used yet), "broken", or "needs extra: NAME"; `reason` says why,
-    or gives the command that helps. `options` are those that the card sets; `Registry.describe` gives all that the
-    factory takes, with defaults, and `options.REQUIRED` where there is none.
+    `state` is "ok", "unchecked" (a plugin that was not imported), "broken", or "needs extra: NAME"; `reason` is the
+    cause, or the command that helps. `Registry.entries` reads the state from metadata; `Registry.describe` imports the
+    factory. `options` are those that the card sets; `Registry.describe` gives all that the factory takes, with
+    defaults, and `options.REQUIRED` where there is none.
     """
 
     name: str
@@ -118,10 +110,9 @@ class Registry(catalogue.Registry):
         return name in self._named() or len(self._in_full(name)) == 1
 
     def entries(self) -> list[Entry]:
-        """What is known of every name, sorted; broken ones and those that cannot be names included."""
-        verdicts = read_verdicts()
+        """Return the metadata of every name, sorted; broken ones and those that cannot be names included."""
         listed = [*self._named().items(), *((offer.card.name, offer) for offer in self._offers() if _nameless(offer))]
-        entries = [self._entry(name, offer, offer.card.given, verdicts) for name, offer in listed]
+        entries = [self._entry(name, offer, offer.card.given, read_state(offer)) for name, offer in listed]
         return sorted(entries, key=lambda entry: entry.name)
 
     def card(self, name: str) -> Card:
@@ -200,13 +191,11 @@ class Registry(catalogue.Registry):
                 raise RegistryError(f"{self._told(offer)} cannot be built: {error}") from error
             given = ", ".join(f"{option}={value!r}" for option, value in options.items())
             own = not (options or offer.builtin or out_of_memory(error))  # else it says nothing of the part by itself
-            self._fail(offer, f"cannot be built with {given}" if given else "cannot be built", error, True, own)
+            self._fail(offer, f"cannot be built with {given}" if given else "cannot be built", error, own)
         if missing:
             problem = f"built a {type(part).__name__} without {', '.join(missing)}"
-            keep_state(self.kind.plural, offer, Verdict("broken", problem, built=True))
             contract = f"sca_registry.contracts.{self.kind.protocol.__name__}"
             raise RegistryError(f"{self._told(offer)} {problem}: see {contract} for what {self.kind.plural} have")
-        keep_state(self.kind.plural, offer, Verdict("ok", built=True))
         return part
 
     def check(self, name: str, **options: Any) -> None:
@@ -215,25 +204,30 @@ class Registry(catalogue.Registry):
         Raises RegistryError like `build`, as far as metadata and the signature of the factory tell.
         """
         offer = self._find(name)
-        needs = needs_extra(offer)
-        if needs and extra_installed(offer.origin.name, offer.card.extra) is False:
-            raise RegistryError(f"{self._told(offer)} {needs.state}. Install it: {needs.reason}")
+        state = read_state(offer)
+        if state.name.startswith("needs extra"):
+            raise RegistryError(f"{self._told(offer)} {state.name}. Install it: {state.reason}")
         factory = _filled(self._load(offer), offer.card.given)
         check_options(f"{self._one} {name!r}", factory, self._upstream, options)
 
     def describe(self, name: str) -> Entry:
-        """All that is known of one name, with the options of its factory; a part that does not load says why.
+        """Import the factory of a name and return its entry, with the options of the factory.
 
-        Raises RegistryError for an unknown or ambiguous name.
+        A factory that cannot be imported has the state "broken", with the reason, or "needs extra".
+
+        Raises:
+            RegistryError: The name is unknown or ambiguous.
         """
         offer = self._find(name)
         name = next(key for key, named in self._named().items() if named == offer)
         try:
             factory = self._load(offer)
-        except RegistryError:
-            return self._entry(name, offer, offer.card.given, read_verdicts())
+        except RegistryError as error:
+            state = blame(offer, error.__cause__) if error.__cause__ else read_state(offer)
+            return self._entry(name, offer, offer.card.given, state)
         options = read_options(_filled(factory, offer.card.given), self._upstream)
-        entry = self._entry(name, offer, options, read_verdicts())
+        state = read_state(offer)
+        entry = self._entry(name, offer, options, State("ok") if state.name == "unchecked" else state)
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 
     def takes_text(self, name: str, option: str) -> bool:
@@ -242,22 +236,6 @@ class Registry(catalogue.Registry):
             return takes_text(self._load(self._find(name)), self._upstream, option)
         except RegistryError:
             return False
-
-    def judge(self, name: str, problem: str = "", note: str = "") -> Entry:
-        """Keeps how a trial of a part ended, unless that process came to tell; what is known of the part then.
-
-        problem: why it cannot be used, "" if it can. note: what a listing should add to "ok". Raises RegistryError for
-        an unknown or ambiguous name.
-        """
-        offer = self._find(name)
-        state = read_state(self.kind.plural, offer, read_verdicts())
-        broken = state.state == "broken" and not state.reason.startswith(BREAKS)
-        if problem and not broken:
-            verdict = Verdict("broken", " ".join(problem.split())[:300], built=True)
-            keep_state(self.kind.plural, offer, verdict, judged=True)
-        elif not problem:
-            keep_state(self.kind.plural, offer, Verdict("ok", note, built=True), judged=True)
-        return self._entry(name, offer, offer.card.given, read_verdicts())
 
     def stated(self, name: str, fact: str) -> Any:
         """What the card of a part, or else its class, says of `gives`, `needs` or `default_segmenter`; else None.
@@ -307,8 +285,8 @@ class Registry(catalogue.Registry):
         for offer in offers:
             rivals.setdefault(offer.card.name, []).append(offer)
         return {
-            offer.card.name if offer.builtin or len(rivals[offer.card.name]) == 1 else _full_name(offer): offer
-            for offer in offers
+            name if offer.builtin or len(rivals[name]) == 1 else f"{offer.origin.name}:{name}": offer
+            for name, offer in ((offer.card.name, offer) for offer in offers)
         }
 
     def _in_full(self, name: object) -> list[Offer]:
@@ -358,24 +336,20 @@ class Registry(catalogue.Registry):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import; neither that nor a bug is ours to die of
-            self._fail(offer, "is broken", error, False)
-        keep_state(self.kind.plural, offer, Verdict("ok"))
+            self._fail(offer, "is broken", error)
         return factory
 
-    def _fail(self, offer: Offer, how: str, error: BaseException, built: bool, own: bool = True) -> NoReturn:
-        """Raises what the user reads. The reason is kept if the failure is the part's own, or it needs an extra."""
-        verdict = blame(offer, error, built)
-        if own or verdict.state != "broken":
-            keep_state(self.kind.plural, offer, verdict)
-        if verdict.state != "broken":
-            raise RegistryError(f"{self._told(offer)} {verdict.state}. Install it: {verdict.reason}") from error
-        raise RegistryError(f"{self._told(offer)} {how}: {verdict.reason}.{_remedy(offer) if own else ''}") from error
+    def _fail(self, offer: Offer, how: str, error: BaseException, own: bool = True) -> NoReturn:
+        """Raise what the user reads, with a remedy if the failure is the component's own."""
+        state = blame(offer, error)
+        if state.name != "broken":
+            raise RegistryError(f"{self._told(offer)} {state.name}. Install it: {state.reason}") from error
+        raise RegistryError(f"{self._told(offer)} {how}: {state.reason}.{_remedy(offer) if own else ''}") from error
 
     # --- words --------------------------------------------------------------------------------------------------------
 
-    def _entry(self, name: str, offer: Offer, options: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> Entry:
+    def _entry(self, name: str, offer: Offer, options: Mapping[str, Any], state: State) -> Entry:
         card = offer.card
-        verdict = read_state(self.kind.plural, offer, verdicts)
         return Entry(
             name=name,
             kind=self.kind.singular,
@@ -387,8 +361,8 @@ class Registry(catalogue.Registry):
             extra=card.extra,
             distribution=offer.origin.name,
             version=offer.origin.version,
-            state=verdict.state,
-            reason=verdict.reason,
+            state=state.name,
+            reason=state.reason,
             factory=card.factory,
             options=dict(options),
         )
@@ -447,14 +421,10 @@ def _nameless(offer: Offer) -> bool:
     return False
 
 
-def _full_name(offer: Offer) -> str:
-    return f"{offer.origin.name}:{offer.card.name}"
-
-
 def _remedy(offer: Offer) -> str:
     if offer.builtin:  # then a package that it imports is broken, and another version of this one would not help
         return " Run `sca doctor` to find the cause."
-    if not offer.origin.fingerprint or "pip install" in offer.fault:  # code has no package; and a fault may say it
+    if offer.registered or "pip install" in offer.fault:  # code has no package; a fault may include the remedy
         return ""
     return f" Try: pip install -U {offer.origin.name}"
 

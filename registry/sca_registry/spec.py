@@ -181,17 +181,6 @@ class ModelSpec:
                 written[each.name] = list(value) if isinstance(value, tuple) else value
         return written
 
-    @classmethod
-    def from_toml(cls, text: str) -> ModelSpec:
-        """From TOML text: its table [model], or the whole of it. Raises RegistryError like `from_dict`."""
-        import tomllib
-
-        try:
-            table = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RegistryError(f"the model is not written in TOML: {error}") from error
-        return cls.from_dict(_table("model", table.get("model", table)))
-
     def override(self, assignments: Iterable[str]) -> ModelSpec:
         """Changed by `key=value`, see `overrides`. Raises RegistryError for an assignment or a result that is wrong."""
         return self.from_dict(override({"model": self.to_dict()}, assignments)["model"])
@@ -280,7 +269,7 @@ def _everything(value: Any) -> dict[str, Any]:
     return settled
 
 
-def _check_number(table: str, key: str, value: Any, whole: bool, least: float, most: float = math.inf) -> None:
+def _check_number(table: str, key: str, value: Any, whole: bool, least: float, most: float) -> None:
     kind = f"a {'whole ' if whole else ''}number"
     valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value != math.inf
     if not (valid and value >= least):

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from sca_registry.plugins import BUILTIN
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import untrained_processor
 from sca.devices import find_dtype
-from sca.io.hub import HubError, fetch, fingerprint, load_pretrained, quiet, read_config, reading
+from sca.io.hub import HubError, fetch, fingerprint, load_pretrained, quiet, reading
 from sca.language_models.causal import new_words
+from sca.language_models.hf import make_config
 from sca.language_models.usage import count_tokens
 from sca.model import check_finite_scores
 
@@ -69,7 +70,7 @@ class ImageTextModel:
             )
             self.processor = read_processor(fetch(weights, revision))
         else:
-            configuration = _config(weights, revision, config)
+            configuration = make_config(weights, revision, config)
             self.processor = untrained_processor(configuration)  # refuses what it does not know
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -157,14 +158,3 @@ def read_processor(folder: Path) -> Any:
         raise HubError(f"{error}{way}") from error
     processor.image_processor = image_processor
     return processor
-
-
-def _config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:
-    if config is not None:
-        return AutoConfig.for_model(**config)
-    if weights is None:
-        raise ValueError(
-            "there are neither weights nor a config: give weights=FOLDER or a hub id, such as "
-            "Salesforce/blip-image-captioning-base"
-        )
-    return read_config(AutoConfig, weights, revision)

@@ -140,7 +140,7 @@ class RegionCaptioner(MaskEngine):
         return [[next(captions) for _ in each] for each in regions]
 
 
-def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device = "cpu") -> tuple[Segmenting, bool]:
+def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device) -> tuple[Segmenting, bool]:
     """An encoder and the segmenter that it brings, or those of a checkpoint, and whether there are masks then. Random
     weights are the same each time.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +42,7 @@ def check(
     name: Annotated[str, typer.Argument()],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="options of the part, besides the card's `small`"),
+        typer.Argument(metavar="[key=value]...", help="Options, in addition to those that make it tiny."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="only what failed")] = False,
 ) -> None:
@@ -50,22 +50,16 @@ def check(
 
     Exit status 1 if a promise is broken.
     """
-    from sca_registry import registry
-    from sca_registry.plugins import BUILTIN
-
     from sca.testing.conformance import check as try_out
-    from sca.testing.conformance.verdict import summarize_broken
+    from sca.testing.tiny import tiny_options
 
-    parts = registry(kind)
-    given = {**parts.card(name).small, **read_options(kind, name, options or ())}
+    given = {**tiny_options(kind, name), **read_options(kind, name, options or ())}
     findings = try_out(kind, name, **given)
     broken = sum(not finding.passed for finding in findings)
     for finding in findings:
         if not (quiet and finding.passed):
             print_line(str(finding))
     print_line(f"{len(findings) - broken} of {len(findings)} promises kept")
-    if not options and parts.describe(name).distribution != BUILTIN:
-        parts.judge(name, summarize_broken(kind, name, findings))
     raise typer.Exit(1 if broken else 0)
 
 
@@ -77,8 +71,9 @@ def doctor(
 ) -> None:
     """What is installed, whether it works, and the line that repairs what does not.
 
-    A torchvision that cannot be imported is reported before anything is tried that would fail because of it. Every part
-    of a plugin is tried in a process of its own, as `sca check` does. Exit status 1 if something is broken.
+    A torchvision that cannot be imported is reported before anything is tried that would fail because of it. Built-in
+    components are imported. Every component of a plugin is tried in a process of its own, as `sca check` does. Exit
+    status 1 if something is broken.
     """
     from sca_registry import REGISTRIES
 
@@ -93,66 +88,48 @@ def doctor(
             complain(str(error))
             raise typer.Exit(1) from error
         return
-
-    from sca_registry.plugins import BUILTIN
-
     for name, value in _machine():
         print_line(f"{name + ':':<17}{value}")
     if problem := repair.diagnose():
         _print_list("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
         raise typer.Exit(1)
-    entries = [(parts, entry) for parts in REGISTRIES.values() for entry in parts.entries()]
-    if distribution:
-        entries = [(parts, entry) for parts, entry in entries if entry.distribution == distribution]
-        if not entries:
-            raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
-    doubtful = [
-        (parts, entry)
-        for parts, entry in entries
-        if (entry.distribution != BUILTIN or entry.state == "broken")  # when it was used last
-        and entry.name in parts
-        and not entry.state.startswith("needs extra")
-    ]
-    problems = _try_parts([entry for _, entry in doubtful], timeout)
-    judged = [parts.judge(entry.name, *told) for (parts, entry), told in zip(doubtful, problems, strict=True)]
-    tried = {(entry.kind, entry.name): entry for entry in judged}
-    found: dict[str, list[Any]] = {}
-    for _, entry in entries:
-        told = tried.get((entry.kind, entry.name), entry)
-        found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
-    repairs, broken, extras = [], False, Counter()
-    for package, listed in found.items():
+    entries = [entry for parts in REGISTRIES.values() for entry in parts.entries()]
+    entries = [entry for entry in entries if distribution in ("", entry.distribution)]
+    if not entries:
+        raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
+    entries = _try_parts(entries, timeout)
+    _print_packages(entries)
+    broken = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
+    repairs = [*map(_repair, broken), *_find_command_problems(), *_strange_groups()]
+    extras = Counter(entry.reason for entry in entries if entry.state.startswith("needs extra"))
+    _print_list("to repair:", dict.fromkeys(repairs))
+    _print_list("for more parts:", [f"{line}  ({count} of them)" for line, count in extras.items()])
+    raise typer.Exit(1 if repairs else 0)
+
+
+def _print_packages(entries: Sequence[Entry]) -> None:
+    """Print each package with the states of its components; of those that are built in and ok, the count."""
+    from sca_registry.plugins import BUILTIN
+
+    packages: dict[str, list[Entry]] = {}
+    for entry in entries:
+        packages.setdefault(f"{entry.distribution} {entry.version}".strip(), []).append(entry)
+    for package, listed in packages.items():
         print_line("")
         print_line(package)
         fine = [entry for entry in listed if entry.distribution == BUILTIN and entry.state == "ok"]
         for kind, count in Counter(entry.kind for entry in fine).items():
             print_line(f"  {f'{count} of kind {kind}':<34}ok")
-        lacking = [entry for entry in listed if entry.state.startswith("needs extra")]
-        extras.update(entry.reason for entry in lacking)
-        for entry in (entry for entry in listed if entry not in fine and entry not in lacking):
-            reason = f": {entry.reason}" if entry.reason else ""
-            print_line(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
-        if any(entry.state == "broken" for entry in listed):
-            broken = True
-            repairs.append(_repair(listed[0].distribution))
-    for problem in _find_command_problems():
-        broken = True
-        repairs.append(problem)
-    for group in _strange_groups():
-        broken = True
-        repairs.append(group)
-    for title, lines in (
-        ("to repair:", dict.fromkeys(repairs)),
-        ("for more parts:", {f"{line}  ({count} of them)": 0 for line, count in extras.items()}),
-    ):
-        if lines:
-            _print_list(title, lines)
-    raise typer.Exit(1 if broken else 0)
+        for entry in listed:
+            if entry not in fine and not entry.state.startswith("needs extra"):
+                reason = f": {entry.reason}" if entry.reason else ""
+                print_line(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
 
 
-def _print_list(title: str, lines: Iterable[str]) -> None:
-    print_line("")
-    print_line(title)
+def _print_list(title: str, lines: Collection[str]) -> None:
+    if lines:
+        print_line("")
+        print_line(title)
     for line in lines:
         print_line(f"  {line}")
 
@@ -208,15 +185,15 @@ def _find_command_problems() -> list[str]:
     return problems
 
 
-def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]]:
-    """Try parts, each in a process of its own.
+def _try_parts(entries: Sequence[Entry], timeout: float) -> list[Entry]:
+    """Import the built-in components, and try those of plugins, each in a process of its own.
 
     Args:
-        entries: Parts, by kind and name.
-        timeout: Seconds for each, without what this package itself imports.
+        entries: Components with the states that metadata shows.
+        timeout: Seconds for each component of a plugin, without what this package itself imports.
 
     Returns:
-        For each what is wrong with it, or "", and a remark, or "".
+        The components with the states that were found, in the same order.
     """
     from tempfile import TemporaryDirectory
 
@@ -226,20 +203,34 @@ def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]
     with TemporaryDirectory() as scratch:
         tasks = []
         for number, entry in enumerate(entries):
-            config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
-            tasks.append(
-                Task(str(number), "sca.testing.conformance.verdict:try_part", config, f"{scratch}/{number}", timeout)
-            )
+            if entry.state == "unchecked":
+                config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
+                job = "sca.testing.conformance.verdict:try_part"
+                tasks.append(Task(str(number), job, config, f"{scratch}/{number}", timeout))
         made = {outcome.task.key: outcome.made for outcome in Local(os.cpu_count() or 1).map(tasks)}
-    return [_read_verdict(made.get(task.key)) for task in tasks]
+    return [_add_findings(entry, made.get(str(number))) for number, entry in enumerate(entries)]
 
 
-def _read_verdict(made: Mapping[str, Any] | None) -> tuple[str, str]:
+def _add_findings(entry: Entry, made: Mapping[str, Any] | None) -> Entry:
+    """Return a component with the state that was found.
+
+    Args:
+        entry: The component with the state that metadata shows.
+        made: What the process that tried it returned; None if it returned nothing, or was not started.
+    """
+    from dataclasses import replace
+
+    from sca_registry import registry
+
+    if entry.state == "ok":
+        return registry(entry.kind).describe(entry.name)
+    if entry.state != "unchecked":
+        return entry
     if made is None:
-        return "the process that tried it was killed", ""
-    if "problem" in made:
-        return made["problem"], made["note"]
-    return f"the process that tried it failed: {made['reason']}", ""
+        return replace(entry, state="broken", reason="the process that tried it was killed")
+    if made["state"] in ("crashed", "timed-out"):
+        return replace(entry, state="broken", reason=f"the process that tried it failed: {made['reason']}")
+    return replace(entry, state=made["state"], reason=made["reason"])
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -34,13 +34,13 @@ from typing import Any
 
 from PIL import Image
 from sca_registry.contracts import Region, Sample
-from sca_registry.verdicts import cache_folder
 from tqdm.auto import tqdm
 
 from sca.data import fields
 from sca.io.annotations.annotation import EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.atomic import FolderError, sync, write_file
+from sca.io.cache import cache_folder
 from sca.io.coordinates import compare_sizes
 from sca.io.images import ImageError, measure_image, open_image
 from sca.io.masks import RLE, box_of

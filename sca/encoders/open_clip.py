@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry.contracts import ImageFormat
 from sca_registry.messages import choice, suggestion
 from torch import Tensor, nn
 
-from sca.encoders.timm import IntermediateLayer, find_layer
+from sca.encoders.timm import IntermediateLayer, find_layer, image_format
 from sca.io.hub import OPEN_CLIP, fetch, local_file, reading, weight_file
 from sca.io.json import read_json
 from sca.nn.probe import feature_shape
@@ -65,13 +64,8 @@ class OpenClipEncoder(nn.Module):
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
-        self.image = ImageFormat(
-            size=size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size,
-            mean=tuple(look["mean"]),
-            std=tuple(look["std"]),
-            resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
-            fit=fit,
-        )
+        size = size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
+        self.image = image_format(size, look, fit)
         self.channels, self.stride = feature_shape(self.visual, self.image.size, self.visual.stride)
 
     def forward(self, pixels: Tensor) -> Tensor:

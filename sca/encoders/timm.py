@@ -84,13 +84,8 @@ class TimmEncoder(nn.Module):
         self.revision = revision
         self.backbone = IntermediateLayer(backbone, layer)
         look = backbone.pretrained_cfg
-        self.image = ImageFormat(
-            size=size or how.get("img_size") or (not model and said.size) or look["input_size"][-1],
-            mean=tuple(look["mean"]),
-            std=tuple(look["std"]),
-            resample="bicubic" if look["interpolation"] == "bicubic" else "bilinear",
-            fit=fit,
-        )
+        size = size or how.get("img_size") or (not model and said.size) or look["input_size"][-1]
+        self.image = image_format(size, look, fit)
         self.channels, self.stride = feature_shape(self.backbone, self.image.size, self.backbone.stride)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -141,6 +136,18 @@ def _said(folder: Path | None) -> _Said:
         kept = {key: look[key] for key in ("mean", "std", "interpolation", "num_classes") if key in look}
         size = (config.get("model_args") or {}).get("img_size")
         return _Said(str(config.get("architecture", "")), kept, size[-1] if isinstance(size, list) else size)
+
+
+def image_format(size: int, look: Mapping[str, Any], fit: str) -> ImageFormat:
+    """Return the image format of weights.
+
+    Args:
+        size: The side of the image in pixels.
+        look: `mean`, `std` and `interpolation` of the weights.
+        fit: "pad" or "stretch".
+    """
+    resample = "bicubic" if look["interpolation"] == "bicubic" else "bilinear"
+    return ImageFormat(size, tuple(look["mean"]), tuple(look["std"]), resample=resample, fit=fit)
 
 
 def find_layer(layer: int, count: int, name: str) -> tuple[int, bool]:

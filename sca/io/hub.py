@@ -29,9 +29,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import safe_open
-from sca_registry.verdicts import cache_folder
 
 from sca.io.atomic import write_file
+from sca.io.cache import cache_folder
 from sca.io.json import LfsPointerError, open_regular_file, read_json
 from sca.io.lock import LockedError, held_lock
 

@@ -50,7 +50,7 @@ class HfLanguageModel(CausalLanguageModel):
         if weights and pretrained:
             model = load_pretrained(_model_class(weights, revision, trust_remote_code), weights, revision, **how)
         else:
-            model = AutoModelForCausalLM.from_config(_config(weights, revision, config), **how)
+            model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **how)
             model.tie_weights()  # also where the caller keeps parameters from being initialised
         words = None
         if tokenizer:
@@ -99,9 +99,10 @@ def _model_class(weights: str, revision: str | None, trust_remote_code: bool) ->
     return FusedPhiForCausalLM if fused else AutoModelForCausalLM
 
 
-def _config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:
+def make_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:
+    """Return the configuration with the given fields, or else the one that is stored with the weights."""
     if config is not None:
         return AutoConfig.for_model(**config)
     if weights is None:
-        raise ValueError("there are neither weights nor a config: give weights=gpt2, or a folder")
+        raise ValueError("there are neither weights nor a config: give weights=FOLDER or a hub id")
     return read_config(AutoConfig, weights, revision)

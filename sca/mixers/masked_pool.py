@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from sca_registry.contracts import Regions, Segmenter
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sca.nn.masks import best_masks, mean_under, tight_boxes
 
@@ -32,7 +31,7 @@ class MaskedPoolMixer(nn.Module):
     def forward(self, regions: Regions) -> Tensor:
         best = best_masks(regions.masks, regions.scores)  # (N, 4h, 4w)
         shares = best.sigmoid()
-        pooled = mean_under(regions.image, regions.owner, F.adaptive_avg_pool2d(shares, regions.image.shape[-2:]))
+        pooled = mean_under(regions.image, regions.owner, shares)
         x1, y1, x2, y2 = (tight_boxes(best > 0) / best.shape[-1]).unbind(1)  # shares of the frame's side
         place = torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, shares.mean((1, 2)).float()), dim=1)
         told = self.norm(pooled) + self.geometry(place.to(pooled.dtype))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from sca_registry.contracts import Regions, Segmenter
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sca.nn.masks import best_masks, mean_under
 from sca.nn.two_way import TwoWayTransformer, init_weights
@@ -47,12 +46,7 @@ class QueryMixer(nn.Module):
         tokens, _ = self.transformer(tokens, grid, regions.position, grids=False)
         gathered = tokens[:, : self.queries]
         if self.pool is not None:
-            gathered = gathered + self.pool(_under_masks(regions)).unflatten(1, (self.queries, self.width))
+            best = best_masks(regions.masks.detach(), regions.scores)  # (N, 4h, 4w)
+            pooled = mean_under(regions.image, regions.owner, best.sigmoid())  # (N, D)
+            gathered = gathered + self.pool(pooled).unflatten(1, (self.queries, self.width))
         return gathered
-
-
-def _under_masks(regions: Regions) -> Tensor:
-    """The image's features averaged under each region's best mask, (N, D)."""
-    best = best_masks(regions.masks.detach(), regions.scores)  # (N, 4h, 4w)
-    shares = F.adaptive_avg_pool2d(best.sigmoid(), regions.image.shape[-2:])
-    return mean_under(regions.image, regions.owner, shares)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sca.nn.regions import rows_by_image
 
 
 def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
-    """The mean of the features (B, D, h, w) of each region's image under its (N, h, w) weights in 0..1: (N, D). In an
-    empty mask every cell counts.
+    """Average the features of each region's image under its mask.
+
+    Args:
+        image: (B, D, h, w) features.
+        owner: (N,) the image of each region, sorted.
+        weights: (N, H, W) masks in 0..1, of any resolution. Under an empty mask every cell counts.
+
+    Returns:
+        (N, D)
     """
-    weights = weights.flatten(1) + 1e-4
+    weights = F.adaptive_avg_pool2d(weights, image.shape[-2:]).flatten(1) + 1e-4
     weights = (weights / weights.sum(1, keepdim=True)).to(image.dtype)
     means = image.new_empty(len(weights), image.shape[1])
     for place, rows in rows_by_image(owner):

@@ -8,14 +8,10 @@ from torch import nn
 class Projection(nn.Sequential):
     """(N, Q, D) -> (N, Q, E): one linear layer, or three with GELU between ("mlp"), as in SCA (arXiv 2312.00869).
 
-    norm: "none", or a LayerNorm "pre", "post" or "both".
+    norm: "none", or a LayerNorm "pre", "post" or "both". `ModelSpec` checks both options.
     """
 
     def __init__(self, width: int, target: int, kind: str = "linear", norm: str = "none"):
-        if kind not in ("linear", "mlp"):
-            raise ValueError(f"no projection {kind!r}: there are 'linear' and 'mlp'")
-        if norm not in ("none", "pre", "post", "both"):
-            raise ValueError(f"no projection norm {norm!r}: there are 'none', 'pre', 'post' and 'both'")
         layers: list[nn.Module] = [nn.LayerNorm(width)] if norm in ("pre", "both") else []
         layers.append(nn.Linear(width, target))
         if kind == "mlp":

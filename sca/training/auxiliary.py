@@ -56,5 +56,4 @@ class AttributeHead(nn.Module):
 
 def features_under_truth(regions: Regions, targets: Targets) -> Tensor:
     """The image's features averaged under the true mask of each region, (N, 1, D): what a grid cell has to tell."""
-    covered = F.adaptive_avg_pool2d(targets.masks.to(regions.image.dtype), regions.image.shape[-2:])
-    return mean_under(regions.image, regions.owner, covered).unsqueeze(1)
+    return mean_under(regions.image, regions.owner, targets.masks.to(regions.image.dtype)).unsqueeze(1)

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import tomllib
 
 import pytest
@@ -241,7 +240,7 @@ def test_run_checks_every_row_before_the_first(sweep, tmp_path, old, new, said):
 
 
 def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["sca_registry.registry"], "extra_installed", lambda distribution, extra: False)
+    monkeypatch.setattr("sca_registry.states.extra_installed", lambda distribution, extra: False)
     for text in (
         SMALL.replace('encoder = { name = "tiny-vit"', 'encoder = { name = "timm"'),
         SMALL.replace("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["meteor"]\n[axes]'),

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from sca_registry.contracts import Prompt
 
+from sca.testing.tiny import tiny_options
+
 CARDS = {"blip": "blip-base", "git": "git-base", "blip-2": "blip2-opt-2.7b", "florence2": "vlm", "kosmos-2": "kosmos-2"}
 TEMPLATE = (  # of a chat: the picture's place, and then the question
     "{% for turn in messages %}{% for part in turn['content'] %}{% if part['type'] == 'image' %}"
@@ -35,8 +37,8 @@ def weights(tmp_path_factory):
             if kind == "qwen2_vl":
                 model, processor = qwen()
             else:
-                small = sca_registry.captioners.card(CARDS[kind]).small
-                reader = sca_registry.captioners.build(CARDS[kind], **small).reader
+                options = tiny_options("captioner", CARDS[kind])
+                reader = sca_registry.captioners.build(CARDS[kind], **options).reader
                 model, processor = reader.model, reader.processor
             lively(model).save_pretrained(folders[kind])
             processor.save_pretrained(folders[kind])

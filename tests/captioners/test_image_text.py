@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import sca_registry
 import torch
 from sca_registry.contracts import TokenUsage
 
@@ -12,6 +11,7 @@ import sca
 from sca.captioners.crop import CropCaptioner
 from sca.captioners.image_text import ImageTextModel, Question
 from sca.io.hub import HubError
+from sca.testing.tiny import tiny_options
 
 KINDS = ("blip", "git", "blip-2")
 
@@ -120,6 +120,6 @@ def test_random_weights_need_a_configuration_and_are_the_same_each_time(image, p
         CropCaptioner()
     with pytest.raises(ValueError, match="'qwen2_vl' cannot be tried out"):
         CropCaptioner(pretrained=False, config={"model_type": "qwen2_vl", "vision_config": {"depth": 1}})
-    small = {"name": "blip-base", **sca_registry.captioners.card("blip-base").small}
+    small = {"name": "blip-base", **tiny_options("captioner", "blip-base")}
     one, other = (sca.captioner(small).describe(image, prompts) for _ in range(2))
     assert one == other

@@ -26,11 +26,12 @@ from sca.mixers.resampler import ResamplerMixer
 from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
 from sca.testing.conformance import PROMISES, check
+from sca.testing.tiny import tiny_options
 
 ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers", "captioners")
 
 
-VARIANTS = {  # options worth trying besides those that the card gives for a small one
+VARIANTS = {  # options worth trying besides those that make a component tiny
     "segmenters": {"sam": [{"width": 48}], "box": [{"width": 48}]},
     "mixers": {"query": [{"pooled": True}]},
     "language_models": {"hf": [{"config": tiny(family)} for family in (*FAMILIES, *OTHERS)]},
@@ -50,20 +51,20 @@ FROM_FILES = (*READERS, *JUDGES, "boxes-from-coco", "gguf")  # see below, tests/
 
 
 def on_trial():
-    """Every registered name at its card's small size, and variants; one of those that are the same but for size always,
-    the others in `make test-all`.
+    """Every registered name at its tiny size, and variants; one of those that are the same but for size always, the
+    others in `make test-all`.
     """
     seen = set()
     for kind in ON_TRIAL:
         for name in sorted(set(REGISTRIES[kind].names()) - set(FROM_FILES)):
-            card = REGISTRIES[kind].card(name)
-            same = f"{kind} {card.factory} {card.small or name}"
+            card, sizes = REGISTRIES[kind].card(name), tiny_options(kind, name)
+            same = f"{kind} {card.factory} {sizes or name}"
             marks = [pytest.mark.all] if same in seen else []
             if card.extra and REGISTRIES[kind].describe(name).state != "ok":
                 marks.append(pytest.mark.skip(reason=f"the extra {card.extra} is not installed"))
             seen.add(same)
             for number, options in enumerate([{}, *VARIANTS.get(kind, {}).get(name, [])]):
-                yield pytest.param(kind, name, {**card.small, **options}, id=f"{name}-{number}", marks=marks)
+                yield pytest.param(kind, name, {**sizes, **options}, id=f"{name}-{number}", marks=marks)
 
 
 def broken(findings):

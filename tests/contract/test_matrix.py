@@ -8,6 +8,7 @@ from sca_registry.contracts import Batch, Prompts
 from tiny import FAMILIES
 
 import sca
+from sca.testing.tiny import tiny_options
 
 OPTIONS = {
     "query": {"queries": 2, "depth": 1, "heads": 4, "mlp": 48},
@@ -68,7 +69,7 @@ def parts_of(encoder, mixer, sam_folder):
         part, card = {"name": "sam", "weights": str(sam_folder)}, sca_registry.encoders.card("sam")
     else:
         card = sca_registry.encoders.card(encoder)
-        part = {"name": encoder, **card.small}
+        part = {"name": encoder, **tiny_options("encoder", encoder)}
     if card.extra and sca_registry.encoders.describe(encoder).state != "ok":
         pytest.skip(f"the extra {card.extra} is not installed")
     return part, {"name": mixer, **OPTIONS[mixer]}

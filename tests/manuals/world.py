@@ -22,6 +22,7 @@ from sca.checkpoints.export import write_language_model, write_published
 from sca.composition import build
 from sca.data.export import export
 from sca.data.scenes import Scenes
+from sca.testing.tiny import tiny_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "train.steps=2 train.images=2 train.processes=1 train.workers=0 train.save=2"
@@ -184,7 +185,7 @@ def stock(hub, sam, folder):
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam
     for name, kind in (("blip-base", "blip-base"), ("florence-2-base", "vlm")):
-        reader = sca_registry.captioners.build(kind, **sca_registry.captioners.card(kind).small).reader
+        reader = sca_registry.captioners.build(kind, **tiny_options("captioner", kind)).reader
         reader.model.save_pretrained(folder / name)
         reader.processor.save_pretrained(folder / name)
         hub.models[sca_registry.captioners.card(name).options["weights"]] = folder / name

@@ -24,6 +24,7 @@ from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import mean_under
 from sca.nn.roi_align import roi_align
+from sca.testing.tiny import tiny_options
 from sca.training.auxiliary import Attributes
 from sca.training.features import FeatureCache
 from sca.training.module import TrainingModule
@@ -47,7 +48,7 @@ def spec_of(encoder="tiny-vit", segmenter="sam", mixer="query", family="gpt2", *
     options = {"depth": 1, "heads": 4, "mlp": 48} if segmenter == "sam" else {}
     mixed = {"pooled": False} if mixer == "query" and segmenter == "box" else {}
     table = {
-        "encoder": {"name": encoder, **sca_registry.encoders.card(encoder).small},
+        "encoder": {"name": encoder, **tiny_options("encoder", encoder)},
         "segmenter": {"name": segmenter, "width": 32, **options},
         "mixer": {"name": mixer, **MIXERS[mixer], **mixed},
         "language_model": {"name": "hf", "pretrained": False, "config": tiny(family)},
@@ -408,9 +409,8 @@ def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
 def test_baseline_captions_on_an_accelerator(name):
     sample = Scenes("test", count=1, size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
-    options = dict(sca_registry.captioners.card(name).small)
     with simulated_cuda():
-        captions = captioner({"name": name, **options}, "cuda").describe(sample.image, prompts)
+        captions = captioner({"name": name, **tiny_options("captioner", name)}, "cuda").describe(sample.image, prompts)
     assert len(captions) == len(prompts)
 
 

@@ -12,6 +12,7 @@ from sca_registry.contracts import Prompts
 
 import sca
 from sca.io.hub import HubError
+from sca.testing.tiny import tiny_options
 
 open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
 timm = pytest.importorskip("timm", reason="the extra timm is not installed", exc_type=Exception)
@@ -174,7 +175,7 @@ def test_other_packages_logging_is_left_alone():
     import logging
 
     before = (list(logging.root.handlers), logging.root.level, logging.root.disabled)
-    encoder("open-clip", **sca_registry.encoders.card("open-clip").small)
+    encoder("open-clip", **tiny_options("encoder", "open-clip"))
     assert (list(logging.root.handlers), logging.root.level, logging.root.disabled) == before
 
 

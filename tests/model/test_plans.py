@@ -5,7 +5,7 @@ from sca_registry.spec import ModelSpec
 
 import sca.plan
 from sca.cli import run
-from sca.plan_cache import KEPT, plan_key, read_plan, write_plan
+from sca.plan_cache import KEPT, plan_key, read_plan, source_fingerprint, write_plan
 
 TINY = "tiny-vit+query+tiny-gpt2"
 
@@ -26,6 +26,19 @@ def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
         with monkeypatch.context() as changed:
             changed.setattr(f"sca.plan_cache.{name}", lambda package: "changed")
             assert key != plan_key(spec, {"images": 1}), name
+
+
+@pytest.mark.parametrize("files", [("shade.py",), ("shade/__init__.py", "shade/parts.py")])
+def test_source_fingerprint_changes_with_a_source_file(files, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shade").mkdir()
+    for file in files:
+        (tmp_path / file).write_text("")
+    before = source_fingerprint("shade")
+    assert before == source_fingerprint("shade") != ""
+    (tmp_path / files[-1]).write_text("changed")
+    assert source_fingerprint("shade") != before
+    assert source_fingerprint("no_such_package") == ""
 
 
 @pytest.mark.parametrize("spec", ["tiny-vit+query+hf weights=./folder", "tiny-vit+unknown+tiny-gpt2"])

@@ -41,7 +41,6 @@ def site(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a module written twice in a second is read twice
-    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     yield Site(folder)
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
@@ -51,9 +50,8 @@ def site(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def code(monkeypatch, tmp_path):
+def code(monkeypatch):
     """What a test registers in code is forgotten after it."""
-    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))
 
 

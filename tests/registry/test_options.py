@@ -59,41 +59,32 @@ def test_a_missing_part_upstream_is_a_programming_error(site):
         datasets.build("scenes", split="train")
 
 
-def test_what_a_built_part_lacks_is_named(offer, states):
+def test_what_a_built_part_lacks_is_named(offer):
     offer("class Half:\n    width = 3\n    def __call__(self): pass\n\ndef make(segmenter): return Half()\n")
     with pytest.raises(RegistryError, match=r"built a Half without queries, uses_grid: see .*contracts\.Mixer"):
         mixers.build("mine", None)
-    assert states(mixers)["mine"] == ("broken", "built a Half without queries, uses_grid")
 
 
 @pytest.mark.parametrize("failure", ["RuntimeError('no')", "SystemExit(1)", "ImportError('no')"])
-def test_a_failing_constructor_is_the_fault_of_the_part(failure, offer, states):
+def test_a_failing_constructor_is_the_fault_of_the_part(failure, offer):
     offer(f"def make(segmenter, depth=1): raise {failure}")
-    with pytest.raises(RegistryError, match=r"mixer 'mine' of shade 1\.0 cannot be built: ") as caught:
+    with pytest.raises(RegistryError) as caught:
         mixers.build("mine", None)
     assert caught.value.__cause__ is not None
-    assert states(mixers)["mine"] == ("broken", failure.replace("('", ": ").replace("')", "").replace("(1)", ": 1"))
+    reason = failure.replace("('", ": ").replace("')", "").replace("(1)", ": 1")
+    assert str(caught.value) == f"mixer 'mine' of shade 1.0 cannot be built: {reason}. Try: pip install -U shade"
 
 
-def test_a_value_that_a_factory_refuses_is_not_its_fault(offer, states):
+def test_a_value_that_a_factory_refuses_is_not_its_fault(offer):
     offer("def make(segmenter, depth=1): raise ValueError('depth must be even')")
     with pytest.raises(RegistryError, match=r"cannot be built: depth must be even$"):
         mixers.build("mine", None, depth=1)
-    assert states(mixers)["mine"][0] == "ok"
 
 
 def test_an_interrupted_construction_is_interrupted(offer):
     offer("def make(segmenter): raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         mixers.build("mine", None)
-
-
-def test_importing_well_does_not_clear_what_failed_to_build(offer, states):
-    offer("def make(segmenter): raise RuntimeError('no')")
-    with pytest.raises(RegistryError):
-        mixers.build("mine", None)
-    mixers.get("mine")
-    assert states(mixers)["mine"] == ("broken", "RuntimeError: no")
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,10 @@ def test_a_spec_of_another_format_is_refused_with_the_way_out():
         ModelSpec.from_dict({**TINY.to_dict(), "format": 2})
 
 
-@pytest.mark.parametrize("header", ["", "[model]\n"])
-def test_toml_is_read_with_names_alone_where_there_are_no_options(header):
-    text = 'encoder = "tiny-vit"\nmixer = { name = "query", depth = 2 }\nlanguage_model = "tiny-gpt2"\nlora = 8\n'
-    assert ModelSpec.from_toml(header + text) == TINY.override(["mixer.depth=2", "lora=8"])
-
-
-def test_text_that_is_not_toml_is_refused():
-    with pytest.raises(RegistryError, match="not written in TOML"):
-        ModelSpec.from_toml("encoder = ")
+def test_spec_from_dict_accepts_a_name_for_a_component_without_options():
+    mixer = {"name": "query", "depth": 2}
+    table = {"encoder": "tiny-vit", "mixer": mixer, "language_model": "tiny-gpt2", "lora": 8}
+    assert ModelSpec.from_dict(table) == TINY.override(["mixer.depth=2", "lora=8"])
 
 
 def test_a_number_is_short_for_a_rank():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sca_registry import RegistryError, registry
 from sca_registry.options import REQUIRED
-from sca_registry.states import BREAKS
 
 from sca.testing.conformance import check
-from sca.testing.conformance.promises import Finding
 from sca.testing.conformance.trials import TRIALS, Trial
+from sca.testing.tiny import tiny_options
 
 
 def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
@@ -24,37 +23,35 @@ def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
         folder: Unused.
 
     Returns:
-        `problem`: what is wrong, or "". `note`: a remark, or "".
+        `state` and `reason` as in `sca_registry.Entry`.
     """
     kind, name = config["kind"], config["name"]
-    parts = registry(kind)
-    small = parts.card(name).small
-    try:
-        factory = parts.get(name)
-        options = parts.describe(name).options
-        missing = [option for option, value in options.items() if value is REQUIRED and option not in small]
-        if missing or (options.get("weights") and not small):
-            return {"problem": "", "note": f"imported, not tried: it needs {', '.join(missing) or 'its weights'}"}
-        findings = check(kind, name, **small)
-        refused = find_refusal(kind, factory, small) if len(findings) == 1 else None
-    except RegistryError as error:
-        return {"problem": str(error), "note": ""}
-    if isinstance(refused, ValueError):  # a person's mistake, not the part's
-        return {"problem": "", "note": f"imported, not tried: {refused}"}
-    return {"problem": summarize_broken(kind, name, findings), "note": ""}
-
-
-def find_refusal(kind: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Exception | None:
-    """Return what a factory raises for its options."""
-    try:
-        factory(*TRIALS.get(registry(kind).kind.plural, Trial).upstream, **options)
-    except Exception as error:  # the code of a plugin may raise anything
-        return error
-    return None
-
-
-def summarize_broken(kind: str, name: str, findings: Sequence[Finding]) -> str:
-    """Return the promises that are broken, in one line, or "" if there are none."""
+    entry, options = registry(kind).describe(name), tiny_options(kind, name)
+    if entry.state != "ok":
+        return {"state": entry.state, "reason": entry.reason}
+    missing = [option for option, value in entry.options.items() if value is REQUIRED and option not in options]
+    if missing or (entry.options.get("weights") and not options):
+        return _imported(f"it needs {', '.join(missing) or 'its weights'}")
+    findings = check(kind, name, **options)
+    if len(findings) == 1 and isinstance(refusal := _find_refusal(kind, name, options), ValueError):
+        return _imported(str(refusal))  # a person's mistake, not the part's
     broken = [finding for finding in findings if not finding.passed]
-    names = ", ".join(finding.check for finding in broken)
-    return f"{BREAKS} ({names}). {broken[0].found} `sca check {kind} {name}` shows details" if broken else ""
+    if not broken:
+        return {"state": "ok", "reason": ""}
+    names, found = ", ".join(finding.check for finding in broken), " ".join(broken[0].found.split())[:200]
+    reason = f"breaks promises ({names}). {found} `sca check {kind} {name}` shows details"
+    return {"state": "broken", "reason": reason}
+
+
+def _imported(reason: str) -> dict[str, str]:
+    return {"state": "ok", "reason": f"imported, not tried: {reason}"}
+
+
+def _find_refusal(kind: str, name: str, options: Mapping[str, Any]) -> BaseException | None:
+    """Return what the factory of a part raises for its options."""
+    plural = registry(kind).kind.plural
+    try:
+        TRIALS.get(plural, Trial)(plural, name, options).build()
+    except RegistryError as error:
+        return error.__cause__
+    return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
 
 from sca_registry import registry
 from sca_registry.cards import check_name
+from sca_registry.plugins import is_installed
 
 from sca.io.atomic import new_folder
 
@@ -41,8 +40,7 @@ def scaffold(kind: str, name: str, folder: Path | None = None) -> Path:
     }
     if not words["CLASS"][0].isalpha():
         words["CLASS"] = "Part" + words["CLASS"]
-    with contextlib.suppress(PackageNotFoundError):
-        distribution(words["DISTRIBUTION"])
+    if is_installed(words["DISTRIBUTION"]):
         raise ValueError(f"a package {words['DISTRIBUTION']} is installed already: choose another name")
     folder = folder or Path(words["DISTRIBUTION"])
     templates = files("sca.testing.scaffold") / "templates"

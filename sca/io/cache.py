@@ -1,0 +1,14 @@
+"""The folder in which this package caches files between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return `SCA_CACHE`, or else `sca` in the user's cache folder."""
+    if chosen := os.environ.get("SCA_CACHE"):
+        return Path(chosen)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "sca"

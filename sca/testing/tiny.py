@@ -1,0 +1,41 @@
+"""Tiny components with random weights, which the conformance kit and tests build."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+from sca_registry import registry
+from sca_registry.contracts import KINDS
+from sca_registry.plugins import BUILTIN
+
+
+def tiny_options(kind: str, name: str) -> dict[str, Any]:
+    """Return the options that make a component tiny.
+
+    Args:
+        kind: Singular or plural.
+        name: Of a built-in component, whose options are in `tiny.toml`, or of another, whose card has them as `small`.
+
+    Returns:
+        Options; empty for a component that needs none, or whose card has none.
+
+    Raises:
+        RegistryError: The kind or the name is unknown.
+    """
+    parts = registry(kind)
+    builtin = _builtin_options()[parts.kind.plural].get(name.removeprefix(f"{BUILTIN}:"), {})
+    return {**builtin, **parts.card(name).small}
+
+
+@functools.cache
+def _builtin_options() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the content of `tiny.toml` by kind and name."""
+    options: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
+    for kind, groups in tomllib.loads((files("sca.testing") / "tiny.toml").read_text("utf-8")).items():
+        for group in groups:
+            for name in group["names"]:
+                options[kind].setdefault(name, {}).update(group["options"])
+    return options

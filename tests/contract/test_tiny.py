@@ -1,0 +1,41 @@
+"""The sizes of tiny built-in components: one data file, complete and without stale names."""
+
+import pytest
+from sca_registry.cards import builtin_cards
+from sca_registry.contracts import KINDS
+
+from sca.testing import tiny
+
+SIZED = ("encoders", "segmenters", "mixers", "language_models", "captioners")  # kinds that have parameters
+WITHOUT = {"segmenters": {"box"}, "mixers": {"roi-pool"}, "language_models": {"gguf"}}  # no sizes, or those of a file
+OTHERS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option which makes them quick
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_options_exist_for_exactly_the_components_that_need_them(kind):
+    needed = {*builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
+    assert {*tiny._builtin_options()[kind]} == needed
+    assert not [card.name for card in builtin_cards(kind).values() if card.small]
+
+
+def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
+    import sca_registry
+
+    info = tmp_path / "shade-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shade\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[sca_mixers]\ncards = shade:mixers.toml\n")
+    (tmp_path / "shade").mkdir()
+    (tmp_path / "shade/__init__.py").touch()
+    cards = '[shade]\nfactory = "shade:Shade"\nsmall = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'
+    (tmp_path / "shade/mixers.toml").write_text(cards)
+    monkeypatch.syspath_prepend(tmp_path)
+    sca_registry.refresh()
+    try:
+        assert tiny.tiny_options("mixer", "shade") == {"depth": 1}
+        assert tiny.tiny_options("mixer", "shade:query") == {}
+        sizes = tiny.tiny_options("mixer", "query")
+        assert sizes == tiny.tiny_options("mixers", "segment-caption-anything:query") != {}
+    finally:
+        monkeypatch.undo()
+        sca_registry.refresh()
