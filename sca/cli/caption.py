@@ -467,7 +467,7 @@ def _check_pipes(images: Sequence[str], others: Sequence[str | Path], is_sharded
 
 def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Path]) -> None:
     """Raises ValueError for a prefix that nothing is written with, and for an image that it cannot lead to."""
-    from sca.io.paths import add_image_prefix
+    from sca.io.image_names import add_image_prefix
     from sca.output import LABEL_STUDIO
 
     if prefix and LABEL_STUDIO not in formats:

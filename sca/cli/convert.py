@@ -36,8 +36,8 @@ def convert(
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
     from sca.io.annotations.annotation import SkipCounter
+    from sca.io.image_names import rewrite_name
     from sca.io.images import ImageError, show
-    from sca.io.paths import rewrite_name
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
     from sca.output.read import ReadError
@@ -139,8 +139,8 @@ def _read(
     is_written: bool = False,
 ) -> Iterator[Captioned]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
+    from sca.io.image_names import remove_image_prefix
     from sca.io.images import show
-    from sca.io.paths import remove_image_prefix
     from sca.output.read import read_captions
 
     is_used = not image_prefix or is_written

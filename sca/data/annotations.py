@@ -15,7 +15,8 @@ from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
 from sca.io.annotations.annotation import AnnotatedImage, AnnotationError, read_size
-from sca.io.paths import ImageFiles, ImageNameError, expand_user, measure_named_image, normalize_name
+from sca.io.image_names import ImageFiles, ImageNameError, measure_named_image
+from sca.io.paths import expand_user, normalize_name
 
 
 class Annotations(TableDataset):

@@ -15,7 +15,8 @@ from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import Annotation, Reject, Skip
-from sca.io.paths import ImageFiles, expand_user, split_name
+from sca.io.image_names import ImageFiles, split_name
+from sca.io.paths import expand_user
 
 UNCATEGORIZED = "file without categories"
 WHAT = "COCO's format is an object with images, annotations and categories"

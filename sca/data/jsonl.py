@@ -15,8 +15,9 @@ from sca.data.fields import field, four, note_unread_caption, phrases, size
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
+from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import ImageError, measure_image
-from sca.io.paths import ImageFiles, expand_user, find_image, normalize_name
+from sca.io.paths import expand_user, normalize_name
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")

@@ -42,9 +42,9 @@ from sca.io.annotations.annotation import EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.atomic import FolderError, sync, write_file
 from sca.io.coordinates import compare_sizes
+from sca.io.image_names import ImageNameError, find_image, is_url
 from sca.io.images import ImageError, measure_image, open_image
 from sca.io.masks import RLE, box_of
-from sca.io.paths import ImageNameError, find_image, is_url
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
 SHARD = 2000  # images, with those that are left out

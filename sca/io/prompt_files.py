@@ -21,10 +21,10 @@ from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter, read_size
 from sca.io.coordinates import Box, compare_sizes, scale_box
+from sca.io.image_names import ImageFiles, ImageNameError, find_image, measure_named_image, possible_file_names
 from sca.io.images import show
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
-from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, possible_file_names
 from sca.io.prompts import Point, PromptError, check_and_count, quote, read_field, read_fields, read_mask
 
 

@@ -17,7 +17,7 @@ from sca_registry.contracts import Caption
 from sca.io import masks
 from sca.io.annotations.brush import pack
 from sca.io.atomic import AtomicFile
-from sca.io.paths import add_image_prefix
+from sca.io.image_names import add_image_prefix
 from sca.output.jsonl import record
 
 LABEL = "region"

@@ -15,7 +15,8 @@ from sca_registry.contracts import Caption
 
 from sca.io import masks
 from sca.io.atomic import open_folder
-from sca.io.paths import is_url, relative_path
+from sca.io.image_names import is_url
+from sca.io.paths import relative_path
 from sca.output.files import FilePerImage
 from sca.output.jsonl import record
 

@@ -24,6 +24,7 @@ from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, SkipCounter, raise_error, read_size
 from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
+from sca.io.image_names import ImageFiles, ImageNameError, find_image, measure_named_image
 from sca.io.images import ImageError, open_image, show
 from sca.io.json import (
     IrregularFileError,
@@ -35,7 +36,7 @@ from sca.io.json import (
 )
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, remove_parents
+from sca.io.paths import remove_parents
 from sca.io.prompts import read_prompt
 from sca.output.outline import fill
 

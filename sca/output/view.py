@@ -16,8 +16,8 @@ from typing import Any
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
+from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import ImageError, show
-from sca.io.paths import ImageFiles, find_image
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
 from sca.output.read import Captioned, ReadError, merge_images
