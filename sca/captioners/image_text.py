@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import untrained_processor
 from sca.devices import find_dtype
-from sca.io.hub import HubError, fetch, fingerprint, load_pretrained, quiet, read_config, reading
+from sca.io.hub import fetch, fingerprint, load_pretrained, quiet, read_config
+from sca.io.weight_files import HubError, reading
 from sca.language_models.causal import new_words
 from sca.language_models.usage import count_tokens
 from sca.model import check_finite_scores

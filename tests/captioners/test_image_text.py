@@ -11,7 +11,7 @@ from sca_registry.contracts import TokenUsage
 import sca
 from sca.captioners.crop import CropCaptioner
 from sca.captioners.image_text import ImageTextModel, Question
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 
 KINDS = ("blip", "git", "blip-2")
 
