@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sca.data.records import elements
+from sca.data.json_stream import elements
 from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
