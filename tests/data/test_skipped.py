@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sca.data.coco import Coco, CocoJson
+from sca.data.conversion import BAD_IMAGE, BAD_REGION
 from sca.data.fields import EmptyDatasetError
 from sca.data.jsonl import Jsonl
 from sca.data.own import choose_split
 from sca.data.summary import check_not_empty, summarize_dataset
-from sca.data.table import BAD_IMAGE, BAD_REGION
 
 SIDE = 32
 GOOD = "good"

@@ -126,10 +126,10 @@ def test_what_is_counted_at_the_end_is_counted_once_if_only_the_last_step_was_mi
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sca.data.table.os.rename", interrupted)
+    monkeypatch.setattr("sca.data.conversion.os.rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         VisualGenome("test", root=root)
-    monkeypatch.setattr("sca.data.table.os.rename", rename)
+    monkeypatch.setattr("sca.data.conversion.os.rename", rename)
     dataset = VisualGenome("test", root=root)
     assert dataset.image_ids == [1]
     assert dataset.skipped == {"image without regions": 1}
