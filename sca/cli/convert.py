@@ -15,7 +15,7 @@ from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
-    from sca.output.read import Captioned
+    from sca.output.captioned import Captioned
 
 SHOWN = 10  # records that cannot be read and are named
 IMAGES = "Folder that image names are relative to (default: the working folder, then that of the captions)."
@@ -40,7 +40,7 @@ def convert(
     from sca.io.images import ImageError, show
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
-    from sca.output.read import ReadError
+    from sca.output.captioned import ReadError
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:

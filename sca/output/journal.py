@@ -11,8 +11,9 @@ from sca_registry.contracts import Caption
 from sca.io import journal
 from sca.io.atomic import open_folder, unwritable
 from sca.io.images import show
+from sca.output.captioned import Captioned, ReadError
 from sca.output.jsonl import record
-from sca.output.read import Captioned, ReadError, captioned
+from sca.output.records import read_image
 
 NAME = "captions.journal"
 
@@ -75,7 +76,7 @@ class Journal:
                 if number == 1:
                     self._check(entry)
                 else:
-                    told = captioned(entry, f"{show(self._path)}, line {number}")
+                    told = read_image(entry, f"{show(self._path)}, line {number}")
                     self.done[told.image] = told
         except (journal.JournalError, ReadError) as error:
             raise ValueError(f"{error}; or start over with --overwrite") from error

@@ -18,9 +18,9 @@ from sca_registry.contracts import Caption
 from sca.io.atomic import AtomicFile
 from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import ImageError, show
+from sca.output.captioned import Captioned, ReadError, merge_images
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
-from sca.output.read import Captioned, ReadError, merge_images
 
 SIDE = 640  # pixels of the longest side of a picture in the page
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
