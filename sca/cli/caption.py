@@ -15,7 +15,11 @@ from sca_registry.spec import CAPTION_FROM
 from sca.cli.options import (
     OUTPUTS,
     AllowExternal,
+    Device,
+    Dtype,
     ImagePrefix,
+    ModelName,
+    Seed,
     TrustRemoteCode,
     check_pipes,
     complain,
@@ -23,7 +27,6 @@ from sca.cli.options import (
     print_table,
     settle,
 )
-from sca.devices import DEVICES, DTYPES
 from sca.io import terminal
 from sca.io.text import format_count
 
@@ -67,9 +70,7 @@ def caption(
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
     task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
-    model: Annotated[
-        str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
     format: Annotated[
         str | None, typer.Option(help=f"for --out, any of {OUTPUTS}  [default: jsonl]", show_default=False)
@@ -111,10 +112,10 @@ def caption(
     proposer: Annotated[
         str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
     ] = None,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
     launcher: Annotated[
         str | None,
         typer.Option(help="many images, in shards: 'local workers=2', 'ray address=auto', ...; .tar archives, too"),
@@ -139,8 +140,6 @@ def caption(
     mask = [str(input_path(name)) for name in mask or ()]
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
     settle("task", task, TASKS)
-    if dtype:
-        settle("dtype", dtype, DTYPES)
     if caption_from:
         settle("prompt to caption from", caption_from, CAPTION_FROM)
     search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}

@@ -11,6 +11,9 @@ import typer
 
 from sca.cli.options import (
     AllowExternal,
+    AsJson,
+    Device,
+    Metrics,
     TrustRemoteCode,
     complain,
     input_path,
@@ -18,7 +21,7 @@ from sca.cli.options import (
     print_table,
     settle,
 )
-from sca.devices import DEVICES, find_device
+from sca.devices import find_device
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report
@@ -27,7 +30,6 @@ OPTIONS = (
     "options of the dataset (root=FOLDER, count=100), generation.beams=3, proposer.points=16, references=first, "
     "tokenizer=plain, and options of metrics such as semantic.model=FOLDER"
 )
-METRICS = "names with commas between them (default: all that find what they need)"
 
 
 def evaluate(
@@ -41,15 +43,15 @@ def evaluate(
         typer.Option(help="ask once more, misleadingly: wrong-region, colour-swap or shuffled-mask; may be repeated"),
     ] = None,
     proposer: Annotated[str | None, typer.Option(help="dense captioning: what finds the regions (grid, ...)")] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    metrics: Metrics = None,
     batch: Annotated[int, typer.Option(help="images at a time", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="of points that are drawn")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most so many images", min=1)] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for predictions.jsonl, written as answers come, and scores.json")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
+    as_json: AsJson = False,
+    device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="with --out: replace another run there")] = False,
@@ -109,13 +111,13 @@ def score(
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="references=first, tokenizer=plain, semantic.model=FOLDER, ..."),
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    metrics: Metrics = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="refuse predictions whose regions are not those of this dataset (dataset.root=...)"),
     ] = None,
     split: Annotated[str, typer.Option(help="of that dataset")] = "val",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Scores a predictions file without the model: one of `sca evaluate`, or one made by hand.
 
