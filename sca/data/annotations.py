@@ -54,11 +54,11 @@ class Annotations(TableDataset):
         bar.reset(len(found))
         names = (each.label for image in found for each in image.annotations)
         self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
-        chosen, remark = choose_split([files.identify(image.name) for image in found], self.split, self.hold_out)
-        self.remarks = [remark] if remark else []
+        names = [files.identify(image.name) for image in found]
+        chosen, self.remarks = choose_split(names, self.split, self.hold_out)
         first = 0
-        for number, image in enumerate(found):
-            if files.identify(image.name) in chosen:
+        for number, (image, name) in enumerate(zip(found, names, strict=True)):
+            if name in chosen:
                 yield number, first, image
             first += len(image.annotations)
 

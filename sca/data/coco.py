@@ -261,8 +261,7 @@ class CocoJson(Coco):
                 merged[name] = found, number, its
             elif self._agrees(record, place, found.images[merged[name][1]][0]):
                 merged[name][2].extend(its)
-        chosen, remark = choose_split(map(files.identify, merged), self.split, self.hold_out)
-        self.remarks = [remark] if remark else []
+        chosen, self.remarks = choose_split(map(files.identify, merged), self.split, self.hold_out)
         return (entry for name, entry in merged.items() if files.identify(name) in chosen)
 
     def _agrees(self, record: dict[str, Any], place: str, first: dict[str, Any]) -> bool:

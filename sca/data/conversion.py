@@ -174,15 +174,12 @@ class ConvertedTable:
         """Count an image whose record is unusable, as `_reject` does a region."""
         self._skip(BAD_IMAGE, str(problem))
 
-    def _reject_category(self, problem: ValueError) -> None:
-        self._skip(UNNAMED, str(problem))
-
     def _rejects(self) -> dict[str, Callable[[ValueError], None]]:
         """For each list of COCO's format what counts its unusable records."""
         return {
             "images": self._reject_image,
             "annotations": self._reject,
-            "categories": self._reject_category,
+            "categories": lambda problem: self._skip(UNNAMED, str(problem)),
         }
 
     def _skip_image(self, reason: str, name: str, what: str, stop: bool = True) -> None:
@@ -299,7 +296,7 @@ class ConvertedTable:
             with ArrowWriter(features=_features(), path=str(path), writer_batch_size=500) as writer:
                 for entry in itertools.islice(entries, SHARD):
                     about["entries"] += 1
-                    if (record := self._checked(self._row(entry))) is not None:
+                    if (record := self._row(entry)) is not None:
                         writer.write(record)
                         about["hash"] = hashlib.sha256(about["hash"].encode() + _logical(record)).hexdigest()
                         about["images"] += 1
@@ -318,13 +315,10 @@ class ConvertedTable:
         self._files.clear()
 
     def _row(self, entry: Any) -> dict[str, Any] | None:
-        """The row of an entry; None, and counted, for an image whose record is unusable."""
+        """The row of an entry; None, and counted, where its record is unusable or has neither a file nor regions."""
+        record = None
         with self._rejecting(self._reject_image):
-            return self._record(entry)
-        return None
-
-    def _checked(self, record: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The record, if its image has a file and regions; else it is counted."""
+            record = self._record(entry)
         if record is None:
             return None
         if self._find(record["file"]) is None:
