@@ -19,6 +19,7 @@ from sca.io.images import show
 from sca.io.numbers import is_int64
 from sca.output import fields
 from sca.output.captioned import Captioned, ReadError, Size
+from sca.output.files import close_document
 from sca.output.jsonl import record
 from sca.output.records import to_caption
 
@@ -54,15 +55,8 @@ class Coco:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
-            self._file.drop()
-            return
-        try:
-            self._file.write(f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([CATEGORY])}}}\n')
-        except BaseException:
-            self._file.drop()
-            raise
-        self._file.keep()
+        end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([CATEGORY])}}}\n'
+        close_document(self._file, end, bool(self._images), finished)
 
 
 def _annotation(number: int, image_number: int, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.images import show
 from sca.output import fields
 from sca.output.captioned import ReadError
+from sca.output.files import close_document
 from sca.output.jsonl import record
 from sca.output.outline import fill, polygons
 
@@ -42,15 +43,7 @@ class GeoJson:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
-            self._file.drop()
-            return
-        try:
-            self._file.write("\n]}\n")
-        except BaseException:
-            self._file.drop()
-            raise
-        self._file.keep()
+        close_document(self._file, "\n]}\n", bool(self._images), finished)
 
     def _feature(self, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
         plain = record(path, image, caption)

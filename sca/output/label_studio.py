@@ -23,6 +23,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.image_names import add_image_prefix, measure_named_image
 from sca.io.images import show
 from sca.output.captioned import Captioned, Size
+from sca.output.files import close_document
 from sca.output.jsonl import record
 from sca.output.records import to_captions
 
@@ -59,15 +60,7 @@ class LabelStudio:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
-            self._file.drop()
-            return
-        try:
-            self._file.write("\n]\n")
-        except BaseException:
-            self._file.drop()
-            raise
-        self._file.keep()
+        close_document(self._file, "\n]\n", bool(self._images), finished)
 
 
 def _results(place: int, path: str, image: Image.Image, caption: Caption) -> list[dict[str, Any]]:
