@@ -171,10 +171,10 @@ def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path)
 
 
 def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):
-    from sca.cli import plugins, run
+    from sca.cli import run
 
     monkeypatch.setattr(repair, "diagnose", lambda: "torchvision cannot be imported; run `sca doctor --fix`")
-    monkeypatch.setattr(plugins, "_try_parts", lambda *_: pytest.fail("a part was tried"))
+    monkeypatch.setattr("sca.testing.isolation.try_parts", lambda *_: pytest.fail("a part was tried"))
     assert run(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
@@ -184,7 +184,7 @@ def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch,
 def test_doctor_tries_a_broken_built_in_part_again(monkeypatch, capsys, tmp_path, problem):
     import sca_registry
 
-    from sca.cli import plugins, run
+    from sca.cli import run
 
     offer = sca_registry.mixers._find("query")
     monkeypatch.setenv("SCA_CACHE", str(tmp_path))
@@ -192,7 +192,7 @@ def test_doctor_tries_a_broken_built_in_part_again(monkeypatch, capsys, tmp_path
     keep_state("mixers", offer, verdicts.Verdict("broken", "OSError: libcudart.so.13"))
     tried = []
     monkeypatch.setattr(repair, "diagnose", lambda: "")
-    monkeypatch.setattr(plugins, "_try_parts", lambda entries, _: tried.extend(entries) or [(problem, "")])
+    monkeypatch.setattr("sca.testing.isolation.try_parts", lambda entries, _: tried.extend(entries) or [(problem, "")])
     assert run(["doctor", "segment-caption-anything"]) == int(bool(problem))
     assert [entry.name for entry in tried] == ["query"]
     out = capsys.readouterr().out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from sca.inference.batch import Failure, Results
     from sca.inference.job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
-    from sca.output.journal import Journal
 
 DEFAULT_MODEL = "sca-tiny"
 STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
@@ -230,6 +229,7 @@ def _caption_here(
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import show
     from sca.output import DRAWN, Writers
+    from sca.output.journal import open_journal
 
     out, quiet, model = params["out"], params["quiet"], params["model"]
     captioner = BatchCaptioner(job, regions)
@@ -238,7 +238,9 @@ def _caption_here(
         if out == "-":
             writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
         elif out:
-            journal = outputs.enter_context(_journal(Path(out), params, formats, paths, read))
+            settings = {"images": params["images"], **_settings(params, read)}
+            ways = {"resume": params["resume"], "overwrite": params["overwrite"]}
+            journal = outputs.enter_context(open_journal(Path(out), settings, formats, [*paths, *read], **ways))
             writers = outputs.enter_context(Writers(out, formats, model, params["image_prefix"]))
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
         bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
@@ -497,7 +499,7 @@ def _settle_regions(given: bool, everything: bool, search: dict[str, Any]) -> No
         raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
     if everything:
         return
-    unused = [f"--{name.replace('_', '-')}" for name in _given(search)]
+    unused = [f"--{name.replace('_', '-')}" for name, value in search.items() if value is not None]
     if unused:
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
     if not given:
@@ -507,10 +509,6 @@ def _settle_regions(given: bool, everything: bool, search: dict[str, Any]) -> No
         )
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str, Any]:
     """What determines the captions of an image: the options of a command, and the content of the files it reads."""
     from sca.io.run_folder import file_hash
@@ -518,52 +516,3 @@ def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str
     given = {name: value for name, value in params.items() if name not in UNKEPT and value not in (None, [], ())}
     options = {name: str(value) for name, value in given.items() if value is not False}
     return {**options, "files": {str(path): file_hash(path) for path in read}}
-
-
-@contextmanager
-def _journal(
-    path: Path, params: Mapping[str, Any], formats: Sequence[str], images: Sequence[Path], read: Sequence[str | Path]
-) -> Iterator[Journal]:
-    """Open the run folder of a command with these options, and the journal in it.
-
-    The journal is removed when the run has finished.
-
-    Args:
-        path: The folder.
-        params: The options, by their names in Python.
-        formats: What is written.
-        images: What is captioned.
-        read: Files that say what is asked of the images.
-
-    Raises:
-        RunFolderError: The folder must not be written.
-        ValueError: The journal there is damaged, or of a run with other options.
-    """
-    from sca.io.images import show
-    from sca.io.run_folder import RunFolder, RunFolderError
-    from sca.output import FORMATS, output_patterns
-    from sca.output.journal import NAME, Journal, count_images
-
-    resume, overwrite = params["resume"], params["overwrite"]
-    with RunFolder(path, "caption", (*output_patterns(FORMATS), NAME)) as folder:
-        earlier = folder.run
-        unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
-        if unfinished and not resume:
-            raise RunFolderError(
-                f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
-                "choose another --out, or replace it with --overwrite"
-            )
-        run = _settings(params, read)
-        settings = {"images": params["images"], **run}
-        loose = ("images",) if resume and unfinished else ()  # a resumed run may caption more images
-        outputs = (*output_patterns(formats), NAME)
-        earlier = folder.begin(settings, outputs, [*images, *read], overwrite=overwrite, loose=loose)
-        journal = Journal(path, run, resume)
-        finished = False
-        try:
-            yield journal
-            finished = True
-        finally:
-            journal.close(finished)
-            if finished or (earlier and earlier.finished and not journal.is_begun):  # the earlier files are unchanged
-                folder.finish()

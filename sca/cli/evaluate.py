@@ -186,11 +186,17 @@ def _protocol(
 ) -> list[Report | None]:
     from dataclasses import replace
 
+    from sca.evaluation.protocol import available_metrics
+
     split, prompt, proposer = chosen
     if split or prompt:
         raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
     settings = {**protocol.settings, **given["scores"]}
-    wanted = metrics or _available(protocol, settings, how["quiet"])
+    wanted = metrics
+    if not wanted:
+        wanted, missing = available_metrics(protocol, settings)
+        if missing and not how["quiet"]:
+            complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
     reports = []
     for run in protocol.runs:
         questions = replace(run.questions, controls=tuple(controls), seed=seed)
@@ -201,30 +207,6 @@ def _protocol(
         folder = out and out / run.name
         reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, how))
     return reports
-
-
-def _available(protocol: Any, settings: dict[str, Any], quiet: bool) -> list[str]:
-    """Return the metrics of a protocol that can be computed here; one line names the others.
-
-    Raises:
-        RegistryError: No metric can be computed; the message is that of the first.
-    """
-    import sca_registry
-
-    available, missing, reasons = [], [], []
-    for name in protocol.metrics:
-        own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
-        try:
-            sca_registry.metrics.build(name, **own)
-            available.append(name)
-        except sca_registry.RegistryError as error:
-            missing.append(name)
-            reasons.append(error)
-    if reasons and not available:
-        raise reasons[0]
-    if missing and not quiet:
-        complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
-    return available
 
 
 def _run(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ import typer
 from sca.cli.options import complain, print_line, read_options
 
 if TYPE_CHECKING:
-    from sca_registry.registry import Entry
+    pass
 
 app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -96,6 +95,8 @@ def doctor(
 
     from sca_registry.plugins import BUILTIN
 
+    from sca.testing.isolation import try_parts
+
     for name, value in _machine():
         print_line(f"{name + ':':<17}{value}")
     if problem := repair.diagnose():
@@ -113,7 +114,7 @@ def doctor(
         and entry.name in parts
         and not entry.state.startswith("needs extra")
     ]
-    problems = _try_parts([entry for _, entry in doubtful], timeout)
+    problems = try_parts([entry for _, entry in doubtful], timeout)
     judged = [parts.judge(entry.name, *told) for (parts, entry), told in zip(doubtful, problems, strict=True)]
     tried = {(entry.kind, entry.name): entry for entry in judged}
     found: dict[str, list[Any]] = {}
@@ -206,40 +207,6 @@ def _find_command_problems() -> list[str]:
         elif problem := find_problem(name, offers):
             problems.append(problem)
     return problems
-
-
-def _try_parts(entries: Sequence[Entry], timeout: float) -> list[tuple[str, str]]:
-    """Try parts, each in a process of its own.
-
-    Args:
-        entries: Parts, by kind and name.
-        timeout: Seconds for each, without what this package itself imports.
-
-    Returns:
-        For each what is wrong with it, or "", and a remark, or "".
-    """
-    from tempfile import TemporaryDirectory
-
-    from sca.launchers.local import Local
-    from sca.launchers.task import Task
-
-    with TemporaryDirectory() as scratch:
-        tasks = []
-        for number, entry in enumerate(entries):
-            config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
-            tasks.append(
-                Task(str(number), "sca.testing.conformance.verdict:try_part", config, f"{scratch}/{number}", timeout)
-            )
-        made = {outcome.task.key: outcome.made for outcome in Local(os.cpu_count() or 1).map(tasks)}
-    return [_read_verdict(made.get(task.key)) for task in tasks]
-
-
-def _read_verdict(made: Mapping[str, Any] | None) -> tuple[str, str]:
-    if made is None:
-        return "the process that tried it was killed", ""
-    if "problem" in made:
-        return made["problem"], made["note"]
-    return f"the process that tried it failed: {made['reason']}", ""
 
 
 def _machine() -> list[tuple[str, str]]:
