@@ -18,11 +18,7 @@ from sca_registry import registry
 from sca_registry.contracts import Batch, Prompts, Targets
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from sca.checkpoints.state import stored
 from sca.composition import build, parts

@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import (
-    AllowExternal,
-    AllowHost,
-    Device,
-    Dtype,
-    ModelName,
-    Seed,
-    TrustRemoteCode,
-    complain,
-)
+from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, ModelName, Seed, TrustRemoteCode, complain
 from sca.devices import find_device
 
 MIB = 2**20

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sca.io.annotations.annotation import AnnotationError, read_size
-from sca.io.json import (
-    JsonError,
-    parse_json,
-)
+from sca.io.json import JsonError, parse_json
 from sca.io.numbers import is_finite_number
 from sca.output.captioned import ReadError, Size
 

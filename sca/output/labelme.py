@@ -20,9 +20,7 @@ from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter
 from sca.io.atomic import open_folder
 from sca.io.image_names import ImageNameError, find_image, is_url
 from sca.io.images import show
-from sca.io.json import (
-    read_regular_file,
-)
+from sca.io.json import read_regular_file
 from sca.io.paths import relative_path, remove_parents
 from sca.output import fields
 from sca.output.captioned import Captioned, ReadError, Size

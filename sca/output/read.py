@@ -14,11 +14,7 @@ from typing import BinaryIO
 from sca.io.annotations import label_studio, labelme
 from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter, raise_error
 from sca.io.images import show
-from sca.io.json import (
-    IrregularFileError,
-    is_json_lines,
-    open_regular_file,
-)
+from sca.io.json import IrregularFileError, is_json_lines, open_regular_file
 from sca.output import fields
 from sca.output.captioned import Captioned, ReadError, merge_images
 from sca.output.coco import read_coco
