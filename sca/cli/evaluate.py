@@ -76,11 +76,13 @@ def evaluate(
     find_device(device)
     if out:
         open_folder(out)
-    how = {"batch": batch, "limit": limit, "device": device, "quiet": quiet, "overwrite": overwrite}
+    how = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}
     how |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
-        reports = _protocol(model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, how)
+        reports = _protocol(
+            model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, quiet, how
+        )
     else:
         from sca.evaluation.predictions import Questions
 
@@ -89,7 +91,7 @@ def evaluate(
         )
         table = {"name": dataset, **given["dataset"]}
         found = {"name": proposer, **given["proposer"]} if proposer else None
-        reports = [_run(model, table, split or "val", questions, found, asked, given["scores"], out, how)]
+        reports = [_run(model, table, split or "val", questions, found, asked, given["scores"], out, quiet, how)]
         protocol = None
     reports = [report for report in reports if report is not None]  # only one of several processes has them
     if as_json and reports:
@@ -182,6 +184,7 @@ def _protocol(
     controls: Sequence[str],
     seed: int,
     out: Path | None,
+    quiet: bool,
     how: dict[str, Any],
 ) -> list[Report | None]:
     from dataclasses import replace
@@ -195,7 +198,7 @@ def _protocol(
     wanted = metrics
     if not wanted:
         wanted, missing = available_metrics(protocol, settings)
-        if missing and not how["quiet"]:
+        if missing and not quiet:
             complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
     reports = []
     for run in protocol.runs:
@@ -205,7 +208,7 @@ def _protocol(
         found = {"name": finder, **given["proposer"]} if finder else None
         table = {"name": run.dataset, **run.options, **given["dataset"]}
         folder = out and out / run.name
-        reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, how))
+        reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, quiet, how))
     return reports
 
 
@@ -218,6 +221,7 @@ def _run(
     metrics: Sequence[str] | None,
     settings: dict[str, Any],
     out: Path | None,
+    quiet: bool,
     how: dict[str, Any],
 ) -> Report | None:
     from rich.console import Console
@@ -230,7 +234,7 @@ def _run(
     if out:
         open_folder(out)
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=how["quiet"] or not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         bar = progress.add_task("images", total=None)
         report = run(
             model,
@@ -240,19 +244,14 @@ def _run(
             proposer=proposer,
             metrics=metrics,
             settings=settings,
-            batch=how["batch"],
-            limit=how["limit"],
-            device=how["device"],
-            trust_remote_code=how["trust_remote_code"],
-            allow_external=how["allow_external"],
             folder=out,
-            overwrite=how["overwrite"],
+            **how,
             progress=lambda done, every: progress.update(bar, completed=done, total=every),
-            report=None if how["quiet"] else complain,
+            report=None if quiet else complain,
         )
     if out and report is not None:
         write_file(out / SCORES, f"{json.dumps(report.to_dict(), indent=1)}\n")
-        if not how["quiet"]:
+        if not quiet:
             complain(f"wrote {out / 'predictions.jsonl'} and {out / SCORES}")
     return report
 

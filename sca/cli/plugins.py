@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,7 +121,7 @@ def doctor(
     for _, entry in entries:
         told = tried.get((entry.kind, entry.name), entry)
         found.setdefault(f"{told.distribution} {told.version}".strip(), []).append(told)
-    repairs, broken, extras = [], False, Counter()
+    repairs, extras = [], Counter()
     for package, listed in found.items():
         print_line("")
         print_line(package)
@@ -134,26 +134,16 @@ def doctor(
             reason = f": {entry.reason}" if entry.reason else ""
             print_line(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
         if any(entry.state == "broken" for entry in listed):
-            broken = True
             repairs.append(_repair(listed[0].distribution))
-    for problem in _find_command_problems():
-        broken = True
-        repairs.append(problem)
-    for group in _strange_groups():
-        broken = True
-        repairs.append(group)
-    for title, lines in (
-        ("to repair:", dict.fromkeys(repairs)),
-        ("for more parts:", {f"{line}  ({count} of them)": 0 for line, count in extras.items()}),
-    ):
-        if lines:
-            _print_list(title, lines)
-    raise typer.Exit(1 if broken else 0)
+    repairs += [*_find_command_problems(), *_strange_groups()]
+    _print_list("to repair:", dict.fromkeys(repairs))
+    _print_list("for more parts:", [f"{line}  ({count} of them)" for line, count in extras.items()])
+    raise typer.Exit(1 if repairs else 0)
 
 
-def _print_list(title: str, lines: Iterable[str]) -> None:
-    print_line("")
-    print_line(title)
+def _print_list(title: str, lines: Collection[str]) -> None:
+    for line in ("", title) if lines else ():
+        print_line(line)
     for line in lines:
         print_line(f"  {line}")
 
