@@ -174,12 +174,15 @@ class ConvertedTable:
         """Count an image whose record is unusable, as `_reject` does a region."""
         self._skip(BAD_IMAGE, str(problem))
 
+    def _reject_category(self, problem: ValueError) -> None:
+        self._skip(UNNAMED, str(problem))
+
     def _rejects(self) -> dict[str, Callable[[ValueError], None]]:
         """For each list of COCO's format what counts its unusable records."""
         return {
             "images": self._reject_image,
             "annotations": self._reject,
-            "categories": lambda problem: self._skip(UNNAMED, str(problem)),
+            "categories": self._reject_category,
         }
 
     def _skip_image(self, reason: str, name: str, what: str, stop: bool = True) -> None:
