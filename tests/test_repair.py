@@ -169,10 +169,10 @@ def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path)
 
 
 def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):
-    from sca.cli import plugins, run
+    from sca.cli import run
 
     monkeypatch.setattr(repair, "diagnose", lambda: "torchvision cannot be imported; run `sca doctor --fix`")
-    monkeypatch.setattr(plugins, "_try_parts", lambda *_: pytest.fail("a part was tried"))
+    monkeypatch.setattr("sca.testing.isolation.try_parts", lambda *_: pytest.fail("a part was tried"))
     assert run(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"

@@ -82,7 +82,8 @@ def run(
         for number, (task, made) in enumerate(where.map(tasks), 1):
             row = rows[task.key]
             store.add({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **made})
-            report(f"{number} of {len(tasks)}: {row.label}: {made['state']}{_because(made)}")
+            more = f" ({made['reason']:.200})" if made["reason"] else f" in {made['seconds'].get('process', 0):.1f} s"
+            report(f"{number} of {len(tasks)}: {row.label}: {made['state']}{more}")
             if "whole" in made["seconds"]:
                 beyond.append(made["seconds"]["process"] - made["seconds"]["whole"])
         if beyond:
@@ -96,7 +97,3 @@ def status(sweep: Sweep, folder: str | Path) -> Status:
     rows = sweep.rows()
     states = Counter(found[row.key] for row in rows if row.key in found)
     return Status(len(rows), dict(states), [row.label for row in rows if row.key not in found])
-
-
-def _because(made: Mapping[str, Any]) -> str:
-    return f" ({made['reason']:.200})" if made["reason"] else f" in {made['seconds'].get('process', 0):.1f} s"

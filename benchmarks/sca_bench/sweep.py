@@ -51,28 +51,13 @@ from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.devices import DTYPES
 from sca.io.toml import parse_toml, read_toml_text
-from sca.io.validation import (
-    check_choice,
-    check_keys,
-    check_list,
-    check_minimum,
-    check_same_type,
-    check_type,
-)
+from sca.io.validation import check_choice, check_keys, check_list, check_minimum, check_same_type, check_type
 from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 
 TABLES = {
     "train": (
-        "recipe",
-        "steps",
-        "images",
-        "learning_rate",
-        "warmup",
-        "regions",
-        "texts",
-        "precision",
-        "prompts",
-        "workers",
+        *("recipe", "steps", "images", "learning_rate", "warmup"),
+        *("regions", "texts", "precision", "prompts", "workers"),
     ),
     "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch", "generation"),
     "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),

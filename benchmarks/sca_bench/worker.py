@@ -32,7 +32,6 @@ from sca_registry.spec import ModelSpec
 import sca.evaluation.evaluate
 import sca.training.train  # noqa: F401 (and transformers with it)
 from sca.composition import build
-from sca.model import SegmentCaptioner
 from sca.plan import plan
 from sca_bench.sweep import PARTS, Row
 from sca_bench.timing import stages, training_step
@@ -112,20 +111,15 @@ def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: b
             model = build(spec, config["device"], weights=False)
         else:
             model = _train(row, config, folder).to(config["device"])
-    row.setdefault("parameters", _count_parameters(model))
+    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.groups().items()}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row.setdefault("parameters", {**groups, "whole": sum(groups.values()), "trainable": trainable})
     if evaluation := config.get("evaluate"):
         with _timed(row, "evaluate"):
             row["scores"] = _evaluate(model, evaluation, config)
     if measure:
         with _timed(row, "measure"):
             _measure(row, model, measure)
-
-
-def _count_parameters(model: SegmentCaptioner) -> dict[str, int]:
-    """Count the parameters by group, as a plan does."""
-    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.groups().items()}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {**groups, "whole": sum(groups.values()), "trainable": trainable}
 
 
 def _broken(spec: ModelSpec) -> str | None:

@@ -11,9 +11,10 @@ from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.coordinates import compare_sizes
+from sca.io.image_names import ImageNameError, find_image
 from sca.io.images import open_image
 from sca.io.json import read_json
-from sca.io.paths import ImageNameError, expand_user, find_image
+from sca.io.paths import expand_user
 
 BAD_REGION = "unusable region"  # of which nothing can be made
 

@@ -10,7 +10,7 @@ import torch
 from sca_registry.contracts import ImageFormat
 from torch import nn
 
-from sca.io.hub import HubError, reading
+from sca.io.weight_files import HubError, reading
 from sca.segmenters.sam import SamSegmenter
 
 SHAPE = {  # of TinyViT-5M

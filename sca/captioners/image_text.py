@@ -15,7 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import untrained_processor
 from sca.devices import find_dtype
-from sca.io.hub import HubError, fetch, fingerprint, load_pretrained, quiet, reading
+from sca.io.hub import fetch, fingerprint, load_pretrained, quiet
+from sca.io.weight_files import HubError, reading
 from sca.language_models.causal import new_words
 from sca.language_models.hf import make_config
 from sca.language_models.usage import count_tokens

@@ -19,7 +19,8 @@ from sca.checkpoints.published import ENDS, FIXED, MIXERS, PLACES
 from sca.checkpoints.state import stored
 from sca.composition import build
 from sca.io.atomic import new_folder
-from sca.io.hub import SAFE, quiet, some
+from sca.io.hub import quiet
+from sca.io.weight_files import SAFE, some
 from sca.model import SegmentCaptioner
 
 USES = {"segmenter": ("drawn",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}

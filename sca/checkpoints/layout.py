@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sca.checkpoints.trust import NO_TRUST, Trust, check_source
-from sca.io.hub import has_tokenizer
 from sca.io.json import read_json
+from sca.io.weight_files import has_tokenizer
 
 WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
 CONFIG = "config.json"  # of the published layout and of transformers

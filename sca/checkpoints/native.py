@@ -31,8 +31,9 @@ from sca.checkpoints.trust import TrustError, is_settable
 from sca.composition import build, parts
 from sca.devices import find_dtype
 from sca.io.atomic import FolderError, check_replaceable, new_folder
-from sca.io.hub import HubError, fingerprint
+from sca.io.hub import fingerprint
 from sca.io.json import IrregularFileError, open_regular_file, read_json
+from sca.io.weight_files import HubError
 from sca.language_models.hf import read_tokenizer
 from sca.model import SegmentCaptioner
 

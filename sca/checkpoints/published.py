@@ -24,8 +24,9 @@ from sca.checkpoints.layout import CheckpointError, tokenizer_source
 from sca.checkpoints.state import BoundedBuild, assign
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.composition import build
-from sca.io.hub import HubError, fetch, has_tokenizer, read_tensors, require_weight_files, weight_files
+from sca.io.hub import fetch
 from sca.io.json import read_json
+from sca.io.weight_files import HubError, has_tokenizer, read_tensors, require_weight_files, weight_files
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import read_tokenizer
 from sca.language_models.phi import split_fused_attention

@@ -18,9 +18,9 @@ from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS, CheckpointError
 from sca.checkpoints.load import locate
 from sca.checkpoints.native import read_spec
 from sca.checkpoints.trust import find_real_root
-from sca.io.hub import HubError
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
+from sca.io.weight_files import HubError
 
 CARD = "README.md"
 KEPT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")

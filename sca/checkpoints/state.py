@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sca.checkpoints.layout import CheckpointError
-from sca.io.hub import local_path, some
+from sca.io.hub import local_path
+from sca.io.weight_files import some
 from sca.model import SegmentCaptioner
 
 WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest

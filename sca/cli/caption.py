@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,11 @@ from sca_registry.spec import CAPTION_FROM
 from sca.cli.options import (
     OUTPUTS,
     AllowExternal,
+    Device,
+    Dtype,
     ImagePrefix,
+    ModelName,
+    Seed,
     TrustRemoteCode,
     check_pipes,
     complain,
@@ -23,7 +27,6 @@ from sca.cli.options import (
     print_table,
     settle,
 )
-from sca.devices import DEVICES, DTYPES
 from sca.io import terminal
 from sca.io.text import format_count
 
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from sca.inference.batch import Failure, Results
     from sca.inference.job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
-    from sca.output.journal import Journal
 
 DEFAULT_MODEL = "sca-tiny"
 STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
@@ -67,9 +69,7 @@ def caption(
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="find the regions, then caption them")] = False,
     task: Annotated[str, typer.Option(help="caption or recognition")] = "caption",
-    model: Annotated[
-        str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
     format: Annotated[
         str | None, typer.Option(help=f"for --out, any of {OUTPUTS}  [default: jsonl]", show_default=False)
@@ -111,10 +111,10 @@ def caption(
     proposer: Annotated[
         str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
     ] = None,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     batch: Annotated[int, typer.Option(help="images encoded at a time", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
     launcher: Annotated[
         str | None,
         typer.Option(help="many images, in shards: 'local workers=2', 'ray address=auto', ...; .tar archives, too"),
@@ -139,8 +139,6 @@ def caption(
     mask = [str(input_path(name)) for name in mask or ()]
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
     settle("task", task, TASKS)
-    if dtype:
-        settle("dtype", dtype, DTYPES)
     if caption_from:
         settle("prompt to caption from", caption_from, CAPTION_FROM)
     search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
@@ -231,6 +229,7 @@ def _caption_here(
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import show
     from sca.output import DRAWN, Writers
+    from sca.output.journal import open_journal
 
     out, quiet, model = params["out"], params["quiet"], params["model"]
     captioner = BatchCaptioner(job, regions)
@@ -239,7 +238,9 @@ def _caption_here(
         if out == "-":
             writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
         elif out:
-            journal = outputs.enter_context(_journal(Path(out), params, formats, paths, read))
+            settings = {"images": params["images"], **_settings(params, read)}
+            ways = {"resume": params["resume"], "overwrite": params["overwrite"]}
+            journal = outputs.enter_context(open_journal(Path(out), settings, formats, [*paths, *read], **ways))
             writers = outputs.enter_context(Writers(out, formats, model, params["image_prefix"]))
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
         bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
@@ -467,7 +468,7 @@ def _check_pipes(images: Sequence[str], others: Sequence[str | Path], is_sharded
 
 def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Path]) -> None:
     """Raises ValueError for a prefix that nothing is written with, and for an image that it cannot lead to."""
-    from sca.io.paths import add_image_prefix
+    from sca.io.image_names import add_image_prefix
     from sca.output import LABEL_STUDIO
 
     if prefix and LABEL_STUDIO not in formats:
@@ -498,7 +499,7 @@ def _settle_regions(given: bool, everything: bool, search: dict[str, Any]) -> No
         raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
     if everything:
         return
-    unused = [f"--{name.replace('_', '-')}" for name in _given(search)]
+    unused = [f"--{name.replace('_', '-')}" for name, value in search.items() if value is not None]
     if unused:
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
     if not given:
@@ -508,10 +509,6 @@ def _settle_regions(given: bool, everything: bool, search: dict[str, Any]) -> No
         )
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str, Any]:
     """What determines the captions of an image: the options of a command, and the content of the files it reads."""
     from sca.io.run_folder import file_hash
@@ -519,52 +516,3 @@ def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str
     given = {name: value for name, value in params.items() if name not in UNKEPT and value not in (None, [], ())}
     options = {name: str(value) for name, value in given.items() if value is not False}
     return {**options, "files": {str(path): file_hash(path) for path in read}}
-
-
-@contextmanager
-def _journal(
-    path: Path, params: Mapping[str, Any], formats: Sequence[str], images: Sequence[Path], read: Sequence[str | Path]
-) -> Iterator[Journal]:
-    """Open the run folder of a command with these options, and the journal in it.
-
-    The journal is removed when the run has finished.
-
-    Args:
-        path: The folder.
-        params: The options, by their names in Python.
-        formats: What is written.
-        images: What is captioned.
-        read: Files that say what is asked of the images.
-
-    Raises:
-        RunFolderError: The folder must not be written.
-        ValueError: The journal there is damaged, or of a run with other options.
-    """
-    from sca.io.images import show
-    from sca.io.run_folder import RunFolder, RunFolderError
-    from sca.output import FORMATS, output_patterns
-    from sca.output.journal import NAME, Journal, count_images
-
-    resume, overwrite = params["resume"], params["overwrite"]
-    with RunFolder(path, "caption", (*output_patterns(FORMATS), NAME)) as folder:
-        earlier = folder.run
-        unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
-        if unfinished and not resume:
-            raise RunFolderError(
-                f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
-                "choose another --out, or replace it with --overwrite"
-            )
-        run = _settings(params, read)
-        settings = {"images": params["images"], **run}
-        loose = ("images",) if resume and unfinished else ()  # a resumed run may caption more images
-        outputs = (*output_patterns(formats), NAME)
-        earlier = folder.begin(settings, outputs, [*images, *read], overwrite=overwrite, loose=loose)
-        journal = Journal(path, run, resume)
-        finished = False
-        try:
-            yield journal
-            finished = True
-        finally:
-            journal.close(finished)
-            if finished or (earlier and earlier.finished and not journal.is_begun):  # the earlier files are unchanged
-                folder.finish()

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli.evaluate import METRICS, listed, read_settings
-from sca.cli.options import check_pipes, complain, input_path, print_json, print_table
+from sca.cli.evaluate import listed, read_settings
+from sca.cli.options import AsJson, Metrics, check_pipes, complain, input_path, print_json, print_table
 
 BY = "the score that regions are ranked by (default: the most telling there is)"
 SETTINGS = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
@@ -21,10 +21,10 @@ def compare(
     first: Annotated[Path, typer.Argument(parser=input_path, help="predictions.jsonl of a run, or its folder")],
     second: Annotated[Path, typer.Argument(parser=input_path, help="of another run on the same regions")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=SETTINGS)] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    metrics: Metrics = None,
     by: Annotated[str | None, typer.Option(help=BY)] = None,
     out: Annotated[Path | None, typer.Option(help="a page with the regions whose answers changed most")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """How much better the second run is than the first, with intervals of the paired differences."""
     from sca.evaluation.comparison import compare as run
@@ -53,7 +53,7 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
-    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    metrics: Metrics = None,
     by: Annotated[str | None, typer.Option(help=BY)] = None,
     seed: Annotated[int, typer.Option(help="of the regions at random")] = 0,
 ) -> None:

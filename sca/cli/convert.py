@@ -15,7 +15,7 @@ from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
-    from sca.output.read import Captioned
+    from sca.output.captioned import Captioned
 
 SHOWN = 10  # records that cannot be read and are named
 IMAGES = "Folder that image names are relative to (default: the working folder, then that of the captions)."
@@ -36,11 +36,11 @@ def convert(
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
     from sca.io.annotations.annotation import SkipCounter
+    from sca.io.image_names import rewrite_name
     from sca.io.images import ImageError, show
-    from sca.io.paths import rewrite_name
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
-    from sca.output.read import ReadError
+    from sca.output.captioned import ReadError
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
@@ -139,8 +139,8 @@ def _read(
     is_written: bool = False,
 ) -> Iterator[Captioned]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
+    from sca.io.image_names import remove_image_prefix
     from sca.io.images import show
-    from sca.io.paths import remove_image_prefix
     from sca.output.read import read_captions
 
     is_used = not image_prefix or is_written

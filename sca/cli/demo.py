@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, complain, settle
-from sca.devices import DEVICES, DTYPES, find_device
+from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, TrustRemoteCode, complain
+from sca.devices import find_device
 
 MIB = 2**20
 
@@ -20,8 +20,8 @@ def demo(
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen at; 0 for any that is free", min=0, max=65535)] = 7860,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
     any_model: Annotated[
@@ -29,10 +29,7 @@ def demo(
     ] = False,
     max_body_mb: Annotated[int, typer.Option(help="MiB per upload.", min=1)] = 64,
     max_pixels: Annotated[int, typer.Option(help="Pixels per image.", min=1)] = 50_000_000,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
-    ] = None,
+    allow_host: AllowHost = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one per line; the page then asks for one.")
     ] = None,
@@ -52,8 +49,6 @@ def demo(
     from sca.serve.listening import is_loopback
     from sca.serve.root_path import check_root_path
 
-    if dtype:
-        settle("dtype", dtype, DTYPES)
     if importlib.util.find_spec("gradio") is None:
         raise RegistryError("the demo needs gradio: pip install 'segment-caption-anything[demo]'")
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")

@@ -11,6 +11,9 @@ import typer
 
 from sca.cli.options import (
     AllowExternal,
+    AsJson,
+    Device,
+    Metrics,
     TrustRemoteCode,
     complain,
     input_path,
@@ -18,7 +21,7 @@ from sca.cli.options import (
     print_table,
     settle,
 )
-from sca.devices import DEVICES, find_device
+from sca.devices import find_device
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report
@@ -27,7 +30,6 @@ OPTIONS = (
     "options of the dataset (root=FOLDER, count=100), generation.beams=3, proposer.points=16, references=first, "
     "tokenizer=plain, and options of metrics such as semantic.model=FOLDER"
 )
-METRICS = "names with commas between them (default: all that find what they need)"
 
 
 def evaluate(
@@ -41,15 +43,15 @@ def evaluate(
         typer.Option(help="ask once more, misleadingly: wrong-region, colour-swap or shuffled-mask; may be repeated"),
     ] = None,
     proposer: Annotated[str | None, typer.Option(help="dense captioning: what finds the regions (grid, ...)")] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    metrics: Metrics = None,
     batch: Annotated[int, typer.Option(help="images at a time", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="of points that are drawn")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most so many images", min=1)] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for predictions.jsonl, written as answers come, and scores.json")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
+    as_json: AsJson = False,
+    device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="with --out: replace another run there")] = False,
@@ -74,11 +76,13 @@ def evaluate(
     find_device(device)
     if out:
         open_folder(out)
-    how = {"batch": batch, "limit": limit, "device": device, "quiet": quiet, "overwrite": overwrite}
+    how = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}
     how |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
-        reports = _protocol(model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, how)
+        reports = _protocol(
+            model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, quiet, how
+        )
     else:
         from sca.evaluation.predictions import Questions
 
@@ -87,7 +91,7 @@ def evaluate(
         )
         table = {"name": dataset, **given["dataset"]}
         found = {"name": proposer, **given["proposer"]} if proposer else None
-        reports = [_run(model, table, split or "val", questions, found, asked, given["scores"], out, how)]
+        reports = [_run(model, table, split or "val", questions, found, asked, given["scores"], out, quiet, how)]
         protocol = None
     reports = [report for report in reports if report is not None]  # only one of several processes has them
     if as_json and reports:
@@ -109,13 +113,13 @@ def score(
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="references=first, tokenizer=plain, semantic.model=FOLDER, ..."),
     ] = None,
-    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
+    metrics: Metrics = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="refuse predictions whose regions are not those of this dataset (dataset.root=...)"),
     ] = None,
     split: Annotated[str, typer.Option(help="of that dataset")] = "val",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Scores a predictions file without the model: one of `sca evaluate`, or one made by hand.
 
@@ -180,15 +184,22 @@ def _protocol(
     controls: Sequence[str],
     seed: int,
     out: Path | None,
+    quiet: bool,
     how: dict[str, Any],
 ) -> list[Report | None]:
     from dataclasses import replace
+
+    from sca.evaluation.protocol import available_metrics
 
     split, prompt, proposer = chosen
     if split or prompt:
         raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
     settings = {**protocol.settings, **given["scores"]}
-    wanted = metrics or _available(protocol, settings, how["quiet"])
+    wanted = metrics
+    if not wanted:
+        wanted, missing = available_metrics(protocol, settings)
+        if missing and not quiet:
+            complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
     reports = []
     for run in protocol.runs:
         questions = replace(run.questions, controls=tuple(controls), seed=seed)
@@ -197,32 +208,8 @@ def _protocol(
         found = {"name": finder, **given["proposer"]} if finder else None
         table = {"name": run.dataset, **run.options, **given["dataset"]}
         folder = out and out / run.name
-        reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, how))
+        reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, quiet, how))
     return reports
-
-
-def _available(protocol: Any, settings: dict[str, Any], quiet: bool) -> list[str]:
-    """Return the metrics of a protocol that can be computed here; one line names the others.
-
-    Raises:
-        RegistryError: No metric can be computed; the message is that of the first.
-    """
-    import sca_registry
-
-    available, missing, reasons = [], [], []
-    for name in protocol.metrics:
-        own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
-        try:
-            sca_registry.metrics.build(name, **own)
-            available.append(name)
-        except sca_registry.RegistryError as error:
-            missing.append(name)
-            reasons.append(error)
-    if reasons and not available:
-        raise reasons[0]
-    if missing and not quiet:
-        complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
-    return available
 
 
 def _run(
@@ -234,6 +221,7 @@ def _run(
     metrics: Sequence[str] | None,
     settings: dict[str, Any],
     out: Path | None,
+    quiet: bool,
     how: dict[str, Any],
 ) -> Report | None:
     from rich.console import Console
@@ -246,7 +234,7 @@ def _run(
     if out:
         open_folder(out)
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=how["quiet"] or not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         bar = progress.add_task("images", total=None)
         report = run(
             model,
@@ -256,19 +244,14 @@ def _run(
             proposer=proposer,
             metrics=metrics,
             settings=settings,
-            batch=how["batch"],
-            limit=how["limit"],
-            device=how["device"],
-            trust_remote_code=how["trust_remote_code"],
-            allow_external=how["allow_external"],
             folder=out,
-            overwrite=how["overwrite"],
+            **how,
             progress=lambda done, every: progress.update(bar, completed=done, total=every),
-            report=None if how["quiet"] else complain,
+            report=None if quiet else complain,
         )
     if out and report is not None:
         write_file(out / SCORES, f"{json.dumps(report.to_dict(), indent=1)}\n")
-        if not how["quiet"]:
+        if not quiet:
             complain(f"wrote {out / 'predictions.jsonl'} and {out / SCORES}")
     return report
 

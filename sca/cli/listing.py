@@ -26,7 +26,7 @@ def list_names(
     """List the available components, models and recipes, and their state."""
     from sca_registry import zoo
 
-    kinds = [_kind(kind)] if kind else [*REGISTRIES, *_OTHERS]
+    kinds = [_kind(kind)] if kind else [*REGISTRIES, "models", "recipes"]
     if state:
         settle("state", state, STATES)
     rows = [row for each in kinds for row in _rows(each)]
@@ -123,7 +123,11 @@ def _kind(word: str) -> str:
 
 
 def _rows(kind: str) -> list[dict[str, Any]]:
-    return _OTHERS[kind]() if kind in _OTHERS else [_facts(entry) for entry in registry(kind).entries()]
+    from sca_registry import zoo
+
+    if kind == "models":
+        return [_model(name) for name in zoo.names()]
+    return _recipes() if kind == "recipes" else [_facts(entry) for entry in registry(kind).entries()]
 
 
 def _part(kind: str, name: str) -> dict[str, Any]:
@@ -144,12 +148,6 @@ def _facts(entry: Any) -> dict[str, Any]:
     facts = asdict(entry)
     facts["options"] = {key: _json_value(value) for key, value in facts["options"].items()}
     return facts
-
-
-def _models() -> list[dict[str, Any]]:
-    from sca_registry import zoo
-
-    return [_model(name) for name in zoo.names()]
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -222,6 +220,3 @@ def _built_in() -> dict[str, str]:
 
 def _json_value(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | list | dict | None) or value is ... else repr(value)
-
-
-_OTHERS: dict[str, Callable[[], list[dict[str, Any]]]] = {"models": _models, "recipes": _recipes}

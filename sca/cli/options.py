@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sca.devices import DEVICES, DTYPES
 from sca.io.json import DESCRIPTOR
 from sca.io.terminal import DOCUMENT
 from sca.io.text import UNSAFE, escape_terminal
@@ -37,6 +38,19 @@ ImagePrefix = Annotated[
         "--image-prefix",
         help="Prefix of Label Studio's image URLs, such as '/data/local-files/?d='.",
     ),
+]
+Device = Annotated[str, typer.Option(help=DEVICES)]
+Seed = Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)]
+ModelName = Annotated[
+    str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+Metrics = Annotated[
+    str | None, typer.Option(help="names with commas between them (default: all that find what they need)")
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
 ]
 STDIN = "/dev/stdin"
 OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
@@ -64,6 +78,16 @@ def settle(option: str, value: str, choices: Sequence[str]) -> None:
         from sca_registry.messages import unknown
 
         raise unknown(f"no {option} {value!r}", value, choices)
+
+
+def check_dtype(dtype: str | None) -> str | None:
+    """Return a data type of weights; raises RegistryError, with the closest, for another one."""
+    if dtype:
+        settle("dtype", dtype, DTYPES)
+    return dtype
+
+
+Dtype = Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)", callback=check_dtype)]
 
 
 def read_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, print_json, print_line, print_table, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, check_dtype, print_json, print_line, print_table
 from sca.devices import DTYPES
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ def plan(
     words: Annotated[int, typer.Option(help="of a caption, in tokens", min=1)] = 20,
     train: Annotated[bool, typer.Option("--train", help="a step of training instead of captioning")] = False,
     dtype: Annotated[
-        str, typer.Option(help="of the weights; in training, of what autocast computes in: " + ", ".join(DTYPES))
+        str,
+        typer.Option(
+            help=f"of the weights; in training, of what autocast computes in: {', '.join(DTYPES)}", callback=check_dtype
+        ),
     ] = "float32",
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
@@ -40,7 +43,6 @@ def plan(
 
     Nothing is fetched or computed: the model is built without weights and run on tensors without content.
     """
-    settle("dtype", dtype, DTYPES)
     from sca.plan_cache import memory_of
 
     if gpu is not None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -88,6 +87,9 @@ def doctor(
             complain(str(error))
             raise typer.Exit(1) from error
         return
+
+    from sca.testing.isolation import try_parts
+
     for name, value in _machine():
         print_line(f"{name + ':':<17}{value}")
     if problem := repair.diagnose():
@@ -97,7 +99,7 @@ def doctor(
     entries = [entry for entry in entries if distribution in ("", entry.distribution)]
     if not entries:
         raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
-    entries = _try_parts(entries, timeout)
+    entries = try_parts(entries, timeout)
     _print_packages(entries)
     broken = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
     repairs = [*map(_repair, broken), *_find_command_problems(), *_strange_groups()]
@@ -183,54 +185,6 @@ def _find_command_problems() -> list[str]:
         elif problem := find_problem(name, offers):
             problems.append(problem)
     return problems
-
-
-def _try_parts(entries: Sequence[Entry], timeout: float) -> list[Entry]:
-    """Import the built-in components, and try those of plugins, each in a process of its own.
-
-    Args:
-        entries: Components with the states that metadata shows.
-        timeout: Seconds for each component of a plugin, without what this package itself imports.
-
-    Returns:
-        The components with the states that were found, in the same order.
-    """
-    from tempfile import TemporaryDirectory
-
-    from sca.launchers.local import Local
-    from sca.launchers.task import Task
-
-    with TemporaryDirectory() as scratch:
-        tasks = []
-        for number, entry in enumerate(entries):
-            if entry.state == "unchecked":
-                config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
-                job = "sca.testing.conformance.verdict:try_part"
-                tasks.append(Task(str(number), job, config, f"{scratch}/{number}", timeout))
-        made = {outcome.task.key: outcome.made for outcome in Local(os.cpu_count() or 1).map(tasks)}
-    return [_add_findings(entry, made.get(str(number))) for number, entry in enumerate(entries)]
-
-
-def _add_findings(entry: Entry, made: Mapping[str, Any] | None) -> Entry:
-    """Return a component with the state that was found.
-
-    Args:
-        entry: The component with the state that metadata shows.
-        made: What the process that tried it returned; None if it returned nothing, or was not started.
-    """
-    from dataclasses import replace
-
-    from sca_registry import registry
-
-    if entry.state == "ok":
-        return registry(entry.kind).describe(entry.name)
-    if entry.state != "unchecked":
-        return entry
-    if made is None:
-        return replace(entry, state="broken", reason="the process that tried it was killed")
-    if made["state"] in ("crashed", "timed-out"):
-        return replace(entry, state="broken", reason=f"the process that tried it failed: {made['reason']}")
-    return replace(entry, state=made["state"], reason=made["reason"])
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -7,20 +7,18 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, complain, settle
-from sca.devices import DEVICES, DTYPES, find_device
+from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, ModelName, Seed, TrustRemoteCode, complain
+from sca.devices import find_device
 
 MIB = 2**20
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")
-    ] = "sca-tiny",
+    model: ModelName = "sca-tiny",
     host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen at", min=0, max=65535)] = 8000,
-    device: Annotated[str, typer.Option(help=DEVICES)] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     body: Annotated[int, typer.Option(help="MiB of a request, at most", min=1)] = 32,
     pixels: Annotated[int, typer.Option(help="pixels of an image, at most", min=1)] = 50_000_000,
     prompts: Annotated[int, typer.Option(help="prompts of a request, at most", min=1)] = 4096,
@@ -35,15 +33,12 @@ def serve(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_external: AllowExternal = False,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
-    ] = None,
+    allow_host: AllowHost = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one per line; requests then need Authorization: Bearer KEY.")
     ] = None,
     root_path: Annotated[str, typer.Option(help="Path below which a proxy shows the server, such as /captions.")] = "",
-    seed: Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
     launcher: Annotated[
         str, typer.Option(help="where it runs: local, 'ray address=auto', ...; one that can serve")
     ] = "local",
@@ -65,8 +60,6 @@ def serve(
     from sca.serve.listening import is_loopback
     from sca.serve.root_path import check_root_path
 
-    if dtype:
-        settle("dtype", dtype, DTYPES)
     part = Part.parse(launcher, "--launcher", "launchers")
     where = sca_registry.launchers.build(part.name, **part.options)
     if not isinstance(where, Local | Ray):

@@ -15,7 +15,8 @@ from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
 from sca.io.annotations.annotation import AnnotatedImage, AnnotationError, read_size
-from sca.io.paths import ImageFiles, ImageNameError, expand_user, measure_named_image, normalize_name
+from sca.io.image_names import ImageFiles, ImageNameError, measure_named_image
+from sca.io.paths import expand_user, normalize_name
 
 
 class Annotations(TableDataset):
@@ -53,11 +54,11 @@ class Annotations(TableDataset):
         bar.reset(len(found))
         names = (each.label for image in found for each in image.annotations)
         self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
-        chosen, remark = choose_split([files.identify(image.name) for image in found], self.split, self.hold_out)
-        self.remarks = [remark] if remark else []
+        names = [files.identify(image.name) for image in found]
+        chosen, self.remarks = choose_split(names, self.split, self.hold_out)
         first = 0
-        for number, image in enumerate(found):
-            if files.identify(image.name) in chosen:
+        for number, (image, name) in enumerate(zip(found, names, strict=True)):
+            if name in chosen:
                 yield number, first, image
             first += len(image.annotations)
 

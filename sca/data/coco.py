@@ -15,7 +15,8 @@ from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import Annotation, Reject, Skip
-from sca.io.paths import ImageFiles, expand_user, split_name
+from sca.io.image_names import ImageFiles, split_name
+from sca.io.paths import expand_user
 
 UNCATEGORIZED = "file without categories"
 WHAT = "COCO's format is an object with images, annotations and categories"
@@ -260,8 +261,7 @@ class CocoJson(Coco):
                 merged[name] = found, number, its
             elif self._agrees(record, place, found.images[merged[name][1]][0]):
                 merged[name][2].extend(its)
-        chosen, remark = choose_split(map(files.identify, merged), self.split, self.hold_out)
-        self.remarks = [remark] if remark else []
+        chosen, self.remarks = choose_split(map(files.identify, merged), self.split, self.hold_out)
         return (entry for name, entry in merged.items() if files.identify(name) in chosen)
 
     def _agrees(self, record: dict[str, Any], place: str, first: dict[str, Any]) -> bool:

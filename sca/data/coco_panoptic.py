@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from sca.data.coco import Index, find
 from sca.data.fields import field, table
 from sca.data.table import TableDataset
+from sca.io.image_names import find_image
 from sca.io.images import ImageError, open_image
 from sca.io.masks import encode
-from sca.io.paths import find_image
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
 NOTHING = 0  # the number of pixels that belong to no segment

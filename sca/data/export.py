@@ -53,23 +53,18 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
     splits = dataset if isinstance(dataset, Mapping) else {getattr(dataset, "split", "train"): dataset}
     counts: Counter[str] = Counter()
     with new_folder(folder) as draft:
-        FORMATS[format](
-            {name: _counted(islice(_samples(part), limit), name, counts) for name, part in splits.items()}, draft
-        )
+        FORMATS[format]({name: _counted(part, name, counts, limit) for name, part in splits.items()}, draft)
         if not counts:
             raise EmptyDatasetError(f"no sample can be read; {'; '.join(map(summarize_dataset, splits.values()))}")
     return folder
 
 
-def _counted(samples: Iterator[Sample], split: str, counts: Counter[str]) -> Iterator[Sample]:
-    for sample in samples:
+def _counted(dataset: Dataset, split: str, counts: Counter[str], limit: int | None) -> Iterator[Sample]:
+    is_iterable = hasattr(dataset, "__iter__")  # it knows best which samples to pass over
+    samples = iter(dataset) if is_iterable else map(dataset.__getitem__, range(len(dataset)))
+    for sample in islice(samples, limit):
         counts[split] += 1
         yield sample
-
-
-def _samples(dataset: Dataset) -> Iterator[Sample]:
-    """In order; a dataset that can be iterated knows best which samples to pass over."""
-    return iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
 
 
 def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:

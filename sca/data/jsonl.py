@@ -15,8 +15,9 @@ from sca.data.fields import field, four, note_unread_caption, phrases, size
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
+from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import ImageError, measure_image
-from sca.io.paths import ImageFiles, expand_user, find_image, normalize_name
+from sca.io.paths import expand_user, normalize_name
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -99,8 +100,7 @@ class Jsonl(TableDataset):
             places[number] = -1
         self.attributes = {"name": tuple(sorted(names))} if names else {}
         bar.reset(len(images))
-        chosen, remark = choose_split(map(files.identify, images), self.split, self.hold_out)
-        self.remarks = [remark] if remark else []
+        chosen, self.remarks = choose_split(map(files.identify, images), self.split, self.hold_out)
         for (name, (_, image_id)), (_, lines) in zip(images.items(), grouped(places, len(images)), strict=True):
             if files.identify(name) in chosen:
                 yield found, name, image_id, lines
@@ -108,7 +108,7 @@ class Jsonl(TableDataset):
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, name, image_id, numbers = entry
         told = list(self._agreeing([(number, *found[number]) for number in numbers]))
-        recorded = self._recorded_size([(record, place) for _, record, place in told])
+        recorded = next((size(record, place) for _, record, place in told if "width" in record), None)
         sides = recorded or self._read_size(name)
         if not sides:
             return None
@@ -128,11 +128,6 @@ class Jsonl(TableDataset):
                     raise ValueError(f"{place}: width and height are {sides}, and {given} on a line before")
                 given = sides
                 yield number, record, place
-
-    @staticmethod
-    def _recorded_size(lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
-        """Return the image's width and height that lines state, or None."""
-        return next((size(record, place) for record, place in lines if "width" in record), None)
 
     def _read_size(self, name: str) -> tuple[int, int] | None:
         """Return width and height of an image file; None, and counted, if it is missing or unreadable."""

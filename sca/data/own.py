@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sca.data.records import elements
+from sca.data.json_stream import elements
 from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
@@ -120,7 +120,7 @@ def find_split(path: str, split: str) -> Path:
     return next((each for each in map(Path, spelt) if each.exists()), Path(spelt[0]))
 
 
-def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set[str], str]:
+def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set[str], list[str]]:
     """Choose the images of a split of a file that has none.
 
     "val" has the first images by a hash of their names: the share `hold_out`, at least `MIN_HELD_OUT` images (or a
@@ -132,15 +132,15 @@ def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set
         hold_out: Share of the images, from 0 to below 1; 0 if the file is of one split.
 
     Returns:
-        The names of the split, and a phrase that says how many are held out.
+        The names of the split, and remarks: how many are held out.
     """
     distinct = set(names)
     if not hold_out:
-        return distinct, ""
+        return distinct, []
     ordered = sorted(distinct, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
     count = max(int(hold_out * len(ordered)), min(MIN_HELD_OUT, len(ordered) // 3))
     chosen = ordered[:count] if split == "val" else ordered[count:]
-    return set(chosen), f"{count} of {len(ordered)} images held out for validation"
+    return set(chosen), [f"{count} of {len(ordered)} images held out for validation"]
 
 
 def check_hold_out(split: str, hold_out: float) -> str:

@@ -35,7 +35,7 @@ class Sa1b(TableDataset):
             raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = expand_user(root)
         below = (path for path in walk_files(root) if path.match("sa_*.json"))
-        there = sorted(below, key=_place)
+        there = sorted(below, key=lambda file: (str(file.parent), len(file.name), file.name))  # by number in a folder
         self.files = [path for path in there if not path.name.endswith(CAPTIONS)]
         if not self.files:
             raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
@@ -78,11 +78,6 @@ class Sa1b(TableDataset):
         for identity in captions:
             self._skip("caption of no mask", f"{_captions(file)}: {identity}")
         return image
-
-
-def _place(file: Path) -> tuple[str, int, str]:
-    """What files are sorted by: their folders, and there their numbers."""
-    return str(file.parent), len(file.name), file.name
 
 
 def _captions(file: Path) -> Path:

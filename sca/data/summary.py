@@ -8,8 +8,8 @@ from textwrap import shorten
 
 from sca_registry.contracts import Dataset
 
+from sca.data.conversion import BAD_IMAGES
 from sca.data.fields import EmptyDatasetError
-from sca.data.table import BAD_IMAGES
 from sca.io.text import format_count
 
 NOUNS = {

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.fields import corners, field, identified, number, phrases, read_json, size, table
-from sca.data.records import stream
+from sca.data.json_stream import stream
 from sca.data.table import TableDataset
 from sca.io.paths import expand_user
 

@@ -20,7 +20,7 @@ from sca_registry.spec import GENERATION, Everything, Part
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
-from sca.inference.automatic import settle_search
+from sca.inference.automatic import Searched, settle_search
 from sca.inference.factory import captioner
 from sca.inference.generation import settle_generation
 from sca.io.hub import local_path
@@ -29,7 +29,8 @@ from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
 from sca.output import Writers
 from sca.output.page import data_uri
-from sca.serve.engine import Candidates, Done, Engine, EngineError, Question, Searched
+from sca.serve.scheduler import RequestScheduler
+from sca.serve.tickets import Candidates, Done, Question, SchedulerError
 
 HELD = 2  # models that are kept in memory
 SECONDS = 300.0  # that an answer may take
@@ -73,7 +74,7 @@ LIMITS = Controls(8, 64, 1)  # right ends of the sliders, unless the model's own
 
 
 class Models:
-    """Engines by the names of their models; of many, those asked last stay in memory, and those in use.
+    """Schedulers by the names of their models; of many, those asked last stay in memory, and those in use.
 
     Args:
         device: Device of the models.
@@ -94,22 +95,22 @@ class Models:
     ):
         self.device, self.dtype, self.names, self.any_model = device, dtype, names, any_model
         self.agreed = agreed or {}
-        self._engines: OrderedDict[str, Engine] = OrderedDict()
+        self._schedulers: OrderedDict[str, RequestScheduler] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._lock, self._loading = threading.Lock(), threading.Lock()
 
     @contextmanager
-    def engine(self, name: str) -> Iterator[Engine]:
+    def scheduler(self, name: str) -> Iterator[RequestScheduler]:
         """Loads it if it is not there. What `sca.captioner` raises for a name, and ValueError for one that may not be
         chosen.
         """
         self._check_name(name)
-        engine = self._there(name)
-        if engine is None:
+        scheduler = self._there(name)
+        if scheduler is None:
             with self._loading:  # one at a time; nobody waits for it whose model is there
-                engine = self._there(name) or self._loaded(name)
+                scheduler = self._there(name) or self._loaded(name)
         try:
-            yield engine
+            yield scheduler
         finally:
             with self._lock:
                 self._users[name] -= 1
@@ -125,7 +126,7 @@ class Models:
         """
         self._check_name(name)
         with self._lock:
-            loaded = self._engines.get(name)
+            loaded = self._schedulers.get(name)
         if loaded is not None:
             generation = getattr(loaded.captioner, "generation", GENERATION)
             return Controls.of(generation, settle_search(loaded.captioner, {}))
@@ -135,10 +136,10 @@ class Models:
 
     def close(self) -> None:
         with self._lock:
-            ended = [*self._engines.values()]
-            self._engines.clear()
-        for engine in ended:
-            engine.close()
+            ended = [*self._schedulers.values()]
+            self._schedulers.clear()
+        for scheduler in ended:
+            scheduler.close()
 
     def _check_name(self, name: str) -> None:
         if name not in self.names:
@@ -146,29 +147,29 @@ class Models:
                 raise ValueError(f"no model {name!r} here; choose from {', '.join(self.names)}")
             _check_bare_name(name)
 
-    def _there(self, name: str) -> Engine | None:
+    def _there(self, name: str) -> RequestScheduler | None:
         with self._lock:
-            if name not in self._engines:
+            if name not in self._schedulers:
                 return None
-            self._engines.move_to_end(name)
+            self._schedulers.move_to_end(name)
             self._users[name] += 1
-            return self._engines[name]
+            return self._schedulers[name]
 
-    def _loaded(self, name: str) -> Engine:
+    def _loaded(self, name: str) -> RequestScheduler:
         options = {**self.agreed.get(name, {}), **({"dtype": self.dtype} if self.dtype else {})}
-        engine = Engine(captioner(name, self.device, **options))
+        scheduler = RequestScheduler(captioner(name, self.device, **options))
         with self._lock:
-            self._engines[name] = engine
+            self._schedulers[name] = scheduler
             self._users[name] += 1
-        return engine
+        return scheduler
 
     def _forget(self) -> None:
         """All but the last `HELD`, as far as nobody uses them."""
         with self._lock:
-            idle = [name for name in self._engines if not self._users[name]]
-            ended = [self._engines.pop(name) for name in idle[: max(0, len(self._engines) - HELD)]]
-        for engine in ended:
-            engine.close()
+            idle = [name for name in self._schedulers if not self._users[name]]
+            ended = [self._schedulers.pop(name) for name in idle[: max(0, len(self._schedulers) - HELD)]]
+        for scheduler in ended:
+            scheduler.close()
 
 
 def _check_bare_name(name: str) -> None:
@@ -338,22 +339,22 @@ def _pointed(
         return
     prompt = session.regions[number].prompt
     try:
-        with models.engine(model) as engine:
+        with models.scheduler(model) as scheduler:
             question = Question(
                 session.image,
                 [prompt],
                 task=task,
-                generation=settle_generation(engine.captioner, beams=None if beams == shown.beams else int(beams)),
-                candidates=engine.finds,
+                generation=settle_generation(scheduler.captioner, beams=None if beams == shown.beams else int(beams)),
+                candidates=scheduler.finds,
                 seconds=SECONDS,
             )
             found: tuple[Any, ...] = ()
-            for told in engine.events(question):
+            for told in scheduler.events(question):
                 if isinstance(told, Candidates):
                     found = tuple(told.masks)
                 elif isinstance(told, Caption):
                     session.answered(prompt, told, found)
-    except (EngineError, ValueError) as error:
+    except (SchedulerError, ValueError) as error:
         session.failed(prompt)
         yield session, session.plain(), ""
         raise _shown(error) from error
@@ -374,15 +375,15 @@ def _found(
     if session is None:
         raise gr.Error("there is no picture yet: open one, or choose an example")
     try:
-        with models.engine(model) as engine:
+        with models.scheduler(model) as scheduler:
             given = Controls(int(beams), int(points), float(iou)).changed_from(shown)
-            generation = settle_generation(engine.captioner, beams=given.pop("beams"))
-            options = settle_search(engine.captioner, given)
+            generation = settle_generation(scheduler.captioner, beams=given.pop("beams"))
+            options = settle_search(scheduler.captioner, given)
             question = Question(session.image, (), options, task, generation, seconds=SECONDS)
             session.begin()
             yield session, session.plain(), "looking for regions"
             fresh = 0
-            for told in engine.events(question):
+            for told in scheduler.events(question):
                 if isinstance(told, Searched):
                     yield session, gr.skip(), f"looked at {told.done} of {told.points} points"
                 elif isinstance(told, Caption):
@@ -391,7 +392,7 @@ def _found(
                 if fresh and (fresh >= 16 or isinstance(told, Done)):
                     yield session, session.plain(), f"{len(session.regions)} regions captioned"
                     fresh = 0
-    except (EngineError, ValueError) as error:
+    except (SchedulerError, ValueError) as error:
         raise _shown(error) from error
     count = len(session.regions)
     told = f"{count} regions" if count else "nothing found: lower the least IoU, or raise the points"

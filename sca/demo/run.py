@@ -58,7 +58,7 @@ def run(
     with bound(host, port) as door:
         port = door.getsockname()[1]
     models = Models(device, dtype, names, any_model=any_model, agreed=agreed)
-    with models.engine(names[0]):
+    with models.scheduler(names[0]):
         pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:
         demo = page(models, names, _examples(Path(folder)), pixels)

@@ -15,8 +15,9 @@ from sca_registry.messages import choice, suggestion
 from torch import Tensor, nn
 
 from sca.encoders.timm import IntermediateLayer, find_layer, image_format
-from sca.io.hub import OPEN_CLIP, fetch, local_file, reading, weight_file
+from sca.io.hub import OPEN_CLIP, fetch, local_file, weight_file
 from sca.io.json import read_json
+from sca.io.weight_files import reading
 from sca.nn.probe import feature_shape
 
 NO_TEXT = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}

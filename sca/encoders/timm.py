@@ -11,8 +11,9 @@ from sca_registry.contracts import ImageFormat
 from sca_registry.messages import suggestion
 from torch import Tensor, nn
 
-from sca.io.hub import fetch, local_file, reading, terms_of, weight_file
+from sca.io.hub import fetch, local_file, terms_of, weight_file
 from sca.io.json import read_json
+from sca.io.weight_files import reading
 from sca.nn.probe import feature_shape
 
 logger = logging.getLogger(__name__)

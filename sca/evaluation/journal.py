@@ -25,7 +25,7 @@ from sca.evaluation.predictions import Asked
 from sca.io import journal
 from sca.io.atomic import write_file
 from sca.io.json import IrregularFileError, open_regular_file, parse_json
-from sca.io.run_folder import find_outputs
+from sca.io.output_patterns import find_outputs
 
 NAME = "predictions.jsonl"
 FILES = (NAME, "predictions.#.jsonl")  # of the first process, and of the others

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from sca_registry import RegistryError, metrics
 from sca_registry.messages import unknown
 
 from sca.evaluation.predictions import Questions
@@ -67,6 +68,29 @@ def read_protocol(name: str) -> Protocol:
     table = tomllib.loads((_folder() / f"{name}{SUFFIX}").read_text("utf-8"))
     runs = tuple(Run(**run) for run in table.pop("runs"))
     return Protocol(name=name, runs=runs, **table)
+
+
+def available_metrics(protocol: Protocol, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the metrics of a protocol that can be computed on this machine, and the others.
+
+    Args:
+        protocol: The protocol.
+        settings: Options of metrics, such as `semantic.model`.
+
+    Raises:
+        RegistryError: No metric can be computed; the message is that of the first.
+    """
+    available, problems = [], {}
+    for name in protocol.metrics:
+        own = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == name != key}
+        try:
+            metrics.build(name, **own)
+            available.append(name)
+        except RegistryError as error:
+            problems[name] = error
+    if problems and not available:
+        raise next(iter(problems.values()))
+    return available, list(problems)
 
 
 def beside(run: Run, model: str, scores: Mapping[str, float], source: str) -> Table:

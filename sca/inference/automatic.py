@@ -180,7 +180,9 @@ def search_everything(
     options = options or engine.everything
     found = yield from _search(engine, encoded, options, proposals, max_found, max_bytes)
     masks = [Mask(dict(each.mask), min(each.iou, 1.0)) for each in found]
-    return masks, [_asked(each, options.caption_from) for each in found]
+    has_box, has_point = ("box" in options.caption_from, "point" in options.caption_from)
+    points = [((*each.point, 1),) if has_point else () for each in found]
+    return masks, [Prompt(each.box if has_box else None, point) for each, point in zip(found, points, strict=True)]
 
 
 def _is_one_point(prompt: Prompt) -> bool:
@@ -192,11 +194,6 @@ def _choose_regions(proposals: Proposals, count: int | None) -> list[Prompt]:
     places = [place for place, prompt in enumerate(proposals.prompts) if not _is_one_point(prompt)]
     best = sorted(places, key=lambda place: -proposals.scores[place])[:count]
     return [proposals.prompts[place] for place in sorted(best)]
-
-
-def _asked(found: Found, kind: str) -> Prompt:
-    points = ((*found.point, 1),) if "point" in kind else ()
-    return Prompt(box=found.box if "box" in kind else None, points=points)
 
 
 def _search(

@@ -26,7 +26,7 @@ from sca.inference.job import CaptionJob, RegionSource, Search
 from sca.inference.predictor import Predictor
 from sca.io.images import ImageError, open_image, show
 from sca.io.prompts import PromptError
-from sca.output.read import Captioned, Size, resize_to_recorded
+from sca.output.captioned import Captioned, Size, resize_to_recorded
 
 IMAGE, PROMPTS = "image", "prompts"  # what cannot be used
 

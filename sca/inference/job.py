@@ -15,8 +15,9 @@ from sca.devices import find_device
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_files
 from sca.io.images import show
-from sca.io.prompt_files import RegionPrompts, read_prompts
+from sca.io.prompt_files import read_prompts
 from sca.io.prompts import PromptError, check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
+from sca.io.region_prompts import RegionPrompts
 from sca.io.run_folder import existing_paths
 
 

@@ -30,7 +30,8 @@ from sca.io.atomic import write_file
 from sca.io.images import SUFFIXES, show
 from sca.io.journal import Journal, read_journal
 from sca.io.json import open_regular_file
-from sca.io.run_folder import RunFolder, exact_pattern
+from sca.io.output_patterns import exact_pattern
+from sca.io.run_folder import RunFolder
 from sca.io.text import describe_error
 from sca.launchers.task import Task
 from sca.output.jsonl import Jsonl, Stream

@@ -4,195 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sca_registry.contracts import Prompt
-
-from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter, read_size
-from sca.io.coordinates import Box, compare_sizes, scale_box
+from sca.io.coordinates import Box
+from sca.io.image_names import ImageFiles, find_image, measure_named_image, possible_file_names
 from sca.io.images import show
 from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
-from sca.io.notices import notice_once
-from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, possible_file_names
-from sca.io.prompts import Point, PromptError, check_and_count, quote, read_field, read_fields, read_mask
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One region of a prompts file as small as it was written: masks are decoded when they are asked for."""
-
-    where: str  # the file and the record, for messages
-    box: Box | None = None
-    points: tuple[Point, ...] = ()
-    mask: dict[str, Any] | Path | None = None
-    size: Size | None = None  # of the image, where the file records it
-
-    def prompt(self) -> Prompt:
-        try:
-            mask = read_mask(self.mask) if isinstance(self.mask, Path) else None
-        except PromptError as error:
-            raise PromptError(f"{self.where}, 'mask': {error}") from error
-        return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
-
-    def fitting(self, width: int, height: int, clipped: SkipCounter) -> Prompt:
-        """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
-
-        Counts a box that `check` clips. Raises PromptError, which names the record.
-        """
-        prompt = self.prompt()
-        try:
-            if self.size and self.size != (width, height):
-                prompt = _scale(prompt, self.size, (width, height))
-                notice_once(
-                    "scaled prompts",
-                    f"{self.where}: the file records an image of {self.size[0]} x {self.size[1]}, and its regions are "
-                    f"scaled to {width} x {height}",
-                )
-            return check_and_count(prompt, width, height, clipped, self.where)
-        except ValueError as error:
-            raise PromptError(f"{self.where}: {error}") from error
-
-
-def _scale(prompt: Prompt, recorded: Size, actual: Size) -> Prompt:
-    """Turn a prompt for an image of the recorded size into one for the same image in its actual size.
-
-    Raises ValueError if the aspect ratios differ.
-    """
-    across, down = compare_sizes(recorded, actual)
-    box = prompt.box and scale_box(prompt.box, (across, down))
-    points = tuple(
-        (_scale_inside(x, across, recorded[0], actual[0]), _scale_inside(y, down, recorded[1], actual[1]), label)
-        for x, y, label in prompt.points
-    )
-    mask = prompt.mask
-    if mask is not None and mask.shape == recorded[::-1]:
-        mask = masks.resize(mask, *actual)
-    return Prompt(box, points, mask)
-
-
-def _scale_inside(value: float, factor: float, recorded: int, actual: int) -> float:
-    """Scale a coordinate; one inside the recorded side stays inside the actual one, however it is rounded."""
-    scaled = value * factor
-    return min(scaled, math.nextafter(actual, 0)) if value < recorded else scaled
-
-
-class RegionPrompts(Mapping[str, list[Prompt]]):
-    """The prompts of a file, by image key: what the file calls the image. Keys keep the file's order.
-
-    skip: the count of what the file contains and a prompt cannot be.
-    clipped: the count of boxes that `fitting` clipped to their image.
-    problems: a line for each record of which no prompt could be made; it names file, record and field.
-    """
-
-    def __init__(
-        self, path: Path, entries: Mapping[str, list[_Entry]], skip: SkipCounter, problems: Sequence[str] = ()
-    ):
-        self.path, self.skip, self.clipped = path, skip, SkipCounter()
-        self._entries = entries
-        self.problems = tuple(problems)
-
-    def __getitem__(self, key: str) -> list[Prompt]:
-        return [entry.prompt() for entry in self._entries[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def fitting(self, key: str, width: int, height: int) -> tuple[list[Prompt], list[str]]:
-        """The prompts of an image that fit it, each checked by itself.
-
-        Args:
-            key: What the file calls the image.
-            width: Of the image in pixels.
-            height: Of the image in pixels.
-
-        Returns:
-            The prompts that fit, and a line for each that does not, which names its record.
-        """
-        prompts, problems = [], []
-        for entry in self._entries[key]:
-            try:
-                prompts.append(entry.fitting(width, height, self.clipped))
-            except PromptError as error:
-                problems.append(str(error))
-        return prompts, problems
-
-    def count(self, key: str) -> int:
-        """How many regions an image has."""
-        return len(self._entries[key])
-
-    def match(self, images: Sequence[str | Path]) -> dict[Path, str]:
-        """The key of each image that has one.
-
-        A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
-        `find_image` reads; a key that is the path of no image given counts by its file name. `PromptError` if an image
-        could mean several keys, or a file name several images or keys.
-        """
-        paths = [Path(image) for image in images]
-        found = {image: key for image in paths if (key := self._key_of_path(image)) is not None}
-        taken = set(found.values())
-        by_name: dict[str, list[str]] = {}
-        for key, names in self._file_names.items():
-            for name in names if key not in taken else ():
-                by_name.setdefault(name, []).append(key)
-        rest = {image: unicodedata.normalize("NFC", image.name) for image in paths if image not in found}
-        sharing = Counter(rest.values())
-        for image, name in rest.items():
-            named = by_name.get(name, [])
-            if named and (len(named) > 1 or sharing[name] > 1):
-                raise self._ambiguous(f"the file name {quote(image.name)}", named, sharing[name])
-            if named:
-                found[image] = named[0]
-        return {image: found[image] for image in paths if image in found}
-
-    def _key_of_path(self, image: Path) -> str | None:
-        """The key that is the path of an image: as written, else in another spelling or by a link."""
-        key = self._paths.get(os.path.abspath(image)) if ".." not in image.parts else None
-        if key is not None:
-            return key
-        keys = self._files.get(os.path.realpath(image), [])
-        if len(keys) > 1:
-            raise self._ambiguous(f"the image {show(image)}", keys)
-        return keys[0] if keys else None
-
-    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> PromptError:
-        several = f"the keys {', '.join(map(quote, keys))}" if len(keys) > 1 else f"{images} images"
-        return PromptError(
-            f"{show(self.path)}: {what} could mean {several}; write image paths relative to the prompts file"
-        )
-
-    @cached_property
-    def _paths(self) -> dict[str, str]:
-        """Absolute path -> key; one relative to the prompts file counts before one relative to the working folder."""
-        keys = [key for key in self if ".." not in Path(key).parts]
-        return {os.path.abspath(root / key): key for root in (Path(), _find_root(self.path)) for key in keys}
-
-    @cached_property
-    def _files(self) -> dict[str, list[str]]:
-        """The real path of an existing image -> its keys."""
-        files: dict[str, list[str]] = {}
-        root = _find_root(self.path)
-        for key in self:
-            with suppress(ImageNameError):  # a URL, or several files: only the file name counts
-                files.setdefault(os.path.realpath(find_image(key, [root, Path()])), []).append(key)
-        return files
-
-    @cached_property
-    def _file_names(self) -> dict[str, set[str]]:
-        return {key: possible_file_names(key) for key in self}
+from sca.io.prompts import PromptError, quote, read_field, read_fields
+from sca.io.region_prompts import Entry, RegionPrompts, find_root
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
@@ -221,15 +47,10 @@ def read_prompts(path: str | Path) -> RegionPrompts:
     if problems and not any(entries.values()):
         more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
         raise PromptError(f"{problems[0]}{more}")
-    return RegionPrompts(path, _merge_spellings(entries, [_find_root(path), Path()]), skip, problems)
+    return RegionPrompts(path, _merge_spellings(entries, [find_root(path), Path()]), skip, problems)
 
 
-def _find_root(path: Path) -> Path:
-    """Return the folder that the image names of a prompts file or folder are relative to."""
-    return path if path.is_dir() else path.parent
-
-
-def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     try:
         with _opened(path) as file:
             lines = is_json_lines(path, file, "image")
@@ -239,11 +60,11 @@ def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, 
         raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
 
 
-def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     files = labelme.list_files(folder)
     if not files:
         raise PromptError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
-    entries: dict[str, list[_Entry]] = {}
+    entries: dict[str, list[Entry]] = {}
     for file in files:
         with _noting(problems):
             for name, regions in _read_labelme_file(file, skip, problems).items():
@@ -251,7 +72,7 @@ def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[s
     return entries
 
 
-def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     try:
         with _opened(path) as file:
             content = _json(file.read().decode("utf-8-sig"), show(path))
@@ -266,12 +87,12 @@ def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> di
         raise PromptError(str(error)) from error
 
 
-def _merge_spellings(entries: Mapping[str, list[_Entry]], roots: Sequence[Path]) -> dict[str, list[_Entry]]:
+def _merge_spellings(entries: Mapping[str, list[Entry]], roots: Sequence[Path]) -> dict[str, list[Entry]]:
     """Merge the regions of keys that are spellings of one image file under the first of these keys."""
     files = ImageFiles(partial(find_image, roots=roots))
     names = {key: possible_file_names(key) for key in entries}
     sharing = Counter(name for found in names.values() for name in found)
-    merged: dict[str, list[_Entry]] = {}
+    merged: dict[str, list[Entry]] = {}
     for key, regions in entries.items():
         is_shared = any(sharing[name] > 1 for name in names[key])
         merged.setdefault(files.unify(key) if is_shared else key, []).extend(regions)
@@ -285,8 +106,8 @@ def _opened(path: Path) -> BinaryIO:
         raise PromptError(str(error)) from error
 
 
-def _lines(file, path: Path, problems: list[str]) -> dict[str, list[_Entry]]:
-    entries: dict[str, list[_Entry]] = {}
+def _lines(file, path: Path, problems: list[str]) -> dict[str, list[Entry]]:
+    entries: dict[str, list[Entry]] = {}
     for number, line in enumerate(file, 1):
         if line.strip():
             with _noting(problems):
@@ -295,7 +116,7 @@ def _lines(file, path: Path, problems: list[str]) -> dict[str, list[_Entry]]:
     return entries
 
 
-def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
+def _line(line: str, where: str, path: Path) -> tuple[str, Entry]:
     """The image of a line, and its region."""
     record = _json(line, where)
     if not isinstance(record, dict):
@@ -306,7 +127,7 @@ def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
         mask = read_field(where, "mask", partial(find_image, roots=[path.parent]), mask)
         if not mask.is_file():
             raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
-    return image, _Entry(where, box, points, mask, _recorded_size(record, where))
+    return image, Entry(where, box, points, mask, _recorded_size(record, where))
 
 
 def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
@@ -328,7 +149,7 @@ def _noting(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     content = _json(text, show(path))
     if label_studio.is_task(content) or (isinstance(content, list) and content):
         return _label_studio(content, path, skip, problems)
@@ -337,7 +158,7 @@ def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> d
     return _coco(content, path, skip, problems)
 
 
-def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise PromptError(
@@ -345,7 +166,7 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
             )
     keys: dict[Any, str] = {}
     sizes: dict[str, Size | None] = {}
-    entries: dict[str, list[_Entry]] = {}
+    entries: dict[str, list[Entry]] = {}
     for place, image in enumerate(content["images"]):
         where = f"{show(path)}, images[{place}]"
         with _noting(problems):
@@ -361,7 +182,7 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
             if number not in keys:
                 raise PromptError(f"{where}, 'image_id': no image has the id {quote(number)}")
             name = keys[number]
-            entries[name].append(_Entry(where, _coco_box(annotation, where, skip), size=sizes[name]))
+            entries[name].append(Entry(where, _coco_box(annotation, where, skip), size=sizes[name]))
     return entries
 
 
@@ -382,7 +203,7 @@ def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> B
     raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
 
 
-def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
+def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     name = _text(content, "imagePath", show(path))
     image = read_field(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
     size = labelme.find_size(content, image, show(path))
@@ -390,21 +211,21 @@ def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems
     return {name: _annotated(shapes, size, skip)}
 
 
-def _label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
-    entries: dict[str, list[_Entry]] = {}
+def _label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
+    entries: dict[str, list[Entry]] = {}
     measure = partial(measure_named_image, roots=[path.parent, Path()])
     for image in label_studio.read_tasks(content, show(path), skip, measure, lambda error: problems.append(str(error))):
         entries.setdefault(image.name, []).extend(_annotated(image.annotations, image.size, skip))
     return entries
 
 
-def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipCounter) -> list[_Entry]:
+def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipCounter) -> list[Entry]:
     """Each region by its box, or by its point where it has none."""
     entries = []
     for each in annotations:
         if each.box or each.point:
             points = () if each.box or not each.point else ((*each.point, 1),)
-            entries.append(_Entry(each.place, each.box, points, size=size))
+            entries.append(Entry(each.place, each.box, points, size=size))
         else:
             skip("empty mask", each.place)
     return entries

@@ -4,8 +4,8 @@ The rule, for every command: replace and delete only what the same kind of run w
 `sca-run.json` records, and never an input. Anything else is refused in one line that names the ways out.
 
 A marker may come from elsewhere, like any other file. So the code, not the marker, defines which files a kind of run
-can write: patterns relative to the folder, such as `captions.jsonl`, `*.captions.png` and `checkpoint-#/*`, where `#`
-matches a decimal number. A marker lists these patterns, or exact names that match one; anything else in it is ignored.
+can write, by `sca.io.output_patterns`. A marker lists these patterns, or exact names that match one; anything else in
+it is ignored.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from fnmatch import translate
 from functools import cache
-from glob import escape, glob
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -29,9 +26,9 @@ from sca.io.atomic import open_folder, remove_drafts, unwritable, write_file
 from sca.io.images import show
 from sca.io.json import read_json
 from sca.io.lock import held_lock
+from sca.io.output_patterns import between, find_folders, find_outputs, is_declared, is_one_of
 
 MARKER, LOCK = "sca-run.json", ".sca-lock"
-NUMBER = re.compile(r"(?<!\[)#")
 
 
 class RunFolderError(ValueError):
@@ -85,7 +82,7 @@ class RunFolder:
             self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
         except OSError as error:
             raise unwritable(self.path / LOCK, error) from error
-        for folder in _find_folders(self.path, self.patterns):
+        for folder in find_folders(self.path, self.patterns):
             remove_drafts(folder)
         return self
 
@@ -96,7 +93,7 @@ class RunFolder:
     def run(self) -> Run | None:
         """The last run of this kind, None if there was none."""
         run = read_runs(self.path).get(self.kind)
-        return run and replace(run, outputs=tuple(each for each in run.outputs if _is_declared(each, self.patterns)))
+        return run and replace(run, outputs=tuple(each for each in run.outputs if is_declared(each, self.patterns)))
 
     def begin(
         self,
@@ -127,9 +124,7 @@ class RunFolder:
                 settings.
         """
         settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
-        assert all(_is_declared(each, self.patterns) for each in outputs), (
-            f"{self.kind} declares other files: {outputs}"
-        )
+        assert all(is_declared(each, self.patterns) for each in outputs), f"{self.kind} declares other files: {outputs}"
         earlier = self.run
         own = earlier.outputs if earlier else ()
         changed = _changed(earlier.settings, settings, set(loose)) if earlier else []
@@ -169,7 +164,7 @@ class RunFolder:
         own = self.run.outputs if self.run else ()
         for path in find_outputs(self.path, own if outputs is None else [each for each in outputs if each in own]):
             path.unlink(missing_ok=True)
-            for parent in _between(path, self.path):
+            for parent in between(path, self.path):
                 with suppress(OSError):  # not empty
                     parent.rmdir()
 
@@ -225,7 +220,7 @@ class OutputFilter:
     def __call__(self, path: Path) -> bool:
         folders = list(path.parents)[:2]  # an output is in its run folder, or one folder below
         runs = [(folder, run) for folder in folders for run in self._runs(folder).values()]
-        found = any(_is_one_of(path, folder, self._patterns.intersection(run.outputs)) for folder, run in runs)
+        found = any(is_one_of(path, folder, self._patterns.intersection(run.outputs)) for folder, run in runs)
         self.skipped += [path] if found else []
         return found
 
@@ -291,63 +286,6 @@ def existing_paths(values: Any) -> Iterator[Path]:
         return
     for each in values:
         yield from existing_paths(each)
-
-
-def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The existing files that match patterns, sorted, without what links lead to."""
-    return [path for path in _find(folder, patterns) if path.is_symlink() or not path.is_dir()]
-
-
-def _find_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The run folder and the existing folders below it that contain files of the patterns, without links."""
-    parents = {str(Path(pattern).parent) for pattern in patterns} - {"."}
-    return [folder, *(path for path in _find(folder, parents) if path.is_dir() and not path.is_symlink())]
-
-
-def _find(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The existing files and folders that match patterns, sorted, without what links lead to."""
-    patterns = tuple(patterns)
-    names = (glob(NUMBER.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
-    found = {folder / name for each in names for name in each}
-    own = [path for path in sorted(found) if _is_one_of(path, folder, patterns)]
-    return [path for path in own if not any(parent.is_symlink() for parent in _between(path, folder))]
-
-
-def _between(path: Path, folder: Path) -> Iterator[Path]:
-    """The folders between a path and a folder above it, from the inside."""
-    for parent in path.parents:
-        if parent == folder:
-            return
-        yield parent
-
-
-def _is_one_of(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names a file, part by part as in `Path.glob`."""
-    return _matches_one_of(path.relative_to(folder).parts, patterns)
-
-
-def _matches_one_of(parts: tuple[str, ...], patterns: Iterable[str]) -> bool:
-    return any(
-        len(wanted) == len(parts) and all(map(re.fullmatch, map(_regex, wanted), parts))
-        for wanted in (Path(pattern).parts for pattern in patterns)
-    )
-
-
-def exact_pattern(name: str) -> str:
-    """The pattern that matches exactly one name."""
-    return escape(name).replace("#", "[#]")
-
-
-def _is_declared(pattern: str, patterns: Collection[str]) -> bool:
-    """Whether a pattern is one of `patterns`, or an exact name that matches one."""
-    path = Path(re.sub(r"\[([*?[#])\]", r"\1", pattern))
-    is_exact = exact_pattern(str(path)) == pattern and not path.is_absolute() and ".." not in path.parts
-    return pattern in patterns or (is_exact and _matches_one_of(path.parts, patterns))
-
-
-@cache
-def _regex(pattern: str) -> str:
-    return translate(pattern).replace(re.escape("#"), "[0-9]+")
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sca.devices import DTYPES
-from sca.io.hub import quiet, reading
+from sca.io.hub import quiet
+from sca.io.weight_files import reading
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 
 

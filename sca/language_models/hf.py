@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sca.devices import DTYPES
-from sca.io.hub import HubError, fetch, has_tokenizer, load_pretrained, quiet, read_config, reading
+from sca.io.hub import fetch, load_pretrained, quiet, read_config
+from sca.io.weight_files import HubError, has_tokenizer, reading
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 

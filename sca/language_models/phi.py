@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
-from sca.io.hub import read_tensor_names, read_tensors, weight_files
 from sca.io.json import read_json
+from sca.io.weight_files import read_tensor_names, read_tensors, weight_files
 
 FUSED = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

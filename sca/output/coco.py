@@ -1,9 +1,9 @@
-"""COCO JSON: instances with captions, in one file that `pycocotools.coco.COCO` loads."""
+"""COCO JSON, written and read: instances with captions, in one file that `pycocotools.coco.COCO` loads."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,17 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
+from sca.io.annotations import coco
+from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter
 from sca.io.atomic import AtomicFile
+from sca.io.image_names import measure_named_image
+from sca.io.images import show
+from sca.io.numbers import is_int64
+from sca.output import fields
+from sca.output.captioned import Captioned, ReadError, Size
+from sca.output.files import close_document
 from sca.output.jsonl import record
+from sca.output.records import to_caption
 
 CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
 
@@ -46,15 +55,8 @@ class Coco:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
-            self._file.drop()
-            return
-        try:
-            self._file.write(f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([CATEGORY])}}}\n')
-        except BaseException:
-            self._file.drop()
-            raise
-        self._file.keep()
+        end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([CATEGORY])}}}\n'
+        close_document(self._file, end, bool(self._images), finished)
 
 
 def _annotation(number: int, image_number: int, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
@@ -76,3 +78,44 @@ def _annotation(number: int, image_number: int, path: str, image: Image.Image, c
         "score": plain["score"],
         "region": plain["region"],
     }
+
+
+def read_coco(
+    content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
+) -> Iterator[Captioned]:
+    """Read the images of a COCO file, also where several records name one file."""
+    told: dict[Any, list[tuple[str, Any]]] = {}
+    info = content.get("info")
+    model = info.get("model") if isinstance(info, dict) else None
+    names = coco.name_categories(content)
+    for number, each in enumerate(fields.read_list(content, "annotations", show(path))):
+        where = f"{show(path)}, annotations[{number}]"
+        try:
+            told.setdefault(fields.read_key(fields.read_object(each, where), "image_id", where), []).append(
+                (where, each)
+            )
+        except ReadError as error:
+            reject(error)
+    for number, image in enumerate(fields.read_list(content, "images", show(path))):
+        where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
+        try:
+            records = told.pop(fields.read_key(fields.read_object(image, where), "id", where), [])
+            file_name = fields.read_name(image, "file_name", where)
+            measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
+            size = Size(*measured) if measured else fields.read_image_size(image, where)
+        except ReadError as error:
+            reject(error)
+            for place, _ in records:
+                skip("region of an image that cannot be used", place)
+            continue
+        captions = []
+        for place, each in records:
+            try:
+                annotation = coco.read_annotation(each, place, size, names.get(str(each.get("category_id"))), skip)
+                region = each["region"] if is_int64(each.get("region")) else len(captions)
+                captions += [caption] if (caption := to_caption(annotation, size, region, skip)) else []
+            except AnnotationError as error:
+                reject(error)
+        yield Captioned(file_name, size, captions, model)
+    for place, _ in (each for records in told.values() for each in records):
+        reject(ReadError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))

@@ -1,10 +1,23 @@
-"""Files that are written for each image."""
+"""Files that are written for each image, and documents with all images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sca.io.atomic import sync, unwritable, write_file
+from sca.io.atomic import AtomicFile, sync, unwritable, write_file
+
+
+def close_document(file: AtomicFile, end: str, has_images: bool, finished: bool) -> None:
+    """Write the end of a document and keep it; without images, an older file of a run that did not finish stays."""
+    if not finished and (file.replaces or not has_images):
+        file.drop()
+        return
+    try:
+        file.write(end)
+    except BaseException:
+        file.drop()
+        raise
+    file.keep()
 
 
 class Names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,14 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
+from sca.io.annotations.annotation import Reject
 from sca.io.atomic import AtomicFile
+from sca.io.images import show
+from sca.output import fields
+from sca.output.captioned import ReadError
+from sca.output.files import close_document
 from sca.output.jsonl import record
-from sca.output.outline import polygons
+from sca.output.outline import fill, polygons
 
 PROPERTIES = ("image", "width", "height", "region", "prompt", "box", "caption", "score", "iou", "others")
 
@@ -38,15 +43,7 @@ class GeoJson:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
-            self._file.drop()
-            return
-        try:
-            self._file.write("\n]}\n")
-        except BaseException:
-            self._file.drop()
-            raise
-        self._file.keep()
+        close_document(self._file, "\n]}\n", bool(self._images), finished)
 
     def _feature(self, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
         plain = record(path, image, caption)
@@ -63,3 +60,28 @@ def _geometry(plain: dict[str, Any]) -> dict[str, Any]:
         return {"type": "Polygon", "coordinates": [[[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]]]}
     x, y, _ = plain["prompt"]["points"][0] if plain["prompt"].get("points") else (0.0, 0.0, 1)
     return {"type": "Point", "coordinates": [x, y]}
+
+
+def read_features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
+    """Read the records of a file, each with its place for messages; a MultiPolygon is decoded to a mask."""
+    for number, feature in enumerate(fields.read_list(content, "features", show(path))):
+        where = f"{show(path)}, features[{number}]"
+        try:
+            plain = _feature(feature, where)
+        except ReadError as error:
+            reject(error)
+        else:
+            yield where, plain
+
+
+def _feature(feature: Any, where: str) -> dict[str, Any]:
+    plain = dict(fields.read_object(fields.read_object(feature, where).get("properties"), f"{where}, 'properties'"))
+    shape = fields.read_object(feature.get("geometry"), f"{where}, 'geometry'")
+    if shape.get("type") == "MultiPolygon":
+        size = fields.read_image_size(plain, where)
+        try:
+            rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
+            plain["mask"] = masks.encode(fill(rings, *size))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
+    return plain

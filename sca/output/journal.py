@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from sca_registry.contracts import Caption
@@ -11,8 +13,11 @@ from sca_registry.contracts import Caption
 from sca.io import journal
 from sca.io.atomic import open_folder, unwritable
 from sca.io.images import show
+from sca.io.run_folder import RunFolder, RunFolderError
+from sca.output import FORMATS, output_patterns
+from sca.output.captioned import Captioned, ReadError
 from sca.output.jsonl import record
-from sca.output.read import Captioned, ReadError, captioned
+from sca.output.records import read_image
 
 NAME = "captions.journal"
 
@@ -75,7 +80,7 @@ class Journal:
                 if number == 1:
                     self._check(entry)
                 else:
-                    told = captioned(entry, f"{show(self._path)}, line {number}")
+                    told = read_image(entry, f"{show(self._path)}, line {number}")
                     self.done[told.image] = told
         except (journal.JournalError, ReadError) as error:
             raise ValueError(f"{error}; or start over with --overwrite") from error
@@ -92,3 +97,49 @@ class Journal:
 def count_images(folder: Path) -> int:
     """The number of images that an unfinished run in a folder has captioned."""
     return max(0, sum(1 for _ in journal.read_journal(folder / NAME)) - 1)
+
+
+@contextmanager
+def open_journal(
+    path: Path,
+    settings: dict[str, Any],
+    formats: Sequence[str],
+    inputs: Sequence[str | Path],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[Journal]:
+    """Open the folder of a captioning run, and the journal in it, which is removed when the run has finished.
+
+    Args:
+        path: The folder.
+        settings: What determines the captions. A resumed run may have other `images`.
+        formats: What is written.
+        inputs: Files that the run reads.
+        resume: Continue an unfinished run.
+        overwrite: Replace an earlier run.
+
+    Raises:
+        RunFolderError: The folder must not be written.
+        ValueError: The journal there is damaged, or of a run with other settings.
+    """
+    with RunFolder(path, "caption", (*output_patterns(FORMATS), NAME)) as folder:
+        earlier = folder.run
+        unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
+        if unfinished and not resume:
+            raise RunFolderError(
+                f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
+                "choose another --out, or replace it with --overwrite"
+            )
+        loose = ("images",) if resume and unfinished else ()
+        outputs = (*output_patterns(formats), NAME)
+        earlier = folder.begin(settings, outputs, inputs, overwrite=overwrite, loose=loose)
+        opened = Journal(path, {name: value for name, value in settings.items() if name != "images"}, resume)
+        finished = False
+        try:
+            yield opened
+            finished = True
+        finally:
+            opened.close(finished)
+            if finished or (earlier and earlier.finished and not opened.is_begun):  # the earlier files are unchanged
+                folder.finish()

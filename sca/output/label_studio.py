@@ -7,7 +7,8 @@ box, else a keypoint; its caption is a text area of the same id. `CONFIG` is the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
+from sca.io.annotations import label_studio
+from sca.io.annotations.annotation import Reject, SkipCounter
 from sca.io.annotations.brush import pack
 from sca.io.atomic import AtomicFile
-from sca.io.paths import add_image_prefix
+from sca.io.image_names import add_image_prefix, measure_named_image
+from sca.io.images import show
+from sca.output.captioned import Captioned, Size
+from sca.output.files import close_document
 from sca.output.jsonl import record
+from sca.output.records import to_captions
 
 LABEL = "region"
 CONFIG = f"""<View>
@@ -53,15 +60,7 @@ class LabelStudio:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
-            self._file.drop()
-            return
-        try:
-            self._file.write("\n]\n")
-        except BaseException:
-            self._file.drop()
-            raise
-        self._file.keep()
+        close_document(self._file, "\n]\n", bool(self._images), finished)
 
 
 def _results(place: int, path: str, image: Image.Image, caption: Caption) -> list[dict[str, Any]]:
@@ -95,3 +94,16 @@ def _results(place: int, path: str, image: Image.Image, caption: Caption) -> lis
         shape = {**head, "type": "keypointlabels", "from_name": "point", "value": value, **score}
     words = {**head, "type": "textarea", "from_name": "caption", "value": {"text": [plain["caption"]]}}
     return [shape, words]
+
+
+def read_label_studio(
+    content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
+) -> Iterator[Captioned]:
+    """Read the images of Label Studio tasks; an image without a known size is counted."""
+    measure = partial(measure_named_image, roots=roots)
+    for image in label_studio.read_tasks(content, show(path), skip, measure, reject):
+        size = image.size or measure(image.name)
+        if size is None:
+            skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
+            continue
+        yield Captioned(image.name, Size(*size), to_captions(image.annotations, Size(*size), skip, reject), image.model)

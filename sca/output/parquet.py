@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile, OutputError
+from sca.io.images import show
+from sca.output import fields
+from sca.output.captioned import ReadError
 from sca.output.jsonl import record
 
 ROWS = 5_000  # of a group: what is held before it is written
@@ -119,3 +122,23 @@ class _Sink:
 def _text(value: str) -> str:
     """Without halves of letters, which UTF-8 does not have."""
     return value.encode("utf-8", "replace").decode()
+
+
+def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """Read the records of a file, each with its place for messages."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ReadError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                where = f"{show(path)}, row {number}"
+                for name in ("prompt", "others"):
+                    row[name] = None if row.get(name) is None else fields.parse(row[name], where)
+                yield where, row
+    except pyarrow.ArrowException as error:
+        raise ReadError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error

@@ -6,105 +6,26 @@ What a format has no place for is unknown afterwards: COCO has no prompts, and a
 
 from __future__ import annotations
 
-import io
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from PIL import Image
-from sca_registry.contracts import Caption, Prompt
-
-from sca.io import masks
-from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, SkipCounter, raise_error, read_size
-from sca.io.annotations.shapes import fit_box
-from sca.io.coordinates import compare_sizes
-from sca.io.images import ImageError, open_image, show
-from sca.io.json import (
-    IrregularFileError,
-    JsonError,
-    is_json_lines,
-    open_regular_file,
-    parse_json,
-    read_regular_file,
-)
-from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, remove_parents
-from sca.io.prompts import read_prompt
-from sca.output.outline import fill
+from sca.io.annotations import label_studio, labelme
+from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter, raise_error
+from sca.io.images import show
+from sca.io.json import IrregularFileError, is_json_lines, open_regular_file
+from sca.output import fields
+from sca.output.captioned import Captioned, ReadError, merge_images
+from sca.output.coco import read_coco
+from sca.output.geojson import read_features
+from sca.output.jsonl import read_lines
+from sca.output.label_studio import read_label_studio
+from sca.output.labelme import read_labelme
+from sca.output.parquet import read_rows
+from sca.output.records import group_records
 
 PARQUET = b"PAR1"  # what such a file begins with
-
-
-class ReadError(ValueError):
-    """Captions that cannot be read; the message is one line that says which, why and what to do."""
-
-
-class Size(NamedTuple):
-    """Of a picture that need not be opened."""
-
-    width: int
-    height: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.width, self.height
-
-
-class Captioned(NamedTuple):
-    """An image, as its records name it, with its captions in order; `embedded` opens the image that its file contains,
-    where the image's own file does not exist.
-    """
-
-    image: str
-    size: Size
-    captions: list[Caption]
-    model: str | None
-    embedded: Callable[[], Image.Image] | None = None
-
-    def open(self, roots: Sequence[Path]) -> Image.Image:
-        """Open the image, resized to `size` if its file was resized since.
-
-        Args:
-            roots: Folders that the image's name may start from.
-
-        Raises:
-            ImageError: It cannot be opened, or its aspect ratio is not that of `size`.
-        """
-        path = find_image(self.image, roots)
-        image = self.embedded() if self.embedded and not path.exists() else open_image(path)
-        return resize_to_recorded(image, self.size, self.image)
-
-
-def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image:
-    """Return an image in the size that its captions record.
-
-    Args:
-        image: The image as it is now.
-        size: What the captions record.
-        name: Of the image, for messages.
-
-    Raises:
-        ImageError: The aspect ratios differ; names both sizes.
-    """
-    if image.size == size:
-        return image
-    try:
-        compare_sizes(size, image.size)
-    except ValueError as error:
-        raise ImageError(f"{show(name)}: {error}") from error
-    actual = f"{image.width} x {image.height}"
-    notice_once(
-        "resized images",
-        f"{show(name)} is {actual}, and its captions record {size.width} x {size.height}: it is resized to that",
-    )
-    return image.resize(size)
 
 
 def read_captions(
@@ -129,15 +50,15 @@ def read_captions(
     roots = (Path(), path.parent) if roots is None else roots
     try:
         if path.is_dir():
-            yield from _labelme(labelme.list_files(path), path, counter, reject)
+            yield from read_labelme(labelme.list_files(path), path, counter, reject)
         else:
             with open_regular_file(path, seekable=True, allow_pipe=True) as file:
                 is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
                 file.seek(0)
                 if is_parquet:
-                    yield from _grouped(_rows(file, path), counter, reject)
+                    yield from group_records(read_rows(file, path), counter, reject)
                 elif is_json_lines(path, file, "image"):
-                    yield from _grouped(_lines(file, path, reject), counter, reject)
+                    yield from group_records(read_lines(file, path, reject), counter, reject)
                 else:
                     yield from _json(file, path, counter, roots, reject)
     except (IrregularFileError, AnnotationError) as error:
@@ -150,354 +71,17 @@ def read_captions(
         warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
 
 
-def captioned(plain: Any, where: str) -> Captioned:
-    """An image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines. ReadError."""
-    size = _size(_table(plain, where), where)
-    told = [_caption(_table(each, where), size, n, where) for n, each in enumerate(_list(plain, "captions", where))]
-    return Captioned(_name(plain, "image", where), size, told, None)
-
-
-def merge_images(
-    captioned: Iterable[Captioned], roots: Sequence[Path], reject: Reject = raise_error
-) -> dict[str, Captioned]:
-    """Merge the captions of each image file, in whatever spelling and however often it occurs.
-
-    Args:
-        captioned: Images, in order.
-        roots: Folders that names of images may start from.
-        reject: Called for an image that states another size than before.
-
-    Returns:
-        The images by the first names of their files; captions that are added get region numbers of their own.
-    """
-    files = ImageFiles(partial(find_image, roots=roots))
-    merged: dict[str, Captioned] = {}
-    for each in captioned:
-        name = files.unify(each.image)
-        first = merged.setdefault(name, each)
-        if first is each:
-            continue
-        if first.size != each.size:
-            sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
-            reject(ReadError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
-            continue
-        start = 1 + max((caption.region for caption in first.captions), default=-1)
-        more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
-        merged[name] = first._replace(captions=[*first.captions, *more])
-    return merged
-
-
 def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[Captioned]:
-    content = _parsed(file.read().decode("utf-8-sig"), show(path))
+    content = fields.parse(file.read().decode("utf-8-sig"), show(path))
     if isinstance(content, list) or label_studio.is_task(content):
-        yield from merge_images(_label_studio(content, path, skip, roots, reject), roots, reject).values()
+        yield from merge_images(read_label_studio(content, path, skip, roots, reject), roots, reject).values()
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
-        yield from _grouped(_features(content, path, reject), skip, reject)
+        yield from group_records(read_features(content, path, reject), skip, reject)
     elif isinstance(content, dict) and "shapes" in content:
-        yield from _labelme([path], path.parent, skip, reject)
+        yield from read_labelme([path], path.parent, skip, reject)
     elif isinstance(content, dict) and "annotations" in content:
-        yield from merge_images(_coco(content, path, skip, roots, reject), roots, reject).values()
+        yield from merge_images(read_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
         raise ReadError(
             f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
         )
-
-
-def _lines(file: BinaryIO, path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
-        if line.strip():
-            where = f"{show(path)}, line {number}"
-            try:
-                plain = _parsed(line, where)
-            except ReadError as error:
-                reject(error)
-            else:
-                yield where, plain
-
-
-def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ReadError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
-            for row in batch.to_pylist():
-                number += 1
-                where = f"{show(path)}, row {number}"
-                for name in ("prompt", "others"):
-                    row[name] = None if row.get(name) is None else _parsed(row[name], where)
-                yield where, row
-    except pyarrow.ArrowException as error:
-        raise ReadError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
-
-
-def _features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
-    """Records; the mask of a MultiPolygon is what it holds."""
-    for number, feature in enumerate(_list(content, "features", show(path))):
-        where = f"{show(path)}, features[{number}]"
-        try:
-            plain = _feature(feature, where)
-        except ReadError as error:
-            reject(error)
-        else:
-            yield where, plain
-
-
-def _feature(feature: Any, where: str) -> dict[str, Any]:
-    plain = dict(_table(_table(feature, where).get("properties"), f"{where}, 'properties'"))
-    shape = _table(feature.get("geometry"), f"{where}, 'geometry'")
-    if shape.get("type") == "MultiPolygon":
-        size = _size(plain, where)
-        try:
-            rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
-            plain["mask"] = masks.encode(fill(rings, *size))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
-    return plain
-
-
-def _grouped(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
-    """Records of an image stand together."""
-    seen: set[str] = set()
-    for name, some in groupby(_named(records, reject), key=lambda record: record[0]):
-        captions, size, model = [], None, None
-        for _, where, plain in some:
-            if size is None and name in seen:
-                raise ReadError(f"{where}: {name!r} had records before, with others between; sort them by image")
-            seen.add(name)
-            try:
-                given = _size(plain, where)
-                if given != (size or given):
-                    raise ReadError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
-                size, model = given, plain.get("model") or model
-                caption = _fit(_caption(plain, size, len(captions), where), size, where, skip)
-            except ReadError as error:
-                reject(error)
-            else:
-                captions += [caption] if caption else []
-        if size is not None:
-            yield Captioned(name, size, captions, model)
-
-
-def _named(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
-    for where, plain in records:
-        try:
-            name = _name(plain, "image", where)
-        except ReadError as error:
-            reject(error)
-        else:
-            yield name, where, plain
-
-
-def _fit(caption: Caption, size: Size, where: str, skip: SkipCounter) -> Caption | None:
-    """Clip the box of a caption to its image; None, and counted, for a box that is normalized or outside."""
-    if caption.box is None:
-        return caption
-    box = fit_box(caption.box, size, where, skip, caption.mask)
-    return None if box is None else replace(caption, box=box)
-
-
-def _coco(
-    content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
-) -> Iterator[Captioned]:
-    told: dict[Any, list[tuple[str, Any]]] = {}
-    info = content.get("info")
-    model = info.get("model") if isinstance(info, dict) else None
-    names = coco.name_categories(content)
-    for number, each in enumerate(_list(content, "annotations", show(path))):
-        where = f"{show(path)}, annotations[{number}]"
-        try:
-            told.setdefault(_key(_table(each, where), "image_id", where), []).append((where, each))
-        except ReadError as error:
-            reject(error)
-    for number, image in enumerate(_list(content, "images", show(path))):
-        where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
-        try:
-            records = told.pop(_key(_table(image, where), "id", where), [])
-            file_name = _name(image, "file_name", where)
-            measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
-            size = Size(*measured) if measured else _size(image, where)
-        except ReadError as error:
-            reject(error)
-            for place, _ in records:
-                skip("region of an image that cannot be used", place)
-            continue
-        captions = []
-        for place, record in records:
-            try:
-                annotation = coco.read_annotation(record, place, size, names.get(str(record.get("category_id"))), skip)
-                region = record["region"] if is_int64(record.get("region")) else len(captions)
-                captions += [caption] if (caption := _region(annotation, size, region, skip)) else []
-            except AnnotationError as error:
-                reject(error)
-        yield Captioned(file_name, size, captions, model)
-    for place, _ in (record for records in told.values() for record in records):
-        reject(ReadError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))
-
-
-def _label_studio(
-    content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
-) -> Iterator[Captioned]:
-    measure = partial(measure_named_image, roots=roots)
-    for image in label_studio.read_tasks(content, show(path), skip, measure, reject):
-        size = image.size or measure(image.name)
-        if size is None:
-            skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
-            continue
-        yield Captioned(image.name, Size(*size), _regions(image.annotations, Size(*size), skip, reject), image.model)
-
-
-def _labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
-    if not paths:
-        raise ReadError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
-    for path in paths:
-        try:
-            image = _labelme_file(path, skip, reject)
-        except (ReadError, AnnotationError) as error:
-            reject(error)
-        else:
-            yield image
-
-
-def _labelme_file(path: Path, skip: SkipCounter, reject: Reject) -> Captioned:
-    where = show(path)
-    content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), where), where)
-    name = _image_beside(path, _name(content, "imagePath", where))
-    size = Size(*labelme.find_size(content, Path(name), where))
-    regions = _regions(labelme.read_shapes(content, size, where, skip, reject), size, skip, reject)
-    embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
-    return Captioned(name, size, regions, content.get("model"), embedded)
-
-
-def _image_beside(path: Path, name: str) -> str:
-    """The image that a file names relative to its own folder."""
-    try:
-        return str(remove_parents(find_image(name, [path.parent])))
-    except ImageNameError as error:
-        raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
-
-
-def _regions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter, reject: Reject) -> list[Caption]:
-    captions = []
-    for number, annotation in enumerate(annotations):
-        try:
-            captions += [caption] if (caption := _region(annotation, size, number, skip)) else []
-        except AnnotationError as error:
-            reject(error)
-    return captions
-
-
-def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) -> Caption | None:
-    """The caption of an annotation; None, and counted, where its box is normalized or outside of the image."""
-    prompt = Prompt()
-    if annotation.point:
-        x, y = annotation.point
-        if not (0 <= x < size.width and 0 <= y < size.height):
-            sides = f"{size.width} x {size.height}"
-            raise AnnotationError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
-        prompt = Prompt(points=((x, y, 1),))
-    if annotation.unread:
-        skip(annotation.unread, annotation.place)
-    if not annotation.texts:
-        skip("region without text", annotation.place)
-    text, *others = annotation.texts or ("",)
-    caption = Caption(
-        text,
-        _number(annotation.score),
-        annotation.box,
-        annotation.mask,
-        None if annotation.iou is None else _number(annotation.iou),
-        prompt,
-        region,
-        tuple((other, math.nan) for other in others),
-    )
-    return _fit(caption, size, annotation.place, skip)
-
-
-def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:
-    text = plain.get("caption")
-    if not isinstance(text, str):
-        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
-    code, box, prompt = plain.get("mask"), plain.get("box"), plain.get("prompt")
-    try:
-        code = None if code is None else masks.checked(code)
-        asked = read_prompt(prompt, where, *size) if prompt else Prompt()
-    except ValueError as error:
-        raise ReadError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
-    if code is not None and code["size"] != [size.height, size.width]:
-        raise ReadError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
-    others = _list(plain, "others", where) if plain.get("others") else []
-    return Caption(
-        text,
-        _number(plain.get("score")),
-        None if box is None else _numbers(box, 4, f"{where}, 'box'"),
-        code,
-        None if plain.get("iou") is None else _number(plain["iou"]),
-        asked,
-        plain["region"] if is_int64(plain.get("region")) else region,
-        tuple(_other(each, f"{where}, 'others'") for each in others),
-    )
-
-
-def _other(plain: Any, where: str) -> tuple[str, float]:
-    text = _table(plain, where).get("caption")
-    if not isinstance(text, str):
-        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
-    return text, _number(plain.get("score"))
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return parse_json(text, surrogates=True)
-    except JsonError as error:
-        raise ReadError(f"{where}: not whole JSON: {error}") from error
-
-
-def _table(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ReadError(f"{where}: an object, not {value!r:.40}")
-    return value
-
-
-def _list(table: Mapping[str, Any], field: str, where: str) -> list[Any]:
-    if not isinstance(table.get(field), list):
-        raise ReadError(f"{where}, {field!r}: a list, not {table.get(field)!r:.40}")
-    return table[field]
-
-
-def _name(record: Any, field: str, where: str) -> str:
-    value = _table(record, where).get(field)
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ReadError(f"{where}, {field!r}: the name of an image, not {value!r:.40}")
-    return value
-
-
-def _key(record: Mapping[str, Any], field: str, where: str) -> int | str:
-    value = record.get(field)
-    if not isinstance(value, int | str):
-        raise ReadError(f"{where}, {field!r}: a number or text, not {value!r:.40}")
-    return value
-
-
-def _size(record: Mapping[str, Any], where: str) -> Size:
-    try:
-        size = read_size(_table(record, where), ("width", "height"), where)
-    except AnnotationError as error:
-        raise ReadError(str(error)) from error
-    if size is None:
-        raise ReadError(f"{where}: 'width' and 'height' of the image are missing; give both in pixels")
-    return Size(*size)
-
-
-def _numbers(value: Any, count: int, where: str) -> tuple[float, ...]:
-    good = isinstance(value, list | tuple) and len(value) == count
-    if not good or not all(map(is_finite_number, value)):
-        raise ReadError(f"{where}: {count} numbers, not {value!r:.60}")
-    return tuple(float(x) for x in value)
-
-
-def _number(value: Any) -> float:
-    return float(value) if is_finite_number(value) else math.nan

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import ImageError, show
-from sca.io.paths import ImageFiles, find_image
+from sca.output.captioned import Captioned, ReadError, Size, merge_images
 from sca.output.html import Html
-from sca.output.read import Captioned, ReadError, Size, merge_images
 
 
 def write_view(

@@ -1,1 +1,1 @@
-"""Captions over HTTP: `sca serve`, and the engine behind it that answers many clients together."""
+"""Captions over HTTP: `sca serve`, and the scheduler behind it that answers many clients together."""

@@ -23,24 +23,26 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from sca.inference.automatic import Searched
 from sca.io.images import ImageError
 from sca.io.prompts import PromptError
 from sca.serve.access import HostCheck, KeyCheck
 from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat
-from sca.serve.engine import SHORT, Done, Engine, EngineError, Event, Found, Question, Searched
 from sca.serve.memory import BudgetError, release_memory
 from sca.serve.problems import ApiError, error_response, to_api_error
 from sca.serve.root_path import RootPath
+from sca.serve.scheduler import SHORT, RequestScheduler
 from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
 from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decode_base64, plain
+from sca.serve.tickets import Done, Event, Found, Question, SchedulerError
 
 TRIM = 10.0  # seconds between two times that freed memory goes back to the system
 QUIET = 10.0  # seconds without an event after which a stream says that it lives
 
 
 def application(
-    engine: Engine,
+    scheduler: RequestScheduler,
     name: str,
     limits: Limits | None = None,
     origins: Sequence[str] = (),
@@ -48,10 +50,10 @@ def application(
     keys: Sequence[str] = (),
     root_path: str = "",
 ) -> FastAPI:
-    """Build the application that answers with an engine's model; it closes the engine at its end.
+    """Build the application that answers with a scheduler's model; it closes the scheduler at its end.
 
     Args:
-        engine: The model, and who waits for it.
+        scheduler: The model, and who waits for it.
         name: What clients call the model.
         limits: What clients may ask for.
         origins: Origins whose pages may send requests from a browser, "*" for all.
@@ -60,7 +62,7 @@ def application(
         root_path: Path below which a proxy shows the application, such as "/captions".
     """
     limits = limits or Limits()
-    service = Service(engine, name, limits)
+    service = Service(scheduler, name, limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,7 +77,7 @@ def application(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.engine, app.state.budget = engine, service.budget
+    app.state.scheduler, app.state.budget = scheduler, service.budget
     if keys:
         app.add_middleware(KeyCheck, keys=keys)
     if origins:
@@ -155,12 +157,12 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        state = service.engine.state
+        state = service.scheduler.state
         told = Health(
             status=state,
             model=service.name,
-            device=str(getattr(service.engine.captioner, "device", "cpu")),
-            waiting=service.engine.queued,
+            device=str(getattr(service.scheduler.captioner, "device", "cpu")),
+            waiting=service.scheduler.queued,
         )
         return JSONResponse(told.model_dump(), 200 if state == "ok" else 503)
 
@@ -189,7 +191,7 @@ async def _stream(service: Service, request: Request, question: Question) -> Res
                 event = await anext(events)
         except StopAsyncIteration:
             return
-        except EngineError as error:
+        except SchedulerError as error:
             yield format_sse_event(event="error", data_str=json.dumps(to_api_error(error).content))
         finally:
             await events.aclose()
@@ -237,7 +239,7 @@ def _handle_problems(app: FastAPI) -> None:
             return Response(status_code=499)  # to nobody
         return error_response(to_api_error(error))
 
-    kinds = (ApiError, BudgetError, EngineError, ImageError, MemoryError, PromptError, ValidationError)
+    kinds = (ApiError, BudgetError, SchedulerError, ImageError, MemoryError, PromptError, ValidationError)
     for kind in (*kinds, ClientDisconnect, RequestValidationError):
         app.add_exception_handler(kind, answer)
 

@@ -184,7 +184,7 @@ def add_chat(app: FastAPI, service: Service) -> None:
         asked = await service.parse(request, Chat)
         if asked.model:
             check_name(asked.model)
-        asked.check(getattr(service.engine.captioner, "generation_options", None))
+        asked.check(getattr(service.scheduler.captioner, "generation_options", None))
         url, region = await to_thread.run_sync(asked.question)
         service.check(region)
         content = await to_thread.run_sync(decode_base64, url, "image_url", "messages")

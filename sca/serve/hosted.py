@@ -62,9 +62,11 @@ class Hosted:
     def application(self, captioner: Captioner | None = None) -> FastAPI:
         """The application, with a captioner that may have been made already."""
         from sca.serve.app import application
-        from sca.serve.engine import Engine
+        from sca.serve.scheduler import RequestScheduler
         from sca.serve.schema import Limits
 
         limits = Limits(self.body, self.pixels, self.prompts, self.seconds, self.clients)
-        engine = Engine(captioner or self.captioner(), cache=self.cache, waiting=self.waiting, max_found=self.prompts)
-        return application(engine, self.model, limits, self.origins, self.hosts, self.keys, self.root_path)
+        scheduler = RequestScheduler(
+            captioner or self.captioner(), cache=self.cache, waiting=self.waiting, max_found=self.prompts
+        )
+        return application(scheduler, self.model, limits, self.origins, self.hosts, self.keys, self.root_path)

@@ -10,15 +10,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from sca.serve.engine import Engine
+from sca.serve.scheduler import RequestScheduler
 
 
 class Metrics:
-    """Requests by route and status, how long they took, and the engine's own counts."""
+    """Requests by route and status, how long they took, and the scheduler's own counts."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, scheduler: RequestScheduler):
         self.registry = CollectorRegistry()
-        self.registry.register(_Counts(engine))
+        self.registry.register(_Counts(scheduler))
         labels = ("route", "status")
         self.requests = Counter("sca_requests", "Requests that were answered", labels, registry=self.registry)
         self.seconds = Histogram("sca_request_seconds", "Until the last byte", ("route",), registry=self.registry)
@@ -51,14 +51,14 @@ class Metrics:
 
 
 class _Counts(Collector):
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, scheduler: RequestScheduler):
+        self.scheduler = scheduler
 
     def collect(self) -> Any:
-        engine, kept = self.engine, self.engine.features
-        yield GaugeMetricFamily("sca_waiting_regions", "Regions without an answer", engine.queued)
-        yield CounterMetricFamily("sca_regions", "Regions that were answered", engine.answered)
-        yield CounterMetricFamily("sca_turns", "Times that the model was asked", engine.turns)
+        scheduler, kept = self.scheduler, self.scheduler.features
+        yield GaugeMetricFamily("sca_waiting_regions", "Regions without an answer", scheduler.queued)
+        yield CounterMetricFamily("sca_regions", "Regions that were answered", scheduler.answered)
+        yield CounterMetricFamily("sca_turns", "Times that the model was asked", scheduler.turns)
         yield GaugeMetricFamily("sca_kept_images", "Images whose features are kept", len(kept))
         yield GaugeMetricFamily("sca_kept_bytes", "Bytes of them", kept.held)
         looked_up = CounterMetricFamily("sca_feature_lookups", "Images whose features were asked for", labels=["found"])

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from sca.io.images import ImageError, ImageMemoryError, TooLargeError
 from sca.io.prompts import PromptError
-from sca.serve.engine import BusyError, CannotError, ClosedError, EngineError, LateError, NoRoomError
 from sca.serve.memory import BudgetError
+from sca.serve.tickets import BusyError, CannotError, ClosedError, LateError, NoRoomError, SchedulerError
 
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 MOST = 3  # problems of one request in its answer
@@ -74,7 +74,7 @@ def to_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
-        case EngineError():
+        case SchedulerError():
             return ApiError(_STATUS.get(type(error), 500), str(error))
         case MemoryError():
             return ApiError(503, "not enough memory for this request: ask for less, or later")

@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sca.serve.engine import Engine
 from sca.serve.hosted import Hosted
 from sca.serve.listening import bound
+from sca.serve.scheduler import RequestScheduler
 
 HEAD_SECONDS = 10.0  # in which the head of a request has to be there, at most
 GRACE_SECONDS = 5.0  # that requests have when the server ends
@@ -107,14 +107,14 @@ class DeadlineProtocol(H11Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """Drain the engine for a while, then answer the remaining requests with 503."""
+    """Drain the scheduler for a while, then answer the remaining requests with 503."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine):
+    def __init__(self, config: uvicorn.Config, scheduler: RequestScheduler):
         super().__init__(config)
-        self.engine = engine
+        self.scheduler = scheduler
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.engine.drain(GRACE_SECONDS - SPARE_SECONDS)
+        self.scheduler.drain(GRACE_SECONDS - SPARE_SECONDS)
         await super().shutdown(sockets)
 
 
@@ -136,12 +136,14 @@ def serve_here(hosted: Hosted, host: str, port: int, report: Callable[[str], Non
         shown = f"[{host}]" if ":" in host else host
         app = hosted.application(captioner)
         options = {"seconds": hosted.seconds, "connections": hosted.clients, "log": hosted.log}
-        server = make_server(app, app.state.engine, **options)
+        server = make_server(app, app.state.scheduler, **options)
         report(f"http://{shown}:{listening.getsockname()[1]}")
         server.run([listening])
 
 
-def make_server(app: FastAPI, engine: Engine, *, seconds: float, connections: int, log: bool) -> uvicorn.Server:
+def make_server(
+    app: FastAPI, scheduler: RequestScheduler, *, seconds: float, connections: int, log: bool
+) -> uvicorn.Server:
     """Set up a server for an application; `run([socket])` starts it.
 
     Args:
@@ -156,4 +158,4 @@ def make_server(app: FastAPI, engine: Engine, *, seconds: float, connections: in
         log_level="info" if log else "warning",
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
-    return DrainingServer(config, engine)
+    return DrainingServer(config, scheduler)

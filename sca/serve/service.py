@@ -25,10 +25,10 @@ from sca.inference.generation import settle_generation
 from sca.io.images import decode_image, inspect_image
 from sca.io.prompts import read_prompt
 from sca.output.jsonl import record
-from sca.serve.engine import Done, Engine, EngineError, Event, LateError, NoRoomError, Question
 from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import Metrics
 from sca.serve.problems import ApiError
+from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import (
     MAX_BEAMS,
     MAX_CROPS,
@@ -41,6 +41,7 @@ from sca.serve.schema import (
     PromptIn,
     RegionOut,
 )
+from sca.serve.tickets import Done, Event, LateError, NoRoomError, Question, SchedulerError
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 POLL = 0.5  # seconds between two looks at whether a client is still there
@@ -71,11 +72,11 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """What the routes share: the engine, what the model is called, the limits, and the counters."""
+    """What the routes share: the scheduler, what the model is called, the limits, and the counters."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits):
-        self.engine, self.name, self.limits = engine, name, limits
-        self.metrics = Metrics(engine)
+    def __init__(self, scheduler: RequestScheduler, name: str, limits: Limits):
+        self.scheduler, self.name, self.limits = scheduler, name, limits
+        self.metrics = Metrics(scheduler)
         self.budget = ByteBudget(limits.memory)
         self._small = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
@@ -83,7 +84,7 @@ class Service:
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="sca-masks")
 
     def close(self) -> None:
-        self.engine.close()
+        self.scheduler.close()
         for pool in (self._small, self._large, self._masks):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -159,7 +160,7 @@ class Service:
         for name in ("temperature", "top_p"):
             if getattr(asked, name) is not None and not asked.sample:
                 raise ApiError(422, f"{name} can only be used with sample=true", param=name)
-        if asked.everything and not self.engine.finds:
+        if asked.everything and not self.scheduler.finds:
             raise ApiError(422, "this model finds no regions by itself: give prompts")
 
     async def question(
@@ -170,7 +171,7 @@ class Service:
         prompts: Sequence[Prompt] | None = None,
         where: str = "prompts.{}",
     ) -> Question:
-        """Make the question for the engine.
+        """Make the question for the scheduler.
 
         Args:
             request: The request, which has a deadline.
@@ -183,7 +184,7 @@ class Service:
             ApiError: If there is no time for the masks, or an option of generation cannot be used.
             PromptError: If a prompt does not fit the image.
         """
-        captioner = self.engine.captioner
+        captioner = self.scheduler.captioner
         try:
             generation = settle_generation(
                 captioner,
@@ -229,7 +230,7 @@ class Service:
         yielded, so that a client that reads slowly cannot pile up masks.
 
         Raises:
-            EngineError: If the question cannot be answered, in time and within the memory.
+            SchedulerError: If the question cannot be answered, in time and within the memory.
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop, deadline, lease = asyncio.get_running_loop(), self.deadline(request), request.state.lease
@@ -242,7 +243,7 @@ class Service:
             events.put_nowait(event)
 
         ticket = await to_thread.run_sync(
-            self.engine.ask, question, lambda event: loop.call_soon_threadsafe(queue_event, event)
+            self.scheduler.ask, question, lambda event: loop.call_soon_threadsafe(queue_event, event)
         )
         try:
             look = loop.time()
@@ -259,7 +260,7 @@ class Service:
                 except TimeoutError:
                     yield None
                     continue
-                if isinstance(event, EngineError):
+                if isinstance(event, SchedulerError):
                     raise event
                 lease.add(-_size(event))
                 yield event

@@ -78,6 +78,7 @@ _ASSIGNED = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s
 MAX_NUMBERS = 2048  # of a text; a region has at most 256 points of 3 numbers
 _TAIL = 60  # characters before numbers in which the word is that names them
 
+_BOX_ORDERS = ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])  # names of the numbers of a box, if any
 _WRITE_BOX = "write box=x1,y1,x2,y2 in pixels"
 _WRITE_POINT = "write point=x,y in pixels"
 
@@ -318,7 +319,8 @@ def _read_run(text: str, run: _Run, end: int, refuse_bare: bool) -> _Mention | N
                 "not, spell them out"
             )
         return None
-    if _OTHER_ORDER.fullmatch(name) or not _is_box_order(text[max(end, run.start - _TAIL) : run.start]):
+    order = _read_order(text[max(end, run.start - _TAIL) : run.start])
+    if _OTHER_ORDER.fullmatch(name) or order not in _BOX_ORDERS:
         raise PromptError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
     if is_point:
         return _Mention(place, run.end, None, _to_points(text[place : run.end], run))
@@ -366,11 +368,6 @@ def _is_alone(text: str, run: _Run) -> bool:
         start = text.rfind("\n", 0, run.start) + 1
         end = text.find("\n", run.end) if "\n" in text[run.end :] else end
     return not re.search(r"\w", text[start : run.start] + text[run.end : end])
-
-
-def _is_box_order(text: str) -> bool:
-    """Whether the names at the end of a text, if there are four, are x1, y1, x2, y2."""
-    return _read_order(text) in ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])
 
 
 def _read_order(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from sca_registry.contracts import TokenUsage
 import sca
 from sca.captioners.crop import CropCaptioner
 from sca.captioners.image_text import ImageTextModel, Question
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 from sca.testing.tiny import tiny_options
 
 KINDS = ("blip", "git", "blip-2")

@@ -7,10 +7,11 @@ import sca
 from sca.checkpoints.layout import CheckpointError
 from sca.checkpoints.load import load
 from sca.checkpoints.native import save
-from sca.io.hub import HubError, suggest_path
+from sca.io.hub import suggest_path
 from sca.io.images import ImageError, open_image
 from sca.io.prompt_files import read_prompts
 from sca.io.prompts import PromptError, read_mask
+from sca.io.weight_files import HubError
 from sca.language_models.hf import HfLanguageModel
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -130,17 +129,6 @@ def test_a_published_protocol_is_run_by_its_name_beside_what_was_published(shell
     assert [line for line in result.err if "left out" in line and "spice" in line and "--metrics" in line]
     refused = shell("evaluate", checkpoint, "vg-region-captioning", f"root={visual_genome}", "--split", "val")
     assert "has its own splits" in refused.err[0]
-
-
-def test_protocol_whose_metrics_all_lack_packages_reports_the_first_reason():
-    from sca_registry import RegistryError
-
-    from sca.cli.evaluate import _available
-
-    with pytest.raises(RegistryError, match="jar"):
-        _available(SimpleNamespace(name="p", metrics=("spice",)), {}, quiet=True)
-    available = _available(SimpleNamespace(name="p", metrics=("spice", "class")), {}, quiet=True)
-    assert available == ["class"]
 
 
 def test_evaluate_reports_where_missing_images_were_looked_for(shell, checkpoint, here):

@@ -177,7 +177,7 @@ def test_it_keeps_the_promises_of_a_dataset(written):
 @each()
 def test_a_conversion_that_is_stopped_goes_on_and_comes_to_the_same(written, tmp_path, monkeypatch):
     written.pictures()[0].unlink()
-    monkeypatch.setattr("sca.data.table.SHARD", 1)
+    monkeypatch.setattr("sca.data.conversion.SHARD", 1)
     whole = written.open()
     record, made = type(whole)._record, []
 

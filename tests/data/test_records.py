@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.data.records import LIST, Lines, elements, grouped, index, read_lines, stream
+from sca.data.json_stream import LIST, elements, stream
+from sca.data.records import Lines, grouped, index, read_lines
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -37,7 +38,7 @@ def test_pieces_together_are_the_whole(folder, content, chunk, indent, ascii_onl
     path.write_bytes(b"\xef\xbb\xbf" * mark + written)
     whole = [] if isinstance(content, list) else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sca.data.records.CHUNK", chunk)
+        patch.setattr("sca.data.json_stream.CHUNK", chunk)
         for key, value, start, end in elements(path):
             target = whole if key is None else whole.setdefault(key, []) if value is LIST else whole.get(key)
             if value is LIST:

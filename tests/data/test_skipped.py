@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sca.data.coco import Coco, CocoJson
+from sca.data.conversion import BAD_IMAGE, BAD_REGION
 from sca.data.fields import EmptyDatasetError
 from sca.data.jsonl import Jsonl
 from sca.data.own import choose_split
 from sca.data.summary import check_not_empty, summarize_dataset
-from sca.data.table import BAD_IMAGE, BAD_REGION
 
 SIDE = 32
 GOOD = "good"
@@ -188,12 +188,12 @@ def test_empty_dataset_error_names_missing_images_and_folder(folder):
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (8, 2), (12, 4), (40, 4), (100, 10)])
 def test_held_out_images_are_at_least_four_and_at_most_a_third(count, held):
     names = [f"{number}.png" for number in range(count)]
-    train, remark = choose_split(names, "train", 0.1)
+    train, remarks = choose_split(names, "train", 0.1)
     val, again = choose_split(names, "val", 0.1)
     assert len(val) == held
     assert not train & val
     assert train | val == set(names)
-    assert remark == again == f"{held} of {count} images held out for validation"
+    assert remarks == again == [f"{held} of {count} images held out for validation"]
 
 
 def test_held_out_images_do_not_change_with_their_order(folder):

@@ -126,10 +126,10 @@ def test_what_is_counted_at_the_end_is_counted_once_if_only_the_last_step_was_mi
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sca.data.table.os.rename", interrupted)
+    monkeypatch.setattr("sca.data.conversion.os.rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         VisualGenome("test", root=root)
-    monkeypatch.setattr("sca.data.table.os.rename", rename)
+    monkeypatch.setattr("sca.data.conversion.os.rename", rename)
     dataset = VisualGenome("test", root=root)
     assert dataset.image_ids == [1]
     assert dataset.skipped == {"image without regions": 1}
@@ -139,7 +139,7 @@ def test_a_file_longer_than_what_is_read_at_a_time_is_read_whole(write, monkeypa
     root = write(region(1, phrase='a \\ "quoted" phrase, [1]'), region(2))
     whole = [sample[1:] for sample in VisualGenome("test", root=root)]
     for chunk in (1, 7, 100):
-        monkeypatch.setattr("sca.data.records.CHUNK", chunk)
+        monkeypatch.setattr("sca.data.json_stream.CHUNK", chunk)
         (root / "region_descriptions.json").touch()
         assert [sample[1:] for sample in VisualGenome("test", root=root)] == whole
 

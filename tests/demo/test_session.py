@@ -21,7 +21,7 @@ from sca.inference.automatic import caption_everything, settle_search
 from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.io.prompts import MAX_POINTS, PromptError
-from sca.serve.engine import ClosedError, Done, Question
+from sca.serve.tickets import ClosedError, Done, Question
 
 
 @pytest.fixture
@@ -88,24 +88,24 @@ def models(tmp_path):
 def test_a_model_in_use_stays_until_it_is_done(models, session):
     models, (first, *others) = models
     question = Question(session.image, [], generation={})
-    with models.engine(first) as engine:
+    with models.scheduler(first) as scheduler:
         for name in others:
-            with models.engine(name) as other:
+            with models.scheduler(name) as other:
                 assert isinstance(list(other.events(question))[-1], Done)
-        assert engine.alive
-        assert isinstance(list(engine.events(question))[-1], Done)
+        assert scheduler.alive
+        assert isinstance(list(scheduler.events(question))[-1], Done)
     for name in others[:HELD]:
-        with models.engine(name):
+        with models.scheduler(name):
             pass
-    assert not engine.alive
+    assert not scheduler.alive
     with pytest.raises(ClosedError):
-        list(engine.events(question))
+        list(scheduler.events(question))
 
 
 def test_models_refuse_names_that_may_not_be_chosen(tmp_path):
     (tmp_path / "a").symlink_to(zoo.get("sca-tiny").folder)
     models = Models("cpu", None, ["sca-tiny"])
-    with pytest.raises(ValueError, match=r"no model .*; choose from sca-tiny"), models.engine(str(tmp_path / "a")):
+    with pytest.raises(ValueError, match=r"no model .*; choose from sca-tiny"), models.scheduler(str(tmp_path / "a")):
         pass
     models.close()
 
@@ -115,16 +115,16 @@ def test_models_refuse_options_of_names_that_are_not_of_the_command_line(tmp_pat
 
     loaded = []
     monkeypatch.setattr(app, "captioner", lambda name, device, **options: loaded.append(name))
-    monkeypatch.setattr(app, "Engine", lambda captioner: type("Idle", (), {"close": lambda self: None})())
+    monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
     named = "crop-captioner encoder=sam-vit-b"
     (tmp_path / "my model=1").symlink_to(zoo.get("sca-tiny").folder)
     models = Models("cpu", None, [named], any_model=True)
     trusting = "crop-captioner encoder={name='./evil',trust_remote_code=true}"
     for name in (trusting, "sca-tiny dtype=float16", "./evil trust_remote_code=true"):
-        with pytest.raises(ValueError, match="has options; enter its name only"), models.engine(name):
+        with pytest.raises(ValueError, match="has options; enter its name only"), models.scheduler(name):
             pass
     for name in (named, "sca-tiny", "sam-vit-b+blip-base", str(tmp_path / "my model=1")):
-        with models.engine(name):
+        with models.scheduler(name):
             pass
         assert loaded.pop() == name
 
@@ -164,9 +164,9 @@ def test_opened_image_keeps_to_the_pixel_limit(tmp_path):
 
 def test_a_model_that_is_there_is_not_loaded_again(models):
     models, (first, second, *_) = models
-    with models.engine(first) as one, models.engine(second):
+    with models.scheduler(first) as one, models.scheduler(second):
         pass
-    with models.engine(first) as again:
+    with models.scheduler(first) as again:
         assert again is one
 
 
@@ -175,10 +175,10 @@ def test_models_named_on_the_command_line_alone_may_do_what_was_agreed(monkeypat
 
     asked = []
     monkeypatch.setattr(app, "captioner", lambda name, device, **options: asked.append((name, options)) or object())
-    monkeypatch.setattr(app, "Engine", lambda captioner: type("Idle", (), {"close": lambda self: None})())
+    monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
     models = Models("cpu", None, ["./mine"], any_model=True, agreed={"./mine": {"allow_external": True}})
     for name in ("./mine", "./of-a-stranger"):
-        with models.engine(name):
+        with models.scheduler(name):
             pass
     assert asked == [("./mine", {"allow_external": True}), ("./of-a-stranger", {})]
 
@@ -195,7 +195,7 @@ def test_sliders_start_at_the_values_that_the_command_line_uses(name):
     search = settle_search(own, {})
     assert search != Everything()
     assert before == (own.generation["beams"], search.points, search.iou)
-    with models.engine(name):
+    with models.scheduler(name):
         assert models.controls(name) == before
     models.close()
     assert slider_values(page(models, [name], [])) == before._asdict()
@@ -236,8 +236,8 @@ def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
 def test_beams_that_nobody_moved_are_the_model_s(models, monkeypatch):
     models, (name, *_) = models
     asked = []
-    with models.engine(name) as engine:
-        monkeypatch.setattr(engine, "events", lambda question: asked.append(dict(question.generation)) or iter(()))
+    with models.scheduler(name) as scheduler:
+        monkeypatch.setattr(scheduler, "events", lambda question: asked.append(dict(question.generation)) or iter(()))
         for beams in (1, 3):
             session = Session(Image.new("RGB", (64, 48)), "a.png")
             event = {"action": "point", "x": 5, "y": 5, "label": 1}

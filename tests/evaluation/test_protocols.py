@@ -1,5 +1,7 @@
 """Published protocols by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import sca_registry
 from sca_registry import RegistryError
@@ -40,3 +42,9 @@ def test_what_was_published_stands_above_what_was_measured():
     table = protocol.beside(run, "mine", {"meteor": 0.2}, "a paper")
     assert table.rows[-1][:3] == ("mine", "0.200", "–")
     assert table.rows[0] == ("Visdif (trained) (published)", "0.145")
+
+
+def test_available_metrics_raises_the_first_reason_if_no_metric_is_available():
+    with pytest.raises(RegistryError, match="jar"):
+        protocol.available_metrics(SimpleNamespace(metrics=("spice",)), {})
+    assert protocol.available_metrics(SimpleNamespace(metrics=("spice", "class")), {}) == (["class"], ["spice"])

@@ -12,7 +12,7 @@ from sca_registry.contracts import Caption, Prompt
 import sca
 from sca.inference.batch import IMAGE, PROMPTS, BatchCaptioner, Failure, answer_requests
 from sca.inference.job import CaptionJob
-from sca.output.read import Captioned, Size
+from sca.output.captioned import Captioned, Size
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 from sca.language_models import probe
 from sca.language_models.causal import CausalLanguageModel
 from sca.language_models.hf import HfLanguageModel

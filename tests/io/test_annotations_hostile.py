@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.prompt_files import read_prompts
 from sca.io.prompts import PromptError
-from sca.output.read import ReadError, read_captions
+from sca.output.captioned import ReadError
+from sca.output.read import read_captions
 
 HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
 VALUES = {

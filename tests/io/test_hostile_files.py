@@ -12,7 +12,7 @@ from sca_registry import RegistryError, datasets
 from sca_registry.overrides import read_assignments
 
 from sca.checkpoints.push import _read_scores
-from sca.data import fields, records
+from sca.data import fields, json_stream, records
 from sca.evaluation.evaluate import score_file
 from sca.evaluation.journal import read_predictions
 from sca.io.images import ImageError, open_image
@@ -48,7 +48,7 @@ READERS = {  # by the name of the file
     "scored.jsonl": score_file,
     "scores.json": _read_scores,
     "lines.jsonl": lambda path: list(records.read_lines(path)),
-    "list.json": lambda path: list(records.stream(path)),
+    "list.json": lambda path: list(json_stream.stream(path)),
     "index.json": read_index,
     "whole.json": fields.read_json,
     "data.jsonl": read_dataset,

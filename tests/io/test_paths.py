@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sca.io.image_names import ImageNameError, add_image_prefix, find_image, possible_file_names, remove_image_prefix
 from sca.io.images import ImageError
-from sca.io.paths import (
-    ImageNameError,
-    add_image_prefix,
-    distinguish_paths,
-    find_image,
-    normalize_name,
-    possible_file_names,
-    remove_image_prefix,
-)
+from sca.io.paths import distinguish_paths, normalize_name
 
 PARTS = st.text(st.sampled_from("ab é각Å%20 +#&~-"), min_size=1, max_size=6).filter(
     lambda part: part.strip(" ") == part

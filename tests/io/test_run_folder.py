@@ -10,17 +10,8 @@ import pytest
 from sca.io.atomic import new_folder
 from sca.io.json import IrregularFileError
 from sca.io.lock import LockedError
-from sca.io.run_folder import (
-    LOCK,
-    MARKER,
-    OutputFilter,
-    RunFolder,
-    RunFolderError,
-    check_not_inputs,
-    exact_pattern,
-    existing_paths,
-    find_outputs,
-)
+from sca.io.output_patterns import exact_pattern, find_outputs
+from sca.io.run_folder import LOCK, MARKER, OutputFilter, RunFolder, RunFolderError, check_not_inputs, existing_paths
 
 
 @pytest.fixture

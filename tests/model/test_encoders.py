@@ -11,7 +11,7 @@ from sca_registry import RegistryError
 from sca_registry.contracts import Prompts
 
 import sca
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 from sca.testing.tiny import tiny_options
 
 open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)

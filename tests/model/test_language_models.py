@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import sca
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 from sca.language_models.hf import HfLanguageModel, read_tokenizer
 from sca.language_models.tiny_gpt2 import TinyGpt2
 

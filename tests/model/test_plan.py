@@ -9,8 +9,9 @@ from tiny import SAM, tiny
 
 import sca
 from sca.nn.two_way import TwoWayTransformer
-from sca.plan import _layer_signature, _most, _Stages, plan
+from sca.plan import _layer_signature, _most, plan
 from sca.plan_cache import LIMIT
+from sca.stage_costs import Stages
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -122,7 +123,7 @@ def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
     found = plan(spec, regions=5, words=WORDS)
     quick = len(calls)
-    monkeypatch.setattr(_Stages, "count_once", lambda self, run, *_: run)
+    monkeypatch.setattr(Stages, "count_once", lambda self, run, *_: run)
     assert plan(spec, regions=5, words=WORDS) == found
     assert quick < 0.8 * (len(calls) - quick)
 

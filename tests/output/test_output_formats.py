@@ -12,8 +12,9 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io import masks
 from sca.io.annotations.brush import pack, unpack
 from sca.output import FORMATS, Writers
+from sca.output.captioned import ReadError
 from sca.output.outline import fill, polygons
-from sca.output.read import ReadError, read_captions
+from sca.output.read import read_captions
 
 READ = {
     "jsonl": "captions.jsonl",

@@ -13,7 +13,7 @@ from tiny import tiny
 import sca
 from sca.checkpoints.export import write_published
 from sca.checkpoints.layout import CheckpointError
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 from sca.language_models.hf import HfLanguageModel
 
 HEADS, WIDTH = tiny("phi")["num_attention_heads"], tiny("phi")["hidden_size"]

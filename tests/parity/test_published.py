@@ -14,7 +14,7 @@ from sca_registry.spec import Part
 import sca
 from sca.checkpoints.export import with_sources, write_language_model, write_published
 from sca.checkpoints.layout import CheckpointError
-from sca.io.hub import HubError
+from sca.io.weight_files import HubError
 
 
 @pytest.fixture(scope="module")

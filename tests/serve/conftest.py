@@ -1,4 +1,4 @@
-"""The shipped model behind an engine, in this process and behind a real socket."""
+"""The shipped model behind a scheduler, in this process and behind a real socket."""
 
 import base64
 import io
@@ -20,12 +20,12 @@ def tiny():
 
 
 @pytest.fixture
-def engine(tiny):
-    from sca.serve.engine import Engine
+def scheduler(tiny):
+    from sca.serve.scheduler import RequestScheduler
 
-    engine = Engine(tiny)
-    yield engine
-    engine.close()
+    scheduler = RequestScheduler(tiny)
+    yield scheduler
+    scheduler.close()
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +55,12 @@ def client(tiny):
     from fastapi.testclient import TestClient
 
     from sca.serve.app import application
-    from sca.serve.engine import Engine
+    from sca.serve.scheduler import RequestScheduler
 
     opened = []
 
     def make(limits=None, root_path="", keys=(), **options):
-        app = application(Engine(tiny, **options), "sca-tiny", limits, root_path=root_path, keys=keys)
+        app = application(RequestScheduler(tiny, **options), "sca-tiny", limits, root_path=root_path, keys=keys)
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)
@@ -75,17 +75,17 @@ def client(tiny):
 def served(tiny):
     """`served(limits)` is the address of a server on loopback; `served.stop()` ends it."""
     from sca.serve.app import application
-    from sca.serve.engine import Engine
+    from sca.serve.scheduler import RequestScheduler
     from sca.serve.schema import Limits
     from sca.serve.server import make_server
 
     running = []
 
     def start(limits=None, captioner=tiny, **options):
-        door, limits, engine = socket.socket(), limits or Limits(), Engine(captioner, **options)
+        door, limits, scheduler = socket.socket(), limits or Limits(), RequestScheduler(captioner, **options)
         door.bind(("127.0.0.1", 0))
-        app = application(engine, "sca-tiny", limits, hosts=())
-        server = make_server(app, engine, seconds=limits.seconds, connections=limits.connections, log=False)
+        app = application(scheduler, "sca-tiny", limits, hosts=())
+        server = make_server(app, scheduler, seconds=limits.seconds, connections=limits.connections, log=False)
         thread = threading.Thread(target=server.run, args=([door],), daemon=True)
         thread.start()
         while not server.started:

@@ -13,8 +13,9 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
-from sca.serve.engine import BusyError, Engine
+from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import Limits
+from sca.serve.tickets import BusyError
 
 BOX = [{"box": [0, 0, 9, 9]}]
 
@@ -148,11 +149,11 @@ def test_defaults_of_a_checkpoint_are_bounded_by_the_limits_of_the_server(client
     monkeypatch.setattr(tiny.model, "spec", spec)
     questions = []
 
-    def refuse(engine, question, tell):
+    def refuse(scheduler, question, tell):
         questions.append(question)
         raise BusyError("full")
 
-    monkeypatch.setattr(Engine, "ask", refuse)
+    monkeypatch.setattr(RequestScheduler, "ask", refuse)
     same = client()
     for fields in ({"everything": True}, {"prompts": BOX, "max_new_tokens": 5}):
         assert same.post("/v1/captions", json=asked(**fields)).status_code == 503
@@ -264,7 +265,7 @@ def test_health_is_503_once_the_server_ends_or_the_model_has_stopped(client, ask
     assert told.json()["error"]["message"] == "the model has stopped working; restart the server"
     assert (dead.get("/health").status_code, dead.get("/health").json()["status"]) == (503, "down")
     draining = client()
-    draining.app.state.engine.drain(60)
+    draining.app.state.scheduler.drain(60)
     assert (draining.get("/health").status_code, draining.get("/health").json()["status"]) == (503, "draining")
 
 

@@ -9,10 +9,10 @@ import torch
 from sca_registry.contracts import Caption, Prompt
 
 from sca.serve import service as module
-from sca.serve.engine import Done, NoRoomError, Question
 from sca.serve.memory import BudgetError, ByteBudget, is_out_of_memory
 from sca.serve.schema import Limits
 from sca.serve.service import Service
+from sca.serve.tickets import Done, NoRoomError, Question
 
 MIB = 2**20
 
@@ -73,8 +73,8 @@ def request_of():
 
 
 @pytest.fixture
-def service(engine):
-    service = Service(engine, "sca-tiny", Limits())
+def service(scheduler):
+    service = Service(scheduler, "sca-tiny", Limits())
     yield service
     service.close()
 
@@ -99,7 +99,7 @@ def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(servic
         told.set()
         return SimpleNamespace(cancel=lambda: None)
 
-    monkeypatch.setattr(service.engine, "ask", ask)
+    monkeypatch.setattr(service.scheduler, "ask", ask)
     budget = ByteBudget(2 * MIB)
     request = request_of(budget)
 

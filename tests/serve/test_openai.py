@@ -12,9 +12,10 @@ from sca_registry.contracts import Prompt
 from sca.captioners.regions import RegionCaptioner
 from sca.cli import run
 from sca.serve.chat import NEUTRAL, WITHOUT_EFFECT
-from sca.serve.engine import Engine, Question, Ticket
 from sca.serve.root_path import check_root_path
+from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import Limits
+from sca.serve.tickets import Question, Ticket
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX = (10.0, 12.0, 60.0, 70.0)
@@ -126,7 +127,7 @@ def test_an_error_of_the_server_is_an_error_object(client, user, tiny, monkeypat
     response = same.post("/v1/chat/completions", json={"messages": [user()]})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
-    same.app.state.engine.drain(0)
+    same.app.state.scheduler.drain(0)
     response = same.post("/v1/chat/completions", json={"messages": [user()]})
     assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
 
@@ -220,15 +221,15 @@ def test_n_is_1_whatever_the_checkpoint_has_as_default(ask, user, tiny, monkeypa
     assert told["usage"]["completion_tokens"] < 20
 
 
-def test_captions_of_a_region_count_in_what_a_turn_may_cost(engine, scene):
+def test_captions_of_a_region_count_in_what_a_turn_may_cost(scheduler, scene):
     def cost(**generation):
         prompt = Prompt(box=BOX)
         ticket = Ticket(Question(scene.image, [prompt], generation=generation, masks=False), lambda _: None)
-        return Engine._costs(engine, ticket)(prompt)
+        return RequestScheduler._costs(scheduler, ticket)(prompt)
 
     assert cost(sample=True, captions=16) == 16 * cost(sample=True)
     assert cost(beams=16, captions=16) == 16 * cost()
-    assert cost(sample=True, seed=1) == engine.regions, "seeded regions are captioned one at a time"
+    assert cost(sample=True, seed=1) == scheduler.regions, "seeded regions are captioned one at a time"
 
 
 @pytest.mark.parametrize(

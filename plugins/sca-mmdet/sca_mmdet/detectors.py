@@ -13,7 +13,8 @@ import torch
 from sca_registry.messages import suggestion
 from torch import nn
 
-from sca.io.hub import local_file, reading
+from sca.io.hub import local_file
+from sca.io.weight_files import reading
 from sca_mmdet.operators import prepare, refuse_compiled
 
 if TYPE_CHECKING:

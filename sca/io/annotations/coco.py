@@ -38,7 +38,7 @@ def read_annotation(
         field = "segmentation"
         mask = _read_mask_with_area(segmentation, size, place, skip) if size else None
         if box is None and segmentation:
-            count = _ignore if size else partial(_count, skip, place)
+            count = (lambda reason: None) if size else partial(_count, skip, place)  # counted with the mask
             box = masks.box_of(mask) if mask else bound_segmentation(segmentation, count)
     except ValueError as error:
         raise AnnotationError(f"{place}, {field!r}: {error}") from error
@@ -70,10 +70,6 @@ def _read_mask_with_area(value: Any, size: Size, place: str, skip: Skip) -> dict
 
 def _count(skip: Skip, place: str, reason: str) -> None:
     skip(reason, place)
-
-
-def _ignore(reason: str) -> None:
-    """Count nothing: it is counted already."""
 
 
 def name_categories(content: Mapping[str, Any]) -> dict[str, str]:

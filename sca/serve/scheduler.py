@@ -1,7 +1,7 @@
 """One model for many clients: what they ask for at the same time is answered together.
 
-    engine = Engine(captioner)
-    ticket = engine.ask(Question(image, prompts), tell=print)
+    scheduler = RequestScheduler(captioner)
+    ticket = scheduler.ask(Question(image, prompts), tell=print)
     ticket.cancel()
 
 A thread of its own owns the model and works in short turns. A turn takes some regions of everybody who waits and asks
@@ -12,27 +12,39 @@ lately keep their features.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
-from PIL import Image
-from sca_registry.contracts import Caption, Captioner, Prompt
-from sca_registry.spec import GENERATION, Everything
+from sca_registry.contracts import Captioner, Prompt
+from sca_registry.spec import GENERATION
 
-from sca.inference.automatic import Searched, search_everything
+from sca.inference.automatic import search_everything
 from sca.inference.batch import answer_requests
-from sca.inference.engine import Encoded, Mask, MaskEngine
+from sca.inference.engine import Encoded, MaskEngine
 from sca.io.masks import box_of
+from sca.serve.feature_store import FeatureStore
 from sca.serve.memory import is_out_of_memory, release_memory
+from sca.serve.tickets import (
+    BusyError,
+    Candidates,
+    CannotError,
+    ClosedError,
+    Done,
+    Event,
+    Found,
+    LateError,
+    NoRoomError,
+    Question,
+    SchedulerError,
+    Ticket,
+)
 
 log = logging.getLogger("sca.serve")
 
@@ -45,120 +57,7 @@ POINTS = 32  # of a prompt that cost as much as a region
 PIXELS = 2**22  # of a mask that cost as much as a region
 
 
-class EngineError(Exception):
-    """A question that got no answer; the message says why."""
-
-
-class BusyError(EngineError):
-    """Too much waits already."""
-
-
-class LateError(EngineError):
-    """The time that a question had is over."""
-
-
-class NoRoomError(EngineError):
-    """The answer does not fit into memory."""
-
-
-class CannotError(EngineError, ValueError):
-    """The model is not of the kind that could answer."""
-
-
-class ClosedError(EngineError):
-    """The engine answers no more: it was closed, or its thread has died."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of one picture: its `prompts` as `sca.io.prompts.check` gives them, or all that is found with
-    `everything`.
-
-    generation: settings as `Predictor.predict` takes them. masks: whether they are wanted of `prompts`, too.
-    candidates: whether all masks that a prompt may mean are wanted besides. seconds: how long the answer may take.
-    client: who asks; clients take turns. max_regions: Maximum regions of `everything`, best first.
-    """
-
-    image: Image.Image
-    prompts: Sequence[Prompt] = ()
-    everything: Everything | None = None
-    task: str = "caption"
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    masks: bool = True
-    candidates: bool = False
-    seconds: float = math.inf
-    client: str = ""
-    max_regions: int | None = None
-
-
-class Found(NamedTuple):
-    """So many regions are to be captioned."""
-
-    regions: int
-
-
-class Candidates(NamedTuple):
-    """All masks that a region may have, the best first."""
-
-    region: int
-    masks: list[Mask]
-
-
-class Done(NamedTuple):
-    """All regions are answered."""
-
-    regions: int
-
-
-Event = Found | Searched | Caption | Candidates | Done | EngineError
-
-
-class Ticket:
-    """A question that waits or is being answered. `tell` is called in the engine's thread: with `Found`, the captions
-    as they are there, and at last `Done` or an `EngineError`; with `Searched` while everything is looked for.
-    """
-
-    def __init__(self, question: Question, tell: Callable[[Event], None]):
-        self.question, self.tell = question, tell
-        self.digest = _digest(question.image)
-        self.prompts = list(question.prompts)
-        self.masks: list[Mask] | None = None  # of what was found
-        self.search = question.everything is not None
-        self.steps: Generator[Searched, None, tuple[list[Mask], list[Prompt]]] | None = None  # of a search that runs
-        self.looked_at: Searched | None = None
-        self.turns = self.answered = 0
-        self.deadline = time.monotonic() + question.seconds
-        self.cancelled = False
-
-    @property
-    def left(self) -> int:
-        """Regions without an answer."""
-        return len(self.prompts) - self.answered
-
-    @property
-    def waiting(self) -> int:
-        """Places taken in the queue: regions without an answer, or one if they have to be found first."""
-        if self.cancelled:
-            return 0
-        return 1 if self.question.everything is not None else self.left
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Tickets of one kind can be answered together."""
-        asked = self.question
-        return asked.task, tuple(sorted(asked.generation.items())), self.to_mask, asked.candidates
-
-    @property
-    def to_mask(self) -> bool:
-        """Whether masks are still to be made."""
-        return self.masks is None and self.question.masks
-
-    def cancel(self) -> None:
-        """Nothing more is computed or told."""
-        self.cancelled = True
-
-
-class Engine:
+class RequestScheduler:
     """Answers questions with a captioner, in turns.
 
     Args:
@@ -190,7 +89,7 @@ class Engine:
         self._served: dict[str, int] = {}  # the last turn of each client who waits
         self._there = threading.Condition()
         self._draining = self._closed = self._dead = False
-        self._thread = threading.Thread(target=self._work, name="sca-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="sca-scheduler", daemon=True)
         self._thread.start()
 
     @property
@@ -231,13 +130,13 @@ class Engine:
         return ticket
 
     def events(self, question: Question) -> Iterator[Event]:
-        """What is told of a question, up to `Done`; an EngineError is raised. Whoever stops listening has left."""
+        """What is told of a question, up to `Done`; a SchedulerError is raised. Whoever stops listening has left."""
         told: SimpleQueue[Event] = SimpleQueue()
         ticket = self.ask(question, told.put)
         try:
             while True:
                 event = told.get()
-                if isinstance(event, EngineError):
+                if isinstance(event, SchedulerError):
                     raise event
                 yield event
                 if isinstance(event, Done):
@@ -246,7 +145,7 @@ class Engine:
             ticket.cancel()
 
     def drain(self, seconds: float) -> None:
-        """Accept no more questions; those accepted are answered for at most `seconds`, then the engine is closed."""
+        """Accept no more questions; those accepted are answered for at most `seconds`, then the scheduler is closed."""
         with self._there:
             self._draining = True
         closing = threading.Timer(seconds, self.close)
@@ -358,7 +257,7 @@ class Engine:
                     self._make([ticket])
                 return
             (ticket,) = turn
-            _end(ticket, _to_engine_error(error))
+            _end(ticket, _to_scheduler_error(error))
 
     def _search(self, ticket: Ticket) -> None:
         """Continue the search of a ticket for at most SEARCH_SECONDS."""
@@ -471,32 +370,6 @@ class Engine:
         return Encoded(shown, features, [frame for encoded in each for frame in encoded.frames])
 
 
-class FeatureStore:
-    """What an encoder has made of the images seen last, without the images: at most so many bytes of it."""
-
-    def __init__(self, limit: int):
-        self.limit, self.held, self.hits, self.misses = limit, 0, 0, 0
-        self._kept: OrderedDict[str, Encoded] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, digest: str) -> Encoded | None:
-        found = self._kept.get(digest)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(digest)
-        return found
-
-    def put(self, digest: str, encoded: Encoded) -> None:
-        self._kept[digest] = encoded
-        self.held += _size(encoded)
-        while self.held > self.limit:
-            self.held -= _size(self._kept.popitem(last=False)[1])
-
-
 def _tell(ticket: Ticket, event: Event) -> None:
     if ticket.cancelled:
         return
@@ -506,23 +379,23 @@ def _tell(ticket: Ticket, event: Event) -> None:
         ticket.cancel()
 
 
-def _end(ticket: Ticket, error: EngineError) -> None:
+def _end(ticket: Ticket, error: SchedulerError) -> None:
     """End a ticket without an answer: the error is its last event."""
     _tell(ticket, error)
     ticket.cancel()
     ticket.steps = None
 
 
-def _to_engine_error(error: Exception) -> EngineError:
+def _to_scheduler_error(error: Exception) -> SchedulerError:
     """What may be said of an error; a defect is for the log."""
-    if isinstance(error, EngineError):
+    if isinstance(error, SchedulerError):
         return error
     if is_out_of_memory(error):
         return NoRoomError("not enough memory: ask for fewer regions or beams")
     if isinstance(error, ValueError):  # what the library raises for what was asked
         return CannotError(str(error))
     log.exception("a question could not be answered", exc_info=error)
-    return EngineError("the model failed; the server's log says how")
+    return SchedulerError("the model failed; the server's log says how")
 
 
 def _one(encoded: Encoded, place: int) -> Encoded:
@@ -530,16 +403,3 @@ def _one(encoded: Encoded, place: int) -> Encoded:
     if encoded.features is None:
         return Encoded((), None, ())
     return Encoded((), encoded.features[place : place + 1].clone(), [encoded.frames[place]])
-
-
-def _size(encoded: Encoded) -> int:
-    return 0 if encoded.features is None else encoded.features.nbytes
-
-
-def _digest(image: Image.Image) -> str:
-    """Of an image's pixels, a strip at a time."""
-    digest = hashlib.sha256(repr((image.size, image.mode)).encode())
-    rows = max(1, 2**22 // image.width)
-    for top in range(0, image.height, rows):
-        digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
-    return digest.hexdigest()

@@ -9,21 +9,20 @@ from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import Everything
 
 import sca
-from sca.inference.automatic import caption_everything
-from sca.serve import engine as module
-from sca.serve.engine import (
+from sca.inference.automatic import Searched, caption_everything
+from sca.serve import scheduler as module
+from sca.serve.feature_store import FeatureStore
+from sca.serve.scheduler import RequestScheduler
+from sca.serve.tickets import (
     BusyError,
     CannotError,
     ClosedError,
     Done,
-    Engine,
-    EngineError,
-    FeatureStore,
     Found,
     LateError,
     NoRoomError,
     Question,
-    Searched,
+    SchedulerError,
 )
 
 
@@ -35,7 +34,7 @@ class Listener:
 
     def __call__(self, event):
         self.events.append(event)
-        if isinstance(event, Done | EngineError):
+        if isinstance(event, Done | SchedulerError):
             self.ended.set()
 
     @property
@@ -69,10 +68,10 @@ def held(tiny):
     held.go.set()
 
 
-def occupy(engine, held, question):
+def occupy(scheduler, held, question):
     """A question that is being answered; what is asked from now on waits."""
     listener = Listener()
-    engine.ask(question, listener)
+    scheduler.ask(question, listener)
     assert held.busy.wait(60)
     return listener
 
@@ -86,24 +85,24 @@ def told(captions):
 
 
 def test_questions_that_wait_together_are_answered_together_as_if_each_was_alone(tiny, held, scene):
-    engine = Engine(held, regions=64)
+    scheduler = RequestScheduler(held, regions=64)
     prompts = boxes(scene)
-    first = occupy(engine, held, Question(scene.image, prompts))
+    first = occupy(scheduler, held, Question(scene.image, prompts))
     listeners = [Listener() for _ in range(5)]
     pictures = [scene.image, scene.image.transpose(0)]
     for number, listener in enumerate(listeners):
-        engine.ask(Question(pictures[number % 2], prompts[: number + 1]), listener)
+        scheduler.ask(Question(pictures[number % 2], prompts[: number + 1]), listener)
     held.go.set()
     for number, listener in enumerate(listeners):
         assert told(listener.captions) == told(tiny.describe(pictures[number % 2], prompts[: number + 1]))
     assert told(first.captions) == told(tiny.describe(scene.image, prompts))
     assert held.asked[1:] == [[1, 2, 3, 4, min(5, len(prompts))]]
     assert held.encoded == 2, "each picture once"
-    engine.close()
+    scheduler.close()
 
 
 def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
-    engine = Engine(held, regions=4)
+    scheduler = RequestScheduler(held, regions=4)
     order, ended = [], [threading.Event(), threading.Event()]
 
     def listen(number):
@@ -114,29 +113,29 @@ def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
 
         return tell
 
-    engine.ask(Question(scene.image, boxes(scene) * 10), listen(0))
-    engine.ask(Question(scene.image, boxes(scene)[:2]), listen(1))
+    scheduler.ask(Question(scene.image, boxes(scene) * 10), listen(0))
+    scheduler.ask(Question(scene.image, boxes(scene)[:2]), listen(1))
     held.go.set()
     assert all(each.wait(60) for each in ended)
     assert len(order) - 1 - order[::-1].index(1) < len(order) / 2
     assert max(sum(each) for each in held.asked) <= 4
-    engine.close()
+    scheduler.close()
 
 
 def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, scene, monkeypatch):
-    monkeypatch.setattr("sca.serve.engine.SEARCH_SECONDS", 0.0)
-    engine, order = Engine(tiny), []
+    monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
+    scheduler, order = RequestScheduler(tiny), []
     search, options = Listener(), Everything(**{**vars(tiny.everything), "points": 32})
-    engine.ask(Question(scene.image, everything=options), lambda event: (order.append("search"), search(event)))
+    scheduler.ask(Question(scene.image, everything=options), lambda event: (order.append("search"), search(event)))
     for number in range(5):
         short = Listener()
-        engine.ask(Question(scene.image, boxes(scene)[:1]), short)
+        scheduler.ask(Question(scene.image, boxes(scene)[:1]), short)
         assert short.captions
         order.append(number)
     assert not search.ended.is_set()
     assert "search" in order[: order.index(3)], "it goes on meanwhile"
     assert told(search.captions) == told(alone(tiny, scene.image, options))
-    engine.close()
+    scheduler.close()
 
 
 def alone(captioner, image, options):
@@ -146,75 +145,75 @@ def alone(captioner, image, options):
 
 
 def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
-    engine = Engine(tiny)
+    scheduler = RequestScheduler(tiny)
     options = Everything(**{**vars(tiny.everything), "points": 24})
     images = [scene.image, scene.image.transpose(0), scene.image.transpose(1)]
     expected = [told(alone(tiny, image, options)) for image in images]
     listeners = [Listener() for _ in images]
     for image, listener in zip(images, listeners, strict=True):
-        engine.ask(Question(image, everything=options), listener)
+        scheduler.ask(Question(image, everything=options), listener)
     assert [told(listener.captions) for listener in listeners] == expected
-    engine.close()
+    scheduler.close()
 
 
 def test_a_search_that_finds_too_much_is_refused(tiny, scene):
-    engine, listener = Engine(tiny, max_found=3), Listener()
+    scheduler, listener = RequestScheduler(tiny, max_found=3), Listener()
     options = Everything(points=8, iou=0.0, stability=0.0, nms=1.0)
-    engine.ask(Question(scene.image, everything=options), listener)
+    scheduler.ask(Question(scene.image, everything=options), listener)
     assert listener.captions == []
     assert "more than 3 regions were found" in str(listener.events[-1])
-    engine.close()
+    scheduler.close()
 
 
 def test_a_search_with_too_many_masks_is_refused(tiny, scene, monkeypatch):
     assert module.SEARCHES * module.SEARCH_BYTES <= 512 * 2**20
     monkeypatch.setattr(module, "SEARCH_BYTES", 2**16)
-    engine, listener = Engine(tiny), Listener()
-    engine.ask(Question(scene.image, everything=Everything(points=16, iou=0.0, stability=0.0)), listener)
+    scheduler, listener = RequestScheduler(tiny), Listener()
+    scheduler.ask(Question(scene.image, everything=Everything(points=16, iou=0.0, stability=0.0)), listener)
     assert listener.captions == []
     assert "too many masks pass the filters" in str(listener.events[-1])
-    engine.close()
+    scheduler.close()
 
 
-def test_releasing_memory_does_not_block_the_engine(tiny, scene, monkeypatch):
+def test_releasing_memory_does_not_block_the_scheduler(tiny, scene, monkeypatch):
     releasing, go = threading.Event(), threading.Event()
     monkeypatch.setattr(module, "release_memory", lambda: releasing.set() or go.wait(60))
-    engine, listener = Engine(tiny), Listener()
-    engine.ask(Question(scene.image, boxes(scene)[:1]), listener)
+    scheduler, listener = RequestScheduler(tiny), Listener()
+    scheduler.ask(Question(scene.image, boxes(scene)[:1]), listener)
     assert listener.captions
     assert releasing.wait(30)
-    looking = threading.Thread(target=lambda: engine.queued, daemon=True)
+    looking = threading.Thread(target=lambda: scheduler.queued, daemon=True)
     looking.start()
     looking.join(5)
     waited = looking.is_alive()
     go.set()
     assert not waited
-    engine.close()
+    scheduler.close()
 
 
 def test_who_has_had_no_turn_alternates_with_others_and_clients_take_turns(held, scene):
     """Each question has a kind of its own, so that each turn is of one."""
-    engine, order = Engine(held, regions=1), []
+    scheduler, order = RequestScheduler(held, regions=1), []
     prompts = boxes(scene)[:1]
 
     def ask(name, client, words, count=1):
         question = Question(scene.image, prompts * count, generation={"max_new_tokens": words}, client=client)
-        engine.ask(question, lambda event: order.append(name) if isinstance(event, Caption) else None)
+        scheduler.ask(question, lambda event: order.append(name) if isinstance(event, Caption) else None)
 
-    occupy(engine, held, Question(scene.image, prompts))
+    occupy(scheduler, held, Question(scene.image, prompts))
     ask("long", "heavy", 4, count=4)
     for number in range(3):
         ask(f"heavy {number}", "heavy", 5 + number)
     ask("light", "light", 9)
     held.go.set()
     deadline = time.monotonic() + 60
-    while engine.queued and time.monotonic() < deadline:
+    while scheduler.queued and time.monotonic() < deadline:
         time.sleep(0.01)
     assert order[:3] == ["long", "long", "light"], "after one new question of the other client"
     news, longs = [[place for place, name in enumerate(order) if (name == "long") is kind] for kind in (False, True)]
     assert all(later - before <= 2 for before, later in pairwise(news[1:]))
     assert longs[1] < news[-1], "who has had a turn goes on meanwhile"
-    engine.close()
+    scheduler.close()
 
 
 @pytest.mark.parametrize(
@@ -222,36 +221,36 @@ def test_who_has_had_no_turn_alternates_with_others_and_clients_take_turns(held,
     [({}, [8]), ({"generation": {"beams": 4}}, [2] * 4), ({"generation": {"max_new_tokens": 80}}, [2] * 4)],
 )
 def test_regions_that_cost_more_are_fewer_in_a_turn(held, scene, more, sizes):
-    engine, listener = Engine(held, regions=8), Listener()
+    scheduler, listener = RequestScheduler(held, regions=8), Listener()
     held.go.set()
-    engine.ask(Question(scene.image, boxes(scene)[:1] * 8, **more), listener)
+    scheduler.ask(Question(scene.image, boxes(scene)[:1] * 8, **more), listener)
     assert len(listener.captions) == 8
     assert [sum(each) for each in held.asked] == sizes
-    engine.close()
+    scheduler.close()
 
 
 def test_points_and_large_masks_make_a_turn_shorter(held, scene):
-    engine, listeners = Engine(held, regions=8), [Listener(), Listener()]
+    scheduler, listeners = RequestScheduler(held, regions=8), [Listener(), Listener()]
     held.go.set()
     many = Prompt(points=((3.0, 3.0, 1),) * 256)
-    engine.ask(Question(scene.image, [many] * 3), listeners[0])
+    scheduler.ask(Question(scene.image, [many] * 3), listeners[0])
     assert len(listeners[0].captions) == 3
     large = scene.image.resize((4096, 4096))
-    engine.ask(Question(large, [Prompt(box=(0.0, 0.0, 9.0, 9.0))] * 4, masks=True), listeners[1])
+    scheduler.ask(Question(large, [Prompt(box=(0.0, 0.0, 9.0, 9.0))] * 4, masks=True), listeners[1])
     assert len(listeners[1].captions) == 4
     assert [sum(each) for each in held.asked] == [1, 1, 1, 1, 1, 1, 1]
-    engine.close()
+    scheduler.close()
 
 
 def test_long_questions_leave_room_in_the_queue(held, scene):
-    engine = Engine(held, waiting=200)
-    occupy(engine, held, Question(scene.image, boxes(scene)[:1]))
-    engine.ask(Question(scene.image, boxes(scene)[:1] * 140), Listener())
+    scheduler = RequestScheduler(held, waiting=200)
+    occupy(scheduler, held, Question(scene.image, boxes(scene)[:1]))
+    scheduler.ask(Question(scene.image, boxes(scene)[:1] * 140), Listener())
     with pytest.raises(BusyError):
-        engine.ask(Question(scene.image, boxes(scene)[:1] * 65), Listener())
-    engine.ask(Question(scene.image, boxes(scene)[:1] * 50), Listener())
+        scheduler.ask(Question(scene.image, boxes(scene)[:1] * 65), Listener())
+    scheduler.ask(Question(scene.image, boxes(scene)[:1] * 50), Listener())
     held.go.set()
-    engine.close()
+    scheduler.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -262,50 +261,50 @@ def test_when_the_worker_dies_who_waits_is_told_and_nobody_is_let_in(held, scene
         raise SystemExit
 
     held.answer = answer
-    engine = Engine(held)
-    listeners = [occupy(engine, held, Question(scene.image, boxes(scene))), Listener()]
-    engine.ask(Question(scene.image, boxes(scene), task="recognition"), listeners[1])
+    scheduler = RequestScheduler(held)
+    listeners = [occupy(scheduler, held, Question(scene.image, boxes(scene))), Listener()]
+    scheduler.ask(Question(scene.image, boxes(scene), task="recognition"), listeners[1])
     held.go.set()
     for listener in listeners:
         assert listener.captions == []
         assert isinstance(listener.events[-1], ClosedError)
         assert "the model has stopped working; restart the server" in str(listener.events[-1])
-    assert (engine.alive, engine.state) == (False, "down")
+    assert (scheduler.alive, scheduler.state) == (False, "down")
     with pytest.raises(ClosedError, match="restart the server"):
-        engine.ask(Question(scene.image, boxes(scene)), Listener())
+        scheduler.ask(Question(scene.image, boxes(scene)), Listener())
     assert "SystemExit" in caplog.text
-    engine.close()
+    scheduler.close()
 
 
-def test_a_draining_engine_answers_who_waits_and_takes_no_more(held, scene):
-    engine = Engine(held)
-    listeners = [occupy(engine, held, Question(scene.image, boxes(scene)[:1])), Listener()]
-    engine.ask(Question(scene.image, boxes(scene)[:2], task="recognition"), listeners[1])
-    engine.drain(30)
-    assert engine.state == "draining"
+def test_a_draining_scheduler_answers_who_waits_and_takes_no_more(held, scene):
+    scheduler = RequestScheduler(held)
+    listeners = [occupy(scheduler, held, Question(scene.image, boxes(scene)[:1])), Listener()]
+    scheduler.ask(Question(scene.image, boxes(scene)[:2], task="recognition"), listeners[1])
+    scheduler.drain(30)
+    assert scheduler.state == "draining"
     with pytest.raises(ClosedError, match="shutting down"):
-        engine.ask(Question(scene.image, boxes(scene)), Listener())
+        scheduler.ask(Question(scene.image, boxes(scene)), Listener())
     held.go.set()
     assert [len(listener.captions) for listener in listeners] == [1, 2]
-    engine.close()
+    scheduler.close()
 
 
 def test_settings_that_differ_are_not_mixed(tiny, held, scene):
-    engine = Engine(held)
+    scheduler = RequestScheduler(held)
     prompts = boxes(scene)
     listeners = {task: Listener() for task in ("caption", "recognition")}
-    occupy(engine, held, Question(scene.image, prompts[:1]))
+    occupy(scheduler, held, Question(scene.image, prompts[:1]))
     for task, listener in listeners.items():
-        engine.ask(Question(scene.image, prompts, task=task), listener)
+        scheduler.ask(Question(scene.image, prompts, task=task), listener)
     held.go.set()
     for task, listener in listeners.items():
         assert told(listener.captions) == told(tiny.describe(scene.image, prompts, task))
-    engine.close()
+    scheduler.close()
 
 
-def test_everything_is_found_and_captioned_as_without_a_server(tiny, engine, scene):
+def test_everything_is_found_and_captioned_as_without_a_server(tiny, scheduler, scene):
     listener, options = Listener(), Everything(**{**vars(tiny.everything), "points": 12})
-    engine.ask(Question(scene.image, everything=options), listener)
+    scheduler.ask(Question(scene.image, everything=options), listener)
     captions = listener.captions
     assert told(captions) == told(alone(tiny, scene.image, options))
     kinds = [type(event) for event in listener.events]
@@ -315,33 +314,33 @@ def test_everything_is_found_and_captioned_as_without_a_server(tiny, engine, sce
 
 
 def test_nothing_is_computed_for_who_has_left(held, scene):
-    engine = Engine(held)
-    occupy(engine, held, Question(scene.image, boxes(scene)[:1]))
+    scheduler = RequestScheduler(held)
+    occupy(scheduler, held, Question(scene.image, boxes(scene)[:1]))
     left = Listener()
-    engine.ask(Question(scene.image, boxes(scene)), left).cancel()
+    scheduler.ask(Question(scene.image, boxes(scene)), left).cancel()
     last = Listener()
-    engine.ask(Question(scene.image, boxes(scene)[:2]), last)
+    scheduler.ask(Question(scene.image, boxes(scene)[:2]), last)
     held.go.set()
     assert len(last.captions) == 2
     assert sum(map(sum, held.asked)) == 3
     assert left.events == []
-    assert engine.queued == 0
-    engine.close()
+    assert scheduler.queued == 0
+    scheduler.close()
 
 
 def test_too_many_are_sent_away_and_late_ones_told(held, scene):
-    engine = Engine(held, waiting=10)
+    scheduler = RequestScheduler(held, waiting=10)
     late = Listener()
-    first = occupy(engine, held, Question(scene.image, boxes(scene)[:1] * 8))
-    engine.ask(Question(scene.image, boxes(scene)[:2], seconds=0.01), late)
+    first = occupy(scheduler, held, Question(scene.image, boxes(scene)[:1] * 8))
+    scheduler.ask(Question(scene.image, boxes(scene)[:2], seconds=0.01), late)
     with pytest.raises(BusyError, match="10 regions wait, and at most 10 may"):
-        engine.ask(Question(scene.image, boxes(scene)[:1]), Listener())
+        scheduler.ask(Question(scene.image, boxes(scene)[:1]), Listener())
     time.sleep(0.1)
     held.go.set()
     assert late.captions == []
     assert isinstance(late.events[-1], LateError)
     assert len(first.captions) == 8
-    engine.close()
+    scheduler.close()
 
 
 def test_what_fails_by_itself_does_not_keep_others_from_an_answer(tiny, held, scene, caplog):
@@ -357,33 +356,33 @@ def test_what_fails_by_itself_does_not_keep_others_from_an_answer(tiny, held, sc
         return tiny.answer(encoded, requests, task, **settings)
 
     held.answer = answer
-    engine = Engine(held)
+    scheduler = RequestScheduler(held)
     one = boxes(scene)[:1]
-    listeners = [occupy(engine, held, Question(scene.image, one)), *(Listener() for _ in range(4))]
+    listeners = [occupy(scheduler, held, Question(scene.image, one)), *(Listener() for _ in range(4))]
     for listener, prompts in zip(listeners[1:], (one, [Prompt(points=((3, 3, 1),))], one * 3, one * 2), strict=True):
-        engine.ask(Question(scene.image, prompts), listener)
+        scheduler.ask(Question(scene.image, prompts), listener)
     held.go.set()
     assert [len(listener.captions) for listener in listeners] == [1, 1, 0, 0, 0]
     kinds = [type(listener.events[-1]) for listener in listeners]
-    assert kinds == [Done, Done, NoRoomError, EngineError, CannotError]
+    assert kinds == [Done, Done, NoRoomError, SchedulerError, CannotError]
     assert "a defect" not in str(listeners[3].events[-1])
     assert "a defect" in caplog.text
-    engine.close()
+    scheduler.close()
 
 
-def test_a_closed_engine_tells_who_waits_and_takes_no_more(held, scene):
-    engine = Engine(held)
-    listeners = [occupy(engine, held, Question(scene.image, boxes(scene)[:1])), Listener()]
-    engine.ask(Question(scene.image, boxes(scene)[:1], task="recognition"), listeners[1])
-    closing = threading.Thread(target=engine.close)
+def test_a_closed_scheduler_tells_who_waits_and_takes_no_more(held, scene):
+    scheduler = RequestScheduler(held)
+    listeners = [occupy(scheduler, held, Question(scene.image, boxes(scene)[:1])), Listener()]
+    scheduler.ask(Question(scene.image, boxes(scene)[:1], task="recognition"), listeners[1])
+    closing = threading.Thread(target=scheduler.close)
     closing.start()
     held.go.set()
     closing.join()
     assert len(listeners[0].captions) == 1
     assert isinstance(listeners[1].events[-1], ClosedError)
     with pytest.raises(ClosedError):
-        engine.ask(Question(scene.image, boxes(scene)), Listener())
-    assert not engine.alive
+        scheduler.ask(Question(scene.image, boxes(scene)), Listener())
+    assert not scheduler.alive
 
 
 def test_kept_features_are_bounded(tiny, scene):
@@ -401,17 +400,17 @@ def test_kept_features_are_bounded(tiny, scene):
     FeatureStore(0).put("a", encoded)
 
 
-def test_an_engine_keeps_no_images(tiny, scene):
-    engine, listener = Engine(tiny), Listener()
-    engine.ask(Question(scene.image, boxes(scene)[:1]), listener)
+def test_a_scheduler_keeps_no_images(tiny, scene):
+    scheduler, listener = RequestScheduler(tiny), Listener()
+    scheduler.ask(Question(scene.image, boxes(scene)[:1]), listener)
     assert listener.captions
-    (kept,) = engine.features._kept.values()
+    (kept,) = scheduler.features._kept.values()
     assert kept.images == ()
-    engine.close()
+    scheduler.close()
 
 
 def test_what_regions_are_not_found_by_cannot_be_asked_for_everything(held, scene):
-    engine = Engine(held)
+    scheduler = RequestScheduler(held)
     with pytest.raises(CannotError, match="give prompts"):
-        engine.ask(Question(scene.image, everything=Everything()), Listener())
-    engine.close()
+        scheduler.ask(Question(scene.image, everything=Everything()), Listener())
+    scheduler.close()

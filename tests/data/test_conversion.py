@@ -181,7 +181,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_counts(write, tmp_path,
 def killed_after(root, log, entries):
     """Converts with two images a shard until so many entries are made, and is killed there."""
     count = f"count = globals().get('count', 0) + 1; globals()['count'] = count; count == {entries} and os.kill"
-    process = start(root, log, f"{count}(os.getpid(), signal.SIGKILL)", "import sca.data.table as t; t.SHARD = 2")
+    process = start(root, log, f"{count}(os.getpid(), signal.SIGKILL)", "import sca.data.conversion as c; c.SHARD = 2")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
@@ -190,7 +190,7 @@ def killed_after(root, log, entries):
 def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache, monkeypatch, entries):
     root = write(images=7, bbox=[-4, 5, 20, 10], iscrowd=0)
     (root / "val" / "1.png").unlink()
-    monkeypatch.setattr("sca.data.table.SHARD", 2)
+    monkeypatch.setattr("sca.data.conversion.SHARD", 2)
     whole = Coco("val", root=root)
     shutil.rmtree(cache)
     killed_after(root, tmp_path / "log", entries)
@@ -215,7 +215,7 @@ def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write,
 
 
 def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, monkeypatch):
-    monkeypatch.setattr("sca.data.table.SHARD", 2)
+    monkeypatch.setattr("sca.data.conversion.SHARD", 2)
     root, record = write(), Coco._record
     for error, kept in ((KeyboardInterrupt, 1), (RuntimeError, 0)):
 

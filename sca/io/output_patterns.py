@@ -1,0 +1,73 @@
+"""Patterns of the files that a run writes into its folder.
+
+Patterns are relative to the folder, such as `captions.jsonl`, `*.captions.png` and `checkpoint-#/*`, where `#` matches
+a decimal number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import translate
+from functools import cache
+from glob import escape, glob
+from pathlib import Path
+
+NUMBER = re.compile(r"(?<!\[)#")
+
+
+def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The existing files that match patterns, sorted, without what links lead to."""
+    return [path for path in _find(folder, patterns) if path.is_symlink() or not path.is_dir()]
+
+
+def find_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The run folder and the existing folders below it that contain files of the patterns, without links."""
+    parents = {str(Path(pattern).parent) for pattern in patterns} - {"."}
+    return [folder, *(path for path in _find(folder, parents) if path.is_dir() and not path.is_symlink())]
+
+
+def _find(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The existing files and folders that match patterns, sorted, without what links lead to."""
+    patterns = tuple(patterns)
+    names = (glob(NUMBER.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
+    found = {folder / name for each in names for name in each}
+    own = [path for path in sorted(found) if is_one_of(path, folder, patterns)]
+    return [path for path in own if not any(parent.is_symlink() for parent in between(path, folder))]
+
+
+def between(path: Path, folder: Path) -> Iterator[Path]:
+    """The folders between a path and a folder above it, from the inside."""
+    for parent in path.parents:
+        if parent == folder:
+            return
+        yield parent
+
+
+def is_one_of(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
+    """Whether a pattern names a file, part by part as in `Path.glob`."""
+    return _matches_one_of(path.relative_to(folder).parts, patterns)
+
+
+def _matches_one_of(parts: tuple[str, ...], patterns: Iterable[str]) -> bool:
+    return any(
+        len(wanted) == len(parts) and all(map(re.fullmatch, map(_regex, wanted), parts))
+        for wanted in (Path(pattern).parts for pattern in patterns)
+    )
+
+
+def exact_pattern(name: str) -> str:
+    """The pattern that matches exactly one name."""
+    return escape(name).replace("#", "[#]")
+
+
+def is_declared(pattern: str, patterns: Collection[str]) -> bool:
+    """Whether a pattern is one of `patterns`, or an exact name that matches one."""
+    path = Path(re.sub(r"\[([*?[#])\]", r"\1", pattern))
+    is_exact = exact_pattern(str(path)) == pattern and not path.is_absolute() and ".." not in path.parts
+    return pattern in patterns or (is_exact and _matches_one_of(path.parts, patterns))
+
+
+@cache
+def _regex(pattern: str) -> str:
+    return translate(pattern).replace(re.escape("#"), "[0-9]+")

@@ -1,0 +1,167 @@
+"""Files in a folder of pretrained weights: tensors in one file or in shards, token ids, tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from sca.io.json import LfsPointerError, open_regular_file, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+SAFE, OLD = "model.safetensors", "pytorch_model.bin"
+OWN, SPEC = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
+ADAPTER = "adapter_config.json"  # by which transformers would fetch the weights that it names
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
+
+
+class HubError(ValueError):
+    """Weights that cannot be found, fetched or read; the message is one line that says which, why and what to do."""
+
+
+def check_regular_files(folder: Path) -> None:
+    """Raise HubError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise HubError(f"{path} is not a regular file; remove it or copy the folder again")
+
+
+def whole(folder: Path, prefix: str = "") -> bool:
+    """Whether a configuration, or the spec of a checkpoint, and all the weights that it asks for are in the folder."""
+    if (folder / SPEC).is_file():
+        return (folder / OWN).is_file()
+    return (folder / f"{prefix}config.json").is_file() and weight_files(folder, prefix) is not None
+
+
+def weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
+    """The files that hold the weights of a folder in transformers' format, in one piece or in shards; None if some are
+    not there.
+    """
+    for name in (prefix + SAFE, prefix + OLD):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            shards = [folder / shard for shard in _shards(folder / f"{name}.index.json")]
+            return shards if all(shard.is_file() for shard in shards) else None
+    return None
+
+
+def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> list[Path]:
+    """Return the weight files of a folder in transformers' format.
+
+    Args:
+        folder: The folder.
+        source: What the user called it.
+        prefix: What the names of its files begin with.
+
+    Raises:
+        HubError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
+    """
+    if (folder / ADAPTER).exists():
+        raise HubError(
+            f"{source} is a peft adapter of other weights ({ADAPTER}); merge it first: "
+            "load the base with it in peft, call merge_and_unload(), and save the result"
+        )
+    files = weight_files(folder, prefix)
+    if files is None:
+        raise HubError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+    for file in files:
+        check_is_no_pointer(file)
+    return files
+
+
+def check_is_no_pointer(file: Path) -> None:
+    """Raise HubError for a weight file that is a Git LFS pointer."""
+    try:
+        open_regular_file(file).close()
+    except LfsPointerError as error:
+        raise HubError(str(error)) from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a weight file, without running code that it may contain."""
+    import torch
+    from safetensors.torch import load_file
+
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+
+
+def read_tensor_names(file: Path) -> list[str]:
+    """Read the names of a weight file's tensors, without their content."""
+    import torch
+
+    if file.suffix != ".safetensors":
+        return list(torch.load(file, "meta", weights_only=True))
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
+    """Read the ids of special tokens from `generation_config.json`; empty if the folder has none.
+
+    Its other settings, such as a penalty for repetition or a limit of time, would change captions: these follow the
+    generation of the spec alone.
+
+    Raises:
+        HubError: An id is no number, or the file is not JSON.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    with reading(file):
+        settings = read_json(file)
+        ids = {name: settings[name] for name in TOKEN_IDS if settings.get(name) is not None}
+    for name, value in ids.items():
+        for token in value if isinstance(value, list) else [value]:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise HubError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
+    return ids
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """What libraries raise over weights or figures that do not fit, as one line. Raises HubError."""
+    try:
+        yield
+    except (HubError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # other people's files in other people's code, whose panics are no Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise HubError(f"{source} cannot be read: {reason}") from error
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise ValueError("a shard is a file in another folder")
+        return shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HubError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
+
+
+def absent(folder: Path, prefix: str = "") -> str:
+    """What a folder without whole weights lacks."""
+    for name in (prefix + SAFE, prefix + OLD):
+        if (folder / f"{name}.index.json").is_file():
+            shards = [shard for shard in _shards(folder / f"{name}.index.json") if not (folder / shard).is_file()]
+            return f"no {some(shards)}"
+    return f"neither {prefix}{SAFE} nor {prefix}{OLD}"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder contains a tokenizer of transformers."""
+    return any((folder / name).is_file() for name in TOKENIZERS)

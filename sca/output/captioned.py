@@ -1,0 +1,113 @@
+"""Images with captions, as files record them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from sca_registry.contracts import Caption
+
+from sca.io.annotations.annotation import Reject, raise_error
+from sca.io.coordinates import compare_sizes
+from sca.io.image_names import ImageFiles, find_image
+from sca.io.images import ImageError, open_image, show
+from sca.io.notices import notice_once
+
+
+class ReadError(ValueError):
+    """Captions that cannot be read; the message is one line that says which, why and what to do."""
+
+
+class Size(NamedTuple):
+    """Of a picture that need not be opened."""
+
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+
+class Captioned(NamedTuple):
+    """An image, as its records name it, with its captions in order; `embedded` opens the image that its file contains,
+    where the image's own file does not exist.
+    """
+
+    image: str
+    size: Size
+    captions: list[Caption]
+    model: str | None
+    embedded: Callable[[], Image.Image] | None = None
+
+    def open(self, roots: Sequence[Path]) -> Image.Image:
+        """Open the image, resized to `size` if its file was resized since.
+
+        Args:
+            roots: Folders that the image's name may start from.
+
+        Raises:
+            ImageError: It cannot be opened, or its aspect ratio is not that of `size`.
+        """
+        path = find_image(self.image, roots)
+        image = self.embedded() if self.embedded and not path.exists() else open_image(path)
+        return resize_to_recorded(image, self.size, self.image)
+
+
+def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image:
+    """Return an image in the size that its captions record.
+
+    Args:
+        image: The image as it is now.
+        size: What the captions record.
+        name: Of the image, for messages.
+
+    Raises:
+        ImageError: The aspect ratios differ; names both sizes.
+    """
+    if image.size == size:
+        return image
+    try:
+        compare_sizes(size, image.size)
+    except ValueError as error:
+        raise ImageError(f"{show(name)}: {error}") from error
+    actual = f"{image.width} x {image.height}"
+    notice_once(
+        "resized images",
+        f"{show(name)} is {actual}, and its captions record {size.width} x {size.height}: it is resized to that",
+    )
+    return image.resize(size)
+
+
+def merge_images(
+    captioned: Iterable[Captioned], roots: Sequence[Path], reject: Reject = raise_error
+) -> dict[str, Captioned]:
+    """Merge the captions of each image file, in whatever spelling and however often it occurs.
+
+    Args:
+        captioned: Images, in order.
+        roots: Folders that names of images may start from.
+        reject: Called for an image that states another size than before.
+
+    Returns:
+        The images by the first names of their files; captions that are added get region numbers of their own.
+    """
+    files = ImageFiles(partial(find_image, roots=roots))
+    merged: dict[str, Captioned] = {}
+    for each in captioned:
+        name = files.unify(each.image)
+        first = merged.setdefault(name, each)
+        if first is each:
+            continue
+        if first.size != each.size:
+            sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
+            reject(ReadError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
+            continue
+        start = 1 + max((caption.region for caption in first.captions), default=-1)
+        more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
+        merged[name] = first._replace(captions=[*first.captions, *more])
+    return merged
