@@ -31,12 +31,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sca.io.cache import cache_folder
 from tqdm.auto import tqdm
 
 from sca.io.annotations.annotation import EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import fit_box
 from sca.io.atomic import FolderError, sync, write_file
+from sca.io.cache import cache_folder
 from sca.io.image_names import ImageNameError, find_image, is_url
 from sca.io.images import ImageError, measure_image
 from sca.io.masks import RLE, box_of
