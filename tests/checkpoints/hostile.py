@@ -241,7 +241,7 @@ def use(folder: Path, how: str, out: Path) -> None:
         from sca.demo.app import Models
 
         models = Models("cpu", None, (), any_model=True)
-        with models.engine(str(folder)):
+        with models.scheduler(str(folder)):
             pass
         models.close()
         return
