@@ -10,6 +10,7 @@ from sca_registry import verdicts
 from sca_registry.states import keep_state
 
 from sca import repair
+from sca.io.errors import InputError
 
 WATCHED = """
 import ctypes, site, sys
@@ -127,7 +128,7 @@ def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
     assert capsys.readouterr().out == "fixed\n"
 
     def fail():
-        raise repair.RepairError("no gcc")
+        raise InputError("no gcc")
 
     monkeypatch.setattr(repair, "fix", fail)
     assert run(["doctor", "--fix"]) == 1

@@ -537,11 +537,12 @@ def _journal(
         read: Files that say what is asked of the images.
 
     Raises:
-        RunFolderError: The folder must not be written.
+        OutputError: The folder must not be written.
         ValueError: The journal there is damaged, or of a run with other options.
     """
+    from sca.io.errors import OutputError
     from sca.io.images import show
-    from sca.io.run_folder import RunFolder, RunFolderError
+    from sca.io.run_folder import RunFolder
     from sca.output import FORMATS, output_patterns
     from sca.output.journal import NAME, Journal, count_images
 
@@ -550,7 +551,7 @@ def _journal(
         earlier = folder.run
         unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
         if unfinished and not resume:
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
                 "choose another --out, or replace it with --overwrite"
             )

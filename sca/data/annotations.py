@@ -14,8 +14,9 @@ from sca.data.fields import field, read_json, table
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
-from sca.io.annotations.annotation import AnnotatedImage, AnnotationError, read_size
-from sca.io.paths import ImageFiles, ImageNameError, expand_user, measure_named_image, normalize_name
+from sca.io.annotations.annotation import AnnotatedImage, read_size
+from sca.io.errors import InputError
+from sca.io.paths import ImageFiles, expand_user, measure_named_image, normalize_name
 
 
 class Annotations(TableDataset):
@@ -42,7 +43,7 @@ class Annotations(TableDataset):
         self.file = find_split(str(expand_user(file)), split)
         files = labelme.list_files(self.file) if self.file.is_dir() else [self.file]
         if not files or not files[0].is_file():
-            raise ValueError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
+            raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
         folder = files[0].parent if images is None else expand_user(images)
         super().__init__(split, folder, files, max_bad, check_hold_out(split, hold_out))
 
@@ -104,16 +105,16 @@ class Annotations(TableDataset):
                 measure = partial(measure_named_image, roots=[self.images])
                 yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject)
                 continue
+            name = field(table(content, str(file)), "imagePath", str, str(file))
             try:
-                image = self._labelme(table(content, str(file)), file)
-            except (AnnotationError, ImageNameError) as error:
+                image = self._labelme(content, normalize_name(name), file)
+            except InputError as error:
                 self._skip_image("image without data", str(file), str(error), stop=False)
             else:
                 yield image
 
-    def _labelme(self, content: dict[str, Any], file: Path) -> AnnotatedImage:
+    def _labelme(self, content: dict[str, Any], name: str, file: Path) -> AnnotatedImage:
         """An image; one that is inside the file is named by the file."""
-        name = normalize_name(field(content, "imagePath", str, str(file)))
         path = self._path(name)
         size = labelme.find_size(content, path, str(file))
         if not path.is_file() and content.get("imageData"):

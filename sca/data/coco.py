@@ -15,6 +15,7 @@ from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import Annotation, Reject, Skip
+from sca.io.errors import InputError
 from sca.io.paths import ImageFiles, expand_user, split_name
 
 UNCATEGORIZED = "file without categories"
@@ -44,7 +45,7 @@ class Index(NamedTuple):
             path: The file.
             keys: Whole numbers that every annotation has, the first of which identifies it.
             is_named: Whether there must be categories; otherwise they are read where they are there.
-            reject: For each list what receives the ValueError of an unusable record; without one it is raised.
+            reject: For each list what receives the InputError of an unusable record; without one it is raised.
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         categories = ("categories",)
@@ -73,7 +74,7 @@ class Index(NamedTuple):
         """The name of the category of an annotation or a segment."""
         number = field(record, "category_id", int, place)
         if number not in self.names:
-            raise ValueError(f"{place}: category_id {number} has no name among the categories")
+            raise InputError(f"{place}: category_id {number} has no name among the categories")
         return self.names[number]
 
 
@@ -279,13 +280,13 @@ def read_region(record: dict[str, Any], place: str, image: dict[str, Any], skip:
         The annotation, which has a box; None, and counted, if its box and its mask are empty.
 
     Raises:
-        ValueError: If it cannot be read, or has neither a box nor a mask. One line that names it.
+        InputError: If it cannot be read, or has neither a box nor a mask. One line that names it.
     """
     region = coco.read_annotation(record, place, (image["width"], image["height"]), None, skip)
     if region.box is not None:
         return region
     if not record.get("bbox") and not record.get("segmentation"):
-        raise ValueError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
+        raise InputError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
     if not record.get("segmentation") and not any(record["bbox"]):
         skip("empty box", place)  # others are counted already
     return None
@@ -306,11 +307,11 @@ def find(
     elif annotations is not None and images is not None:
         given = [(annotations, images)]
     else:
-        raise ValueError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
+        raise InputError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
     paths = [(Path(file), Path(folder)) for file, folder in given]
     for file, folder in paths:
         if file.is_file() and folder.is_dir():
             return file, folder
     looked = " or ".join(f"{file} with {folder}{os.sep}" for file, folder in paths)
     missing = dict.fromkeys(str(path) for pair in paths for path in pair if not path.exists())
-    raise ValueError(f"no data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")
+    raise InputError(f"no data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")

@@ -1,6 +1,6 @@
 """The records of publishers' JSON, one after another or by their place, and never all of a file in memory.
 
-Whatever is wrong is a ValueError that names the file and the place in it.
+Whatever is wrong is an InputError that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from sca.data.fields import cut, field, table, unreadable
 from sca.io.annotations.annotation import Reject
-from sca.io.json import JsonError, check_depth, open_regular_file, parse_json
+from sca.io.errors import InputError
+from sca.io.json import check_depth, open_regular_file, parse_json
 from sca.io.text import escape_terminal
 
 CHUNK = 1 << 22  # bytes that are read at a time
@@ -84,7 +85,7 @@ class Records:
         """Check that each record has an identity of its own.
 
         Args:
-            reject: Receives the ValueError of each record with that of an earlier one, which is then among those that
+            reject: Receives the InputError of each record with that of an earlier one, which is then among those that
                 are `repeated`; None raises it.
 
         Returns:
@@ -93,7 +94,7 @@ class Records:
         known, order = np.asarray(self.columns[self.keys[0]]), self._order
         again = order[1:][known[order][1:] == known[order][:-1]]
         for number in np.sort(again).tolist():
-            problem = ValueError(f"{self.place(number)}: this {self.keys[0]} was given before")
+            problem = InputError(f"{self.place(number)}: this {self.keys[0]} was given before")
             if reject is None:
                 raise problem
             reject(problem)
@@ -118,14 +119,14 @@ class Records:
         """The number among `others` of what each record names under `key`.
 
         Args:
-            reject: Receives the ValueError of each record that leads nowhere; None raises it.
+            reject: Receives the InputError of each record that leads nowhere; None raises it.
 
         Returns:
             (R,) the numbers; -1 for records that lead nowhere or are repeated.
         """
         found = others.find(self.columns[key])
         for lost in np.flatnonzero(found < 0).tolist():
-            problem = ValueError(f"{self.place(lost)}: {key} {self.columns[key][lost]} is not among {what}")
+            problem = InputError(f"{self.place(lost)}: {key} {self.columns[key][lost]} is not among {what}")
             if reject is None:
                 raise problem
             reject(problem)
@@ -146,7 +147,7 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
     stands; blank lines are passed over.
 
     Args:
-        reject: Receives the ValueError of a line that is no object, which is then passed over; None raises it.
+        reject: Receives the InputError of a line that is no object, which is then passed over; None raises it.
     """
     start = 0
     try:
@@ -169,16 +170,16 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
 
 
 def _read_line(line: bytes, place: str) -> dict[str, Any] | None:
-    """The object of a line, None for a blank one. Raises ValueError, which names the place."""
+    """The object of a line, None for a blank one. Raises InputError, which names the place."""
     try:
         text = line.decode("utf-8-sig").strip()
         return table(parse_json(text, surrogates=True), place) if text else None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8: {error}") from None
-    except JsonError as error:
+        raise InputError(f"{place} is not UTF-8: {error}") from None
+    except InputError as error:
         cause = error.__cause__
         told = f"{cause.msg} at character {cause.pos}" if isinstance(cause, json.JSONDecodeError) else error
-        raise ValueError(f"{place} is not whole JSON: {told}") from None
+        raise InputError(f"{place} is not whole JSON: {told}") from None
 
 
 def grouped(owners: np.ndarray | Sequence[int], count: int) -> Iterator[tuple[int, list[int]]]:
@@ -201,14 +202,14 @@ def index(
     those in `optional` where they are there.
 
     `what` says in messages what the file should be. Other members are passed over. `reject` has for a list what
-    receives the ValueError of each of its records that lacks a key, which is then passed over; one without raises it.
+    receives the InputError of each of its records that lacks a key, which is then passed over; one without raises it.
     """
     found = {key: Records(path, f"{path}: {key}", keys) for key, keys in lists.items()}
     kept: dict[str, list[Any]] = {}
     there: dict[str, bool] = {}  # each member, and whether it is a list
     for key, value, start, end in elements(path):
         if key is None:
-            raise ValueError(f"{path}: {what}")
+            raise InputError(f"{path}: {what}")
         if value is LIST:
             there[key] = True
             if key in whole or key in optional:
@@ -226,7 +227,7 @@ def index(
                 kept[key].append(value)
     for key in (*lists, *whole):
         if not there.get(key):
-            raise ValueError(f"{path}: no list {key!r}; it has: {', '.join(there) or 'nothing'}")
+            raise InputError(f"{path}: no list {key!r}; it has: {', '.join(there) or 'nothing'}")
     return found, kept
 
 
@@ -234,7 +235,7 @@ def stream(path: Path) -> Iterator[Any]:
     """The elements of a file that is a JSON list, one after another."""
     for key, value, _, _ in elements(path):
         if key is not None:
-            raise ValueError(f"{path} must be a list of objects, and is an object with {key!r}")
+            raise InputError(f"{path} must be a list of objects, and is an object with {key!r}")
         if value is not LIST:
             yield value
 
@@ -265,7 +266,7 @@ def elements(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
             if text.peek():
                 raise text.cut("there is more after the end")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path} is not JSON: {error}") from None
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -329,7 +330,7 @@ class _Text:
                 raise self.cut("nested too deep" if isinstance(error, RecursionError) else str(error)) from None
         try:
             check_depth(value)
-        except JsonError as error:
+        except InputError as error:
             raise self.cut(str(error)) from None
         start, written = self._gone + self._at, self._text[self._at : end]
         if not written.isascii():
@@ -337,7 +338,7 @@ class _Text:
         self._at = end
         return value, start, start + len(written)
 
-    def cut(self, problem: str) -> ValueError:
+    def cut(self, problem: str) -> InputError:
         return cut(self._path, problem, self._gone + self._at, self._gone + len(self._text))
 
     def _more(self) -> bool:

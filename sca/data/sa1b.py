@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sca.data.coco import read_region
 from sca.data.fields import field, identified, note_unread_caption, phrases, read_json, size, table
 from sca.data.table import TableDataset
+from sca.io.errors import InputError
 from sca.io.paths import expand_user
 from sca.io.walk import walk_files
 
@@ -32,17 +33,17 @@ class Sa1b(TableDataset):
 
     def __init__(self, split: str, root: str | Path, max_bad: int = 100):
         if split != "train":
-            raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
+            raise InputError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = expand_user(root)
         below = (path for path in walk_files(root) if path.match("sa_*.json"))
         there = sorted(below, key=_place)
         self.files = [path for path in there if not path.name.endswith(CAPTIONS)]
         if not self.files:
-            raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
+            raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
         named: dict[str, Path] = {}
         for file in self.files:
             if (other := named.setdefault(file.name, file)) != file:
-                raise ValueError(f"{file} is the same picture as {other}; a picture may be there once")
+                raise InputError(f"{file} is the same picture as {other}; a picture may be there once")
         self.captions = [path for path in there if path.name.endswith(CAPTIONS)]
         super().__init__(split, root, [*self.files, *self.captions], max_bad)
 
@@ -61,7 +62,7 @@ class Sa1b(TableDataset):
         name = str(folder / field(record, "file_name", str, place))
         image_id = field(record, "image_id", int, place)
         if file.stem != f"sa_{image_id}":
-            raise ValueError(f"{place}: image_id {image_id} is not that in the name of the file")
+            raise InputError(f"{place}: image_id {image_id} is not that in the name of the file")
         image = self._image(image_id, name, *size(record, place))
         captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
         where = f"{file}: annotations"

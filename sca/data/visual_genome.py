@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sca.data.fields import corners, field, identified, number, phrases, read_json, size, table
 from sca.data.records import stream
 from sca.data.table import TableDataset
+from sca.io.errors import InputError
 from sca.io.paths import expand_user
 
 SPLITS = "densecap_splits.json"
@@ -35,13 +36,13 @@ class VisualGenome(TableDataset):
         self.data, self.descriptions = root / "image_data.json", root / "region_descriptions.json"
         self.splits = root / SPLITS if splits is None else expand_user(splits)
         if not self.splits.is_file():
-            raise ValueError(
+            raise InputError(
                 f"no file {self.splits}, which says what is in which split: take info/{SPLITS} of the densecap "
                 f"repository (https://github.com/jcjohnson/densecap) and put it into {root}, or give splits=FILE"
             )
         for file in (self.data, self.descriptions):
             if not file.is_file():
-                raise ValueError(f"no Visual Genome in {root}: there is no {file.name}; give root=FOLDER that has it")
+                raise InputError(f"no Visual Genome in {root}: there is no {file.name}; give root=FOLDER that has it")
         super().__init__(split, root, [self.descriptions, self.data, self.splits], max_bad, split)
 
     def _path(self, name: str) -> Path:
@@ -83,7 +84,7 @@ class VisualGenome(TableDataset):
         for region, place, identity in regions:
             with self._rejecting():
                 if region.get("image_id", image["image_id"]) != image["image_id"]:
-                    raise ValueError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
+                    raise InputError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
                 box = corners(*(number(region, side, place) for side in SIDES), place)
                 phrase = phrases(field(region, "phrase", str, place), "phrase", place)
                 self._keep(image, identity, box, place, phrases=phrase)
@@ -101,12 +102,12 @@ class VisualGenome(TableDataset):
     def _ids(self) -> set[int]:
         content = table(read_json(self.splits), str(self.splits))
         if self.split not in content:
-            raise ValueError(f"{self.splits} has no split {self.split!r}; it has: {', '.join(content) or 'none'}")
+            raise InputError(f"{self.splits} has no split {self.split!r}; it has: {', '.join(content) or 'none'}")
         listed = field(content, self.split, list, str(self.splits))
         wanted: set[int] = set()
         for place, image_id in enumerate(listed):
             if type(image_id) is not int:
-                raise ValueError(f"{self.splits}: {self.split}[{place}] must be an image id, not {image_id!r:.80}")
+                raise InputError(f"{self.splits}: {self.split}[{place}] must be an image id, not {image_id!r:.80}")
             if image_id in wanted:
                 self._skip("image id repeated", f"{self.splits}: {self.split}[{place}] (id {image_id})")
             wanted.add(image_id)

@@ -24,7 +24,8 @@ from typing import Any
 from sca.evaluation.predictions import Asked
 from sca.io import journal
 from sca.io.atomic import write_file
-from sca.io.json import IrregularFileError, open_regular_file, parse_json
+from sca.io.errors import InputError, IrregularFileError
+from sca.io.json import open_regular_file, parse_json
 from sca.io.run_folder import find_outputs
 
 NAME = "predictions.jsonl"
@@ -34,11 +35,7 @@ TEXTS = ("caption", "truth", "references", "proposals")  # fields of a record wi
 LOOSE = ("versions", "batch")  # what may differ between a run and its continuation
 
 
-class PredictionsError(ValueError):
-    """A predictions file that cannot be read, continued or scored; the message says which line and why."""
-
-
-class OtherRunError(PredictionsError):
+class OtherRunError(InputError):
     """Predictions of another run, which may be replaced; the message says how the runs differ."""
 
 
@@ -56,7 +53,7 @@ class Journal:
 
     folder: None to keep them in memory. run: what the first line says. rank: of this process.
 
-    PredictionsError if the folder holds the predictions of another run.
+    InputError if the folder holds the predictions of another run.
     """
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any], rank: int = 0):
@@ -120,7 +117,7 @@ class Journal:
 def read_predictions(path: str | Path) -> Predictions:
     """A file that a run has written to its end, or one that was made by hand: records alone, a line each.
 
-    PredictionsError for a file that is not there, is no JSON lines, or is of a run that has not ended.
+    InputError for a file that is not there, is no JSON lines, or is of a run that has not ended.
     """
     path = Path(path)
     path = path / NAME if path.is_dir() else path
@@ -141,11 +138,11 @@ def read_predictions(path: str | Path) -> Predictions:
                     _check_texts(content, f"{path}, line {number}")
                     records.append(content)
     except IrregularFileError as error:
-        raise PredictionsError(str(error)) from error
+        raise InputError(str(error)) from error
     except OSError as error:
-        raise PredictionsError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if run and not end:
-        raise PredictionsError(
+        raise InputError(
             f"{path} is of a run that has not ended: {len(records)} records so far. The same `sca evaluate` with the "
             "same --out goes on with it"
         )
@@ -156,7 +153,7 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     """Return the run that a predictions file is of, None if its first line is torn or it does not exist.
 
     Raises:
-        PredictionsError: The file was not begun by `sca evaluate`.
+        InputError: The file was not begun by `sca evaluate`.
     """
     try:
         with open_regular_file(path) as stream:
@@ -164,12 +161,12 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except IrregularFileError as error:
-        raise PredictionsError(str(error)) from error
+        raise InputError(str(error)) from error
     if _is_torn(first):
         return None
     run = _parsed(first, path, 1).get("run")
     if not isinstance(run, dict):
-        raise PredictionsError(f"{path} holds predictions, but not what was run: choose another folder for --out")
+        raise InputError(f"{path} holds predictions, but not what was run: choose another folder for --out")
     return run
 
 
@@ -192,7 +189,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
 
     Raises:
         OtherRunError: They are of another run.
-        PredictionsError: A file was made by hand.
+        InputError: A file was made by hand.
     """
     run = json.loads(json.dumps(run))
     runs = [(path, read_run(path)) for path in predictions_files(folder)]
@@ -248,8 +245,8 @@ def _completes(entry: Mapping[str, Any]) -> bool:
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     try:
         yield from journal.read_journal(path, _completes)
-    except journal.JournalError as error:
-        raise PredictionsError(f"{error}, or choose another folder for --out") from error
+    except InputError as error:
+        raise InputError(f"{error}, or choose another folder for --out") from error
 
 
 def predictions_files(folder: Path) -> list[Path]:
@@ -262,13 +259,13 @@ def _name(rank: int) -> str:
 
 
 def _check_texts(record: Mapping[str, Any], where: str) -> None:
-    """Raise PredictionsError if what metrics compare cannot be encoded; names of images may be such texts."""
+    """Raise InputError if what metrics compare cannot be encoded; names of images may be such texts."""
     for key in TEXTS:
         try:
             json.dumps(record.get(key), ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
-            raise PredictionsError(
+            raise InputError(
                 f"{where}, {key!r}: {half} is half of a surrogate pair, which is not text; remove it"
             ) from error
 
@@ -278,7 +275,7 @@ def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         content = parse_json(line.decode(), surrogates=True)
     except ValueError as error:
-        raise PredictionsError(f"{where} is not whole JSON ({error})") from error
+        raise InputError(f"{where} is not whole JSON ({error})") from error
     if not isinstance(content, dict):
-        raise PredictionsError(f"{where} is {content!r:.40} and not a record")
+        raise InputError(f"{where} is {content!r:.40} and not a record")
     return content

@@ -14,9 +14,10 @@ from sca_registry.spec import Part
 from sca.devices import find_device
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_files
+from sca.io.errors import InputError
 from sca.io.images import show
 from sca.io.prompt_files import RegionPrompts, read_prompts
-from sca.io.prompts import PromptError, check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
+from sca.io.prompts import check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
 from sca.io.run_folder import existing_paths
 
 
@@ -55,7 +56,7 @@ class ListedPrompts:
         """Match all images of a run to the image names in the file.
 
         Raises:
-            PromptError: A name could mean several images.
+            InputError: A name could mean several images.
         """
         self.keys = self.file.match(paths)
 
@@ -63,14 +64,14 @@ class ListedPrompts:
         """Return the prompts that fit an image of (width, height), and a line for each that does not.
 
         Raises:
-            PromptError: None fits; one line without the image's name.
+            InputError: None fits; one line without the image's name.
         """
         if path not in self.keys:
-            raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
+            raise InputError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
         prompts, problems = self.file.fitting(self.keys[path], *size)
         if problems and not prompts:
             more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
-            raise PromptError(f"{problems[0]}{more}")
+            raise InputError(f"{problems[0]}{more}")
         return prompts, problems
 
 
@@ -130,7 +131,7 @@ class CaptionJob:
         """Read the prompts, or build the proposer of a search.
 
         Raises:
-            PromptError: A prompt cannot be read, or they come from the options and from a file.
+            InputError: A prompt cannot be read, or they come from the options and from a file.
             RegistryError: The proposer is unknown, or cannot be built.
         """
         if self.everything:
@@ -140,7 +141,7 @@ class CaptionJob:
         same += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in self.masks]
         same += [parse_region(text, allow_pipe=True) for text in self.regions]
         if same and self.prompts:
-            raise PromptError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
+            raise InputError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
         return ListedPrompts(read_prompts(self.prompts)) if self.prompts else SamePrompts(same)
 
     def input_files(self) -> list[Path]:

@@ -74,7 +74,7 @@ def open_run(
         overwrite: Caption every shard again.
 
     Raises:
-        RunFolderError: The folder must not be written.
+        OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
     contents = {name: _fingerprint(content) for name, content in shards.items()}
@@ -246,7 +246,7 @@ def begin_run(
         The finished shards by name, with the problems of their images.
 
     Raises:
-        RunFolderError: The folder must not be written.
+        OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
     entries = list(read_journal(folder.path / JOURNAL)) if folder.run and not overwrite else []

@@ -32,8 +32,9 @@ from safetensors import safe_open
 from sca_registry.verdicts import cache_folder
 
 from sca.io.atomic import write_file
-from sca.io.json import LfsPointerError, open_regular_file, read_json
-from sca.io.lock import LockedError, held_lock
+from sca.io.errors import InputError, LockedError
+from sca.io.json import open_regular_file, read_json
+from sca.io.lock import held_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,10 +59,6 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  #
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
-class HubError(ValueError):
-    """Weights that cannot be found, fetched or read; the message is one line that says which, why and what to do."""
-
-
 def fetch(
     source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = ""
 ) -> Path:
@@ -70,7 +67,7 @@ def fetch(
     Python files are wanted, too, by those who trust them. prefix: of the names of the files, where a repository holds
     a model in several formats.
 
-    Raises HubError.
+    Raises InputError.
     """
     folder = local_folder(source)
     if folder is not None:
@@ -103,7 +100,7 @@ def suggest_path(name: str) -> str:
     try:
         if (folder / ADAPTER).exists() or weight_files(folder):
             require_weight_files(folder, folder)
-    except HubError as error:
+    except InputError as error:
         hint += f", but {error}"
     return hint
 
@@ -185,20 +182,20 @@ def _pins() -> dict[str, str]:
         return {}
     commits = pins.values() if isinstance(pins, dict) else [pins]
     if not all(isinstance(commit, str) and COMMIT.fullmatch(commit) for commit in commits):
-        raise HubError(f"{cache_folder() / PULLED} is not a table of commits; delete it and pull again")
+        raise InputError(f"{cache_folder() / PULLED} is not a table of commits; delete it and pull again")
     return pins
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise HubError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
+    """Raise InputError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise HubError(f"{path} is not a regular file; remove it or copy the folder again")
+            raise InputError(f"{path} is not a regular file; remove it or copy the folder again")
 
 
 def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = "") -> Path:
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
-    was cut off goes on. The folder in the cache. Raises HubError.
+    was cut off goes on. The folder in the cache. Raises InputError.
     """
     for told in terms_of(name):
         logger.warning("sca: %s", told)
@@ -252,27 +249,24 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
         prefix: What the names of its files begin with.
 
     Raises:
-        HubError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
+        InputError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
     """
     if (folder / ADAPTER).exists():
-        raise HubError(
+        raise InputError(
             f"{source} is a peft adapter of other weights ({ADAPTER}); merge it first: "
             "load the base with it in peft, call merge_and_unload(), and save the result"
         )
     files = weight_files(folder, prefix)
     if files is None:
-        raise HubError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+        raise InputError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
     for file in files:
         check_is_no_pointer(file)
     return files
 
 
 def check_is_no_pointer(file: Path) -> None:
-    """Raise HubError for a weight file that is a Git LFS pointer."""
-    try:
-        open_regular_file(file).close()
-    except LfsPointerError as error:
-        raise HubError(str(error)) from error
+    """Raise InputError for a weight file that is a Git LFS pointer."""
+    open_regular_file(file).close()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -296,7 +290,7 @@ def read_tensor_names(file: Path) -> list[str]:
 def weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
     """The one file that holds the weights: `source` itself if it is a file, else that of a folder or a hub id.
 
-    Raises HubError, also where they are in shards.
+    Raises InputError, also where they are in shards.
     """
     file = local_file(source)
     if file is not None:
@@ -304,7 +298,7 @@ def weight_file(source: str | Path, revision: str | None = None, prefix: str = "
         return file
     files = require_weight_files(fetch(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
-        raise HubError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
+        raise InputError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
     return files[0]
 
 
@@ -316,7 +310,7 @@ def load_pretrained(
 
     Of the settings for generation that a folder has, only the ids of special tokens are used.
 
-    Raises HubError.
+    Raises InputError.
     """
     from transformers import GenerationConfig
 
@@ -338,7 +332,7 @@ def load_pretrained(
         ("has no place for", unexpected),
     ):
         if names:
-            raise HubError(f"{source} does not fit a {cls.__name__}: it {what} {some(sorted(names))}")
+            raise InputError(f"{source} does not fit a {cls.__name__}: it {what} {some(sorted(names))}")
     return model
 
 
@@ -349,7 +343,7 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     generation of the spec alone.
 
     Raises:
-        HubError: An id is no number, or the file is not JSON.
+        InputError: An id is no number, or the file is not JSON.
     """
     file = folder / "generation_config.json"
     if not file.exists():
@@ -360,12 +354,12 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     for name, value in ids.items():
         for token in value if isinstance(value, list) else [value]:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise HubError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
+                raise InputError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
     return ids
 
 
 def read_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
-    """`cls.from_pretrained` of a configuration. Raises HubError."""
+    """`cls.from_pretrained` of a configuration. Raises InputError."""
     folder = fetch(source, revision, weights=False)
     with reading(f"the configuration of {source}"):
         return cls.from_pretrained(folder, trust_remote_code=False)
@@ -373,20 +367,20 @@ def read_config(cls: type[Config], source: str | Path, revision: str | None = No
 
 @contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """What libraries raise over weights or figures that do not fit, as one line. Raises HubError."""
+    """What libraries raise over weights or figures that do not fit, as one line. Raises InputError."""
     try:
         yield
-    except (HubError, KeyboardInterrupt, SystemExit):
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # other people's files in other people's code, whose panics are no Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise HubError(f"{source} cannot be read: {reason}") from error
+        raise InputError(f"{source} cannot be read: {reason}") from error
 
 
 def fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
     """What tells these weights from any others: the commit, if they came from the hub, and a hash of each file.
 
-    Raises HubError.
+    Raises InputError.
     """
     alone = local_file(source)
     folder = alone.parent if alone else fetch(source, revision, prefix=prefix)
@@ -422,24 +416,24 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _reaching(name: str, revision: str | None) -> Iterator[None]:
-    """Raise the errors of the hub as HubError of one line."""
+    """Raise the errors of the hub as InputError of one line."""
     which = repr(name) + (f" at revision {revision!r}" if revision else "")
     try:
         yield
     except (HFValidationError, RepositoryNotFoundError) as error:
         if isinstance(error, GatedRepoError):
-            raise HubError(
+            raise InputError(
                 f"{which} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN to your token"
             ) from error
-        raise HubError(
+        raise InputError(
             f"{which} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
             f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
-        raise HubError(f"the hub has no {which}") from error
+        raise InputError(f"the hub has no {which}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise HubError(
+        raise InputError(
             f"{which} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
             f"give a folder that has it: weights=FOLDER{suggest_path(name)}"
         ) from error
@@ -464,7 +458,7 @@ def _shards(index: Path) -> list[str]:
             raise ValueError("a shard is a file in another folder")
         return shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
+        raise InputError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
 
 
 def absent(folder: Path, prefix: str = "") -> str:

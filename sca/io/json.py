@@ -1,4 +1,4 @@
-"""Bounded JSON reading: content from elsewhere is one ValueError, never a hang, a traceback or an exhausted memory."""
+"""Bounded JSON reading: content from elsewhere is one InputError, never a hang, a traceback or an exhausted memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from sca.io.errors import InputError, IrregularFileError
 
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
@@ -29,15 +31,16 @@ def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = Fa
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        ValueError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
+        InputError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
             the path.
     """
+    content = read_regular_file(path, limit)
     try:
-        return parse_json(read_regular_file(path, limit).decode("utf-8-sig"), finite)
+        return parse_json(content.decode("utf-8-sig"), finite)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); copy it again") from error
-    except JsonError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}); copy it again") from error
+    except InputError as error:
+        raise InputError(f"{path} is not JSON ({error}); copy it again") from error
 
 
 def parse_json(text: str, finite: bool = False, surrogates: bool = False) -> Any:
@@ -49,35 +52,23 @@ def parse_json(text: str, finite: bool = False, surrogates: bool = False) -> Any
         surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can contain.
 
     Raises:
-        JsonError: If it is not JSON, nested too deep, or contains half of a surrogate pair. One line, without the text.
+        InputError: If it is not JSON, nested too deep, or contains half of a surrogate pair; without the text.
     """
     try:
         value = FINITE_DECODER.decode(text) if finite else json.loads(text)
     except RecursionError as error:
-        raise JsonError(f"nested deeper than {MAX_DEPTH} levels") from error
-    except JsonError:
+        raise InputError(f"nested deeper than {MAX_DEPTH} levels") from error
+    except InputError:
         raise
     except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
-        raise JsonError(str(error).split(";")[0]) from error
+        raise InputError(str(error).split(";")[0]) from error
     check_depth(value)
     if not surrogates and SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise JsonError("it contains half of a surrogate pair, which is not text") from error
+            raise InputError("it contains half of a surrogate pair, which is not text") from error
     return value
-
-
-class JsonError(ValueError):
-    """Text that is not JSON as we accept it; the message is one line that says why."""
-
-
-class IrregularFileError(ValueError):
-    """A path of a folder, a FIFO or a device; the message is one line that names it."""
-
-
-class LfsPointerError(IrregularFileError):
-    """A pointer of Git LFS in place of the file that it stands for; the message is one line that names it."""
 
 
 def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bool = False) -> bytes:
@@ -90,12 +81,12 @@ def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bo
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        ValueError: If it is not a regular file, or too large. One line that names the path.
+        InputError: If it is not a regular file, or too large. One line that names the path.
     """
     with open_regular_file(path, allow_pipe=allow_pipe) as file:
         content = file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(content) > limit:
-        raise ValueError(
+        raise InputError(
             f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; give a smaller file"
         )
     return content
@@ -112,8 +103,8 @@ def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        IrregularFileError: If it is not a regular file, or a Git LFS pointer.
-        ValueError: If a pipe to read into memory has more than `MAX_PIPE_BYTES`.
+        IrregularFileError: If it is not a regular file.
+        InputError: If it is a Git LFS pointer, or a pipe to read into memory has more than `MAX_PIPE_BYTES`.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     kind = os.fstat(descriptor).st_mode
@@ -125,7 +116,7 @@ def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool
         os.set_blocking(descriptor, True)
     if stat.S_ISREG(kind) and hasattr(os, "pread") and os.pread(descriptor, len(LFS), 0) == LFS:
         os.close(descriptor)
-        raise LfsPointerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     return _buffer(descriptor, path) if seekable and not stat.S_ISREG(kind) else open(descriptor, "rb")
 
 
@@ -133,7 +124,7 @@ def _buffer(descriptor: int, path: str | Path) -> BinaryIO:
     with open(descriptor, "rb") as file:
         content = file.read(MAX_PIPE_BYTES + 1)
     if len(content) > MAX_PIPE_BYTES:
-        raise ValueError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; give a file")
+        raise InputError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; give a file")
     return io.BytesIO(content)
 
 
@@ -150,7 +141,7 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
     lines = (line for line in file if line.strip())
     try:
         first = parse_json(next(lines, b"").decode("utf-8-sig"), surrogates=True)
-    except (JsonError, UnicodeDecodeError):
+    except (InputError, UnicodeDecodeError):
         first = None
     file.seek(0)
     return isinstance(first, dict) and key in first
@@ -162,9 +153,9 @@ def is_json_lines_name(path: str | Path) -> bool:
 
 
 def check_depth(value: Any) -> None:
-    """Raise JsonError if a value that was parsed is nested deeper than MAX_DEPTH."""
+    """Raise InputError if a value that was parsed is nested deeper than MAX_DEPTH."""
     if _is_deeper_than(value, MAX_DEPTH):
-        raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
+        raise InputError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _is_deeper_than(value: Any, depth: int) -> bool:
@@ -183,13 +174,13 @@ def _is_deeper_than(value: Any, depth: int) -> bool:
 
 
 def _reject_constant(name: str) -> None:
-    raise JsonError(f"{name} is not a finite number")
+    raise InputError(f"{name} is not a finite number")
 
 
 def _parse_finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise JsonError(f"{text[:20]} is not a finite number")
+        raise InputError(f"{text[:20]} is not a finite number")
     return value
 
 

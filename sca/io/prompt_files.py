@@ -13,19 +13,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter, read_size
+from sca.io.annotations.annotation import Annotation, Size, SkipCounter, read_size
 from sca.io.coordinates import Box, compare_sizes, scale_box
+from sca.io.errors import InputError
 from sca.io.images import show
-from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
+from sca.io.json import is_json_lines, open_regular_file, parse_json
 from sca.io.notices import notice_once
-from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, possible_file_names
-from sca.io.prompts import Point, PromptError, check_and_count, quote, read_field, read_fields, read_mask
+from sca.io.paths import ImageFiles, find_image, measure_named_image, possible_file_names
+from sca.io.prompts import Point, check_and_count, quote, read_field, read_fields, read_mask
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class _Entry:
     def prompt(self) -> Prompt:
         try:
             mask = read_mask(self.mask) if isinstance(self.mask, Path) else None
-        except PromptError as error:
-            raise PromptError(f"{self.where}, 'mask': {error}") from error
+        except InputError as error:
+            raise InputError(f"{self.where}, 'mask': {error}") from error
         return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
 
     def fitting(self, width: int, height: int, clipped: SkipCounter) -> Prompt:
         """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
 
-        Counts a box that `check` clips. Raises PromptError, which names the record.
+        Counts a box that `check` clips. Raises InputError, which names the record.
         """
         prompt = self.prompt()
         try:
@@ -61,7 +62,7 @@ class _Entry:
                 )
             return check_and_count(prompt, width, height, clipped, self.where)
         except ValueError as error:
-            raise PromptError(f"{self.where}: {error}") from error
+            raise InputError(f"{self.where}: {error}") from error
 
 
 def _scale(prompt: Prompt, recorded: Size, actual: Size) -> Prompt:
@@ -126,7 +127,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         for entry in self._entries[key]:
             try:
                 prompts.append(entry.fitting(width, height, self.clipped))
-            except PromptError as error:
+            except InputError as error:
                 problems.append(str(error))
         return prompts, problems
 
@@ -138,7 +139,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         """The key of each image that has one.
 
         A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
-        `find_image` reads; a key that is the path of no image given counts by its file name. `PromptError` if an image
+        `find_image` reads; a key that is the path of no image given counts by its file name. `InputError` if an image
         could mean several keys, or a file name several images or keys.
         """
         paths = [Path(image) for image in images]
@@ -168,9 +169,9 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
             raise self._ambiguous(f"the image {show(image)}", keys)
         return keys[0] if keys else None
 
-    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> PromptError:
+    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> InputError:
         several = f"the keys {', '.join(map(quote, keys))}" if len(keys) > 1 else f"{images} images"
-        return PromptError(
+        return InputError(
             f"{show(self.path)}: {what} could mean {several}; write image paths relative to the prompts file"
         )
 
@@ -186,7 +187,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         files: dict[str, list[str]] = {}
         root = _find_root(self.path)
         for key in self:
-            with suppress(ImageNameError):  # a URL, or several files: only the file name counts
+            with suppress(InputError):  # a URL, or several files: only the file name counts
                 files.setdefault(os.path.realpath(find_image(key, [root, Path()])), []).append(key)
         return files
 
@@ -208,19 +209,17 @@ def read_prompts(path: str | Path) -> RegionPrompts:
         The prompts; `problems` names the file, the line or record, and the field of each record without a prompt.
 
     Raises:
-        PromptError: If the file or folder cannot be read, or none of its records.
+        InputError: If the file or folder cannot be read, or none of its records.
     """
     path, skip, problems = Path(path), SkipCounter(), list[str]()
     read = _read_folder if path.is_dir() else _read_file
     try:
         entries = read(path, skip, problems)
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
     except OSError as error:
-        raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
+        raise InputError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
     if problems and not any(entries.values()):
         more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
-        raise PromptError(f"{problems[0]}{more}")
+        raise InputError(f"{problems[0]}{more}")
     return RegionPrompts(path, _merge_spellings(entries, [_find_root(path), Path()]), skip, problems)
 
 
@@ -231,18 +230,18 @@ def _find_root(path: Path) -> Path:
 
 def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     try:
-        with _opened(path) as file:
+        with open_regular_file(path, seekable=True, allow_pipe=True) as file:
             lines = is_json_lines(path, file, "image")
             text = io.TextIOWrapper(file, "utf-8-sig")
             return _lines(text, path, problems) if lines else _regions(text.read(), path, skip, problems)
     except UnicodeDecodeError as error:
-        raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+        raise InputError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
 
 
 def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     files = labelme.list_files(folder)
     if not files:
-        raise PromptError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
+        raise InputError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
     entries: dict[str, list[_Entry]] = {}
     for file in files:
         with _noting(problems):
@@ -253,17 +252,15 @@ def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[s
 
 def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     try:
-        with _opened(path) as file:
+        with open_regular_file(path, seekable=True, allow_pipe=True) as file:
             content = _json(file.read().decode("utf-8-sig"), show(path))
         if not isinstance(content, dict) or "shapes" not in content:
-            raise PromptError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
+            raise InputError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
         return _labelme(content, path, skip, problems)
     except UnicodeDecodeError as error:
-        raise PromptError(f"{show(path)} is not UTF-8 text; copy it again") from error
+        raise InputError(f"{show(path)} is not UTF-8 text; copy it again") from error
     except OSError as error:
-        raise PromptError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
+        raise InputError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
 
 
 def _merge_spellings(entries: Mapping[str, list[_Entry]], roots: Sequence[Path]) -> dict[str, list[_Entry]]:
@@ -276,13 +273,6 @@ def _merge_spellings(entries: Mapping[str, list[_Entry]], roots: Sequence[Path])
         is_shared = any(sharing[name] > 1 for name in names[key])
         merged.setdefault(files.unify(key) if is_shared else key, []).extend(regions)
     return merged
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return open_regular_file(path, seekable=True, allow_pipe=True)
-    except IrregularFileError as error:
-        raise PromptError(str(error)) from error
 
 
 def _lines(file, path: Path, problems: list[str]) -> dict[str, list[_Entry]]:
@@ -299,13 +289,13 @@ def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
     """The image of a line, and its region."""
     record = _json(line, where)
     if not isinstance(record, dict):
-        raise PromptError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
+        raise InputError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
     image = _text(record, "image", where)
     box, points, mask = read_fields(record.get("prompt", record), where)
     if isinstance(mask, str):
         mask = read_field(where, "mask", partial(find_image, roots=[path.parent]), mask)
         if not mask.is_file():
-            raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
+            raise InputError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
     return image, _Entry(where, box, points, mask, _recorded_size(record, where))
 
 
@@ -313,10 +303,7 @@ def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
     """Width and height of the image that a record states; None if it does not, or has 0 in their place."""
     if not record.get("width") or not record.get("height"):
         return None
-    try:
-        return read_size(record, ("width", "height"), where)
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
+    return read_size(record, ("width", "height"), where)
 
 
 @contextmanager
@@ -324,7 +311,7 @@ def _noting(problems: list[str]) -> Iterator[None]:
     """Add what is wrong with one record to the problems; the next one is read."""
     try:
         yield
-    except PromptError as error:
+    except InputError as error:
         problems.append(str(error))
 
 
@@ -340,7 +327,7 @@ def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> d
 def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise PromptError(
+            raise InputError(
                 f"{show(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
             )
     keys: dict[Any, str] = {}
@@ -352,14 +339,14 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
             number, name = _id(image, "id", where), _text(image, "file_name", where)
             if number in keys or name in entries:
                 field = "'id'" if number in keys else "'file_name'"
-                raise PromptError(f"{where}, {field}: another image has it too; each image has its own")
+                raise InputError(f"{where}, {field}: another image has it too; each image has its own")
             keys[number], entries[name], sizes[name] = name, [], _recorded_size(image, where)
     for place, annotation in enumerate(content["annotations"]):
         where = f"{show(path)}, annotations[{place}]"
         with _noting(problems):
             number = _id(annotation, "image_id", where)
             if number not in keys:
-                raise PromptError(f"{where}, 'image_id': no image has the id {quote(number)}")
+                raise InputError(f"{where}, 'image_id': no image has the id {quote(number)}")
             name = keys[number]
             entries[name].append(_Entry(where, _coco_box(annotation, where, skip), size=sizes[name]))
     return entries
@@ -367,19 +354,16 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
 
 def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
     counted: list[tuple[str, str]] = []
-    try:
-        box = coco.read_annotation(annotation, where, None, None, lambda *part: counted.append(part)).box
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
+    box = coco.read_annotation(annotation, where, None, None, lambda *part: counted.append(part)).box
     if box is not None:
         for reason, place in counted:
             skip(reason, place)
         return box
     if annotation.get("segmentation"):
-        raise PromptError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+        raise InputError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
     if annotation.get("bbox"):
-        raise PromptError(f"{where}, 'bbox': {quote(annotation['bbox'])} has no area; width and height are above 0")
-    raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+        raise InputError(f"{where}, 'bbox': {quote(annotation['bbox'])} has no area; width and height are above 0")
+    raise InputError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
 
 
 def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
@@ -413,23 +397,23 @@ def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipC
 def _json(text: str, where: str) -> Any:
     try:
         return parse_json(text, surrogates=True)
-    except JsonError as error:
+    except InputError as error:
         cause = error.__cause__
         if not isinstance(cause, json.JSONDecodeError):
-            raise PromptError(f"{where}: not JSON that can be read: {error}") from error
+            raise InputError(f"{where}: not JSON that can be read: {error}") from error
         place = f"column {cause.colno}" if cause.lineno == 1 else f"line {cause.lineno}, column {cause.colno}"
-        raise PromptError(f"{where}: not JSON at {place}: {cause.msg}") from error
+        raise InputError(f"{where}: not JSON at {place}: {cause.msg}") from error
 
 
 def _text(record: Any, field: str, where: str) -> str:
     value = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise PromptError(f"{where}, '{field}': the image's file name as text, not {quote(value)}")
+        raise InputError(f"{where}, '{field}': the image's file name as text, not {quote(value)}")
     return value
 
 
 def _id(record: Any, field: str, where: str) -> int | str:
     value = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise PromptError(f"{where}, '{field}': a number or text, not {quote(value)}")
+        raise InputError(f"{where}, '{field}': a number or text, not {quote(value)}")
     return value

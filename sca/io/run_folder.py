@@ -25,17 +25,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sca.io.atomic import open_folder, remove_drafts, unwritable, write_file
+from sca.io.atomic import open_folder, output_errors, remove_drafts, write_file
+from sca.io.errors import InputError, OutputError
 from sca.io.images import show
 from sca.io.json import read_json
 from sca.io.lock import held_lock
 
 MARKER, LOCK = "sca-run.json", ".sca-lock"
 NUMBER = re.compile(r"(?<!\[)#")
-
-
-class RunFolderError(ValueError):
-    """A run that its folder does not allow; the message is one line that names the ways out."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,8 @@ class RunFolder:
         patterns: Patterns of all files that this kind of run can write.
 
     Raises:
-        OutputError: The folder cannot be written.
         LockedError: Another process writes it.
-        IrregularFileError: The lock file is not a regular file.
+        OutputError: The folder or its lock file cannot be written.
     """
 
     def __init__(self, folder: str | Path, kind: str, patterns: Iterable[str] = ()):
@@ -81,10 +77,8 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         open_folder(self.path)
-        try:
+        with output_errors(self.path / LOCK):
             self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
-        except OSError as error:
-            raise unwritable(self.path / LOCK, error) from error
         for folder in _find_folders(self.path, self.patterns):
             remove_drafts(folder)
         return self
@@ -123,7 +117,7 @@ class RunFolder:
             The earlier run if this one continues or repeats it, else None.
 
         Raises:
-            RunFolderError: An output is an input, or was not written by this kind of run, or is of a run with other
+            OutputError: An output is an input, or was not written by this kind of run, or is of a run with other
                 settings.
         """
         settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
@@ -137,11 +131,11 @@ class RunFolder:
         written = set(find_outputs(self.path, own))
         foreign = [path for path in find_outputs(self.path, outputs) if path not in written]
         if foreign:
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
             )
         if changed and not (overwrite or set_aside):
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(self.path)} contains another run ({'; '.join(changed)}); choose another folder, or replace "
                 "the run with --overwrite"
             )
@@ -176,11 +170,9 @@ class RunFolder:
     def _set_aside(self) -> None:
         free = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
         self.moved_to = next(path for path in free if not os.path.lexists(path))
-        try:
+        with output_errors(self.moved_to):
             os.rename(self.path, self.moved_to)
             (self.moved_to / LOCK).unlink(missing_ok=True)
-        except OSError as error:
-            raise unwritable(self.moved_to, error) from error
         self._open.close()
         self.__enter__()
 
@@ -193,7 +185,7 @@ def read_runs(folder: Path) -> dict[str, Run]:
     """The runs that the marker of a folder records, by kind.
 
     Raises:
-        RunFolderError: The marker is damaged.
+        InputError: The marker is damaged.
     """
     path = folder / MARKER
     try:
@@ -205,7 +197,7 @@ def read_runs(folder: Path) -> dict[str, Run]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunFolderError(f"{show(path)} is damaged; choose another folder, or remove the file") from error
+        raise InputError(f"{show(path)} is damaged; choose another folder, or remove the file") from error
 
 
 class OutputFilter:
@@ -241,7 +233,7 @@ def check_not_inputs(
         folder: The run folder; an input folder below it must not receive outputs.
 
     Raises:
-        RunFolderError: An output is an input, contains one, or lies in an input folder below `folder`.
+        OutputError: An output is an input, contains one, or lies in an input folder below `folder`.
     """
     existing = [(Path(path), known) for path in outputs if (known := _identity(path))]
     if not existing:
@@ -263,7 +255,7 @@ def check_not_inputs(
         found = files.get(identity) or above.get(str(path))
         found = found or next((files[str(each)] for each in path.parents if str(each) in files), None)
         if found is not None:
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(output)} would be overwritten and is an input of this command ({show(found)}); choose another "
                 "output path"
             )

@@ -10,9 +10,10 @@ from sca_registry.contracts import Caption
 
 from sca.io import journal
 from sca.io.atomic import open_folder, unwritable
+from sca.io.errors import InputError
 from sca.io.images import show
 from sca.output.jsonl import record
-from sca.output.read import Captioned, ReadError, captioned
+from sca.output.read import Captioned, captioned
 
 NAME = "captions.journal"
 
@@ -77,7 +78,7 @@ class Journal:
                 else:
                     told = captioned(entry, f"{show(self._path)}, line {number}")
                     self.done[told.image] = told
-        except (journal.JournalError, ReadError) as error:
+        except InputError as error:
             raise ValueError(f"{error}; or start over with --overwrite") from error
 
     def _check(self, other: Mapping[str, str]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.io.atomic import AtomicFile, OutputError
+from sca.io.atomic import AtomicFile
+from sca.io.errors import OutputError
 from sca.output.jsonl import record
 
 ROWS = 5_000  # of a group: what is held before it is written

@@ -21,29 +21,19 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, SkipCounter, raise_error, read_size
+from sca.io.annotations.annotation import Annotation, Reject, SkipCounter, raise_error, read_size
 from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
-from sca.io.images import ImageError, open_image, show
-from sca.io.json import (
-    IrregularFileError,
-    JsonError,
-    is_json_lines,
-    open_regular_file,
-    parse_json,
-    read_regular_file,
-)
+from sca.io.errors import InputError
+from sca.io.images import open_image, show
+from sca.io.json import is_json_lines, open_regular_file, parse_json, read_regular_file
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
-from sca.io.paths import ImageFiles, ImageNameError, find_image, measure_named_image, remove_parents
+from sca.io.paths import ImageFiles, find_image, measure_named_image, remove_parents
 from sca.io.prompts import read_prompt
 from sca.output.outline import fill
 
 PARQUET = b"PAR1"  # what such a file begins with
-
-
-class ReadError(ValueError):
-    """Captions that cannot be read; the message is one line that says which, why and what to do."""
 
 
 class Size(NamedTuple):
@@ -75,7 +65,7 @@ class Captioned(NamedTuple):
             roots: Folders that the image's name may start from.
 
         Raises:
-            ImageError: It cannot be opened, or its aspect ratio is not that of `size`.
+            InputError: It cannot be opened, or its aspect ratio is not that of `size`.
         """
         path = find_image(self.image, roots)
         image = self.embedded() if self.embedded and not path.exists() else open_image(path)
@@ -91,14 +81,14 @@ def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image
         name: Of the image, for messages.
 
     Raises:
-        ImageError: The aspect ratios differ; names both sizes.
+        InputError: The aspect ratios differ; names both sizes.
     """
     if image.size == size:
         return image
     try:
         compare_sizes(size, image.size)
     except ValueError as error:
-        raise ImageError(f"{show(name)}: {error}") from error
+        raise InputError(f"{show(name)}: {error}") from error
     actual = f"{image.width} x {image.height}"
     notice_once(
         "resized images",
@@ -120,10 +110,10 @@ def read_captions(
         skip: Counts what cannot be kept (default: it is a warning at the end).
         roots: Folders that names of images may start from (default: the working folder and the file's). Images are
             opened only where a file does not record their size.
-        reject: Called for each record that is damaged, with an error that names it (default: raise a ReadError).
+        reject: Called for each record that is damaged, with an error that names it (default: raise an InputError).
 
     Raises:
-        ReadError: For a file of another kind.
+        InputError: For a file of another kind.
     """
     path, counter = Path(path), SkipCounter() if skip is None else skip
     roots = (Path(), path.parent) if roots is None else roots
@@ -140,18 +130,16 @@ def read_captions(
                     yield from _grouped(_lines(file, path, reject), counter, reject)
                 else:
                     yield from _json(file, path, counter, roots, reject)
-    except (IrregularFileError, AnnotationError) as error:
-        raise ReadError(str(error)) from error
     except OSError as error:
-        raise ReadError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
+        raise InputError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
     except UnicodeDecodeError as error:
-        raise ReadError(f"{show(path)} is not UTF-8 text") from error
+        raise InputError(f"{show(path)} is not UTF-8 text") from error
     if skip is None and (summary := counter.summarize()):
         warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
 
 
 def captioned(plain: Any, where: str) -> Captioned:
-    """An image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines. ReadError."""
+    """An image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines. InputError."""
     size = _size(_table(plain, where), where)
     told = [_caption(_table(each, where), size, n, where) for n, each in enumerate(_list(plain, "captions", where))]
     return Captioned(_name(plain, "image", where), size, told, None)
@@ -179,7 +167,7 @@ def merge_images(
             continue
         if first.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
-            reject(ReadError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
+            reject(InputError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
             continue
         start = 1 + max((caption.region for caption in first.captions), default=-1)
         more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
@@ -198,7 +186,7 @@ def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], 
     elif isinstance(content, dict) and "annotations" in content:
         yield from merge_images(_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
-        raise ReadError(
+        raise InputError(
             f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
         )
 
@@ -209,7 +197,7 @@ def _lines(file: BinaryIO, path: Path, reject: Reject) -> Iterator[tuple[str, An
             where = f"{show(path)}, line {number}"
             try:
                 plain = _parsed(line, where)
-            except ReadError as error:
+            except InputError as error:
                 reject(error)
             else:
                 yield where, plain
@@ -220,7 +208,7 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ReadError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
+        raise InputError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
@@ -231,7 +219,7 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                     row[name] = None if row.get(name) is None else _parsed(row[name], where)
                 yield where, row
     except pyarrow.ArrowException as error:
-        raise ReadError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
+        raise InputError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
 
 
 def _features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
@@ -240,7 +228,7 @@ def _features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterato
         where = f"{show(path)}, features[{number}]"
         try:
             plain = _feature(feature, where)
-        except ReadError as error:
+        except InputError as error:
             reject(error)
         else:
             yield where, plain
@@ -255,7 +243,7 @@ def _feature(feature: Any, where: str) -> dict[str, Any]:
             rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
             plain["mask"] = masks.encode(fill(rings, *size))
         except (ValueError, KeyError, TypeError) as error:
-            raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
+            raise InputError(f"{where}: a mask that cannot be read: {error}") from error
     return plain
 
 
@@ -266,15 +254,15 @@ def _grouped(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reje
         captions, size, model = [], None, None
         for _, where, plain in some:
             if size is None and name in seen:
-                raise ReadError(f"{where}: {name!r} had records before, with others between; sort them by image")
+                raise InputError(f"{where}: {name!r} had records before, with others between; sort them by image")
             seen.add(name)
             try:
                 given = _size(plain, where)
                 if given != (size or given):
-                    raise ReadError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
+                    raise InputError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
                 size, model = given, plain.get("model") or model
                 caption = _fit(_caption(plain, size, len(captions), where), size, where, skip)
-            except ReadError as error:
+            except InputError as error:
                 reject(error)
             else:
                 captions += [caption] if caption else []
@@ -286,7 +274,7 @@ def _named(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple
     for where, plain in records:
         try:
             name = _name(plain, "image", where)
-        except ReadError as error:
+        except InputError as error:
             reject(error)
         else:
             yield name, where, plain
@@ -311,7 +299,7 @@ def _coco(
         where = f"{show(path)}, annotations[{number}]"
         try:
             told.setdefault(_key(_table(each, where), "image_id", where), []).append((where, each))
-        except ReadError as error:
+        except InputError as error:
             reject(error)
     for number, image in enumerate(_list(content, "images", show(path))):
         where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
@@ -320,7 +308,7 @@ def _coco(
             file_name = _name(image, "file_name", where)
             measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
             size = Size(*measured) if measured else _size(image, where)
-        except ReadError as error:
+        except InputError as error:
             reject(error)
             for place, _ in records:
                 skip("region of an image that cannot be used", place)
@@ -331,11 +319,11 @@ def _coco(
                 annotation = coco.read_annotation(record, place, size, names.get(str(record.get("category_id"))), skip)
                 region = record["region"] if is_int64(record.get("region")) else len(captions)
                 captions += [caption] if (caption := _region(annotation, size, region, skip)) else []
-            except AnnotationError as error:
+            except InputError as error:
                 reject(error)
         yield Captioned(file_name, size, captions, model)
     for place, _ in (record for records in told.values() for record in records):
-        reject(ReadError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))
+        reject(InputError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))
 
 
 def _label_studio(
@@ -352,11 +340,11 @@ def _label_studio(
 
 def _labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
     if not paths:
-        raise ReadError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
+        raise InputError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
     for path in paths:
         try:
             image = _labelme_file(path, skip, reject)
-        except (ReadError, AnnotationError) as error:
+        except InputError as error:
             reject(error)
         else:
             yield image
@@ -376,8 +364,8 @@ def _image_beside(path: Path, name: str) -> str:
     """The image that a file names relative to its own folder."""
     try:
         return str(remove_parents(find_image(name, [path.parent])))
-    except ImageNameError as error:
-        raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
+    except InputError as error:
+        raise InputError(f"{show(path)}, 'imagePath': {error}") from error
 
 
 def _regions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter, reject: Reject) -> list[Caption]:
@@ -385,7 +373,7 @@ def _regions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter, r
     for number, annotation in enumerate(annotations):
         try:
             captions += [caption] if (caption := _region(annotation, size, number, skip)) else []
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
     return captions
 
@@ -397,7 +385,7 @@ def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) 
         x, y = annotation.point
         if not (0 <= x < size.width and 0 <= y < size.height):
             sides = f"{size.width} x {size.height}"
-            raise AnnotationError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
+            raise InputError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
         prompt = Prompt(points=((x, y, 1),))
     if annotation.unread:
         skip(annotation.unread, annotation.place)
@@ -420,15 +408,15 @@ def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) 
 def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:
     text = plain.get("caption")
     if not isinstance(text, str):
-        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
+        raise InputError(f"{where}, 'caption': text, not {text!r:.40}")
     code, box, prompt = plain.get("mask"), plain.get("box"), plain.get("prompt")
     try:
         code = None if code is None else masks.checked(code)
         asked = read_prompt(prompt, where, *size) if prompt else Prompt()
     except ValueError as error:
-        raise ReadError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
     if code is not None and code["size"] != [size.height, size.width]:
-        raise ReadError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
+        raise InputError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
     others = _list(plain, "others", where) if plain.get("others") else []
     return Caption(
         text,
@@ -445,57 +433,54 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
 def _other(plain: Any, where: str) -> tuple[str, float]:
     text = _table(plain, where).get("caption")
     if not isinstance(text, str):
-        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
+        raise InputError(f"{where}, 'caption': text, not {text!r:.40}")
     return text, _number(plain.get("score"))
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
         return parse_json(text, surrogates=True)
-    except JsonError as error:
-        raise ReadError(f"{where}: not whole JSON: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: not whole JSON: {error}") from error
 
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise ReadError(f"{where}: an object, not {value!r:.40}")
+        raise InputError(f"{where}: an object, not {value!r:.40}")
     return value
 
 
 def _list(table: Mapping[str, Any], field: str, where: str) -> list[Any]:
     if not isinstance(table.get(field), list):
-        raise ReadError(f"{where}, {field!r}: a list, not {table.get(field)!r:.40}")
+        raise InputError(f"{where}, {field!r}: a list, not {table.get(field)!r:.40}")
     return table[field]
 
 
 def _name(record: Any, field: str, where: str) -> str:
     value = _table(record, where).get(field)
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ReadError(f"{where}, {field!r}: the name of an image, not {value!r:.40}")
+        raise InputError(f"{where}, {field!r}: the name of an image, not {value!r:.40}")
     return value
 
 
 def _key(record: Mapping[str, Any], field: str, where: str) -> int | str:
     value = record.get(field)
     if not isinstance(value, int | str):
-        raise ReadError(f"{where}, {field!r}: a number or text, not {value!r:.40}")
+        raise InputError(f"{where}, {field!r}: a number or text, not {value!r:.40}")
     return value
 
 
 def _size(record: Mapping[str, Any], where: str) -> Size:
-    try:
-        size = read_size(_table(record, where), ("width", "height"), where)
-    except AnnotationError as error:
-        raise ReadError(str(error)) from error
+    size = read_size(_table(record, where), ("width", "height"), where)
     if size is None:
-        raise ReadError(f"{where}: 'width' and 'height' of the image are missing; give both in pixels")
+        raise InputError(f"{where}: 'width' and 'height' of the image are missing; give both in pixels")
     return Size(*size)
 
 
 def _numbers(value: Any, count: int, where: str) -> tuple[float, ...]:
     good = isinstance(value, list | tuple) and len(value) == count
     if not good or not all(map(is_finite_number, value)):
-        raise ReadError(f"{where}: {count} numbers, not {value!r:.60}")
+        raise InputError(f"{where}: {count} numbers, not {value!r:.60}")
     return tuple(float(x) for x in value)
 
 

@@ -16,11 +16,12 @@ from typing import Any
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
-from sca.io.images import ImageError, show
+from sca.io.errors import InputError
+from sca.io.images import show
 from sca.io.paths import ImageFiles, find_image
 from sca.output.colours import COLOURS
 from sca.output.page import data_uri, head, text
-from sca.output.read import Captioned, ReadError, merge_images
+from sca.output.read import Captioned, merge_images
 
 SIDE = 640  # pixels of the longest side of a picture in the page
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -88,7 +89,7 @@ def _together(
         pair = second.pop(files.unify(name), None) if second else None
         if pair is not None and pair.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (each.size, pair.size)]
-            raise ReadError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
+            raise InputError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
         yield each, pair
     for left in (second or {}).values():
         yield left._replace(captions=[]), left
@@ -100,7 +101,7 @@ def _image(
     source = BLANK
     try:
         source = data_uri(one.open(images), SIDE)
-    except ImageError as error:
+    except InputError as error:
         problems.append(str(error))
     plain = {
         "name": one.image,

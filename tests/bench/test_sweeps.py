@@ -11,10 +11,12 @@ import pytest
 from sca_bench import report
 from sca_bench.diff import diff
 from sca_bench.runner import run, status
-from sca_bench.store import Store, StoreError
+from sca_bench.store import Store
 from sca_bench.summary import front, lines
 from sca_bench.sweep import TABLES, Sweep, sweep_names
 from sca_registry import RegistryError
+
+from sca.io.errors import InputError, LockedError, OutputError
 
 BASE = """
 [model]
@@ -294,7 +296,7 @@ def test_what_is_missing_is_known_at_any_instant(sweep, tmp_path):
 def test_two_runners_do_not_share_a_folder(tmp_path):
     with (
         Store(tmp_path).held(),
-        pytest.raises(StoreError, match="is being written by another process"),
+        pytest.raises(LockedError, match="is being written by another process"),
         Store(tmp_path).held(),
     ):
         pass
@@ -307,7 +309,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 5, limits[1]))
     try:
-        with pytest.raises(StoreError, match="cannot write"):
+        with pytest.raises(OutputError, match="cannot write"):
             store.add({"key": "b"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -319,7 +321,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
 
 def test_a_broken_line_in_between_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"key": "a"}\n{"key": \n{"key": "b"}\n')
-    with pytest.raises(StoreError, match="line 2, is damaged"):
+    with pytest.raises(InputError, match="line 2, is damaged"):
         Store(tmp_path).rows()
 
 

@@ -12,8 +12,8 @@ from sca_registry import datasets
 from sca.data.coco import Coco
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
+from sca.io.errors import InputError
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError
 from sca.output.read import read_captions
 
 WIDTH, HEIGHT = 40, 30
@@ -312,7 +312,7 @@ def test_coco_readers_agree_on_a_region(written, record, box):
 def _read_prompts(path):
     try:
         return [prompt for prompts in read_prompts(path).values() for prompt in prompts]
-    except PromptError:
+    except InputError:
         return []
 
 

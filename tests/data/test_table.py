@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sca.data.coco import Coco
+from sca.io.errors import OutputError
 
 SIDE = 64
 
@@ -257,7 +258,7 @@ def test_a_conversion_that_fails_leaves_nothing(write, cache):
 def test_a_cache_that_cannot_be_written_is_named(write, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match=r"cannot write .*file.data.coco-[-\w]+: .*; SCA_CACHE names another"):
+    with pytest.raises(OutputError, match=r"cannot write .*file.data.coco-[-\w]+: .*; SCA_CACHE names another"):
         Coco("val", root=write())
 
 

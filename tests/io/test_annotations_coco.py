@@ -6,8 +6,9 @@ from hypothesis.extra import numpy as arrays
 from pycocotools.coco import COCO
 
 from sca.io import masks
-from sca.io.annotations.annotation import AnnotationError, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.coco import bound_segmentation, read_annotation, read_box, read_mask
+from sca.io.errors import InputError
 
 SIZE = 40, 20
 SQUARE = [5, 5, 9, 5, 9, 9, 5, 9]
@@ -85,7 +86,7 @@ def test_keypoints_that_are_not_labeled_count_for_nothing():
     ],
 )
 def test_a_damaged_annotation_is_named(record, message):
-    with pytest.raises(AnnotationError) as raised:
+    with pytest.raises(InputError) as raised:
         read(**record)
     assert str(raised.value).startswith(f"a.json, annotations[0], {message}")
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from sca.io import masks
 from sca.io.annotations import brush
-from sca.io.annotations.annotation import AnnotationError, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.label_studio import is_task, read_tasks
+from sca.io.errors import InputError
 
 WIDTH, HEIGHT = 40, 20
 
@@ -319,7 +320,7 @@ def test_task_without_regions_is_an_image_without_regions():
     ],
 )
 def test_a_damaged_record_is_named(content, message):
-    with pytest.raises(AnnotationError) as raised:
+    with pytest.raises(InputError) as raised:
         list(read_tasks(content, "ls.json", SkipCounter(), unmeasured))
     assert message in str(raised.value)
     assert str(raised.value).startswith("ls.json, task 0")

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.io.images import ImageError
+from sca.io.errors import InputError
 from sca.io.paths import (
-    ImageNameError,
     add_image_prefix,
     distinguish_paths,
     find_image,
@@ -70,7 +69,7 @@ def test_find_image_resolves_every_spelling_or_refuses(stem, others, layout, spe
         written = SPELLINGS[spelling](name)
         try:
             found = find_image(written, [root])
-        except ImageNameError:
+        except InputError:
             assert _is_ambiguous(wanted.stem, others)
             return
         is_written = Path(root, written).is_file()
@@ -135,7 +134,7 @@ def test_find_image_takes_the_first_root_that_has_the_name(tmp_path):
 )
 def test_find_image_refuses_a_name_of_two_files_naming_both(tmp_path, name, files):
     root = _make(tmp_path, *files)
-    with pytest.raises(ImageNameError) as refused:
+    with pytest.raises(InputError) as refused:
         find_image(name, [root])
     assert all(str(root / file) in str(refused.value) for file in files)
 
@@ -150,7 +149,7 @@ def test_find_image_counts_two_links_to_a_file_once(tmp_path):
     "name", ["https://host/a.png", "HTTP://host/a.png", "s3://bucket/a.png", "data:image/png;base64,AA"]
 )
 def test_find_image_says_that_a_url_is_one(tmp_path, name):
-    with pytest.raises(ImageError, match="is a URL, not a file"):
+    with pytest.raises(InputError, match="is a URL, not a file"):
         find_image(name, [_make(tmp_path, "a.png")])
 
 

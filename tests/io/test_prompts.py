@@ -11,12 +11,13 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
+from sca.io.errors import InputError
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask
+from sca.io.prompts import check, parse_box, parse_point, parse_region, read_mask
 
 
 def refusal(call, *arguments) -> str:
-    with pytest.raises(PromptError) as raised:
+    with pytest.raises(InputError) as raised:
         call(*arguments)
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -409,7 +410,7 @@ def test_a_wrong_coco_record_is_named(tmp_path, content, words):
     path = write_lines(tmp_path / "instances.json", content)
     try:
         message = read_prompts(path).problems[0]
-    except PromptError as error:  # nothing is left
+    except InputError as error:  # nothing is left
         message = str(error)
     assert str(path) in message
     assert words in message

@@ -11,7 +11,7 @@ from sca_registry import RegistryError
 from sca_registry.contracts import Prompts
 
 import sca
-from sca.io.hub import HubError
+from sca.io.errors import InputError
 
 open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
 timm = pytest.importorskip("timm", reason="the extra timm is not installed", exc_type=Exception)
@@ -140,7 +140,7 @@ def spoil(folder, name, how):
 def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, request, capsys):
     folder, _ = request.getfixturevalue(kind)
     spoil(folder, file, how)
-    with pytest.raises((HubError, RegistryError)) as caught:
+    with pytest.raises((InputError, RegistryError)) as caught:
         encoder(name, weights=str(folder))
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)

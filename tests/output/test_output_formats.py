@@ -11,9 +11,10 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations.brush import pack, unpack
+from sca.io.errors import InputError
 from sca.output import FORMATS, Writers
 from sca.output.outline import fill, polygons
-from sca.output.read import ReadError, read_captions
+from sca.output.read import read_captions
 
 READ = {
     "jsonl": "captions.jsonl",
@@ -194,16 +195,16 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     file, content, message = BROKEN[name]
     (tmp_path / file).write_text(content)
-    with pytest.raises(ReadError) as raised:
+    with pytest.raises(InputError) as raised:
         list(read_captions(file))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_and_an_empty_folder_are_said(tmp_path):
-    with pytest.raises(ReadError, match=r"cannot read .*none"):
+    with pytest.raises(InputError, match=r"cannot read .*none"):
         list(read_captions(tmp_path / "none.jsonl"))
-    with pytest.raises(ReadError, match=r"no \.json files in"):
+    with pytest.raises(InputError, match=r"no \.json files in"):
         list(read_captions(tmp_path))
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca.io.atomic import OutputError
+from sca.io.errors import OutputError
 from sca.output.journal import NAME, Journal, count_images
 
 RUN = {"model": "x"}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sca.io import masks
 from sca.io.coordinates import Box
+from sca.io.errors import InputError
 from sca.io.numbers import is_int64
 
 Size = tuple[int, int]  # width, height
@@ -26,14 +27,10 @@ CAPTION_KEYS = (
 )
 
 
-class AnnotationError(ValueError):
-    """An annotation that cannot be read; the message is one line that names the record."""
+Reject = Callable[[InputError], None]  # receives what a record of which nothing can be made is refused for
 
 
-Reject = Callable[[ValueError], None]  # receives what a record of which nothing can be made is refused for
-
-
-def raise_error(error: ValueError) -> None:
+def raise_error(error: InputError) -> None:
     """Refuse a whole file for one record that cannot be read."""
     raise error
 
@@ -50,15 +47,15 @@ def read_size(record: Mapping[str, Any], keys: tuple[str, str], place: str) -> S
         Both in pixels; None where either is missing.
 
     Raises:
-        AnnotationError: If they are no size of an image.
+        InputError: If they are no size of an image.
     """
     width, height = (record.get(key) for key in keys)
     if width is None or height is None:
         return None
     if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
-        raise AnnotationError(f"{place}: {' and '.join(map(repr, keys))} in whole pixels, not {(width, height)!r:.40}")
+        raise InputError(f"{place}: {' and '.join(map(repr, keys))} in whole pixels, not {(width, height)!r:.40}")
     if width * height > masks.PIXEL_LIMIT:
-        raise AnnotationError(f"{place}: an image of {width} x {height} has more pixels than are allowed")
+        raise InputError(f"{place}: an image of {width} x {height} has more pixels than are allowed")
     return width, height
 
 

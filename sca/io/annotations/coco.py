@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 from sca.io import masks
-from sca.io.annotations.annotation import Annotation, AnnotationError, Size, Skip, find_unread_caption
+from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import Points, bound_points, fill_polygons
 from sca.io.coordinates import Box
+from sca.io.errors import InputError
 from sca.io.numbers import is_finite_number
 
 SHORT = "polygon with fewer than three points"
@@ -29,7 +30,7 @@ def read_annotation(
         skip: Called for each part that cannot be kept.
 
     Raises:
-        AnnotationError: If a field cannot be read; the message names it.
+        InputError: If a field cannot be read; the message names it.
     """
     segmentation = find_segmentation(record)
     field = "bbox"
@@ -41,13 +42,13 @@ def read_annotation(
             count = _ignore if size else partial(_count, skip, place)
             box = masks.box_of(mask) if mask else bound_segmentation(segmentation, count)
     except ValueError as error:
-        raise AnnotationError(f"{place}, {field!r}: {error}") from error
+        raise InputError(f"{place}, {field!r}: {error}") from error
     if has_keypoints(record):
         skip("keypoints", place)
     texts = record.get("caption")
     captions = tuple(texts) if isinstance(texts, list) else () if texts is None else (texts,)
     if not all(isinstance(text, str) for text in captions):
-        raise AnnotationError(f"{place}, 'caption': text, not {texts!r:.40}")
+        raise InputError(f"{place}, 'caption': text, not {texts!r:.40}")
     unread = find_unread_caption(record, ("caption",))
     return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread)
 
@@ -92,15 +93,15 @@ def read_box(value: Any) -> Box | None:
     """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
 
     Raises:
-        ValueError: With what it must be.
+        InputError: With what it must be.
     """
     if value is None or value == []:
         return None
     if not isinstance(value, list) or len(value) != 4 or not all(map(is_finite_number, value)):
-        raise ValueError(f"must be four numbers (x, y, width, height), not {value!r:.80}")
+        raise InputError(f"must be four numbers (x, y, width, height), not {value!r:.80}")
     x, y, width, height = value
     if min(width, height) < 0:
-        raise ValueError(f"must not have a negative width or height, as {value!r:.80} does")
+        raise InputError(f"must not have a negative width or height, as {value!r:.80} does")
     return x, y, x + width, y + height
 
 
@@ -113,7 +114,7 @@ def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
         count: Called for each polygon that has no inside.
 
     Raises:
-        ValueError: With what it must be.
+        InputError: With what it must be.
     """
     if not value:
         return None
@@ -122,25 +123,25 @@ def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
         polygons = read_polygons(value, count)
         return fill_polygons(polygons, size) if polygons else None
     if not isinstance(value, dict) or not isinstance(value.get("counts"), str | list):
-        raise ValueError("must be polygons, or RLE with size and counts")
+        raise InputError("must be polygons, or RLE with size and counts")
     if value.get("size") != [height, width]:
-        raise ValueError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
+        raise InputError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
     try:
         return masks.checked(value)
     except ValueError as error:
-        raise ValueError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
+        raise InputError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
 
 
 def read_polygons(value: list[Any], count: Count) -> list[Points]:
     """Read polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and left out.
 
     Raises:
-        ValueError: With what they must be.
+        InputError: With what they must be.
     """
     polygons = []
     for flat in value:
         if not isinstance(flat, list) or len(flat) % 2 or not all(map(is_finite_number, flat)):
-            raise ValueError("must be lists of x, y, x, y, ... for its polygons")
+            raise InputError("must be lists of x, y, x, y, ... for its polygons")
         if len(flat) < 6:
             count(SHORT)
         else:
@@ -152,12 +153,12 @@ def bound_segmentation(value: Any, count: Count) -> Box | None:
     """Return the box around a `segmentation` without the size of its image; None if nothing is inside.
 
     Raises:
-        ValueError: With what it must be.
+        InputError: With what it must be.
     """
     if isinstance(value, dict):
         return masks.box_of(masks.checked(value))
     if not isinstance(value, list):
-        raise ValueError("must be polygons, or RLE with size and counts")
+        raise InputError("must be polygons, or RLE with size and counts")
     polygons = read_polygons(value, count)
     return bound_points(point for polygon in polygons for point in polygon) if polygons else None
 

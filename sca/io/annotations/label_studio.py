@@ -14,7 +14,6 @@ from sca.io.annotations import brush
 from sca.io.annotations.annotation import (
     AnnotatedImage,
     Annotation,
-    AnnotationError,
     Reject,
     Size,
     Skip,
@@ -31,6 +30,7 @@ from sca.io.annotations.shapes import (
     trace_ellipse,
 )
 from sca.io.coordinates import Box
+from sca.io.errors import InputError
 from sca.io.images import SUFFIXES
 from sca.io.numbers import is_finite_number
 
@@ -60,7 +60,7 @@ def read_tasks(
     for number, task in enumerate(content if isinstance(content, list) else [content]):
         try:
             images = _read_task(task, f"{where}, task {number}", skip, measure, reject)
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             yield from images
@@ -68,7 +68,7 @@ def read_tasks(
 
 def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reject) -> list[AnnotatedImage]:
     if "data" not in _table(task, place):
-        raise AnnotationError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
+        raise InputError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
     data = _table(task["data"], f"{place}, 'data'")
     chosen = choose_annotation(task, place, skip)
     results = _read_results(chosen.get("result") or [], f"{place}, 'result'", reject)
@@ -86,10 +86,10 @@ def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reje
 
 def _read_results(results: Any, place: str, reject: Reject) -> list[Mapping[str, Any]]:
     if not isinstance(results, list):
-        raise AnnotationError(f"{place}: a list, not {results!r:.40}")
+        raise InputError(f"{place}: a list, not {results!r:.40}")
     for number, result in enumerate(results):
         if not isinstance(result, Mapping):
-            reject(AnnotationError(f"{place}[{number}]: an object, not {result!r:.40}"))
+            reject(InputError(f"{place}[{number}]: an object, not {result!r:.40}"))
     return [result for result in results if isinstance(result, Mapping)]
 
 
@@ -129,20 +129,20 @@ def name_images(data: Mapping[str, Any], results: Results, place: str) -> dict[t
     image.
 
     Raises:
-        AnnotationError: If no key or several could be meant.
+        InputError: If no key or several could be meant.
     """
     of_shapes = dict.fromkeys(str(each.get("to_name")) for each in results if _kind(each))
     keys = [key for key in of_shapes if key in data] or [key for key in data if key == "image"]
     keys = keys or [key for key, value in data.items() if _names_image(value)]
     if not keys or (len(keys) > 1 and not set(keys) <= of_shapes.keys()):
         found = "several values name" if keys else "no value names"
-        raise AnnotationError(f"{place}, 'data': {found} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
+        raise InputError(f"{place}, 'data': {found} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
     images = {}
     for key in keys:
         values = data[key] if isinstance(data[key], list) else [data[key]]
         for index, name in enumerate(values):
             if not isinstance(name, str) or not name:
-                raise AnnotationError(f"{place}, 'data', {key!r}: the name of an image, not {name!r:.40}")
+                raise InputError(f"{place}, 'data', {key!r}: the name of an image, not {name!r:.40}")
             images[key, index] = name
     return images
 
@@ -166,13 +166,13 @@ def agree_size(
     for number, result in enumerate(results):
         try:
             recorded = _recorded_size(result, number, size, place)
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             size = size or recorded
             kept.append(result)
     if size is None and is_only:
-        with suppress(AnnotationError):  # columns of the user's own
+        with suppress(InputError):  # columns of the user's own
             size = read_size(data, ("width", "height"), place)
     return size, kept
 
@@ -184,9 +184,7 @@ def _recorded_size(result: Mapping[str, Any], number: int, known: Size | None, p
     where = f"{place}, {_name_region(result, number)}"
     size = read_size(result, ("original_width", "original_height"), where)
     if size and known and size != known:
-        raise AnnotationError(
-            f"{where}: an image of {size[0]} x {size[1]}, and {known[0]} x {known[1]} in a result before"
-        )
+        raise InputError(f"{where}: an image of {size[0]} x {size[1]}, and {known[0]} x {known[1]} in a result before")
     return size
 
 
@@ -222,7 +220,7 @@ def read_regions(
                 skip(kind if isinstance(kind, str) else "result without a type", where)
         try:
             region = _read_region(pieces, shapes, size, where, skip) if shapes else None
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             found += [region] if region else []
@@ -231,7 +229,7 @@ def read_regions(
 
 def _read_region(pieces: Results, shapes: Results, size: Size | None, place: str, skip: Skip) -> Annotation | None:
     if size is None:
-        raise AnnotationError(f"{place}: no 'original_width' and 'original_height', and no image to measure")
+        raise InputError(f"{place}: no 'original_width' and 'original_height', and no image to measure")
     geometry = _read_geometry(shapes, size, place, skip)
     if geometry is None:
         return None
@@ -278,7 +276,7 @@ def read_shape(
     """Read the box, the mask or the point of a result, in pixels. All are None for what was counted.
 
     Raises:
-        AnnotationError: If its value cannot be read.
+        InputError: If its value cannot be read.
     """
     value, kind = _table(result.get("value"), f"{place}, 'value'"), _kind(result)
     x_scale, y_scale = size[0] / 100, size[1] / 100
@@ -308,19 +306,19 @@ def read_shape(
                 return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
             case "brush":
                 if not isinstance(value.get("rle"), list):
-                    raise ValueError("no list 'rle'")
+                    raise InputError("no list 'rle'")
                 return None, masks.encode(brush.unpack(value["rle"], *size)), None
             case "bitmask":
                 inside = decode_mask(value.get("imageDataURL"), "'imageDataURL'", size)
                 if inside.shape != size[::-1]:
-                    raise ValueError(f"'imageDataURL' is {inside.shape[1]} x {inside.shape[0]}, the image {size}")
+                    raise InputError(f"'imageDataURL' is {inside.shape[1]} x {inside.shape[0]}, the image {size}")
                 return None, masks.encode(np.asarray(inside)), None
             case _:
                 x, y = _numbers(value, ("x", "y"))
                 return None, None, (x * x_scale, y * y_scale)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise AnnotationError(f"{place}: a {kind} that cannot be read: {reason}") from error
+        raise InputError(f"{place}: a {kind} that cannot be read: {reason}") from error
 
 
 def _filled(
@@ -353,7 +351,7 @@ def _texts(result: Mapping[str, Any], place: str) -> list[str]:
     texts = _table(result.get("value"), f"{place}, 'value'").get("text")
     texts = texts if isinstance(texts, list) else [texts]
     if not all(isinstance(text, str) for text in texts):
-        raise AnnotationError(f"{place}, 'text': text, not {texts!r:.40}")
+        raise InputError(f"{place}, 'text': text, not {texts!r:.40}")
     return texts
 
 
@@ -383,23 +381,23 @@ def _given(value: Mapping[str, Any]) -> dict[str, Any]:
 def _numbers(value: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     found = [value.get(key) for key in keys]
     if not all(map(is_finite_number, found)):
-        raise ValueError(f"{', '.join(keys)} must be numbers, not {found!r:.60}")
+        raise InputError(f"{', '.join(keys)} must be numbers, not {found!r:.60}")
     return [float(each) for each in found]  # type: ignore[arg-type]
 
 
 def _pair(value: Any) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2 or not all(map(is_finite_number, value)):
-        raise ValueError(f"a point must be two numbers x, y, not {value!r:.60}")
+        raise InputError(f"a point must be two numbers x, y, not {value!r:.60}")
     return float(value[0]), float(value[1])
 
 
 def _tables(value: Any, place: str) -> list[Mapping[str, Any]]:
     if not isinstance(value, list):
-        raise AnnotationError(f"{place}: a list, not {value!r:.40}")
+        raise InputError(f"{place}: a list, not {value!r:.40}")
     return [_table(each, place) for each in value]
 
 
 def _table(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise AnnotationError(f"{place}: an object, not {value!r:.40}")
+        raise InputError(f"{place}: an object, not {value!r:.40}")
     return value
