@@ -14,8 +14,8 @@ from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Annotation, Reject, Skip
-from sca.io.errors import InputError
+from sca.io.annotations.annotation import Annotation, Skip
+from sca.io.errors import InputError, Reject
 from sca.io.paths import ImageFiles, expand_user, split_name
 
 UNCATEGORIZED = "file without categories"

@@ -6,7 +6,6 @@ the words that name the first two.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +14,8 @@ from typing import Any
 
 from sca.io import masks
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Reject, Skip, find_unread_caption
-from sca.io.errors import InputError
+from sca.io.annotations.annotation import Skip, find_unread_caption
+from sca.io.errors import InputError, Reject
 from sca.io.json import parse_json, read_regular_file
 from sca.io.numbers import is_int64
 
@@ -30,22 +29,14 @@ class EmptyDatasetError(InputError):
 def read_json(path: Path) -> Any:
     """A whole JSON file."""
     try:
-        content = read_regular_file(path)
-        return parse_json(content.decode(json.detect_encoding(content)), surrogates=True)
-    except InputError as error:
-        cause = error.__cause__
-        if isinstance(cause, json.JSONDecodeError):
-            raise cut(path, cause.msg, cause.pos, len(cause.doc)) from None
-        raise InputError(f"{path} is not JSON that can be read: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+        return parse_json(read_regular_file(path), str(path), surrogates=True)
     except OSError as error:
         raise unreadable(path, error) from error
 
 
 def cut(path: Path, problem: str, position: int, size: int) -> InputError:
     place = f"{problem} at {position} of {size} bytes"
-    return InputError(f"{path} is not whole JSON: {place}; was it cut off while it was copied or downloaded?")
+    return InputError(f"{path} is not valid JSON: {place}; was it cut off while it was copied or downloaded?")
 
 
 def unreadable(path: Path, error: OSError) -> InputError:

@@ -18,8 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sca.data.fields import cut, field, table, unreadable
-from sca.io.annotations.annotation import Reject
-from sca.io.errors import InputError
+from sca.io.errors import InputError, Reject
 from sca.io.json import check_depth, open_regular_file, parse_json
 from sca.io.text import escape_terminal
 
@@ -154,8 +153,9 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
         with open_regular_file(path) as file, reading(path) as bar:
             for number, line in enumerate(file, 1):
                 end = start + len(line)
+                place = f"{path}: line {number}"
                 try:
-                    record = _read_line(line, f"{path}: line {number}")
+                    record = table(parse_json(line, place, surrogates=True), place) if line.strip() else None
                 except ValueError as error:
                     if reject is None:
                         raise
@@ -167,19 +167,6 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
                 start = end
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _read_line(line: bytes, place: str) -> dict[str, Any] | None:
-    """The object of a line, None for a blank one. Raises InputError, which names the place."""
-    try:
-        text = line.decode("utf-8-sig").strip()
-        return table(parse_json(text, surrogates=True), place) if text else None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place} is not UTF-8: {error}") from None
-    except InputError as error:
-        cause = error.__cause__
-        told = f"{cause.msg} at character {cause.pos}" if isinstance(cause, json.JSONDecodeError) else error
-        raise InputError(f"{place} is not whole JSON: {told}") from None
 
 
 def grouped(owners: np.ndarray | Sequence[int], count: int) -> Iterator[tuple[int, list[int]]]:

@@ -21,7 +21,7 @@ from sca_registry.spec import Part, check_generation
 
 from sca.checkpoints.state import weights_hash
 from sca.data.summary import check_not_empty, summarize_dataset
-from sca.evaluation.journal import FILES, LOOSE, Journal, OtherRunError, Predictions, check_same_run, read_predictions
+from sca.evaluation.journal import FILES, LOOSE, Journal, Predictions, check_same_runs, read_predictions
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
 from sca.evaluation.requirements import check_needs, check_truth, describe_missing_truth
@@ -31,7 +31,7 @@ from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import captioner as open_captioner
 from sca.inference.predictor import Predictor
-from sca.io.errors import InputError
+from sca.io.errors import InputError, OtherRunError
 from sca.io.run_folder import RunFolder, existing_paths
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _begun(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -
     with RunFolder(folder, "evaluate", OUTPUTS) as run_folder:
         is_other = False
         try:
-            check_same_run(folder, run)
+            check_same_runs(folder, run)
         except OtherRunError:
             if not overwrite:
                 raise

@@ -6,6 +6,8 @@ exists only where code treats it differently.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class InputError(ValueError):
     """What is read is absent, malformed or unusable: a file, an image, a prompt, a record or a checkpoint."""
@@ -13,6 +15,14 @@ class InputError(ValueError):
 
 class OutputError(OSError):
     """What is written cannot be: a folder in use or of another run, a full disk, a file that must not be replaced."""
+
+
+Reject = Callable[[InputError], None]  # receives the error of a record, which is then passed over
+
+
+def raise_error(error: InputError) -> None:
+    """Refuse a whole file for one record that cannot be read."""
+    raise error
 
 
 class IrregularFileError(InputError):
@@ -25,6 +35,10 @@ class TooLargeError(InputError):
 
 class ImageMemoryError(InputError):
     """An image that does not fit into memory."""
+
+
+class OtherRunError(OutputError):
+    """A folder or journal of a run with other settings, which may be replaced."""
 
 
 class LockedError(OutputError):

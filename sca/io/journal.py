@@ -17,6 +17,7 @@ from sca.io.lock import lock
 
 SYNC_SECONDS = 3.0  # a power cut loses at most what was appended within this time
 BLOCK = 2**20  # bytes
+HEADER = b"{"  # of any entry
 
 Entry = Mapping[str, Any]
 
@@ -31,6 +32,7 @@ class Journal:
         path: The file, created if absent.
         completes: Whether an entry completes a group; entries after the last complete group are dropped. By default
             every entry is complete.
+        header: What the first line begins with: a torn first line that does not is a file of something else.
         sync_seconds: An append syncs to disk if the last sync is at least this long ago; until the next append or
             `close`, what was appended within this time may not be synced. 0 syncs every append.
 
@@ -41,7 +43,11 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, completes: Callable[[Entry], bool] | None = None, sync_seconds: float = SYNC_SECONDS
+        self,
+        path: Path,
+        completes: Callable[[Entry], bool] | None = None,
+        header: bytes = HEADER,
+        sync_seconds: float = SYNC_SECONDS,
     ):
         self.path, self._sync_seconds = path, sync_seconds
         created = not path.exists()
@@ -54,7 +60,7 @@ class Journal:
                 raise LockedError(f"{show(path)} is being written by another process; wait for it")
             self._size = _decodable_size(self._file, completes)
             self.dropped = os.fstat(self._file.fileno()).st_size - self._size  # bytes
-            if self.dropped and not self._size and not _is_torn(self._file):
+            if self.dropped and not self._size and not _is_torn(self._file, header):
                 self._file.close()
                 raise InputError(f"{show(path)} is not a journal; choose another folder, or move the file")
             if self.dropped:
@@ -108,12 +114,14 @@ class Journal:
         self.close()
 
 
-def read_journal(path: Path, completes: Callable[[Entry], bool] | None = None) -> Iterator[dict[str, Any]]:
+def read_journal(
+    path: Path, completes: Callable[[Entry], bool] | None = None, header: bytes = HEADER
+) -> Iterator[dict[str, Any]]:
     """Yield the entries of a journal, which may be growing, without what cannot be decoded at its end.
 
     Args:
         path: The file; an absent one has no entries.
-        completes: As in `Journal`.
+        completes: As in `Journal`, like `header`.
 
     Raises:
         InputError: A line before the end cannot be decoded.
@@ -126,7 +134,7 @@ def read_journal(path: Path, completes: Callable[[Entry], bool] | None = None) -
     with file:
         rest = _decodable_size(file, completes)
         file.seek(0)
-        if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file):
+        if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file, header):
             raise InputError(f"{show(path)} is not a journal; choose another folder, or move the file")
         for number, line in enumerate(file, 1):
             rest -= len(line)
@@ -173,21 +181,22 @@ def _lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     yield 0, b"".join(reversed(pieces))
 
 
-def _is_torn(file: IO[bytes]) -> bool:
-    """Whether a file without a whole entry is the beginning of a first one, or zeros in its place.
+def _is_torn(file: IO[bytes], header: bytes) -> bool:
+    """Whether a file without a whole entry is a part of a first one, or zeros in its place.
 
     Several lines are a file of something else, unless they contain zeros, which no text file does.
     """
     file.seek(0)
     content = file.read()
     is_other_text = b"\n" in content and b"\0" not in content
-    return not is_other_text and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
+    begins = header.startswith(content.partition(b"\0")[0][: len(header)])
+    return begins and not is_other_text and _decode(content) is None
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     """The entry of a line, None if it is not a whole JSON object."""
     try:
-        entry = parse_json(line.decode(), surrogates=True)
+        entry = parse_json(line.decode(), "", surrogates=True)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -8,10 +8,11 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sca.io.errors import InputError, IrregularFileError
+from sca.io.errors import InputError, IrregularFileError, Reject, raise_error
 
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
@@ -34,20 +35,15 @@ def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = Fa
         InputError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
             the path.
     """
-    content = read_regular_file(path, limit)
-    try:
-        return parse_json(content.decode("utf-8-sig"), finite)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); copy it again") from error
-    except InputError as error:
-        raise InputError(f"{path} is not JSON ({error}); copy it again") from error
+    return parse_json(read_regular_file(path, limit), str(path), finite)
 
 
-def parse_json(text: str, finite: bool = False, surrogates: bool = False) -> Any:
-    """Parse JSON text, such as one line of a JSONL file.
+def parse_json(text: str | bytes, place: str, finite: bool = False, surrogates: bool = False) -> Any:
+    """Parse JSON text, such as a file or one line of a JSON Lines file.
 
     Args:
         text: One JSON value.
+        place: What messages call it: a file, or a file and a line.
         finite: Reject NaN, Infinity and numbers that overflow to it.
         surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can contain.
 
@@ -55,20 +51,46 @@ def parse_json(text: str, finite: bool = False, surrogates: bool = False) -> Any
         InputError: If it is not JSON, nested too deep, or contains half of a surrogate pair; without the text.
     """
     try:
+        text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
         value = FINITE_DECODER.decode(text) if finite else json.loads(text)
+        check_depth(value)
+        if not surrogates and SURROGATE.search(text):
+            check_encodable(value)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} is not UTF-8 text (byte {error.start}); copy it again") from error
     except RecursionError as error:
-        raise InputError(f"nested deeper than {MAX_DEPTH} levels") from error
-    except InputError:
-        raise
-    except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
-        raise InputError(str(error).split(";")[0]) from error
-    check_depth(value)
-    if not surrogates and SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError("it contains half of a surrogate pair, which is not text") from error
+        raise InputError(f"{place} is nested deeper than {MAX_DEPTH} levels") from error
+    except ValueError as error:  # an integer of thousands of digits is one, too
+        raise InputError(f"{place} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value
+
+
+def parse_lines(lines: Iterable[bytes], shown: str, reject: Reject = raise_error) -> Iterator[tuple[str, Any]]:
+    """Yield the values of JSON Lines, each with its place, "FILE, line N"; blank lines are passed over.
+
+    Args:
+        lines: The lines, such as an open file.
+        shown: What messages call the file.
+        reject: Called with the error of each line that is not JSON, which is then passed over; raises it by default.
+    """
+    for number, line in enumerate(lines, 1):
+        place = f"{shown}, line {number}"
+        if line.strip():
+            try:
+                value = parse_json(line, place, surrogates=True)
+            except InputError as error:
+                reject(error)
+            else:
+                yield place, value
+
+
+def check_encodable(value: Any) -> None:
+    """Raise InputError for a JSON value that contains half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError(f"{half} is half of a surrogate pair, which is not text; remove it") from error
 
 
 def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bool = False) -> bytes:
@@ -140,8 +162,8 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
         return is_json_lines_name(path)
     lines = (line for line in file if line.strip())
     try:
-        first = parse_json(next(lines, b"").decode("utf-8-sig"), surrogates=True)
-    except (InputError, UnicodeDecodeError):
+        first = parse_json(next(lines, b""), str(path), surrogates=True)
+    except InputError:
         first = None
     file.seek(0)
     return isinstance(first, dict) and key in first

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
 import unicodedata
@@ -13,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sca_registry.contracts import Prompt
 
@@ -23,7 +21,7 @@ from sca.io.annotations.annotation import Annotation, Size, SkipCounter, read_si
 from sca.io.coordinates import Box, compare_sizes, scale_box
 from sca.io.errors import InputError
 from sca.io.images import show
-from sca.io.json import is_json_lines, open_regular_file, parse_json
+from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines, read_regular_file
 from sca.io.notices import notice_once
 from sca.io.paths import ImageFiles, find_image, measure_named_image, possible_file_names
 from sca.io.prompts import Point, check_and_count, quote, read_field, read_fields, read_mask
@@ -229,13 +227,10 @@ def _find_root(path: Path) -> Path:
 
 
 def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
-    try:
-        with open_regular_file(path, seekable=True, allow_pipe=True) as file:
-            lines = is_json_lines(path, file, "image")
-            text = io.TextIOWrapper(file, "utf-8-sig")
-            return _lines(text, path, problems) if lines else _regions(text.read(), path, skip, problems)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+    with open_regular_file(path, seekable=True, allow_pipe=True) as file:
+        if is_json_lines(path, file, "image"):
+            return _lines(file, path, problems)
+        return _regions(parse_json(file.read(), show(path), surrogates=True), path, skip, problems)
 
 
 def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
@@ -252,13 +247,10 @@ def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[s
 
 def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     try:
-        with open_regular_file(path, seekable=True, allow_pipe=True) as file:
-            content = _json(file.read().decode("utf-8-sig"), show(path))
+        content = parse_json(read_regular_file(path), show(path), surrogates=True)
         if not isinstance(content, dict) or "shapes" not in content:
             raise InputError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
         return _labelme(content, path, skip, problems)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{show(path)} is not UTF-8 text; copy it again") from error
     except OSError as error:
         raise InputError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
 
@@ -275,19 +267,17 @@ def _merge_spellings(entries: Mapping[str, list[_Entry]], roots: Sequence[Path])
     return merged
 
 
-def _lines(file, path: Path, problems: list[str]) -> dict[str, list[_Entry]]:
+def _lines(file: BinaryIO, path: Path, problems: list[str]) -> dict[str, list[_Entry]]:
     entries: dict[str, list[_Entry]] = {}
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            with _noting(problems):
-                image, entry = _line(line, f"{show(path)}, line {number}", path)
-                entries.setdefault(image, []).append(entry)
+    for where, record in parse_lines(file, show(path), lambda error: problems.append(str(error))):
+        with _noting(problems):
+            image, entry = _line(record, where, path)
+            entries.setdefault(image, []).append(entry)
     return entries
 
 
-def _line(line: str, where: str, path: Path) -> tuple[str, _Entry]:
+def _line(record: Any, where: str, path: Path) -> tuple[str, _Entry]:
     """The image of a line, and its region."""
-    record = _json(line, where)
     if not isinstance(record, dict):
         raise InputError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
     image = _text(record, "image", where)
@@ -315,8 +305,7 @@ def _noting(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
-    content = _json(text, show(path))
+def _regions(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
     if label_studio.is_task(content) or (isinstance(content, list) and content):
         return _label_studio(content, path, skip, problems)
     if isinstance(content, dict) and "shapes" in content:
@@ -392,17 +381,6 @@ def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipC
         else:
             skip("empty mask", each.place)
     return entries
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return parse_json(text, surrogates=True)
-    except InputError as error:
-        cause = error.__cause__
-        if not isinstance(cause, json.JSONDecodeError):
-            raise InputError(f"{where}: not JSON that can be read: {error}") from error
-        place = f"column {cause.colno}" if cause.lineno == 1 else f"line {cause.lineno}, column {cause.colno}"
-        raise InputError(f"{where}: not JSON at {place}: {cause.msg}") from error
 
 
 def _text(record: Any, field: str, where: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.io.atomic import open_folder, output_errors, remove_drafts, write_file
-from sca.io.errors import InputError, OutputError
+from sca.io.errors import InputError, OtherRunError, OutputError
 from sca.io.images import show
 from sca.io.json import read_json
 from sca.io.lock import held_lock
@@ -117,8 +117,8 @@ class RunFolder:
             The earlier run if this one continues or repeats it, else None.
 
         Raises:
-            OutputError: An output is an input, or was not written by this kind of run, or is of a run with other
-                settings.
+            OtherRunError: The folder contains a run with other settings.
+            OutputError: An output is an input, or was not written by this kind of run.
         """
         settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
         assert all(_is_declared(each, self.patterns) for each in outputs), (
@@ -135,10 +135,7 @@ class RunFolder:
                 f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
             )
         if changed and not (overwrite or set_aside):
-            raise OutputError(
-                f"{show(self.path)} contains another run ({'; '.join(changed)}); choose another folder, or replace "
-                "the run with --overwrite"
-            )
+            raise _other_run(self.path, changed)
         if changed:
             if overwrite:
                 self.delete_outputs()
@@ -179,6 +176,28 @@ class RunFolder:
     def _mark(self, run: Run) -> None:
         runs = {kind: asdict(each) for kind, each in {**read_runs(self.path), self.kind: run}.items()}
         write_file(self.path / MARKER, f"{json.dumps({'format': 1, 'runs': runs}, indent=1, sort_keys=True)}\n")
+
+
+def check_same_run(path: Path, earlier: Mapping[str, Any], run: Mapping[str, Any], loose: Iterable[str] = ()) -> None:
+    """Check that a file is of this run, so that it can be continued.
+
+    Args:
+        path: The file.
+        earlier: What determined its results, as plain JSON.
+        run: What determines the results now.
+        loose: Names of what may differ.
+
+    Raises:
+        OtherRunError: It is of another run; names what differs.
+    """
+    if changed := _changed(earlier, _plain(run), set(loose)):
+        raise _other_run(path, changed)
+
+
+def _other_run(path: Path, changed: Iterable[str]) -> OtherRunError:
+    return OtherRunError(
+        f"{show(path)} contains another run ({'; '.join(changed)}); choose another folder, or replace the run"
+    )
 
 
 def read_runs(folder: Path) -> dict[str, Run]:

@@ -9,9 +9,9 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import journal
-from sca.io.atomic import open_folder, unwritable
-from sca.io.errors import InputError
+from sca.io.atomic import open_folder, output_errors
 from sca.io.images import show
+from sca.io.run_folder import check_same_run
 from sca.output.jsonl import record
 from sca.output.read import Captioned, captioned
 
@@ -29,7 +29,8 @@ class Journal:
         resume: Continue with the journal that exists, instead of replacing it.
 
     Raises:
-        ValueError: The journal to resume is damaged, or of a run with other options.
+        InputError: The journal to resume is damaged.
+        OtherRunError: It is of a run with other options.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, str], resume: bool):
@@ -57,37 +58,27 @@ class Journal:
         if self._file is not None:
             self._file.close()
         if finished:
-            try:
-                self._path.unlink(missing_ok=True)
-            except OSError as error:
-                raise unwritable(self._path, error) from error
+            self._remove()
+
+    def _remove(self) -> None:
+        with output_errors(self._path):
+            self._path.unlink(missing_ok=True)
 
     def _open(self) -> None:
         if not self._resume:
-            self._path.unlink(missing_ok=True)
+            self._remove()
         self._file = journal.Journal(self._path)
         if self._file.is_empty:
             self._file.append(self._run)
 
     def _read(self) -> None:
-        """The images of a journal that is there."""
-        try:
-            for number, entry in enumerate(journal.read_journal(self._path), 1):
-                if number == 1:
-                    self._check(entry)
-                else:
-                    told = captioned(entry, f"{show(self._path)}, line {number}")
-                    self.done[told.image] = told
-        except InputError as error:
-            raise ValueError(f"{error}; or start over with --overwrite") from error
-
-    def _check(self, other: Mapping[str, str]) -> None:
-        if other != self._run:
-            names = sorted(name for name in {**self._run, **other} if other.get(name) != self._run.get(name))
-            raise ValueError(
-                f"{show(self._path)} is of a run with other options ({', '.join(names)}): give those, choose "
-                "another --out, or start over with --overwrite"
-            )
+        """Read the images of the journal that exists."""
+        for number, entry in enumerate(journal.read_journal(self._path), 1):
+            if number == 1:
+                check_same_run(self._path, entry, self._run)
+            else:
+                image = captioned(entry, f"{show(self._path)}, line {number}")
+                self.done[image.image] = image
 
 
 def count_images(folder: Path) -> int:

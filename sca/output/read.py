@@ -6,7 +6,6 @@ What a format has no place for is unknown afterwards: COCO has no prompts, and a
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,12 +20,12 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, Reject, SkipCounter, raise_error, read_size
+from sca.io.annotations.annotation import Annotation, SkipCounter, read_size
 from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
-from sca.io.errors import InputError
+from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import open_image, show
-from sca.io.json import is_json_lines, open_regular_file, parse_json, read_regular_file
+from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines, read_regular_file
 from sca.io.notices import notice_once
 from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageFiles, find_image, measure_named_image, remove_parents
@@ -127,13 +126,11 @@ def read_captions(
                 if is_parquet:
                     yield from _grouped(_rows(file, path), counter, reject)
                 elif is_json_lines(path, file, "image"):
-                    yield from _grouped(_lines(file, path, reject), counter, reject)
+                    yield from _grouped(parse_lines(file, show(path), reject), counter, reject)
                 else:
                     yield from _json(file, path, counter, roots, reject)
     except OSError as error:
         raise InputError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{show(path)} is not UTF-8 text") from error
     if skip is None and (summary := counter.summarize()):
         warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
 
@@ -176,7 +173,7 @@ def merge_images(
 
 
 def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[Captioned]:
-    content = _parsed(file.read().decode("utf-8-sig"), show(path))
+    content = parse_json(file.read(), show(path), surrogates=True)
     if isinstance(content, list) or label_studio.is_task(content):
         yield from merge_images(_label_studio(content, path, skip, roots, reject), roots, reject).values()
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
@@ -189,18 +186,6 @@ def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], 
         raise InputError(
             f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
         )
-
-
-def _lines(file: BinaryIO, path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
-        if line.strip():
-            where = f"{show(path)}, line {number}"
-            try:
-                plain = _parsed(line, where)
-            except InputError as error:
-                reject(error)
-            else:
-                yield where, plain
 
 
 def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
@@ -216,7 +201,7 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 where = f"{show(path)}, row {number}"
                 for name in ("prompt", "others"):
-                    row[name] = None if row.get(name) is None else _parsed(row[name], where)
+                    row[name] = None if row.get(name) is None else parse_json(row[name], where, surrogates=True)
                 yield where, row
     except pyarrow.ArrowException as error:
         raise InputError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
@@ -352,7 +337,7 @@ def _labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject)
 
 def _labelme_file(path: Path, skip: SkipCounter, reject: Reject) -> Captioned:
     where = show(path)
-    content = _table(_parsed(read_regular_file(path).decode("utf-8-sig"), where), where)
+    content = _table(parse_json(read_regular_file(path), where, surrogates=True), where)
     name = _image_beside(path, _name(content, "imagePath", where))
     size = Size(*labelme.find_size(content, Path(name), where))
     regions = _regions(labelme.read_shapes(content, size, where, skip, reject), size, skip, reject)
@@ -435,13 +420,6 @@ def _other(plain: Any, where: str) -> tuple[str, float]:
     if not isinstance(text, str):
         raise InputError(f"{where}, 'caption': text, not {text!r:.40}")
     return text, _number(plain.get("score"))
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return parse_json(text, surrogates=True)
-    except InputError as error:
-        raise InputError(f"{where}: not whole JSON: {error}") from error
 
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:

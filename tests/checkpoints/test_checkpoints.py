@@ -191,7 +191,7 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
     ("file", "content", "message"),
     [
         (SPEC, None, "has no spec.json"),
-        (SPEC, b"{", "not JSON"),
+        (SPEC, b"{", "not valid JSON"),
         (WEIGHTS, None, "has no weights.safetensors"),
         (WEIGHTS, b"\x10\0\0\0\0\0\0\0{", "is broken"),
     ],

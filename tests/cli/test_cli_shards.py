@@ -159,7 +159,7 @@ def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told
     repaired = {**contents, "shard-00000": "2"}
     assert begin(tmp_path, repaired) == {"set-0"}, "what is not finished may change"
     for other, settings in (({**contents, "set-0": "2"}, SETTINGS), (contents, {**SETTINGS, "words": "3"})):
-        with pytest.raises(OutputError, match=r"contains another run \(.*--overwrite"):
+        with pytest.raises(OutputError, match=r"contains another run \(.*or replace the run"):
             begin(tmp_path, other, settings=settings)
     assert (tmp_path / "set-0.jsonl").read_text() == "set-0\n"
     (tmp_path / "mine.jsonl").write_text("precious")

@@ -253,7 +253,7 @@ def test_a_broken_record_is_named_with_its_file_and_field(written, broken, messa
 
 def test_a_file_that_is_cut_off_or_is_no_coco_is_named(written):
     text = json.dumps(content())
-    with pytest.raises(ValueError, match=r"val\.json is not whole JSON: .* of 100 bytes; was it cut off"):
+    with pytest.raises(ValueError, match=r"val\.json is not valid JSON: .* of 100 bytes; was it cut off"):
         Coco("val", root=written(None, text[:100]))
     with pytest.raises(ValueError, match=r"val\.json: COCO's format is an object"):
         Coco("val", root=written(None, "[]"))

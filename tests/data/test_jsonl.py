@@ -191,7 +191,7 @@ PLACE = r"regions\.jsonl: line 1 \(id \d\): "
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"image": "a.'], r"regions\.jsonl: line 1 is not whole JSON: Unterminated string"),
+        (['{"image": "a.'], r"regions\.jsonl: line 1 is not valid JSON: Unterminated string"),
         ([line(), "", "[3]"], r"regions\.jsonl: line 3 must be an object, not \[3\]"),
         ([{"box": [1, 2, 3, 4]}], PLACE + "no 'image'; it has: box"),
         ([line(image=4)], PLACE + "image must be a string, not 4"),

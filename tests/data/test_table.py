@@ -250,7 +250,7 @@ def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
 def test_a_conversion_that_fails_leaves_nothing(write, cache):
     root = write()
     (root / "val.json").write_text((root / "val.json").read_text()[:-9])
-    with pytest.raises(ValueError, match="is not whole JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         Coco("val", root=root)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 

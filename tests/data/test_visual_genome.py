@@ -180,12 +180,12 @@ def test_a_missing_field_is_named(write, key):
         ({"region_descriptions": "[{}]"}, r"region_descriptions\.json: \[0\]: no 'id'; it has: nothing"),
         (
             {"region_descriptions": '[{"id": 1, "reg'},
-            r"region_descriptions\.json is not whole JSON: Unter.*; was it cut",
+            r"region_descriptions\.json is not valid JSON: Unter.*; was it cut",
         ),
-        ({"region_descriptions": '[{"id": 1, "regions": []}'}, r"region_descriptions\.json is not whole JSON"),
-        ({"region_descriptions": '[{"id": 1, "regions": []},'}, r"region_descriptions\.json is not whole JSON"),
-        ({"region_descriptions": ""}, r"region_descriptions\.json is not whole JSON"),
-        ({"region_descriptions": "[] []"}, r"region_descriptions\.json is not whole JSON"),
+        ({"region_descriptions": '[{"id": 1, "regions": []}'}, r"region_descriptions\.json is not valid JSON"),
+        ({"region_descriptions": '[{"id": 1, "regions": []},'}, r"region_descriptions\.json is not valid JSON"),
+        ({"region_descriptions": ""}, r"region_descriptions\.json is not valid JSON"),
+        ({"region_descriptions": "[] []"}, r"region_descriptions\.json is not valid JSON"),
         (
             {"region_descriptions": '{"id": 1}'},
             r"region_descriptions\.json must be a list .*, and is an object",
@@ -201,7 +201,7 @@ def test_a_missing_field_is_named(write, key):
         ({"densecap_splits": []}, r"densecap_splits\.json must be an object"),
         ({"densecap_splits": {"train": 3}}, r"densecap_splits\.json: train must be a list, not 3"),
         ({"densecap_splits": {"train": [1, "2"]}}, r"densecap_splits\.json: train\[1\] must be an image id, not '2'"),
-        ({"densecap_splits": '{"train": [1'}, r"densecap_splits\.json is not whole JSON"),
+        ({"densecap_splits": '{"train": [1'}, r"densecap_splits\.json is not valid JSON"),
     ],
 )
 def test_a_broken_file_is_named(write, files, message):

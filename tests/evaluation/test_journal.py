@@ -16,7 +16,7 @@ from sca.evaluation.evaluate import evaluate, score_file
 from sca.evaluation.journal import NAME, read_predictions
 from sca.evaluation.predictions import Questions
 from sca.io import journal
-from sca.io.errors import InputError, OutputError
+from sca.io.errors import InputError, OtherRunError, OutputError
 
 RUN = """
 import sys
@@ -146,11 +146,11 @@ def test_several_processes_write_what_one_writes(tmp_path):
 def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     before = (tmp_path / NAME).read_bytes()
-    with pytest.raises(InputError, match=r"another run .*prompt: 'box' there, 'center' now.*another folder"):
+    with pytest.raises(OtherRunError, match=r"another run .*prompt: \"box\" there, \"center\" now.*another folder"):
         evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"))
     assert (tmp_path / NAME).read_bytes() == before
     (tmp_path / NAME).write_text('{"image_id": 1}\n')
-    with pytest.raises(InputError, match="not what was run"):
+    with pytest.raises(InputError, match="without their run"):
         evaluate(teller(dataset), dataset, folder=tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_evaluate_drops_a_torn_tail_of_a_finished_file(teller, dataset, tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "line 1 is not whole JSON"),
+        ("{", "line 1 is not valid JSON"),
         ("[]", "line 1 is .* and not a record"),
         ("\xff", "line 1"),
         ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption': '\\ud800' is half of a surrogate pair"),

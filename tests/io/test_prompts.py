@@ -326,8 +326,8 @@ def test_json_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "deeper than 100"),
         ("[1]", "object"),
         ({"box": [1, 2, 3, 4]}, "'image'"),
         ({"image": 3, "box": [1, 2, 3, 4]}, "'image'"),

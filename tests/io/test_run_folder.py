@@ -74,7 +74,7 @@ def test_run_folder_refuses_a_dangling_link_in_place_of_an_output(tmp_path):
 
 def test_run_folder_refuses_other_settings_with_the_ways_out(tmp_path):
     run(tmp_path, {"x": 1, "y": [1, 2]})
-    with pytest.raises(OutputError, match=r"another run \(x: 1 there, 2 now\); choose another folder.*--overwrite"):
+    with pytest.raises(OutputError, match=r"another run \(x: 1 there, 2 now\); choose .* replace the run"):
         run(tmp_path, {"x": 2, "y": (1, 2)})
     run(tmp_path, {"x": 2, "y": (1, 2)}, loose=["x"])
 

@@ -147,7 +147,7 @@ def test_hostile_words_come_back(tmp_path, picture, hostile):
 
 LINE = {"image": "a.png", "width": 4, "height": 3, "region": 0, "caption": "x", "box": [0, 0, 1, 1]}
 BROKEN = {
-    "not JSON": ("a.jsonl", "{", "a.jsonl, line 1: not whole JSON"),
+    "not JSON": ("a.jsonl", "{", "a.jsonl, line 1 is not valid JSON"),
     "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image': the name of an image, not 3"),
     "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1: 'width' and 'height' of the image"),
     "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption': text, not None"),

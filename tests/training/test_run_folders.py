@@ -51,7 +51,7 @@ def test_train_deletes_no_foreign_files(plan, tmp_path, blocks, overwrite):
 def test_train_refuses_a_folder_of_another_run(plan, tmp_path):
     train(plan(), tmp_path, quiet=True)
     before = weights(tmp_path)
-    with pytest.raises(OutputError, match=r"another run \(train\.learning_rate: .* there, .* now\).*--overwrite"):
+    with pytest.raises(OutputError, match=r"another run \(train\.learning_rate: .* there, .* now\).*replace the run"):
         train(plan(learning_rate=1e-2), tmp_path, quiet=True)
     assert weights(tmp_path) == before
     train(plan(workers=0, save=7), tmp_path, quiet=True)

@@ -27,14 +27,6 @@ CAPTION_KEYS = (
 )
 
 
-Reject = Callable[[InputError], None]  # receives what a record of which nothing can be made is refused for
-
-
-def raise_error(error: InputError) -> None:
-    """Refuse a whole file for one record that cannot be read."""
-    raise error
-
-
 def read_size(record: Mapping[str, Any], keys: tuple[str, str], place: str) -> Size | None:
     """Read the width and height of an image.
 

@@ -11,16 +11,7 @@ import numpy as np
 
 from sca.io import masks
 from sca.io.annotations import brush
-from sca.io.annotations.annotation import (
-    AnnotatedImage,
-    Annotation,
-    Reject,
-    Size,
-    Skip,
-    find_unread_caption,
-    raise_error,
-    read_size,
-)
+from sca.io.annotations.annotation import AnnotatedImage, Annotation, Size, Skip, find_unread_caption, read_size
 from sca.io.annotations.shapes import (
     Points,
     bound_points,
@@ -30,7 +21,7 @@ from sca.io.annotations.shapes import (
     trace_ellipse,
 )
 from sca.io.coordinates import Box
-from sca.io.errors import InputError
+from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import SUFFIXES
 from sca.io.numbers import is_finite_number
 

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sca.io import masks
-from sca.io.annotations.annotation import Annotation, Reject, Size, Skip, find_unread_caption, raise_error, read_size
+from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption, read_size
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
-from sca.io.errors import InputError
+from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import open_image, read_image
 from sca.io.numbers import is_finite_number
 
