@@ -34,6 +34,7 @@ from sca.io.atomic import check_replaceable, new_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.hub import fingerprint
 from sca.io.json import open_regular_file, read_json
+from sca.io.validation import read_object
 from sca.language_models.hf import read_tokenizer
 from sca.model import SegmentCaptioner
 
@@ -212,10 +213,8 @@ def read_spec(folder: Path) -> ModelSpec:
         table = read_json(folder / SPEC, SPEC_BYTES, finite=True)
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote") from error
-    if not isinstance(table, dict):
-        raise InputError(f"{folder / SPEC} is {table!r:.40} and should be a table of parts: copy it again")
     try:
-        return ModelSpec.from_dict(table)
+        return ModelSpec.from_dict(read_object(table, str(folder / SPEC)))
     except RegistryError as error:
         raise InputError(f"{folder / SPEC}: {error}") from error
 

@@ -21,7 +21,7 @@ from sca_registry.spec import ModelSpec, Part
 from sca.io.errors import InputError
 from sca.io.hub import known_sources
 from sca.io.json import read_json
-from sca.io.numbers import is_finite_number
+from sca.io.validation import is_finite_number
 
 TRUST = "trust_remote_code"
 SOURCES = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component

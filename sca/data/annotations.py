@@ -10,13 +10,14 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, read_json, table
+from sca.data.fields import read_json
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
-from sca.io.annotations.annotation import AnnotatedImage, read_size
+from sca.io.annotations.annotation import AnnotatedImage
 from sca.io.errors import InputError
 from sca.io.paths import ImageFiles, expand_user, measure_named_image, normalize_name
+from sca.io.validation import read_field, read_object, read_size
 
 
 class Annotations(TableDataset):
@@ -105,7 +106,7 @@ class Annotations(TableDataset):
                 measure = partial(measure_named_image, roots=[self.images])
                 yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject)
                 continue
-            name = field(table(content, str(file)), "imagePath", str, str(file))
+            name = read_field(read_object(content, str(file)), "imagePath", str, str(file))
             try:
                 image = self._labelme(content, normalize_name(name), file)
             except InputError as error:
@@ -120,5 +121,5 @@ class Annotations(TableDataset):
         if not path.is_file() and content.get("imageData"):
             name = str(file.absolute())
         shapes = labelme.read_shapes(content, size, str(file), self._skip, self._reject)
-        is_recorded = read_size(content, labelme.SIDES, str(file)) is not None
+        is_recorded = read_size(content, str(file), labelme.SIDES) is not None
         return AnnotatedImage(str(file), name, size, shapes, is_size_recorded=is_recorded)

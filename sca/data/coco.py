@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, identified, phrases, size
+from sca.data.fields import identified, read_phrases
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
@@ -17,6 +17,7 @@ from sca.io.annotations import coco
 from sca.io.annotations.annotation import Annotation, Skip
 from sca.io.errors import InputError, Reject
 from sca.io.paths import ImageFiles, expand_user, split_name
+from sca.io.validation import read_field, require_size
 
 UNCATEGORIZED = "file without categories"
 WHAT = "COCO's format is an object with images, annotations and categories"
@@ -54,7 +55,7 @@ class Index(NamedTuple):
         names, things = {}, set()
         for record, place in identified(kept.get("categories", []), f"{path}: categories", reject=reject_category):
             try:
-                names[record["id"]] = coco.clean_name(field(record, "name", str, place))
+                names[record["id"]] = coco.clean_name(read_field(record, "name", str, place))
             except ValueError as error:
                 if reject_category is None:
                     raise
@@ -68,11 +69,11 @@ class Index(NamedTuple):
     def image(self, number: int) -> tuple[int, str, int, int]:
         """Id, file name, width and height."""
         record, place = self.images[number]
-        return record["id"], field(record, "file_name", str, place), *size(record, place)
+        return record["id"], read_field(record, "file_name", str, place), *require_size(record, place)
 
     def name(self, record: Mapping[str, Any], place: str) -> str:
         """The name of the category of an annotation or a segment."""
-        number = field(record, "category_id", int, place)
+        number = read_field(record, "category_id", int, place)
         if number not in self.names:
             raise InputError(f"{place}: category_id {number} has no name among the categories")
         return self.names[number]
@@ -151,8 +152,8 @@ class Coco(TableDataset):
             place,
             mask=region.mask,
             name=name,
-            phrases=phrases(record.get("caption"), "caption", place),
-            attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
+            phrases=read_phrases(record.get("caption"), "caption", place),
+            attributes=read_field(record, "attributes", dict, place) if record.get("attributes") else None,
         )
 
     def _name(self, record: dict[str, Any], place: str, found: Index) -> str | None:
@@ -227,7 +228,7 @@ class CocoCaptions(Coco):
         told: list[str] = []
         for record, place in annotations:
             with self._rejecting():
-                told += phrases(field(record, "caption", str, place), "caption", place)
+                told += read_phrases(read_field(record, "caption", str, place), "caption", place)
         if annotations:
             (first, place), *_ = annotations
             self._keep(image, first["id"], (0, 0, image["width"], image["height"]), place, phrases=told)

@@ -10,12 +10,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sca.data.coco import Index, find
-from sca.data.fields import field, table
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.images import open_image
 from sca.io.masks import encode
 from sca.io.paths import find_image
+from sca.io.validation import read_field
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
 NOTHING = 0  # the number of pixels that belong to no segment
@@ -64,14 +64,14 @@ class CocoPanoptic(TableDataset):
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, number, record, place, count = entry
         image = self._image(*found.image(number))
-        numbers = self._numbers(field(record, "file_name", str, place), image)
+        numbers = self._numbers(read_field(record, "file_name", str, place), image)
         if numbers is None:
             return None
         known = {NOTHING}
-        for n, segment in enumerate(field(record, "segments_info", list, place)):
+        for n, segment in enumerate(read_field(record, "segments_info", list, place)):
             at = f"{place}: segments_info[{n}]"
             with self._rejecting():
-                identity = field(table(segment, at), "id", int, at)
+                identity = read_field(segment, "id", int, at)
                 at = f"{at} (id {identity})"
                 if identity in known:
                     raise InputError(f"{at}: this id was given before")

@@ -11,13 +11,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.data.fields import field, four, note_unread_caption, phrases, size
+from sca.data.fields import note_unread_caption, read_phrases
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.images import measure_image
 from sca.io.paths import ImageFiles, expand_user, find_image, normalize_name
+from sca.io.validation import read_field, read_numbers, require_size
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -79,11 +80,11 @@ class Jsonl(TableDataset):
                         told = f"no {key!r}, which the first line has"
                         told = told if given else f"{key!r}, which the first line lacks"
                         raise InputError(f"{place}: {told}; give it on every line, or on none")
-                identity = field(record, "id", int, place) if keyed["id"] else len(places)
+                identity = read_field(record, "id", int, place) if keyed["id"] else len(places)
                 place = f"{place} (id {identity})"
-                name = files.unify(normalize_name(field(record, "image", str, place)))
+                name = files.unify(normalize_name(read_field(record, "image", str, place)))
                 known = images[name][1] if name in images else len(images)
-                image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
+                image_id = read_field(record, "image_id", int, place) if keyed["image_id"] else known
                 if owners.get(image_id, name) != name:
                     raise InputError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
                 if known != image_id and name in images:
@@ -124,7 +125,7 @@ class Jsonl(TableDataset):
         given: tuple[int, int] | None = None
         for number, record, place in lines:
             with self._rejecting():
-                sides = size(record, place) if "width" in record or "height" in record else given
+                sides = require_size(record, place) if "width" in record or "height" in record else given
                 if given and sides != given:
                     raise InputError(f"{place}: width and height are {sides}, and {given} on a line before")
                 given = sides
@@ -133,7 +134,7 @@ class Jsonl(TableDataset):
     @staticmethod
     def _recorded_size(lines: list[tuple[dict[str, Any], str]]) -> tuple[int, int] | None:
         """Return the image's width and height that lines state, or None."""
-        return next((size(record, place) for record, place in lines if "width" in record), None)
+        return next((require_size(record, place) for record, place in lines if "width" in record), None)
 
     def _read_size(self, name: str) -> tuple[int, int] | None:
         """Return width and height of an image file; None, and counted, if it is missing or unreadable."""
@@ -147,7 +148,7 @@ class Jsonl(TableDataset):
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
         shape = record.get("mask")
-        box = None if shape and record.get("box") is None else four(record, "box", ORDER, place)
+        box = None if shape and record.get("box") is None else read_numbers(record, "box", ORDER, place)
         if box and (box[2] < box[0] or box[3] < box[1]):
             raise InputError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
         note_unread_caption(record, ("caption", "phrases"), place, self._skip)
@@ -166,7 +167,7 @@ class Jsonl(TableDataset):
             box,
             place,
             mask=mask,
-            name=field(record, "name", str, place) if "name" in words else None,
-            phrases=phrases(record.get(told), told, place),
-            attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
+            name=read_field(record, "name", str, place) if "name" in words else None,
+            phrases=read_phrases(record.get(told), told, place),
+            attributes=read_field(record, "attributes", dict, place) if record.get("attributes") else None,
         )

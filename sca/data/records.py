@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm.auto import tqdm
 
-from sca.data.fields import cut, field, table, unreadable
+from sca.data.fields import cut, unreadable
 from sca.io.errors import InputError, Reject
 from sca.io.json import check_depth, open_regular_file, parse_json
 from sca.io.text import escape_terminal
+from sca.io.validation import read_field, read_object
 
 CHUNK = 1 << 22  # bytes that are read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -65,10 +66,10 @@ class Records:
     def add(self, record: Any, start: int, end: int) -> None:
         """Notes one more record, which stands at these bytes."""
         place = f"{self.where}[{len(self) + self._passed}]"
-        table(record, place)
-        values = []
+        values: list[int] = []
         for key in self.keys:
-            values.append(field(record, key, int, place if not values else f"{place} ({self.keys[0]} {values[0]})"))
+            where = f"{place} ({self.keys[0]} {values[0]})" if values else place
+            values.append(read_field(record, key, int, where))
         self.note(values, start, end)
 
     def note(self, values: Sequence[int], start: int, end: int) -> None:
@@ -155,7 +156,7 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
                 end = start + len(line)
                 place = f"{path}: line {number}"
                 try:
-                    record = table(parse_json(line, place, surrogates=True), place) if line.strip() else None
+                    record = read_object(parse_json(line, place, surrogates=True), place) if line.strip() else None
                 except ValueError as error:
                     if reject is None:
                         raise

@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 from tqdm.auto import tqdm
 
 from sca.data.coco import Index, read_region
-from sca.data.fields import field, identified, phrases, read_json, table
+from sca.data.fields import identified, read_json, read_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
+from sca.io.validation import read_field
 
 BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
 PICTURES = ("images/mscoco/images/train2014", "train2014", "images")
@@ -60,7 +61,7 @@ class RefCoco(TableDataset):
         refs = []
         for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id", self._reject):
             with self._rejecting():
-                refs.append((record, place, field(record, "split", str, place)))
+                refs.append((record, place, read_field(record, "split", str, place)))
         if all(split != self.split for *_, split in refs):
             self._stop_if_too_many()
             splits = dict.fromkeys(split for *_, split in refs)
@@ -70,7 +71,7 @@ class RefCoco(TableDataset):
         mine = []
         for ref, place in ((ref, place) for ref, place, split in refs if split == self.split):
             with self._rejecting():
-                mine.append((ref, place, *(field(ref, key, int, place) for key in ("image_id", "ann_id"))))
+                mine.append((ref, place, *(read_field(ref, key, int, place) for key in ("image_id", "ann_id"))))
         images: dict[int, list[Any]] = {}
         known = found.images.find([each[2] for each in mine]), found.annotations.find([each[3] for each in mine])
         for (ref, place, *_), image, annotation in zip(mine, *(each.tolist() for each in known), strict=True):
@@ -136,10 +137,10 @@ def _read_refs(path: Path) -> list[Any]:
 
 
 def _sentences(ref: dict[str, Any], place: str) -> list[str]:
-    sentences = field(ref, "sentences", list, place)
+    sentences = read_field(ref, "sentences", list, place)
     places = [f"{place}: sentences[{number}]" for number in range(len(sentences))]
-    sent = [field(table(each, at), "sent", str, at) for each, at in zip(sentences, places, strict=True)]
-    return phrases(sent, "sent", place)
+    sent = [read_field(each, "sent", str, at) for each, at in zip(sentences, places, strict=True)]
+    return read_phrases(sent, "sent", place)
 
 
 def _refs(folder: Path, by: str) -> Path:

@@ -9,10 +9,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.coco import read_region
-from sca.data.fields import field, identified, note_unread_caption, phrases, read_json, size, table
+from sca.data.fields import identified, note_unread_caption, read_json, read_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
+from sca.io.validation import read_field, read_object, require_size
 from sca.io.walk import walk_files
 
 CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
@@ -56,22 +57,24 @@ class Sa1b(TableDataset):
 
     def _record(self, entry: Any) -> dict[str, Any]:
         file = entry
-        content = table(read_json(file), str(file))
-        record, place = table(field(content, "image", dict, str(file)), f"{file}: image"), f"{file}: image"
+        content = read_json(file)
+        record, place = read_field(content, "image", dict, str(file)), f"{file}: image"
         folder = file.parent.relative_to(self.images)
-        name = str(folder / field(record, "file_name", str, place))
-        image_id = field(record, "image_id", int, place)
+        name = str(folder / read_field(record, "file_name", str, place))
+        image_id = read_field(record, "image_id", int, place)
         if file.stem != f"sa_{image_id}":
             raise InputError(f"{place}: image_id {image_id} is not that in the name of the file")
-        image = self._image(image_id, name, *size(record, place))
-        captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
+        image = self._image(image_id, name, *require_size(record, place))
+        captions = read_object(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
         where = f"{file}: annotations"
-        for annotation, at in identified(field(content, "annotations", list, str(file)), where, reject=self._reject):
+        for annotation, at in identified(
+            read_field(content, "annotations", list, str(file)), where, reject=self._reject
+        ):
             with self._rejecting():
                 beside = captions.pop(str(annotation["id"]), None)
                 if beside is None:
                     note_unread_caption(annotation, ("caption",), at, self._skip)
-                told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
+                told = read_phrases(annotation.get("caption"), "caption", at) + read_phrases(beside, "caption", at)
                 shape = {**annotation, "bbox": None} if annotation.get("segmentation") else annotation
                 region = read_region(shape, at, image, self._skip)
                 if region is not None:

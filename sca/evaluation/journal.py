@@ -25,8 +25,9 @@ from sca.evaluation.predictions import Asked
 from sca.io import journal
 from sca.io.atomic import write_file
 from sca.io.errors import InputError
-from sca.io.json import check_encodable, open_regular_file, parse_lines
+from sca.io.json import open_regular_file, parse_lines
 from sca.io.run_folder import check_same_run, find_outputs
+from sca.io.validation import check_encodable, read_object
 
 NAME = "predictions.jsonl"
 FILES = (NAME, "predictions.#.jsonl")  # of the first process, and of the others
@@ -123,14 +124,13 @@ def read_predictions(path: str | Path) -> Predictions:
     try:
         with open_regular_file(path, allow_pipe=True) as file:
             for place, content in parse_lines(file, str(path)):
-                if not isinstance(content, dict):
-                    raise InputError(f"{place} is {content!r:.40} and not a record")
-                if "run" in content:
+                if "run" in read_object(content, place):
                     run = content["run"]
                 elif "end" in content:
                     end = content["end"]
                 elif "done" not in content:
-                    _check_texts(content, place)
+                    for key in TEXTS:  # names of images may contain half of a surrogate pair
+                        check_encodable(f"{place}, {key!r}", content.get(key))
                     records.append(content)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -212,12 +212,3 @@ def predictions_files(folder: Path) -> list[Path]:
 
 def _name(rank: int) -> str:
     return NAME if rank == 0 else f"predictions.{rank}.jsonl"
-
-
-def _check_texts(record: Mapping[str, Any], where: str) -> None:
-    """Raise InputError if what metrics compare cannot be encoded; names of images may be such texts."""
-    for key in TEXTS:
-        try:
-            check_encodable(record.get(key))
-        except InputError as error:
-            raise InputError(f"{where}, {key!r}: {error}") from error

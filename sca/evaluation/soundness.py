@@ -10,7 +10,7 @@ from sca_registry.contracts import TASKS
 
 from sca.evaluation.journal import Predictions, truth_hash
 from sca.io.errors import InputError
-from sca.io.numbers import is_finite_number
+from sca.io.validation import is_finite_number
 
 SHOWN = 3
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from sca.io.errors import InputError
 
 Box = tuple[float, float, float, float]
+PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
 OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
 
 

@@ -19,7 +19,7 @@ from sca.io.errors import ImageMemoryError, InputError, IrregularFileError, TooL
 from sca.io.json import open_regular_file
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number
+from sca.io.validation import is_finite_number
 from sca.io.walk import walk_files
 
 FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for

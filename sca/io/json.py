@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sca.io.errors import InputError, IrregularFileError, Reject, raise_error
+from sca.io.validation import check_encodable
 
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
@@ -55,7 +56,7 @@ def parse_json(text: str | bytes, place: str, finite: bool = False, surrogates: 
         value = FINITE_DECODER.decode(text) if finite else json.loads(text)
         check_depth(value)
         if not surrogates and SURROGATE.search(text):
-            check_encodable(value)
+            check_encodable("it", value)
     except UnicodeDecodeError as error:
         raise InputError(f"{place} is not UTF-8 text (byte {error.start}); copy it again") from error
     except RecursionError as error:
@@ -82,15 +83,6 @@ def parse_lines(lines: Iterable[bytes], shown: str, reject: Reject = raise_error
                 reject(error)
             else:
                 yield place, value
-
-
-def check_encodable(value: Any) -> None:
-    """Raise InputError for a JSON value that contains half of a surrogate pair."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise InputError(f"{half} is half of a surrogate pair, which is not text; remove it") from error
 
 
 def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bool = False) -> bytes:

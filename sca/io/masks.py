@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from sca.io.coordinates import PIXEL_LIMIT
 from sca.io.errors import InputError
 
 RLE = Mapping[str, Any]
-PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
 SOFT_MAXIMUM = 224  # the least maximum of 8-bit probabilities; labels and instances rarely have as high numbers
 MAX_LABELS = 16  # different values of a mask that may be labels

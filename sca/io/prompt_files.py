@@ -17,7 +17,7 @@ from sca_registry.contracts import Prompt
 
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, Size, SkipCounter, read_size
+from sca.io.annotations.annotation import Annotation, Size, SkipCounter
 from sca.io.coordinates import Box, compare_sizes, scale_box
 from sca.io.errors import InputError
 from sca.io.images import show
@@ -25,6 +25,7 @@ from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_line
 from sca.io.notices import notice_once
 from sca.io.paths import ImageFiles, find_image, measure_named_image, possible_file_names
 from sca.io.prompts import Point, check_and_count, quote, read_field, read_fields, read_mask
+from sca.io.validation import read_id, read_name, read_size
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def _line(record: Any, where: str, path: Path) -> tuple[str, _Entry]:
     """The image of a line, and its region."""
     if not isinstance(record, dict):
         raise InputError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
-    image = _text(record, "image", where)
+    image = read_name(record, "image", where)
     box, points, mask = read_fields(record.get("prompt", record), where)
     if isinstance(mask, str):
         mask = read_field(where, "mask", partial(find_image, roots=[path.parent]), mask)
@@ -293,7 +294,7 @@ def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
     """Width and height of the image that a record states; None if it does not, or has 0 in their place."""
     if not record.get("width") or not record.get("height"):
         return None
-    return read_size(record, ("width", "height"), where)
+    return read_size(record, where)
 
 
 @contextmanager
@@ -325,7 +326,7 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
     for place, image in enumerate(content["images"]):
         where = f"{show(path)}, images[{place}]"
         with _noting(problems):
-            number, name = _id(image, "id", where), _text(image, "file_name", where)
+            number, name = read_id(image, "id", where), read_name(image, "file_name", where)
             if number in keys or name in entries:
                 field = "'id'" if number in keys else "'file_name'"
                 raise InputError(f"{where}, {field}: another image has it too; each image has its own")
@@ -333,7 +334,7 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
     for place, annotation in enumerate(content["annotations"]):
         where = f"{show(path)}, annotations[{place}]"
         with _noting(problems):
-            number = _id(annotation, "image_id", where)
+            number = read_id(annotation, "image_id", where)
             if number not in keys:
                 raise InputError(f"{where}, 'image_id': no image has the id {quote(number)}")
             name = keys[number]
@@ -356,7 +357,7 @@ def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> B
 
 
 def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[_Entry]]:
-    name = _text(content, "imagePath", show(path))
+    name = read_name(content, "imagePath", show(path))
     image = read_field(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
     size = labelme.find_size(content, image, show(path))
     shapes = labelme.read_shapes(content, size, show(path), skip, lambda error: problems.append(str(error)))
@@ -381,17 +382,3 @@ def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipC
         else:
             skip("empty mask", each.place)
     return entries
-
-
-def _text(record: Any, field: str, where: str) -> str:
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise InputError(f"{where}, '{field}': the image's file name as text, not {quote(value)}")
-    return value
-
-
-def _id(record: Any, field: str, where: str) -> int | str:
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, int | str) or isinstance(value, bool):
-        raise InputError(f"{where}, '{field}': a number or text, not {quote(value)}")
-    return value

@@ -19,8 +19,8 @@ from sca.io.errors import InputError
 from sca.io.images import identify_image, show
 from sca.io.json import open_regular_file
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number
 from sca.io.paths import expand_user
+from sca.io.validation import is_finite_number
 
 Point = tuple[float, float, int]
 NPY = b"\x93NUMPY"  # what an array file begins with

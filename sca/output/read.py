@@ -20,16 +20,16 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, SkipCounter, read_size
+from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.annotations.shapes import fit_box
 from sca.io.coordinates import compare_sizes
 from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import open_image, show
 from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines, read_regular_file
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number, is_int64
 from sca.io.paths import ImageFiles, find_image, measure_named_image, remove_parents
 from sca.io.prompts import read_prompt
+from sca.io.validation import is_finite_number, is_int64, read_size
 from sca.output.outline import fill
 
 PARQUET = b"PAR1"  # what such a file begins with
@@ -449,7 +449,7 @@ def _key(record: Mapping[str, Any], field: str, where: str) -> int | str:
 
 
 def _size(record: Mapping[str, Any], where: str) -> Size:
-    size = read_size(_table(record, where), ("width", "height"), where)
+    size = read_size(_table(record, where), where)
     if size is None:
         raise InputError(f"{where}: 'width' and 'height' of the image are missing; give both in pixels")
     return Size(*size)

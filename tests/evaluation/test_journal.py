@@ -222,10 +222,10 @@ def test_evaluate_drops_a_torn_tail_of_a_finished_file(teller, dataset, tmp_path
     ("content", "said"),
     [
         ("{", "line 1 is not valid JSON"),
-        ("[]", "line 1 is .* and not a record"),
+        ("[]", r"line 1 is \[\]; give an object"),
         ("\xff", "line 1"),
-        ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption': '\\ud800' is half of a surrogate pair"),
-        ('{"truth": {"phrases": ["\\udc80"]}}', r"line 1, 'truth': '\\udc80' is half of a surrogate pair"),
+        ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption' contains '\\ud800', half of a surrogate pair"),
+        ('{"truth": {"phrases": ["\\udc80"]}}', r"line 1, 'truth' contains '\\udc80', half of a surrogate pair"),
     ],
 )
 def test_a_file_that_is_none_is_told_by_its_line(tmp_path, content, said):

@@ -121,12 +121,12 @@ def test_line_is_its_box_and_counted():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (3, "shapes[0]: an object with a 'label', not 3"),
-        ({"points": TRIANGLE}, "shapes[0]: an object with a 'label'"),
-        (shape(points=[]), "shapes[0], 'points': a list of [x, y], not []"),
+        (3, "shapes[0] is 3; give an object"),
+        ({"points": TRIANGLE}, "shapes[0], 'label' is None; give text"),
+        (shape(points=[]), "shapes[0], 'points' is empty; give a list of [x, y]"),
         (shape(points=[[1, 2], [3]]), "shapes[0], 'points'"),
-        (shape(3), "shapes[0], 'shape_type': text, not 3"),
-        (shape(description=["a"]), "shapes[0], 'description': text, not ['a']"),
+        (shape(3), "shapes[0], 'shape_type' is 3; give text"),
+        (shape(description=["a"]), "shapes[0], 'description' is ['a']; give text"),
         (shape(points=[[0, 0], [9, 9], [1e9, 0]]), "a polygon that cannot be read: has a point far outside"),
         (shape("mask", [[1, 1], [2, 2]]), "a mask that cannot be read: 'mask': base64 text, not None"),
         (shape("mask", [[1, 1], [2, 2]], mask="!"), "'mask' is not base64"),

@@ -11,7 +11,7 @@ from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_ca
 from sca.io.annotations.shapes import Points, bound_points, fill_polygons
 from sca.io.coordinates import Box
 from sca.io.errors import InputError
-from sca.io.numbers import is_finite_number
+from sca.io.validation import check_numbers, convert_box, is_finite_number, read_texts
 
 SHORT = "polygon with fewer than three points"
 Count = Callable[[str], None]  # counts a reason
@@ -33,28 +33,24 @@ def read_annotation(
         InputError: If a field cannot be read; the message names it.
     """
     segmentation = find_segmentation(record)
-    field = "bbox"
+    box = _read_box_with_area(record.get("bbox"), place, skip)
     try:
-        box = _read_box_with_area(record.get("bbox"), place, skip)
-        field = "segmentation"
         mask = _read_mask_with_area(segmentation, size, place, skip) if size else None
         if box is None and segmentation:
             count = _ignore if size else partial(_count, skip, place)
             box = masks.box_of(mask) if mask else bound_segmentation(segmentation, count)
     except ValueError as error:
-        raise InputError(f"{place}, {field!r}: {error}") from error
+        raise InputError(f"{place}, 'segmentation': {error}") from error
     if has_keypoints(record):
         skip("keypoints", place)
     texts = record.get("caption")
-    captions = tuple(texts) if isinstance(texts, list) else () if texts is None else (texts,)
-    if not all(isinstance(text, str) for text in captions):
-        raise InputError(f"{place}, 'caption': text, not {texts!r:.40}")
+    captions = () if texts is None else tuple(read_texts(f"{place}, 'caption'", texts))
     unread = find_unread_caption(record, ("caption",))
     return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread)
 
 
 def _read_box_with_area(value: Any, place: str, skip: Skip) -> Box | None:
-    box = read_box(value)
+    box = read_box(value, f"{place}, 'bbox'")
     if box is None or (box[0] < box[2] and box[1] < box[3]):
         return box
     if any(value):  # all zero is how a region without a box is written
@@ -89,20 +85,16 @@ def clean_name(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def read_box(value: Any) -> Box | None:
+def read_box(value: Any, what: str) -> Box | None:
     """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
 
     Raises:
-        InputError: With what it must be.
+        InputError: It is something else; the message begins with `what`.
     """
     if value is None or value == []:
         return None
-    if not isinstance(value, list) or len(value) != 4 or not all(map(is_finite_number, value)):
-        raise InputError(f"must be four numbers (x, y, width, height), not {value!r:.80}")
-    x, y, width, height = value
-    if min(width, height) < 0:
-        raise InputError(f"must not have a negative width or height, as {value!r:.80} does")
-    return x, y, x + width, y + height
+    check_numbers(what, value, "x, y, width, height")
+    return convert_box(what, *value)
 
 
 def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:

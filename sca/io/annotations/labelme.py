@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sca.io import masks
-from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption, read_size
+from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
 from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import open_image, read_image
-from sca.io.numbers import is_finite_number
+from sca.io.validation import check_numbers, check_type, read_field, read_object, read_size
 
 IGNORED = "__ignore__"  # the label of pixels that count for nothing
 POLYGONS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
@@ -43,7 +43,7 @@ def find_size(content: Mapping[str, Any], image: Path, where: str) -> Size:
     Raises:
         InputError: If nothing says how large the image is.
     """
-    if recorded := read_size(content, SIDES, where):
+    if recorded := read_size(content, where, SIDES):
         return recorded
     try:
         return open_image_of(content, image, where).size
@@ -96,11 +96,8 @@ def read_shapes(
     Raises:
         InputError: If the file has no shapes.
     """
-    shapes = content.get("shapes")
-    if not isinstance(shapes, list):
-        raise InputError(f"{where}, 'shapes': a list, not {shapes!r:.40}")
     groups: dict[Any, list[Shape]] = {}
-    for number, record in enumerate(shapes):
+    for number, record in enumerate(read_field(content, "shapes", list, where)):
         try:
             shape = _parse_shape(record, f"{where}, shapes[{number}]")
         except InputError as error:
@@ -146,14 +143,15 @@ def draw_shape(shape: Shape, size: Size) -> np.ndarray:
 
 
 def _parse_shape(record: Any, place: str) -> Shape:
-    if not isinstance(record, Mapping) or not isinstance(record.get("label"), str):
-        raise InputError(f"{place}: an object with a 'label', not {record!r:.40}")
-    points = record.get("points")
-    if not isinstance(points, list) or not points or not all(map(_is_point, points)):
-        raise InputError(f"{place}, 'points': a list of [x, y], not {points!r:.40}")
+    read_object(record, place)
     kind = record.get("shape_type") or "polygon"
-    if not isinstance(kind, str):
-        raise InputError(f"{place}, 'shape_type': text, not {kind!r:.40}")
+    for key, value in (("label", record.get("label")), ("shape_type", kind)):
+        check_type(f"{place}, {key!r}", value, str, InputError)
+    points = read_field(record, "points", list, place)
+    if not points:
+        raise InputError(f"{place}, 'points' is empty; give a list of [x, y]")
+    for point in points:
+        check_numbers(f"{place}, 'points'", point, "x, y")
     return Shape(place, kind, [(x, y) for x, y in points], record)
 
 
@@ -210,15 +208,10 @@ def _describe(shapes: Sequence[Shape], **geometry: Any) -> Annotation:
     first, records = shapes[0], [shape.record for shape in shapes]
     texts = [record["description"] for record in records if record.get("description")]
     for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"{first.place}, 'description': text, not {text!r:.40}")
+        check_type(f"{first.place}, 'description'", text, str, InputError)
     score, iou = (next((r[key] for r in records if r.get(key) is not None), None) for key in ("score", "iou"))
     label = first.record["label"]
     captions = tuple(dict.fromkeys(texts))
     unread = next(filter(None, (find_unread_caption(record, ("description",)) for record in records)), None)
     unread = None if captions else unread
     return Annotation(first.place, label=label, captions=captions, score=score, iou=iou, unread=unread, **geometry)
-
-
-def _is_point(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_finite_number, value))
