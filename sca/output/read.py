@@ -29,7 +29,17 @@ from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_line
 from sca.io.notices import notice_once
 from sca.io.paths import ImageFiles, find_image, measure_named_image, remove_parents
 from sca.io.prompts import read_prompt
-from sca.io.validation import is_finite_number, is_int64, read_size
+from sca.io.validation import (
+    check_numbers,
+    check_type,
+    is_finite_number,
+    is_int64,
+    read_field,
+    read_id,
+    read_name,
+    require,
+    require_size,
+)
 from sca.output.outline import fill
 
 PARQUET = b"PAR1"  # what such a file begins with
@@ -137,9 +147,10 @@ def read_captions(
 
 def captioned(plain: Any, where: str) -> Captioned:
     """An image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines. InputError."""
-    size = _size(_table(plain, where), where)
-    told = [_caption(_table(each, where), size, n, where) for n, each in enumerate(_list(plain, "captions", where))]
-    return Captioned(_name(plain, "image", where), size, told, None)
+    size = Size(*require_size(plain, where))
+    captions = read_field(plain, "captions", list, where)
+    told = [_caption(each, size, number, where) for number, each in enumerate(captions)]
+    return Captioned(read_name(plain, "image", where), size, told, None)
 
 
 def merge_images(
@@ -209,7 +220,7 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
 
 def _features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
     """Records; the mask of a MultiPolygon is what it holds."""
-    for number, feature in enumerate(_list(content, "features", show(path))):
+    for number, feature in enumerate(read_field(content, "features", list, show(path))):
         where = f"{show(path)}, features[{number}]"
         try:
             plain = _feature(feature, where)
@@ -220,10 +231,10 @@ def _features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterato
 
 
 def _feature(feature: Any, where: str) -> dict[str, Any]:
-    plain = dict(_table(_table(feature, where).get("properties"), f"{where}, 'properties'"))
-    shape = _table(feature.get("geometry"), f"{where}, 'geometry'")
+    plain = dict(read_field(feature, "properties", dict, where))
+    shape = read_field(feature, "geometry", dict, where)
     if shape.get("type") == "MultiPolygon":
-        size = _size(plain, where)
+        size = Size(*require_size(plain, where))
         try:
             rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
             plain["mask"] = masks.encode(fill(rings, *size))
@@ -242,7 +253,7 @@ def _grouped(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reje
                 raise InputError(f"{where}: {name!r} had records before, with others between; sort them by image")
             seen.add(name)
             try:
-                given = _size(plain, where)
+                given = Size(*require_size(plain, where))
                 if given != (size or given):
                     raise InputError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
                 size, model = given, plain.get("model") or model
@@ -258,7 +269,7 @@ def _grouped(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reje
 def _named(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
     for where, plain in records:
         try:
-            name = _name(plain, "image", where)
+            name = read_name(plain, "image", where)
         except InputError as error:
             reject(error)
         else:
@@ -280,19 +291,19 @@ def _coco(
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None
     names = coco.name_categories(content)
-    for number, each in enumerate(_list(content, "annotations", show(path))):
+    for number, each in enumerate(read_field(content, "annotations", list, show(path))):
         where = f"{show(path)}, annotations[{number}]"
         try:
-            told.setdefault(_key(_table(each, where), "image_id", where), []).append((where, each))
+            told.setdefault(read_id(each, "image_id", where), []).append((where, each))
         except InputError as error:
             reject(error)
-    for number, image in enumerate(_list(content, "images", show(path))):
+    for number, image in enumerate(read_field(content, "images", list, show(path))):
         where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
         try:
-            records = told.pop(_key(_table(image, where), "id", where), [])
-            file_name = _name(image, "file_name", where)
+            records = told.pop(read_id(image, "id", where), [])
+            file_name = read_name(image, "file_name", where)
             measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
-            size = Size(*measured) if measured else _size(image, where)
+            size = Size(*measured) if measured else Size(*require_size(image, where))
         except InputError as error:
             reject(error)
             for place, _ in records:
@@ -337,8 +348,8 @@ def _labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject)
 
 def _labelme_file(path: Path, skip: SkipCounter, reject: Reject) -> Captioned:
     where = show(path)
-    content = _table(parse_json(read_regular_file(path), where, surrogates=True), where)
-    name = _image_beside(path, _name(content, "imagePath", where))
+    content = parse_json(read_regular_file(path), where, surrogates=True)
+    name = _image_beside(path, read_name(content, "imagePath", where))
     size = Size(*labelme.find_size(content, Path(name), where))
     regions = _regions(labelme.read_shapes(content, size, where, skip, reject), size, skip, reject)
     embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
@@ -391,9 +402,7 @@ def _region(annotation: Annotation, size: Size, region: int, skip: SkipCounter) 
 
 
 def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:
-    text = plain.get("caption")
-    if not isinstance(text, str):
-        raise InputError(f"{where}, 'caption': text, not {text!r:.40}")
+    text = _text(plain, where)
     code, box, prompt = plain.get("mask"), plain.get("box"), plain.get("prompt")
     try:
         code = None if code is None else masks.checked(code)
@@ -402,11 +411,13 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
         raise InputError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
     if code is not None and code["size"] != [size.height, size.width]:
         raise InputError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
-    others = _list(plain, "others", where) if plain.get("others") else []
+    if box is not None:
+        check_numbers(f"{where}, 'box'", box, "x1, y1, x2, y2")
+    others = read_field(plain, "others", list, where) if plain.get("others") else []
     return Caption(
         text,
         _number(plain.get("score")),
-        None if box is None else _numbers(box, 4, f"{where}, 'box'"),
+        None if box is None else tuple(map(float, box)),
         code,
         None if plain.get("iou") is None else _number(plain["iou"]),
         asked,
@@ -415,51 +426,15 @@ def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> C
     )
 
 
+def _text(plain: Any, where: str) -> str:
+    """A caption, which may contain half of a surrogate pair."""
+    text = require(plain, "caption", where)
+    check_type(f"{where}, 'caption'", text, str, InputError)
+    return text
+
+
 def _other(plain: Any, where: str) -> tuple[str, float]:
-    text = _table(plain, where).get("caption")
-    if not isinstance(text, str):
-        raise InputError(f"{where}, 'caption': text, not {text!r:.40}")
-    return text, _number(plain.get("score"))
-
-
-def _table(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: an object, not {value!r:.40}")
-    return value
-
-
-def _list(table: Mapping[str, Any], field: str, where: str) -> list[Any]:
-    if not isinstance(table.get(field), list):
-        raise InputError(f"{where}, {field!r}: a list, not {table.get(field)!r:.40}")
-    return table[field]
-
-
-def _name(record: Any, field: str, where: str) -> str:
-    value = _table(record, where).get(field)
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise InputError(f"{where}, {field!r}: the name of an image, not {value!r:.40}")
-    return value
-
-
-def _key(record: Mapping[str, Any], field: str, where: str) -> int | str:
-    value = record.get(field)
-    if not isinstance(value, int | str):
-        raise InputError(f"{where}, {field!r}: a number or text, not {value!r:.40}")
-    return value
-
-
-def _size(record: Mapping[str, Any], where: str) -> Size:
-    size = read_size(_table(record, where), where)
-    if size is None:
-        raise InputError(f"{where}: 'width' and 'height' of the image are missing; give both in pixels")
-    return Size(*size)
-
-
-def _numbers(value: Any, count: int, where: str) -> tuple[float, ...]:
-    good = isinstance(value, list | tuple) and len(value) == count
-    if not good or not all(map(is_finite_number, value)):
-        raise InputError(f"{where}: {count} numbers, not {value!r:.60}")
-    return tuple(float(x) for x in value)
+    return _text(plain, where), _number(plain.get("score"))
 
 
 def _number(value: Any) -> float:

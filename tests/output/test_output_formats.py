@@ -148,11 +148,11 @@ def test_hostile_words_come_back(tmp_path, picture, hostile):
 LINE = {"image": "a.png", "width": 4, "height": 3, "region": 0, "caption": "x", "box": [0, 0, 1, 1]}
 BROKEN = {
     "not JSON": ("a.jsonl", "{", "a.jsonl, line 1 is not valid JSON"),
-    "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image': the name of an image, not 3"),
-    "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1: 'width' and 'height' of the image"),
-    "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption': text, not None"),
-    "a box beyond float": ("a.jsonl", json.dumps({**LINE, "box": [0, 0, 1, 10**400]}), "line 1, 'box': 4 numbers, not"),
-    "a box of three": ("a.jsonl", json.dumps({**LINE, "box": [1, 2, 3]}), "line 1, 'box': 4 numbers, not"),
+    "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image' is 3; give the file name of an image"),
+    "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1, 'width' is None; give a whole number"),
+    "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption' is None; give text"),
+    "a box beyond float": ("a.jsonl", json.dumps({**LINE, "box": [0, 0, 1, 10**400]}), "line 1, 'box' is ["),
+    "a box of three": ("a.jsonl", json.dumps({**LINE, "box": [1, 2, 3]}), "line 1, 'box' is ["),
     "a broken mask": ("a.jsonl", json.dumps({**LINE, "mask": {"size": [3, 4], "counts": "z"}}), "line 1, 'mask'"),
     "another mask": (
         "a.jsonl",
@@ -166,7 +166,7 @@ BROKEN = {
     ),
     "another kind": ("a.json", "{}", "a.json is none of JSON lines"),
     "no parquet": ("a.parquet", "PAR1", "is not a whole Parquet file"),
-    "a list of what": ("a.json", "[3]", "task 0: an object, not 3"),
+    "a list of what": ("a.json", "[3]", "task 0 is 3; give an object"),
     "lost annotations": (
         "a.json",
         json.dumps({"images": [], "annotations": [{"image_id": 7}]}),
