@@ -185,7 +185,7 @@ def evaluate(
     ready(metrics, settings)
     rank, processes, wait = _processes()
     if processes > 1 and folder is None:
-        raise ValueError("several processes need a folder to put their predictions together: give --out FOLDER")
+        raise ValueError("several processes need a folder to merge their predictions in; give a folder")
     questions = questions or Questions()
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, options, built = _dataset(dataset, split)

@@ -190,7 +190,7 @@ def _check_searches(captioner: Captioner, name: str) -> MaskEngine:
     """Return the captioner if it can search for regions. Raises ValueError."""
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(
-            f"{name!r} finds no regions by itself: --everything needs a model, or encoder+captioner with an encoder "
+            f"{name!r} finds no regions by itself; everything mode needs a model, or encoder+captioner with an encoder "
             "that brings masks, such as sam-vit-b+blip-base"
         )
     return captioner

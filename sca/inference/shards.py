@@ -141,7 +141,7 @@ class ShardedRun:
                 journal.append({"shard": task.key, "content": self._contents[task.key], "problems": problems})
                 self.finished[task.key] = problems
                 yield ShardResult(task.key, path, problems)
-        killed = "its process was killed each time; if memory ran out, use fewer workers or a smaller --batch"
+        killed = "its process was killed each time; if memory ran out, use fewer workers or smaller batches"
         yield from (ShardResult(name, None, (), killed) for name in sorted({*self.missing} - ended))
         if not self.missing:
             self._folder.finish()

@@ -203,7 +203,7 @@ def add_image_prefix(path: str, prefix: str) -> str:
         return path
     parts = split_name(path)
     if ".." in parts:
-        raise ValueError(f"{_shorten(path)} leaves the folder that --image-prefix serves; name images without '..'")
+        raise ValueError(f"{_shorten(path)} leaves the folder that the image prefix serves; name images without '..'")
     return prefix + quote("/".join(parts), safe="/", errors="surrogateescape")
 
 

@@ -44,7 +44,7 @@ def model(checkpoint):
         ("--everything", "--proposer", "grid", "--points", 3): "leave out --points and --crops",
         (*BOX, "--temperature", 2): "--temperature can only be used with --sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
-        ("--everything", "--proposer", "grid 'points"): "--proposer is 'NAME [key=value]...'",
+        ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
         ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",
         (*BOX, "--iou", 0.5, "--stability", 0.5): "--iou and --stability can only be used with --everything",
         ("--everything", "--iou", 2): "--iou",
