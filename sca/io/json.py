@@ -60,7 +60,7 @@ def parse_json(text: str | bytes, place: str, finite: bool = False, surrogates: 
     except UnicodeDecodeError as error:
         raise InputError(f"{place} is not UTF-8 text (byte {error.start}); copy it again") from error
     except RecursionError as error:
-        raise InputError(f"{place} is nested deeper than {MAX_DEPTH} levels") from error
+        raise InputError(f"{place} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # an integer of thousands of digits is one, too
         raise InputError(f"{place} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value

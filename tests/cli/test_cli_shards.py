@@ -195,7 +195,7 @@ def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, numbe
 
     monkeypatch.setattr(tarfile.TarFile, "extract", extract)
     config = {
-        "job": {"model": "sca-tiny"},
+        "job": {"model": "sca-tiny", "everything": True},
         "content": {"tar": str(tmp_path / "set.tar")},
         "folder": str(tmp_path),
         "device": "cpu",
