@@ -157,7 +157,7 @@ def source_fingerprint(package: str) -> str:
 def read_plan(key: str) -> Plan | None:
     """Return a plan that was made before; None if there is none, or it cannot be read."""
     with suppress(OSError, ValueError, TypeError):
-        content = parse_json(read_regular_file(_file(key)).decode())
+        content = parse_json(read_regular_file(_file(key)), str(_file(key)))
         return Plan(**{field.name: content[field.name] for field in fields(Plan) if field.name in content})
     return None
 

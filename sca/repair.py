@@ -19,6 +19,8 @@ from pathlib import Path
 from textwrap import shorten
 from traceback import walk_tb
 
+from sca.io.errors import InputError
+
 SITE = Path(sysconfig.get_paths()["purelib"])
 NAME = "torchvision_stubs"  # the folder of the libraries, a package that loads them
 REGISTER = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; it must return a handle
@@ -61,10 +63,6 @@ sys.meta_path.insert(0, Loader())
 '''
 
 
-class RepairError(ValueError):
-    """A repair that did not succeed; the message is one line that says why."""
-
-
 def diagnose(site: Path = SITE) -> str:
     """Return what is wrong with the installed torchvision, with the remedy, in one line; "" if nothing is."""
     error = _import_error("torchvision") if (site / "torchvision").is_dir() else ""
@@ -91,7 +89,7 @@ def fix(site: Path = SITE) -> str:
     """Make torchvision importable beside a torch without CUDA, and return a line that says what was done.
 
     Raises:
-        RepairError: If torchvision cannot be imported and this does not help. It needs gcc and nm.
+        InputError: If torchvision cannot be imported and this does not help. It needs gcc and nm.
     """
     if not (site / "torchvision").is_dir():
         return "nothing to fix: torchvision is not installed"
@@ -99,15 +97,15 @@ def fix(site: Path = SITE) -> str:
     if not error:
         return "nothing to fix: torchvision can be imported"
     if not _is_torch_without_cuda():
-        raise RepairError(f"torchvision cannot be imported ({error}), and torch has CUDA; {INSTALL_BOTH}")
+        raise InputError(f"torchvision cannot be imported ({error}), and torch has CUDA; {INSTALL_BOTH}")
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise RepairError(f"torchvision is built for CUDA, and fitting it to this torch failed: {error}") from error
+        raise InputError(f"torchvision is built for CUDA, and fitting it to this torch failed: {error}") from error
     error = _import_error("torchvision")
     if error:
         unfix(site)
-        raise RepairError(f"torchvision cannot be imported even with CUDA's names present ({error}); {INSTALL_BOTH}")
+        raise InputError(f"torchvision cannot be imported even with CUDA's names present ({error}); {INSTALL_BOTH}")
     return f"torchvision can be imported now; `sca doctor --unfix` removes {site / NAME} and {NAME}.pth"
 
 

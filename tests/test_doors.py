@@ -16,7 +16,7 @@ import sca
 from sca.cli import run
 from sca.demo.session import Session
 from sca.inference.engine import Engine
-from sca.io.prompts import PromptError
+from sca.io.errors import InputError
 
 WRONG = {  # a region of a picture of 64 x 48, and what is said of it
     "reversed": ({"box": [50, 10, 20, 30]}, "the box 50,10,20,30 is reversed: x2 must be greater than x1"),
@@ -59,7 +59,7 @@ def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
     region, words = WRONG[name]
     predictor = sca.Predictor(model)
     predictor.set_image(picture)
-    with pytest.raises(PromptError) as raised:
+    with pytest.raises(InputError) as raised:
         predictor.predict([Prompt(box=region.get("box"), points=region.get("points", ()))])
     assert words in str(raised.value)
 
@@ -74,7 +74,7 @@ def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
     assert words in answer.json()["error"]["message"]
 
     if len(region.get("points", ((1, 2),))[0]) == 2:  # a canvas gives no label that there is not
-        with pytest.raises(PromptError, match=re.escape(words)):
+        with pytest.raises(InputError, match=re.escape(words)):
             Session(picture, "a.png").point_at(pointed(region))
 
 
@@ -106,7 +106,7 @@ def test_a_broken_picture_is_told_alike(name, picture, client, capfd, tmp_path):
         Image.fromarray(noise).save(whole, "PNG")
         content = whole.getvalue()[: len(whole.getvalue()) // 2]
     (tmp_path / "b.png").write_bytes(content)
-    with pytest.raises(sca.io.images.ImageError) as raised:
+    with pytest.raises(sca.io.images.InputError) as raised:
         sca.open_image("b.png")
     assert run(["caption", "b.png", "--box", "1,1,9,9"]) == 1
     said = capfd.readouterr().err.splitlines()

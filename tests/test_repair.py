@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sca import repair
+from sca.io.errors import InputError
 
 WATCHED = """
 import ctypes, site, sys
@@ -125,7 +126,7 @@ def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
     assert capsys.readouterr().out == "fixed\n"
 
     def fail():
-        raise repair.RepairError("no gcc")
+        raise InputError("no gcc")
 
     monkeypatch.setattr(repair, "fix", fail)
     assert run(["doctor", "--fix"]) == 1

@@ -99,10 +99,7 @@ def row(
     from sca.io.json import parse_json
     from sca_bench.worker import work
 
-    try:
-        given = parse_json(config)
-    except ValueError as error:
-        raise ValueError(f"the configuration is not JSON: {error}") from error
+    given = parse_json(config, "the configuration")
     for key in ("model", "seed", "threads", "device"):
         if not isinstance(given, dict) or key not in given:
             raise ValueError(f"a row has no {key!r}: give the `config` of one of results.jsonl")

@@ -47,8 +47,8 @@ def run(
     happens. seconds: time budget of the run; no row is started after it, and a row that it cuts stays missing. order:
     of rows, as in `Sweep.rows`.
 
-    ValueError for what is wrong with a row that is missing, before the first is made. StoreError if somebody else
-    writes into the folder, or it cannot be written.
+    ValueError for what is wrong with a row that is missing, before the first is made. LockedError if somebody else
+    writes into the folder, OutputError if it cannot be written.
     """
     deadline = time.time() + seconds
     where = sca_registry.launchers.build(launcher, **(options or {}))

@@ -13,16 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sca.io.atomic import OutputError, write_file
-from sca.io.journal import Journal, JournalError, encode_lines, read_journal
-from sca.io.lock import LockedError
+from sca.io.atomic import write_file
+from sca.io.errors import InputError
+from sca.io.journal import Journal, encode_lines, read_journal
 from sca.io.run_folder import RunFolder
 
 NAME = "results.jsonl"
-
-
-class StoreError(ValueError):
-    """A folder of results that cannot be used; the message is one line that says why and what to do."""
 
 
 class Store:
@@ -31,36 +27,25 @@ class Store:
         self.path = self.folder / NAME
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every whole row, in the order in which they were finished. StoreError for a line in between that is none."""
+        """Every whole row, in the order in which they were finished. InputError for a line in between that is none."""
         rows: dict[str, dict[str, Any]] = {}
-        try:
-            for number, row in enumerate(read_journal(self.path), 1):
-                if "key" not in row:
-                    raise StoreError(f"{self.path}, line {number}, is no row: move the file away, or remove the line")
-                rows.setdefault(row["key"], row)
-        except JournalError as error:
-            raise StoreError(str(error)) from error
-        except OSError as error:
-            raise StoreError(f"cannot read {self.path}: {error.strerror or error}") from error
+        for number, row in enumerate(read_journal(self.path), 1):
+            if "key" not in row:
+                raise InputError(f"{self.path}, line {number}, is no row: move the file away, or remove the line")
+            rows.setdefault(row["key"], row)
         return list(rows.values())
 
     @contextmanager
     def held(self) -> Iterator[list[str]]:
-        """The right to write. Gives what had to be repaired. StoreError if somebody else has it."""
-        try:
-            with RunFolder(self.folder, "bench"):
-                self.rows()  # whatever is damaged before the end is named, not cut off
-                yield self._repair()
-        except (LockedError, OutputError) as error:
-            raise StoreError(str(error)) from error
+        """The right to write. Gives what had to be repaired. LockedError if somebody else has it."""
+        with RunFolder(self.folder, "bench"):
+            self.rows()  # whatever is damaged before the end is named, not cut off
+            yield self._repair()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """A finished row: on disk when this returns, or not there at all."""
-        try:
-            with Journal(self.path, sync_seconds=0) as journal:
-                journal.append(row)
-        except (JournalError, OutputError) as error:
-            raise StoreError(str(error)) from error
+        with Journal(self.path, sync_seconds=0) as journal:
+            journal.append(row)
 
     def row_folder(self, key: str) -> Path:
         """Made anew if it is gone."""

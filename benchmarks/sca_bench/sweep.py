@@ -51,7 +51,7 @@ from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.devices import DTYPES
 from sca.io.toml import parse_toml, read_toml_text
-from sca.io.validation import check_choice, check_keys, check_list, check_minimum, check_same_type, check_type
+from sca.io.validation import check_choice, check_keys, check_list, check_range, check_same_type, check_type
 from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 
 TABLES = {
@@ -199,14 +199,12 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
         check_type(f"{section} of the sweep {name}", table.get(section, {}), Mapping)
     for axis, values in table["axes"].items():
         if not isinstance(values, list) or not values:
-            raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}: give a list of one or more")
+            raise RegistryError(f"the axis {axis!r} of the sweep {name} is {values!r}; give a list of one or more")
     check_type("summary", table.get("summary", ""), str)
     check_list("seeds", table.get("seeds", [0]), int, minimum=1)
     for seed in table.get("seeds", ()):
-        check_minimum("seeds", seed, 0)
-        if seed > MAX_SEED:
-            raise RegistryError(f"seeds contain {seed}: give whole numbers, {MAX_SEED} or less")
-    check_minimum("threads", table.get("threads", 1), 0)
+        check_range("seeds", seed, int, 0, MAX_SEED)
+    check_range("threads", table.get("threads", 1), int, 0)
     for section, keys in TABLES.items():
         check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
         for key, value in table.get(section, {}).items():
@@ -223,7 +221,7 @@ def _check_evaluate(what: str, key: str, value: Any) -> None:
     if key == "dataset":
         Part.from_dict(value, "dataset of evaluate")
     elif key in ("limit", "batch"):
-        check_minimum(what, value, 1)
+        check_range(what, value, int, 1)
     elif key in ("tasks", "metrics"):
         check_list(what, value, str, minimum=1)
     elif key == "generation":
@@ -237,13 +235,13 @@ def _check_measure(what: str, key: str, value: Any) -> None:
     if key == "regions":
         check_list(what, value, int, minimum=1)
         for regions in value:
-            check_minimum(what, regions, 1)
+            check_range(what, regions, int, 1)
     elif key == "dtype":
         check_choice(what, value, DTYPES)
     elif key in ("training", "plan"):
         check_type(what, value, bool)
     else:
-        check_minimum(what, value, 1)
+        check_range(what, value, int, 1)
 
 
 FIELDS: dict[str, Callable[[str, str, Any], None]] = {

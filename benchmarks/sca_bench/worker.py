@@ -40,10 +40,6 @@ TRAINED = 16  # regions of an image in a step of training, at most
 NO_ROOM = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 
 
-class NotFinite(ArithmeticError):
-    """A loss or a score that is not a number."""
-
-
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Makes a row; whatever goes wrong is typed and told.
 
@@ -162,7 +158,7 @@ def _train(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
     shutil.rmtree(left, ignore_errors=True)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise NotFinite(f"{name} is not finite after training")
+            raise FloatingPointError(f"{name} is not finite after training")
     return model
 
 
@@ -241,7 +237,7 @@ def _typed(error: BaseException) -> str:
         return "out-of-memory"
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_ROOM):
         return "out-of-memory"
-    if isinstance(error, NotFinite | FloatingPointError):
+    if isinstance(error, FloatingPointError):
         return "not-finite"
     return "import-error" if isinstance(error, ImportError) else "failed"
 

@@ -11,7 +11,8 @@ from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.annotations.shapes import fit_box, scale_region
 from sca.io.coordinates import compare_sizes
-from sca.io.image_names import ImageNameError, find_image
+from sca.io.errors import InputError
+from sca.io.image_names import find_image
 from sca.io.images import open_image
 from sca.io.json import read_json
 from sca.io.paths import expand_user
@@ -92,7 +93,7 @@ def _read(file: Path) -> tuple[dict, Path]:
         raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
     try:
         return content, find_image(content["imagePath"], [file.parent])
-    except ImageNameError as error:
+    except InputError as error:
         raise ValueError(f"{file}: {error}") from error
 
 

@@ -137,7 +137,7 @@ def test_labelme_names_the_file_of_a_url(folder):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "not JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": {}}', "shapes")],
+    [("{", "not valid JSON"), ("{}", "no imagePath"), ('{"imagePath": "0.png", "shapes": {}}', "shapes")],
 )
 def test_a_broken_file_is_named(folder, text, told):
     (folder / "1.json").write_text(text)

@@ -10,7 +10,8 @@ import torch
 from sca_registry.contracts import ImageFormat
 from torch import nn
 
-from sca.io.weight_files import HubError, reading
+from sca.io.errors import InputError
+from sca.io.weight_files import reading
 from sca.segmenters.sam import SamSegmenter
 
 SHAPE = {  # of TinyViT-5M
@@ -127,6 +128,8 @@ def _fill(part: nn.Module, file: str, prefix: str | tuple[str, ...], names: tupl
     missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     if missing or unexpected:
         told = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
-        raise HubError(f"{file} is not a checkpoint of MobileSAM: {told}, of {len(missing) + len(unexpected)} tensors")
+        raise InputError(
+            f"{file} is not a checkpoint of MobileSAM: {told}, of {len(missing) + len(unexpected)} tensors"
+        )
     with reading(file):
         part.load_state_dict(found)

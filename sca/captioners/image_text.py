@@ -15,8 +15,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import untrained_processor
 from sca.devices import find_dtype
+from sca.io.errors import InputError
 from sca.io.hub import fetch, fingerprint, load_pretrained, quiet
-from sca.io.weight_files import HubError, reading
+from sca.io.weight_files import reading
 from sca.language_models.causal import new_words
 from sca.language_models.hf import make_config
 from sca.language_models.usage import count_tokens
@@ -40,7 +41,7 @@ class ImageTextModel:
     that lies with the weights. dtype: float32 on a CPU and that of the weights elsewhere, unless it is given. batch:
     how many pictures at a time; a memory limit, not a result.
 
-    Pictures are prepared by Pillow, whether torchvision is there or not. Raises HubError or ValueError.
+    Pictures are prepared by Pillow, whether torchvision is there or not. Raises InputError or ValueError.
     """
 
     def __init__(
@@ -149,13 +150,13 @@ class ImageTextModel:
 
 
 def read_processor(folder: Path) -> Any:
-    """What prepares pictures and texts, as it lies in a folder. Raises HubError for one that cannot be read."""
+    """What prepares pictures and texts, as it lies in a folder. Raises InputError for one that cannot be read."""
     try:
         with reading(f"the processor in {folder}"), quiet():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except HubError as error:
+    except InputError as error:
         way = f". It needs: pip install '{BUILTIN}[baselines]'" if "torchvision" in str(error).lower() else ""
-        raise HubError(f"{error}{way}") from error
+        raise InputError(f"{error}{way}") from error
     processor.image_processor = image_processor
     return processor

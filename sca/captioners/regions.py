@@ -144,7 +144,7 @@ def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device) -> 
     """An encoder and the segmenter that it brings, or those of a checkpoint, and whether there are masks then. Random
     weights are the same each time.
 
-    Raises RegistryError or CheckpointError.
+    Raises RegistryError or InputError.
     """
     part = Part.from_dict(encoder, "encoder")
     if part.name not in sca_registry.encoders:

@@ -14,11 +14,11 @@ from sca_registry import registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
-from sca.checkpoints.layout import CheckpointError
 from sca.checkpoints.published import ENDS, FIXED, MIXERS, PLACES
 from sca.checkpoints.state import stored
 from sca.composition import build
 from sca.io.atomic import new_folder
+from sca.io.errors import InputError
 from sca.io.hub import quiet
 from sca.io.weight_files import SAFE, some
 from sca.model import SegmentCaptioner
@@ -29,11 +29,11 @@ USES = {"segmenter": ("drawn",), "language_model": ("dtype", "eos", "tokenizer",
 def write_published(model: SegmentCaptioner, folder: Path) -> Path:
     """A folder in the published layout, with the tensors of the model bit by bit; it must not be there, or be empty.
 
-    Raises CheckpointError for a model that this layout has no place for, and for a folder that cannot be written.
+    Raises InputError for a model that this layout has no place for, and for a folder that cannot be written.
     """
     problem = _unpublishable(model)
     if problem:
-        raise CheckpointError(f"the published layout has no place for {problem}")
+        raise InputError(f"the published layout has no place for {problem}")
     tensors: dict[str, Tensor] = {}
     written = set()
     for name, tensor in model.state_dict().items():
@@ -72,7 +72,7 @@ def with_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     """The same model with parts that have a source of their own, which a checkpoint then refers to by name: `encoder`
     (SAM's heads come with it) and `language_model`.
 
-    Raises CheckpointError if the source's weights are not those of the model, naming the first that differ.
+    Raises InputError if the source's weights are not those of the model, naming the first that differ.
     """
     changes = {kind: Part(part.name, _kept(model.spec, kind) | dict(part.options)) for kind, part in parts.items()}
     if "encoder" in parts:
@@ -82,7 +82,7 @@ def with_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     sourced = theirs.keys() - stored(other)
     differing = sorted(name for name in sourced if name not in mine or not torch.equal(mine[name], theirs[name]))
     if differing:
-        raise CheckpointError(
+        raise InputError(
             f"the weights of {' and '.join(part.name for part in parts.values())} are others than the model's: "
             f"{some(differing)}"
         )

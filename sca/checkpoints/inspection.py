@@ -23,18 +23,18 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         is known, how it was trained and the best score of its validation.
 
     Raises:
-        ValueError: If there is no checkpoint, or one of its files is damaged.
-        RunFolderError: If the marker of the run is damaged.
+        InputError: If there is no checkpoint, or one of its files or the marker of the run is damaged.
     """
-    from sca.checkpoints.layout import ORIGIN, CheckpointError
+    from sca.checkpoints.layout import ORIGIN
     from sca.checkpoints.load import open_checkpoint
+    from sca.io.errors import InputError
     from sca.io.run_folder import MARKER, read_runs
 
     is_run = (folder / MARKER).is_file() and "train" in read_runs(folder)
     if is_run:
         folder = next((path for name in MODELS if (path := folder / name).is_dir()), folder)
         if folder.name not in MODELS:
-            raise CheckpointError(f"{folder} contains a training run without a model yet; repeat its command to resume")
+            raise InputError(f"{folder} contains a training run without a model yet; repeat its command to resume")
     folder, spec = open_checkpoint(folder)
     facts: dict[str, Any] = {"name": str(folder), "kind": "model"}
     if spec is None:

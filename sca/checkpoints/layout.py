@@ -12,22 +12,16 @@ WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
 CONFIG = "config.json"  # of the published layout and of transformers
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message is one line that says which and why."""
-
-
 def is_published(folder: Path) -> bool:
     """Return whether a folder has the layout of the published system, see `sca.checkpoints.published`.
 
     Raises:
-        CheckpointError: If its `config.json` cannot be read.
+        InputError: If its `config.json` cannot be read.
     """
     try:
         config = read_json(folder / CONFIG)
     except FileNotFoundError:
         return False
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
     return isinstance(config, dict) and config.get("model_type") == "sca"
 
 

@@ -13,7 +13,7 @@ from sca_registry import zoo
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoints.layout import CONFIG, ORIGIN, SPEC, WEIGHTS, CheckpointError, is_published
+from sca.checkpoints.layout import CONFIG, ORIGIN, SPEC, WEIGHTS, is_published
 from sca.checkpoints.native import load_native, read_spec, spec_errors
 from sca.checkpoints.published import load_published, open_published
 from sca.checkpoints.state import check_finite
@@ -21,6 +21,7 @@ from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, con
 from sca.composition import build
 from sca.devices import find_device, find_dtype
 from sca.io.atomic import previous_folder
+from sca.io.errors import InputError
 from sca.io.hub import fetch, local_folder, local_path, suggest_path
 from sca.model import SegmentCaptioner
 
@@ -51,7 +52,7 @@ def load(
         revision: Of a hub id: a commit, a branch or a tag.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
+        InputError: If the checkpoint cannot be read, asks for more than was agreed to, has NaN or infinite
             weights, lacks a tensor or has one without a place.
         ValueError: If the device or the dtype does not exist.
     """
@@ -76,7 +77,7 @@ def load_without_weights(
         source: As for `load`, like the others.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+        InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
@@ -101,8 +102,7 @@ def open_checkpoint(
         The folder, and the spec as `confine_spec` returns it; None for the layout of the published system.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
-        HubError: If it cannot be fetched.
+        InputError: If the checkpoint cannot be fetched or read, or asks for more than was agreed to.
     """
     folder = locate(source, revision)
     shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
@@ -128,7 +128,7 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
         The spec; None for everything else, such as a model on the hub, a captioner or the published layout.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, or asks for more than was agreed to.
+        InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
     """
     shipped = isinstance(source, str) and source in zoo.names()
     folder = zoo.get(source).folder if shipped else local_folder(source)
@@ -140,16 +140,16 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
 
 @contextmanager
 def _one_line(folder: Path) -> Iterator[None]:
-    """What is wrong with a checkpoint as one CheckpointError, of whatever length its content is."""
+    """What is wrong with a checkpoint as one InputError, of whatever length its content is."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
         said = str(error) or type(error).__name__
-        if isinstance(error, CheckpointError) and len(said) <= MESSAGE and said.isprintable():
+        if isinstance(error, InputError) and str(folder) in said and len(said) <= MESSAGE and said.isprintable():
             raise
         line = "".join(each if each.isprintable() else " " for each in said)
         reason = shorten(line, MESSAGE, placeholder=" ...") if " " in line[:MESSAGE] else line[:MESSAGE]
-        raise CheckpointError(reason if str(folder) in reason else f"{folder}: {reason}") from error
+        raise InputError(reason if str(folder) in reason else f"{folder}: {reason}") from error
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
@@ -159,11 +159,10 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     is fetched: of a save that was killed between its renames, the previous checkpoint is read where it is.
 
     Raises:
-        CheckpointError: If there is none.
-        HubError: If it cannot be fetched.
+        InputError: If there is none, or it cannot be fetched.
     """
     if not isinstance(source, str | Path):
-        raise CheckpointError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
+        raise InputError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
     if isinstance(source, str) and source in zoo.names():
         entry = zoo.get(source)
         return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
@@ -173,16 +172,14 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             if folder.is_dir():
                 return folder
         if path.exists():
-            raise CheckpointError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
+            raise InputError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return fetch(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
-        raise CheckpointError(_describe_composition(source))
+        raise InputError(_describe_composition(source))
     reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
-    raise CheckpointError(
-        f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}."
-    )
+    raise InputError(f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}.")
 
 
 def _describe_composition(source: str) -> str:

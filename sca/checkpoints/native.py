@@ -25,15 +25,16 @@ from sca_registry import RegistryError, registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
-from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS, CheckpointError
+from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS
 from sca.checkpoints.state import BoundedBuild, assign, stored, tensors_hash, weights_hash
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.composition import build, parts
 from sca.devices import find_dtype
-from sca.io.atomic import FolderError, check_replaceable, new_folder
+from sca.io.atomic import check_replaceable, new_folder
+from sca.io.errors import InputError, OutputError
 from sca.io.hub import fingerprint
-from sca.io.json import IrregularFileError, open_regular_file, read_json
-from sca.io.weight_files import HubError
+from sca.io.json import open_regular_file, read_json
+from sca.io.validation import read_object
 from sca.language_models.hf import read_tokenizer
 from sca.model import SegmentCaptioner
 
@@ -59,7 +60,7 @@ def save(
         tensors: Used in place of the model's own, by name.
 
     Raises:
-        CheckpointError: The folder contains something else, or cannot be written.
+        OutputError: The folder contains something else, or cannot be written.
         ValueError: The model or the dtype is something else.
     """
     if not isinstance(model, SegmentCaptioner):
@@ -68,11 +69,8 @@ def save(
         )
     folder, dtype = Path(folder), find_dtype(dtype)
     check_writable(folder)
-    try:
-        with new_folder(folder, CONTENT) as draft:
-            _write(model, draft, dtype, tensors)
-    except FolderError as error:
-        raise CheckpointError(str(error)) from error
+    with new_folder(folder, CONTENT) as draft:
+        _write(model, draft, dtype, tensors)
     return folder
 
 
@@ -80,14 +78,14 @@ def check_writable(folder: Path) -> None:
     """Check that a checkpoint may be written to a folder: a new or empty one, or one with nothing but a checkpoint.
 
     Raises:
-        CheckpointError: The folder contains something else.
+        OutputError: The folder contains something else.
     """
     try:
         check_replaceable(folder, CONTENT)
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
-    except (FolderError, CheckpointError) as error:
-        raise CheckpointError(f"{error}; what is in it stays") from error
+    except (OutputError, InputError) as error:
+        raise OutputError(f"{error}; what is in it stays") from error
 
 
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
@@ -96,20 +94,20 @@ def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
         same = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (CheckpointError, RegistryError, SafetensorError, OSError):
+    except (InputError, RegistryError, SafetensorError, OSError):
         return False
     return same and tensors_hash(found) == weights_hash(model)
 
 
 @contextmanager
 def spec_errors(folder: Path) -> Iterator[None]:
-    """Raise what is wrong with the spec of a folder as a CheckpointError that names its file."""
+    """Raise what is wrong with the spec of a folder as an InputError that names its file."""
     try:
         yield
     except RegistryError as error:
-        raise CheckpointError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
+        raise InputError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
     except TrustError as error:
-        raise CheckpointError(f"{folder / SPEC}: {error}") from error
+        raise InputError(f"{folder / SPEC}: {error}") from error
 
 
 def load_native(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
@@ -121,11 +119,9 @@ def load_native(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
-    except IrregularFileError as error:
-        raise CheckpointError(str(error)) from error
+        raise InputError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
+        raise InputError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
     assign(model, found, expected, folder / WEIGHTS, SPEC)
     if (folder / "tokenizer").is_dir():
         model.language_model.tokenizer = read_tokenizer(folder / "tokenizer")
@@ -192,7 +188,7 @@ def origin(model: SegmentCaptioner) -> dict[str, Any]:
         if source:
             try:
                 givers[kind] |= fingerprint(source, getattr(built, "revision", None), getattr(built, "prefix", ""))
-            except HubError:  # weights that have gone meanwhile, or that a part finds in a way of its own
+            except InputError:  # weights that have gone meanwhile, or that a part finds in a way of its own
                 givers[kind] |= {"weights": str(source)}
     commit = _commit()
     written_by = f"segment-caption-anything {version('segment-caption-anything')}"
@@ -212,21 +208,15 @@ def _commit() -> str | None:
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The spec of a checkpoint folder. Raises CheckpointError if there is none that can be read."""
+    """The spec of a checkpoint folder. Raises InputError if there is none that can be read."""
     try:
         table = read_json(folder / SPEC, SPEC_BYTES, finite=True)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{folder / SPEC} is {table!r:.40} and should be a table of parts: copy it again")
+        raise InputError(f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote") from error
     try:
-        return ModelSpec.from_dict(table)
+        return ModelSpec.from_dict(read_object(table, str(folder / SPEC)))
     except RegistryError as error:
-        raise CheckpointError(f"{folder / SPEC}: {error}") from error
+        raise InputError(f"{folder / SPEC}: {error}") from error
 
 
 def _brought_by(folder: Path) -> str:

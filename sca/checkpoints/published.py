@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoints.layout import CheckpointError, tokenizer_source
+from sca.checkpoints.layout import tokenizer_source
 from sca.checkpoints.state import BoundedBuild, assign
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.composition import build
+from sca.io.errors import InputError
 from sca.io.hub import fetch
 from sca.io.json import read_json
-from sca.io.weight_files import HubError, has_tokenizer, read_tensors, require_weight_files, weight_files
+from sca.io.weight_files import has_tokenizer, read_tensors, require_weight_files, weight_files
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import read_tokenizer
 from sca.language_models.phi import split_fused_attention
@@ -59,7 +60,7 @@ PLACES = (  # beginning of a published name, and of ours
 
 
 def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
-    """The model of a published folder. Every tensor has its place and every place its tensor, or CheckpointError names
+    """The model of a published folder. Every tensor has its place and every place its tensor, or InputError names
     them. Its language model has the tokenizer that lies in the folder, or else that of the name in its configuration.
     """
     spec = open_published(folder, trust)
@@ -71,7 +72,7 @@ def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
         try:
             tensors = split_fused_attention(tensors, causal)
         except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
+            raise InputError(f"{folder}: {error}") from error
     own = model.state_dict()
     for name, place in own.items():
         if name not in tensors:  # of tensors that are one, the published files hold one
@@ -88,25 +89,25 @@ def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
 
 
 def open_published(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
-    """Read the spec of a published folder, confined to what the caller agreed to. Raises CheckpointError."""
+    """Read the spec of a published folder, confined to what the caller agreed to. Raises InputError."""
     try:
         return confine_spec(read_published_spec(read_json(folder / "config.json"), folder), folder, trust)
     except TrustError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 
 def read_published_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:
-    """The spec of a published `config.json`. Raises CheckpointError for a model of another kind."""
+    """The spec of a published `config.json`. Raises InputError for a model of another kind."""
     try:
         (architecture,) = config["architectures"]
         if architecture not in MIXERS:
-            raise CheckpointError(f"{folder}: {unknown(f'no model is called {architecture!r}', architecture, MIXERS)}")
+            raise InputError(f"{folder}: {unknown(f'no model is called {architecture!r}', architecture, MIXERS)}")
         vision, prompts, decoder = (
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )
         for figure, value in FIXED.items():
             if decoder.get(figure, value) != value:
-                raise CheckpointError(f"{folder}: {figure} is {decoder[figure]!r}, and only {value!r} is known")
+                raise InputError(f"{folder}: {figure} is {decoder[figure]!r}, and only {value!r} is known")
         heads, mlp = decoder["num_attention_heads"], decoder["mlp_dim"]
         return ModelSpec.from_dict(
             {
@@ -131,10 +132,10 @@ def read_published_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:
                 "task_tokens": config["num_task_tokens"],
             }
         )
-    except CheckpointError:
+    except InputError:
         raise
     except Exception as error:  # whatever transformers raises over figures that it does not expect
-        raise CheckpointError(f"{folder / 'config.json'} is not that of a published model ({error!r})") from error
+        raise InputError(f"{folder / 'config.json'} is not that of a published model ({error!r})") from error
 
 
 def _language_model(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
     try:
         source = tokenizer_source(folder, trust)
         return read_tokenizer(folder if source is None else fetch(source, weights=False))
-    except (HubError, TrustError) as error:
+    except InputError as error:
         if has_tokenizer(folder):
             raise
         warnings.warn(f"captions of {folder} are ids only: it has no tokenizer, and {error}", stacklevel=3)
@@ -166,17 +167,13 @@ def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    try:
-        files = require_weight_files(folder, folder)
-    except HubError as error:
-        raise CheckpointError(str(error)) from error
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in require_weight_files(folder, folder):
         try:
             tensors |= read_tensors(file)
         except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{file} cannot be read, or holds more than tensors ({reason})") from error
+            raise InputError(f"{file} cannot be read, or holds more than tensors ({reason})") from error
     return tensors
 
 

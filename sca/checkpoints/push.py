@@ -14,13 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS, CheckpointError
+from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS
 from sca.checkpoints.load import locate
 from sca.checkpoints.native import read_spec
 from sca.checkpoints.trust import find_real_root
+from sca.io.errors import InputError, OutputError
 from sca.io.json import read_json
 from sca.io.text import escape_markdown
-from sca.io.weight_files import HubError
 
 CARD = "README.md"
 KEPT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")
@@ -39,7 +39,7 @@ def push(
     scores: files `scores.json` of `sca evaluate`, whose figures the card repeats with their protocols. trained_on,
     licence: what the card is to say of the data and the terms. `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.
 
-    CheckpointError for what is no checkpoint, HubError for what the hub refuses.
+    InputError for what is no checkpoint, OutputError for what the hub refuses.
     """
     folder = locate(source)
     card = card_of(folder, name, scores, trained_on, licence)
@@ -53,15 +53,15 @@ def push(
                 repo_id=made.repo_id, folder_path=draft, commit_message="A segment-caption-anything model"
             )
         except HFValidationError as error:
-            raise HubError(f"{name!r} is no name for a model on a hub: give OWNER/NAME") from error
+            raise OutputError(f"{name!r} is no name for a model on a hub: give OWNER/NAME") from error
         except (HfHubHTTPError, HTTPError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise HubError(f"cannot write {name} ({reason}): is HF_TOKEN a token that may write it?") from error
+            raise OutputError(f"cannot write {name} ({reason}): is HF_TOKEN a token that may write it?") from error
     return str(made)
 
 
 def _copy_checkpoint(folder: Path, draft: Path) -> None:
-    """Copy the files of a checkpoint. Raises CheckpointError for weights that are damaged."""
+    """Copy the files of a checkpoint. Raises InputError for weights that are damaged."""
     for path in _find_files(folder):
         target = draft / path.relative_to(folder)
         if path.is_dir():
@@ -71,28 +71,28 @@ def _copy_checkpoint(folder: Path, draft: Path) -> None:
     try:
         safe_open(draft / WEIGHTS, framework="pt").keys()
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged ({error}); copy it again") from error
+        raise InputError(f"{folder / WEIGHTS} is damaged ({error}); copy it again") from error
 
 
 def _find_files(folder: Path) -> list[Path]:
     """The files and folders of a checkpoint, outer ones first.
 
     Raises:
-        CheckpointError: For one that is missing, a link that leads out of it, or what is no file.
+        InputError: For one that is missing, a link that leads out of it, or what is no file.
     """
     inside = find_real_root(folder)
     found = []
     for name in KEPT:
         for path in (folder / name, *sorted((folder / name).rglob("*"))):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                raise CheckpointError(f"{path} is a link out of the checkpoint; replace it with the file itself")
+                raise InputError(f"{path} is a link out of the checkpoint; replace it with the file itself")
             if path.is_dir() or path.is_file():
                 found.append(path)
             elif path.exists():
-                raise CheckpointError(f"{path} is no regular file; a checkpoint has only files and folders")
+                raise InputError(f"{path} is no regular file; a checkpoint has only files and folders")
     for name in (SPEC, WEIGHTS):
         if folder / name not in found:
-            raise CheckpointError(f"{folder} has no {name}, so it is not a whole checkpoint; copy it again")
+            raise InputError(f"{folder} has no {name}, so it is not a whole checkpoint; copy it again")
     return found
 
 
@@ -108,7 +108,7 @@ def card_of(
     written = read_json(origin) if origin in _find_files(folder) else {}
     spec = read_spec(folder)
     if not isinstance(written, dict):
-        raise CheckpointError(f"{origin} is not an object; copy the checkpoint again")
+        raise InputError(f"{origin} is not an object; copy the checkpoint again")
     found = [_read_scores(path) for path in scores]
     return "\n".join(
         [
@@ -207,11 +207,11 @@ def _told(file: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _read_scores(path: str | Path) -> Mapping[str, Any]:
-    """What `sca evaluate` wrote. ValueError for another file."""
+    """What `sca evaluate` wrote. InputError for another file."""
     try:
         content = read_json(path)
         for each in _told(content):
             float(each["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no scores.json of `sca evaluate`: {error}") from error
+        raise InputError(f"{path} is no scores.json of `sca evaluate`: {error}") from error
     return content

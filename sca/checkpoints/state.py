@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sca.checkpoints.layout import CheckpointError
+from sca.io.errors import InputError
 from sca.io.hub import local_path
 from sca.io.weight_files import some
 from sca.model import SegmentCaptioner
@@ -28,11 +28,11 @@ LARGEST = 2**37  # bytes of weights that are fetched
 
 
 def check_finite(model: torch.nn.Module, subject: str) -> None:
-    """Raise CheckpointError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
+    """Raise InputError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     wrong = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
     if wrong:
-        raise CheckpointError(f"{subject} has NaN or infinite weights: {some(wrong)}; copy or train it again")
+        raise InputError(f"{subject} has NaN or infinite weights: {some(wrong)}; copy or train it again")
 
 
 def _is_finite(tensor: Tensor, everywhere: bool) -> bool:
@@ -94,17 +94,15 @@ def _source_sizes(kind: str, part: Part) -> list[int]:
 def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str], where: Path, asked_by: str) -> None:
     """Gives a model the tensors that were found `where`, if they are those that are expected.
 
-    Raises CheckpointError that names what is missing, unexpected or of another shape than `asked_by` says.
+    Raises InputError that names what is missing, unexpected or of another shape than `asked_by` says.
     """
     missing, unexpected = sorted(expected - found.keys()), sorted(found.keys() - expected)
     if missing or unexpected:
-        raise CheckpointError(
-            f"{where} does not fit its {asked_by}: missing {some(missing)}; unexpected {some(unexpected)}"
-        )
+        raise InputError(f"{where} does not fit its {asked_by}: missing {some(missing)}; unexpected {some(unexpected)}")
     own = model.state_dict()
     for name, tensor in found.items():
         if own[name].shape != tensor.shape:
-            raise CheckpointError(
+            raise InputError(
                 f"{where}: {name} is {tuple(tensor.shape)} and the {asked_by} asks for {tuple(own[name].shape)}"
             )
     model.load_state_dict(own | found)

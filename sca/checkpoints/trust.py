@@ -18,9 +18,10 @@ from sca_registry.cards import NAME
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part
 
+from sca.io.errors import InputError
 from sca.io.hub import known_sources
 from sca.io.json import read_json
-from sca.io.numbers import is_finite_number
+from sca.io.validation import is_finite_number
 
 TRUST = "trust_remote_code"
 SOURCES = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
@@ -51,7 +52,7 @@ class Trust(NamedTuple):
 NO_TRUST = Trust()
 
 
-class TrustError(ValueError):
+class TrustError(InputError):
     """A checkpoint that asks for more than the caller agreed to; one line that names the option that agrees."""
 
 
@@ -116,7 +117,7 @@ def check_folder(folder: Path, trust: Trust) -> None:
     Raises:
         TrustError: For anything but regular files and folders, for folders nested too deep, and for a link that leaves
             the folder, unless the caller agreed.
-        ValueError: For JSON that cannot be read.
+        InputError: For JSON that cannot be read.
     """
     root = find_real_root(folder)
     for path in _files(folder, DEEPEST):

@@ -143,8 +143,8 @@ def caption(
         settle("prompt to caption from", caption_from, CAPTION_FROM)
     search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
     search |= {"area": area, "crops": crops, "caption_from": caption_from}
-    given = bool(box or point or mask or region or prompts)
-    _settle_regions(given, everything, search | {"proposer": proposer, "max_regions": max_regions})
+    listed = bool(box or point or mask or region)
+    _settle_regions(listed, bool(prompts), everything, search | {"proposer": proposer, "max_regions": max_regions})
     if proposer and (points is not None or crops is not None):
         raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
     if temperature is not None and not sample:
@@ -493,16 +493,18 @@ def _formats(format: str | None, out: str) -> tuple[str, ...]:
     return formats
 
 
-def _settle_regions(given: bool, everything: bool, search: dict[str, Any]) -> None:
-    """Raises ValueError unless regions are either given or to be found."""
-    if everything and given:
+def _settle_regions(listed: bool, prompts: bool, everything: bool, search: dict[str, Any]) -> None:
+    """Raises ValueError unless regions are listed, in a prompts file, or to be found."""
+    if listed and prompts:
+        raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
+    if everything and (listed or prompts):
         raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
     if everything:
         return
     unused = [f"--{name.replace('_', '-')}" for name, value in search.items() if value is not None]
     if unused:
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
-    if not given:
+    if not (listed or prompts):
         raise ValueError(
             "no region to caption: point with --box, --point, --mask, --region or --prompts, or find them with "
             "--everything"

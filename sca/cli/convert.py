@@ -36,11 +36,11 @@ def convert(
 ) -> None:
     """Writes captions in other formats. Pictures are opened for png and html only."""
     from sca.io.annotations.annotation import SkipCounter
+    from sca.io.errors import InputError
     from sca.io.image_names import rewrite_name
-    from sca.io.images import ImageError, show
+    from sca.io.images import show
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
-    from sca.output.captioned import ReadError
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
@@ -49,7 +49,7 @@ def convert(
     found = _read(captions, skip, roots, image_prefix, rejected, LABEL_STUDIO in formats)
     first = next(found, None)
     if first is None:
-        raise ReadError(f"{show(captions)} has no captions")
+        raise InputError(f"{show(captions)} has no captions")
     done, bad = 0, 0
     with RunFolder(out, "convert", output_patterns(FORMATS)) as folder:
         settings = {"captions": str(captions), "images": images and str(images)}
@@ -61,7 +61,7 @@ def convert(
                 if set(formats) & set(DRAWN):
                     try:
                         picture = each.open(roots)
-                    except ImageError as error:
+                    except InputError as error:
                         complain(str(error))
                         bad += 1
                         continue

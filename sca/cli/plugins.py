@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sca.cli.options import complain, print_line, read_options
+from sca.io.errors import InputError
 
 if TYPE_CHECKING:
     from sca_registry.registry import Entry
@@ -83,7 +84,7 @@ def doctor(
     if fix or unfix:
         try:
             print_line(repair.fix() if fix else repair.unfix())
-        except repair.RepairError as error:
+        except InputError as error:
             complain(str(error))
             raise typer.Exit(1) from error
         return

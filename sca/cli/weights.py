@@ -111,9 +111,9 @@ def _import(
     agreed: Mapping[str, bool],
 ) -> None:
     from sca.checkpoints.export import with_sources
-    from sca.checkpoints.layout import CheckpointError
     from sca.checkpoints.load import load
     from sca.checkpoints.native import is_saved, save
+    from sca.io.errors import OutputError
     from sca.io.hub import fetch
     from sca.language_models.hf import read_tokenizer
 
@@ -130,9 +130,7 @@ def _import(
             raise ValueError(f"there is no tokenizer in {tokenizer}")
         model.language_model.tokenizer = found
     if out.is_dir() and any(out.iterdir()) and not (overwrite or is_saved(model, out)):
-        raise CheckpointError(
-            f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite"
-        )
+        raise OutputError(f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite")
     save(model, out)
 
 

@@ -10,13 +10,15 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, read_json, table
+from sca.data.fields import read_json
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.table import TableDataset
 from sca.io.annotations import label_studio, labelme
-from sca.io.annotations.annotation import AnnotatedImage, AnnotationError, read_size
-from sca.io.image_names import ImageFiles, ImageNameError, measure_named_image
+from sca.io.annotations.annotation import AnnotatedImage
+from sca.io.errors import InputError
+from sca.io.image_names import ImageFiles, measure_named_image
 from sca.io.paths import expand_user, normalize_name
+from sca.io.validation import read_field, read_object, read_size
 
 
 class Annotations(TableDataset):
@@ -43,7 +45,7 @@ class Annotations(TableDataset):
         self.file = find_split(str(expand_user(file)), split)
         files = labelme.list_files(self.file) if self.file.is_dir() else [self.file]
         if not files or not files[0].is_file():
-            raise ValueError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
+            raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
         folder = files[0].parent if images is None else expand_user(images)
         super().__init__(split, folder, files, max_bad, check_hold_out(split, hold_out))
 
@@ -105,20 +107,20 @@ class Annotations(TableDataset):
                 measure = partial(measure_named_image, roots=[self.images])
                 yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject)
                 continue
+            name = read_field(read_object(content, str(file)), "imagePath", str, str(file))
             try:
-                image = self._labelme(table(content, str(file)), file)
-            except (AnnotationError, ImageNameError) as error:
+                image = self._labelme(content, normalize_name(name), file)
+            except InputError as error:
                 self._skip_image("image without data", str(file), str(error), stop=False)
             else:
                 yield image
 
-    def _labelme(self, content: dict[str, Any], file: Path) -> AnnotatedImage:
+    def _labelme(self, content: dict[str, Any], name: str, file: Path) -> AnnotatedImage:
         """An image; one that is inside the file is named by the file."""
-        name = normalize_name(field(content, "imagePath", str, str(file)))
         path = self._path(name)
         size = labelme.find_size(content, path, str(file))
         if not path.is_file() and content.get("imageData"):
             name = str(file.absolute())
         shapes = labelme.read_shapes(content, size, str(file), self._skip, self._reject)
-        is_recorded = read_size(content, labelme.SIDES, str(file)) is not None
+        is_recorded = read_size(content, str(file), labelme.SIDES) is not None
         return AnnotatedImage(str(file), name, size, shapes, is_size_recorded=is_recorded)

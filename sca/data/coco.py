@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import field, identified, phrases, size
+from sca.data.fields import identified, read_phrases
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Records, grouped, index
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Annotation, Reject, Skip
+from sca.io.annotations.annotation import Annotation, Skip
+from sca.io.errors import InputError, Reject
 from sca.io.image_names import ImageFiles, split_name
 from sca.io.paths import expand_user
+from sca.io.validation import read_field, require_size
 
 UNCATEGORIZED = "file without categories"
 WHAT = "COCO's format is an object with images, annotations and categories"
@@ -45,7 +47,7 @@ class Index(NamedTuple):
             path: The file.
             keys: Whole numbers that every annotation has, the first of which identifies it.
             is_named: Whether there must be categories; otherwise they are read where they are there.
-            reject: For each list what receives the ValueError of an unusable record; without one it is raised.
+            reject: For each list what receives the InputError of an unusable record; without one it is raised.
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         categories = ("categories",)
@@ -54,7 +56,7 @@ class Index(NamedTuple):
         names, things = {}, set()
         for record, place in identified(kept.get("categories", []), f"{path}: categories", reject=reject_category):
             try:
-                names[record["id"]] = coco.clean_name(field(record, "name", str, place))
+                names[record["id"]] = coco.clean_name(read_field(record, "name", str, place))
             except ValueError as error:
                 if reject_category is None:
                     raise
@@ -68,13 +70,13 @@ class Index(NamedTuple):
     def image(self, number: int) -> tuple[int, str, int, int]:
         """Id, file name, width and height."""
         record, place = self.images[number]
-        return record["id"], field(record, "file_name", str, place), *size(record, place)
+        return record["id"], read_field(record, "file_name", str, place), *require_size(record, place)
 
     def name(self, record: Mapping[str, Any], place: str) -> str:
         """The name of the category of an annotation or a segment."""
-        number = field(record, "category_id", int, place)
+        number = read_field(record, "category_id", int, place)
         if number not in self.names:
-            raise ValueError(f"{place}: category_id {number} has no name among the categories")
+            raise InputError(f"{place}: category_id {number} has no name among the categories")
         return self.names[number]
 
 
@@ -151,8 +153,8 @@ class Coco(TableDataset):
             place,
             mask=region.mask,
             name=name,
-            phrases=phrases(record.get("caption"), "caption", place),
-            attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
+            phrases=read_phrases(record.get("caption"), "caption", place),
+            attributes=read_field(record, "attributes", dict, place) if record.get("attributes") else None,
         )
 
     def _name(self, record: dict[str, Any], place: str, found: Index) -> str | None:
@@ -227,7 +229,7 @@ class CocoCaptions(Coco):
         told: list[str] = []
         for record, place in annotations:
             with self._rejecting():
-                told += phrases(field(record, "caption", str, place), "caption", place)
+                told += read_phrases(read_field(record, "caption", str, place), "caption", place)
         if annotations:
             (first, place), *_ = annotations
             self._keep(image, first["id"], (0, 0, image["width"], image["height"]), place, phrases=told)
@@ -279,13 +281,13 @@ def read_region(record: dict[str, Any], place: str, image: dict[str, Any], skip:
         The annotation, which has a box; None, and counted, if its box and its mask are empty.
 
     Raises:
-        ValueError: If it cannot be read, or has neither a box nor a mask. One line that names it.
+        InputError: If it cannot be read, or has neither a box nor a mask. One line that names it.
     """
     region = coco.read_annotation(record, place, (image["width"], image["height"]), None, skip)
     if region.box is not None:
         return region
     if not record.get("bbox") and not record.get("segmentation"):
-        raise ValueError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
+        raise InputError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
     if not record.get("segmentation") and not any(record["bbox"]):
         skip("empty box", place)  # others are counted already
     return None
@@ -306,11 +308,11 @@ def find(
     elif annotations is not None and images is not None:
         given = [(annotations, images)]
     else:
-        raise ValueError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
+        raise InputError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
     paths = [(Path(file), Path(folder)) for file, folder in given]
     for file, folder in paths:
         if file.is_file() and folder.is_dir():
             return file, folder
     looked = " or ".join(f"{file} with {folder}{os.sep}" for file, folder in paths)
     missing = dict.fromkeys(str(path) for pair in paths for path in pair if not path.exists())
-    raise ValueError(f"no data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")
+    raise InputError(f"no data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")

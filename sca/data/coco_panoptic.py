@@ -10,11 +10,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sca.data.coco import Index, find
-from sca.data.fields import field, table
 from sca.data.table import TableDataset
+from sca.io.errors import InputError
 from sca.io.image_names import find_image
-from sca.io.images import ImageError, open_image
+from sca.io.images import open_image
 from sca.io.masks import encode
+from sca.io.validation import read_field
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
 NOTHING = 0  # the number of pixels that belong to no segment
@@ -38,7 +39,7 @@ class CocoPanoptic(TableDataset):
         self.annotations, pictures = find(LAYOUTS, split, root)
         self.segments = self.annotations.with_suffix("")
         if not self.segments.is_dir():
-            raise ValueError(f"there is no folder {self.segments} with the PNG files of {self.annotations.name}")
+            raise InputError(f"there is no folder {self.segments} with the PNG files of {self.annotations.name}")
         super().__init__(split, pictures, [self.annotations, self.segments], max_bad)
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
@@ -63,17 +64,17 @@ class CocoPanoptic(TableDataset):
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, number, record, place, count = entry
         image = self._image(*found.image(number))
-        numbers = self._numbers(field(record, "file_name", str, place), image)
+        numbers = self._numbers(read_field(record, "file_name", str, place), image)
         if numbers is None:
             return None
         known = {NOTHING}
-        for n, segment in enumerate(field(record, "segments_info", list, place)):
+        for n, segment in enumerate(read_field(record, "segments_info", list, place)):
             at = f"{place}: segments_info[{n}]"
             with self._rejecting():
-                identity = field(table(segment, at), "id", int, at)
+                identity = read_field(segment, "id", int, at)
                 at = f"{at} (id {identity})"
                 if identity in known:
-                    raise ValueError(f"{at}: this id was given before")
+                    raise InputError(f"{at}: this id was given before")
                 known.add(identity)
                 name = found.name(segment, at)
                 if segment.get("iscrowd"):
@@ -90,7 +91,7 @@ class CocoPanoptic(TableDataset):
         path = self.segments.absolute() / name
         try:
             colours = np.asarray(open_image(find_image(name, [self.segments])), dtype=np.int64)
-        except ImageError as error:
+        except InputError as error:
             return self._skip_image("segments unreadable", str(path), str(error), stop=False)
         if colours.shape[:2] != (image["height"], image["width"]):
             size = f"{colours.shape[1]} x {colours.shape[0]}"

@@ -35,10 +35,11 @@ from tqdm.auto import tqdm
 
 from sca.io.annotations.annotation import EXAMPLES, SkipCounter
 from sca.io.annotations.shapes import fit_box
-from sca.io.atomic import FolderError, sync, write_file
+from sca.io.atomic import sync, write_file
 from sca.io.cache import cache_folder
-from sca.io.image_names import ImageNameError, find_image, is_url
-from sca.io.images import ImageError, measure_image
+from sca.io.errors import InputError, OutputError
+from sca.io.image_names import find_image, is_url
+from sca.io.images import measure_image
 from sca.io.masks import RLE, box_of
 
 SCHEMA = 7  # of the tables and of what readers put into them; another one converts everything anew
@@ -60,14 +61,14 @@ class ConvertedTable:
     a name nor a phrase; images that have no region left, or whose file is missing, are left out. A record that lacks a
     field, has a wrong one or leads nowhere costs its own region, or its own image, and no other. All are counted by
     reason in `skipped`, the first of each named in `examples` with file, record and field; more than `max_bad` bad
-    images, or that many bad regions, is a ValueError, and so is a file that is missing or cut off. Of records with the
+    images, or that many bad regions, is an InputError, and so is a file that is missing or cut off. Of records with the
     same id the first counts.
 
     `remarks` are phrases about the choice of images, such as how many were held out.
     `hash` is a SHA-256 over all that the table says of images and regions, their files' names apart: equal wherever the
     same data lies. `about` is what `about.json` says. `attributes` has the names of the classes, which auxiliary losses
     may ask for. Copies in other processes map the same table. Raises ImportError if the extra `data` is not installed,
-    and FolderError if the cache folder cannot be written.
+    and OutputError if the cache folder cannot be written.
     """
 
     reader: str  # what its tables are called
@@ -116,7 +117,7 @@ class ConvertedTable:
         raise NotImplementedError
 
     def _path(self, name: str) -> Path:
-        """Where the picture that a table calls `name` lies, or should. Raises ImageNameError."""
+        """Where the picture that a table calls `name` lies, or should. Raises InputError."""
         return find_image(name, [self.images])
 
     def _image(
@@ -158,26 +159,26 @@ class ConvertedTable:
             }
         )
 
-    def _reject(self, problem: str | ValueError) -> None:
+    def _reject(self, problem: str | InputError) -> None:
         """Count a region whose record is unusable; the problem names file, record and field."""
         self._skip(BAD_REGION, str(problem))
 
     @contextmanager
-    def _rejecting(self, reject: Callable[[ValueError], None] | None = None) -> Iterator[None]:
-        """Count the record that raises ValueError in this block, by default as a region; the next one is read."""
+    def _rejecting(self, reject: Callable[[InputError], None] | None = None) -> Iterator[None]:
+        """Count the record that raises InputError in this block, by default as a region; the next one is read."""
         try:
             yield
         except ValueError as error:
             (reject or self._reject)(error)
 
-    def _reject_image(self, problem: str | ValueError) -> None:
+    def _reject_image(self, problem: str | InputError) -> None:
         """Count an image whose record is unusable, as `_reject` does a region."""
         self._skip(BAD_IMAGE, str(problem))
 
-    def _reject_category(self, problem: ValueError) -> None:
+    def _reject_category(self, problem: InputError) -> None:
         self._skip(UNNAMED, str(problem))
 
-    def _rejects(self) -> dict[str, Callable[[ValueError], None]]:
+    def _rejects(self) -> dict[str, Callable[[InputError], None]]:
         """For each list of COCO's format what counts its unusable records."""
         return {
             "images": self._reject_image,
@@ -186,7 +187,7 @@ class ConvertedTable:
         }
 
     def _skip_image(self, reason: str, name: str, what: str, stop: bool = True) -> None:
-        """A picture met twice counts once. With `stop`, one too many is a ValueError at once."""
+        """A picture met twice counts once. With `stop`, one too many is an InputError at once."""
         if name not in self._bad:
             self._bad[name] = self._stamp(name)
             self._skip(reason, what)
@@ -196,13 +197,13 @@ class ConvertedTable:
     def _stop_if_too_many(self) -> None:
         images = len(self._bad) + self.skipped[BAD_IMAGE]
         if images > self.max_bad:
-            raise ValueError(
+            raise InputError(
                 f"{images} images of {self.sources[0]} cannot be used, more than max_bad={self.max_bad}; "
                 f"{self._account()}. Are the pictures in {self.images} whole and the right ones?"
             )
         for reason, what in ((BAD_REGION, "regions"), (UNNAMED, "categories")):
             if self.skipped[reason] > self.max_bad:
-                raise ValueError(
+                raise InputError(
                     f"{self.skipped[reason]} {what} of {self.sources[0]} cannot be used, more than "
                     f"max_bad={self.max_bad}; {self._account(reason)}. Correct them, or give a larger max_bad"
                 )
@@ -231,7 +232,7 @@ class ConvertedTable:
             folder.parent.mkdir(parents=True, exist_ok=True)
             held = lock.acquire()
         except OSError as error:
-            raise FolderError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
+            raise OutputError(f"cannot write {folder}: {error.strerror or error}; SCA_CACHE names another") from error
         with held:
             if not self._open(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # out of date
@@ -269,7 +270,7 @@ class ConvertedTable:
                     self._write(draft, about, bar)
             os.rename(draft, folder)
         except OSError as error:
-            raise FolderError(f"cannot write {folder}: {error.strerror or error}") from error
+            raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -290,7 +291,7 @@ class ConvertedTable:
             self._recall(about)
             for number in range(about["shards"]):
                 for name in Dataset.from_file(str(draft / _shard(number)))["file"]:
-                    with suppress(ImageNameError):
+                    with suppress(InputError):
                         self._register(self._path(name), name)
         names = dict.fromkeys(about["names"])
         more = True
@@ -336,7 +337,7 @@ class ConvertedTable:
         """The file of an image; None, and counted, where the name leads to none, or to one that another name has."""
         try:
             path = self._path(name)
-        except ImageNameError as error:
+        except InputError as error:
             reason = "image is a URL" if is_url(name) else "image name ambiguous"
             return self._skip_image(reason, name, str(error), stop=False)
         if not os.path.isfile(path):
@@ -360,7 +361,7 @@ class ConvertedTable:
     def _stamp(self, name: str) -> list[int] | None:
         try:
             return _stamp(self._path(name))
-        except ImageNameError:
+        except InputError:
             return None
 
     def _about(self, folder: Path) -> dict[str, Any] | None:
@@ -391,7 +392,7 @@ class ConvertedTable:
         """Whether an image file still has the size that was measured; True if it was not measured, or is gone."""
         if stamp is None or self._stamp(name) in (stamp, None):
             return True
-        with suppress(ImageError):  # which is counted when it is read
+        with suppress(InputError):  # which is counted when it is read
             return measure_image(self._path(name)) == (width, height)
         return True
 

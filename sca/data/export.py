@@ -44,7 +44,7 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
     - `refcoco`: `instances.json`, `refs(unc).p` (one ref a region that has phrases) and `images/*.png`. Read back by
       `RefCoco(split, root=folder)`.
 
-    The folder appears whole or not at all. A folder with something in it is refused with a ValueError, and so are ids
+    The folder appears whole or not at all. A folder with something in it is refused with an InputError, and so are ids
     that occur twice in one file. EmptyDatasetError if no sample can be read.
     """
     if format not in FORMATS:

@@ -10,6 +10,8 @@ from typing import Any
 from pycocotools import mask as rle
 from sca_registry.contracts import Region, Sample
 
+from sca.io.errors import InputError
+
 UNNAMED = "region"  # the category of regions that have no name
 
 
@@ -28,7 +30,7 @@ class Ids:
 
 def once(kind: str, identity: int, split: str, seen: dict[int, str]) -> None:
     if identity in seen:
-        raise ValueError(f"{kind} id {identity} of split {split!r} was there before, in split {seen[identity]!r}")
+        raise InputError(f"{kind} id {identity} of split {split!r} was there before, in split {seen[identity]!r}")
     seen[identity] = split
 
 

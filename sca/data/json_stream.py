@@ -1,6 +1,6 @@
 """The members of a JSON file, one after another and never all of it in memory.
 
-Whatever is wrong is a ValueError that names the file and the place in it.
+Whatever is wrong is an InputError that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from tqdm.auto import tqdm
 
 from sca.data.fields import cut, unreadable
-from sca.io.json import JsonError, check_depth, open_regular_file
+from sca.io.errors import InputError
+from sca.io.json import check_depth, open_regular_file
 from sca.io.text import escape_terminal
 
 CHUNK = 1 << 22  # bytes that are read at a time
@@ -28,7 +29,7 @@ def stream(path: Path) -> Iterator[Any]:
     """The elements of a file that is a JSON list, one after another."""
     for key, value, _, _ in elements(path):
         if key is not None:
-            raise ValueError(f"{path} must be a list of objects, and is an object with {key!r}")
+            raise InputError(f"{path} must be a list of objects, and is an object with {key!r}")
         if value is not LIST:
             yield value
 
@@ -59,7 +60,7 @@ def elements(path: Path) -> Iterator[tuple[str | None, Any, int, int]]:
             if text.peek():
                 raise text.cut("there is more after the end")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path} is not JSON: {error}") from None
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -123,7 +124,7 @@ class _Text:
                 raise self.cut("nested too deep" if isinstance(error, RecursionError) else str(error)) from None
         try:
             check_depth(value)
-        except JsonError as error:
+        except InputError as error:
             raise self.cut(str(error)) from None
         start, written = self._gone + self._at, self._text[self._at : end]
         if not written.isascii():
@@ -131,7 +132,7 @@ class _Text:
         self._at = end
         return value, start, start + len(written)
 
-    def cut(self, problem: str) -> ValueError:
+    def cut(self, problem: str) -> InputError:
         return cut(self._path, problem, self._gone + self._at, self._gone + len(self._text))
 
     def _more(self) -> bool:

@@ -11,13 +11,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.data.fields import field, four, note_unread_caption, phrases, size
+from sca.data.fields import note_unread_caption, read_phrases
 from sca.data.own import check_hold_out, choose_split, find_split
 from sca.data.records import Lines, grouped, read_lines
 from sca.data.table import TableDataset
+from sca.io.errors import InputError
 from sca.io.image_names import ImageFiles, find_image
-from sca.io.images import ImageError, measure_image
+from sca.io.images import measure_image
 from sca.io.paths import expand_user, normalize_name
+from sca.io.validation import read_field, read_numbers, require_size
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -52,7 +54,7 @@ class Jsonl(TableDataset):
         self.hold_out = hold_out
         self.file = find_split(str(expand_user(file)), split)
         if not self.file.is_file():
-            raise ValueError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
+            raise InputError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
         self.working = os.getcwd() if images is None else ""
         folder = self.file.parent if images is None else expand_user(images)
         choice = check_hold_out(split, hold_out)
@@ -78,16 +80,16 @@ class Jsonl(TableDataset):
                     if (key in record) != given:
                         told = f"no {key!r}, which the first line has"
                         told = told if given else f"{key!r}, which the first line lacks"
-                        raise ValueError(f"{place}: {told}; give it on every line, or on none")
-                identity = field(record, "id", int, place) if keyed["id"] else len(places)
+                        raise InputError(f"{place}: {told}; give it on every line, or on none")
+                identity = read_field(record, "id", int, place) if keyed["id"] else len(places)
                 place = f"{place} (id {identity})"
-                name = files.unify(normalize_name(field(record, "image", str, place)))
+                name = files.unify(normalize_name(read_field(record, "image", str, place)))
                 known = images[name][1] if name in images else len(images)
-                image_id = field(record, "image_id", int, place) if keyed["image_id"] else known
+                image_id = read_field(record, "image_id", int, place) if keyed["image_id"] else known
                 if owners.get(image_id, name) != name:
-                    raise ValueError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
+                    raise InputError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
                 if known != image_id and name in images:
-                    raise ValueError(
+                    raise InputError(
                         f"{place}: image_id {image_id} is another than before, {known}, for the same image"
                     )
                 owners[image_id] = name
@@ -108,7 +110,7 @@ class Jsonl(TableDataset):
     def _record(self, entry: Any) -> dict[str, Any] | None:
         found, name, image_id, numbers = entry
         told = list(self._agreeing([(number, *found[number]) for number in numbers]))
-        recorded = next((size(record, place) for _, record, place in told if "width" in record), None)
+        recorded = next((require_size(record, place) for _, record, place in told if "width" in record), None)
         sides = recorded or self._read_size(name)
         if not sides:
             return None
@@ -123,9 +125,9 @@ class Jsonl(TableDataset):
         given: tuple[int, int] | None = None
         for number, record, place in lines:
             with self._rejecting():
-                sides = size(record, place) if "width" in record or "height" in record else given
+                sides = require_size(record, place) if "width" in record or "height" in record else given
                 if given and sides != given:
-                    raise ValueError(f"{place}: width and height are {sides}, and {given} on a line before")
+                    raise InputError(f"{place}: width and height are {sides}, and {given} on a line before")
                 given = sides
                 yield number, record, place
 
@@ -136,18 +138,18 @@ class Jsonl(TableDataset):
             return None
         try:
             return measure_image(path)
-        except ImageError as error:
+        except InputError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
         shape = record.get("mask")
-        box = None if shape and record.get("box") is None else four(record, "box", ORDER, place)
+        box = None if shape and record.get("box") is None else read_numbers(record, "box", ORDER, place)
         if box and (box[2] < box[0] or box[3] < box[1]):
-            raise ValueError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
+            raise InputError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
         note_unread_caption(record, ("caption", "phrases"), place, self._skip)
         words = [key for key in WORDS if record.get(key) is not None]
         if not words or len({"caption", "phrases"} & set(words)) == 2:
-            raise ValueError(
+            raise InputError(
                 f"{place}: give a caption or phrases, a name, or both; there is {' and '.join(words) or 'none'}"
             )
         told = next((key for key in ("caption", "phrases") if key in words), "caption")
@@ -160,7 +162,7 @@ class Jsonl(TableDataset):
             box,
             place,
             mask=mask,
-            name=field(record, "name", str, place) if "name" in words else None,
-            phrases=phrases(record.get(told), told, place),
-            attributes=field(record, "attributes", dict, place) if record.get("attributes") else None,
+            name=read_field(record, "name", str, place) if "name" in words else None,
+            phrases=read_phrases(record.get(told), told, place),
+            attributes=read_field(record, "attributes", dict, place) if record.get("attributes") else None,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.data.json_stream import elements
+from sca.io.errors import InputError
 from sca.io.json import is_json_lines_name
 from sca.io.paths import expand_user
 
@@ -30,11 +31,11 @@ def recognised(path: str | Path) -> dict[str, Any]:
     Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
     are kept for "val", as `choose_split` says.
 
-    ValueError if there is nothing, or more than one file to choose from.
+    InputError if there is nothing, or more than one file to choose from.
     """
     path = expand_user(path)
     if not path.exists():
-        raise ValueError(f"data={path}: there is no such file or folder")
+        raise InputError(f"data={path}: there is no such file or folder")
     if path.is_dir():
         if (path / "train.json").is_file() and (path / "train").is_dir():
             return {"name": "coco", "root": str(path), **TOLD}
@@ -53,7 +54,7 @@ def recognised(path: str | Path) -> dict[str, Any]:
         if tool == "Label Studio":
             return {"name": "annotations", "file": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
         return {"name": "coco-json", "annotations": str(path), "images": str(images), "hold_out": HOLD_OUT, **TOLD}
-    raise ValueError(f"data={path}: a .jsonl file, a .json file of a labeling tool or a folder with one is wanted")
+    raise InputError(f"data={path}: a .jsonl file, a .json file of a labeling tool or a folder with one is wanted")
 
 
 def _is_labelme(folder: Path) -> bool:
@@ -93,7 +94,7 @@ def _split_export(folder: Path) -> dict[str, Any] | None:
 
 
 def _only_file(folder: Path) -> Path:
-    """The one file of annotations in a folder. Raises ValueError."""
+    """The one file of annotations in a folder. Raises InputError."""
     files = _annotation_files(folder)
     if not files:  # CVAT, whatever its subset is called; and an export of Roboflow without splits
         files = sorted([*folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")])
@@ -101,7 +102,7 @@ def _only_file(folder: Path) -> Path:
         files = [file for file in files if file in train] or files
     if len(files) != 1:
         found = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "none"
-        raise ValueError(f"data={folder}: a folder with one .jsonl or .json file is wanted, and it has {found}")
+        raise InputError(f"data={folder}: a folder with one .jsonl or .json file is wanted, and it has {found}")
     return files[0]
 
 

@@ -1,6 +1,6 @@
 """The records of publishers' JSON, one after another or by their place, and never all of a file in memory.
 
-Whatever is wrong is a ValueError that names the file and the place in it.
+Whatever is wrong is an InputError that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sca.data.fields import field, table, unreadable
+from sca.data.fields import unreadable
 from sca.data.json_stream import LIST, elements, reading
-from sca.io.annotations.annotation import Reject
-from sca.io.json import JsonError, open_regular_file, parse_json
+from sca.io.errors import InputError, Reject
+from sca.io.json import open_regular_file, parse_json
+from sca.io.validation import read_field, read_object
 
 
 class Records:
@@ -57,10 +58,10 @@ class Records:
     def add(self, record: Any, start: int, end: int) -> None:
         """Notes one more record, which stands at these bytes."""
         place = f"{self.where}[{len(self) + self._passed}]"
-        table(record, place)
-        values = []
+        values: list[int] = []
         for key in self.keys:
-            values.append(field(record, key, int, place if not values else f"{place} ({self.keys[0]} {values[0]})"))
+            where = f"{place} ({self.keys[0]} {values[0]})" if values else place
+            values.append(read_field(record, key, int, where))
         self.note(values, start, end)
 
     def note(self, values: Sequence[int], start: int, end: int) -> None:
@@ -76,7 +77,7 @@ class Records:
         """Check that each record has an identity of its own.
 
         Args:
-            reject: Receives the ValueError of each record with that of an earlier one, which is then among those that
+            reject: Receives the InputError of each record with that of an earlier one, which is then among those that
                 are `repeated`; None raises it.
 
         Returns:
@@ -85,7 +86,7 @@ class Records:
         known, order = np.asarray(self.columns[self.keys[0]]), self._order
         again = order[1:][known[order][1:] == known[order][:-1]]
         for number in np.sort(again).tolist():
-            problem = ValueError(f"{self.place(number)}: this {self.keys[0]} was given before")
+            problem = InputError(f"{self.place(number)}: this {self.keys[0]} was given before")
             if reject is None:
                 raise problem
             reject(problem)
@@ -110,14 +111,14 @@ class Records:
         """The number among `others` of what each record names under `key`.
 
         Args:
-            reject: Receives the ValueError of each record that leads nowhere; None raises it.
+            reject: Receives the InputError of each record that leads nowhere; None raises it.
 
         Returns:
             (R,) the numbers; -1 for records that lead nowhere or are repeated.
         """
         found = others.find(self.columns[key])
         for lost in np.flatnonzero(found < 0).tolist():
-            problem = ValueError(f"{self.place(lost)}: {key} {self.columns[key][lost]} is not among {what}")
+            problem = InputError(f"{self.place(lost)}: {key} {self.columns[key][lost]} is not among {what}")
             if reject is None:
                 raise problem
             reject(problem)
@@ -138,15 +139,16 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
     stands; blank lines are passed over.
 
     Args:
-        reject: Receives the ValueError of a line that is no object, which is then passed over; None raises it.
+        reject: Receives the InputError of a line that is no object, which is then passed over; None raises it.
     """
     start = 0
     try:
         with open_regular_file(path) as file, reading(path) as bar:
             for number, line in enumerate(file, 1):
                 end = start + len(line)
+                place = f"{path}: line {number}"
                 try:
-                    record = _read_line(line, f"{path}: line {number}")
+                    record = read_object(parse_json(line, place, surrogates=True), place) if line.strip() else None
                 except ValueError as error:
                     if reject is None:
                         raise
@@ -158,19 +160,6 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
                 start = end
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _read_line(line: bytes, place: str) -> dict[str, Any] | None:
-    """The object of a line, None for a blank one. Raises ValueError, which names the place."""
-    try:
-        text = line.decode("utf-8-sig").strip()
-        return table(parse_json(text, surrogates=True), place) if text else None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8: {error}") from None
-    except JsonError as error:
-        cause = error.__cause__
-        told = f"{cause.msg} at character {cause.pos}" if isinstance(cause, json.JSONDecodeError) else error
-        raise ValueError(f"{place} is not whole JSON: {told}") from None
 
 
 def grouped(owners: np.ndarray | Sequence[int], count: int) -> Iterator[tuple[int, list[int]]]:
@@ -193,14 +182,14 @@ def index(
     those in `optional` where they are there.
 
     `what` says in messages what the file should be. Other members are passed over. `reject` has for a list what
-    receives the ValueError of each of its records that lacks a key, which is then passed over; one without raises it.
+    receives the InputError of each of its records that lacks a key, which is then passed over; one without raises it.
     """
     found = {key: Records(path, f"{path}: {key}", keys) for key, keys in lists.items()}
     kept: dict[str, list[Any]] = {}
     there: dict[str, bool] = {}  # each member, and whether it is a list
     for key, value, start, end in elements(path):
         if key is None:
-            raise ValueError(f"{path}: {what}")
+            raise InputError(f"{path}: {what}")
         if value is LIST:
             there[key] = True
             if key in whole or key in optional:
@@ -218,5 +207,5 @@ def index(
                 kept[key].append(value)
     for key in (*lists, *whole):
         if not there.get(key):
-            raise ValueError(f"{path}: no list {key!r}; it has: {', '.join(there) or 'nothing'}")
+            raise InputError(f"{path}: no list {key!r}; it has: {', '.join(there) or 'nothing'}")
     return found, kept

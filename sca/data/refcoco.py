@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 from tqdm.auto import tqdm
 
 from sca.data.coco import Index, read_region
-from sca.data.fields import field, identified, phrases, read_json, table
+from sca.data.fields import identified, read_json, read_phrases
 from sca.data.table import TableDataset
+from sca.io.errors import InputError
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
+from sca.io.validation import read_field
 
 BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
 PICTURES = ("images/mscoco/images/train2014", "train2014", "images")
@@ -46,12 +48,12 @@ class RefCoco(TableDataset):
         max_bad: int = 100,
     ):
         if collection not in BY:
-            raise ValueError(f"no collection {collection!r}; there are: {', '.join(BY)}")
+            raise InputError(f"no collection {collection!r}; there are: {', '.join(BY)}")
         root = expand_user(root)
         folder = root / collection if (root / collection).is_dir() else root
         self.refs, self.instances = _refs(folder, by or BY[collection]), folder / "instances.json"
         if not self.instances.is_file():
-            raise ValueError(f"there is no instances.json beside {self.refs}")
+            raise InputError(f"there is no instances.json beside {self.refs}")
         super().__init__(split, _pictures(root, images), [self.refs, self.instances], max_bad, split)
 
     def _entries(self, bar: tqdm) -> Iterator[Any]:
@@ -59,17 +61,17 @@ class RefCoco(TableDataset):
         refs = []
         for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id", self._reject):
             with self._rejecting():
-                refs.append((record, place, field(record, "split", str, place)))
+                refs.append((record, place, read_field(record, "split", str, place)))
         if all(split != self.split for *_, split in refs):
             self._stop_if_too_many()
             splits = dict.fromkeys(split for *_, split in refs)
-            raise ValueError(f"{self.refs} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
+            raise InputError(f"{self.refs} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
         found = Index.read(self.instances, reject=self._rejects())
         self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
         mine = []
         for ref, place in ((ref, place) for ref, place, split in refs if split == self.split):
             with self._rejecting():
-                mine.append((ref, place, *(field(ref, key, int, place) for key in ("image_id", "ann_id"))))
+                mine.append((ref, place, *(read_field(ref, key, int, place) for key in ("image_id", "ann_id"))))
         images: dict[int, list[Any]] = {}
         known = found.images.find([each[2] for each in mine]), found.annotations.find([each[3] for each in mine])
         for (ref, place, *_), image, annotation in zip(mine, *(each.tolist() for each in known), strict=True):
@@ -96,7 +98,7 @@ class RefCoco(TableDataset):
     ) -> None:
         if annotation["image_id"] != ref["image_id"]:
             told = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
-            raise ValueError(f"{place}: ann_id {ref['ann_id']} {told}")
+            raise InputError(f"{place}: ann_id {ref['ann_id']} {told}")
         region = read_region(annotation, at, image, self._skip)
         if region is None:
             return
@@ -126,19 +128,19 @@ def _read_refs(path: Path) -> list[Any]:
             with open_regular_file(path) as file:
                 refs = _Plain(file, encoding="latin1").load()  # written by Python 2
         except Exception as error:  # an unpickler may raise anything for damaged data
-            raise ValueError(
+            raise InputError(
                 f"{path} is no whole pickle of only lists, tables, texts and numbers, and was not read: {error}"
             ) from error
     if not isinstance(refs, list):
-        raise ValueError(f"{path} must be a list of refs, not of type {type(refs).__name__}")
+        raise InputError(f"{path} must be a list of refs, not of type {type(refs).__name__}")
     return refs
 
 
 def _sentences(ref: dict[str, Any], place: str) -> list[str]:
-    sentences = field(ref, "sentences", list, place)
+    sentences = read_field(ref, "sentences", list, place)
     places = [f"{place}: sentences[{number}]" for number in range(len(sentences))]
-    sent = [field(table(each, at), "sent", str, at) for each, at in zip(sentences, places, strict=True)]
-    return phrases(sent, "sent", place)
+    sent = [read_field(each, "sent", str, at) for each, at in zip(sentences, places, strict=True)]
+    return read_phrases(sent, "sent", place)
 
 
 def _refs(folder: Path, by: str) -> Path:
@@ -148,7 +150,7 @@ def _refs(folder: Path, by: str) -> Path:
         if path.is_file():
             return path
     there = sorted(path.name for path in folder.glob("refs(*).*"))
-    raise ValueError(
+    raise InputError(
         f"no {paths[0].name} or {paths[1].name} in {folder}; there is: {', '.join(there) or 'no refs file at all'}; "
         "give by=unc, google or umd, and root=FOLDER that has them"
     )
@@ -159,4 +161,4 @@ def _pictures(root: Path, images: str | Path | None) -> Path:
     for path in paths:
         if path.is_dir():
             return path
-    raise ValueError(f"no folder {' or '.join(map(str, paths))}: give images=FOLDER, that of COCO's train2014 pictures")
+    raise InputError(f"no folder {' or '.join(map(str, paths))}: give images=FOLDER, that of COCO's train2014 pictures")

@@ -9,9 +9,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.coco import read_region
-from sca.data.fields import field, identified, note_unread_caption, phrases, read_json, size, table
+from sca.data.fields import identified, note_unread_caption, read_json, read_phrases
 from sca.data.table import TableDataset
+from sca.io.errors import InputError
 from sca.io.paths import expand_user
+from sca.io.validation import read_field, read_object, require_size
 from sca.io.walk import walk_files
 
 CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
@@ -32,17 +34,17 @@ class Sa1b(TableDataset):
 
     def __init__(self, split: str, root: str | Path, max_bad: int = 100):
         if split != "train":
-            raise ValueError(f"SA-1B has one split, train, and {split!r} was asked for")
+            raise InputError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = expand_user(root)
         below = (path for path in walk_files(root) if path.match("sa_*.json"))
         there = sorted(below, key=lambda file: (str(file.parent), len(file.name), file.name))  # by number in a folder
         self.files = [path for path in there if not path.name.endswith(CAPTIONS)]
         if not self.files:
-            raise ValueError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
+            raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
         named: dict[str, Path] = {}
         for file in self.files:
             if (other := named.setdefault(file.name, file)) != file:
-                raise ValueError(f"{file} is the same picture as {other}; a picture may be there once")
+                raise InputError(f"{file} is the same picture as {other}; a picture may be there once")
         self.captions = [path for path in there if path.name.endswith(CAPTIONS)]
         super().__init__(split, root, [*self.files, *self.captions], max_bad)
 
@@ -55,22 +57,24 @@ class Sa1b(TableDataset):
 
     def _record(self, entry: Any) -> dict[str, Any]:
         file = entry
-        content = table(read_json(file), str(file))
-        record, place = table(field(content, "image", dict, str(file)), f"{file}: image"), f"{file}: image"
+        content = read_json(file)
+        record, place = read_field(content, "image", dict, str(file)), f"{file}: image"
         folder = file.parent.relative_to(self.images)
-        name = str(folder / field(record, "file_name", str, place))
-        image_id = field(record, "image_id", int, place)
+        name = str(folder / read_field(record, "file_name", str, place))
+        image_id = read_field(record, "image_id", int, place)
         if file.stem != f"sa_{image_id}":
-            raise ValueError(f"{place}: image_id {image_id} is not that in the name of the file")
-        image = self._image(image_id, name, *size(record, place))
-        captions = table(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
+            raise InputError(f"{place}: image_id {image_id} is not that in the name of the file")
+        image = self._image(image_id, name, *require_size(record, place))
+        captions = read_object(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
         where = f"{file}: annotations"
-        for annotation, at in identified(field(content, "annotations", list, str(file)), where, reject=self._reject):
+        for annotation, at in identified(
+            read_field(content, "annotations", list, str(file)), where, reject=self._reject
+        ):
             with self._rejecting():
                 beside = captions.pop(str(annotation["id"]), None)
                 if beside is None:
                     note_unread_caption(annotation, ("caption",), at, self._skip)
-                told = phrases(annotation.get("caption"), "caption", at) + phrases(beside, "caption", at)
+                told = read_phrases(annotation.get("caption"), "caption", at) + read_phrases(beside, "caption", at)
                 shape = {**annotation, "bbox": None} if annotation.get("segmentation") else annotation
                 region = read_region(shape, at, image, self._skip)
                 if region is not None:

@@ -23,6 +23,8 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from sca_registry.contracts import Region, Sample
 
+from sca.io.errors import InputError
+
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 FORMS = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "medium", "large")
@@ -176,9 +178,9 @@ class Scenes:
 
     def __init__(self, split: str, count: int | None = None, size: int = CANVAS, seed: int = 0):
         if split not in SPLITS:
-            raise ValueError(f"no split {split!r} in scenes; there are: {', '.join(SPLITS)}")
+            raise InputError(f"no split {split!r} in scenes; there are: {', '.join(SPLITS)}")
         if size < 32:
-            raise ValueError(f"scenes of {size} pixels are too small to tell the shapes apart; the least is 32")
+            raise InputError(f"scenes of {size} pixels are too small to tell the shapes apart; the least is 32")
         self.split, self.size, self.seed = split, size, seed
         self.count = SPLITS[split] if count is None else count
         self._stream = list(SPLITS).index(split)

@@ -14,7 +14,8 @@ from sca.data import fields
 from sca.data.conversion import ConvertedTable
 from sca.io.annotations.shapes import scale_region
 from sca.io.coordinates import compare_sizes
-from sca.io.images import ImageError, open_image
+from sca.io.errors import InputError
+from sca.io.images import open_image
 
 
 class TableDataset(ConvertedTable):
@@ -47,7 +48,7 @@ class TableDataset(ConvertedTable):
         name, size = row["file"], (row["width"], row["height"])
         try:
             image = self._open_image(name)
-        except ImageError as error:
+        except InputError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})")
         regions = [_region(region, *size) for region in row["regions"]]
         if image.size != size:
@@ -71,7 +72,7 @@ class TableDataset(ConvertedTable):
         return self._table.data["image_id"].to_pylist()
 
     def _open_image(self, name: str) -> Image.Image:
-        """The picture that a table calls `name`. Raises ImageError."""
+        """The picture that a table calls `name`. Raises InputError."""
         return open_image(self._path(name))
 
     def _check(self, index: int) -> None:

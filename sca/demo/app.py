@@ -23,8 +23,9 @@ from sca.demo.session import Session
 from sca.inference.automatic import Searched, settle_search
 from sca.inference.factory import captioner
 from sca.inference.generation import settle_generation
+from sca.io.errors import InputError
 from sca.io.hub import local_path
-from sca.io.images import ImageError, read_image
+from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
 from sca.output import Writers
@@ -287,7 +288,7 @@ def _opened(path: str, name: str, pixels: int) -> tuple[Session, Any, str]:
     try:
         with open(path, "rb") as file:
             image = read_image(file, Path(name).name, pixels)
-    except ImageError as error:
+    except InputError as error:
         raise _shown(error) from error
     session = Session(image, Path(name).name)
     return (

@@ -15,8 +15,9 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.inference.engine import Mask
 from sca.io import masks
-from sca.io.images import ImageError, inspect_image
-from sca.io.prompts import MAX_POINTS, PromptError, check
+from sca.io.errors import InputError
+from sca.io.images import inspect_image
+from sca.io.prompts import MAX_POINTS, check
 from sca.output.colours import colour
 from sca.output.outline import outline
 
@@ -55,7 +56,7 @@ class Session:
     def point_at(self, told: Mapping[str, Any]) -> int | None:
         """Takes what the canvas tells: the number of the region that is to be answered, if there is one.
 
-        PromptError for what does not fit the picture.
+        InputError for what does not fit the picture.
         """
         match told.get("action"):
             case "undo":
@@ -130,7 +131,7 @@ class Session:
             before.box if box is None else box, before.points + points, before.mask if mask is None else mask
         )
         if len(prompt.points) > MAX_POINTS:
-            raise PromptError(f"a region has at most {MAX_POINTS} points; begin a new one")
+            raise InputError(f"a region has at most {MAX_POINTS} points; begin a new one")
         shown = Shown(check(prompt, *self.image.size))
         if self.current is None:
             self._change((*self.regions, shown), len(self.regions))
@@ -144,11 +145,12 @@ class Session:
             content = base64.b64decode(str(png).partition(",")[2], validate=True)
             pixels = self.image.width * self.image.height
             with inspect_image(io.BytesIO(content), "what was painted", pixels) as layer:
-                if layer.size != self.image.size:
-                    raise PromptError(f"what was painted is {layer.size}, the picture {self.image.size}; try again")
-                return np.asarray(layer.convert("RGBA").getchannel("A")) > 0
-        except (binascii.Error, ImageError, OSError, SyntaxError) as error:
-            raise PromptError("what was painted did not arrive whole; paint it again") from error
+                alpha = np.asarray(layer.convert("RGBA").getchannel("A"))
+        except (binascii.Error, InputError, OSError, SyntaxError) as error:
+            raise InputError("what was painted did not arrive whole; paint it again") from error
+        if layer.size != self.image.size:
+            raise InputError(f"what was painted is {layer.size}, the picture {self.image.size}; try again")
+        return alpha > 0
 
     def _number(self, value: Any) -> int | None:
         return value if isinstance(value, int) and 0 <= value < len(self.regions) else None

@@ -12,9 +12,10 @@ from sca_registry.contracts import Scores
 
 from sca.evaluation.evaluate import Report, score_file
 from sca.evaluation.intervals import MIN_IMAGES, has_enough_images, interval, resample
-from sca.evaluation.journal import PredictionsError, truth_hash
+from sca.evaluation.journal import truth_hash
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import resamplable
+from sca.io.errors import InputError
 from sca.io.paths import distinguish_paths
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def compare(
     metrics, settings: see `sca.evaluation.scoring.score`. by: the score by which the answers that changed most are
     found (default: the most telling that there is).
 
-    PredictionsError unless both were asked about the same regions with the same truth; ValueError if there is no score
+    InputError unless both were asked about the same regions with the same truth; ValueError if there is no score
     `by`.
     """
     reports = label_reports([score_file(path, metrics, settings) for path in (first, second)])
@@ -181,12 +182,12 @@ def _check(reports: Sequence[Report], names: Sequence[str]) -> None:
     for name, only in zip(names, (asked[0] - asked[1], asked[1] - asked[0]), strict=True):
         if only:
             image, region, task = min(only, key=str)
-            raise PredictionsError(
+            raise InputError(
                 f"{len(only)} answers are only in {name}, the first for region {region} of image {image} ({task}): "
                 "runs are compared on the same regions"
             )
     if truth_hash(reports[0].records) != truth_hash(reports[1].records):
-        raise PredictionsError(
+        raise InputError(
             f"{names[0]} and {names[1]} have the same regions with another truth: two datasets, or two versions"
         )
 

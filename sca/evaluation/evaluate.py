@@ -21,16 +21,7 @@ from sca_registry.spec import Part, check_generation
 
 from sca.checkpoints.state import weights_hash
 from sca.data.summary import check_not_empty, summarize_dataset
-from sca.evaluation.journal import (
-    FILES,
-    LOOSE,
-    Journal,
-    OtherRunError,
-    Predictions,
-    PredictionsError,
-    check_same_run,
-    read_predictions,
-)
+from sca.evaluation.journal import FILES, LOOSE, Journal, Predictions, check_same_runs, read_predictions
 from sca.evaluation.predictions import Proposing, Questions, predict
 from sca.evaluation.records import Record
 from sca.evaluation.requirements import check_needs, check_truth, describe_missing_truth
@@ -40,6 +31,7 @@ from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import captioner as open_captioner
 from sca.inference.predictor import Predictor
+from sca.io.errors import InputError, OtherRunError
 from sca.io.run_folder import RunFolder, existing_paths
 
 if TYPE_CHECKING:
@@ -193,7 +185,7 @@ def evaluate(
     ready(metrics, settings)
     rank, processes, wait = _processes()
     if processes > 1 and folder is None:
-        raise ValueError("several processes need a folder to put their predictions together: give --out FOLDER")
+        raise ValueError("several processes need a folder to merge their predictions in; give a folder")
     questions = questions or Questions()
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, options, built = _dataset(dataset, split)
@@ -246,7 +238,7 @@ def _begun(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -
     with RunFolder(folder, "evaluate", OUTPUTS) as run_folder:
         is_other = False
         try:
-            check_same_run(folder, run)
+            check_same_runs(folder, run)
         except OtherRunError:
             if not overwrite:
                 raise
@@ -298,7 +290,7 @@ def score_file(
     """Scores a predictions file (or the folder of one) without the model. The pictures are looked for where the run had
     them, and only by metrics that need them. dataset, split: what the regions must be those of, if that is asked.
 
-    PredictionsError for a file whose scores would be wrong: with regions missing, doubled or unknown, boxes that are
+    InputError for a file whose scores would be wrong: with regions missing, doubled or unknown, boxes that are
     none, references missing, or of a run that has not ended.
     """
     start = time.perf_counter()
@@ -322,7 +314,7 @@ def pictures_of(run: Mapping[str, Any]) -> Images | None:
         if not opened:
             built = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
             if getattr(built, "hash", None) != run["data"]:
-                raise PredictionsError(
+                raise InputError(
                     f"the dataset {run['dataset']} {run['split']} is not the one that was asked about: another content"
                 )
             opened.append(_pictures(built))
@@ -339,7 +331,7 @@ def _pictures(dataset: Dataset) -> Images:
         if last[0] != record["index"]:
             sample = getattr(dataset, "read", dataset.__getitem__)(record["index"])
             if sample is None or sample.image_id != record["image_id"]:
-                raise PredictionsError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
+                raise InputError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
             last[:] = record["index"], sample.image
         return last[1]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,17 @@ from typing import Any
 from sca.evaluation.predictions import Asked
 from sca.io import journal
 from sca.io.atomic import write_file
-from sca.io.json import IrregularFileError, open_regular_file, parse_json
+from sca.io.errors import InputError
+from sca.io.json import open_regular_file, parse_lines
 from sca.io.output_patterns import find_outputs
+from sca.io.run_folder import check_same_run
+from sca.io.validation import check_encodable, read_object
 
 NAME = "predictions.jsonl"
 FILES = (NAME, "predictions.#.jsonl")  # of the first process, and of the others
 HEADER = b'{"run": {'  # how a file of `sca evaluate` begins
 TEXTS = ("caption", "truth", "references", "proposals")  # fields of a record with texts to compare
 LOOSE = ("versions", "batch")  # what may differ between a run and its continuation
-
-
-class PredictionsError(ValueError):
-    """A predictions file that cannot be read, continued or scored; the message says which line and why."""
-
-
-class OtherRunError(PredictionsError):
-    """Predictions of another run, which may be replaced; the message says how the runs differ."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Journal:
 
     folder: None to keep them in memory. run: what the first line says. rank: of this process.
 
-    PredictionsError if the folder holds the predictions of another run.
+    OtherRunError if the folder has the predictions of another run.
     """
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any], rank: int = 0):
@@ -67,15 +62,15 @@ class Journal:
         self._unread = 0
         self._file = None
         if folder is not None:
-            check_same_run(folder, run)
+            check_same_runs(folder, run)
             for path in predictions_files(folder):
                 self._take(path)
             if not self.finished:
-                self._file = journal.Journal(folder / _name(rank), _completes)
+                self._file = journal.Journal(folder / _name(rank), _completes, HEADER)
                 if self._file.is_empty:
                     self._file.append({"run": self.run})
             elif rank == 0:
-                journal.Journal(folder / NAME, _completes).close()  # drops what a crash left behind the end
+                journal.Journal(folder / NAME, _completes, HEADER).close()  # drops what a crash left behind the end
 
     def add(self, asked: Asked) -> None:
         """Add a batch: it survives a kill when this returns, and a power cut a few seconds later."""
@@ -112,7 +107,7 @@ class Journal:
         """What an earlier run has left in a file."""
         if read_run(path) is None:  # killed before anything was asked
             return
-        for entry in _entries(path):
+        for entry in journal.read_journal(path, _completes, HEADER):
             self.done.update(entry.get("done", ()))
             self.finished |= "end" in entry
 
@@ -120,7 +115,7 @@ class Journal:
 def read_predictions(path: str | Path) -> Predictions:
     """A file that a run has written to its end, or one that was made by hand: records alone, a line each.
 
-    PredictionsError for a file that is not there, is no JSON lines, or is of a run that has not ended.
+    InputError for a file that is not there, is no JSON lines, or is of a run that has not ended.
     """
     path = Path(path)
     path = path / NAME if path.is_dir() else path
@@ -128,26 +123,22 @@ def read_predictions(path: str | Path) -> Predictions:
     end: Mapping[str, Any] = {}
     records = []
     try:
-        with open_regular_file(path, allow_pipe=True) as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                content = _parsed(line, path, number)
-                if "run" in content:
+        with open_regular_file(path, allow_pipe=True) as file:
+            for place, content in parse_lines(file, str(path)):
+                if "run" in read_object(content, place):
                     run = content["run"]
                 elif "end" in content:
                     end = content["end"]
                 elif "done" not in content:
-                    _check_texts(content, f"{path}, line {number}")
+                    for key in TEXTS:  # names of images may contain half of a surrogate pair
+                        check_encodable(f"{place}, {key!r}", content.get(key))
                     records.append(content)
-    except IrregularFileError as error:
-        raise PredictionsError(str(error)) from error
     except OSError as error:
-        raise PredictionsError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if run and not end:
-        raise PredictionsError(
-            f"{path} is of a run that has not ended: {len(records)} records so far. The same `sca evaluate` with the "
-            "same --out goes on with it"
+        raise InputError(
+            f"{path} is of a run that has not ended: {len(records)} records so far; evaluate into the same folder to "
+            "resume it"
         )
     return Predictions(records, run, end)
 
@@ -156,56 +147,26 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     """Return the run that a predictions file is of, None if its first line is torn or it does not exist.
 
     Raises:
-        PredictionsError: The file was not begun by `sca evaluate`.
+        InputError: The file was not begun by `sca evaluate`.
     """
-    try:
-        with open_regular_file(path) as stream:
-            first = stream.readline()
-    except FileNotFoundError:
-        return None
-    except IrregularFileError as error:
-        raise PredictionsError(str(error)) from error
-    if _is_torn(first):
-        return None
-    run = _parsed(first, path, 1).get("run")
-    if not isinstance(run, dict):
-        raise PredictionsError(f"{path} holds predictions, but not what was run: choose another folder for --out")
-    return run
+    for entry in journal.read_journal(path, header=HEADER):
+        if not isinstance(entry.get("run"), dict):
+            raise InputError(f"{path} contains predictions without their run; choose another folder")
+        return entry["run"]
+    return None
 
 
-def _is_torn(first: bytes) -> bool:
-    """Whether a first line is a part of our header, or the zeros that a power cut leaves."""
-    if first.endswith(b"\n") and b"\0" not in first:  # no text file contains zeros
-        return False
-    written = first.partition(b"\0")[0]
-    if HEADER.startswith(written):
-        return True
-    try:
-        parse_json(first.decode(), surrogates=True)
-    except ValueError:
-        return written.startswith(HEADER)
-    return False
-
-
-def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
+def check_same_runs(folder: Path, run: Mapping[str, Any]) -> None:
     """Check that the predictions in a folder are of this run, so that it can continue them.
 
     Raises:
         OtherRunError: They are of another run.
-        PredictionsError: A file was made by hand.
+        InputError: A file was made by hand.
     """
-    run = json.loads(json.dumps(run))
     runs = [(path, read_run(path)) for path in predictions_files(folder)]
-    for path, other in runs:
-        if other is None:
-            continue
-        changed = [key for key in {**run, **other} if key not in LOOSE and run.get(key) != other.get(key)]
-        if changed:
-            told = "; ".join(f"{key}: {other.get(key)!r:.80} there, {run.get(key)!r:.80} now" for key in changed)
-            raise OtherRunError(
-                f"{path} holds the predictions of another run ({told}): choose another folder for --out, or replace "
-                "them with --overwrite"
-            )
+    for path, earlier in runs:
+        if earlier is not None:
+            check_same_run(path, earlier, run, LOOSE)
 
 
 def truth_hash(records: Iterable[Mapping[str, Any]]) -> str:
@@ -233,7 +194,7 @@ def _whole(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records above the last `done` of a part, and how many pictures could not be read."""
     records: list[dict[str, Any]] = []
     unread = 0
-    for entry in _entries(path):
+    for entry in journal.read_journal(path, _completes, HEADER):
         if "done" in entry:
             unread += entry["unread"]
         elif "run" not in entry:
@@ -245,13 +206,6 @@ def _completes(entry: Mapping[str, Any]) -> bool:
     return any(name in entry for name in ("run", "done", "end"))
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        yield from journal.read_journal(path, _completes)
-    except journal.JournalError as error:
-        raise PredictionsError(f"{error}, or choose another folder for --out") from error
-
-
 def predictions_files(folder: Path) -> list[Path]:
     """The predictions file of every process, the first one's first."""
     return sorted(find_outputs(folder, FILES), key=lambda path: (path.name != NAME, path.name))
@@ -259,26 +213,3 @@ def predictions_files(folder: Path) -> list[Path]:
 
 def _name(rank: int) -> str:
     return NAME if rank == 0 else f"predictions.{rank}.jsonl"
-
-
-def _check_texts(record: Mapping[str, Any], where: str) -> None:
-    """Raise PredictionsError if what metrics compare cannot be encoded; names of images may be such texts."""
-    for key in TEXTS:
-        try:
-            json.dumps(record.get(key), ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise PredictionsError(
-                f"{where}, {key!r}: {half} is half of a surrogate pair, which is not text; remove it"
-            ) from error
-
-
-def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    where = f"{path}, line {number}" if number else str(path)
-    try:
-        content = parse_json(line.decode(), surrogates=True)
-    except ValueError as error:
-        raise PredictionsError(f"{where} is not whole JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise PredictionsError(f"{where} is {content!r:.40} and not a record")
-    return content

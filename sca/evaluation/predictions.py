@@ -32,6 +32,7 @@ from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, P
 from sca.data.points import draw_point_prompt
 from sca.inference.batch import answer_requests
 from sca.io import masks
+from sca.io.validation import check_choice, check_range
 from sca.output.jsonl import record
 
 PROMPTS = {
@@ -78,11 +79,11 @@ class Questions:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = {"prompt": PROMPTS, "task": TASKS, "control": CONTROLS}
-        for what, given in (("prompt", [self.prompt]), ("task", self.tasks), ("control", self.controls)):
-            for word in given:
-                if word not in known[what]:
-                    raise ValueError(f"no {what} {word!r}: there are {', '.join(known[what])}")
+        check_choice("prompt", self.prompt, PROMPTS)
+        for task in self.tasks:
+            check_choice("task", task, TASKS)
+        for control in self.controls:
+            check_choice("control", control, CONTROLS)
         if not self.tasks:
             raise ValueError(f"tasks are empty; give one or more of {', '.join(TASKS)}")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
@@ -196,8 +197,8 @@ def predict(
     ValueError for a number below 1, before anything is computed.
     """
     for name, number in (("batch", batch), ("limit", limit)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be 1 or more, not {number}")
+        if number is not None:
+            check_range(name, number, int, 1)
     every = len(dataset) if limit is None else min(limit, len(dataset))
     batches = [range(start, min(start + batch, every)) for start in range(0, every, batch)]
     return _predict(captioner, dataset, questions or Questions(), batches, skip or (lambda _: False), progress)

@@ -12,7 +12,6 @@ from sca_registry.contracts import Scores
 
 from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, label_reports, single_scores
 from sca.evaluation.evaluate import Report
-from sca.evaluation.journal import PredictionsError
 from sca.io import masks
 from sca.output.outline import outline
 from sca.output.page import SHARP, data_uri, render
@@ -211,7 +210,7 @@ class _Pictures:
             return None
         try:
             return self.images(record)
-        except (PredictionsError, ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError) as error:
             self.problem = str(error)
             return None
 

@@ -8,18 +8,19 @@ from typing import Any
 
 from sca_registry.contracts import TASKS
 
-from sca.evaluation.journal import Predictions, PredictionsError, truth_hash
-from sca.io.numbers import is_finite_number
+from sca.evaluation.journal import Predictions, truth_hash
+from sca.io.errors import InputError
+from sca.io.validation import is_finite_number
 
 SHOWN = 3
 
 
 def completed(predictions: Predictions, where: str) -> Predictions:
     """With what a record that was made by hand may leave out: the task is "caption", and `references` are the phrases
-    that are true. PredictionsError for records that nothing can be made of, naming the first ones.
+    that are true. InputError for records that nothing can be made of, naming the first ones.
     """
     if not predictions.records:
-        raise PredictionsError(f"{where} has no records")
+        raise InputError(f"{where} has no records")
     return Predictions(
         [_complete(record, f"{where}, record {n}") for n, record in enumerate(predictions.records, 1)],
         predictions.run,
@@ -28,36 +29,34 @@ def completed(predictions: Predictions, where: str) -> Predictions:
 
 
 def check(predictions: Predictions, where: str) -> list[str]:
-    """Remarks on what is odd but can be scored. PredictionsError where a score would be wrong."""
+    """Remarks on what is odd but can be scored. InputError where a score would be wrong."""
     records, end = predictions.records, predictions.end
     counted = Counter(map(_key, records))
     doubled = [key for key, count in counted.items() if count > 1]
     if doubled:
-        raise PredictionsError(
-            f"{where}: {len(doubled)} regions are there more than once: {_some(map(_said, doubled))}"
-        )
+        raise InputError(f"{where}: {len(doubled)} regions are there more than once: {_some(map(_said, doubled))}")
     if end and end["records"] != len(records):
         kind = "fewer" if len(records) < end["records"] else "more"
         number = abs(end["records"] - len(records))
-        raise PredictionsError(f"{where}: {number} {kind} records than the {end['records']} that the run wrote")
+        raise InputError(f"{where}: {number} {kind} records than the {end['records']} that the run wrote")
     if end and end["truth"] != truth_hash(records):
-        raise PredictionsError(f"{where}: regions, or what is true of them, are not those that the run was asked about")
+        raise InputError(f"{where}: regions, or what is true of them, are not those that the run was asked about")
     broken = [record for record in records if not all(map(_sound, _boxes(record)))]
     if broken:
-        raise PredictionsError(
+        raise InputError(
             f"{where}: {len(broken)} records have a box that is not four finite numbers: "
             f"{_some(_said(_key(record)) for record in broken)}"
         )
     unscored = [record for record in records if not all(map(_is_score, _proposal_scores(record)))]
     if unscored:
-        raise PredictionsError(
+        raise InputError(
             f"{where}: {len(unscored)} records have a proposal whose score is not a number: "
             f"{_some(_said(_key(record)) for record in unscored)}"
         )
     captions = [record for record in records if record["task"] == "caption"]
     without = [record for record in captions if not record["truth"]["phrases"]]
     if without and len(without) < len(captions):
-        raise PredictionsError(
+        raise InputError(
             f"{where}: {len(without)} of {len(captions)} captions have no references: "
             f"{_some(_said(_key(record)) for record in without)}"
         )
@@ -68,7 +67,7 @@ def check(predictions: Predictions, where: str) -> list[str]:
 
 
 def check_against(predictions: Predictions, known: Iterable[tuple[int, int]], where: str) -> None:
-    """PredictionsError unless the regions asked for are those of the dataset, as (image_id, region_id)."""
+    """InputError unless the regions asked for are those of the dataset, as (image_id, region_id)."""
     asked = {(record["image_id"], record["region_id"]) for record in predictions.records}
     known = set(known)
     for problem, which in (
@@ -77,22 +76,22 @@ def check_against(predictions: Predictions, known: Iterable[tuple[int, int]], wh
     ):
         if which:
             told = _some(f"region {region} of image {image}" for image, region in sorted(which, key=str))
-            raise PredictionsError(f"{where}: {len(which)} regions {problem}: {told}")
+            raise InputError(f"{where}: {len(which)} regions {problem}: {told}")
 
 
 def _complete(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in ("image_id", "region_id"):
         if key not in record:
-            raise PredictionsError(f"{where} has no {key}; it has {', '.join(record) or 'nothing'}")
+            raise InputError(f"{where} has no {key}; it has {', '.join(record) or 'nothing'}")
     task = record.get("task", "caption")
     if task not in (*TASKS, "dense"):
-        raise PredictionsError(f"{where}: no task {task!r}: there are {', '.join(TASKS)}, dense")
+        raise InputError(f"{where}: no task {task!r}: there are {', '.join(TASKS)}, dense")
     if task != "dense" and not isinstance(record.get("caption"), str):
-        raise PredictionsError(f"{where}: caption must be text, not {record.get('caption')!r}")
+        raise InputError(f"{where}: caption must be text, not {record.get('caption')!r}")
     truth = record.get("truth", {})
     references = record.get("references", truth.get("phrases", []) if isinstance(truth, Mapping) else None)
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
-        raise PredictionsError(f"{where}: references must be a list of strings, not {references!r:.60}")
+        raise InputError(f"{where}: references must be a list of strings, not {references!r:.60}")
     told = {"name": None, "attributes": {}, "mask": None, "box": None, "area": None, **truth, "phrases": references}
     if task == "dense":
         told = dict(truth)

@@ -24,8 +24,8 @@ from sca.inference.engine import MaskEngine
 from sca.inference.generation import settle_generation
 from sca.inference.job import CaptionJob, RegionSource, Search
 from sca.inference.predictor import Predictor
-from sca.io.images import ImageError, open_image, show
-from sca.io.prompts import PromptError
+from sca.io.errors import InputError
+from sca.io.images import open_image, show
 from sca.output.captioned import Captioned, Size, resize_to_recorded
 
 IMAGE, PROMPTS = "image", "prompts"  # what cannot be used
@@ -99,7 +99,7 @@ class BatchCaptioner:
             path, image = each
             try:
                 prompts, problems = self.regions.list_prompts(path, image.size)
-            except PromptError as error:
+            except InputError as error:
                 yield Failure(path, f"{show(path)}: {error}", PROMPTS)
                 continue
             yield from (Failure(path, f"{show(path)}: {problem}", PROMPTS, is_whole=False) for problem in problems)
@@ -136,7 +136,7 @@ class BatchCaptioner:
                 continue
             try:
                 proposals = propose(image, str(path)) if propose else None
-            except PromptError as error:
+            except InputError as error:
                 yield Failure(path, f"{show(path)}: {error}", PROMPTS)
                 continue
             predictor.set_image(image)
@@ -176,7 +176,7 @@ def _open_images(paths: Iterable[Path], done: Mapping[str, Captioned]) -> Opened
             continue
         try:
             yield path, open_image(path, allow_pipe=True)
-        except ImageError as error:
+        except InputError as error:
             yield Failure(path, str(error), IMAGE)
 
 
@@ -190,7 +190,7 @@ def _check_searches(captioner: Captioner, name: str) -> MaskEngine:
     """Return the captioner if it can search for regions. Raises ValueError."""
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(
-            f"{name!r} finds no regions by itself: --everything needs a model, or encoder+captioner with an encoder "
+            f"{name!r} finds no regions by itself; everything mode needs a model, or encoder+captioner with an encoder "
             "that brings masks, such as sam-vit-b+blip-base"
         )
     return captioner

@@ -44,7 +44,7 @@ def captioner(
     trust_remote_code, allow_external, revision: what a checkpoint may do, and which of a hub id; see `sca.load`. A
     registered captioner has its own options.
 
-    Raises RegistryError for names and options, CheckpointError and HubError for what cannot be read.
+    Raises RegistryError for names and options, and InputError for what cannot be read.
     """
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external, "revision": revision}
     agreed = {name: value for name, value in agreed.items() if value}

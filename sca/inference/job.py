@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from sca_registry import proposers
-from sca_registry.contracts import TASKS, Captioner, Prompt, Proposer
+from sca_registry.contracts import Captioner, Prompt, Proposer
 from sca_registry.spec import Part
 
 from sca.devices import find_device
+from sca.inference.requests import check_task
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_files
+from sca.io.errors import InputError
 from sca.io.images import show
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError, check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
+from sca.io.prompts import check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
 from sca.io.region_prompts import RegionPrompts
 from sca.io.run_folder import existing_paths
+from sca.io.validation import check_range
 
 
 class Search:
@@ -56,7 +59,7 @@ class ListedPrompts:
         """Match all images of a run to the image names in the file.
 
         Raises:
-            PromptError: A name could mean several images.
+            InputError: A name could mean several images.
         """
         self.keys = self.file.match(paths)
 
@@ -64,18 +67,19 @@ class ListedPrompts:
         """Return the prompts that fit an image of (width, height), and a line for each that does not.
 
         Raises:
-            PromptError: None fits; one line without the image's name.
+            InputError: None fits; one line without the image's name.
         """
         if path not in self.keys:
-            raise PromptError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
+            raise InputError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
         prompts, problems = self.file.fitting(self.keys[path], *size)
         if problems and not prompts:
             more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
-            raise PromptError(f"{problems[0]}{more}")
+            raise InputError(f"{problems[0]}{more}")
         return prompts, problems
 
 
 RegionSource = Search | SamePrompts | ListedPrompts
+SOURCES = ("boxes", "points", "masks", "regions", "prompts", "everything")  # fields of a job that state its regions
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class CaptionJob:
         task: "caption" or "recognition".
         generation: Options of generation; None leaves one to the model.
         batch: Images encoded at a time.
+
+    Raises:
+        ValueError: A value is out of range, or the regions come from none or from more than one of a list of regions,
+            `prompts` and `everything`.
     """
 
     model: str
@@ -122,27 +130,33 @@ class CaptionJob:
     batch: int = 8
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"unknown task {self.task!r}; choose from {', '.join(map(repr, TASKS))}")
-        if self.batch < 1:
-            raise ValueError(f"batch is {self.batch!r}; give 1 or more")
+        check_task(self.task)
+        check_range("batch", self.batch, int, 1)
+        sources = [name for name in SOURCES if getattr(self, name)]
+        if not sources:
+            raise ValueError(f"no regions to caption; give {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
+        if len(sources) > 1 and {"prompts", "everything"} & set(sources):
+            raise ValueError(
+                f"{' and '.join(sources)} exclude each other; give boxes, points, masks and regions, or prompts, or "
+                "everything"
+            )
 
     def read_regions(self) -> RegionSource:
         """Read the prompts, or build the proposer of a search.
 
         Raises:
-            PromptError: A prompt cannot be read, or they come from the options and from a file.
+            InputError: A prompt cannot be read.
             RegistryError: The proposer is unknown, or cannot be built.
         """
         if self.everything:
             return Search(self._build_proposer())
+        if self.prompts:
+            return ListedPrompts(read_prompts(self.prompts))
         same = [Prompt(box=parse_box(text)) for text in self.boxes]
         same += [Prompt(points=(parse_point(text),)) for text in self.points]
         same += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in self.masks]
         same += [parse_region(text, allow_pipe=True) for text in self.regions]
-        if same and self.prompts:
-            raise PromptError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
-        return ListedPrompts(read_prompts(self.prompts)) if self.prompts else SamePrompts(same)
+        return SamePrompts(same)
 
     def input_files(self) -> list[Path]:
         """List the files that the regions are read from."""
@@ -164,7 +178,7 @@ class CaptionJob:
         return captioner(self.model, find_device(self.device), **agreed, **options)
 
     def _parse_proposer(self) -> Part | None:
-        return Part.parse(self.proposer, "--proposer", "proposers") if self.proposer else None
+        return Part.parse(self.proposer, "proposer", "proposers") if self.proposer else None
 
     def _build_proposer(self) -> Proposer | None:
         part = self._parse_proposer()

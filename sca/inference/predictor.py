@@ -12,9 +12,9 @@ from sca_registry.contracts import Caption, Prompt
 from sca.inference.engine import REGIONS, Encoded, Engine, Mask, MaskEngine
 from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.inference.requests import check_prompts, check_task, collect_prompts
+from sca.io.errors import InputError
 from sca.io.images import take_image
 from sca.io.masks import RLE
-from sca.io.prompts import PromptError
 
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
@@ -58,7 +58,7 @@ class Predictor:
                 prompts and results are pixels of the upright image, which is kept as `image`.
 
         Raises:
-            ImageError: An array of another shape or type.
+            InputError: An array of another shape or type.
         """
         self.image = take_image(image)
         self.encoded = self.engine.encode([self.image])
@@ -190,7 +190,7 @@ class Predictor:
             except ValueError as error:
                 raise type(error)(f"image {place}: {error}") from error
         if not any(fitting):
-            raise PromptError("no region; give at least one prompt")
+            raise InputError("no region; give at least one prompt")
         generation = settle_generation(
             self.engine,
             max_new_tokens=max_new_tokens,

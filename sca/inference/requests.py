@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from sca_registry.contracts import TASKS, Prompt
 
+from sca.io.errors import InputError
 from sca.io.masks import RLE, checked, decode
-from sca.io.prompts import PromptError, check
+from sca.io.prompts import check
 
 
 def collect_prompts(
@@ -30,14 +31,14 @@ def collect_prompts(
         size: Width and height of the image.
 
     Raises:
-        PromptError: No region, or one that does not fit the image.
+        InputError: No region, or one that does not fit the image.
     """
     request = [*_check_list("prompts", prompts)]
     request += [Prompt(box=_plain(box)) for box in _check_list("boxes", boxes)]
     request += [Prompt(points=(_plain(point),)) for point in _check_list("points", points)]
     request += [Prompt(mask=mask) for mask in _check_list("masks", masks)]
     if not request:
-        raise PromptError("no region; give prompts, boxes, points or masks")
+        raise InputError("no region; give prompts, boxes, points or masks")
     return check_prompts(request, *size)
 
 
@@ -47,23 +48,23 @@ def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Pr
     for place, prompt in enumerate(_check_list("prompts", prompts)):
         try:
             if not isinstance(prompt, Prompt):
-                raise PromptError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
+                raise InputError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
             if isinstance(prompt.mask, Mapping):
                 prompt = replace(prompt, mask=_decode(prompt.mask))
             found.append(check(prompt, width, height))
-        except PromptError as error:
-            raise PromptError(f"prompt {place}: {error}") from error
+        except InputError as error:
+            raise InputError(f"prompt {place}: {error}") from error
     return found
 
 
 def _check_list(name: str, values: Any) -> Sequence[Any]:
-    """The regions of an argument; None is none. Raises PromptError for one region in place of a list."""
+    """The regions of an argument; None is none. Raises InputError for one region in place of a list."""
     if values is None:
         return ()
     if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
-        raise PromptError(f"{name} is of type {type(values).__name__}; give a list of {name}")
+        raise InputError(f"{name} is of type {type(values).__name__}; give a list of {name}")
     if name in ("boxes", "points") and len(values) and not hasattr(values[0], "__len__"):
-        raise PromptError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_plain, values))}]")
+        raise InputError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_plain, values))}]")
     return values
 
 
@@ -71,7 +72,7 @@ def _decode(code: RLE) -> np.ndarray:
     try:
         return decode(checked(code))
     except ValueError as error:
-        raise PromptError(f"the mask is unusable: {error}") from error
+        raise InputError(f"the mask is unusable: {error}") from error
 
 
 def _plain(numbers: Any) -> Any:

@@ -75,7 +75,7 @@ def open_run(
         overwrite: Caption every shard again.
 
     Raises:
-        RunFolderError: The folder must not be written.
+        OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
     contents = {name: _fingerprint(content) for name, content in shards.items()}
@@ -142,7 +142,7 @@ class ShardedRun:
                 journal.append({"shard": task.key, "content": self._contents[task.key], "problems": problems})
                 self.finished[task.key] = problems
                 yield ShardResult(task.key, path, problems)
-        killed = "its process was killed each time; if memory ran out, use fewer workers or a smaller --batch"
+        killed = "its process was killed each time; if memory ran out, use fewer workers or smaller batches"
         yield from (ShardResult(name, None, (), killed) for name in sorted({*self.missing} - ended))
         if not self.missing:
             self._folder.finish()
@@ -247,7 +247,7 @@ def begin_run(
         The finished shards by name, with the problems of their images.
 
     Raises:
-        RunFolderError: The folder must not be written.
+        OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
     entries = list(read_journal(folder.path / JOURNAL)) if folder.run and not overwrite else []

@@ -15,20 +15,13 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from sca.io.errors import InputError, OutputError
 from sca.io.images import show
-from sca.io.json import IrregularFileError, open_regular_file
+from sca.io.json import open_regular_file
 from sca.io.lock import is_locked, lock
 
 DRAFT = ".sca-{}.part"  # the name that a file has while it is written
 RANDOM = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
-
-
-class OutputError(OSError):
-    """Output that cannot be written; the message is one line with the path, the reason and what to do."""
-
-
-class FolderError(ValueError):
-    """A folder that is in the way or cannot be written; the message is one line."""
 
 
 class AtomicFile:
@@ -47,24 +40,21 @@ class AtomicFile:
 
     def __init__(self, path: Path, visible: bool = False):
         self.path = path
-        try:
+        with output_errors(path):
             self.replaces = _check_replaceable(path)
             self._name = path if visible and not self.replaces else path.with_name(DRAFT.format(secrets.token_hex(8)))
             self._file = open(self._name, "xb", buffering=0)  # noqa: SIM115 (closed by keep and drop)
             lock(self._file)  # a draft whose lock can be taken was left by a killed process
-        except OSError as error:
-            raise unwritable(path, error) from error
 
     def write(self, piece: str | bytes | memoryview) -> None:
         """Add a piece; text is encoded as UTF-8."""
         start = self._file.tell()
         try:
-            write_all(self._file.fileno(), piece.encode() if isinstance(piece, str) else piece)
-        except BaseException as error:
+            with output_errors(self.path):
+                write_all(self._file.fileno(), piece.encode() if isinstance(piece, str) else piece)
+        except BaseException:
             self._file.truncate(start)
             self._file.seek(start)
-            if isinstance(error, OSError):
-                raise unwritable(self.path, error) from error
             raise
 
     def keep(self, sync_folder: bool = True) -> None:
@@ -74,15 +64,16 @@ class AtomicFile:
             sync_folder: Also sync the name; a caller that writes many files syncs their folder later, once.
         """
         try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            if self._name != self.path:
-                os.replace(self._name, self.path)
-            if sync_folder:
-                sync(self.path.parent)
-        except OSError as error:
+            with output_errors(self.path):
+                os.fsync(self._file.fileno())
+                self._file.close()
+                if self._name != self.path:
+                    os.replace(self._name, self.path)
+                if sync_folder:
+                    sync(self.path.parent)
+        except OutputError:
             self.drop()
-            raise unwritable(self.path, error) from error
+            raise
 
     def drop(self) -> None:
         """Close the file and remove what was written under the temporary name."""
@@ -127,12 +118,12 @@ def new_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
         replaceable: Names of the entries that an older folder may contain; with any other entry it is not replaced.
 
     Raises:
-        FolderError: `folder` is a file, contains something else, or cannot be written.
+        OutputError: `folder` is a file, contains something else, or cannot be written.
     """
     check_replaceable(folder, replaceable)
     draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
     previous = previous_folder(folder)
-    try:
+    with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_draft_folders(folder)
         draft.mkdir()
@@ -153,8 +144,6 @@ def new_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
             if handle is not None:
                 os.close(handle)
-    except OSError as error:
-        raise FolderError(f"cannot write {show(folder)}: {error.strerror or error}") from error
 
 
 def previous_folder(folder: Path) -> Path:
@@ -163,32 +152,30 @@ def previous_folder(folder: Path) -> Path:
 
 
 def check_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> None:
-    """Raise FolderError unless `folder` is new, empty, or contains nothing but `replaceable` entries."""
+    """Raise OutputError unless `folder` is new, empty, or contains nothing but `replaceable` entries."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FolderError(f"{show(folder)} is not a folder; choose another one")
+        raise OutputError(f"{show(folder)} is not a folder; choose another one")
     if not folder.is_dir():
         return
     others = sorted({entry.name for entry in folder.iterdir()} - set(replaceable))
     if others:
         named = ", ".join(map(show, others[:3])) + (", ..." if len(others) > 3 else "")
-        raise FolderError(f"{show(folder)} is not a new or empty folder: it contains {named}; choose another one")
+        raise OutputError(f"{show(folder)} is not a new or empty folder: it contains {named}; choose another one")
 
 
 def remove_drafts(folder: Path) -> None:
     """Remove the temporary files of killed processes; those of a running process are locked and stay."""
     for draft in folder.glob(DRAFT.format(RANDOM)):
-        with suppress(OSError, IrregularFileError), open_regular_file(draft) as file:
+        with suppress(OSError, InputError), open_regular_file(draft) as file:
             if not is_locked(file):
                 draft.unlink(missing_ok=True)
 
 
 def open_folder(folder: Path) -> None:
     """Make a folder, and check before anything is computed that files can be created in it."""
-    try:
+    with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
 def sync(path: Path) -> None:
@@ -208,15 +195,26 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Raise the system's reason why `path` cannot be written as one OutputError, with what to do."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def unwritable(path: Path | str, error: OSError) -> OutputError:
-    """The system's reason on one line, with what to do."""
+    """Return the error for a path that cannot be written: the system's reason, and what to do."""
     if isinstance(error, PermissionError):
         remedy = "choose a folder that you may write in"
     elif isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
         remedy = "choose another folder"
     else:
         remedy = "free some space or choose another folder"
-    return OutputError(f"cannot write {show(path)}: {error.strerror or type(error).__name__}; {remedy}")
+    return OutputError(f"cannot write {show(path)}: {error.strerror or str(error) or type(error).__name__}; {remedy}")
 
 
 def _check_replaceable(path: Path) -> bool:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sca.io.errors import InputError
+
 Box = tuple[float, float, float, float]
+PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
 OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
 
 
@@ -46,14 +49,14 @@ def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[f
         actual: Width and height of the upright image.
 
     Raises:
-        ValueError: The aspect ratios differ by more than rounding a resized side does.
+        InputError: The aspect ratios differ by more than rounding a resized side does.
     """
     factor = max(actual) / max(recorded)
     rounding = max(1.0, factor)  # a side is whole pixels in both images
     if any(abs(old * factor - new) > rounding for old, new in zip(recorded, actual, strict=True)):
         is_turned = recorded == actual[::-1]
         cause = "it was rotated" if is_turned else "its aspect ratio differs"
-        raise ValueError(
+        raise InputError(
             f"the file records {recorded[0]} x {recorded[1]} and the image is {actual[0]} x {actual[1]} "
             f"(width x height): {cause}; use the image that was annotated"
         )

@@ -31,15 +31,15 @@ from huggingface_hub.errors import (
 
 from sca.io.atomic import write_file
 from sca.io.cache import cache_folder
+from sca.io.errors import InputError, LockedError
 from sca.io.json import read_json
-from sca.io.lock import LockedError, held_lock
+from sca.io.lock import held_lock
 from sca.io.weight_files import (
     ADAPTER,
     OWN,
     SAFE,
     SPEC,
     TOKEN_IDS,
-    HubError,
     check_is_no_pointer,
     check_regular_files,
     read_token_ids,
@@ -75,7 +75,7 @@ def fetch(
     Python files are wanted, too, by those who trust them. prefix: of the names of the files, where a repository holds
     a model in several formats.
 
-    Raises HubError.
+    Raises InputError.
     """
     folder = local_folder(source)
     if folder is not None:
@@ -108,7 +108,7 @@ def suggest_path(name: str) -> str:
     try:
         if (folder / ADAPTER).exists() or weight_files(folder):
             require_weight_files(folder, folder)
-    except HubError as error:
+    except InputError as error:
         hint += f", but {error}"
     return hint
 
@@ -190,13 +190,13 @@ def _pins() -> dict[str, str]:
         return {}
     commits = pins.values() if isinstance(pins, dict) else [pins]
     if not all(isinstance(commit, str) and COMMIT.fullmatch(commit) for commit in commits):
-        raise HubError(f"{cache_folder() / PULLED} is not a table of commits; delete it and pull again")
+        raise InputError(f"{cache_folder() / PULLED} is not a table of commits; delete it and pull again")
     return pins
 
 
 def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = "") -> Path:
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
-    was cut off goes on. The folder in the cache. Raises HubError.
+    was cut off goes on. The folder in the cache. Raises InputError.
     """
     for told in terms_of(name):
         logger.warning("sca: %s", told)
@@ -224,7 +224,7 @@ def terms_of(name: str) -> list[str]:
 def weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
     """The one file that holds the weights: `source` itself if it is a file, else that of a folder or a hub id.
 
-    Raises HubError, also where they are in shards.
+    Raises InputError, also where they are in shards.
     """
     file = local_file(source)
     if file is not None:
@@ -232,7 +232,7 @@ def weight_file(source: str | Path, revision: str | None = None, prefix: str = "
         return file
     files = require_weight_files(fetch(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
-        raise HubError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
+        raise InputError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
     return files[0]
 
 
@@ -244,7 +244,7 @@ def load_pretrained(
 
     Of the settings for generation that a folder has, only the ids of special tokens are used.
 
-    Raises HubError.
+    Raises InputError.
     """
     from transformers import GenerationConfig
 
@@ -266,12 +266,12 @@ def load_pretrained(
         ("has no place for", unexpected),
     ):
         if names:
-            raise HubError(f"{source} does not fit a {cls.__name__}: it {what} {some(sorted(names))}")
+            raise InputError(f"{source} does not fit a {cls.__name__}: it {what} {some(sorted(names))}")
     return model
 
 
 def read_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
-    """`cls.from_pretrained` of a configuration. Raises HubError."""
+    """`cls.from_pretrained` of a configuration. Raises InputError."""
     folder = fetch(source, revision, weights=False)
     with reading(f"the configuration of {source}"):
         return cls.from_pretrained(folder, trust_remote_code=False)
@@ -280,7 +280,7 @@ def read_config(cls: type[Config], source: str | Path, revision: str | None = No
 def fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
     """What tells these weights from any others: the commit, if they came from the hub, and a hash of each file.
 
-    Raises HubError.
+    Raises InputError.
     """
     alone = local_file(source)
     folder = alone.parent if alone else fetch(source, revision, prefix=prefix)
@@ -311,24 +311,24 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _reaching(name: str, revision: str | None) -> Iterator[None]:
-    """Raise the errors of the hub as HubError of one line."""
+    """Raise the errors of the hub as InputError of one line."""
     which = repr(name) + (f" at revision {revision!r}" if revision else "")
     try:
         yield
     except (HFValidationError, RepositoryNotFoundError) as error:
         if isinstance(error, GatedRepoError):
-            raise HubError(
+            raise InputError(
                 f"{which} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN to your token"
             ) from error
-        raise HubError(
+        raise InputError(
             f"{which} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
             f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
-        raise HubError(f"the hub has no {which}") from error
+        raise InputError(f"the hub has no {which}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise HubError(
+        raise InputError(
             f"{which} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
             f"give a folder that has it: weights=FOLDER{suggest_path(name)}"
         ) from error

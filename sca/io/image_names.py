@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from sca.io.images import ImageError, measure_image
+from sca.io.errors import InputError
+from sca.io.images import measure_image
 from sca.io.notices import notice_once
 
 URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)  # a drive, C:/, is one letter
@@ -26,10 +27,6 @@ LOCAL_FILES = "/data/local-files/?d="  # Label Studio's URL of a file in its doc
 UPLOAD_FOLDER = re.compile(r"(?:/data|[./\w-]*/media)/upload/\d+/")  # of Label Studio: in tasks and in COCO exports
 UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
 EXPORT_FOLDER = "images"  # where exports of labeling tools store images, beside the annotations or below them
-
-
-class ImageNameError(ImageError):
-    """The name of an image that leads to no file, or to several; the message is one line that says why."""
 
 
 def find_image(name: str, roots: Sequence[str | Path]) -> Path:
@@ -44,20 +41,20 @@ def find_image(name: str, roots: Sequence[str | Path]) -> Path:
         absolute path of another machine is reported, once per process.
 
     Raises:
-        ImageNameError: If the name is a URL of another machine, or could mean several files.
+        InputError: If the name is a URL of another machine, or could mean several files.
     """
     written = [Path(root, name) for root in roots]
     for path in written:
         if os.path.isfile(path):
             return path
     if is_url(name):
-        raise ImageNameError(f"{_shorten(name)} is a URL, not a file; download the image and write its path")
+        raise InputError(f"{_shorten(name)} is a URL, not a file; download the image and write its path")
     for forms, locate in _interpretations(name):
         for root in roots:
             found = _existing(path for form in forms for path in locate(form, Path(root)))
             if len(found) > 1:
                 first, second, *_ = found
-                raise ImageNameError(f"{_shorten(name)} could mean {first} or {second}; write the whole path")
+                raise InputError(f"{_shorten(name)} could mean {first} or {second}; write the whole path")
             if found:
                 _note_substitute(name, forms, found[0])
                 return found[0]
@@ -68,7 +65,7 @@ def measure_named_image(name: str, roots: Sequence[str | Path]) -> tuple[int, in
     """Return width and height of the image that a name in a file means, see `find_image`; None if it cannot be read."""
     try:
         return measure_image(find_image(name, roots))
-    except ImageError:
+    except InputError:
         return None
 
 
@@ -104,7 +101,7 @@ class ImageFiles:
     def _unify_and_identify(self, name: str) -> tuple[str, str]:
         try:
             path = self._locate(name)
-        except ImageNameError:
+        except InputError:
             return name, name
         if not os.path.isfile(path):
             return name, name
@@ -122,7 +119,7 @@ def rewrite_name(name: str, roots: Sequence[str | Path]) -> str:
     """
     try:
         path = find_image(name, roots)
-    except ImageNameError:
+    except InputError:
         return name
     if not path.is_file() or any(path == Path(root, name) for root in roots):
         return name
@@ -162,7 +159,7 @@ def add_image_prefix(path: str, prefix: str) -> str:
         return path
     parts = split_name(path)
     if ".." in parts:
-        raise ValueError(f"{_shorten(path)} leaves the folder that --image-prefix serves; name images without '..'")
+        raise ValueError(f"{_shorten(path)} leaves the folder that the image prefix serves; name images without '..'")
     return prefix + quote("/".join(parts), safe="/", errors="surrogateescape")
 
 

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-from sca.io.json import IrregularFileError, LfsPointerError, open_regular_file
+from sca.io.errors import ImageMemoryError, InputError, IrregularFileError, TooLargeError
+from sca.io.json import open_regular_file
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number
+from sca.io.validation import is_finite_number
 from sca.io.walk import walk_files
 
 FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for
@@ -53,25 +54,13 @@ SWAPPED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 EMPTY = "{} is empty (0 bytes); copy or download it again"
 
 
-class ImageError(ValueError):
-    """A picture that cannot be opened; the message is one line that says which, why and what to do."""
-
-
-class TooLargeError(ImageError):
-    """A picture with more pixels than are allowed."""
-
-
-class ImageMemoryError(ImageError):
-    """An image that does not fit into memory."""
-
-
 def open_image(path: str | Path, allow_pipe: bool = False) -> Image.Image:
     """The picture as RGB: EXIF rotation applied, transparency over white, the first frame of many.
 
     Gray of more than 8 bits is scaled from the range that the file records, or else from the first of 0..1 (floating
     only), 0..255, 0..1023, 0..4095, 0..16383 and 0..65535 that contains all values. Values that fill less than an
     eighth of that range, or do not fit into any, are scaled from their own minimum and maximum. Colors of 16 bits that
-    use only 10, 12 or 14 of them are scaled as well. Raises `ImageError`.
+    use only 10, 12 or 14 of them are scaled as well. Raises `InputError`.
 
     Args:
         path: The file.
@@ -85,7 +74,7 @@ def measure_image(path: str | Path) -> tuple[int, int]:
     """Return width and height of the upright image in a file, without decoding it.
 
     Raises:
-        ImageError: If it cannot be opened.
+        InputError: If it cannot be opened.
     """
     with _open_file(path) as file, _refusals(show(path)):
         return read_size(file)
@@ -96,19 +85,17 @@ def _open_file(path: str | Path, allow_pipe: bool = False) -> Iterator[BinaryIO]
     shown = show(path)
     try:
         if os.path.isdir(path):
-            raise ImageError(f"{shown} is a folder, not an image; name a file in it")
+            raise InputError(f"{shown} is a folder, not an image; name a file in it")
         with open_regular_file(path, seekable=True, allow_pipe=allow_pipe) as file:
             yield file
-    except ImageError:
-        raise
-    except LfsPointerError as error:
-        raise ImageError(str(error)) from error
     except IrregularFileError as error:
-        raise ImageError(
+        raise InputError(
             f"{shown} is a pipe or a device, not an image file; save the image and name its file"
         ) from error
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot open the image {shown}: {_reason(error)}") from error
+        raise InputError(f"cannot open the image {shown}: {_reason(error)}") from error
 
 
 def read_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Image.Image:
@@ -126,7 +113,7 @@ def inspect_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Imag
     most = PIXEL_LIMIT if pixels is None else pixels
     with _refusals(shown):
         if not file.read(1):
-            raise ImageError(EMPTY.format(shown))
+            raise InputError(EMPTY.format(shown))
         file.seek(0)
         image = identify_image(file)
         if image.width * image.height > most:
@@ -135,7 +122,7 @@ def inspect_image(file: BinaryIO, shown: str, pixels: int | None = None) -> Imag
                 f"{most:,} are allowed; scale it down"
             )
         if pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
-            raise ImageError(f"{shown} uses a rare variant of {image.format} that decodes slowly; convert it to PNG")
+            raise InputError(f"{shown} uses a rare variant of {image.format} that decodes slowly; convert it to PNG")
         return image
 
 
@@ -168,16 +155,16 @@ def read_size(file: BinaryIO) -> tuple[int, int]:
 def take_image(image: Image.Image | np.ndarray) -> Image.Image:
     """A picture that is in memory, as `open_image` gives one; an array is (height, width, 3) uint8 in RGB.
 
-    ImageError for anything else.
+    InputError for anything else.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ImageError(
+            raise InputError(
                 f"an array of {image.dtype} with shape {image.shape}; give (height, width, 3) uint8 in RGB"
             )
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        raise ImageError(
+        raise InputError(
             f"{type(image).__name__} is not an image; give a PIL image or a uint8 array, or use sca.open_image"
         )
     return image if image.mode == "RGB" and not image.info else _upright(image, "an image")
@@ -201,7 +188,7 @@ def find_images(
             for image in _named(path, problems):
                 if image == path or not exclude(image):
                     found.setdefault(os.path.abspath(image), image)
-        except ImageError as error:
+        except InputError as error:
             problems.append(str(error))
         except (OSError, ValueError) as error:
             problems.append(f"{show(path)}: {_reason(error)}")
@@ -226,17 +213,17 @@ def _refusals(shown: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures that are allowed, and of odd metadata
             yield
-    except ImageError:
+    except InputError:
         raise
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{shown}: {str(error).split(',')[0]}; scale it down") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{shown} is not an image that can be read; convert it to JPEG or PNG") from error
+        raise InputError(f"{shown} is not an image that can be read; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, MemoryError) or "out of memory" in reason.lower():  # which Pillow's decoders tell as text
             raise ImageMemoryError(f"{shown} does not fit into memory; scale it down") from error
-        raise ImageError(f"{shown} is truncated or damaged ({reason}); copy or export it again") from error
+        raise InputError(f"{shown} is truncated or damaged ({reason}); copy or export it again") from error
 
 
 def _upright(image: Image.Image, shown: str, has_deep_colors: bool = False) -> Image.Image:
@@ -333,16 +320,16 @@ def _named(path: Path, problems: list[str]) -> list[Path]:
     elif glob.has_magic(str(path)):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         if not matches:
-            raise ImageError(f"nothing matches the pattern {show(path)}; check the folder and the suffix")
+            raise InputError(f"nothing matches the pattern {show(path)}; check the folder and the suffix")
         images = [
             match for match in matches if (match.is_file() or is_irregular(match)) and match.suffix.lower() in SUFFIXES
         ]
         if "**" not in str(path):
             images += [image for match in matches if match.is_dir() for image in _below(match, problems)]
     else:
-        raise ImageError(f"there is no file, folder or match for {show(path)}; check the name")
+        raise InputError(f"there is no file, folder or match for {show(path)}; check the name")
     if not images:
-        raise ImageError(f"no images in {show(path)}; looked for {' '.join(SUFFIXES)}")
+        raise InputError(f"no images in {show(path)}; looked for {' '.join(SUFFIXES)}")
     return images
 
 

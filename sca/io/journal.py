@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from sca.io.atomic import sync, unwritable, write_all
+from sca.io.atomic import output_errors, sync, write_all
+from sca.io.errors import InputError, LockedError
 from sca.io.images import show
-from sca.io.json import IrregularFileError, open_regular_file, parse_json
-from sca.io.lock import LockedError, lock
+from sca.io.json import open_regular_file, parse_json
+from sca.io.lock import lock
 
 SYNC_SECONDS = 3.0  # a power cut loses at most what was appended within this time
 BLOCK = 2**20  # bytes
+HEADER = b"{"  # of any entry
 
 Entry = Mapping[str, Any]
-
-
-class JournalError(ValueError):
-    """A journal that is damaged before its end; the message is one line with the line number."""
 
 
 class Journal:
@@ -34,39 +32,42 @@ class Journal:
         path: The file, created if absent.
         completes: Whether an entry completes a group; entries after the last complete group are dropped. By default
             every entry is complete.
+        header: What the first line begins with: a torn first line that does not is a file of something else.
         sync_seconds: An append syncs to disk if the last sync is at least this long ago; until the next append or
             `close`, what was appended within this time may not be synced. 0 syncs every append.
 
     Raises:
-        JournalError: The file is not a journal.
+        InputError: The file is not a journal.
         LockedError: Another process has the journal open.
         OutputError: The file cannot be written.
     """
 
     def __init__(
-        self, path: Path, completes: Callable[[Entry], bool] | None = None, sync_seconds: float = SYNC_SECONDS
+        self,
+        path: Path,
+        completes: Callable[[Entry], bool] | None = None,
+        header: bytes = HEADER,
+        sync_seconds: float = SYNC_SECONDS,
     ):
         self.path, self._sync_seconds = path, sync_seconds
         created = not path.exists()
         if not created and not path.is_file():  # a pipe would be waited for
-            raise JournalError(f"{show(path)} is not a regular file; choose another folder")
-        try:
+            raise InputError(f"{show(path)} is not a regular file; choose another folder")
+        with output_errors(path):
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
             if not lock(self._file):
                 self._file.close()
                 raise LockedError(f"{show(path)} is being written by another process; wait for it")
             self._size = _decodable_size(self._file, completes)
             self.dropped = os.fstat(self._file.fileno()).st_size - self._size  # bytes
-            if self.dropped and not self._size and not _is_torn(self._file):
+            if self.dropped and not self._size and not _is_torn(self._file, header):
                 self._file.close()
-                raise JournalError(f"{show(path)} is not a journal; choose another folder, or move the file")
+                raise InputError(f"{show(path)} is not a journal; choose another folder, or move the file")
             if self.dropped:
                 self._file.truncate(self._size)
             self._complete_line()
             if created:
                 sync(path.parent)
-        except OSError as error:
-            raise unwritable(path, error) from error
         self._synced = time.monotonic()
 
     @property
@@ -78,14 +79,13 @@ class Journal:
         lines = encode_lines(entries)
         handle = self._file.fileno()
         try:
-            write_all(handle, lines)
-            if time.monotonic() - self._synced >= self._sync_seconds:
-                os.fsync(handle)
-                self._synced = time.monotonic()
-        except BaseException as error:
+            with output_errors(self.path):
+                write_all(handle, lines)
+                if time.monotonic() - self._synced >= self._sync_seconds:
+                    os.fsync(handle)
+                    self._synced = time.monotonic()
+        except BaseException:
             os.ftruncate(handle, self._size)
-            if isinstance(error, OSError):
-                raise unwritable(self.path, error) from error
             raise
         self._size += len(lines)
 
@@ -102,9 +102,8 @@ class Journal:
         if self._file.closed:
             return
         try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+            with output_errors(self.path):
+                os.fsync(self._file.fileno())
         finally:
             self._file.close()
 
@@ -115,35 +114,35 @@ class Journal:
         self.close()
 
 
-def read_journal(path: Path, completes: Callable[[Entry], bool] | None = None) -> Iterator[dict[str, Any]]:
+def read_journal(
+    path: Path, completes: Callable[[Entry], bool] | None = None, header: bytes = HEADER
+) -> Iterator[dict[str, Any]]:
     """Yield the entries of a journal, which may be growing, without what cannot be decoded at its end.
 
     Args:
         path: The file; an absent one has no entries.
-        completes: As in `Journal`.
+        completes: As in `Journal`, like `header`.
 
     Raises:
-        JournalError: A line before the end cannot be decoded.
+        InputError: A line before the end cannot be decoded.
         OSError: The file cannot be read.
     """
     try:
         file = open_regular_file(path)
     except FileNotFoundError:
         return
-    except IrregularFileError as error:
-        raise JournalError(str(error)) from error
     with file:
         rest = _decodable_size(file, completes)
         file.seek(0)
-        if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file):
-            raise JournalError(f"{show(path)} is not a journal; choose another folder, or move the file")
+        if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file, header):
+            raise InputError(f"{show(path)} is not a journal; choose another folder, or move the file")
         for number, line in enumerate(file, 1):
             rest -= len(line)
             if rest < 0:
                 return
             entry = _decode(line)
             if entry is None:
-                raise JournalError(f"{show(path)}, line {number}, is damaged; remove the line")
+                raise InputError(f"{show(path)}, line {number}, is damaged; remove the line")
             yield entry
 
 
@@ -182,21 +181,22 @@ def _lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     yield 0, b"".join(reversed(pieces))
 
 
-def _is_torn(file: IO[bytes]) -> bool:
-    """Whether a file without a whole entry is the beginning of a first one, or zeros in its place.
+def _is_torn(file: IO[bytes], header: bytes) -> bool:
+    """Whether a file without a whole entry is a part of a first one, or zeros in its place.
 
     Several lines are a file of something else, unless they contain zeros, which no text file does.
     """
     file.seek(0)
     content = file.read()
     is_other_text = b"\n" in content and b"\0" not in content
-    return not is_other_text and content.strip(b"\0")[:1] in (b"", b"{") and _decode(content) is None
+    begins = header.startswith(content.partition(b"\0")[0][: len(header)])
+    return begins and not is_other_text and _decode(content) is None
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     """The entry of a line, None if it is not a whole JSON object."""
     try:
-        entry = parse_json(line.decode(), surrogates=True)
+        entry = parse_json(line.decode(), "", surrogates=True)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

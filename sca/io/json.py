@@ -1,4 +1,4 @@
-"""Bounded JSON reading: content from elsewhere is one ValueError, never a hang, a traceback or an exhausted memory."""
+"""Bounded JSON reading: content from elsewhere is one InputError, never a hang, a traceback or an exhausted memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from sca.io.errors import InputError, IrregularFileError, Reject, raise_error
+from sca.io.validation import check_encodable
 
 MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
@@ -29,55 +33,56 @@ def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = Fa
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        ValueError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
+        InputError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
             the path.
     """
-    try:
-        return parse_json(read_regular_file(path, limit).decode("utf-8-sig"), finite)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); copy it again") from error
-    except JsonError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+    return parse_json(read_regular_file(path, limit), str(path), finite)
 
 
-def parse_json(text: str, finite: bool = False, surrogates: bool = False) -> Any:
-    """Parse JSON text, such as one line of a JSONL file.
+def parse_json(text: str | bytes, place: str, finite: bool = False, surrogates: bool = False) -> Any:
+    """Parse JSON text, such as a file or one line of a JSON Lines file.
 
     Args:
         text: One JSON value.
+        place: What messages call it: a file, or a file and a line.
         finite: Reject NaN, Infinity and numbers that overflow to it.
         surrogates: Accept half of a surrogate pair, which a cut caption or a file name that is not UTF-8 can contain.
 
     Raises:
-        JsonError: If it is not JSON, nested too deep, or contains half of a surrogate pair. One line, without the text.
+        InputError: If it is not JSON, nested too deep, or contains half of a surrogate pair; without the text.
     """
     try:
+        text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
         value = FINITE_DECODER.decode(text) if finite else json.loads(text)
+        check_depth(value)
+        if not surrogates and SURROGATE.search(text):
+            check_encodable("it", value)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} is not UTF-8 text (byte {error.start}); copy it again") from error
     except RecursionError as error:
-        raise JsonError(f"nested deeper than {MAX_DEPTH} levels") from error
-    except JsonError:
-        raise
-    except ValueError as error:  # a JSONDecodeError, or an integer of thousands of digits
-        raise JsonError(str(error).split(";")[0]) from error
-    check_depth(value)
-    if not surrogates and SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise JsonError("it contains half of a surrogate pair, which is not text") from error
+        raise InputError(f"{place} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
+    except ValueError as error:  # an integer of thousands of digits is one, too
+        raise InputError(f"{place} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value
 
 
-class JsonError(ValueError):
-    """Text that is not JSON as we accept it; the message is one line that says why."""
+def parse_lines(lines: Iterable[bytes], shown: str, reject: Reject = raise_error) -> Iterator[tuple[str, Any]]:
+    """Yield the values of JSON Lines, each with its place, "FILE, line N"; blank lines are passed over.
 
-
-class IrregularFileError(ValueError):
-    """A path of a folder, a FIFO or a device; the message is one line that names it."""
-
-
-class LfsPointerError(IrregularFileError):
-    """A pointer of Git LFS in place of the file that it stands for; the message is one line that names it."""
+    Args:
+        lines: The lines, such as an open file.
+        shown: What messages call the file.
+        reject: Called with the error of each line that is not JSON, which is then passed over; raises it by default.
+    """
+    for number, line in enumerate(lines, 1):
+        place = f"{shown}, line {number}"
+        if line.strip():
+            try:
+                value = parse_json(line, place, surrogates=True)
+            except InputError as error:
+                reject(error)
+            else:
+                yield place, value
 
 
 def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bool = False) -> bytes:
@@ -90,12 +95,12 @@ def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bo
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        ValueError: If it is not a regular file, or too large. One line that names the path.
+        InputError: If it is not a regular file, or too large. One line that names the path.
     """
     with open_regular_file(path, allow_pipe=allow_pipe) as file:
         content = file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(content) > limit:
-        raise ValueError(
+        raise InputError(
             f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; give a smaller file"
         )
     return content
@@ -112,8 +117,8 @@ def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        IrregularFileError: If it is not a regular file, or a Git LFS pointer.
-        ValueError: If a pipe to read into memory has more than `MAX_PIPE_BYTES`.
+        IrregularFileError: If it is not a regular file.
+        InputError: If it is a Git LFS pointer, or a pipe to read into memory has more than `MAX_PIPE_BYTES`.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     kind = os.fstat(descriptor).st_mode
@@ -125,7 +130,7 @@ def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool
         os.set_blocking(descriptor, True)
     if stat.S_ISREG(kind) and hasattr(os, "pread") and os.pread(descriptor, len(LFS), 0) == LFS:
         os.close(descriptor)
-        raise LfsPointerError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     return _buffer(descriptor, path) if seekable and not stat.S_ISREG(kind) else open(descriptor, "rb")
 
 
@@ -133,7 +138,7 @@ def _buffer(descriptor: int, path: str | Path) -> BinaryIO:
     with open(descriptor, "rb") as file:
         content = file.read(MAX_PIPE_BYTES + 1)
     if len(content) > MAX_PIPE_BYTES:
-        raise ValueError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; give a file")
+        raise InputError(f"{path} has more than {MAX_PIPE_BYTES:,} bytes, the limit for a pipe; give a file")
     return io.BytesIO(content)
 
 
@@ -149,8 +154,8 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
         return is_json_lines_name(path)
     lines = (line for line in file if line.strip())
     try:
-        first = parse_json(next(lines, b"").decode("utf-8-sig"), surrogates=True)
-    except (JsonError, UnicodeDecodeError):
+        first = parse_json(next(lines, b""), str(path), surrogates=True)
+    except InputError:
         first = None
     file.seek(0)
     return isinstance(first, dict) and key in first
@@ -162,9 +167,9 @@ def is_json_lines_name(path: str | Path) -> bool:
 
 
 def check_depth(value: Any) -> None:
-    """Raise JsonError if a value that was parsed is nested deeper than MAX_DEPTH."""
+    """Raise InputError if a value that was parsed is nested deeper than MAX_DEPTH."""
     if _is_deeper_than(value, MAX_DEPTH):
-        raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
+        raise InputError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _is_deeper_than(value: Any, depth: int) -> bool:
@@ -183,13 +188,13 @@ def _is_deeper_than(value: Any, depth: int) -> bool:
 
 
 def _reject_constant(name: str) -> None:
-    raise JsonError(f"{name} is not a finite number")
+    raise InputError(f"{name} is not a finite number")
 
 
 def _parse_finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise JsonError(f"{text[:20]} is not a finite number")
+        raise InputError(f"{text[:20]} is not a finite number")
     return value
 
 

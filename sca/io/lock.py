@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from sca.io.json import IrregularFileError
+from sca.io.errors import LockedError, OutputError
 
 try:
     import fcntl
@@ -20,10 +20,6 @@ except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
-
-
-class LockedError(ValueError):
-    """A file or folder that another process is writing; the message is one line."""
 
 
 def lock(file: IO[Any] | int) -> bool:
@@ -67,7 +63,7 @@ def held_lock(path: Path, shown: str) -> Iterator[None]:
 
     Raises:
         LockedError: Another process holds the lock.
-        IrregularFileError: `path` is not a regular file.
+        OutputError: `path` is not a regular file.
         OSError: The file cannot be created.
     """
     while True:
@@ -104,8 +100,8 @@ def _open_lock_file(path: Path) -> IO[bytes]:
     return open(descriptor, "ab")
 
 
-def _irregular(path: Path) -> IrregularFileError:
-    return IrregularFileError(f"{path} is not a regular file; remove it or choose another folder")
+def _irregular(path: Path) -> OutputError:
+    return OutputError(f"{path} is not a regular file; remove it or choose another folder")
 
 
 def _is_at(file: IO[Any], path: Path) -> bool:

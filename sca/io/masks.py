@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from sca.io.coordinates import PIXEL_LIMIT
+from sca.io.errors import InputError
+
 RLE = Mapping[str, Any]
-PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
 SOFT_MAXIMUM = 224  # the least maximum of 8-bit probabilities; labels and instances rarely have as high numbers
 MAX_LABELS = 16  # different values of a mask that may be labels
@@ -43,19 +45,19 @@ def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
         is_lossy: The values come from a lossy image format: inside is what exceeds half of the maximum.
 
     Raises:
-        ValueError: Another shape or type, NaN, or values that are none of these, such as a label map.
+        InputError: Another shape or type, NaN, or values that are none of these, such as a label map.
     """
     if values.ndim == 3 and len(values) == 1:
         values = values[0]
     if values.ndim != 2 or values.dtype.kind not in "biuf":
-        raise ValueError(f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers")
+        raise InputError(f"an array of {values.dtype} with shape {values.shape}, not (height, width) of numbers")
     if is_lossy and values.size:
         return values > values.max() / 2
     if values.dtype.kind == "b" or not values.size:
         return values != 0
     low, high = values.min().item(), values.max().item()
     if np.isnan(low):
-        raise ValueError("a value is NaN; replace NaN by 0 outside the region")
+        raise InputError("a value is NaN; replace NaN by 0 outside the region")
     if low >= 0 and ((values == 0) | (values == high)).all():
         return values != 0
     if values.dtype.kind != "f":
@@ -64,21 +66,21 @@ def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
         return values > 0
     if high <= 1:
         return values >= 0.5
-    raise ValueError(
+    raise InputError(
         f"floating-point values from {low:g} to {high:g} are neither probabilities (0..1) nor logits "
         "(negative outside); give booleans"
     )
 
 
 def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Return where probabilities of 0..255, or a mask with smooth edges, are at least half. ValueError for others."""
+    """Return where probabilities of 0..255, or a mask with smooth edges, are at least half. InputError for others."""
     distinct = np.unique(values)
     if low >= 0 and SOFT_MAXIMUM <= high <= 255:
         between = ((values > 0) & (values < high)).sum()
         if len(distinct) > MAX_LABELS or between < (values == high).sum() * SMOOTH_EDGE:
             return values >= 128
     shown = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
-    raise ValueError(
+    raise InputError(
         f"{len(distinct)} different integers ({shown}) are neither a mask (0 outside, one value inside) nor "
         "probabilities (0..255); of a label map give one label, `values == LABEL`"
     )
@@ -95,7 +97,7 @@ def binarize_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
         (height, width) bool.
 
     Raises:
-        ValueError: As for `binarize`.
+        InputError: As for `binarize`.
     """
     values = np.asarray(image)
     if image.mode not in ("LA", "RGBA"):
@@ -139,24 +141,24 @@ def box_of(mask: np.ndarray | RLE) -> tuple[float, float, float, float] | None:
 def checked(code: Any) -> dict[str, Any]:
     """An RLE that came from outside, compressed or with `counts` as a list of numbers, as the compressed kind.
 
-    ValueError when it is no RLE. The runs must fill the mask: pycocotools leaves the rest of it to chance.
+    InputError when it is no RLE. The runs must fill the mask: pycocotools leaves the rest of it to chance.
     """
     if not isinstance(code, Mapping) or not {"size", "counts"} <= code.keys():
-        raise ValueError("an RLE is an object with 'size' [height, width] and 'counts'")
+        raise InputError("an RLE is an object with 'size' [height, width] and 'counts'")
     size, counts = code["size"], code["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_count(side) and side > 0 for side in size):
-        raise ValueError(f"'size' of an RLE is [height, width] in whole pixels, not {size!r:.40}")
+        raise InputError(f"'size' of an RLE is [height, width] in whole pixels, not {size!r:.40}")
     height, width = size
     if height * width > PIXEL_LIMIT:
-        raise ValueError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")
+        raise InputError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")
     if isinstance(counts, str) and counts.isascii():
         runs = _runs(counts)
     elif isinstance(counts, list) and all(_is_count(run) for run in counts):
         runs = counts
     else:
-        raise ValueError("'counts' of an RLE is a string, or a list of whole numbers")
+        raise InputError("'counts' of an RLE is a string, or a list of whole numbers")
     if any(run < 0 for run in runs) or sum(runs) != height * width:
-        raise ValueError(f"the runs in 'counts' do not fill the {height} x {width} pixels of 'size'")
+        raise InputError(f"the runs in 'counts' do not fill the {height} x {width} pixels of 'size'")
     if isinstance(counts, list):
         counts = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode("ascii")
     return {"size": [height, width], "counts": counts}
@@ -169,7 +171,7 @@ def _runs(counts: str) -> list[int]:
     for character in counts:
         bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 30:
-            raise ValueError("'counts' is not a compressed RLE string")
+            raise InputError("'counts' is not a compressed RLE string")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
@@ -178,7 +180,7 @@ def _runs(counts: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     if shift:
-        raise ValueError("'counts' is cut short")
+        raise InputError("'counts' is cut short")
     return runs
 
 

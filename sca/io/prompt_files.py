@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, AnnotationError, Size, SkipCounter, read_size
+from sca.io.annotations.annotation import Annotation, Size, SkipCounter
 from sca.io.coordinates import Box
+from sca.io.errors import InputError
 from sca.io.image_names import ImageFiles, find_image, measure_named_image, possible_file_names
 from sca.io.images import show
-from sca.io.json import IrregularFileError, JsonError, is_json_lines, open_regular_file, parse_json
-from sca.io.prompts import PromptError, quote, read_field, read_fields
+from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines, read_regular_file
+from sca.io.prompts import quote, read_field, read_fields
 from sca.io.region_prompts import Entry, RegionPrompts, find_root
+from sca.io.validation import read_id, read_name, read_size
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
@@ -34,36 +34,31 @@ def read_prompts(path: str | Path) -> RegionPrompts:
         The prompts; `problems` names the file, the line or record, and the field of each record without a prompt.
 
     Raises:
-        PromptError: If the file or folder cannot be read, or none of its records.
+        InputError: If the file or folder cannot be read, or none of its records.
     """
     path, skip, problems = Path(path), SkipCounter(), list[str]()
     read = _read_folder if path.is_dir() else _read_file
     try:
         entries = read(path, skip, problems)
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
     except OSError as error:
-        raise PromptError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
+        raise InputError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
     if problems and not any(entries.values()):
         more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
-        raise PromptError(f"{problems[0]}{more}")
+        raise InputError(f"{problems[0]}{more}")
     return RegionPrompts(path, _merge_spellings(entries, [find_root(path), Path()]), skip, problems)
 
 
 def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    try:
-        with _opened(path) as file:
-            lines = is_json_lines(path, file, "image")
-            text = io.TextIOWrapper(file, "utf-8-sig")
-            return _lines(text, path, problems) if lines else _regions(text.read(), path, skip, problems)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{show(path)} is not UTF-8 text; give COCO JSON, or JSON lines named .jsonl") from error
+    with open_regular_file(path, seekable=True, allow_pipe=True) as file:
+        if is_json_lines(path, file, "image"):
+            return _lines(file, path, problems)
+        return _regions(parse_json(file.read(), show(path), surrogates=True), path, skip, problems)
 
 
 def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     files = labelme.list_files(folder)
     if not files:
-        raise PromptError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
+        raise InputError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
     entries: dict[str, list[Entry]] = {}
     for file in files:
         with _noting(problems):
@@ -74,17 +69,12 @@ def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[s
 
 def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     try:
-        with _opened(path) as file:
-            content = _json(file.read().decode("utf-8-sig"), show(path))
+        content = parse_json(read_regular_file(path), show(path), surrogates=True)
         if not isinstance(content, dict) or "shapes" not in content:
-            raise PromptError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
+            raise InputError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
         return _labelme(content, path, skip, problems)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{show(path)} is not UTF-8 text; copy it again") from error
     except OSError as error:
-        raise PromptError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
+        raise InputError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
 
 
 def _merge_spellings(entries: Mapping[str, list[Entry]], roots: Sequence[Path]) -> dict[str, list[Entry]]:
@@ -99,34 +89,25 @@ def _merge_spellings(entries: Mapping[str, list[Entry]], roots: Sequence[Path]) 
     return merged
 
 
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return open_regular_file(path, seekable=True, allow_pipe=True)
-    except IrregularFileError as error:
-        raise PromptError(str(error)) from error
-
-
-def _lines(file, path: Path, problems: list[str]) -> dict[str, list[Entry]]:
+def _lines(file: BinaryIO, path: Path, problems: list[str]) -> dict[str, list[Entry]]:
     entries: dict[str, list[Entry]] = {}
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            with _noting(problems):
-                image, entry = _line(line, f"{show(path)}, line {number}", path)
-                entries.setdefault(image, []).append(entry)
+    for where, record in parse_lines(file, show(path), lambda error: problems.append(str(error))):
+        with _noting(problems):
+            image, entry = _line(record, where, path)
+            entries.setdefault(image, []).append(entry)
     return entries
 
 
-def _line(line: str, where: str, path: Path) -> tuple[str, Entry]:
+def _line(record: Any, where: str, path: Path) -> tuple[str, Entry]:
     """The image of a line, and its region."""
-    record = _json(line, where)
     if not isinstance(record, dict):
-        raise PromptError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
-    image = _text(record, "image", where)
+        raise InputError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
+    image = read_name(record, "image", where)
     box, points, mask = read_fields(record.get("prompt", record), where)
     if isinstance(mask, str):
         mask = read_field(where, "mask", partial(find_image, roots=[path.parent]), mask)
         if not mask.is_file():
-            raise PromptError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
+            raise InputError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
     return image, Entry(where, box, points, mask, _recorded_size(record, where))
 
 
@@ -134,10 +115,7 @@ def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
     """Width and height of the image that a record states; None if it does not, or has 0 in their place."""
     if not record.get("width") or not record.get("height"):
         return None
-    try:
-        return read_size(record, ("width", "height"), where)
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
+    return read_size(record, where)
 
 
 @contextmanager
@@ -145,12 +123,11 @@ def _noting(problems: list[str]) -> Iterator[None]:
     """Add what is wrong with one record to the problems; the next one is read."""
     try:
         yield
-    except PromptError as error:
+    except InputError as error:
         problems.append(str(error))
 
 
-def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    content = _json(text, show(path))
+def _regions(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     if label_studio.is_task(content) or (isinstance(content, list) and content):
         return _label_studio(content, path, skip, problems)
     if isinstance(content, dict) and "shapes" in content:
@@ -161,7 +138,7 @@ def _regions(text: str, path: Path, skip: SkipCounter, problems: list[str]) -> d
 def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise PromptError(
+            raise InputError(
                 f"{show(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
             )
     keys: dict[Any, str] = {}
@@ -170,17 +147,17 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
     for place, image in enumerate(content["images"]):
         where = f"{show(path)}, images[{place}]"
         with _noting(problems):
-            number, name = _id(image, "id", where), _text(image, "file_name", where)
+            number, name = read_id(image, "id", where), read_name(image, "file_name", where)
             if number in keys or name in entries:
                 field = "'id'" if number in keys else "'file_name'"
-                raise PromptError(f"{where}, {field}: another image has it too; each image has its own")
+                raise InputError(f"{where}, {field}: another image has it too; each image has its own")
             keys[number], entries[name], sizes[name] = name, [], _recorded_size(image, where)
     for place, annotation in enumerate(content["annotations"]):
         where = f"{show(path)}, annotations[{place}]"
         with _noting(problems):
-            number = _id(annotation, "image_id", where)
+            number = read_id(annotation, "image_id", where)
             if number not in keys:
-                raise PromptError(f"{where}, 'image_id': no image has the id {quote(number)}")
+                raise InputError(f"{where}, 'image_id': no image has the id {quote(number)}")
             name = keys[number]
             entries[name].append(Entry(where, _coco_box(annotation, where, skip), size=sizes[name]))
     return entries
@@ -188,23 +165,20 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
 
 def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
     counted: list[tuple[str, str]] = []
-    try:
-        box = coco.read_annotation(annotation, where, None, None, lambda *part: counted.append(part)).box
-    except AnnotationError as error:
-        raise PromptError(str(error)) from error
+    box = coco.read_annotation(annotation, where, None, None, lambda *part: counted.append(part)).box
     if box is not None:
         for reason, place in counted:
             skip(reason, place)
         return box
     if annotation.get("segmentation"):
-        raise PromptError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+        raise InputError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
     if annotation.get("bbox"):
-        raise PromptError(f"{where}, 'bbox': {quote(annotation['bbox'])} has no area; width and height are above 0")
-    raise PromptError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+        raise InputError(f"{where}, 'bbox': {quote(annotation['bbox'])} has no area; width and height are above 0")
+    raise InputError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
 
 
 def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    name = _text(content, "imagePath", show(path))
+    name = read_name(content, "imagePath", show(path))
     image = read_field(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
     size = labelme.find_size(content, image, show(path))
     shapes = labelme.read_shapes(content, size, show(path), skip, lambda error: problems.append(str(error)))
@@ -229,28 +203,3 @@ def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipC
         else:
             skip("empty mask", each.place)
     return entries
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return parse_json(text, surrogates=True)
-    except JsonError as error:
-        cause = error.__cause__
-        if not isinstance(cause, json.JSONDecodeError):
-            raise PromptError(f"{where}: not JSON that can be read: {error}") from error
-        place = f"column {cause.colno}" if cause.lineno == 1 else f"line {cause.lineno}, column {cause.colno}"
-        raise PromptError(f"{where}: not JSON at {place}: {cause.msg}") from error
-
-
-def _text(record: Any, field: str, where: str) -> str:
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise PromptError(f"{where}, '{field}': the image's file name as text, not {quote(value)}")
-    return value
-
-
-def _id(record: Any, field: str, where: str) -> int | str:
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, int | str) or isinstance(value, bool):
-        raise PromptError(f"{where}, '{field}': a number or text, not {quote(value)}")
-    return value

@@ -15,11 +15,12 @@ from sca_registry.contracts import Prompt
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.coordinates import Box, clip_box, find_normalized_scale, scale_to_pixels
+from sca.io.errors import InputError
 from sca.io.images import identify_image, show
 from sca.io.json import open_regular_file
 from sca.io.notices import notice_once
-from sca.io.numbers import is_finite_number
 from sca.io.paths import expand_user
+from sca.io.validation import is_finite_number
 
 Point = tuple[float, float, int]
 NPY = b"\x93NUMPY"  # what an array file begins with
@@ -29,10 +30,6 @@ _BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
 _POINT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
 _MASK = "give an image or a .npy array, not zero inside"
 _REGION = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be used; the message is one line that says which, why and what to do."""
 
 
 def parse_box(text: str) -> Box:
@@ -63,12 +60,12 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
             case "mask" if mask is None:
                 mask = read_mask(expand_user(value.strip()), allow_pipe)
             case "box" | "mask" as twice:
-                raise PromptError(f"{quote(text)} has two of '{twice}'; a region has at most one")
+                raise InputError(f"{quote(text)} has two of '{twice}'; a region has at most one")
             case other:
-                raise PromptError(f"{quote(other)} is no part of a region; {_REGION}")
+                raise InputError(f"{quote(other)} is no part of a region; {_REGION}")
     prompt = Prompt(box, tuple(points), mask)
     if not prompt:
-        raise PromptError(f"{quote(text)} points at nothing; {_REGION}")
+        raise InputError(f"{quote(text)} points at nothing; {_REGION}")
     return prompt
 
 
@@ -89,7 +86,7 @@ def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
         (height, width) bool.
 
     Raises:
-        PromptError: One line with the file and what to do.
+        InputError: One line with the file and what to do.
     """
     try:
         with open_regular_file(path, seekable=True, allow_pipe=allow_pipe) as file:
@@ -102,10 +99,10 @@ def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
             with identify_image(file) as image:
                 return masks.binarize_image(ImageOps.exif_transpose(image), image.format in masks.LOSSY)
     except UnidentifiedImageError as error:
-        raise PromptError(f"cannot read the mask {show(path)}: it is no image; {_MASK}") from error
+        raise InputError(f"cannot read the mask {show(path)}: it is no image; {_MASK}") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise PromptError(f"cannot read the mask {show(path)}: {reason}; {_MASK}") from error
+        raise InputError(f"cannot read the mask {show(path)}: {reason}; {_MASK}") from error
 
 
 def read_prompt(plain: Any, where: str, width: int, height: int) -> Prompt:
@@ -114,35 +111,35 @@ def read_prompt(plain: Any, where: str, width: int, height: int) -> Prompt:
     """
     box, points, mask = read_fields(plain, where)
     if isinstance(mask, str):
-        raise PromptError(f"{where}, 'mask': an RLE, not a file's name")
+        raise InputError(f"{where}, 'mask': an RLE, not a file's name")
     if mask is not None and mask["size"] != [height, width]:  # before it is decoded: it may be huge
-        raise PromptError(
+        raise InputError(
             f"{where}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
             "(width x height); give a mask of the image's size"
         )
     try:
         return check(Prompt(box, points, None if mask is None else masks.decode(mask)), width, height)
-    except PromptError as error:
-        raise PromptError(f"{where}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def check(prompt: Prompt, width: int, height: int) -> Prompt:
-    """The prompt as plain numbers, its box clipped to the image; `PromptError` if it does not fit `width` x `height`.
+    """The prompt as plain numbers, its box clipped to the image; `InputError` if it does not fit `width` x `height`.
 
     A box may reach over the edge, since boxes often do by a pixel, but not lie outside. A point lies in
     0 <= x < width, 0 <= y < height. A mask has the image's size and something inside. Normalized coordinates and
     regions of negative points only are refused.
     """
     if not prompt:
-        raise PromptError("the prompt is empty; give a box, a point or a mask")
+        raise InputError("the prompt is empty; give a box, a point or a mask")
     box = None if prompt.box is None else _clipped(_box(prompt.box), width, height)
     points = tuple(_point(point) for point in prompt.points)
     if points and not any(label for _, _, label in points) and prompt.box is None and prompt.mask is None:
-        raise PromptError("all points have label 0 (outside); add a point with label 1, a box or a mask")
+        raise InputError("all points have label 0 (outside); add a point with label 1, a box or a mask")
     _check_points_are_pixels(points, width, height)
     for x, y, label in points:
         if not (0 <= x < width and 0 <= y < height):
-            raise PromptError(
+            raise InputError(
                 f"the point {x:g},{y:g},{label} is outside the {width} x {height} image; "
                 f"x goes from 0 to below {width}, y from 0 to below {height}"
             )
@@ -166,7 +163,7 @@ def _clipped(box: Box, width: int, height: int) -> Box:
             hint = ""
             if x2 > 0 and y2 > 0:
                 hint = f" (x,y,width,height {text} would be {x1:g},{y1:g},{x1 + x2:g},{y1 + y2:g})"
-            raise PromptError(
+            raise InputError(
                 f"the box {text} is {state}: {axis}2 must be greater than {axis}1; write x1,y1,x2,y2{hint}"
             )
     clipped = clip_box(box, width, height)
@@ -180,7 +177,7 @@ def _clipped(box: Box, width: int, height: int) -> Box:
     if scale is not None:
         pixels = ",".join(f"{value:g}" for value in scale_to_pixels(box, scale, width, height))
         hint += f": if it is normalized to 0..{scale}, write {pixels}"
-    raise PromptError(f"the box {text} {problem}; {hint}")
+    raise InputError(f"the box {text} {problem}; {hint}")
 
 
 def _check_points_are_pixels(points: Sequence[Point], width: int, height: int) -> None:
@@ -192,7 +189,7 @@ def _check_points_are_pixels(points: Sequence[Point], width: int, height: int) -
         return
     x, y, label = points[0]
     pixels = ",".join(f"{value:g}" for value in scale_to_pixels((x, y), 1, width, height))
-    raise PromptError(
+    raise InputError(
         f"the point {x:g},{y:g},{label} lies within 0..1; points are in pixels: "
         f"if it is normalized to 0..1, write {pixels}"
     )
@@ -202,14 +199,14 @@ def _fitting(mask: np.ndarray, width: int, height: int) -> np.ndarray:
     try:
         inside = masks.binarize(np.asarray(mask))
     except ValueError as error:
-        raise PromptError(f"the mask is unusable: {error}") from error
+        raise InputError(f"the mask is unusable: {error}") from error
     if inside.shape != (height, width):
-        raise PromptError(
+        raise InputError(
             f"the mask is {inside.shape[1]} x {inside.shape[0]}, the image {width} x {height} (width x height); "
             "give a mask of the image's size"
         )
     if not inside.any():
-        raise PromptError("the mask is empty: nothing in it is inside; mark the region with another value")
+        raise InputError("the mask is empty: nothing in it is inside; mark the region with another value")
     if inside.all():
         notice_once("whole mask", f"a mask covers the whole {width} x {height} image; outside is 0")
     return inside
@@ -219,14 +216,14 @@ def read_fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], 
     """Return the box, points and mask of a plain prompt; a mask that is text names a file and is returned unchanged.
 
     Raises:
-        PromptError: A field is malformed, or all are absent; the message begins with `where`.
+        InputError: A field is malformed, or all are absent; the message begins with `where`.
     """
     if not isinstance(asked, dict):
-        raise PromptError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {quote(asked)}")
+        raise InputError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {quote(asked)}")
     box, points, mask = (asked.get(name) for name in ("box", "points", "mask"))
     if box is None and not points and mask is None:
         others = f", only {', '.join(map(quote, asked))}" if asked else ""
-        raise PromptError(f"{where}: no 'box', 'points' or 'mask'{others}")
+        raise InputError(f"{where}: no 'box', 'points' or 'mask'{others}")
     box = None if box is None else read_field(where, "box", _box, box)
     points = () if points is None else read_field(where, "points", _points, points)
     return (
@@ -244,13 +241,13 @@ def _box(values: Any, given: Any = None) -> Box:
 def _point(values: Any, given: Any = None) -> Point:
     x, y, *label = _numbers(values, (2, 3), given, _POINT)
     if label not in ([], [0], [1]):
-        raise PromptError(f"the label of the point {quote(values if given is None else given)} is not 1 or 0; {_POINT}")
+        raise InputError(f"the label of the point {quote(values if given is None else given)} is not 1 or 0; {_POINT}")
     return x, y, int(label[0]) if label else 1
 
 
 def _points(values: Any) -> tuple[Point, ...]:
     if not isinstance(values, list):
-        raise PromptError(f"a list of points [[x, y, label]], not {quote(values)}")
+        raise InputError(f"a list of points [[x, y, label]], not {quote(values)}")
     return tuple(_point(point) for point in values)
 
 
@@ -258,12 +255,12 @@ def _numbers(values: Any, lengths: tuple[int, ...], given: Any, form: str) -> li
     """So many finite numbers, or text that writes them on a command line (`given` is then the whole of it)."""
     given = values if given is None else given
     if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) not in lengths:
-        raise PromptError(f"{form}, not {quote(given)}")
+        raise InputError(f"{form}, not {quote(given)}")
     found = []
     for value in values:
         number = _parse_float(value) if isinstance(given, str) else value
         if not is_finite_number(number):
-            raise PromptError(f"{quote(value)} in {quote(given)} is not a finite number; {form}")
+            raise InputError(f"{quote(value)} in {quote(given)} is not a finite number; {form}")
         found.append(float(number))
     return found
 
@@ -277,11 +274,11 @@ def _parse_float(text: str) -> float:
 
 
 def read_field(where: str, field: str, read: Callable[[Any], Any], value: Any) -> Any:
-    """Return `read(value)`; a ValueError becomes a PromptError that names the field."""
+    """Return `read(value)`; a ValueError becomes an InputError that names the field."""
     try:
         return read(value)
     except ValueError as error:
-        raise PromptError(f"{where}, '{field}': {error}") from error
+        raise InputError(f"{where}, '{field}': {error}") from error
 
 
 def quote(value: Any) -> str:

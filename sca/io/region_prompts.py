@@ -18,10 +18,11 @@ from sca_registry.contracts import Prompt
 from sca.io import masks
 from sca.io.annotations.annotation import Size, SkipCounter
 from sca.io.coordinates import Box, compare_sizes, scale_box
-from sca.io.image_names import ImageNameError, find_image, possible_file_names
+from sca.io.errors import InputError
+from sca.io.image_names import find_image, possible_file_names
 from sca.io.images import show
 from sca.io.notices import notice_once
-from sca.io.prompts import Point, PromptError, check_and_count, quote, read_mask
+from sca.io.prompts import Point, check_and_count, quote, read_mask
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Entry:
     def prompt(self) -> Prompt:
         try:
             mask = read_mask(self.mask) if isinstance(self.mask, Path) else None
-        except PromptError as error:
-            raise PromptError(f"{self.where}, 'mask': {error}") from error
+        except InputError as error:
+            raise InputError(f"{self.where}, 'mask': {error}") from error
         return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
 
     def fitting(self, width: int, height: int, clipped: SkipCounter) -> Prompt:
         """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
 
-        Counts a box that `check` clips. Raises PromptError, which names the record.
+        Counts a box that `check` clips. Raises InputError, which names the record.
         """
         prompt = self.prompt()
         try:
@@ -57,7 +58,7 @@ class Entry:
                 )
             return check_and_count(prompt, width, height, clipped, self.where)
         except ValueError as error:
-            raise PromptError(f"{self.where}: {error}") from error
+            raise InputError(f"{self.where}: {error}") from error
 
 
 def _scale(prompt: Prompt, recorded: Size, actual: Size) -> Prompt:
@@ -120,7 +121,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         for entry in self._entries[key]:
             try:
                 prompts.append(entry.fitting(width, height, self.clipped))
-            except PromptError as error:
+            except InputError as error:
                 problems.append(str(error))
         return prompts, problems
 
@@ -132,7 +133,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         """The key of each image that has one.
 
         A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
-        `find_image` reads; a key that is the path of no image given counts by its file name. `PromptError` if an image
+        `find_image` reads; a key that is the path of no image given counts by its file name. `InputError` if an image
         could mean several keys, or a file name several images or keys.
         """
         paths = [Path(image) for image in images]
@@ -162,9 +163,9 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
             raise self._ambiguous(f"the image {show(image)}", keys)
         return keys[0] if keys else None
 
-    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> PromptError:
+    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> InputError:
         several = f"the keys {', '.join(map(quote, keys))}" if len(keys) > 1 else f"{images} images"
-        return PromptError(
+        return InputError(
             f"{show(self.path)}: {what} could mean {several}; write image paths relative to the prompts file"
         )
 
@@ -180,7 +181,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         files: dict[str, list[str]] = {}
         root = find_root(self.path)
         for key in self:
-            with suppress(ImageNameError):  # a URL, or several files: only the file name counts
+            with suppress(InputError):  # a URL, or several files: only the file name counts
                 files.setdefault(os.path.realpath(find_image(key, [root, Path()])), []).append(key)
         return files
 

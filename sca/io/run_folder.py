@@ -22,17 +22,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sca.io.atomic import open_folder, remove_drafts, unwritable, write_file
+from sca.io.atomic import open_folder, output_errors, remove_drafts, write_file
+from sca.io.errors import InputError, OtherRunError, OutputError
 from sca.io.images import show
 from sca.io.json import read_json
 from sca.io.lock import held_lock
 from sca.io.output_patterns import between, find_folders, find_outputs, is_declared, is_one_of
 
 MARKER, LOCK = "sca-run.json", ".sca-lock"
-
-
-class RunFolderError(ValueError):
-    """A run that its folder does not allow; the message is one line that names the ways out."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,8 @@ class RunFolder:
         patterns: Patterns of all files that this kind of run can write.
 
     Raises:
-        OutputError: The folder cannot be written.
         LockedError: Another process writes it.
-        IrregularFileError: The lock file is not a regular file.
+        OutputError: The folder or its lock file cannot be written.
     """
 
     def __init__(self, folder: str | Path, kind: str, patterns: Iterable[str] = ()):
@@ -78,10 +74,8 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         open_folder(self.path)
-        try:
+        with output_errors(self.path / LOCK):
             self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
-        except OSError as error:
-            raise unwritable(self.path / LOCK, error) from error
         for folder in find_folders(self.path, self.patterns):
             remove_drafts(folder)
         return self
@@ -120,8 +114,8 @@ class RunFolder:
             The earlier run if this one continues or repeats it, else None.
 
         Raises:
-            RunFolderError: An output is an input, or was not written by this kind of run, or is of a run with other
-                settings.
+            OtherRunError: The folder contains a run with other settings.
+            OutputError: An output is an input, or was not written by this kind of run.
         """
         settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
         assert all(is_declared(each, self.patterns) for each in outputs), f"{self.kind} declares other files: {outputs}"
@@ -132,14 +126,11 @@ class RunFolder:
         written = set(find_outputs(self.path, own))
         foreign = [path for path in find_outputs(self.path, outputs) if path not in written]
         if foreign:
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
             )
         if changed and not (overwrite or set_aside):
-            raise RunFolderError(
-                f"{show(self.path)} contains another run ({'; '.join(changed)}); choose another folder, or replace "
-                "the run with --overwrite"
-            )
+            raise _other_run(self.path, changed)
         if changed:
             if overwrite:
                 self.delete_outputs()
@@ -171,11 +162,9 @@ class RunFolder:
     def _set_aside(self) -> None:
         free = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
         self.moved_to = next(path for path in free if not os.path.lexists(path))
-        try:
+        with output_errors(self.moved_to):
             os.rename(self.path, self.moved_to)
             (self.moved_to / LOCK).unlink(missing_ok=True)
-        except OSError as error:
-            raise unwritable(self.moved_to, error) from error
         self._open.close()
         self.__enter__()
 
@@ -184,11 +173,33 @@ class RunFolder:
         write_file(self.path / MARKER, f"{json.dumps({'format': 1, 'runs': runs}, indent=1, sort_keys=True)}\n")
 
 
+def check_same_run(path: Path, earlier: Mapping[str, Any], run: Mapping[str, Any], loose: Iterable[str] = ()) -> None:
+    """Check that a file is of this run, so that it can be continued.
+
+    Args:
+        path: The file.
+        earlier: What determined its results, as plain JSON.
+        run: What determines the results now.
+        loose: Names of what may differ.
+
+    Raises:
+        OtherRunError: It is of another run; names what differs.
+    """
+    if changed := _changed(earlier, _plain(run), set(loose)):
+        raise _other_run(path, changed)
+
+
+def _other_run(path: Path, changed: Iterable[str]) -> OtherRunError:
+    return OtherRunError(
+        f"{show(path)} contains another run ({'; '.join(changed)}); choose another folder, or replace the run"
+    )
+
+
 def read_runs(folder: Path) -> dict[str, Run]:
     """The runs that the marker of a folder records, by kind.
 
     Raises:
-        RunFolderError: The marker is damaged.
+        InputError: The marker is damaged.
     """
     path = folder / MARKER
     try:
@@ -200,7 +211,7 @@ def read_runs(folder: Path) -> dict[str, Run]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunFolderError(f"{show(path)} is damaged; choose another folder, or remove the file") from error
+        raise InputError(f"{show(path)} is damaged; choose another folder, or remove the file") from error
 
 
 class OutputFilter:
@@ -236,7 +247,7 @@ def check_not_inputs(
         folder: The run folder; an input folder below it must not receive outputs.
 
     Raises:
-        RunFolderError: An output is an input, contains one, or lies in an input folder below `folder`.
+        OutputError: An output is an input, contains one, or lies in an input folder below `folder`.
     """
     existing = [(Path(path), known) for path in outputs if (known := _identity(path))]
     if not existing:
@@ -258,7 +269,7 @@ def check_not_inputs(
         found = files.get(identity) or above.get(str(path))
         found = found or next((files[str(each)] for each in path.parents if str(each) in files), None)
         if found is not None:
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(output)} would be overwritten and is an input of this command ({show(found)}); choose another "
                 "output path"
             )

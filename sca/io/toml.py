@@ -1,4 +1,4 @@
-"""Bounded TOML reading: a recipe or a sweep of a stranger is one ValueError, never a traceback."""
+"""Bounded TOML reading: a recipe or a sweep of a stranger is one InputError, never a traceback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from sca.io.errors import InputError
 from sca.io.json import MAX_DEPTH, check_depth, read_regular_file
 
 
@@ -14,12 +15,12 @@ def read_toml_text(path: Path) -> str:
     """Read the text of a TOML file, or of a pipe that a person typed.
 
     Raises:
-        ValueError: If it is no regular file, or not UTF-8. One line that names it.
+        InputError: If it is no regular file, or not UTF-8. One line that names it.
     """
     try:
         return read_regular_file(path, allow_pipe=True).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -31,16 +32,16 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(text)
     except RecursionError as error:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
+        raise InputError(f"nested deeper than {MAX_DEPTH} levels") from error
     check_depth(table)
     _check_plain(table)
     return table
 
 
 def _check_plain(value: Any) -> None:
-    """Raises ValueError for a date or a time, which nothing that we read takes."""
+    """Raise InputError for a date or a time, which nothing that we read takes."""
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             _check_plain(each)
     elif isinstance(value, date | time):
-        raise ValueError(f"{value.isoformat()} is a date or a time; write text in quotes")
+        raise InputError(f"{value.isoformat()} is a date or a time; write text in quotes")

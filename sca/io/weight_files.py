@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from sca.io.json import LfsPointerError, open_regular_file, read_json
+from sca.io.errors import InputError
+from sca.io.json import open_regular_file, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,15 +24,11 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
 
 
-class HubError(ValueError):
-    """Weights that cannot be found, fetched or read; the message is one line that says which, why and what to do."""
-
-
 def check_regular_files(folder: Path) -> None:
-    """Raise HubError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
+    """Raise InputError if a folder of weights has anything but files and folders: opening a FIFO waits for ever."""
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise HubError(f"{path} is not a regular file; remove it or copy the folder again")
+            raise InputError(f"{path} is not a regular file; remove it or copy the folder again")
 
 
 def whole(folder: Path, prefix: str = "") -> bool:
@@ -63,27 +60,24 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
         prefix: What the names of its files begin with.
 
     Raises:
-        HubError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
+        InputError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
     """
     if (folder / ADAPTER).exists():
-        raise HubError(
+        raise InputError(
             f"{source} is a peft adapter of other weights ({ADAPTER}); merge it first: "
             "load the base with it in peft, call merge_and_unload(), and save the result"
         )
     files = weight_files(folder, prefix)
     if files is None:
-        raise HubError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+        raise InputError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
     for file in files:
         check_is_no_pointer(file)
     return files
 
 
 def check_is_no_pointer(file: Path) -> None:
-    """Raise HubError for a weight file that is a Git LFS pointer."""
-    try:
-        open_regular_file(file).close()
-    except LfsPointerError as error:
-        raise HubError(str(error)) from error
+    """Raise InputError for a weight file that is a Git LFS pointer."""
+    open_regular_file(file).close()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -111,7 +105,7 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     generation of the spec alone.
 
     Raises:
-        HubError: An id is no number, or the file is not JSON.
+        InputError: An id is no number, or the file is not JSON.
     """
     file = folder / "generation_config.json"
     if not file.exists():
@@ -122,20 +116,20 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     for name, value in ids.items():
         for token in value if isinstance(value, list) else [value]:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise HubError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
+                raise InputError(f"{name} in {file} is {value!r}; give the id of a token, or a list of ids")
     return ids
 
 
 @contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """What libraries raise over weights or figures that do not fit, as one line. Raises HubError."""
+    """What libraries raise over weights or figures that do not fit, as one line. Raises InputError."""
     try:
         yield
-    except (HubError, KeyboardInterrupt, SystemExit):
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # other people's files in other people's code, whose panics are no Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise HubError(f"{source} cannot be read: {reason}") from error
+        raise InputError(f"{source} cannot be read: {reason}") from error
 
 
 def some(names: Sequence[str]) -> str:
@@ -150,7 +144,7 @@ def _shards(index: Path) -> list[str]:
             raise ValueError("a shard is a file in another folder")
         return shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
+        raise InputError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
 
 
 def absent(folder: Path, prefix: str = "") -> str:

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sca.devices import DTYPES
+from sca.io.errors import InputError
 from sca.io.hub import fetch, load_pretrained, quiet, read_config
-from sca.io.weight_files import HubError, has_tokenizer, reading
+from sca.io.weight_files import has_tokenizer, reading
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 
@@ -81,17 +82,17 @@ class HfLanguageModel(CausalLanguageModel):
 
 
 def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:
-    """The tokenizer that lies in a folder, None if there is none. Raises HubError for one that cannot be read."""
+    """The tokenizer that lies in a folder, None if there is none. Raises InputError for one that cannot be read."""
     if not has_tokenizer(folder):
         return None
     try:
         with reading(f"the tokenizer in {folder}"), quiet():
             return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos)
-    except HubError as error:
+    except InputError as error:
         way = ""
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
             way = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
-        raise HubError(f"{error}{way}") from error
+        raise InputError(f"{error}{way}") from error
 
 
 def _model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:

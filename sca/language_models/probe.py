@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from sca.io.errors import InputError
 from sca.io.hub import quiet
 from sca.language_models.greedy import greedy
 from sca.language_models.shrink import shrink_config
@@ -29,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit
 LOW_PRECISION_TOLERANCE = 0.05
 
 
-class IncapableError(ValueError):
+class IncapableError(InputError):
     """A model that cannot caption; the message is the end of a sentence that begins with the model."""
 
 

@@ -18,7 +18,8 @@ from typing import Any, Protocol, TextIO
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.io.atomic import OutputError, open_folder
+from sca.io.atomic import open_folder
+from sca.io.errors import OutputError
 from sca.output.coco import Coco
 from sca.output.geojson import GeoJson
 from sca.output.html import Html

@@ -11,15 +11,11 @@ from typing import NamedTuple
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.io.annotations.annotation import Reject, raise_error
 from sca.io.coordinates import compare_sizes
+from sca.io.errors import InputError, Reject, raise_error
 from sca.io.image_names import ImageFiles, find_image
-from sca.io.images import ImageError, open_image, show
+from sca.io.images import open_image, show
 from sca.io.notices import notice_once
-
-
-class ReadError(ValueError):
-    """Captions that cannot be read; the message is one line that says which, why and what to do."""
 
 
 class Size(NamedTuple):
@@ -51,7 +47,7 @@ class Captioned(NamedTuple):
             roots: Folders that the image's name may start from.
 
         Raises:
-            ImageError: It cannot be opened, or its aspect ratio is not that of `size`.
+            InputError: It cannot be opened, or its aspect ratio is not that of `size`.
         """
         path = find_image(self.image, roots)
         image = self.embedded() if self.embedded and not path.exists() else open_image(path)
@@ -67,14 +63,14 @@ def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image
         name: Of the image, for messages.
 
     Raises:
-        ImageError: The aspect ratios differ; names both sizes.
+        InputError: The aspect ratios differ; names both sizes.
     """
     if image.size == size:
         return image
     try:
         compare_sizes(size, image.size)
     except ValueError as error:
-        raise ImageError(f"{show(name)}: {error}") from error
+        raise InputError(f"{show(name)}: {error}") from error
     actual = f"{image.width} x {image.height}"
     notice_once(
         "resized images",
@@ -105,7 +101,7 @@ def merge_images(
             continue
         if first.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
-            reject(ReadError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
+            reject(InputError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
             continue
         start = 1 + max((caption.region for caption in first.captions), default=-1)
         more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]

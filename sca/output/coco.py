@@ -12,13 +12,13 @@ from sca_registry.contracts import Caption
 
 from sca.io import masks
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.atomic import AtomicFile
+from sca.io.errors import InputError, Reject
 from sca.io.image_names import measure_named_image
 from sca.io.images import show
-from sca.io.numbers import is_int64
-from sca.output import fields
-from sca.output.captioned import Captioned, ReadError, Size
+from sca.io.validation import is_int64, read_field, read_id, read_name, require_size
+from sca.output.captioned import Captioned, Size
 from sca.output.files import close_document
 from sca.output.jsonl import record
 from sca.output.records import to_caption
@@ -88,22 +88,20 @@ def read_coco(
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None
     names = coco.name_categories(content)
-    for number, each in enumerate(fields.read_list(content, "annotations", show(path))):
+    for number, each in enumerate(read_field(content, "annotations", list, show(path))):
         where = f"{show(path)}, annotations[{number}]"
         try:
-            told.setdefault(fields.read_key(fields.read_object(each, where), "image_id", where), []).append(
-                (where, each)
-            )
-        except ReadError as error:
+            told.setdefault(read_id(each, "image_id", where), []).append((where, each))
+        except InputError as error:
             reject(error)
-    for number, image in enumerate(fields.read_list(content, "images", show(path))):
+    for number, image in enumerate(read_field(content, "images", list, show(path))):
         where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
         try:
-            records = told.pop(fields.read_key(fields.read_object(image, where), "id", where), [])
-            file_name = fields.read_name(image, "file_name", where)
+            records = told.pop(read_id(image, "id", where), [])
+            file_name = read_name(image, "file_name", where)
             measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
-            size = Size(*measured) if measured else fields.read_image_size(image, where)
-        except ReadError as error:
+            size = Size(*measured) if measured else Size(*require_size(image, where))
+        except InputError as error:
             reject(error)
             for place, _ in records:
                 skip("region of an image that cannot be used", place)
@@ -114,8 +112,8 @@ def read_coco(
                 annotation = coco.read_annotation(each, place, size, names.get(str(each.get("category_id"))), skip)
                 region = each["region"] if is_int64(each.get("region")) else len(captions)
                 captions += [caption] if (caption := to_caption(annotation, size, region, skip)) else []
-            except AnnotationError as error:
+            except InputError as error:
                 reject(error)
         yield Captioned(file_name, size, captions, model)
     for place, _ in (each for records in told.values() for each in records):
-        reject(ReadError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))
+        reject(InputError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))

@@ -11,11 +11,11 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import masks
-from sca.io.annotations.annotation import Reject
 from sca.io.atomic import AtomicFile
+from sca.io.errors import InputError, Reject
 from sca.io.images import show
-from sca.output import fields
-from sca.output.captioned import ReadError
+from sca.io.validation import read_field, require_size
+from sca.output.captioned import Size
 from sca.output.files import close_document
 from sca.output.jsonl import record
 from sca.output.outline import fill, polygons
@@ -64,24 +64,24 @@ def _geometry(plain: dict[str, Any]) -> dict[str, Any]:
 
 def read_features(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
     """Read the records of a file, each with its place for messages; a MultiPolygon is decoded to a mask."""
-    for number, feature in enumerate(fields.read_list(content, "features", show(path))):
+    for number, feature in enumerate(read_field(content, "features", list, show(path))):
         where = f"{show(path)}, features[{number}]"
         try:
             plain = _feature(feature, where)
-        except ReadError as error:
+        except InputError as error:
             reject(error)
         else:
             yield where, plain
 
 
 def _feature(feature: Any, where: str) -> dict[str, Any]:
-    plain = dict(fields.read_object(fields.read_object(feature, where).get("properties"), f"{where}, 'properties'"))
-    shape = fields.read_object(feature.get("geometry"), f"{where}, 'geometry'")
+    plain = dict(read_field(feature, "properties", dict, where))
+    shape = read_field(feature, "geometry", dict, where)
     if shape.get("type") == "MultiPolygon":
-        size = fields.read_image_size(plain, where)
+        size = Size(*require_size(plain, where))
         try:
             rings = [ring[:-1] for polygon in shape["coordinates"] for ring in polygon]
             plain["mask"] = masks.encode(fill(rings, *size))
         except (ValueError, KeyError, TypeError) as error:
-            raise ReadError(f"{where}: a mask that cannot be read: {error}") from error
+            raise InputError(f"{where}: a mask that cannot be read: {error}") from error
     return plain

@@ -11,11 +11,12 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import journal
-from sca.io.atomic import open_folder, unwritable
+from sca.io.atomic import open_folder, output_errors
+from sca.io.errors import OutputError
 from sca.io.images import show
-from sca.io.run_folder import RunFolder, RunFolderError
+from sca.io.run_folder import RunFolder, check_same_run
 from sca.output import FORMATS, output_patterns
-from sca.output.captioned import Captioned, ReadError
+from sca.output.captioned import Captioned
 from sca.output.jsonl import record
 from sca.output.records import read_image
 
@@ -33,7 +34,8 @@ class Journal:
         resume: Continue with the journal that exists, instead of replacing it.
 
     Raises:
-        ValueError: The journal to resume is damaged, or of a run with other options.
+        InputError: The journal to resume is damaged.
+        OtherRunError: It is of a run with other options.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, str], resume: bool):
@@ -61,37 +63,27 @@ class Journal:
         if self._file is not None:
             self._file.close()
         if finished:
-            try:
-                self._path.unlink(missing_ok=True)
-            except OSError as error:
-                raise unwritable(self._path, error) from error
+            self._remove()
+
+    def _remove(self) -> None:
+        with output_errors(self._path):
+            self._path.unlink(missing_ok=True)
 
     def _open(self) -> None:
         if not self._resume:
-            self._path.unlink(missing_ok=True)
+            self._remove()
         self._file = journal.Journal(self._path)
         if self._file.is_empty:
             self._file.append(self._run)
 
     def _read(self) -> None:
-        """The images of a journal that is there."""
-        try:
-            for number, entry in enumerate(journal.read_journal(self._path), 1):
-                if number == 1:
-                    self._check(entry)
-                else:
-                    told = read_image(entry, f"{show(self._path)}, line {number}")
-                    self.done[told.image] = told
-        except (journal.JournalError, ReadError) as error:
-            raise ValueError(f"{error}; or start over with --overwrite") from error
-
-    def _check(self, other: Mapping[str, str]) -> None:
-        if other != self._run:
-            names = sorted(name for name in {**self._run, **other} if other.get(name) != self._run.get(name))
-            raise ValueError(
-                f"{show(self._path)} is of a run with other options ({', '.join(names)}): give those, choose "
-                "another --out, or start over with --overwrite"
-            )
+        """Read the images of the journal that exists."""
+        for number, entry in enumerate(journal.read_journal(self._path), 1):
+            if number == 1:
+                check_same_run(self._path, entry, self._run)
+            else:
+                image = read_image(entry, f"{show(self._path)}, line {number}")
+                self.done[image.image] = image
 
 
 def count_images(folder: Path) -> int:
@@ -120,14 +112,15 @@ def open_journal(
         overwrite: Replace an earlier run.
 
     Raises:
-        RunFolderError: The folder must not be written.
-        ValueError: The journal there is damaged, or of a run with other settings.
+        OutputError: The folder must not be written.
+        InputError: The journal to resume is damaged.
+        OtherRunError: It is of a run with other settings.
     """
     with RunFolder(path, "caption", (*output_patterns(FORMATS), NAME)) as folder:
         earlier = folder.run
         unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
         if unfinished and not resume:
-            raise RunFolderError(
+            raise OutputError(
                 f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
                 "choose another --out, or replace it with --overwrite"
             )

@@ -1,23 +1,18 @@
-"""JSON lines, written and read: one line a region."""
+"""JSON lines: one line a region."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.io.annotations.annotation import Reject
 from sca.io.atomic import AtomicFile, unwritable
-from sca.io.images import show
-from sca.output import fields
-from sca.output.captioned import ReadError
 
 
 class Sink(Protocol):
@@ -120,16 +115,3 @@ def asked(prompt: Prompt) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def read_lines(file: BinaryIO, path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
-    """Read the records of a file, each with its place for messages."""
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
-        if line.strip():
-            where = f"{show(path)}, line {number}"
-            try:
-                plain = fields.parse(line, where)
-            except ReadError as error:
-                reject(error)
-            else:
-                yield where, plain

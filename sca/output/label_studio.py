@@ -17,9 +17,10 @@ from sca_registry.contracts import Caption
 
 from sca.io import masks
 from sca.io.annotations import label_studio
-from sca.io.annotations.annotation import Reject, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.brush import pack
 from sca.io.atomic import AtomicFile
+from sca.io.errors import Reject
 from sca.io.image_names import add_image_prefix, measure_named_image
 from sca.io.images import show
 from sca.output.captioned import Captioned, Size

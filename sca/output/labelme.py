@@ -16,14 +16,15 @@ from sca_registry.contracts import Caption
 
 from sca.io import masks
 from sca.io.annotations import labelme
-from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.atomic import open_folder
-from sca.io.image_names import ImageNameError, find_image, is_url
+from sca.io.errors import InputError, Reject
+from sca.io.image_names import find_image, is_url
 from sca.io.images import show
-from sca.io.json import read_regular_file
+from sca.io.json import parse_json, read_regular_file
 from sca.io.paths import relative_path, remove_parents
-from sca.output import fields
-from sca.output.captioned import Captioned, ReadError, Size
+from sca.io.validation import read_name
+from sca.output.captioned import Captioned, Size
 from sca.output.files import FilePerImage
 from sca.output.jsonl import record
 from sca.output.records import to_captions
@@ -93,11 +94,11 @@ def _png(mask: np.ndarray) -> str:
 def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
     """Read LabelMe files, one image each."""
     if not paths:
-        raise ReadError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
+        raise InputError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
     for path in paths:
         try:
             image = _labelme_file(path, skip, reject)
-        except (ReadError, AnnotationError) as error:
+        except InputError as error:
             reject(error)
         else:
             yield image
@@ -105,8 +106,8 @@ def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Rej
 
 def _labelme_file(path: Path, skip: SkipCounter, reject: Reject) -> Captioned:
     where = show(path)
-    content = fields.read_object(fields.parse(read_regular_file(path).decode("utf-8-sig"), where), where)
-    name = _image_beside(path, fields.read_name(content, "imagePath", where))
+    content = parse_json(read_regular_file(path), where, surrogates=True)
+    name = _image_beside(path, read_name(content, "imagePath", where))
     size = Size(*labelme.find_size(content, Path(name), where))
     regions = to_captions(labelme.read_shapes(content, size, where, skip, reject), size, skip, reject)
     embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
@@ -117,5 +118,5 @@ def _image_beside(path: Path, name: str) -> str:
     """The image that a file names relative to its own folder."""
     try:
         return str(remove_parents(find_image(name, [path.parent])))
-    except ImageNameError as error:
-        raise ReadError(f"{show(path)}, 'imagePath': {error}") from error
+    except InputError as error:
+        raise InputError(f"{show(path)}, 'imagePath': {error}") from error

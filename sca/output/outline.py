@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sca.io import masks
+from sca.io.errors import InputError
 
 Ring = list[list[int]]  # corners [x, y], the first not again at the end
 DETAIL = 800  # the longest side of a mask's box in steps; a larger mask is drawn coarser
@@ -52,7 +53,7 @@ def polygons(mask: np.ndarray) -> list[list[Ring]]:
 def fill(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
     """The mask (height, width) bool inside of rings with whole corners and edges along the axes, by the even-odd rule.
 
-    ValueError for other rings.
+    InputError for other rings.
     """
     crossed = np.zeros((height + 1, width + 1), bool)
     for ring in rings:
@@ -60,9 +61,9 @@ def fill(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
         whole = corners.astype(np.int64)
         steps = np.roll(whole, -1, axis=0) - whole
         if (whole != corners).any() or (steps.all(axis=1)).any():
-            raise ValueError("edges that do not follow pixels")
+            raise InputError("edges that do not follow pixels")
         if whole.min(initial=0) < 0 or (whole > (width, height)).any():
-            raise ValueError(f"corners outside the {width} x {height} image")
+            raise InputError(f"corners outside the {width} x {height} image")
         for (x, y), (_, down) in zip(whole.tolist(), steps.tolist(), strict=True):
             if down:
                 crossed[min(y, y + down) : max(y, y + down), x] ^= True

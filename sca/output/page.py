@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from sca.io.errors import OutputError
 from sca.io.images import show
-from sca.io.run_folder import RunFolderError, check_not_inputs
+from sca.io.run_folder import check_not_inputs
 from sca.output.colours import COLOURS
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def check_page(path: Path, inputs: Iterable[str | Path]) -> None:
     """Refuse to write a page over an input, or over a file that is not a page of ours.
 
     Raises:
-        RunFolderError: One line with the path and what to do.
+        OutputError: One line with the path and what to do.
     """
     check_not_inputs([path], inputs)
     if not path.is_file():
@@ -73,7 +74,7 @@ def check_page(path: Path, inputs: Iterable[str | Path]) -> None:
     with path.open("rb") as file:
         is_ours = GENERATOR.encode() in file.read(4096)
     if not is_ours:
-        raise RunFolderError(f"{show(path)} exists and is not a page that `sca` wrote; choose another --out")
+        raise OutputError(f"{show(path)} exists and is not a page that `sca` wrote; choose another --out")
 
 
 def data_uri(image: Image.Image, side: int = SIDE) -> str:

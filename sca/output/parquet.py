@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.io.atomic import AtomicFile, OutputError
+from sca.io.atomic import AtomicFile
+from sca.io.errors import InputError, OutputError
 from sca.io.images import show
-from sca.output import fields
-from sca.output.captioned import ReadError
+from sca.io.json import parse_json
 from sca.output.jsonl import record
 
 ROWS = 5_000  # of a group: what is held before it is written
@@ -130,7 +130,7 @@ def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ReadError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
+        raise InputError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
@@ -138,7 +138,7 @@ def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 where = f"{show(path)}, row {number}"
                 for name in ("prompt", "others"):
-                    row[name] = None if row.get(name) is None else fields.parse(row[name], where)
+                    row[name] = None if row.get(name) is None else parse_json(row[name], where, surrogates=True)
                 yield where, row
     except pyarrow.ArrowException as error:
-        raise ReadError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
+        raise InputError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error

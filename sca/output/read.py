@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sca.io.annotations import label_studio, labelme
-from sca.io.annotations.annotation import AnnotationError, Reject, SkipCounter, raise_error
+from sca.io.annotations.annotation import SkipCounter
+from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import show
-from sca.io.json import IrregularFileError, is_json_lines, open_regular_file
-from sca.output import fields
-from sca.output.captioned import Captioned, ReadError, merge_images
+from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines
+from sca.output.captioned import Captioned, merge_images
 from sca.output.coco import read_coco
 from sca.output.geojson import read_features
-from sca.output.jsonl import read_lines
 from sca.output.label_studio import read_label_studio
 from sca.output.labelme import read_labelme
 from sca.output.parquet import read_rows
@@ -41,10 +40,10 @@ def read_captions(
         skip: Counts what cannot be kept (default: it is a warning at the end).
         roots: Folders that names of images may start from (default: the working folder and the file's). Images are
             opened only where a file does not record their size.
-        reject: Called for each record that is damaged, with an error that names it (default: raise a ReadError).
+        reject: Called for each record that is damaged, with an error that names it (default: raise an InputError).
 
     Raises:
-        ReadError: For a file of another kind.
+        InputError: For a file of another kind.
     """
     path, counter = Path(path), SkipCounter() if skip is None else skip
     roots = (Path(), path.parent) if roots is None else roots
@@ -58,21 +57,17 @@ def read_captions(
                 if is_parquet:
                     yield from group_records(read_rows(file, path), counter, reject)
                 elif is_json_lines(path, file, "image"):
-                    yield from group_records(read_lines(file, path, reject), counter, reject)
+                    yield from group_records(parse_lines(file, show(path), reject), counter, reject)
                 else:
                     yield from _json(file, path, counter, roots, reject)
-    except (IrregularFileError, AnnotationError) as error:
-        raise ReadError(str(error)) from error
     except OSError as error:
-        raise ReadError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
-    except UnicodeDecodeError as error:
-        raise ReadError(f"{show(path)} is not UTF-8 text") from error
+        raise InputError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
     if skip is None and (summary := counter.summarize()):
         warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
 
 
 def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[Captioned]:
-    content = fields.parse(file.read().decode("utf-8-sig"), show(path))
+    content = parse_json(file.read(), show(path), surrogates=True)
     if isinstance(content, list) or label_studio.is_task(content):
         yield from merge_images(read_label_studio(content, path, skip, roots, reject), roots, reject).values()
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
@@ -82,6 +77,6 @@ def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], 
     elif isinstance(content, dict) and "annotations" in content:
         yield from merge_images(read_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
-        raise ReadError(
+        raise InputError(
             f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
         )

@@ -11,26 +11,33 @@ from typing import Any
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.io.annotations.annotation import Annotation, AnnotationError, Reject, SkipCounter
+from sca.io.annotations.annotation import Annotation, SkipCounter
 from sca.io.annotations.shapes import fit_box
-from sca.io.numbers import is_int64
+from sca.io.errors import InputError, Reject
 from sca.io.prompts import read_prompt
-from sca.output import fields
-from sca.output.captioned import Captioned, ReadError, Size
+from sca.io.validation import (
+    check_numbers,
+    check_type,
+    is_finite_number,
+    is_int64,
+    read_field,
+    read_name,
+    require,
+    require_size,
+)
+from sca.output.captioned import Captioned, Size
 
 
 def read_image(plain: Any, where: str) -> Captioned:
     """Read an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines.
 
     Raises:
-        ReadError: A field is missing or invalid.
+        InputError: A field is missing or invalid.
     """
-    size = fields.read_image_size(fields.read_object(plain, where), where)
-    told = [
-        _caption(fields.read_object(each, where), size, n, where)
-        for n, each in enumerate(fields.read_list(plain, "captions", where))
-    ]
-    return Captioned(fields.read_name(plain, "image", where), size, told, None)
+    size = Size(*require_size(plain, where))
+    captions = read_field(plain, "captions", list, where)
+    told = [_caption(each, size, number, where) for number, each in enumerate(captions)]
+    return Captioned(read_name(plain, "image", where), size, told, None)
 
 
 def group_records(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
@@ -40,15 +47,15 @@ def group_records(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject:
         captions, size, model = [], None, None
         for _, where, plain in some:
             if size is None and name in seen:
-                raise ReadError(f"{where}: {name!r} had records before, with others between; sort them by image")
+                raise InputError(f"{where}: {name!r} had records before, with others between; sort them by image")
             seen.add(name)
             try:
-                given = fields.read_image_size(plain, where)
+                given = Size(*require_size(plain, where))
                 if given != (size or given):
-                    raise ReadError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
+                    raise InputError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
                 size, model = given, plain.get("model") or model
                 caption = fit_caption(_caption(plain, size, len(captions), where), size, where, skip)
-            except ReadError as error:
+            except InputError as error:
                 reject(error)
             else:
                 captions += [caption] if caption else []
@@ -59,43 +66,51 @@ def group_records(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject:
 def _named(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
     for where, plain in records:
         try:
-            name = fields.read_name(plain, "image", where)
-        except ReadError as error:
+            name = read_name(plain, "image", where)
+        except InputError as error:
             reject(error)
         else:
             yield name, where, plain
 
 
 def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:
-    text = plain.get("caption")
-    if not isinstance(text, str):
-        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
+    text = _text(plain, where)
     code, box, prompt = plain.get("mask"), plain.get("box"), plain.get("prompt")
     try:
         code = None if code is None else masks.checked(code)
         asked = read_prompt(prompt, where, *size) if prompt else Prompt()
     except ValueError as error:
-        raise ReadError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
     if code is not None and code["size"] != [size.height, size.width]:
-        raise ReadError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
-    others = fields.read_list(plain, "others", where) if plain.get("others") else []
+        raise InputError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
+    if box is not None:
+        check_numbers(f"{where}, 'box'", box, "x1, y1, x2, y2")
+    others = read_field(plain, "others", list, where) if plain.get("others") else []
     return Caption(
         text,
-        fields.read_number(plain.get("score")),
-        None if box is None else fields.read_numbers(box, 4, f"{where}, 'box'"),
+        _number(plain.get("score")),
+        None if box is None else tuple(map(float, box)),
         code,
-        None if plain.get("iou") is None else fields.read_number(plain["iou"]),
+        None if plain.get("iou") is None else _number(plain["iou"]),
         asked,
         plain["region"] if is_int64(plain.get("region")) else region,
         tuple(_other(each, f"{where}, 'others'") for each in others),
     )
 
 
+def _text(plain: Any, where: str) -> str:
+    """A caption, which may contain half of a surrogate pair."""
+    text = require(plain, "caption", where)
+    check_type(f"{where}, 'caption'", text, str, InputError)
+    return text
+
+
 def _other(plain: Any, where: str) -> tuple[str, float]:
-    text = fields.read_object(plain, where).get("caption")
-    if not isinstance(text, str):
-        raise ReadError(f"{where}, 'caption': text, not {text!r:.40}")
-    return text, fields.read_number(plain.get("score"))
+    return _text(plain, where), _number(plain.get("score"))
+
+
+def _number(value: Any) -> float:
+    return float(value) if is_finite_number(value) else math.nan
 
 
 def to_captions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter, reject: Reject) -> list[Caption]:
@@ -103,7 +118,7 @@ def to_captions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter
     for number, annotation in enumerate(annotations):
         try:
             captions += [caption] if (caption := to_caption(annotation, size, number, skip)) else []
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
     return captions
 
@@ -115,7 +130,7 @@ def to_caption(annotation: Annotation, size: Size, region: int, skip: SkipCounte
         x, y = annotation.point
         if not (0 <= x < size.width and 0 <= y < size.height):
             sides = f"{size.width} x {size.height}"
-            raise AnnotationError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
+            raise InputError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
         prompt = Prompt(points=((x, y, 1),))
     if annotation.unread:
         skip(annotation.unread, annotation.place)
@@ -124,10 +139,10 @@ def to_caption(annotation: Annotation, size: Size, region: int, skip: SkipCounte
     text, *others = annotation.texts or ("",)
     caption = Caption(
         text,
-        fields.read_number(annotation.score),
+        _number(annotation.score),
         annotation.box,
         annotation.mask,
-        None if annotation.iou is None else fields.read_number(annotation.iou),
+        None if annotation.iou is None else _number(annotation.iou),
         prompt,
         region,
         tuple((other, math.nan) for other in others),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from sca.io.errors import InputError
 from sca.io.image_names import ImageFiles, find_image
-from sca.io.images import ImageError, show
-from sca.output.captioned import Captioned, ReadError, Size, merge_images
+from sca.io.images import show
+from sca.output.captioned import Captioned, Size, merge_images
 from sca.output.html import Html
 
 
@@ -52,7 +53,7 @@ def _open(captioned: Captioned, images: Sequence[Path], problems: list[str]) -> 
     """Open the image; its size alone, and another problem, where that fails."""
     try:
         return captioned.open(images)
-    except ImageError as error:
+    except InputError as error:
         problems.append(str(error))
         return captioned.size
 
@@ -67,7 +68,7 @@ def _pair(
         pair = second.pop(files.unify(name), None) if second else None
         if pair is not None and pair.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (each.size, pair.size)]
-            raise ReadError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
+            raise InputError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
         yield each, pair
     for left in (second or {}).values():
         yield left._replace(captions=[]), left

@@ -8,16 +8,16 @@ from pathlib import Path
 from PIL import Image
 from sca_registry.contracts import Proposals
 
+from sca.io.errors import InputError
 from sca.io.paths import expand_user
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError
 
 
 class BoxesFromCoco:
     """The boxes and masks that a COCO file (or JSON lines, see `sca.io.prompts`) has for an image, found by its path.
 
     Regions that do not fit their image are left out with a warning, and so are parts that cannot be prompts; boxes that
-    are clipped to their image are counted in one. Raises PromptError for a file that cannot be read,
+    are clipped to their image are counted in one. Raises InputError for a file that cannot be read,
     an image that it does not have or of which no region fits, and a file name that has stood for another image.
     """
 
@@ -33,9 +33,9 @@ class BoxesFromCoco:
         path = Path(str(image_id))
         keys = self.file.match([path])
         if path not in keys:
-            raise PromptError(f"{self.file.path} has no regions for {image_id}")
+            raise InputError(f"{self.file.path} has no regions for {image_id}")
         if self.images.setdefault(keys[path], path) != path:
-            raise PromptError(
+            raise InputError(
                 f"{self.file.path}: {keys[path]} could mean {self.images[keys[path]]} or {path}; write image paths "
                 "relative to the prompts file"
             )
@@ -44,7 +44,7 @@ class BoxesFromCoco:
         if clipped := self.file.clipped.skipped.total() - before:
             warnings.warn(f"{self.file.path}: {clipped} of the boxes for {image_id} are clipped to it", stacklevel=2)
         if problems and not prompts:
-            raise PromptError(problems[0])
+            raise InputError(problems[0])
         for problem in problems:
             warnings.warn(problem, stacklevel=2)
         return Proposals(tuple(prompts), (1.0,) * len(prompts), (None,) * len(prompts))

@@ -24,8 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sca.inference.automatic import Searched
-from sca.io.images import ImageError
-from sca.io.prompts import PromptError
+from sca.io.errors import InputError
 from sca.serve.access import HostCheck, KeyCheck
 from sca.serve.body import RequestLimits
 from sca.serve.chat import add_chat
@@ -239,7 +238,7 @@ def _handle_problems(app: FastAPI) -> None:
             return Response(status_code=499)  # to nobody
         return error_response(to_api_error(error))
 
-    kinds = (ApiError, BudgetError, SchedulerError, ImageError, MemoryError, PromptError, ValidationError)
+    kinds = (ApiError, BudgetError, SchedulerError, InputError, MemoryError, ValidationError)
     for kind in (*kinds, ClientDisconnect, RequestValidationError):
         app.add_exception_handler(kind, answer)
 

@@ -116,7 +116,7 @@ class Chat(PromptIn):
 
         Raises:
             ApiError: For what the messages contain and cannot be answered.
-            PromptError: If the region in the text cannot be read.
+            InputError: If the region in the text cannot be read.
         """
         turns = split_turns(self.messages)
         check_parts(turns)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from sca.io.prompts import PromptError
+from sca.io.errors import InputError
 from sca.serve.problems import ApiError
 from sca.serve.schema import PromptIn
 from sca.serve.text_region import find_region
@@ -147,7 +147,7 @@ def find_text_region(turns: Sequence[Sequence[Message]], url: str) -> PromptIn:
 
     Raises:
         ApiError: If there is more text than may be searched, or if only a message of another role has coordinates.
-        PromptError: If the region cannot be read, or there are several.
+        InputError: If the region cannot be read, or there are several.
     """
     about = _turns_about(turns, url)
     searched = 0
@@ -239,5 +239,5 @@ def _count_searched(searched: int, text: str) -> int:
 def _looks_like_region(text: str) -> bool:
     try:
         return find_region(text, refuse_bare=False) is not None
-    except PromptError:
+    except InputError:
         return True

@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from sca.io.images import ImageError, ImageMemoryError, TooLargeError
-from sca.io.prompts import PromptError
+from sca.io.errors import ImageMemoryError, InputError, TooLargeError
 from sca.serve.memory import BudgetError
 from sca.serve.tickets import BusyError, CannotError, ClosedError, LateError, NoRoomError, SchedulerError
 
@@ -82,7 +81,7 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error))
         case TooLargeError():
             return ApiError(413, str(error))
-        case ImageError() | PromptError():
+        case InputError():
             return ApiError(422, str(error))
         case ValidationError():
             return _describe_fields(error.errors(include_url=False, include_context=False, include_input=False))

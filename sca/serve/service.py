@@ -114,7 +114,7 @@ class Service:
     async def image(self, request: Request, content: bytes, masks: int = 0) -> Image.Image:
         """Decode the image of a request, once there is memory for it and for so many masks of its size.
 
-        ImageError for what is no picture, or has too many pixels.
+        InputError for what is no picture, or has too many pixels.
         """
         opened = await to_thread.run_sync(inspect_image, io.BytesIO(content), "the image", self.limits.pixels)
         pixels = opened.width * opened.height
@@ -182,7 +182,7 @@ class Service:
 
         Raises:
             ApiError: If there is no time for the masks, or an option of generation cannot be used.
-            PromptError: If a prompt does not fit the image.
+            InputError: If a prompt does not fit the image.
         """
         captioner = self.scheduler.captioner
         try:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from sca.io.prompts import Box, Point, PromptError, parse_box, parse_point
+from sca.io.errors import InputError
+from sca.io.prompts import Box, Point, parse_box, parse_point
 
 _NUMBER = r"[-+]?(?:\d++(?:\.\d++|\.(?![\w.]))?+|\.\d++)(?:e[-+]?\d++)?+"
 _SIZED = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit
@@ -128,39 +129,39 @@ def find_region(text: str, refuse_bare: bool = True) -> TextRegion | None:
         The region, in the pixels that the text states; None if nothing in the text looks like coordinates.
 
     Raises:
-        PromptError: If the text contains several regions, or what looks like coordinates and cannot be read.
+        InputError: If the text contains several regions, or what looks like coordinates and cannot be read.
     """
     text = text.translate(_ASCII_SIGNS).casefold()
     text = _GLUED.sub(r"\1 ", _ESCAPE.sub("  ", text))
     text = _NO_REGION.sub(lambda found: "_" * len(found[0]), text)
     count = len(re.findall(r"\d+", text))
     if count > MAX_NUMBERS:
-        raise PromptError(
+        raise InputError(
             f"the text has {count:,} numbers, and {MAX_NUMBERS:,} are searched for a region; send less text"
         )
     if found := _UNREADABLE.search(text):
-        raise PromptError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
+        raise InputError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
     named = list(_read_named(text))
     for mention in named:
         text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
     unnamed = list(_read_runs(text, refuse_bare))
     if any(mention.box for mention in unnamed) and (found := _ORDER_NAMED_APART.search(text)):
-        raise PromptError(f"the text has a box and {_show(found[0])}, which is not x1,y1,x2,y2; {_WRITE_BOX}")
+        raise InputError(f"the text has a box and {_show(found[0])}, which is not x1,y1,x2,y2; {_WRITE_BOX}")
     mentions = sorted([*named, *unnamed])
     _check_assigned(text, mentions)
     return _join(text, mentions)
 
 
 def _join(text: str, mentions: Sequence[_Mention]) -> TextRegion | None:
-    """One region of what stands side by side; PromptError for several regions."""
+    """One region of what stands side by side; InputError for several regions."""
     if not mentions:
         return None
     boxes = [each.box for each in mentions if each.box]
     if len(boxes) > 1:
-        raise PromptError("the text contains more than one box; send one request per box, or all to /v1/captions")
+        raise InputError("the text contains more than one box; send one request per box, or all to /v1/captions")
     for one, other in pairwise(mentions):
         if re.search(r"\w", text[one.end : other.start]):
-            raise PromptError(
+            raise InputError(
                 f"the text has {len(mentions)} regions and a request has one; send one request for each, or write "
                 "box=x1,y1,x2,y2;point=x,y for the parts of one region"
             )
@@ -172,7 +173,7 @@ def _check_assigned(text: str, mentions: Sequence[_Mention]) -> None:
     for found in _ASSIGNED.finditer(text):
         rest = re.sub(rf"(?<![^\W_])(?:{_KEYS})(?![^\W_])", "", found[1])
         if re.search(r"\d", rest) and not any(each.start <= found.start(1) < each.end for each in mentions):
-            raise PromptError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
+            raise InputError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
 
 
 # --- numbers with names ----------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def _read_named(text: str) -> Iterator[_Mention]:
         else:
             unread += [match for match in group if _simplify(match[1]) not in ("w", "h", "label")]
     if len(unread) > 2 or sum(bool(match[2].strip(" isat\n\t")) for match in unread) > 1:
-        raise PromptError(f"the text {_show(' '.join(each[0] for each in unread))} is not a region; {_WRITE_BOX}")
+        raise InputError(f"the text {_show(' '.join(each[0] for each in unread))} is not a region; {_WRITE_BOX}")
 
 
 def _group_named(text: str) -> Iterator[list[re.Match[str]]]:
@@ -297,7 +298,7 @@ def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
 
 
 def _read_run(text: str, run: _Run, end: int, refuse_bare: bool) -> _Mention | None:
-    """A box or points; None for numbers that do not look like coordinates; PromptError for those that do."""
+    """A box or points; None for numbers that do not look like coordinates; InputError for those that do."""
     count = len(run.numbers)
     name, place = _find_name(text, run.start, end)
     is_assigned = bool(re.search(r"[:=]\W*$", text[max(place, run.start - _TAIL) : run.start]))
@@ -314,19 +315,19 @@ def _read_run(text: str, run: _Run, end: int, refuse_bare: bool) -> _Mention | N
     is_bare = not (is_box or is_point or _OTHER_ORDER.fullmatch(name)) and _is_bare(text, run, name)
     if is_bare and not _is_alone(text, run):
         if refuse_bare and _may_be_box(text, run):
-            raise PromptError(
+            raise InputError(
                 f"the numbers {_show(text[run.start : run.end])} may be a region; if they are, {_WRITE_BOX}, and if "
                 "not, spell them out"
             )
         return None
     order = _read_order(text[max(end, run.start - _TAIL) : run.start])
     if _OTHER_ORDER.fullmatch(name) or order not in _BOX_ORDERS:
-        raise PromptError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
+        raise InputError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
     if is_point:
         return _Mention(place, run.end, None, _to_points(text[place : run.end], run))
     if count == 4:
         return _Mention(place if is_box else run.start, run.end, _to_box(run.numbers), ())
-    raise PromptError(
+    raise InputError(
         f"the text {_show(text[place : run.end])} has {_count(run)} and a box has 4; {_WRITE_BOX}, or "
         f"{_WRITE_POINT.removeprefix('write ')}"
     )
@@ -387,7 +388,7 @@ def _to_points(text: str, run: _Run) -> tuple[Point, ...]:
         return (_to_point(run.numbers),)
     if run.groups and sum(map(len, run.groups)) == len(run.numbers) and {len(each) for each in run.groups} <= {2, 3}:
         return tuple(map(_to_point, run.groups))
-    raise PromptError(f"the text {_show(text)} is not x,y or [[x,y],[x,y]]; {_WRITE_POINT}")
+    raise InputError(f"the text {_show(text)} is not x,y or [[x,y],[x,y]]; {_WRITE_POINT}")
 
 
 def _to_point(numbers: Sequence[str]) -> Point:
@@ -399,9 +400,9 @@ def _to_box(numbers: Sequence[str]) -> Box:
 
 
 def _without_unit(number: str) -> str:
-    """The digits of a number in pixels; PromptError for one in percent."""
+    """The digits of a number in pixels; InputError for one in percent."""
     if number.endswith("%"):
-        raise PromptError(f"the coordinate {_show(number)} is not in pixels; {_WRITE_BOX}")
+        raise InputError(f"the coordinate {_show(number)} is not in pixels; {_WRITE_BOX}")
     return re.sub(r"\s?[a-z]+$", "", number)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sca.checkpoints.state import tensors_hash
 from sca.inference.processor import Processor
-from sca.io.atomic import FolderError, remove_drafts, write_file
+from sca.io.atomic import output_errors, remove_drafts, write_file
 from sca.io.paths import expand_user
 from sca.model import SegmentCaptioner
 
@@ -56,7 +56,7 @@ class FeatureCache:
     ) -> None:
         """Encodes the pictures whose features are not there. Calls `progress` for each picture.
 
-        ValueError if features are too large for float16, FolderError if they cannot be written.
+        ValueError if features are too large for float16, OutputError if they cannot be written.
         """
         processor, waiting = Processor.of(model.encoder), dict[Path, Image.Image]()
         for folder in self.folder.glob("*"):
@@ -83,10 +83,8 @@ def _write(path: Path, features: Tensor) -> None:
     values = features.half().cpu()
     if not values.isfinite().all():
         raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
-    try:
+    content = io.BytesIO()
+    np.save(content, values.numpy())
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.save(content, values.numpy())
         write_file(path, content.getbuffer())
-    except OSError as error:
-        raise FolderError(f"cannot write features to {path.parent}: {error.strerror or error}") from error

@@ -21,14 +21,12 @@ from sca_registry.messages import unknown
 from sca_registry.overrides import override, read_assignment
 from sca_registry.spec import ModelSpec, Part
 
-from sca.io.numbers import is_finite_number
 from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import (
     check_choice,
     check_keys,
     check_list,
-    check_minimum,
-    check_not_negative,
+    check_range,
     check_same_type,
     check_type,
 )
@@ -140,7 +138,7 @@ class Source:
         if weight is not None:
             check_type(f"{what}.weight", weight, float)
             if weight <= 0:
-                raise RegistryError(f"{what}.weight is {weight}: give a number above 0, or leave the table out")
+                raise RegistryError(f"{what}.weight is {weight}; give a number above 0, or leave the table out")
             given["weight"] = float(weight)
         if changes is not None:
             given["augment"] = read_augmentation(changes, f"{what}.augment")
@@ -176,9 +174,8 @@ class Validation:
     def from_dict(cls, table: Mapping[str, Any], data: Source) -> Validation:
         """Raises RegistryError for a key or a value that is wrong."""
         known = {each.name: getattr(cls(), each.name) for each in fields(cls)}
+        check_keys("a recipe's [validate]", table, known)
         for key, value in table.items():
-            if key not in known:
-                raise unknown(f"a recipe's [validate] has no {key!r}", key, known)
             if key in ("metrics", "best"):
                 check_list(f"validate.{key}", value, str, minimum=int(key == "best"))
             else:
@@ -186,7 +183,7 @@ class Validation:
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
         found = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
         for key in ("every", "limit"):
-            check_minimum(f"validate.{key}", getattr(found, key), 1)
+            check_range(f"validate.{key}", getattr(found, key), int, 1)
         if found.split.startswith("test"):
             raise RegistryError(f"validate.split is {found.split!r}: what is tested must not choose; give 'val'")
         Part.from_dict(found.dataset, "dataset of validate")
@@ -244,7 +241,7 @@ class Recipe:
                 check_same_type(f"{section}.{key}", value, known[key])
         _check_train(full["train"])
         for key, weight in full["loss"].items():
-            check_not_negative(f"loss.{key}", weight)
+            check_range(f"loss.{key}", weight, float)
         if not full["data"]:
             raise RegistryError(
                 f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
@@ -323,7 +320,7 @@ def _check_tables(name: str, table: Mapping[str, Any]) -> None:
         if key == "model" and isinstance(table.get(key), str):
             continue
         if not isinstance(table.get(key, {}), Mapping):
-            raise RegistryError(f"{key} of the recipe {name} is {table[key]!r:.80}: give a table [{key}]")
+            raise RegistryError(f"{key} of the recipe {name} is {table[key]!r:.80}; give a table [{key}]")
 
 
 def _read_model(table: Mapping[str, Any]) -> ModelSpec:
@@ -341,30 +338,26 @@ def _read_model(table: Mapping[str, Any]) -> ModelSpec:
 def _check_train(train: Mapping[str, Any]) -> None:
     """Raises RegistryError for a value of [train], of the right type, that is out of range."""
     for key in COUNTS:
-        check_minimum(f"train.{key}", train[key], 1)
+        check_range(f"train.{key}", train[key], int, 1)
     for key in LIMITS:
-        check_minimum(f"train.{key}", train[key], 0)
-    if train["seed"] > MAX_SEED:
-        raise RegistryError(f"train.seed is {train['seed']}: give a whole number, {MAX_SEED} or less")
+        check_range(f"train.{key}", train[key], int)
+    check_range("train.seed", train["seed"], int, 0, MAX_SEED)
     for key in FACTORS:
-        check_not_negative(f"train.{key}", train[key])
+        check_range(f"train.{key}", train[key], float)
     if train["adam_beta2"] >= 1:
-        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}: give a number below 1")
+        raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number below 1")
     for part, rate in train["rates"].items():
-        check_not_negative(f"train.rates.{part}", rate)
+        check_range(f"train.rates.{part}", rate, float)
     for key in SHARES:
-        if not 0 <= train[key] <= 1:
-            raise RegistryError(f"train.{key} is {train[key]}: give a share, from 0 to 1")
+        check_range(f"train.{key}", train[key], float, 0, 1)
     _check_prompts(train["prompts"])
-    if train["precision"] not in PRECISIONS:
-        raise unknown(f"no precision {train['precision']!r}", train["precision"], PRECISIONS)
+    check_choice("train.precision", train["precision"], PRECISIONS)
 
 
 def _check_prompts(prompts: Mapping[str, Any]) -> None:
+    check_keys("train.prompts", prompts, PROMPTS)
     for kind, share in prompts.items():
-        if kind not in PROMPTS:
-            raise unknown(f"no prompt is called {kind!r}", kind, PROMPTS)
-        check_not_negative(f"train.prompts.{kind}", share)
+        check_range(f"train.prompts.{kind}", share, float)
     if not any(prompts.values()):
         raise RegistryError("train.prompts says how often each prompt is drawn, and none of them ever is")
 
@@ -378,12 +371,11 @@ def read_augmentation(written: Any, what: str) -> Augmentation:
     for key, value in written.items():
         check_same_type(f"{what}.{key}", value, list(known[key]) if key == "scale" else known[key])
         if key == "sides":
-            if value not in SIDES:
-                raise unknown(f"{what}.sides is {value!r}", value, SIDES)
+            check_choice(f"{what}.sides", value, SIDES)
         elif key == "scale":
-            numbers = all(map(is_finite_number, value))
-            if value and not (len(value) == 2 and numbers and 0 < value[0] <= value[1]):
-                raise RegistryError(f"{what}.scale is {value!r}: give the least and the greatest factor, [0.1, 2.0]")
-        elif not 0 <= value <= 1:
-            raise RegistryError(f"{what}.{key} is {value}: give a number from 0 to 1")
+            check_list(f"{what}.scale", value, float)
+            if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
+                raise RegistryError(f"{what}.scale is {value!r}; give the least and the greatest factor, [0.1, 2.0]")
+        else:
+            check_range(f"{what}.{key}", value, float, 0, 1)
     return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in written.items()})

@@ -83,7 +83,7 @@ def train(
 
     Raises:
         ValueError: The recipe, or something that it names, cannot be read.
-        RunFolderError: The folder contains another run, files that `sca train` did not write, or an input.
+        OutputError: The folder contains another run, files that `sca train` did not write, or an input.
         LockedError: Another process trains there.
     """
     if not isinstance(recipe, Recipe):

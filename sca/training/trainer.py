@@ -111,12 +111,16 @@ class CaptionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint, MODULE)
         if not path.is_file():
-            raise RegistryError(f"{resume_from_checkpoint} has no {MODULE}: give another --out, or --overwrite")
+            raise RegistryError(
+                f"{resume_from_checkpoint} has no {MODULE}; choose another folder, or overwrite the run"
+            )
         state = torch.load(path, weights_only=True, map_location="cpu")
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         missing, unexpected = load_gathered(self.model, state)
         if set(missing) != frozen & self.model.state_dict().keys() or unexpected:
-            raise RegistryError(f"{resume_from_checkpoint} is of another model: give another --out, or --overwrite")
+            raise RegistryError(
+                f"{resume_from_checkpoint} is of another model; choose another folder, or overwrite the run"
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:

@@ -10,10 +10,12 @@ import pytest
 from sca_bench import report
 from sca_bench.diff import diff
 from sca_bench.runner import run, status
-from sca_bench.store import Store, StoreError
+from sca_bench.store import Store
 from sca_bench.summary import front, lines
 from sca_bench.sweep import TABLES, Sweep, sweep_names
 from sca_registry import RegistryError
+
+from sca.io.errors import InputError, LockedError, OutputError
 
 BASE = """
 [model]
@@ -90,9 +92,9 @@ def test_a_key_is_of_what_is_asked_and_of_nothing_else(sweep):
         ("[axes]", "seeds = []\n[axes]", "has no 'seeds'"),
         ("task_tokens = 2", "task_token = 2", "Did you mean 'task_tokens'"),
         ("[axes]", "[axes", "is not TOML"),
-        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds contain 4294967296: give whole numbers"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*: give a list of 1 or more"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*: give a list of 1 or more"),
+        ("\n[model]", "\nseeds = [4294967296]\n[model]", "seeds is 4294967296; give a whole number from 0 to"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = []\n[axes]', "tasks is .*; give a list of 1 or more"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = []\n[axes]', "metrics is .*; give a list of 1 or more"),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { beams = 0 }\n[axes]',
@@ -202,8 +204,8 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
         ("size = 64", 'size = "64"', "encoder 'tiny-vit': size is '64'; give a whole number"),
         ("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["cidr"]\n[axes]', "no metrics named 'cidr'"),
         ("[axes]", '[evaluate]\ndataset = "scene"\n[axes]', "no datasets named 'scene'"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "no prompt 'circle'"),
-        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = ["name"]\n[axes]', "no task 'name'"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\nprompt = "circle"\n[axes]', "prompt is 'circle'"),
+        ("[axes]", '[evaluate]\ndataset = "scenes"\ntasks = ["name"]\n[axes]', "task is 'name'"),
         (
             "[axes]",
             '[evaluate]\ndataset = "scenes"\ngeneration = { beans = 3 }\n[axes]',
@@ -220,7 +222,7 @@ def test_sweep_read_reports_text_that_is_not_utf_8(tmp_path):
             "metric 'class': needs task=recognition, truth.name",
         ),
         ("task_tokens = 2", "task_tokens = 2\ngeneration = { beans = 3 }", "generation has no option 'beans'"),
-        ("[axes]", "[train]\nprompts = { circle = 1.0 }\n[axes]", "no prompt is called 'circle'"),
+        ("[axes]", "[train]\nprompts = { circle = 1.0 }\n[axes]", "train.prompts has no 'circle'"),
         ("[axes]", '[train]\nrecipe = "sca-tny"\n[axes]', "Did you mean 'sca-tiny'"),
         ("task_tokens = 2", 'task_tokens = 2\nlora = 4\ntrainable = ["mixer"]\n[train]\nsteps = 1', "lora=4 would not"),
     ],
@@ -254,7 +256,7 @@ def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monke
 def test_sweep_axis_edits_a_short_value(sweep):
     rows = sweep(SMALL.replace("[axes]", '[axes]\n"lora.rank" = [2, 4]').replace("task_tokens = 2", "lora = 8")).rows()
     assert sorted({row.config["model"]["lora"]["rank"] for row in rows}) == [2, 4]
-    with pytest.raises(RegistryError, match=r"model\.task_tokens is 2: give a table"):
+    with pytest.raises(RegistryError, match=r"model\.task_tokens is 2; give a table"):
         sweep(SMALL.replace("[axes]", '[axes]\n"task_tokens.x" = [2, 4]'))
 
 
@@ -293,7 +295,7 @@ def test_what_is_missing_is_known_at_any_instant(sweep, tmp_path):
 def test_two_runners_do_not_share_a_folder(tmp_path):
     with (
         Store(tmp_path).held(),
-        pytest.raises(StoreError, match="is being written by another process"),
+        pytest.raises(LockedError, match="is being written by another process"),
         Store(tmp_path).held(),
     ):
         pass
@@ -306,7 +308,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 5, limits[1]))
     try:
-        with pytest.raises(StoreError, match="cannot write"):
+        with pytest.raises(OutputError, match="cannot write"):
             store.add({"key": "b"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -318,7 +320,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
 
 def test_a_broken_line_in_between_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"key": "a"}\n{"key": \n{"key": "b"}\n')
-    with pytest.raises(StoreError, match="line 2, is damaged"):
+    with pytest.raises(InputError, match="line 2, is damaged"):
         Store(tmp_path).rows()
 
 

@@ -143,7 +143,7 @@ def test_everything_on_the_command_line_needs_masks(shell, weights):
     for model in (crops, "most-frequent dataset=scenes options={count=2}"):
         status, out, err = shell(*ASKED, "--model", model, *search)
         assert (status, out) == (2, "")
-        assert "--everything needs a model, or encoder+captioner" in err
+        assert "everything mode needs a model, or encoder+captioner" in err
 
 
 def test_a_floor_answers_on_the_command_line(shell):

@@ -10,7 +10,7 @@ from sca_registry.contracts import TokenUsage
 import sca
 from sca.captioners.crop import CropCaptioner
 from sca.captioners.image_text import ImageTextModel, Question
-from sca.io.weight_files import HubError
+from sca.io.errors import InputError
 from sca.testing.tiny import tiny_options
 
 KINDS = ("blip", "git", "blip-2")
@@ -96,11 +96,11 @@ def test_what_is_unknown_is_refused_by_name(weights, image, prompts, how, messag
 
 
 def test_a_folder_without_weights_or_processor_is_named(weights, tmp_path):
-    with pytest.raises(HubError, match="has no whole weights"):
+    with pytest.raises(InputError, match="has no whole weights"):
         CropCaptioner(weights=str(tmp_path))
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(f"{weights('git')}/{name}")
-    with pytest.raises(HubError, match=r"the processor in .* cannot be read"):
+    with pytest.raises(InputError, match=r"the processor in .* cannot be read"):
         CropCaptioner(weights=str(tmp_path))
 
 
@@ -111,7 +111,7 @@ def test_a_processor_that_needs_torchvision_says_how_to_get_it(weights, monkeypa
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", fails)
-    with pytest.raises(HubError, match=r"pip install 'segment-caption-anything\[baselines\]'"):
+    with pytest.raises(InputError, match=r"pip install 'segment-caption-anything\[baselines\]'"):
         CropCaptioner(weights=weights("git"))
 
 

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sca
-from sca.checkpoints.layout import SPEC, WEIGHTS, CheckpointError
+from sca.checkpoints.layout import SPEC, WEIGHTS
 from sca.checkpoints.load import load
 from sca.checkpoints.native import is_saved, origin, resolve_spec, save
 from sca.checkpoints.state import stored
 from sca.inference.predictor import Predictor
+from sca.io.errors import InputError, OutputError
 from sca.mixers.query import QueryMixer
 
 
@@ -95,15 +96,13 @@ def test_checkpoint_with_a_part_of_main_loads_where_it_is_registered(small_table
     folder = save(sca.compose(**small_table | {"mixer": mixer}), tmp_path / "model")
     assert type(load(folder).mixer) is MainMixer
     monkeypatch.setattr(sca_registry.mixers, "_registered", dict)  # another program
-    with pytest.raises(
-        CheckpointError, match=r"no mixers named 'of-main'\..* the code of the program that saved it"
-    ) as e:
+    with pytest.raises(InputError, match=r"no mixers named 'of-main'\..* the code of the program that saved it") as e:
         load(folder)
     assert str(e.value).endswith("registered them; register them again before loading.")
     origin = json.loads((folder / "origin.json").read_text())
     origin["parts"]["mixer"]["distribution"] = "run this: rm -rf /"
     (folder / "origin.json").write_text(json.dumps(origin))
-    with pytest.raises(CheckpointError) as e:
+    with pytest.raises(InputError) as e:
         load(folder)
     assert "rm -rf" not in str(e.value)
 
@@ -161,21 +160,21 @@ def test_half_precision_on_disk_loads_as_what_was_asked_for(saved, tmp_path):
 def test_a_missing_tensor_is_named(saved):
     _, folder = saved
     edit(folder, lambda tensors: tensors.pop("mixer.tokens.weight"))
-    with pytest.raises(CheckpointError, match=r"missing mixer\.tokens\.weight; unexpected nothing"):
+    with pytest.raises(InputError, match=r"missing mixer\.tokens\.weight; unexpected nothing"):
         load(folder)
 
 
 def test_an_unexpected_tensor_is_named(saved):
     _, folder = saved
     edit(folder, lambda tensors: tensors.update({"mixer.extra": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match=r"missing nothing; unexpected mixer\.extra"):
+    with pytest.raises(InputError, match=r"missing nothing; unexpected mixer\.extra"):
         load(folder)
 
 
 def test_a_tensor_of_another_shape_is_named(saved):
     _, folder = saved
     edit(folder, lambda tensors: tensors.update({"task_tokens": torch.zeros(2, 9, 32)}))
-    with pytest.raises(CheckpointError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json asks for \(2, 2, 32\)"):
+    with pytest.raises(InputError, match=r"task_tokens is \(2, 9, 32\) and the spec\.json asks for \(2, 2, 32\)"):
         load(folder)
 
 
@@ -184,7 +183,7 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
     spec = json.loads((folder / SPEC).read_text())
     spec["mixer"]["depth"] = 2
     (folder / SPEC).write_text(json.dumps(spec))
-    with pytest.raises(CheckpointError, match=r"missing mixer\.transformer\.layers\.1"):
+    with pytest.raises(InputError, match=r"missing mixer\.transformer\.layers\.1"):
         load(folder)
 
 
@@ -192,7 +191,7 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
     ("file", "content", "message"),
     [
         (SPEC, None, "has no spec.json"),
-        (SPEC, b"{", "not JSON"),
+        (SPEC, b"{", "not valid JSON"),
         (WEIGHTS, None, "has no weights.safetensors"),
         (WEIGHTS, b"\x10\0\0\0\0\0\0\0{", "is broken"),
     ],
@@ -200,12 +199,12 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
 def test_a_damaged_folder_is_refused_with_the_file_that_is_wrong(saved, file, content, message):
     _, folder = saved
     (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(InputError, match=message):
         load(folder)
 
 
 def test_no_such_model_names_the_zoo(tmp_path):
-    with pytest.raises(CheckpointError, match="sca-tiny"):
+    with pytest.raises(InputError, match="sca-tiny"):
         load(tmp_path / "nothing")
 
 
@@ -229,7 +228,7 @@ def test_a_folder_of_something_else_is_left_alone(small, tmp_path):
     (tmp_path / "photos" / "holiday.jpg").write_text("dear")
     (tmp_path / "file").write_text("dear")
     for name in ("photos", "file"):
-        with pytest.raises(CheckpointError, match="what is in it stays"):
+        with pytest.raises(OutputError, match="what is in it stays"):
             save(small(), tmp_path / name)
     assert (tmp_path / "photos" / "holiday.jpg").read_text() == (tmp_path / "file").read_text() == "dear"
 
@@ -377,7 +376,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_half_written(sa
 
     with monkeypatch.context() as patch:
         patch.setattr("sca.io.atomic.sync", full)
-        with pytest.raises(CheckpointError, match="No space left on device"):
+        with pytest.raises(OutputError, match="No space left on device"):
             save(model, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert same_tensors(model, load(folder))

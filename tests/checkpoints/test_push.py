@@ -9,8 +9,8 @@ import pytest
 from sca_registry import zoo
 
 import sca.checkpoints.push
-from sca.checkpoints.layout import CheckpointError
 from sca.checkpoints.push import card_of, push
+from sca.io.errors import InputError
 
 HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"
 
@@ -48,7 +48,7 @@ def test_push_uploads_the_checkpoint_and_nothing_else(model, uploaded):
 def test_push_refuses_torn_weights(model, uploaded):
     weights = (model / "weights.safetensors").read_bytes()
     (model / "weights.safetensors").write_bytes(weights[:-1])
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged .*; copy it again"):
+    with pytest.raises(InputError, match=r"weights\.safetensors is damaged .*; copy it again"):
         push(model, "me/model")
     assert not uploaded
 
@@ -68,7 +68,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
         link.symlink_to(secret / "id_rsa")
     else:
         link.symlink_to(secret)
-    with pytest.raises(CheckpointError, match=f"{place} is a link out of the checkpoint; replace it"):
+    with pytest.raises(InputError, match=f"{place} is a link out of the checkpoint; replace it"):
         push(model, "me/model")
     assert not uploaded
 
@@ -76,7 +76,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
 @pytest.mark.parametrize("name", ["spec.json", "weights.safetensors"])
 def test_push_refuses_a_checkpoint_that_is_not_whole(model, uploaded, name):
     (model / name).unlink()
-    with pytest.raises(CheckpointError, match=f"has no {name}"):
+    with pytest.raises(InputError, match=f"has no {name}"):
         push(model, "me/model")
     assert not uploaded
 
@@ -85,14 +85,14 @@ def test_push_refuses_a_checkpoint_that_is_not_whole(model, uploaded, name):
 def test_card_of_reads_no_links_out_of_the_checkpoint(model, tmp_path, name):
     (model / name).rename(tmp_path / "secret")
     (model / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=f"{name} is a link out of the checkpoint"):
+    with pytest.raises(InputError, match=f"{name} is a link out of the checkpoint"):
         card_of(model, "me/model")
 
 
 def test_push_refuses_what_is_no_file(model, uploaded):
     (model / "tokenizer").mkdir(exist_ok=True)
     os.mkfifo(model / "tokenizer/pipe")
-    with pytest.raises(CheckpointError, match="pipe is no regular file"):
+    with pytest.raises(InputError, match="pipe is no regular file"):
         push(model, "me/model")
     assert not uploaded
 

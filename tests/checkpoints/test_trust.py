@@ -12,10 +12,11 @@ from sca_registry import REGISTRIES, registry, zoo
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.checkpoints.layout import WEIGHTS, CheckpointError
+from sca.checkpoints.layout import WEIGHTS
 from sca.checkpoints.load import load, locate
 from sca.checkpoints.native import save
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
+from sca.io.errors import InputError
 from sca.io.hub import known_sources, local_folder, local_path, pin, pinned
 
 
@@ -54,7 +55,7 @@ def stranger(folder, tmp_path):
 @pytest.mark.parametrize("agreed", [{}, {"allow_external": True}])
 def test_load_runs_no_code_of_a_checkpoint(stranger, agreed):
     folder, marker = stranger
-    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+    with pytest.raises(InputError, match="--trust-remote-code"):
         load(folder, **agreed)
     assert not marker.exists()
 
@@ -63,17 +64,17 @@ def test_load_runs_no_code_of_a_checkpoint(stranger, agreed):
 def test_load_runs_no_code_when_trust_is_not_a_truth_value(stranger, value):
     folder, marker = stranger
     change(folder, language_model={"name": "hf", "weights": "lm", "trust_remote_code": value})
-    with pytest.raises(CheckpointError, match="which runs code"):
+    with pytest.raises(InputError, match="which runs code"):
         load(folder)
     change(folder, language_model={"name": "hf", "weights": "lm"})
-    with pytest.raises(CheckpointError, match="cannot be built"):
+    with pytest.raises(InputError, match="cannot be built"):
         load(folder)  # neither does it ask on the terminal
     assert not marker.exists()
 
 
 def test_load_runs_the_code_that_the_caller_trusts(stranger):
     folder, marker = stranger
-    with pytest.raises(CheckpointError):  # the stranger's model is none
+    with pytest.raises(InputError):  # the stranger's model is none
         load(folder, trust_remote_code=True)
     assert marker.exists()
 
@@ -101,7 +102,7 @@ def test_load_runs_the_code_that_the_caller_trusts(stranger):
     ],
 )
 def test_load_refuses_what_a_spec_may_not_name(folder, part, value, message):
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load(change(folder, **{part: value}))
     assert "\n" not in str(caught.value)
 
@@ -134,7 +135,7 @@ def test_check_source_accepts_what_is_inside_and_known_weights(folder, tmp_path)
 
 def test_your_own_checkpoint_loads_when_you_agree(small, lm_folder, tmp_path):
     folder = save(small(language_model={"name": "hf", "weights": str(lm_folder("gpt2"))}), tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"allow_external=True \(--allow-external\)"):
+    with pytest.raises(InputError, match=r"allow_external=True \(--allow-external\)"):
         load(folder)
     assert load(folder, allow_external=True).spec.language_model.name == "hf"
 
@@ -142,12 +143,12 @@ def test_your_own_checkpoint_loads_when_you_agree(small, lm_folder, tmp_path):
 def test_check_folder_refuses_links_fifos_and_configurations_that_lead_elsewhere(folder, tmp_path):
     (tmp_path / "secret").write_text("{}")
     (folder / "link.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match="link to outside"):
+    with pytest.raises(InputError, match="link to outside"):
         load(folder)
     load(folder, allow_external=True)
     (folder / "link.json").unlink()
     os.mkfifo(folder / "fifo")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         load(folder)
     (folder / "fifo").unlink()
     for field in ({"tokenizer_file": "/etc/passwd"}, {"text_config": {"_attn_implementation": "stranger/kernel"}}):
@@ -174,7 +175,7 @@ def test_check_folder_refuses_folders_that_it_does_not_look_through(folder, tmp_
     deepest.mkdir(parents=True)
     check_folder(folder, NO_TRUST)
     (deepest / "g").mkdir()
-    with pytest.raises(CheckpointError, match="nested deeper than 6 folders"):
+    with pytest.raises(InputError, match="nested deeper than 6 folders"):
         load(folder)
 
 
@@ -186,15 +187,15 @@ def test_load_and_plan_read_no_file_before_its_link_is_checked(folder, tmp_path,
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     for use in (load, lambda path: _read(str(path), False, False)):
-        with pytest.raises(CheckpointError, match=f"{name} is a link to outside of its folder"):
+        with pytest.raises(InputError, match=f"{name} is a link to outside of its folder"):
             use(folder)
 
 
 def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
     for encoder in ({"name": "tiny-vit", "width": 2**12}, {"name": "tiny-vit", "width": 1024, "depth": 99}):
-        with pytest.raises(CheckpointError, match="far larger than its weights"):
+        with pytest.raises(InputError, match="far larger than its weights"):
             load(change(folder, encoder=encoder))
-    with pytest.raises(CheckpointError, match="depth is 1000000, which is more than any model has"):
+    with pytest.raises(InputError, match="depth is 1000000, which is more than any model has"):
         load(change(folder, encoder={"name": "tiny-vit", "depth": 10**6}))
 
 
@@ -203,7 +204,7 @@ def test_load_stops_a_model_that_is_far_larger_than_its_weights(folder):
 )
 def test_load_refuses_deep_json_in_one_line(folder, file):
     (folder / file).write_text('{"encoder":' + "[" * 200_000)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(InputError) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 
@@ -214,7 +215,7 @@ def test_load_refuses_weights_that_are_not_finite(folder, value, kind):
     name = next(each for each in tensors if each.startswith(kind) and tensors[each].is_floating_point())
     tensors[name].view(-1)[0] = value
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match=f"has NaN or infinite weights: {name}"):
+    with pytest.raises(InputError, match=f"has NaN or infinite weights: {name}"):
         load(folder)
 
 
@@ -223,7 +224,7 @@ def test_load_refuses_weights_that_overflow_float16(folder):
     tensors["task_tokens"].fill_(1e6)
     save_file(tensors, folder / WEIGHTS)
     load(folder, dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"float16, which is too small for it .*task_tokens"):
+    with pytest.raises(InputError, match=r"float16, which is too small for it .*task_tokens"):
         load(folder, dtype=torch.float16)
 
 
@@ -238,13 +239,13 @@ def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
     assert locate("sca-tiny") == zoo.get("sca-tiny").folder
     assert (tmp_path / name).is_dir()
     if name == "xk-huang":
-        with pytest.raises(CheckpointError, match=r"what lies here is written \./xk-huang"):
+        with pytest.raises(InputError, match=r"what lies here is written \./xk-huang"):
             load(name)
         with pytest.raises(ValueError, match=r"what lies here is written \./xk-huang"):
             sca.captioner(name)
     elif name == "sca-tiny":
         for path in ("./sca-tiny", tmp_path / "sca-tiny"):
-            with pytest.raises(CheckpointError, match=r"spec\.json"):
+            with pytest.raises(InputError, match=r"spec\.json"):
                 load(path)
 
 

@@ -4,14 +4,13 @@ import pytest
 from PIL import Image
 
 import sca
-from sca.checkpoints.layout import CheckpointError
 from sca.checkpoints.load import load
 from sca.checkpoints.native import save
+from sca.io.errors import InputError
 from sca.io.hub import suggest_path
-from sca.io.images import ImageError, open_image
+from sca.io.images import open_image
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError, read_mask
-from sca.io.weight_files import HubError
+from sca.io.prompts import read_mask
 from sca.language_models.hf import HfLanguageModel
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
@@ -29,7 +28,7 @@ def fetched(lm_folder, tmp_path):
 
 
 def test_language_model_of_pointers_is_refused_with_the_remedy(fetched, monkeypatch):
-    with pytest.raises(HubError, match=REMEDY):
+    with pytest.raises(InputError, match=REMEDY):
         HfLanguageModel(fetched)
     monkeypatch.chdir(fetched.parent)
     assert REMEDY.split(";")[0] in suggest_path("lfs")
@@ -42,25 +41,25 @@ def test_peft_adapter_is_refused_with_the_remedy(lm_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(lm_folder("gpt2"))
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(HubError, match=r"peft adapter of other weights .*merge_and_unload"):
+    with pytest.raises(InputError, match=r"peft adapter of other weights .*merge_and_unload"):
         HfLanguageModel(tmp_path / "adapter")
 
 
 def test_checkpoint_of_pointers_is_refused_with_the_remedy(small, tmp_path):
     folder = save(small(), tmp_path / "small")
     (folder / "weights.safetensors").write_text(POINTER)
-    with pytest.raises(CheckpointError, match=REMEDY):
+    with pytest.raises(InputError, match=REMEDY):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "read", "refusal"),
     [
-        ("a.png", open_image, ImageError),
-        ("a.png", read_mask, PromptError),
-        ("a.npy", read_mask, PromptError),
-        ("a.json", read_prompts, PromptError),
-        ("a.jsonl", read_prompts, PromptError),
+        ("a.png", open_image, InputError),
+        ("a.png", read_mask, InputError),
+        ("a.npy", read_mask, InputError),
+        ("a.json", read_prompts, InputError),
+        ("a.jsonl", read_prompts, InputError),
     ],
 )
 def test_file_of_a_user_that_is_a_pointer_is_refused_with_the_remedy(tmp_path, name, read, refusal):

@@ -65,7 +65,7 @@ def test_one_row_is_made_by_the_command_that_is_given_with_it(shell, sweep, here
         (("run", "smoke", "--retry", "broken"), "no state 'broken'"),
         (("run", "smoke", "--device", "gpu"), "device 'gpu' is not available"),
         (("report", "nowhere"), "no results in nowhere: sca bench run SWEEP --out nowhere makes some"),
-        (("row", "{"), "the configuration is not JSON"),
+        (("row", "{"), "the configuration is not valid JSON"),
         (("row", "{}"), "a row has no 'model'"),
     ],
     ids=str,

@@ -328,7 +328,7 @@ def test_caption_reports_a_bad_region_and_keeps_the_others(shell, checkpoint, pi
         assert result.err[0].startswith(f"sca: {file}: {total} record")
         assert len(result.err) == 1 + len(places)
         for place, line in zip(places, result.err[1:], strict=True):
-            assert f"{file}, {place}:" in line
+            assert f"{file}, {place}" in line
     assert "would be" not in " ".join(shell("caption", "a.png", "--prompts", "c.json", "--model", checkpoint).err)
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from sca.cli import main
+from sca.io.errors import OutputError
 
 FORMATS = ("--format", "jsonl,coco,html,png")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits are POSIX")
@@ -101,13 +102,12 @@ def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, here):
     import resource
 
     import sca
-    from sca.checkpoints.layout import CheckpointError
 
     model = sca.load(checkpoint)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
-        with pytest.raises(CheckpointError, match="File too large"):
+        with pytest.raises(OutputError, match="File too large"):
             sca.save(model, here / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -44,7 +44,7 @@ def model(checkpoint):
         ("--everything", "--proposer", "grid", "--points", 3): "leave out --points and --crops",
         (*BOX, "--temperature", 2): "--temperature can only be used with --sample",
         ("--everything", "--proposer", "gird"): "Did you mean 'grid'?",
-        ("--everything", "--proposer", "grid 'points"): "--proposer is 'NAME [key=value]...'",
+        ("--everything", "--proposer", "grid 'points"): "proposer is 'NAME [key=value]...'",
         ("--everything", "--caption-from", "boxes"): "no prompt to caption from 'boxes'",
         (*BOX, "--iou", 0.5, "--stability", 0.5): "--iou and --stability can only be used with --everything",
         ("--everything", "--iou", 2): "--iou",
@@ -113,7 +113,7 @@ def test_everything_and_mask_prompts_need_a_model_with_masks(refused, picture, m
     [
         ("p.jsonl", '{"image": "a.png", "box": [1, 2, 3]}', "p.jsonl, line 1, 'box'"),
         ("p.jsonl", '{"image": "a.png"}', "p.jsonl, line 1: no 'box', 'points' or 'mask'"),
-        ("p.jsonl", "{", "p.jsonl, line 1: not JSON"),
+        ("p.jsonl", "{", "p.jsonl, line 1 is not valid JSON"),
         ("p.json", "[]", "no list 'images'"),
         ("p.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 2}]}', "'image_id'"),
         ("p.jsonl", '{"image": "b.png", "box": [1, 2, 3, 4]}', "a.png: p.jsonl has no regions for it"),
@@ -227,11 +227,16 @@ def test_cli_reports_permission_errors(refused, shell, nobody):
     assert "locked: Permission denied; choose a folder that you may write in" in refused(
         2, "caption", "a.png", *arguments, "--out", "locked"
     )
-    assert "locked/new: Permission denied" in refused(2, "caption", "a.png", *arguments, "--out", "locked/new")
+    assert "locked/new: Permission denied; choose a folder that you may write in" in refused(
+        2, "caption", "a.png", *arguments, "--out", "locked/new"
+    )
     assert "permission denied (secret.png)" in refused(1, "caption", "secret.png", *arguments)
     exported = shell("data", "export", "scenes", "locked/new", "count=1")
     assert exported.status == 2
-    assert exported.err == ["sca: scenes val: 1 image", "sca: cannot write locked/new: Permission denied"]
+    assert exported.err == [
+        "sca: scenes val: 1 image",
+        "sca: cannot write locked/new: Permission denied; choose a folder that you may write in",
+    ]
     assert list((nobody / "locked").iterdir()) == []
 
 

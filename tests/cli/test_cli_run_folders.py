@@ -242,14 +242,14 @@ def test_evaluate_refuses_another_run_and_foreign_scores(shell, refused, here):
         assert shell(*asked, "out").status == 0
     before = content(here / "out")
     line = refused(2, *asked, "out", "--prompt", "center")
-    assert "another run (prompt: 'box' there, 'center' now)" in line
+    assert 'another run (prompt: "box" there, "center" now)' in line
     assert "--overwrite" in line
     assert content(here / "out") == before
     assert shell(*asked, "out", "--prompt", "center", "--overwrite").status == 0
     assert b'"prompt": "center"' in (here / "out/predictions.jsonl").read_bytes()
     (here / "mine/predictions.jsonl").write_text('{"image_id": 1}\n')
     (here / "mine/scores.json").unlink()
-    assert "not what was run" in refused(2, *asked, "mine", "--overwrite")
+    assert "without their run" in refused(2, *asked, "mine", "--overwrite")
     assert (here / "mine/predictions.jsonl").read_text() == '{"image_id": 1}\n'
 
 

@@ -118,14 +118,14 @@ def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=Fal
 
 @pytest.mark.parametrize("name", ["photos.jsonl", "shards.journal"])
 def test_shards_refuse_files_that_they_did_not_write(tmp_path, name):
-    from sca.io.run_folder import RunFolderError
+    from sca.io.errors import OutputError
 
     (tmp_path / name).write_text("precious")
     (tmp_path / "shards.json").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(RunFolderError, match="was not written by `sca caption --launcher`"):
+        with pytest.raises(OutputError, match="was not written by `sca caption --launcher`"):
             begin(tmp_path, {"photos": "1"}, overwrite=overwrite)
-    with pytest.raises(RunFolderError, match="is an input of this command"):
+    with pytest.raises(OutputError, match="is an input of this command"):
         begin(tmp_path, {"photos": "1"}, inputs=[tmp_path / name])
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["precious"] * 2
 
@@ -152,14 +152,14 @@ def test_shards_are_done_only_if_the_journal_lists_them(tmp_path):
 
 
 def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told(tmp_path):
-    from sca.io.run_folder import RunFolderError
+    from sca.io.errors import OutputError
 
     contents = dict.fromkeys(NAMES, "1")
     begin(tmp_path, contents, ["set-0"])
     repaired = {**contents, "shard-00000": "2"}
     assert begin(tmp_path, repaired) == {"set-0"}, "what is not finished may change"
     for other, settings in (({**contents, "set-0": "2"}, SETTINGS), (contents, {**SETTINGS, "words": "3"})):
-        with pytest.raises(RunFolderError, match=r"contains another run \(.*--overwrite"):
+        with pytest.raises(OutputError, match=r"contains another run \(.*or replace the run"):
             begin(tmp_path, other, settings=settings)
     assert (tmp_path / "set-0.jsonl").read_text() == "set-0\n"
     (tmp_path / "mine.jsonl").write_text("precious")
@@ -195,7 +195,7 @@ def test_full_disk_fails_a_shard_and_not_its_images(tmp_path, monkeypatch, numbe
 
     monkeypatch.setattr(tarfile.TarFile, "extract", extract)
     config = {
-        "job": {"model": "sca-tiny"},
+        "job": {"model": "sca-tiny", "everything": True},
         "content": {"tar": str(tmp_path / "set.tar")},
         "folder": str(tmp_path),
         "device": "cpu",

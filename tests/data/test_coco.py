@@ -12,8 +12,8 @@ from sca_registry import datasets
 from sca.data.coco import Coco
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
+from sca.io.errors import InputError
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError
 from sca.output.read import read_captions
 
 WIDTH, HEIGHT = 40, 30
@@ -210,24 +210,27 @@ PLACE_OF = r"val\.json: annotations\[0\] \(id 1\), "
     [
         ({"images": None}, r"val\.json: no list 'images'"),
         ({"images": [{"id": 1, "file_name": "a.png", "width": 4}]}, r"images\[0\] \(id 1\): no 'height'; it has: id, "),
-        ({"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 2}]}, "0 x 2 is no size"),
+        (
+            {"images": [{"id": 1, "file_name": "a.png", "width": 0, "height": 2}]},
+            "'width' and 'height' are .0, 2.; give the size",
+        ),
         ({"images": content()["images"] * 2}, r"images\[1\] \(id 1\): this id was given before"),
         ({"categories": [{"id": 7}]}, r"categories\[0\] \(id 7\): no 'name'"),
         ({"categories": []}, PLACE + "category_id 7 has no name among the categories"),
-        ({"annotations": [3]}, r"annotations\[0\] must be an object, not 3"),
+        ({"annotations": [3]}, r"annotations\[0\] is 3; give an object"),
         ({"annotations": [{}]}, r"annotations\[0\]: no 'id'; it has: nothing"),
-        ({"annotations": [annotation("x")]}, "id must be a whole number, not 'x'"),
+        ({"annotations": [annotation("x")]}, "'id' is 'x'; give a whole number"),
         ({"annotations": [annotation(1), annotation(1)]}, r"annotations\[1\] \(id 1\): this id was given before"),
         ({"annotations": [annotation(1, image_id=4)]}, PLACE + "image_id 4 is not among the images"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 7}]}, PLACE + "no 'bbox'"),
-        ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE_OF + "'bbox': must be four numbers"),
-        ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE_OF + "'bbox': must be four numbers"),
+        ({"annotations": [annotation(1, bbox=[1, 2, 3])]}, PLACE_OF + "'bbox' is .*; give 4 numbers"),
+        ({"annotations": [annotation(1, bbox=[1, 2, 3, math.nan])]}, PLACE_OF + "'bbox' is .*; give 4 numbers"),
         (
             {"annotations": [annotation(1, bbox=[1, 2, -3, 4])]},
-            PLACE_OF + "'bbox': must not have a negative width",
+            PLACE_OF + "'bbox' has width -3 and height",
         ),
-        ({"annotations": [annotation(1, caption=[4])]}, PLACE_OF + "'caption': text"),
-        ({"annotations": [annotation(1, attributes=[4])]}, PLACE + "attributes must be a table"),
+        ({"annotations": [annotation(1, caption=[4])]}, PLACE_OF + "'caption' is .*; give text"),
+        ({"annotations": [annotation(1, attributes=[4])]}, PLACE[:-2] + r", 'attributes' is .*; give an object"),
         (
             {"annotations": [annotation(1, segmentation=[[1, 2, 3]])]},
             PLACE_OF + "'segmentation': must be lists",
@@ -253,7 +256,7 @@ def test_a_broken_record_is_named_with_its_file_and_field(written, broken, messa
 
 def test_a_file_that_is_cut_off_or_is_no_coco_is_named(written):
     text = json.dumps(content())
-    with pytest.raises(ValueError, match=r"val\.json is not whole JSON: .* of 100 bytes; was it cut off"):
+    with pytest.raises(ValueError, match=r"val\.json is not valid JSON: .* of 100 bytes; was it cut off"):
         Coco("val", root=written(None, text[:100]))
     with pytest.raises(ValueError, match=r"val\.json: COCO's format is an object"):
         Coco("val", root=written(None, "[]"))
@@ -312,7 +315,7 @@ def test_coco_readers_agree_on_a_region(written, record, box):
 def _read_prompts(path):
     try:
         return [prompt for prompts in read_prompts(path).values() for prompt in prompts]
-    except PromptError:
+    except InputError:
         return []
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sca.data.coco import Coco
+from sca.io.errors import OutputError
 
 SIDE = 64
 
@@ -249,7 +250,7 @@ def test_a_terminal_shows_how_far_a_conversion_is(write, tmp_path):
 def test_a_conversion_that_fails_leaves_nothing(write, cache):
     root = write()
     (root / "val.json").write_text((root / "val.json").read_text()[:-9])
-    with pytest.raises(ValueError, match="is not whole JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         Coco("val", root=root)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
@@ -257,7 +258,7 @@ def test_a_conversion_that_fails_leaves_nothing(write, cache):
 def test_a_cache_that_cannot_be_written_is_named(write, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ValueError, match=r"cannot write .*file.data.coco-[-\w]+: .*; SCA_CACHE names another"):
+    with pytest.raises(OutputError, match=r"cannot write .*file.data.coco-[-\w]+: .*; SCA_CACHE names another"):
         Coco("val", root=write())
 
 

@@ -17,6 +17,7 @@ from sca.data.coco import Coco
 from sca.data.export import FORMATS, export
 from sca.data.fields import EmptyDatasetError
 from sca.data.scenes import Scenes
+from sca.io.errors import OutputError
 from sca.io.masks import encode
 
 SPLITS = {"train": Scenes("train", count=4, size=64), "val": Scenes("val", count=2, size=64)}
@@ -171,7 +172,7 @@ def test_unreadable_pictures_are_not_exported_twice(tmp_path):
 def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path):
     (tmp_path / "out").mkdir()
     export(SPLITS, tmp_path / "out", "coco", limit=1)
-    with pytest.raises(ValueError, match="not a new or empty folder"):
+    with pytest.raises(OutputError, match="not a new or empty folder"):
         export(SPLITS, tmp_path / "out", "coco")
     with pytest.raises(ValueError, match="no format 'voc'; there are: coco, coco-captions, coco-panoptic, "):
         export(SPLITS, tmp_path / "new", "voc")

@@ -95,13 +95,13 @@ def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([segment("x")], r"segments_info\[0\]: id must be a whole number, not 'x'"),
+        ([segment("x")], r"segments_info\[0\], 'id' is 'x'; give a whole number"),
         ([segment(LEFT), segment(LEFT)], rf"segments_info\[1\] \(id {LEFT}\): this id was given before"),
         (
             [segment(LEFT, 9)],
             rf"annotations\[0\] \(image_id 1\): segments_info\[0\] \(id {LEFT}\): category_id 9 has no",
         ),
-        ([4], r"segments_info\[0\] must be an object, not 4"),
+        ([4], r"segments_info\[0\] is 4; give an object"),
     ],
 )
 def test_a_broken_segment_is_named(write, segments, message):

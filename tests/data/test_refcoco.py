@@ -191,16 +191,16 @@ PLACE = r"refs\(unc\)\.p: \[0\] \(ref_id 2\)"
     ("refs", "message"),
     [
         ({}, r"refs\(unc\)\.p must be a list of refs, not of type dict"),
-        ([4], r"refs\(unc\)\.p: \[0\] must be an object, not 4"),
+        ([4], r"refs\(unc\)\.p: \[0\] is 4; give an object"),
         ([ref(2, "val"), ref(2, "train")], r"\[1\] \(ref_id 2\): this ref_id was given before"),
-        ([ref(2, None)], PLACE + ": split must be a string, not None"),
+        ([ref(2, None)], PLACE + ", 'split' is None; give text"),
         ([ref(2, "val", ann_id=5)], PLACE + r": ann_id 5 is not among the annotations of .*instances\.json"),
-        ([ref(2, "val", ann_id="5")], PLACE + r": ann_id must be a whole number, not '5'"),
+        ([ref(2, "val", ann_id="5")], PLACE + r", 'ann_id' is '5'; give a whole number"),
         ([ref(2, "val", image_id=3)], PLACE + r": image_id 3 is not among the images of .*instances\.json"),
         ([ref(2, "val", image_id=2)], PLACE + r": ann_id 102 is of image 1, not of 2"),
-        ([ref(2, "val", sentences=None)], PLACE + r": sentences must be a list, not None"),
+        ([ref(2, "val", sentences=None)], PLACE + r", 'sentences' is None; give a list"),
         ([ref(2, "val", sentences=[{}])], PLACE + r": sentences\[0\]: no 'sent'; it has: nothing"),
-        ([ref(2, "val", sentences=[{"sent": 4}])], PLACE + r": sentences\[0\]: sent must be a string, not 4"),
+        ([ref(2, "val", sentences=[{"sent": 4}])], PLACE + r": sentences\[0\], 'sent' is 4; give text"),
     ],
 )
 def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
@@ -211,9 +211,9 @@ def test_a_broken_ref_is_named_with_its_file_and_field(write, refs, message):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"bbox": [1, 2, 3]}, "'bbox': must be four numbers"),
-        ({"bbox": [1, 2, -3, 4]}, "'bbox': must not have a negative width or height"),
-        ({"bbox": [1, 2, 3, float("inf")]}, "'bbox': must be four numbers"),
+        ({"bbox": [1, 2, 3]}, "'bbox' is .*; give 4 numbers"),
+        ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "'bbox' is .*; give 4 numbers"),
         ({"segmentation": {"size": [1, 1], "counts": "1"}}, r"'segmentation': has size \[1, 1\]"),
         ({"category_id": 8}, "category_id 8 has no name"),
     ],

@@ -20,7 +20,8 @@ from sca.demo.session import Session
 from sca.inference.automatic import caption_everything, settle_search
 from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
-from sca.io.prompts import MAX_POINTS, PromptError
+from sca.io.errors import InputError
+from sca.io.prompts import MAX_POINTS
 from sca.serve.tickets import ClosedError, Done, Question
 
 
@@ -136,7 +137,7 @@ def test_session_refuses_paint_of_another_size(session, size):
     content = bytearray(png.getvalue())
     content[16:24] = b"".join(side.to_bytes(4, "big") for side in size)
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    with pytest.raises(PromptError, match="paint"):
+    with pytest.raises(InputError, match="paint"):
         session.point_at({"action": "mask", "png": f"data:image/png;base64,{base64.b64encode(content).decode()}"})
 
 
@@ -150,7 +151,7 @@ def test_page_opens_one_image_at_a_time_and_forgets_sessions():
 def test_session_limits_points_of_a_region(session):
     for number in range(MAX_POINTS):
         session.point_at({"action": "point", "x": number % 60, "y": 5, "label": 1})
-    with pytest.raises(PromptError, match=f"at most {MAX_POINTS} points"):
+    with pytest.raises(InputError, match=f"at most {MAX_POINTS} points"):
         session.point_at({"action": "point", "x": 9, "y": 5, "label": 1})
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from sca.data.scenes import Scenes
 from sca.evaluation.comparison import compare
 from sca.evaluation.evaluate import evaluate, score_file
-from sca.evaluation.journal import PredictionsError
 from sca.evaluation.predictions import Questions
 from sca.evaluation.report import comparison_page, report_page
+from sca.io.errors import InputError
 
 DRAWN = ["attributes", "class", "mask-iou"]
 
@@ -61,9 +61,9 @@ def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
         folder.mkdir()
         dataset = Scenes(split, count=10)
         evaluate(teller(dataset), {"name": "scenes", "count": 10}, split, folder=folder, metrics=["class"])
-    with pytest.raises(PredictionsError, match=r"answers are only in .*, the first for region"):
+    with pytest.raises(InputError, match=r"answers are only in .*, the first for region"):
         compare(runs[0], fewer)
-    with pytest.raises(PredictionsError, match="answers are only in"):
+    with pytest.raises(InputError, match="answers are only in"):
         compare(fewer, other)
 
 

@@ -13,10 +13,10 @@ import pytest
 from sca.data.scenes import Scenes
 from sca.evaluation import evaluate as evaluation
 from sca.evaluation.evaluate import evaluate, score_file
-from sca.evaluation.journal import NAME, PredictionsError, read_predictions
+from sca.evaluation.journal import NAME, read_predictions
 from sca.evaluation.predictions import Questions
 from sca.io import journal
-from sca.io.run_folder import RunFolderError
+from sca.io.errors import InputError, OtherRunError, OutputError
 
 RUN = """
 import sys
@@ -85,7 +85,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
     tires = Tires(dataset)
     with pytest.raises(RuntimeError):
         evaluate(tires, dataset, batch=2, folder=cut, metrics=["class"])
-    with pytest.raises(PredictionsError, match=r"has not ended: .* records so far"):
+    with pytest.raises(InputError, match=r"has not ended: .* records so far"):
         score_file(cut)
     with (cut / NAME).open("ab") as file:
         file.write(b'{"index": 6, "image_id": 12, "reg')
@@ -146,11 +146,11 @@ def test_several_processes_write_what_one_writes(tmp_path):
 def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     before = (tmp_path / NAME).read_bytes()
-    with pytest.raises(PredictionsError, match=r"another run .*prompt: 'box' there, 'center' now.*another folder"):
+    with pytest.raises(OtherRunError, match=r"another run .*prompt: \"box\" there, \"center\" now.*another folder"):
         evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"))
     assert (tmp_path / NAME).read_bytes() == before
     (tmp_path / NAME).write_text('{"image_id": 1}\n')
-    with pytest.raises(PredictionsError, match="not what was run"):
+    with pytest.raises(InputError, match="without their run"):
         evaluate(teller(dataset), dataset, folder=tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_evaluate_leaves_predictions_made_by_hand_unchanged(teller, dataset, tmp
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     (tmp_path / "predictions.1.jsonl").write_text(content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(PredictionsError, match=r"predictions\.1\.jsonl"):
+    with pytest.raises(InputError, match=r"predictions\.1\.jsonl"):
         evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"), overwrite=overwrite)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -171,7 +171,7 @@ def test_overwrite_deletes_nothing_before_a_foreign_file_is_refused(teller, data
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     before = (tmp_path / NAME).read_bytes()
     (tmp_path / "sca-run.json").unlink()
-    with pytest.raises(RunFolderError, match="was not written by"):
+    with pytest.raises(OutputError, match="was not written by"):
         evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"), overwrite=True)
     assert (tmp_path / NAME).read_bytes() == before
 
@@ -221,17 +221,17 @@ def test_evaluate_drops_a_torn_tail_of_a_finished_file(teller, dataset, tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "line 1 is not whole JSON"),
-        ("[]", "line 1 is .* and not a record"),
+        ("{", "line 1 is not valid JSON"),
+        ("[]", r"line 1 is \[\]; give an object"),
         ("\xff", "line 1"),
-        ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption': '\\ud800' is half of a surrogate pair"),
-        ('{"truth": {"phrases": ["\\udc80"]}}', r"line 1, 'truth': '\\udc80' is half of a surrogate pair"),
+        ('{"caption": "a \\ud800 cat"}', r"line 1, 'caption' contains '\\ud800', half of a surrogate pair"),
+        ('{"truth": {"phrases": ["\\udc80"]}}', r"line 1, 'truth' contains '\\udc80', half of a surrogate pair"),
     ],
 )
 def test_a_file_that_is_none_is_told_by_its_line(tmp_path, content, said):
     path = tmp_path / "made.jsonl"
     path.write_bytes(content.encode("latin1"))
-    with pytest.raises(PredictionsError, match=said):
+    with pytest.raises(InputError, match=said):
         read_predictions(path)
-    with pytest.raises(PredictionsError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot read"):
         read_predictions(tmp_path / "absent.jsonl")

@@ -6,7 +6,8 @@ import pytest
 
 from sca.data.scenes import Scenes
 from sca.evaluation.evaluate import evaluate, pictures_of, score_file
-from sca.evaluation.journal import NAME, PredictionsError
+from sca.evaluation.journal import NAME
+from sca.io.errors import InputError
 
 GOOD = {"image_id": 1, "region_id": 1, "caption": "a dog", "references": ["a dog", "the dog"]}
 
@@ -59,7 +60,7 @@ def test_a_file_made_by_hand_needs_ids_captions_and_references(made):
     ids=str,
 )
 def test_what_cannot_be_scored_is_refused(made, records, said):
-    with pytest.raises(PredictionsError, match=said):
+    with pytest.raises(InputError, match=said):
         score_file(made(*records))
 
 
@@ -77,10 +78,10 @@ def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(r
     lines = path.read_text().splitlines(keepends=True)
     whole = "".join(lines)
     path.write_text("".join(lines[:2] + lines[4:]))
-    with pytest.raises(PredictionsError, match="2 fewer records than the"):
+    with pytest.raises(InputError, match="2 fewer records than the"):
         score_file(run)
     path.write_text(whole.replace('"name": "star"', '"name": "moon"').replace('"name": "circle"', '"name": "moon"'))
-    with pytest.raises(PredictionsError, match="what is true of them"):
+    with pytest.raises(InputError, match="what is true of them"):
         score_file(run)
     path.write_text(whole)
     assert score_file(run, ["class"]).scores["class/count"] == 1
@@ -88,12 +89,12 @@ def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(r
 
 def test_predictions_can_be_held_against_a_dataset(run, made):
     assert score_file(run, ["class"], dataset={"name": "scenes", "count": 3}).scores
-    with pytest.raises(PredictionsError, match=r"regions of the dataset were not asked for: region \d+ of image"):
+    with pytest.raises(InputError, match=r"regions of the dataset were not asked for: region \d+ of image"):
         score_file(run, ["class"], dataset={"name": "scenes", "count": 4})
-    with pytest.raises(PredictionsError, match="regions are not in the dataset: region 1 of image 1"):
+    with pytest.raises(InputError, match="regions are not in the dataset: region 1 of image 1"):
         score_file(made(GOOD), dataset={"name": "scenes", "count": 1})
 
 
 def test_pictures_of_another_version_of_the_data_are_not_looked_at():
-    with pytest.raises(PredictionsError, match="is not the one that was asked about"):
+    with pytest.raises(InputError, match="is not the one that was asked about"):
         pictures_of({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})({"index": 0})

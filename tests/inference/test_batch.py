@@ -81,7 +81,22 @@ def test_job_is_plain_values_that_any_process_can_receive():
 @pytest.mark.parametrize(("options", "message"), [({"batch": 0}, "batch is 0"), ({"task": "poetry"}, "unknown task")])
 def test_job_refuses_values_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        CaptionJob("sca-tiny", **options)
+        CaptionJob("sca-tiny", boxes=["1,2,3,4"], **options)
+
+
+def test_job_refuses_a_request_without_regions():
+    with pytest.raises(ValueError, match=r"no regions to caption; give boxes, points, .* or everything"):
+        CaptionJob("sca-tiny")
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [{"boxes": ["1,2,3,4"], "everything": True}, {"prompts": "p.jsonl", "everything": True}]
+    + [{name: ["1,2"], "prompts": "p.jsonl"} for name in ("boxes", "points", "masks", "regions")],
+)
+def test_job_refuses_regions_from_two_sources(sources):
+    with pytest.raises(ValueError, match=f"{' and '.join(sources)} exclude each other; give "):
+        CaptionJob("sca-tiny", **sources)
 
 
 def test_shards_are_forked_from_a_process_that_has_imported_the_models():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from sca.io.weight_files import HubError
+from sca.io.errors import InputError
 from sca.language_models import probe
 from sca.language_models.causal import CausalLanguageModel
 from sca.language_models.hf import HfLanguageModel
@@ -95,7 +95,7 @@ def test_ids_of_the_end_and_of_padding_are_those_of_generation_config(folder):
 
 @pytest.mark.parametrize("value", ["a", -1, 1.5, [2, "a"], True])
 def test_an_id_that_is_no_number_is_refused_in_one_line(folder, value):
-    with pytest.raises(HubError, match=r"eos_token_id in .*generation_config.json is .*; give the id of a token"):
+    with pytest.raises(InputError, match=r"eos_token_id in .*generation_config.json is .*; give the id of a token"):
         HfLanguageModel(folder(eos_token_id=value))
 
 

@@ -11,8 +11,8 @@ from sca_registry.spec import Everything
 
 import sca
 from sca.inference.generation import OPTIONS
+from sca.io.errors import InputError
 from sca.io.masks import encode
-from sca.io.prompts import PromptError
 from sca.language_models.usage import count_tokens
 
 BOX = (4, 4, 40, 40)
@@ -98,20 +98,20 @@ def test_predict_refuses_options_that_cannot_be_meant(predictor, options, messag
 
 
 def test_empty_requests_are_an_error(idle):
-    with pytest.raises(PromptError, match="no region; give prompts, boxes, points or masks"):
+    with pytest.raises(InputError, match="no region; give prompts, boxes, points or masks"):
         idle.predict()
-    with pytest.raises(PromptError, match="no region"):
+    with pytest.raises(InputError, match="no region"):
         idle.predict(boxes=np.zeros((0, 4)))
-    with pytest.raises(PromptError, match="no region"):
+    with pytest.raises(InputError, match="no region"):
         idle.predict_batch([Image.new("RGB", (9, 9))], [[]])
 
 
 def test_prompts_of_another_type_are_named_by_index(idle):
-    with pytest.raises(PromptError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
+    with pytest.raises(InputError, match=r"prompt 1: tuple is not a prompt; give sca.Prompt"):
         idle.predict([Prompt(box=BOX), BOX])
-    with pytest.raises(PromptError, match=r"prompt 0: the mask is 5 x 5"):
+    with pytest.raises(InputError, match=r"prompt 0: the mask is 5 x 5"):
         idle.predict(masks=[np.ones((5, 5), bool)])
-    with pytest.raises(PromptError, match=r"prompt 1: the mask is unusable: the runs in 'counts'"):
+    with pytest.raises(InputError, match=r"prompt 1: the mask is unusable: the runs in 'counts'"):
         idle.predict(boxes=[BOX], masks=[{"size": [9, 9], "counts": "0"}])
 
 
@@ -126,9 +126,9 @@ def test_prompts_of_another_type_are_named_by_index(idle):
     ],
 )
 def test_one_region_in_place_of_a_list_is_refused(idle, request_, message):
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(InputError, match=message):
         idle.predict(**request_)
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(InputError, match=message):
         idle.segment(**request_)
 
 

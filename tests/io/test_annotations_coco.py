@@ -6,8 +6,9 @@ from hypothesis.extra import numpy as arrays
 from pycocotools.coco import COCO
 
 from sca.io import masks
-from sca.io.annotations.annotation import AnnotationError, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.coco import bound_segmentation, read_annotation, read_box, read_mask
+from sca.io.errors import InputError
 
 SIZE = 40, 20
 SQUARE = [5, 5, 9, 5, 9, 9, 5, 9]
@@ -73,19 +74,19 @@ def test_keypoints_that_are_not_labeled_count_for_nothing():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"bbox": [1, 2, 3]}, "'bbox': must be four numbers"),
-        ({"bbox": [1, 2, 3, float("nan")]}, "'bbox': must be four numbers"),
-        ({"bbox": [1, 2, -3, 4]}, "'bbox': must not have a negative"),
+        ({"bbox": [1, 2, 3]}, "'bbox' is [1, 2, 3"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "'bbox' is [1, 2, 3"),
+        ({"bbox": [1, 2, -3, 4]}, "'bbox' has width -3 and height 4; give none below 0"),
         ({"segmentation": [[1, 2, 3]]}, "'segmentation': must be lists of x, y"),
         ({"segmentation": [[1, 2, 3, 4, 1e9, 6]]}, "'segmentation': has a point far outside the image of 40 x 20"),
         ({"segmentation": 7}, "'segmentation': must be polygons, or RLE"),
         ({"segmentation": {"size": [4, 4], "counts": "1"}}, "'segmentation': has size [4, 4] in an image of [20, 40]"),
         ({"segmentation": {"size": [20, 40], "counts": [5]}}, "'segmentation': counts do not add up to the 800"),
-        ({"caption": 3}, "'caption': text, not 3"),
+        ({"caption": 3}, "'caption' is 3; give text, or a list of texts"),
     ],
 )
 def test_a_damaged_annotation_is_named(record, message):
-    with pytest.raises(AnnotationError) as raised:
+    with pytest.raises(InputError) as raised:
         read(**record)
     assert str(raised.value).startswith(f"a.json, annotations[0], {message}")
 
@@ -113,4 +114,4 @@ def test_rle_is_read_exactly(inside):
     box = bound_segmentation(code, pytest.fail)
     assert box == masks.box_of(inside)
     if box:
-        assert read_box([box[0], box[1], box[2] - box[0], box[3] - box[1]]) == box
+        assert read_box([box[0], box[1], box[2] - box[0], box[3] - box[1]], "a.json, 'bbox'") == box

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.annotations.annotation import SkipCounter
+from sca.io.errors import InputError
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError
-from sca.output.captioned import ReadError
 from sca.output.read import read_captions
 
 HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
@@ -95,7 +94,7 @@ def test_any_value_in_any_place_is_read_or_refused_in_one_line(tmp_path_factory,
     holder[key] = data.draw(values)
     path = tmp_path_factory.getbasetemp() / "hostile.json"
     path.write_text(json.dumps(content))
-    for read, error in ((read_boxes_of_captions, ReadError), (read_boxes_of_prompts, PromptError)):
+    for read, error in ((read_boxes_of_captions, InputError), (read_boxes_of_prompts, InputError)):
         problems = []
         try:
             for box, (width, height) in read(path, problems):

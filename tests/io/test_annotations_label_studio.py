@@ -10,8 +10,9 @@ from PIL import Image
 
 from sca.io import masks
 from sca.io.annotations import brush
-from sca.io.annotations.annotation import AnnotationError, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.label_studio import is_task, read_tasks
+from sca.io.errors import InputError
 
 WIDTH, HEIGHT = 40, 20
 
@@ -152,9 +153,12 @@ def test_label_studio_reader_counts_further_shapes_of_a_region():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (rectangle("b") | {"original_width": "wide"}, "region 'b': 'original_width' and 'original_height' in whole"),
+        (
+            rectangle("b") | {"original_width": "wide"},
+            "region 'b': 'original_width' and 'original_height' are ('wide', 20); give",
+        ),
         (rectangle("b") | {"original_width": 7}, "region 'b': an image of 7 x 20, and 40 x 20 in a result before"),
-        (3, "'result'[1]: an object, not 3"),
+        (3, "'result'[1] is 3; give an object"),
         (rectangle("b", x="left"), "region 'b': a rectangle that cannot be read"),
     ],
 )
@@ -297,29 +301,32 @@ def test_task_without_regions_is_an_image_without_regions():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([3], "task 0: an object, not 3"),
+        ([3], "task 0 is 3; give an object"),
         ([{"image": "a.png", "label": []}], "task 0: no 'data'; export the tasks as JSON"),
         ([{"data": {"a": "x.png", "b": "y.png"}}], "task 0, 'data': several values name an image; name it 'image'"),
         ([{"data": {"text": "hello"}}], "task 0, 'data': no value names an image"),
-        ([task(data={"image": 3})], "task 0, 'data', 'image': the name of an image, not 3"),
-        ([task(rectangle(x=None))], "region 'a': a rectangle that cannot be read: x, y, width, height must be numbers"),
+        ([task(data={"image": 3})], "task 0, 'data', 'image' is 3; give the file name of an image"),
+        ([task(rectangle(x=None))], "region 'a': a rectangle that cannot be read: 'value', 'x' is None; give a number"),
         ([task(result("polygonlabels"))], "a polygon that cannot be read: no 'points'"),
-        ([task(result("polygonlabels", value={"points": [[1]]}))], "a point must be two numbers"),
+        ([task(result("polygonlabels", value={"points": [[1]]}))], "a point is [1]; give 2 numbers (x, y)"),
         ([task(result("polygonlabels", value={"points": [[1, 1], [2, 2], [1e9, 3]]}))], "a point far outside"),
-        ([task(result("brushlabels", value={"rle": 10**9}))], "a brush that cannot be read: no list 'rle'"),
+        (
+            [task(result("brushlabels", value={"rle": 10**9}))],
+            "a brush that cannot be read: 'value', 'rle' is 1000000000; give a list",
+        ),
         ([task(result("brushlabels", value={"rle": [1, 2]}))], "cut short"),
         ([task(result("bitmasklabels", value={"imageDataURL": "é"}))], "'imageDataURL' is not base64"),
-        ([task(rectangle() | {"original_width": 10**9})], "more pixels than are allowed"),
+        ([task(rectangle() | {"original_width": 10**9})], "at most 178,956,970 pixels are allowed"),
         (
             [task(rectangle(), rectangle("b") | {"original_width": 9})],
             "region 'b': an image of 9 x 20, and 40 x 20 in a result before",
         ),
-        ([task(rectangle(), result("textarea", value={"text": 3}))], "'text': text, not [3]"),
-        ([{"data": {"image": "a.png"}, "annotations": 3}], "'annotations': a list, not 3"),
+        ([task(rectangle(), result("textarea", value={"text": 3}))], "'text' is 3; give text, or a list of texts"),
+        ([{"data": {"image": "a.png"}, "annotations": 3}], "'annotations' is 3; give a list"),
     ],
 )
 def test_a_damaged_record_is_named(content, message):
-    with pytest.raises(AnnotationError) as raised:
+    with pytest.raises(InputError) as raised:
         list(read_tasks(content, "ls.json", SkipCounter(), unmeasured))
     assert message in str(raised.value)
     assert str(raised.value).startswith("ls.json, task 0")

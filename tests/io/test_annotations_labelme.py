@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from sca.io import masks
 from sca.io.annotations import shapes
-from sca.io.annotations.annotation import AnnotationError, SkipCounter
+from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import find_size, open_image_of, read_shapes
-from sca.io.images import ImageError
+from sca.io.errors import InputError
 
 SIZE = 40, 20
 TRIANGLE = [[10, 2], [30, 2], [10, 18]]
@@ -121,12 +121,12 @@ def test_line_is_its_box_and_counted():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (3, "shapes[0]: an object with a 'label', not 3"),
-        ({"points": TRIANGLE}, "shapes[0]: an object with a 'label'"),
-        (shape(points=[]), "shapes[0], 'points': a list of [x, y], not []"),
+        (3, "shapes[0] is 3; give an object"),
+        ({"points": TRIANGLE}, "shapes[0], 'label' is None; give text"),
+        (shape(points=[]), "shapes[0], 'points' is empty; give a list of [x, y]"),
         (shape(points=[[1, 2], [3]]), "shapes[0], 'points'"),
-        (shape(3), "shapes[0], 'shape_type': text, not 3"),
-        (shape(description=["a"]), "shapes[0], 'description': text, not ['a']"),
+        (shape(3), "shapes[0], 'shape_type' is 3; give text"),
+        (shape(description=["a"]), "shapes[0], 'description' is ['a']; give text"),
         (shape(points=[[0, 0], [9, 9], [1e9, 0]]), "a polygon that cannot be read: has a point far outside"),
         (shape("mask", [[1, 1], [2, 2]]), "a mask that cannot be read: 'mask': base64 text, not None"),
         (shape("mask", [[1, 1], [2, 2]], mask="!"), "'mask' is not base64"),
@@ -137,7 +137,7 @@ def test_line_is_its_box_and_counted():
     ],
 )
 def test_a_damaged_shape_is_named(record, message):
-    with pytest.raises(AnnotationError) as raised:
+    with pytest.raises(InputError) as raised:
         read(record)
     assert message in str(raised.value)
     assert str(raised.value).startswith("a.json, shapes[0]")
@@ -151,12 +151,12 @@ def test_size_is_that_of_the_file_the_image_or_the_image_inside(tmp_path):
     path = tmp_path / "a.png"
     assert find_size({"imageWidth": 3, "imageHeight": 4}, path, "a.json") == (3, 4)
     assert find_size(inside | {"imageWidth": 3, "imageHeight": None}, path, "a.json") == (7, 5)
-    with pytest.raises(AnnotationError, match="no 'imageWidth' and 'imageHeight', and cannot open"):
+    with pytest.raises(InputError, match="no 'imageWidth' and 'imageHeight', and cannot open"):
         find_size({}, path, "a.json")
     Image.new("RGB", (6, 8)).save(path)
     assert find_size(inside, path, "a.json") == (6, 8)
     for wrong in (0, -1, "7", 10**9, True):
-        with pytest.raises(AnnotationError, match=r"^a\.json: "):
+        with pytest.raises(InputError, match=r"^a\.json: "):
             find_size({"imageWidth": wrong, "imageHeight": 10**9}, path, "a.json")
 
 
@@ -169,13 +169,13 @@ def test_image_inside_is_opened_where_the_file_is_missing_within_limits(tmp_path
     path = tmp_path / "a.png"
     assert open_image_of(content, path, "a.json").size == (5, 7)
     for broken in ("", "!", "QUJD", 3):
-        with pytest.raises(ImageError, match=r"^a\.json, 'imageData'"):
+        with pytest.raises(InputError, match=r"^a\.json, 'imageData'"):
             open_image_of({"imageData": broken}, path, "a.json")
     monkeypatch.setattr(masks, "PIXEL_LIMIT", 34)
-    with pytest.raises(ImageError, match="35 pixels"):
+    with pytest.raises(InputError, match="35 pixels"):
         open_image_of(content, path, "a.json")
     monkeypatch.setattr(shapes, "MAX_EMBEDDED_BYTES", 10)
-    with pytest.raises(ImageError, match="larger than 10 bytes"):
+    with pytest.raises(InputError, match="larger than 10 bytes"):
         open_image_of(content, path, "a.json")
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import pytest
 
 from sca.io import atomic
-from sca.io.atomic import AtomicFile, FolderError, OutputError, new_folder, remove_drafts, write_file
+from sca.io.atomic import AtomicFile, new_folder, remove_drafts, write_file
+from sca.io.errors import OutputError
 
 resource = pytest.importorskip("resource")
 
@@ -103,8 +104,8 @@ def test_new_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
     (tmp_path / ".out.0123456789abcdef").mkdir()
     (tmp_path / ".out.notes").mkdir()
     with new_folder(tmp_path / "out") as draft:
-        with pytest.raises(FolderError, match="x"), new_folder(tmp_path / "out"):
-            raise FolderError("x")
+        with pytest.raises(OutputError, match="x"), new_folder(tmp_path / "out"):
+            raise OutputError("x")
         assert draft.is_dir()  # of a running process
         (draft / "a").touch()
     assert names(tmp_path) == [".out.notes", "out"]
@@ -117,11 +118,11 @@ def test_new_folder_replaces_only_what_it_is_told(tmp_path):
             (draft / "a").write_text(str(number))
     assert (out / "a").read_text() == "1"
     (out / "README.md").write_text("mine")
-    with pytest.raises(FolderError, match=r"it contains README\.md"), new_folder(out, replaceable=["a"]) as draft:
+    with pytest.raises(OutputError, match=r"it contains README\.md"), new_folder(out, replaceable=["a"]) as draft:
         pytest.fail("filled in vain")
     (out / "README.md").unlink()
     with (
-        pytest.raises(FolderError, match=r"it contains README\.md"),
+        pytest.raises(OutputError, match=r"it contains README\.md"),
         new_folder(out, replaceable=["a"]) as draft,
     ):
         (out / "README.md").write_text("put there meanwhile")

@@ -15,7 +15,8 @@ from sca.checkpoints.push import _read_scores
 from sca.data import fields, json_stream, records
 from sca.evaluation.evaluate import score_file
 from sca.evaluation.journal import read_predictions
-from sca.io.images import ImageError, open_image
+from sca.io.errors import InputError
+from sca.io.images import open_image
 from sca.io.json import read_regular_file
 from sca.io.prompt_files import read_prompts
 from sca.io.prompts import read_mask
@@ -142,7 +143,7 @@ def open_pipe():
 def open_captioned(path, content):
     path.write_text(json.dumps(content))
     for each in read_captions(path):
-        with pytest.raises(ImageError):
+        with pytest.raises(InputError):
             each.open([path.parent])
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
 
-from sca.io.images import ImageError, ImageMemoryError, TooLargeError, find_images, open_image, read_image
+from sca.io.errors import ImageMemoryError, InputError, TooLargeError
+from sca.io.images import find_images, open_image, read_image
 
 
 def refusal(path) -> str:
-    with pytest.raises(ImageError) as raised:
+    with pytest.raises(InputError) as raised:
         open_image(path)
     message = str(raised.value)
     assert "\n" not in message
@@ -212,9 +213,9 @@ def test_what_is_no_image_is_refused(tmp_path):
     assert "0 bytes" in refusal(tmp_path / "empty.jpg")
     assert "not an image" in refusal(tmp_path / "text.jpg")
     assert "not an image" in refusal(tmp_path / "program.eps")
-    with pytest.raises(ImageError, match="nul"):
+    with pytest.raises(InputError, match="nul"):
         open_image("nul\0.jpg")
-    with pytest.raises(ImageError) as raised:
+    with pytest.raises(InputError) as raised:
         open_image(tmp_path / "two\nlines.jpg")
     assert "\n" not in str(raised.value)
 
@@ -325,7 +326,7 @@ UNLISTED = {
 @pytest.mark.parametrize("name", UNLISTED)
 def test_read_image_rejects_unlisted_formats_without_decoding(name, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
-    with pytest.raises(ImageError, match="not an image that can be read"):
+    with pytest.raises(InputError, match="not an image that can be read"):
         read_image(io.BytesIO(UNLISTED[name]), "it", 10**6)
 
 
@@ -334,7 +335,7 @@ def test_read_image_rejects_unlisted_formats_without_decoding(name, monkeypatch)
 )
 def test_read_image_decodes_in_python_only_the_files_of_the_user(content):
     assert read_image(io.BytesIO(content), "it").size == (2, 1)
-    with pytest.raises(ImageError, match="rare variant of PPM that decodes slowly; convert it to PNG"):
+    with pytest.raises(InputError, match="rare variant of PPM that decodes slowly; convert it to PNG"):
         read_image(io.BytesIO(content), "it", 10**6)
 
 

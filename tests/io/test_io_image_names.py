@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.io.image_names import ImageNameError, add_image_prefix, find_image, possible_file_names, remove_image_prefix
-from sca.io.images import ImageError
+from sca.io.errors import InputError
+from sca.io.image_names import add_image_prefix, find_image, possible_file_names, remove_image_prefix
 from sca.io.paths import distinguish_paths, normalize_name
 
 PARTS = st.text(st.sampled_from("ab é각Å%20 +#&~-"), min_size=1, max_size=6).filter(
@@ -63,7 +63,7 @@ def test_find_image_resolves_every_spelling_or_refuses(stem, others, layout, spe
         written = SPELLINGS[spelling](name)
         try:
             found = find_image(written, [root])
-        except ImageNameError:
+        except InputError:
             assert _is_ambiguous(wanted.stem, others)
             return
         is_written = Path(root, written).is_file()
@@ -128,7 +128,7 @@ def test_find_image_takes_the_first_root_that_has_the_name(tmp_path):
 )
 def test_find_image_refuses_a_name_of_two_files_naming_both(tmp_path, name, files):
     root = _make(tmp_path, *files)
-    with pytest.raises(ImageNameError) as refused:
+    with pytest.raises(InputError) as refused:
         find_image(name, [root])
     assert all(str(root / file) in str(refused.value) for file in files)
 
@@ -143,7 +143,7 @@ def test_find_image_counts_two_links_to_a_file_once(tmp_path):
     "name", ["https://host/a.png", "HTTP://host/a.png", "s3://bucket/a.png", "data:image/png;base64,AA"]
 )
 def test_find_image_says_that_a_url_is_one(tmp_path, name):
-    with pytest.raises(ImageError, match="is a URL, not a file"):
+    with pytest.raises(InputError, match="is a URL, not a file"):
         find_image(name, [_make(tmp_path, "a.png")])
 
 

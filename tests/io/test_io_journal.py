@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from sca.io.atomic import OutputError
-from sca.io.journal import Journal, JournalError, read_journal
-from sca.io.lock import LockedError
+from sca.io.errors import InputError, LockedError, OutputError
+from sca.io.journal import Journal, read_journal
 
 resource = pytest.importorskip("resource")
 ENTRIES = [{"number": number, "text": "x" * number} for number in range(50)]
@@ -69,7 +68,7 @@ def test_journal_begins_anew_where_the_first_line_is_torn(tmp_path, content):
 @pytest.mark.parametrize("content", [b"my notes\n", b"my notes", b"[1]\n[2]\n", b"\x89PNG\r\n\x1a\n", b"{\n "])
 def test_journal_does_not_touch_a_file_that_is_none(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(JournalError, match="is not a journal; choose another folder"):
+    with pytest.raises(InputError, match="is not a journal; choose another folder"):
         Journal(tmp_path / "notes")
     assert (tmp_path / "notes").read_bytes() == content
 
@@ -88,7 +87,7 @@ def test_journal_keeps_a_first_line_that_lacks_only_its_newline(tmp_path, conten
 def test_journal_does_not_touch_a_whole_first_line_that_completes_no_group(tmp_path):
     (tmp_path / "journal").write_bytes(b'{"a": 1}')
     for read in (Journal, lambda path, completes: list(read_journal(path, completes))):
-        with pytest.raises(JournalError, match="is not a journal"):
+        with pytest.raises(InputError, match="is not a journal"):
             read(tmp_path / "journal", lambda entry: "done" in entry)
     assert (tmp_path / "journal").read_bytes() == b'{"a": 1}'
 
@@ -118,7 +117,7 @@ def test_read_journal_survives_that_another_process_truncates_the_file(path, mon
 def test_journal_names_a_line_that_is_damaged_before_its_end(path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:10], b"\0\0\0\n", *lines[11:]]))
-    with pytest.raises(JournalError, match="line 11, is damaged"):
+    with pytest.raises(InputError, match="line 11, is damaged"):
         list(read_journal(path))
 
 

@@ -43,21 +43,21 @@ def test_read_json_rejects_content_in_one_line_that_names_the_file(tmp_path, con
 
 def test_parse_json_accepts_the_deepest_allowed_nesting():
     json_text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
-    assert json.dumps(parse_json(json_text)) == json_text
+    assert json.dumps(parse_json(json_text, "a.json")) == json_text
     with pytest.raises(ValueError, match="deeper"):
-        parse_json("[" + json_text + "]")
+        parse_json(f"[{json_text}]", "a.json")
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_parse_json_rejects_non_finite_numbers_on_request(number):
-    assert isinstance(parse_json(f"[{number}]")[0], float)
+    assert isinstance(parse_json(f"[{number}]", "a.json")[0], float)
     with pytest.raises(ValueError, match="not a finite number"):
-        parse_json(f"[{number}]", finite=True)
-    assert parse_json("[1.5, 1e300]", finite=True) == [1.5, 1e300]
+        parse_json(f"[{number}]", "a.json", finite=True)
+    assert parse_json("[1.5, 1e300]", "a.json", finite=True) == [1.5, 1e300]
 
 
 def test_parse_json_accepts_half_of_a_surrogate_pair_on_request():
-    assert parse_json('"\\ud83d"', surrogates=True) == "\ud83d"
+    assert parse_json('"\\ud83d"', "a.json", surrogates=True) == "\ud83d"
 
 
 def test_read_regular_file_rejects_a_fifo_and_a_folder_without_waiting(tmp_path):

@@ -11,12 +11,13 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
+from sca.io.errors import InputError
 from sca.io.prompt_files import read_prompts
-from sca.io.prompts import PromptError, check, parse_box, parse_point, parse_region, read_mask
+from sca.io.prompts import check, parse_box, parse_point, parse_region, read_mask
 
 
 def refusal(call, *arguments) -> str:
-    with pytest.raises(PromptError) as raised:
+    with pytest.raises(InputError) as raised:
         call(*arguments)
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -325,8 +326,8 @@ def test_json_lines_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "deeper than 100"),
         ("[1]", "object"),
         ({"box": [1, 2, 3, 4]}, "'image'"),
         ({"image": 3, "box": [1, 2, 3, 4]}, "'image'"),
@@ -388,13 +389,13 @@ def test_coco_is_read_as_boxes(tmp_path):
     [
         ([], "'images'"),
         ({"images": []}, "'annotations'"),
-        (coco(images=[{"id": 1}]), "images[0], 'file_name'"),
-        (coco(images=[{"file_name": "a"}]), "images[0], 'id'"),
+        (coco(images=[{"id": 1}]), "images[0]: no 'file_name'"),
+        (coco(images=[{"file_name": "a"}]), "images[0]: no 'id'"),
         (coco(images=[{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]), "images[1], 'id'"),
         (coco(images=[{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]), "images[1], 'file_name'"),
         (coco(annotations=[{"image_id": 9, "bbox": [1, 2, 3, 4]}]), "annotations[0], 'image_id'"),
         (coco(annotations=[{"image_id": [], "bbox": [1, 2, 3, 4]}]), "annotations[0], 'image_id'"),
-        (coco(annotations=[7]), "annotations[0], 'image_id'"),
+        (coco(annotations=[7]), "annotations[0] is 7; give an object"),
         (coco(annotations=[{"image_id": 1}]), "annotations[0]"),
         (coco(annotations=[{"image_id": 1, "bbox": [1, 2, 3]}]), "annotations[0], 'bbox'"),
         (coco(annotations=[{"image_id": 1, "segmentation": [[1, 2]]}]), "annotations[0], 'segmentation'"),
@@ -409,7 +410,7 @@ def test_a_wrong_coco_record_is_named(tmp_path, content, words):
     path = write_lines(tmp_path / "instances.json", content)
     try:
         message = read_prompts(path).problems[0]
-    except PromptError as error:  # nothing is left
+    except InputError as error:  # nothing is left
         message = str(error)
     assert str(path) in message
     assert words in message

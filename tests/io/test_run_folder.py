@@ -8,10 +8,9 @@ import time
 import pytest
 
 from sca.io.atomic import new_folder
-from sca.io.json import IrregularFileError
-from sca.io.lock import LockedError
+from sca.io.errors import InputError, LockedError, OutputError
 from sca.io.output_patterns import exact_pattern, find_outputs
-from sca.io.run_folder import LOCK, MARKER, OutputFilter, RunFolder, RunFolderError, check_not_inputs, existing_paths
+from sca.io.run_folder import LOCK, MARKER, OutputFilter, RunFolder, check_not_inputs, existing_paths
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_run_folder_records_what_made_it(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_run_folder_refuses_files_that_it_did_not_write(tmp_path, name, overwrite):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(RunFolderError, match=r"exists and was not written by `sca test`; choose another folder"):
+    with pytest.raises(OutputError, match=r"exists and was not written by `sca test`; choose another folder"):
         run(tmp_path, overwrite=overwrite)
     assert (tmp_path / name).read_text() == "precious"
     assert names(tmp_path) == [name]
@@ -61,13 +60,13 @@ def test_run_folder_refuses_files_that_it_did_not_write(tmp_path, name, overwrit
 
 def test_run_folder_refuses_a_dangling_link_in_place_of_an_output(tmp_path):
     (tmp_path / "a.txt").symlink_to("nowhere")
-    with pytest.raises(RunFolderError, match="was not written"):
+    with pytest.raises(OutputError, match="was not written"):
         run(tmp_path)
 
 
 def test_run_folder_refuses_other_settings_with_the_ways_out(tmp_path):
     run(tmp_path, {"x": 1, "y": [1, 2]})
-    with pytest.raises(RunFolderError, match=r"another run \(x: 1 there, 2 now\); choose another folder.*--overwrite"):
+    with pytest.raises(OutputError, match=r"another run \(x: 1 there, 2 now\); choose .* replace the run"):
         run(tmp_path, {"x": 2, "y": (1, 2)})
     run(tmp_path, {"x": 2, "y": (1, 2)}, loose=["x"])
 
@@ -108,7 +107,7 @@ def test_kinds_of_runs_share_a_folder_but_no_files(tmp_path):
     run(tmp_path)
     with RunFolder(tmp_path, "other", PATTERNS) as folder:
         folder.begin({}, ["b.txt"])
-        with pytest.raises(RunFolderError, match="not written by `sca other`"):
+        with pytest.raises(OutputError, match="not written by `sca other`"):
             folder.begin({}, ["a.txt"])
     assert run(tmp_path) is not None
 
@@ -133,7 +132,7 @@ def test_run_folder_refuses_an_irregular_lock_file_without_waiting(tmp_path, lim
         path.mkdir()
     else:
         path.symlink_to(tmp_path / ("mine" if kind == "link" else "absent"))
-    with pytest.raises(IrregularFileError, match="lock is not a regular file; remove it or choose another folder"):
+    with pytest.raises(OutputError, match="lock is not a regular file; remove it or choose another folder"):
         run(tmp_path / "out")
     if reader is not None:
         os.close(reader)
@@ -206,7 +205,7 @@ def test_check_not_inputs_sees_through_names(tmp_path, monkeypatch, way):
     elif way == "linked folder":
         (tmp_path / "linked").symlink_to(folder)
         output = tmp_path / "linked" / "a.jsonl"
-    with pytest.raises(RunFolderError, match="would be overwritten and is an input of this command"):
+    with pytest.raises(OutputError, match="would be overwritten and is an input of this command"):
         check_not_inputs([output], [given])
     check_not_inputs([tmp_path / "other"], [given])
 
@@ -214,9 +213,9 @@ def test_check_not_inputs_sees_through_names(tmp_path, monkeypatch, way):
 def test_check_not_inputs_refuses_a_folder_that_contains_an_input(tmp_path):
     (tmp_path / "runs/model").mkdir(parents=True)
     (tmp_path / "runs/model/spec.json").touch()
-    with pytest.raises(RunFolderError, match="is an input"):
+    with pytest.raises(OutputError, match="is an input"):
         check_not_inputs([tmp_path / "runs"], [tmp_path / "runs/model/spec.json"])
-    with pytest.raises(RunFolderError, match="is an input"):  # an input folder of the run folder itself
+    with pytest.raises(OutputError, match="is an input"):  # an input folder of the run folder itself
         check_not_inputs([tmp_path / "runs/model/spec.json"], [tmp_path / "runs/model"], tmp_path / "runs")
     check_not_inputs([tmp_path / "runs/model/spec.json"], [tmp_path], tmp_path / "runs")
 
@@ -261,7 +260,7 @@ def test_exact_pattern_matches_one_name(tmp_path):
 
 def test_a_damaged_marker_is_one_line(tmp_path):
     (tmp_path / MARKER).write_text("{")
-    with pytest.raises(RunFolderError, match="is damaged; choose another folder, or remove the file"):
+    with pytest.raises(InputError, match="is damaged; choose another folder, or remove the file"):
         run(tmp_path)
 
 

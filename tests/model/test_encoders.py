@@ -11,7 +11,7 @@ from sca_registry import RegistryError
 from sca_registry.contracts import Prompts
 
 import sca
-from sca.io.weight_files import HubError
+from sca.io.errors import InputError
 from sca.testing.tiny import tiny_options
 
 open_clip = pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
@@ -141,7 +141,7 @@ def spoil(folder, name, how):
 def test_weights_that_do_not_fit_are_refused_in_one_line(kind, name, file, how, request, capsys):
     folder, _ = request.getfixturevalue(kind)
     spoil(folder, file, how)
-    with pytest.raises((HubError, RegistryError)) as caught:
+    with pytest.raises((InputError, RegistryError)) as caught:
         encoder(name, weights=str(folder))
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)

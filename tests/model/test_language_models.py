@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import sca
-from sca.io.weight_files import HubError
+from sca.io.errors import InputError
 from sca.language_models.hf import HfLanguageModel, read_tokenizer
 from sca.language_models.tiny_gpt2 import TinyGpt2
 
@@ -44,9 +44,9 @@ def test_neither_pad_nor_unknown_nor_beginning_is_needed(tokenizer, special):
 
 def test_an_end_is_needed_and_can_be_named(tokenizer):
     folder = tokenizer(pad_token="<pad>")
-    with pytest.raises(HubError, match=r"name one of its tokens with eos="):
+    with pytest.raises(InputError, match=r"name one of its tokens with eos="):
         read_tokenizer(folder)
-    with pytest.raises(HubError, match="no token '<stop>'"):
+    with pytest.raises(InputError, match="no token '<stop>'"):
         read_tokenizer(folder, eos="<stop>")
     assert read_tokenizer(folder, eos="<end>").encode("car") == [2, 3]
 

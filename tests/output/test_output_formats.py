@@ -11,8 +11,8 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations.brush import pack, unpack
+from sca.io.errors import InputError
 from sca.output import FORMATS, Writers
-from sca.output.captioned import ReadError
 from sca.output.outline import fill, polygons
 from sca.output.read import read_captions
 
@@ -147,12 +147,12 @@ def test_hostile_words_come_back(tmp_path, picture, hostile):
 
 LINE = {"image": "a.png", "width": 4, "height": 3, "region": 0, "caption": "x", "box": [0, 0, 1, 1]}
 BROKEN = {
-    "not JSON": ("a.jsonl", "{", "a.jsonl, line 1: not whole JSON"),
-    "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image': the name of an image, not 3"),
-    "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1: 'width' and 'height' of the image"),
-    "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption': text, not None"),
-    "a box beyond float": ("a.jsonl", json.dumps({**LINE, "box": [0, 0, 1, 10**400]}), "line 1, 'box': 4 numbers, not"),
-    "a box of three": ("a.jsonl", json.dumps({**LINE, "box": [1, 2, 3]}), "line 1, 'box': 4 numbers, not"),
+    "not JSON": ("a.jsonl", "{", "a.jsonl, line 1 is not valid JSON"),
+    "no image": ("a.jsonl", json.dumps({**LINE, "image": 3}), "line 1, 'image' is 3; give the file name of an image"),
+    "no size": ("a.jsonl", json.dumps({**LINE, "width": None}), "line 1, 'width' is None; give a whole number"),
+    "no caption": ("a.jsonl", json.dumps({**LINE, "caption": None}), "line 1, 'caption' is None; give text"),
+    "a box beyond float": ("a.jsonl", json.dumps({**LINE, "box": [0, 0, 1, 10**400]}), "line 1, 'box' is ["),
+    "a box of three": ("a.jsonl", json.dumps({**LINE, "box": [1, 2, 3]}), "line 1, 'box' is ["),
     "a broken mask": ("a.jsonl", json.dumps({**LINE, "mask": {"size": [3, 4], "counts": "z"}}), "line 1, 'mask'"),
     "another mask": (
         "a.jsonl",
@@ -166,7 +166,7 @@ BROKEN = {
     ),
     "another kind": ("a.json", "{}", "a.json is none of JSON lines"),
     "no parquet": ("a.parquet", "PAR1", "is not a whole Parquet file"),
-    "a list of what": ("a.json", "[3]", "task 0: an object, not 3"),
+    "a list of what": ("a.json", "[3]", "task 0 is 3; give an object"),
     "lost annotations": (
         "a.json",
         json.dumps({"images": [], "annotations": [{"image_id": 7}]}),
@@ -195,16 +195,16 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     file, content, message = BROKEN[name]
     (tmp_path / file).write_text(content)
-    with pytest.raises(ReadError) as raised:
+    with pytest.raises(InputError) as raised:
         list(read_captions(file))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_and_an_empty_folder_are_said(tmp_path):
-    with pytest.raises(ReadError, match=r"cannot read .*none"):
+    with pytest.raises(InputError, match=r"cannot read .*none"):
         list(read_captions(tmp_path / "none.jsonl"))
-    with pytest.raises(ReadError, match=r"no \.json files in"):
+    with pytest.raises(InputError, match=r"no \.json files in"):
         list(read_captions(tmp_path))
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from sca.io import masks
+from sca.io.errors import OutputError
 from sca.io.prompt_files import read_prompts
-from sca.output import OutputError, Writers
+from sca.output import Writers
 
 
 def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captions):

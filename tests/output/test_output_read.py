@@ -122,7 +122,7 @@ def test_reader_rejects_a_damaged_file_of_a_folder(tmp_path):
     (tmp_path / "c.json").rename(tmp_path / "c.JSON")
     images, _, problems = read(tmp_path)
     assert len(images) == 2
-    assert "b.json: not whole JSON" in problems[0]
+    assert "b.json is not valid JSON" in problems[0]
 
 
 @pytest.mark.parametrize("others", [3, [3], [{"caption": 3}], [{"score": 1}]])

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from sca.output import FORMATS, OutputError, Writers
+from sca.io.errors import OutputError
+from sca.output import FORMATS, Writers
 from sca.output.read import read_captions
 
 

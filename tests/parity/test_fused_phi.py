@@ -12,8 +12,7 @@ from tiny import tiny
 
 import sca
 from sca.checkpoints.export import write_published
-from sca.checkpoints.layout import CheckpointError
-from sca.io.weight_files import HubError
+from sca.io.errors import InputError
 from sca.language_models.hf import HfLanguageModel
 
 HEADS, WIDTH = tiny("phi")["num_attention_heads"], tiny("phi")["hidden_size"]
@@ -132,7 +131,7 @@ def rotated(values, cos, sin):
 
 def test_fused_tensor_of_another_shape_is_rejected_in_one_line(published, plain):
     told = r"self_attn\.query_key_value\.weight is \(95, 32\) and the config\.json asks for \(96, 32\)"
-    for folder, load, error in ((published, sca.load, CheckpointError), (plain, HfLanguageModel, HubError)):
+    for folder, load, error in ((published, sca.load, InputError), (plain, HfLanguageModel, InputError)):
         rewrite(folder, lambda held: drop_row(fuse(held)))
         with pytest.raises(error, match=told) as raised:
             load(str(folder))
@@ -142,7 +141,7 @@ def test_fused_tensor_of_another_shape_is_rejected_in_one_line(published, plain)
 
 def test_checkpoint_with_fused_and_split_attention_is_rejected(published):
     rewrite(published, lambda held: held | fuse(held))
-    with pytest.raises(CheckpointError, match="both"):
+    with pytest.raises(InputError, match="both"):
         sca.load(published)
 
 
@@ -152,5 +151,5 @@ def test_fused_attention_of_another_language_model_is_unexpected(published):
     config["text_config"]["model_type"] = "llama"
     (published / "config.json").write_text(json.dumps(config))
     rewrite(published, fuse)
-    with pytest.raises(CheckpointError, match=r"missing .*self_attn\.k_proj\.weight"):
+    with pytest.raises(InputError, match=r"missing .*self_attn\.k_proj\.weight"):
         sca.load(published)

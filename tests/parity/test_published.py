@@ -13,8 +13,7 @@ from sca_registry.spec import Part
 
 import sca
 from sca.checkpoints.export import with_sources, write_language_model, write_published
-from sca.checkpoints.layout import CheckpointError
-from sca.io.weight_files import HubError
+from sca.io.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_a_source_with_other_weights_is_refused(published, lm_folder, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["transformer.ln_f.weight"][0] += 1e-3
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"are others than the model's: language_model\.model\.transformer\.ln_f"):
+    with pytest.raises(InputError, match=r"are others than the model's: language_model\.model\.transformer\.ln_f"):
         with_sources(model, language_model=Part("hf", {"weights": str(other)}))
 
 
@@ -146,7 +145,7 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
     ],
 )
 def test_what_the_published_layout_cannot_hold_is_refused(composed, tmp_path, changes, told):
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(InputError, match=told):
         write_published(composed(**changes), tmp_path / "published")
     assert not (tmp_path / "published").exists()
 
@@ -235,14 +234,14 @@ def test_a_broken_folder_is_told_in_one_line(published, damage, told, monkeypatc
     folder = published()
     damage(folder)
     monkeypatch.chdir(folder)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(InputError, match=told) as error:
         sca.load(folder)
     assert "\n" not in str(error.value)
     assert not (folder / "ran").exists()
 
 
 def test_a_folder_of_another_kind_is_no_model(lm_folder):
-    with pytest.raises(CheckpointError, match=r"has no spec\.json"):
+    with pytest.raises(InputError, match=r"has no spec\.json"):
         sca.load(lm_folder("gpt2"))
 
 
@@ -254,7 +253,7 @@ def test_broken_pretrained_weights_are_told_in_one_line(lm_folder, tmp_path, dam
     shutil.copytree(lm_folder("llama"), folder)
     damage(folder)
     monkeypatch.chdir(folder)
-    with pytest.raises(HubError, match=str(folder)) as error:
+    with pytest.raises(InputError, match=str(folder)) as error:
         HfLanguageModel(str(folder))
     assert "\n" not in str(error.value)
     assert not (folder / "ran").exists()
@@ -266,5 +265,5 @@ def test_pretrained_weights_that_lack_a_tensor_are_not_filled_with_random_ones(l
     folder = tmp_path / "lm"
     shutil.copytree(lm_folder("llama"), folder)
     tensors(lambda held: held.pop("model.norm.weight"))(folder)
-    with pytest.raises(HubError, match=r"it lacks model\.norm\.weight"):
+    with pytest.raises(InputError, match=r"it lacks model\.norm\.weight"):
         HfLanguageModel(str(folder))

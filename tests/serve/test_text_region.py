@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.io.prompts import PromptError
+from sca.io.errors import InputError
 from sca.serve.text_region import find_region
 
 BOX = (370.0, 434.0, 448.0, 512.0)
@@ -244,7 +244,7 @@ def test_find_region_joins_the_parts_of_a_region():
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_find_region_refuses_what_it_cannot_read(text):
-    with pytest.raises(PromptError) as raised:
+    with pytest.raises(InputError) as raised:
         find_region(text)
     assert REFUSED[text] in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -257,7 +257,7 @@ def test_find_region_leaves_other_numbers_alone(text):
 
 @pytest.mark.parametrize("text", ["What is 10,20,30,40?", "Which of the classes 1, 2, 3, 4 is it?"])
 def test_find_region_refuses_four_bare_numbers_in_a_sentence(text):
-    with pytest.raises(PromptError, match="may be a region; if they are, write box=x1,y1,x2,y2"):
+    with pytest.raises(InputError, match="may be a region; if they are, write box=x1,y1,x2,y2"):
         find_region(text)
     assert find_region(text, refuse_bare=False) is None
 
@@ -272,7 +272,7 @@ WORDS = st.sampled_from(
 def test_find_region_never_overlooks_a_box_among_words(before, box, after):
     try:
         found = find_region(" ".join([*before, box, *after]))
-    except PromptError:
+    except InputError:
         return
     assert found == (BOX, ())
 
@@ -280,5 +280,5 @@ def test_find_region_never_overlooks_a_box_among_words(before, box, after):
 @given(st.text("box=point:[](){}<>|,;. 0123456789-+%exy\"'\n", max_size=60))
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 def test_find_region_raises_nothing_but_prompt_errors(text):
-    with suppress(PromptError):
+    with suppress(InputError):
         find_region(text)

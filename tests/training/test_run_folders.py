@@ -5,10 +5,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from sca.checkpoints.layout import CheckpointError
 from sca.checkpoints.native import save
-from sca.io.lock import LockedError
-from sca.io.run_folder import RunFolder, RunFolderError
+from sca.io.errors import InputError, LockedError, OutputError
+from sca.io.run_folder import RunFolder
 from sca.training.recipe import Recipe
 from sca.training.train import train
 
@@ -40,7 +39,7 @@ def test_train_deletes_no_foreign_files(plan, tmp_path, blocks, overwrite):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("precious")
     if blocks:
-        with pytest.raises((RunFolderError, CheckpointError), match=r"not written by `sca train`|it contains"):
+        with pytest.raises((OutputError, InputError), match=r"not written by `sca train`|it contains"):
             train(plan(), tmp_path, quiet=True, overwrite=overwrite)
     else:
         for seed in (0, 1):
@@ -52,7 +51,7 @@ def test_train_deletes_no_foreign_files(plan, tmp_path, blocks, overwrite):
 def test_train_refuses_a_folder_of_another_run(plan, tmp_path):
     train(plan(), tmp_path, quiet=True)
     before = weights(tmp_path)
-    with pytest.raises(RunFolderError, match=r"another run \(train\.learning_rate: .* there, .* now\).*--overwrite"):
+    with pytest.raises(OutputError, match=r"another run \(train\.learning_rate: .* there, .* now\).*replace the run"):
         train(plan(learning_rate=1e-2), tmp_path, quiet=True)
     assert weights(tmp_path) == before
     train(plan(workers=0, save=7), tmp_path, quiet=True)
@@ -77,7 +76,7 @@ def test_train_sees_that_the_data_is_another(plan, tmp_path):
 
     train(recipe("a cat"), tmp_path / "out", quiet=True)
     train(recipe("a cat"), tmp_path / "out", quiet=True)
-    with pytest.raises(RunFolderError, match="another run"):
+    with pytest.raises(OutputError, match="another run"):
         train(recipe("a dog"), tmp_path / "out", quiet=True)
 
 
@@ -110,7 +109,7 @@ def test_train_does_not_overwrite_the_model_that_it_starts_from(plan, small, sma
     before = weights(tmp_path)
     for start in (tmp_path / "model", save(small(trainable=small_table["trainable"]), tmp_path / "best")):
         recipe = replace(plan(), model=str(start))
-        with pytest.raises(ValueError, match="is an input of this command"):
+        with pytest.raises(OutputError, match="is an input of this command"):
             train(recipe, tmp_path, quiet=True, overwrite=True)
     assert weights(tmp_path) == before
 

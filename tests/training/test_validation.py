@@ -146,7 +146,7 @@ def test_validation_accepts_a_score_that_a_later_name_of_best_replaces(plan, tmp
 
 
 def test_validation_rejects_an_empty_best(plan):
-    with pytest.raises(RegistryError, match=r"validate\.best is \[\]: give a list of 1 or more"):
+    with pytest.raises(RegistryError, match=r"validate\.best is \[\]; give a list of 1 or more"):
         plan({"best": []})
 
 

@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sca.io import masks
 from sca.io.coordinates import Box
-from sca.io.numbers import is_int64
 
 Size = tuple[int, int]  # width, height
 Skip = Callable[[str, str], None]  # counts a reason, with the place of the record
@@ -24,42 +22,6 @@ CAPTION_KEYS = (
     "sentences",
     "expression",
 )
-
-
-class AnnotationError(ValueError):
-    """An annotation that cannot be read; the message is one line that names the record."""
-
-
-Reject = Callable[[ValueError], None]  # receives what a record of which nothing can be made is refused for
-
-
-def raise_error(error: ValueError) -> None:
-    """Refuse a whole file for one record that cannot be read."""
-    raise error
-
-
-def read_size(record: Mapping[str, Any], keys: tuple[str, str], place: str) -> Size | None:
-    """Read the width and height of an image.
-
-    Args:
-        record: That has them.
-        keys: What it calls them.
-        place: The file and the record, for messages.
-
-    Returns:
-        Both in pixels; None where either is missing.
-
-    Raises:
-        AnnotationError: If they are no size of an image.
-    """
-    width, height = (record.get(key) for key in keys)
-    if width is None or height is None:
-        return None
-    if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
-        raise AnnotationError(f"{place}: {' and '.join(map(repr, keys))} in whole pixels, not {(width, height)!r:.40}")
-    if width * height > masks.PIXEL_LIMIT:
-        raise AnnotationError(f"{place}: an image of {width} x {height} has more pixels than are allowed")
-    return width, height
 
 
 def find_unread_caption(record: Mapping[str, Any], read: Sequence[str]) -> str | None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sca.io.errors import InputError
+
 SIZES = (3, 4, 8, 16)  # bits of a run's length; each run says which of them it has
 
 
@@ -37,7 +39,7 @@ def unpack(code: Sequence[int], width: int, height: int) -> np.ndarray:
     """The bytes of a code -> (height, width) bool, true where the image is not transparent.
 
     Raises:
-        ValueError: If they are not the code of an image of that size.
+        InputError: If they are not the code of an image of that size.
     """
     text = "".join(f"{byte:08b}" for byte in bytes(code))
     place = 0
@@ -46,12 +48,12 @@ def unpack(code: Sequence[int], width: int, height: int) -> np.ndarray:
         nonlocal place
         place += count
         if place > len(text):
-            raise ValueError("the run-length code is cut short")
+            raise InputError("the run-length code is cut short")
         return int(text[place - count : place], 2)
 
     count, word = take(32), take(5) + 1
     if count != 4 * width * height:
-        raise ValueError(
+        raise InputError(
             f"the run-length code has {count} values, and an image of {width} x {height} {4 * width * height}"
         )
     sizes = [take(4) + 1 for _ in range(4)]

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 from sca.io import masks
-from sca.io.annotations.annotation import Annotation, AnnotationError, Size, Skip, find_unread_caption
+from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import Points, bound_points, fill_polygons
 from sca.io.coordinates import Box
-from sca.io.numbers import is_finite_number
+from sca.io.errors import InputError
+from sca.io.validation import check_numbers, convert_box, is_finite_number, read_texts
 
 SHORT = "polygon with fewer than three points"
 Count = Callable[[str], None]  # counts a reason
@@ -29,31 +30,27 @@ def read_annotation(
         skip: Called for each part that cannot be kept.
 
     Raises:
-        AnnotationError: If a field cannot be read; the message names it.
+        InputError: If a field cannot be read; the message names it.
     """
     segmentation = find_segmentation(record)
-    field = "bbox"
+    box = _read_box_with_area(record.get("bbox"), place, skip)
     try:
-        box = _read_box_with_area(record.get("bbox"), place, skip)
-        field = "segmentation"
         mask = _read_mask_with_area(segmentation, size, place, skip) if size else None
         if box is None and segmentation:
             count = (lambda reason: None) if size else partial(_count, skip, place)  # counted with the mask
             box = masks.box_of(mask) if mask else bound_segmentation(segmentation, count)
     except ValueError as error:
-        raise AnnotationError(f"{place}, {field!r}: {error}") from error
+        raise InputError(f"{place}, 'segmentation': {error}") from error
     if has_keypoints(record):
         skip("keypoints", place)
     texts = record.get("caption")
-    captions = tuple(texts) if isinstance(texts, list) else () if texts is None else (texts,)
-    if not all(isinstance(text, str) for text in captions):
-        raise AnnotationError(f"{place}, 'caption': text, not {texts!r:.40}")
+    captions = () if texts is None else tuple(read_texts(f"{place}, 'caption'", texts))
     unread = find_unread_caption(record, ("caption",))
     return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread)
 
 
 def _read_box_with_area(value: Any, place: str, skip: Skip) -> Box | None:
-    box = read_box(value)
+    box = read_box(value, f"{place}, 'bbox'")
     if box is None or (box[0] < box[2] and box[1] < box[3]):
         return box
     if any(value):  # all zero is how a region without a box is written
@@ -84,20 +81,16 @@ def clean_name(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def read_box(value: Any) -> Box | None:
+def read_box(value: Any, what: str) -> Box | None:
     """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
 
     Raises:
-        ValueError: With what it must be.
+        InputError: It is something else; the message begins with `what`.
     """
     if value is None or value == []:
         return None
-    if not isinstance(value, list) or len(value) != 4 or not all(map(is_finite_number, value)):
-        raise ValueError(f"must be four numbers (x, y, width, height), not {value!r:.80}")
-    x, y, width, height = value
-    if min(width, height) < 0:
-        raise ValueError(f"must not have a negative width or height, as {value!r:.80} does")
-    return x, y, x + width, y + height
+    check_numbers(what, value, "x, y, width, height")
+    return convert_box(what, *value)
 
 
 def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
@@ -109,7 +102,7 @@ def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
         count: Called for each polygon that has no inside.
 
     Raises:
-        ValueError: With what it must be.
+        InputError: With what it must be.
     """
     if not value:
         return None
@@ -118,25 +111,25 @@ def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
         polygons = read_polygons(value, count)
         return fill_polygons(polygons, size) if polygons else None
     if not isinstance(value, dict) or not isinstance(value.get("counts"), str | list):
-        raise ValueError("must be polygons, or RLE with size and counts")
+        raise InputError("must be polygons, or RLE with size and counts")
     if value.get("size") != [height, width]:
-        raise ValueError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
+        raise InputError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
     try:
         return masks.checked(value)
     except ValueError as error:
-        raise ValueError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
+        raise InputError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
 
 
 def read_polygons(value: list[Any], count: Count) -> list[Points]:
     """Read polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and left out.
 
     Raises:
-        ValueError: With what they must be.
+        InputError: With what they must be.
     """
     polygons = []
     for flat in value:
         if not isinstance(flat, list) or len(flat) % 2 or not all(map(is_finite_number, flat)):
-            raise ValueError("must be lists of x, y, x, y, ... for its polygons")
+            raise InputError("must be lists of x, y, x, y, ... for its polygons")
         if len(flat) < 6:
             count(SHORT)
         else:
@@ -148,12 +141,12 @@ def bound_segmentation(value: Any, count: Count) -> Box | None:
     """Return the box around a `segmentation` without the size of its image; None if nothing is inside.
 
     Raises:
-        ValueError: With what it must be.
+        InputError: With what it must be.
     """
     if isinstance(value, dict):
         return masks.box_of(masks.checked(value))
     if not isinstance(value, list):
-        raise ValueError("must be polygons, or RLE with size and counts")
+        raise InputError("must be polygons, or RLE with size and counts")
     polygons = read_polygons(value, count)
     return bound_points(point for polygon in polygons for point in polygon) if polygons else None
 

@@ -11,17 +11,7 @@ import numpy as np
 
 from sca.io import masks
 from sca.io.annotations import brush
-from sca.io.annotations.annotation import (
-    AnnotatedImage,
-    Annotation,
-    AnnotationError,
-    Reject,
-    Size,
-    Skip,
-    find_unread_caption,
-    raise_error,
-    read_size,
-)
+from sca.io.annotations.annotation import AnnotatedImage, Annotation, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import (
     Points,
     bound_points,
@@ -31,8 +21,18 @@ from sca.io.annotations.shapes import (
     trace_ellipse,
 )
 from sca.io.coordinates import Box
+from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import SUFFIXES
-from sca.io.numbers import is_finite_number
+from sca.io.validation import (
+    check_name,
+    check_numbers,
+    check_type,
+    is_finite_number,
+    read_field,
+    read_object,
+    read_size,
+    read_texts,
+)
 
 Results = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
@@ -60,16 +60,16 @@ def read_tasks(
     for number, task in enumerate(content if isinstance(content, list) else [content]):
         try:
             images = _read_task(task, f"{where}, task {number}", skip, measure, reject)
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             yield from images
 
 
 def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reject) -> list[AnnotatedImage]:
-    if "data" not in _table(task, place):
-        raise AnnotationError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
-    data = _table(task["data"], f"{place}, 'data'")
+    if "data" not in read_object(task, place):
+        raise InputError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
+    data = read_object(task["data"], f"{place}, 'data'")
     chosen = choose_annotation(task, place, skip)
     results = _read_results(chosen.get("result") or [], f"{place}, 'result'", reject)
     images = name_images(data, results, place)
@@ -85,12 +85,14 @@ def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reje
 
 
 def _read_results(results: Any, place: str, reject: Reject) -> list[Mapping[str, Any]]:
-    if not isinstance(results, list):
-        raise AnnotationError(f"{place}: a list, not {results!r:.40}")
+    check_type(place, results, list, InputError)
+    kept = []
     for number, result in enumerate(results):
-        if not isinstance(result, Mapping):
-            reject(AnnotationError(f"{place}[{number}]: an object, not {result!r:.40}"))
-    return [result for result in results if isinstance(result, Mapping)]
+        try:
+            kept.append(read_object(result, f"{place}[{number}]"))
+        except InputError as error:
+            reject(error)
+    return kept
 
 
 def is_task(content: Any) -> bool:
@@ -129,21 +131,19 @@ def name_images(data: Mapping[str, Any], results: Results, place: str) -> dict[t
     image.
 
     Raises:
-        AnnotationError: If no key or several could be meant.
+        InputError: If no key or several could be meant.
     """
     of_shapes = dict.fromkeys(str(each.get("to_name")) for each in results if _kind(each))
     keys = [key for key in of_shapes if key in data] or [key for key in data if key == "image"]
     keys = keys or [key for key, value in data.items() if _names_image(value)]
     if not keys or (len(keys) > 1 and not set(keys) <= of_shapes.keys()):
         found = "several values name" if keys else "no value names"
-        raise AnnotationError(f"{place}, 'data': {found} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
+        raise InputError(f"{place}, 'data': {found} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
     images = {}
     for key in keys:
         values = data[key] if isinstance(data[key], list) else [data[key]]
         for index, name in enumerate(values):
-            if not isinstance(name, str) or not name:
-                raise AnnotationError(f"{place}, 'data', {key!r}: the name of an image, not {name!r:.40}")
-            images[key, index] = name
+            images[key, index] = check_name(f"{place}, 'data', {key!r}", name)
     return images
 
 
@@ -166,14 +166,14 @@ def agree_size(
     for number, result in enumerate(results):
         try:
             recorded = _recorded_size(result, number, size, place)
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             size = size or recorded
             kept.append(result)
     if size is None and is_only:
-        with suppress(AnnotationError):  # columns of the user's own
-            size = read_size(data, ("width", "height"), place)
+        with suppress(InputError):  # columns of the user's own
+            size = read_size(data, place)
     return size, kept
 
 
@@ -182,11 +182,9 @@ def _recorded_size(result: Mapping[str, Any], number: int, known: Size | None, p
     if not _kind(result):
         return None
     where = f"{place}, {_name_region(result, number)}"
-    size = read_size(result, ("original_width", "original_height"), where)
+    size = read_size(result, where, ("original_width", "original_height"))
     if size and known and size != known:
-        raise AnnotationError(
-            f"{where}: an image of {size[0]} x {size[1]}, and {known[0]} x {known[1]} in a result before"
-        )
+        raise InputError(f"{where}: an image of {size[0]} x {size[1]}, and {known[0]} x {known[1]} in a result before")
     return size
 
 
@@ -222,7 +220,7 @@ def read_regions(
                 skip(kind if isinstance(kind, str) else "result without a type", where)
         try:
             region = _read_region(pieces, shapes, size, where, skip) if shapes else None
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             found += [region] if region else []
@@ -231,7 +229,7 @@ def read_regions(
 
 def _read_region(pieces: Results, shapes: Results, size: Size | None, place: str, skip: Skip) -> Annotation | None:
     if size is None:
-        raise AnnotationError(f"{place}: no 'original_width' and 'original_height', and no image to measure")
+        raise InputError(f"{place}: no 'original_width' and 'original_height', and no image to measure")
     geometry = _read_geometry(shapes, size, place, skip)
     if geometry is None:
         return None
@@ -278,9 +276,9 @@ def read_shape(
     """Read the box, the mask or the point of a result, in pixels. All are None for what was counted.
 
     Raises:
-        AnnotationError: If its value cannot be read.
+        InputError: If its value cannot be read.
     """
-    value, kind = _table(result.get("value"), f"{place}, 'value'"), _kind(result)
+    value, kind = read_object(result.get("value"), f"{place}, 'value'"), _kind(result)
     x_scale, y_scale = size[0] / 100, size[1] / 100
     try:
         match kind:
@@ -300,27 +298,26 @@ def read_shape(
                 corners = [_pair(each) for each in value["points"]]
                 return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
             case "vector":
-                vertices = [_table(each, "a vertex") for each in value["vertices"]]
+                vertices = [read_object(each, "a vertex") for each in value["vertices"]]
                 if not value.get("closed") or any(each.get("isBezier") for each in vertices):
                     skip("open or curved vector", place)
                     return None, None, None
                 corners = [_numbers(each, ("x", "y")) for each in vertices]
                 return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
             case "brush":
-                if not isinstance(value.get("rle"), list):
-                    raise ValueError("no list 'rle'")
-                return None, masks.encode(brush.unpack(value["rle"], *size)), None
+                code = read_field(value, "rle", list, "'value'")
+                return None, masks.encode(brush.unpack(code, *size)), None
             case "bitmask":
                 inside = decode_mask(value.get("imageDataURL"), "'imageDataURL'", size)
                 if inside.shape != size[::-1]:
-                    raise ValueError(f"'imageDataURL' is {inside.shape[1]} x {inside.shape[0]}, the image {size}")
+                    raise InputError(f"'imageDataURL' is {inside.shape[1]} x {inside.shape[0]}, the image {size}")
                 return None, masks.encode(np.asarray(inside)), None
             case _:
                 x, y = _numbers(value, ("x", "y"))
                 return None, None, (x * x_scale, y * y_scale)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise AnnotationError(f"{place}: a {kind} that cannot be read: {reason}") from error
+        raise InputError(f"{place}: a {kind} that cannot be read: {reason}") from error
 
 
 def _filled(
@@ -350,11 +347,8 @@ def _kind(result: Mapping[str, Any]) -> str | None:
 def _texts(result: Mapping[str, Any], place: str) -> list[str]:
     if result.get("type") != "textarea":
         return []
-    texts = _table(result.get("value"), f"{place}, 'value'").get("text")
-    texts = texts if isinstance(texts, list) else [texts]
-    if not all(isinstance(text, str) for text in texts):
-        raise AnnotationError(f"{place}, 'text': text, not {texts!r:.40}")
-    return texts
+    value = read_object(result.get("value"), f"{place}, 'value'")
+    return read_texts(f"{place}, 'text'", value.get("text"))
 
 
 def _labels(result: Mapping[str, Any]) -> list[str]:
@@ -381,25 +375,14 @@ def _given(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(value: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
-    found = [value.get(key) for key in keys]
-    if not all(map(is_finite_number, found)):
-        raise ValueError(f"{', '.join(keys)} must be numbers, not {found!r:.60}")
-    return [float(each) for each in found]  # type: ignore[arg-type]
+    return [float(read_field(value, key, float, "'value'")) for key in keys]
 
 
 def _pair(value: Any) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2 or not all(map(is_finite_number, value)):
-        raise ValueError(f"a point must be two numbers x, y, not {value!r:.60}")
+    check_numbers("a point", value, "x, y")
     return float(value[0]), float(value[1])
 
 
 def _tables(value: Any, place: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list):
-        raise AnnotationError(f"{place}: a list, not {value!r:.40}")
-    return [_table(each, place) for each in value]
-
-
-def _table(value: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise AnnotationError(f"{place}: an object, not {value!r:.40}")
-    return value
+    check_type(place, value, list, InputError)
+    return [read_object(each, place) for each in value]

@@ -17,19 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sca.io import masks
-from sca.io.annotations.annotation import (
-    Annotation,
-    AnnotationError,
-    Reject,
-    Size,
-    Skip,
-    find_unread_caption,
-    raise_error,
-    read_size,
-)
+from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
-from sca.io.images import ImageError, open_image, read_image
-from sca.io.numbers import is_finite_number
+from sca.io.errors import InputError, Reject, raise_error
+from sca.io.images import open_image, read_image
+from sca.io.validation import check_numbers, check_type, read_field, read_object, read_size
 
 IGNORED = "__ignore__"  # the label of pixels that count for nothing
 POLYGONS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
@@ -49,14 +41,14 @@ def find_size(content: Mapping[str, Any], image: Path, where: str) -> Size:
     """Return the size of the image: as the file records it, or else that of the image file, or of the image inside.
 
     Raises:
-        AnnotationError: If nothing says how large the image is.
+        InputError: If nothing says how large the image is.
     """
-    if recorded := read_size(content, SIDES, where):
+    if recorded := read_size(content, where, SIDES):
         return recorded
     try:
         return open_image_of(content, image, where).size
-    except ImageError as error:
-        raise AnnotationError(f"{where}: no 'imageWidth' and 'imageHeight', and {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: no 'imageWidth' and 'imageHeight', and {error}") from error
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -68,7 +60,7 @@ def open_image_of(content: Mapping[str, Any], image: Path, where: str) -> Image.
     """Open an image file as `sca.open_image` does, or the image inside the file where there is no image file.
 
     Raises:
-        ImageError: If neither is an image, or one is larger than is allowed.
+        InputError: If neither is an image, or one is larger than is allowed.
     """
     if content.get("imageData") is None or os.path.lexists(image):
         return open_image(image)
@@ -79,13 +71,13 @@ def open_embedded(content: Mapping[str, Any], where: str) -> Image.Image:
     """Open the image inside a file, `imageData`, as `sca.open_image` does.
 
     Raises:
-        ImageError: If it is not an image, or larger than is allowed.
+        InputError: If it is not an image, or larger than is allowed.
     """
     what = f"{where}, 'imageData'"
     try:
         data = decode_embedded(content.get("imageData"), what)
     except ValueError as error:
-        raise ImageError(str(error)) from error
+        raise InputError(str(error)) from error
     return read_image(io.BytesIO(data), what, pixels=masks.PIXEL_LIMIT)
 
 
@@ -102,16 +94,13 @@ def read_shapes(
         reject: Called for each region that cannot be read, with an error that names it (default: raise the error).
 
     Raises:
-        AnnotationError: If the file has no shapes.
+        InputError: If the file has no shapes.
     """
-    shapes = content.get("shapes")
-    if not isinstance(shapes, list):
-        raise AnnotationError(f"{where}, 'shapes': a list, not {shapes!r:.40}")
     groups: dict[Any, list[Shape]] = {}
-    for number, record in enumerate(shapes):
+    for number, record in enumerate(read_field(content, "shapes", list, where)):
         try:
             shape = _parse_shape(record, f"{where}, shapes[{number}]")
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
             continue
         if shape.record["label"] == IGNORED:
@@ -123,7 +112,7 @@ def read_shapes(
     for group in groups.values():
         try:
             annotation = _read_group(group, size, skip)
-        except AnnotationError as error:
+        except InputError as error:
             reject(error)
         else:
             found += [annotation] if annotation else []
@@ -134,7 +123,7 @@ def draw_shape(shape: Shape, size: Size) -> np.ndarray:
     """Draw a polygon, rectangle, circle or mask as LabelMe does: (height, width) bool.
 
     Raises:
-        ValueError: If it cannot be drawn.
+        InputError: If it cannot be drawn.
     """
     points = [(float(x), float(y)) for x, y in shape.points]
     check_reach(points, size)
@@ -154,14 +143,15 @@ def draw_shape(shape: Shape, size: Size) -> np.ndarray:
 
 
 def _parse_shape(record: Any, place: str) -> Shape:
-    if not isinstance(record, Mapping) or not isinstance(record.get("label"), str):
-        raise AnnotationError(f"{place}: an object with a 'label', not {record!r:.40}")
-    points = record.get("points")
-    if not isinstance(points, list) or not points or not all(map(_is_point, points)):
-        raise AnnotationError(f"{place}, 'points': a list of [x, y], not {points!r:.40}")
+    read_object(record, place)
     kind = record.get("shape_type") or "polygon"
-    if not isinstance(kind, str):
-        raise AnnotationError(f"{place}, 'shape_type': text, not {kind!r:.40}")
+    for key, value in (("label", record.get("label")), ("shape_type", kind)):
+        check_type(f"{place}, {key!r}", value, str, InputError)
+    points = read_field(record, "points", list, place)
+    if not points:
+        raise InputError(f"{place}, 'points' is empty; give a list of [x, y]")
+    for point in points:
+        check_numbers(f"{place}, 'points'", point, "x, y")
     return Shape(place, kind, [(x, y) for x, y in points], record)
 
 
@@ -195,7 +185,7 @@ def _read_filled(shapes: Sequence[Shape], filled: Sequence[Shape], size: Size, s
         try:
             mask |= draw_shape(shape, size)
         except ValueError as error:
-            raise AnnotationError(f"{shape.place}: a {shape.kind} that cannot be read: {error}") from error
+            raise InputError(f"{shape.place}: a {shape.kind} that cannot be read: {error}") from error
     if not mask.any():
         return skip("shape covering no pixel", filled[0].place)
     code = masks.encode(mask)
@@ -207,7 +197,7 @@ def _place_mask(shape: Shape, size: Size) -> np.ndarray:
     x, y = (int(value) for value in bound_points(shape.points)[:2])
     height, width = inside.shape
     if min(x, y) < 0 or x + width > size[0] or y + height > size[1]:
-        raise ValueError(f"'mask' of {width} x {height} at {x}, {y} reaches outside the image of {size[0]} x {size[1]}")
+        raise InputError(f"'mask' of {width} x {height} at {x}, {y} reaches outside the image of {size[0]} x {size[1]}")
     mask = np.zeros(size[::-1], bool)
     mask[y : y + height, x : x + width] = inside
     return mask
@@ -218,15 +208,10 @@ def _describe(shapes: Sequence[Shape], **geometry: Any) -> Annotation:
     first, records = shapes[0], [shape.record for shape in shapes]
     texts = [record["description"] for record in records if record.get("description")]
     for text in texts:
-        if not isinstance(text, str):
-            raise AnnotationError(f"{first.place}, 'description': text, not {text!r:.40}")
+        check_type(f"{first.place}, 'description'", text, str, InputError)
     score, iou = (next((r[key] for r in records if r.get(key) is not None), None) for key in ("score", "iou"))
     label = first.record["label"]
     captions = tuple(dict.fromkeys(texts))
     unread = next(filter(None, (find_unread_caption(record, ("description",)) for record in records)), None)
     unread = None if captions else unread
     return Annotation(first.place, label=label, captions=captions, score=score, iou=iou, unread=unread, **geometry)
-
-
-def _is_point(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_finite_number, value))

@@ -17,7 +17,8 @@ from sca_registry.contracts import Region
 from sca.io import masks
 from sca.io.annotations.annotation import Size, Skip
 from sca.io.coordinates import Box, clip_box, find_normalized_scale, scale_box
-from sca.io.images import ImageError, inspect_image
+from sca.io.errors import InputError
+from sca.io.images import inspect_image
 
 Points = Sequence[tuple[float, float]]
 REACH = 4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
@@ -37,7 +38,7 @@ def fill_polygons(polygons: Iterable[Points], size: Size) -> dict[str, Any]:
         The RLE, empty if no pixel lies inside.
 
     Raises:
-        ValueError: For a point far outside the image.
+        InputError: For a point far outside the image.
     """
     width, height = size
     corners = [list(polygon) for polygon in polygons]
@@ -50,10 +51,10 @@ def fill_polygons(polygons: Iterable[Points], size: Size) -> dict[str, Any]:
 
 
 def check_reach(points: Iterable[tuple[float, float]], size: Size) -> None:
-    """Raise ValueError for a point that lies so far outside that drawing it would take long."""
+    """Raise InputError for a point that lies so far outside that drawing it would take long."""
     reach = REACH * max(size)
     if any(abs(value) > reach for point in points for value in point):
-        raise ValueError(f"has a point far outside the image of {size[0]} x {size[1]}")
+        raise InputError(f"has a point far outside the image of {size[0]} x {size[1]}")
 
 
 def bound_points(points: Iterable[tuple[float, float]]) -> Box:
@@ -124,17 +125,17 @@ def decode_embedded(text: Any, what: str) -> bytes:
     """Decode an image that an annotation file contains as base64, with or without the head of a data URI.
 
     Raises:
-        ValueError: If it is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
+        InputError: If it is not base64, empty, or larger than MAX_EMBEDDED_BYTES.
     """
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{what}: base64 text, not {text!r:.40}")
+        raise InputError(f"{what}: base64 text, not {text!r:.40}")
     _, _, content = text.partition(",") if text.startswith("data:") else ("", "", text)
     if len(content) * 3 // 4 > MAX_EMBEDDED_BYTES:
-        raise ValueError(f"{what} is larger than {MAX_EMBEDDED_BYTES:,} bytes; keep the image in a file")
+        raise InputError(f"{what} is larger than {MAX_EMBEDDED_BYTES:,} bytes; keep the image in a file")
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{what} is not base64: {error}") from error
+        raise InputError(f"{what} is not base64: {error}") from error
 
 
 def decode_mask(text: Any, what: str, size: Size) -> np.ndarray:
@@ -147,13 +148,13 @@ def decode_mask(text: Any, what: str, size: Size) -> np.ndarray:
         (height, width) bool of the mask's own size, see `masks.binarize_image`.
 
     Raises:
-        ValueError: If it cannot be read, or is larger than the image.
+        InputError: If it cannot be read, or is larger than the image.
     """
     try:
         image = inspect_image(io.BytesIO(decode_embedded(text, what)), what, pixels=masks.PIXEL_LIMIT)
         if image.width > size[0] or image.height > size[1]:
-            raise ValueError(f"{what} is {image.width} x {image.height}, larger than the image")
+            raise InputError(f"{what} is {image.width} x {image.height}, larger than the image")
         with image:
             return masks.binarize_image(image, image.format in masks.LOSSY)
-    except (ImageError, OSError, SyntaxError) as error:  # the latter two: damaged pixels behind a good header
-        raise ValueError(f"{what}: {error}") from error
+    except (OSError, SyntaxError) as error:  # damaged pixels behind a good header
+        raise InputError(f"{what}: {error}") from error

@@ -18,7 +18,7 @@ KINDS = ("encoder", "segmenter", "mixer", "language_model", "dataset", "metric",
 def scaffold(kind: str, name: str, folder: Path | None = None) -> Path:
     """Writes the package `sca-NAME` with one part of a kind, into a new or empty folder (default: `sca-NAME` here).
 
-    Raises RegistryError for a kind or name that is none, ValueError for a kind without a template, and FolderError for
+    Raises RegistryError for a kind or name that is none, ValueError for a kind without a template, and OutputError for
     a folder that cannot be written.
     """
     described = registry(kind).kind

@@ -1,0 +1,77 @@
+import decimal
+import fractions
+import math
+
+import numpy as np
+import pytest
+from sca_registry import RegistryError
+
+from sca.io.errors import InputError
+from sca.io.validation import (
+    check_encodable,
+    check_numbers,
+    check_range,
+    convert_box,
+    is_finite_number,
+    is_int64,
+    read_field,
+    read_id,
+    read_name,
+    read_size,
+    read_texts,
+    require_size,
+)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 10**300, np.float32(2), np.int64(3), fractions.Fraction(1, 3)])
+def test_is_finite_number_accepts_what_a_float_can_hold(value):
+    assert is_finite_number(value)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.nan, math.inf, True, "1", None, [1], decimal.Decimal(1)])
+def test_is_finite_number_rejects_everything_else_without_an_error(value):
+    assert not is_finite_number(value)
+
+
+def test_is_int64_rejects_what_does_not_fit():
+    assert all(map(is_int64, (0, 2**63 - 1, -(2**63))))
+    assert not any(map(is_int64, (2**63, -(2**63) - 1, 10**400, 1.0, True, "1", None)))
+
+
+@pytest.mark.parametrize("value", [3, -1, 11, True, math.nan])
+def test_check_range_names_the_field_and_its_limits(value):
+    if value == 3:
+        return check_range("train.steps", value, float, 0, 10)
+    with pytest.raises(RegistryError, match=r"^train\.steps is .*; give a number"):
+        check_range("train.steps", value, float, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda: read_field({"a": 1}, "b", int, "f, line 1"), "f, line 1: no 'b'; it has: a"),
+        (lambda: read_field([], "b", int, "f, line 1"), "f, line 1 is []; give an object"),
+        (lambda: read_field({"b": True}, "b", int, "f"), "f, 'b' is True; give a whole number"),
+        (lambda: read_field({"b": 2**63}, "b", int, "f"), f"f, 'b' is {2**63}; give a whole number"),
+        (lambda: read_field({"b": "\ud800"}, "b", str, "f"), r"f, 'b' contains '\ud800', half of a surrogate pair"),
+        (lambda: read_name({"b": " "}, "b", "f"), "f, 'b' is ' '; give the file name of an image"),
+        (lambda: read_name({"b": "a\0"}, "b", "f"), "give the file name of an image"),
+        (lambda: read_id({"b": 1.5}, "b", "f"), "f, 'b' is 1.5; give a whole number or text"),
+        (lambda: read_texts("f, 'b'", ["a", 1]), "f, 'b' is ['a', 1]; give text, or a list of texts"),
+        (lambda: check_numbers("f, 'b'", [1, math.inf], "x, y"), "f, 'b' is [1, inf]; give 2 numbers (x, y)"),
+        (lambda: check_encodable("f", {"a": ["\udc80"]}), r"f contains '\udc80', half of a surrogate pair"),
+        (lambda: require_size({"width": 1}, "f"), "f: no 'height'; it has: width"),
+        (lambda: read_size({"width": 0, "height": 1}, "f"), "f: 'width' and 'height' are (0, 1); give the size"),
+        (lambda: read_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
+        (lambda: convert_box("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give none below 0"),
+    ],
+)
+def test_a_wrong_value_of_a_record_is_one_line_with_its_place(read, message):
+    with pytest.raises(InputError) as raised:
+        read()
+    assert message in str(raised.value)
+
+
+def test_read_size_returns_none_without_either_side():
+    assert read_size({"width": 3}, "f") is None
+    assert read_size({"w": 3, "h": 4}, "f", ("w", "h")) == (3, 4)
