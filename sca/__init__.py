@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sca_registry.contracts import Caption as Caption
     from sca_registry.contracts import Prompt as Prompt
-    from sca_registry.spec import Everything as Everything
+    from sca_registry.spec import EverythingOptions as EverythingOptions
     from sca_registry.spec import ModelSpec as ModelSpec
 
     from sca.checkpoints.load import load as load

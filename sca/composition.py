@@ -68,10 +68,10 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
 
 def _check_room(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
     """Raises RegistryError if the prefix leaves a language model no position for words."""
-    positions, prefix = getattr(language_model, "positions", None), spec.task_tokens + mixer.queries
+    positions, prefix = getattr(language_model, "positions", None), spec.task_tokens + mixer.num_queries
     if positions is not None and prefix >= positions:
         raise RegistryError(
-            f"the mixer {spec.mixer.name!r} gives {mixer.queries} queries, which with {spec.task_tokens} task tokens "
+            f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task tokens "
             f"are a prefix of {prefix}; the language model {spec.language_model.name!r} has {positions} positions in "
             "all: choose fewer queries or another language model"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import Batch, Encoder, Generated, LanguageModel, Mixer, Output, Prompts, Regions, Segmenter
+from sca_registry.contracts import Batch, Encoder, GenerationOutput, LanguageModel, Mixer, ModelOutput, PromptBatch, SegmenterOutput, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -39,8 +39,8 @@ class Segmenting(nn.Module):
         shape = (len(pixels), self.encoder.channels, side, side)
         return self._expect(self.encoder(pixels), shape, "encoder")
 
-    def segment(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
-        return self.segmenter(features, prompts, multimask)
+    def segment(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        return self.segmenter(features, prompts, multimask_output)
 
     def _name_of(self, kind: str) -> str:
         return type(getattr(self, kind)).__name__
@@ -70,53 +70,53 @@ class SegmentCaptioner(Segmenting):
         self.spec = spec
         self.mixer = mixer
         self.language_model = language_model
-        self.projection = Projection(mixer.width, language_model.width, **spec.projection)
-        self.task_tokens = nn.Parameter(torch.randn(2, spec.task_tokens, language_model.width) * 0.02)
+        self.projection = Projection(mixer.hidden_size, language_model.hidden_size, **spec.projection)
+        self.task_tokens = nn.Parameter(torch.randn(2, spec.task_tokens, language_model.hidden_size) * 0.02)
         self.freeze()
 
     def _name_of(self, kind: str) -> str:
         return getattr(self.spec, kind).name
 
-    def prepare(self, regions: Regions) -> Any:
+    def prepare(self, regions: SegmenterOutput) -> Any:
         """What the mixer computes once an image, for all regions of the same images; None if there is nothing."""
         prepare = getattr(self.mixer, "prepare", None)
-        return None if prepare is None else prepare(regions.image, regions.position)
+        return None if prepare is None else prepare(regions.image_embeddings, regions.positional_encoding)
 
-    def mix(self, regions: Regions, prepared: Any = None) -> Tensor:
+    def mix(self, regions: SegmenterOutput, prepared: Any = None) -> Tensor:
         """Queries (N, Q, D). RegistryError if the mixer gives another shape."""
         queries = self.mixer(regions) if prepared is None else self.mixer(regions, prepared)
-        return self._expect(queries, (len(regions), self.mixer.queries, self.mixer.width), "mixer")
+        return self._expect(queries, (len(regions), self.mixer.num_queries, self.mixer.hidden_size), "mixer")
 
     def prefix(self, queries: Tensor, task: Tensor) -> Tensor:
         """(N, Q, D) and (N,) task ids -> (N, K, E)."""
         return torch.cat((self.task_tokens[task], self.projection(queries)), dim=1)
 
-    def forward(self, batch: Batch, weights: Mapping[str, float] | None = None, chunk: int = 0) -> Output:
+    def forward(self, batch: Batch, weights: Mapping[str, float] | None = None, chunk: int = 0) -> ModelOutput:
         """Losses by name, and their sum weighted by `weights` (1 where it is silent).
 
         chunk: at most so many regions, and as many texts, are worked on at a time, and what a chunk computed is let go
         and computed anew for its gradients (arXiv 1604.06174); 0: all at once, and nothing twice.
         """
-        features = batch.features if batch.features is not None else self.encode(batch.pixels)
+        features = batch.features if batch.features is not None else self.encode(batch.pixel_values)
         regions, queries = self._look(features, batch.prompts, chunk)
         losses, logits = {}, None
-        if batch.ids is not None:
-            told = queries if batch.region is None else queries[batch.region]  # (M, Q, D)
-            states = self._states(self.prefix(told, batch.task), batch.ids, batch.mask, chunk)
-            losses["caption"], logits = caption_loss(self.language_model, states, batch.ids[batch.mask.bool()])
+        if batch.input_ids is not None:
+            told = queries if batch.region_index is None else queries[batch.region_index]  # (M, Q, D)
+            states = self._states(self.prefix(told, batch.task_ids), batch.input_ids, batch.attention_mask, chunk)
+            losses["caption"], logits = caption_loss(self.language_model, states, batch.input_ids[batch.attention_mask.bool()])
         if batch.targets is not None and hasattr(self.segmenter, "loss"):
             losses |= self.segmenter.loss(regions, batch.targets)
         loss = sum((weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
-        return Output(loss, losses, logits, regions, queries)
+        return ModelOutput(loss, losses, logits, regions, queries)
 
-    def _look(self, features: Tensor, prompts: Prompts, chunk: int) -> tuple[Regions, Tensor]:
+    def _look(self, features: Tensor, prompts: PromptBatch, chunk: int) -> tuple[SegmenterOutput, Tensor]:
         """Regions and their queries; those that were looked at in chunks have no grids."""
 
-        def look(features: Tensor, part: Prompts) -> tuple[Regions, Tensor]:
+        def look(features: Tensor, part: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions = self.segment(features, part)
             return regions, self.mix(regions)
 
-        def look_and_forget(features: Tensor, part: Prompts) -> tuple[Regions, Tensor]:
+        def look_and_forget(features: Tensor, part: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
             regions, queries = look(features, part)
             return replace(regions, grid=None), queries
 
@@ -141,17 +141,17 @@ class SegmentCaptioner(Segmenting):
 
     def states(self, prefix: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(M, K, E) and (M, L) -> (M, L, E): state i predicts `ids[:, i]`, the first being the prefix's last."""
-        words = self.language_model.embed(ids[:, :-1])  # what follows the last word is not asked
+        words = self.language_model.embed_tokens(ids[:, :-1])  # what follows the last word is not asked
         seen = torch.cat((mask.new_ones(prefix.shape[:2]), mask[:, :-1]), dim=1)
-        states = self.language_model.hidden(torch.cat((prefix, words.to(prefix.dtype)), dim=1), seen)
+        states = self.language_model.hidden_states(torch.cat((prefix, words.to(prefix.dtype)), dim=1), seen)
         return states[:, prefix.shape[1] - 1 :]
 
     @torch.no_grad()
-    def generate(self, features: Tensor, prompts: Prompts, task: Tensor, **generation: Any) -> Generated:
+    def generate(self, features: Tensor, prompts: PromptBatch, task: Tensor, **generation: Any) -> GenerationOutput:
         return self.generate_from_prefix(self.prefix(self.mix(self.segment(features, prompts)), task), **generation)
 
     @torch.no_grad()
-    def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> Generated:
+    def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> GenerationOutput:
         """Generate token ids for prefixes, at most `ROWS` texts at a time, so that memory does not grow with regions.
 
         Args:
@@ -172,7 +172,7 @@ class SegmentCaptioner(Segmenting):
         check_finite_scores(generated.scores, f"language model {self._name_of('language_model')!r}")
         return generated
 
-    def _generate_piece(self, prefix: Tensor, seed: int | None, options: Mapping[str, Any]) -> Generated:
+    def _generate_piece(self, prefix: Tensor, seed: int | None, options: Mapping[str, Any]) -> GenerationOutput:
         if seed is None:
             return self.language_model.generate(prefix, **options)
         is_cpu = prefix.device.type == "cpu"
@@ -185,7 +185,7 @@ class SegmentCaptioner(Segmenting):
     def _pad(self) -> int:
         """What fills up token ids behind the end of a text."""
         tokenizer = self.language_model.tokenizer
-        return getattr(self.language_model, "pad", 0) if tokenizer is None else tokenizer.pad
+        return getattr(self.language_model, "pad", 0) if tokenizer is None else tokenizer.pad_token_id
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -236,12 +236,12 @@ def check_finite_scores(scores: Tensor, subject: str) -> None:
         )
 
 
-def _join_generated(pieces: Sequence[Generated], pad: int) -> Generated:
+def _join_generated(pieces: Sequence[GenerationOutput], pad: int) -> GenerationOutput:
     if len(pieces) == 1:
         return pieces[0]
-    longest = max(piece.ids.shape[2] for piece in pieces)
-    ids = [F.pad(piece.ids, (0, longest - piece.ids.shape[2]), value=pad) for piece in pieces]
-    return Generated(torch.cat(ids), torch.cat([piece.scores for piece in pieces]))
+    longest = max(piece.sequences.shape[2] for piece in pieces)
+    ids = [F.pad(piece.sequences, (0, longest - piece.sequences.shape[2]), value=pad) for piece in pieces]
+    return GenerationOutput(torch.cat(ids), torch.cat([piece.scores for piece in pieces]))
 
 
 def caption_loss(language_model: LanguageModel, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -252,7 +252,7 @@ def caption_loss(language_model: LanguageModel, states: Tensor, words: Tensor) -
     """
 
     def summed(states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        logits = language_model.head(states).float()
+        logits = language_model.lm_head(states).float()
         return F.cross_entropy(logits, words, label_smoothing=LABEL_SMOOTHING, reduction="sum"), logits
 
     if len(words) <= WORDS:

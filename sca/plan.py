@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from sca_registry import registry
-from sca_registry.contracts import Batch, Prompts, Targets
+from sca_registry.contracts import Batch, PromptBatch, Targets
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -143,7 +143,7 @@ class _Cost:
     @torch.no_grad()
     def answer(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
         """What `Predictor` does: images encoded at once, regions in chunks, and texts `ROWS` at a time."""
-        model, size = self.model.eval(), self.model.encoder.image.size
+        model, size = self.model.eval(), self.model.encoder.image_format.size
         asked = _asked(images, regions, size)
         first, *others = asked.chunks(REGIONS)
         alike = [chunk for chunk in others if len(chunk) == REGIONS]  # one of them stands for all
@@ -166,7 +166,7 @@ class _Cost:
                     found = model.segment(features, chunk)
                 with stages("mix", times):
                     prepared = model.prepare(found) if prepared is None else prepared
-                    prefixes.append(model.prefix(model.mix(found, prepared), torch.zeros_like(chunk.owner)))
+                    prefixes.append(model.prefix(model.mix(found, prepared), torch.zeros_like(chunk.image_index)))
                 del found
             prefix = torch.cat(prefixes)
             del prefixes, prepared
@@ -182,10 +182,10 @@ class _Cost:
         rows, length = prefix.shape[:2]
         if not getattr(language_model, "has_greedy_loop", False):
             with stages("prefill"):
-                language_model.head(language_model.hidden(prefix, prefix.new_ones(rows, length))[:, -1])
+                language_model.lm_head(language_model.hidden_states(prefix, prefix.new_ones(rows, length))[:, -1])
             with stages("decode"):
                 longer = torch.cat((prefix, prefix.new_zeros(rows, words - 1, prefix.shape[2])), dim=1)
-                language_model.head(language_model.hidden(longer, longer.new_ones(longer.shape[:2])))
+                language_model.lm_head(language_model.hidden_states(longer, longer.new_ones(longer.shape[:2])))
             return
 
         inner = language_model.model
@@ -213,7 +213,7 @@ class _Cost:
 
     def step(self, images: int, regions: int, words: int) -> tuple[dict[str, int], dict[str, int]]:
         """A step of training with one text a region: forward, backward, and what AdamW keeps."""
-        model, size = self.model.train(), self.model.encoder.image.size
+        model, size = self.model.train(), self.model.encoder.image_format.size
         rows = images * regions
         asked, marked = _asked(images, regions, size), torch.ones(rows, dtype=torch.bool)
         every_word = torch.ones(rows, words, dtype=torch.long)
@@ -224,10 +224,10 @@ class _Cost:
             side = 4 * size // model.encoder.stride
             batch = Batch(
                 prompts=asked,
-                task=torch.zeros(rows, dtype=torch.long),
-                pixels=torch.empty(images, 3, size, size),
-                ids=torch.zeros(rows, words, dtype=torch.long),
-                mask=every_word,
+                task_ids=torch.zeros(rows, dtype=torch.long),
+                pixel_values=torch.empty(images, 3, size, size),
+                input_ids=torch.zeros(rows, words, dtype=torch.long),
+                attention_mask=every_word,
             )
             if hasattr(model.segmenter, "loss"):
                 seen = torch.ones(rows, side, side, dtype=torch.bool)
@@ -254,10 +254,10 @@ class _Cost:
                         tensors[name] = made[id(tensor)]
 
 
-def _asked(images: int, regions: int, size: int) -> Prompts:
+def _asked(images: int, regions: int, size: int) -> PromptBatch:
     """Boxes of a third of an image's side. They have content, as what is asked for always does."""
     owner = torch.arange(images).repeat_interleave(regions)
-    return Prompts(owner, boxes=torch.tensor([[0.0, 0.0, size / 3, size / 3]]).repeat(len(owner), 1))
+    return PromptBatch(owner, boxes=torch.tensor([[0.0, 0.0, size / 3, size / 3]]).repeat(len(owner), 1))
 
 
 def _most(memory: Callable[[int], int], room: int) -> int | None:

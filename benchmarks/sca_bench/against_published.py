@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from sca_registry.contracts import Prompt, Prompts
+from sca_registry.contracts import Prompt, PromptBatch
 from sca_registry.messages import unknown
 from torch import Tensor
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
@@ -118,15 +118,15 @@ def time_in_turn(setting: Setting, *ways: Callable[[], Any]) -> list[float]:
     return [min(taken) for taken in seconds]
 
 
-def ids_of(model: SegmentCaptioner, features: Tensor, prompts: Prompts, regions: int, together: bool) -> Tensor:
+def ids_of(model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions: int, together: bool) -> Tensor:
     """Word ids (N, T), `regions` at a time through segmenter and mixer; `together`: all at once through the rest."""
     prefixes = []
     for chunk in prompts.chunks(regions):
         mixed = model.mix(model.segment(features, chunk))
-        prefixes.append(model.prefix(mixed, torch.ones_like(chunk.owner)))
+        prefixes.append(model.prefix(mixed, torch.ones_like(chunk.image_index)))
     if together:
-        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=WORDS).ids[:, 0]
-    return torch.cat([model.language_model.generate(prefix, max_new_tokens=WORDS).ids[:, 0] for prefix in prefixes])
+        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=WORDS).sequences[:, 0]
+    return torch.cat([model.language_model.generate(prefix, max_new_tokens=WORDS).sequences[:, 0] for prefix in prefixes])
 
 
 def captions(model: SegmentCaptioner, setting: Setting) -> list[Row]:
@@ -134,7 +134,7 @@ def captions(model: SegmentCaptioner, setting: Setting) -> list[Row]:
     pixels, prompts = asked(model, images, regions)
     beside = prompts[: setting.beside or None]
     count, few = len(prompts), len(beside)
-    seen = int(beside.owner[-1]) + 1  # images of theirs
+    seen = int(beside.image_index[-1]) + 1  # images of theirs
     said: dict[str, Tensor] = {}
     with torch.inference_mode():
         features = model.encode(pixels)
@@ -163,7 +163,7 @@ def training(model: SegmentCaptioner, setting: Setting) -> list[Row]:
     with torch.no_grad():
         features = model.encode(pixels)
     cached = lesson(model, pixels, prompts, WORDS)
-    cached.pixels, cached.features = None, features
+    cached.pixel_values, cached.features = None, features
 
     def ours() -> None:
         model(cached).loss.backward()
@@ -223,7 +223,7 @@ def tiny(setting: Setting) -> list[Row]:
 
 def everything(model: SegmentCaptioner, setting: Setting) -> list[Row]:
     pixels, boxes = asked(model, 1, 16)
-    points = Prompts(boxes.owner, points=boxes.boxes[:, None, :2], labels=boxes.owner.new_ones(16, 1))
+    points = PromptBatch(boxes.image_index, points=boxes.boxes[:, None, :2], labels=boxes.image_index.new_ones(16, 1))
     with torch.inference_mode():
         features = model.encode(pixels)
 

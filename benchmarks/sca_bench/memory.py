@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry.contracts import Prompts
+from sca_registry.contracts import PromptBatch
 from sca_registry.spec import ModelSpec
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -41,20 +41,20 @@ REAL = (
 
 
 @torch.no_grad()
-def answer(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:
+def answer(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words: int) -> None:
     """As `Predictor` goes about it; no caption ends early."""
     features = model.encode(pixels)
     prefixes, prepared = [], None
     for chunk in prompts.chunks(REGIONS):
         regions = model.segment(features, chunk)
         prepared = model.prepare(regions) if prepared is None else prepared
-        prefixes.append(model.prefix(model.mix(regions, prepared), torch.zeros_like(chunk.owner)))
+        prefixes.append(model.prefix(model.mix(regions, prepared), torch.zeros_like(chunk.image_index)))
         del regions
     model.language_model._ends = lambda: (0, [])
     model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=words)
 
 
-def learn(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> None:
+def learn(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words: int) -> None:
     """A forward and a backward pass with one text a region."""
     model.train()
     model(lesson(model, pixels, prompts, words)).loss.backward()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from sca_registry.contracts import TASKS, Batch, Prompt, Prompts
+from sca_registry.contracts import TASKS, Batch, Prompt, PromptBatch
 from torch import Tensor
 
 import sca
@@ -66,8 +66,8 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
     images, regions = recorded["input_boxes"].shape[:2]
     owner = torch.arange(images, device=device).repeat_interleave(regions)
     asked = {
-        "box": Prompts(owner, boxes=flat["input_boxes"]),
-        "point": Prompts(owner, points=flat["input_points"], labels=flat["input_point_labels"]),
+        "box": PromptBatch(owner, boxes=flat["input_boxes"]),
+        "point": PromptBatch(owner, points=flat["input_points"], labels=flat["input_point_labels"]),
     }
     pixels = recorded["pixel_values"].to(dtype)
     found: dict[str, list[float]] = {}
@@ -80,15 +80,15 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
     for kind, prompts in asked.items():
         for number, task in enumerate(TASKS):
             tasks = torch.full_like(owner, number)
-            batch = Batch(prompts, tasks, pixels, ids=flat["input_ids"], mask=flat["attention_mask"])
+            batch = Batch(prompts, tasks, pixels, input_ids=flat["input_ids"], attention_mask=flat["attention_mask"])
             output, name = model(batch), f"{kind}.{task}"
             compare("scores", output.regions.scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
             compare("masks", output.regions.masks, recorded[f"{name}.pred_masks"].flatten(0, 1))
             compare("queries", output.queries, recorded[f"{name}.query_outputs"])
-            compare("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.mask.bool()])
+            compare("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.attention_mask.bool()])
             compare("loss", output.loss, recorded[f"{name}.loss"])
             for beams in BEAMS:
-                ids = model.generate(features, prompts, tasks, beams=beams, max_new_tokens=NEW_TOKENS).ids[:, 0]
+                ids = model.generate(features, prompts, tasks, beams=beams, max_new_tokens=NEW_TOKENS).sequences[:, 0]
                 theirs = recorded[f"{name}.generated.beams{beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
                 same += equal_captions(ids, theirs, model.language_model.model.config.eos_token_id)
     return {name: max(values) for name, values in found.items()} | {"ids": sum(same) / len(same)}
@@ -116,7 +116,7 @@ def compare_scenes(count: int, device: str, dtype: torch.dtype) -> dict[str, Any
     scenes = Scenes("test", count=count)
     reference = sca.load("sca-tiny")
     other = sca.load("sca-tiny").to(device=device, dtype=dtype)
-    end = reference.language_model.tokenizer.eos
+    end = reference.language_model.tokenizer.eos_token_id
     same: list[bool] = []
     ious: list[float] = []
     finite = True
@@ -138,7 +138,7 @@ def compare_scenes(count: int, device: str, dtype: torch.dtype) -> dict[str, Any
     }
 
 
-def _read(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, Prompts]]:
+def _read(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, PromptBatch]]:
     """Yield pixels and box prompts of a few scenes at a time."""
     for start in range(0, len(scenes), SCENES_AT_ONCE):
         samples = [scenes[number] for number in range(start, min(start + SCENES_AT_ONCE, len(scenes)))]
@@ -149,13 +149,13 @@ def _read(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, Prompts]]
 
 
 @torch.inference_mode()
-def _predict(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+def _predict(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
     """Return the chosen masks (N, 4h, 4w) as logits, and token ids (N, L)."""
     regions = model.segment(model.encode(pixels), prompts)
-    tasks = torch.full_like(prompts.owner, TASKS.index("caption"))
+    tasks = torch.full_like(prompts.image_index, TASKS.index("caption"))
     prefix = model.prefix(model.mix(regions), tasks)
-    ids = model.language_model.generate(prefix, **model.spec.generation).ids[:, 0]
-    return best_masks(regions.masks, regions.scores).float(), ids
+    ids = model.language_model.generate(prefix, **model.spec.generation).sequences[:, 0]
+    return best_masks(regions.masks, regions.iou_scores).float(), ids
 
 
 def _widen(ids: Tensor, width: int, end: int) -> Tensor:

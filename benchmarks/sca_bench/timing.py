@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sca_registry.contracts import Batch, Prompts, Targets
+from sca_registry.contracts import Batch, PromptBatch, Targets
 from torch import Tensor
 
 from sca.inference.engine import REGIONS
@@ -22,13 +22,13 @@ def spread(seconds: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "repeats": len(seconds)}
 
 
-def asked(model: SegmentCaptioner, images: int, regions: int) -> tuple[Tensor, Prompts]:
+def asked(model: SegmentCaptioner, images: int, regions: int) -> tuple[Tensor, PromptBatch]:
     """Pixels and boxes without meaning, on the model's device; `regions` of each image."""
-    size, like = model.encoder.image.size, model.task_tokens
+    size, like = model.encoder.image_format.size, model.task_tokens
     draw = torch.Generator().manual_seed(0)
     corner = torch.rand(images * regions, 2, generator=draw) * size / 2
     owner = torch.arange(images).repeat_interleave(regions)
-    prompts = Prompts(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
+    prompts = PromptBatch(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
     return torch.randn(images, 3, size, size, generator=draw).to(like), prompts.to(like.device)
 
 
@@ -51,7 +51,7 @@ def stages(model: SegmentCaptioner, images: int, regions: int, words: int, repea
             found = clock.time(taken, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
             start = clock.now()
             prepared = model.prepare(found) if prepared is None else prepared
-            prefixes.append(model.prefix(model.mix(found, prepared), torch.ones_like(chunk.owner)))
+            prefixes.append(model.prefix(model.mix(found, prepared), torch.ones_like(chunk.image_index)))
             taken["mix"] += clock.now() - start
             del found
         prefix = torch.cat(prefixes)
@@ -88,7 +88,7 @@ def training_step(
     batch = lesson(model, pixels, prompts, words)
     if cached:
         with torch.no_grad():
-            batch.features, batch.pixels = model.encode(pixels), None
+            batch.features, batch.pixel_values = model.encode(pixels), None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained)
     clock, seconds = _Clock(pixels.device), []
@@ -104,12 +104,12 @@ def training_step(
     return {"images": images, "regions": regions, "words": words, **spread(seconds)}
 
 
-def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: Prompts, words: int) -> Batch:
+def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words: int) -> Batch:
     """One text a region, and masks where the segmenter learns them."""
     rows, device = len(prompts), pixels.device
     ids = torch.ones(rows, words, dtype=torch.long, device=device)
     task = torch.ones(rows, dtype=torch.long, device=device)
-    batch = Batch(prompts=prompts, task=task, pixels=pixels, ids=ids, mask=ids)
+    batch = Batch(prompts=prompts, task_ids=task, pixel_values=pixels, input_ids=ids, attention_mask=ids)
     if hasattr(model.segmenter, "loss"):
         side = 4 * pixels.shape[-1] // model.encoder.stride
         truth = torch.rand(rows, side, side, device=device)

@@ -81,7 +81,7 @@ def _stages(model: SegmentCaptioner, regions: int, together: int, repeats: int) 
         for chunk in prompts.chunks(together):
             found = timed("segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
             mixed = timed("mix", lambda found=found: model.mix(found, model.prepare(found)))
-            prefixes.append(model.prefix(mixed, torch.ones_like(chunk.owner)))
+            prefixes.append(model.prefix(mixed, torch.ones_like(chunk.image_index)))
         for part in prefixes:
             timed("prefill", lambda part=part: generate(part, max_new_tokens=1))
             timed("decode", lambda part=part: generate(part, max_new_tokens=WORDS))
@@ -97,11 +97,11 @@ def _bytes(model: SegmentCaptioner, regions: int) -> dict[str, int]:
     def weights(module: torch.nn.Module) -> int:
         return sum(parameter.nbytes for parameter in module.parameters())
 
-    side = model.encoder.image.size // model.encoder.stride
+    side = model.encoder.image_format.size // model.encoder.stride
     features = 4 * model.segmenter.channels * side * side
     words = weights(model.language_model)
     return {
-        "encode": weights(model.encoder) + 4 * 3 * model.encoder.image.size**2 + features,
+        "encode": weights(model.encoder) + 4 * 3 * model.encoder.image_format.size**2 + features,
         "segment": weights(model.segmenter) + (1 + regions) * features,
         "mix": weights(model.mixer) + 2 * regions * features,
         "prefill": words,

@@ -11,8 +11,8 @@ class HelloMixer(nn.Module):
 
     def __init__(self, segmenter):
         super().__init__()
-        self.width = segmenter.channels
-        self.layer = nn.Linear(self.width, self.width)
+        self.hidden_size = segmenter.channels
+        self.layer = nn.Linear(self.hidden_size, self.hidden_size)
 
     def forward(self, regions):
         return self.layer(regions.tokens.mean(dim=1, keepdim=True))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from sca_registry.contracts import Region, Sample, Scores
+from sca_registry.contracts import Region, Sample, MetricOutput
 
 from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
@@ -78,12 +78,12 @@ class LabelRecall:
     needs = ("task=caption", "caption", "truth.name")
     scores = ("label-recall/mean", "label-recall/captions")
 
-    def __call__(self, records) -> Scores:
+    def __call__(self, records) -> MetricOutput:
         asked = [r for r in records if r.get("task") == "caption" and (r.get("truth") or {}).get("name")]
         if not asked:
             raise ValueError("metric 'label-recall': no record has a caption and a true name")
         found = [r["truth"]["name"].casefold() in r["caption"].casefold() for r in asked]
-        return Scores({"label-recall/mean": float(np.mean(found)), "label-recall/captions": len(found)})
+        return MetricOutput({"label-recall/mean": float(np.mean(found)), "label-recall/captions": len(found)})
 
 
 def _read(file: Path) -> tuple[dict, Path]:

@@ -151,6 +151,6 @@ def test_a_label_is_found_in_a_caption_or_not():
         {"task": "caption", "caption": "a wall", "truth": {"name": "roof"}},
         {"task": "recognition", "caption": "roof", "truth": {"name": "roof"}},
     ]
-    assert LabelRecall()(records).total == {"label-recall/mean": 0.5, "label-recall/captions": 2}
+    assert LabelRecall()(records).values == {"label-recall/mean": 0.5, "label-recall/captions": 2}
     with pytest.raises(ValueError, match="no record has"):
         LabelRecall()([])

@@ -56,7 +56,7 @@ def test_the_parts_keep_the_promises_of_their_kind(kind, part, options, conforma
 def test_the_level_nearest_to_sams_stride_is_taken(config, order, channels):
     with torch.device("meta"):
         part = MmdetEncoder(config, pretrained=False)
-    assert (part.image.order, part.channels, part.stride) == (order, channels, 16)
+    assert (part.image_format.order, part.channels, part.stride) == (order, channels, 16)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class MobileSamEncoder(nn.Module):
         if size % self.stride:
             raise ValueError(f"size {size} must be a multiple of the stride {self.stride}")
         self.checkpoint = _checkpoint(weights, pretrained)
-        self.image = ImageFormat(size=size)
+        self.image_format = ImageFormat(size=size)
         self.vit = TinyVit(num_classes=0, drop_path_rate=0.0, **SHAPE)
         self.vit.head = nn.Identity()
         self.vit.stages[-1].downsample.conv2.conv.stride = (1, 1)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from sca_mobilesam import MobileSamEncoder, MobileSamSegmenter
-from sca_registry.contracts import Prompts
+from sca_registry.contracts import PromptBatch
 
 pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
 
@@ -112,7 +112,7 @@ def test_masks_and_scores_equal_the_original_code(tmp_path):
     features = encoder(pixels)
     assert torch.allclose(features, original.image_encoder(pixels), atol=1e-4)
     boxes = torch.tensor([[100.0, 200, 500, 900], [0, 0, 1023, 400]])
-    found = segmenter(features, Prompts(torch.zeros(2, dtype=torch.long), boxes=boxes))
+    found = segmenter(features, PromptBatch(torch.zeros(2, dtype=torch.long), boxes=boxes))
     sparse, dense = original.prompt_encoder(None, boxes, None)
     expected, scores = original.mask_decoder(
         features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True

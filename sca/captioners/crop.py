@@ -34,13 +34,13 @@ class CropCaptioner(RegionCaptioner):
         revision: str | None = None,
         pretrained: bool = True,
         vcot: bool = False,
-        batch: int = 64,
+        batch_size: int = 64,
         config: Mapping[str, Any] | None = None,
         device: str = "cpu",
         dtype: str | None = None,
     ):
         super().__init__(encoder, device)
-        self.reader = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch)
+        self.reader = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         if vcot and self.reader.kind in ANSWERLESS:
             raise ValueError(
                 f"vcot asks questions, and a {self.reader.kind!r} model answers none: take blip2-opt-2.7b or another "

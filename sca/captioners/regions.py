@@ -129,9 +129,9 @@ class RegionCaptioner(MaskEngine):
                     text.score,
                     box=seen.prompt.box or (seen.mask and box_of(seen.mask)),
                     mask=seen.mask and dict(seen.mask),
-                    iou=seen.iou,
+                    predicted_iou=seen.iou,
                     prompt=seen.prompt,
-                    region=place,
+                    region_id=place,
                     usage=text.usage,
                 )
                 for (place, seen), text in zip(flat, texts, strict=True)

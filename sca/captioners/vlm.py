@@ -53,7 +53,7 @@ class VisionLanguageModel(RegionCaptioner):
         pretrained: bool = True,
         show: str = "crop",
         question: str | None = None,
-        batch: int = 16,
+        batch_size: int = 16,
         config: Mapping[str, Any] | None = None,
         device: str = "cpu",
         dtype: str | None = None,
@@ -61,7 +61,7 @@ class VisionLanguageModel(RegionCaptioner):
         if show not in SHOWN:
             raise unknown(f"show is {show!r}", show, SHOWN)
         super().__init__(encoder, device)
-        self.reader = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch)
+        self.reader = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         kind = self.reader.kind
         if kind in ANSWERLESS:
             raise ValueError(f"a {kind!r} model answers no questions: caption crops with it, as crop-captioner does")

@@ -147,7 +147,7 @@ def _config(model: SegmentCaptioner) -> dict[str, Any]:
             "iou_head_depth": decoder.iou_head_depth,
             "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
             "additional_num_hidden_layers": len(mixer.transformer.layers),
-            "num_caption_tokens": mixer.queries,
+            "num_caption_tokens": mixer.num_queries,
         },
         "text_config": {"_name_or_path": _source(model), **model.language_model.model.config.to_dict()},
     }

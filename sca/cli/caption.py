@@ -449,9 +449,9 @@ class Table:
 
         for each in captions:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
-            iou = "" if each.iou is None else f"{each.iou:.2f}"
-            self.table.add_row(show(path.name), str(each.region), each.text, f"{each.score:.2f}", iou, box)
-            for text, score in each.others:
+            iou = "" if each.predicted_iou is None else f"{each.predicted_iou:.2f}"
+            self.table.add_row(show(path.name), str(each.region_id), each.text, f"{each.score:.2f}", iou, box)
+            for text, score in each.alternatives:
                 self.table.add_row("", "", text, f"{score:.2f}", "", "")
 
 

@@ -38,7 +38,7 @@ def train(
     from sca.training.train import budget_each, check_recipe, images_each
     from sca.training.train import train as run
 
-    processes = torch.cuda.device_count() or plan.train.processes
+    processes = torch.cuda.device_count() or plan.train.num_processes
     if processes > 1 and "RANK" not in os.environ:
         images_each(plan.train, processes)
         budget_each(plan.train, processes)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import GENERATION, Everything, Part
+from sca_registry.spec import GENERATION, EverythingOptions, Part
 
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
@@ -52,13 +52,13 @@ class Controls(NamedTuple):
     """The values of the sliders."""
 
     beams: int = GENERATION["beams"]
-    points: int = Everything.points
-    iou: float = Everything.iou
+    points: int = EverythingOptions.points_per_side
+    iou: float = EverythingOptions.pred_iou_thresh
 
     @classmethod
-    def of(cls, generation: Mapping[str, Any], search: Everything) -> Controls:
+    def of(cls, generation: Mapping[str, Any], search: EverythingOptions) -> Controls:
         """Return the values that a model's own settings give the sliders."""
-        return cls(generation["beams"], search.points, search.iou)
+        return cls(generation["beams"], search.points_per_side, search.pred_iou_thresh)
 
     def changed_from(self, shown: Controls) -> dict[str, Any]:
         """Return the values that a person moved, by name; None for those that are as they were shown."""
@@ -345,7 +345,7 @@ def _pointed(
                 session.image,
                 [prompt],
                 task=task,
-                generation=settle_generation(scheduler.captioner, beams=None if beams == shown.beams else int(beams)),
+                generation=settle_generation(scheduler.captioner, num_beams=None if beams == shown.beams else int(beams)),
                 candidates=scheduler.finds,
                 seconds=SECONDS,
             )
@@ -378,7 +378,7 @@ def _found(
     try:
         with models.scheduler(model) as scheduler:
             given = Controls(int(beams), int(points), float(iou)).changed_from(shown)
-            generation = settle_generation(scheduler.captioner, beams=given.pop("beams"))
+            generation = settle_generation(scheduler.captioner, num_beams=given.pop("beams"))
             options = settle_search(scheduler.captioner, given)
             question = Question(session.image, (), options, task, generation, seconds=SECONDS)
             session.begin()

@@ -173,7 +173,7 @@ class Session:
             "points": [list(point) for point in shown.prompt.points],
             "caption": answer.text if answer else "…",
             "score": None if answer is None or np.isnan(answer.score) else float(answer.score),
-            "iou": None if answer is None or answer.iou is None else float(answer.iou),
+            "iou": None if answer is None or answer.predicted_iou is None else float(answer.predicted_iou),
             "share": area / pixels,
             "colour": f"rgb{colour(number)}",
             "masks": [{"iou": float(mask.iou)} for mask in shown.masks],

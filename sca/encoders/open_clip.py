@@ -43,7 +43,7 @@ class OpenClipEncoder(nn.Module):
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool | str = True,
-        size: int | None = None,
+        image_size: int | None = None,
         layer: int = -1,
         fit: str = "pad",
         config: Mapping[str, Any] | None = None,
@@ -60,14 +60,14 @@ class OpenClipEncoder(nn.Module):
         folder = file.parent if file else None if model else fetch(weights, revision, False, prefix=self.prefix)
         look = {**known, **_look(folder)}
         with reading(weights if pretrained else model or weights):
-            tower = _tower(model or f"local-dir:{folder}", file, size, config, bool(known.get("quick_gelu")))
+            tower = _tower(model or f"local-dir:{folder}", file, image_size, config, bool(known.get("quick_gelu")))
         self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
-        size = size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
-        self.image = image_format(size, look, fit)
-        self.channels, self.stride = feature_shape(self.visual, self.image.size, self.visual.stride)
+        image_size = image_size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
+        self.image_format = image_format(image_size, look, fit)
+        self.channels, self.stride = feature_shape(self.visual, self.image_format.size, self.visual.stride)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.visual(pixels)

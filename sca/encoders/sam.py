@@ -44,7 +44,7 @@ class SamEncoder(nn.Module):
             self.vision = SamVisionEncoder(sam_config(weights, revision, config).vision_config)
         for layer in self.vision.layers:
             layer.attn.__class__ = Attention  # the same parameters, used otherwise
-        self.image = ImageFormat(size=self.vision.config.image_size)
+        self.image_format = ImageFormat(size=self.vision.config.image_size)
         self.channels = self.vision.config.output_channels
         self.stride = self.vision.config.patch_size
 

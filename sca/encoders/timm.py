@@ -39,7 +39,7 @@ class TimmEncoder(nn.Module):
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool | str = True,
-        size: int | None = None,
+        image_size: int | None = None,
         layer: int = -1,
         fit: str = "pad",
         config: Mapping[str, Any] | None = None,
@@ -75,8 +75,8 @@ class TimmEncoder(nn.Module):
         else:
             name = f"local-dir:{fetch(weights, revision, weights=pretrained)}"
             known = timm.get_pretrained_cfg(said.architecture) if timm.is_model(said.architecture) else None
-        if size and known and known.fixed_input_size:
-            how["img_size"] = size
+        if image_size and known and known.fixed_input_size:
+            how["img_size"] = image_size
         with reading(weights if pretrained else model or weights):
             backbone = timm.create_model(name, pretrained=pretrained, **how)  # with its head: only so is it strict
             backbone.reset_classifier(0)
@@ -85,9 +85,9 @@ class TimmEncoder(nn.Module):
         self.revision = revision
         self.backbone = IntermediateLayer(backbone, layer)
         look = backbone.pretrained_cfg
-        size = size or how.get("img_size") or (not model and said.size) or look["input_size"][-1]
-        self.image = image_format(size, look, fit)
-        self.channels, self.stride = feature_shape(self.backbone, self.image.size, self.backbone.stride)
+        image_size = image_size or how.get("img_size") or (not model and said.size) or look["input_size"][-1]
+        self.image_format = image_format(image_size, look, fit)
+        self.channels, self.stride = feature_shape(self.backbone, self.image_format.size, self.backbone.stride)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.backbone(pixels)

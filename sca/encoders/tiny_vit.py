@@ -25,36 +25,36 @@ class TinyVit(nn.Module):
 
     def __init__(
         self,
-        size: int = 128,
-        width: int = 128,
+        image_size: int = 128,
+        hidden_size: int = 128,
         depth: int = 4,
-        heads: int = 4,
-        channels: int = 96,
-        stem: tuple[int, int] = (32, 64),
-        blocks: int = 1,
+        num_heads: int = 4,
+        output_channels: int = 96,
+        stem_channels: tuple[int, int] = (32, 64),
+        stem_blocks: int = 1,
         fit: str = "pad",
     ):
         super().__init__()
-        if size % self.stride:
-            raise ValueError(f"size {size} must be a multiple of the stride {self.stride}")
-        self.image = ImageFormat(size=size, fit=fit)
-        self.channels = channels
-        half, quarter = stem
+        if image_size % self.stride:
+            raise ValueError(f"size {image_size} must be a multiple of the stride {self.stride}")
+        self.image_format = ImageFormat(size=image_size, fit=fit)
+        self.channels = output_channels
+        half, quarter = stem_channels
         self.stem = nn.Sequential(
             *_convolution(3, half),
             *_convolution(half, quarter),
-            *(ConvolutionBlock(quarter) for _ in range(blocks)),
-            nn.Conv2d(quarter, width, 3, stride=2, padding=1),
+            *(ConvolutionBlock(quarter) for _ in range(stem_blocks)),
+            nn.Conv2d(quarter, hidden_size, 3, stride=2, padding=1),
         )
-        grid = size // self.stride
-        self.position = nn.Parameter(torch.zeros(1, grid * grid, width))
+        grid = image_size // self.stride
+        self.position = nn.Parameter(torch.zeros(1, grid * grid, hidden_size))
         nn.init.normal_(self.position, std=0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
         for parameter in self.transformer.parameters():  # the layers are copies of one: draw each anew
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        self.neck = SamVisionNeck(SamVisionConfig(hidden_size=width, output_channels=channels))
+        self.neck = SamVisionNeck(SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels))
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # (B, width, S/8, S/8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.evaluate import Report, score_file
 from sca.evaluation.intervals import MIN_IMAGES, has_enough_images, interval, resample
@@ -143,24 +143,24 @@ def chosen(by: str | None, known: Sequence[str]) -> str | None:
     return by or next(iter(known), None)
 
 
-def judgements(report: Report) -> dict[str, Scores]:
+def judgements(report: Report) -> dict[str, MetricOutput]:
     """The scores that single regions have, each with the metric's arrays; the most telling first."""
     found = {}
     for (_, control), scores in report.scored.metrics.items():
-        if control is None and scores.each is not None and "region_id" in scores.each:
-            places = np.stack([scores.each["image_id"], scores.each["region_id"]])
+        if control is None and scores.per_record is not None and "region_id" in scores.per_record:
+            places = np.stack([scores.per_record["image_id"], scores.per_record["region_id"]])
             if len(np.unique(places, axis=1)[0]) == places.shape[1]:
-                found |= {name: scores for name, v in scores.total.items() if name in scores.each and v == v}
+                found |= {name: scores for name, v in scores.values.items() if name in scores.per_record and v == v}
     return {
         name: found[name] for name in (*(n for n in TELLING if n in found), *(n for n in found if n not in TELLING))
     }
 
 
-def single_scores(scores: Scores, name: str) -> dict[tuple[int, int], float]:
+def single_scores(scores: MetricOutput, name: str) -> dict[tuple[int, int], float]:
     """A score by (image_id, region_id), of those regions that have it."""
-    assert scores.each is not None
-    keys = zip(scores.each["image_id"].tolist(), scores.each["region_id"].tolist(), strict=True)
-    values = np.asarray(scores.each[name], dtype=float).tolist()
+    assert scores.per_record is not None
+    keys = zip(scores.per_record["image_id"].tolist(), scores.per_record["region_id"].tolist(), strict=True)
+    values = np.asarray(scores.per_record[name], dtype=float).tolist()
     return {key: value for key, value in zip(keys, values, strict=True) if value == value}
 
 

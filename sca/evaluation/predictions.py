@@ -141,9 +141,9 @@ class Proposing:
         found = self.proposer(sample.image, sample.image_id)
         if any(prompt.box is None and prompt.mask is None for prompt in found.prompts):
             told = _everything(captioner, sample.image, found, self.generation)
-            scores = [answer.iou if answer.iou is not None else answer.score for answer in told]
+            scores = [answer.predicted_iou if answer.predicted_iou is not None else answer.score for answer in told]
         else:
-            told = captioner.describe(sample.image, found.prompts, **self.generation) if found.prompts else []
+            told = captioner.caption(sample.image, found.prompts, **self.generation) if found.prompts else []
             scores = list(found.scores)
         proposals = [
             {"box": list(answer.box), "score": float(score), "caption": answer.text, "mask": answer.mask}

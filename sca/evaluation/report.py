@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, label_reports, single_scores
 from sca.evaluation.evaluate import Report
@@ -130,7 +130,7 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
     return list(dict.fromkeys([*lines, *reports[0].scored.summarize_left_out()]))
 
 
-def _histograms(pairs: Sequence[tuple[Report, Mapping[str, Scores]]]) -> Iterable[Histogram]:
+def _histograms(pairs: Sequence[tuple[Report, Mapping[str, MetricOutput]]]) -> Iterable[Histogram]:
     for name in pairs[0][1]:
         for report, known in pairs:
             values = np.array(list(single_scores(known[name], name).values())) if name in known else np.empty(0)
@@ -154,7 +154,7 @@ def _figure(reports: Sequence[Report], by: str, seed: int) -> dict[str, Any]:
     return {"rows": rows, "problem": pictures.problem}
 
 
-def _ranking(report: Report, known: Mapping[str, Scores], by: str, seed: int) -> dict[str, Any]:
+def _ranking(report: Report, known: Mapping[str, MetricOutput], by: str, seed: int) -> dict[str, Any]:
     """The best, the worst and some other regions of a run."""
     values, told = single_scores(known[by], by), answers(report, by)
     ranked = sorted(values, key=lambda key: values[key])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, places, share
 
 
-def from_means(each: Mapping[str, np.ndarray], records: Sequence[Record]) -> Scores:
+def from_means(each: Mapping[str, np.ndarray], records: Sequence[Record]) -> MetricOutput:
     """Arrays with one number a record, NaN where nothing was to be judged; a total is the mean over the others."""
-    return Scores({name: share(values) for name, values in each.items()}, {**each, **places(records)})
+    return MetricOutput({name: share(values) for name, values in each.items()}, {**each, **places(records)})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import sca_registry
 from PIL import Image
-from sca_registry.contracts import Metric, Scores
+from sca_registry.contracts import Metric, MetricOutput
 from sca_registry.plugins import BUILTIN
 
 from sca.evaluation.intervals import MIN_IMAGES, Sums, has_enough_images, interval, mean_of, resample
@@ -61,7 +61,7 @@ class Scored:
 
     scores: tuple[Score, ...]
     left_out: dict[str, str]
-    metrics: dict[tuple[str, str | None], Scores] = field(repr=False)
+    metrics: dict[tuple[str, str | None], MetricOutput] = field(repr=False)
 
     def summarize_left_out(self) -> list[str]:
         """Return at most one line about the metrics that were not computed; naming one states its reason."""
@@ -94,7 +94,7 @@ def score(
     settings = _checked(settings or {}, metrics)
     scores: list[Score] = []
     left_out: dict[str, str] = {}
-    found: dict[tuple[str, str | None], Scores] = {}
+    found: dict[tuple[str, str | None], MetricOutput] = {}
     given = dict.fromkeys(each for record in records if (each := record.get("control")) is not None)
     controls = [None, *(each for each in CONTROLS if each in given), *(each for each in given if each not in CONTROLS)]
     for name in sca_registry.metrics.names() if metrics is None else dict.fromkeys(metrics):
@@ -140,17 +140,17 @@ def ready(metrics: Sequence[str] | None, settings: Mapping[str, Any] | None) -> 
         _built(name, settings)
 
 
-def resamplable(scores: Scores) -> dict[str, tuple[Sums, np.ndarray]]:
+def resamplable(scores: MetricOutput) -> dict[str, tuple[Sums, np.ndarray]]:
     """The scores whose value for other images can be told: what they are made of, and the image of each row."""
-    if scores.each is None or "image_id" not in scores.each:
+    if scores.per_record is None or "image_id" not in scores.per_record:
         return {}
-    groups = np.asarray(scores.each["image_id"])
+    groups = np.asarray(scores.per_record["image_id"])
     found = {}
-    for name, value in scores.total.items():
-        if scores.sums and name in scores.sums:
-            found[name] = Sums(*scores.sums[name]), groups
-        elif name in scores.each and isinstance(value, float) and len(groups):
-            values = np.asarray(scores.each[name], dtype=float)
+    for name, value in scores.values.items():
+        if scores.statistics and name in scores.statistics:
+            found[name] = Sums(*scores.statistics[name]), groups
+        elif name in scores.per_record and isinstance(value, float) and len(groups):
+            values = np.asarray(scores.per_record[name], dtype=float)
             mean = np.nanmean(values) if (~np.isnan(values)).any() else math.nan
             if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 found[name] = mean_of(values), groups
@@ -194,12 +194,12 @@ def _lack(metric: Metric, records: Sequence[Record], images: Images | None) -> s
     return lack(records, [need for need in metric.needs if need != "image"])
 
 
-def _scores(metric: Metric, records: Sequence[Record], images: Images | None, taken: Sequence[str]) -> Scores:
+def _scores(metric: Metric, records: Sequence[Record], images: Images | None, taken: Sequence[str]) -> MetricOutput:
     """What a metric gives. Raises TypeError or ValueError for what is no `Scores`, or has another metric's names."""
     found = metric(records, images) if "image" in metric.needs else metric(records)
-    if not isinstance(found, Scores):
+    if not isinstance(found, MetricOutput):
         raise TypeError(f"it gives a {type(found).__name__}, not Scores")
-    for key, value in found.total.items():
+    for key, value in found.values.items():
         if key in taken:
             raise ValueError(f"the score {key!r} is another metric's")
         float(value)
@@ -207,7 +207,7 @@ def _scores(metric: Metric, records: Sequence[Record], images: Images | None, ta
 
 
 def _rows(
-    name: str, control: str | None, metric: Metric, found: Scores, used: Mapping[str, Any], run: Mapping[str, Any]
+    name: str, control: str | None, metric: Metric, found: MetricOutput, used: Mapping[str, Any], run: Mapping[str, Any]
 ) -> list[Score]:
     entry = sca_registry.metrics.describe(name)
     own = "sca" if entry.distribution == BUILTIN else entry.distribution
@@ -221,7 +221,7 @@ def _rows(
     intervals = {key: interval(resample(*made)) for key, made in sums.items() if enough[key]}
     notes = {key: f"no interval over fewer than {MIN_IMAGES} images" for key in sums if not enough[key]}
     notes |= found.notes or {}
-    counted = {key: _count(found, key) for key in found.total}
+    counted = {key: _count(found, key) for key in found.values}
     return [
         Score(
             name=key,
@@ -237,15 +237,15 @@ def _rows(
             protocol=protocol,
             note=notes.get(key, ""),
         )
-        for key, value in found.total.items()
+        for key, value in found.values.items()
     ]
 
 
-def _count(found: Scores, name: str) -> int:
+def _count(found: MetricOutput, name: str) -> int:
     """How many judgements a score is made of."""
-    if found.each and name in found.each:
-        return int((~np.isnan(np.asarray(found.each[name], dtype=float))).sum())
-    return len(found.each["image_id"]) if found.each and "image_id" in found.each else 0
+    if found.per_record and name in found.per_record:
+        return int((~np.isnan(np.asarray(found.per_record[name], dtype=float))).sum())
+    return len(found.per_record["image_id"]) if found.per_record and "image_id" in found.per_record else 0
 
 
 def regions_of(records: Sequence[Record]) -> int:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pycocotools import mask as coco
-from sca_registry.contracts import Caption, Prompt, Prompts, Proposals
-from sca_registry.spec import Everything, check_search
+from sca_registry.contracts import Caption, Prompt, PromptBatch, Proposals
+from sca_registry.spec import EverythingOptions, check_search
 from torch import Tensor
 
 from sca.inference.engine import Encoded, Mask, MaskEngine
@@ -61,14 +61,14 @@ class Found(NamedTuple):
     window: Window  # that it was found in
 
 
-def settle_search(captioner: Any, given: Mapping[str, Any]) -> Everything:
+def settle_search(captioner: Any, given: Mapping[str, Any]) -> EverythingOptions:
     """Return the search settings of a captioner: its own, except for those that are given.
 
     Args:
         captioner: A model; a captioner without settings of its own has SAM's.
         given: Fields of `Everything` by name; None leaves a field to the captioner.
     """
-    own = getattr(captioner, "everything", Everything())
+    own = getattr(captioner, "everything", EverythingOptions())
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -76,7 +76,7 @@ def settle_search(captioner: Any, given: Mapping[str, Any]) -> Everything:
 def caption_everything(
     predictor: Predictor,
     task: str = "caption",
-    options: Everything | None = None,
+    options: EverythingOptions | None = None,
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_regions: int | None = None,
@@ -100,12 +100,12 @@ def caption_everything(
         TypeError: An unknown keyword; names the closest one.
         ValueError: A value out of range.
     """
-    fields = vars(Everything())
+    fields = vars(EverythingOptions())
     refuse_unknown("caption_everything", given.keys() - {*fields, *OPTIONS}, (*ARGUMENTS, *fields, *OPTIONS), SAM_NAMES)
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
         raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
-    if not isinstance(options, Everything | None):
+    if not isinstance(options, EverythingOptions | None):
         raise ValueError(
             f"options is of type {type(options).__name__}; give sca.Everything(...), or its fields by name"
         )
@@ -119,19 +119,19 @@ def caption_everything(
         raise ValueError("there is no image yet: call set_image(image) first")
     masks, prompts = find_everything(engine, encoded, options, proposals, progress)
     masks, prompts = masks[:max_regions], prompts[:max_regions]
-    captions = engine.tell(encoded, masks, prompts, task, **generation) if masks else []
+    captions = engine.caption_masks(encoded, masks, prompts, task, **generation) if masks else []
     room = None if max_regions is None else max_regions - len(masks)
     regions = _choose_regions(proposals, room) if proposals else []
     if regions:
-        (more,) = engine.answer(encoded, [regions], task, **generation)
-        captions += [replace(each, region=len(masks) + each.region) for each in more]
+        (more,) = engine.caption_batch(encoded, [regions], task, **generation)
+        captions += [replace(each, region=len(masks) + each.region_id) for each in more]
     return captions
 
 
 def find_everything(
     engine: MaskEngine,
     encoded: Encoded,
-    options: Everything | None = None,
+    options: EverythingOptions | None = None,
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Mask], list[Prompt]]:
@@ -151,7 +151,7 @@ def find_everything(
 def search_everything(
     engine: MaskEngine,
     encoded: Encoded,
-    options: Everything | None = None,
+    options: EverythingOptions | None = None,
     proposals: Proposals | None = None,
     *,
     max_found: int | None = None,
@@ -199,7 +199,7 @@ def _choose_regions(proposals: Proposals, count: int | None) -> list[Prompt]:
 def _search(
     engine: MaskEngine,
     whole_image: Encoded,
-    options: Everything,
+    options: EverythingOptions,
     proposals: Proposals | None = None,
     max_found: int | None = None,
     max_bytes: int | None = None,
@@ -210,8 +210,8 @@ def _search(
     windows = [whole]
     points: list[Tensor] = []
     if proposals is None:
-        windows += _crops(*image.size, options.crops, options.crop_overlap)
-        points = [_grid(window, options.points) for window in windows]
+        windows += _crops(*image.size, options.crop_n_layers, options.crop_overlap_ratio)
+        points = [_grid(window, options.points_per_side) for window in windows]
     else:
         asked = [each.points[0][:2] for each in proposals.prompts if _is_one_point(each)]
         points = [torch.tensor(asked, dtype=torch.float32).reshape(-1, 2)]
@@ -246,7 +246,7 @@ def _search(
             yield Searched(done, total)
     pixels = image.width * image.height
     return sorted(
-        (each for each in found if options.area <= area(each.mask) / pixels <= options.largest),
+        (each for each in found if options.min_area <= area(each.mask) / pixels <= options.max_area),
         key=lambda each: -each.iou,
     )
 
@@ -257,7 +257,7 @@ def _in_window(
     size: tuple[int, int],
     window: Window,
     points: Tensor,
-    options: Everything,
+    options: EverythingOptions,
 ) -> Iterator[int | Found]:
     """Regions that points (P, 2), image pixels, find in a window of an image of (width, height), and after every small
     piece of work the number of points that have been looked at.
@@ -270,8 +270,8 @@ def _in_window(
         for start in range(0, len(masks), MEASURED):
             yield done
             rows = slice(start, start + MEASURED)
-            stability, boxes = engine.processor.measure(masks[rows], frame, options.offset)
-            is_kept = (boxes > 0).any(1) & ((stability >= options.stability) | (options.stability <= 0))
+            stability, boxes = engine.processor.measure(masks[rows], frame, options.stability_score_offset)
+            is_kept = (boxes > 0).any(1) & ((stability >= options.stability_score_thresh) | (options.stability_score_thresh <= 0))
             boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
             kept = [
                 row for row, keep in enumerate(is_kept.tolist()) if keep and not _is_cut_off(boxes[row], window, size)
@@ -287,7 +287,7 @@ def _in_window(
 
 
 def _candidates(
-    engine: MaskEngine, encoded: Encoded, points: Tensor, options: Everything
+    engine: MaskEngine, encoded: Encoded, points: Tensor, options: EverythingOptions
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
     """A chunk at a time: points looked at so far, masks (K, 4h, 4w) whose predicted IoU is high enough, these IoUs,
     and the indices of the points that they are of.
@@ -295,7 +295,7 @@ def _candidates(
     (frame,) = encoded.frames
     asked = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
     ones = torch.ones(len(points), 1, dtype=torch.long)
-    prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(engine.device)
+    prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(engine.device)
     for number, chunk in enumerate(prompts.chunks(engine.regions)):
         regions = engine.model.segment(encoded.features, chunk)
         if regions.masks is None:
@@ -303,21 +303,21 @@ def _candidates(
                 f"everything needs masks, and the segmenter {type(engine.model.segmenter).__name__} gives none: "
                 "build the model with segmenter=sam"
             )
-        masks, scores = regions.masks.flatten(0, 1).float(), regions.scores.flatten().float()
-        good = ((scores > options.iou) | (options.iou <= 0)).nonzero().squeeze(1)
+        masks, scores = regions.masks.flatten(0, 1).float(), regions.iou_scores.flatten().float()
+        good = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)
         origins = good // regions.masks.shape[1] + number * engine.regions
         looked_at = min((number + 1) * engine.regions, len(points))
         yield looked_at, masks[good], scores[good].tolist(), origins.tolist()
 
 
-def _suppress_overlaps(found: Sequence[Found], scores: Tensor, options: Everything) -> Iterator[int]:
+def _suppress_overlaps(found: Sequence[Found], scores: Tensor, options: EverythingOptions) -> Iterator[int]:
     """Yield the indices of regions that stay, best first, by the IoU of boxes as SAM does and, if wanted, of masks."""
     boxes = torch.tensor([each.box for each in found]).reshape(-1, 4)
     boxes[:, 2:] -= 1  # SAM's boxes end at the last pixel
 
     def is_overlapping(one: int, others: Tensor) -> Tensor:
         shared = box_iou(boxes[[one]], boxes[others])[0]
-        is_same = shared > options.nms
+        is_same = shared > options.box_nms_thresh
         near = (shared.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
         if len(near):  # masks overlap only where boxes do
             codes = [found[place].mask for place in others[near].tolist()]

@@ -165,7 +165,7 @@ def answer_requests(
     if hasattr(captioner, "answer"):
         return captioner.answer(captioner.encode(images) if encoded is None else encoded, requests, task, **generation)
     pairs = zip(images, requests, strict=True)
-    return [captioner.describe(image, request, task, **generation) if request else [] for image, request in pairs]
+    return [captioner.caption(image, request, task, **generation) if request else [] for image, request in pairs]
 
 
 def _open_images(paths: Iterable[Path], done: Mapping[str, Captioned]) -> Opened:

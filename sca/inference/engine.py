@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
-from sca_registry.contracts import TASKS, Caption, Prompt, Prompts, Regions, TokenUsage
-from sca_registry.spec import Everything
+from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, SegmenterOutput, TokenUsage
+from sca_registry.spec import EverythingOptions
 from torch import Tensor
 
 from sca.inference.processor import Frame, Processor
@@ -60,9 +60,9 @@ class MaskEngine(ABC):
         return next(self.model.parameters()).device
 
     @property
-    def everything(self) -> Everything:
+    def everything(self) -> EverythingOptions:
         """The search settings of everything mode: SAM's, or the model's own."""
-        return Everything()
+        return EverythingOptions()
 
     def check_segments(self) -> None:
         """Raise ValueError if there is no encoder and no segmenter."""
@@ -103,10 +103,10 @@ class MaskEngine(ABC):
         for places, prompts, regions in self._segmented(encoded, requests, multimask):
             if regions.masks is None:
                 raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
-            order = regions.scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
+            order = regions.iou_scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
             logits = regions.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
-            ious = ious_of(regions.scores.take_along_dim(order, dim=1))
-            codes = self._masks(logits, prompts.owner.repeat_interleave(order.shape[1]), encoded.frames)
+            ious = ious_of(regions.iou_scores.take_along_dim(order, dim=1))
+            codes = self._masks(logits, prompts.image_index.repeat_interleave(order.shape[1]), encoded.frames)
             for place, each in zip(places, ious, strict=True):
                 found[place] = [Mask(next(codes), iou) for iou in each]
         return found
@@ -126,9 +126,9 @@ class MaskEngine(ABC):
         found: list[Mask | None] = [None] * sum(map(len, requests))
         for places, prompts, regions in self._segmented(encoded, requests):
             if regions.masks is not None:
-                masks = best_masks(regions.masks, regions.scores)
-                ious = ious_of(regions.scores.amax(1))
-                codes = self._masks(masks, prompts.owner, encoded.frames)
+                masks = best_masks(regions.masks, regions.iou_scores)
+                ious = ious_of(regions.iou_scores.amax(1))
+                codes = self._masks(masks, prompts.image_index, encoded.frames)
                 for place, code, iou in zip(places, codes, ious, strict=True):
                     found[place] = Mask(code, iou)
         return found
@@ -183,7 +183,7 @@ class MaskEngine(ABC):
 
     def _segmented(
         self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
-    ) -> Iterator[tuple[list[int], Prompts, Regions]]:
+    ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
         """A chunk of regions at a time, with their places in the flattened requests."""
         for places, bucket in self.processor.prompts(requests, encoded.frames):
             for start, chunk in enumerate(bucket.to(self.device).chunks(self.regions)):
@@ -221,11 +221,11 @@ class Engine(MaskEngine):
         return self.model.spec.generation
 
     @property
-    def everything(self) -> Everything:
+    def everything(self) -> EverythingOptions:
         return self.model.spec.search
 
     @torch.inference_mode()
-    def answer(
+    def caption_batch(
         self,
         encoded: Encoded,
         requests: Sequence[Sequence[Prompt]],
@@ -251,7 +251,7 @@ class Engine(MaskEngine):
             captions[owner].append(answer)
         return captions
 
-    def tell(
+    def caption_masks(
         self,
         encoded: Encoded,
         masks: Sequence[Mask],
@@ -259,12 +259,12 @@ class Engine(MaskEngine):
         task: str = "caption",
         **generation: Any,
     ) -> list[Caption]:
-        (captions,) = self.answer(encoded, [request], task, masks=False, **generation)
+        (captions,) = self.caption_batch(encoded, [request], task, masks=False, **generation)
         told = zip(captions, masks, strict=True)
         return [replace(caption, mask=code, box=box_of(code), iou=iou) for caption, (code, iou) in told]
 
     def _bucket(
-        self, encoded: Encoded, prompts: Prompts, task: int, masks: bool, generation: Mapping[str, Any]
+        self, encoded: Encoded, prompts: PromptBatch, task: int, masks: bool, generation: Mapping[str, Any]
     ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
         """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
         two may be None.
@@ -277,19 +277,19 @@ class Engine(MaskEngine):
             tasks = torch.full((len(chunk),), task, device=self.device)
             prefixes.append(self.model.prefix(self.model.mix(regions, prepared), tasks))
             if regions.masks is not None and masks:
-                best = best_masks(regions.masks, regions.scores)
-                codes += self._masks(best, chunk.owner, encoded.frames)
-            if regions.scores is not None:
-                ious += ious_of(regions.scores.amax(1))
+                best = best_masks(regions.masks, regions.iou_scores)
+                codes += self._masks(best, chunk.image_index, encoded.frames)
+            if regions.iou_scores is not None:
+                ious += ious_of(regions.iou_scores.amax(1))
             del regions  # the grids of its regions are large, and words need room
         prefix = torch.cat(prefixes)  # (N, K, E)
         generated = self.model.generate_from_prefix(prefix, **generation)
         nothing = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
-        ids = generated.ids.tolist()
+        ids = generated.sequences.tolist()
         told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
         tokenizer = self.model.language_model.tokenizer
-        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos]) for rows in ids]
+        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in ids]
         return told, usages, codes or nothing, ious or nothing
 
     def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:

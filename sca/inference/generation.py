@@ -28,9 +28,9 @@ def settle_generation(
     captioner: Any,
     *,
     max_new_tokens: int | None = None,
-    beams: int | None = None,
-    captions: int | None = None,
-    sample: bool | None = None,
+    num_beams: int | None = None,
+    num_captions: int | None = None,
+    do_sample: bool | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
@@ -54,7 +54,7 @@ def settle_generation(
         ValueError: A value of another type or out of range, one that only sampling uses, or an option that the
             captioner does not take.
     """
-    options = (max_new_tokens, beams, captions, sample, temperature, top_p, seed)
+    options = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed)
     given = {name: value for name, value in zip(OPTIONS, options, strict=True) if value is not None}
     check_generation("generation", given)
     usual = getattr(captioner, "generation", GENERATION)
@@ -72,13 +72,13 @@ def settle_generation(
             raise ValueError(
                 f"{type(captioner).__name__} does not support the generation option {name!r}.{choice(taken)}"
             )
-    if captions and beams is None:
-        if is_sampling and captions > usual["beams"]:
+    if num_captions and num_beams is None:
+        if is_sampling and num_captions > usual["beams"]:
             given["beams"] = 1  # each caption is drawn by itself
         elif not is_sampling:
-            given["beams"] = max(captions, usual["beams"])
-    elif captions and beams is not None and captions > beams and (beams > 1 or not is_sampling):
-        raise ValueError(f"captions={captions} needs beams={captions} or more, not {beams}")
+            given["beams"] = max(num_captions, usual["beams"])
+    elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
+        raise ValueError(f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}")
     return given
 
 

@@ -72,9 +72,9 @@ class Predictor:
         masks: Sequence[np.ndarray | RLE] = (),
         task: str = "caption",
         max_new_tokens: int | None = None,
-        beams: int | None = None,
-        captions: int | None = None,
-        sample: bool | None = None,
+        num_beams: int | None = None,
+        num_captions: int | None = None,
+        do_sample: bool | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -111,14 +111,14 @@ class Predictor:
         generation = settle_generation(
             self.engine,
             max_new_tokens=max_new_tokens,
-            beams=beams,
-            captions=captions,
-            sample=sample,
+            num_beams=num_beams,
+            num_captions=num_captions,
+            do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         )
-        return self.engine.answer(self.encoded, [request], task, **generation)[0]
+        return self.engine.caption_batch(self.encoded, [request], task, **generation)[0]
 
     def segment(
         self,
@@ -154,9 +154,9 @@ class Predictor:
         *,
         task: str = "caption",
         max_new_tokens: int | None = None,
-        beams: int | None = None,
-        captions: int | None = None,
-        sample: bool | None = None,
+        num_beams: int | None = None,
+        num_captions: int | None = None,
+        do_sample: bool | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -194,9 +194,9 @@ class Predictor:
         generation = settle_generation(
             self.engine,
             max_new_tokens=max_new_tokens,
-            beams=beams,
-            captions=captions,
-            sample=sample,
+            num_beams=num_beams,
+            num_captions=num_captions,
+            do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -204,7 +204,7 @@ class Predictor:
         found: list[list[Caption]] = []
         for start in range(0, len(taken), BATCH):
             rows = slice(start, start + BATCH)
-            found += self.engine.answer(self.engine.encode(taken[rows]), fitting[rows], task, **generation)
+            found += self.engine.caption_batch(self.engine.encode(taken[rows]), fitting[rows], task, **generation)
         return found
 
     def _collect(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from sca_registry.contracts import Encoder, ImageFormat, Prompt, Prompts
+from sca_registry.contracts import Encoder, ImageFormat, Prompt, PromptBatch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,7 +57,7 @@ class Processor:
 
     @classmethod
     def of(cls, encoder: Encoder) -> Processor:
-        return cls(encoder.image, encoder.image.size // encoder.stride)
+        return cls(encoder.image_format, encoder.image_format.size // encoder.stride)
 
     def frame(self, width: int, height: int) -> Frame:
         size = self.image.size
@@ -80,7 +80,7 @@ class Processor:
             row[:, :height, :width] = values.transpose(2, 0, 1)
         return torch.from_numpy(batch)
 
-    def prompts(self, requests: Sequence[Sequence[Prompt]], frames: Sequence[Frame]) -> list[tuple[list[int], Prompts]]:
+    def prompts(self, requests: Sequence[Sequence[Prompt]], frames: Sequence[Frame]) -> list[tuple[list[int], PromptBatch]]:
         """Requests of B images -> homogeneous buckets, each with the place of its rows in the flattened request."""
         buckets: dict[tuple, list[tuple[int, int, Prompt]]] = {}
         place = 0
@@ -91,7 +91,7 @@ class Processor:
                 place += 1
         return [([place for place, _, _ in rows], self._bucket(rows, frames)) for rows in buckets.values()]
 
-    def _bucket(self, rows: list[tuple[int, int, Prompt]], frames: Sequence[Frame]) -> Prompts:
+    def _bucket(self, rows: list[tuple[int, int, Prompt]], frames: Sequence[Frame]) -> PromptBatch:
         first = rows[0][2]
         scales = torch.tensor([frames[owner].scale for _, owner, _ in rows])  # (N, 2)
         boxes = points = labels = masks = None
@@ -102,7 +102,7 @@ class Processor:
             points, labels = given[:, :, :2] * scales[:, None], given[:, :, 2].long()
         if first.mask is not None:
             masks = torch.stack([self.mask_prompt(prompt.mask, frames[owner]) for _, owner, prompt in rows])
-        return Prompts(torch.tensor([owner for _, owner, _ in rows]), boxes, points, labels, masks)
+        return PromptBatch(torch.tensor([owner for _, owner, _ in rows]), boxes, points, labels, masks)
 
     def coverage(self, mask: np.ndarray, frame: Frame) -> Tensor:
         """A mask in image pixels -> (4h, 4w), the share of each cell of the input frame that it covers."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sca_registry.contracts import Generated, Tokenizer
+from sca_registry.contracts import GenerationOutput, Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -40,7 +40,7 @@ class CausalLanguageModel(nn.Module):
             model.generation_config = GenerationConfig(**ids)  # and no other setting that came with the model
         self.structure = probe_model(model)
         self.tokenizer = tokenizer
-        self.width = model.get_input_embeddings().embedding_dim
+        self.hidden_size = model.get_input_embeddings().embedding_dim
         config = model.config.get_text_config(decoder=True)
         limits = (getattr(config, name, None) for name in POSITIONS)
         self.positions: int | None = next((limit for limit in limits if limit), None)
@@ -60,13 +60,13 @@ class CausalLanguageModel(nn.Module):
             )
         self._tokenizer = tokenizer
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
 
-    def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         return self.structure.hidden(self.model, embeddings.to(self.model.dtype), mask)
 
-    def head(self, states: Tensor) -> Tensor:
+    def lm_head(self, states: Tensor) -> Tensor:
         return self.structure.head(self.model, states)
 
     @torch.no_grad()
@@ -74,36 +74,36 @@ class CausalLanguageModel(nn.Module):
         self,
         prefix: Tensor,
         max_new_tokens: int,
-        beams: int = 1,
-        captions: int = 1,
-        sample: bool = False,
+        num_beams: int = 1,
+        num_captions: int = 1,
+        do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
-    ) -> Generated:
+    ) -> GenerationOutput:
         """`captions` ids a row, best first. Beams search for the likeliest, `sample` draws; greedy otherwise.
 
         No more than the model has positions for.
         """
-        if captions < 1:
-            raise ValueError(f"{captions} captions a region: ask for 1 or more")
-        if captions > 1 and not sample and captions > beams:
-            raise ValueError(f"captions={captions} needs beams={captions} or more, not {beams}, or sample=true")
+        if num_captions < 1:
+            raise ValueError(f"{num_captions} captions a region: ask for 1 or more")
+        if num_captions > 1 and not do_sample and num_captions > num_beams:
+            raise ValueError(f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}, or sample=true")
         pad, ends = self._ends()
         room = self.positions or prefix.shape[1] + max_new_tokens
         steps = min(max_new_tokens, room - prefix.shape[1])
-        if beams == captions == 1 and not sample and len(prefix) and steps > 0 and self.has_greedy_loop:
+        if num_beams == num_captions == 1 and not do_sample and len(prefix) and steps > 0 and self.has_greedy_loop:
             body = self.model.get_submodule(self.structure.body)
-            ids, scores = greedy(self.model, body, self.head, prefix.to(self.model.dtype), steps, pad, ends)
-            return Generated(ids[:, None], scores[:, None])
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sample else {}
+            ids, scores = greedy(self.model, body, self.lm_head, prefix.to(self.model.dtype), steps, pad, ends)
+            return GenerationOutput(ids[:, None], scores[:, None])
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         with quiet():
             found = self.model.generate(
                 inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
                 max_new_tokens=steps,
-                num_beams=beams,
-                do_sample=sample,
-                num_return_sequences=captions,
+                num_beams=num_beams,
+                do_sample=do_sample,
+                num_return_sequences=num_captions,
                 pad_token_id=pad,
                 eos_token_id=ends or None,
                 return_dict_in_generate=True,
@@ -111,18 +111,18 @@ class CausalLanguageModel(nn.Module):
                 **sampling,
             )
         ids, scores = new_words(found, ends, pad)
-        ids, scores = (each.unflatten(0, (len(prefix), captions)) for each in (ids, scores))
-        if sample:  # beams come best first, what is drawn does not
+        ids, scores = (each.unflatten(0, (len(prefix), num_captions)) for each in (ids, scores))
+        if do_sample:  # beams come best first, what is drawn does not
             order = scores.argsort(dim=1, descending=True, stable=True)
             ids, scores = ids.gather(1, order[..., None].expand_as(ids)), scores.gather(1, order)
-        return Generated(ids, scores)
+        return GenerationOutput(ids, scores)
 
     @property
     def has_greedy_loop(self) -> bool:
         """Whether `greedy` generates what transformers does, with fewer operations."""
         return self.structure.has_greedy_loop and plain(self.model)
 
-    def adapt(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None) -> None:
         """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on
         those that peft knows for the architecture. What trained before goes on training.
 
@@ -133,7 +133,7 @@ class CausalLanguageModel(nn.Module):
 
         kind = self.model.config.model_type
         layers = self._linear_layers()
-        wanted = list(targets or KNOWN.get(kind, ()))
+        wanted = list(target_modules or KNOWN.get(kind, ()))
         problem = "" if wanted else f"there are none for {kind!r} unless you name them"
         for name in wanted:
             if name not in layers:
@@ -166,8 +166,8 @@ class CausalLanguageModel(nn.Module):
 
     def _ends(self) -> tuple[int, list[int]]:
         """What fills up a row, and what ends a text: the tokenizer's, or else the model's own."""
-        eos = self.tokenizer.eos if self.tokenizer else self.model.generation_config.eos_token_id
-        pad = self.tokenizer.pad if self.tokenizer else self.model.generation_config.pad_token_id
+        eos = self.tokenizer.eos_token_id if self.tokenizer else self.model.generation_config.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer else self.model.generation_config.pad_token_id
         ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
         return (ends or [0])[0] if pad is None else pad, ends
 
@@ -212,23 +212,23 @@ class TextTokenizer:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer does not say which token ends a text: name one of its tokens with eos=...")
         self.tokenizer = tokenizer
-        self.eos = tokenizer.eos_token_id
-        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos_token_id = tokenizer.eos_token_id
+        self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
     def size(self) -> int:
         """One more than the greatest id of a token."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """At most `limit` ids, the end included."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids[: None if limit is None else limit - 1], self.eos]
+        return [*ids[: None if max_length is None else max_length - 1], self.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         ids = list(ids)
-        if self.eos in ids:
-            ids = ids[: ids.index(self.eos)]
+        if self.eos_token_id in ids:
+            ids = ids[: ids.index(self.eos_token_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def save(self, folder: str) -> None:

@@ -65,9 +65,9 @@ class HfLanguageModel(CausalLanguageModel):
         self.revision = revision
         self.checkpointing = checkpointing
 
-    def hidden(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return super().hidden(embeddings, mask)
+            return super().hidden_states(embeddings, mask)
         layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         modes = [layer.training for layer in layers]
         for layer in layers:
@@ -75,7 +75,7 @@ class HfLanguageModel(CausalLanguageModel):
             layer.gradient_checkpointing = True
             layer.training = True  # transformers checkpoints only what trains; what lies in the layer stays as it is
         try:
-            return super().hidden(embeddings, mask)
+            return super().hidden_states(embeddings, mask)
         finally:
             for layer, mode in zip(layers, modes, strict=True):
                 layer.gradient_checkpointing, layer.training = False, mode

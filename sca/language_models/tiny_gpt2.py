@@ -17,16 +17,16 @@ class TinyGpt2(CausalLanguageModel):
     The tokenizer is byte-level BPE: it can spell any text, and the words of the data it was made from are one id each.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, positions: int = 96, dropout: float = 0.0):
+    def __init__(self, hidden_size: int = 128, depth: int = 2, num_heads: int = 4, max_positions: int = 96, dropout: float = 0.0):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"), eos_token=END, pad_token=END
         )
         config = GPT2Config(
             vocab_size=len(tokenizer),
-            n_positions=positions,
-            n_embd=width,
+            n_positions=max_positions,
+            n_embd=hidden_size,
             n_layer=depth,
-            n_head=heads,
+            n_head=num_heads,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
             resid_pdrop=dropout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Regions, Segmenter
+from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 
 from sca.nn.masks import best_masks, mean_under, tight_boxes
@@ -18,21 +18,21 @@ class MaskedPoolMixer(nn.Module):
 
     uses_grid = False
 
-    def __init__(self, segmenter: Segmenter, queries: int = 8, mlp: int = 2048):
+    def __init__(self, segmenter: Segmenter, num_queries: int = 8, mlp_dim: int = 2048):
         super().__init__()
-        self.width = segmenter.channels
-        self.queries = queries
-        self.norm = nn.LayerNorm(self.width)
-        self.geometry = nn.Linear(5, self.width)
+        self.hidden_size = segmenter.channels
+        self.num_queries = num_queries
+        self.norm = nn.LayerNorm(self.hidden_size)
+        self.geometry = nn.Linear(5, self.hidden_size)
         self.layers = nn.Sequential(
-            nn.LayerNorm(self.width), nn.Linear(self.width, mlp), nn.GELU(), nn.Linear(mlp, queries * self.width)
+            nn.LayerNorm(self.hidden_size), nn.Linear(self.hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, num_queries * self.hidden_size)
         )
 
-    def forward(self, regions: Regions) -> Tensor:
-        best = best_masks(regions.masks, regions.scores)  # (N, 4h, 4w)
+    def forward(self, regions: SegmenterOutput) -> Tensor:
+        best = best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)
         shares = best.sigmoid()
-        pooled = mean_under(regions.image, regions.owner, shares)
+        pooled = mean_under(regions.image_embeddings, regions.image_index, shares)
         x1, y1, x2, y2 = (tight_boxes(best > 0) / best.shape[-1]).unbind(1)  # shares of the frame's side
         place = torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, shares.mean((1, 2)).float()), dim=1)
         told = self.norm(pooled) + self.geometry(place.to(pooled.dtype))
-        return self.layers(told).unflatten(1, (self.queries, self.width))
+        return self.layers(told).unflatten(1, (self.num_queries, self.hidden_size))

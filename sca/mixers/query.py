@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Regions, Segmenter
+from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 
 from sca.nn.masks import best_masks, mean_under
@@ -23,30 +23,30 @@ class QueryMixer(nn.Module):
     def __init__(
         self,
         segmenter: Segmenter,
-        queries: int = 8,
+        num_queries: int = 8,
         depth: int = 12,
-        heads: int = 8,
-        mlp: int = 2048,
-        pooled: bool = False,
+        num_heads: int = 8,
+        mlp_dim: int = 2048,
+        mask_pooling: bool = False,
     ):
         super().__init__()
-        self.width = segmenter.channels
-        self.queries = queries
-        self.tokens = nn.Embedding(queries, self.width)
-        self.transformer = TwoWayTransformer(self.width, depth, heads, mlp)
+        self.hidden_size = segmenter.channels
+        self.num_queries = num_queries
+        self.tokens = nn.Embedding(num_queries, self.hidden_size)
+        self.transformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
         self.apply(init_weights)
-        self.pool = nn.Linear(self.width, queries * self.width) if pooled else None
+        self.pool = nn.Linear(self.hidden_size, num_queries * self.hidden_size) if mask_pooling else None
 
-    def forward(self, regions: Regions) -> Tensor:
+    def forward(self, regions: SegmenterOutput) -> Tensor:
         grid = regions.grid
         if grid is None:
-            grid = regions.image[regions.owner] + regions.dense  # (N, D, h, w)
+            grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
-        tokens, _ = self.transformer(tokens, grid, regions.position, grids=False)
-        gathered = tokens[:, : self.queries]
+        tokens, _ = self.transformer(tokens, grid, regions.positional_encoding, grids=False)
+        gathered = tokens[:, : self.num_queries]
         if self.pool is not None:
-            best = best_masks(regions.masks.detach(), regions.scores)  # (N, 4h, 4w)
-            pooled = mean_under(regions.image, regions.owner, best.sigmoid())  # (N, D)
-            gathered = gathered + self.pool(pooled).unflatten(1, (self.queries, self.width))
+            best = best_masks(regions.masks.detach(), regions.iou_scores)  # (N, 4h, 4w)
+            pooled = mean_under(regions.image_embeddings, regions.image_index, best.sigmoid())  # (N, D)
+            gathered = gathered + self.pool(pooled).unflatten(1, (self.num_queries, self.hidden_size))
         return gathered

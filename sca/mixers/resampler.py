@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Regions, Segmenter
+from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,28 +23,28 @@ class ResamplerMixer(nn.Module):
 
     uses_grid = False
 
-    def __init__(self, segmenter: Segmenter, queries: int = 8, depth: int = 6, heads: int = 8, mlp: int = 2048):
+    def __init__(self, segmenter: Segmenter, num_queries: int = 8, depth: int = 6, num_heads: int = 8, mlp_dim: int = 2048):
         super().__init__()
-        self.width = segmenter.channels
-        if self.width % heads:
-            raise ValueError(f"width {self.width} must be a multiple of the {heads} heads")
-        self.queries = queries
-        self.tokens = nn.Embedding(queries, self.width)
-        self.layers = nn.ModuleList(ResamplerLayer(self.width, heads, mlp) for _ in range(depth))
-        self.norm = nn.LayerNorm(self.width)
+        self.hidden_size = segmenter.channels
+        if self.hidden_size % num_heads:
+            raise ValueError(f"width {self.hidden_size} must be a multiple of the {num_heads} heads")
+        self.num_queries = num_queries
+        self.tokens = nn.Embedding(num_queries, self.hidden_size)
+        self.layers = nn.ModuleList(ResamplerLayer(self.hidden_size, num_heads, mlp_dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.hidden_size)
         self.apply(init_weights)
 
     def prepare(self, image: Tensor, position: Tensor) -> Prepared:
         """Of the features (B, D, h, w) of whole images and the position code (D, h, w) of their grid."""
         return [layer.prepare(image, position) for layer in self.layers]
 
-    def forward(self, regions: Regions, prepared: Prepared | None = None) -> Tensor:
+    def forward(self, regions: SegmenterOutput, prepared: Prepared | None = None) -> Tensor:
         if prepared is None:
-            prepared = self.prepare(regions.image, regions.position)
+            prepared = self.prepare(regions.image_embeddings, regions.positional_encoding)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
         for place, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):
-            tokens = layer(tokens, regions.owner, keys, values, self.queries, last=place == len(self.layers))
+            tokens = layer(tokens, regions.image_index, keys, values, self.num_queries, last=place == len(self.layers))
         return self.norm(tokens)
 
 
@@ -53,17 +53,17 @@ class ResamplerLayer(nn.Module):
     gives the queries alone, (N, Q, D).
     """
 
-    def __init__(self, width: int, heads: int, mlp: int):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_dim: int):
         super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))  # of tokens, of tokens, of the image, of both
-        self.among = nn.Linear(width, 3 * width)
-        self.gathered = nn.Linear(width, width)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.seen = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+        self.heads = num_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))  # of tokens, of tokens, of the image, of both
+        self.among = nn.Linear(hidden_size, 3 * hidden_size)
+        self.gathered = nn.Linear(hidden_size, hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.seen = nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
 
     def prepare(self, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         cells = self.norms[2](image.flatten(2).transpose(1, 2))  # (B, h w, D)

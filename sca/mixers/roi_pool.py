@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sca_registry.contracts import Regions, Segmenter
+from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 
 from sca.nn.roi_align import roi_align
@@ -16,15 +16,15 @@ class RoiPoolMixer(nn.Module):
 
     uses_grid = False
 
-    def __init__(self, segmenter: Segmenter, size: int = 6):
+    def __init__(self, segmenter: Segmenter, output_size: int = 6):
         super().__init__()
-        self.width = segmenter.channels
-        self.size = size
-        self.queries = size * size
+        self.hidden_size = segmenter.channels
+        self.size = output_size
+        self.num_queries = output_size * output_size
 
-    def forward(self, regions: Regions) -> Tensor:
+    def forward(self, regions: SegmenterOutput) -> Tensor:
         if regions.boxes is None:
             raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
-        scale = regions.image.shape[-1] / regions.size
-        pooled = roi_align(regions.image, regions.owner, regions.boxes * scale, self.size)  # (N, D, size, size)
+        scale = regions.image_embeddings.shape[-1] / regions.image_size
+        pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.size)  # (N, D, size, size)
         return pooled.flatten(2).transpose(1, 2)

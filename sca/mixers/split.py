@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Regions, Segmenter
+from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 
 from sca.nn.two_way import TwoWayTransformer, init_weights
@@ -18,18 +18,18 @@ class SplitMixer(nn.Module):
 
     uses_grid = False
 
-    def __init__(self, segmenter: Segmenter, queries: int = 8, depth: int = 12, heads: int = 8, mlp: int = 2048):
+    def __init__(self, segmenter: Segmenter, num_queries: int = 8, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048):
         super().__init__()
-        self.width = segmenter.channels
-        self.queries = queries
-        self.tokens = nn.Embedding(queries, self.width)
-        self.transformer = TwoWayTransformer(self.width, depth, heads, mlp)
+        self.hidden_size = segmenter.channels
+        self.num_queries = num_queries
+        self.tokens = nn.Embedding(num_queries, self.hidden_size)
+        self.transformer = TwoWayTransformer(self.hidden_size, depth, num_heads, mlp_dim)
         self.apply(init_weights)
 
-    def forward(self, regions: Regions) -> Tensor:
+    def forward(self, regions: SegmenterOutput) -> Tensor:
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
-        grid = regions.image[regions.owner] + regions.dense  # (N, D, h, w)
+        grid = regions.image_embeddings[regions.image_index] + regions.dense_embeddings  # (N, D, h, w)
         tokens, _ = self.transformer(
-            torch.cat((queries, regions.prompt_tokens), dim=1), grid, regions.position, grids=False
+            torch.cat((queries, regions.prompt_tokens), dim=1), grid, regions.positional_encoding, grids=False
         )
-        return tokens[:, : self.queries]
+        return tokens[:, : self.num_queries]

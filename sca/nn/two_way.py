@@ -22,8 +22,8 @@ class TwoWayTransformer(SamTwoWayTransformer):
 
     together = 2**20  # numbers of the grids that go through all layers at a time on a CPU when nothing is learned
 
-    def __init__(self, width: int, depth: int, heads: int = 8, mlp: int = 2048):
-        super().__init__(decoder_config(width, depth, heads, mlp))
+    def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
+        super().__init__(decoder_config(hidden_size, depth, num_heads, mlp_dim))
 
     def forward(
         self, tokens: Tensor, grid: Tensor, position: Tensor, owner: Tensor | None = None, grids: bool = True
@@ -142,11 +142,11 @@ def _asks_keys(attention: SamAttention, places: Tensor) -> Asks:
     return torch.cat((attention.k_proj.weight, attention.v_proj.weight)), added
 
 
-def decoder_config(width: int, depth: int, heads: int, mlp: int, **more: int) -> SamMaskDecoderConfig:
-    if width % (2 * heads):
-        raise ValueError(f"width {width} must be a multiple of twice the {heads} heads: cross-attention halves it")
+def decoder_config(hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **more: int) -> SamMaskDecoderConfig:
+    if hidden_size % (2 * num_heads):
+        raise ValueError(f"width {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it")
     config = SamMaskDecoderConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, mlp_dim=mlp, **more
+        hidden_size=hidden_size, num_hidden_layers=depth, num_attention_heads=num_heads, mlp_dim=mlp_dim, **more
     )
     config._attn_implementation = "sdpa"
     return config

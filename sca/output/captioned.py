@@ -103,7 +103,7 @@ def merge_images(
             sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
             reject(InputError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
             continue
-        start = 1 + max((caption.region for caption in first.captions), default=-1)
+        start = 1 + max((caption.region_id for caption in first.captions), default=-1)
         more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
         merged[name] = first._replace(captions=[*first.captions, *more])
     return merged

@@ -75,10 +75,10 @@ class Html:
 def _to_plain(caption: Caption) -> dict[str, Any]:
     """What the page contains of a region, as JSON values; coordinates in pixels of the image."""
     return {
-        "region": int(caption.region),
+        "region": int(caption.region_id),
         "caption": printable(caption.text),
         "score": _round(caption.score),
-        "iou": _round(caption.iou),
+        "iou": _round(caption.predicted_iou),
         "box": None if caption.box is None else [round(float(value), 2) for value in caption.box],
         "mask": caption.mask["counts"] if caption.mask else None,
         "points": [[float(x), float(y), int(label)] for x, y, label in caption.prompt.points],

@@ -85,18 +85,18 @@ class Jsonl:
 def record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
     """A caption as plain values that JSON can write."""
     mask = caption.mask
-    others = [{"caption": text, "score": _finite(score)} for text, score in caption.others]
+    others = [{"caption": text, "score": _finite(score)} for text, score in caption.alternatives]
     return {
         "image": path,
         "width": image.width,
         "height": image.height,
-        "region": int(caption.region),
+        "region": int(caption.region_id),
         "prompt": asked(caption.prompt),
         "box": None if caption.box is None else [float(value) for value in caption.box],
         "mask": None if mask is None else {"size": [int(side) for side in mask["size"]], "counts": mask["counts"]},
         "caption": caption.text,
         "score": _finite(caption.score),
-        "iou": _finite(caption.iou),
+        "iou": _finite(caption.predicted_iou),
         **({"others": others} if others else {}),
     }
 

@@ -9,10 +9,10 @@ from sca_registry.contracts import Prompt, Proposals
 class Grid:
     """points x points prompts, a point each, in the middle of equal cells of the image."""
 
-    def __init__(self, points: int = 32):
-        if points < 1:
-            raise ValueError(f"points is {points}: give a whole number, 1 or more")
-        self.points = points
+    def __init__(self, points_per_side: int = 32):
+        if points_per_side < 1:
+            raise ValueError(f"points is {points_per_side}: give a whole number, 1 or more")
+        self.points = points_per_side
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         steps = [(step + 0.5) / self.points for step in range(self.points)]

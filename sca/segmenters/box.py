@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Encoder, Prompts, Regions
+from sca_registry.contracts import Encoder, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 
 from sca.segmenters.sam import SAM_WIDTH, FeatureNeck
@@ -17,16 +17,16 @@ class BoxSegmenter(nn.Module):
     SAM's prompt encoder (arXiv 2304.02643). Mask prompts are refused: there is nothing here that could read them.
     """
 
-    def __init__(self, encoder: Encoder, width: int | None = None):
+    def __init__(self, encoder: Encoder, hidden_size: int | None = None):
         super().__init__()
-        self.channels = width or min(encoder.channels, SAM_WIDTH)
-        self.size = encoder.image.size
+        self.channels = hidden_size or min(encoder.channels, SAM_WIDTH)
+        self.size = encoder.image_format.size
         self.grid = self.size // encoder.stride
         self.neck = FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()
         self.register_buffer("frequencies", torch.randn(2, self.channels // 2))
         self.kinds = nn.Embedding(4, self.channels)
 
-    def forward(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
+    def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         if prompts.masks is not None:
             raise ValueError("the segmenter 'box' takes boxes and points; for mask prompts use segmenter=sam")
         image = self.neck(features)
@@ -37,12 +37,12 @@ class BoxSegmenter(nn.Module):
             corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2), input frame
             tokens.append(self.code(corners + 0.5) + self.kinds.weight[2:])
         tokens = torch.cat(tokens, dim=1)  # (N, P', D)
-        return Regions(
-            owner=prompts.owner,
-            image=image,
-            size=self.size,
-            dense=image.new_zeros(self.channels, 1, 1),
-            position=self.position(),
+        return SegmenterOutput(
+            image_index=prompts.image_index,
+            image_embeddings=image,
+            image_size=self.size,
+            dense_embeddings=image.new_zeros(self.channels, 1, 1),
+            positional_encoding=self.position(),
             prompt_tokens=tokens,
             tokens=tokens,
             boxes=prompts.boxes,

@@ -7,7 +7,7 @@ itself: the fused tokens and the image as each region sees it.
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import Encoder, Prompts, Regions, Targets
+from sca_registry.contracts import Encoder, PromptBatch, SegmenterOutput, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
@@ -43,22 +43,22 @@ class SamSegmenter(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        width: int | None = None,
+        hidden_size: int | None = None,
         depth: int = 2,
-        heads: int = 8,
-        mlp: int = 2048,
-        mask_channels: int = 16,
-        iou_depth: int = 3,
-        iou_width: int | None = None,
-        drawn: bool = False,
+        num_heads: int = 8,
+        mlp_dim: int = 2048,
+        mask_input_channels: int = 16,
+        iou_head_depth: int = 3,
+        iou_head_hidden_size: int | None = None,
+        box_masks: bool = False,
         weights: str | None = None,
         revision: str | None = None,
         pretrained: bool = True,
     ):
         super().__init__()
-        self.size = encoder.image.size
+        self.size = encoder.image_format.size
         self.grid = self.size // encoder.stride
-        self.drawn = drawn
+        self.drawn = box_masks
         if pretrained and weights is None and encoder.default_segmenter == "sam":
             weights, revision = encoder.checkpoint, getattr(encoder, "revision", None)
         self.checkpoint = weights if pretrained else None
@@ -67,12 +67,12 @@ class SamSegmenter(nn.Module):
             sam = load_pretrained(SamHeads, weights, revision, elsewhere, dtype="float32")
             self.prompt_encoder, self.decoder = sam.prompt_encoder, sam.mask_decoder
         else:
-            channels = width or (SAM_WIDTH if weights else min(encoder.channels, SAM_WIDTH))
+            channels = hidden_size or (SAM_WIDTH if weights else min(encoder.channels, SAM_WIDTH))
             decoder = decoder_config(
-                channels, depth, heads, mlp, iou_head_depth=iou_depth, iou_head_hidden_dim=iou_width or channels
+                channels, depth, num_heads, mlp_dim, iou_head_depth=iou_head_depth, iou_head_hidden_dim=iou_head_hidden_size or channels
             )
             prompts = SamPromptEncoderConfig(
-                hidden_size=channels, image_size=self.size, patch_size=encoder.stride, mask_input_channels=mask_channels
+                hidden_size=channels, image_size=self.size, patch_size=encoder.stride, mask_input_channels=mask_input_channels
             )
             vision = SamVisionConfig(hidden_size=POSITION_SPREAD, num_pos_feats=channels // 2)
             self.prompt_encoder, self.decoder = _modules(
@@ -84,36 +84,36 @@ class SamSegmenter(nn.Module):
         if self.channels != encoder.channels:
             self.neck = FeatureNeck(encoder.channels, self.channels)
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
-        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not drawn)  # there is always a picture to embed
+        self.prompt_encoder.no_mask_embed.weight.requires_grad_(not box_masks)  # there is always a picture to embed
 
-    def forward(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
+    def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         image = self.neck(features)  # (B, D, h, w)
         prompt_tokens, dense = self.embed(prompts)
         position = self.position()
         shared = dense.dim() == 3  # no region has drawn into its grid yet: one for each image will do
-        grid = (image if shared else image[prompts.owner]) + dense  # (B or N, D, h, w)
+        grid = (image if shared else image[prompts.image_index]) + dense  # (B or N, D, h, w)
         outputs = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
         tokens = torch.cat((outputs.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
-        tokens, grid = self.decoder.transformer(tokens, grid, position, prompts.owner if shared else None)
+        tokens, grid = self.decoder.transformer(tokens, grid, position, prompts.image_index if shared else None)
         masks, scores = self.masks(tokens, grid)
-        chosen = slice(1, None) if multimask else slice(0, 1)
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
         masks, scores = masks[:, chosen], scores[:, chosen]
-        return Regions(
-            owner=prompts.owner,
-            image=image,
-            size=self.size,
-            dense=dense,
-            position=position,
+        return SegmenterOutput(
+            image_index=prompts.image_index,
+            image_embeddings=image,
+            image_size=self.size,
+            dense_embeddings=dense,
+            positional_encoding=position,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
             mask_tokens=tokens[:, 1 : outputs.shape[0]][:, chosen],
             grid=grid,
             masks=masks,
-            scores=scores,
+            iou_scores=scores,
             boxes=prompts.boxes if prompts.boxes is not None else self._boxes(masks, scores),
         )
 
-    def embed(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def embed(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Prompt tokens (N, P', D) and the dense prompt: (N, D, h, w) for mask and drawn prompts, else (D, 1, 1)."""
 
         def rows(value: Tensor | None) -> Tensor | None:
@@ -158,7 +158,7 @@ class SamSegmenter(nn.Module):
     def _boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
         return tight_boxes(best_masks(masks.detach(), scores) > 0) * (self.size / masks.shape[-1])
 
-    def loss(self, regions: Regions, targets: Targets) -> dict[str, Tensor]:
+    def loss(self, regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]:
         """SAM's losses: 20 focal + dice for the best of the masks, squared error for every predicted IoU.
 
         `targets.masks` (N, 4h, 4w) soft truth. Cells that show padding and regions without a mask do not count.
@@ -167,9 +167,9 @@ class SamSegmenter(nn.Module):
         if not len(has):
             zero = regions.masks.sum() * 0.0
             return {"mask": zero, "iou": zero}
-        logits, scores = regions.masks[has].float(), regions.scores[has].float()
+        logits, scores = regions.masks[has].float(), regions.iou_scores[has].float()
         truth = targets.masks[has].unsqueeze(1).expand_as(logits)
-        valid = targets.valid[has].unsqueeze(1)
+        valid = targets.valid_pixels[has].unsqueeze(1)
         cells = valid.sum((2, 3)).clamp(min=1)
         shares = logits.sigmoid()
         surprise = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
@@ -209,12 +209,12 @@ def _modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
     return SamPromptEncoder(config), decoder
 
 
-def draw(prompts: Prompts, side: int, size: int) -> Tensor:
+def draw(prompts: PromptBatch, side: int, size: int) -> Tensor:
     """Boxes and points of the input frame as pictures (N, 1, side, side): 1 inside the box and -1 around it, and a soft
     dot of height 2 for each point, negative for points outside the region.
     """
-    centres = (torch.arange(side, device=prompts.owner.device) + 0.5) * (size / side)
-    picture = torch.zeros(len(prompts), side, side, device=prompts.owner.device)
+    centres = (torch.arange(side, device=prompts.image_index.device) + 0.5) * (size / side)
+    picture = torch.zeros(len(prompts), side, side, device=prompts.image_index.device)
     if prompts.boxes is not None:
         picture += filled_boxes(prompts.boxes, side, size) * 2.0 - 1.0
     if prompts.points is not None:

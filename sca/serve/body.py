@@ -41,7 +41,7 @@ class RequestLimits:
 
     async def _answer(self, scope: Any, receive: Any, send: Any, lease: Lease) -> None:
         headers = Headers(scope=scope)
-        left, deadline = self.limits.body, asyncio.get_running_loop().time() + self.limits.seconds
+        left, deadline = self.limits.max_body_bytes, asyncio.get_running_loop().time() + self.limits.timeout
         whole = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         started = False
 
@@ -53,7 +53,7 @@ class RequestLimits:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(408, f"the request was not there after {self.limits.seconds:g} s") from None
+                raise ApiError(408, f"the request was not there after {self.limits.timeout:g} s") from None
             size = len(message.get("body", b""))
             left -= size
             if left < 0:
@@ -92,14 +92,14 @@ class RequestLimits:
         length = headers.get("content-length")
         if length is not None and "transfer-encoding" in headers:  # which another server may understand otherwise
             return ApiError(400, "both Content-Length and Transfer-Encoding: send one of them")
-        if length is not None and int(length) > self.limits.body:
+        if length is not None and int(length) > self.limits.max_body_bytes:
             return self._too_large()
-        if self.running > self.limits.connections:
-            return ApiError(503, f"{self.limits.connections} requests are being answered: try again later")
+        if self.running > self.limits.max_connections:
+            return ApiError(503, f"{self.limits.max_connections} requests are being answered: try again later")
         return None
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request has more than the {self.limits.body:,} bytes that are allowed")
+        return ApiError(413, f"the request has more than the {self.limits.max_body_bytes:,} bytes that are allowed")
 
 
 async def _discard(receive: Any) -> None:

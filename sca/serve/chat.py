@@ -231,8 +231,8 @@ def make_choices(caption: Caption, count: int, stops: Sequence[str]) -> list[Cho
         count: Number of choices.
         stops: Texts before which a caption ends.
     """
-    texts = [caption.text, *(text for text, _ in caption.others)]
-    cuts = caption.usage.is_cut if caption.usage else (False,) * len(texts)
+    texts = [caption.text, *(text for text, _ in caption.alternatives)]
+    cuts = caption.usage.is_truncated if caption.usage else (False,) * len(texts)
     choices = []
     for text, is_cut in list(zip(texts, cuts, strict=True))[:count]:
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
@@ -245,8 +245,8 @@ def make_choices(caption: Caption, count: int, stops: Sequence[str]) -> list[Cho
 
 def count_usage(caption: Caption, count: int) -> dict[str, int]:
     """Count the tokens that the language model read for a region and wrote for its choices; 0 without one."""
-    prompt = caption.usage.prompt if caption.usage else 0
-    completion = sum(caption.usage.completion[:count]) if caption.usage else 0
+    prompt = caption.usage.prompt_tokens if caption.usage else 0
+    completion = sum(caption.usage.completion_tokens[:count]) if caption.usage else 0
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -64,19 +64,19 @@ class Limits:
         values: Numbers, texts, lists and objects in the JSON of a request.
     """
 
-    body: int = 32 * 2**20
-    pixels: int = 50_000_000
-    prompts: int = 4096
-    seconds: float = 60.0
-    connections: int = 512
-    points: int = MAX_POINTS
-    all_points: int = 16_384
-    values: int = 2**20
+    max_body_bytes: int = 32 * 2**20
+    max_pixels: int = 50_000_000
+    max_prompts: int = 4096
+    timeout: float = 60.0
+    max_connections: int = 512
+    max_points: int = MAX_POINTS
+    max_points_per_request: int = 16_384
+    max_json_values: int = 2**20
 
     @property
     def memory(self) -> int:
         """Bytes that all requests may hold at a time: enough for the largest."""
-        return max(2**30, 24 * self.pixels, 8 * self.body)
+        return max(2**30, 24 * self.max_pixels, 8 * self.max_body_bytes)
 
 
 class Strict(BaseModel):
@@ -94,15 +94,15 @@ class PromptIn(Strict):
 class EverythingIn(Strict):
     """How everything is looked for; what is left out is the model's own."""
 
-    points: Annotated[int | None, Field(ge=1, le=MAX_GRID, description="along each side of the grid")] = None
-    iou: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
-    stability: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
-    nms: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
+    points_per_side: Annotated[int | None, Field(ge=1, le=MAX_GRID, description="along each side of the grid")] = None
+    pred_iou_thresh: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
+    stability_score_thresh: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
+    box_nms_thresh: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
     mask_nms_thresh: Annotated[
         float | None, Field(ge=0, le=1, description="IoU threshold for suppressing masks; 1 for none")
     ] = None
-    area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
-    crops: Annotated[int | None, Field(ge=0, le=MAX_CROPS, description="layers of crops to look at, too")] = None
+    min_area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
+    crop_n_layers: Annotated[int | None, Field(ge=0, le=MAX_CROPS, description="layers of crops to look at, too")] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None
     max_regions: Annotated[int | None, Field(ge=1, description="maximum regions, best first")] = None
 
@@ -113,10 +113,10 @@ class Asked(Strict):
     prompts: list[PromptIn] = []
     everything: StrictBool | EverythingIn = False
     task: Literal["caption", "recognition"] = "caption"
-    beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS)] = None
-    captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="so many a region, the best first")] = None
+    num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS)] = None
+    num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="so many a region, the best first")] = None
     max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS)] = None
-    sample: StrictBool = False
+    do_sample: StrictBool = False
     temperature: Annotated[float | None, Field(ge=0.01, le=100, description="with `sample`")] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, description="with `sample`")] = None
     seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED, description="of what `sample` draws")] = None
@@ -143,14 +143,14 @@ class Other(BaseModel):
 class RegionOut(BaseModel):
     """A region as `sca caption` writes it; what is not known is null."""
 
-    region: Annotated[int, Field(description="the prompt's place in the request")]
+    region_id: Annotated[int, Field(description="the prompt's place in the request")]
     prompt: dict[str, Any]
     box: list[float] | None
     mask: Rle | None
     caption: str
     score: Annotated[float | None, Field(description="exp of the mean log-probability of a token")]
-    iou: Annotated[float | None, Field(description="predicted for the mask")]
-    others: list[Other] = []
+    predicted_iou: Annotated[float | None, Field(description="predicted for the mask")]
+    alternatives: list[Other] = []
 
 
 class Answer(BaseModel):

@@ -91,7 +91,7 @@ class Service:
     def deadline(self, request: Request) -> float:
         """When a request that is there must be answered, by the clock of the loop; it starts with the first call."""
         if not hasattr(request.state, "deadline"):
-            request.state.deadline = asyncio.get_running_loop().time() + self.limits.seconds
+            request.state.deadline = asyncio.get_running_loop().time() + self.limits.timeout
         return request.state.deadline
 
     async def parse(self, request: Request, model: type[Parsed]) -> Parsed:
@@ -107,8 +107,8 @@ class Service:
     def parsed(self, content: bytes | bytearray | str, model: type[Parsed]) -> Parsed:
         """ApiError for more values than are allowed, which take much more memory than their text."""
         separators = ",[{" if isinstance(content, str) else (b",", b"[", b"{")
-        if sum(content.count(each) for each in separators) > self.limits.values:
-            raise ApiError(413, f"the request has more than the {self.limits.values:,} values that are allowed")
+        if sum(content.count(each) for each in separators) > self.limits.max_json_values:
+            raise ApiError(413, f"the request has more than the {self.limits.max_json_values:,} values that are allowed")
         return model.model_validate_json(content)
 
     async def image(self, request: Request, content: bytes, masks: int = 0) -> Image.Image:
@@ -116,9 +116,9 @@ class Service:
 
         InputError for what is no picture, or has too many pixels.
         """
-        opened = await to_thread.run_sync(inspect_image, io.BytesIO(content), "the image", self.limits.pixels)
+        opened = await to_thread.run_sync(inspect_image, io.BytesIO(content), "the image", self.limits.max_pixels)
         pixels = opened.width * opened.height
-        if masks * pixels > max(SMALL, 10 * self.limits.pixels):
+        if masks * pixels > max(SMALL, 10 * self.limits.max_pixels):
             raise ApiError(413, f"{masks} masks of {opened.width} x {opened.height} are too many: ask in pieces")
         lease = request.state.lease
         deadline = self.deadline(request)
@@ -143,22 +143,22 @@ class Service:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(pool, work)
         except TimeoutError:
-            raise LateError(f"no answer in {self.limits.seconds:g} s: ask for less, or later") from None
+            raise LateError(f"no answer in {self.limits.timeout:g} s: ask for less, or later") from None
 
     def check(self, asked: Asked) -> None:
         """ApiError for what is asked of no image, or of any image too much."""
         if bool(asked.prompts) == bool(asked.everything):
             what = "both prompts and everything" if asked.prompts else "neither prompts nor everything"
             raise ApiError(422, f"{what}: give prompts, or everything=true to have the regions found")
-        if len(asked.prompts) > self.limits.prompts:
-            raise ApiError(413, f"{len(asked.prompts):,} prompts, and {self.limits.prompts:,} are allowed")
+        if len(asked.prompts) > self.limits.max_prompts:
+            raise ApiError(413, f"{len(asked.prompts):,} prompts, and {self.limits.max_prompts:,} are allowed")
         points = [len(prompt.points) for prompt in asked.prompts if isinstance(prompt.points, list)]
-        if points and max(points) > self.limits.points:
-            raise ApiError(413, f"a prompt of {max(points):,} points, and {self.limits.points:,} are allowed")
-        if sum(points) > self.limits.all_points:
-            raise ApiError(413, f"{sum(points):,} points, and {self.limits.all_points:,} are allowed in all prompts")
+        if points and max(points) > self.limits.max_points:
+            raise ApiError(413, f"a prompt of {max(points):,} points, and {self.limits.max_points:,} are allowed")
+        if sum(points) > self.limits.max_points_per_request:
+            raise ApiError(413, f"{sum(points):,} points, and {self.limits.max_points_per_request:,} are allowed in all prompts")
         for name in ("temperature", "top_p"):
-            if getattr(asked, name) is not None and not asked.sample:
+            if getattr(asked, name) is not None and not asked.do_sample:
                 raise ApiError(422, f"{name} can only be used with sample=true", param=name)
         if asked.everything and not self.scheduler.finds:
             raise ApiError(422, "this model finds no regions by itself: give prompts")
@@ -188,10 +188,10 @@ class Service:
         try:
             generation = settle_generation(
                 captioner,
-                beams=asked.beams,
+                num_beams=asked.num_beams,
                 max_new_tokens=asked.max_new_tokens,
-                captions=asked.captions,
-                sample=asked.sample,
+                num_captions=asked.num_captions,
+                do_sample=asked.do_sample,
                 temperature=asked.temperature,
                 top_p=asked.top_p,
                 seed=asked.seed,
@@ -204,7 +204,7 @@ class Service:
             given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
             max_regions = given.max_regions
             search = settle_search(captioner, given.model_dump(exclude={"max_regions"}))
-            everything = replace(search, points=min(search.points, MAX_GRID), crops=min(search.crops, MAX_CROPS))
+            everything = replace(search, points=min(search.points_per_side, MAX_GRID), crops=min(search.crop_n_layers, MAX_CROPS))
         elif prompts is None:
             if count_masks(asked):
                 work = partial(_prompts, asked.prompts, image.size, where)
@@ -218,7 +218,7 @@ class Service:
             asked.task,
             generation,
             masks=asked.masks,
-            seconds=self.limits.seconds,
+            seconds=self.limits.timeout,
             client=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
             max_regions=max_regions,
         )

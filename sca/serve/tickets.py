@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
-from sca_registry.spec import Everything
+from sca_registry.spec import EverythingOptions
 
 from sca.inference.automatic import Searched
 from sca.inference.engine import Mask
@@ -53,7 +53,7 @@ class Question:
 
     image: Image.Image
     prompts: Sequence[Prompt] = ()
-    everything: Everything | None = None
+    everything: EverythingOptions | None = None
     task: str = "caption"
     generation: Mapping[str, Any] = field(default_factory=dict)
     masks: bool = True

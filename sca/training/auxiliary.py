@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from sca_registry.contracts import Dataset, Regions, Targets
+from sca_registry.contracts import Dataset, SegmenterOutput, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +54,6 @@ class AttributeHead(nn.Module):
         return sum(losses) / len(vectors)
 
 
-def features_under_truth(regions: Regions, targets: Targets) -> Tensor:
+def features_under_truth(regions: SegmenterOutput, targets: Targets) -> Tensor:
     """The image's features averaged under the true mask of each region, (N, 1, D): what a grid cell has to tell."""
-    return mean_under(regions.image, regions.owner, targets.masks.to(regions.image.dtype)).unsqueeze(1)
+    return mean_under(regions.image_embeddings, regions.image_index, targets.masks.to(regions.image_embeddings.dtype)).unsqueeze(1)

@@ -17,7 +17,7 @@ from sca_registry.contracts import (
     RECOGNITION,
     Batch,
     Dataset,
-    Prompts,
+    PromptBatch,
     Region,
     Sample,
     Targets,
@@ -31,7 +31,7 @@ from sca.io.masks import decode
 from sca.nn.boxes import filled_boxes
 from sca.training.auxiliary import UNKNOWN
 from sca.training.phrases import told_by_rule
-from sca.training.recipe import Drawing
+from sca.training.recipe import SamplingOptions
 
 if TYPE_CHECKING:
     from sca.training.features import FeatureCache
@@ -80,7 +80,7 @@ class ExampleStream(torch.utils.data.Dataset):
         dataset: Dataset,
         processor: Processor,
         tokenizer: Tokenizer,
-        drawing: Drawing,
+        drawing: SamplingOptions,
         length: int,
         seed: int = 0,
         attributes: Mapping[str, Sequence[str]] | None = None,
@@ -129,13 +129,13 @@ class ExampleStream(torch.utils.data.Dataset):
     def _example(self, sample: Sample, draw: np.random.Generator, progress: float) -> Example:
         frame = self.processor.frame(*sample.image.size)
         regions = [r for r in sample.regions if r.name or r.phrases]
-        regions = [regions[i] for i in draw.permutation(len(regions))[: self.drawing.regions]]
+        regions = [regions[i] for i in draw.permutation(len(regions))[: self.drawing.max_regions]]
         side, size = 4 * self.processor.grid, self.processor.image.size
         texts, boxes, points, masks = [], [], [], []
         for place, region in enumerate(regions):
-            drawn = (self._words(region, draw, progress) for _ in range(self.drawing.texts))
+            drawn = (self._words(region, draw, progress) for _ in range(self.drawing.captions_per_region))
             texts += [(place, task, text) for task, text in dict.fromkeys(drawn)]
-            boxes.append(_jittered(region.box, self.drawing.jitter, draw))
+            boxes.append(_jittered(region.box, self.drawing.box_jitter, draw))
             mask = None if region.mask is None else decode(region.mask)
             points.append(draw_point(region, mask, draw))
             masks.append(torch.zeros(side, side) if mask is None else self.processor.coverage(mask, frame))
@@ -152,7 +152,7 @@ class ExampleStream(torch.utils.data.Dataset):
             masks=torch.stack(masks) if masks else torch.zeros(0, side, side),
             valid=self.processor.valid(frame),
             has_mask=torch.tensor([r.mask is not None for r in regions], dtype=torch.bool),
-            ids=[self.tokenizer.encode(text, self.drawing.words) for _, _, text in texts],
+            ids=[self.tokenizer.encode(text, self.drawing.max_tokens) for _, _, text in texts],
             task=torch.tensor([task for _, task, _ in texts], dtype=torch.long),
             region=torch.tensor([place for place, _, _ in texts], dtype=torch.long),
             labels=labels,
@@ -162,13 +162,13 @@ class ExampleStream(torch.utils.data.Dataset):
     def _words(self, region: Region, draw: np.random.Generator, progress: float) -> tuple[int, str]:
         """The task and the words of a region, `progress` (0..1) into the stream."""
         drawing = self.drawing
-        names = progress < drawing.names_first or draw.random() < drawing.recognition
+        names = progress < drawing.class_name_warmup or draw.random() < drawing.class_name_prob
         if region.name and (names or not region.phrases):
             caption = self.names == "caption" or (self.names == "both" and not region.phrases and draw.random() < 0.5)
             return CAPTION if caption else RECOGNITION, region.name
-        if progress < drawing.names_first + drawing.plain_first:
+        if progress < drawing.class_name_warmup + drawing.short_caption_warmup:
             return CAPTION, region.phrases[0]
-        telling = draw.random() < drawing.telling
+        telling = draw.random() < drawing.longest_caption_prob
         return CAPTION, region.phrases[-1 if telling else draw.integers(len(region.phrases))]
 
 
@@ -225,18 +225,18 @@ def collate(examples: Sequence[Example], pad: int, budget: int = 0) -> Batch:
     lengths = torch.tensor([len(words) for words in ids])
     targets = Targets(
         masks=torch.cat([example.masks for example in examples]),
-        valid=torch.stack([example.valid for example in examples])[owner],
+        valid_pixels=torch.stack([example.valid for example in examples])[owner],
         has_mask=torch.cat([example.has_mask for example in examples]),
     )
     cached = examples[0].features is not None
     return Batch(
-        pixels=None if cached else torch.stack([example.pixels for example in examples]),
+        pixel_values=None if cached else torch.stack([example.pixels for example in examples]),
         features=torch.stack([example.features for example in examples]) if cached else None,
         prompts=_prompts(examples, owner, targets),
-        task=torch.cat([example.task for example in examples]),
-        ids=padded,
-        mask=(torch.arange(padded.shape[1]) < lengths[:, None]).long(),
-        region=torch.cat([example.region + first for example, first in zip(examples, before, strict=True)]),
+        task_ids=torch.cat([example.task for example in examples]),
+        input_ids=padded,
+        attention_mask=(torch.arange(padded.shape[1]) < lengths[:, None]).long(),
+        region_index=torch.cat([example.region + first for example, first in zip(examples, before, strict=True)]),
         targets=targets,
         extra={name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels},
     )
@@ -254,7 +254,7 @@ def _within(examples: Sequence[Example], budget: int) -> Sequence[Example]:
     return [example.first(kept[place]) for place, example in enumerate(examples)]
 
 
-def _prompts(examples: Sequence[Example], owner: Tensor, targets: Targets) -> Prompts:
+def _prompts(examples: Sequence[Example], owner: Tensor, targets: Targets) -> PromptBatch:
     kind = examples[0].prompt
     boxes, points = (torch.cat([getattr(example, name) for example in examples]) for name in ("boxes", "points"))
     masks = None
@@ -263,7 +263,7 @@ def _prompts(examples: Sequence[Example], owner: Tensor, targets: Targets) -> Pr
         filled = filled_boxes(boxes, side, examples[0].size)
         shares = torch.where(targets.has_mask[:, None, None], targets.masks, filled)
         masks = ((shares * 2 - 1) * MASK_PROMPT_LOGIT).unsqueeze(1)
-    return Prompts(
+    return PromptBatch(
         owner,
         boxes=boxes if "box" in kind else None,
         points=points if "point" in kind else None,

@@ -28,7 +28,7 @@ class TrainingModule(nn.Module):
         self.heads = nn.ModuleDict()
         if weights.get("attributes"):
             named = attributes.own | attributes.between
-            self.heads["attributes"] = AttributeHead(model.mixer.width, model.mixer.queries, named)
+            self.heads["attributes"] = AttributeHead(model.mixer.hidden_size, model.mixer.num_queries, named)
         if weights.get("features"):
             self.heads["features"] = AttributeHead(model.segmenter.channels, 1, attributes.own)
         self.recent: dict[str, list[float]] = {}
@@ -60,6 +60,6 @@ class TrainingModule(nn.Module):
 
 def check_rates(options: TrainOptions, module: TrainingModule) -> None:
     """Raise RegistryError for a rate of something that does not train."""
-    for name in options.rates:
+    for name in options.lr_multipliers:
         if name not in (known := module.groups()):
             raise unknown(f"train.rates.{name} is for nothing that trains", name, known)

@@ -49,7 +49,7 @@ SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingOptions:
     """What is drawn at random for a region.
 
     prompts: how often a step is prompted by "box", "point", "mask" and "box-and-point"; a filled box is the mask of
@@ -63,18 +63,18 @@ class Drawing:
     """
 
     prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
-    recognition: float = 0.0
-    names_first: float = 0.0
-    plain_first: float = 0.0
-    telling: float = 0.0
-    texts: int = 1
-    regions: int = 16
-    jitter: float = 0.0
-    words: int = 20
+    class_name_prob: float = 0.0
+    class_name_warmup: float = 0.0
+    short_caption_warmup: float = 0.0
+    longest_caption_prob: float = 0.0
+    captions_per_region: int = 1
+    max_regions: int = 16
+    box_jitter: float = 0.0
+    max_tokens: int = 20
 
 
 @dataclass(frozen=True)
-class TrainOptions(Drawing):
+class TrainOptions(SamplingOptions):
     """steps: optimiser steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
     most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit.
     learning_rate: the peak, after `warmup` steps (at most `steps` - 1) and before a cosine to zero. rates: factors of
@@ -89,23 +89,23 @@ class TrainOptions(Drawing):
     """
 
     steps: int = 1000
-    images: int = 16
-    budget: int = 0
+    batch_size: int = 16
+    max_regions_per_step: int = 0
     learning_rate: float = 1e-3
-    rates: Mapping[str, float] = field(default_factory=dict)
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
     adam_beta2: float = 0.999
     weight_decay: float = 1e-4
-    warmup: int = 200
-    clip: float = 1.0
-    accumulate: int = 1
-    chunk: int = 0
+    warmup_steps: int = 200
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    chunk_size: int = 0
     cache_features: str = ""
     precision: str = "float32"
     report_to: str = "auto"
     sharded: bool = False
-    processes: int = 1
-    workers: int = 0
-    save: int = 500
+    num_processes: int = 1
+    num_workers: int = 0
+    save_steps: int = 500
     seed: int = 0
 
 

@@ -129,15 +129,15 @@ def _train(
         check_shardable(recipe)
     model, stream, attributes, unseen = prepare(recipe, **agreed)
     opened = _name_data(recipe, stream, unseen)
-    training_module = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk)
+    training_module = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk_size)
     check_rates(recipe.train, training_module)
     budget = budget_each(recipe.train, processes)
     trainer = CaptionTrainer(
         model=training_module,
         args=_arguments(recipe, folder, share),
         train_dataset=stream,
-        data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad, budget)},
-        rates=recipe.train.rates,
+        data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad_token_id, budget)},
+        rates=recipe.train.lr_multipliers,
         sharded=sharded,
     )
     trainer.remove_callback(PrinterCallback)  # prints dictionaries
@@ -184,24 +184,24 @@ def _asked_to_shard(recipe: Recipe) -> bool:
 
 def images_each(options: TrainOptions, processes: int) -> int:
     """How many images each process sees at a time. Raises RegistryError if a step's images cannot be shared out."""
-    parts = processes * options.accumulate
-    if options.images % parts:
+    parts = processes * options.gradient_accumulation_steps
+    if options.batch_size % parts:
         raise RegistryError(
-            f"train.images={options.images} is no multiple of {processes} processes x "
-            f"train.accumulate={options.accumulate}"
+            f"train.images={options.batch_size} is no multiple of {processes} processes x "
+            f"train.accumulate={options.gradient_accumulation_steps}"
         )
-    return options.images // parts
+    return options.batch_size // parts
 
 
 def budget_each(options: TrainOptions, processes: int) -> int:
     """How many regions each process sees at a time, 0 for any number. RegistryError if there is not one for each."""
-    parts = processes * options.accumulate
-    if 0 < options.budget < parts:
+    parts = processes * options.gradient_accumulation_steps
+    if 0 < options.max_regions_per_step < parts:
         raise RegistryError(
-            f"train.budget={options.budget} is less than a region for each of {processes} processes x "
-            f"train.accumulate={options.accumulate}"
+            f"train.budget={options.max_regions_per_step} is less than a region for each of {processes} processes x "
+            f"train.accumulate={options.gradient_accumulation_steps}"
         )
-    return options.budget // parts
+    return options.max_regions_per_step // parts
 
 
 def prepare(
@@ -318,17 +318,17 @@ def _arguments(recipe: Recipe, folder: Path, share: int) -> TrainingArguments:
         output_dir=str(folder),
         max_steps=options.steps,
         per_device_train_batch_size=share,
-        gradient_accumulation_steps=options.accumulate,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
         adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
-        warmup_steps=min(options.warmup, options.steps - 1),  # else a short run never gets to its learning rate
-        max_grad_norm=options.clip,
+        warmup_steps=min(options.warmup_steps, options.steps - 1),  # else a short run never gets to its learning rate
+        max_grad_norm=options.max_grad_norm,
         lr_scheduler_type="cosine",
         bf16=options.precision == "bfloat16",
         fp16=options.precision == "float16",
-        dataloader_num_workers=options.workers,
-        save_steps=options.save,
+        dataloader_num_workers=options.num_workers,
+        save_steps=options.save_steps,
         logging_steps=max(1, min(50, options.steps // 10)),
         disable_tqdm=True,  # `TrainingLog` has the bar
         report_to=_reporters(options.report_to),
@@ -346,7 +346,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner, sets: Sequence[Dataset]) ->
     sources = recipe.data.values()
     weights = [source.weight for source in sources]
     attributes = Attributes.of(sets)
-    length = options.steps * options.images
+    length = options.steps * options.batch_size
     cache = FeatureCache(options.cache_features, model) if options.cache_features else None
     streams = [
         ExampleStream(
@@ -364,7 +364,7 @@ def _stream(recipe: Recipe, model: SegmentCaptioner, sets: Sequence[Dataset]) ->
         )
         for dataset, source in zip(sets, sources, strict=True)
     ]
-    return Mixture(streams, weights, length, options.seed, options.prompts, options.images), attributes
+    return Mixture(streams, weights, length, options.seed, options.prompts, options.batch_size), attributes
 
 
 def _reporters(names: str) -> list[str]:

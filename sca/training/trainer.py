@@ -27,7 +27,7 @@ MODULE = "training_module.pt"  # of a checkpoint: what trains, and buffers
 def counts(batch: Batch) -> dict[str, int]:
     """How many things each loss of a batch is the mean of; "regions" for those that are not named."""
     masks = int(batch.targets.has_mask.sum())
-    return {"caption": int(batch.mask.sum()), "mask": masks, "iou": masks, "regions": len(batch.prompts)}
+    return {"caption": int(batch.attention_mask.sum()), "mask": masks, "iou": masks, "regions": len(batch.prompts)}
 
 
 class CaptionTrainer(Trainer):

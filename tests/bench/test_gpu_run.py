@@ -166,7 +166,7 @@ def test_every_way_of_decoding_gives_the_same_ids(way):
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
     torch.manual_seed(0)
-    language_model = TinyGpt2(width=32, depth=2, heads=2, positions=64).eval()
+    language_model = TinyGpt2(hidden_size=32, depth=2, num_heads=2, max_positions=64).eval()
     found = measure_way(language_model, torch.randn(3, 5, 32), 6, way, 1)
     assert found["ids"] == 1.0
     assert found["tokens_per_second"] > 0

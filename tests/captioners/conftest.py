@@ -55,7 +55,7 @@ def qwen():
 
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
-    tokenizer = TinyGpt2(width=8, depth=1).tokenizer.tokenizer
+    tokenizer = TinyGpt2(hidden_size=8, depth=1).tokenizer.tokenizer
     words = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer.add_tokens(words, special_tokens=True)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sca_registry.contracts import Prompt
-from sca_registry.spec import Everything
+from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.captioners.crop import DESCRIBE, WHAT, CropCaptioner
@@ -35,7 +35,7 @@ def test_what_reaches_the_captioner_is_the_tight_box_of_the_best_mask(weights, s
         assert same(question.image, image.crop((x1, y1, max(x2, x1 + 2), max(y2, y1 + 2))))
         assert question.text is None
         assert caption.mask == mask
-        assert caption.iou == iou
+        assert caption.predicted_iou == iou
         assert caption.box == (caption.prompt.box or box_of(mask))
 
 
@@ -46,7 +46,7 @@ def test_without_an_encoder_the_box_is_cut_out_as_it_is(weights, image, prompts,
     assert [caption.box for caption in found[:3]] == [prompt.box for prompt in prompts[:3]]
     assert [caption.mask for caption in found] == [None, None, None, encode(prompts[3].mask)]
     assert found[3].box == (15, 12, 33, 28)
-    assert {caption.iou for caption in found} == {None}
+    assert {caption.predicted_iou for caption in found} == {None}
 
 
 def test_of_a_box_and_a_mask_the_box_is_cut_out(weights, image, prompts, asked):
@@ -123,7 +123,7 @@ def test_everything_is_found_by_the_encoder_and_its_own_masks_are_cut_out(weight
     captioner = CropCaptioner("sca-tiny", weights("blip"))
     predictor = sca.Predictor(captioner)
     predictor.set_image(image)
-    options = Everything(points=4, iou=0.0, stability=0.0)
+    options = EverythingOptions(points_per_side=4, pred_iou_thresh=0.0, stability_score_thresh=0.0)
     found = caption_everything(predictor, options=options, beams=2)
     assert found
     for question, caption in zip(asked[0], found, strict=True):

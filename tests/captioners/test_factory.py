@@ -40,7 +40,7 @@ def test_captioners_are_built_with_options_from_text_a_table_and_keywords(weight
 
 def test_two_names_are_an_encoder_and_a_captioner(weights, image):
     captioner = sca.captioner(f"sca-tiny+crop-captioner weights={weights('blip')}")
-    (caption,) = captioner.describe(image, [Prompt(points=((20, 20, 1),))])
+    (caption,) = captioner.caption(image, [Prompt(points=((20, 20, 1),))])
     assert caption.mask["size"] == [60, 80]
 
 

@@ -71,7 +71,7 @@ def test_points_have_neighbours_where_the_encoder_finds_masks(training):
     captioner = sca.captioner("sca-tiny+nearest-neighbour", **SCENES)
     sample = training[0]
     points = [Prompt(points=((*region.attributes["centre"], 1),)) for region in sample.regions]
-    found = captioner.describe(sample.image, points, "recognition")
+    found = captioner.caption(sample.image, points, "recognition")
     assert [caption.text for caption in found] == [region.name for region in sample.regions]
     assert all(caption.mask for caption in found)
 

@@ -25,7 +25,7 @@ def test_crops_are_told_apart_and_answers_come_in_order(weights, kind, image, pr
     captioner = CropCaptioner(weights=weights(kind))
     found = captioner.describe(image, prompts)
     assert len({caption.text for caption in found}) > 1
-    assert [caption.region for caption in found] == [0, 1, 2, 3]
+    assert [caption.region_id for caption in found] == [0, 1, 2, 3]
     assert all(caption.prompt is prompt for caption, prompt in zip(found, prompts, strict=True))
     assert all(0 < caption.score <= 1 for caption in found)
     assert texts(captioner.describe(image, prompts[::-1])) == texts(found)[::-1]
@@ -35,7 +35,7 @@ def test_crops_are_told_apart_and_answers_come_in_order(weights, kind, image, pr
 @pytest.mark.parametrize("beams", [1, 3])
 def test_how_many_go_at_a_time_makes_no_difference(weights, kind, beams, image, prompts):
     together = CropCaptioner(weights=weights(kind)).describe(image, prompts, beams=beams)
-    alone = CropCaptioner(weights=weights(kind), batch=1).describe(image, prompts, beams=beams)
+    alone = CropCaptioner(weights=weights(kind), batch_size=1).describe(image, prompts, beams=beams)
     assert texts(together) == texts(alone)
     assert [each.score for each in together] == pytest.approx([each.score for each in alone], rel=1e-3)
 
@@ -121,5 +121,5 @@ def test_random_weights_need_a_configuration_and_are_the_same_each_time(image, p
     with pytest.raises(ValueError, match="'qwen2_vl' cannot be tried out"):
         CropCaptioner(pretrained=False, config={"model_type": "qwen2_vl", "vision_config": {"depth": 1}})
     small = {"name": "blip-base", **tiny_options("captioner", "blip-base")}
-    one, other = (sca.captioner(small).describe(image, prompts) for _ in range(2))
+    one, other = (sca.captioner(small).caption(image, prompts) for _ in range(2))
     assert one == other

@@ -59,7 +59,7 @@ def test_a_reloaded_model_gives_the_same_answers_to_the_last_bit(saved):
 def make_mixer(
     segmenter, queries=3, depth=1, heads=(4,), weights="org/name", url="org/name", text=None, attn_implementation="f"
 ):
-    return QueryMixer(segmenter, queries=queries, depth=depth, heads=heads[0], mlp=64)
+    return QueryMixer(segmenter, num_queries=queries, depth=depth, num_heads=heads[0], mlp_dim=64)
 
 
 def test_checkpoint_keeps_the_defaults_of_its_parts(small, small_table, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_caption_shows_a_hostile_file_name_as_text(safe, checkpoint, picture, he
 def test_caption_table_shows_a_hostile_caption_as_text(safe, checkpoint, picture, monkeypatch):
     from sca.inference.engine import Engine
 
-    answer = Engine.answer
+    answer = Engine.caption_batch
 
     def hostile(*arguments, **options):
         found = answer(*arguments, **options)

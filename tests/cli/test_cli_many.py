@@ -44,7 +44,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
         file.write(b'{"image": "photos/00')  # what a kill leaves
     from sca.inference.engine import Engine
 
-    answer, seen = Engine.answer, []
+    answer, seen = Engine.caption_batch, []
     monkeypatch.setattr(
         Engine,
         "answer",

@@ -14,7 +14,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
-from sca_registry.contracts import KINDS, Caption, ImageFormat, Prompt, Proposals, Region, Sample, Scores
+from sca_registry.contracts import KINDS, Caption, ImageFormat, Prompt, Proposals, Region, Sample, MetricOutput
 from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
@@ -224,8 +224,8 @@ class Settled(Encoder):
 
 class Batched(QueryMixer):
     def __init__(self, segmenter):
-        super().__init__(segmenter, depth=1, mlp=32)
-        self.norm = nn.BatchNorm1d(self.width)
+        super().__init__(segmenter, depth=1, mlp_dim=32)
+        self.norm = nn.BatchNorm1d(self.hidden_size)
 
     def forward(self, regions):
         queries = super().forward(regions)
@@ -236,7 +236,7 @@ class Unnamed:
     needs = "caption"
 
     def __call__(self, records):
-        return Scores({"a": 1.0})
+        return MetricOutput({"a": 1.0})
 
 
 class Tabular:
@@ -320,7 +320,7 @@ class Padding(BoxSegmenter):
 
 class SmallSam(SamSegmenter):
     def __init__(self, encoder):
-        super().__init__(encoder, depth=1, mlp=32)
+        super().__init__(encoder, depth=1, mlp_dim=32)
 
 
 class OtherBoxes(SmallSam):
@@ -346,7 +346,7 @@ class Deaf(BoxSegmenter):
 
 class CountsPadding(SmallSam):
     def loss(self, regions, targets):
-        targets.valid = torch.ones_like(targets.valid)
+        targets.valid_pixels = torch.ones_like(targets.valid_pixels)
         return super().loss(regions, targets)
 
 
@@ -359,19 +359,19 @@ class Greedy(QueryMixer):
     needs = ()
 
     def __init__(self, segmenter, **options):
-        super().__init__(segmenter, pooled=True, depth=1, mlp=32)
+        super().__init__(segmenter, mask_pooling=True, depth=1, mlp_dim=32)
 
 
 class Gridless(QueryMixer):
     uses_grid = False
 
     def __init__(self, segmenter):
-        super().__init__(segmenter, depth=1, mlp=32)
+        super().__init__(segmenter, depth=1, mlp_dim=32)
 
 
 class Blind(QueryMixer):
     def __init__(self, segmenter):
-        super().__init__(segmenter, depth=1, mlp=32)
+        super().__init__(segmenter, depth=1, mlp_dim=32)
 
     def forward(self, regions):
         return self.tokens.weight.expand(len(regions), -1, -1)
@@ -379,7 +379,7 @@ class Blind(QueryMixer):
 
 class TooMany(QueryMixer):
     def __init__(self, segmenter):
-        super().__init__(segmenter, depth=1, mlp=32)
+        super().__init__(segmenter, depth=1, mlp_dim=32)
 
     def forward(self, regions):
         return super().forward(regions)[:, 1:]
@@ -387,22 +387,22 @@ class TooMany(QueryMixer):
 
 class Small(TinyGpt2):
     def __init__(self):
-        super().__init__(width=32, depth=1)
+        super().__init__(hidden_size=32, depth=1)
 
 
 class Clairvoyant(Small):
     def hidden(self, embeddings, mask):
-        return super().hidden(embeddings, mask) + embeddings.roll(-1, 1)
+        return super().hidden_states(embeddings, mask) + embeddings.roll(-1, 1)
 
 
 class SeesPadding(Small):
     def hidden(self, embeddings, mask):
-        return super().hidden(embeddings, mask) + 0.1 * embeddings.mean(1, keepdim=True)
+        return super().hidden_states(embeddings, mask) + 0.1 * embeddings.mean(1, keepdim=True)
 
 
 class Scaled(Small):
     def embed(self, ids):
-        return super().embed(ids) * 2
+        return super().embed_tokens(ids) * 2
 
 
 class CountsPrefix(Small):
@@ -418,7 +418,7 @@ class Unlikely(Small):
 
 class Freezing(Small):
     def adapt(self, **how):
-        super().adapt(**how)
+        super().add_lora(**how)
         self.model.transformer.wte.requires_grad_(False)
 
 
@@ -426,7 +426,7 @@ class Endless(Small):
     def __init__(self):
         super().__init__()
         ends = self.tokenizer.encode
-        self.tokenizer.encode = lambda text, limit=None: ends(text, limit)[:-1] or [self.tokenizer.eos]
+        self.tokenizer.encode = lambda text, limit=None: ends(text, limit)[:-1] or [self.tokenizer.eos_token_id]
 
 
 class Beginning(Small):
@@ -439,7 +439,7 @@ class Beginning(Small):
 class Chatty(Small):
     def __init__(self):
         super().__init__()
-        decode, end = self.tokenizer.decode, self.tokenizer.eos
+        decode, end = self.tokenizer.decode, self.tokenizer.eos_token_id
         self.tokenizer.decode = lambda ids: decode([word for word in ids if word != end])
 
 
@@ -507,7 +507,7 @@ class Wandering:
 class OneScore(SmallSam):
     def forward(self, features, prompts, multimask=True):
         found = super().forward(features, prompts, multimask)
-        found.scores = found.scores[:, :1].expand(-1, found.masks.shape[1] + 1)
+        found.iou_scores = found.iou_scores[:, :1].expand(-1, found.masks.shape[1] + 1)
         return found
 
 
@@ -518,7 +518,7 @@ class LossOfEachRegion(SmallSam):
 
 class Flat(Small):
     def head(self, states):
-        return super().head(states if states.dim() > 1 else states[None])
+        return super().lm_head(states if states.dim() > 1 else states[None])
 
 
 class Rushed(ResamplerMixer):

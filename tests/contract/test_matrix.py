@@ -4,7 +4,7 @@ import pytest
 import sca_registry
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import Batch, Prompts
+from sca_registry.contracts import Batch, PromptBatch
 from tiny import FAMILIES
 
 import sca
@@ -56,11 +56,11 @@ def test_every_registered_mixer_is_in_the_matrix():
 def batch_for(size):
     draw = torch.Generator().manual_seed(0)
     return Batch(
-        pixels=torch.randn(2, 3, size, size, generator=draw),
-        prompts=Prompts(torch.tensor([0, 1, 1]), boxes=BOXES * size / 64),
-        task=torch.tensor([0, 1, 1]),
-        ids=torch.tensor([[5, 6, 2], [8, 2, 0], [9, 3, 2]]),
-        mask=torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]),
+        pixel_values=torch.randn(2, 3, size, size, generator=draw),
+        prompts=PromptBatch(torch.tensor([0, 1, 1]), boxes=BOXES * size / 64),
+        task_ids=torch.tensor([0, 1, 1]),
+        input_ids=torch.tensor([[5, 6, 2], [8, 2, 0], [9, 3, 2]]),
+        attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]),
     )
 
 
@@ -90,7 +90,7 @@ def test_a_combination_learns_and_comes_back_from_disk(
                 sca.compose(part, mixed, spoken, **options)
         options["segmenter"] = {"name": "sam", "depth": 1, "mlp": 48, "heads": 4, "width": 32}  # the way out
     model = sca.compose(part, mixed, spoken, **options)
-    batch = batch_for(model.encoder.image.size)
+    batch = batch_for(model.encoder.image_format.size)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = ("mixer", "projection", "task_tokens")
     assert all(name.split(".")[0] in groups or "lora_" in name or ".neck." in name for name in trained)
@@ -105,8 +105,8 @@ def test_a_combination_learns_and_comes_back_from_disk(
     with torch.no_grad():
         after = model(batch)
         assert after.loss < first
-        generated = model.generate(model.encode(batch.pixels), batch.prompts, batch.task, max_new_tokens=3)
-        assert generated.ids.shape[:2] == (3, 1)
+        generated = model.generate(model.encode(batch.pixel_values), batch.prompts, batch.task_ids, max_new_tokens=3)
+        assert generated.sequences.shape[:2] == (3, 1)
         sca.save(model, tmp_path / "model")
         again = sca.load(tmp_path / "model", allow_external=True)
         assert torch.equal(again(batch).logits, after.logits)

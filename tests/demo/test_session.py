@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sca_registry import zoo
 from sca_registry.contracts import Caption
-from sca_registry.spec import Everything
+from sca_registry.spec import EverythingOptions
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
@@ -194,8 +194,8 @@ def test_sliders_start_at_the_values_that_the_command_line_uses(name):
     before = models.controls(name)  # of what is not loaded
     own = captioner(name)
     search = settle_search(own, {})
-    assert search != Everything()
-    assert before == (own.generation["beams"], search.points, search.iou)
+    assert search != EverythingOptions()
+    assert before == (own.generation["beams"], search.points_per_side, search.pred_iou_thresh)
     with models.scheduler(name):
         assert models.controls(name) == before
     models.close()

@@ -22,7 +22,7 @@ def dense(image, proposals, regions):
 
 
 def total(*records):
-    return DenseCapMap(tokenizer="plain")(records).total
+    return DenseCapMap(tokenizer="plain")(records).values
 
 
 def test_the_last_pixel_counts():

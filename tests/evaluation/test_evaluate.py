@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from PIL import Image
 from rich.console import Console
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 import sca
 from sca.data.scenes import COLOURS, FORMS, Scenes
@@ -154,7 +154,7 @@ def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, mo
         needs = ("caption",)
 
         def __call__(self, records):
-            return Scores({"words/mean": sum(len(record["caption"].split()) for record in records) / len(records)})
+            return MetricOutput({"words/mean": sum(len(record["caption"].split()) for record in records) / len(records)})
 
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.metrics("words")(Words)

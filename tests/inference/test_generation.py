@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import Prompt, Prompts
+from sca_registry.contracts import Prompt, PromptBatch
 
 from sca import model as models
 from sca.evaluation.evaluate import evaluate
@@ -57,12 +57,12 @@ def test_generate_from_prefix_with_a_seed_depends_on_nothing_else(small):
 def test_captions_count_their_tokens_and_say_whether_they_were_cut(small):
     predictor = Predictor(small())
     predictor.set_image(Image.new("RGB", (64, 64), "blue"))
-    (caption,) = predictor.predict(boxes=BOXES[:1], beams=2, captions=2, max_new_tokens=3)
-    assert len(caption.usage.completion) == len(caption.usage.is_cut) == 2
-    for tokens, is_cut in zip(caption.usage.completion, caption.usage.is_cut, strict=True):
+    (caption,) = predictor.predict(boxes=BOXES[:1], num_beams=2, num_captions=2, max_new_tokens=3)
+    assert len(caption.usage.completion_tokens) == len(caption.usage.is_truncated) == 2
+    for tokens, is_cut in zip(caption.usage.completion_tokens, caption.usage.is_truncated, strict=True):
         assert tokens == 3 or not is_cut
     model = predictor.model
-    assert caption.usage.prompt == model.spec.task_tokens + model.spec.mixer.options["queries"]
+    assert caption.usage.prompt_tokens == model.spec.task_tokens + model.spec.mixer.options["queries"]
 
 
 def test_count_tokens_counts_the_end_and_no_padding():
@@ -76,9 +76,9 @@ def test_count_tokens_counts_the_end_and_no_padding():
 def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
     model = small()
     pad = model.language_model.tokenizer.pad
-    short = models.Generated(torch.tensor([[[5, 2]]]), torch.zeros(1, 1))
-    long = models.Generated(torch.tensor([[[5, 6, 7, 2]]]), torch.zeros(1, 1))
-    assert models._join_generated([short, long], pad).ids.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
+    short = models.GenerationOutput(torch.tensor([[[5, 2]]]), torch.zeros(1, 1))
+    long = models.GenerationOutput(torch.tensor([[[5, 6, 7, 2]]]), torch.zeros(1, 1))
+    assert models._join_generated([short, long], pad).sequences.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
 
 
 def test_every_caller_generates_in_pieces(rows, monkeypatch):
@@ -88,10 +88,10 @@ def test_every_caller_generates_in_pieces(rows, monkeypatch):
     predictor.set_image(Image.new("RGB", (64, 64), "blue"))
     assert len(predictor.predict(boxes=BOXES)) == 40
     found = predictor.engine.best(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
-    predictor.engine.tell(predictor.encoded, found, [Prompt(box=box) for box in BOXES])
+    predictor.engine.caption_masks(predictor.encoded, found, [Prompt(box=box) for box in BOXES])
     evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", questions=Questions(), batch=12)
     features = model.encode(torch.zeros(1, 3, 64, 64))
-    prompts = Prompts(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
+    prompts = PromptBatch(torch.zeros(40, dtype=torch.long), boxes=torch.tensor(BOXES, dtype=torch.float))
     model.generate(features, prompts, torch.zeros(40, dtype=torch.long))
     assert sum(seen) > 120
     assert max(seen) <= 16

@@ -64,7 +64,7 @@ def expected(lm_folder):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
     generated = HfLanguageModel(folder(**{name: SETTINGS[name]})).generate(draw_prefix(), 6)
-    assert torch.equal(generated.ids, expected[1].ids)
+    assert torch.equal(generated.sequences, expected[1].ids)
     assert torch.equal(generated.scores, expected[1].scores)
 
 
@@ -72,7 +72,7 @@ def test_generation_ignores_a_setting_of_a_hub_model(folder, expected, name):
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_ignores_all_settings_of_a_hub_model(folder, expected, file, beams):
     generated = HfLanguageModel(folder(file, **SETTINGS)).generate(draw_prefix(), 6, beams)
-    assert torch.equal(generated.ids, expected[beams].ids)
+    assert torch.equal(generated.sequences, expected[beams].ids)
     assert torch.equal(generated.scores, expected[beams].scores)
 
 
@@ -80,17 +80,17 @@ def test_generation_ignores_settings_of_a_model_in_memory(folder, expected):
     model = HfLanguageModel(folder()).model
     model.generation_config = GenerationConfig(repetition_penalty=1.8, max_time=1e-4, eos_token_id=2, pad_token_id=0)
     generated = CausalLanguageModel(model, None).generate(draw_prefix(), 6)
-    assert torch.equal(generated.ids, expected[1].ids)
+    assert torch.equal(generated.sequences, expected[1].ids)
 
 
 def test_ids_of_the_end_and_of_padding_are_those_of_generation_config(folder):
     prefix = draw_prefix()
-    free = HfLanguageModel(folder()).generate(prefix, 12).ids[0, 0].tolist()
+    free = HfLanguageModel(folder()).generate(prefix, 12).sequences[0, 0].tolist()
     model = HfLanguageModel(folder(eos_token_id=[96, free[3]], pad_token_id=7))
     end = free.index(free[3])
-    assert model.generate(prefix, 12).ids[0, 0].tolist()[: end + 1] == free[: end + 1]
+    assert model.generate(prefix, 12).sequences[0, 0].tolist()[: end + 1] == free[: end + 1]
     assert model.pad == 7
-    assert set(model.generate(prefix, 12).ids[0, 0].tolist()[end + 1 :]) <= {7}
+    assert set(model.generate(prefix, 12).sequences[0, 0].tolist()[end + 1 :]) <= {7}
 
 
 @pytest.mark.parametrize("value", ["a", -1, 1.5, [2, "a"], True])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sca_registry.contracts import Prompt
-from sca_registry.spec import Everything
+from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.inference.generation import OPTIONS
@@ -151,7 +151,7 @@ def test_seed_of_the_spec_is_used(model, scene):
     spec = replace(model.spec, generation={"sample": True, "temperature": 3.0, "seed": 3})
     predictor = sca.Predictor(model)
     predictor.set_image(scene.image)
-    expected = predictor.predict(boxes=[BOX], sample=True, temperature=3.0, seed=3)
+    expected = predictor.predict(boxes=[BOX], do_sample=True, temperature=3.0, seed=3)
     before, model.spec = model.spec, spec
     try:
         assert predictor.predict(boxes=[BOX])[0].text == expected[0].text
@@ -202,7 +202,7 @@ def test_predict_batch_checks_its_task_before_it_encodes(idle, scene, monkeypatc
 
 def test_caption_everything_takes_search_and_generation_options_over_the_models_own(predictor):
     few = sca.caption_everything(predictor, points=2, max_new_tokens=3)
-    options = Everything(**{**vars(predictor.engine.everything), "points": 2})
+    options = EverythingOptions(**{**vars(predictor.engine.everything), "points": 2})
     assert few == sca.caption_everything(predictor, options=options, max_new_tokens=3)
     with pytest.raises(TypeError, match=r"caption_everything\(\) has no argument 'point'. Did you mean 'points'\?"):
         sca.caption_everything(predictor, point=2)

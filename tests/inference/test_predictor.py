@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
-from sca_registry.spec import Everything
+from sca_registry.spec import EverythingOptions
 
 from sca.inference import automatic
 from sca.inference.automatic import caption_everything, find_everything, search_everything
@@ -207,8 +207,8 @@ def finished(search):
 
 # --- everything -----------------------------------------------------------------------------------------------------
 
-ANY = Everything(points=6, iou=-10.0, stability=0.0, nms=0.5)
-ALL = Everything(points=3, iou=-10.0, stability=0.0, nms=1.0)  # all three masks of nine points
+ANY = EverythingOptions(points_per_side=6, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=0.5)
+ALL = EverythingOptions(points_per_side=3, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=1.0)  # all three masks of nine points
 
 
 def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(counted, scene):
@@ -238,7 +238,7 @@ def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(
     predictor.set_image(scene.image)
     captions = caption_everything(predictor, options=ALL)
     assert len(captions) > 9
-    assert [caption.iou for caption in captions] == sorted((caption.iou for caption in captions), reverse=True)
+    assert [caption.predicted_iou for caption in captions] == sorted((caption.predicted_iou for caption in captions), reverse=True)
     for caption in captions:
         assert caption.box == caption.prompt.box == box_of(caption.mask)
     asked = predictor.predict([caption.prompt for caption in captions])
@@ -249,7 +249,7 @@ def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(
 def test_each_filter_can_leave_nothing_and_then_nothing_is_written(counted, scene, options):
     predictor, calls = counted()
     predictor.set_image(scene.image)
-    assert caption_everything(predictor, options=Everything(**{**vars(ANY), **options})) == []
+    assert caption_everything(predictor, options=EverythingOptions(**{**vars(ANY), **options})) == []
     assert "generate" not in calls
 
 
@@ -257,7 +257,7 @@ def test_of_two_masks_that_overlap_too_much_the_better_stays(counted, scene):
     predictor, _ = counted()
     predictor.set_image(scene.image)
     loose = caption_everything(predictor, options=ALL)
-    strict = caption_everything(predictor, options=Everything(**{**vars(ALL), "nms": 0.0}))
+    strict = caption_everything(predictor, options=EverythingOptions(**{**vars(ALL), "nms": 0.0}))
     assert len(strict) < len(loose)
     assert strict[0].box == loose[0].box
 
@@ -280,9 +280,9 @@ def test_mask_nms_suppresses_a_region_whose_box_is_large_for_a_stray_cell(counte
 
     predictor.model.segmenter = Fixed()
     found = caption_everything(predictor, options=replace(ANY, mask_nms_thresh=0.5))
-    assert [round(caption.iou, 1) for caption in found] == [0.9, 0.7]
+    assert [round(caption.predicted_iou, 1) for caption in found] == [0.9, 0.7]
     as_in_sam = caption_everything(predictor, options=ANY)
-    assert [round(caption.iou, 1) for caption in as_in_sam] == [0.9, 0.8, 0.7]
+    assert [round(caption.predicted_iou, 1) for caption in as_in_sam] == [0.9, 0.8, 0.7]
 
 
 @pytest.mark.parametrize(("kind", "box", "points"), [("box", 1, 0), ("point", 0, 1), ("box-and-point", 1, 1)])
@@ -330,7 +330,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     predictor.model.segmenter = Bright()
     predictor.set_image(pixels)
     del calls["encode"][:]
-    options = Everything(points=24, iou=0.0, stability=0.0, nms=0.5, crops=1, crop_overlap=0.34, caption_from="box")
+    options = EverythingOptions(points_per_side=24, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.5, crop_n_layers=1, crop_overlap_ratio=0.34, caption_from="box")
     search = finished(automatic._search(predictor.engine, predictor.encoded, options))
     assert calls["encode"] == [1] * 4
     small = [each for each in search if each.window != (0, 0, 192, 128)]
@@ -356,12 +356,12 @@ def test_proposals_take_the_place_of_the_grid(counted, scene):
     given = Proposals((*boxes, mask), (1.0,) * (len(boxes) + 1), (None,) * (len(boxes) + 1))
     captions = caption_everything(predictor, options=ALL, proposals=given)
     assert [caption.prompt for caption in captions] == [*boxes, mask]
-    assert [caption.region for caption in captions] == list(range(len(boxes) + 1))
+    assert [caption.region_id for caption in captions] == list(range(len(boxes) + 1))
     assert sum(calls["segment"]) == len(boxes) + 1
     several = Prompt(points=((5.0, 5.0, 0), (40.0, 40.0, 1)))
     (caption,) = caption_everything(predictor, options=ALL, proposals=Proposals((several,), (1.0,), (None,)))
     assert caption.prompt is several
-    points = Grid(points=3)(scene.image, "scene")
+    points = Grid(points_per_side=3)(scene.image, "scene")
     by_points = caption_everything(predictor, options=ALL, proposals=points)
     assert [caption.box for caption in by_points] == [c.box for c in caption_everything(predictor, options=ALL)]
 

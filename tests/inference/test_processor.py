@@ -157,8 +157,8 @@ def test_a_mixed_request_falls_into_even_buckets_and_every_prompt_keeps_its_plac
     assert len(buckets) == len({kind for _, kind in flat})
     for places, prompts in buckets:
         assert len({flat[place][1] for place in places}) == 1
-        assert prompts.owner.tolist() == [flat[place][0] for place in places]
-        assert prompts.owner.tolist() == sorted(prompts.owner.tolist())
+        assert prompts.image_index.tolist() == [flat[place][0] for place in places]
+        assert prompts.image_index.tolist() == sorted(prompts.image_index.tolist())
         kind = flat[places[0]][1]
         assert (prompts.boxes is not None) == (kind in ("box", "both"))
         assert (prompts.points is not None) == (kind in ("point", "points", "both"))

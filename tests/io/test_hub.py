@@ -98,7 +98,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
     from sca.checkpoints.export import write_published
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
-    words = TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    words = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
     words.save(str(tmp_path / "words"))
     (tmp_path / "words" / "model.safetensors").write_bytes(b"nobody wants these")
     torch.manual_seed(0)

@@ -78,10 +78,10 @@ def check_equals_its_model(name, **fields):
     model = build(name, **fields)
     language_model = CausalLanguageModel(model, None)
     ids = torch.randint(5, 60, (ROWS, PREFIX))
-    prefix = torch.randn(ROWS, PREFIX, language_model.width)
-    for embeddings, inputs in ((language_model.embed(ids), {"input_ids": ids}), (prefix, {"inputs_embeds": prefix})):
+    prefix = torch.randn(ROWS, PREFIX, language_model.hidden_size)
+    for embeddings, inputs in ((language_model.embed_tokens(ids), {"input_ids": ids}), (prefix, {"inputs_embeds": prefix})):
         expected = model(**inputs).logits
-        found = language_model.head(language_model.hidden(embeddings, torch.ones(ROWS, PREFIX, dtype=torch.long)))
+        found = language_model.lm_head(language_model.hidden_states(embeddings, torch.ones(ROWS, PREFIX, dtype=torch.long)))
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     plain = {"attention_mask": torch.ones(ROWS, PREFIX, dtype=torch.long), "max_new_tokens": STEPS, "pad_token_id": 0}
     free = model.generate(inputs_embeds=prefix, eos_token_id=None, **plain)
@@ -94,7 +94,7 @@ def check_equals_its_model(name, **fields):
     counted = torch.isin(own.sequences, torch.tensor(ends)).int()
     counted = counted.cumsum(1) - counted == 0
     pad = language_model.pad
-    assert generated.ids[:, 0].tolist() == own.sequences.masked_fill(~counted, pad).tolist()
+    assert generated.sequences[:, 0].tolist() == own.sequences.masked_fill(~counted, pad).tolist()
     logs = torch.stack(own.logits, dim=1).float().log_softmax(2).gather(2, own.sequences[..., None])[..., 0]
     expected = (logs * counted).sum(1) / counted.sum(1)
     torch.testing.assert_close(generated.scores[:, 0], expected, atol=1e-4, rtol=1e-4)

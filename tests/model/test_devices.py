@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from accelerator import simulated_cuda
 from PIL import Image
-from sca_registry.contracts import Batch, Prompt, Prompts, Regions, Targets
+from sca_registry.contracts import Batch, Prompt, PromptBatch, SegmenterOutput, Targets
 from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
@@ -70,7 +70,7 @@ def prompts_of(size, kind="box"):
     corner = torch.rand(len(OWNER), 2, generator=draw) * size / 2
     boxes = torch.cat((corner, corner + size / 4), dim=1)
     points, labels = corner[:, None].expand(-1, 2, -1).contiguous(), torch.tensor([[1, 0]]).expand(len(OWNER), 2)
-    return Prompts(
+    return PromptBatch(
         OWNER,
         boxes=boxes if "box" in kind else None,
         points=points if "point" in kind else None,
@@ -95,7 +95,7 @@ def batch_of(model, regions=None):
         torch.arange(len(prompts)) != 1,
     )
     pixels = torch.randn(2, 3, size, size, generator=draw)
-    return Batch(prompts, region % 2, pixels, ids=ids, mask=mask, region=region, targets=targets)
+    return Batch(prompts, region % 2, pixels, input_ids=ids, attention_mask=mask, region_index=region, targets=targets)
 
 
 def combinations():
@@ -131,7 +131,7 @@ def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
     with simulated_cuda():
         model.to("cuda", dtype).train()
         batch = batch.to("cuda")
-        batch.pixels = batch.pixels.to(dtype)
+        batch.pixel_values = batch.pixel_values.to(dtype)
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
             output = model(batch, chunk=chunk)
         output.loss.backward()
@@ -142,8 +142,8 @@ def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
             assert all(gradient.device.type == "cuda" for gradient in gradients), group
             assert all(gradient.isfinite().all() for gradient in gradients), group
         with torch.inference_mode():
-            found = model.eval().generate(model.encode(batch.pixels), batch.prompts, OWNER.to("cuda"))
-        assert found.ids.device.type == found.scores.device.type == "cuda"
+            found = model.eval().generate(model.encode(batch.pixel_values), batch.prompts, OWNER.to("cuda"))
+        assert found.sequences.device.type == found.scores.device.type == "cuda"
         assert found.scores.isfinite().all()
 
 
@@ -152,9 +152,9 @@ def test_search_runs_on_an_accelerator(search):
     model = built()
     with simulated_cuda(), torch.inference_mode():
         language_model = model.to("cuda", torch.bfloat16).language_model
-        prefix = torch.randn(3, 4, language_model.width, device="cuda", dtype=torch.bfloat16)
+        prefix = torch.randn(3, 4, language_model.hidden_size, device="cuda", dtype=torch.bfloat16)
         found = language_model.generate(prefix, 3, **search)
-        assert found.ids.device.type == "cuda"
+        assert found.sequences.device.type == "cuda"
         assert found.scores.shape == (3, 2)
 
 
@@ -166,11 +166,11 @@ def test_segmenter_takes_every_prompt_on_an_accelerator(segmenter, precision):
         part = {"name": "sam", "width": 48, "depth": 1, "heads": 4, "mlp": 48, "drawn": segmenter == "drawn"}
     model, dtype = built(mixer="split", **{"segmenter": "box"}), PRECISIONS[precision]
     model.segmenter = sca_registry.segmenters.build(part.pop("name"), model.encoder, **part)
-    size, side = model.encoder.image.size, 4 * model.segmenter.grid
+    size, side = model.encoder.image_format.size, 4 * model.segmenter.grid
     asked = [prompts_of(size, kind) for kind in ("box", "point", "box and point")]
     if segmenter != "box":
         asked += [replace(each, masks=torch.randn(len(OWNER), 1, side, side)) for each in asked[:1]]
-        asked += [Prompts(OWNER, masks=torch.randn(len(OWNER), 1, side, side))]
+        asked += [PromptBatch(OWNER, masks=torch.randn(len(OWNER), 1, side, side))]
     with simulated_cuda(), torch.inference_mode():
         model.to("cuda", dtype)
         features = model.encode(torch.randn(2, 3, size, size).to("cuda", dtype))
@@ -196,14 +196,14 @@ def test_model_in_half_precision_is_close_to_float32(segmenter, mixer, family, d
     with torch.inference_mode():
         exact = model(batch)
         model.to(dtype)
-        batch.pixels = batch.pixels.to(dtype)
+        batch.pixel_values = batch.pixel_values.to(dtype)
         found = model(batch)
         assert found.queries.dtype == dtype
         assert found.logits.isfinite().all()
         likeness = torch.cosine_similarity(found.queries.float().flatten(1), exact.queries.flatten(1))
         assert likeness.min() > 0.99
         assert float(found.loss) == pytest.approx(float(exact.loss), rel=0.01)
-        scores = model.generate(model.encode(batch.pixels), batch.prompts, batch.prompts.owner).scores
+        scores = model.generate(model.encode(batch.pixel_values), batch.prompts, batch.prompts.image_index).scores
         assert scores.isfinite().all()
 
 
@@ -330,7 +330,7 @@ def test_waits_of_a_training_step_do_not_grow_with_regions(mixer):
 
 @pytest.mark.parametrize("pool", ["mean_under", "roi_align", "resampler"])
 def test_waits_do_not_grow_with_images(pool):
-    mixer = ResamplerMixer(SimpleNamespace(channels=8), queries=2, depth=1, heads=2, mlp=8)
+    mixer = ResamplerMixer(SimpleNamespace(channels=8), num_queries=2, depth=1, num_heads=2, mlp_dim=8)
     with simulated_cuda() as device:
         mixer.to("cuda")
         waits = []
@@ -338,7 +338,7 @@ def test_waits_do_not_grow_with_images(pool):
             image, owner = torch.randn(images, 8, 4, 4, device="cuda"), torch.arange(images, device="cuda")
             rows = torch.rand(images, 4, 4, device="cuda")
             tokens, position = torch.randn(images, 3, 8, device="cuda"), torch.randn(8, 4, 4, device="cuda")
-            regions = Regions(owner, image, 64, position[:, :1, :1], position, tokens, tokens)
+            regions = SegmenterOutput(owner, image, 64, position[:, :1, :1], position, tokens, tokens)
             with device.counted() as found:
                 if pool == "mean_under":
                     mean_under(image, owner, rows)
@@ -410,7 +410,7 @@ def test_baseline_captions_on_an_accelerator(name):
     sample = Scenes("test", count=1, size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]
     with simulated_cuda():
-        captions = captioner({"name": name, **tiny_options("captioner", name)}, "cuda").describe(sample.image, prompts)
+        captions = captioner({"name": name, **tiny_options("captioner", name)}, "cuda").caption(sample.image, prompts)
     assert len(captions) == len(prompts)
 
 

@@ -8,7 +8,7 @@ import sca_registry
 import torch
 from safetensors.torch import load_file, save_file
 from sca_registry import RegistryError
-from sca_registry.contracts import Prompts
+from sca_registry.contracts import PromptBatch
 
 import sca
 from sca.io.errors import InputError
@@ -202,14 +202,14 @@ def test_sams_own_heads_serve_an_encoder_of_another_width_and_grid(clip, sam_fol
     owner = torch.zeros(2, dtype=torch.long)
     boxes, masks = torch.tensor([[5.0, 5, 60, 60], [20, 30, 90, 95]]), torch.randn(2, 1, 24, 24)
     for prompts in (
-        Prompts(owner, boxes=boxes),
-        Prompts(owner, points=boxes[:, None, :2], labels=torch.ones(2, 1)),
-        Prompts(owner, boxes=boxes, masks=masks),
+        PromptBatch(owner, boxes=boxes),
+        PromptBatch(owner, points=boxes[:, None, :2], labels=torch.ones(2, 1)),
+        PromptBatch(owner, boxes=boxes, masks=masks),
     ):
         regions = model.segment(features, prompts)
         assert regions.masks.shape == (2, 3, 24, 24)
         assert model.mix(regions).isfinite().all()
-    assert not torch.equal(model.segment(features, Prompts(owner, boxes=boxes)).masks, regions.masks)
+    assert not torch.equal(model.segment(features, PromptBatch(owner, boxes=boxes)).masks, regions.masks)
 
 
 @pytest.mark.parametrize("segmenter", ["box", "sam"])

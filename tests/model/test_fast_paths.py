@@ -15,7 +15,7 @@ REGIONS, TOKENS, WIDTH, SIDE = 7, 5, 32, 6
 @pytest.fixture
 def transformer():
     torch.manual_seed(0)
-    made = TwoWayTransformer(WIDTH, 3, heads=4, mlp=48)
+    made = TwoWayTransformer(WIDTH, 3, num_heads=4, mlp_dim=48)
     made.apply(init_weights)
     for parameter in made.parameters():  # biases and norms that matter
         torch.nn.init.normal_(parameter, std=0.3)
@@ -81,12 +81,12 @@ def test_greedy_words_are_those_of_generate(lm_folder, monkeypatch, family, ends
     for parameter in model.model.parameters():  # words that differ from region to region
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
     monkeypatch.setattr(model, "_ends", lambda: (0, list(range(1, 1 + ends))))
-    prefix = torch.randn(9, 4, model.width, generator=draw)
+    prefix = torch.randn(9, 4, model.hidden_size, generator=draw)
     assert causal.plain(model.model)
     fast = model.generate(prefix, 12)
     monkeypatch.setattr(causal, "plain", lambda _: False)
     plain = model.generate(prefix, 12)
-    assert fast.ids.tolist() == plain.ids.tolist()
+    assert fast.sequences.tolist() == plain.sequences.tolist()
     assert torch.allclose(fast.scores, plain.scores, atol=1e-5)
 
 

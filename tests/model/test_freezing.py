@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from sca_registry.contracts import Batch, Prompts
+from sca_registry.contracts import Batch, PromptBatch
 
 
 def batch():
     draw = torch.Generator().manual_seed(0)
     return Batch(
-        pixels=torch.randn(2, 3, 64, 64, generator=draw),
-        prompts=Prompts(torch.tensor([0, 1, 1]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 9, 9]])),
-        task=torch.tensor([0, 1, 1]),
-        ids=torch.tensor([[5, 6, 7], [8, 0, 0], [9, 3, 0]]),
-        mask=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
+        pixel_values=torch.randn(2, 3, 64, 64, generator=draw),
+        prompts=PromptBatch(torch.tensor([0, 1, 1]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 9, 9]])),
+        task_ids=torch.tensor([0, 1, 1]),
+        input_ids=torch.tensor([[5, 6, 7], [8, 0, 0], [9, 3, 0]]),
+        attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
     )
 
 

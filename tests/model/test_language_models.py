@@ -37,9 +37,9 @@ def tokenizer(tmp_path):
 def test_neither_pad_nor_unknown_nor_beginning_is_needed(tokenizer, special):
     text = read_tokenizer(tokenizer(eos_token="<end>", **special))
     assert text.encode("a red car") == [0, 1, 2, 3]
-    assert text.encode("a red car", limit=2) == [0, 3]
+    assert text.encode("a red car", max_length=2) == [0, 3]
     assert text.decode([0, 1, 3, 2]) == "a red"
-    assert text.pad == (4 if "pad_token" in special else 3)
+    assert text.pad_token_id == (4 if "pad_token" in special else 3)
 
 
 def test_an_end_is_needed_and_can_be_named(tokenizer):
@@ -59,9 +59,9 @@ def test_a_folder_without_a_tokenizer_works_with_ids(lm_folder):
 def test_a_language_model_may_be_of_lower_precision_than_the_rest(lm_folder, family):
     model = HfLanguageModel(str(lm_folder(family)), dtype="bfloat16")
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    prefix, mask = torch.randn(2, 3, model.width), torch.ones(2, 3, dtype=torch.long)
-    assert model.head(model.hidden(prefix, mask)).isfinite().all()
-    assert model.generate(prefix, max_new_tokens=3).ids.shape[:2] == (2, 1)
+    prefix, mask = torch.randn(2, 3, model.hidden_size), torch.ones(2, 3, dtype=torch.long)
+    assert model.lm_head(model.hidden_states(prefix, mask)).isfinite().all()
+    assert model.generate(prefix, max_new_tokens=3).sequences.shape[:2] == (2, 1)
     with pytest.raises(ValueError, match="no dtype 'half'"):
         HfLanguageModel(str(lm_folder(family)), dtype="half")
 
@@ -73,12 +73,12 @@ def test_checkpointing_forgets_the_layers_and_gives_the_same_gradients(lm_folder
     for model in (plain, saving):
         model.requires_grad_(False)
         torch.manual_seed(0)
-        prefix = torch.randn(2, 5, model.width, requires_grad=True)
+        prefix = torch.randn(2, 5, model.hidden_size, requires_grad=True)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda t: t
         ):
-            states = model.hidden(prefix, mask)
+            states = model.hidden_states(prefix, mask)
         states.square().sum().backward()
         remembered.append(len(kept))
         gradients.append(prefix.grad)
@@ -89,12 +89,12 @@ def test_checkpointing_forgets_the_layers_and_gives_the_same_gradients(lm_folder
 
 def test_several_ends_and_none_are_both_fine(lm_folder):
     model = HfLanguageModel(str(lm_folder("llama")))
-    prefix = torch.randn(3, 2, model.width, generator=torch.Generator().manual_seed(0))
+    prefix = torch.randn(3, 2, model.hidden_size, generator=torch.Generator().manual_seed(0))
     model.model.generation_config.eos_token_id = None
-    free = model.generate(prefix, max_new_tokens=5).ids[:, 0]
+    free = model.generate(prefix, max_new_tokens=5).sequences[:, 0]
     assert free.shape == (3, 5)
     model.model.generation_config.eos_token_id = [int(free[0, 1]), int(free[1, 2])]
-    ended = model.generate(prefix, max_new_tokens=5).ids[:, 0].tolist()
+    ended = model.generate(prefix, max_new_tokens=5).sequences[:, 0].tolist()
     pad = model.model.generation_config.pad_token_id
     for row, whole in zip(ended, free.tolist(), strict=True):
         at = next((n for n, word in enumerate(whole) if word in model.model.generation_config.eos_token_id), len(whole))
@@ -104,13 +104,13 @@ def test_several_ends_and_none_are_both_fine(lm_folder):
 
 def test_what_is_drawn_comes_best_first_too(lm_folder):
     model = HfLanguageModel(str(lm_folder("gpt2")))
-    prefix = torch.randn(3, 2, model.width, generator=torch.Generator().manual_seed(0))
+    prefix = torch.randn(3, 2, model.hidden_size, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    drawn = model.generate(prefix, max_new_tokens=4, captions=5, sample=True, temperature=3.0)
+    drawn = model.generate(prefix, max_new_tokens=4, num_captions=5, do_sample=True, temperature=3.0)
     assert torch.equal(drawn.scores, drawn.scores.sort(dim=1, descending=True).values)
     assert (drawn.scores[:, 0] > drawn.scores[:, -1]).all()
     with pytest.raises(ValueError, match="0 captions a region"):
-        model.generate(prefix, max_new_tokens=4, captions=0)
+        model.generate(prefix, max_new_tokens=4, num_captions=0)
 
 
 GENERATION = [
@@ -128,16 +128,16 @@ GENERATION = [
 def test_scores_are_mean_log_probabilities_of_untempered_logits(lm_folder, family, options):
     model = HfLanguageModel(str(lm_folder(family))).eval()
     torch.manual_seed(0)
-    prefix = torch.randn(3, 2, model.width)
+    prefix = torch.randn(3, 2, model.hidden_size)
     generated = model.generate(prefix, max_new_tokens=6, **options)
     _, ends = model._ends()
-    for row, texts in enumerate(generated.ids.tolist()):
+    for row, texts in enumerate(generated.sequences.tolist()):
         for ids, score in zip(texts, generated.scores[row].tolist(), strict=True):
             length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
             tokens = torch.tensor(ids[:length])
-            embeddings = torch.cat((prefix[row], model.embed(tokens)))[None]
-            states = model.hidden(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.long))
-            likelihoods = model.head(states)[0, 1:-1].log_softmax(1).gather(1, tokens[:, None])
+            embeddings = torch.cat((prefix[row], model.embed_tokens(tokens)))[None]
+            states = model.hidden_states(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.long))
+            likelihoods = model.lm_head(states)[0, 1:-1].log_softmax(1).gather(1, tokens[:, None])
             assert score == pytest.approx(likelihoods.mean().item(), abs=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_a_folder_in_place_of_a_card_s_own_weights_has_its_own_configuration(lm_
 
 def test_lora_on_a_name_that_no_block_has_or_only_some_is_refused(lm_folder):
     def adapted(*targets):
-        HfLanguageModel(str(lm_folder("llama"))).adapt(2, 4, targets=targets)
+        HfLanguageModel(str(lm_folder("llama"))).add_lora(2, 4, target_modules=targets)
 
     adapted("q_proj", "down_proj")
     with pytest.raises(ValueError, match=r"no layer is called 'q_prj'. The linear layers.*q_proj \(2\)"):
@@ -163,12 +163,12 @@ def test_lora_on_a_name_that_no_block_has_or_only_some_is_refused(lm_folder):
     model = HfLanguageModel(str(lm_folder("llama")))
     model.model.model.layers[1].self_attn.k_proj = torch.nn.Identity()
     with pytest.raises(ValueError, match="only 1 of 2 blocks have a 'k_proj'"):
-        model.adapt(2, 4, targets=["q_proj", "k_proj"])
+        model.add_lora(2, 4, target_modules=["q_proj", "k_proj"])
 
 
 def test_lora_reaches_every_block(lm_folder):
     model = HfLanguageModel(str(lm_folder("mistral")))
-    model.adapt(2, 4)
+    model.add_lora(2, 4)
     adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
     assert len(adapted) == 2 * 2  # two layers, two projections each
 
@@ -191,7 +191,7 @@ def test_a_gguf_file_that_is_none_is_told(tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(lm_folder, tmp_path):
     weights = str(lm_folder("gpt2"))
-    tokenizer = TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    tokenizer = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
     tokenizer.save(str(tmp_path / "words"))
     said = "the tokenizer has 726 tokens and the language model embeddings for 97; give the tokenizer of these weights"
     with pytest.raises(RegistryError, match=said):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sca_registry.contracts import Batch, Prompts, Regions, Targets
+from sca_registry.contracts import Batch, PromptBatch, SegmenterOutput, Targets
 
 from sca.model import caption_loss
 
@@ -80,7 +80,7 @@ def batch(ids, mask):
     draw = torch.Generator().manual_seed(5)
     boxes = torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 19, 29]])
     pixels = torch.randn(2, 3, 64, 64, generator=draw)
-    return Batch(Prompts(torch.tensor([0, 1, 1]), boxes=boxes), torch.tensor([0, 1, 1]), pixels, ids=ids, mask=mask)
+    return Batch(PromptBatch(torch.tensor([0, 1, 1]), boxes=boxes), torch.tensor([0, 1, 1]), pixels, input_ids=ids, attention_mask=mask)
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_the_last_position_of_the_prefix_predicts_the_first_word_and_the_last_wo
     given = batch(ids, mask)
     output = model(given)
     losses = []
-    prefixes = model.prefix(model.mix(model.segment(model.encode(given.pixels), given.prompts)), given.task)
+    prefixes = model.prefix(model.mix(model.segment(model.encode(given.pixel_values), given.prompts)), given.task_ids)
     for row in range(3):
         for place in range(int(mask[row].sum())):
             seen = torch.cat((prefixes[row : row + 1], model.language_model.embed(ids[row : row + 1, :place])), dim=1)
@@ -115,9 +115,9 @@ def test_the_loss_is_the_sum_of_the_losses_by_their_weights(small):
     output = model(given, {"mask": 0.5, "iou": 0.0})
     assert output.losses.keys() == {"caption", "mask", "iou"}
     assert torch.allclose(output.loss, output.losses["caption"] + 0.5 * output.losses["mask"])
-    features = Batch(given.prompts, given.task, features=model.encode(given.pixels), ids=given.ids, mask=given.mask)
+    features = Batch(given.prompts, given.task_ids, features=model.encode(given.pixel_values), input_ids=given.input_ids, attention_mask=given.attention_mask)
     assert torch.equal(model(features).loss, output.losses["caption"])
-    assert model(Batch(given.prompts, given.task, given.pixels)).loss is None
+    assert model(Batch(given.prompts, given.task_ids, given.pixel_values)).loss is None
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def test_several_texts_of_a_region_cost_one_look_at_it_and_lose_what_they_lose_a
 def regions(masks, scores):
     count = len(masks)
     nothing = torch.zeros(count, 1, 1)
-    return Regions(
-        torch.zeros(count, dtype=torch.long), nothing, 8, nothing, nothing, nothing, nothing, masks=masks, scores=scores
+    return SegmenterOutput(
+        torch.zeros(count, dtype=torch.long), nothing, 8, nothing, nothing, nothing, nothing, masks=masks, iou_scores=scores
     )
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import Prompts
+from sca_registry.contracts import PromptBatch
 
 
 @pytest.fixture
 def asked():
-    return torch.zeros(1, 3, 64, 64), Prompts(torch.tensor([0]), boxes=torch.tensor([[8.0, 8, 40, 40]]))
+    return torch.zeros(1, 3, 64, 64), PromptBatch(torch.tensor([0]), boxes=torch.tensor([[8.0, 8, 40, 40]]))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("encoder", "tiny-vit"), ("mixer", "query")])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sca_registry.contracts import Prompts
+from sca_registry.contracts import PromptBatch
 
 import sca
 
@@ -17,7 +17,7 @@ def prompts(request):
     points = (boxes[:, :2] + boxes[:, 2:])[:, None] / 2
     labels = torch.ones(len(OWNER), 1, dtype=torch.long)
     by_box, by_point = "box" in request.param, "point" in request.param
-    return Prompts(OWNER, boxes if by_box else None, points if by_point else None, labels if by_point else None)
+    return PromptBatch(OWNER, boxes if by_box else None, points if by_point else None, labels if by_point else None)
 
 
 @pytest.fixture
@@ -123,11 +123,11 @@ def test_many_regions_of_a_sam_are_as_one_at_a_time(sam_folder, lm_folder, mixer
     features = model.encode(torch.randn(images, 3, 64, 64, generator=draw)).detach()
     owner = torch.randint(images, (count,), generator=draw).sort().values
     corner = torch.rand(count, 2, generator=draw) * 30
-    prompts = Prompts(owner, boxes=torch.cat((corner, corner + 20), dim=1))
+    prompts = PromptBatch(owner, boxes=torch.cat((corner, corner + 20), dim=1))
     task = torch.randint(2, (count,), generator=draw)
     together = answers(model, features, prompts, task)
     for row in range(0, count, 7):
         alone = prompts[row : row + 1]
-        alone.owner = torch.zeros(1, dtype=torch.long)
+        alone.image_index = torch.zeros(1, dtype=torch.long)
         found = answers(model, features[owner[row]][None], alone, task[row : row + 1])
         same(found, [each[row : row + 1] for each in together])

@@ -51,7 +51,7 @@ def test_captions_are_read_back(written, captions, name):
             assert told.box == pytest.approx(expected.box)
         if name in PROMPTS:
             assert (told.prompt.box, told.prompt.points) == (expected.prompt.box, expected.prompt.points)
-            assert told.iou == (None if expected.iou is None else pytest.approx(expected.iou))
+            assert told.predicted_iou == (None if expected.iou is None else pytest.approx(expected.iou))
     if name != "labelme":
         assert found["a.png"].model == "m"
 

@@ -147,7 +147,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("make", [coco, label_studio])
 def test_reader_merges_the_records_of_one_image_file(folder, make, names):
     ((image,), _, _) = read(write(folder, make([1, 2, 8, 9], [5, 5, 6, 6], names=names)))
-    assert [caption.region for caption in image.captions] == [0, 1]
+    assert [caption.region_id for caption in image.captions] == [0, 1]
 
 
 @pytest.mark.parametrize("make", [coco, label_studio, lines])

@@ -75,7 +75,7 @@ def test_regions_come_back_exactly(name, captions):
         if name != "coco" and expected.prompt.points:  # COCO has no place for points
             (at,), (point,) = told.prompt.points, expected.prompt.points
             assert at == pytest.approx(point, abs=1e-9)
-        assert math.isnan(told.iou or math.nan)
+        assert math.isnan(told.predicted_iou or math.nan)
 
 
 @pytest.mark.parametrize("name", FORMATS)

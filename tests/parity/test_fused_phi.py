@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sca_registry.contracts import Batch, Prompts
+from sca_registry.contracts import Batch, PromptBatch
 from tiny import tiny
 
 import sca
@@ -64,11 +64,11 @@ def published(plain, sam_folder, tmp_path):
 def logits(folder):
     draw = torch.Generator().manual_seed(0)
     batch = Batch(
-        pixels=torch.randn(1, 3, 64, 64, generator=draw),
-        prompts=Prompts(torch.tensor([0, 0]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50]])),
-        task=torch.tensor([0, 1]),
-        ids=torch.tensor([[5, 6, 2], [8, 9, 2]]),
-        mask=torch.ones(2, 3, dtype=torch.long),
+        pixel_values=torch.randn(1, 3, 64, 64, generator=draw),
+        prompts=PromptBatch(torch.tensor([0, 0]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50]])),
+        task_ids=torch.tensor([0, 1]),
+        input_ids=torch.tensor([[5, 6, 2], [8, 9, 2]]),
+        attention_mask=torch.ones(2, 3, dtype=torch.long),
     )
     return sca.load(folder)(batch).logits
 
@@ -95,9 +95,9 @@ def test_language_model_with_fused_attention_predicts_the_same(plain, tmp_path, 
         torch.save(load_file(fused / "model.safetensors"), fused / "pytorch_model.bin")
         (fused / "model.safetensors").unlink()
     found = HfLanguageModel(str(fused), dtype="float32")
-    states = [each.hidden(each.embed(ids), mask) for each in (found, expected)]
+    states = [each.hidden_states(each.embed_tokens(ids), mask) for each in (found, expected)]
     assert torch.equal(*states)
-    assert torch.equal(found.head(states[0]), expected.head(states[1]))
+    assert torch.equal(found.lm_head(states[0]), expected.lm_head(states[1]))
     assert found.model.generation_config.repetition_penalty is None
     assert found._ends()[1] == [7]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sca_registry.contracts import TASKS, Batch, Prompts
+from sca_registry.contracts import TASKS, Batch, PromptBatch
 
 import sca
 
@@ -32,8 +32,8 @@ class Golden:
         images, each = self.recorded["input_boxes"].shape[:2]
         owner = torch.arange(images).repeat_interleave(each)
         if kind == "box":
-            return Prompts(owner, boxes=self.rows("input_boxes"))
-        return Prompts(owner, points=self.rows("input_points"), labels=self.rows("input_point_labels"))
+            return PromptBatch(owner, boxes=self.rows("input_boxes"))
+        return PromptBatch(owner, points=self.rows("input_points"), labels=self.rows("input_point_labels"))
 
     def task(self, name):
         return torch.full((len(self.rows("input_ids")),), TASKS.index(name))
@@ -68,7 +68,7 @@ def test_images_are_encoded_alike(golden):
 def test_regions_queries_prefix_logits_and_loss_are_alike(golden, kind, task):
     ids, mask = golden.rows("input_ids"), golden.rows("attention_mask")
     pixels, asked = golden.recorded["pixel_values"], golden.task(task)
-    output = golden.model(Batch(golden.prompts(kind), asked, pixels, ids=ids, mask=mask))
+    output = golden.model(Batch(golden.prompts(kind), asked, pixels, input_ids=ids, attention_mask=mask))
     recorded = {name: golden.recorded[f"{kind}.{task}.{name}"] for name in ("query_outputs", "logits", "loss")}
     close(output.regions.scores, golden.rows(f"{kind}.{task}.iou_scores"))
     close(output.regions.masks, golden.rows(f"{kind}.{task}.pred_masks"))

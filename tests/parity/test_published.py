@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sca_registry.contracts import Batch, Prompts
+from sca_registry.contracts import Batch, PromptBatch
 from sca_registry.spec import Part
 
 import sca
@@ -46,11 +46,11 @@ def published(composed, tmp_path):
 def batch():
     draw = torch.Generator().manual_seed(0)
     return Batch(
-        pixels=torch.randn(1, 3, 64, 64, generator=draw),
-        prompts=Prompts(torch.tensor([0, 0]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50]])),
-        task=torch.tensor([0, 1]),
-        ids=torch.tensor([[5, 6, 2], [8, 9, 2]]),
-        mask=torch.ones(2, 3, dtype=torch.long),
+        pixel_values=torch.randn(1, 3, 64, 64, generator=draw),
+        prompts=PromptBatch(torch.tensor([0, 0]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50]])),
+        task_ids=torch.tensor([0, 1]),
+        input_ids=torch.tensor([[5, 6, 2], [8, 9, 2]]),
+        attention_mask=torch.ones(2, 3, dtype=torch.long),
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import Prompt, Prompts
+from sca_registry.contracts import Prompt, PromptBatch
 from transformers import SamModel
 
 import sca
@@ -16,10 +16,10 @@ BOXES = torch.tensor([[10.0, 20, 50, 60], [0, 0, 63, 40], [5, 5, 9, 9], [30.5, 1
 POINTS = torch.tensor([[[10.0, 20], [30, 40]], [[5, 6], [7, 8]], [[1, 1], [60, 60]], [[31, 2], [20, 50]]])
 LABELS = torch.tensor([[1, 0], [1, 1], [1, 0], [0, 1]])
 PROMPTS = {
-    "box": Prompts(OWNER, boxes=BOXES),
-    "point": Prompts(OWNER, points=POINTS[:, :1], labels=LABELS[:, :1]),
-    "points": Prompts(OWNER, points=POINTS, labels=LABELS),
-    "box and points": Prompts(OWNER, boxes=BOXES, points=POINTS, labels=LABELS),
+    "box": PromptBatch(OWNER, boxes=BOXES),
+    "point": PromptBatch(OWNER, points=POINTS[:, :1], labels=LABELS[:, :1]),
+    "points": PromptBatch(OWNER, points=POINTS, labels=LABELS),
+    "box and points": PromptBatch(OWNER, boxes=BOXES, points=POINTS, labels=LABELS),
 }
 
 
@@ -66,7 +66,7 @@ def test_a_mask_prompt_is_read_by_the_mask_encoder_one_a_region(theirs, ours, pi
     encoder, segmenter = ours
     masks = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 5
     features = encoder(pixels)
-    found = segmenter(features, Prompts(OWNER, boxes=BOXES, masks=masks))
+    found = segmenter(features, PromptBatch(OWNER, boxes=BOXES, masks=masks))
     for row, owner in enumerate(OWNER.tolist()):
         expected = theirs(
             image_embeddings=features[owner][None], input_boxes=BOXES[row][None, None], input_masks=masks[row][None]
@@ -99,7 +99,7 @@ def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam
     predictor = sca.Predictor(model)
     draw = np.random.default_rng(0)
     predictor.set_image(Image.fromarray(draw.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)))
-    options = sca.Everything(points=8, iou=-9.0, stability=0.0, nms=0.7)
+    options = sca.EverythingOptions(points_per_side=8, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.7)
     found = sca.caption_everything(predictor, options=options)
     assert calls == {"encode": 1, "generate": len(found)}
     assert 0 < len(found) < 64 * 3

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import Prompts
-from sca_registry.spec import Everything
+from sca_registry.contracts import PromptBatch
+from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.data.scenes import Scenes
@@ -100,7 +100,7 @@ def test_sam_equals_the_original(ours, original, kind, multimask):
     masks = torch.randn(2, 1, SIZE // 4, SIZE // 4, generator=draw) if "mask" in kind else None
     features = encoder(pixels)
     assert torch.allclose(features, original.image_encoder(pixels), atol=1e-4)
-    found = segmenter(features, Prompts(torch.zeros(2, dtype=torch.long), boxes, points, labels, masks), multimask)
+    found = segmenter(features, PromptBatch(torch.zeros(2, dtype=torch.long), boxes, points, labels, masks), multimask)
     sparse, dense = original.prompt_encoder(None if points is None else (points, labels), boxes, masks)
     expected, scores = original.mask_decoder(
         features, original.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=multimask
@@ -139,7 +139,7 @@ class Decoder(torch.nn.Module):
 
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
         points, labels = sparse_prompt_embeddings
-        prompts = Prompts(torch.zeros(len(points), dtype=torch.long), points=points.float(), labels=labels.long())
+        prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=points.float(), labels=labels.long())
         regions = self.segmenter(image_embeddings, prompts, multimask_output)
         return regions.masks, regions.scores
 
@@ -164,7 +164,7 @@ def trained():
 def test_everything_equals_the_original_region_by_region(trained, search, nms, size):
     image = Scenes("test", count=3)[2].image
     image = image if size is None else image.resize(size, Image.Resampling.BICUBIC)
-    options = Everything(nms=nms, **search)
+    options = EverythingOptions(box_nms_thresh=nms, **search)
     predictor = sca.Predictor(trained)
     predictor.set_image(image)
     found, _ = find_everything(predictor.engine, predictor.encoded, options)
@@ -174,14 +174,14 @@ def test_everything_equals_the_original_region_by_region(trained, search, nms, s
     sam = Sam(ImageEncoder(trained.encoder), PassPoints(), Decoder(trained.segmenter), mean, std).eval()
     generator = SamAutomaticMaskGenerator(
         sam,
-        points_per_side=options.points,
-        pred_iou_thresh=options.iou,
-        stability_score_thresh=options.stability,
-        stability_score_offset=options.offset,
+        points_per_side=options.points_per_side,
+        pred_iou_thresh=options.pred_iou_thresh,
+        stability_score_thresh=options.stability_score_thresh,
+        stability_score_offset=options.stability_score_offset,
         box_nms_thresh=nms,
         crop_nms_thresh=nms,
-        crop_n_layers=options.crops,
-        crop_overlap_ratio=options.crop_overlap,
+        crop_n_layers=options.crop_n_layers,
+        crop_overlap_ratio=options.crop_overlap_ratio,
     )
     with torch.no_grad():
         expected = generator.generate(np.asarray(image))

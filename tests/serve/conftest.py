@@ -85,7 +85,7 @@ def served(tiny):
         door, limits, scheduler = socket.socket(), limits or Limits(), RequestScheduler(captioner, **options)
         door.bind(("127.0.0.1", 0))
         app = application(scheduler, "sca-tiny", limits, hosts=())
-        server = make_server(app, scheduler, seconds=limits.seconds, connections=limits.connections, log=False)
+        server = make_server(app, scheduler, seconds=limits.timeout, connections=limits.max_connections, log=False)
         thread = threading.Thread(target=server.run, args=([door],), daemon=True)
         thread.start()
         while not server.started:

@@ -90,7 +90,7 @@ def test_service_decodes_no_image_for_a_request_that_has_ended(service, request_
 @pytest.mark.parametrize("counts", [1000, 100_000])
 def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(service, request_of, monkeypatch, counts):
     mask = {"size": [9, 9], "counts": "x" * counts}
-    caption = Caption("a cat", 0.5, mask=mask, box=None, iou=None, prompt=Prompt(box=(0, 0, 9, 9)), region=0)
+    caption = Caption("a cat", 0.5, mask=mask, box=None, predicted_iou=None, prompt=Prompt(box=(0, 0, 9, 9)), region_id=0)
     told = threading.Event()
 
     def ask(question, tell):

@@ -110,7 +110,7 @@ def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields,
 )
 def test_every_error_of_the_api_is_an_error_object(client, method, path, sent, status):
     headers = {"Authorization": "Bearer right", **sent.get("headers", {})}
-    response = client(Limits(body=9_000), keys=["right"]).request(method, path, **{**sent, "headers": headers})
+    response = client(Limits(max_body_bytes=9_000), keys=["right"]).request(method, path, **{**sent, "headers": headers})
     assert response.status_code == status
     assert response.json().keys() == {"error"}
     error = response.json()["error"]

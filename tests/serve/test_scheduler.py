@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from sca_registry.contracts import Caption, Prompt
-from sca_registry.spec import Everything
+from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.inference.automatic import Searched, caption_everything
@@ -125,7 +125,7 @@ def test_a_long_question_does_not_keep_a_short_one_waiting(held, scene):
 def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, scene, monkeypatch):
     monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
     scheduler, order = RequestScheduler(tiny), []
-    search, options = Listener(), Everything(**{**vars(tiny.everything), "points": 32})
+    search, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points": 32})
     scheduler.ask(Question(scene.image, everything=options), lambda event: (order.append("search"), search(event)))
     for number in range(5):
         short = Listener()
@@ -146,7 +146,7 @@ def alone(captioner, image, options):
 
 def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
     scheduler = RequestScheduler(tiny)
-    options = Everything(**{**vars(tiny.everything), "points": 24})
+    options = EverythingOptions(**{**vars(tiny.everything), "points": 24})
     images = [scene.image, scene.image.transpose(0), scene.image.transpose(1)]
     expected = [told(alone(tiny, image, options)) for image in images]
     listeners = [Listener() for _ in images]
@@ -158,7 +158,7 @@ def test_searches_take_turns_and_each_is_as_if_alone(tiny, scene):
 
 def test_a_search_that_finds_too_much_is_refused(tiny, scene):
     scheduler, listener = RequestScheduler(tiny, max_found=3), Listener()
-    options = Everything(points=8, iou=0.0, stability=0.0, nms=1.0)
+    options = EverythingOptions(points_per_side=8, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)
     scheduler.ask(Question(scene.image, everything=options), listener)
     assert listener.captions == []
     assert "more than 3 regions were found" in str(listener.events[-1])
@@ -169,7 +169,7 @@ def test_a_search_with_too_many_masks_is_refused(tiny, scene, monkeypatch):
     assert module.SEARCHES * module.SEARCH_BYTES <= 512 * 2**20
     monkeypatch.setattr(module, "SEARCH_BYTES", 2**16)
     scheduler, listener = RequestScheduler(tiny), Listener()
-    scheduler.ask(Question(scene.image, everything=Everything(points=16, iou=0.0, stability=0.0)), listener)
+    scheduler.ask(Question(scene.image, everything=EverythingOptions(points_per_side=16, pred_iou_thresh=0.0, stability_score_thresh=0.0)), listener)
     assert listener.captions == []
     assert "too many masks pass the filters" in str(listener.events[-1])
     scheduler.close()
@@ -303,7 +303,7 @@ def test_settings_that_differ_are_not_mixed(tiny, held, scene):
 
 
 def test_everything_is_found_and_captioned_as_without_a_server(tiny, scheduler, scene):
-    listener, options = Listener(), Everything(**{**vars(tiny.everything), "points": 12})
+    listener, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points": 12})
     scheduler.ask(Question(scene.image, everything=options), listener)
     captions = listener.captions
     assert told(captions) == told(alone(tiny, scene.image, options))
@@ -412,5 +412,5 @@ def test_a_scheduler_keeps_no_images(tiny, scene):
 def test_what_regions_are_not_found_by_cannot_be_asked_for_everything(held, scene):
     scheduler = RequestScheduler(held)
     with pytest.raises(CannotError, match="give prompts"):
-        scheduler.ask(Question(scene.image, everything=Everything()), Listener())
+        scheduler.ask(Question(scene.image, everything=EverythingOptions()), Listener())
     scheduler.close()

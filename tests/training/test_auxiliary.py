@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import Batch, Prompts, Targets
+from sca_registry.contracts import Batch, PromptBatch, Targets
 from torch.nn import functional as F
 
 from sca.data.scenes import Scenes
@@ -36,11 +36,11 @@ def batch():
     masks = torch.zeros(2, 32, 32)
     masks[0, :, :16] = masks[1, :, 16:] = 1
     return Batch(
-        pixels=torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-        prompts=Prompts(torch.tensor([0, 0]), boxes=torch.tensor([[0.0, 0, 32, 64], [32, 0, 64, 64]])),
-        task=torch.tensor([1, 1]),
-        ids=torch.tensor([[5, 6], [7, 8]]),
-        mask=torch.ones(2, 2, dtype=torch.long),
+        pixel_values=torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+        prompts=PromptBatch(torch.tensor([0, 0]), boxes=torch.tensor([[0.0, 0, 32, 64], [32, 0, 64, 64]])),
+        task_ids=torch.tensor([1, 1]),
+        input_ids=torch.tensor([[5, 6], [7, 8]]),
+        attention_mask=torch.ones(2, 2, dtype=torch.long),
         targets=Targets(masks, torch.ones(2, 32, 32, dtype=torch.bool), torch.tensor([True, True])),
         extra=labels([0, 1], [2, 0]),
     )

@@ -14,12 +14,12 @@ from sca.io.masks import decode
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
 from sca.training.examples import Example, ExampleStream, Mixture, collate
-from sca.training.recipe import Drawing
+from sca.training.recipe import SamplingOptions
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return TinyGpt2(width=8, depth=1, heads=1).tokenizer
+    return TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def stream(tokenizer):
     def make(drawing=None, length=40, seed=0, dataset=None, **more):
         dataset = dataset if dataset is not None else Scenes("train", count=8, size=64)
         processor = Processor(ImageFormat(size=64), 8)
-        return ExampleStream(dataset, processor, tokenizer, drawing or Drawing(), length, seed, **more)
+        return ExampleStream(dataset, processor, tokenizer, drawing or SamplingOptions(), length, seed, **more)
 
     return make
 
@@ -37,7 +37,7 @@ def same(one, other):
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b) for a, b in values)
 
 
-VARIED = Drawing(prompts={"box": 0.5, "point": 0.5}, recognition=0.5, telling=0.5, jitter=0.1)
+VARIED = SamplingOptions(prompts={"box": 0.5, "point": 0.5}, class_name_prob=0.5, longest_caption_prob=0.5, box_jitter=0.1)
 
 
 def test_an_example_is_a_function_of_the_seed_and_the_place(stream):
@@ -64,7 +64,7 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
     by_pixels = {
         Processor(ImageFormat(size=64), 8).pixels([sample.image]).numpy().tobytes(): sample for sample in dataset
     }
-    examples = stream(Drawing(recognition=0.3), dataset=dataset)
+    examples = stream(SamplingOptions(class_name_prob=0.3), dataset=dataset)
     for place in range(16):
         example = examples[place]
         sample = by_pixels[example.pixels[None].numpy().tobytes()]
@@ -81,7 +81,7 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
 
 
 def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, tokenizer):
-    examples = stream(Drawing(names_first=0.25, plain_first=0.25, telling=1.0), length=40)
+    examples = stream(SamplingOptions(class_name_warmup=0.25, short_caption_warmup=0.25, longest_caption_prob=1.0), length=40)
     for place in range(40):
         for words, task in zip(examples[place].ids, examples[place].task.tolist(), strict=True):
             text = tokenizer.decode(words)
@@ -97,7 +97,7 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
 
 def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, tokenizer):
     dataset = Scenes("train", count=8, size=64)
-    several = [stream(Drawing(texts=9, recognition=0.3), dataset=dataset)[place] for place in range(8)]
+    several = [stream(SamplingOptions(captions_per_region=9, class_name_prob=0.3), dataset=dataset)[place] for place in range(8)]
     for example in several:
         texts = [
             (place, tokenizer.decode(ids)) for place, ids in zip(example.region.tolist(), example.ids, strict=True)
@@ -106,9 +106,9 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
         assert [place for place, _ in texts] == sorted(place for place, _ in texts)
         assert set(example.region.tolist()) == set(range(len(example.boxes)))
     batch = collate(several, tokenizer.pad)
-    assert batch.region.tolist() == sorted(batch.region.tolist())
+    assert batch.region_index.tolist() == sorted(batch.region_index.tolist())
     told = {row: set() for row in range(len(batch.prompts))}
-    for row, ids, mask in zip(batch.region.tolist(), batch.ids, batch.mask, strict=True):
+    for row, ids, mask in zip(batch.region_index.tolist(), batch.input_ids, batch.attention_mask, strict=True):
         told[row].add(tokenizer.decode(ids[mask == 1].tolist()))
     regions = {tuple(region.box): {region.name, *region.phrases} for sample in dataset for region in sample.regions}
     assert all(told[row] <= regions[tuple(box)] for row, box in enumerate(batch.prompts.boxes.tolist()))
@@ -126,7 +126,7 @@ def test_shares_are_kept(stream):
 
 
 def test_jitter_moves_boxes_and_keeps_them_in_the_frame(stream):
-    still, moved = stream(Drawing(jitter=0.0))[0], stream(Drawing(jitter=0.2))[0]
+    still, moved = stream(SamplingOptions(box_jitter=0.0))[0], stream(SamplingOptions(box_jitter=0.2))[0]
     sides = (still.boxes[:, 2:] - still.boxes[:, :2]).repeat(1, 2)
     off = (moved.boxes - still.boxes).abs() / sides
     assert (off <= 0.4 + 1e-4).all()
@@ -137,7 +137,7 @@ def test_jitter_moves_boxes_and_keeps_them_in_the_frame(stream):
 
 def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
     for place in range(10):
-        example = stream(Drawing(regions=2, words=4))[place]
+        example = stream(SamplingOptions(max_regions=2, max_tokens=4))[place]
         assert len(example.ids) == 2 == len(example.boxes) == len(example.masks)
         assert all(len(words) <= 4 and words[-1] == tokenizer.eos for words in example.ids)
 
@@ -179,20 +179,20 @@ def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokeniz
     examples = [stream()[0], stream(dataset=[nothing])[0], stream()[1]]
     batch = collate(examples, tokenizer.pad)
     counts = [len(example.boxes) for example in examples]
-    assert batch.region.tolist() == list(range(sum(counts)))
+    assert batch.region_index.tolist() == list(range(sum(counts)))
     assert counts[1] == 0
     rows = sum(counts)
-    assert batch.pixels.shape == (3, 3, 64, 64)
-    assert batch.prompts.owner.tolist() == [0] * counts[0] + [2] * counts[2]
+    assert batch.pixel_values.shape == (3, 3, 64, 64)
+    assert batch.prompts.image_index.tolist() == [0] * counts[0] + [2] * counts[2]
     assert torch.equal(batch.prompts.boxes, torch.cat([example.boxes for example in examples]))
     assert batch.prompts.points is None
-    assert batch.targets.masks.shape == batch.targets.valid.shape == (rows, 32, 32)
-    assert len(batch.task) == len(batch.targets.has_mask) == rows
+    assert batch.targets.masks.shape == batch.targets.valid_pixels.shape == (rows, 32, 32)
+    assert len(batch.task_ids) == len(batch.targets.has_mask) == rows
     words = [ids for example in examples for ids in example.ids]
     longest = max(map(len, words))
     for row, given in enumerate(words):
-        assert batch.ids[row].tolist() == given + [tokenizer.pad] * (longest - len(given))
-        assert batch.mask[row].tolist() == [1] * len(given) + [0] * (longest - len(given))
+        assert batch.input_ids[row].tolist() == given + [tokenizer.pad] * (longest - len(given))
+        assert batch.attention_mask[row].tolist() == [1] * len(given) + [0] * (longest - len(given))
 
 
 @pytest.mark.parametrize("kind", ["box", "point", "mask", "box-and-point"])
@@ -224,10 +224,10 @@ def test_a_budget_is_shared_out_and_wastes_nothing(stream, tokenizer, budget):
     counts = [len(example.boxes) for example in examples]
     batch = collate(examples, tokenizer.pad, budget)
     assert len(batch.prompts) == min(budget, sum(counts)) == len(batch.targets.masks)
-    kept = torch.bincount(batch.prompts.owner, minlength=5).tolist()
+    kept = torch.bincount(batch.prompts.image_index, minlength=5).tolist()
     most = max(kept)
     assert all(k == count or k >= most - 1 for k, count in zip(kept, counts, strict=True))
-    assert set(batch.region.tolist()) == set(range(len(batch.prompts)))
+    assert set(batch.region_index.tolist()) == set(range(len(batch.prompts)))
     row = 0
     for example, k in zip(examples, kept, strict=True):
         assert torch.equal(batch.prompts.boxes[row : row + k], example.boxes[:k])

@@ -11,7 +11,7 @@ from sca_registry.contracts import Sample
 from sca.data.scenes import Scenes
 from sca.inference.processor import Processor
 from sca.training.examples import ExampleStream, collate
-from sca.training.recipe import Drawing, Recipe
+from sca.training.recipe import SamplingOptions, Recipe
 from sca.training.train import train
 
 SCENES = Scenes("train", count=16, size=64, seed=3)
@@ -86,16 +86,16 @@ def learned(tmp_path, monkeypatch):
 @torch.no_grad()
 def judge(model, samples):
     tokenizer = model.language_model.tokenizer
-    stream = ExampleStream(Fixed(samples), Processor.of(model.encoder), tokenizer, Drawing(telling=1.0), 16)
+    stream = ExampleStream(Fixed(samples), Processor.of(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16)
     batch = collate([stream[place] for place in range(16)], tokenizer.pad)
     output = model(batch)
-    words = batch.mask.bool()
+    words = batch.attention_mask.bool()
     logs = torch.zeros(words.shape)
-    logs[words] = output.logits.log_softmax(-1).gather(1, batch.ids[words][:, None])[:, 0]
+    logs[words] = output.logits.log_softmax(-1).gather(1, batch.input_ids[words][:, None])[:, 0]
     best = output.regions.masks[torch.arange(len(logs)), output.regions.scores.argmax(1)] > 0
     true = batch.targets.masks > 0.5
     iou = (best & true).sum((1, 2)) / (best | true).sum((1, 2))
-    return float(-logs.sum() / batch.mask.sum()), float(-logs.sum(1).mean()), float(iou.mean())
+    return float(-logs.sum() / batch.attention_mask.sum()), float(-logs.sum(1).mean()), float(iou.mean())
 
 
 def guess(samples):

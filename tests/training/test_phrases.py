@@ -12,7 +12,7 @@ from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
 from sca.training.examples import ExampleStream
 from sca.training.phrases import phrases, told_by_rule
-from sca.training.recipe import Drawing
+from sca.training.recipe import SamplingOptions
 
 
 def sample(*regions):
@@ -37,8 +37,8 @@ def test_the_only_one_in_sight_is_not_called_the_only_one():
 
 def test_a_crop_is_told_by_what_is_left_of_it():
     """A small thing at the left of a picture may be a large one in the middle of a crop."""
-    language_model = TinyGpt2(width=8, depth=1, heads=1)
-    processor, drawing = Processor(ImageFormat(size=32), 4), Drawing(words=40)
+    language_model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
+    processor, drawing = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
     picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
     augment = Augmentation(flip=0.0, crop=0.3)
     stream = ExampleStream([picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrases="rule")

@@ -230,7 +230,7 @@ def test_recipe_takes_whole_tables_as_assignments(tmp_path):
     written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.images=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
     assert recipe.data == {"x": Source(Part("scenes", {"count": 3}))}
-    assert recipe.train == TrainOptions(steps=7, images=2)
+    assert recipe.train == TrainOptions(steps=7, batch_size=2)
     assert recipe.loss == LOSSES | {"mask": 0.5}
     with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
         Recipe.read("sca-tiny", ["train={stps=7}"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from sca_registry import RegistryError
-from sca_registry.contracts import Region, Scores
+from sca_registry.contracts import Region, MetricOutput
 
 from sca.checkpoints.load import load
 from sca.checkpoints.state import weights_hash
@@ -193,7 +193,7 @@ def test_validating_reports_a_score_that_is_not_a_number(plan, tmp_path):
 
 
 def undefined(metric, records):
-    return Scores({"cider-d": math.nan}, notes={"cider-d": "no number"})
+    return MetricOutput({"cider-d": math.nan}, notes={"cider-d": "no number"})
 
 
 def test_validating_reports_a_score_that_never_changes(plan, tmp_path):

@@ -38,7 +38,7 @@ class MmdetEncoder(nn.Module):
         self.checkpoint = weights if pretrained else None
         self.backbone = detector.backbone
         self.neck = detector.neck if getattr(detector, "with_neck", False) else None
-        self.image = _format(read.model.get("data_preprocessor") or {}, size, fit)
+        self.image_format = _format(read.model.get("data_preprocessor") or {}, size, fit)
         self.level = 0
         levels = self._levels()
         if level is None:
@@ -47,7 +47,7 @@ class MmdetEncoder(nn.Module):
             raise ValueError(f"no level {level}: {config} has {len(levels)}, from 0, or from -1 backwards")
         self.level = level % len(levels)
         self.channels, self.stride = levels[self.level]
-        freeze_unused(self, self.image.size)  # what makes the other levels
+        freeze_unused(self, self.image_format.size)  # what makes the other levels
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self._all(pixels)[self.level]
@@ -63,7 +63,7 @@ class MmdetEncoder(nn.Module):
         while True:
             self.level = len(found)
             try:
-                found[self.level] = feature_shape(self, self.image.size)
+                found[self.level] = feature_shape(self, self.image_format.size)
             except IndexError:
                 return found
             except ValueError:  # a coarser level than the size has room for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.data.scenes import Statement, parse
 from sca.evaluation.records import Record, places, require
@@ -21,7 +21,7 @@ class Attributes:
 
     needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in FACTS))
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         captions = require(records, self.needs, "attributes")
         right = {fact: np.zeros(len(captions)) for fact in FACTS}
         for row, record in enumerate(captions):
@@ -31,4 +31,4 @@ class Attributes:
         each = {"attributes/all": np.minimum.reduce([*right.values()])}
         each |= {f"attributes/{fact}": values for fact, values in right.items()}
         total = {name: float(values.mean()) for name, values in each.items()}
-        return Scores(total | {"attributes/captions": len(captions)}, each | places(captions))
+        return MetricOutput(total | {"attributes/captions": len(captions)}, each | places(captions))

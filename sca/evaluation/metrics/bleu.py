@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, places
 from sca.evaluation.texts import NEEDS, pairs
@@ -30,7 +30,7 @@ class Bleu:
     def implementation(self) -> str:
         return f"pycocoevalcap {version('pycocoevalcap')}"
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
         about, captions, references = pairs(records, "bleu", self.references, self.tokenizer)
@@ -42,7 +42,7 @@ class Bleu:
         total = {f"bleu-{n + 1}": float(value) for n, value in enumerate(whole)}
         each = {f"bleu-{n + 1}": np.array(values) for n, values in enumerate(single)}
         sums = {f"bleu-{n + 1}": (rows, _score(n + 1)) for n in range(LONGEST)}
-        return Scores(total, each | places(about), sums)
+        return MetricOutput(total, each | places(about), sums)
 
 
 def _counts(counts: dict) -> list[int]:

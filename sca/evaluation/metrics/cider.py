@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record
 from sca.evaluation.scores import from_means
@@ -34,7 +34,7 @@ class CiderD:
     def implementation(self) -> str:
         return f"pycocoevalcap {version('pycocoevalcap')}"
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
         about, captions, references = pairs(records, "cider-d", self.references, self.tokenizer)
@@ -58,7 +58,7 @@ class Cider:
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         about, captions, references = pairs(records, "cider", self.references, self.tokenizer)
         if len(about) < 2:
             return _undefined("cider", about)
@@ -73,7 +73,7 @@ class Cider:
         return from_means({"cider": values}, about)
 
 
-def _undefined(name: str, about: Sequence[Record]) -> Scores:
+def _undefined(name: str, about: Sequence[Record]) -> MetricOutput:
     """NaN, with the reason: the logarithm of one region is 0, and so would be the weight of every n-gram."""
     return from_means({name: np.full(len(about), np.nan)}, about)._replace(notes={name: ALONE})
 

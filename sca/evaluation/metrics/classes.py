@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, normalised, places, require
 
@@ -22,7 +22,7 @@ class Classes:
 
     needs = ("task=recognition", "caption", "truth.name", "truth.area")
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         answers = require(records, self.needs, "class")
         names = np.array([normalised(record["truth"]["name"]) for record in answers])
         given = np.array([normalised(record["caption"]) for record in answers])
@@ -38,4 +38,4 @@ class Classes:
         for name, values in classes.items():
             shown = f'"{name}"' if name in OVERALL else name
             total |= {f"class/{shown}": float(values.mean()), f"class/{shown}/regions": len(values)}
-        return Scores(total, {"class/count": right, "area": areas, "name": names} | places(answers))
+        return MetricOutput(total, {"class/count": right, "area": areas, "name": names} | places(answers))

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from PIL import Image
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, require
 from sca.evaluation.scores import from_means
@@ -26,7 +26,7 @@ class ClipScore:
 
     needs = ("image", "task=caption", "caption", "truth.box")
 
-    def __init__(self, model: str = "ViT-B-32", pretrained: str | None = None, batch: int = 64, device: str = "cpu"):
+    def __init__(self, model: str = "ViT-B-32", pretrained: str | None = None, batch_size: int = 64, device: str = "cpu"):
         if pretrained is None and not model.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(
                 "needs weights: give clip-score.pretrained=openai (which are fetched), a file, or "
@@ -41,11 +41,11 @@ class ClipScore:
         )
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(model)
-        self.batch, self.device = batch, device
+        self.batch, self.device = batch_size, device
         self.implementation = f"open_clip {version('open_clip_torch')}, {model} {pretrained or ''}".rstrip()
 
     @torch.inference_mode()
-    def __call__(self, records: Sequence[Record], images: Callable[[Record], Image.Image]) -> Scores:
+    def __call__(self, records: Sequence[Record], images: Callable[[Record], Image.Image]) -> MetricOutput:
         about = require(records, self.needs[1:], "clip-score")
         values = []
         for start in range(0, len(about), self.batch):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.metrics.meteor import alignments, meteor
 from sca.evaluation.records import Record, require
@@ -48,7 +48,7 @@ class DenseCapMap:
         self.tokenizer = tokenizer
         self.implementation = "sca, METEOR 1.5 of pycocoevalcap"
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         images = require(records, self.needs, "densecap-map")
         given, captions, references, boxes = [], [], [], 0
         for image in images:
@@ -75,7 +75,7 @@ class DenseCapMap:
             total[name] = mean_precision(scores, overlaps, first, agreement, boxes)
         told = np.where(box >= 0, 1.0, -1.0)
         total["densecap-map/boxes"] = mean_precision(scores, overlaps, first, told, boxes, agreements=(0.0,))
-        return Scores(total | {"densecap-map/proposals": len(scores), "densecap-map/true-boxes": boxes})
+        return MetricOutput(total | {"densecap-map/proposals": len(scores), "densecap-map/true-boxes": boxes})
 
     def _agreements(self) -> list[tuple[str, Agree]]:
         found: list[tuple[str, Agree]] = [("densecap-map/rouge-l", _rouge_l)]

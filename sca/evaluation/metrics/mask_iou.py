@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as rle
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, meeting, places, require
 
@@ -21,7 +21,7 @@ class MaskIou:
 
     needs = ("mask", "truth.mask")
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         require(records, self.needs, "mask-iou")
         regions: dict[tuple[int, int], Record] = {}
         for record in meeting(records, ("truth.mask",)):
@@ -30,7 +30,7 @@ class MaskIou:
         ious = np.array([_iou(record) for record in judged])
         each = {"mask-iou/mean": ious, "mask-iou/over-0.5": (ious > 0.5).astype(float)}
         total = {name: float(values.mean()) for name, values in each.items()}
-        return Scores(total | {"mask-iou/regions": len(judged)}, each | places(judged))
+        return MetricOutput(total | {"mask-iou/regions": len(judged)}, each | places(judged))
 
 
 def _iou(record: Record) -> float:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import IO
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, places
 from sca.evaluation.texts import NEEDS, jar, java, lacks_java, pairs
@@ -37,12 +37,12 @@ class Meteor:
     def implementation(self) -> str:
         return f"METEOR 1.5 of pycocoevalcap {version('pycocoevalcap')}"
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         about, captions, references = pairs(records, "meteor", self.references, self.tokenizer)
         figures = alignments(captions, references)
         summed = addable(figures)
         each = {"meteor": meteor(figures)} | places(about)
-        return Scores({"meteor": float(meteor(summed.sum(0)))}, each, {"meteor": (summed, meteor)})
+        return MetricOutput({"meteor": float(meteor(summed.sum(0)))}, each, {"meteor": (summed, meteor)})
 
 
 def alignments(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:

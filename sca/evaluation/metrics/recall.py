@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, require
 from sca.evaluation.scores import from_means
@@ -29,7 +29,7 @@ class ContentRecall:
     needs = NEEDS
 
     def __init__(
-        self, pos: Sequence[str], name: str, model: str = "en_core_web_lg", references: str = "all", batch: int = 256
+        self, pos: Sequence[str], name: str, model: str = "en_core_web_lg", references: str = "all", batch_size: int = 256
     ):
         try:
             import spacy
@@ -41,10 +41,10 @@ class ContentRecall:
             raise ValueError(
                 f"no spaCy pipeline {model!r}: python -m spacy download en_core_web_lg, or give {name}.model=FOLDER"
             ) from None
-        self.pos, self.name, self.references, self.batch = frozenset(pos), name, references, batch
+        self.pos, self.name, self.references, self.batch = frozenset(pos), name, references, batch_size
         self.implementation = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         about = require(records, self.needs, self.name)
         kept = 1 if self.references == "first" else None
         texts = [record["caption"] for record in about] + [" ".join(r["truth"]["phrases"][:kept]) for r in about]

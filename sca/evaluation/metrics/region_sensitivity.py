@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
-from sca_registry.contracts import TASKS, Scores
+from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.data.scenes import Statement, parse
 from sca.evaluation.metrics.attributes import FACTS
@@ -37,7 +37,7 @@ class RegionSensitivity:
     )
     whole = True  # controls, too
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         answers = require(records, self.needs, "region-sensitivity")
         own = [record for record in answers if record.get("control") is None]
         first: list[Record] = []  # i of each pair, and of each region that was asked otherwise
@@ -71,7 +71,7 @@ class RegionSensitivity:
             total[name] = share(values)
             if name.count("/") == 1:
                 total[f"{name}/pairs"] = int((~np.isnan(values)).sum())
-        return Scores(total, each | places(first))
+        return MetricOutput(total, each | places(first))
 
 
 def _key(record: Record) -> tuple[int, int]:

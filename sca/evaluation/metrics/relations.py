@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sca_registry.contracts import Region, Scores
+from sca_registry.contracts import Region, MetricOutput
 
 from sca.data.scenes import Statement, parse, relation_holds
 from sca.evaluation.records import Record, by_image, meeting, places, require, share
@@ -22,7 +22,7 @@ class Relations:
 
     needs = ("task=caption", "caption", *TRUTH)
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         captions = require(records, self.needs, "relations")
         scenes = {
             image: [_region(each) for each in found] for image, found in by_image(meeting(records, TRUTH)).items()
@@ -35,7 +35,7 @@ class Relations:
                 right[row] = relation_holds(statement, _region(record), scenes[record["image_id"]])
         each = {"relations/right": right, "relations/stated": stated}
         total = {name: share(values) for name, values in each.items()}
-        return Scores(total | {"relations/captions": len(captions)}, each | places(captions))
+        return MetricOutput(total | {"relations/captions": len(captions)}, each | places(captions))
 
 
 def _region(record: Record) -> Region:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record
 from sca.evaluation.scores import from_means
@@ -25,7 +25,7 @@ class RougeL:
     def implementation(self) -> str:
         return f"pycocoevalcap {version('pycocoevalcap')}"
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         from pycocoevalcap.rouge.rouge import Rouge
 
         about, captions, references = pairs(records, "rouge-l", self.references, self.tokenizer)

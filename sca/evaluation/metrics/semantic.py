@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, require
 from sca.evaluation.scores import from_means
@@ -27,7 +27,7 @@ class Semantic:
 
     needs = NEEDS
 
-    def __init__(self, model: str | None = None, references: str = "all", batch: int = 256, device: str = "cpu"):
+    def __init__(self, model: str | None = None, references: str = "all", batch_size: int = 256, device: str = "cpu"):
         folder = Path(model).expanduser() if model else _carried()
         if folder is None or not (folder / "config.json").is_file():
             raise ValueError(
@@ -42,9 +42,9 @@ class Semantic:
             self.model = AutoModel.from_pretrained(folder, **here).eval().to(device)
         weights = next(iter(fingerprint(folder)["sha256"].values()))
         self.implementation = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
-        self.references, self.batch = references, batch
+        self.references, self.batch = references, batch_size
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         about = require(records, self.needs, "semantic")
         kept = 1 if self.references == "first" else None
         phrases = [record["truth"]["phrases"][:kept] for record in about]

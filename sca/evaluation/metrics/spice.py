@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
-from sca_registry.contracts import Scores
+from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record
 from sca.evaluation.scores import from_means
@@ -42,7 +42,7 @@ class Spice:
             )
         self.references, self.tokenizer = references, tokenizer
 
-    def __call__(self, records: Sequence[Record]) -> Scores:
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
         about, captions, references = pairs(records, "spice", self.references, self.tokenizer)
         asked = [
             {"image_id": row, "test": caption, "refs": each}

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from sca_registry.contracts import Generated
+from sca_registry.contracts import GenerationOutput
 from transformers import PreTrainedModel
 
 from sca.testing.conformance.comparison import different, listed, misshapen
@@ -66,14 +66,14 @@ def generates_new_words_only(trial: LanguageModelTrial) -> str | None:
     text = trial.inputs()
     for most in (1, NEW_TOKENS):
         found = trial.part.generate(text.prefix, max_new_tokens=most)
-        if not isinstance(found, Generated):
+        if not isinstance(found, GenerationOutput):
             return f"a {type(found).__name__} and not a Generated"
-        count, captions, length = found.ids.shape if found.ids.dim() == 3 else (0, 0, 0)
+        count, captions, length = found.sequences.shape if found.sequences.dim() == 3 else (0, 0, 0)
         if count != len(text.prefix) or not captions or not 1 <= length <= most:
-            return f"ids {tuple(found.ids.shape)} for {len(text.prefix)} prefixes and {most} new tokens"
+            return f"ids {tuple(found.sequences.shape)} for {len(text.prefix)} prefixes and {most} new tokens"
         if found.scores.shape != (count, captions) or not (found.scores <= 0).all():
             return f"scores {found.scores.tolist()}"
-        if not ((found.ids >= 0) & (found.ids < trial.vocabulary)).all():
+        if not ((found.sequences >= 0) & (found.sequences < trial.vocabulary)).all():
             return f"ids outside 0..{trial.vocabulary - 1}"
     return None
 

@@ -6,7 +6,7 @@ import math
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sca_registry.contracts import TASKS, Scores
+from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.evaluation.records import lack
 from sca.testing.conformance.promises import DoesNotApply, promise
@@ -70,12 +70,12 @@ def gives_scores(trial: Trial) -> str | None:
     if "image" in trial.part.needs or lack(records, trial.part.needs):
         raise DoesNotApply("the example has not what it needs")
     found = trial.part(records)
-    if not isinstance(found, Scores):
+    if not isinstance(found, MetricOutput):
         return f"a {type(found).__name__}"
     declared = trial.stated("scores")
-    for key, value in found.total.items():
+    for key, value in found.values.items():
         if declared is not None and not any(fnmatchcase(key, name) for name in declared):
             return f"{key!r}, which is not among the declared scores {', '.join(declared)}"
         if isinstance(value, bool | str) or not isinstance(float(value), float) or math.isinf(value):
             return f"{key} = {value!r}"
-    return None if found.total else "no score at all"
+    return None if found.values else "no score at all"

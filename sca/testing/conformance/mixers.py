@@ -60,11 +60,11 @@ def prepared_or_not(trial: MixerTrial) -> str | None:
     if not hasattr(part, "prepare"):
         raise DoesNotApply("it has no prepare")
     inputs = trial.inputs()
-    prepared = part.prepare(inputs.image, inputs.position)
+    prepared = part.prepare(inputs.image_embeddings, inputs.positional_encoding)
     problem = different({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
     if problem:
         return problem
-    some = replace(inputs, owner=inputs.owner[1:3], **{name: getattr(inputs, name)[1:3] for name in trial.BY_REGION})
+    some = replace(inputs, owner=inputs.image_index[1:3], **{name: getattr(inputs, name)[1:3] for name in trial.BY_REGION})
     return different({"queries": part(inputs)[1:3]}, {"queries": part(some, prepared)})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sca_registry.contracts import Regions, Targets
+from sca_registry.contracts import SegmenterOutput, Targets
 from torch import Tensor
 
 from sca.io.masks import box_of
@@ -21,8 +21,8 @@ def regions(trial: SegmenterTrial) -> str | None:
     inputs, width, count = trial.inputs(), trial.part.channels, len(OWNERS)
     for kind, prompts in inputs.prompts.items():
         found = trial.part(inputs.features, prompts)
-        if not torch.equal(found.owner, prompts.owner) or found.size != SIZE:
-            return f"by {kind}: owner {found.owner.tolist()}, size {found.size}; asked with {prompts.owner.tolist()}"
+        if not torch.equal(found.owner, prompts.image_index) or found.size != SIZE:
+            return f"by {kind}: owner {found.owner.tolist()}, size {found.size}; asked with {prompts.image_index.tolist()}"
         tokens, raw = found.tokens.shape[1], found.prompt_tokens.shape[1]
         candidates = found.masks.shape[1] if found.masks is not None else None
         dense = (width, 1, 1) if found.dense.dim() == 3 else (count, width, GRID, GRID)
@@ -122,7 +122,7 @@ def loss_counts_only_truth(trial: SegmenterTrial) -> str | None:
     part, targets = trial.module(), _targets()
     plain = _losses(part, trial, _targets())
     padded, unknown = _targets(), _targets()
-    padded.masks[~targets.valid] = 1.0
+    padded.masks[~targets.valid_pixels] = 1.0
     unknown.masks[~targets.has_mask] = 1.0
     for what, changed in (("padding", padded), ("regions without a mask", unknown)):
         if different(plain, _losses(part, trial, changed)):
@@ -130,9 +130,9 @@ def loss_counts_only_truth(trial: SegmenterTrial) -> str | None:
     return None
 
 
-def _private(found: Regions, row: int) -> Tensor:
+def _private(found: SegmenterOutput, row: int) -> Tensor:
     """The image as one region sees it, or its dense prompt where there is no grid."""
-    return found.grid[row] if found.grid is not None else found.dense[row if found.dense.dim() == 4 else slice(None)]
+    return found.grid[row] if found.grid is not None else found.dense_embeddings[row if found.dense_embeddings.dim() == 4 else slice(None)]
 
 
 def _targets() -> Targets:

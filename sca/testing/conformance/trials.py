@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sca_registry import registry
-from sca_registry.contracts import ImageFormat, Prompts, Region, Regions
+from sca_registry.contracts import ImageFormat, PromptBatch, Region, SegmenterOutput
 from sca_registry.options import read_options
 from torch import Tensor, nn
 
@@ -40,26 +40,26 @@ class StandInSegmenter:
 
     channels = WIDTH
 
-    def __call__(self, features: Tensor, prompts: Prompts, multimask: bool = True) -> Regions:
-        return random_regions(prompts.owner, len(features))
+    def __call__(self, features: Tensor, prompts: PromptBatch, multimask: bool = True) -> SegmenterOutput:
+        return random_regions(prompts.image_index, len(features))
 
 
-def random_regions(owner: Tensor, images: int) -> Regions:
+def random_regions(owner: Tensor, images: int) -> SegmenterOutput:
     """Regions with every field that a segmenter can give."""
     count, tokens = len(owner), torch.randn(len(owner), 3 + MASKS, WIDTH)
     corner = torch.rand(count, 2) * SIZE / 2
-    return Regions(
-        owner=owner,
-        image=torch.randn(images, WIDTH, GRID, GRID),
-        size=SIZE,
-        dense=torch.randn(count, WIDTH, GRID, GRID),
-        position=torch.randn(WIDTH, GRID, GRID),
+    return SegmenterOutput(
+        image_index=owner,
+        image_embeddings=torch.randn(images, WIDTH, GRID, GRID),
+        image_size=SIZE,
+        dense_embeddings=torch.randn(count, WIDTH, GRID, GRID),
+        positional_encoding=torch.randn(WIDTH, GRID, GRID),
         prompt_tokens=tokens[:, MASKS:],
         tokens=tokens,
         mask_tokens=tokens[:, :MASKS],
         grid=torch.randn(count, WIDTH, GRID, GRID),
         masks=torch.randn(count, MASKS, SIDE, SIDE),
-        scores=torch.rand(count, MASKS),
+        iou_scores=torch.rand(count, MASKS),
         boxes=torch.cat((corner, corner + SIZE / 4), dim=1),
     )
 
@@ -147,7 +147,7 @@ class Pointing:
     """The inputs of a segmenter: the same regions asked for in every way that it takes."""
 
     features: Tensor
-    prompts: dict[str, Prompts]
+    prompts: dict[str, PromptBatch]
 
 
 class SegmenterTrial(Trial):
@@ -164,12 +164,12 @@ class SegmenterTrial(Trial):
         inside, mixed = torch.ones(count, 1, dtype=torch.long), torch.tensor([[1, 0]]).expand(count, 2)
         masks = torch.randn(count, 1, SIDE, SIDE, generator=draw) * 5
         prompts = {
-            "box": Prompts(owner, boxes=boxes),
-            "point": Prompts(owner, points=points[:, :1], labels=inside),
-            "two points": Prompts(owner, points=points, labels=mixed),
-            "box and points": Prompts(owner, boxes=boxes, points=points, labels=mixed),
-            "mask": Prompts(owner, masks=masks),
-            "box and mask": Prompts(owner, boxes=boxes, masks=masks),
+            "box": PromptBatch(owner, boxes=boxes),
+            "point": PromptBatch(owner, points=points[:, :1], labels=inside),
+            "two points": PromptBatch(owner, points=points, labels=mixed),
+            "box and points": PromptBatch(owner, boxes=boxes, points=points, labels=mixed),
+            "mask": PromptBatch(owner, masks=masks),
+            "box and mask": PromptBatch(owner, boxes=boxes, masks=masks),
         }
         return Pointing(torch.randn(IMAGES, WIDTH, GRID, GRID, generator=draw), prompts)
 
@@ -197,7 +197,7 @@ class SegmenterTrial(Trial):
         owner = torch.tensor(OWNERS)[rows]
         images = owner.unique()
         taken = {kind: each[rows] for kind, each in inputs.prompts.items()}
-        taken = {kind: replace(each, owner=torch.searchsorted(images, each.owner)) for kind, each in taken.items()}
+        taken = {kind: replace(each, owner=torch.searchsorted(images, each.image_index)) for kind, each in taken.items()}
         return Pointing(inputs.features[images], taken)
 
     def cast(self, inputs: Pointing, dtype: torch.dtype) -> Pointing:
@@ -221,27 +221,27 @@ class SegmenterTrial(Trial):
 
 class MixerTrial(Trial):
     upstream = (StandInSegmenter(),)
-    BY_REGION = tuple(each.name for each in fields(Regions) if each.name not in ("owner", "image", "size", "position"))
+    BY_REGION = tuple(each.name for each in fields(SegmenterOutput) if each.name not in ("owner", "image", "size", "position"))
 
-    def inputs(self) -> Regions:
+    def inputs(self) -> SegmenterOutput:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             return random_regions(torch.tensor(OWNERS), IMAGES)
 
-    def take(self, inputs: Regions, rows: Sequence[int]) -> Regions:
-        images = inputs.owner[rows].unique()
+    def take(self, inputs: SegmenterOutput, rows: Sequence[int]) -> SegmenterOutput:
+        images = inputs.image_index[rows].unique()
         taken = {name: getattr(inputs, name)[rows] for name in self.BY_REGION}
-        owner = torch.searchsorted(images, inputs.owner[rows])
-        return replace(inputs, owner=owner, image=inputs.image[images], **taken)
+        owner = torch.searchsorted(images, inputs.image_index[rows])
+        return replace(inputs, owner=owner, image=inputs.image_embeddings[images], **taken)
 
-    def cast(self, inputs: Regions, dtype: torch.dtype) -> Regions:
-        names = [each.name for each in fields(Regions) if each.name not in ("owner", "size", "boxes")]
+    def cast(self, inputs: SegmenterOutput, dtype: torch.dtype) -> SegmenterOutput:
+        names = [each.name for each in fields(SegmenterOutput) if each.name not in ("owner", "size", "boxes")]
         return replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in names})
 
-    def leaves(self, inputs: Regions) -> list[Tensor]:
-        return [inputs.image, inputs.tokens, inputs.grid, inputs.prompt_tokens, inputs.mask_tokens, inputs.masks]
+    def leaves(self, inputs: SegmenterOutput) -> list[Tensor]:
+        return [inputs.image_embeddings, inputs.tokens, inputs.grid, inputs.prompt_tokens, inputs.mask_tokens, inputs.masks]
 
-    def outputs(self, part: Any, inputs: Regions) -> dict[str, Tensor]:
+    def outputs(self, part: Any, inputs: SegmenterOutput) -> dict[str, Tensor]:
         return {"queries": part(inputs)}
 
     def needs(self) -> set[str]:
