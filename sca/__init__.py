@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sca.model import SegmentCaptioner as SegmentCaptioner
     from sca.training.train import train as train
 
-_WHERE = {
+_LAZY_IMPORTS = {
     "Caption": "sca_registry.contracts",
     "Everything": "sca_registry.spec",
     "ModelSpec": "sca_registry.spec",
@@ -47,13 +47,13 @@ _WHERE = {
     "save": "sca.checkpoints.native",
     "train": "sca.training.train",
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted(_LAZY_IMPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'sca' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(_LAZY_IMPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

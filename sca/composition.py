@@ -15,7 +15,7 @@ from sca_registry.contracts import Encoder, LanguageModel, Mixer
 from sca_registry.overrides import PARTS
 from sca_registry.spec import ModelSpec, Part, check_generation
 
-from sca.devices import find_device
+from sca.devices import resolve_device
 from sca.model import SegmentCaptioner
 
 
@@ -47,47 +47,47 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         )
     if not isinstance(weights, bool):
         raise ValueError(f"weights is {weights!r:.80}; give True or False, and a file as the option of a component")
-    where = find_device(device, allow_meta=True)
+    target_device = resolve_device(device, allow_meta=True)
     check_compatible(spec)
-    random = not weights or where.type == "meta"
-    if random:
-        spec = untrained(spec)
-    with where if random else contextlib.nullcontext():  # random weights are drawn where they are used
+    use_random_weights = not weights or target_device.type == "meta"
+    if use_random_weights:
+        spec = disable_pretrained_weights(spec)
+    with target_device if use_random_weights else contextlib.nullcontext():  # random weights are drawn where they are used
         encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
-        chosen = parts(spec, encoder)["segmenter"]
-        segmenter = sca_registry.segmenters.build(chosen.name, encoder, **chosen.options)
+        segmenter_part = resolve_parts(spec, encoder)["segmenter"]
+        segmenter = sca_registry.segmenters.build(segmenter_part.name, encoder, **segmenter_part.options)
         mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
         language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
         check_generation("generation", spec.generation, language_model.generate)
-        _check_room(spec, mixer, language_model)
+        _check_prefix_fits(spec, mixer, language_model)
         if spec.lora:
             language_model.adapt(**spec.lora)
         model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
-    return model.to(where).eval()
+    return model.to(target_device).eval()
 
 
-def _check_room(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
+def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
     """Raises RegistryError if the prefix leaves a language model no position for words."""
-    positions, prefix = getattr(language_model, "positions", None), spec.task_tokens + mixer.num_queries
-    if positions is not None and prefix >= positions:
+    max_positions, prefix_length = getattr(language_model, "positions", None), spec.task_tokens + mixer.num_queries
+    if max_positions is not None and prefix_length >= max_positions:
         raise RegistryError(
             f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task tokens "
-            f"are a prefix of {prefix}; the language model {spec.language_model.name!r} has {positions} positions in "
+            f"are a prefix of {prefix_length}; the language model {spec.language_model.name!r} has {max_positions} positions in "
             "all: choose fewer queries or another language model"
         )
 
 
-def untrained(spec: ModelSpec) -> ModelSpec:
+def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
     """The spec with random weights in every part that would have pretrained ones."""
-    changed = {}
+    changed_parts = {}
     for kind in PARTS:
         part = getattr(spec, kind)
         if part is not None and "pretrained" in registry(kind).describe(part.name).options:
-            changed[kind] = Part(part.name, {**part.options, "pretrained": False})
-    return replace(spec, **changed)
+            changed_parts[kind] = Part(part.name, {**part.options, "pretrained": False})
+    return replace(spec, **changed_parts)
 
 
-def parts(spec: ModelSpec, encoder: Encoder) -> dict[str, Part]:
+def resolve_parts(spec: ModelSpec, encoder: Encoder) -> dict[str, Part]:
     """The part of each kind, the encoder's own segmenter where the spec names none."""
     segmenter = spec.segmenter or Part(encoder.default_segmenter)
     return {

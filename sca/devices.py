@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-DEVICES = "cpu, cuda, cuda:1, mps"
+DEVICE_EXAMPLES = "cpu, cuda, cuda:1, mps"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def find_device(name: str | torch.device, allow_meta: bool = False) -> torch.device:
+def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.device:
     """Find a device that computes on this machine.
 
     Args:
@@ -30,12 +30,12 @@ def find_device(name: str | torch.device, allow_meta: bool = False) -> torch.dev
             torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:  # for a wrong name, an absent device, another type
         reason = shorten(str(error).rstrip("."), 80, placeholder=" ...")
-        meant = " Did you mean 'cuda'?" if str(name).startswith("gpu") else ""
-        raise ValueError(f"device {str(name)!r} is not available ({reason}).{meant} Try one of: {DEVICES}") from error
+        hint = " Did you mean 'cuda'?" if str(name).startswith("gpu") else ""
+        raise ValueError(f"device {str(name)!r} is not available ({reason}).{hint} Try one of: {DEVICE_EXAMPLES}") from error
     return device
 
 
-def find_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     """Find the number format of weights; None stays None.
 
     Raises:

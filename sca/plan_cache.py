@@ -23,7 +23,7 @@ from sca.io.cache import cache_folder
 from sca.io.json import parse_json, read_regular_file
 
 GIB = 2**30
-GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a run
+GPU_MEMORY_GIB = {  # GiB that torch reports of them, from the makers' data sheets or a run
     "b200": 178.0,
     "h200": 139.8,
     "h100": 79.1,
@@ -39,10 +39,10 @@ GPUS = {  # GiB that torch reports of them, from the makers' data sheets or a ru
     "v100-16": 15.8,
     "t4": 14.6,
 }
-LIMIT = 2**14  # regions an image: as far as is looked
-EXTERNAL = {"weights", "tokenizer", "config", "revision"}  # options that refer to files, which may change
-SOURCES = (".py", ".toml", ".so", ".pyd")  # suffixes of the files that a plan depends on
-KEPT = 200  # plans in the cache, the latest of them
+MAX_PLANNED_REGIONS = 2**14  # regions an image: as far as is looked
+FILE_OPTIONS = {"weights", "tokenizer", "config", "revision"}  # options that refer to files, which may change
+SOURCE_SUFFIXES = (".py", ".toml", ".so", ".pyd")  # suffixes of the files that a plan depends on
+MAX_CACHED_PLANS = 200  # plans in the cache, the latest of them
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,21 @@ class Plan:
         return {**asdict(self), "parameters_in_all": total, "peak": self.peak, "fits": self.fits}
 
 
-def memory_of(gpu: str | float) -> float:
+def resolve_gpu_memory(gpu: str | float) -> float:
     """GiB of a GPU by name, or as given. Raises RegistryError for neither."""
     if isinstance(gpu, str):
         try:
             gpu = float(gpu)
         except ValueError:
-            if gpu.lower() not in GPUS:
-                raise unknown(f"no GPU {gpu!r} is known; GiB will do", gpu, GPUS) from None
-            return GPUS[gpu.lower()]
+            if gpu.lower() not in GPU_MEMORY_GIB:
+                raise unknown(f"no GPU {gpu!r} is known; GiB will do", gpu, GPU_MEMORY_GIB) from None
+            return GPU_MEMORY_GIB[gpu.lower()]
     if not 0 < gpu < 2**20:
         raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
     return gpu
 
 
-def plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
+def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
     """Return what identifies a plan in the cache: the spec, the settings and the code that it depends on.
 
     Args:
@@ -106,7 +106,7 @@ def plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
     """
     parts = {"encoder": spec.encoder, "segmenter": spec.segmenter, "mixer": spec.mixer}
     parts = {kind: part for kind, part in {**parts, "language_model": spec.language_model}.items() if part}
-    if any(EXTERNAL & part.options.keys() for part in parts.values()):
+    if any(FILE_OPTIONS & part.options.keys() for part in parts.values()):
         return None
     entries = [entry for kind, part in parts.items() for entry in registry(kind).entries() if entry.name == part.name]
     if len(entries) < len(parts):  # unknown names, which building explains
@@ -115,16 +115,16 @@ def plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None:
     packages |= {name for name in ("open_clip_torch", "timm") if is_installed(name)}
     factories = [registry(kind).card(part.name).factory for kind, part in parts.items()]
     modules = {"sca", "sca_registry", *(factory.partition(":")[0].partition(".")[0] for factory in factories)}
-    facts = {
+    key_fields = {
         "spec": spec.to_dict(),
         "settings": dict(settings),
         "versions": {name: version(name) for name in sorted(packages)},
-        "sources": {name: source_fingerprint(name) for name in sorted(modules)},
+        "sources": {name: hash_source_files(name) for name in sorted(modules)},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
 
 
-def source_fingerprint(package: str) -> str:
+def hash_source_files(package: str) -> str:
     """Return a value that changes when a source file of a package changes, as in an editable install.
 
     Args:
@@ -141,10 +141,10 @@ def source_fingerprint(package: str) -> str:
         return ""
     files = [
         os.path.join(folder, name)
-        for place in spec.submodule_search_locations or ()
-        for folder, _, names in os.walk(place)
+        for location in spec.submodule_search_locations or ()
+        for folder, _, names in os.walk(location)
         for name in names
-        if name.endswith(SOURCES)
+        if name.endswith(SOURCE_SUFFIXES)
     ]
     digest = hashlib.sha256()
     for file in sorted({*files, *([spec.origin] if spec.has_location and spec.origin else ())}):
@@ -157,7 +157,7 @@ def source_fingerprint(package: str) -> str:
 def read_plan(key: str) -> Plan | None:
     """Return a plan that was made before; None if there is none, or it cannot be read."""
     with suppress(OSError, ValueError, TypeError):
-        content = parse_json(read_regular_file(_file(key)), str(_file(key)))
+        content = parse_json(read_regular_file(_get_plan_path(key)), str(_get_plan_path(key)))
         return Plan(**{field.name: content[field.name] for field in fields(Plan) if field.name in content})
     return None
 
@@ -165,13 +165,13 @@ def read_plan(key: str) -> Plan | None:
 def write_plan(key: str, plan: Plan) -> None:
     """Keep a plan, and the latest `KEPT` of all, if the cache can be written."""
     with suppress(OSError):
-        folder = _file(key).parent
+        folder = _get_plan_path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(_file(key), json.dumps(asdict(plan)), sync_folder=False)
+        write_file(_get_plan_path(key), json.dumps(asdict(plan)), sync_folder=False)
         by_age = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in by_age[KEPT:]:
+        for file in by_age[MAX_CACHED_PLANS:]:
             file.unlink(missing_ok=True)
 
 
-def _file(key: str) -> Path:
+def _get_plan_path(key: str) -> Path:
     return cache_folder() / "plans" / f"{key}.json"

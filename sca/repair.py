@@ -21,15 +21,15 @@ from traceback import walk_tb
 
 from sca.io.errors import InputError
 
-SITE = Path(sysconfig.get_paths()["purelib"])
-NAME = "torchvision_stubs"  # the folder of the libraries, a package that loads them
-REGISTER = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; it must return a handle
-NO_DEVICE = 100  # cudaErrorNoDevice
-INSTALL_BOTH = "install torch and torchvision again, in matching versions"
-STARTER = f"""\
-import sys; exec("try:\\n    import {NAME}\\nexcept Exception:\\n    pass")
+SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
+STUB_PACKAGE = "torchvision_stubs"  # the folder of the libraries, a package that loads them
+REGISTER_SYMBOL = "__cudaRegisterFatBinary"  # called when a library with kernels is loaded; it must return a handle
+CUDA_ERROR_NO_DEVICE = 100  # cudaErrorNoDevice
+REINSTALL_HINT = "install torch and torchvision again, in matching versions"
+PTH_CONTENT = f"""\
+import sys; exec("try:\\n    import {STUB_PACKAGE}\\nexcept Exception:\\n    pass")
 """  # runs whenever Python starts, also after the folder is gone
-LOADER = '''\
+LOADER_SOURCE = '''\
 """Loads the libraries beside this file when torchvision is imported and torch has no CUDA; see `sca doctor --unfix`."""
 
 import sys
@@ -63,14 +63,14 @@ sys.meta_path.insert(0, Loader())
 '''
 
 
-def diagnose(site: Path = SITE) -> str:
+def diagnose_torchvision(site: Path = SITE_PACKAGES) -> str:
     """Return what is wrong with the installed torchvision, with the remedy, in one line; "" if nothing is."""
-    error = _import_error("torchvision") if (site / "torchvision").is_dir() else ""
+    error = _find_import_error("torchvision") if (site / "torchvision").is_dir() else ""
     if not error:
         return ""
     if _is_torch_without_cuda():
         return f"torchvision cannot be imported beside a torch without CUDA ({error}); run `sca doctor --fix`"
-    return f"torchvision cannot be imported ({error}); {INSTALL_BOTH}"
+    return f"torchvision cannot be imported ({error}); {REINSTALL_HINT}"
 
 
 def find_torchvision_error(error: BaseException) -> BaseException | None:
@@ -85,7 +85,7 @@ def find_torchvision_error(error: BaseException) -> BaseException | None:
     return None
 
 
-def fix(site: Path = SITE) -> str:
+def fix_torchvision(site: Path = SITE_PACKAGES) -> str:
     """Make torchvision importable beside a torch without CUDA, and return a line that says what was done.
 
     Raises:
@@ -93,80 +93,80 @@ def fix(site: Path = SITE) -> str:
     """
     if not (site / "torchvision").is_dir():
         return "nothing to fix: torchvision is not installed"
-    error = _import_error("torchvision")
+    error = _find_import_error("torchvision")
     if not error:
         return "nothing to fix: torchvision can be imported"
     if not _is_torch_without_cuda():
-        raise InputError(f"torchvision cannot be imported ({error}), and torch has CUDA; {INSTALL_BOTH}")
+        raise InputError(f"torchvision cannot be imported ({error}), and torch has CUDA; {REINSTALL_HINT}")
     try:
         install_stubs(site)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise InputError(f"torchvision is built for CUDA, and fitting it to this torch failed: {error}") from error
-    error = _import_error("torchvision")
+    error = _find_import_error("torchvision")
     if error:
-        unfix(site)
-        raise InputError(f"torchvision cannot be imported even with CUDA's names present ({error}); {INSTALL_BOTH}")
-    return f"torchvision can be imported now; `sca doctor --unfix` removes {site / NAME} and {NAME}.pth"
+        remove_torchvision_fix(site)
+        raise InputError(f"torchvision cannot be imported even with CUDA's names present ({error}); {REINSTALL_HINT}")
+    return f"torchvision can be imported now; `sca doctor --unfix` removes {site / STUB_PACKAGE} and {STUB_PACKAGE}.pth"
 
 
-def unfix(site: Path = SITE) -> str:
+def remove_torchvision_fix(site: Path = SITE_PACKAGES) -> str:
     """Remove what `fix` wrote, and return a line that says so."""
-    written = [path for path in (site / f"{NAME}.pth", site / NAME) if path.exists()]
-    for path in written:
+    stub_paths = [path for path in (site / f"{STUB_PACKAGE}.pth", site / STUB_PACKAGE) if path.exists()]
+    for path in stub_paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return f"removed {' and '.join(map(str, written))}" if written else "nothing to remove"
+    return f"removed {' and '.join(map(str, stub_paths))}" if stub_paths else "nothing to remove"
 
 
 def install_stubs(site: Path) -> None:
     """Compile the libraries and write what loads them; each is complete or not there."""
-    with tempfile.TemporaryDirectory(dir=site, prefix=f".{NAME}-") as draft:
-        folder = Path(draft, NAME)
+    with tempfile.TemporaryDirectory(dir=site, prefix=f".{STUB_PACKAGE}-") as draft:
+        folder = Path(draft, STUB_PACKAGE)
         folder.mkdir()
         compile_stubs(site / "torchvision", site / "torch/lib", folder)
-        (folder / "__init__.py").write_text(LOADER, "utf-8")
-        Path(draft, "starter").write_text(STARTER, "utf-8")
-        unfix(site)
-        os.rename(folder, site / NAME)
-        os.rename(Path(draft, "starter"), site / f"{NAME}.pth")
+        (folder / "__init__.py").write_text(LOADER_SOURCE, "utf-8")
+        Path(draft, "starter").write_text(PTH_CONTENT, "utf-8")
+        remove_torchvision_fix(site)
+        os.rename(folder, site / STUB_PACKAGE)
+        os.rename(Path(draft, "starter"), site / f"{STUB_PACKAGE}.pth")
 
 
 def compile_stubs(torchvision: Path, torch_libraries: Path, folder: Path) -> None:
     """Compile one library for the CUDA runtime, whose names carry a version, and one for torch's CUDA libraries."""
-    present = {name for library in torch_libraries.glob("*.so") for name, _ in _symbols(library, "--defined-only")}
-    runtime, torch_cuda = {}, set()
+    torch_symbols = {name for library in torch_libraries.glob("*.so") for name, _ in _iter_symbols(library, "--defined-only")}
+    runtime_versions, torch_cuda_symbols = {}, set()
     for library in torchvision.glob("_C*.so"):
-        for name, version in _symbols(library, "--undefined-only"):
+        for name, version in _iter_symbols(library, "--undefined-only"):
             if version.startswith("libcudart"):
-                runtime[name] = version
-            elif not version and name not in present and ("cuda" in name.lower() or name.startswith("aoti_torch")):
-                torch_cuda.add(name)
-    versions = set(runtime.values())
+                runtime_versions[name] = version
+            elif not version and name not in torch_symbols and ("cuda" in name.lower() or name.startswith("aoti_torch")):
+                torch_cuda_symbols.add(name)
+    versions = set(runtime_versions.values())
     if len(versions) != 1:
         raise ValueError(f"its operators name {len(versions)} versions of the CUDA runtime, not one")
     (soname,) = versions
-    _compile(folder / "libtorch_cuda.so", ["int torchvision_stub;"])
-    _compile(folder / "libc10_cuda.so", ["#include <stdlib.h>", *map(_aborting, sorted(torch_cuda))])
-    names = sorted(set(runtime) - {REGISTER})
-    returns = [f"int {name}(void) {{ return {0 if name.startswith('__cuda') else NO_DEVICE}; }}" for name in names]
-    handle = f"void *{REGISTER}(void *binary) {{ static void *handle[4]; return handle; }}"
-    _compile(folder / soname, [handle, *returns], version=soname)
+    _compile_library(folder / "libtorch_cuda.so", ["int torchvision_stub;"])
+    _compile_library(folder / "libc10_cuda.so", ["#include <stdlib.h>", *map(_format_aborting_stub, sorted(torch_cuda_symbols))])
+    names = sorted(set(runtime_versions) - {REGISTER_SYMBOL})
+    stub_definitions = [f"int {name}(void) {{ return {0 if name.startswith('__cuda') else CUDA_ERROR_NO_DEVICE}; }}" for name in names]
+    register_definition = f"void *{REGISTER_SYMBOL}(void *binary) {{ static void *handle[4]; return handle; }}"
+    _compile_library(folder / soname, [register_definition, *stub_definitions], version=soname)
 
 
-def _aborting(name: str) -> str:
+def _format_aborting_stub(name: str) -> str:
     """A function that must not be called; or, as the name says, an object that is only pointed to."""
     return f"void *{name}[8];" if name.endswith("9allocatorE") else f"void {name}(void) {{ abort(); }}"
 
 
-def _symbols(library: Path, which: str) -> Iterator[tuple[str, str]]:
+def _iter_symbols(library: Path, filter_option: str) -> Iterator[tuple[str, str]]:
     """The dynamic symbols of a library, each with its version or ""."""
-    listed = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
-    for fields in map(str.split, listed.splitlines()):
-        if fields[-2].upper() not in ("W", "V") or which == "--defined-only":
+    nm_output = subprocess.run(["nm", "-D", filter_option, library], capture_output=True, text=True, check=True).stdout
+    for fields in map(str.split, nm_output.splitlines()):
+        if fields[-2].upper() not in ("W", "V") or filter_option == "--defined-only":
             name, _, version = fields[-1].partition("@")
             yield name, version.lstrip("@")
 
 
-def _compile(library: Path, lines: Iterable[str], version: str | None = None) -> None:
+def _compile_library(library: Path, lines: Iterable[str], version: str | None = None) -> None:
     command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}", "-o", str(library), "-x", "c", "-"]
     with tempfile.NamedTemporaryFile("w", suffix=".map") as script:
         if version:
@@ -176,16 +176,16 @@ def _compile(library: Path, lines: Iterable[str], version: str | None = None) ->
         subprocess.run(command, input="\n".join(lines) + "\n", text=True, check=True, capture_output=True)
 
 
-def _import_error(package: str) -> str:
+def _find_import_error(package: str) -> str:
     """Return the last line of what importing a package in a new process ends with; "" if it succeeds."""
-    done = _run(f"import {package}")
-    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return shorten(lines[-1], 200) if done.returncode else ""
+    process = _run_python(f"import {package}")
+    lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+    return shorten(lines[-1], 200) if process.returncode else ""
 
 
 def _is_torch_without_cuda() -> bool:
-    return _run("import torch; assert torch.version.cuda is None").returncode == 0
+    return _run_python("import torch; assert torch.version.cuda is None").returncode == 0
 
 
-def _run(program: str) -> subprocess.CompletedProcess[str]:
+def _run_python(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -33,11 +33,11 @@ def site(tmp_path):
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").write_text("")
         (tmp_path / "torch/version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\n")
-        stubs = tmp_path / repair.NAME
+        stubs = tmp_path / repair.STUB_PACKAGE
         stubs.mkdir()
-        (stubs / "__init__.py").write_text(repair.LOADER)
+        (stubs / "__init__.py").write_text(repair.LOADER_SOURCE)
         (stubs / "libcudart.so.13").write_bytes(b"")
-        (tmp_path / f"{repair.NAME}.pth").write_text(repair.STARTER)
+        (tmp_path / f"{repair.STUB_PACKAGE}.pth").write_text(repair.PTH_CONTENT)
         return tmp_path
 
     return make
@@ -62,9 +62,9 @@ def test_stubs_do_nothing_where_a_torch_with_cuda_was_installed_later(site):
 def test_stubs_never_break_the_start_of_python(site, damage):
     folder = site(None)
     if damage == "no folder":
-        shutil.rmtree(folder / repair.NAME)
+        shutil.rmtree(folder / repair.STUB_PACKAGE)
     elif damage == "broken loader":
-        (folder / repair.NAME / "__init__.py").write_text("raise SystemError\n")
+        (folder / repair.STUB_PACKAGE / "__init__.py").write_text("raise SystemError\n")
     elif damage == "no torch":
         shutil.rmtree(folder / "torch")
     else:
@@ -74,9 +74,9 @@ def test_stubs_never_break_the_start_of_python(site, damage):
 
 def test_unfix_removes_what_fix_wrote(site):
     folder = site(None)
-    assert f"removed {folder / repair.NAME}.pth and" in repair.unfix(folder)
+    assert f"removed {folder / repair.STUB_PACKAGE}.pth and" in repair.remove_torchvision_fix(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["torch", "torchvision"]
-    assert repair.unfix(folder) == "nothing to remove"
+    assert repair.remove_torchvision_fix(folder) == "nothing to remove"
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="needs gcc and nm")
@@ -158,7 +158,7 @@ def processes(monkeypatch):
 )
 def test_diagnose_names_the_error_and_the_remedy(processes, site, error, cuda, remedy):
     processes(error, cuda)
-    told = repair.diagnose(site(None))
+    told = repair.diagnose_torchvision(site(None))
     assert remedy in told
     assert error in told
     assert bool(told) == bool(error)
@@ -166,7 +166,7 @@ def test_diagnose_names_the_error_and_the_remedy(processes, site, error, cuda, r
 
 def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path):
     processes("ModuleNotFoundError: No module named 'torchvision'", False)
-    assert repair.diagnose(tmp_path) == ""
+    assert repair.diagnose_torchvision(tmp_path) == ""
 
 
 def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):

@@ -13,7 +13,7 @@ from sca_registry import registry
 from sca_registry.spec import ModelSpec
 
 from markers import write_between
-from sca.plan import plan
+from sca.plan import plan_model
 from sca.plan_cache import GIB
 
 START, END = "<!-- choice -->", "<!-- /choice -->"
@@ -37,7 +37,7 @@ def table() -> str:
     rows.append(["---", "---", *["---:"] * 4, "---"])
     for text, reason in CHOICES.items():
         spec = ModelSpec.parse(text)
-        found = plan(spec, regions=REGIONS, dtype=torch.bfloat16)
+        found = plan_model(spec, regions=REGIONS, dtype=torch.bfloat16)
         each = sum(flops for stage, flops in found.flops.items() if stage != "encode") / REGIONS
         cards = registry("encoders").card(spec.encoder.name), registry("language_models").card(spec.language_model.name)
         rows.append(

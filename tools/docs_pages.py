@@ -140,7 +140,7 @@ def api():
     """The names of the package."""
     told = ["# Python", "", "What `import sca` has.", ""]
     for name in sca.__all__:
-        told += [f"::: {sca._WHERE[name]}.{name}", ""]
+        told += [f"::: {sca._LAZY_IMPORTS[name]}.{name}", ""]
     return "\n".join(told)
 
 

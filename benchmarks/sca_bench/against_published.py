@@ -123,7 +123,7 @@ def ids_of(model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regi
     prefixes = []
     for chunk in prompts.chunks(regions):
         mixed = model.mix(model.segment(features, chunk))
-        prefixes.append(model.prefix(mixed, torch.ones_like(chunk.image_index)))
+        prefixes.append(model.build_prefix(mixed, torch.ones_like(chunk.image_index)))
     if together:
         return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=WORDS).sequences[:, 0]
     return torch.cat([model.language_model.generate(prefix, max_new_tokens=WORDS).sequences[:, 0] for prefix in prefixes])
@@ -194,7 +194,7 @@ def resampler(setting: Setting) -> list[Row]:
             features = model.encode(asked(model, 1, 1)[0])
             for count in counts:
                 found = model.segment(features, asked(model, 1, count)[1])
-                ways.append(lambda model=model, found=found: model.mix(found, model.prepare(found)))
+                ways.append(lambda model=model, found=found: model.mix(found, model.prepare_mixer(found)))
         many, one, query = time_in_turn(setting, *ways)
     return [
         ("mix stage, resampler beside query", "regions/s", 64 / many, 64 / query, "64 regions"),

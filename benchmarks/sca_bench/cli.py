@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sca.devices import DTYPES, find_device
+from sca.devices import DTYPES, resolve_device
 
 app = typer.Typer(
     help="Sweeps over combinations of parts: run, status, report, diff.", no_args_is_help=True, rich_markup_mode=None
@@ -57,7 +57,7 @@ def run(
     settle("order", order, ORDERS)
     given = read_options("launchers", launcher, options or ())
     device = str(given.pop("device", device))
-    find_device(device)
+    resolve_device(device)
     told = (lambda line: None) if quiet else complain
     if device == "cpu" and f"{sweep}-cpu" in sweep_names():
         sweep = f"{sweep}-cpu"
@@ -181,7 +181,7 @@ def published(
     from sca_bench.against_published import Setting, choose_parts, compare, print_table, to_table
     from sca_bench.worker import environment
 
-    find_device(device)
+    resolve_device(device)
     settle("dtype", dtype, DTYPES)
     setting = Setting(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
     rows = print_table(compare(choose_parts(parts or ()), setting))

@@ -26,7 +26,7 @@ from sca.composition import build
 from sca.inference.engine import REGIONS
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
-from sca.plan import plan
+from sca.plan import plan_model
 from sca_bench.timing import asked, lesson
 from sca_bench.worker import environment, record
 
@@ -47,8 +47,8 @@ def answer(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words:
     prefixes, prepared = [], None
     for chunk in prompts.chunks(REGIONS):
         regions = model.segment(features, chunk)
-        prepared = model.prepare(regions) if prepared is None else prepared
-        prefixes.append(model.prefix(model.mix(regions, prepared), torch.zeros_like(chunk.image_index)))
+        prepared = model.prepare_mixer(regions) if prepared is None else prepared
+        prefixes.append(model.build_prefix(model.mix(regions, prepared), torch.zeros_like(chunk.image_index)))
         del regions
     model.language_model._ends = lambda: (0, [])
     model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=words)
@@ -90,7 +90,7 @@ def compare(
 ) -> dict[str, Any]:
     """Planned and measured parameters, operations and memory of one model. dtype: of weights that do not train."""
     computed = torch.float32 if train else dtype
-    planned = plan(spec, images, regions, words, train, computed, on_gpu=device.startswith("cuda"))
+    planned = plan_model(spec, images, regions, words, train, computed, on_gpu=device.startswith("cuda"))
     model = build(spec, device, weights=False)
     model = model.to(dtype=torch.float32 if train else dtype)
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

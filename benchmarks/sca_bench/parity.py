@@ -14,7 +14,7 @@ from torch import Tensor
 import sca
 from sca.inference.processor import Processor
 from sca.model import SegmentCaptioner
-from sca.nn.masks import best_masks
+from sca.nn.masks import select_best_masks
 from sca_bench.worker import record
 
 BEAMS, NEW_TOKENS = (1, 3), 8  # of the recorded captions
@@ -153,9 +153,9 @@ def _predict(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch) -> t
     """Return the chosen masks (N, 4h, 4w) as logits, and token ids (N, L)."""
     regions = model.segment(model.encode(pixels), prompts)
     tasks = torch.full_like(prompts.image_index, TASKS.index("caption"))
-    prefix = model.prefix(model.mix(regions), tasks)
+    prefix = model.build_prefix(model.mix(regions), tasks)
     ids = model.language_model.generate(prefix, **model.spec.generation).sequences[:, 0]
-    return best_masks(regions.masks, regions.iou_scores).float(), ids
+    return select_best_masks(regions.masks, regions.iou_scores).float(), ids
 
 
 def _widen(ids: Tensor, width: int, end: int) -> Tensor:

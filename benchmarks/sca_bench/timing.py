@@ -50,8 +50,8 @@ def stages(model: SegmentCaptioner, images: int, regions: int, words: int, repea
         for chunk in prompts.chunks(REGIONS):
             found = clock.time(taken, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
             start = clock.now()
-            prepared = model.prepare(found) if prepared is None else prepared
-            prefixes.append(model.prefix(model.mix(found, prepared), torch.ones_like(chunk.image_index)))
+            prepared = model.prepare_mixer(found) if prepared is None else prepared
+            prefixes.append(model.build_prefix(model.mix(found, prepared), torch.ones_like(chunk.image_index)))
             taken["mix"] += clock.now() - start
             del found
         prefix = torch.cat(prefixes)

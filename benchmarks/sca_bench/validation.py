@@ -13,7 +13,7 @@ from sca.data.summary import check_not_empty
 from sca.evaluation.predictions import Questions
 from sca.evaluation.requirements import check_needs, check_truth
 from sca.evaluation.scoring import ready
-from sca.training.sources import open_sources, open_validation
+from sca.training.sources import open_training_datasets, open_validation_dataset
 from sca_bench.sweep import PARTS, Row, Sweep
 
 
@@ -39,9 +39,9 @@ def check_rows(sweep: Sweep, rows: Iterable[Row]) -> None:
                 _check_generation(key, options, spec.language_model)
         recipe = row.recipe
         if recipe is not None and _is_new(checked, [recipe.to_dict()["data"], str(recipe.validate)]):
-            open_sources(recipe)
+            open_training_datasets(recipe)
             if recipe.validate is not None:
-                open_validation(recipe.validate)
+                open_validation_dataset(recipe.validate)
 
 
 def _check_evaluation(sweep: Sweep) -> None:

@@ -32,7 +32,7 @@ from sca_registry.spec import ModelSpec
 import sca.evaluation.evaluate
 import sca.training.train  # noqa: F401 (and transformers with it)
 from sca.composition import build
-from sca.plan import plan
+from sca.plan import plan_model
 from sca_bench.sweep import PARTS, Row
 from sca_bench.timing import stages, training_step
 
@@ -107,7 +107,7 @@ def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: b
             model = build(spec, config["device"], weights=False)
         else:
             model = _train(row, config, folder).to(config["device"])
-    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.groups().items()}
+    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row.setdefault("parameters", {**groups, "whole": sum(groups.values()), "trainable": trainable})
     if evaluation := config.get("evaluate"):
@@ -134,10 +134,10 @@ def _plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> No
     regions, words = max(measure.get("regions", [1])), measure.get("words", 16)
     dtype = getattr(torch, measure.get("dtype", "float32"))
     images = measure.get("images", 1)
-    planned = plan(spec, images, regions, words, dtype=dtype)
+    planned = plan_model(spec, images, regions, words, dtype=dtype)
     peak = planned.peak
     if measure.get("training"):
-        peak = max(peak, plan(spec, images, min(TRAINED, regions), words, train=True).peak)
+        peak = max(peak, plan_model(spec, images, min(TRAINED, regions), words, train=True).peak)
     whole = sum(planned.parameters.values())
     row["parameters"] = {**planned.parameters, "whole": whole, "trainable": planned.trainable}
     row["flops"] = {**planned.flops, "images": images, "regions": regions, "words": words}

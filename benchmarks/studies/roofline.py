@@ -22,7 +22,7 @@ import sca
 from sca.inference.engine import REGIONS
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
-from sca.plan import plan
+from sca.plan import plan_model
 
 WORDS = 20
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with published(model):
         before = _stages(model, given.regions, EIGHT, given.repeats)
     after = _stages(model, given.regions, REGIONS, given.repeats)
-    flops = plan(model.spec, 1, given.regions, WORDS).flops
+    flops = plan_model(model.spec, 1, given.regions, WORDS).flops
     moved = _bytes(model, given.regions)
     print(f"a matrix product makes {speed / 1e9:.0f} GFLOP/s here, a copy {copied / 1e9:.1f} GB/s\n")
     print("| stage | published, s | ours, s | arithmetic, s | bytes, s | ours : higher floor |")
@@ -80,8 +80,8 @@ def _stages(model: SegmentCaptioner, regions: int, together: int, repeats: int) 
         prefixes = []
         for chunk in prompts.chunks(together):
             found = timed("segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
-            mixed = timed("mix", lambda found=found: model.mix(found, model.prepare(found)))
-            prefixes.append(model.prefix(mixed, torch.ones_like(chunk.image_index)))
+            mixed = timed("mix", lambda found=found: model.mix(found, model.prepare_mixer(found)))
+            prefixes.append(model.build_prefix(mixed, torch.ones_like(chunk.image_index)))
         for part in prefixes:
             timed("prefill", lambda part=part: generate(part, max_new_tokens=1))
             timed("decode", lambda part=part: generate(part, max_new_tokens=WORDS))

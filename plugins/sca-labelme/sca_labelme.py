@@ -17,7 +17,7 @@ from sca.io.images import open_image
 from sca.io.json import read_json
 from sca.io.paths import expand_user
 
-BAD_REGION = "unusable region"  # of which nothing can be made
+BAD_REGION_REASON = "unusable region"  # of which nothing can be made
 
 
 class LabelMe:
@@ -39,15 +39,15 @@ class LabelMe:
             raise ValueError(f"there are no LabelMe files (*.json) in {folder}")
         skip = SkipCounter()
         self.skipped, self.examples = skip.skipped, skip.examples
-        self.images, self.sizes, self.regions = [], [], []
+        self.image_paths, self.image_sizes, self.regions = [], [], []
         ids = itertools.count()  # each region has an id of its own
         for file in self.files:
-            content, image = _read(file)
+            content, image = _read_file(file)
             size = labelme.find_size(content, image, str(file))
-            shapes = labelme.read_shapes(content, size, str(file), skip, lambda error: skip(BAD_REGION, str(error)))
-            regions = [_region(shape, size, next(ids), skip) for shape in shapes]
-            self.images.append(image)
-            self.sizes.append(size)
+            shapes = labelme.read_shapes(content, size, str(file), skip, lambda error: skip(BAD_REGION_REASON, str(error)))
+            regions = [_shape_to_region(shape, size, next(ids), skip) for shape in shapes]
+            self.image_paths.append(image)
+            self.image_sizes.append(size)
             self.regions.append(tuple(region for region in regions if region))
 
     def __len__(self) -> int:
@@ -56,9 +56,9 @@ class LabelMe:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        file, path, size = self.files[index], self.images[index], self.sizes[index]
+        file, path, size = self.files[index], self.image_paths[index], self.image_sizes[index]
         try:
-            image = open_image(path) if path.exists() else labelme.open_image_of(_read(file)[0], path, str(file))
+            image = open_image(path) if path.exists() else labelme.open_image_of(_read_file(file)[0], path, str(file))
             factors = compare_sizes(size, image.size)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
@@ -79,14 +79,14 @@ class LabelRecall:
     scores = ("label-recall/mean", "label-recall/captions")
 
     def __call__(self, records) -> MetricOutput:
-        asked = [r for r in records if r.get("task") == "caption" and (r.get("truth") or {}).get("name")]
-        if not asked:
+        labeled_records = [r for r in records if r.get("task") == "caption" and (r.get("truth") or {}).get("name")]
+        if not labeled_records:
             raise ValueError("metric 'label-recall': no record has a caption and a true name")
-        found = [r["truth"]["name"].casefold() in r["caption"].casefold() for r in asked]
-        return MetricOutput({"label-recall/mean": float(np.mean(found)), "label-recall/captions": len(found)})
+        is_named = [r["truth"]["name"].casefold() in r["caption"].casefold() for r in labeled_records]
+        return MetricOutput({"label-recall/mean": float(np.mean(is_named)), "label-recall/captions": len(is_named)})
 
 
-def _read(file: Path) -> tuple[dict, Path]:
+def _read_file(file: Path) -> tuple[dict, Path]:
     """The content of a file, and where its image is."""
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
@@ -97,7 +97,7 @@ def _read(file: Path) -> tuple[dict, Path]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _region(shape: Annotation, size: tuple[int, int], identity: int, skip: SkipCounter) -> Region | None:
+def _shape_to_region(shape: Annotation, size: tuple[int, int], region_id: int, skip: SkipCounter) -> Region | None:
     """A shape as a region, its box clipped to the image; None, and counted, where it has none."""
     if shape.box is None:
         return skip("keypoint", shape.place)
@@ -107,4 +107,4 @@ def _region(shape: Annotation, size: tuple[int, int], identity: int, skip: SkipC
     if shape.unread:
         skip(shape.unread, shape.place)
     phrases = tuple(text.strip() for text in shape.captions if text.strip())
-    return Region(identity, box, shape.mask, shape.label, phrases)
+    return Region(region_id, box, shape.mask, shape.label, phrases)

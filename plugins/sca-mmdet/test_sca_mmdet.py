@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sca_mmdet.detectors import build_detector, read_config
+from sca_mmdet.detectors import build_detector, load_mmdet_config
 from sca_mmdet.encoder import MmdetEncoder
-from sca_mmdet.operators import nms, prepare, roi_align_backward, softnms
+from sca_mmdet.operators import nms, install_operators, roi_align_backward, softnms
 from sca_mmdet.proposer import MmdetProposer
 
 pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
@@ -20,7 +20,7 @@ TINY = "rtmdet_tiny_8xb32-300e_coco"
 def checkpoint(tmp_path_factory):
     """Random weights as mmengine writes them, for two classes of its own."""
     torch.manual_seed(0)
-    config = read_config(TINY)
+    config = load_mmdet_config(TINY)
     detector, _ = build_detector(config, TINY, None)
     for convolution in detector.bbox_head.rtm_reg:
         torch.nn.init.constant_(convolution.bias, 3.0)  # boxes that are larger than a pixel
@@ -94,8 +94,8 @@ def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
     assert list(proposals.scores) == sorted(proposals.scores, reverse=True)
     assert all(name.startswith("thing ") for name in proposals.names)
     proposer = MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score=0.0, largest=3)
-    assert "person" in proposer.names
-    assert {*proposer(picture, "a").names} <= {*proposer.names}
+    assert "person" in proposer.class_names
+    assert {*proposer(picture, "a").names} <= {*proposer.class_names}
     assert len(proposer(picture, "a").prompts) == 3
     assert not MmdetProposer("faster-rcnn_r50_fpn_1x_coco", pretrained=False, score=0.9)(picture, "a").prompts
 
@@ -113,9 +113,9 @@ def test_boxes_have_scores_and_the_names_that_the_weights_say(checkpoint):
 @pytest.mark.parametrize("part", [MmdetEncoder, MmdetProposer])
 def test_what_needs_compiled_operators_is_refused_before_it_is_built(part, config, operator, monkeypatch):
     if part is MmdetEncoder and config.startswith("vfnet"):  # its head does, which an encoder has no use for
-        assert read_config(config, ("backbone", "neck"))
+        assert load_mmdet_config(config, ("backbone", "neck"))
         return
-    prepare()
+    install_operators()
     from mmdet.registry import MODELS
 
     monkeypatch.setattr(MODELS, "build", None)

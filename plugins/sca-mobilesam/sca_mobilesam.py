@@ -14,20 +14,20 @@ from sca.io.errors import InputError
 from sca.io.weight_files import reading
 from sca.segmenters.sam import SamSegmenter
 
-SHAPE = {  # of TinyViT-5M
+TINY_VIT_OPTIONS = {  # of TinyViT-5M
     "embed_dims": (64, 128, 160, 320),
     "depths": (2, 2, 6, 2),
     "num_heads": (2, 4, 5, 10),
     "window_sizes": (7, 7, 14, 7),
 }
-ENCODER = (  # the original names of the encoder's tensors, and those here
+ENCODER_NAME_RULES = (  # the original names of the encoder's tensors, and those here
     (r"^patch_embed\.seq\.0\.", "vit.patch_embed.conv1."),
     (r"^patch_embed\.seq\.2\.", "vit.patch_embed.conv2."),
     (r"^layers\.(\d)\.blocks\.", r"vit.stages.\1.blocks."),
     (r"^layers\.(\d)\.downsample\.", lambda found: f"vit.stages.{int(found[1]) + 1}.downsample."),
     (r"\.c\.", ".conv."),
 )
-SEGMENTER = (
+SEGMENTER_NAME_RULES = (
     (r"^mask_decoder\.", "decoder."),
     (r"layers\.0\.(weight|bias)$", r"proj_in.\1"),  # of the heads, each an MLP of three layers
     (r"layers\.1\.(weight|bias)$", r"layers.0.\1"),
@@ -44,7 +44,7 @@ SEGMENTER = (
     (r"pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
     (r"\.norm", ".layer_norm"),
 )
-UNUSED = ("norm_head.", "head.")  # of the classifier that TinyViT was
+UNUSED_PREFIXES = ("norm_head.", "head.")  # of the classifier that TinyViT was
 
 
 class MobileSamEncoder(nn.Module):
@@ -63,22 +63,22 @@ class MobileSamEncoder(nn.Module):
 
         if size % self.stride:
             raise ValueError(f"size {size} must be a multiple of the stride {self.stride}")
-        self.checkpoint = _checkpoint(weights, pretrained)
+        self.checkpoint = _check_weights(weights, pretrained)
         self.image_format = ImageFormat(size=size)
-        self.vit = TinyVit(num_classes=0, drop_path_rate=0.0, **SHAPE)
+        self.vit = TinyVit(num_classes=0, drop_path_rate=0.0, **TINY_VIT_OPTIONS)
         self.vit.head = nn.Identity()
         self.vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
         self.neck = nn.Sequential(
-            nn.Conv2d(SHAPE["embed_dims"][-1], self.channels, 1, bias=False),
+            nn.Conv2d(TINY_VIT_OPTIONS["embed_dims"][-1], self.channels, 1, bias=False),
             _ChannelNorm(self.channels),
             nn.Conv2d(self.channels, self.channels, 3, padding=1, bias=False),
             _ChannelNorm(self.channels),
         )
         if self.checkpoint:
-            _fill(self, self.checkpoint, "image_encoder.", ENCODER)
+            _load_tensors(self, self.checkpoint, "image_encoder.", ENCODER_NAME_RULES)
 
-    def forward(self, pixels):
-        return self.neck(self.vit.stages(self.vit.patch_embed(pixels)))
+    def forward(self, pixel_values):
+        return self.neck(self.vit.stages(self.vit.patch_embed(pixel_values)))
 
 
 class MobileSamSegmenter(SamSegmenter):
@@ -89,7 +89,7 @@ class MobileSamSegmenter(SamSegmenter):
         weights = weights or getattr(encoder, "checkpoint", None)
         self.checkpoint = weights if pretrained else None
         if self.checkpoint:
-            _fill(self, self.checkpoint, ("prompt_encoder.", "mask_decoder."), SEGMENTER)
+            _load_tensors(self, self.checkpoint, ("prompt_encoder.", "mask_decoder."), SEGMENTER_NAME_RULES)
 
 
 class _ChannelNorm(nn.LayerNorm):
@@ -102,34 +102,34 @@ class _ChannelNorm(nn.LayerNorm):
         return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _checkpoint(weights: str | None, pretrained: bool) -> str | None:
+def _check_weights(weights: str | None, pretrained: bool) -> str | None:
     if pretrained and weights is None:
         raise ValueError("there are no weights: give weights=mobile_sam.pt, or pretrained=false")
     return weights if pretrained else None
 
 
-def _fill(part: nn.Module, file: str, prefix: str | tuple[str, ...], names: tuple) -> None:
+def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...], names: tuple) -> None:
     """Gives a part the tensors of a file whose names begin with `prefix`, every one of them."""
     with reading(file):
         content = torch.load(file, map_location="cpu", weights_only=True)
-    found = {}
+    tensors = {}
     for name, tensor in content.items():
         if name.startswith(prefix):
             name = name.removeprefix(prefix) if isinstance(prefix, str) else name
-            for pattern, here in names:
-                name = re.sub(pattern, here, name)
-            if not name.startswith(UNUSED) and not name.endswith("attention_bias_idxs"):
-                found[name] = tensor
-    own = part.state_dict()
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            if not name.startswith(UNUSED_PREFIXES) and not name.endswith("attention_bias_idxs"):
+                tensors[name] = tensor
+    component_tensors = component.state_dict()
     counters = {
-        name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")
+        name: tensor for name, tensor in component_tensors.items() if name.endswith("num_batches_tracked")
     }  # without use here
-    found = {**counters, **found}
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    tensors = {**counters, **tensors}
+    missing, unexpected = sorted(component_tensors.keys() - tensors.keys()), sorted(tensors.keys() - component_tensors.keys())
     if missing or unexpected:
-        told = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
+        problem = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
         raise InputError(
-            f"{file} is not a checkpoint of MobileSAM: {told}, of {len(missing) + len(unexpected)} tensors"
+            f"{file} is not a checkpoint of MobileSAM: {problem}, of {len(missing) + len(unexpected)} tensors"
         )
     with reading(file):
-        part.load_state_dict(found)
+        component.load_state_dict(tensors)

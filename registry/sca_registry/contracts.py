@@ -258,7 +258,7 @@ class Encoder(Protocol):
     default_segmenter: str
     checkpoint: str | None
 
-    def __call__(self, pixels: Tensor) -> Tensor: ...
+    def __call__(self, pixel_values: Tensor) -> Tensor: ...
 
 
 @runtime_checkable

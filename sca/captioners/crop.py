@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sca.captioners.image_text import ANSWERLESS, ImageTextModel, Question
-from sca.captioners.regions import RegionCaptioner, ScoredText, Seen, crop, generation_of
+from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
+from sca.captioners.regions import RegionCaptioner, ScoredText, RegionView, crop_image, resolve_generation_options
 from sca.inference.engine import Encoded
 
-WHAT = "Question: what is the thing that is not white? Answer:"
-DESCRIBE = "Question: how would you describe {answer} in this picture? Answer:"
-UNNAMED = "the region"
+NAME_QUESTION = "Question: what is the thing that is not white? Answer:"
+DESCRIPTION_QUESTION = "Question: how would you describe {answer} in this picture? Answer:"
+FALLBACK_ANSWER = "the region"
 
 
 class CropCaptioner(RegionCaptioner):
@@ -40,26 +40,26 @@ class CropCaptioner(RegionCaptioner):
         dtype: str | None = None,
     ):
         super().__init__(encoder, device)
-        self.reader = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
-        if vcot and self.reader.kind in ANSWERLESS:
+        self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
+        if vcot and self.image_text_model.model_type in CAPTION_ONLY_MODELS:
             raise ValueError(
-                f"vcot asks questions, and a {self.reader.kind!r} model answers none: take blip2-opt-2.7b or another "
+                f"vcot asks questions, and a {self.image_text_model.model_type!r} model answers none: take blip2-opt-2.7b or another "
                 "model that reads questions"
             )
         self.vcot = vcot
-        self.options = {"encoder": encoder, "vcot": vcot}
+        self.fact_options = {"encoder": encoder, "vcot": vcot}
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"captioner": "crop", **self.options, **self.reader.facts}
+        return {"captioner": "crop", **self.fact_options, **self.image_text_model.facts}
 
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
         """The task makes no difference: a captioner of pictures knows one."""
-        settings = generation_of(generation)
+        generation_options = resolve_generation_options(generation)
         texts: list[str | None] = [None] * len(regions)
         if self.vcot:
-            masked = [Question(crop(seen, seen.tight, white=True), WHAT) for seen in regions]
-            answers = self.reader.tell(masked, **settings)
-            texts = [DESCRIBE.format(answer=answer or UNNAMED) for answer, *_ in answers]
-        crops = [crop(seen, seen.tight) for seen in regions]
-        return self.reader.tell([Question(*each) for each in zip(crops, texts, strict=True)], **settings)
+            masked_inputs = [ImageTextInput(crop_image(view, view.tight_box, white_background=True), NAME_QUESTION) for view in regions]
+            answers = self.image_text_model.generate_texts(masked_inputs, **generation_options)
+            texts = [DESCRIPTION_QUESTION.format(answer=answer or FALLBACK_ANSWER) for answer, *_ in answers]
+        crops = [crop_image(view, view.tight_box) for view in regions]
+        return self.image_text_model.generate_texts([ImageTextInput(*each) for each in zip(crops, texts, strict=True)], **generation_options)

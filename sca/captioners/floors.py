@@ -16,14 +16,14 @@ from sca_registry.spec import GENERATION
 from torch import Tensor
 from torch.nn import functional as F
 
-from sca.captioners.regions import Box, RegionCaptioner, ScoredText, Seen, generation_of
+from sca.captioners.regions import Box, RegionCaptioner, ScoredText, RegionView, resolve_generation_options
 from sca.data.summary import check_not_empty
 from sca.inference.engine import Encoded
 from sca.inference.requests import check_task
 from sca.io.masks import box_of, encode
 from sca.nn.roi_align import roi_align
 
-TOGETHER = 16  # images encoded at a time
+ENCODE_BATCH_SIZE = 16  # images encoded at a time
 
 
 class MostFrequent:
@@ -37,35 +37,35 @@ class MostFrequent:
     generation_options = tuple(GENERATION)  # that `generation_of` takes
 
     def __init__(self, dataset: str, split: str = "train", options: Mapping[str, Any] | None = None, limit: int = 1000):
-        self.training = Training(dataset, split, options or {}, limit)
-        self.facts = {"captioner": "most-frequent", **self.training.facts}
+        self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
+        self.facts = {"captioner": "most-frequent", **self.training_regions.facts}
 
     @cached_property
-    def said(self) -> dict[str, tuple[str, float]]:
+    def most_frequent_texts(self) -> dict[str, tuple[str, float]]:
         """The text and its share by task; nothing where no region has words for it."""
         counts: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
-        for sample in self.training.samples():
+        for sample in self.training_regions.iter_samples():
             for region in sample.regions:
                 counts["recognition"].update([region.name] if region.name else [])
                 counts["caption"].update(region.phrases)
-        most = {task: words.most_common(1)[0] for task, words in counts.items() if words}
-        return {task: (text, count / counts[task].total()) for task, (text, count) in most.items()}
+        most_common = {task: texts.most_common(1)[0] for task, texts in counts.items() if texts}
+        return {task: (text, count / counts[task].total()) for task, (text, count) in most_common.items()}
 
-    def describe(
+    def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
         check_task(task)
-        generation_of(generation)  # makes no difference, but is not anything
-        self.training.require(task, self.said)
+        resolve_generation_options(generation)  # makes no difference, but is not anything
+        self.training_regions.check_has_text(task, self.most_frequent_texts)
         captions = []
-        for place, prompt in enumerate(prompts):
-            code = None if prompt.mask is None else encode(prompt.mask)
-            box = prompt.box or (code and box_of(code))
-            captions.append(Caption(*self.said[task], box, code, None, prompt, place))
+        for index, prompt in enumerate(prompts):
+            rle = None if prompt.mask is None else encode(prompt.mask)
+            box = prompt.box or (rle and box_of(rle))
+            captions.append(Caption(*self.most_frequent_texts[task], box, rle, None, prompt, index))
         return captions
 
 
-class NearestNeighbour(RegionCaptioner):
+class NearestNeighbor(RegionCaptioner):
     """Says of a region what is said in training of the region that looks most alike: by the cosine of the encoder's
     features, averaged over the box by ROIAlign. A caption is that region's last phrase, the most telling.
 
@@ -83,45 +83,45 @@ class NearestNeighbour(RegionCaptioner):
         device: str = "cpu",
     ):
         super().__init__(encoder, device, masks=False)
-        self.training = Training(dataset, split, options or {}, limit)
-        self.facts = {"captioner": "nearest-neighbour", "encoder": encoder, **self.training.facts}
+        self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
+        self.facts = {"captioner": "nearest-neighbour", "encoder": encoder, **self.training_regions.facts}
 
     @torch.inference_mode()
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
-        generation_of(generation)  # makes no difference, but is not anything
-        known, features = self.known
-        rows = [row for row, region in enumerate(known) if _told(region, task)]
-        self.training.require(task, [task] if rows else [])
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+        resolve_generation_options(generation)  # makes no difference, but is not anything
+        indexed_regions, features = self.training_index
+        rows = [row for row, region in enumerate(indexed_regions) if _get_text(region, task)]
+        self.training_regions.check_has_text(task, [task] if rows else [])
         if not regions:
             return []
-        boxes = [seen.prompt.box or seen.tight for seen in regions]
-        asked = self._features(encoded, [seen.owner for seen in regions], boxes)
-        likeness, nearest = (asked @ features[rows].T).clamp(-1, 1).max(1)  # (N,)
-        texts = [_told(known[rows[place]], task) for place in nearest.tolist()]
-        return [ScoredText(*each) for each in zip(texts, likeness.tolist(), strict=True)]
+        boxes = [view.prompt.box or view.tight_box for view in regions]
+        query_features = self._pool_box_features(encoded, [view.image_index for view in regions], boxes)
+        similarities, nearest = (query_features @ features[rows].T).clamp(-1, 1).max(1)  # (N,)
+        texts = [_get_text(indexed_regions[rows[index]], task) for index in nearest.tolist()]
+        return [ScoredText(*each) for each in zip(texts, similarities.tolist(), strict=True)]
 
     @cached_property
-    def known(self) -> tuple[list[Region], Tensor]:
+    def training_index(self) -> tuple[list[Region], Tensor]:
         """The R regions of the training images, and their features (R, C)."""
-        known, features = [], []
-        unread = self.training.samples()
-        while samples := list(islice(unread, TOGETHER)):
-            regions = [(owner, region) for owner, sample in enumerate(samples) for region in sample.regions]
+        indexed_regions, features = [], []
+        samples_left = self.training_regions.iter_samples()
+        while samples := list(islice(samples_left, ENCODE_BATCH_SIZE)):
+            regions = [(image_index, region) for image_index, sample in enumerate(samples) for region in sample.regions]
             encoded = self.encode([sample.image for sample in samples])
             boxes = [region.box for _, region in regions]
-            features.append(self._features(encoded, [owner for owner, _ in regions], boxes))
-            known += [region for _, region in regions]
-        return known, torch.cat(features) if features else torch.empty(0, self.model.encoder.channels)
+            features.append(self._pool_box_features(encoded, [image_index for image_index, _ in regions], boxes))
+            indexed_regions += [region for _, region in regions]
+        return indexed_regions, torch.cat(features) if features else torch.empty(0, self.model.encoder.channels)
 
-    def _features(self, encoded: Encoded, owner: Sequence[int], boxes: Iterable[Box]) -> Tensor:
+    def _pool_box_features(self, encoded: Encoded, image_index: Sequence[int], boxes: Iterable[Box]) -> Tensor:
         """(N, C) of length 1, for boxes in image pixels."""
-        scales = torch.tensor([encoded.frames[place].scale for place in owner]).reshape(-1, 2).repeat(1, 2)
+        scales = torch.tensor([encoded.frames[index].scale for index in image_index]).reshape(-1, 2).repeat(1, 2)
         cells = torch.tensor(list(boxes)).reshape(-1, 4) * scales / self.model.encoder.stride  # (N, 4)
-        places = torch.tensor(owner, dtype=torch.long, device=self.device)
-        return F.normalize(roi_align(encoded.features, places, cells.to(self.device), 1).flatten(1).float(), dim=1)
+        image_index_tensor = torch.tensor(image_index, dtype=torch.long, device=self.device)
+        return F.normalize(roi_align(encoded.features, image_index_tensor, cells.to(self.device), 1).flatten(1).float(), dim=1)
 
 
-class Training:
+class TrainingRegions:
     """The regions that a floor has seen: the first `limit` images of a dataset's split, 0 for all."""
 
     def __init__(self, dataset: str, split: str, options: Mapping[str, Any], limit: int):
@@ -131,18 +131,18 @@ class Training:
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **options)
         check_not_empty(self.dataset, f"{dataset} {split}")
 
-    def samples(self) -> Iterator[Sample]:
+    def iter_samples(self) -> Iterator[Sample]:
         """Those whose pictures can be read."""
-        read = getattr(self.dataset, "read", self.dataset.__getitem__)
-        return filter(None, map(read, range(self.facts["limit"] or len(self.dataset))[: len(self.dataset)]))
+        read_sample = getattr(self.dataset, "read", self.dataset.__getitem__)
+        return filter(None, map(read_sample, range(self.facts["limit"] or len(self.dataset))[: len(self.dataset)]))
 
-    def require(self, task: str, there: Iterable[str]) -> None:
+    def check_has_text(self, task: str, available: Iterable[str]) -> None:
         """Raises ValueError unless a task is among those that there are words for."""
-        if task not in there:
-            words = {"recognition": "name, which recognition says", "caption": "phrase, which captions say"}[task]
-            raise ValueError(f"no region of {self.facts['dataset']} {self.facts['split']} that was read has a {words}")
+        if task not in available:
+            missing = {"recognition": "name, which recognition says", "caption": "phrase, which captions say"}[task]
+            raise ValueError(f"no region of {self.facts['dataset']} {self.facts['split']} that was read has a {missing}")
 
 
-def _told(region: Region, task: str) -> str | None:
+def _get_text(region: Region, task: str) -> str | None:
     """What is said of a region."""
     return region.name if task == "recognition" else next(reversed(region.phrases), None)

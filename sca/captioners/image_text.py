@@ -13,20 +13,20 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from sca.captioners.regions import ScoredText
-from sca.captioners.untrained import untrained_processor
-from sca.devices import find_dtype
+from sca.captioners.untrained import build_untrained_processor
+from sca.devices import resolve_dtype
 from sca.io.errors import InputError
 from sca.io.hub import fetch, fingerprint, load_pretrained, quiet
 from sca.io.weight_files import reading
-from sca.language_models.causal import new_words
+from sca.language_models.causal import extract_new_tokens
 from sca.language_models.hf import make_config
 from sca.language_models.usage import count_tokens
 from sca.model import check_finite_scores
 
-ANSWERLESS = ("blip", "git")  # captioners: they go on with a text, and answer no question
+CAPTION_ONLY_MODELS = ("blip", "git")  # captioners: they go on with a text, and answer no question
 
 
-class Question(NamedTuple):
+class ImageTextInput(NamedTuple):
     """What a model is shown and asked; `text` None for a caption of the picture."""
 
     image: Image.Image
@@ -52,36 +52,36 @@ class ImageTextModel:
         config: Mapping[str, Any] | None,
         device: str | torch.device,
         dtype: str | None,
-        batch: int,
+        batch_size: int,
     ):
-        find_dtype(dtype)
-        if batch < 1:
-            raise ValueError(f"batch is {batch}: give a whole number, 1 or more")
+        resolve_dtype(dtype)
+        if batch_size < 1:
+            raise ValueError(f"batch is {batch_size}: give a whole number, 1 or more")
         self.weights = weights if pretrained else None
         self.revision = revision
-        self.batch = batch
-        where = torch.device(device)
-        kind = dtype or ("float32" if where.type == "cpu" else "auto")
+        self.batch_size = batch_size
+        target_device = torch.device(device)
+        dtype_name = dtype or ("float32" if target_device.type == "cpu" else "auto")
         if self.weights:
             model = load_pretrained(
                 AutoModelForImageTextToText,
                 weights,
                 revision,
                 ("",),  # what the weights have besides (old buffers, other heads) is not needed
-                dtype=kind,
+                dtype=dtype_name,
             )
-            self.processor = read_processor(fetch(weights, revision))
+            self.processor = load_processor(fetch(weights, revision))
         else:
-            configuration = make_config(weights, revision, config)
-            self.processor = untrained_processor(configuration)  # refuses what it does not know
+            model_config = make_config(weights, revision, config)
+            self.processor = build_untrained_processor(model_config)  # refuses what it does not know
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = AutoModelForImageTextToText.from_config(configuration, trust_remote_code=False)
-            model = model if kind == "auto" else model.to(getattr(torch, kind))
-        self.model = model.to(where).eval()
+                model = AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
+            model = model if dtype_name == "auto" else model.to(getattr(torch, dtype_name))
+        self.model = model.to(target_device).eval()
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.kind: str = model.config.model_type
-        self.ends = self._ends()
+        self.model_type: str = model.config.model_type
+        self.eos_token_ids = self._find_eos_token_ids()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -89,74 +89,74 @@ class ImageTextModel:
         return fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
 
     @torch.inference_mode()
-    def tell(self, questions: Sequence[Question], beams: int, max_new_tokens: int) -> list[ScoredText]:
+    def generate_texts(self, inputs: Sequence[ImageTextInput], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
         """An answer for each question, and how sure the model was: exp of the mean log-probability of a token.
 
         Only what has the same shape goes together, so nothing is padded and no answer depends on its neighbours.
         """
-        told = [ScoredText("", 0.0)] * len(questions)
-        for start in range(0, len(questions), self.batch):
-            alike: dict[Any, list[tuple[int, dict[str, Tensor]]]] = {}
-            for place, question in enumerate(questions[start : start + self.batch], start):
-                inputs = self._inputs(question)
-                shape = tuple((name, value.shape) for name, value in inputs.items())
-                alike.setdefault(shape, []).append((place, inputs))
-            for rows in alike.values():
-                places, several = zip(*rows, strict=True)
-                together = {name: torch.cat([inputs[name] for inputs in several]) for name in several[0]}
-                for place, answer in zip(places, self._generate(together, beams, max_new_tokens), strict=True):
-                    told[place] = answer
-        return told
+        texts = [ScoredText("", 0.0)] * len(inputs)
+        for start in range(0, len(inputs), self.batch_size):
+            rows_by_shape: dict[Any, list[tuple[int, dict[str, Tensor]]]] = {}
+            for index, item in enumerate(inputs[start : start + self.batch_size], start):
+                processed = self._process_input(item)
+                shape = tuple((name, value.shape) for name, value in processed.items())
+                rows_by_shape.setdefault(shape, []).append((index, processed))
+            for rows in rows_by_shape.values():
+                indices, processed_rows = zip(*rows, strict=True)
+                batch_inputs = {name: torch.cat([processed[name] for processed in processed_rows]) for name in processed_rows[0]}
+                for index, text in zip(indices, self._generate_batch(batch_inputs, num_beams, max_new_tokens), strict=True):
+                    texts[index] = text
+        return texts
 
-    def _inputs(self, question: Question) -> dict[str, Tensor]:
-        image, text = question
+    def _process_input(self, item: ImageTextInput) -> dict[str, Tensor]:
+        image, text = item
         if text is not None and getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": text}]
-            turn = [{"role": "user", "content": content}]
-            text = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        asked = {"images": image} if text is None else {"images": image, "text": text}
+            messages = [{"role": "user", "content": content}]
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        processor_inputs = {"images": image} if text is None else {"images": image, "text": text}
         with quiet():
-            return dict(self.processor(**asked, return_tensors="pt"))
+            return dict(self.processor(**processor_inputs, return_tensors="pt"))
 
-    def _generate(self, inputs: dict[str, Tensor], beams: int, max_new_tokens: int) -> list[ScoredText]:
-        def moved(value: Tensor) -> Tensor:
+    def _generate_batch(self, inputs: dict[str, Tensor], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
+        def move_to_model(value: Tensor) -> Tensor:
             return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
         with quiet():
-            found = self.model.generate(
-                **{name: moved(value) for name, value in inputs.items()},
+            output = self.model.generate(
+                **{name: move_to_model(value) for name, value in inputs.items()},
                 max_new_tokens=max_new_tokens,
-                num_beams=beams,
+                num_beams=num_beams,
                 do_sample=False,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        pad = self.tokenizer.pad_token_id
-        pad = self.ends[0] if pad is None else pad
-        ids, scores = new_words(found, self.ends, pad)
-        check_finite_scores(scores, f"captioner model {self.kind!r}")
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids.tolist()]
-        prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        usages = [count_tokens(prompt, [row], self.ends) for row in ids.tolist()]
+        pad_token_id = self.tokenizer.pad_token_id
+        pad_token_id = self.eos_token_ids[0] if pad_token_id is None else pad_token_id
+        sequences, scores = extract_new_tokens(output, self.eos_token_ids, pad_token_id)
+        check_finite_scores(scores, f"captioner model {self.model_type!r}")
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in sequences.tolist()]
+        prompt_tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        usages = [count_tokens(prompt_tokens, [row], self.eos_token_ids) for row in sequences.tolist()]
         return [ScoredText(*each) for each in zip(texts, scores.exp().tolist(), usages, strict=True)]
 
-    def _ends(self) -> list[int]:
+    def _find_eos_token_ids(self) -> list[int]:
         """What ends a text: as each part that generates says; BLIP's text decoder stops at its separator."""
         configs = [getattr(module, "generation_config", None) for module in self.model.modules()]
-        given = [getattr(config, "eos_token_id", None) for config in configs]
-        given.append(getattr(self.model.config.get_text_config(decoder=True), "sep_token_id", None))
-        ends = [end for each in given for end in (each if isinstance(each, list) else [each]) if end is not None]
-        return sorted(set(ends)) or [self.tokenizer.eos_token_id]
+        token_ids = [getattr(config, "eos_token_id", None) for config in configs]
+        token_ids.append(getattr(self.model.config.get_text_config(decoder=True), "sep_token_id", None))
+        eos_token_ids = [token_id for each in token_ids for token_id in (each if isinstance(each, list) else [each]) if token_id is not None]
+        return sorted(set(eos_token_ids)) or [self.tokenizer.eos_token_id]
 
 
-def read_processor(folder: Path) -> Any:
+def load_processor(folder: Path) -> Any:
     """What prepares pictures and texts, as it lies in a folder. Raises InputError for one that cannot be read."""
     try:
         with reading(f"the processor in {folder}"), quiet():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError as error:
-        way = f". It needs: pip install '{BUILTIN}[baselines]'" if "torchvision" in str(error).lower() else ""
-        raise InputError(f"{error}{way}") from error
+        hint = f". It needs: pip install '{BUILTIN}[baselines]'" if "torchvision" in str(error).lower() else ""
+        raise InputError(f"{error}{hint}") from error
     processor.image_processor = image_processor
     return processor

@@ -15,33 +15,33 @@ from sca_registry.contracts import Caption, Prompt, TokenUsage
 from sca_registry.messages import unknown
 from sca_registry.spec import GENERATION, Part
 
-from sca.checkpoints.load import HUB_ID, load
-from sca.composition import parts
+from sca.checkpoints.load import HUB_ID_PATTERN, load
+from sca.composition import resolve_parts
 from sca.inference.engine import Encoded, Mask, MaskEngine
 from sca.inference.requests import check_task
 from sca.io.coordinates import Box
 from sca.io.hub import local_folder
 from sca.io.masks import RLE, box_of, decode, encode
-from sca.model import Segmenting
+from sca.model import SegmentationModel
 
-AGREED = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes
+TRUST_OPTIONS = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes
 
 
-class Seen(NamedTuple):
+class RegionView(NamedTuple):
     """A region as a baseline sees it; image pixels."""
 
-    owner: int  # which of the images that were shown together
+    image_index: int  # which of the images that were shown together
     image: Image.Image
     prompt: Prompt
     mask: RLE | None
-    iou: float | None  # predicted, where a segmenter gave the mask
+    predicted_iou: float | None  # predicted, where a segmenter gave the mask
 
     @property
-    def tight(self) -> Box:
+    def tight_box(self) -> Box:
         """The tight box of the mask that was found, without one the prompt's, else that of its mask; nothing at the
         image's corner if the mask is empty.
         """
-        if self.prompt.box is not None and self.iou is None:
+        if self.prompt.box is not None and self.predicted_iou is None:
             return self.prompt.box
         return box_of(self.mask) or (0.0, 0.0, 0.0, 0.0)
 
@@ -65,8 +65,8 @@ class RegionCaptioner(MaskEngine):
     generation_options = tuple(GENERATION)  # that `generation_of` takes
 
     def __init__(self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, masks: bool = True):
-        model, self.segments = (None, False) if encoder is None else segmenting(encoder, device)
-        if masks and model is not None and not self.segments:
+        model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
+        if masks and model is not None and not self.has_masks:
             raise ValueError(
                 f"the encoder {Part.from_dict(encoder).name!r} brings a segmenter without masks, and masks cut regions "
                 "out: take a SAM, such as sam-vit-b, or none"
@@ -74,10 +74,10 @@ class RegionCaptioner(MaskEngine):
         super().__init__(model)
 
     @abstractmethod
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
         """A text and a score for each region of the images in `encoded`."""
 
-    def answer(
+    def caption_batch(
         self,
         encoded: Encoded,
         requests: Sequence[Sequence[Prompt]],
@@ -86,11 +86,11 @@ class RegionCaptioner(MaskEngine):
         masks: bool = True,
         **generation: Any,
     ) -> list[list[Caption]]:
-        found = iter(self._find(encoded, requests))
-        regions = [[next(found) for _ in request] for request in requests]
-        return self._captions(regions, task, encoded, generation)
+        views = iter(self._find_regions(encoded, requests))
+        regions = [[next(views) for _ in request] for request in requests]
+        return self._build_captions(regions, task, encoded, generation)
 
-    def tell(
+    def caption_masks(
         self,
         encoded: Encoded,
         masks: Sequence[Mask],
@@ -99,48 +99,48 @@ class RegionCaptioner(MaskEngine):
         **generation: Any,
     ) -> list[Caption]:
         (image,) = encoded.images
-        regions = [Seen(0, image, prompt, *mask) for prompt, mask in zip(request, masks, strict=True)]
-        return self._captions([regions], task, encoded, generation)[0]
+        regions = [RegionView(0, image, prompt, *mask) for prompt, mask in zip(request, masks, strict=True)]
+        return self._build_captions([regions], task, encoded, generation)[0]
 
-    def _find(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[Seen]:
-        shown = enumerate(zip(encoded.images, requests, strict=True))
-        asked = [(owner, image, prompt) for owner, (image, request) in shown for prompt in request]
-        if self.segments:
-            found = self.best(encoded, requests)
-            return [Seen(*each, *mask) for each, mask in zip(asked, found, strict=True)]
-        if any(prompt.box is None and prompt.mask is None for *_, prompt in asked):
+    def _find_regions(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[RegionView]:
+        images_and_requests = enumerate(zip(encoded.images, requests, strict=True))
+        prompted = [(image_index, image, prompt) for image_index, (image, request) in images_and_requests for prompt in request]
+        if self.has_masks:
+            masks = self.best(encoded, requests)
+            return [RegionView(*each, *mask) for each, mask in zip(prompted, masks, strict=True)]
+        if any(prompt.box is None and prompt.mask is None for *_, prompt in prompted):
             raise ValueError(
                 "a point is no region yet, and nothing here finds the region it means: write encoder+captioner with an "
                 "encoder that brings masks, sam-vit-b+NAME, or give a box or a mask"
             )
-        codes = [None if prompt.mask is None else encode(prompt.mask) for *_, prompt in asked]
-        return [Seen(*each, code, None) for each, code in zip(asked, codes, strict=True)]
+        rles = [None if prompt.mask is None else encode(prompt.mask) for *_, prompt in prompted]
+        return [RegionView(*each, rle, None) for each, rle in zip(prompted, rles, strict=True)]
 
-    def _captions(
-        self, regions: Sequence[Sequence[Seen]], task: str, encoded: Encoded, generation: Mapping[str, Any]
+    def _build_captions(
+        self, regions: Sequence[Sequence[RegionView]], task: str, encoded: Encoded, generation: Mapping[str, Any]
     ) -> list[list[Caption]]:
         check_task(task)
-        flat = [(place, seen) for each in regions for place, seen in enumerate(each)]
-        texts = self.words([seen for _, seen in flat], task, encoded, **generation)
+        indexed_views = [(index, view) for each in regions for index, view in enumerate(each)]
+        texts = self.caption_regions([view for _, view in indexed_views], task, encoded, **generation)
         captions = iter(
             [
                 Caption(
                     text.text,
                     text.score,
-                    box=seen.prompt.box or (seen.mask and box_of(seen.mask)),
-                    mask=seen.mask and dict(seen.mask),
-                    predicted_iou=seen.iou,
-                    prompt=seen.prompt,
-                    region_id=place,
+                    box=view.prompt.box or (view.mask and box_of(view.mask)),
+                    mask=view.mask and dict(view.mask),
+                    predicted_iou=view.predicted_iou,
+                    prompt=view.prompt,
+                    region_id=index,
                     usage=text.usage,
                 )
-                for (place, seen), text in zip(flat, texts, strict=True)
+                for (index, view), text in zip(indexed_views, texts, strict=True)
             ]
         )
         return [[next(captions) for _ in each] for each in regions]
 
 
-def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device) -> tuple[Segmenting, bool]:
+def build_segmentation_model(encoder: str | Mapping[str, Any], device: str | torch.device) -> tuple[SegmentationModel, bool]:
     """An encoder and the segmenter that it brings, or those of a checkpoint, and whether there are masks then. Random
     weights are the same each time.
 
@@ -148,55 +148,55 @@ def segmenting(encoder: str | Mapping[str, Any], device: str | torch.device) -> 
     """
     part = Part.from_dict(encoder, "encoder")
     if part.name not in sca_registry.encoders:
-        if part.name in zoo.names() or local_folder(part.name) or HUB_ID.fullmatch(part.name):
+        if part.name in zoo.names() or local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
             for option in part.options:
-                if option not in AGREED:
+                if option not in TRUST_OPTIONS:
                     raise RegistryError(
                         f"the encoder {part.name!r} is a checkpoint, which has no option {option!r} to set; it takes "
-                        f"{', '.join(AGREED)}"
+                        f"{', '.join(TRUST_OPTIONS)}"
                     )
             model = load(part.name, device, **part.options)
-            segmenter = parts(model.spec, model.encoder)["segmenter"].name
-            return Segmenting(model.encoder, model.segmenter), _gives_masks(segmenter)
+            segmenter = resolve_parts(model.spec, model.encoder)["segmenter"].name
+            return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter)
         sca_registry.encoders.card(part.name)  # says what there is
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = sca_registry.encoders.build(part.name, **part.options)
-        segmenter = sca_registry.segmenters.build(built.default_segmenter, built)
-    return Segmenting(built, segmenter).to(device), _gives_masks(built.default_segmenter)
+        built_encoder = sca_registry.encoders.build(part.name, **part.options)
+        segmenter = sca_registry.segmenters.build(built_encoder.default_segmenter, built_encoder)
+    return SegmentationModel(built_encoder, segmenter).to(device), _has_masks(built_encoder.default_segmenter)
 
 
-def _gives_masks(segmenter: str) -> bool:
+def _has_masks(segmenter: str) -> bool:
     return "masks" in (sca_registry.segmenters.stated(segmenter, "gives") or ())
 
 
-def generation_of(given: Mapping[str, Any]) -> dict[str, int]:
+def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
     """`beams` and `max_new_tokens`, as those of models by default. Raises RegistryError for any other and for what is
     no whole number from 1 on.
     """
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in GENERATION:
             raise unknown(f"this captioner has no option {name!r} of generation", name, GENERATION)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise RegistryError(f"{name} is {value!r}: give a whole number, 1 or more")
-    return {**GENERATION, **given}
+    return {**GENERATION, **options}
 
 
-def pixels_of(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def box_to_pixels(box: Box, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """A box as whole pixels of an image of (width, height): all that it touches, and 2 or more along each side."""
     spans = []
-    for start, end, side in zip(box[:2], box[2:], size, strict=True):
+    for start, end, side in zip(box[:2], box[2:], image_size, strict=True):
         first = min(max(math.floor(start), 0), max(side - 2, 0))
         spans.append((first, min(max(math.ceil(end), first + 2), side)))
     (x1, x2), (y1, y2) = spans
     return x1, y1, x2, y2
 
 
-def crop(seen: Seen, box: Box, white: bool = False) -> Image.Image:
+def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Image.Image:
     """A region's crop: the original pixels in its box, the background with it, or white where its mask is not."""
-    window = pixels_of(box, seen.image.size)
-    cut = seen.image.crop(window)
-    if not white or seen.mask is None:
-        return cut
-    inside = Image.fromarray(decode(seen.mask)).crop(window)
-    return Image.composite(cut, Image.new("RGB", cut.size, "white"), inside)
+    window = box_to_pixels(box, view.image.size)
+    cropped = view.image.crop(window)
+    if not white_background or view.mask is None:
+        return cropped
+    mask_image = Image.fromarray(decode(view.mask)).crop(window)
+    return Image.composite(cropped, Image.new("RGB", cropped.size, "white"), mask_image)

@@ -10,13 +10,13 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from sca.language_models.tiny_gpt2 import END
+from sca.language_models.tiny_gpt2 import END_TOKEN
 
-SIDE = 768  # of Florence-2's pictures: its configuration does not say
-IMAGE = "<image>"
+FLORENCE2_IMAGE_SIZE = 768  # of Florence-2's pictures: its configuration does not say
+IMAGE_TOKEN = "<image>"
 
 
-def untrained_processor(config: PreTrainedConfig) -> Any:
+def build_untrained_processor(config: PreTrainedConfig) -> Any:
     """Pictures at the size that the model reads, texts by this package's small tokenizer.
 
     BLIP, BLIP-2, GIT, Florence-2 and Kosmos-2 are known; ValueError for another architecture.
@@ -26,18 +26,18 @@ def untrained_processor(config: PreTrainedConfig) -> Any:
             f"random weights of {config.model_type!r} cannot be tried out, as nothing is known of its processor: give "
             "weights=FOLDER or a hub id"
         )
-    side = getattr(config.vision_config, "image_size", SIDE)
+    image_size = getattr(config.vision_config, "image_size", FLORENCE2_IMAGE_SIZE)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"),
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END),
-        extra_special_tokens={"image_token": IMAGE} if config.model_type == "florence2" else {},
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_TOKEN),
+        extra_special_tokens={"image_token": IMAGE_TOKEN} if config.model_type == "florence2" else {},
     )
-    size = {"height": side, "width": side}
-    pictures = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"](size=size, crop_size=size, do_center_crop=False)
-    more = {}
+    size = {"height": image_size, "width": image_size}
+    image_processor = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"](size=size, crop_size=size, do_center_crop=False)
+    options = {}
     if config.model_type == "florence2":
-        tokenizer.add_tokens([f"<loc_{place}>" for place in range(1000)])
-        pictures.image_seq_length = (side // math.prod(config.vision_config.patch_stride)) ** 2 + 1
+        tokenizer.add_tokens([f"<loc_{index}>" for index in range(1000)])
+        image_processor.image_seq_length = (image_size // math.prod(config.vision_config.patch_stride)) ** 2 + 1
     elif config.model_type == "blip-2":
-        more["num_query_tokens"] = config.num_query_tokens
-    return getattr(transformers, type(config).__name__.replace("Config", "Processor"))(pictures, tokenizer, **more)
+        options["num_query_tokens"] = config.num_query_tokens
+    return getattr(transformers, type(config).__name__.replace("Config", "Processor"))(image_processor, tokenizer, **options)

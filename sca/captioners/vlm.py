@@ -11,13 +11,13 @@ from sca_registry.contracts import TASKS
 from sca_registry.messages import unknown
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
-from sca.captioners.image_text import ANSWERLESS, ImageTextModel, Question
-from sca.captioners.regions import Box, RegionCaptioner, ScoredText, Seen, crop, generation_of, pixels_of
+from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
+from sca.captioners.regions import Box, RegionCaptioner, ScoredText, RegionView, crop_image, resolve_generation_options, box_to_pixels
 from sca.inference.engine import Encoded
 
-RED = (255, 0, 0)
-SHARE = 150  # a drawn box is as thick as the image's longer side divided by this
-SHOWN = ("crop", "box", "region-tokens")
+BOX_COLOR = (255, 0, 0)
+LINE_WIDTH_DIVISOR = 150  # a drawn box is as thick as the image's longer side divided by this
+REGION_FORMATS = ("crop", "box", "region-tokens")
 QUESTIONS = {  # by how the region is shown: of recognition, and of a caption
     "crop": ("What is in this picture? Answer with its name alone.", "Describe this picture in one short phrase."),
     "box": (
@@ -25,11 +25,11 @@ QUESTIONS = {  # by how the region is shown: of recognition, and of a caption
         "Describe what is inside the red box in one short phrase.",
     ),
 }
-OWN = {  # of architectures that read no free questions
+MODEL_QUESTIONS = {  # of architectures that read no free questions
     ("florence2", "crop"): ("<CAPTION>", "<CAPTION>"),
     ("kosmos-2", "crop"): ("An image of", "An image of"),
 }
-TAGS = re.compile(r"</?[a-z_]+\d*/?>")  # of places and phrases, among the words of an answer
+TAG_PATTERN = re.compile(r"</?[a-z_]+\d*/?>")  # of places and phrases, among the words of an answer
 
 
 class VisionLanguageModel(RegionCaptioner):
@@ -58,66 +58,66 @@ class VisionLanguageModel(RegionCaptioner):
         device: str = "cpu",
         dtype: str | None = None,
     ):
-        if show not in SHOWN:
-            raise unknown(f"show is {show!r}", show, SHOWN)
+        if show not in REGION_FORMATS:
+            raise unknown(f"show is {show!r}", show, REGION_FORMATS)
         super().__init__(encoder, device)
-        self.reader = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
-        kind = self.reader.kind
-        if kind in ANSWERLESS:
-            raise ValueError(f"a {kind!r} model answers no questions: caption crops with it, as crop-captioner does")
-        if show == "region-tokens" and kind not in REGION_TOKENS:
+        self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
+        model_type = self.image_text_model.model_type
+        if model_type in CAPTION_ONLY_MODELS:
+            raise ValueError(f"a {model_type!r} model answers no questions: caption crops with it, as crop-captioner does")
+        if show == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
             raise ValueError(
-                f"a {kind!r} model has no words for places; {' and '.join(map(repr, REGION_TOKENS))} have. Take "
+                f"a {model_type!r} model has no words for places; {' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Take "
                 "show=crop or show=box"
             )
         if show == "region-tokens" and question is not None:
             raise ValueError("region tokens come with a question of their own: leave out question, or take show=crop")
-        self.show = show
-        self.questions = (question, question) if question else OWN.get((kind, show)) or QUESTIONS.get(show)
-        self.options = {"encoder": encoder, "show": show, "question": question}
+        self.region_format = show
+        self.task_questions = (question, question) if question else MODEL_QUESTIONS.get((model_type, show)) or QUESTIONS.get(show)
+        self.fact_options = {"encoder": encoder, "show": show, "question": question}
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"captioner": "vlm", **self.options, **self.reader.facts}
+        return {"captioner": "vlm", **self.fact_options, **self.image_text_model.facts}
 
-    def words(self, regions: Sequence[Seen], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
-        asked = [self._question(seen, TASKS.index(task)) for seen in regions]
-        told = self.reader.tell(asked, **generation_of(generation))
-        return [words._replace(text=" ".join(TAGS.sub(" ", words.text).split())) for words in told]
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+        inputs = [self._build_input(view, TASKS.index(task)) for view in regions]
+        texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
+        return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]
 
-    def _question(self, seen: Seen, task: int) -> Question:
-        box = seen.prompt.box or seen.tight
-        if self.show == "region-tokens":
-            return Question(seen.image, REGION_TOKENS[self.reader.kind](box, seen.image.size, task))
-        image = crop(seen, box) if self.show == "crop" else with_box(seen.image, box)
-        return Question(image, self.questions[task])
+    def _build_input(self, view: RegionView, task_index: int) -> ImageTextInput:
+        box = view.prompt.box or view.tight_box
+        if self.region_format == "region-tokens":
+            return ImageTextInput(view.image, REGION_TOKEN_FORMATTERS[self.image_text_model.model_type](box, view.image.size, task_index))
+        image = crop_image(view, box) if self.region_format == "crop" else draw_box(view.image, box)
+        return ImageTextInput(image, self.task_questions[task_index])
 
 
-def with_box(image: Image.Image, box: Box) -> Image.Image:
+def draw_box(image: Image.Image, box: Box) -> Image.Image:
     """A copy of the image with the outline of a box in red, which begins at the box's edge and goes outwards."""
-    x1, y1, x2, y2 = pixels_of(box, image.size)
-    width = max(2, round(max(image.size) / SHARE))
-    drawn = image.copy()
-    outer = (x1 - width, y1 - width, x2 + width - 1, y2 + width - 1)
-    ImageDraw.Draw(drawn).rectangle(outer, outline=RED, width=width)
-    return drawn
+    x1, y1, x2, y2 = box_to_pixels(box, image.size)
+    line_width = max(2, round(max(image.size) / LINE_WIDTH_DIVISOR))
+    annotated = image.copy()
+    outline = (x1 - line_width, y1 - line_width, x2 + line_width - 1, y2 + line_width - 1)
+    ImageDraw.Draw(annotated).rectangle(outline, outline=BOX_COLOR, width=line_width)
+    return annotated
 
 
-def _florence(box: Box, size: tuple[int, int], task: int) -> str:
+def _format_florence2_tokens(box: Box, image_size: tuple[int, int], task_index: int) -> str:
     """Corners in thousandths of the image's sides."""
-    width, height = size
-    shares = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
-    places = "".join(f"<loc_{min(max(int(share * 1000), 0), 999)}>" for share in shares)
-    return ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")[task] + places
+    width, height = image_size
+    fractions = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+    location_tokens = "".join(f"<loc_{min(max(int(fraction * 1000), 0), 999)}>" for fraction in fractions)
+    return ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")[task_index] + location_tokens
 
 
-def _kosmos(box: Box, size: tuple[int, int], task: int) -> str:
+def _format_kosmos2_tokens(box: Box, image_size: tuple[int, int], task_index: int) -> str:
     """The cells of a grid of 32 x 32 that the corners lie in."""
-    x1, y1, x2, y2 = pixels_of(box, size)
-    width, height = size
+    x1, y1, x2, y2 = box_to_pixels(box, image_size)
+    width, height = image_size
     first, last = coordinate_to_patch_index((x1 / width, y1 / height, x2 / width, y2 / height), 32)
     tokens = f"<patch_index_{first:04d}><patch_index_{last:04d}>"
     return f"<grounding><phrase> It</phrase><object>{tokens}</object> is"
 
 
-REGION_TOKENS: dict[str, Callable[[Box, tuple[int, int], int], str]] = {"florence2": _florence, "kosmos-2": _kosmos}
+REGION_TOKEN_FORMATTERS: dict[str, Callable[[Box, tuple[int, int], int], str]] = {"florence2": _format_florence2_tokens, "kosmos-2": _format_kosmos2_tokens}

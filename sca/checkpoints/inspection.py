@@ -11,8 +11,8 @@ from sca_registry.spec import ModelSpec, Part
 from sca.io.json import read_json
 
 PARTS = ("encoder", "segmenter", "mixer", "language_model")
-TRAINING = ("train.steps", "train.images", "train.learning_rate", "train.seed")
-MODELS = ("model", "best")  # folders of checkpoints in the folder of a training run
+TRAINING_SETTINGS = ("train.steps", "train.images", "train.learning_rate", "train.seed")
+MODEL_FOLDERS = ("model", "best")  # folders of checkpoints in the folder of a training run
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
@@ -25,15 +25,15 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: If there is no checkpoint, or one of its files or the marker of the run is damaged.
     """
-    from sca.checkpoints.layout import ORIGIN
+    from sca.checkpoints.layout import ORIGIN_FILE
     from sca.checkpoints.load import open_checkpoint
     from sca.io.errors import InputError
     from sca.io.run_folder import MARKER, read_runs
 
     is_run = (folder / MARKER).is_file() and "train" in read_runs(folder)
     if is_run:
-        folder = next((path for name in MODELS if (path := folder / name).is_dir()), folder)
-        if folder.name not in MODELS:
+        folder = next((path for name in MODEL_FOLDERS if (path := folder / name).is_dir()), folder)
+        if folder.name not in MODEL_FOLDERS:
             raise InputError(f"{folder} contains a training run without a model yet; repeat its command to resume")
     folder, spec = open_checkpoint(folder)
     facts: dict[str, Any] = {"name": str(folder), "kind": "model"}
@@ -41,10 +41,10 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         return facts | {"layout": "published", "use": f"sca import {folder}"}
     facts |= describe_spec(spec)
     facts |= count_parameters(spec)
-    if (folder / ORIGIN).is_file():
-        facts |= _read_fields(folder / ORIGIN, ("written_by", "commit"))
-    is_of_run = folder.resolve().name in MODELS  # only these have a training run beside them
-    return facts | (describe_training(folder.resolve().parent) if is_of_run else {})
+    if (folder / ORIGIN_FILE).is_file():
+        facts |= _read_fields(folder / ORIGIN_FILE, ("written_by", "commit"))
+    is_run_output = folder.resolve().name in MODEL_FOLDERS  # only these have a training run beside them
+    return facts | (describe_training(folder.resolve().parent) if is_run_output else {})
 
 
 def describe_spec(spec: ModelSpec) -> dict[str, str]:
@@ -64,7 +64,7 @@ def describe_training(run: Path) -> dict[str, Any]:
         return {}
     settings = training.settings
     data = settings.get("data")
-    options = {name.removeprefix("train."): value for name, value in settings.items() if name in TRAINING}
+    options = {name.removeprefix("train."): value for name, value in settings.items() if name in TRAINING_SETTINGS}
     facts = {
         "trained_by": f"sca train, {'finished' if training.finished else 'not finished'}, in {run}",
         "trained_on": ", ".join(map(str, data)) if isinstance(data, Mapping) else None,

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sca.checkpoints.trust import NO_TRUST, Trust, check_source
+from sca.checkpoints.trust import NO_TRUST, Trust, resolve_source
 from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer
 
-WEIGHTS, SPEC, ORIGIN = "weights.safetensors", "spec.json", "origin.json"
-CONFIG = "config.json"  # of the published layout and of transformers
+WEIGHTS_FILE, SPEC_FILE, ORIGIN_FILE = "weights.safetensors", "spec.json", "origin.json"
+CONFIG_FILE = "config.json"  # of the published layout and of transformers
 
 
-def is_published(folder: Path) -> bool:
+def is_published_checkpoint(folder: Path) -> bool:
     """Return whether a folder has the layout of the published system, see `sca.checkpoints.published`.
 
     Raises:
         InputError: If its `config.json` cannot be read.
     """
     try:
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG_FILE)
     except FileNotFoundError:
         return False
     return isinstance(config, dict) and config.get("model_type") == "sca"
 
 
-def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
+def find_tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
     """Return the source that a folder in the published layout names for its tokenizer.
 
     Returns:
@@ -34,8 +34,8 @@ def tokenizer_source(folder: Path, trust: Trust = NO_TRUST) -> str | None:
     Raises:
         TrustError: For one that is neither in the folder nor that of a known card, unless the caller agreed.
     """
-    if not is_published(folder) or has_tokenizer(folder):
+    if not is_published_checkpoint(folder) or has_tokenizer(folder):
         return None
-    text = read_json(folder / CONFIG).get("text_config")
-    source = text.get("_name_or_path") if isinstance(text, dict) else None
-    return check_source(source, folder, trust) if source and isinstance(source, str) else None
+    text_config = read_json(folder / CONFIG_FILE).get("text_config")
+    source = text_config.get("_name_or_path") if isinstance(text_config, dict) else None
+    return resolve_source(source, folder, trust) if source and isinstance(source, str) else None

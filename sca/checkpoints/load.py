@@ -13,20 +13,20 @@ from sca_registry import zoo
 from sca_registry.messages import unknown
 from sca_registry.spec import ModelSpec
 
-from sca.checkpoints.layout import CONFIG, ORIGIN, SPEC, WEIGHTS, is_published
-from sca.checkpoints.native import load_native, read_spec, spec_errors
-from sca.checkpoints.published import load_published, open_published
-from sca.checkpoints.state import check_finite
-from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, find_real_root
+from sca.checkpoints.layout import CONFIG_FILE, ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE, is_published_checkpoint
+from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
+from sca.checkpoints.published import load_published_checkpoint, read_published_spec
+from sca.checkpoints.state import check_finite_weights
+from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.composition import build
-from sca.devices import find_device, find_dtype
+from sca.devices import resolve_device, resolve_dtype
 from sca.io.atomic import previous_folder
 from sca.io.errors import InputError
 from sca.io.hub import fetch, local_folder, local_path, suggest_path
 from sca.model import SegmentCaptioner
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-MESSAGE = 600  # characters of what is wrong with a checkpoint at most
+HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+MAX_MESSAGE_LENGTH = 600  # characters of what is wrong with a checkpoint at most
 
 
 def load(
@@ -56,15 +56,15 @@ def load(
             weights, lacks a tensor or has one without a place.
         ValueError: If the device or the dtype does not exist.
     """
-    device, dtype = find_device(device), find_dtype(dtype)
+    device, dtype = resolve_device(device), resolve_dtype(dtype)
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust, revision)
-    with _one_line(folder):
-        model = load_published(folder, trust) if spec is None else load_native(folder, spec)
-        check_finite(model, str(folder))
+    with _shorten_errors(folder):
+        model = load_published_checkpoint(folder, trust) if spec is None else load_native_checkpoint(folder, spec)
+        check_finite_weights(model, str(folder))
         model = model.to(device=device, dtype=dtype).eval()
         if dtype == torch.float16:
-            check_finite(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
+            check_finite_weights(model, f"{folder} in float16, which is too small for it (use bfloat16 or float32),")
     return model
 
 
@@ -81,10 +81,10 @@ def load_without_weights(
     """
     trust = Trust(trust_remote_code, allow_external)
     folder, spec = open_checkpoint(source, trust)
-    with _one_line(folder):
+    with _shorten_errors(folder):
         if spec is None:
-            return build(open_published(folder, trust), "meta")
-        with spec_errors(folder):
+            return build(read_published_spec(folder, trust), "meta")
+        with wrap_spec_errors(folder):
             return build(spec, "meta")
 
 
@@ -104,17 +104,17 @@ def open_checkpoint(
     Raises:
         InputError: If the checkpoint cannot be fetched or read, or asks for more than was agreed to.
     """
-    folder = locate(source, revision)
-    shipped = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
-    files = trust._replace(external=True) if shipped else trust  # installers may link the files of a package
-    with _one_line(folder):
-        root = find_real_root(folder)
-        for name in (CONFIG, SPEC, ORIGIN):
-            check_file(folder / name, root, files)
-        spec = None if is_published(folder) else read_spec(folder)  # so that no other folder is looked through
-        check_folder(folder, files)
+    folder = locate_checkpoint(source, revision)
+    is_bundled = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
+    file_trust = trust._replace(external=True) if is_bundled else trust  # installers may link the files of a package
+    with _shorten_errors(folder):
+        root = resolve_real_root(folder)
+        for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE):
+            check_file(folder / name, root, file_trust)
+        spec = None if is_published_checkpoint(folder) else read_spec(folder)  # so that no other folder is looked through
+        check_folder(folder, file_trust)
         if spec is not None:
-            with spec_errors(folder):
+            with wrap_spec_errors(folder):
                 spec = confine_spec(spec, folder, trust)
     return folder, spec
 
@@ -130,29 +130,29 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     Raises:
         InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
     """
-    shipped = isinstance(source, str) and source in zoo.names()
-    folder = zoo.get(source).folder if shipped else local_folder(source)
-    if folder is None or not (folder / SPEC).exists():
+    is_bundled = isinstance(source, str) and source in zoo.names()
+    folder = zoo.get(source).folder if is_bundled else local_folder(source)
+    if folder is None or not (folder / SPEC_FILE).exists():
         return None
-    _, spec = open_checkpoint(source if shipped else folder, trust)
+    _, spec = open_checkpoint(source if is_bundled else folder, trust)
     return spec
 
 
 @contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
+def _shorten_errors(folder: Path) -> Iterator[None]:
     """What is wrong with a checkpoint as one InputError, of whatever length its content is."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
-        said = str(error) or type(error).__name__
-        if isinstance(error, InputError) and str(folder) in said and len(said) <= MESSAGE and said.isprintable():
+        message = str(error) or type(error).__name__
+        if isinstance(error, InputError) and str(folder) in message and len(message) <= MAX_MESSAGE_LENGTH and message.isprintable():
             raise
-        line = "".join(each if each.isprintable() else " " for each in said)
-        reason = shorten(line, MESSAGE, placeholder=" ...") if " " in line[:MESSAGE] else line[:MESSAGE]
+        line = "".join(character if character.isprintable() else " " for character in message)
+        reason = shorten(line, MAX_MESSAGE_LENGTH, placeholder=" ...") if " " in line[:MAX_MESSAGE_LENGTH] else line[:MAX_MESSAGE_LENGTH]
         raise InputError(reason if str(folder) in reason else f"{folder}: {reason}") from error
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
+def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint: of a zoo name, of a hub id, which is fetched once, or of a path.
 
     A bare name is never a folder; a path is a `Path`, or text with a separator. Nothing is renamed or written but what
@@ -172,8 +172,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             if folder.is_dir():
                 return folder
         if path.exists():
-            raise InputError(f"{source} is a file, and a model is a folder with {SPEC} and {WEIGHTS}")
-    if isinstance(source, str) and HUB_ID.fullmatch(source):
+            raise InputError(f"{source} is a file, and a model is a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
+    if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
         return fetch(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))

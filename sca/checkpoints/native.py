@@ -25,24 +25,24 @@ from sca_registry import RegistryError, registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
-from sca.checkpoints.layout import ORIGIN, SPEC, WEIGHTS
-from sca.checkpoints.state import BoundedBuild, assign, stored, tensors_hash, weights_hash
+from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
+from sca.checkpoints.state import BuildSizeLimit, assign_tensors, list_stored_tensors, hash_tensors, hash_weights
 from sca.checkpoints.trust import TrustError, is_settable
-from sca.composition import build, parts
-from sca.devices import find_dtype
+from sca.composition import build, resolve_parts
+from sca.devices import resolve_dtype
 from sca.io.atomic import check_replaceable, new_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.hub import fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import read_object
-from sca.language_models.hf import read_tokenizer
+from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
 
-SPEC_BYTES = 2**20  # of a spec at most
+MAX_SPEC_BYTES = 2**20  # of a spec at most
 # A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
-PACKAGE = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
-MODULE = re.compile(r"[a-z_][\w.]{0,99}", re.ASCII | re.IGNORECASE)
-CONTENT = (SPEC, WEIGHTS, ORIGIN, "tokenizer")  # all that `save` writes, and so all that it replaces
+PACKAGE_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
+MODULE_PATTERN = re.compile(r"[a-z_][\w.]{0,99}", re.ASCII | re.IGNORECASE)
+CHECKPOINT_CONTENT = (SPEC_FILE, WEIGHTS_FILE, ORIGIN_FILE, "tokenizer")  # all that `save` writes, and so all that it replaces
 
 
 def save(
@@ -67,10 +67,10 @@ def save(
         raise ValueError(
             f"an object of type {type(model).__name__} cannot be saved; give a model, such as `predictor.model`"
         )
-    folder, dtype = Path(folder), find_dtype(dtype)
+    folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
-    with new_folder(folder, CONTENT) as draft:
-        _write(model, draft, dtype, tensors)
+    with new_folder(folder, CHECKPOINT_CONTENT) as draft:
+        _write_checkpoint(model, draft, dtype, tensors)
     return folder
 
 
@@ -81,7 +81,7 @@ def check_writable(folder: Path) -> None:
         OutputError: The folder contains something else.
     """
     try:
-        check_replaceable(folder, CONTENT)
+        check_replaceable(folder, CHECKPOINT_CONTENT)
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
     except (OutputError, InputError) as error:
@@ -91,59 +91,59 @@ def check_writable(folder: Path) -> None:
 def is_saved(model: SegmentCaptioner, folder: Path) -> bool:
     """Whether a folder contains the checkpoint that `save` would write for a model."""
     try:
-        same = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        is_same_spec = read_spec(folder).to_dict() == json.loads(json.dumps(resolve_spec(model).to_dict()))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (InputError, RegistryError, SafetensorError, OSError):
         return False
-    return same and tensors_hash(found) == weights_hash(model)
+    return is_same_spec and hash_tensors(tensors) == hash_weights(model)
 
 
 @contextmanager
-def spec_errors(folder: Path) -> Iterator[None]:
+def wrap_spec_errors(folder: Path) -> Iterator[None]:
     """Raise what is wrong with the spec of a folder as an InputError that names its file."""
     try:
         yield
     except RegistryError as error:
-        raise InputError(f"{folder / SPEC}: {error}{_brought_by(folder)}") from error
+        raise InputError(f"{folder / SPEC_FILE}: {error}{_describe_missing_packages(folder)}") from error
     except TrustError as error:
-        raise InputError(f"{folder / SPEC}: {error}") from error
+        raise InputError(f"{folder / SPEC_FILE}: {error}") from error
 
 
-def load_native(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
-    with spec_errors(folder), BoundedBuild([folder / WEIGHTS], spec):
+def load_native_checkpoint(folder: Path, spec: ModelSpec) -> SegmentCaptioner:
+    with wrap_spec_errors(folder), BuildSizeLimit([folder / WEIGHTS_FILE], spec):
         model = build(spec)
-    expected = stored(model)
+    expected = list_stored_tensors(model)
     try:
-        open_regular_file(folder / WEIGHTS).close()
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        open_regular_file(folder / WEIGHTS_FILE).close()
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {WEIGHTS}: the checkpoint is incomplete") from error
+        raise InputError(f"{folder} has no {WEIGHTS_FILE}: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / WEIGHTS} is broken ({error}): copy it again") from error
-    assign(model, found, expected, folder / WEIGHTS, SPEC)
+        raise InputError(f"{folder / WEIGHTS_FILE} is broken ({error}): copy it again") from error
+    assign_tensors(model, tensors, expected, folder / WEIGHTS_FILE, SPEC_FILE)
     if (folder / "tokenizer").is_dir():
-        model.language_model.tokenizer = read_tokenizer(folder / "tokenizer")
+        model.language_model.tokenizer = load_tokenizer(folder / "tokenizer")
     return model
 
 
-def _write(
-    model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None, given: Mapping[str, Tensor] | None
+def _write_checkpoint(
+    model: SegmentCaptioner, folder: Path, dtype: torch.dtype | None, source_tensors: Mapping[str, Tensor] | None
 ) -> None:
-    names = stored(model)
-    tied: dict[int, str] = {}
+    stored_names = list_stored_tensors(model)
+    names_by_pointer: dict[int, str] = {}
     tensors = {}
-    for name, tensor in (given or model.state_dict()).items():
-        if name in names:
+    for name, tensor in (source_tensors or model.state_dict()).items():
+        if name in stored_names:
             tensor = tensor.detach().cpu()
             tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            if tied.setdefault(tensor.data_ptr(), name) != name:
+            if names_by_pointer.setdefault(tensor.data_ptr(), name) != name:
                 tensor = tensor.clone()  # tied weights are written twice
             tensors[name] = tensor.contiguous()
-    (folder / WEIGHTS).write_bytes(serialise(tensors, metadata={"format": "pt"}))
-    _write_json(folder / SPEC, resolve_spec(model).to_dict())
-    _write_json(folder / ORIGIN, origin(model))
+    (folder / WEIGHTS_FILE).write_bytes(serialise(tensors, metadata={"format": "pt"}))
+    _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
+    _write_json(folder / ORIGIN_FILE, collect_origin(model))
     tokenizer = model.language_model.tokenizer
     if tokenizer is not None and tokenizer is not getattr(model.language_model, "source_tokenizer", None):
         tokenizer.save(str(folder / "tokenizer"))
@@ -156,14 +156,14 @@ def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
     What a checkpoint may not set stays with the part, as does None: weights, revisions, paths, and options that run
     code. The segmenter is named, also where it is the encoder's own.
     """
-    chosen = parts(model.spec, model.encoder)
+    resolved_parts = resolve_parts(model.spec, model.encoder)
     return replace(
         model.spec,
-        **{kind: Part(part.name, {**_defaults(kind, part), **part.options}) for kind, part in chosen.items()},
+        **{kind: Part(part.name, {**_get_settable_defaults(kind, part), **part.options}) for kind, part in resolved_parts.items()},
     )
 
 
-def _defaults(kind: str, part: Part) -> dict[str, Any]:
+def _get_settable_defaults(kind: str, part: Part) -> dict[str, Any]:
     """The default options of a part that a checkpoint may set, as JSON has them."""
     defaults = registry(kind).describe(part.name).options
     return {
@@ -173,68 +173,68 @@ def _defaults(kind: str, part: Part) -> dict[str, Any]:
     }
 
 
-def origin(model: SegmentCaptioner) -> dict[str, Any]:
+def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
     """Which distribution and version gives each part of a model, and which weights those with a source of their own
     have; and the commit of this package, where it is a checkout.
     """
-    givers = {}
-    for kind, part in parts(model.spec, model.encoder).items():
+    part_origins = {}
+    for kind, part in resolve_parts(model.spec, model.encoder).items():
         entry = registry(kind).describe(part.name)
-        givers[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
-        built = getattr(model, kind)
-        source = getattr(built, "checkpoint", None)
+        part_origins[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
+        component = getattr(model, kind)
+        source = getattr(component, "checkpoint", None)
         if source == registry(kind).card(part.name).options.get("weights"):  # else the card speaks of other weights
-            givers[kind] |= {"licence": entry.licence} if entry.licence else {}
+            part_origins[kind] |= {"licence": entry.licence} if entry.licence else {}
         if source:
             try:
-                givers[kind] |= fingerprint(source, getattr(built, "revision", None), getattr(built, "prefix", ""))
+                part_origins[kind] |= fingerprint(source, getattr(component, "revision", None), getattr(component, "prefix", ""))
             except InputError:  # weights that have gone meanwhile, or that a part finds in a way of its own
-                givers[kind] |= {"weights": str(source)}
-    commit = _commit()
+                part_origins[kind] |= {"weights": str(source)}
+    commit = _read_commit()
     written_by = f"segment-caption-anything {version('segment-caption-anything')}"
-    return {"written_by": written_by, **({"commit": commit} if commit else {}), "parts": givers}
+    return {"written_by": written_by, **({"commit": commit} if commit else {}), "parts": part_origins}
 
 
-def _commit() -> str | None:
+def _read_commit() -> str | None:
     """Of the checkout that this package lies in; None where it does not."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        process = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that is not ours to read
         return None
-    return asked.stdout.strip()
+    return process.stdout.strip()
 
 
 def read_spec(folder: Path) -> ModelSpec:
     """The spec of a checkpoint folder. Raises InputError if there is none that can be read."""
     try:
-        table = read_json(folder / SPEC, SPEC_BYTES, finite=True)
+        table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, finite=True)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {SPEC}, so it is not a model that `sca train` or sca.save wrote") from error
+        raise InputError(f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote") from error
     try:
-        return ModelSpec.from_dict(read_object(table, str(folder / SPEC)))
+        return ModelSpec.from_dict(read_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:
-        raise InputError(f"{folder / SPEC}: {error}") from error
+        raise InputError(f"{folder / SPEC_FILE}: {error}") from error
 
 
-def _brought_by(folder: Path) -> str:
+def _describe_missing_packages(folder: Path) -> str:
     """What a checkpoint claims to need for the parts that have no name here; anyone may have written that claim."""
     try:
-        parts = read_json(folder / ORIGIN)["parts"]
-        absent = [part for kind, part in parts.items() if part["name"] not in registry(kind)]
-        packages = {f"{part['distribution']}=={part['version']}" for part in absent}
-        modules = sorted({part["distribution"] for part in absent if not part["version"]})
+        part_origins = read_json(folder / ORIGIN_FILE)["parts"]
+        missing_origins = [part_origin for kind, part_origin in part_origins.items() if part_origin["name"] not in registry(kind)]
+        packages = {f"{part_origin['distribution']}=={part_origin['version']}" for part_origin in missing_origins}
+        modules = sorted({part_origin["distribution"] for part_origin in missing_origins if not part_origin["version"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it
         return ""
-    named = sorted(package for package in packages if PACKAGE.fullmatch(package))
-    if not named and modules and all(MODULE.fullmatch(module) for module in modules):
-        code = "the program that saved it" if modules == ["__main__"] else ", ".join(modules)
-        return f" Its {ORIGIN} claims that the code of {code} registered them; register them again before loading."
-    if not named:
+    package_names = sorted(package for package in packages if PACKAGE_PATTERN.fullmatch(package))
+    if not package_names and modules and all(MODULE_PATTERN.fullmatch(module) for module in modules):
+        module_names = "the program that saved it" if modules == ["__main__"] else ", ".join(modules)
+        return f" Its {ORIGIN_FILE} claims that the code of {module_names} registered them; register them again before loading."
+    if not package_names:
         return ""
-    return f" Its {ORIGIN} claims that they come from {', '.join(named)}; install that only if you trust its publisher."
+    return f" Its {ORIGIN_FILE} claims that they come from {', '.join(package_names)}; install that only if you trust its publisher."
 
 
 def _write_json(path: Path, table: Any) -> None:

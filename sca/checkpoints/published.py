@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
-from sca.checkpoints.layout import tokenizer_source
-from sca.checkpoints.state import BoundedBuild, assign
+from sca.checkpoints.layout import find_tokenizer_source
+from sca.checkpoints.state import BuildSizeLimit, assign_tensors
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.composition import build
 from sca.io.errors import InputError
@@ -29,24 +29,24 @@ from sca.io.hub import fetch
 from sca.io.json import read_json
 from sca.io.weight_files import has_tokenizer, read_tensors, require_weight_files, weight_files
 from sca.language_models.causal import TextTokenizer
-from sca.language_models.hf import read_tokenizer
+from sca.language_models.hf import load_tokenizer
 from sca.language_models.phi import split_fused_attention
 from sca.model import SegmentCaptioner
 
-MIXERS = {"ScaMultitaskV2Model": "query", "ScaMultitaskSplitMixerModel": "split"}  # by the published architecture
-FIXED = {  # figures that the published checkpoints share and our modules have no option for
+MIXER_BY_ARCHITECTURE = {"ScaMultitaskV2Model": "query", "ScaMultitaskSplitMixerModel": "split"}  # by the published architecture
+FIXED_CONFIG = {  # figures that the published checkpoints share and our modules have no option for
     "hidden_act": "relu",
     "attention_downsample_rate": 2,
     "layer_norm_eps": 1e-6,
     "num_multimask_outputs": 3,
     "num_caption_heads": 1,
 }
-NOTES = {  # what a configuration says that makes no difference to the model
+IGNORED_CONFIG_FIELDS = {  # what a configuration says that makes no difference to the model
     *("transformers_version", "_name_or_path", "architectures", "dtype", "initializer_range"),
     *("id2label", "label2id", "model_type"),
 }
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-PLACES = (  # beginning of a published name, and of ours
+SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NAME_PREFIXES = (  # beginning of a published name, and of ours
     ("vision_encoder.", "encoder.vision."),
     ("shared_image_embedding.", "segmenter.prompt_encoder.shared_embedding."),
     ("prompt_encoder.", "segmenter.prompt_encoder."),
@@ -59,76 +59,76 @@ PLACES = (  # beginning of a published name, and of ours
 )
 
 
-def load_published(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
+def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentCaptioner:
     """The model of a published folder. Every tensor has its place and every place its tensor, or InputError names
     them. Its language model has the tokenizer that lies in the folder, or else that of the name in its configuration.
     """
-    spec = open_published(folder, trust)
-    with no_init_weights(), BoundedBuild(weight_files(folder) or [], spec):
+    spec = read_published_spec(folder, trust)
+    with no_init_weights(), BuildSizeLimit(weight_files(folder) or [], spec):
         model = build(spec)
-    tensors = {_ours(name): tensor for name, tensor in _tensors(folder).items()}
-    causal = model.language_model.model.config
-    if causal.model_type == "phi":
+    tensors = {_to_native_name(name): tensor for name, tensor in _read_published_tensors(folder).items()}
+    causal_config = model.language_model.model.config
+    if causal_config.model_type == "phi":
         try:
-            tensors = split_fused_attention(tensors, causal)
+            tensors = split_fused_attention(tensors, causal_config)
         except ValueError as error:
             raise InputError(f"{folder}: {error}") from error
-    own = model.state_dict()
-    for name, place in own.items():
+    model_tensors = model.state_dict()
+    for name, model_tensor in model_tensors.items():
         if name not in tensors:  # of tensors that are one, the published files hold one
-            twin = next(
-                (other for other in tensors if other in own and own[other].data_ptr() == place.data_ptr()), None
+            tied_name = next(
+                (other for other in tensors if other in model_tensors and model_tensors[other].data_ptr() == model_tensor.data_ptr()), None
             )
-            if twin:
-                tensors[name] = tensors[twin]
-    if "task_tokens" in tensors and tensors["task_tokens"].numel() == own["task_tokens"].numel():
-        tensors["task_tokens"] = tensors["task_tokens"].view_as(own["task_tokens"])  # (2 K, E) -> (2, K, E)
-    assign(model, tensors, set(own), folder, "config.json")
-    model.language_model.tokenizer = _tokenizer(folder, trust)
+            if tied_name:
+                tensors[name] = tensors[tied_name]
+    if "task_tokens" in tensors and tensors["task_tokens"].numel() == model_tensors["task_tokens"].numel():
+        tensors["task_tokens"] = tensors["task_tokens"].view_as(model_tensors["task_tokens"])  # (2 K, E) -> (2, K, E)
+    assign_tensors(model, tensors, set(model_tensors), folder, "config.json")
+    model.language_model.tokenizer = _load_published_tokenizer(folder, trust)
     return model.eval()
 
 
-def open_published(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
+def read_published_spec(folder: Path, trust: Trust = NO_TRUST) -> ModelSpec:
     """Read the spec of a published folder, confined to what the caller agreed to. Raises InputError."""
     try:
-        return confine_spec(read_published_spec(read_json(folder / "config.json"), folder), folder, trust)
+        return confine_spec(parse_published_config(read_json(folder / "config.json"), folder), folder, trust)
     except TrustError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 
-def read_published_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:
+def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec:
     """The spec of a published `config.json`. Raises InputError for a model of another kind."""
     try:
         (architecture,) = config["architectures"]
-        if architecture not in MIXERS:
-            raise InputError(f"{folder}: {unknown(f'no model is called {architecture!r}', architecture, MIXERS)}")
-        vision, prompts, decoder = (
+        if architecture not in MIXER_BY_ARCHITECTURE:
+            raise InputError(f"{folder}: {unknown(f'no model is called {architecture!r}', architecture, MIXER_BY_ARCHITECTURE)}")
+        vision_config, prompt_encoder_config, decoder_config = (
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )
-        for figure, value in FIXED.items():
-            if decoder.get(figure, value) != value:
-                raise InputError(f"{folder}: {figure} is {decoder[figure]!r}, and only {value!r} is known")
-        heads, mlp = decoder["num_attention_heads"], decoder["mlp_dim"]
+        for field, value in FIXED_CONFIG.items():
+            if decoder_config.get(field, value) != value:
+                raise InputError(f"{folder}: {field} is {decoder_config[field]!r}, and only {value!r} is known")
+        num_heads, mlp_dim = decoder_config["num_attention_heads"], decoder_config["mlp_dim"]
         return ModelSpec.from_dict(
             {
-                "encoder": {"name": "sam", "config": {"vision_config": _plain(SamVisionConfig(**vision))}},
+                "encoder": {"name": "sam", "config": {"vision_config": _select_non_defaults(SamVisionConfig(**vision_config))}},
                 "segmenter": {
                     "name": "sam",
-                    "depth": decoder["num_hidden_layers"],
-                    "heads": heads,
-                    "mlp": mlp,
-                    "mask_channels": prompts["mask_input_channels"],
-                    "iou_depth": decoder["iou_head_depth"],
-                    "iou_width": decoder["iou_head_hidden_dim"],
+                    "depth": decoder_config["num_hidden_layers"],
+                    "heads": num_heads,
+                    "mlp": mlp_dim,
+                    "mask_channels": prompt_encoder_config["mask_input_channels"],
+                    "iou_depth": decoder_config["iou_head_depth"],
+                    "iou_width": decoder_config["iou_head_hidden_dim"],
                 },
                 "mixer": {
-                    "name": MIXERS[architecture],
-                    "queries": decoder["num_caption_tokens"],
-                    "depth": decoder["additional_num_hidden_layers"],
-                    "heads": heads,
-                    "mlp": mlp,
+                    "name": MIXER_BY_ARCHITECTURE[architecture],
+                    "queries": decoder_config["num_caption_tokens"],
+                    "depth": decoder_config["additional_num_hidden_layers"],
+                    "heads": num_heads,
+                    "mlp": mlp_dim,
                 },
-                "language_model": {"name": "hf", "config": _language_model(config["text_config"], folder)},
+                "language_model": {"name": "hf", "config": _read_language_model_config(config["text_config"], folder)},
                 "task_tokens": config["num_task_tokens"],
             }
         )
@@ -138,27 +138,27 @@ def read_published_spec(config: Mapping[str, Any], folder: Path) -> ModelSpec:
         raise InputError(f"{folder / 'config.json'} is not that of a published model ({error!r})") from error
 
 
-def _language_model(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _read_language_model_config(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration, with the ends that generation used."""
-    plain = {"model_type": written["model_type"], **_plain(AutoConfig.for_model(**written))}
+    changed_fields = {"model_type": text_config["model_type"], **_select_non_defaults(AutoConfig.for_model(**text_config))}
     try:
-        ends = read_json(folder / "generation_config.json")
+        special_tokens = read_json(folder / "generation_config.json")
     except FileNotFoundError:
-        ends = {}
-    return plain | {key: ends[key] for key in ENDS if key in ends}
+        special_tokens = {}
+    return changed_fields | {key: special_tokens[key] for key in SPECIAL_TOKEN_FIELDS if key in special_tokens}
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+def _select_non_defaults(config: PreTrainedConfig) -> dict[str, Any]:
     """The figures that differ from the defaults, as JSON has them."""
     fields, defaults = json.loads(config.to_json_string(use_diff=False)), type(config)().to_dict()
-    known = fields.keys() & defaults.keys() - NOTES
-    return {key: fields[key] for key in sorted(known) if fields[key] != defaults[key]}
+    names = fields.keys() & defaults.keys() - IGNORED_CONFIG_FIELDS
+    return {key: fields[key] for key in sorted(names) if fields[key] != defaults[key]}
 
 
-def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
+def _load_published_tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
     try:
-        source = tokenizer_source(folder, trust)
-        return read_tokenizer(folder if source is None else fetch(source, weights=False))
+        source = find_tokenizer_source(folder, trust)
+        return load_tokenizer(folder if source is None else fetch(source, weights=False))
     except InputError as error:
         if has_tokenizer(folder):
             raise
@@ -166,7 +166,7 @@ def _tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
         return None
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _read_published_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in require_weight_files(folder, folder):
         try:
@@ -177,5 +177,5 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _ours(name: str) -> str:
-    return next((ours + name.removeprefix(theirs) for theirs, ours in PLACES if name.startswith(theirs)), name)
+def _to_native_name(name: str) -> str:
+    return next((native + name.removeprefix(published) for published, native in NAME_PREFIXES if name.startswith(published)), name)

@@ -21,30 +21,30 @@ from sca.io.hub import local_path
 from sca.io.weight_files import some
 from sca.model import SegmentCaptioner
 
-WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
-SPREAD = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
-SLACK = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
-LARGEST = 2**37  # bytes of weights that are fetched
+COMPARABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
+MAX_EXPANSION = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
+EXTRA_BYTES = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
+MAX_DOWNLOAD_BYTES = 2**37  # bytes of weights that are fetched
 
 
-def check_finite(model: torch.nn.Module, subject: str) -> None:
+def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
     """Raise InputError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    wrong = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
-    if wrong:
-        raise InputError(f"{subject} has NaN or infinite weights: {some(wrong)}; copy or train it again")
+    non_finite_names = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
+    if non_finite_names:
+        raise InputError(f"{subject} has NaN or infinite weights: {some(non_finite_names)}; copy or train it again")
 
 
-def _is_finite(tensor: Tensor, everywhere: bool) -> bool:
+def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
     """One pass without a copy: the least and the greatest are NaN if any is."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor.detach() if tensor.dtype in WIDE else tensor.detach().float())
-    ends = torch.stack((low, high))
-    return bool(ends.isfinite().all() if everywhere else not ends.isnan().any())
+    low, high = torch.aminmax(tensor.detach() if tensor.dtype in COMPARABLE_DTYPES else tensor.detach().float())
+    extremes = torch.stack((low, high))
+    return bool(extremes.isfinite().all() if forbid_infinity else not extremes.isnan().any())
 
 
-class BoundedBuild(TorchDispatchMode):
+class BuildSizeLimit(TorchDispatchMode):
     """Stop a model that is being built from a checkpoint as soon as it is far larger than the files of its weights.
 
     A spec is a few numbers, and a wrong one would otherwise fill the memory before its weights are found not to fit.
@@ -56,83 +56,83 @@ class BoundedBuild(TorchDispatchMode):
         sizes = [file.stat().st_size for file in files if file.is_file()]
         for kind in PARTS:
             part = getattr(spec, kind)
-            sizes += [] if part is None else _source_sizes(kind, part)
-        self.room = sum(sizes) * SPREAD + SLACK
-        self.known: set[int] = set()
+            sizes += [] if part is None else _list_source_sizes(kind, part)
+        self.remaining_bytes = sum(sizes) * MAX_EXPANSION + EXTRA_BYTES
+        self.tracked_storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(given):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._follow(tensor.untyped_storage())
-        return given
+                self._track_storage(tensor.untyped_storage())
+        return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track_storage(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
+        if key in self.tracked_storages:
             return
-        self.known.add(key)
-        self.room -= size
-        weakref.finalize(storage, self._forget, key, size)
-        if self.room < 0:
+        self.tracked_storages.add(key)
+        self.remaining_bytes -= size
+        weakref.finalize(storage, self._release_storage, key, size)
+        if self.remaining_bytes < 0:
             raise ValueError("the model is far larger than its weights; copy the checkpoint again")
 
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.room += size
+    def _release_storage(self, key: int, size: int) -> None:
+        self.tracked_storages.discard(key)
+        self.remaining_bytes += size
 
 
-def _source_sizes(kind: str, part: Part) -> list[int]:
+def _list_source_sizes(kind: str, part: Part) -> list[int]:
     """Sizes in bytes of the weights that a component takes from elsewhere, as far as they are here."""
     options = {**registry(kind).card(part.name).options, **part.options}
     path = local_path(str(options["weights"])) if options.get("weights") else None
     if path is not None and path.exists():
-        return [each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]) if each.is_file()]
-    return [LARGEST] if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained")) else []
+        return [file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
+    return [MAX_DOWNLOAD_BYTES] if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained")) else []
 
 
-def assign(model: SegmentCaptioner, found: dict[str, Tensor], expected: set[str], where: Path, asked_by: str) -> None:
+def assign_tensors(model: SegmentCaptioner, tensors: dict[str, Tensor], expected: set[str], location: Path, config_name: str) -> None:
     """Gives a model the tensors that were found `where`, if they are those that are expected.
 
     Raises InputError that names what is missing, unexpected or of another shape than `asked_by` says.
     """
-    missing, unexpected = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:
-        raise InputError(f"{where} does not fit its {asked_by}: missing {some(missing)}; unexpected {some(unexpected)}")
-    own = model.state_dict()
-    for name, tensor in found.items():
-        if own[name].shape != tensor.shape:
+        raise InputError(f"{location} does not fit its {config_name}: missing {some(missing)}; unexpected {some(unexpected)}")
+    model_tensors = model.state_dict()
+    for name, tensor in tensors.items():
+        if model_tensors[name].shape != tensor.shape:
             raise InputError(
-                f"{where}: {name} is {tuple(tensor.shape)} and the {asked_by} asks for {tuple(own[name].shape)}"
+                f"{location}: {name} is {tuple(tensor.shape)} and the {config_name} asks for {tuple(model_tensors[name].shape)}"
             )
-    model.load_state_dict(own | found)
+    model.load_state_dict(model_tensors | tensors)
 
 
-def stored(model: SegmentCaptioner) -> set[str]:
+def list_stored_tensors(model: SegmentCaptioner) -> set[str]:
     """The names of the tensors that a checkpoint must hold: all but the frozen ones that have a pretrained source.
 
     Statistics and other buffers of a part that trains may have moved, so they are held, too; and what was added here to
     a part with pretrained weights, a segmenter's neck or LoRA, has no source but this.
     """
-    elsewhere = set()
+    sourced_names = set()
     for part_name in ("encoder", "segmenter", "language_model"):
         part = getattr(model, part_name)
         if getattr(part, "checkpoint", None):
-            trains = any(parameter.requires_grad for parameter in part.parameters())
-            names = dict(part.named_parameters(remove_duplicate=False)) if trains else part.state_dict()
-            elsewhere |= {f"{part_name}.{name}" for name in names}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    added = {name for name in elsewhere if name.startswith("segmenter.neck.") or "lora_" in name}
-    return set(model.state_dict()) - (elsewhere - trained - added)
+            is_trainable = any(parameter.requires_grad for parameter in part.parameters())
+            names = dict(part.named_parameters(remove_duplicate=False)) if is_trainable else part.state_dict()
+            sourced_names |= {f"{part_name}.{name}" for name in names}
+    trainable_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    added_names = {name for name in sourced_names if name.startswith("segmenter.neck.") or "lora_" in name}
+    return set(model.state_dict()) - (sourced_names - trainable_names - added_names)
 
 
-def weights_hash(model: SegmentCaptioner) -> str:
+def hash_weights(model: SegmentCaptioner) -> str:
     """SHA-256 of the tensors that a checkpoint of the model would hold, whatever their device."""
     state = model.state_dict()
-    return tensors_hash({name: state[name] for name in stored(model)})
+    return hash_tensors({name: state[name] for name in list_stored_tensors(model)})
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors and their names, whatever their device."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

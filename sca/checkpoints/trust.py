@@ -23,19 +23,19 @@ from sca.io.hub import known_sources
 from sca.io.json import read_json
 from sca.io.validation import is_finite_number
 
-TRUST = "trust_remote_code"
-SOURCES = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
-TOKEN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is no path
-LARGEST = 2**26  # of any whole number in a spec: no dimension, count or position of a model is larger
-MOST_LAYERS = 2**10  # of any number of layers or blocks
-DEEPEST = 6  # folders of a checkpoint inside each other
+TRUST_OPTION = "trust_remote_code"
+SOURCE_OPTIONS = ("weights", "tokenizer", "config")  # options that name a file, folder, hub id or URL in any component
+TOKEN_PATTERN = re.compile(r"</?[\w|-]+>")  # such as </s>, which is no path
+MAX_NUMBER = 2**26  # of any whole number in a spec: no dimension, count or position of a model is larger
+MAX_LAYERS = 2**10  # of any number of layers or blocks
+MAX_FOLDER_DEPTH = 6  # folders of a checkpoint inside each other
 CODE_REMEDY = "pass trust_remote_code=True (--trust-remote-code) if you trust its author"
 EXTERNAL_REMEDY = "pass allow_external=True (--allow-external) if you agree; it does not allow code"
 REMOTE_KEYS = (  # fields of a configuration by which a library takes code or weights from elsewhere
     *("base_model_name_or_path", "architecture", "backbone"),
     *("timm_model_name", "hf_model_name", "hf_tokenizer_name"),
 )
-IMPLEMENTATIONS = ("", "eager", "sdpa")  # that never load a kernel from a hub, as flash_attention_2 may
+SAFE_IMPLEMENTATIONS = ("", "eager", "sdpa")  # that never load a kernel from a hub, as flash_attention_2 may
 
 
 class Trust(NamedTuple):
@@ -89,7 +89,7 @@ def is_settable(kind: str, name: str, option: str, value: Any) -> bool:
     return True
 
 
-def check_source(name: str, folder: Path, trust: Trust) -> str:
+def resolve_source(name: str, folder: Path, trust: Trust) -> str:
     """Resolve the name of weights or a tokenizer that a checkpoint refers to.
 
     Returns:
@@ -99,15 +99,15 @@ def check_source(name: str, folder: Path, trust: Trust) -> str:
         TrustError: For anything else, unless the caller agreed.
     """
     if "\0" in name:
-        raise TrustError(f"{_shorten(name)} is no path; copy the checkpoint again")
-    inside = _find_inside(name, folder)
-    if inside is not None:
-        return str(inside)
+        raise TrustError(f"{_shorten_value(name)} is no path; copy the checkpoint again")
+    path = _find_inside(name, folder)
+    if path is not None:
+        return str(path)
     sources = known_sources()
     if name in sources:
         return sources[name]
     if not trust.external:
-        raise TrustError(f"{_shorten(name)} is outside its folder; {EXTERNAL_REMEDY}")
+        raise TrustError(f"{_shorten_value(name)} is outside its folder; {EXTERNAL_REMEDY}")
     return name
 
 
@@ -119,8 +119,8 @@ def check_folder(folder: Path, trust: Trust) -> None:
             the folder, unless the caller agreed.
         InputError: For JSON that cannot be read.
     """
-    root = find_real_root(folder)
-    for path in _files(folder, DEEPEST):
+    root = resolve_real_root(folder)
+    for path in _iter_files(folder, MAX_FOLDER_DEPTH):
         check_file(path, root, trust)
         if path.suffix == ".json" and path.is_file() and path.name != "tokenizer.json":
             _check_configuration(read_json(path), path, trust)
@@ -147,53 +147,53 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
 
 def _confine_part(kind: str, part: Part, folder: Path, trust: Trust) -> Part:
     card = registry(kind).card(part.name)
-    what = f"{kind.replace('_', ' ')} {part.name!r}"
+    subject = f"{kind.replace('_', ' ')} {part.name!r}"
     _check_numbers(part.options)
-    _check_configuration(part.options, f"the {what}", trust)
+    _check_configuration(part.options, f"the {subject}", trust)
     options = dict(part.options)
     revision = options.get("revision", card.options.get("revision"))
     if revision != card.options.get("revision") and not trust.external:
-        raise TrustError(f"{what} sets revision={_shorten(revision)}, not that of its card; {EXTERNAL_REMEDY}")
+        raise TrustError(f"{subject} sets revision={_shorten_value(revision)}, not that of its card; {EXTERNAL_REMEDY}")
     for option, value in part.options.items():
-        if option == TRUST or option in card.code_options:
-            if value is False or (option != TRUST and _is_plain_name(value)):
+        if option == TRUST_OPTION or option in card.code_options:
+            if value is False or (option != TRUST_OPTION and _is_plain_name(value)):
                 continue
             if not trust.remote_code:
-                raise TrustError(f"{what} sets {option}={_shorten(value)}, which runs code; {CODE_REMEDY}")
-        options[option] = _confine_value(what, option, value, folder, trust)
+                raise TrustError(f"{subject} sets {option}={_shorten_value(value)}, which runs code; {CODE_REMEDY}")
+        options[option] = _confine_value(subject, option, value, folder, trust)
     return Part(part.name, options)
 
 
-def _confine_value(what: str, option: str, value: Any, folder: Path, trust: Trust) -> Any:
+def _confine_value(subject: str, option: str, value: Any, folder: Path, trust: Trust) -> Any:
     try:
-        if isinstance(value, str) and (option in SOURCES or _is_reference(value)):
-            return check_source(value, folder, trust)
-        for text in _texts(value):
+        if isinstance(value, str) and (option in SOURCE_OPTIONS or _is_reference(value)):
+            return resolve_source(value, folder, trust)
+        for text in _iter_texts(value):
             if not trust.external and _is_reference(text):
-                raise TrustError(f"{_shorten(text)} is outside its folder; {EXTERNAL_REMEDY}")
+                raise TrustError(f"{_shorten_value(text)} is outside its folder; {EXTERNAL_REMEDY}")
     except TrustError as error:
-        raise TrustError(f"{option} of the {what}: {error}") from error
+        raise TrustError(f"{option} of the {subject}: {error}") from error
     return value
 
 
-def _check_configuration(content: Any, where: object, trust: Trust) -> None:
+def _check_configuration(content: Any, subject: object, trust: Trust) -> None:
     """Raise TrustError if a configuration makes a library read files or fetch code or weights from elsewhere."""
-    for key, value in _pairs(content):
-        is_kernel = "_implementation" in key and any(text not in IMPLEMENTATIONS for text in _texts(value))
+    for key, value in _iter_pairs(content):
+        is_kernel = "_implementation" in key and any(text not in SAFE_IMPLEMENTATIONS for text in _iter_texts(value))
         is_remote = key.endswith(REMOTE_KEYS) and isinstance(value, str) and _is_reference(value)
         if (is_kernel or is_remote) and not trust.remote_code:
-            raise TrustError(f"{where} sets {key}={_shorten(value)}, which can fetch and run code; {CODE_REMEDY}")
+            raise TrustError(f"{subject} sets {key}={_shorten_value(value)}, which can fetch and run code; {CODE_REMEDY}")
         is_file = key.endswith("_file") and key != "special_tokens_map_file"
         if is_file and isinstance(value, str) and _is_reference(value) and not trust.external:
-            raise TrustError(f"{where} sets {key}={_shorten(value)}, a file outside its folder; {EXTERNAL_REMEDY}")
+            raise TrustError(f"{subject} sets {key}={_shorten_value(value)}, a file outside its folder; {EXTERNAL_REMEDY}")
 
 
 def _check_numbers(content: Any) -> None:
-    for key, value in _pairs({"": content}):
-        limit = MOST_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else LARGEST
+    for key, value in _iter_pairs({"": content}):
+        limit = MAX_LAYERS if any(each in key for each in ("depth", "layer", "blocks")) else MAX_NUMBER
         if isinstance(value, int) and abs(value) > limit:
-            what = f"{key} is {_format_number(value)}, which is" if key else f"the number {_format_number(value)} is"
-            raise TrustError(f"{what} more than any model has; copy the checkpoint again")
+            subject = f"{key} is {_format_number(value)}, which is" if key else f"the number {_format_number(value)} is"
+            raise TrustError(f"{subject} more than any model has; copy the checkpoint again")
 
 
 def _format_number(value: int) -> str:
@@ -213,7 +213,7 @@ def _is_plain_name(value: Any) -> bool:
 
 def _is_reference(text: str) -> bool:
     """Whether text looks like a path, a hub id or a URL, and not like a name or a token."""
-    return not TOKEN.fullmatch(text) and (text.startswith("~") or any(sign in text for sign in "/\\:\0"))
+    return not TOKEN_PATTERN.fullmatch(text) and (text.startswith("~") or any(character in text for character in "/\\:\0"))
 
 
 def _find_inside(name: str, folder: Path) -> Path | None:
@@ -221,7 +221,7 @@ def _find_inside(name: str, folder: Path) -> Path | None:
     if not name or name.startswith("~"):
         return None
     path = folder.absolute() / name
-    root = find_real_root(folder)
+    root = resolve_real_root(folder)
     try:
         real = path.resolve()
         return path if path.exists() and ".." not in path.parts and real.is_relative_to(root) else None
@@ -229,37 +229,37 @@ def _find_inside(name: str, folder: Path) -> Path | None:
         return None
 
 
-def find_real_root(folder: Path) -> Path:
+def resolve_real_root(folder: Path) -> Path:
     """What a folder may refer to: itself, or of one in the hub's cache its repository, where the content is stored."""
     real = folder.resolve()
     return real.parent.parent if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir() else real
 
 
-def _files(folder: Path, depth: int) -> Iterator[Path]:
+def _iter_files(folder: Path, depth: int) -> Iterator[Path]:
     """Every file and folder at most `depth` folders below `folder`; TrustError for deeper ones."""
     for path in sorted(folder.iterdir()):
         yield path
         if path.is_dir() and not path.is_symlink():
             if not depth:
-                raise TrustError(f"{path} is nested deeper than {DEEPEST} folders; copy the checkpoint again")
-            yield from _files(path, depth - 1)
+                raise TrustError(f"{path} is nested deeper than {MAX_FOLDER_DEPTH} folders; copy the checkpoint again")
+            yield from _iter_files(path, depth - 1)
 
 
-def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
+def _iter_pairs(content: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, and every member of a list with the key of the list, at any depth."""
-    waiting = [("", content)]
-    while waiting:
-        key, value = waiting.pop()
+    pending = [("", content)]
+    while pending:
+        key, value = pending.pop()
         if isinstance(value, Mapping):
-            waiting += [(str(inner), each) for inner, each in value.items()]
+            pending += [(str(inner), each) for inner, each in value.items()]
         elif isinstance(value, list | tuple):
-            waiting += [(key, each) for each in value]
+            pending += [(key, each) for each in value]
         yield key, value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    return (each for _, each in _pairs(value) if isinstance(each, str))
+def _iter_texts(value: Any) -> Iterator[str]:
+    return (each for _, each in _iter_pairs(value) if isinstance(each, str))
 
 
-def _shorten(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     return f"{value!r:.80}"

@@ -135,9 +135,9 @@ def view(
     from sca.io.run_folder import existing_paths
     from sca.output.page import check_page
     from sca.output.samples import write_samples
-    from sca.training.recipe import read_augmentation
+    from sca.training.recipe import parse_augmentation
 
-    change = read_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
+    change = parse_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
     given = read_options("datasets", dataset, options or ())
     check_page(out, existing_paths(given))
     found = datasets.build(dataset, split, **given)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, TrustRemoteCode, complain
-from sca.devices import find_device
+from sca.devices import resolve_device
 
 MIB = 2**20
 
@@ -71,7 +71,7 @@ def demo(
 
     run(
         names,
-        find_device(device),
+        resolve_device(device),
         dtype,
         host,
         port,

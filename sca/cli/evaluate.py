@@ -21,7 +21,7 @@ from sca.cli.options import (
     print_table,
     settle,
 )
-from sca.devices import find_device
+from sca.devices import resolve_device
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import Report
@@ -73,7 +73,7 @@ def evaluate(
     given = read_settings(options or (), dataset, proposer)
     asked = metrics and listed(metrics)
     device = _own(device)
-    find_device(device)
+    resolve_device(device)
     if out:
         open_folder(out)
     how = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}

@@ -81,9 +81,9 @@ def show(
 
     kind = _kind(kind)
     if kind == "recipes":
-        from sca.training.recipe import recipe_text
+        from sca.training.recipe import read_recipe_text
 
-        print_document(recipe_text(name))
+        print_document(read_recipe_text(name))
         return
     facts = _describe_model(name) if kind == "models" else _part(kind, name)
     _print_facts(facts)
@@ -193,9 +193,9 @@ def _describe_model(name: str) -> dict[str, Any]:
 def _recipes() -> list[dict[str, Any]]:
     import tomllib
 
-    from sca.training.recipe import recipe_names, recipe_text
+    from sca.training.recipe import list_recipes, read_recipe_text
 
-    tables = {name: tomllib.loads(recipe_text(name)) for name in recipe_names()}
+    tables = {name: tomllib.loads(read_recipe_text(name)) for name in list_recipes()}
     return [
         {
             "name": name,

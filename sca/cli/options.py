@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sca.devices import DEVICES, DTYPES
+from sca.devices import DEVICE_EXAMPLES, DTYPES
 from sca.io.json import DESCRIPTOR
 from sca.io.terminal import DOCUMENT
 from sca.io.text import UNSAFE, escape_terminal
@@ -39,7 +39,7 @@ ImagePrefix = Annotated[
         help="Prefix of Label Studio's image URLs, such as '/data/local-files/?d='.",
     ),
 ]
-Device = Annotated[str, typer.Option(help=DEVICES)]
+Device = Annotated[str, typer.Option(help=DEVICE_EXAMPLES)]
 Seed = Annotated[int, typer.Option(help="for whatever is drawn at random", min=0, max=2**32 - 1)]
 ModelName = Annotated[
     str, typer.Option(help="a zoo name, a checkpoint, or a captioner: '[ENCODER+]NAME [key=value]...'")

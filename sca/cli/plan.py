@@ -43,10 +43,10 @@ def plan(
 
     Nothing is fetched or computed: the model is built without weights and run on tensors without content.
     """
-    from sca.plan_cache import memory_of
+    from sca.plan_cache import resolve_gpu_memory
 
     if gpu is not None:
-        memory_of(gpu)  # raises for an unknown one
+        resolve_gpu_memory(gpu)  # raises for an unknown one
     settings = {"images": images, "regions": regions, "words": words, "train": train, "gpu": gpu}
     with _without_garbage_collection():
         planned = _make_plan(model, overrides or (), trust_remote_code, allow_external, settings, dtype)
@@ -77,15 +77,15 @@ def _make_plan(
     dtype: str,
 ) -> Plan:
     """The plan of a model, from the cache if the same was planned before."""
-    from sca.plan_cache import plan_key, read_plan, write_plan
+    from sca.plan_cache import compute_plan_key, read_plan, write_plan
 
     spec = _read(model, trust_remote_code, allow_external).override(overrides)
-    key = plan_key(spec, {**settings, "dtype": dtype})
+    key = compute_plan_key(spec, {**settings, "dtype": dtype})
     planned = read_plan(key) if key else None
     if planned is None:
         import torch
 
-        from sca.plan import plan as compute_plan
+        from sca.plan import plan_model as compute_plan
 
         planned = compute_plan(spec, **settings, dtype=getattr(torch, dtype))
         if key:
@@ -101,7 +101,7 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
 
     if "+" in model:
         return ModelSpec.parse(model)
-    from sca.checkpoints.layout import SPEC
+    from sca.checkpoints.layout import SPEC_FILE
     from sca.checkpoints.load import read_local_spec
     from sca.checkpoints.trust import Trust
     from sca.io.hub import suggest_path
@@ -113,7 +113,7 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
         raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
     local = [name for name in zoo.names() if zoo.get(name).folder]
     raise unknown(
-        f"{model!r} is neither a folder with a {SPEC} nor encoder+mixer+language-model{suggest_path(model)}",
+        f"{model!r} is neither a folder with a {SPEC_FILE} nor encoder+mixer+language-model{suggest_path(model)}",
         model,
         local,
     )
@@ -121,7 +121,7 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
 
 def _print(planned: Plan) -> None:
     from sca.io.terminal import Table
-    from sca.plan_cache import LIMIT
+    from sca.plan_cache import MAX_PLANNED_REGIONS
 
     what = "a step of training" if planned.train else "captioning"
     asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"
@@ -138,7 +138,7 @@ def _print(planned: Plan) -> None:
     if planned.room is not None:
         most = planned.most_regions
         fits = "fits" if planned.fits else "does not fit"
-        upto = f"{LIMIT:,} regions an image do, too" if most is None else f"up to {most:,} regions an image do"
+        upto = f"{MAX_PLANNED_REGIONS:,} regions an image do, too" if most is None else f"up to {most:,} regions an image do"
         told = upto if most != 0 else "not one region does"
         print_line(f"{planned.gpu:<16}{_size(planned.room):>15}  to plan with: this {fits}; {told}")
 

@@ -83,7 +83,7 @@ def doctor(
         raise ValueError("--fix and --unfix undo each other; give one")
     if fix or unfix:
         try:
-            print_line(repair.fix() if fix else repair.unfix())
+            print_line(repair.fix_torchvision() if fix else repair.remove_torchvision_fix())
         except InputError as error:
             complain(str(error))
             raise typer.Exit(1) from error
@@ -93,7 +93,7 @@ def doctor(
 
     for name, value in _machine():
         print_line(f"{name + ':':<17}{value}")
-    if problem := repair.diagnose():
+    if problem := repair.diagnose_torchvision():
         _print_list("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
         raise typer.Exit(1)
     entries = [entry for parts in REGISTRIES.values() for entry in parts.entries()]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, ModelName, Seed, TrustRemoteCode, complain
-from sca.devices import find_device
+from sca.devices import resolve_device
 
 MIB = 2**20
 
@@ -88,7 +88,7 @@ def serve(
     )
     hosted.check()
     if isinstance(where, Local):  # Ray reports it for its nodes
-        find_device(device)
+        resolve_device(device)
 
     def announce(url: str) -> None:
         complain(f"{model} answers at {url}; Ctrl+C ends it")

@@ -34,14 +34,14 @@ def train(
     agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
-    from sca.training.processes import joined_processes, run_processes
-    from sca.training.train import budget_each, check_recipe, images_each
+    from sca.training.processes import join_processes, run_processes
+    from sca.training.train import compute_regions_per_process, check_recipe, compute_images_per_process
     from sca.training.train import train as run
 
     processes = torch.cuda.device_count() or plan.train.num_processes
     if processes > 1 and "RANK" not in os.environ:
-        images_each(plan.train, processes)
-        budget_each(plan.train, processes)
+        compute_images_per_process(plan.train, processes)
+        compute_regions_per_process(plan.train, processes)
         check_recipe(plan, **agreed)  # so that mistakes are reported once, and before anything is started
         flags = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
         flags |= {"--overwrite": overwrite}
@@ -50,9 +50,9 @@ def train(
         raise typer.Exit(run_processes(processes, ["train", *options, "--", recipe, *(changes or ())]))
     first = os.environ.get("RANK", "0") == "0"
     conflict = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
-    with joined_processes():
+    with join_processes():
         model = run(plan, folder, resume=resume, quiet=quiet, report=complain, **conflict, **agreed)
     if first:
-        print_document(model.freeze_report())
+        print_document(model.summarize_parameters())
         written = os.path.join(folder, "model")  # with a separator, also of "."
         print_line(f"wrote {written}; use it with: sca caption IMAGE --model {written}")

@@ -23,7 +23,7 @@ def pull(
     What is there already is not fetched again, and what was cut off goes on. HF_TOKEN and HF_ENDPOINT are heeded.
     Prints the commit that was taken and stores it: from then on the same commit is loaded, until another is pulled.
     """
-    from sca.checkpoints.layout import tokenizer_source
+    from sca.checkpoints.layout import find_tokenizer_source
     from sca.checkpoints.trust import Trust, TrustError
     from sca.io.hub import pin
     from sca.io.hub import pull as fetch
@@ -39,7 +39,7 @@ def pull(
             raise ValueError(f"{name} has its weights at {source}, from where they are fetched when it is first built")
         folder = take(source, revision or wanted, prefix=prefix)
         try:
-            tokenizer = tokenizer_source(folder, Trust(external=allow_external))
+            tokenizer = find_tokenizer_source(folder, Trust(external=allow_external))
         except TrustError as error:
             complain(f"its tokenizer was not fetched: {error}")
             continue
@@ -62,12 +62,12 @@ def push(
 
     HF_TOKEN and HF_ENDPOINT are heeded.
     """
-    from sca.checkpoints.load import locate
-    from sca.checkpoints.push import card_of
-    from sca.checkpoints.push import push as give
+    from sca.checkpoints.load import locate_checkpoint
+    from sca.checkpoints.push import render_card
+    from sca.checkpoints.push import push_checkpoint as give
 
     if dry_run:
-        print_document(card_of(locate(checkpoint), name, scores or (), trained_on, licence))
+        print_document(render_card(locate_checkpoint(checkpoint), name, scores or (), trained_on, licence))
     else:
         print_line(give(checkpoint, name, scores or (), private, trained_on, licence))
 
@@ -87,13 +87,13 @@ def import_(
     What --encoder and --language-model name is compared to the last bit and then referred to, so that the checkpoint
     holds little more than what was trained; without them it holds everything.
     """
-    from sca.checkpoints.load import locate
+    from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.native import check_writable
     from sca.io.lock import held_lock
     from sca.io.run_folder import check_not_inputs, existing_paths
 
     check_writable(out)
-    check_not_inputs([out], [locate(folder), *existing_paths([encoder, language_model, tokenizer])])
+    check_not_inputs([out], [locate_checkpoint(folder), *existing_paths([encoder, language_model, tokenizer])])
     out.parent.mkdir(parents=True, exist_ok=True)
     with held_lock(out.parent / f".{out.name}.sca-lock", str(out)):
         agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
@@ -110,22 +110,22 @@ def _import(
     overwrite: bool,
     agreed: Mapping[str, bool],
 ) -> None:
-    from sca.checkpoints.export import with_sources
+    from sca.checkpoints.export import attach_sources
     from sca.checkpoints.load import load
     from sca.checkpoints.native import is_saved, save
     from sca.io.errors import OutputError
     from sca.io.hub import fetch
-    from sca.language_models.hf import read_tokenizer
+    from sca.language_models.hf import load_tokenizer
 
     model = load(folder, **agreed)
     if encoder or language_model:
-        model = with_sources(
+        model = attach_sources(
             model,
             **({"encoder": _part("encoder", encoder, "sam")} if encoder else {}),
             **({"language_model": _part("language_model", language_model, "hf")} if language_model else {}),
         )
     if tokenizer:
-        found = read_tokenizer(fetch(tokenizer))
+        found = load_tokenizer(fetch(tokenizer))
         if found is None:
             raise ValueError(f"there is no tokenizer in {tokenizer}")
         model.language_model.tokenizer = found
@@ -144,7 +144,7 @@ def export(
     allow_external: AllowExternal = False,
 ) -> None:
     """Writes a model in a layout that other programs read."""
-    from sca.checkpoints.export import write_language_model, write_published
+    from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
     from sca.io.atomic import check_replaceable
 
@@ -152,7 +152,7 @@ def export(
     check_replaceable(out)
     model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
     if layout == "published":
-        write_published(model, out)
+        write_published_checkpoint(model, out)
     else:
         write_language_model(model, out)
     complain(f"wrote {out}")

@@ -14,14 +14,14 @@ import torch
 from sca_registry.messages import choice, suggestion
 from torch import Tensor, nn
 
-from sca.encoders.timm import IntermediateLayer, find_layer, image_format
+from sca.encoders.timm import IntermediateLayer, resolve_layer, make_image_format
 from sca.io.hub import OPEN_CLIP, fetch, local_file, weight_file
 from sca.io.json import read_json
 from sca.io.weight_files import reading
-from sca.nn.probe import feature_shape
+from sca.nn.probe import probe_feature_shape
 
-NO_TEXT = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
-CONFIG = f"{OPEN_CLIP}config.json"
+MINIMAL_TEXT_CONFIG = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
+CONFIG_FILE = f"{OPEN_CLIP}config.json"
 
 
 class OpenClipEncoder(nn.Module):
@@ -35,7 +35,7 @@ class OpenClipEncoder(nn.Module):
     """
 
     default_segmenter = "box"
-    prefix = OPEN_CLIP  # of the names of its files
+    file_prefix = OPEN_CLIP  # of the names of its files
 
     def __init__(
         self,
@@ -51,26 +51,26 @@ class OpenClipEncoder(nn.Module):
         super().__init__()
         if isinstance(pretrained, str) and weights:
             raise ValueError(f"both weights={weights} and pretrained={pretrained} are given: leave one out")
-        known = _known(model, pretrained, weights)
+        pretrained_config = _resolve_pretrained_config(model, pretrained, weights)
         if isinstance(pretrained, str):
-            weights, self.prefix = _source(model, pretrained, known)
+            weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
             raise ValueError("there are no weights: give pretrained=TAG or a file, or weights=FOLDER or a hub id")
-        file = weight_file(weights, revision, self.prefix) if pretrained else None
-        folder = file.parent if file else None if model else fetch(weights, revision, False, prefix=self.prefix)
-        look = {**known, **_look(folder)}
+        file = weight_file(weights, revision, self.file_prefix) if pretrained else None
+        folder = file.parent if file else None if model else fetch(weights, revision, False, prefix=self.file_prefix)
+        preprocessing = {**pretrained_config, **_read_preprocessing(folder)}
         with reading(weights if pretrained else model or weights):
-            tower = _tower(model or f"local-dir:{folder}", file, image_size, config, bool(known.get("quick_gelu")))
+            tower = _build_image_tower(model or f"local-dir:{folder}", file, image_size, config, bool(pretrained_config.get("quick_gelu")))
         self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.visual = IntermediateLayer(tower.trunk, layer) if hasattr(tower, "trunk") else TowerLayer(tower, layer)
         image_size = image_size or max(tower.image_size) if isinstance(tower.image_size, tuple) else tower.image_size
-        self.image_format = image_format(image_size, look, fit)
-        self.channels, self.stride = feature_shape(self.visual, self.image_format.size, self.visual.stride)
+        self.image_format = make_image_format(image_size, preprocessing, fit)
+        self.channels, self.stride = probe_feature_shape(self.visual, self.image_format.size, self.visual.stride)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.visual(pixels)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.visual(pixel_values)
 
 
 class TowerLayer(nn.Module):
@@ -78,52 +78,52 @@ class TowerLayer(nn.Module):
 
     def __init__(self, tower: nn.Module, layer: int):
         super().__init__()
-        vit = hasattr(tower, "transformer")
-        count = tower.transformer.layers if vit else 5
-        self.layer, self.last = find_layer(layer, count, type(tower).__name__)
+        is_vit = hasattr(tower, "transformer")
+        num_layers = tower.transformer.layers if is_vit else 5
+        self.layer_index, self.is_last = resolve_layer(layer, num_layers, type(tower).__name__)
         self.tower = tower.eval()
-        self.stride = tower.patch_size[0] if vit else None
-        if vit and tower.attn_pool is not None:
-            self.last = False  # what comes last is made for the pooled features
-        if vit:
-            tower.prune_intermediate_layers([self.layer], prune_norm=not self.last)
+        self.stride = tower.patch_size[0] if is_vit else None
+        if is_vit and tower.attn_pool is not None:
+            self.is_last = False  # what comes last is made for the pooled features
+        if is_vit:
+            tower.prune_intermediate_layers([self.layer_index], prune_norm=not self.is_last)
         else:
             tower.attnpool = None
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        how = {"indices": [self.layer], "stop_early": True, "normalize_intermediates": self.last}
-        return self.tower.forward_intermediates(pixels, intermediates_only=True, **how)["image_intermediates"][0]
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        options = {"indices": [self.layer_index], "stop_early": True, "normalize_intermediates": self.is_last}
+        return self.tower.forward_intermediates(pixel_values, intermediates_only=True, **options)["image_intermediates"][0]
 
 
-def _known(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
+def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
     """What open_clip says of a model's weights, by their tag or hub id: where they are, mean, deviation, GELU.
 
     Raises ValueError if it has no such model.
     """
-    before = dict(os.environ)
+    environment_before = dict(os.environ)
     import open_clip  # an extra
     from open_clip.transform import PreprocessCfg
 
-    for setting in os.environ.keys() - before:  # it turns the parallelism of tokenizers off, for everybody
-        del os.environ[setting]
-    look = PreprocessCfg()
-    usual = {"mean": look.mean, "std": look.std, "interpolation": look.interpolation}
+    for variable in os.environ.keys() - environment_before:  # it turns the parallelism of tokenizers off, for everybody
+        del os.environ[variable]
+    preprocessing = PreprocessCfg()
+    defaults = {"mean": preprocessing.mean, "std": preprocessing.std, "interpolation": preprocessing.interpolation}
     if model is None:
-        return usual
+        return defaults
     if open_clip.get_model_config(model) is None:
-        near = suggestion(model, open_clip.list_models())
-        raise ValueError(f"open_clip has no model {model!r}.{near} open_clip.list_models() gives them all")
-    known = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
-    if isinstance(pretrained, str) and pretrained in known:
-        return known[pretrained]
-    same = [each for each in known.values() if weights and each["hf_hub"].rstrip("/") == weights]
-    if same:
-        return same[0]
-    some = next(iter(known.values()), usual)  # a family's pictures are prepared alike, but not every one has its GELU
-    return {**some, "quick_gelu": False}
+        hint = suggestion(model, open_clip.list_models())
+        raise ValueError(f"open_clip has no model {model!r}.{hint} open_clip.list_models() gives them all")
+    configs_by_tag = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
+    if isinstance(pretrained, str) and pretrained in configs_by_tag:
+        return configs_by_tag[pretrained]
+    matches = [each for each in configs_by_tag.values() if weights and each["hf_hub"].rstrip("/") == weights]
+    if matches:
+        return matches[0]
+    family_config = next(iter(configs_by_tag.values()), defaults)  # a family's pictures are prepared alike, but not every one has its GELU
+    return {**family_config, "quick_gelu": False}
 
 
-def _source(model: str | None, pretrained: str, known: Mapping[str, Any]) -> tuple[str, str]:
+def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapping[str, Any]) -> tuple[str, str]:
     """The hub id that a tag stands for, or a file; and what the names of its files begin with."""
     import open_clip
 
@@ -131,52 +131,52 @@ def _source(model: str | None, pretrained: str, known: Mapping[str, Any]) -> tup
         return pretrained, OPEN_CLIP
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     if pretrained not in tags:
-        what = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
-        raise ValueError(f"{what}.{suggestion(pretrained, tags)}{choice(tags)}")
-    name, _, file = known["hf_hub"].rpartition("/")
+        problem = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
+        raise ValueError(f"{problem}.{suggestion(pretrained, tags)}{choice(tags)}")
+    name, _, file = pretrained_config["hf_hub"].rpartition("/")
     return name, "" if file else OPEN_CLIP
 
 
-def _look(folder: Path | None) -> dict[str, Any]:
+def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
     """The mean, deviation and interpolation that lie with the weights, where they do."""
-    if folder is None or not (folder / CONFIG).is_file():
+    if folder is None or not (folder / CONFIG_FILE).is_file():
         return {}
-    with reading(folder / CONFIG):
-        look = read_json(folder / CONFIG).get("preprocess_cfg", {})
-        for figure in ("mean", "std"):
-            if figure in look and (
-                len(look[figure]) != 3 or not all(isinstance(each, float | int) for each in look[figure])
+    with reading(folder / CONFIG_FILE):
+        preprocessing = read_json(folder / CONFIG_FILE).get("preprocess_cfg", {})
+        for field in ("mean", "std"):
+            if field in preprocessing and (
+                len(preprocessing[field]) != 3 or not all(isinstance(each, float | int) for each in preprocessing[field])
             ):
-                raise ValueError(f"{figure} of preprocess_cfg is {look[figure]!r}, and three numbers are needed")
-        return look
+                raise ValueError(f"{field} of preprocess_cfg is {preprocessing[field]!r}, and three numbers are needed")
+        return preprocessing
 
 
-def _tower(
-    name: str, file: Path | None, size: int | None, config: Mapping[str, Any] | None, quick_gelu: bool
+def _build_image_tower(
+    name: str, file: Path | None, image_size: int | None, config: Mapping[str, Any] | None, quick_gelu: bool
 ) -> nn.Module:
     """The image tower of a model, with its weights or random ones; the text tower is not kept."""
     import open_clip
 
-    vision = {"vision_cfg": {**open_clip.get_model_config(name)["vision_cfg"], **config}} if config else {}
-    if size and config:
-        vision["vision_cfg"]["image_size"] = size
-    with _silent():
+    vision_options = {"vision_cfg": {**open_clip.get_model_config(name)["vision_cfg"], **config}} if config else {}
+    if image_size and config:
+        vision_options["vision_cfg"]["image_size"] = image_size
+    with _silence_open_clip():
         model = open_clip.create_model(
             name,
             pretrained=str(file) if file and not name.startswith("local-dir:") else None,
             load_weights=file is not None,
             device=torch.get_default_device(),
-            force_image_size=size,
+            force_image_size=image_size,
             force_quick_gelu=quick_gelu,
             pretrained_text=False,
-            **vision,
-            **({} if file else {"text_cfg": NO_TEXT}),
+            **vision_options,
+            **({} if file else {"text_cfg": MINIMAL_TEXT_CONFIG}),
         )
     return model.visual
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _silence_open_clip() -> Iterator[None]:
     """open_clip remarks on what was asked for, through a handler that it would leave behind."""
     handler, level = logging.NullHandler(), logging.root.level
     logging.root.addHandler(handler)

@@ -39,15 +39,15 @@ class TinyVit(nn.Module):
             raise ValueError(f"size {image_size} must be a multiple of the stride {self.stride}")
         self.image_format = ImageFormat(size=image_size, fit=fit)
         self.channels = output_channels
-        half, quarter = stem_channels
+        half_channels, quarter_channels = stem_channels
         self.stem = nn.Sequential(
-            *_convolution(3, half),
-            *_convolution(half, quarter),
-            *(ConvolutionBlock(quarter) for _ in range(stem_blocks)),
-            nn.Conv2d(quarter, hidden_size, 3, stride=2, padding=1),
+            *_make_convolution_layers(3, half_channels),
+            *_make_convolution_layers(half_channels, quarter_channels),
+            *(ConvolutionBlock(quarter_channels) for _ in range(stem_blocks)),
+            nn.Conv2d(quarter_channels, hidden_size, 3, stride=2, padding=1),
         )
-        grid = image_size // self.stride
-        self.position = nn.Parameter(torch.zeros(1, grid * grid, hidden_size))
+        grid_size = image_size // self.stride
+        self.position = nn.Parameter(torch.zeros(1, grid_size * grid_size, hidden_size))
         nn.init.normal_(self.position, std=0.02)
         layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, 0.0, "gelu", batch_first=True, norm_first=True)
         self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
@@ -56,8 +56,8 @@ class TinyVit(nn.Module):
                 nn.init.xavier_uniform_(parameter)
         self.neck = SamVisionNeck(SamVisionConfig(hidden_size=hidden_size, output_channels=output_channels))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # (B, width, S/8, S/8)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))  # (B, width, S/8, S/8)
         tokens = patches.flatten(2).transpose(1, 2) + self.position  # (B, h*w, width)
         return self.neck(self.transformer(tokens).unflatten(1, patches.shape[-2:]))
 
@@ -68,7 +68,7 @@ class ConvolutionBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.layers = nn.Sequential(
-            *_convolution(channels, channels, stride=1),
+            *_make_convolution_layers(channels, channels, stride=1),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
         )
@@ -77,5 +77,5 @@ class ConvolutionBlock(nn.Module):
         return nn.functional.gelu(features + self.layers(features))
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 2) -> tuple[nn.Module, ...]:
-    return (nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU())
+def _make_convolution_layers(in_channels: int, out_channels: int, stride: int = 2) -> tuple[nn.Module, ...]:
+    return (nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.GELU())

@@ -19,7 +19,7 @@ from sca_registry.contracts import Captioner, Dataset, Region
 from sca_registry.plugins import BUILTIN
 from sca_registry.spec import Part, check_generation
 
-from sca.checkpoints.state import weights_hash
+from sca.checkpoints.state import hash_weights
 from sca.data.summary import check_not_empty, summarize_dataset
 from sca.evaluation.journal import FILES, LOOSE, Journal, Predictions, check_same_runs, read_predictions
 from sca.evaluation.predictions import Proposing, Questions, predict
@@ -376,7 +376,7 @@ def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, 
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
         return {
-            "weights": weights_hash(captioner.model),
+            "weights": hash_weights(captioner.model),
             "spec": spec.to_dict(),
             "generation": {**spec.generation, **generation},
         }

@@ -24,8 +24,8 @@ from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
 from sca.inference.predictor import Predictor
 from sca.inference.requests import check_task
 from sca.io.masks import RLE, area, encode
-from sca.nn.boxes import box_iou
-from sca.nn.suppression import suppress
+from sca.nn.boxes import compute_box_iou
+from sca.nn.suppression import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
@@ -316,7 +316,7 @@ def _suppress_overlaps(found: Sequence[Found], scores: Tensor, options: Everythi
     boxes[:, 2:] -= 1  # SAM's boxes end at the last pixel
 
     def is_overlapping(one: int, others: Tensor) -> Tensor:
-        shared = box_iou(boxes[[one]], boxes[others])[0]
+        shared = compute_box_iou(boxes[[one]], boxes[others])[0]
         is_same = shared > options.box_nms_thresh
         near = (shared.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
         if len(near):  # masks overlap only where boxes do
@@ -325,7 +325,7 @@ def _suppress_overlaps(found: Sequence[Found], scores: Tensor, options: Everythi
             is_same[near] = torch.from_numpy(exact > options.mask_nms_thresh)
         return is_same
 
-    return suppress(is_overlapping, scores)
+    return suppress_overlaps(is_overlapping, scores)
 
 
 def _grid(window: Window, points: int) -> Tensor:

@@ -18,11 +18,11 @@ from sca.inference.processor import Frame, Processor
 from sca.inference.requests import check_task
 from sca.io.masks import box_of, encode
 from sca.language_models.usage import count_tokens
-from sca.model import NON_FINITE, SegmentCaptioner
-from sca.nn.masks import best_masks
+from sca.model import NON_FINITE_HINT, SegmentCaptioner
+from sca.nn.masks import select_best_masks
 
 if TYPE_CHECKING:
-    from sca.model import Segmenting
+    from sca.model import SegmentationModel
 
 REGIONS = 64  # go through segmenter and mixer at a time
 
@@ -50,7 +50,7 @@ class MaskEngine(ABC):
         regions: Regions that go through the segmenter at a time: limits memory, changes no result.
     """
 
-    def __init__(self, model: Segmenting | None, regions: int = REGIONS):
+    def __init__(self, model: SegmentationModel | None, regions: int = REGIONS):
         self.model = None if model is None else model.eval()
         self.processor = Processor.of(model.encoder) if model is not None else None
         self.regions = regions
@@ -78,7 +78,7 @@ class MaskEngine(ABC):
         frames = [self.processor.frame(*image.size) for image in images]
         features = self.model.encode(pixels)
         if not features.isfinite().all():
-            raise ValueError(f"the encoder returned NaN or infinite features; {NON_FINITE}")
+            raise ValueError(f"the encoder returned NaN or infinite features; {NON_FINITE_HINT}")
         return Encoded(images, features, frames)
 
     @torch.inference_mode()
@@ -126,21 +126,21 @@ class MaskEngine(ABC):
         found: list[Mask | None] = [None] * sum(map(len, requests))
         for places, prompts, regions in self._segmented(encoded, requests):
             if regions.masks is not None:
-                masks = best_masks(regions.masks, regions.iou_scores)
+                masks = select_best_masks(regions.masks, regions.iou_scores)
                 ious = ious_of(regions.iou_scores.amax(1))
                 codes = self._masks(masks, prompts.image_index, encoded.frames)
                 for place, code, iou in zip(places, codes, ious, strict=True):
                     found[place] = Mask(code, iou)
         return found
 
-    def describe(
+    def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
     ) -> list[Caption]:
         """Caption regions of an image whose prompts are known to fit: they are not checked."""
-        return self.answer(self.encode([image]), [prompts], task, **generation)[0]
+        return self.caption_batch(self.encode([image]), [prompts], task, **generation)[0]
 
     @abstractmethod
-    def answer(
+    def caption_batch(
         self,
         encoded: Encoded,
         requests: Sequence[Sequence[Prompt]],
@@ -163,7 +163,7 @@ class MaskEngine(ABC):
         """
 
     @abstractmethod
-    def tell(
+    def caption_masks(
         self,
         encoded: Encoded,
         masks: Sequence[Mask],
@@ -273,11 +273,11 @@ class Engine(MaskEngine):
         prepared = None
         for chunk in prompts.to(self.device).chunks(self.regions):
             regions = self.model.segment(encoded.features, chunk)
-            prepared = self.model.prepare(regions) if prepared is None else prepared
+            prepared = self.model.prepare_mixer(regions) if prepared is None else prepared
             tasks = torch.full((len(chunk),), task, device=self.device)
-            prefixes.append(self.model.prefix(self.model.mix(regions, prepared), tasks))
+            prefixes.append(self.model.build_prefix(self.model.mix(regions, prepared), tasks))
             if regions.masks is not None and masks:
-                best = best_masks(regions.masks, regions.iou_scores)
+                best = select_best_masks(regions.masks, regions.iou_scores)
                 codes += self._masks(best, chunk.image_index, encoded.frames)
             if regions.iou_scores is not None:
                 ious += ious_of(regions.iou_scores.amax(1))
@@ -306,5 +306,5 @@ def ious_of(scores: Tensor) -> list[Any]:
     """Read predicted IoUs of any shape, from 0 to 1. Raise ValueError if one is NaN, which says nothing of any mask."""
     ious = scores.float().clamp(0, 1).cpu()  # the one thing that the host waits for
     if ious.isnan().any():
-        raise ValueError(f"the segmenter returned NaN as predicted IoU; {NON_FINITE}")
+        raise ValueError(f"the segmenter returned NaN as predicted IoU; {NON_FINITE_HINT}")
     return ious.tolist()

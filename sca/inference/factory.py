@@ -15,7 +15,7 @@ from sca_registry.messages import unknown
 from sca_registry.spec import Part
 
 from sca.checkpoints.load import load
-from sca.devices import find_device
+from sca.devices import resolve_device
 from sca.inference.engine import Engine
 from sca.io.hub import local_path, suggest_path
 
@@ -79,7 +79,7 @@ def captioner(
 
 def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
     takes = sca_registry.captioners.describe(name).options
-    where = {"device": str(find_device(device))} if "device" in takes else {}  # what looks at nothing runs nowhere
+    where = {"device": str(resolve_device(device))} if "device" in takes else {}  # what looks at nothing runs nowhere
     return sca_registry.captioners.build(name, **where, **options)
 
 

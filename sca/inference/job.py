@@ -11,7 +11,7 @@ from sca_registry import proposers
 from sca_registry.contracts import Captioner, Prompt, Proposer
 from sca_registry.spec import Part
 
-from sca.devices import find_device
+from sca.devices import resolve_device
 from sca.inference.requests import check_task
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_files
@@ -175,7 +175,7 @@ class CaptionJob:
         torch.manual_seed(self.seed)
         agreed = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
         options = {"dtype": self.dtype} if self.dtype else {}
-        return captioner(self.model, find_device(self.device), **agreed, **options)
+        return captioner(self.model, resolve_device(self.device), **agreed, **options)
 
     def _parse_proposer(self) -> Part | None:
         return Part.parse(self.proposer, "proposer", "proposers") if self.proposer else None

@@ -15,7 +15,7 @@ from sca_registry.contracts import Encoder, ImageFormat, Prompt, PromptBatch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sca.nn.masks import tight_boxes
+from sca.nn.masks import masks_to_boxes
 
 FRAMES = 16  # sizes of images whose stretching is kept
 PIXELS = 2**26  # of masks that are copied to the host at a time
@@ -176,7 +176,7 @@ class Processor:
         for row, (y, x) in enumerate(_windows(logits > -offset, [way] * len(logits))):
             pixels = _pixels(logits[row], way, (y, x)).T
             counts.append(torch.stack(((pixels > offset).sum(), (pixels > -offset).sum())))
-            (box,) = tight_boxes((pixels > 0)[None])
+            (box,) = masks_to_boxes((pixels > 0)[None])
             shift = torch.tensor((x.start, y.start) * 2, device=box.device)
             boxes.append(torch.where(box.any(), box + shift, box))
         if not counts:

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from sca.io.hub import quiet
-from sca.language_models.greedy import greedy, plain
+from sca.language_models.greedy import generate_greedy, has_plain_greedy_settings
 from sca.language_models.probe import probe_model
 
-POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call them
-ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call them
+SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class CausalLanguageModel(nn.Module):
@@ -36,14 +36,14 @@ class CausalLanguageModel(nn.Module):
         super().__init__()
         self.model = model
         if model.can_generate():
-            ids = {name: getattr(model.generation_config, name) for name in ENDS}
-            model.generation_config = GenerationConfig(**ids)  # and no other setting that came with the model
+            special_tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
+            model.generation_config = GenerationConfig(**special_tokens)  # and no other setting that came with the model
         self.structure = probe_model(model)
         self.tokenizer = tokenizer
         self.hidden_size = model.get_input_embeddings().embedding_dim
         config = model.config.get_text_config(decoder=True)
-        limits = (getattr(config, name, None) for name in POSITIONS)
-        self.positions: int | None = next((limit for limit in limits if limit), None)
+        limits = (getattr(config, name, None) for name in POSITION_LIMIT_FIELDS)
+        self.max_positions: int | None = next((limit for limit in limits if limit), None)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -51,7 +51,7 @@ class CausalLanguageModel(nn.Module):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        tokens = tokenizer.size if isinstance(tokenizer, TextTokenizer) else 0
+        tokens = tokenizer.vocab_size if isinstance(tokenizer, TextTokenizer) else 0
         rows = self.model.get_input_embeddings().num_embeddings
         if tokens > rows:
             raise ValueError(
@@ -64,10 +64,10 @@ class CausalLanguageModel(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        return self.structure.hidden(self.model, embeddings.to(self.model.dtype), mask)
+        return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), mask)
 
     def lm_head(self, states: Tensor) -> Tensor:
-        return self.structure.head(self.model, states)
+        return self.structure.compute_logits(self.model, states)
 
     @torch.no_grad()
     def generate(
@@ -88,39 +88,39 @@ class CausalLanguageModel(nn.Module):
             raise ValueError(f"{num_captions} captions a region: ask for 1 or more")
         if num_captions > 1 and not do_sample and num_captions > num_beams:
             raise ValueError(f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}, or sample=true")
-        pad, ends = self._ends()
-        room = self.positions or prefix.shape[1] + max_new_tokens
-        steps = min(max_new_tokens, room - prefix.shape[1])
-        if num_beams == num_captions == 1 and not do_sample and len(prefix) and steps > 0 and self.has_greedy_loop:
-            body = self.model.get_submodule(self.structure.body)
-            ids, scores = greedy(self.model, body, self.lm_head, prefix.to(self.model.dtype), steps, pad, ends)
-            return GenerationOutput(ids[:, None], scores[:, None])
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+        pad_token_id, eos_token_ids = self._resolve_special_tokens()
+        max_length = self.max_positions or prefix.shape[1] + max_new_tokens
+        max_steps = min(max_new_tokens, max_length - prefix.shape[1])
+        if num_beams == num_captions == 1 and not do_sample and len(prefix) and max_steps > 0 and self.has_greedy_loop:
+            body = self.model.get_submodule(self.structure.body_name)
+            sequences, scores = generate_greedy(self.model, body, self.lm_head, prefix.to(self.model.dtype), max_steps, pad_token_id, eos_token_ids)
+            return GenerationOutput(sequences[:, None], scores[:, None])
+        sampling_options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         with quiet():
-            found = self.model.generate(
+            output = self.model.generate(
                 inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
-                max_new_tokens=steps,
+                max_new_tokens=max_steps,
                 num_beams=num_beams,
                 do_sample=do_sample,
                 num_return_sequences=num_captions,
-                pad_token_id=pad,
-                eos_token_id=ends or None,
+                pad_token_id=pad_token_id,
+                eos_token_id=eos_token_ids or None,
                 return_dict_in_generate=True,
                 output_logits=True,
-                **sampling,
+                **sampling_options,
             )
-        ids, scores = new_words(found, ends, pad)
-        ids, scores = (each.unflatten(0, (len(prefix), num_captions)) for each in (ids, scores))
+        sequences, scores = extract_new_tokens(output, eos_token_ids, pad_token_id)
+        sequences, scores = (each.unflatten(0, (len(prefix), num_captions)) for each in (sequences, scores))
         if do_sample:  # beams come best first, what is drawn does not
             order = scores.argsort(dim=1, descending=True, stable=True)
-            ids, scores = ids.gather(1, order[..., None].expand_as(ids)), scores.gather(1, order)
-        return GenerationOutput(ids, scores)
+            sequences, scores = sequences.gather(1, order[..., None].expand_as(sequences)), scores.gather(1, order)
+        return GenerationOutput(sequences, scores)
 
     @property
     def has_greedy_loop(self) -> bool:
         """Whether `greedy` generates what transformers does, with fewer operations."""
-        return self.structure.has_greedy_loop and plain(self.model)
+        return self.structure.has_greedy_loop and has_plain_greedy_settings(self.model)
 
     def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None) -> None:
         """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on
@@ -132,7 +132,7 @@ class CausalLanguageModel(nn.Module):
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
         kind = self.model.config.model_type
-        layers = self._linear_layers()
+        layers = self._find_linear_layers()
         wanted = list(target_modules or KNOWN.get(kind, ()))
         problem = "" if wanted else f"there are none for {kind!r} unless you name them"
         for name in wanted:
@@ -150,7 +150,7 @@ class CausalLanguageModel(nn.Module):
         for parameter in trained:
             parameter.requires_grad_(True)
 
-    def _linear_layers(self) -> dict[str, set[str]]:
+    def _find_linear_layers(self) -> dict[str, set[str]]:
         """The last name of every linear layer that lies in a block, and the blocks (by number) that have one."""
         layers: dict[str, set[str]] = {}
         for name, module in self.model.named_modules():
@@ -160,19 +160,19 @@ class CausalLanguageModel(nn.Module):
         return layers
 
     @property
-    def pad(self) -> int:
+    def pad_token_id(self) -> int:
         """What fills up token ids behind the end of a text."""
-        return self._ends()[0]
+        return self._resolve_special_tokens()[0]
 
-    def _ends(self) -> tuple[int, list[int]]:
+    def _resolve_special_tokens(self) -> tuple[int, list[int]]:
         """What fills up a row, and what ends a text: the tokenizer's, or else the model's own."""
-        eos = self.tokenizer.eos_token_id if self.tokenizer else self.model.generation_config.eos_token_id
-        pad = self.tokenizer.pad_token_id if self.tokenizer else self.model.generation_config.pad_token_id
-        ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-        return (ends or [0])[0] if pad is None else pad, ends
+        eos_token_id = self.tokenizer.eos_token_id if self.tokenizer else self.model.generation_config.eos_token_id
+        pad_token_id = self.tokenizer.pad_token_id if self.tokenizer else self.model.generation_config.pad_token_id
+        eos_token_ids = [] if eos_token_id is None else list(eos_token_id) if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+        return (eos_token_ids or [0])[0] if pad_token_id is None else pad_token_id, eos_token_ids
 
 
-def new_words(found: Any, ends: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
+def extract_new_tokens(output: Any, eos_token_ids: Sequence[int], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Read new tokens and their likelihood from what transformers' `generate` returns with `output_logits=True`.
 
     Args:
@@ -184,17 +184,17 @@ def new_words(found: Any, ends: Sequence[int], pad: int) -> tuple[Tensor, Tensor
         ids (N, T), and the mean log-probability (N,) of those up to and including the end. It is the model's own: of
         the logits before temperature, top-p and penalties.
     """
-    beams = getattr(found, "beam_indices", None)
-    steps = len(found.logits) if beams is None else int((beams >= 0).sum(1).max())
-    ids = found.sequences[:, found.sequences.shape[1] - steps :]
-    end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).int()
-    before = end.cumsum(1) - end  # how many ends came before
-    total = torch.zeros(len(ids), device=ids.device)
-    for step, logits in enumerate(found.logits[:steps]):
-        rows = slice(None) if beams is None else beams[:, step].clamp(min=0)
-        likelihood = logits[rows].float().log_softmax(1).gather(1, ids[:, step : step + 1])[:, 0]
-        total += likelihood.masked_fill(before[:, step] > 0, 0.0)
-    return ids.masked_fill(before > 0, pad), total / (before == 0).sum(1)
+    beam_indices = getattr(output, "beam_indices", None)
+    steps = len(output.logits) if beam_indices is None else int((beam_indices >= 0).sum(1).max())
+    ids = output.sequences[:, output.sequences.shape[1] - steps :]
+    is_end = torch.isin(ids, torch.tensor(eos_token_ids, dtype=ids.dtype, device=ids.device)).int()
+    ends_before = is_end.cumsum(1) - is_end  # how many ends came before
+    log_likelihood = torch.zeros(len(ids), device=ids.device)
+    for step, logits in enumerate(output.logits[:steps]):
+        rows = slice(None) if beam_indices is None else beam_indices[:, step].clamp(min=0)
+        token_log_probs = logits[rows].float().log_softmax(1).gather(1, ids[:, step : step + 1])[:, 0]
+        log_likelihood += token_log_probs.masked_fill(ends_before[:, step] > 0, 0.0)
+    return ids.masked_fill(ends_before > 0, pad_token_id), log_likelihood / (ends_before == 0).sum(1)
 
 
 class TextTokenizer:
@@ -204,11 +204,11 @@ class TextTokenizer:
     eos: the token that ends a text, for a tokenizer that does not say. ValueError if there is none at all.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: str | None = None):
-        if eos is not None:
-            if eos not in tokenizer.get_vocab():
-                raise ValueError(f"the tokenizer has no token {eos!r} to end a text with")
-            tokenizer.eos_token = eos
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None):
+        if eos_token is not None:
+            if eos_token not in tokenizer.get_vocab():
+                raise ValueError(f"the tokenizer has no token {eos_token!r} to end a text with")
+            tokenizer.eos_token = eos_token
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer does not say which token ends a text: name one of its tokens with eos=...")
         self.tokenizer = tokenizer
@@ -216,7 +216,7 @@ class TextTokenizer:
         self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
-    def size(self) -> int:
+    def vocab_size(self) -> int:
         """One more than the greatest id of a token."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 

@@ -24,9 +24,9 @@ class GgufLanguageModel(CausalLanguageModel):
         file = Path(weights).expanduser()
         if not file.is_file():
             raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
-        how = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+        load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
         with reading(weights), quiet():
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **how)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         super().__init__(model, TextTokenizer(tokenizer, eos))
         self.source_tokenizer = self.tokenizer

@@ -12,54 +12,54 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-NEUTRAL = {  # settings of generation that greedy search does not look at, or that are given by the caller
+IGNORED_SETTINGS = {  # settings of generation that greedy search does not look at, or that are given by the caller
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "do_sample", "num_beams", "transformers_version", "use_cache", "cache_config"),
     *("output_attentions", "output_hidden_states", "return_dict_in_generate", "output_scores"),
 }
 
 
-def plain(model: PreTrainedModel) -> bool:
+def has_plain_greedy_settings(model: PreTrainedModel) -> bool:
     """Whether a model's own settings for greedy search are no more than the likeliest word after the other: they ask
     for nothing besides, such as a penalty for repetition.
     """
-    asked = {name for name, value in model.generation_config.to_diff_dict().items() if value is not None}
-    return not {name for name in asked if not name.startswith("_")} - NEUTRAL
+    settings = {name for name, value in model.generation_config.to_diff_dict().items() if value is not None}
+    return not {name for name in settings if not name.startswith("_")} - IGNORED_SETTINGS
 
 
 @torch.no_grad()
-def greedy(
+def generate_greedy(
     model: PreTrainedModel,
-    body: nn.Module,
-    head: Callable[[Tensor], Tensor],
+    run_body: nn.Module,
+    compute_logits: Callable[[Tensor], Tensor],
     prefix: Tensor,
-    steps: int,
-    pad: int,
-    ends: Sequence[int],
+    max_steps: int,
+    pad_token_id: int,
+    eos_token_ids: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """(N, K, E) -> ids (N, T), `pad` after the end, and their mean log-probability (N,), the end counted; T is at most
     `steps`. body: what turns embeddings into states. head: states (..., E) -> logits (..., V).
     """
-    rows, device = len(prefix), prefix.device
-    ids = torch.full((rows, steps), pad, dtype=torch.long, device=device)
-    total, lengths = torch.zeros(rows, device=device), torch.zeros(rows, device=device)
-    ending = torch.tensor(ends, dtype=torch.long, device=device)
-    alive, cache = torch.arange(rows, device=device), DynamicCache(config=model.config)
+    batch_size, device = len(prefix), prefix.device
+    ids = torch.full((batch_size, max_steps), pad_token_id, dtype=torch.long, device=device)
+    log_likelihood, lengths = torch.zeros(batch_size, device=device), torch.zeros(batch_size, device=device)
+    eos_tensor = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
+    active_rows, cache = torch.arange(batch_size, device=device), DynamicCache(config=model.config)
     embed, inputs = model.get_input_embeddings(), prefix
-    for step in range(steps):
-        states = body(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        logits = head(states).float()
-        best, words = logits.max(dim=1)
-        ids[alive, step] = words
-        total[alive] += best - logits.logsumexp(dim=1)
-        lengths[alive] += 1
-        if step + 1 == steps:
+    for step in range(max_steps):
+        states = run_body(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        logits = compute_logits(states).float()
+        best, tokens = logits.max(dim=1)
+        ids[active_rows, step] = tokens
+        log_likelihood[active_rows] += best - logits.logsumexp(dim=1)
+        lengths[active_rows] += 1
+        if step + 1 == max_steps:
             break
-        going = (~torch.isin(words, ending)).nonzero().squeeze(1)  # the one thing in a step that the host waits for
-        if not len(going):
+        unfinished = (~torch.isin(tokens, eos_tensor)).nonzero().squeeze(1)  # the one thing in a step that the host waits for
+        if not len(unfinished):
             break
-        if len(going) < len(alive):
-            alive, words = alive[going], words[going]
-            cache.batch_select_indices(going)
-        inputs = embed(words[:, None])
-    return ids[:, : step + 1], total / lengths
+        if len(unfinished) < len(active_rows):
+            active_rows, tokens = active_rows[unfinished], tokens[unfinished]
+            cache.batch_select_indices(unfinished)
+        inputs = embed(tokens[:, None])
+    return ids[:, : step + 1], log_likelihood / lengths

@@ -48,18 +48,18 @@ class HfLanguageModel(CausalLanguageModel):
             raise ValueError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
         if not isinstance(trust_remote_code, bool):
             raise ValueError(f"trust_remote_code is {trust_remote_code!r}; choose true or false")
-        how = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
-            model = load_pretrained(_model_class(weights, revision, trust_remote_code), weights, revision, **how)
+            model = load_pretrained(_resolve_model_class(weights, revision, trust_remote_code), weights, revision, **load_options)
         else:
-            model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **how)
+            model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **load_options)
             model.tie_weights()  # also where the caller keeps parameters from being initialised
-        words = None
+        tokenizer_folder = None
         if tokenizer:
-            words = fetch(tokenizer, weights=False)
+            tokenizer_folder = fetch(tokenizer, weights=False)
         elif weights and pretrained:
-            words = fetch(weights, revision)
-        super().__init__(model, words and read_tokenizer(words, eos, trust_remote_code))
+            tokenizer_folder = fetch(weights, revision)
+        super().__init__(model, tokenizer_folder and load_tokenizer(tokenizer_folder, eos, trust_remote_code))
         self.source_tokenizer = self.tokenizer  # one that is given later is not to be had from the source
         self.checkpoint = weights if pretrained else None
         self.revision = revision
@@ -81,24 +81,24 @@ class HfLanguageModel(CausalLanguageModel):
                 layer.gradient_checkpointing, layer.training = False, mode
 
 
-def read_tokenizer(folder: Path, eos: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:
+def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code: bool = False) -> TextTokenizer | None:
     """The tokenizer that lies in a folder, None if there is none. Raises InputError for one that cannot be read."""
     if not has_tokenizer(folder):
         return None
     try:
         with reading(f"the tokenizer in {folder}"), quiet():
-            return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos)
+            return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos_token)
     except InputError as error:
-        way = ""
+        hint = ""
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-            way = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
-        raise InputError(f"{error}{way}") from error
+            hint = ". One of SentencePiece needs: pip install 'segment-caption-anything[sentencepiece]'"
+        raise InputError(f"{error}{hint}") from error
 
 
-def _model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:
+def _resolve_model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:
     with reading(weights):
-        fused = has_fused_attention(fetch(weights, revision, code=trust_remote_code))
-    return FusedPhiForCausalLM if fused else AutoModelForCausalLM
+        is_fused = has_fused_attention(fetch(weights, revision, code=trust_remote_code))
+    return FusedPhiForCausalLM if is_fused else AutoModelForCausalLM
 
 
 def make_config(weights: str | None, revision: str | None, config: Mapping[str, Any] | None) -> PreTrainedConfig:

@@ -18,7 +18,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from sca.io.json import read_json
 from sca.io.weight_files import read_tensor_names, read_tensors, weight_files
 
-FUSED = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")
+FUSED_PATTERN = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -40,7 +40,7 @@ def has_fused_attention(folder: Path) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError):  # no configuration; loading it says so
         return False
-    return any(FUSED.fullmatch(name) for file in weight_files(folder) or () for name in read_tensor_names(file))
+    return any(FUSED_PATTERN.fullmatch(name) for file in weight_files(folder) or () for name in read_tensor_names(file))
 
 
 def split_fused_attention(tensors: Mapping[str, Tensor], config: PhiConfig) -> dict[str, Tensor]:
@@ -53,21 +53,21 @@ def split_fused_attention(tensors: Mapping[str, Tensor], config: PhiConfig) -> d
     Raises:
         ValueError: a fused tensor has another shape than `config` requires, or split ones are there as well.
     """
-    heads, width = config.num_attention_heads, config.hidden_size
-    split: dict[str, Tensor] = {}
+    num_heads, hidden_size = config.num_attention_heads, config.hidden_size
+    split_tensors: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        match = FUSED.fullmatch(name)
+        match = FUSED_PATTERN.fullmatch(name)
         if match is None:
-            split[name] = tensor
+            split_tensors[name] = tensor
             continue
-        prefix, kind = match.groups()
-        expected = (3 * width, width) if kind == "weight" else (3 * width,)
+        prefix, suffix = match.groups()
+        expected = (3 * hidden_size, hidden_size) if suffix == "weight" else (3 * hidden_size,)
         if tensor.shape != expected:
             raise ValueError(f"{name} is {tuple(tensor.shape)} and the config.json asks for {expected}")
-        targets = [f"{prefix}{projection}.{kind}" for projection in PROJECTIONS]
+        targets = [f"{prefix}{projection}.{suffix}" for projection in PROJECTIONS]
         if any(target in tensors for target in targets):
             raise ValueError(f"there are both {name} and {targets[0]}; remove one of the two")
-        by_head = tensor.unflatten(0, (heads, 3, width // heads))
-        for place, target in enumerate(targets):
-            split[target] = by_head[:, place].flatten(0, 1).contiguous()
-    return split
+        by_head = tensor.unflatten(0, (num_heads, 3, hidden_size // num_heads))
+        for index, target in enumerate(targets):
+            split_tensors[target] = by_head[:, index].flatten(0, 1).contiguous()
+    return split_tensors

@@ -22,20 +22,20 @@ from transformers.utils import ModelOutput
 
 from sca.io.errors import InputError
 from sca.io.hub import quiet
-from sca.language_models.greedy import greedy
+from sca.language_models.greedy import generate_greedy
 from sca.language_models.shrink import shrink_config
 
-ROWS, LENGTH, STEPS = 3, 7, 5
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit
+PROBE_BATCH_SIZE, PROBE_LENGTH, PROBE_STEPS = 3, 7, 5
+TOLERANCE_BY_DTYPE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit
 LOW_PRECISION_TOLERANCE = 0.05
 
 
-class IncapableError(InputError):
+class UnsupportedModelError(InputError):
     """A model that cannot caption; the message is the end of a sentence that begins with the model."""
 
 
 @dataclass(frozen=True)
-class Structure:
+class ModelStructure:
     """How a model computes its logits.
 
     Attributes:
@@ -44,36 +44,36 @@ class Structure:
         has_greedy_loop: Whether `greedy` generates what the model's own `generate` does.
     """
 
-    body: str
-    output: type[ModelOutput]
+    body_name: str
+    output_class: type[ModelOutput]
     has_greedy_loop: bool = False
 
-    def hidden(self, model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def compute_hidden_states(self, model: PreTrainedModel, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the states (N, S, D) of embeddings (N, S, E) under a mask (N, S)."""
-        body = model.get_submodule(self.body)
-        return body(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+        body = model.get_submodule(self.body_name)
+        return body(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
-    def head(self, model: PreTrainedModel, states: Tensor) -> Tensor:
+    def compute_logits(self, model: PreTrainedModel, states: Tensor) -> Tensor:
         """Return the logits (..., V) that the model's own forward computes from states (..., D).
 
         Its forward runs with the body replaced by one that returns the states, so that scales, caps and layers before
         the output projection are the model's own.
         """
         rows = states.reshape(1, states[..., 0].numel(), states.shape[-1])
-        replaced = _replace_module(model, self.body.split("."), _GivenStates(self.output))
-        logits = type(model).forward(replaced, inputs_embeds=rows, use_cache=False).logits
+        patched_model = _replace_module(model, self.body_name.split("."), _PassThroughBody(self.output_class))
+        logits = type(model).forward(patched_model, inputs_embeds=rows, use_cache=False).logits
         return logits.reshape(*states.shape[:-1], logits.shape[-1])
 
 
-class _GivenStates(nn.Module):
+class _PassThroughBody(nn.Module):
     """Stands in for a body: its embeddings are the states already."""
 
-    def __init__(self, output: type[ModelOutput]):
+    def __init__(self, output_class: type[ModelOutput]):
         super().__init__()
-        self.output = output
+        self.output_class = output_class
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> ModelOutput:
-        return self.output(last_hidden_state=inputs_embeds)
+        return self.output_class(last_hidden_state=inputs_embeds)
 
 
 def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
@@ -86,10 +86,10 @@ def _replace_module(module: nn.Module, path: Sequence[str], replacement: nn.Modu
     return copied
 
 
-_known: dict[tuple[type, str], Structure] = {}
+_structures: dict[tuple[type, str], ModelStructure] = {}
 
 
-def probe_model(model: PreTrainedModel) -> Structure:
+def probe_model(model: PreTrainedModel) -> ModelStructure:
     """Find out how a causal language model computes its logits.
 
     A tiny model of the same class and configuration, with random weights, is built and run (about 0.1 s, once per
@@ -103,35 +103,35 @@ def probe_model(model: PreTrainedModel) -> Structure:
         ValueError: The model cannot be fed embeddings, is not causal, or does not generate what its logits say.
     """
     key = (type(model), model.config.to_json_string(use_diff=False))
-    if key not in _known:
-        _known[key] = _probe(model)
-    return _known[key]
+    if key not in _structures:
+        _structures[key] = _probe_structure(model)
+    return _structures[key]
 
 
-def _probe(model: PreTrainedModel) -> Structure:
-    refused = f"the language model {model.config.model_type!r}"
+def _probe_structure(model: PreTrainedModel) -> ModelStructure:
+    subject = f"the language model {model.config.model_type!r}"
     try:
         _check_signatures(model)
         try:
-            with _undisturbed(), torch.device("cpu"):
-                return _examine(_tiny_model(model))
+            with _preserve_random_state(), torch.device("cpu"):
+                return _examine_model(_build_tiny_model(model))
         except Exception as error:  # of sizes that the architecture cannot have, in anyone's code
             if model.device.type == "meta":
-                raise IncapableError(_reason(error)) from error
-        with _undisturbed():
-            return _examine(model)
+                raise UnsupportedModelError(_describe_error(error)) from error
+        with _preserve_random_state():
+            return _examine_model(model)
     except Exception as error:
-        raise ValueError(f"{refused} {_reason(error)}; choose a decoder-only model") from error
+        raise ValueError(f"{subject} {_describe_error(error)}; choose a decoder-only model") from error
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, IncapableError):
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, UnsupportedModelError):
         return str(error)
     return f"cannot be run on embeddings ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _preserve_random_state() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
         yield
@@ -139,27 +139,27 @@ def _undisturbed() -> Iterator[None]:
 
 def _check_signatures(model: PreTrainedModel) -> None:
     if "inputs_embeds" not in inspect.signature(type(model).forward).parameters:
-        raise IncapableError("does not accept embeddings (inputs_embeds)")
+        raise UnsupportedModelError("does not accept embeddings (inputs_embeds)")
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
-        raise IncapableError("has no table of token embeddings")
+        raise UnsupportedModelError("has no table of token embeddings")
     if not model.can_generate():
-        raise IncapableError("cannot generate")
+        raise UnsupportedModelError("cannot generate")
     if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
-        raise IncapableError("cannot generate from embeddings (inputs_embeds)")
+        raise UnsupportedModelError("cannot generate from embeddings (inputs_embeds)")
 
 
-def _tiny_model(model: PreTrainedModel) -> PreTrainedModel:
+def _build_tiny_model(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and settings with few random parameters, none of which is close to nothing."""
-    tiny = type(model)(shrink_config(model.config)).float().eval()
-    tiny.generation_config = GenerationConfig()
-    for name, parameter in tiny.named_parameters():
-        spread = torch.randn_like(parameter)
+    tiny_model = type(model)(shrink_config(model.config)).float().eval()
+    tiny_model.generation_config = GenerationConfig()
+    for name, parameter in tiny_model.named_parameters():
+        noise = torch.randn_like(parameter)
         is_scale = parameter.dim() < 2 and not name.endswith("bias")
-        parameter.copy_(1 + 0.2 * spread if is_scale else 0.3 * spread)
-    return tiny
+        parameter.copy_(1 + 0.2 * noise if is_scale else 0.3 * noise)
+    return tiny_model
 
 
-def _examine(model: PreTrainedModel) -> Structure:
+def _examine_model(model: PreTrainedModel) -> ModelStructure:
     """Run a model on a few tokens; IncapableError if something that captions need does not hold."""
     training = model.training
     model.eval()
@@ -169,71 +169,71 @@ def _examine(model: PreTrainedModel) -> Structure:
         model.train(training)
 
 
-def _examine_in_eval_mode(model: PreTrainedModel) -> Structure:
-    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
-    ids = _draw_ids(model)
-    ids[1, :-1] = ids[0, :-1]  # two texts that differ in their last token
-    mask = torch.ones_like(ids)
-    logits = model(input_ids=ids, attention_mask=mask).logits
+def _examine_in_eval_mode(model: PreTrainedModel) -> ModelStructure:
+    tolerance = TOLERANCE_BY_DTYPE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    input_ids = _sample_token_ids(model)
+    input_ids[1, :-1] = input_ids[0, :-1]  # two texts that differ in their last token
+    attention_mask = torch.ones_like(input_ids)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
     if not logits.isfinite().all():
-        raise IncapableError("predicts NaN or infinite logits")
-    if _differ(logits[0, :-1], logits[1, :-1], tolerance / 10):
+        raise UnsupportedModelError("predicts NaN or infinite logits")
+    if _is_different(logits[0, :-1], logits[1, :-1], tolerance / 10):
         hint = "" if getattr(model.config, "is_decoder", True) else " (is_decoder is false in its configuration)"
-        raise IncapableError(f"is not causal: its logits depend on later tokens{hint}")
-    embeddings = model.get_input_embeddings()(ids)
-    structure = _trace_body(model, embeddings, mask)
-    if _differ(model(inputs_embeds=embeddings, attention_mask=mask).logits, logits, tolerance):
-        raise IncapableError("returns different logits for embeddings than for the same token ids")
-    states = structure.hidden(model, embeddings, mask)
-    if _differ(structure.head(model, states), logits, tolerance):
-        raise IncapableError(f"does not compute its logits from the states of its {structure.body!r} alone")
-    mask[2, -2:] = 0
-    if _differ(structure.hidden(model, embeddings, mask)[2, :-2], states[2, :-2], tolerance):
-        raise IncapableError("returns different hidden states when the input is right-padded")
-    between = (embeddings + embeddings.roll(1, 0)) / 2  # of no token
-    return _examine_generation(model, structure, between, tolerance)
+        raise UnsupportedModelError(f"is not causal: its logits depend on later tokens{hint}")
+    embeddings = model.get_input_embeddings()(input_ids)
+    structure = _trace_body(model, embeddings, attention_mask)
+    if _is_different(model(inputs_embeds=embeddings, attention_mask=attention_mask).logits, logits, tolerance):
+        raise UnsupportedModelError("returns different logits for embeddings than for the same token ids")
+    states = structure.compute_hidden_states(model, embeddings, attention_mask)
+    if _is_different(structure.compute_logits(model, states), logits, tolerance):
+        raise UnsupportedModelError(f"does not compute its logits from the states of its {structure.body_name!r} alone")
+    attention_mask[2, -2:] = 0
+    if _is_different(structure.compute_hidden_states(model, embeddings, attention_mask)[2, :-2], states[2, :-2], tolerance):
+        raise UnsupportedModelError("returns different hidden states when the input is right-padded")
+    mixed_embeddings = (embeddings + embeddings.roll(1, 0)) / 2  # of no token
+    return _examine_generation(model, structure, mixed_embeddings, tolerance)
 
 
-def _examine_generation(model: PreTrainedModel, structure: Structure, prefix: Tensor, tolerance: float) -> Structure:
+def _examine_generation(model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, tolerance: float) -> ModelStructure:
     """Compare the model's own greedy `generate` with the likeliest token after token, and `greedy` with both."""
     generated = model.generate(
         inputs_embeds=prefix,
         attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),
         generation_config=GenerationConfig(
-            max_new_tokens=STEPS, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+            max_new_tokens=PROBE_STEPS, pad_token_id=0, return_dict_in_generate=True, output_logits=True
         ),
     )
-    ids = generated.sequences[:, -STEPS:]  # (N, T)
-    seen = torch.cat((prefix, model.get_input_embeddings()(ids)), dim=1)
-    states = structure.hidden(model, seen, torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device))
-    logits = structure.head(model, states[:, -STEPS - 1 : -1])  # (N, T, V)
-    if _differ(torch.stack(generated.logits, dim=1), logits, tolerance):
-        raise IncapableError("generates different logits with its cache than without")
-    logs = logits.float().log_softmax(dim=2).gather(2, ids[..., None])[..., 0]  # (N, T)
-    return replace(structure, has_greedy_loop=_can_loop(model, structure, prefix, ids, logs, tolerance))
+    sequences = generated.sequences[:, -PROBE_STEPS:]  # (N, T)
+    inputs = torch.cat((prefix, model.get_input_embeddings()(sequences)), dim=1)
+    states = structure.compute_hidden_states(model, inputs, torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device))
+    logits = structure.compute_logits(model, states[:, -PROBE_STEPS - 1 : -1])  # (N, T, V)
+    if _is_different(torch.stack(generated.logits, dim=1), logits, tolerance):
+        raise UnsupportedModelError("generates different logits with its cache than without")
+    log_probs = logits.float().log_softmax(dim=2).gather(2, sequences[..., None])[..., 0]  # (N, T)
+    return replace(structure, has_greedy_loop=_can_use_greedy_loop(model, structure, prefix, sequences, log_probs, tolerance))
 
 
-def _can_loop(
-    model: PreTrainedModel, structure: Structure, prefix: Tensor, ids: Tensor, logs: Tensor, tolerance: float
+def _can_use_greedy_loop(
+    model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, ids: Tensor, log_probs: Tensor, tolerance: float
 ) -> bool:
     """Whether `greedy` generates given ids (N, T) with given log-probabilities (N, T) when a caption ends early."""
-    end = _find_early_end(ids)
+    end = _find_early_end_token(ids)
     if end is None:
         return False
-    ended = (ids == end).int()
-    counted = ended.cumsum(1) - ended == 0
-    body, head = model.get_submodule(structure.body), partial(structure.head, model)
+    is_end = (ids == end).int()
+    is_counted = is_end.cumsum(1) - is_end == 0
+    body, head = model.get_submodule(structure.body_name), partial(structure.compute_logits, model)
     try:
-        found, scores = greedy(model, body, head, prefix, STEPS, -1, [end])
+        sequences, scores = generate_greedy(model, body, head, prefix, PROBE_STEPS, -1, [end])
     except Exception:  # a cache of another kind, in anyone's code
         return False
-    expected = (logs * counted).sum(1) / counted.sum(1)
-    return torch.equal(found, ids.masked_fill(~counted, -1)) and not _differ(scores, expected, 10 * tolerance)
+    expected = (log_probs * is_counted).sum(1) / is_counted.sum(1)
+    return torch.equal(sequences, ids.masked_fill(~is_counted, -1)) and not _is_different(scores, expected, 10 * tolerance)
 
 
-def _find_early_end(ids: Tensor) -> int | None:
+def _find_early_end_token(ids: Tensor) -> int | None:
     """A token that ends one row of ids (N, T) when the others go on for at least two steps."""
-    for step in range(STEPS - 2):
+    for step in range(PROBE_STEPS - 2):
         for token in ids[:, step].tolist():
             rows = (ids == token).any(dim=1)
             if not rows.all():
@@ -241,36 +241,36 @@ def _find_early_end(ids: Tensor) -> int | None:
     return None
 
 
-def _trace_body(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> Structure:
+def _trace_body(model: PreTrainedModel, embeddings: Tensor, attention_mask: Tensor) -> ModelStructure:
     """Find the first module that a forward hands the embeddings to, and the class of what it returns."""
     calls: list[tuple[str, type]] = []
 
-    def record(name: str, _: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def record_call(name: str, _: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         if kwargs.get("inputs_embeds") is embeddings:
             calls.append((name, type(output)))
 
-    inner = [(name, module) for name, module in model.named_modules() if name]
-    hooks = [module.register_forward_hook(partial(record, name), with_kwargs=True) for name, module in inner]
+    submodules = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(record_call, name), with_kwargs=True) for name, module in submodules]
     try:
-        model(inputs_embeds=embeddings, attention_mask=mask)
+        model(inputs_embeds=embeddings, attention_mask=attention_mask)
     finally:
         for hook in hooks:
             hook.remove()
     if not calls or not hasattr(calls[-1][1], "last_hidden_state"):
-        raise IncapableError("passes its embeddings to no submodule that returns hidden states")
-    return Structure(*calls[-1])  # the outermost returns last
+        raise UnsupportedModelError("passes its embeddings to no submodule that returns hidden states")
+    return ModelStructure(*calls[-1])  # the outermost returns last
 
 
-def _draw_ids(model: PreTrainedModel) -> Tensor:
+def _sample_token_ids(model: PreTrainedModel) -> Tensor:
     """Random ids (N, L) of tokens without a meaning of their own."""
     config = model.config.get_text_config(decoder=True)
     fields = {name: value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
-    special = {token for value in fields.values() for token in (value if isinstance(value, list) else [value])}
-    size = min(model.get_input_embeddings().num_embeddings, 1000)
-    ordinary = torch.tensor([token for token in range(size) if token not in special], device=model.device)
-    return ordinary[torch.randint(len(ordinary), (ROWS, LENGTH), device="cpu").to(model.device)]
+    special_ids = {token for value in fields.values() for token in (value if isinstance(value, list) else [value])}
+    num_ids = min(model.get_input_embeddings().num_embeddings, 1000)
+    ordinary_ids = torch.tensor([token for token in range(num_ids) if token not in special_ids], device=model.device)
+    return ordinary_ids[torch.randint(len(ordinary_ids), (PROBE_BATCH_SIZE, PROBE_LENGTH), device="cpu").to(model.device)]
 
 
-def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+def _is_different(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether two tensors differ by more than a share of the largest value."""
-    return not bool((one - other).abs().max() <= tolerance * other.abs().max())
+    return not bool((actual - expected).abs().max() <= tolerance * expected.abs().max())

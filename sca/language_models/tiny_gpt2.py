@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 
-END = "<|end|>"
+END_TOKEN = "<|end|>"
 
 
 class TinyGpt2(CausalLanguageModel):
@@ -19,7 +19,7 @@ class TinyGpt2(CausalLanguageModel):
 
     def __init__(self, hidden_size: int = 128, depth: int = 2, num_heads: int = 4, max_positions: int = 96, dropout: float = 0.0):
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"), eos_token=END, pad_token=END
+            tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"), eos_token=END_TOKEN, pad_token=END_TOKEN
         )
         config = GPT2Config(
             vocab_size=len(tokenizer),

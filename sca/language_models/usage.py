@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from sca_registry.contracts import TokenUsage
 
 
-def count_tokens(prompt: int, rows: Sequence[Sequence[int]], ends: Collection[int]) -> TokenUsage:
+def count_tokens(prompt_tokens: int, rows: Sequence[Sequence[int]], eos_token_ids: Collection[int]) -> TokenUsage:
     """Count the tokens of one region's captions.
 
     Args:
@@ -15,6 +15,6 @@ def count_tokens(prompt: int, rows: Sequence[Sequence[int]], ends: Collection[in
         rows: Ids of each caption, the best first.
         ends: Ids that end a text; what follows the first of them fills up the row.
     """
-    places = [next((place for place, token in enumerate(row) if token in ends), None) for row in rows]
-    lengths = [len(row) if end is None else end + 1 for row, end in zip(rows, places, strict=True)]
-    return TokenUsage(prompt, tuple(lengths), tuple(end is None for end in places))
+    end_indices = [next((index for index, token in enumerate(row) if token in eos_token_ids), None) for row in rows]
+    lengths = [len(row) if end is None else end + 1 for row, end in zip(rows, end_indices, strict=True)]
+    return TokenUsage(prompt_tokens, tuple(lengths), tuple(end is None for end in end_indices))

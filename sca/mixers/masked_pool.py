@@ -6,7 +6,7 @@ import torch
 from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 
-from sca.nn.masks import best_masks, mean_under, tight_boxes
+from sca.nn.masks import select_best_masks, pool_under_masks, masks_to_boxes
 
 
 class MaskedPoolMixer(nn.Module):
@@ -29,10 +29,10 @@ class MaskedPoolMixer(nn.Module):
         )
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
-        best = best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)
-        shares = best.sigmoid()
-        pooled = mean_under(regions.image_embeddings, regions.image_index, shares)
-        x1, y1, x2, y2 = (tight_boxes(best > 0) / best.shape[-1]).unbind(1)  # shares of the frame's side
-        place = torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, shares.mean((1, 2)).float()), dim=1)
-        told = self.norm(pooled) + self.geometry(place.to(pooled.dtype))
-        return self.layers(told).unflatten(1, (self.num_queries, self.hidden_size))
+        best_logits = select_best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)
+        probabilities = best_logits.sigmoid()
+        pooled = pool_under_masks(regions.image_embeddings, regions.image_index, probabilities)
+        x1, y1, x2, y2 = (masks_to_boxes(best_logits > 0) / best_logits.shape[-1]).unbind(1)  # shares of the frame's side
+        box_features = torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, probabilities.mean((1, 2)).float()), dim=1)
+        region_features = self.norm(pooled) + self.geometry(box_features.to(pooled.dtype))
+        return self.layers(region_features).unflatten(1, (self.num_queries, self.hidden_size))

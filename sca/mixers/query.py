@@ -6,7 +6,7 @@ import torch
 from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 
-from sca.nn.masks import best_masks, mean_under
+from sca.nn.masks import select_best_masks, pool_under_masks
 from sca.nn.two_way import TwoWayTransformer, init_weights
 
 
@@ -44,9 +44,9 @@ class QueryMixer(nn.Module):
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
         tokens, _ = self.transformer(tokens, grid, regions.positional_encoding, grids=False)
-        gathered = tokens[:, : self.num_queries]
+        region_queries = tokens[:, : self.num_queries]
         if self.pool is not None:
-            best = best_masks(regions.masks.detach(), regions.iou_scores)  # (N, 4h, 4w)
-            pooled = mean_under(regions.image_embeddings, regions.image_index, best.sigmoid())  # (N, D)
-            gathered = gathered + self.pool(pooled).unflatten(1, (self.num_queries, self.hidden_size))
-        return gathered
+            best_logits = select_best_masks(regions.masks.detach(), regions.iou_scores)  # (N, 4h, 4w)
+            pooled = pool_under_masks(regions.image_embeddings, regions.image_index, best_logits.sigmoid())  # (N, D)
+            region_queries = region_queries + self.pool(pooled).unflatten(1, (self.num_queries, self.hidden_size))
+        return region_queries

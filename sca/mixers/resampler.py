@@ -7,10 +7,10 @@ from sca_registry.contracts import SegmenterOutput, Segmenter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.regions import rows_by_image
+from sca.nn.regions import iter_rows_by_image
 from sca.nn.two_way import init_weights
 
-Prepared = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
+ImageKeysValues = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
 
 
 class ResamplerMixer(nn.Module):
@@ -34,17 +34,17 @@ class ResamplerMixer(nn.Module):
         self.norm = nn.LayerNorm(self.hidden_size)
         self.apply(init_weights)
 
-    def prepare(self, image: Tensor, position: Tensor) -> Prepared:
+    def prepare(self, image_embeddings: Tensor, positional_encoding: Tensor) -> ImageKeysValues:
         """Of the features (B, D, h, w) of whole images and the position code (D, h, w) of their grid."""
-        return [layer.prepare(image, position) for layer in self.layers]
+        return [layer.prepare(image_embeddings, positional_encoding) for layer in self.layers]
 
-    def forward(self, regions: SegmenterOutput, prepared: Prepared | None = None) -> Tensor:
+    def forward(self, regions: SegmenterOutput, prepared: ImageKeysValues | None = None) -> Tensor:
         if prepared is None:
             prepared = self.prepare(regions.image_embeddings, regions.positional_encoding)
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
-        for place, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):
-            tokens = layer(tokens, regions.image_index, keys, values, self.num_queries, last=place == len(self.layers))
+        for layer_number, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):
+            tokens = layer(tokens, regions.image_index, keys, values, self.num_queries, last=layer_number == len(self.layers))
         return self.norm(tokens)
 
 
@@ -55,7 +55,7 @@ class ResamplerLayer(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_dim: int):
         super().__init__()
-        self.heads = num_heads
+        self.num_heads = num_heads
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))  # of tokens, of tokens, of the image, of both
         self.among = nn.Linear(hidden_size, 3 * hidden_size)
         self.gathered = nn.Linear(hidden_size, hidden_size)
@@ -65,37 +65,37 @@ class ResamplerLayer(nn.Module):
         self.seen = nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
 
-    def prepare(self, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        cells = self.norms[2](image.flatten(2).transpose(1, 2))  # (B, h w, D)
-        keys = self.key(cells + position.flatten(1).T)
-        return self._split(keys).contiguous(), self._split(self.value(cells)).contiguous()  # they are read many times
+    def project_image(self, image_embeddings: Tensor, positional_encoding: Tensor) -> tuple[Tensor, Tensor]:
+        cells = self.norms[2](image_embeddings.flatten(2).transpose(1, 2))  # (B, h w, D)
+        keys = self.key(cells + positional_encoding.flatten(1).T)
+        return self._split_heads(keys).contiguous(), self._split_heads(self.value(cells)).contiguous()  # they are read many times
 
     def forward(
-        self, tokens: Tensor, owner: Tensor, keys: Tensor, values: Tensor, queries: int, last: bool = False
+        self, tokens: Tensor, image_index: Tensor, keys: Tensor, values: Tensor, num_queries: int, is_last: bool = False
     ) -> Tensor:
-        query, key, value = map(self._split, self.among(self.norms[0](tokens)).chunk(3, dim=-1))
-        tokens = tokens + self.gathered(self._joined(F.scaled_dot_product_attention(query, key, value)))
-        looking, others = tokens[:, :queries], tokens[:, queries:]
-        query = self._split(self.query(self.norms[1](looking)))  # (N, heads, Q, d)
-        looking = looking + self.seen(self._joined(_attend_in_place(query, owner, keys, values)))
-        tokens = looking if last else torch.cat((looking, others), dim=1)
+        query, key, value = map(self._split_heads, self.among(self.norms[0](tokens)).chunk(3, dim=-1))
+        tokens = tokens + self.gathered(self._merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        query_tokens, other_tokens = tokens[:, :num_queries], tokens[:, num_queries:]
+        query = self._split_heads(self.query(self.norms[1](query_tokens)))  # (N, heads, Q, d)
+        query_tokens = query_tokens + self.seen(self._merge_heads(_attend_by_image(query, image_index, keys, values)))
+        tokens = query_tokens if is_last else torch.cat((query_tokens, other_tokens), dim=1)
         return tokens + self.mlp(self.norms[3](tokens))
 
-    def _split(self, values: Tensor) -> Tensor:
-        return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, T, d)
+    def _split_heads(self, values: Tensor) -> Tensor:
+        return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T, d)
 
-    def _joined(self, values: Tensor) -> Tensor:
+    def _merge_heads(self, values: Tensor) -> Tensor:
         return values.transpose(1, 2).flatten(2)  # (N, T, D)
 
 
-def _attend_in_place(query: Tensor, owner: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_by_image(query: Tensor, image_index: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of (N, heads, T, d) queries to the keys and values of the image that each is of, without a copy of them
     for each region: the queries of an image go as one long row.
     """
-    found = torch.empty_like(query)
-    for image, rows in rows_by_image(owner):
-        mine = query[rows]  # (n, heads, T, d)
-        together = mine.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)
-        seen = F.scaled_dot_product_attention(together, keys[image : image + 1], values[image : image + 1])
-        found[rows] = seen.squeeze(0).unflatten(1, (len(mine), -1)).transpose(0, 1)
-    return found
+    outputs = torch.empty_like(query)
+    for index, rows in iter_rows_by_image(image_index):
+        image_queries = query[rows]  # (n, heads, T, d)
+        flat_queries = image_queries.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, n T, d)
+        attended = F.scaled_dot_product_attention(flat_queries, keys[index : index + 1], values[index : index + 1])
+        outputs[rows] = attended.squeeze(0).unflatten(1, (len(image_queries), -1)).transpose(0, 1)
+    return outputs

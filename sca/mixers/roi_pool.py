@@ -19,12 +19,12 @@ class RoiPoolMixer(nn.Module):
     def __init__(self, segmenter: Segmenter, output_size: int = 6):
         super().__init__()
         self.hidden_size = segmenter.channels
-        self.size = output_size
+        self.output_size = output_size
         self.num_queries = output_size * output_size
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
         if regions.boxes is None:
             raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
         scale = regions.image_embeddings.shape[-1] / regions.image_size
-        pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.size)  # (N, D, size, size)
+        pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size)  # (N, D, size, size)
         return pooled.flatten(2).transpose(1, 2)

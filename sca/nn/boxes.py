@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 
-def box_iou(first: Tensor, second: Tensor) -> Tensor:
+def compute_box_iou(first: Tensor, second: Tensor) -> Tensor:
     """(N, 4) and (K, 4) -> (N, K)."""
-    corner = torch.maximum(first[:, None, :2], second[None, :, :2])
-    far = torch.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = (far - corner).clamp(min=0).prod(2)
+    top_left = torch.maximum(first[:, None, :2], second[None, :, :2])
+    bottom_right = torch.minimum(first[:, None, 2:], second[None, :, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (first, second)]
-    return shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-6)
+    return intersection / (areas[0][:, None] + areas[1][None] - intersection).clamp(min=1e-6)
 
 
-def filled_boxes(boxes: Tensor, side: int, size: int) -> Tensor:
+def rasterize_boxes(boxes: Tensor, grid_size: int, image_size: int) -> Tensor:
     """(N, 4) in a frame of size x size -> (N, side, side): 1 in the cells whose centre lies in the box, 0 around it."""
-    centres = (torch.arange(side, device=boxes.device) + 0.5) * (size / side)
+    centers = (torch.arange(grid_size, device=boxes.device) + 0.5) * (image_size / grid_size)
     x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # (N, 1) each
-    across, down = (x1 <= centres) & (centres <= x2), (y1 <= centres) & (centres <= y2)  # (N, side)
-    return (down[:, :, None] & across[:, None]).float()
+    is_inside_x, is_inside_y = (x1 <= centers) & (centers <= x2), (y1 <= centers) & (centers <= y2)  # (N, side)
+    return (is_inside_y[:, :, None] & is_inside_x[:, None]).float()

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sca.nn.regions import rows_by_image
+from sca.nn.regions import iter_rows_by_image
 
 
-def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
+def pool_under_masks(image_embeddings: Tensor, image_index: Tensor, weights: Tensor) -> Tensor:
     """Average the features of each region's image under its mask.
 
     Args:
@@ -20,28 +20,28 @@ def mean_under(image: Tensor, owner: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (N, D)
     """
-    weights = F.adaptive_avg_pool2d(weights, image.shape[-2:]).flatten(1) + 1e-4
-    weights = (weights / weights.sum(1, keepdim=True)).to(image.dtype)
-    means = image.new_empty(len(weights), image.shape[1])
-    for place, rows in rows_by_image(owner):
-        means[rows] = weights[rows] @ image[place].flatten(1).T
+    weights = F.adaptive_avg_pool2d(weights, image_embeddings.shape[-2:]).flatten(1) + 1e-4
+    weights = (weights / weights.sum(1, keepdim=True)).to(image_embeddings.dtype)
+    means = image_embeddings.new_empty(len(weights), image_embeddings.shape[1])
+    for index, rows in iter_rows_by_image(image_index):
+        means[rows] = weights[rows] @ image_embeddings[index].flatten(1).T
     return means
 
 
-def tight_boxes(masks: Tensor) -> Tensor:
+def masks_to_boxes(masks: Tensor) -> Tensor:
     """(N, h, w) bool -> (N, 4) x1 y1 x2 y2 in mask cells, the far edges exclusive; zeros where a mask is empty."""
     if not masks.numel():
         return torch.zeros(len(masks), 4, device=masks.device)
     spans = []
     for dim in (1, 2):  # columns, then rows
-        hit = masks.any(dim)  # (N, w), (N, h)
-        cells = torch.arange(hit.shape[1], device=masks.device)
-        first = torch.where(hit, cells, hit.shape[1]).amin(1)
-        last = torch.where(hit, cells + 1, 0).amax(1)
+        is_occupied = masks.any(dim)  # (N, w), (N, h)
+        cells = torch.arange(is_occupied.shape[1], device=masks.device)
+        first = torch.where(is_occupied, cells, is_occupied.shape[1]).amin(1)
+        last = torch.where(is_occupied, cells + 1, 0).amax(1)
         spans += [torch.minimum(first, last), last]
     return torch.stack((spans[0], spans[2], spans[1], spans[3]), dim=1).float()
 
 
-def best_masks(masks: Tensor, scores: Tensor) -> Tensor:
+def select_best_masks(masks: Tensor, scores: Tensor) -> Tensor:
     """Of (N, M, h, w) masks those with the highest of (N, M) scores: (N, h, w)."""
     return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)]

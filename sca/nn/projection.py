@@ -11,11 +11,11 @@ class Projection(nn.Sequential):
     norm: "none", or a LayerNorm "pre", "post" or "both". `ModelSpec` checks both options.
     """
 
-    def __init__(self, width: int, target: int, kind: str = "linear", norm: str = "none"):
-        layers: list[nn.Module] = [nn.LayerNorm(width)] if norm in ("pre", "both") else []
-        layers.append(nn.Linear(width, target))
+    def __init__(self, in_features: int, out_features: int, kind: str = "linear", norm: str = "none"):
+        layers: list[nn.Module] = [nn.LayerNorm(in_features)] if norm in ("pre", "both") else []
+        layers.append(nn.Linear(in_features, out_features))
         if kind == "mlp":
-            layers += [nn.GELU(), nn.Linear(target, target), nn.GELU(), nn.Linear(target, target)]
+            layers += [nn.GELU(), nn.Linear(out_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)]
         if norm in ("post", "both"):
-            layers.append(nn.LayerNorm(target))
+            layers.append(nn.LayerNorm(out_features))
         super().__init__(*layers)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 
-def suppress(is_overlapping: Callable[[int, Tensor], Tensor], scores: Tensor) -> Iterator[int]:
+def suppress_overlaps(is_overlapping: Callable[[int, Tensor], Tensor], scores: Tensor) -> Iterator[int]:
     """Yield the places that stay, best first: of two that overlap too much, the one with the better score.
 
     Overlaps are computed a row at a time and only for what stays, so memory grows with N and a caller can stop.

@@ -22,27 +22,27 @@ class BoxesFromCoco:
     """
 
     def __init__(self, annotations: str):
-        self.file = read_prompts(expand_user(annotations))
-        for problem in self.file.problems:
+        self.prompt_file = read_prompts(expand_user(annotations))
+        for problem in self.prompt_file.problems:
             warnings.warn(problem, stacklevel=2)
-        if summary := self.file.skip.summarize():
-            warnings.warn(f"{self.file.path}: {summary}", stacklevel=2)
-        self.images: dict[str, Path] = {}  # whose each key has been
+        if summary := self.prompt_file.skip.summarize():
+            warnings.warn(f"{self.prompt_file.path}: {summary}", stacklevel=2)
+        self.path_by_key: dict[str, Path] = {}  # whose each key has been
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         path = Path(str(image_id))
-        keys = self.file.match([path])
+        keys = self.prompt_file.match([path])
         if path not in keys:
-            raise InputError(f"{self.file.path} has no regions for {image_id}")
-        if self.images.setdefault(keys[path], path) != path:
+            raise InputError(f"{self.prompt_file.path} has no regions for {image_id}")
+        if self.path_by_key.setdefault(keys[path], path) != path:
             raise InputError(
-                f"{self.file.path}: {keys[path]} could mean {self.images[keys[path]]} or {path}; write image paths "
+                f"{self.prompt_file.path}: {keys[path]} could mean {self.path_by_key[keys[path]]} or {path}; write image paths "
                 "relative to the prompts file"
             )
-        before = self.file.clipped.skipped.total()
-        prompts, problems = self.file.fitting(keys[path], *image.size)
-        if clipped := self.file.clipped.skipped.total() - before:
-            warnings.warn(f"{self.file.path}: {clipped} of the boxes for {image_id} are clipped to it", stacklevel=2)
+        clipped_before = self.prompt_file.clipped.skipped.total()
+        prompts, problems = self.prompt_file.fitting(keys[path], *image.size)
+        if num_clipped := self.prompt_file.clipped.skipped.total() - clipped_before:
+            warnings.warn(f"{self.prompt_file.path}: {num_clipped} of the boxes for {image_id} are clipped to it", stacklevel=2)
         if problems and not prompts:
             raise InputError(problems[0])
         for problem in problems:

@@ -6,15 +6,15 @@ from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
 
 
-class Grid:
+class PointGrid:
     """points x points prompts, a point each, in the middle of equal cells of the image."""
 
     def __init__(self, points_per_side: int = 32):
         if points_per_side < 1:
             raise ValueError(f"points is {points_per_side}: give a whole number, 1 or more")
-        self.points = points_per_side
+        self.points_per_side = points_per_side
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
-        steps = [(step + 0.5) / self.points for step in range(self.points)]
-        prompts = tuple(Prompt(points=((x * image.width, y * image.height, 1),)) for y in steps for x in steps)
+        fractions = [(step + 0.5) / self.points_per_side for step in range(self.points_per_side)]
+        prompts = tuple(Prompt(points=((x * image.width, y * image.height, 1),)) for y in fractions for x in fractions)
         return Proposals(prompts, (1.0,) * len(prompts), (None,) * len(prompts))

@@ -6,7 +6,7 @@ import torch
 from sca_registry.contracts import Encoder, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 
-from sca.segmenters.sam import SAM_WIDTH, FeatureNeck
+from sca.segmenters.sam import SAM_HIDDEN_SIZE, FeatureNeck
 
 
 class BoxSegmenter(nn.Module):
@@ -19,9 +19,9 @@ class BoxSegmenter(nn.Module):
 
     def __init__(self, encoder: Encoder, hidden_size: int | None = None):
         super().__init__()
-        self.channels = hidden_size or min(encoder.channels, SAM_WIDTH)
-        self.size = encoder.image_format.size
-        self.grid = self.size // encoder.stride
+        self.channels = hidden_size or min(encoder.channels, SAM_HIDDEN_SIZE)
+        self.image_size = encoder.image_format.size
+        self.grid_size = self.image_size // encoder.stride
         self.neck = FeatureNeck(encoder.channels, self.channels) if self.channels != encoder.channels else nn.Identity()
         self.register_buffer("frequencies", torch.randn(2, self.channels // 2))
         self.kinds = nn.Embedding(4, self.channels)
@@ -29,31 +29,31 @@ class BoxSegmenter(nn.Module):
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         if prompts.masks is not None:
             raise ValueError("the segmenter 'box' takes boxes and points; for mask prompts use segmenter=sam")
-        image = self.neck(features)
+        image_embeddings = self.neck(features)
         tokens = []
         if prompts.points is not None:
-            tokens.append(self.code(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0)))
+            tokens.append(self.encode_coordinates(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0)))
         if prompts.boxes is not None:
             corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2), input frame
-            tokens.append(self.code(corners + 0.5) + self.kinds.weight[2:])
+            tokens.append(self.encode_coordinates(corners + 0.5) + self.kinds.weight[2:])
         tokens = torch.cat(tokens, dim=1)  # (N, P', D)
         return SegmenterOutput(
             image_index=prompts.image_index,
-            image_embeddings=image,
-            image_size=self.size,
-            dense_embeddings=image.new_zeros(self.channels, 1, 1),
-            positional_encoding=self.position(),
+            image_embeddings=image_embeddings,
+            image_size=self.image_size,
+            dense_embeddings=image_embeddings.new_zeros(self.channels, 1, 1),
+            positional_encoding=self.compute_positional_encoding(),
             prompt_tokens=tokens,
             tokens=tokens,
             boxes=prompts.boxes,
         )
 
-    def code(self, coordinates: Tensor) -> Tensor:
+    def encode_coordinates(self, coordinates: Tensor) -> Tensor:
         """(..., 2) x y in the input frame -> (..., D)."""
-        angles = 2 * torch.pi * (2 * coordinates / self.size - 1).to(self.frequencies.dtype) @ self.frequencies
+        angles = 2 * torch.pi * (2 * coordinates / self.image_size - 1).to(self.frequencies.dtype) @ self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
-    def position(self) -> Tensor:
-        centres = (torch.arange(self.grid, device=self.frequencies.device) + 0.5) * (self.size / self.grid)
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return self.code(torch.stack((x, y), dim=-1)).permute(2, 0, 1)
+    def compute_positional_encoding(self) -> Tensor:
+        centers = (torch.arange(self.grid_size, device=self.frequencies.device) + 0.5) * (self.image_size / self.grid_size)
+        y, x = torch.meshgrid(centers, centers, indexing="ij")
+        return self.encode_coordinates(torch.stack((x, y), dim=-1)).permute(2, 0, 1)

@@ -20,13 +20,13 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from sca.io.hub import load_pretrained
-from sca.nn.boxes import filled_boxes
-from sca.nn.masks import best_masks, tight_boxes
-from sca.nn.two_way import TwoWayTransformer, decoder_config
+from sca.nn.boxes import rasterize_boxes
+from sca.nn.masks import select_best_masks, masks_to_boxes
+from sca.nn.two_way import TwoWayTransformer, build_decoder_config
 
-SAM_WIDTH = 256  # D of all that are published
-UPSCALED = 2**22  # numbers of grids that are upscaled at a time on a CPU
-POSITION_SPREAD = 2  # half of it is the deviation of the random frequencies: 1, as in SAM's own code
+SAM_HIDDEN_SIZE = 256  # D of all that are published
+UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # numbers of grids that are upscaled at a time on a CPU
+POSITION_FREQUENCY_SCALE = 2  # half of it is the deviation of the random frequencies: 1, as in SAM's own code
 
 
 class SamSegmenter(nn.Module):
@@ -56,30 +56,30 @@ class SamSegmenter(nn.Module):
         pretrained: bool = True,
     ):
         super().__init__()
-        self.size = encoder.image_format.size
-        self.grid = self.size // encoder.stride
-        self.drawn = box_masks
+        self.image_size = encoder.image_format.size
+        self.grid_size = self.image_size // encoder.stride
+        self.box_masks = box_masks
         if pretrained and weights is None and encoder.default_segmenter == "sam":
             weights, revision = encoder.checkpoint, getattr(encoder, "revision", None)
         self.checkpoint = weights if pretrained else None
         if self.checkpoint:
-            elsewhere = ("vision_encoder.",)
-            sam = load_pretrained(SamHeads, weights, revision, elsewhere, dtype="float32")
+            other_modules = ("vision_encoder.",)
+            sam = load_pretrained(SamPromptAndMaskModel, weights, revision, other_modules, dtype="float32")
             self.prompt_encoder, self.decoder = sam.prompt_encoder, sam.mask_decoder
         else:
-            channels = hidden_size or (SAM_WIDTH if weights else min(encoder.channels, SAM_WIDTH))
-            decoder = decoder_config(
+            channels = hidden_size or (SAM_HIDDEN_SIZE if weights else min(encoder.channels, SAM_HIDDEN_SIZE))
+            mask_decoder_config = build_decoder_config(
                 channels, depth, num_heads, mlp_dim, iou_head_depth=iou_head_depth, iou_head_hidden_dim=iou_head_hidden_size or channels
             )
-            prompts = SamPromptEncoderConfig(
-                hidden_size=channels, image_size=self.size, patch_size=encoder.stride, mask_input_channels=mask_input_channels
+            prompt_encoder_config = SamPromptEncoderConfig(
+                hidden_size=channels, image_size=self.image_size, patch_size=encoder.stride, mask_input_channels=mask_input_channels
             )
-            vision = SamVisionConfig(hidden_size=POSITION_SPREAD, num_pos_feats=channels // 2)
-            self.prompt_encoder, self.decoder = _modules(
-                SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+            vision_config = SamVisionConfig(hidden_size=POSITION_FREQUENCY_SCALE, num_pos_feats=channels // 2)
+            self.prompt_encoder, self.decoder = _build_prompt_and_mask_modules(
+                SamConfig(vision_config=vision_config, prompt_encoder_config=prompt_encoder_config, mask_decoder_config=mask_decoder_config)
             )
         self.channels = self.decoder.hidden_size
-        self.prompt_encoder.input_image_size = self.size
+        self.prompt_encoder.input_image_size = self.image_size
         self.neck = nn.Identity()
         if self.channels != encoder.channels:
             self.neck = FeatureNeck(encoder.channels, self.channels)
@@ -87,108 +87,108 @@ class SamSegmenter(nn.Module):
         self.prompt_encoder.no_mask_embed.weight.requires_grad_(not box_masks)  # there is always a picture to embed
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
-        image = self.neck(features)  # (B, D, h, w)
-        prompt_tokens, dense = self.embed(prompts)
-        position = self.position()
-        shared = dense.dim() == 3  # no region has drawn into its grid yet: one for each image will do
-        grid = (image if shared else image[prompts.image_index]) + dense  # (B or N, D, h, w)
-        outputs = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
-        tokens = torch.cat((outputs.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
-        tokens, grid = self.decoder.transformer(tokens, grid, position, prompts.image_index if shared else None)
-        masks, scores = self.masks(tokens, grid)
-        chosen = slice(1, None) if multimask_output else slice(0, 1)
-        masks, scores = masks[:, chosen], scores[:, chosen]
+        image_embeddings = self.neck(features)  # (B, D, h, w)
+        prompt_tokens, dense_embeddings = self.embed_prompts(prompts)
+        positional_encoding = self.compute_positional_encoding()
+        is_grid_shared = dense_embeddings.dim() == 3  # no region has drawn into its grid yet: one for each image will do
+        grid = (image_embeddings if is_grid_shared else image_embeddings[prompts.image_index]) + dense_embeddings  # (B or N, D, h, w)
+        output_tokens = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
+        tokens = torch.cat((output_tokens.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
+        tokens, grid = self.decoder.transformer(tokens, grid, positional_encoding, prompts.image_index if is_grid_shared else None)
+        masks, iou_scores = self.decode_masks(tokens, grid)
+        selected = slice(1, None) if multimask_output else slice(0, 1)
+        masks, iou_scores = masks[:, selected], iou_scores[:, selected]
         return SegmenterOutput(
             image_index=prompts.image_index,
-            image_embeddings=image,
-            image_size=self.size,
-            dense_embeddings=dense,
-            positional_encoding=position,
+            image_embeddings=image_embeddings,
+            image_size=self.image_size,
+            dense_embeddings=dense_embeddings,
+            positional_encoding=positional_encoding,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
-            mask_tokens=tokens[:, 1 : outputs.shape[0]][:, chosen],
+            mask_tokens=tokens[:, 1 : output_tokens.shape[0]][:, selected],
             grid=grid,
             masks=masks,
-            iou_scores=scores,
-            boxes=prompts.boxes if prompts.boxes is not None else self._boxes(masks, scores),
+            iou_scores=iou_scores,
+            boxes=prompts.boxes if prompts.boxes is not None else self._compute_boxes(masks, iou_scores),
         )
 
-    def embed(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+    def embed_prompts(self, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Prompt tokens (N, P', D) and the dense prompt: (N, D, h, w) for mask and drawn prompts, else (D, 1, 1)."""
 
-        def rows(value: Tensor | None) -> Tensor | None:
+        def add_point_dimension(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.unsqueeze(1)
 
-        masks = draw(prompts, 4 * self.grid, self.size) if self.drawn and prompts.masks is None else prompts.masks
+        masks = draw_prompts(prompts, 4 * self.grid_size, self.image_size) if self.box_masks and prompts.masks is None else prompts.masks
         if masks is not None:
             masks = masks.to(self.prompt_encoder.no_mask_embed.weight.dtype)
-        tokens, dense = self.prompt_encoder(rows(prompts.points), rows(prompts.labels), rows(prompts.boxes), masks)
+        tokens, dense_embeddings = self.prompt_encoder(add_point_dimension(prompts.points), add_point_dimension(prompts.labels), add_point_dimension(prompts.boxes), masks)
         if tokens is None:  # a mask alone has no tokens
-            tokens = dense.new_zeros(len(prompts), 1, 0, self.channels)
+            tokens = dense_embeddings.new_zeros(len(prompts), 1, 0, self.channels)
         if masks is None:
-            dense = self.prompt_encoder.no_mask_embed.weight.reshape(-1, 1, 1)
-        return tokens.squeeze(1), dense
+            dense_embeddings = self.prompt_encoder.no_mask_embed.weight.reshape(-1, 1, 1)
+        return tokens.squeeze(1), dense_embeddings
 
-    def position(self) -> Tensor:
+    def compute_positional_encoding(self) -> Tensor:
         """The random-Fourier code of each cell's centre, (D, h, w)."""
-        code = self.prompt_encoder.shared_embedding
-        centres = (torch.arange(self.grid, device=code.positional_embedding.device) + 0.5) / self.grid
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return code(torch.stack((x, y), dim=-1).unsqueeze(0)).squeeze(0).permute(2, 0, 1)
+        embedding = self.prompt_encoder.shared_embedding
+        centers = (torch.arange(self.grid_size, device=embedding.positional_embedding.device) + 0.5) / self.grid_size
+        y, x = torch.meshgrid(centers, centers, indexing="ij")
+        return embedding(torch.stack((x, y), dim=-1).unsqueeze(0)).squeeze(0).permute(2, 0, 1)
 
-    def masks(self, tokens: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_masks(self, tokens: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (N, M + 1, 4h, 4w) and IoU (N, M + 1) of fused tokens and grids; the first is the single mask."""
         networks = self.decoder.output_hypernetworks_mlps
         weights = torch.stack([network(tokens[:, 1 + index]) for index, network in enumerate(networks)], dim=1)
-        step = max(1, len(grid))
+        chunk_size = max(1, len(grid))
         if grid.device.type == "cpu" and not torch.is_grad_enabled():  # what is upscaled is eight times a grid
-            step = max(1, UPSCALED // max(1, grid[:1].numel()))
+            chunk_size = max(1, UPSCALE_ELEMENTS_PER_CHUNK // max(1, grid[:1].numel()))
         masks = [
-            torch.einsum("nmc,nchw->nmhw", few, self._upscaled(grids))
-            for few, grids in zip(weights.split(step), grid.split(step), strict=True)
+            torch.einsum("nmc,nchw->nmhw", weight_chunk, self._upscale_grid(grid_chunk))
+            for weight_chunk, grid_chunk in zip(weights.split(chunk_size), grid.split(chunk_size), strict=True)
         ]
         return torch.cat(masks), self.decoder.iou_prediction_head(tokens[:, 0])
 
-    def _upscaled(self, grid: Tensor) -> Tensor:
+    def _upscale_grid(self, grid: Tensor) -> Tensor:
         """(N, D, h, w) -> (N, D/8, 4h, 4w)"""
         decoder = self.decoder
         upscaled = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(grid)))
         return decoder.activation(decoder.upscale_conv2(upscaled))
 
-    def _boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
-        return tight_boxes(best_masks(masks.detach(), scores) > 0) * (self.size / masks.shape[-1])
+    def _compute_boxes(self, masks: Tensor, scores: Tensor) -> Tensor:
+        return masks_to_boxes(select_best_masks(masks.detach(), scores) > 0) * (self.image_size / masks.shape[-1])
 
     def loss(self, regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]:
         """SAM's losses: 20 focal + dice for the best of the masks, squared error for every predicted IoU.
 
         `targets.masks` (N, 4h, 4w) soft truth. Cells that show padding and regions without a mask do not count.
         """
-        has = targets.has_mask.nonzero().squeeze(1)  # by number, so that the host waits for an accelerator once
-        if not len(has):
+        region_rows = targets.has_mask.nonzero().squeeze(1)  # by number, so that the host waits for an accelerator once
+        if not len(region_rows):
             zero = regions.masks.sum() * 0.0
             return {"mask": zero, "iou": zero}
-        logits, scores = regions.masks[has].float(), regions.iou_scores[has].float()
-        truth = targets.masks[has].unsqueeze(1).expand_as(logits)
-        valid = targets.valid_pixels[has].unsqueeze(1)
-        cells = valid.sum((2, 3)).clamp(min=1)
-        shares = logits.sigmoid()
-        surprise = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        right = shares * truth + (1 - shares) * (1 - truth)
-        balance = 0.25 * truth + 0.75 * (1 - truth)
-        focal = (balance * (1 - right).square() * surprise * valid).sum((2, 3)) / cells  # (N, M)
-        shares = shares * valid
-        both = shares.sum((2, 3)) + (truth * valid).sum((2, 3))
-        dice = 1 - (2 * (shares * truth).sum((2, 3)) + 1) / (both + 1)
+        logits, iou_scores = regions.masks[region_rows].float(), regions.iou_scores[region_rows].float()
+        target_masks = targets.masks[region_rows].unsqueeze(1).expand_as(logits)
+        valid_pixels = targets.valid_pixels[region_rows].unsqueeze(1)
+        num_valid = valid_pixels.sum((2, 3)).clamp(min=1)
+        probabilities = logits.sigmoid()
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target_masks, reduction="none")
+        target_probability = probabilities * target_masks + (1 - probabilities) * (1 - target_masks)
+        class_weights = 0.25 * target_masks + 0.75 * (1 - target_masks)
+        focal = (class_weights * (1 - target_probability).square() * cross_entropy * valid_pixels).sum((2, 3)) / num_valid  # (N, M)
+        probabilities = probabilities * valid_pixels
+        total_area = probabilities.sum((2, 3)) + (target_masks * valid_pixels).sum((2, 3))
+        dice = 1 - (2 * (probabilities * target_masks).sum((2, 3)) + 1) / (total_area + 1)
         with torch.no_grad():
-            sure, true = (logits > 0) & valid, (truth > 0.5) & valid
-            iou = (sure & true).sum((2, 3)) / (sure | true).sum((2, 3)).clamp(min=1)
+            is_predicted, is_target = (logits > 0) & valid_pixels, (target_masks > 0.5) & valid_pixels
+            iou = (is_predicted & is_target).sum((2, 3)) / (is_predicted | is_target).sum((2, 3)).clamp(min=1)
         return {
             "mask": (20 * focal + dice).min(dim=1).values.mean(),
-            "iou": F.mse_loss(scores, iou.to(scores.dtype)),
+            "iou": F.mse_loss(iou_scores, iou.to(iou_scores.dtype)),
         }
 
 
-class SamHeads(SamPreTrainedModel):
+class SamPromptAndMaskModel(SamPreTrainedModel):
     """All of transformers' `SamModel` but its image encoder, under the same names."""
 
     _tied_weights_keys = SamModel._tied_weights_keys
@@ -196,41 +196,41 @@ class SamHeads(SamPreTrainedModel):
     def __init__(self, config: SamConfig):
         super().__init__(config)
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
-        self.prompt_encoder, self.mask_decoder = _modules(config)
+        self.prompt_encoder, self.mask_decoder = _build_prompt_and_mask_modules(config)
         self.post_init()
 
 
-def _modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
-    figures = config.mask_decoder_config
-    decoder = SamMaskDecoder(figures)
+def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder, SamMaskDecoder]:
+    mask_decoder_config = config.mask_decoder_config
+    decoder = SamMaskDecoder(mask_decoder_config)
     decoder.transformer = TwoWayTransformer(
-        figures.hidden_size, figures.num_hidden_layers, figures.num_attention_heads, figures.mlp_dim
+        mask_decoder_config.hidden_size, mask_decoder_config.num_hidden_layers, mask_decoder_config.num_attention_heads, mask_decoder_config.mlp_dim
     )
     return SamPromptEncoder(config), decoder
 
 
-def draw(prompts: PromptBatch, side: int, size: int) -> Tensor:
+def draw_prompts(prompts: PromptBatch, mask_size: int, image_size: int) -> Tensor:
     """Boxes and points of the input frame as pictures (N, 1, side, side): 1 inside the box and -1 around it, and a soft
     dot of height 2 for each point, negative for points outside the region.
     """
-    centres = (torch.arange(side, device=prompts.image_index.device) + 0.5) * (size / side)
-    picture = torch.zeros(len(prompts), side, side, device=prompts.image_index.device)
+    centers = (torch.arange(mask_size, device=prompts.image_index.device) + 0.5) * (image_size / mask_size)
+    canvas = torch.zeros(len(prompts), mask_size, mask_size, device=prompts.image_index.device)
     if prompts.boxes is not None:
-        picture += filled_boxes(prompts.boxes, side, size) * 2.0 - 1.0
+        canvas += rasterize_boxes(prompts.boxes, mask_size, image_size) * 2.0 - 1.0
     if prompts.points is not None:
-        away = (prompts.points.float()[..., None] + 0.5 - centres).square()  # (N, P, 2, side)
-        x, y = (-away / (2 * (size / 32) ** 2)).exp().unbind(2)
+        squared_distance = (prompts.points.float()[..., None] + 0.5 - centers).square()  # (N, P, 2, side)
+        x, y = (-squared_distance / (2 * (image_size / 32) ** 2)).exp().unbind(2)
         height = torch.where(prompts.labels == 1, 2.0, torch.where(prompts.labels == 0, -2.0, 0.0))
-        picture += torch.einsum("np,npy,npx->nyx", height, y, x)
-    return picture.unsqueeze(1)
+        canvas += torch.einsum("np,npy,npx->nyx", height, y, x)
+    return canvas.unsqueeze(1)
 
 
 class FeatureNeck(nn.Module):
     """SAM's neck between an encoder of one width and a segmenter of another: (B, C, h, w) -> (B, D, h, w)."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.layers = SamVisionNeck(SamVisionConfig(hidden_size=inputs, output_channels=outputs))
+        self.layers = SamVisionNeck(SamVisionConfig(hidden_size=in_channels, output_channels=out_channels))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.permute(0, 2, 3, 1))

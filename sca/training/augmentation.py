@@ -12,9 +12,9 @@ from sca_registry.contracts import Region, Sample
 
 from sca.io.masks import area, box_of, decode, encode
 
-SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
-PADDING = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
-OTHER = {"left": "right", "right": "left"}
+SIDE_PATTERN = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
+PADDING_COLOR = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
+OPPOSITE_SIDE = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
@@ -34,84 +34,84 @@ class Augmentation:
     colour: float = 0.0
     keep: float = 0.4
 
-    def __call__(self, sample: Sample, draw: np.random.Generator) -> Sample:
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image, regions = sample.image, list(sample.regions)
-        whole = {region.id: _area(region) for region in regions}
+        original_areas = {region.id: _compute_area(region) for region in regions}
         if self.crop < 1:
-            image, regions = self._cropped(image, regions, whole, draw)
-        if draw.random() < self.flip:
+            image, regions = self._crop_randomly(image, regions, original_areas, rng)
+        if rng.random() < self.flip:
             if self.sides == "drop":
-                regions = [region for region in regions if not names_side(region)]
-            image, regions = flipped(image, regions)
+                regions = [region for region in regions if not has_side_word(region)]
+            image, regions = flip_horizontally(image, regions)
         if self.colour:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                image = enhance(image).enhance(draw.uniform(1 - self.colour, 1 + self.colour))
+                image = enhance(image).enhance(rng.uniform(1 - self.colour, 1 + self.colour))
         if self.scale:
-            image, regions = self._jittered(image, regions, whole, draw)
+            image, regions = self._jitter_scale(image, regions, original_areas, rng)
         return Sample(image, sample.image_id, tuple(regions))
 
-    def _cropped(
-        self, image: Image.Image, regions: list[Region], whole: dict[int, float], draw: np.random.Generator
+    def _crop_randomly(
+        self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
-        share = draw.uniform(self.crop, 1)
-        width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
-        left, top = int(draw.integers(image.width - width + 1)), int(draw.integers(image.height - height + 1))
+        fraction = rng.uniform(self.crop, 1)
+        width, height = max(1, round(image.width * fraction)), max(1, round(image.height * fraction))
+        left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)
-        found = [cropped(region, window, whole[region.id], self.keep) for region in regions]
-        return image.crop(window), [region for region in found if region is not None]
+        cropped_regions = [crop_region(region, window, original_areas[region.id], self.keep) for region in regions]
+        return image.crop(window), [region for region in cropped_regions if region is not None]
 
-    def _jittered(
-        self, image: Image.Image, regions: list[Region], whole: dict[int, float], draw: np.random.Generator
+    def _jitter_scale(
+        self, image: Image.Image, regions: list[Region], original_areas: dict[int, float], rng: np.random.Generator
     ) -> tuple[Image.Image, list[Region]]:
-        side, factor = max(image.size), draw.uniform(*self.scale)
+        side, factor = max(image.size), rng.uniform(*self.scale)
         width, height = (min(length, max(1, round(side / factor))) for length in image.size)  # of what is seen
-        left, top = int(draw.integers(image.width - width + 1)), int(draw.integers(image.height - height + 1))
+        left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         window = (left, top, left + width, top + height)
         size = (min(side, max(1, round(width * factor))), min(side, max(1, round(height * factor))))
-        square = Image.new("RGB", (side, side), PADDING)
-        square.paste(image.crop(window).resize(size, Image.Resampling.BILINEAR))
-        seen = [cropped(region, window, whole[region.id], self.keep) for region in regions]
-        found = [scaled(region, (width, height), size, (side, side)) for region in seen if region is not None]
-        return square, [region for region in found if region is not None]
+        canvas = Image.new("RGB", (side, side), PADDING_COLOR)
+        canvas.paste(image.crop(window).resize(size, Image.Resampling.BILINEAR))
+        cropped_regions = [crop_region(region, window, original_areas[region.id], self.keep) for region in regions]
+        resized_regions = [resize_region(region, (width, height), size, (side, side)) for region in cropped_regions if region is not None]
+        return canvas, [region for region in resized_regions if region is not None]
 
 
-def flipped(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, list[Region]]:
+def flip_horizontally(image: Image.Image, regions: list[Region]) -> tuple[Image.Image, list[Region]]:
     """Mirrored left to right; "left" and "right" change places in the phrases and in attributes that are text."""
 
-    def mirrored(region: Region) -> Region:
+    def flip_region(region: Region) -> Region:
         x1, y1, x2, y2 = region.box
         return replace(
             region,
             box=(image.width - x2, y1, image.width - x1, y2),
             mask=None if region.mask is None else encode(decode(region.mask)[:, ::-1]),
-            phrases=tuple(map(_swapped, region.phrases)),
-            attributes={k: _swapped(v) if isinstance(v, str) else v for k, v in region.attributes.items()},
+            phrases=tuple(map(_swap_sides, region.phrases)),
+            attributes={k: _swap_sides(v) if isinstance(v, str) else v for k, v in region.attributes.items()},
         )
 
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [mirrored(region) for region in regions]
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [flip_region(region) for region in regions]
 
 
-def names_side(region: Region) -> bool:
+def has_side_word(region: Region) -> bool:
     """Whether its words, or attributes that are text, say left or right."""
-    told = (*region.phrases, *(value for value in region.attributes.values() if isinstance(value, str)))
-    return any(SIDE.search(text) for text in told)
+    texts = (*region.phrases, *(value for value in region.attributes.values() if isinstance(value, str)))
+    return any(SIDE_PATTERN.search(text) for text in texts)
 
 
-def _swapped(text: str) -> str:
-    def other(found: re.Match[str]) -> str:
-        word, side = found[0], OTHER[found[0].lower()]
+def _swap_sides(text: str) -> str:
+    def swap_side(match: re.Match[str]) -> str:
+        word, side = match[0], OPPOSITE_SIDE[match[0].lower()]
         return side.upper() if word.isupper() else side.capitalize() if word[0].isupper() else side
 
-    return SIDE.sub(other, text)
+    return SIDE_PATTERN.sub(swap_side, text)
 
 
-def _area(region: Region) -> float:
+def _compute_area(region: Region) -> float:
     """Of its mask, or else of its box, in pixels."""
     x1, y1, x2, y2 = region.box
     return (x2 - x1) * (y2 - y1) if region.mask is None else area(region.mask)
 
 
-def cropped(region: Region, window: tuple[int, int, int, int], whole: float, keep: float) -> Region | None:
+def crop_region(region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float) -> Region | None:
     """The region as seen through a window x1 y1 x2 y2, or None if less than `keep` of its `whole` area is left."""
     left, top, right, bottom = window
     x1, y1, x2, y2 = region.box
@@ -119,27 +119,27 @@ def cropped(region: Region, window: tuple[int, int, int, int], whole: float, kee
     if box[2] <= box[0] or box[3] <= box[1]:
         return None
     if region.mask is None:
-        left_over = (box[2] - box[0]) * (box[3] - box[1]) / whole
-        return replace(region, box=box) if left_over >= keep else None
+        remaining_fraction = (box[2] - box[0]) * (box[3] - box[1]) / original_area
+        return replace(region, box=box) if remaining_fraction >= min_area_fraction else None
     mask = decode(region.mask)[top:bottom, left:right]
-    if mask.sum() < keep * whole or not mask.any():
+    if mask.sum() < min_area_fraction * original_area or not mask.any():
         return None
-    code = encode(mask)
-    return replace(region, box=box_of(code), mask=code)
+    rle = encode(mask)
+    return replace(region, box=box_of(rle), mask=rle)
 
 
-def scaled(region: Region, size: tuple[int, int], new: tuple[int, int], frame: tuple[int, int]) -> Region | None:
+def resize_region(region: Region, size: tuple[int, int], new_size: tuple[int, int], frame_size: tuple[int, int]) -> Region | None:
     """The region of a picture of `size` (width, height) that is resized to `new` and lies in the corner of a `frame`;
     None if its mask is left without a pixel.
     """
     x1, y1, x2, y2 = region.box
-    across, down = new[0] / size[0], new[1] / size[1]
+    scale_x, scale_y = new_size[0] / size[0], new_size[1] / size[1]
     if region.mask is None:
-        return replace(region, box=(x1 * across, y1 * down, x2 * across, y2 * down))
-    picture = Image.fromarray(decode(region.mask).astype(np.uint8) * 255)
-    mask = np.zeros((frame[1], frame[0]), dtype=bool)
-    mask[: new[1], : new[0]] = np.asarray(picture.resize(new, Image.Resampling.BILINEAR)) > 127
+        return replace(region, box=(x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y))
+    mask_image = Image.fromarray(decode(region.mask).astype(np.uint8) * 255)
+    mask = np.zeros((frame_size[1], frame_size[0]), dtype=bool)
+    mask[: new_size[1], : new_size[0]] = np.asarray(mask_image.resize(new_size, Image.Resampling.BILINEAR)) > 127
     if not mask.any():
         return None
-    code = encode(mask)
-    return replace(region, box=box_of(code), mask=code)
+    rle = encode(mask)
+    return replace(region, box=box_of(rle), mask=rle)

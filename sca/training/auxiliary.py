@@ -9,28 +9,28 @@ from sca_registry.contracts import Dataset, SegmenterOutput, Targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.masks import mean_under
+from sca.nn.masks import pool_under_masks
 
-UNKNOWN = -100  # the label of an attribute whose value is not known
+UNKNOWN_LABEL = -100  # the label of an attribute whose value is not known
 
 
-class Attributes(NamedTuple):
+class AttributeValues(NamedTuple):
     """The values that each attribute of a region can have: those that are to be seen in the region itself, and those
     that are about it and another one.
     """
 
-    own: dict[str, tuple[str, ...]]
-    between: dict[str, tuple[str, ...]]
+    region_attributes: dict[str, tuple[str, ...]]
+    relation_attributes: dict[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, datasets: Iterable[Dataset]) -> Attributes:
+    def from_datasets(cls, datasets: Iterable[Dataset]) -> AttributeValues:
         """All that the datasets have, as their `attributes` and `between` say."""
-        both: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
+        attribute_groups: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
         for dataset in datasets:
             for name, values in getattr(dataset, "attributes", {}).items():
-                known = both[name in getattr(dataset, "between", ())]
-                known[name] = tuple(dict.fromkeys((*known.get(name, ()), *values)))
-        return cls(*both)
+                group = attribute_groups[name in getattr(dataset, "between", ())]
+                group[name] = tuple(dict.fromkeys((*group.get(name, ()), *values)))
+        return cls(*attribute_groups)
 
 
 class AttributeHead(nn.Module):
@@ -40,20 +40,20 @@ class AttributeHead(nn.Module):
     unknown adds nothing.
     """
 
-    def __init__(self, width: int, vectors: int, attributes: Mapping[str, Sequence[str]]):
+    def __init__(self, hidden_size: int, num_vectors: int, attributes: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width * vectors, len(v)) for name, v in attributes.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden_size * num_vectors, len(v)) for name, v in attributes.items()})
 
     def forward(self, vectors: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
         """labels: (N,) for each attribute, the place of its value, `UNKNOWN` where it is."""
         flat = vectors.flatten(1)
         losses = [
-            F.cross_entropy(head(flat).float(), labels[name], ignore_index=UNKNOWN, reduction="sum")
+            F.cross_entropy(head(flat).float(), labels[name], ignore_index=UNKNOWN_LABEL, reduction="sum")
             for name, head in self.heads.items()
         ]
         return sum(losses) / len(vectors)
 
 
-def features_under_truth(regions: SegmenterOutput, targets: Targets) -> Tensor:
+def pool_ground_truth_features(regions: SegmenterOutput, targets: Targets) -> Tensor:
     """The image's features averaged under the true mask of each region, (N, 1, D): what a grid cell has to tell."""
-    return mean_under(regions.image_embeddings, regions.image_index, targets.masks.to(regions.image_embeddings.dtype)).unsqueeze(1)
+    return pool_under_masks(regions.image_embeddings, regions.image_index, targets.masks.to(regions.image_embeddings.dtype)).unsqueeze(1)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sca.checkpoints.state import tensors_hash
+from sca.checkpoints.state import hash_tensors
 from sca.inference.processor import Processor
 from sca.io.atomic import output_errors, remove_drafts, write_file
 from sca.io.paths import expand_user
@@ -32,10 +32,10 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path, model: SegmentCaptioner):
-        told = json.dumps(model.spec.to_dict()["encoder"], sort_keys=True) + tensors_hash(model.encoder.state_dict())
-        self.folder = expand_user(folder) / hashlib.sha256(told.encode()).hexdigest()[:24]
+        encoder_identity = json.dumps(model.spec.to_dict()["encoder"], sort_keys=True) + hash_tensors(model.encoder.state_dict())
+        self.folder = expand_user(folder) / hashlib.sha256(encoder_identity.encode()).hexdigest()[:24]
 
-    def path(self, image: Image.Image) -> Path:
+    def get_path(self, image: Image.Image) -> Path:
         digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(np.ascontiguousarray(image.convert("RGB")).data)
         name = digest.hexdigest()[:40]
@@ -44,47 +44,47 @@ class FeatureCache:
     def __getitem__(self, image: Image.Image) -> Tensor:
         """(C, h, w) in float32. KeyError if `fill` was not given this picture."""
         try:
-            return torch.from_numpy(np.load(self.path(image), mmap_mode="r").astype(np.float32))
+            return torch.from_numpy(np.load(self.get_path(image), mmap_mode="r").astype(np.float32))
         except FileNotFoundError as error:
             raise KeyError(f"no features of this {image.size} picture in {self.folder}") from error
         except ValueError as error:
-            raise ValueError(f"{self.path(image)} is broken ({error}): remove it, and it is made again") from error
+            raise ValueError(f"{self.get_path(image)} is broken ({error}): remove it, and it is made again") from error
 
     @torch.no_grad()
-    def fill(
-        self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch: int = 4
+    def encode_missing(
+        self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch_size: int = 4
     ) -> None:
         """Encodes the pictures whose features are not there. Calls `progress` for each picture.
 
         ValueError if features are too large for float16, OutputError if they cannot be written.
         """
-        processor, waiting = Processor.of(model.encoder), dict[Path, Image.Image]()
+        processor, pending = Processor.of(model.encoder), dict[Path, Image.Image]()
         for folder in self.folder.glob("*"):
             remove_drafts(folder)
 
-        def encode() -> None:
-            pixels = processor.pixels(list(waiting.values())).to(model.task_tokens.device)
-            for path, features in zip(waiting, model.encode(pixels), strict=True):
-                _write(path, features)
-            waiting.clear()
+        def encode_pending() -> None:
+            pixels = processor.pixels(list(pending.values())).to(model.task_tokens.device)
+            for path, features in zip(pending, model.encode(pixels), strict=True):
+                _write_features(path, features)
+            pending.clear()
 
         for image in images:
-            path = self.path(image)
+            path = self.get_path(image)
             if not path.exists():
-                waiting[path] = image
-            if len(waiting) == batch:
-                encode()
+                pending[path] = image
+            if len(pending) == batch_size:
+                encode_pending()
             progress()
-        if waiting:
-            encode()
+        if pending:
+            encode_pending()
 
 
-def _write(path: Path, features: Tensor) -> None:
-    values = features.half().cpu()
-    if not values.isfinite().all():
+def _write_features(path: Path, features: Tensor) -> None:
+    array = features.half().cpu()
+    if not array.isfinite().all():
         raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
     content = io.BytesIO()
-    np.save(content, values.numpy())
+    np.save(content, array.numpy())
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content.getbuffer())

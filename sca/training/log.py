@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-VALIDATION = "validation_"  # prefix of the scores of a validation among what the trainer logs
+VALIDATION_PREFIX = "validation_"  # prefix of the scores of a validation among what the trainer logs
 
 
 class TrainingLog(TrainerCallback):
@@ -22,11 +22,11 @@ class TrainingLog(TrainerCallback):
         best: Names of scores; of a validation, the first that is a number is shown.
     """
 
-    def __init__(self, losses: Sequence[str], best: Sequence[str] = ()):
-        self.losses, self.best = losses, best
+    def __init__(self, loss_names: Sequence[str], best_metrics: Sequence[str] = ()):
+        self.loss_names, self.best_metrics = loss_names, best_metrics
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.start, self.first_step = time.monotonic(), state.global_step
+        self.start_time, self.first_step = time.monotonic(), state.global_step
         is_hidden = None if state.is_world_process_zero else True  # None: where standard error is no terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=is_hidden, dynamic_ncols=True)
 
@@ -36,16 +36,16 @@ class TrainingLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        seconds, steps = time.monotonic() - self.start, state.global_step - self.first_step
+        seconds, steps = time.monotonic() - self.start_time, state.global_step - self.first_step
         remaining = seconds / steps * (state.max_steps - state.global_step) if steps else None
-        line = format_logs(logs, state.global_step, state.max_steps, remaining, self.losses, self.best)
+        line = format_logs(logs, state.global_step, state.max_steps, remaining, self.loss_names, self.best_metrics)
         if line:
             tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
         if state.is_world_process_zero:
-            seconds, steps = time.monotonic() - self.start, state.global_step - self.first_step
+            seconds, steps = time.monotonic() - self.start_time, state.global_step - self.first_step
             tqdm.write(f"trained {steps} steps in {tqdm.format_interval(seconds)}", file=sys.stderr)
 
 
@@ -53,9 +53,9 @@ def format_logs(
     logs: Mapping[str, float],
     step: int,
     steps: int,
-    remaining: float | None,
-    losses: Sequence[str] = (),
-    best: Sequence[str] = (),
+    remaining_seconds: float | None,
+    loss_names: Sequence[str] = (),
+    best_metrics: Sequence[str] = (),
 ) -> str:
     """Return one line about what the trainer logs at a step, empty if it is nothing to watch.
 
@@ -67,13 +67,13 @@ def format_logs(
         losses: See `TrainingLog`.
         best: See `TrainingLog`.
     """
-    place = f"step {step:>{len(str(steps))}}/{steps}"
+    step_text = f"step {step:>{len(str(steps))}}/{steps}"
     if "loss" in logs:
-        parts = ", ".join(f"{name} {logs[name]:.4g}" for name in losses if name in logs)
-        columns = [f"loss {logs['loss']:.4g}" + (f" ({parts})" if parts else "")]
+        loss_texts = ", ".join(f"{name} {logs[name]:.4g}" for name in loss_names if name in logs)
+        columns = [f"loss {logs['loss']:.4g}" + (f" ({loss_texts})" if loss_texts else "")]
         columns += [f"learning rate {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
-        columns += [f"{tqdm.format_interval(remaining)} left"] if remaining is not None else []
-        return "  ".join([place, *columns])
-    scores = {name: logs[f"{VALIDATION}{name}"] for name in best if f"{VALIDATION}{name}" in logs}
-    chosen = next((name for name, score in scores.items() if math.isfinite(score)), None)
-    return f"{place}  validation {chosen} {scores[chosen]:.4g}" if chosen else ""
+        columns += [f"{tqdm.format_interval(remaining_seconds)} left"] if remaining_seconds is not None else []
+        return "  ".join([step_text, *columns])
+    scores = {name: logs[f"{VALIDATION_PREFIX}{name}"] for name in best_metrics if f"{VALIDATION_PREFIX}{name}" in logs}
+    metric = next((name for name, score in scores.items() if math.isfinite(score)), None)
+    return f"{step_text}  validation {metric} {scores[metric]:.4g}" if metric else ""

@@ -10,56 +10,56 @@ from sca_registry.messages import unknown
 from torch import Tensor, nn
 
 from sca.model import SegmentCaptioner
-from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
+from sca.training.auxiliary import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.recipe import TrainOptions
 
 
 class TrainingModule(nn.Module):
     """A model together with the weights of its losses and the heads that exist only while training."""
 
-    def __init__(self, model: SegmentCaptioner, weights: Mapping[str, float], attributes: Attributes, chunk: int = 0):
+    def __init__(self, model: SegmentCaptioner, loss_weights: Mapping[str, float], attributes: AttributeValues, chunk_size: int = 0):
         super().__init__()
         self.model = model
-        self.weights = dict(weights)
-        self.chunk = chunk
+        self.loss_weights = dict(loss_weights)
+        self.chunk_size = chunk_size
         for loss in ("attributes", "features"):
-            if weights.get(loss) and not (attributes.own or (loss == "attributes" and attributes.between)):
+            if loss_weights.get(loss) and not (attributes.region_attributes or (loss == "attributes" and attributes.relation_attributes)):
                 raise RegistryError(f"loss.{loss} names attributes, and the data has none: set loss.{loss}=0")
         self.heads = nn.ModuleDict()
-        if weights.get("attributes"):
-            named = attributes.own | attributes.between
-            self.heads["attributes"] = AttributeHead(model.mixer.hidden_size, model.mixer.num_queries, named)
-        if weights.get("features"):
-            self.heads["features"] = AttributeHead(model.segmenter.channels, 1, attributes.own)
-        self.recent: dict[str, list[float]] = {}
+        if loss_weights.get("attributes"):
+            attribute_values = attributes.region_attributes | attributes.relation_attributes
+            self.heads["attributes"] = AttributeHead(model.mixer.hidden_size, model.mixer.num_queries, attribute_values)
+        if loss_weights.get("features"):
+            self.heads["features"] = AttributeHead(model.segmenter.channels, 1, attributes.region_attributes)
+        self.recent_losses: dict[str, list[float]] = {}
 
-    def forward(self, batch: Batch, shares: Mapping[str, float] | None = None) -> Tensor:
+    def forward(self, batch: Batch, loss_scales: Mapping[str, float] | None = None) -> Tensor:
         """The sum of all losses, each the mean of what it counts in this batch times its share (1: the batch is all
         there is), so that a step cut into pieces learns what it would as a whole.
         """
-        output = self.model(batch, self.weights, self.chunk)
+        output = self.model(batch, self.loss_weights, self.chunk_size)
         losses = dict(output.losses)
         if "attributes" in self.heads:
             losses["attributes"] = self.heads["attributes"](output.queries, batch.extra)
         if "features" in self.heads:
-            features = features_under_truth(output.regions, batch.targets)
-            known = {name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN) for name, labels in batch.extra.items()}
-            losses["features"] = self.heads["features"](features, known)
-        if shares is not None:
-            losses = {name: value * shares.get(name, shares["regions"]) for name, value in losses.items()}
+            features = pool_ground_truth_features(output.regions, batch.targets)
+            masked_labels = {name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL) for name, labels in batch.extra.items()}
+            losses["features"] = self.heads["features"](features, masked_labels)
+        if loss_scales is not None:
+            losses = {name: value * loss_scales.get(name, loss_scales["regions"]) for name, value in losses.items()}
         for name, value in losses.items():
-            self.recent.setdefault(name, []).append(value.detach())
-        return sum(self.weights.get(name, 1.0) * value for name, value in losses.items())
+            self.recent_losses.setdefault(name, []).append(value.detach())
+        return sum(self.loss_weights.get(name, 1.0) * value for name, value in losses.items())
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
+    def group_trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """What trains, by the names that `spec.trainable` uses, and the heads."""
-        groups = {**self.model.groups(), "heads": list(self.heads.parameters())}
-        trained = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
-        return {name: parameters for name, parameters in trained.items() if parameters}
+        groups = {**self.model.group_parameters(), "heads": list(self.heads.parameters())}
+        trainable = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
+        return {name: parameters for name, parameters in trainable.items() if parameters}
 
 
-def check_rates(options: TrainOptions, module: TrainingModule) -> None:
+def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
     """Raise RegistryError for a rate of something that does not train."""
     for name in options.lr_multipliers:
-        if name not in (known := module.groups()):
-            raise unknown(f"train.rates.{name} is for nothing that trains", name, known)
+        if name not in (groups := module.group_trainable_parameters()):
+            raise unknown(f"train.rates.{name} is for nothing that trains", name, groups)

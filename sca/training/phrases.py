@@ -9,7 +9,7 @@ from dataclasses import replace
 from sca_registry.contracts import Sample
 
 
-def told_by_rule(sample: Sample, whole: Sample) -> Sample:
+def add_template_phrases(sample: Sample, original: Sample) -> Sample:
     """The sample with phrases for each region that has a name and no phrase:
 
         ARTICLE [SIZE] NAME;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME PLACE         each once, in this order
@@ -22,9 +22,9 @@ def told_by_rule(sample: Sample, whole: Sample) -> Sample:
     right", "the road at the bottom". Size and place are those in `sample`: what is true of a picture need not be true
     of a crop of it.
     """
-    names = Counter(region.name for region in whole.regions)
+    names = Counter(region.name for region in original.regions)
     regions = tuple(
-        replace(region, phrases=phrases(region.name, region.box, sample.image.size, only=names[region.name] == 1))
+        replace(region, phrases=make_template_phrases(region.name, region.box, sample.image.size, is_unique=names[region.name] == 1))
         if region.name and not region.phrases
         else region
         for region in sample.regions
@@ -32,23 +32,23 @@ def told_by_rule(sample: Sample, whole: Sample) -> Sample:
     return Sample(sample.image, sample.image_id, regions)
 
 
-def phrases(name: str, box: tuple[float, ...], size: tuple[int, int], only: bool) -> tuple[str, ...]:
+def make_template_phrases(name: str, box: tuple[float, ...], size: tuple[int, int], is_unique: bool) -> tuple[str, ...]:
     """The phrases of one region: its box is x1 y1 x2 y2 in an image of `size` (width, height)."""
-    share = (box[2] - box[0]) * (box[3] - box[1]) / math.prod(size)
-    adjective = "large" if share >= 1 / 8 else "small" if share <= 1 / 100 else None
+    area_fraction = (box[2] - box[0]) * (box[3] - box[1]) / math.prod(size)
+    adjective = "large" if area_fraction >= 1 / 8 else "small" if area_fraction <= 1 / 100 else None
     column, row = (
-        0 if middle < limit / 3 else 2 if middle > limit * 2 / 3 else 1
-        for middle, limit in zip(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), size, strict=True)
+        0 if center < limit / 3 else 2 if center > limit * 2 / 3 else 1
+        for center, limit in zip(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), size, strict=True)
     )
     side, level = ("left", None, "right")[column], ("top", None, "bottom")[row]
     if level:
-        place = f"at the {level} {side}" if side else f"at the {level}"
+        location = f"at the {level} {side}" if side else f"at the {level}"
     else:
-        place = f"on the {side}" if side else "in the middle"
+        location = f"on the {side}" if side else "in the middle"
 
-    def phrase(*words: str | None) -> str:
-        described = " ".join(word for word in words if word)
-        article = "the" if only else "an" if described[0].lower() in "aeiou" else "a"
-        return f"{article} {described}"
+    def format_phrase(*words: str | None) -> str:
+        description = " ".join(word for word in words if word)
+        article = "the" if is_unique else "an" if description[0].lower() in "aeiou" else "a"
+        return f"{article} {description}"
 
-    return tuple(dict.fromkeys((phrase(adjective, name), phrase(name, place), phrase(adjective, name, place))))
+    return tuple(dict.fromkeys((format_phrase(adjective, name), format_phrase(name, location), format_phrase(adjective, name, location))))

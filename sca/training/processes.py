@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sca.launchers.interrupts import block_interrupts, kill_with_children
 
-STORE = "SCA_PROCESS_STORE"  # the file where the processes of one run meet
-LOOPBACK = ("lo", "lo0")  # Linux; macOS and BSD
+STORE_VARIABLE = "SCA_PROCESS_STORE"  # the file where the processes of one run meet
+LOOPBACK_INTERFACES = ("lo", "lo0")  # Linux; macOS and BSD
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
@@ -30,7 +30,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
         launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(count)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
         launcher += ["--rdzv-endpoint", str(Path(folder, "launcher")), "-m", "sca"]
-        environment = {**os.environ, **process_environment(count), STORE: str(Path(folder, "processes"))}
+        environment = {**os.environ, **build_process_environment(count), STORE_VARIABLE: str(Path(folder, "processes"))}
         with block_interrupts():
             process = subprocess.Popen([sys.executable, *launcher, *arguments], env=environment)
         try:
@@ -41,22 +41,22 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
             raise
 
 
-def process_environment(count: int) -> Mapping[str, str]:
+def build_process_environment(count: int) -> Mapping[str, str]:
     """Return the environment variables that keep processes to loopback and to their share of the cores.
 
     They replace what the shell sets: NCCL_SOCKET_IFNAME is often set for machines that train together.
     """
-    loopback = next((name for _, name in socket.if_nameindex() if name in LOOPBACK), None)
+    loopback = next((name for _, name in socket.if_nameindex() if name in LOOPBACK_INTERFACES), None)
     interfaces = {f"{library}_SOCKET_IFNAME": loopback for library in ("GLOO", "NCCL")} if loopback else {}
     return {
         **interfaces,
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "OMP_NUM_THREADS": str(threads_each(count)),
+        "OMP_NUM_THREADS": str(count_threads_per_process(count)),
     }
 
 
 @contextmanager
-def joined_processes() -> Iterator[None]:
+def join_processes() -> Iterator[None]:
     """Join the other processes of `run_processes`, and leave the group of any launcher at the end.
 
     Without this, threads of the group can abort the process at exit. After an error the group is left with gloo alone:
@@ -64,25 +64,25 @@ def joined_processes() -> Iterator[None]:
     """
     import torch
 
-    if STORE in os.environ:
+    if STORE_VARIABLE in os.environ:
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            init_method=f"file://{os.environ[STORE]}",
+            init_method=f"file://{os.environ[STORE_VARIABLE]}",
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
-    finished = False
+    is_finished = False
     try:
         yield
-        finished = True
+        is_finished = True
     finally:
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if joined and (finished or torch.distributed.get_backend() == "gloo"):
+        is_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_joined and (is_finished or torch.distributed.get_backend() == "gloo"):
             torch.distributed.destroy_process_group()
 
 
-def threads_each(processes: int) -> int:
+def count_threads_per_process(processes: int) -> int:
     """What OMP_NUM_THREADS says, at most a process's share of the cores: threads that share one wait for each other."""
-    share = max(1, (os.cpu_count() or 1) // processes)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(share, int(asked)) if asked.isdecimal() and int(asked) else share
+    max_threads = max(1, (os.cpu_count() or 1) // processes)
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    return min(max_threads, int(requested)) if requested.isdecimal() and int(requested) else max_threads

@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from sca.training.augmentation import Augmentation
 
 SECTIONS = ("model", "data", "train", "loss", "validate")
-LOSSES = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
-PROMPTS = ("box", "point", "mask", "box-and-point")
-PHRASES = ("given", "rule")
-SIDES = ("swap", "drop")
-NAMES = ("recognition", "caption", "both")
+DEFAULT_LOSS_WEIGHTS = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
+PROMPT_KINDS = ("box", "point", "mask", "box-and-point")
+PHRASE_MODES = ("given", "rule")
+SIDE_MODES = ("swap", "drop")
+CLASS_NAME_TASKS = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
-COUNTS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
-LIMITS = ("budget", "chunk", "warmup", "workers", "seed")  # counts that may be 0
-FACTORS = ("learning_rate", "adam_beta2", "weight_decay", "clip", "jitter")  # numbers that are not negative
+POSITIVE_COUNT_OPTIONS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
+COUNT_OPTIONS = ("budget", "chunk", "warmup", "workers", "seed")  # counts that may be 0
+NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "clip", "jitter")  # numbers that are not negative
 MAX_SEED = 2**32 - 1  # that NumPy takes
-SHARES = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
+FRACTION_OPTIONS = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TrainOptions(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where examples come from: a dataset with its options, how often relative to the other sources it is drawn from,
     and what is changed at random in what it gives. phrases: "given", or "rule" for `told_by_rule` where none is given.
     names: the task of a class name, "recognition", "caption" as in SCA's released recipe, or "both": one of the two at
@@ -125,37 +125,37 @@ class Source:
     names: str = "recognition"
 
     @classmethod
-    def from_dict(cls, written: Any, what: str) -> Source:
+    def from_dict(cls, table: Any, location: str) -> DataSource:
         """From a table [data.NAME]. Raises RegistryError, opening with `what`, for a value that is wrong."""
-        part = Part.from_dict(written, f"dataset of {what}")
+        part = Part.from_dict(table, f"dataset of {location}")
         options = dict(part.options)
-        own = ("split", "weight", "augment", "phrases", "names")
-        split, weight, changes, phrases, names = (options.pop(key, None) for key in own)
-        given: dict[str, Any] = {}
+        option_names = ("split", "weight", "augment", "phrases", "names")
+        split, weight, augment_table, phrases, names = (options.pop(key, None) for key in option_names)
+        kwargs: dict[str, Any] = {}
         if split is not None:
-            check_type(f"{what}.split", split, str)
-            given["split"] = split
+            check_type(f"{location}.split", split, str)
+            kwargs["split"] = split
         if weight is not None:
-            check_type(f"{what}.weight", weight, float)
+            check_type(f"{location}.weight", weight, float)
             if weight <= 0:
-                raise RegistryError(f"{what}.weight is {weight}; give a number above 0, or leave the table out")
-            given["weight"] = float(weight)
-        if changes is not None:
-            given["augment"] = read_augmentation(changes, f"{what}.augment")
-        for key, value, known in (("phrases", phrases, PHRASES), ("names", names, NAMES)):
+                raise RegistryError(f"{location}.weight is {weight}; give a number above 0, or leave the table out")
+            kwargs["weight"] = float(weight)
+        if augment_table is not None:
+            kwargs["augment"] = parse_augmentation(augment_table, f"{location}.augment")
+        for key, value, choices in (("phrases", phrases, PHRASE_MODES), ("names", names, CLASS_NAME_TASKS)):
             if value is not None:
-                check_choice(f"{what}.{key}", value, known)
-                given[key] = value
-        return cls(Part(part.name, options), **given)
+                check_choice(f"{location}.{key}", value, choices)
+                kwargs[key] = value
+        return cls(Part(part.name, options), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        augment = {} if self.augment is None else {"augment": _plain(vars(self.augment))}
-        own = {"split": self.split, "weight": self.weight, "phrases": self.phrases, "names": self.names}
-        return self.dataset.to_dict() | own | augment
+        augment = {} if self.augment is None else {"augment": _tuples_to_lists(vars(self.augment))}
+        source_options = {"split": self.split, "weight": self.weight, "phrases": self.phrases, "names": self.names}
+        return self.dataset.to_dict() | source_options | augment
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationOptions:
     """How good the model is while it trains, every so many steps and after the last: on `limit` images of a dataset,
     which is that of the first data unless another is named. metrics: all that the data allows, unless they are named.
     best: the model with the highest of these scores is kept in the folder `best`; of several names the first that there
@@ -171,36 +171,36 @@ class Validation:
     best: Sequence[str] = ("cider-d", "class/count")
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any], data: Source) -> Validation:
+    def from_dict(cls, table: Mapping[str, Any], data: DataSource) -> ValidationOptions:
         """Raises RegistryError for a key or a value that is wrong."""
-        known = {each.name: getattr(cls(), each.name) for each in fields(cls)}
-        check_keys("a recipe's [validate]", table, known)
+        defaults = {each.name: getattr(cls(), each.name) for each in fields(cls)}
+        check_keys("a recipe's [validate]", table, defaults)
         for key, value in table.items():
             if key in ("metrics", "best"):
                 check_list(f"validate.{key}", value, str, minimum=int(key == "best"))
             else:
-                check_same_type(f"validate.{key}", value, known[key])
+                check_same_type(f"validate.{key}", value, defaults[key])
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
-        found = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
+        options = cls(**{"dataset": data.dataset.to_dict(), **table, **lists})
         for key in ("every", "limit"):
-            check_range(f"validate.{key}", getattr(found, key), int, 1)
-        if found.split.startswith("test"):
-            raise RegistryError(f"validate.split is {found.split!r}: what is tested must not choose; give 'val'")
-        Part.from_dict(found.dataset, "dataset of validate")
-        return found
+            check_range(f"validate.{key}", getattr(options, key), int, 1)
+        if options.split.startswith("test"):
+            raise RegistryError(f"validate.split is {options.split!r}: what is tested must not choose; give 'val'")
+        Part.from_dict(options.dataset, "dataset of validate")
+        return options
 
     def to_dict(self) -> dict[str, Any]:
-        return _plain(asdict(self))
+        return _tuples_to_lists(asdict(self))
 
 
 @dataclass(frozen=True)
 class Recipe:
     name: str
     model: ModelSpec | str
-    data: Mapping[str, Source]
+    data: Mapping[str, DataSource]
     train: TrainOptions
     loss: Mapping[str, float]
-    validate: Validation | None = None
+    validate: ValidationOptions | None = None
     summary: str = ""
     source: str = ""
 
@@ -210,7 +210,7 @@ class Recipe:
 
         Raises RegistryError for a name, a key or a value that is wrong.
         """
-        text = recipe_text(name)
+        text = read_recipe_text(name)
         try:
             table = parse_toml(text)
         except ValueError as error:
@@ -223,41 +223,41 @@ class Recipe:
         for key in ("summary", "source"):
             check_type(key, table.get(key, ""), str)
         defaults = {each.name: getattr(TrainOptions(), each.name) for each in fields(TrainOptions)}
-        table, assignments = _with_whole(table, assignments)
+        table, assignments = _replace_sections(table, assignments)
         _check_tables(name, table)
-        full = {
+        merged = {
             "model": table.get("model", {}),
             "data": table.get("data", {}),
             "train": defaults | table.get("train", {}),
-            "loss": LOSSES | table.get("loss", {}),
+            "loss": DEFAULT_LOSS_WEIGHTS | table.get("loss", {}),
             "validate": {},  # read below: its dataset is that of the data
         }
-        of_validate = [each for each in assignments if _section_of(each) == "validate"]
-        full = override(full, [each for each in assignments if each not in of_validate])
-        _check_tables(name, full)
-        for section, known in (("train", defaults), ("loss", LOSSES)):
-            check_keys(f"a recipe's [{section}]", full[section], known)
-            for key, value in full[section].items():
-                check_same_type(f"{section}.{key}", value, known[key])
-        _check_train(full["train"])
-        for key, weight in full["loss"].items():
+        validate_assignments = [each for each in assignments if _get_section(each) == "validate"]
+        merged = override(merged, [each for each in assignments if each not in validate_assignments])
+        _check_tables(name, merged)
+        for section, expected in (("train", defaults), ("loss", DEFAULT_LOSS_WEIGHTS)):
+            check_keys(f"a recipe's [{section}]", merged[section], expected)
+            for key, value in merged[section].items():
+                check_same_type(f"{section}.{key}", value, expected[key])
+        _check_train_options(merged["train"])
+        for key, weight in merged["loss"].items():
             check_range(f"loss.{key}", weight, float)
-        if not full["data"]:
+        if not merged["data"]:
             raise RegistryError(
                 f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
             )
-        data = {key: Source.from_dict(written, f"data.{key}") for key, written in full["data"].items()}
+        data = {key: DataSource.from_dict(validate_table, f"data.{key}") for key, validate_table in merged["data"].items()}
         source = next(iter(data.values()))
-        validation, model = None, full["model"]
-        if "validate" in table or of_validate:
-            written = Validation(dataset=source.dataset.to_dict()).to_dict() | table.get("validate", {})
-            validation = Validation.from_dict(override({"validate": written}, of_validate)["validate"], source)
+        validation, model = None, merged["model"]
+        if "validate" in table or validate_assignments:
+            validate_table = ValidationOptions(dataset=source.dataset.to_dict()).to_dict() | table.get("validate", {})
+            validation = ValidationOptions.from_dict(override({"validate": validate_table}, validate_assignments)["validate"], source)
         return cls(
             name,
             model if isinstance(model, str) else _read_model(model),
             data,
-            TrainOptions(**full["train"]),
-            full["loss"],
+            TrainOptions(**merged["train"]),
+            merged["loss"],
             validation,
             table.get("summary", ""),
             table.get("source", ""),
@@ -272,46 +272,46 @@ class Recipe:
         return {"model": model, "data": data, "train": train, "loss": dict(self.loss), **validation}
 
 
-def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+def _tuples_to_lists(table: Mapping[str, Any]) -> dict[str, Any]:
     """As TOML and JSON have it."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
 
 
-def _with_whole(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The table with `model=NAME`, `data=PATH` and whole tables, `train={...}`, in place of what it had; the other
     assignments.
     """
-    changed, others = dict(table), []
+    replaced, remaining = dict(table), []
     for assignment in assignments:
         path, value = read_assignment(assignment, lambda path: True)  # `override` reads the others
         if path == ("model",) or (len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping)):
-            changed[path[0]] = value
+            replaced[path[0]] = value
         elif path == ("data",) and isinstance(value, str):
             from sca.data.own import recognised
 
-            changed["data"] = {"own": recognised(value)}
+            replaced["data"] = {"own": recognised(value)}
         else:
-            others.append(assignment)
-    return changed, others
+            remaining.append(assignment)
+    return replaced, remaining
 
 
-def _section_of(assignment: str) -> str:
+def _get_section(assignment: str) -> str:
     return assignment.partition("=")[0].partition(".")[0].strip()
 
 
-def recipe_names() -> list[str]:
+def list_recipes() -> list[str]:
     """The recipes that come with the package."""
-    shipped = files("sca.training.recipes").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in shipped if file.name.endswith(".toml"))
+    recipe_files = files("sca.training.recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in recipe_files if file.name.endswith(".toml"))
 
 
-def recipe_text(name: str) -> str:
+def read_recipe_text(name: str) -> str:
     """The TOML of a shipped recipe, or of a file. Raises RegistryError, with the closest name, if there is neither."""
-    if name in recipe_names():
+    if name in list_recipes():
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name))
-    raise unknown(f"no recipe named {name!r}, and no TOML file there", name, recipe_names())
+    raise unknown(f"no recipe named {name!r}, and no TOML file there", name, list_recipes())
 
 
 def _check_tables(name: str, table: Mapping[str, Any]) -> None:
@@ -335,47 +335,47 @@ def _read_model(table: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def _check_train(train: Mapping[str, Any]) -> None:
+def _check_train_options(train: Mapping[str, Any]) -> None:
     """Raises RegistryError for a value of [train], of the right type, that is out of range."""
-    for key in COUNTS:
+    for key in POSITIVE_COUNT_OPTIONS:
         check_range(f"train.{key}", train[key], int, 1)
-    for key in LIMITS:
+    for key in COUNT_OPTIONS:
         check_range(f"train.{key}", train[key], int)
     check_range("train.seed", train["seed"], int, 0, MAX_SEED)
-    for key in FACTORS:
+    for key in NON_NEGATIVE_OPTIONS:
         check_range(f"train.{key}", train[key], float)
     if train["adam_beta2"] >= 1:
         raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number below 1")
     for part, rate in train["rates"].items():
         check_range(f"train.rates.{part}", rate, float)
-    for key in SHARES:
+    for key in FRACTION_OPTIONS:
         check_range(f"train.{key}", train[key], float, 0, 1)
     _check_prompts(train["prompts"])
     check_choice("train.precision", train["precision"], PRECISIONS)
 
 
 def _check_prompts(prompts: Mapping[str, Any]) -> None:
-    check_keys("train.prompts", prompts, PROMPTS)
+    check_keys("train.prompts", prompts, PROMPT_KINDS)
     for kind, share in prompts.items():
         check_range(f"train.prompts.{kind}", share, float)
     if not any(prompts.values()):
         raise RegistryError("train.prompts says how often each prompt is drawn, and none of them ever is")
 
 
-def read_augmentation(written: Any, what: str) -> Augmentation:
+def parse_augmentation(table: Any, location: str) -> Augmentation:
     """From a table of options. Raises RegistryError, opening with `what`, for one that is wrong."""
     from sca.training.augmentation import Augmentation  # listing the recipes imports no numpy
 
-    known = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}
-    check_keys(what, written, known)
-    for key, value in written.items():
-        check_same_type(f"{what}.{key}", value, list(known[key]) if key == "scale" else known[key])
+    defaults = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}
+    check_keys(location, table, defaults)
+    for key, value in table.items():
+        check_same_type(f"{location}.{key}", value, list(defaults[key]) if key == "scale" else defaults[key])
         if key == "sides":
-            check_choice(f"{what}.sides", value, SIDES)
+            check_choice(f"{location}.sides", value, SIDE_MODES)
         elif key == "scale":
-            check_list(f"{what}.scale", value, float)
+            check_list(f"{location}.scale", value, float)
             if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
-                raise RegistryError(f"{what}.scale is {value!r}; give the least and the greatest factor, [0.1, 2.0]")
+                raise RegistryError(f"{location}.scale is {value!r}; give the least and the greatest factor, [0.1, 2.0]")
         else:
-            check_range(f"{what}.{key}", value, float, 0, 1)
-    return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in written.items()})
+            check_range(f"{location}.{key}", value, float, 0, 1)
+    return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 
-class Sharded(nn.Module):
+class ShardedModule(nn.Module):
     """A module whose trainable parameters are sharded; it does its own reduction of gradients."""
 
     def __init__(self, module: nn.Module):
@@ -26,36 +26,36 @@ class Sharded(nn.Module):
         return self.module(*inputs)
 
 
-def shard(module: nn.Module) -> None:
+def shard_parameters(module: nn.Module) -> None:
     """Shards what trains in a module, in place. The process group must be there."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    frozen_parameters = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fully_shard(module, mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)), ignored_params=frozen)
+    fully_shard(module, mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)), ignored_params=frozen_parameters)
 
 
-def gathered(tree: Any) -> Any:
+def gather_tensors(tree: Any) -> Any:
     """Tensors in dictionaries and lists, made whole; all processes must ask."""
     return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
 
 
-def spread(whole: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor cut up like another one, if that is."""
-    return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+    return distribute_tensor(tensor, reference.device_mesh, reference.placements) if isinstance(reference, DTensor) else tensor
 
 
-def spread_state(optimizer: torch.optim.Optimizer) -> None:
+def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Cuts up what was loaded into an optimiser like its parameters."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and not isinstance(value, DTensor):
-                state[name] = spread(value, parameter)
+                state[name] = shard_like(value, parameter)
 
 
-def load_gathered(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Loads whole tensors by name; gives the names that are missing and those that are not known."""
-    own = module.state_dict()
-    cut = {name: spread(tensor, own[name]) if name in own else tensor for name, tensor in tensors.items()}
-    return module.load_state_dict(cut, strict=False)
+    module_tensors = module.state_dict()
+    sharded_tensors = {name: shard_like(tensor, module_tensors[name]) if name in module_tensors else tensor for name, tensor in tensors.items()}
+    return module.load_state_dict(sharded_tensors, strict=False)

@@ -9,10 +9,10 @@ from sca_registry.contracts import Dataset
 from sca_registry.spec import Part
 
 from sca.data.summary import check_not_empty, count_left_out, summarize_dataset
-from sca.training.recipe import Recipe, Validation
+from sca.training.recipe import Recipe, ValidationOptions
 
 
-def open_sources(recipe: Recipe) -> dict[str, Dataset]:
+def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
     """Open the datasets of a recipe.
 
     Returns:
@@ -22,15 +22,15 @@ def open_sources(recipe: Recipe) -> dict[str, Dataset]:
         EmptyDatasetError: One has no image that can be used.
         ValueError: Whatever else a dataset raises for what the recipe asks of it.
     """
-    opened = {}
+    datasets_by_name = {}
     for name, source in recipe.data.items():
         dataset = datasets.build(source.dataset.name, source.split, **source.dataset.options)
         check_not_empty(dataset, f"data.{name} ({source.split})")
-        opened[f"data.{name} ({source.split})"] = dataset
-    return opened
+        datasets_by_name[f"data.{name} ({source.split})"] = dataset
+    return datasets_by_name
 
 
-def open_validation(validation: Validation) -> Dataset:
+def open_validation_dataset(validation: ValidationOptions) -> Dataset:
     """Open the dataset of [validate], which may be empty, and check what is asked and scored.
 
     Raises:
@@ -52,8 +52,8 @@ def open_validation(validation: Validation) -> Dataset:
     return dataset
 
 
-def report_sources(opened: Mapping[str, Dataset], report: Callable[[str], None], quiet: bool = False) -> None:
+def report_datasets(datasets_by_name: Mapping[str, Dataset], report: Callable[[str], None], only_skipped: bool = False) -> None:
     """Report one line for each dataset; with `quiet` only for those of which something was left out."""
-    for name, dataset in opened.items():
-        if not quiet or count_left_out(dataset):
+    for name, dataset in datasets_by_name.items():
+        if not only_skipped or count_left_out(dataset):
             report(f"{name}: {summarize_dataset(dataset)}")

@@ -19,28 +19,28 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
-from sca.checkpoints.state import weights_hash
+from sca.checkpoints.state import hash_weights
 from sca.composition import build
 from sca.data.summary import count_left_out, summarize_dataset
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, existing_paths
 from sca.model import SegmentCaptioner
-from sca.training.auxiliary import Attributes
-from sca.training.examples import ExampleStream, Mixture, collate
+from sca.training.auxiliary import AttributeValues
+from sca.training.examples import ExampleStream, ExampleMixture, collate_examples
 from sca.training.features import FeatureCache
 from sca.training.log import TrainingLog
-from sca.training.module import TrainingModule, check_rates
-from sca.training.recipe import LOSSES, Recipe, TrainOptions
-from sca.training.sharding import gathered
-from sca.training.sources import open_sources, open_validation, report_sources
+from sca.training.module import TrainingModule, check_lr_multipliers
+from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, Recipe, TrainOptions
+from sca.training.sharding import gather_tensors
+from sca.training.sources import open_training_datasets, open_validation_dataset, report_datasets
 from sca.training.trainer import CaptionTrainer
 from sca.training.validation import ValidationCallback
 
 MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
-STATE = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
-OUTPUTS = (*STATE, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
-NO_TOKENIZER = "the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER"
-LOOSE = tuple(  # what changes no step
+RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
+OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
+NO_TOKENIZER_MESSAGE = "the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER"
+RESULT_NEUTRAL_OPTIONS = tuple(  # what changes no step
     f"train.{name}"
     for name in ("accumulate", "cache_features", "chunk", "processes", "report_to", "save", "sharded", "workers")
 )
@@ -94,11 +94,11 @@ def train(
         set_aside = folder is None and not overwrite
     folder = Path("runs") / recipe.name if folder is None else folder
     with ExitStack() as stack:
-        first = os.environ.get("RANK", "0") == "0"
-        run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUTS)) if first else None
-        conflict = {"overwrite": overwrite, "set_aside": set_aside}
-        agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        model = _train(recipe, Path(folder), run_folder, resume, quiet, conflict, agreed, report)
+        is_first = os.environ.get("RANK", "0") == "0"
+        run_folder = stack.enter_context(RunFolder(folder, "train", OUTPUT_FILES)) if is_first else None
+        conflict_options = {"overwrite": overwrite, "set_aside": set_aside}
+        trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+        model = _train_process(recipe, Path(folder), run_folder, resume, quiet, conflict_options, trust_options, report)
         if run_folder is not None:
             run_folder.finish()
             if run_folder.moved_to is not None:
@@ -106,14 +106,14 @@ def train(
     return model
 
 
-def _train(
+def _train_process(
     recipe: Recipe,
     folder: Path,
     run_folder: RunFolder | None,
     resume: bool,
     quiet: bool,
-    conflict: Mapping[str, bool],
-    agreed: Mapping[str, bool],
+    conflict_options: Mapping[str, bool],
+    trust_options: Mapping[str, bool],
     report: Callable[[str], None],
 ) -> SegmentCaptioner:
     """Train as one process; the first has a run folder."""
@@ -122,91 +122,91 @@ def _train(
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions: harmless
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate knows no other name for it
     torch.manual_seed(recipe.train.seed)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = images_each(recipe.train, processes)
-    sharded = _asked_to_shard(recipe) and processes > 1
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    images_per_process = compute_images_per_process(recipe.train, num_processes)
+    sharded = _should_shard(recipe) and num_processes > 1
     if sharded:
         check_shardable(recipe)
-    model, stream, attributes, unseen = prepare(recipe, **agreed)
-    opened = _name_data(recipe, stream, unseen)
+    model, mixture, attributes, validation_dataset = prepare_training(recipe, **trust_options)
+    datasets_by_name = _collect_datasets_by_name(recipe, mixture, validation_dataset)
     training_module = TrainingModule(model, recipe.loss, attributes, recipe.train.chunk_size)
-    check_rates(recipe.train, training_module)
-    budget = budget_each(recipe.train, processes)
+    check_lr_multipliers(recipe.train, training_module)
+    max_regions = compute_regions_per_process(recipe.train, num_processes)
     trainer = CaptionTrainer(
         model=training_module,
-        args=_arguments(recipe, folder, share),
-        train_dataset=stream,
-        data_collator=lambda examples: {"batch": collate(examples, model.language_model.tokenizer.pad_token_id, budget)},
-        rates=recipe.train.lr_multipliers,
+        args=_build_training_arguments(recipe, folder, images_per_process),
+        train_dataset=mixture,
+        data_collator=lambda examples: {"batch": collate_examples(examples, model.language_model.tokenizer.pad_token_id, max_regions)},
+        lr_multipliers=recipe.train.lr_multipliers,
         sharded=sharded,
     )
     trainer.remove_callback(PrinterCallback)  # prints dictionaries
     if not quiet:
-        trainer.add_callback(TrainingLog(LOSSES, recipe.validate.best if recipe.validate else ()))
-    if recipe.validate is not None and len(unseen):
-        trainer.add_callback(ValidationCallback(trainer, recipe.validate, unseen, folder, report))
+        trainer.add_callback(TrainingLog(DEFAULT_LOSS_WEIGHTS, recipe.validate.best if recipe.validate else ()))
+    if recipe.validate is not None and len(validation_dataset):
+        trainer.add_callback(ValidationCallback(trainer, recipe.validate, validation_dataset, folder, report))
     if recipe.train.cache_features:
-        fill_cache(model.to(trainer.args.device), stream, trainer, quiet)
+        fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
     if run_folder is not None:
-        inputs = existing_paths(recipe.to_dict())
-        run_folder.begin(_settings(recipe, model, stream), OUTPUTS, inputs, loose=LOOSE, **conflict)
+        input_paths = existing_paths(recipe.to_dict())
+        run_folder.begin(_collect_run_settings(recipe, model, mixture), OUTPUT_FILES, input_paths, loose=RESULT_NEUTRAL_OPTIONS, **conflict_options)
         if not resume or get_last_checkpoint(str(folder)) is None:
-            run_folder.delete_outputs(STATE)
-        report_sources(opened, report, quiet)
-        if unseen is not None and not len(unseen):
-            report(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(unseen)}")
+            run_folder.delete_outputs(RESUME_FILES)
+        report_datasets(datasets_by_name, report, quiet)
+        if validation_dataset is not None and not len(validation_dataset):
+            report(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(validation_dataset)}")
     trainer.accelerator.wait_for_everyone()
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    before = {name: count_left_out(dataset) for name, dataset in opened.items()}
-    trainer.train(resume_from_checkpoint=last)
+    last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    left_out_before = {name: count_left_out(dataset) for name, dataset in datasets_by_name.items()}
+    trainer.train(resume_from_checkpoint=last_checkpoint)
     if run_folder is not None:  # images that were found to be damaged when they were opened
-        report_sources({name: each for name, each in opened.items() if count_left_out(each) != before[name]}, report)
-    tensors = gathered(model.eval().state_dict())
+        report_datasets({name: each for name, each in datasets_by_name.items() if count_left_out(each) != left_out_before[name]}, report)
+    tensors = gather_tensors(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
     return model
 
 
-def _settings(recipe: Recipe, model: SegmentCaptioner, stream: Mixture) -> dict[str, Any]:
+def _collect_run_settings(recipe: Recipe, model: SegmentCaptioner, mixture: ExampleMixture) -> dict[str, Any]:
     """What a run is of: the recipe, the content of its data, and the weights that it starts from."""
     table = recipe.to_dict()
     options = {f"train.{name}": value for name, value in table.pop("train").items()}
-    contents = [getattr(each.dataset, "hash", None) for each in stream.streams]
-    weights = weights_hash(model) if isinstance(recipe.model, str) else None
-    return {**table, **options, "contents": contents, "weights": weights}
+    dataset_hashes = [getattr(each.dataset, "hash", None) for each in mixture.streams]
+    weights = hash_weights(model) if isinstance(recipe.model, str) else None
+    return {**table, **options, "contents": dataset_hashes, "weights": weights}
 
 
-def _asked_to_shard(recipe: Recipe) -> bool:
+def _should_shard(recipe: Recipe) -> bool:
     """Whether the recipe or `accelerate launch --use_fsdp` asks for it; the latter's other settings do not count."""
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return asked or recipe.train.sharded
+    is_requested = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return is_requested or recipe.train.sharded
 
 
-def images_each(options: TrainOptions, processes: int) -> int:
+def compute_images_per_process(options: TrainOptions, num_processes: int) -> int:
     """How many images each process sees at a time. Raises RegistryError if a step's images cannot be shared out."""
-    parts = processes * options.gradient_accumulation_steps
-    if options.batch_size % parts:
+    num_parts = num_processes * options.gradient_accumulation_steps
+    if options.batch_size % num_parts:
         raise RegistryError(
-            f"train.images={options.batch_size} is no multiple of {processes} processes x "
+            f"train.images={options.batch_size} is no multiple of {num_processes} processes x "
             f"train.accumulate={options.gradient_accumulation_steps}"
         )
-    return options.batch_size // parts
+    return options.batch_size // num_parts
 
 
-def budget_each(options: TrainOptions, processes: int) -> int:
+def compute_regions_per_process(options: TrainOptions, num_processes: int) -> int:
     """How many regions each process sees at a time, 0 for any number. RegistryError if there is not one for each."""
-    parts = processes * options.gradient_accumulation_steps
-    if 0 < options.max_regions_per_step < parts:
+    num_parts = num_processes * options.gradient_accumulation_steps
+    if 0 < options.max_regions_per_step < num_parts:
         raise RegistryError(
-            f"train.budget={options.max_regions_per_step} is less than a region for each of {processes} processes x "
+            f"train.budget={options.max_regions_per_step} is less than a region for each of {num_processes} processes x "
             f"train.accumulate={options.gradient_accumulation_steps}"
         )
-    return options.max_regions_per_step // parts
+    return options.max_regions_per_step // num_parts
 
 
-def prepare(
+def prepare_training(
     recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False
-) -> tuple[SegmentCaptioner, Mixture, Attributes, Dataset | None]:
+) -> tuple[SegmentCaptioner, ExampleMixture, AttributeValues, Dataset | None]:
     """Open and build everything that a recipe names, before anything is trained.
 
     Returns:
@@ -216,7 +216,7 @@ def prepare(
     Raises:
         ValueError: What parts, checkpoints and datasets raise for what the recipe asks of them.
     """
-    unseen, sources = _open_data(recipe)
+    validation_dataset, sources = _open_datasets(recipe)
     if isinstance(recipe.model, str):
         model = load(recipe.model, trust_remote_code=trust_remote_code, allow_external=allow_external)
     else:
@@ -224,10 +224,10 @@ def prepare(
     if recipe.train.sharded:
         check_shardable(recipe)
     if model.language_model.tokenizer is None:
-        raise RegistryError(NO_TOKENIZER)
+        raise RegistryError(NO_TOKENIZER_MESSAGE)
     if recipe.train.cache_features:
         check_cacheable(recipe, model)
-    return model, *_stream(recipe, model, list(sources.values())), unseen
+    return model, *_build_mixture(recipe, model, list(sources.values())), validation_dataset
 
 
 def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external: bool = False) -> None:
@@ -239,32 +239,32 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
     Raises:
         ValueError: What components, checkpoints and datasets raise for what the recipe asks of them.
     """
-    _, sources = _open_data(recipe)
+    _, sources = _open_datasets(recipe)
     if isinstance(recipe.model, str):
-        agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        model = load_without_weights(recipe.model, **agreed)
+        trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+        model = load_without_weights(recipe.model, **trust_options)
     else:
         model = build(recipe.model, "meta")
         part = recipe.model.language_model
         options = {**language_models.card(part.name).options, **part.options}
         if model.language_model.tokenizer is None and not (options.get("weights") or options.get("tokenizer")):
-            raise RegistryError(NO_TOKENIZER)
+            raise RegistryError(NO_TOKENIZER_MESSAGE)
     if recipe.train.sharded:
         check_shardable(recipe)
     if recipe.train.cache_features:
         check_cacheable(recipe, model)
-    attributes = Attributes.of(list(sources.values()))
-    check_rates(recipe.train, TrainingModule(model, recipe.loss, attributes))
-    _reporters(recipe.train.report_to)
+    attributes = AttributeValues.from_datasets(list(sources.values()))
+    check_lr_multipliers(recipe.train, TrainingModule(model, recipe.loss, attributes))
+    _resolve_reporters(recipe.train.report_to)
 
 
-def _open_data(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
+def _open_datasets(recipe: Recipe) -> tuple[Dataset | None, dict[str, Dataset]]:
     """Open the dataset of [validate], if the recipe has one, and those to train on."""
-    unseen = open_validation(recipe.validate) if recipe.validate is not None else None
-    sources = open_sources(recipe)
+    validation_dataset = open_validation_dataset(recipe.validate) if recipe.validate is not None else None
+    sources = open_training_datasets(recipe)
     for name, dataset in sources.items():
         _check_readable(name, dataset)
-    return unseen, sources
+    return validation_dataset, sources
 
 
 def _check_readable(name: str, dataset: Dataset) -> None:
@@ -275,13 +275,13 @@ def _check_readable(name: str, dataset: Dataset) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _name_data(recipe: Recipe, stream: Mixture, unseen: Dataset | None) -> dict[str, Dataset]:
+def _collect_datasets_by_name(recipe: Recipe, mixture: ExampleMixture, validation_dataset: Dataset | None) -> dict[str, Dataset]:
     """The datasets of a run that have images, by what messages call them."""
     names = [f"data.{name} ({source.split})" for name, source in recipe.data.items()]
-    opened = dict(zip(names, (each.dataset for each in stream.streams), strict=True))
-    if unseen is not None and len(unseen):
-        opened[f"validate ({recipe.validate.split})"] = unseen
-    return opened
+    datasets_by_name = dict(zip(names, (each.dataset for each in mixture.streams), strict=True))
+    if validation_dataset is not None and len(validation_dataset):
+        datasets_by_name[f"validate ({recipe.validate.split})"] = validation_dataset
+    return datasets_by_name
 
 
 def check_shardable(recipe: Recipe) -> None:
@@ -301,23 +301,23 @@ def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
             )
 
 
-def fill_cache(model: SegmentCaptioner, stream: Mixture, trainer: Trainer, quiet: bool) -> None:
+def fill_feature_cache(model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, quiet: bool) -> None:
     """Encodes the pictures that the stream will draw and whose features are not there, each process its share."""
-    drawn = stream.samples()
-    mine = drawn[trainer.args.process_index :: trainer.args.world_size]
-    bar = tqdm(total=len(mine), desc="features", disable=quiet or not trainer.is_world_process_zero() or None)
-    cache = stream.streams[0].cache
-    cache.fill(model, (dataset[index].image for dataset, index in mine), bar.update)
+    samples = mixture.list_samples()
+    process_samples = samples[trainer.args.process_index :: trainer.args.world_size]
+    bar = tqdm(total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None)
+    cache = mixture.streams[0].cache
+    cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
     bar.close()
     trainer.accelerator.wait_for_everyone()
 
 
-def _arguments(recipe: Recipe, folder: Path, share: int) -> TrainingArguments:
+def _build_training_arguments(recipe: Recipe, folder: Path, images_per_process: int) -> TrainingArguments:
     options = recipe.train
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
-        per_device_train_batch_size=share,
+        per_device_train_batch_size=images_per_process,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
         adam_beta2=options.adam_beta2,
@@ -331,7 +331,7 @@ def _arguments(recipe: Recipe, folder: Path, share: int) -> TrainingArguments:
         save_steps=options.save_steps,
         logging_steps=max(1, min(50, options.steps // 10)),
         disable_tqdm=True,  # `TrainingLog` has the bar
-        report_to=_reporters(options.report_to),
+        report_to=_resolve_reporters(options.report_to),
         ddp_broadcast_buffers=False,
         seed=options.seed,
         remove_unused_columns=False,
@@ -340,12 +340,12 @@ def _arguments(recipe: Recipe, folder: Path, share: int) -> TrainingArguments:
     )
 
 
-def _stream(recipe: Recipe, model: SegmentCaptioner, sets: Sequence[Dataset]) -> tuple[Mixture, Attributes]:
+def _build_mixture(recipe: Recipe, model: SegmentCaptioner, datasets: Sequence[Dataset]) -> tuple[ExampleMixture, AttributeValues]:
     """The examples of all data of a recipe, and the attributes that its auxiliary losses name."""
     options = recipe.train
     sources = recipe.data.values()
     weights = [source.weight for source in sources]
-    attributes = Attributes.of(sets)
+    attributes = AttributeValues.from_datasets(datasets)
     length = options.steps * options.batch_size
     cache = FeatureCache(options.cache_features, model) if options.cache_features else None
     streams = [
@@ -356,18 +356,18 @@ def _stream(recipe: Recipe, model: SegmentCaptioner, sets: Sequence[Dataset]) ->
             options,
             round(length * source.weight / sum(weights)),
             seed=options.seed,
-            attributes=attributes.own | attributes.between,
+            attributes=attributes.region_attributes | attributes.relation_attributes,
             augment=source.augment,
-            phrases=source.phrases,
-            names=source.names,
+            phrase_mode=source.phrases,
+            class_name_task=source.names,
             cache=cache,
         )
-        for dataset, source in zip(sets, sources, strict=True)
+        for dataset, source in zip(datasets, sources, strict=True)
     ]
-    return Mixture(streams, weights, length, options.seed, options.prompts, options.batch_size), attributes
+    return ExampleMixture(streams, weights, length, options.seed, options.prompts, options.batch_size), attributes
 
 
-def _reporters(names: str) -> list[str]:
+def _resolve_reporters(names: str) -> list[str]:
     """What transformers is to report to. Raises RegistryError for what is unknown or not installed."""
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -377,10 +377,10 @@ def _reporters(names: str) -> list[str]:
     installed = get_available_reporting_integrations()
     if names == "auto":
         return [name for name in ("tensorboard",) if name in installed]
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
+    requested = [name.strip() for name in names.split(",")]
+    for name in requested:
         if name not in INTEGRATION_TO_CALLBACK:
             raise unknown(f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK)
         if name not in installed:
             raise RegistryError(f"train.report_to={names!r}: {name} is not installed: pip install {name}")
-    return wanted
+    return requested

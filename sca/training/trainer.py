@@ -18,16 +18,16 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from sca.io.atomic import sync, sync_tree, unwritable
-from sca.training.sharding import Sharded, gathered, load_gathered, shard, spread_state
+from sca.training.sharding import ShardedModule, gather_tensors, load_full_tensors, shard_parameters, shard_optimizer_state
 
-DRAFT = ".sca-draft"
-MODULE = "training_module.pt"  # of a checkpoint: what trains, and buffers
+DRAFT_FOLDER = ".sca-draft"
+MODULE_FILE = "training_module.pt"  # of a checkpoint: what trains, and buffers
 
 
-def counts(batch: Batch) -> dict[str, int]:
+def count_loss_terms(batch: Batch) -> dict[str, int]:
     """How many things each loss of a batch is the mean of; "regions" for those that are not named."""
-    masks = int(batch.targets.has_mask.sum())
-    return {"caption": int(batch.attention_mask.sum()), "mask": masks, "iou": masks, "regions": len(batch.prompts)}
+    num_masks = int(batch.targets.has_mask.sum())
+    return {"caption": int(batch.attention_mask.sum()), "mask": num_masks, "iou": num_masks, "regions": len(batch.prompts)}
 
 
 class CaptionTrainer(Trainer):
@@ -36,58 +36,58 @@ class CaptionTrainer(Trainer):
     rates: factors of the learning rate, by group of what trains. sharded: over processes, see `sca.training.sharding`.
     """
 
-    def __init__(self, *args: Any, rates: Mapping[str, float], sharded: bool, **options: Any):
+    def __init__(self, *args: Any, lr_multipliers: Mapping[str, float], sharded: bool, **options: Any):
         super().__init__(*args, **options)
-        self.rates = rates
+        self.lr_multipliers = lr_multipliers
         self.sharded = sharded
         if sharded:
             self.model.to(self.args.device)
-            shard(self.model)
-        self.shares: list[dict[str, float]] = []
+            shard_parameters(self.model)
+        self.loss_scales: list[dict[str, float]] = []
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The pieces of a step on this process; notes which share of the whole step's words, masks and regions each
         has, times the number of pieces, by which gradients are divided again.
         """
-        pieces, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        told = [counts(piece["batch"]) for piece in pieces]
-        if not told:
-            return pieces, None
-        table = torch.tensor([list(each.values()) for each in told], dtype=torch.float64, device=device)
-        whole = self.accelerator.reduce(table.sum(0).float()).double().clamp(min=1)
-        scaled = table * (len(pieces) * self.args.world_size) / whole
-        self.shares = [dict(zip(told[0], row, strict=True)) for row in scaled.tolist()]
-        return pieces, None
+        micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        term_counts = [count_loss_terms(micro_batch["batch"]) for micro_batch in micro_batches]
+        if not term_counts:
+            return micro_batches, None
+        local_counts = torch.tensor([list(each.values()) for each in term_counts], dtype=torch.float64, device=device)
+        total_counts = self.accelerator.reduce(local_counts.sum(0).float()).double().clamp(min=1)
+        scales = local_counts * (len(micro_batches) * self.args.world_size) / total_counts
+        self.loss_scales = [dict(zip(term_counts[0], row, strict=True)) for row in scales.tolist()]
+        return micro_batches, None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Batch], *_: Any, **__: Any) -> Tensor:
-        return model(inputs["batch"], self.shares.pop(0))
+        return model(inputs["batch"], self.loss_scales.pop(0))
 
-    def log(self, logs: dict[str, float], *more: Any) -> None:
+    def log(self, logs: dict[str, float], *args: Any) -> None:
         """Adds the mean of every loss since the last line."""
-        recent = self.model.recent
+        recent_losses = self.model.recent
         if "loss" in logs:
-            means = {name: torch.stack(values).float().mean() for name, values in recent.items()}
+            means = {name: torch.stack(values).float().mean() for name, values in recent_losses.items()}
             means = {name: self.accelerator.reduce(mean, "mean") for name, mean in means.items()}
             logs = {**logs, **{name: round(float(mean), 6) for name, mean in means.items()}}
-            recent.clear()
-        super().log(logs, *more)
+            recent_losses.clear()
+        super().log(logs, *args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over each group at its own rate; norms and biases do not decay."""
         if self.optimizer is None:
             module = self.model if model is None else model
-            decaying = set(self.get_decay_parameter_names(module))
+            decaying_names = set(self.get_decay_parameter_names(module))
             names = {id(parameter): name for name, parameter in module.named_parameters()}
-            tables: dict[tuple[float, bool], list[nn.Parameter]] = {}
+            parameter_groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for group, parameters in module.groups().items():
-                rate = self.args.learning_rate * self.rates.get(group, 1.0)
+                rate = self.args.learning_rate * self.lr_multipliers.get(group, 1.0)
                 for parameter in parameters:
-                    tables.setdefault((rate, names[id(parameter)] in decaying), []).append(parameter)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, module)
-            self.optimizer = kind(
+                    parameter_groups.setdefault((rate, names[id(parameter)] in decaying_names), []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+            self.optimizer = optimizer_class(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
-                    for (rate, decays), parameters in tables.items()
+                    for (rate, decays), parameters in parameter_groups.items()
                 ],
                 **options,
             )
@@ -96,27 +96,27 @@ class CaptionTrainer(Trainer):
     def _get_train_sampler(self, *_: Any) -> Sampler:
         return SequentialSampler(self.train_dataset)  # the stream has its own order, a function of the seed alone
 
-    def _wrap_model(self, model: nn.Module, *more: Any, **options: Any) -> nn.Module:
-        return Sharded(self.model) if self.sharded else super()._wrap_model(model, *more, **options)
+    def _wrap_model(self, model: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        return ShardedModule(self.model) if self.sharded else super()._wrap_model(model, *args, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes what trains, and buffers: frozen parameters are where they came from."""
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
-        state = gathered(state)
+        state = gather_tensors(state)
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            torch.save(state, os.path.join(output_dir, MODULE))
+            torch.save(state, os.path.join(output_dir, MODULE_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint, MODULE)
+        path = Path(resume_from_checkpoint, MODULE_FILE)
         if not path.is_file():
             raise RegistryError(
-                f"{resume_from_checkpoint} has no {MODULE}; choose another folder, or overwrite the run"
+                f"{resume_from_checkpoint} has no {MODULE_FILE}; choose another folder, or overwrite the run"
             )
         state = torch.load(path, weights_only=True, map_location="cpu")
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-        missing, unexpected = load_gathered(self.model, state)
+        missing, unexpected = load_full_tensors(self.model, state)
         if set(missing) != frozen & self.model.state_dict().keys() or unexpected:
             raise RegistryError(
                 f"{resume_from_checkpoint} is of another model; choose another folder, or overwrite the run"
@@ -125,7 +125,7 @@ class CaptionTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = gathered(self.optimizer.state_dict())
+        state = gather_tensors(self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
@@ -133,12 +133,12 @@ class CaptionTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.sharded:
-            spread_state(self.optimizer)
+            shard_optimizer_state(self.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written under another name first, so that a kill never leaves half a checkpoint to resume from."""
-        final = Path(self.args.output_dir)
-        draft = final / DRAFT
+        output_folder = Path(self.args.output_dir)
+        draft = output_folder / DRAFT_FOLDER
         if self.args.should_save:
             shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed while it wrote
         self.accelerator.wait_for_everyone()
@@ -152,21 +152,21 @@ class CaptionTrainer(Trainer):
             reason = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise unwritable(draft, reason) from error
         finally:
-            self.args.output_dir = str(final)
+            self.args.output_dir = str(output_folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_tree(draft)
-            earlier = set(_checkpoints(final))
-            for written in _checkpoints(draft):
-                shutil.rmtree(final / written.name, ignore_errors=True)  # of a run that was not to be resumed
-                earlier.discard(written.rename(final / written.name))
-            sync(final)
-            for old in earlier:
-                shutil.rmtree(old)
+            old_checkpoints = set(_list_checkpoints(output_folder))
+            for new_checkpoint in _list_checkpoints(draft):
+                shutil.rmtree(output_folder / new_checkpoint.name, ignore_errors=True)  # of a run that was not to be resumed
+                old_checkpoints.discard(new_checkpoint.rename(output_folder / new_checkpoint.name))
+            sync(output_folder)
+            for old_checkpoint in old_checkpoints:
+                shutil.rmtree(old_checkpoint)
             shutil.rmtree(draft)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of the trainer; any other name, such as `checkpoint-500-good`, is not one."""
     return [path for path in folder.iterdir() if re.fullmatch("checkpoint-[0-9]+", path.name)]
 

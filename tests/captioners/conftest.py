@@ -95,7 +95,7 @@ def asked(monkeypatch):
     from sca.captioners.image_text import ImageTextModel
 
     calls = []
-    tell = ImageTextModel.tell
+    tell = ImageTextModel.generate_texts
 
     def told(self, questions, **settings):
         calls.append(list(questions))

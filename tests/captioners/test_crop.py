@@ -6,8 +6,8 @@ from sca_registry.contracts import Prompt
 from sca_registry.spec import EverythingOptions
 
 import sca
-from sca.captioners.crop import DESCRIBE, WHAT, CropCaptioner
-from sca.captioners.regions import pixels_of
+from sca.captioners.crop import DESCRIPTION_QUESTION, NAME_QUESTION, CropCaptioner
+from sca.captioners.regions import box_to_pixels
 from sca.inference.automatic import caption_everything
 from sca.io.masks import box_of, decode, encode
 
@@ -26,7 +26,7 @@ def same(one, other):
 def test_what_reaches_the_captioner_is_the_tight_box_of_the_best_mask(weights, sam, image, prompts, asked):
     captioner = CropCaptioner(sam, weights("blip"))
     request = [*prompts, *POINTS]
-    found = captioner.describe(image, request)
+    found = captioner.caption(image, request)
     (questions,) = asked
     best = [masks[0] for masks in captioner.segment(captioner.encode([image]), [request])]
     assert len(best) == len(request)
@@ -40,7 +40,7 @@ def test_what_reaches_the_captioner_is_the_tight_box_of_the_best_mask(weights, s
 
 
 def test_without_an_encoder_the_box_is_cut_out_as_it_is(weights, image, prompts, asked):
-    found = CropCaptioner(weights=weights("blip")).describe(image, prompts)
+    found = CropCaptioner(weights=weights("blip")).caption(image, prompts)
     windows = [(10, 9, 40, 30), (50, 35, 70, 55), (0, 0, 80, 60), (15, 12, 33, 28)]
     assert all(same(question.image, image.crop(window)) for question, window in zip(asked[0], windows, strict=True))
     assert [caption.box for caption in found[:3]] == [prompt.box for prompt in prompts[:3]]
@@ -50,7 +50,7 @@ def test_without_an_encoder_the_box_is_cut_out_as_it_is(weights, image, prompts,
 
 
 def test_of_a_box_and_a_mask_the_box_is_cut_out(weights, image, prompts, asked):
-    CropCaptioner(weights=weights("blip")).describe(image, [Prompt(prompts[1].box, mask=prompts[3].mask)])
+    CropCaptioner(weights=weights("blip")).caption(image, [Prompt(prompts[1].box, mask=prompts[3].mask)])
     assert same(asked[0][0].image, image.crop((50, 35, 70, 55)))
 
 
@@ -64,26 +64,26 @@ def test_of_a_box_and_a_mask_the_box_is_cut_out(weights, image, prompts, asked):
     ],
 )
 def test_a_crop_has_two_pixels_a_side_or_more_and_lies_in_the_image(box, window):
-    assert pixels_of(box, (80, 60)) == window
+    assert box_to_pixels(box, (80, 60)) == window
 
 
 def test_an_empty_mask_is_two_pixels_and_not_an_error(weights, image, asked):
-    (caption,) = CropCaptioner(weights=weights("blip")).describe(image, [Prompt(mask=np.zeros((60, 80), bool))])
+    (caption,) = CropCaptioner(weights=weights("blip")).caption(image, [Prompt(mask=np.zeros((60, 80), bool))])
     assert asked[0][0].image.size == (2, 2)
     assert caption.box is None
 
 
 def test_region_captioner_loses_no_region_to_missing_texts(weights, image, prompts, monkeypatch):
     captioner = CropCaptioner(weights=weights("blip"))
-    words = captioner.words
+    words = captioner.caption_regions
     monkeypatch.setattr(captioner, "words", lambda *given, **options: words(*given, **options)[:-1])
     with pytest.raises(ValueError, match="shorter"):
-        captioner.describe(image, prompts)
+        captioner.caption(image, prompts)
 
 
 def test_a_point_without_an_encoder_is_refused_with_the_way_out(weights, image):
     with pytest.raises(ValueError, match=r"sam-vit-b\+NAME"):
-        CropCaptioner(weights=weights("blip")).describe(image, POINTS)
+        CropCaptioner(weights=weights("blip")).caption(image, POINTS)
 
 
 def test_an_encoder_without_masks_is_refused_with_the_way_out(weights):
@@ -95,23 +95,23 @@ def test_an_encoder_without_masks_is_refused_with_the_way_out(weights):
 
 def test_a_chain_of_thought_asks_what_it_is_and_then_for_a_description_of_it(weights, image, prompts, asked):
     captioner = CropCaptioner(weights=weights("blip-2"), vcot=True)
-    captioner.describe(image, prompts[3:])
+    captioner.caption(image, prompts[3:])
     ((first,), (second,)) = asked
-    assert first.text == WHAT
+    assert first.text == NAME_QUESTION
     inside = prompts[3].mask[12:28, 15:33]
     pixels = np.asarray(image.crop((15, 12, 33, 28)))
     assert np.array_equal(np.asarray(first.image), np.where(inside[..., None], pixels, 255))
     assert same(second.image, image.crop((15, 12, 33, 28)))
-    ((answer, *_),) = captioner.reader.tell([first], beams=1, max_new_tokens=20)
+    ((answer, *_),) = captioner.image_text_model.generate_texts([first], num_beams=1, max_new_tokens=20)
     assert answer
-    assert second.text == DESCRIBE.format(answer=answer)
+    assert second.text == DESCRIPTION_QUESTION.format(answer=answer)
 
 
 def test_a_chain_of_thought_without_an_answer_speaks_of_the_region(weights, image, prompts, asked, monkeypatch):
     captioner = CropCaptioner(weights=weights("blip-2"), vcot=True)
-    monkeypatch.setattr(captioner.reader.tokenizer, "decode", lambda ids, **how: "")
-    captioner.describe(image, prompts)
-    assert {question.text for question in asked[1]} == {DESCRIBE.format(answer="the region")}
+    monkeypatch.setattr(captioner.image_text_model.tokenizer, "decode", lambda ids, **how: "")
+    captioner.caption(image, prompts)
+    assert {question.text for question in asked[1]} == {DESCRIPTION_QUESTION.format(answer="the region")}
 
 
 def test_a_chain_of_thought_needs_a_model_that_answers_questions(weights):
@@ -127,5 +127,5 @@ def test_everything_is_found_by_the_encoder_and_its_own_masks_are_cut_out(weight
     found = caption_everything(predictor, options=options, beams=2)
     assert found
     for question, caption in zip(asked[0], found, strict=True):
-        assert same(question.image, image.crop(pixels_of(box_of(caption.mask), image.size)))
+        assert same(question.image, image.crop(box_to_pixels(box_of(caption.mask), image.size)))
         assert decode(caption.mask).shape == (60, 80)

@@ -6,7 +6,7 @@ import pytest
 from sca_registry.contracts import Prompt
 
 import sca
-from sca.captioners.floors import MostFrequent, NearestNeighbour
+from sca.captioners.floors import MostFrequent, NearestNeighbor
 from sca.data.scenes import Scenes
 
 COUNT = 12
@@ -31,26 +31,26 @@ def test_the_most_frequent_name_and_phrase_are_said_with_their_share(training):
     phrases = Counter(phrase for region in regions for phrase in region.phrases)
     for task, words in (("recognition", names), ("caption", phrases)):
         (text, count) = words.most_common(1)[0]
-        for caption in captioner.describe(training[0].image, [Prompt(points=((3, 3, 1),)), *boxes(training[1])], task):
+        for caption in captioner.caption(training[0].image, [Prompt(points=((3, 3, 1),)), *boxes(training[1])], task):
             assert (caption.text, caption.score) == (text, count / words.total())
 
 
 def test_only_the_first_images_are_read(training):
     captioner = MostFrequent(**SCENES, limit=2)
     names = Counter(region.name for sample in training[:2] for region in sample.regions)
-    (caption,) = captioner.describe(training[0].image, boxes(training[0])[:1], "recognition", beams=3)
+    (caption,) = captioner.caption(training[0].image, boxes(training[0])[:1], "recognition", beams=3)
     assert caption.text == names.most_common(1)[0][0]
-    assert len(list(MostFrequent(**SCENES, limit=0).training.samples())) == COUNT
+    assert len(list(MostFrequent(**SCENES, limit=0).training_regions.iter_samples())) == COUNT
 
 
 def test_a_region_of_training_is_its_own_nearest_neighbour(training):
-    captioner = NearestNeighbour(TINY, **SCENES)
+    captioner = NearestNeighbor(TINY, **SCENES)
     for sample in training[:3]:
-        for region, caption in zip(sample.regions, captioner.describe(sample.image, boxes(sample)), strict=True):
+        for region, caption in zip(sample.regions, captioner.caption(sample.image, boxes(sample)), strict=True):
             assert caption.text == region.phrases[-1]
             assert caption.score == pytest.approx(1, abs=1e-5)
             assert caption.box == region.box
-        names = [caption.text for caption in captioner.describe(sample.image, boxes(sample), "recognition")]
+        names = [caption.text for caption in captioner.caption(sample.image, boxes(sample), "recognition")]
         assert names == [region.name for region in sample.regions]
 
 
@@ -58,9 +58,9 @@ def test_neighbours_are_the_same_each_time_and_images_together_are_as_alone(trai
     test = Scenes("test", count=4, size=64)
     samples = [test[place] for place in range(4)]
     requests = [boxes(sample) for sample in samples]
-    one, other = NearestNeighbour(TINY, **SCENES), NearestNeighbour(TINY, **SCENES)
-    together = one.answer(one.encode([sample.image for sample in samples]), requests)
-    alone = [other.describe(sample.image, request) for sample, request in zip(samples, requests, strict=True)]
+    one, other = NearestNeighbor(TINY, **SCENES), NearestNeighbor(TINY, **SCENES)
+    together = one.caption_batch(one.encode([sample.image for sample in samples]), requests)
+    alone = [other.caption(sample.image, request) for sample, request in zip(samples, requests, strict=True)]
     assert [[each.text for each in captions] for captions in together] == [
         [each.text for each in captions] for captions in alone
     ]
@@ -78,16 +78,16 @@ def test_points_have_neighbours_where_the_encoder_finds_masks(training):
 
 def test_an_encoder_without_masks_takes_boxes(training):
     pytest.importorskip("timm")
-    captioner = NearestNeighbour({"name": "timm", "model": "resnet18", "pretrained": False, "size": 64}, **SCENES)
+    captioner = NearestNeighbor({"name": "timm", "model": "resnet18", "pretrained": False, "size": 64}, **SCENES)
     sample = training[0]
-    assert [each.text for each in captioner.describe(sample.image, boxes(sample))] == [
+    assert [each.text for each in captioner.caption(sample.image, boxes(sample))] == [
         region.phrases[-1] for region in sample.regions
     ]
     with pytest.raises(ValueError, match="a point is no region yet"):
-        captioner.describe(sample.image, [Prompt(points=((3, 3, 1),))])
+        captioner.caption(sample.image, [Prompt(points=((3, 3, 1),))])
 
 
-@pytest.mark.parametrize("floor", [MostFrequent, lambda **how: NearestNeighbour(TINY, **how)])
+@pytest.mark.parametrize("floor", [MostFrequent, lambda **how: NearestNeighbor(TINY, **how)])
 def test_a_dataset_without_words_for_a_task_is_named(floor, training, monkeypatch):
     from dataclasses import replace
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sca.captioners.regions import Seen
-from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, with_box
+from sca.captioners.regions import RegionView
+from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, draw_box
 
 
 def texts(captions):
@@ -13,8 +13,8 @@ def texts(captions):
 
 def test_florence_is_told_the_place_in_thousandths_and_the_task_by_its_own_word(weights, image, prompts, asked):
     captioner = VisionLanguageModel(weights=weights("florence2"), show="region-tokens")
-    captioner.describe(image, prompts[1:])
-    captioner.describe(image, prompts[2:3], "recognition")
+    captioner.caption(image, prompts[1:])
+    captioner.caption(image, prompts[2:3], "recognition")
     assert [question.text for question in asked[0]] == [
         "<REGION_TO_DESCRIPTION><loc_625><loc_583><loc_875><loc_916>",
         "<REGION_TO_DESCRIPTION><loc_0><loc_0><loc_999><loc_999>",
@@ -22,12 +22,12 @@ def test_florence_is_told_the_place_in_thousandths_and_the_task_by_its_own_word(
     ]
     assert asked[1][0].text == "<REGION_TO_CATEGORY><loc_0><loc_0><loc_999><loc_999>"
     assert all(question.image is image for call in asked for question in call)
-    places = captioner.reader.processor(images=image, text=asked[0][0].text, return_tensors="pt")["input_ids"][0]
-    assert "<loc_625>" in captioner.reader.tokenizer.convert_ids_to_tokens(places)
+    places = captioner.image_text_model.processor(images=image, text=asked[0][0].text, return_tensors="pt")["input_ids"][0]
+    assert "<loc_625>" in captioner.image_text_model.tokenizer.convert_ids_to_tokens(places)
 
 
 def test_kosmos_is_told_the_cells_of_the_corners(weights, image, prompts, asked):
-    VisionLanguageModel(weights=weights("kosmos-2"), show="region-tokens").describe(image, prompts[1:3])
+    VisionLanguageModel(weights=weights("kosmos-2"), show="region-tokens").caption(image, prompts[1:3])
     tokens = [question.text.split("<object>")[1].split("</object>")[0] for question in asked[0]]
     first, last = 18 * 32 + 20, 29 * 32 + 27  # floor of the first corner, ceiling of the last
     assert tokens == [f"<patch_index_{first:04d}><patch_index_{last:04d}>", "<patch_index_0000><patch_index_1023>"]
@@ -36,22 +36,22 @@ def test_kosmos_is_told_the_cells_of_the_corners(weights, image, prompts, asked)
 @pytest.mark.parametrize("kind", ["florence2", "kosmos-2"])
 def test_regions_are_told_apart_by_tokens_alone_and_in_any_company(weights, kind, image, prompts):
     captioner = VisionLanguageModel(weights=weights(kind), show="region-tokens")
-    together = captioner.describe(image, prompts, beams=2)
+    together = captioner.caption(image, prompts, beams=2)
     assert len(set(texts(together))) > 1
-    assert [captioner.describe(image, [prompt], beams=2)[0].text for prompt in prompts] == texts(together)
+    assert [captioner.caption(image, [prompt], beams=2)[0].text for prompt in prompts] == texts(together)
 
 
 def test_what_an_answer_says_of_places_is_no_part_of_its_words(weights, image, prompts, monkeypatch):
     captioner = VisionLanguageModel(weights=weights("florence2"), show="region-tokens")
     answer = "a red<loc_12> car<object><patch_index_0003></object> "
-    monkeypatch.setattr(captioner.reader.tokenizer, "decode", lambda ids, **how: answer)
-    assert texts(captioner.describe(image, prompts[:1])) == ["a red car"]
+    monkeypatch.setattr(captioner.image_text_model.tokenizer, "decode", lambda ids, **how: answer)
+    assert texts(captioner.caption(image, prompts[:1])) == ["a red car"]
 
 
 def test_a_drawn_box_lies_around_the_region_and_the_picture_is_left_alone(weights, image, prompts, asked):
     before = np.asarray(image).copy()
     captioner = VisionLanguageModel(weights=weights("qwen2_vl"), show="box")
-    captioner.describe(image, prompts[1:2], max_new_tokens=3)
+    captioner.caption(image, prompts[1:2], max_new_tokens=3)
     drawn = np.asarray(asked[0][0].image)
     assert asked[0][0].text == QUESTIONS["box"][1]
     assert np.array_equal(np.asarray(image), before)
@@ -61,17 +61,17 @@ def test_a_drawn_box_lies_around_the_region_and_the_picture_is_left_alone(weight
     changed = (drawn != before).any(-1)
     assert not changed[:33].any()
     assert not changed[:, 72:].any()
-    assert with_box(image, (0, 0, 80, 60)).tobytes() == image.tobytes()  # what is all of the image has no outside
+    assert draw_box(image, (0, 0, 80, 60)).tobytes() == image.tobytes()  # what is all of the image has no outside
 
 
 def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_do_not_mix(weights, image, prompts):
     captioner = VisionLanguageModel(weights=weights("qwen2_vl"), question="Which thing is this?")
-    together = captioner.describe(image, prompts, max_new_tokens=4, beams=2)
-    alone = [captioner.describe(image, [prompt], max_new_tokens=4, beams=2)[0].text for prompt in prompts]
+    together = captioner.caption(image, prompts, max_new_tokens=4, beams=2)
+    alone = [captioner.caption(image, [prompt], max_new_tokens=4, beams=2)[0].text for prompt in prompts]
     assert texts(together) == alone
     assert len(set(alone)) > 1
-    inputs = captioner.reader._inputs(captioner._question(Seen(0, image, prompts[0], None, None), 1))
-    words = captioner.reader.tokenizer.decode(inputs["input_ids"][0])
+    inputs = captioner.image_text_model._process_input(captioner._build_input(RegionView(0, image, prompts[0], None, None), 1))
+    words = captioner.image_text_model.tokenizer.decode(inputs["input_ids"][0])
     assert "Which thing is this?" in words
     assert words.count("<|vision_start|>") == 1
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sca
-from sca.checkpoints.layout import SPEC, WEIGHTS
+from sca.checkpoints.layout import SPEC_FILE, WEIGHTS_FILE
 from sca.checkpoints.load import load
-from sca.checkpoints.native import is_saved, origin, resolve_spec, save
-from sca.checkpoints.state import stored
+from sca.checkpoints.native import is_saved, collect_origin, resolve_spec, save
+from sca.checkpoints.state import list_stored_tensors
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError, OutputError
 from sca.mixers.query import QueryMixer
@@ -42,9 +42,9 @@ def saved(small, tmp_path):
 
 
 def edit(folder, change):
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_FILE)
 
 
 def test_a_reloaded_model_gives_the_same_answers_to_the_last_bit(saved):
@@ -69,7 +69,7 @@ def test_checkpoint_keeps_the_defaults_of_its_parts(small, small_table, tmp_path
     model = sca.compose(**small_table | {"mixer": {"name": "changing", "depth": 2}})
     folder = save(model, tmp_path / "model")
     assert is_saved(model, folder)
-    written = json.loads((folder / SPEC).read_text())
+    written = json.loads((folder / SPEC_FILE).read_text())
     assert written["mixer"] == {"name": "changing", "queries": 3, "depth": 2, "heads": [4]}
     assert written["segmenter"]["name"] == "sam"
     monkeypatch.setattr(make_mixer, "__defaults__", (5, 4, (2,), None, None, None, None))
@@ -78,7 +78,7 @@ def test_checkpoint_keeps_the_defaults_of_its_parts(small, small_table, tmp_path
 
 def test_checkpoint_without_resolved_options_loads(saved):
     model, folder = saved
-    (folder / SPEC).write_text(json.dumps(model.spec.to_dict()))
+    (folder / SPEC_FILE).write_text(json.dumps(model.spec.to_dict()))
     assert load(folder).spec == model.spec
     assert not is_saved(model, folder)
 
@@ -128,9 +128,9 @@ def test_lora_and_its_frozen_base_are_reloaded(small, tmp_path):
 
 def test_a_part_with_weights_of_its_own_is_not_stored_but_for_what_trains(small):
     model = small(trainable=["mixer", "projection", "lora"], lora=2)
-    assert stored(model) == set(model.state_dict())
+    assert list_stored_tensors(model) == set(model.state_dict())
     model.encoder.checkpoint = model.language_model.checkpoint = "somewhere/else"
-    names = stored(model)
+    names = list_stored_tensors(model)
     assert not any(name.startswith("encoder.") for name in names)
     assert {name for name in names if name.startswith("language_model.")} == {
         name for name in model.state_dict() if "lora_" in name
@@ -141,13 +141,13 @@ def test_a_part_with_weights_of_its_own_is_not_stored_but_for_what_trains(small)
 def test_statistics_of_a_trained_part_are_stored_though_its_weights_came_from_elsewhere(small):
     model = small(trainable=["encoder"])
     model.encoder.checkpoint = "somewhere/else"
-    assert {name for name in model.state_dict() if name.startswith("encoder.")} <= stored(model)
+    assert {name for name in model.state_dict() if name.startswith("encoder.")} <= list_stored_tensors(model)
 
 
 def test_half_precision_on_disk_loads_as_what_was_asked_for(saved, tmp_path):
     model, _ = saved
     folder = save(model, tmp_path / "half", dtype=torch.bfloat16)
-    weights = load_file(folder / WEIGHTS)
+    weights = load_file(folder / WEIGHTS_FILE)
     floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
     assert {tensor.dtype for tensor in floating} == {torch.bfloat16}
     again = load(folder, dtype=torch.float32)
@@ -180,9 +180,9 @@ def test_a_tensor_of_another_shape_is_named(saved):
 
 def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
     _, folder = saved
-    spec = json.loads((folder / SPEC).read_text())
+    spec = json.loads((folder / SPEC_FILE).read_text())
     spec["mixer"]["depth"] = 2
-    (folder / SPEC).write_text(json.dumps(spec))
+    (folder / SPEC_FILE).write_text(json.dumps(spec))
     with pytest.raises(InputError, match=r"missing mixer\.transformer\.layers\.1"):
         load(folder)
 
@@ -190,10 +190,10 @@ def test_another_spec_than_the_weights_were_written_with_is_refused(saved):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (SPEC, None, "has no spec.json"),
-        (SPEC, b"{", "not valid JSON"),
-        (WEIGHTS, None, "has no weights.safetensors"),
-        (WEIGHTS, b"\x10\0\0\0\0\0\0\0{", "is broken"),
+        (SPEC_FILE, None, "has no spec.json"),
+        (SPEC_FILE, b"{", "not valid JSON"),
+        (WEIGHTS_FILE, None, "has no weights.safetensors"),
+        (WEIGHTS_FILE, b"\x10\0\0\0\0\0\0\0{", "is broken"),
     ],
 )
 def test_a_damaged_folder_is_refused_with_the_file_that_is_wrong(saved, file, content, message):
@@ -260,7 +260,7 @@ def test_origin_names_the_commit_of_the_checkout(small):
     if not (root / ".git").exists():
         pytest.skip("not a checkout")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    assert origin(small())["commit"] == head.stdout.strip()
+    assert collect_origin(small())["commit"] == head.stdout.strip()
 
 
 # --- a kill at any moment -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sca
-from sca.checkpoints.export import write_published
+from sca.checkpoints.export import write_published_checkpoint
 from sca.checkpoints.native import save
 
 HOWS = ["load", "load", "caption", "export", "load", "import", "plan", "show", "push"]
@@ -39,7 +39,7 @@ def bases(sam_folder, lm_folder, tmp_path_factory):
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 800, "n_positions": 64}
     published = sca.compose({"name": "sam", "weights": str(sam_folder)}, mixer, {"name": "hf", "config": config})
     published.language_model.tokenizer = own.language_model.tokenizer
-    write_published(published, place / "published")
+    write_published_checkpoint(published, place / "published")
     return [place / "own", place / "inner", place / "published"]
 
 

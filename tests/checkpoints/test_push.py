@@ -9,7 +9,7 @@ import pytest
 from sca_registry import zoo
 
 import sca.checkpoints.push
-from sca.checkpoints.push import card_of, push
+from sca.checkpoints.push import render_card, push_checkpoint
 from sca.io.errors import InputError
 
 HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"
@@ -39,7 +39,7 @@ def uploaded(monkeypatch):
 
 def test_push_uploads_the_checkpoint_and_nothing_else(model, uploaded):
     (model / "notes.txt").write_text("mine")
-    push(model, "me/model")
+    push_checkpoint(model, "me/model")
     kept = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()} - {"notes.txt", "README.md"}
     assert set(uploaded) == kept | {"README.md"}
     assert uploaded["weights.safetensors"] == (model / "weights.safetensors").read_bytes()
@@ -49,7 +49,7 @@ def test_push_refuses_torn_weights(model, uploaded):
     weights = (model / "weights.safetensors").read_bytes()
     (model / "weights.safetensors").write_bytes(weights[:-1])
     with pytest.raises(InputError, match=r"weights\.safetensors is damaged .*; copy it again"):
-        push(model, "me/model")
+        push_checkpoint(model, "me/model")
     assert not uploaded
 
 
@@ -69,7 +69,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
     else:
         link.symlink_to(secret)
     with pytest.raises(InputError, match=f"{place} is a link out of the checkpoint; replace it"):
-        push(model, "me/model")
+        push_checkpoint(model, "me/model")
     assert not uploaded
 
 
@@ -77,7 +77,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
 def test_push_refuses_a_checkpoint_that_is_not_whole(model, uploaded, name):
     (model / name).unlink()
     with pytest.raises(InputError, match=f"has no {name}"):
-        push(model, "me/model")
+        push_checkpoint(model, "me/model")
     assert not uploaded
 
 
@@ -86,14 +86,14 @@ def test_card_of_reads_no_links_out_of_the_checkpoint(model, tmp_path, name):
     (model / name).rename(tmp_path / "secret")
     (model / name).symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match=f"{name} is a link out of the checkpoint"):
-        card_of(model, "me/model")
+        render_card(model, "me/model")
 
 
 def test_push_refuses_what_is_no_file(model, uploaded):
     (model / "tokenizer").mkdir(exist_ok=True)
     os.mkfifo(model / "tokenizer/pipe")
     with pytest.raises(InputError, match="pipe is no regular file"):
-        push(model, "me/model")
+        push_checkpoint(model, "me/model")
     assert not uploaded
 
 
@@ -104,7 +104,7 @@ def test_push_follows_links_within_a_repository_of_the_hub_cache(model, uploaded
     for number, path in enumerate(path for path in sorted(model.iterdir()) if path.is_file()):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    push(snapshot, "me/other")
+    push_checkpoint(snapshot, "me/other")
     assert {"spec.json", "weights.safetensors"} <= set(uploaded)
 
 
@@ -115,7 +115,7 @@ def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
     row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol": HOSTILE}
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({"dataset": HOSTILE, "split": HOSTILE, "rows": [row]}))
-    body = card_of(model, "me/model", [scores]).split("\n---\n", 1)[1]
+    body = render_card(model, "me/model", [scores]).split("\n---\n", 1)[1]
     assert "<" not in body
     assert "\x1b" not in body
     assert "[link](" not in body
@@ -130,5 +130,5 @@ def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
 def test_card_of_a_damaged_origin_is_one_line(model, content):
     (model / "origin.json").write_text(content)
     with pytest.raises(ValueError, match=r"origin\.json is not") as caught:
-        card_of(model, "me/model")
+        render_card(model, "me/model")
     assert "\n" not in str(caught.value)

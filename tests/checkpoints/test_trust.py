@@ -12,10 +12,10 @@ from sca_registry import REGISTRIES, registry, zoo
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.checkpoints.layout import WEIGHTS
-from sca.checkpoints.load import load, locate
+from sca.checkpoints.layout import WEIGHTS_FILE
+from sca.checkpoints.load import load, locate_checkpoint
 from sca.checkpoints.native import save
-from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, check_source, confine_spec, is_settable
+from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, resolve_source, confine_spec, is_settable
 from sca.io.errors import InputError
 from sca.io.hub import known_sources, local_folder, local_path, pin, pinned
 
@@ -123,14 +123,14 @@ def test_confine_spec_declares_options_that_run_code_in_cards(folder, monkeypatc
 def test_check_source_accepts_what_is_inside_and_known_weights(folder, tmp_path):
     (folder / "lm").mkdir()
     (folder / "way_out").symlink_to(tmp_path)
-    assert check_source("lm", folder, NO_TRUST) == str(folder / "lm")
-    assert check_source(str(folder / "lm"), folder, NO_TRUST) == str(folder / "lm")
-    assert check_source("gpt2", folder, NO_TRUST) == "openai-community/gpt2"
-    assert check_source("facebook/sam-vit-base", folder, NO_TRUST) == "facebook/sam-vit-base"
-    assert check_source("stranger/model", folder, Trust(external=True)) == "stranger/model"
+    assert resolve_source("lm", folder, NO_TRUST) == str(folder / "lm")
+    assert resolve_source(str(folder / "lm"), folder, NO_TRUST) == str(folder / "lm")
+    assert resolve_source("gpt2", folder, NO_TRUST) == "openai-community/gpt2"
+    assert resolve_source("facebook/sam-vit-base", folder, NO_TRUST) == "facebook/sam-vit-base"
+    assert resolve_source("stranger/model", folder, Trust(external=True)) == "stranger/model"
     for outside in ("way_out", "lm/../../model/lm", "stranger/model", str(tmp_path), "x" * 5000):
         with pytest.raises(TrustError, match="--allow-external"):
-            check_source(outside, folder, NO_TRUST)
+            resolve_source(outside, folder, NO_TRUST)
 
 
 def test_your_own_checkpoint_loads_when_you_agree(small, lm_folder, tmp_path):
@@ -211,18 +211,18 @@ def test_load_refuses_deep_json_in_one_line(folder, file):
 
 @pytest.mark.parametrize(("value", "kind"), [(torch.nan, "encoder"), (torch.inf, "mixer")])
 def test_load_refuses_weights_that_are_not_finite(folder, value, kind):
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_FILE)
     name = next(each for each in tensors if each.startswith(kind) and tensors[each].is_floating_point())
     tensors[name].view(-1)[0] = value
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(InputError, match=f"has NaN or infinite weights: {name}"):
         load(folder)
 
 
 def test_load_refuses_weights_that_overflow_float16(folder):
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_FILE)
     tensors["task_tokens"].fill_(1e6)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_FILE)
     load(folder, dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"float16, which is too small for it .*task_tokens"):
         load(folder, dtype=torch.float16)
@@ -236,7 +236,7 @@ def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(zoo.get("sca-tiny").folder, tmp_path / name)
     (tmp_path / name / "spec.json").write_text('{"encoder": "of-a-stranger"}')
-    assert locate("sca-tiny") == zoo.get("sca-tiny").folder
+    assert locate_checkpoint("sca-tiny") == zoo.get("sca-tiny").folder
     assert (tmp_path / name).is_dir()
     if name == "xk-huang":
         with pytest.raises(InputError, match=r"what lies here is written \./xk-huang"):
@@ -263,7 +263,7 @@ def test_hub_ids_of_cards_are_never_folders(tmp_path, monkeypatch):
 
 def test_locate_reads_the_previous_checkpoint_of_a_killed_save_where_it_is(folder):
     previous = folder.rename(folder.parent / f".{folder.name}.previous")
-    assert locate(folder) == previous
+    assert locate_checkpoint(folder) == previous
     load(folder)
     assert previous.is_dir()
     assert not folder.exists()

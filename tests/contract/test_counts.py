@@ -29,7 +29,7 @@ def test_a_card_counts_the_parameters_of_its_part(kind, name):
 
 def test_the_published_model_has_the_published_counts():
     """Table of the paper: a text mixer of 19.1 M, 19.4 M trainable numbers with GPT-2 large."""
-    report = sca.compose("sam-vit-h", "query", "gpt2-large", device="meta").freeze_report()
+    report = sca.compose("sam-vit-h", "query", "gpt2-large", device="meta").summarize_parameters()
     counts = {line[:15].strip(): int(line[15:].split()[0].replace(",", "")) for line in report.splitlines()}
     assert counts["mixer"] == 19_086_464 + 8 * 256  # twelve layers and eight queries
     assert report.endswith("19,432,832 train")

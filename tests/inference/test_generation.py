@@ -78,7 +78,7 @@ def test_pieces_of_different_length_are_padded_as_one_batch_is(small):
     pad = model.language_model.tokenizer.pad
     short = models.GenerationOutput(torch.tensor([[[5, 2]]]), torch.zeros(1, 1))
     long = models.GenerationOutput(torch.tensor([[[5, 6, 7, 2]]]), torch.zeros(1, 1))
-    assert models._join_generated([short, long], pad).sequences.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
+    assert models._concat_generated([short, long], pad).sequences.tolist() == [[[5, 2, pad, pad]], [[5, 6, 7, 2]]]
 
 
 def test_every_caller_generates_in_pieces(rows, monkeypatch):
@@ -110,7 +110,7 @@ def test_non_finite_features_scores_and_ious_are_an_error(small):
         with torch.no_grad():
             broken[-1].fill_(torch.nan)
         with pytest.raises(ValueError, match=told):
-            Engine(model).describe(image, [Prompt(box=(1, 2, 30, 40))])
+            Engine(model).caption(image, [Prompt(box=(1, 2, 30, 40))])
 
 
 def test_float16_overflow_is_an_error(small):
@@ -120,4 +120,4 @@ def test_float16_overflow_is_an_error(small):
             parameter.mul_(1e4)
     predictor, image = Engine(model.half()), Image.new("RGB", (64, 64), "blue")
     with pytest.raises(ValueError, match="if this is float16, use"):
-        predictor.describe(image, [Prompt(box=(1, 2, 30, 40))])
+        predictor.caption(image, [Prompt(box=(1, 2, 30, 40))])

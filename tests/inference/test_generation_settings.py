@@ -89,7 +89,7 @@ def test_ids_of_the_end_and_of_padding_are_those_of_generation_config(folder):
     model = HfLanguageModel(folder(eos_token_id=[96, free[3]], pad_token_id=7))
     end = free.index(free[3])
     assert model.generate(prefix, 12).sequences[0, 0].tolist()[: end + 1] == free[: end + 1]
-    assert model.pad == 7
+    assert model.pad_token_id == 7
     assert set(model.generate(prefix, 12).sequences[0, 0].tolist()[end + 1 :]) <= {7}
 
 
@@ -100,7 +100,7 @@ def test_an_id_that_is_no_number_is_refused_in_one_line(folder, value):
 
 
 def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder, monkeypatch):
-    runs, examine = [], probe._examine
+    runs, examine = [], probe._examine_model
     monkeypatch.setattr(probe, "_examine", lambda model: runs.append(model) or examine(model))
     monkeypatch.setattr(probe, "_known", {})
     model = HfLanguageModel(folder()).model
@@ -108,7 +108,7 @@ def test_probe_runs_once_per_configuration_and_changes_no_random_numbers(folder,
     expected = torch.rand(3)
     torch.manual_seed(5)
     for _ in range(2):
-        probe._known.clear()
+        probe._structures.clear()
         probe.probe_model(model)
     assert torch.equal(torch.rand(3), expected)
     assert probe.probe_model(model) == probe.probe_model(model)

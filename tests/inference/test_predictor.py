@@ -14,7 +14,7 @@ from sca.inference.automatic import caption_everything, find_everything, search_
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
 from sca.io.masks import box_of, decode
-from sca.proposers.grid import Grid
+from sca.proposers.grid import PointGrid
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_what_regions_share_is_computed_once_for_all_chunks(counted, scene):
     found = predictor.predict(boxes=[region.box for region in scene.regions])
     assert len(calls["mix"]) == len(scene.regions) > 1
     assert len(calls["prepare"]) == 1
-    together = Engine(predictor.model).describe(scene.image, [caption.prompt for caption in found])
+    together = Engine(predictor.model).caption(scene.image, [caption.prompt for caption in found])
     assert [caption.text for caption in together] == [caption.text for caption in found]
 
 
@@ -361,7 +361,7 @@ def test_proposals_take_the_place_of_the_grid(counted, scene):
     several = Prompt(points=((5.0, 5.0, 0), (40.0, 40.0, 1)))
     (caption,) = caption_everything(predictor, options=ALL, proposals=Proposals((several,), (1.0,), (None,)))
     assert caption.prompt is several
-    points = Grid(points_per_side=3)(scene.image, "scene")
+    points = PointGrid(points_per_side=3)(scene.image, "scene")
     by_points = caption_everything(predictor, options=ALL, proposals=points)
     assert [caption.box for caption in by_points] == [c.box for c in caption_everything(predictor, options=ALL)]
 

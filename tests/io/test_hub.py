@@ -95,7 +95,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
     import torch
 
     import sca
-    from sca.checkpoints.export import write_published
+    from sca.checkpoints.export import write_published_checkpoint
     from sca.language_models.tiny_gpt2 import TinyGpt2
 
     words = TinyGpt2(hidden_size=8, depth=1, num_heads=1).tokenizer
@@ -108,7 +108,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
         {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
         {"name": "hf", "config": config},
     )
-    folder = write_published(model, tmp_path / "published")
+    folder = write_published_checkpoint(model, tmp_path / "published")
     figures = json.loads((folder / "config.json").read_text())
     figures["text_config"]["_name_or_path"] = "owner/words"
     (folder / "config.json").write_text(json.dumps(figures))

@@ -18,7 +18,7 @@ from PIL import Image
 from sca_registry.spec import ModelSpec
 
 import sca
-from sca.checkpoints.export import write_language_model, write_published
+from sca.checkpoints.export import write_language_model, write_published_checkpoint
 from sca.composition import build
 from sca.data.export import export
 from sca.data.scenes import Scenes
@@ -180,7 +180,7 @@ def stock(hub, sam, folder):
     parts = {"encoder": {"name": "sam", "weights": str(sam)}, "language_model": {"name": "hf", "weights": str(words)}}
     mixer = {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48}
     published = build(ModelSpec.from_dict({**parts, "mixer": mixer, "task_tokens": 2}))
-    hub.models["xk-huang/segment-caption-anything-gpt2_large-vg"] = write_published(published, folder / "published")
+    hub.models["xk-huang/segment-caption-anything-gpt2_large-vg"] = write_published_checkpoint(published, folder / "published")
     hub.models["openai-community/gpt2-large"] = words
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam

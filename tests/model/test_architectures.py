@@ -93,7 +93,7 @@ def check_equals_its_model(name, **fields):
     generated = language_model.generate(prefix, STEPS)
     counted = torch.isin(own.sequences, torch.tensor(ends)).int()
     counted = counted.cumsum(1) - counted == 0
-    pad = language_model.pad
+    pad = language_model.pad_token_id
     assert generated.sequences[:, 0].tolist() == own.sequences.masked_fill(~counted, pad).tolist()
     logs = torch.stack(own.logits, dim=1).float().log_softmax(2).gather(2, own.sequences[..., None])[..., 0]
     expected = (logs * counted).sum(1) / counted.sum(1)

@@ -22,10 +22,10 @@ from sca.inference.automatic import caption_everything
 from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.mixers.resampler import ResamplerMixer
-from sca.nn.masks import mean_under
+from sca.nn.masks import pool_under_masks
 from sca.nn.roi_align import roi_align
 from sca.testing.tiny import tiny_options
-from sca.training.auxiliary import Attributes
+from sca.training.auxiliary import AttributeValues
 from sca.training.features import FeatureCache
 from sca.training.module import TrainingModule
 
@@ -136,7 +136,7 @@ def test_model_trains_and_generates_on_an_accelerator(parts, precision, chunk):
             output = model(batch, chunk=chunk)
         output.loss.backward()
         assert output.loss.isfinite()
-        for group, parameters in model.groups().items():
+        for group, parameters in model.group_parameters().items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             assert gradients or not any(parameter.requires_grad for parameter in parameters), group
             assert all(gradient.device.type == "cuda" for gradient in gradients), group
@@ -341,7 +341,7 @@ def test_waits_do_not_grow_with_images(pool):
             regions = SegmenterOutput(owner, image, 64, position[:, :1, :1], position, tokens, tokens)
             with device.counted() as found:
                 if pool == "mean_under":
-                    mean_under(image, owner, rows)
+                    pool_under_masks(image, owner, rows)
                 elif pool == "roi_align":
                     roi_align(image, owner, rows[:, 0], 2)
                 else:
@@ -382,7 +382,7 @@ def test_a_step_of_adamw_needs_nothing_from_the_host(small):
 
 
 def test_auxiliary_losses_run_on_an_accelerator(small):
-    attributes = Attributes({"colour": ("red", "blue")}, {"side": ("left", "right")})
+    attributes = AttributeValues({"colour": ("red", "blue")}, {"side": ("left", "right")})
     model = small()
     lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
     batch = batch_of(model)
@@ -397,11 +397,11 @@ def test_auxiliary_losses_run_on_an_accelerator(small):
 def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
     model = small()
     here = FeatureCache(tmp_path / "here", model)
-    here.fill(model, [picture], lambda: None)
+    here.encode_missing(model, [picture], lambda: None)
     with simulated_cuda():
         model.to("cuda")
         there = FeatureCache(tmp_path / "there", model)
-        there.fill(model, [picture], lambda: None)
+        there.encode_missing(model, [picture], lambda: None)
     assert torch.allclose(here[picture], there[picture], atol=1e-2)
 
 

@@ -225,12 +225,12 @@ def test_encoders_of_any_width_are_compared_at_sams(segmenter):
 
 
 def test_every_tag_of_open_clip_has_the_activation_that_it_was_trained_with():
-    from sca.encoders.open_clip import _known
+    from sca.encoders.open_clip import _resolve_pretrained_config
 
-    assert _known("ViT-B-16", "openai", None)["quick_gelu"]
-    assert _known("ViT-B-16", True, "timm/vit_base_patch16_clip_224.openai")["quick_gelu"]
-    assert not _known("ViT-B-16", True, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K").get("quick_gelu")
-    assert not _known("ViT-B-16", "file.pt", None).get("quick_gelu")
+    assert _resolve_pretrained_config("ViT-B-16", "openai", None)["quick_gelu"]
+    assert _resolve_pretrained_config("ViT-B-16", True, "timm/vit_base_patch16_clip_224.openai")["quick_gelu"]
+    assert not _resolve_pretrained_config("ViT-B-16", True, "laion/CLIP-ViT-B-16-laion2B-s34B-b88K").get("quick_gelu")
+    assert not _resolve_pretrained_config("ViT-B-16", "file.pt", None).get("quick_gelu")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_greedy_words_are_those_of_generate(lm_folder, monkeypatch, family, ends
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
     monkeypatch.setattr(model, "_ends", lambda: (0, list(range(1, 1 + ends))))
     prefix = torch.randn(9, 4, model.hidden_size, generator=draw)
-    assert causal.plain(model.model)
+    assert causal.has_plain_greedy_settings(model.model)
     fast = model.generate(prefix, 12)
     monkeypatch.setattr(causal, "plain", lambda _: False)
     plain = model.generate(prefix, 12)
@@ -92,6 +92,6 @@ def test_greedy_words_are_those_of_generate(lm_folder, monkeypatch, family, ends
 
 def test_settings_that_greedy_search_does_not_know_are_left_to_the_library(lm_folder):
     model = HfLanguageModel(weights=str(lm_folder("gpt2"))).model
-    assert causal.plain(model)
+    assert causal.has_plain_greedy_settings(model)
     model.generation_config.repetition_penalty = 1.3
-    assert not causal.plain(model)
+    assert not causal.has_plain_greedy_settings(model)

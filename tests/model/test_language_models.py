@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sca
 from sca.io.errors import InputError
-from sca.language_models.hf import HfLanguageModel, read_tokenizer
+from sca.language_models.hf import HfLanguageModel, load_tokenizer
 from sca.language_models.tiny_gpt2 import TinyGpt2
 
 WORDS = ["a", "red", "car", "<end>", "<pad>", "<unk>", "<start>"]
@@ -35,7 +35,7 @@ def tokenizer(tmp_path):
     "special", [{}, {"pad_token": "<pad>"}, {"unk_token": "<unk>", "bos_token": "<start>"}], ids=str
 )
 def test_neither_pad_nor_unknown_nor_beginning_is_needed(tokenizer, special):
-    text = read_tokenizer(tokenizer(eos_token="<end>", **special))
+    text = load_tokenizer(tokenizer(eos_token="<end>", **special))
     assert text.encode("a red car") == [0, 1, 2, 3]
     assert text.encode("a red car", max_length=2) == [0, 3]
     assert text.decode([0, 1, 3, 2]) == "a red"
@@ -45,10 +45,10 @@ def test_neither_pad_nor_unknown_nor_beginning_is_needed(tokenizer, special):
 def test_an_end_is_needed_and_can_be_named(tokenizer):
     folder = tokenizer(pad_token="<pad>")
     with pytest.raises(InputError, match=r"name one of its tokens with eos="):
-        read_tokenizer(folder)
+        load_tokenizer(folder)
     with pytest.raises(InputError, match="no token '<stop>'"):
-        read_tokenizer(folder, eos="<stop>")
-    assert read_tokenizer(folder, eos="<end>").encode("car") == [2, 3]
+        load_tokenizer(folder, eos_token="<stop>")
+    assert load_tokenizer(folder, eos_token="<end>").encode("car") == [2, 3]
 
 
 def test_a_folder_without_a_tokenizer_works_with_ids(lm_folder):
@@ -130,7 +130,7 @@ def test_scores_are_mean_log_probabilities_of_untempered_logits(lm_folder, famil
     torch.manual_seed(0)
     prefix = torch.randn(3, 2, model.hidden_size)
     generated = model.generate(prefix, max_new_tokens=6, **options)
-    _, ends = model._ends()
+    _, ends = model._resolve_special_tokens()
     for row, texts in enumerate(generated.sequences.tolist()):
         for ids, score in zip(texts, generated.scores[row].tolist(), strict=True):
             length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sca_registry.contracts import Batch, PromptBatch, SegmenterOutput, Targets
 
-from sca.model import caption_loss
+from sca.model import compute_caption_loss
 
 SMOOTHING = 0.1  # as published
 
@@ -24,7 +24,7 @@ def test_the_caption_loss_is_the_mean_over_all_words_and_ends(small):
     draw = torch.Generator().manual_seed(0)
     language_model = small().language_model
     states, words = torch.randn(7, language_model.width, generator=draw), torch.randint(20, (7,), generator=draw)
-    loss, logits = caption_loss(language_model, states, words)
+    loss, logits = compute_caption_loss(language_model, states, words)
     each = [smoothed(row, word) for row, word in zip(logits.tolist(), words.tolist(), strict=True)]
     assert float(loss) == pytest.approx(sum(each) / len(each), rel=1e-5)
 
@@ -37,7 +37,7 @@ def test_the_loss_of_many_words_is_made_in_pieces_and_is_the_same(small, monkeyp
     def learned(pieces):
         monkeypatch.setattr("sca.model.WORDS", pieces)
         states = torch.randn(7, language_model.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        loss, logits = caption_loss(language_model, states, words)
+        loss, logits = compute_caption_loss(language_model, states, words)
         assert (logits is None) == (pieces < 7)
         loss.backward()
         return loss.detach(), states.grad

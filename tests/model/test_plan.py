@@ -9,9 +9,9 @@ from tiny import SAM, tiny
 
 import sca
 from sca.nn.two_way import TwoWayTransformer
-from sca.plan import _layer_signature, _most, plan
-from sca.plan_cache import LIMIT
-from sca.stage_costs import Stages
+from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
+from sca.plan_cache import MAX_PLANNED_REGIONS
+from sca.stage_costs import StageMeter
 
 WORDS = 6
 LM = {"name": "hf", "pretrained": False}
@@ -56,17 +56,17 @@ def test_parameters_operations_and_memory_are_those_of_a_run(name, images, regio
 @pytest.mark.parametrize("name", MODELS)
 def test_what_trains_is_counted(name):
     trained = sum(p.numel() for p in sca.build(spec_of(name)).parameters() if p.requires_grad)
-    assert plan(spec_of(name), regions=1, words=1).trainable == trained
+    assert plan_model(spec_of(name), regions=1, words=1).trainable == trained
 
 
 @pytest.mark.all
 @pytest.mark.parametrize(("name", "train", "room"), [("tiny", True, 0.05), ("middle", False, 0.25)])
 def test_the_most_regions_that_fit_do_fit_and_more_do_not(name, train, room):
-    found = plan(spec_of(name), regions=1, words=WORDS, gpu=room, train=train)
+    found = plan_model(spec_of(name), regions=1, words=WORDS, gpu=room, train=train)
     most = found.most_regions
     assert most > 8
     fitting, larger = (
-        plan(spec_of(name), regions=number, words=WORDS, train=train, on_gpu=True)
+        plan_model(spec_of(name), regions=number, words=WORDS, train=train, on_gpu=True)
         for number in (most, most + 2 + most // 50)
     )
     assert fitting.peak <= found.room < larger.peak
@@ -76,18 +76,18 @@ def test_the_most_regions_that_fit_do_fit_and_more_do_not(name, train, room):
 @pytest.mark.parametrize("most", [1, 2, 8, 63, 1000, 16000])
 def test_the_search_for_the_most_regions_is_exact_to_two_percent_and_short(memory, most):
     asked = []
-    found = _most(lambda number: asked.append(number) or memory(number), memory(most))
+    found = _find_max_regions(lambda number: asked.append(number) or memory(number), memory(most))
     assert 0.98 * most <= found <= most
     assert len(asked) <= 20
 
 
 def test_the_search_for_the_most_regions_ends_at_once_if_none_or_all_fit():
-    assert _most(lambda number: number, 0) == 0
-    assert _most(lambda number: number, LIMIT) is None
+    assert _find_max_regions(lambda number: number, 0) == 0
+    assert _find_max_regions(lambda number: number, MAX_PLANNED_REGIONS) is None
 
 
 def test_a_gpu_that_is_too_small_holds_no_region():
-    none = plan(spec_of("middle"), words=WORDS, gpu=0.01)
+    none = plan_model(spec_of("middle"), words=WORDS, gpu=0.01)
     assert (none.fits, none.most_regions) == (False, 0)
 
 
@@ -117,14 +117,14 @@ SAM_MODEL = {
 def test_alike_layers_and_steps_cost_what_running_each_would(name, monkeypatch):
     spec = ModelSpec.from_dict({**MODELS, "sam": SAM_MODEL}[name])
     monkeypatch.setattr(TwoWayTransformer, "together", 1)  # a step for each region
-    plan(spec, regions=1, words=1)  # the probe of a language model is run once
+    plan_model(spec, regions=1, words=1)  # the probe of a language model is run once
     calls = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))
-    found = plan(spec, regions=5, words=WORDS)
+    found = plan_model(spec, regions=5, words=WORDS)
     quick = len(calls)
-    monkeypatch.setattr(Stages, "count_once", lambda self, run, *_: run)
-    assert plan(spec, regions=5, words=WORDS) == found
+    monkeypatch.setattr(StageMeter, "count_once", lambda self, run, *_: run)
+    assert plan_model(spec, regions=5, words=WORDS) == found
     assert quick < 0.8 * (len(calls) - quick)
 
 
@@ -135,9 +135,9 @@ def test_layers_with_other_options_are_not_alike():
         return made
 
     shared = [1]
-    assert _layer_signature(layer(shared)) == _layer_signature(layer(shared))
-    assert _layer_signature(layer([1])) != _layer_signature(layer([1, 2]))
-    assert _layer_signature(layer(shared)) != _layer_signature(layer(shared, torch.tanh))
+    assert _compute_layer_signature(layer(shared)) == _compute_layer_signature(layer(shared))
+    assert _compute_layer_signature(layer([1])) != _compute_layer_signature(layer([1, 2]))
+    assert _compute_layer_signature(layer(shared)) != _compute_layer_signature(layer(shared, torch.tanh))
 
 
 def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_folder, tmp_path):
@@ -147,14 +147,14 @@ def test_weights_that_lie_elsewhere_are_no_part_of_a_checkpoint(sam_folder, lm_f
         "language_model": {"name": "hf", "weights": str(lm_folder("gpt2"))},
     }
     spec = ModelSpec.from_dict(table)
-    planned = plan(spec, regions=2, words=3)
+    planned = plan_model(spec, regions=2, words=3)
     written = sca.save(sca.build(spec), tmp_path / "model") / "weights.safetensors"
     assert planned.checkpoint == sum(tensor.nbytes for tensor in load_file(written).values())
     assert planned.weights > planned.checkpoint
 
 
 def test_half_precision_takes_half_the_memory():
-    whole, half = (plan(spec_of("middle"), regions=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (plan_model(spec_of("middle"), regions=4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert half.memory["encode"] == pytest.approx(whole.memory["encode"] / 2, rel=0.05)
     assert half.weights == whole.weights  # in float32 both
 
@@ -186,4 +186,4 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
 
 
 def test_a_model_whose_parts_all_train_can_be_planned_in_use(small_table):
-    assert plan(ModelSpec.from_dict(small_table), regions=2, words=3).flops["segment"] > 0
+    assert plan_model(ModelSpec.from_dict(small_table), regions=2, words=3).flops["segment"] > 0

@@ -5,7 +5,7 @@ from sca_registry.spec import ModelSpec
 
 import sca.plan
 from sca.cli import run
-from sca.plan_cache import KEPT, plan_key, read_plan, source_fingerprint, write_plan
+from sca.plan_cache import MAX_CACHED_PLANS, compute_plan_key, read_plan, hash_source_files, write_plan
 
 TINY = "tiny-vit+query+tiny-gpt2"
 
@@ -18,14 +18,14 @@ def cache(tmp_path, monkeypatch):
 
 def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
     spec = ModelSpec.parse(TINY)
-    key = plan_key(spec, {"images": 1})
-    assert key == plan_key(ModelSpec.parse(TINY), {"images": 1})
-    assert key != plan_key(spec, {"images": 2})
-    assert key != plan_key(spec.override(["lora=8"]), {"images": 1})
+    key = compute_plan_key(spec, {"images": 1})
+    assert key == compute_plan_key(ModelSpec.parse(TINY), {"images": 1})
+    assert key != compute_plan_key(spec, {"images": 2})
+    assert key != compute_plan_key(spec.override(["lora=8"]), {"images": 1})
     for name in ("source_fingerprint", "version"):
         with monkeypatch.context() as changed:
             changed.setattr(f"sca.plan_cache.{name}", lambda package: "changed")
-            assert key != plan_key(spec, {"images": 1}), name
+            assert key != compute_plan_key(spec, {"images": 1}), name
 
 
 @pytest.mark.parametrize("files", [("shade.py",), ("shade/__init__.py", "shade/parts.py")])
@@ -34,17 +34,17 @@ def test_source_fingerprint_changes_with_a_source_file(files, tmp_path, monkeypa
     (tmp_path / "shade").mkdir()
     for file in files:
         (tmp_path / file).write_text("")
-    before = source_fingerprint("shade")
-    assert before == source_fingerprint("shade") != ""
+    before = hash_source_files("shade")
+    assert before == hash_source_files("shade") != ""
     (tmp_path / files[-1]).write_text("changed")
-    assert source_fingerprint("shade") != before
-    assert source_fingerprint("no_such_package") == ""
+    assert hash_source_files("shade") != before
+    assert hash_source_files("no_such_package") == ""
 
 
 @pytest.mark.parametrize("spec", ["tiny-vit+query+hf weights=./folder", "tiny-vit+unknown+tiny-gpt2"])
 def test_plan_key_is_none_for_files_and_unknown_components(spec):
     name, *changes = spec.split()
-    assert plan_key(ModelSpec.parse(name).override([f"language_model.{each}" for each in changes]), {}) is None
+    assert compute_plan_key(ModelSpec.parse(name).override([f"language_model.{each}" for each in changes]), {}) is None
 
 
 def test_plan_command_computes_once(capsys, monkeypatch, cache):
@@ -60,14 +60,14 @@ def test_plan_command_computes_once(capsys, monkeypatch, cache):
 
 
 def test_write_plan_keeps_the_latest(cache):
-    plan = sca.plan.plan(ModelSpec.parse(TINY))
-    for number in range(KEPT + 3):
+    plan = sca.plan.plan_model(ModelSpec.parse(TINY))
+    for number in range(MAX_CACHED_PLANS + 3):
         write_plan(str(number), plan)
-    assert len(list(cache.iterdir())) == KEPT
-    assert read_plan(str(KEPT + 2)) == plan
+    assert len(list(cache.iterdir())) == MAX_CACHED_PLANS
+    assert read_plan(str(MAX_CACHED_PLANS + 2)) == plan
 
 
 def test_write_plan_without_a_cache_folder_does_nothing(cache):
     cache.parent.write_text("a file")
-    write_plan("key", sca.plan.plan(ModelSpec.parse(TINY)))
+    write_plan("key", sca.plan.plan_model(ModelSpec.parse(TINY)))
     assert read_plan("key") is None

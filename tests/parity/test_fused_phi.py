@@ -11,7 +11,7 @@ from sca_registry.contracts import Batch, PromptBatch
 from tiny import tiny
 
 import sca
-from sca.checkpoints.export import write_published
+from sca.checkpoints.export import write_published_checkpoint
 from sca.io.errors import InputError
 from sca.language_models.hf import HfLanguageModel
 
@@ -57,7 +57,7 @@ def published(plain, sam_folder, tmp_path):
     mixer = {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48}
     torch.manual_seed(3)
     model = sca.compose({"name": "sam", "weights": str(sam_folder)}, mixer, {"name": "hf", "weights": str(plain)})
-    return write_published(model, tmp_path / "published")
+    return write_published_checkpoint(model, tmp_path / "published")
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_language_model_with_fused_attention_predicts_the_same(plain, tmp_path, 
     assert torch.equal(*states)
     assert torch.equal(found.lm_head(states[0]), expected.lm_head(states[1]))
     assert found.model.generation_config.repetition_penalty is None
-    assert found._ends()[1] == [7]
+    assert found._resolve_special_tokens()[1] == [7]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from sca_registry.contracts import Batch, PromptBatch
 from sca_registry.spec import Part
 
 import sca
-from sca.checkpoints.export import with_sources, write_language_model, write_published
+from sca.checkpoints.export import attach_sources, write_language_model, write_published_checkpoint
 from sca.io.errors import InputError
 
 
@@ -38,7 +38,7 @@ def published(composed, tmp_path):
     """Writes such a model in the published layout."""
 
     def write(**parts):
-        return write_published(composed(**parts), tmp_path / "published")
+        return write_published_checkpoint(composed(**parts), tmp_path / "published")
 
     return write
 
@@ -58,10 +58,10 @@ def batch():
 @torch.no_grad()
 def test_a_model_written_and_read_is_the_same(composed, family, mixer, tmp_path):
     model = composed(family, mixer)
-    again = sca.load(write_published(model, tmp_path / "published"))
+    again = sca.load(write_published_checkpoint(model, tmp_path / "published"))
     assert again.spec.mixer.name == mixer
     assert torch.equal(model(batch()).logits, again(batch()).logits)
-    assert again.freeze_report() == model.freeze_report()
+    assert again.summarize_parameters() == model.freeze_report()
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_our_own_layout_takes_it_over_whole_or_by_name(published, composed, sam_
     assert torch.equal(sca.load(whole)(batch()).logits, expected)
     sources = {"encoder": Part("sam", {"weights": str(sam_folder)})}
     sources["language_model"] = Part("hf", {"weights": str(lm_folder("gpt2"))})
-    named = sca.save(with_sources(model, **sources), tmp_path / "named")
+    named = sca.save(attach_sources(model, **sources), tmp_path / "named")
     assert torch.equal(sca.load(named, allow_external=True)(batch()).logits, expected)
     held = load_file(named / "weights.safetensors")
     assert {name.split(".")[0] for name in held} == {"mixer", "projection", "task_tokens"}
@@ -86,19 +86,19 @@ def test_a_source_with_other_weights_is_refused(published, lm_folder, tmp_path):
     tensors["transformer.ln_f.weight"][0] += 1e-3
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"are others than the model's: language_model\.model\.transformer\.ln_f"):
-        with_sources(model, language_model=Part("hf", {"weights": str(other)}))
+        attach_sources(model, language_model=Part("hf", {"weights": str(other)}))
 
 
 @torch.no_grad()
 def test_options_of_use_survive_and_lower_precision_is_no_difference(composed, lm_folder, sam_folder):
     model = composed(segmenter={"name": "sam", "drawn": True})
-    assert with_sources(model, encoder=Part("sam", {"weights": str(sam_folder)})).segmenter.drawn
+    assert attach_sources(model, encoder=Part("sam", {"weights": str(sam_folder)})).segmenter.drawn
     half = sca.compose(
         {"name": "sam", "weights": str(sam_folder)},
         {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48},
         {"name": "hf", "weights": str(lm_folder("gpt2")), "dtype": "bfloat16"},
     )
-    again = with_sources(half, language_model=Part("hf", {"weights": str(lm_folder("gpt2"))}))
+    again = attach_sources(half, language_model=Part("hf", {"weights": str(lm_folder("gpt2"))}))
     assert next(again.language_model.parameters()).dtype == torch.bfloat16
 
 
@@ -146,7 +146,7 @@ def test_a_language_model_written_alone_has_its_lora_merged(composed, tmp_path):
 )
 def test_what_the_published_layout_cannot_hold_is_refused(composed, tmp_path, changes, told):
     with pytest.raises(InputError, match=told):
-        write_published(composed(**changes), tmp_path / "published")
+        write_published_checkpoint(composed(**changes), tmp_path / "published")
     assert not (tmp_path / "published").exists()
 
 

@@ -10,7 +10,7 @@ from sca_registry.contracts import Region, Sample
 from sca.data.points import draw_point_prompt
 from sca.data.scenes import Scenes, parse, relation_holds
 from sca.io.masks import area, box_of, decode, encode
-from sca.training.augmentation import PADDING, Augmentation, cropped, flipped
+from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, flip_horizontally
 
 
 @st.composite
@@ -52,16 +52,16 @@ def test_boxes_and_masks_stay_on_what_they_show(sample, seed):
 
 @given(samples())
 def test_a_flip_changes_left_and_right_in_words_and_twice_changes_nothing(sample):
-    image, regions = flipped(sample.image, list(sample.regions))
+    image, regions = flip_horizontally(sample.image, list(sample.regions))
     assert regions[0].phrases == ("right of a left hand", "leftover bright")
-    again, back = flipped(image, regions)
+    again, back = flip_horizontally(image, regions)
     assert np.array_equal(again, sample.image)
     assert tuple(back) == sample.regions
 
 
 def test_words_keep_their_capitals_and_text_among_the_attributes_changes_too():
     region = Region(1, (0, 0, 2, 2), None, "hand", ("Left one, right there",), {"relation": "left of", "count": 2})
-    _, (mirrored,) = flipped(Image.new("RGB", (8, 8)), [region])
+    _, (mirrored,) = flip_horizontally(Image.new("RGB", (8, 8)), [region])
     assert mirrored.phrases == ("Right one, left there",)
     assert mirrored.attributes == {"relation": "right of", "count": 2}
     assert mirrored.name == "hand"
@@ -70,7 +70,7 @@ def test_words_keep_their_capitals_and_text_among_the_attributes_changes_too():
 def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
     stated = 0
     for sample in Scenes("train", count=20, size=64, seed=2):
-        _, regions = flipped(sample.image, list(sample.regions))
+        _, regions = flip_horizontally(sample.image, list(sample.regions))
         places = []
         for region in regions:
             x, y = region.attributes["centre"]
@@ -87,9 +87,9 @@ def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
 
 def test_a_region_without_a_mask_is_dropped_by_what_is_left_of_its_box():
     region = Region(1, (0.0, 0.0, 10.0, 10.0))
-    assert cropped(region, (5, 0, 20, 20), 100, 0.4).box == (0, 0, 5, 10)
-    assert cropped(region, (7, 0, 20, 20), 100, 0.4) is None
-    assert cropped(region, (10, 0, 20, 20), 100, 0.0) is None
+    assert crop_region(region, (5, 0, 20, 20), 100, 0.4).box == (0, 0, 5, 10)
+    assert crop_region(region, (7, 0, 20, 20), 100, 0.4) is None
+    assert crop_region(region, (10, 0, 20, 20), 100, 0.0) is None
 
 
 def test_nothing_asked_for_changes_nothing():
@@ -169,15 +169,15 @@ def test_padding_is_at_the_right_and_below_whatever_else_happens():
     for seed in range(10):
         changed = Augmentation(flip=0.5, colour=0.5, scale=(0.5, 0.5))(sample, np.random.default_rng(seed))
         pixels = np.asarray(changed.image)
-        assert (pixels[32:] == PADDING).all()
-        assert (pixels[:, 32:] == PADDING).all()
-        assert (pixels[:32, :32] != PADDING).any()
+        assert (pixels[32:] == PADDING_COLOR).all()
+        assert (pixels[:, 32:] == PADDING_COLOR).all()
+        assert (pixels[:32, :32] != PADDING_COLOR).any()
 
 
 def test_words_of_a_side_are_known_in_all_their_forms():
     told = ("the LEFT one", "leftmost car, Right-hand lane", "rightward", "leftover, bright, upright copyright")
     region = Region(1, (0, 0, 2, 2), None, "hand", told)
-    _, (mirrored,) = flipped(Image.new("RGB", (8, 8)), [region])
+    _, (mirrored,) = flip_horizontally(Image.new("RGB", (8, 8)), [region])
     assert mirrored.phrases == ("the RIGHT one", "rightmost car, Left-hand lane", "leftward", told[3])
 
 

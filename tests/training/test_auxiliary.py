@@ -9,11 +9,11 @@ from sca_registry.contracts import Batch, PromptBatch, Targets
 from torch.nn import functional as F
 
 from sca.data.scenes import Scenes
-from sca.training.auxiliary import UNKNOWN, AttributeHead, Attributes, features_under_truth
+from sca.training.auxiliary import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.module import TrainingModule
 
 OWN = {"colour": ("red", "blue"), "form": ("circle", "square", "star")}
-ATTRIBUTES = Attributes(OWN, {"relation": ("above", "below")})
+ATTRIBUTES = AttributeValues(OWN, {"relation": ("above", "below")})
 
 
 def labels(colours, forms):
@@ -23,7 +23,7 @@ def labels(colours, forms):
 def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing():
     torch.manual_seed(0)
     head, vectors = AttributeHead(4, 2, OWN), torch.randn(3, 2, 4)
-    known = labels([0, 1, UNKNOWN], [2, UNKNOWN, UNKNOWN])
+    known = labels([0, 1, UNKNOWN_LABEL], [2, UNKNOWN_LABEL, UNKNOWN_LABEL])
     colours, forms = (head.heads[name](vectors.flatten(1)) for name in OWN)
     by_hand = F.cross_entropy(colours[:1], known["colour"][:1]) + F.cross_entropy(colours[1:2], known["colour"][1:2])
     by_hand += F.cross_entropy(forms[:1], known["form"][:1])
@@ -50,7 +50,7 @@ def test_features_are_averaged_where_the_region_truly_is(small, batch):
     model = small()
     with torch.no_grad():
         regions = model.segment(model.encode(batch.pixels), batch.prompts)
-        found = features_under_truth(regions, batch.targets)
+        found = pool_ground_truth_features(regions, batch.targets)
     image = regions.image[0]  # (D, 8, 8)
     halves = torch.stack((image[:, :, :4].mean((1, 2)), image[:, :, 4:].mean((1, 2))))
     assert torch.allclose(found[:, 0], halves, atol=1e-3)
@@ -62,12 +62,12 @@ def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(s
     lesson(batch).backward()
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"encoder"}  # the features themselves, and no way round them
-    (features,) = lesson.recent["features"]
+    (features,) = lesson.recent_losses["features"]
     assert lesson(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
 
 
 def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
-    attributes = Attributes.of([Scenes("val"), Scenes("val")])
+    attributes = AttributeValues.from_datasets([Scenes("val"), Scenes("val")])
     lesson = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
     assert lesson.heads["features"].heads.keys() == {"colour", "form", "size", "texture"}
     assert lesson.heads["attributes"].heads.keys() == Scenes.attributes.keys()
@@ -76,8 +76,8 @@ def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
 def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
     for loss in ("attributes", "features"):
         with pytest.raises(RegistryError, match=f"set loss.{loss}=0"):
-            TrainingModule(small(), {loss: 1.0}, Attributes({}, {}))
-    TrainingModule(small(), {"attributes": 1.0}, Attributes({}, {"relation": ("above", "below")}))
+            TrainingModule(small(), {loss: 1.0}, AttributeValues({}, {}))
+    TrainingModule(small(), {"attributes": 1.0}, AttributeValues({}, {"relation": ("above", "below")}))
 
 
 def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
@@ -85,8 +85,8 @@ def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
     lesson(batch)
     batch.targets.has_mask[1] = False
     lesson(batch)
-    both, one = lesson.recent["features"]
+    both, one = lesson.recent_losses["features"]
     assert 0 < one < both
     batch.targets.has_mask[0] = False
     assert math.isfinite(lesson(batch).item())
-    assert lesson.recent["features"][-1] == 0
+    assert lesson.recent_losses["features"][-1] == 0

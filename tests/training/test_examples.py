@@ -13,7 +13,7 @@ from sca.inference.processor import Processor
 from sca.io.masks import decode
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
-from sca.training.examples import Example, ExampleStream, Mixture, collate
+from sca.training.examples import Example, ExampleStream, ExampleMixture, collate_examples
 from sca.training.recipe import SamplingOptions
 
 
@@ -105,7 +105,7 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
         assert len(set(texts)) == len(texts) > len(example.boxes)
         assert [place for place, _ in texts] == sorted(place for place, _ in texts)
         assert set(example.region.tolist()) == set(range(len(example.boxes)))
-    batch = collate(several, tokenizer.pad)
+    batch = collate_examples(several, tokenizer.pad)
     assert batch.region_index.tolist() == sorted(batch.region_index.tolist())
     told = {row: set() for row in range(len(batch.prompts))}
     for row, ids, mask in zip(batch.region_index.tolist(), batch.input_ids, batch.attention_mask, strict=True):
@@ -118,11 +118,11 @@ def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
     tasks = torch.cat([example.task for example in examples]).float()
     assert 0.44 < tasks.mean() < 0.56
-    mixture = Mixture([stream(VARIED, length=2400)], [1.0], 2400, prompts=VARIED.prompts, step=8)
-    kinds = [str(kind) for kind in mixture._prompts]
+    mixture = ExampleMixture([stream(VARIED, length=2400)], [1.0], 2400, prompt_shares=VARIED.prompts, examples_per_step=8)
+    kinds = [str(kind) for kind in mixture._prompt_kinds]
     assert len(kinds) == 300
     assert 0.4 < np.mean([kind == "box" for kind in kinds]) < 0.6
-    assert [mixture[place].prompt for place in (8, 11, 15, 16)] == [*[kinds[1]] * 3, kinds[2]]
+    assert [mixture[place].prompt_kind for place in (8, 11, 15, 16)] == [*[kinds[1]] * 3, kinds[2]]
 
 
 def test_jitter_moves_boxes_and_keeps_them_in_the_frame(stream):
@@ -164,20 +164,20 @@ def test_a_region_without_a_mask_is_pointed_at_inside_its_box_and_teaches_no_mas
 def test_a_mixture_draws_each_stream_in_proportion_and_in_its_own_order(stream):
     first = stream(length=750, dataset=Scenes("train", count=8, size=64))
     second = stream(length=250, dataset=Scenes("val", count=8, size=64))
-    mixture = Mixture([first, second], [3, 1], 1000, seed=4)
-    again = Mixture([first, second], [3, 1], 1000, seed=4)
+    mixture = ExampleMixture([first, second], [3, 1], 1000, seed=4)
+    again = ExampleMixture([first, second], [3, 1], 1000, seed=4)
     assert len(mixture) == 1000
-    assert (mixture._stream == again._stream).all()
-    assert 0.7 < (mixture._stream == 0).mean() < 0.8
-    place = int(np.flatnonzero(mixture._stream == 1)[5])
+    assert (mixture._stream_indices == again._stream_indices).all()
+    assert 0.7 < (mixture._stream_indices == 0).mean() < 0.8
+    place = int(np.flatnonzero(mixture._stream_indices == 1)[5])
     assert same(mixture[place], second[5])
-    assert (Mixture([first, second], [3, 1], 1000, seed=5)._stream != mixture._stream).any()
+    assert (ExampleMixture([first, second], [3, 1], 1000, seed=5)._stream_indices != mixture._stream_indices).any()
 
 
 def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokenizer):
     nothing = Sample(Image.new("RGB", (64, 40)), 7, ())
     examples = [stream()[0], stream(dataset=[nothing])[0], stream()[1]]
-    batch = collate(examples, tokenizer.pad)
+    batch = collate_examples(examples, tokenizer.pad)
     counts = [len(example.boxes) for example in examples]
     assert batch.region_index.tolist() == list(range(sum(counts)))
     assert counts[1] == 0
@@ -197,8 +197,8 @@ def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokeniz
 
 @pytest.mark.parametrize("kind", ["box", "point", "mask", "box-and-point"])
 def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, tokenizer, kind):
-    mixture = Mixture([stream()], [1.0], 4, prompts={kind: 1.0})
-    batch = collate([mixture[0], mixture[1]], tokenizer.pad)
+    mixture = ExampleMixture([stream()], [1.0], 4, prompt_shares={kind: 1.0})
+    batch = collate_examples([mixture[0], mixture[1]], tokenizer.pad)
     prompts = batch.prompts
     assert (prompts.boxes is not None) == ("box" in kind)
     assert (prompts.points is not None) == ("point" in kind) == (prompts.labels is not None)
@@ -212,8 +212,8 @@ def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, toke
 
 def test_a_region_without_a_mask_is_prompted_by_its_box_filled(stream, tokenizer):
     sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, (10.0, 20.0, 30.0, 40.0), None, "car"),))
-    example = Mixture([stream(dataset=[sample])], [1.0], 1, prompts={"mask": 1.0})[0]
-    cells = collate([example], tokenizer.pad).prompts.masks[0, 0] > 0
+    example = ExampleMixture([stream(dataset=[sample])], [1.0], 1, prompt_shares={"mask": 1.0})[0]
+    cells = collate_examples([example], tokenizer.pad).prompts.masks[0, 0] > 0
     assert cells.sum() == 10 * 10
     assert cells[10:20, 5:15].all()
 
@@ -222,7 +222,7 @@ def test_a_region_without_a_mask_is_prompted_by_its_box_filled(stream, tokenizer
 def test_a_budget_is_shared_out_and_wastes_nothing(stream, tokenizer, budget):
     examples = [stream()[place] for place in range(5)]
     counts = [len(example.boxes) for example in examples]
-    batch = collate(examples, tokenizer.pad, budget)
+    batch = collate_examples(examples, tokenizer.pad, budget)
     assert len(batch.prompts) == min(budget, sum(counts)) == len(batch.targets.masks)
     kept = torch.bincount(batch.prompts.image_index, minlength=5).tolist()
     most = max(kept)

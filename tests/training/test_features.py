@@ -26,10 +26,10 @@ def plan(small_table):
 
 def counted(monkeypatch):
     """Counts the pictures that go through any encoder."""
-    from sca.model import Segmenting
+    from sca.model import SegmentationModel
 
-    encode, seen = Segmenting.encode, []
-    monkeypatch.setattr(Segmenting, "encode", lambda self, pixels: (seen.extend(pixels), encode(self, pixels))[1])
+    encode, seen = SegmentationModel.encode, []
+    monkeypatch.setattr(SegmentationModel, "encode", lambda self, pixels: (seen.extend(pixels), encode(self, pixels))[1])
     return seen
 
 
@@ -69,23 +69,23 @@ def test_a_cache_says_what_is_wrong_with_it(small, tmp_path):
     cache = FeatureCache(tmp_path, model)
     with pytest.raises(KeyError, match="no features of this"):
         cache[picture]
-    cache.fill(model, [picture, picture], lambda: None)
+    cache.encode_missing(model, [picture, picture], lambda: None)
     assert cache[picture].shape == model.encode(torch.zeros(1, 3, 64, 64)).shape[1:]
-    assert np.load(cache.path(picture)).dtype == np.float16
-    cache.path(picture).write_bytes(b"half")
+    assert np.load(cache.get_path(picture)).dtype == np.float16
+    cache.get_path(picture).write_bytes(b"half")
     with pytest.raises(ValueError, match=r"is broken .* remove it"):
         cache[picture]
     model.encode = lambda pixels: torch.full((len(pixels), 4, 8, 8), 1e9)
-    cache.path(picture).unlink()
+    cache.get_path(picture).unlink()
     with pytest.raises(ValueError, match="float16 does not hold"):
-        cache.fill(model, [picture], lambda: None)
+        cache.encode_missing(model, [picture], lambda: None)
 
 
 def test_feature_cache_removes_what_a_kill_left(small, tmp_path):
     model, picture = small(), Image.new("RGB", (64, 48), "red")
     cache = FeatureCache(tmp_path, model)
-    draft = cache.path(picture).with_name(f".sca-{'0' * 16}.part")
+    draft = cache.get_path(picture).with_name(f".sca-{'0' * 16}.part")
     draft.parent.mkdir(parents=True)
     draft.touch()
-    cache.fill(model, [picture], lambda: None)
-    assert [path.name for path in draft.parent.iterdir()] == [cache.path(picture).name]
+    cache.encode_missing(model, [picture], lambda: None)
+    assert [path.name for path in draft.parent.iterdir()] == [cache.get_path(picture).name]

@@ -10,7 +10,7 @@ from sca_registry.contracts import Sample
 
 from sca.data.scenes import Scenes
 from sca.inference.processor import Processor
-from sca.training.examples import ExampleStream, collate
+from sca.training.examples import ExampleStream, collate_examples
 from sca.training.recipe import SamplingOptions, Recipe
 from sca.training.train import train
 
@@ -87,7 +87,7 @@ def learned(tmp_path, monkeypatch):
 def judge(model, samples):
     tokenizer = model.language_model.tokenizer
     stream = ExampleStream(Fixed(samples), Processor.of(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16)
-    batch = collate([stream[place] for place in range(16)], tokenizer.pad)
+    batch = collate_examples([stream[place] for place in range(16)], tokenizer.pad)
     output = model(batch)
     words = batch.attention_mask.bool()
     logs = torch.zeros(words.shape)

@@ -11,7 +11,7 @@ from sca.inference.processor import Processor
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
 from sca.training.examples import ExampleStream
-from sca.training.phrases import phrases, told_by_rule
+from sca.training.phrases import make_template_phrases, add_template_phrases
 from sca.training.recipe import SamplingOptions
 
 
@@ -22,7 +22,7 @@ def sample(*regions):
 def test_only_what_has_a_name_and_no_phrase_is_told():
     owl, cat, bare = (0, 0, 10, 10), (40, 40, 60, 60), (0, 0, 9, 9)
     given = sample(Region(1, cat, None, "cat", ("a tabby",)), Region(2, owl, None, "old owl"), Region(3, bare))
-    told = told_by_rule(given, given)
+    told = add_template_phrases(given, given)
     assert [region.phrases for region in told.regions] == [
         ("a tabby",),
         ("the small old owl", "the old owl at the top left", "the small old owl at the top left"),
@@ -32,7 +32,7 @@ def test_only_what_has_a_name_and_no_phrase_is_told():
 
 def test_the_only_one_in_sight_is_not_called_the_only_one():
     owls = [Region(number, (x, 0, x + 40, 40), None, "owl") for number, x in enumerate((0, 60))]
-    assert told_by_rule(sample(owls[0]), sample(*owls)).regions[0].phrases[0] == "a large owl"
+    assert add_template_phrases(sample(owls[0]), sample(*owls)).regions[0].phrases[0] == "a large owl"
 
 
 def test_a_crop_is_told_by_what_is_left_of_it():
@@ -41,7 +41,7 @@ def test_a_crop_is_told_by_what_is_left_of_it():
     processor, drawing = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
     picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
     augment = Augmentation(flip=0.0, crop=0.3)
-    stream = ExampleStream([picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrases="rule")
+    stream = ExampleStream([picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="rule")
     seen = set()
     for place in range(60):
         draw = np.random.default_rng([0, 1, place])  # what the stream draws from
@@ -49,9 +49,9 @@ def test_a_crop_is_told_by_what_is_left_of_it():
         owl = (changed if changed.regions else picture).regions[0]
         size = changed.image.size if changed.regions else picture.image.size
         example = stream[place]
-        assert example.task.tolist() == [CAPTION]
-        text = language_model.tokenizer.decode(example.ids[0])
-        assert text in phrases("owl", owl.box, size, only=True)
+        assert example.task_ids.tolist() == [CAPTION]
+        text = language_model.tokenizer.decode(example.input_ids[0])
+        assert text in make_template_phrases("owl", owl.box, size, is_unique=True)
         seen.add(text)
     assert {"the owl at the top left", "the large owl"} <= seen
 
@@ -66,13 +66,13 @@ def test_a_crop_is_told_by_what_is_left_of_it():
     ],
 )
 def test_phrases_say_size_and_place(box, told):
-    assert phrases("car", box, (100, 100), only=False) == told
+    assert make_template_phrases("car", box, (100, 100), is_unique=False) == told
 
 
 @given(*[st.integers(0, 99)] * 2, *[st.integers(1, 100)] * 2)
 def test_a_mirrored_box_swaps_left_and_right_and_nothing_else(x, y, width, height):
     x2, y2 = min(x + width, 100), min(y + height, 100)
-    words = " ".join(phrases("cat", (x, y, x2, y2), (100, 100), only=True))
-    mirrored = " ".join(phrases("cat", (100 - x2, y, 100 - x, y2), (100, 100), only=True))
+    words = " ".join(make_template_phrases("cat", (x, y, x2, y2), (100, 100), is_unique=True))
+    mirrored = " ".join(make_template_phrases("cat", (100 - x2, y, 100 - x, y2), (100, 100), is_unique=True))
     swap = {"left": "right", "right": "left"}
     assert mirrored.split() == [swap.get(word, word) for word in words.split()]

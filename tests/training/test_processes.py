@@ -203,11 +203,11 @@ def test_a_sharded_run_is_not_validated(run, tmp_path):
 
 @pytest.mark.parametrize(("asked", "given"), [("", 4), ("1", 1), ("8", 4), ("4,2", 4), ("0", 4)])
 def test_processes_share_the_cores_whatever_the_shell_asks_of_one(monkeypatch, asked, given):
-    from sca.training.processes import threads_each
+    from sca.training.processes import count_threads_per_process
 
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert threads_each(2) == given
+    assert count_threads_per_process(2) == given
 
 
 def listening(process):

@@ -11,12 +11,12 @@ from sca_registry.spec import Part
 
 import sca
 from sca.training.augmentation import Augmentation
-from sca.training.recipe import LOSSES, MAX_SEED, Recipe, Source, TrainOptions, Validation, recipe_names
-from sca.training.sources import open_sources, open_validation
+from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, MAX_SEED, Recipe, DataSource, TrainOptions, ValidationOptions, list_recipes
+from sca.training.sources import open_training_datasets, open_validation_dataset
 from sca.training.train import check_recipe
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_reads_and_is_repeated_by_what_it_writes(name, tmp_path):
     (tmp_path / "own.jsonl").touch()
     recipe = Recipe.read(name, [f"data='{tmp_path}'"] if name == "own-data" else [])
@@ -144,10 +144,10 @@ WANTED = {
     dict: "give a table",
     list: "give a list",
 }
-DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(Validation()), "loss": LOSSES}
+DEFAULTS = {"train": vars(TrainOptions()), "validate": vars(ValidationOptions()), "loss": DEFAULT_LOSS_WEIGHTS}
 FIELDS = [(section, name, default) for section, table in DEFAULTS.items() for name, default in table.items()]
 FIELDS += [
-    ("data.scenes", name, vars(Source(Part("scenes")))[name]) for name in ("split", "weight", "phrases", "names")
+    ("data.scenes", name, vars(DataSource(Part("scenes")))[name]) for name in ("split", "weight", "phrases", "names")
 ]
 FIELDS += [("data.scenes.augment", name, default) for name, default in vars(Augmentation()).items()]
 
@@ -229,9 +229,9 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
 def test_recipe_takes_whole_tables_as_assignments(tmp_path):
     written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.images=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
-    assert recipe.data == {"x": Source(Part("scenes", {"count": 3}))}
+    assert recipe.data == {"x": DataSource(Part("scenes", {"count": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
-    assert recipe.loss == LOSSES | {"mask": 0.5}
+    assert recipe.loss == DEFAULT_LOSS_WEIGHTS | {"mask": 0.5}
     with pytest.raises(RegistryError, match=r"a recipe's \[train\] has no 'stps'\. Did you mean 'steps'"):
         Recipe.read("sca-tiny", ["train={stps=7}"])
 
@@ -241,7 +241,7 @@ def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
     assigned = ['validate.best=["rouge-l"]', 'validate.metrics=["rouge-l"]', "validate.limit=4", "validate.prompt=mask"]
     found = Recipe.from_dict("mine", table, [*assigned, "validate.dataset.size=64", "data.a.count=8"]).validate
     dataset = {"name": "scenes", "count": 8, "size": 64}
-    assert found == Validation(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
+    assert found == ValidationOptions(3, dataset, limit=4, prompt="mask", metrics=("rouge-l",), best=("rouge-l",))
     with pytest.raises(RegistryError, match=r"validate has no 'bst'\. Did you mean 'best'\? There are: every, dataset"):
         Recipe.from_dict("mine", table, ["validate.bst=3"])
     with pytest.raises(RegistryError, match=r"no 'valdate' to set\. Did you mean 'validate'"):
@@ -252,7 +252,7 @@ def test_recipe_takes_every_field_of_validate_as_an_assignment(small_table):
 def test_recipe_without_validate_takes_it_from_assignments(small_table, assignment):
     table = {"model": small_table, "data": {"a": {"name": "scenes"}}}
     assert Recipe.from_dict("mine", table).validate is None
-    assert Recipe.from_dict("mine", table, [assignment]).validate == Validation(3, {"name": "scenes"})
+    assert Recipe.from_dict("mine", table, [assignment]).validate == ValidationOptions(3, {"name": "scenes"})
 
 
 def test_recipe_rejects_lora_that_would_not_train(tmp_path):
@@ -294,7 +294,7 @@ def test_open_validation_rejects_unknown_names(small_table, validate, message):
     table = {"model": small_table, "data": {"scenes": {"name": "scenes"}}, "validate": validate}
     recipe = Recipe.from_dict("mine", table)
     with pytest.raises(RegistryError if "prompt" not in message else ValueError, match=message):
-        open_validation(recipe.validate)
+        open_validation_dataset(recipe.validate)
 
 
 def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_path):
@@ -304,11 +304,11 @@ def test_open_sources_rejects_a_dataset_without_usable_images(small_table, tmp_p
     with pytest.raises(
         ValueError, match=r"data\.own \(train\) has no image that can be used: 1 image missing: gone\.png"
     ):
-        open_sources(recipe)
+        open_training_datasets(recipe)
     (tmp_path / "gone.png").write_bytes(b"damaged")
     data["own"] |= {"file": str(tmp_path / "mine.jsonl")}
     with pytest.raises(ValueError, match=r"1 image unreadable: gone\.png"):
-        open_sources(recipe)
+        open_training_datasets(recipe)
 
 
 DATA = {"data": {"scenes": {"name": "scenes", "count": 2, "size": 64}}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sca.checkpoints.load import load
-from sca.training.examples import Mixture
+from sca.training.examples import ExampleMixture
 from sca.training.module import TrainingModule
 from sca.training.recipe import Recipe
 from sca.training.train import train
@@ -108,7 +108,7 @@ def test_a_budget_that_cannot_be_shared_out_is_refused(plan, tmp_path):
 
 
 def test_examples_come_in_the_order_of_the_stream(plan, tmp_path, monkeypatch):
-    places, take = [], Mixture.__getitem__
-    monkeypatch.setattr(Mixture, "__getitem__", lambda self, place: (places.append(place), take(self, place))[1])
+    places, take = [], ExampleMixture.__getitem__
+    monkeypatch.setattr(ExampleMixture, "__getitem__", lambda self, place: (places.append(place), take(self, place))[1])
     train(plan(steps=3), tmp_path, quiet=True)
     assert places == list(range(6))

@@ -11,10 +11,10 @@ from sca_registry import RegistryError
 from sca_registry.contracts import Region, MetricOutput
 
 from sca.checkpoints.load import load
-from sca.checkpoints.state import weights_hash
+from sca.checkpoints.state import hash_weights
 from sca.evaluation.journal import read_predictions
-from sca.training.recipe import Recipe, Validation
-from sca.training.sources import open_validation
+from sca.training.recipe import Recipe, ValidationOptions
+from sca.training.sources import open_validation_dataset
 from sca.training.train import train
 from sca.training.validation import ValidationCallback
 
@@ -48,13 +48,13 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
     asked = read_predictions(tmp_path / f"validation/step-{best['step']}/predictions.jsonl")
     assert asked.run["split"] == "val"
     assert len({record["image_id"] for record in asked.records}) == 3
-    assert asked.run["weights"] == weights_hash(load(tmp_path / "best"))
+    assert asked.run["weights"] == hash_weights(load(tmp_path / "best"))
     assert model.training is False
 
 
 def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("sca.training.train.open_validation", lambda each: opened.append(each) or open_validation(each))
+    monkeypatch.setattr("sca.training.train.open_validation", lambda each: opened.append(each) or open_validation_dataset(each))
     recipe = plan({"every": 4, "limit": 1})
     train(recipe, tmp_path, quiet=True)
     assert opened == [recipe.validate]
@@ -123,7 +123,7 @@ def captioned(folder, **fields):
 )
 def test_validation_checks_metrics_and_best_against_the_data(plan, tmp_path, validate, message):
     with pytest.raises(ValueError, match=message):
-        open_validation(plan({**captioned(tmp_path), **validate}).validate)
+        open_validation_dataset(plan({**captioned(tmp_path), **validate}).validate)
 
 
 def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
@@ -138,11 +138,11 @@ def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
 
     monkeypatch.setattr("sca.training.sources.datasets", SimpleNamespace(build=lambda *_, **__: Wordless()))
     with pytest.raises(ValueError, match=r"nothing to evaluate: no region of validate \(val\) has what"):
-        open_validation(plan({}).validate)
+        open_validation_dataset(plan({}).validate)
 
 
 def test_validation_accepts_a_score_that_a_later_name_of_best_replaces(plan, tmp_path):
-    assert len(open_validation(plan({**captioned(tmp_path), "best": ["class/count", "rouge-l"]}).validate)) == 1
+    assert len(open_validation_dataset(plan({**captioned(tmp_path), "best": ["class/count", "rouge-l"]}).validate)) == 1
 
 
 def test_validation_rejects_an_empty_best(plan):
@@ -207,7 +207,7 @@ def test_validating_reports_a_score_that_never_changes(plan, tmp_path):
 
 def test_validating_prefers_the_earlier_names_of_best():
     kept = ValidationCallback.__new__(ValidationCallback)
-    kept.options = Validation(best=("a", "b"))
+    kept.options = ValidationOptions(best=("a", "b"))
     for before, metric, score, better in (
         (None, "b", 0.0, True),
         ({"metric": "b", "score": 0.5}, "b", 0.4, False),

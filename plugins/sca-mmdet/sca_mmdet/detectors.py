@@ -15,43 +15,43 @@ from torch import nn
 
 from sca.io.hub import local_file
 from sca.io.weight_files import reading
-from sca_mmdet.operators import prepare, refuse_compiled
+from sca_mmdet.operators import install_operators, check_operators
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-def read_config(name: str, parts: tuple[str, ...] = ()) -> Config:
+def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
     """A config by its name in mmdet, or by file, a path with a separator, whose code is run.
 
     parts: those of the model that are used, if not all.
 
     Raises ValueError if there is none, or what is used needs compiled operators.
     """
-    prepare()
+    install_operators()
     from mmengine.config import Config
 
-    file = local_file(name)
-    if file is None:
-        known = _known()
-        if name not in known:
+    path = local_file(name)
+    if path is None:
+        config_files = _list_configs()
+        if name not in config_files:
             raise ValueError(
-                f"there is no config {name!r}, as a file or among the {len(known)} of mmdet.{suggestion(name, known)}"
+                f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet.{suggestion(name, config_files)}"
             )
-        file = known[name]
-    with reading(file), silent():
-        config = Config.fromfile(str(file))
+        path = config_files[name]
+    with reading(path), silence_mmdet():
+        config = Config.fromfile(str(path))
         model = config.get("model")
     if not isinstance(model, dict) or "backbone" not in model:
-        raise ValueError(f"{file} is no config of a detector: it has no model with a backbone")
-    refuse_compiled({part: model.get(part) for part in parts} if parts else model, name)
+        raise ValueError(f"{path} is no config of a detector: it has no model with a backbone")
+    check_operators({component: model.get(component) for component in components} if components else model, name)
     return config
 
 
 def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """The detector, with weights from a file or a URL, or random ones; and what the weights say of themselves."""
-    prepare()
-    with reading(name), silent():
+    install_operators()
+    with reading(name), silence_mmdet():
         from mmdet.registry import MODELS
         from mmdet.utils import register_all_modules
 
@@ -59,36 +59,36 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
         detector = MODELS.build(config.model)
     if weights is None:
         return detector.eval(), {}
-    with reading(weights), silent():
-        content = _load(weights)
-        own = detector.state_dict()
-        found = {  # besides what only training has a use for
+    with reading(weights), silence_mmdet():
+        content = _load_weights(weights)
+        detector_tensors = detector.state_dict()
+        tensors = {  # besides what only training has a use for
             key: tensor
             for key, tensor in content.get("state_dict", content).items()
-            if key in own or not (key.startswith("ema_") or key.endswith("num_batches_tracked"))
+            if key in detector_tensors or not (key.startswith("ema_") or key.endswith("num_batches_tracked"))
         }
-        missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        missing, unexpected = sorted(detector_tensors.keys() - tensors.keys()), sorted(tensors.keys() - detector_tensors.keys())
         if missing or unexpected:
-            told = f"it lacks {missing[0]!r}" if missing else f"it has no place for {unexpected[0]!r}"
-            raise ValueError(f"it does not fit {name}: {told}, of {len(missing)} and {len(unexpected)} such tensors")
-        detector.load_state_dict(found)
+            problem = f"it lacks {missing[0]!r}" if missing else f"it has no place for {unexpected[0]!r}"
+            raise ValueError(f"it does not fit {name}: {problem}, of {len(missing)} and {len(unexpected)} such tensors")
+        detector.load_state_dict(tensors)
     return detector.eval(), content.get("meta") or {}
 
 
-def _load(weights: str) -> dict[str, Any]:
+def _load_weights(weights: str) -> dict[str, Any]:
     """Tensors, numbers and text, and nothing that could run."""
     from mmengine.logging.history_buffer import HistoryBuffer
     from numpy import dtype, dtypes, ndarray
     from numpy._core.multiarray import _reconstruct, scalar
 
-    plain = [HistoryBuffer, ndarray, dtype, _reconstruct, scalar, dtypes.Float64DType, dtypes.Int64DType]
-    with torch.serialization.safe_globals(plain):
+    safe_types = [HistoryBuffer, ndarray, dtype, _reconstruct, scalar, dtypes.Float64DType, dtypes.Int64DType]
+    with torch.serialization.safe_globals(safe_types):
         if weights.startswith(("https://", "http://")):
             return torch.hub.load_state_dict_from_url(weights, map_location="cpu", weights_only=True)
         return torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
 
 
-def _known() -> dict[str, Path]:
+def _list_configs() -> dict[str, Path]:
     import mmdet
 
     folder = Path(mmdet.__file__).parent / ".mim" / "configs"
@@ -96,7 +96,7 @@ def _known() -> dict[str, Path]:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silence_mmdet() -> Iterator[None]:
     """mmengine remarks on what it registers, and mmdet calls what torch has other names for by now."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

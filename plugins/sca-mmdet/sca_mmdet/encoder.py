@@ -5,10 +5,10 @@ from __future__ import annotations
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
 
-from sca.nn.probe import feature_shape, freeze_unused
-from sca_mmdet.detectors import build_detector, read_config, silent
+from sca.nn.probe import probe_feature_shape, freeze_unused_parameters
+from sca_mmdet.detectors import build_detector, load_mmdet_config, silence_mmdet
 
-STRIDE = 16  # that of SAM's grid: the level nearest to it is taken unless another is named
+TARGET_STRIDE = 16  # that of SAM's grid: the level nearest to it is taken unless another is named
 
 
 class MmdetEncoder(nn.Module):
@@ -33,55 +33,55 @@ class MmdetEncoder(nn.Module):
         super().__init__()
         if pretrained and weights is None:
             raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
-        read = read_config(config, ("backbone", "neck"))
-        detector, _ = build_detector(read, config, weights if pretrained else None)
+        mmdet_config = load_mmdet_config(config, ("backbone", "neck"))
+        detector, _ = build_detector(mmdet_config, config, weights if pretrained else None)
         self.checkpoint = weights if pretrained else None
         self.backbone = detector.backbone
         self.neck = detector.neck if getattr(detector, "with_neck", False) else None
-        self.image_format = _format(read.model.get("data_preprocessor") or {}, size, fit)
+        self.image_format = _make_image_format(mmdet_config.model.get("data_preprocessor") or {}, size, fit)
         self.level = 0
-        levels = self._levels()
+        levels = self._probe_levels()
         if level is None:
-            level = min(levels, key=lambda number: abs(levels[number][1] - STRIDE), default=0)
+            level = min(levels, key=lambda number: abs(levels[number][1] - TARGET_STRIDE), default=0)
         if not -len(levels) <= level < len(levels):
             raise ValueError(f"no level {level}: {config} has {len(levels)}, from 0, or from -1 backwards")
         self.level = level % len(levels)
         self.channels, self.stride = levels[self.level]
-        freeze_unused(self, self.image_format.size)  # what makes the other levels
+        freeze_unused_parameters(self, self.image_format.size)  # what makes the other levels
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self._all(pixels)[self.level]
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self._compute_levels(pixel_values)[self.level]
 
-    def _all(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        with silent():
-            found = self.backbone(pixels)
-            return tuple(found if self.neck is None else self.neck(found))
+    def _compute_levels(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        with silence_mmdet():
+            features = self.backbone(pixel_values)
+            return tuple(features if self.neck is None else self.neck(features))
 
-    def _levels(self) -> dict[int, tuple[int, int]]:
+    def _probe_levels(self) -> dict[int, tuple[int, int]]:
         """Channels and stride of each level, as far as grids divide the image."""
-        found: dict[int, tuple[int, int]] = {}
+        shapes: dict[int, tuple[int, int]] = {}
         while True:
-            self.level = len(found)
+            self.level = len(shapes)
             try:
-                found[self.level] = feature_shape(self, self.image_format.size)
+                shapes[self.level] = probe_feature_shape(self, self.image_format.size)
             except IndexError:
-                return found
+                return shapes
             except ValueError:  # a coarser level than the size has room for
-                if found:
-                    return found
+                if shapes:
+                    return shapes
                 raise
 
 
-def _format(look: dict, size: int, fit: str) -> ImageFormat:
+def _make_image_format(preprocessor: dict, size: int, fit: str) -> ImageFormat:
     """What mmdet's preprocessor does, in our terms: it reads pictures as BGR, in 0..255."""
-    mean, std = look.get("mean") or [0.0] * 3, look.get("std") or [1.0] * 3
-    bgr = not look.get("bgr_to_rgb")
-    if bgr:
+    mean, std = preprocessor.get("mean") or [0.0] * 3, preprocessor.get("std") or [1.0] * 3
+    is_bgr = not preprocessor.get("bgr_to_rgb")
+    if is_bgr:
         mean, std = mean[::-1], std[::-1]
     return ImageFormat(
         size=size,
         mean=tuple(value / 255 for value in mean),
         std=tuple(value / 255 for value in std),
-        order="bgr" if bgr else "rgb",
+        order="bgr" if is_bgr else "rgb",
         fit=fit,
     )

@@ -17,9 +17,9 @@ from torch import Tensor
 from torchvision.ops import nms as suppress
 from torchvision.ops import roi_align
 
-NAME = "mmcv._ext"
-WAYS = "install the compiled one (pip install mmcv==2.1.0, which builds it), or choose a config without it"
-NEEDS = {  # what a config names, and the operator that it uses
+EXTENSION_MODULE = "mmcv._ext"
+REMEDY = "install the compiled one (pip install mmcv==2.1.0, which builds it), or choose a config without it"
+OPERATOR_BY_TYPE = {  # what a config names, and the operator that it uses
     "DCN": "deform_conv",
     "DCNv2": "modulated_deform_conv",
     "FPN_CARAFE": "carafe",
@@ -41,7 +41,7 @@ NEEDS = {  # what a config names, and the operator that it uses
     "ModulatedDeformRoIPoolPack": "deform_roi_pool",
     "RoIPool": "roi_pool",
 }
-SWITCHES = {
+OPERATOR_BY_FLAG = {
     "dcn": "deform_conv",
     "dcn_cfg": "deform_conv",
     "dcn_on_last_conv": "deform_conv",
@@ -49,53 +49,53 @@ SWITCHES = {
 }
 
 
-def prepare() -> None:
+def install_operators() -> None:
     """Makes `import mmdet` possible with mmcv-lite."""
-    if NAME in sys.modules or find_spec(NAME) is not None:
+    if EXTENSION_MODULE in sys.modules or find_spec(EXTENSION_MODULE) is not None:
         return
-    module = _Operators(NAME)
-    module.__spec__ = ModuleSpec(NAME, None)
+    module = _OperatorModule(EXTENSION_MODULE)
+    module.__spec__ = ModuleSpec(EXTENSION_MODULE, None)
     for operator in (nms, softnms, roi_align_forward, roi_align_backward):
         setattr(module, operator.__name__, operator)
-    sys.modules[NAME] = module
+    sys.modules[EXTENSION_MODULE] = module
     from mmcv.ops import multi_scale_deform_attn
 
     multi_scale_deform_attn.IS_CUDA_AVAILABLE = False  # its plain torch version works on any device
 
 
-def refuse_compiled(config: Mapping[str, Any], name: str) -> None:
+def check_operators(config: Mapping[str, Any], name: str) -> None:
     """Raises ValueError if a model's config asks for an operator that is not there, before anything is built."""
-    if find_spec(NAME) is not None and not isinstance(sys.modules.get(NAME), _Operators):
+    if find_spec(EXTENSION_MODULE) is not None and not isinstance(sys.modules.get(EXTENSION_MODULE), _OperatorModule):
         return
-    for where, operator in _asked(config, "model"):
-        raise ValueError(f"{name} needs mmcv's compiled {operator} ({where}): {WAYS}")
+    for location, operator in _iter_required_operators(config, "model"):
+        raise ValueError(f"{name} needs mmcv's compiled {operator} ({location}): {REMEDY}")
 
 
-def _asked(config: Any, path: str) -> Iterator[tuple[str, str]]:
+def _iter_required_operators(config: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(config, Mapping):
-        kind = config.get("type")
-        if isinstance(kind, str) and kind in NEEDS and config.get("use_dcn", True):
-            yield f"{path}.type={kind}", NEEDS[kind]
+        type_name = config.get("type")
+        if isinstance(type_name, str) and type_name in OPERATOR_BY_TYPE and config.get("use_dcn", True):
+            yield f"{path}.type={type_name}", OPERATOR_BY_TYPE[type_name]
         for key, value in config.items():
-            if key in SWITCHES and value:
-                yield f"{path}.{key}", SWITCHES[key]
-            yield from _asked(value, f"{path}.{key}")
+            if key in OPERATOR_BY_FLAG and value:
+                yield f"{path}.{key}", OPERATOR_BY_FLAG[key]
+            yield from _iter_required_operators(value, f"{path}.{key}")
     elif isinstance(config, Sequence) and not isinstance(config, str):
-        for number, value in enumerate(config):
-            yield from _asked(value, f"{path}[{number}]")
+        for index, value in enumerate(config):
+            yield from _iter_required_operators(value, f"{path}[{index}]")
 
 
-class _Operators(ModuleType):
+class _OperatorModule(ModuleType):
     """Has every name; what is not implemented fails when it is called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 
-        def absent(*_: Any, **__: Any) -> None:
-            raise RuntimeError(f"this needs mmcv's compiled {name}: {WAYS}")
+        def raise_missing(*_: Any, **__: Any) -> None:
+            raise RuntimeError(f"this needs mmcv's compiled {name}: {REMEDY}")
 
-        return absent
+        return raise_missing
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
@@ -118,23 +118,23 @@ def softnms(
     """Soft-NMS (arXiv 1704.04503), which lowers the scores of what overlaps: method 0 to nothing, 1 by the share that
     overlaps, 2 by a Gaussian of it. Rows are written into `dets` (N, 5) as they are chosen; gives which rows these are.
     """
-    scores, left, chosen = scores.clone(), torch.ones(len(boxes), dtype=torch.bool), []
+    scores, is_left, selected_rows = scores.clone(), torch.ones(len(boxes), dtype=torch.bool), []
     area = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
-    while left.any():
-        best = int(scores.masked_fill(~left, -torch.inf).argmax())
-        dets[len(chosen), :4], dets[len(chosen), 4] = boxes[best], scores[best]
-        chosen.append(best)
-        left[best] = False
-        low, high = torch.maximum(boxes[best, :2], boxes[:, :2]), torch.minimum(boxes[best, 2:], boxes[:, 2:])
-        both = (high - low + offset).clamp(min=0).prod(1)
-        iou = both / (area[best] + area - both)
+    while is_left.any():
+        best = int(scores.masked_fill(~is_left, -torch.inf).argmax())
+        dets[len(selected_rows), :4], dets[len(selected_rows), 4] = boxes[best], scores[best]
+        selected_rows.append(best)
+        is_left[best] = False
+        top_left, bottom_right = torch.maximum(boxes[best, :2], boxes[:, :2]), torch.minimum(boxes[best, 2:], boxes[:, 2:])
+        intersection = (bottom_right - top_left + offset).clamp(min=0).prod(1)
+        iou = intersection / (area[best] + area - intersection)
         if method == 2:
             factor = torch.exp(-iou.square() / sigma)
         else:
             factor = torch.where(iou < iou_threshold, 1.0, 1 - iou if method else 0.0)
-        scores = torch.where(left, scores * factor, scores)
-        left &= scores >= min_score
-    return torch.tensor(chosen, dtype=torch.long)
+        scores = torch.where(is_left, scores * factor, scores)
+        is_left &= scores >= min_score
+    return torch.tensor(selected_rows, dtype=torch.long)
 
 
 def roi_align_forward(
@@ -152,7 +152,7 @@ def roi_align_forward(
 ) -> None:
     """RoIAlign (arXiv 1703.06870) by averages, into `output` (R, C, aligned_height, aligned_width)."""
     if pool_mode != 1:
-        raise RuntimeError(f"RoIAlign by maxima needs the compiled mmcv: {WAYS}")
+        raise RuntimeError(f"RoIAlign by maxima needs the compiled mmcv: {REMEDY}")
     output.copy_(roi_align(input, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned))
 
 
@@ -171,6 +171,6 @@ def roi_align_backward(
 ) -> None:
     with torch.enable_grad():
         features = torch.zeros_like(grad_input, requires_grad=True)
-        found = roi_align(features, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned)
-        (gradient,) = torch.autograd.grad(found, features, grad_output)
+        pooled = roi_align(features, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned)
+        (gradient,) = torch.autograd.grad(pooled, features, grad_output)
     grad_input.copy_(gradient)

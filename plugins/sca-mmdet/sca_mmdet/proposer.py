@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Prompt, Proposals
 
-from sca_mmdet.detectors import build_detector, read_config, silent
+from sca_mmdet.detectors import build_detector, load_mmdet_config, silence_mmdet
 
 
 class MmdetProposer:
@@ -30,51 +30,51 @@ class MmdetProposer:
     ):
         if pretrained and weights is None:
             raise ValueError("there are no weights: give weights=FILE or a URL, or pretrained=false")
-        read = read_config(config)
-        _set_least(read.model.get("test_cfg"), score)
-        self.detector, said = build_detector(read, config, weights if pretrained else None)
-        self.detector.cfg = read
+        mmdet_config = load_mmdet_config(config)
+        _set_score_thresholds(mmdet_config.model.get("test_cfg"), score)
+        self.detector, metadata = build_detector(mmdet_config, config, weights if pretrained else None)
+        self.detector.cfg = mmdet_config
         self.detector.to(device)
-        self.names = _names(read, said)
-        self.score, self.largest = score, largest
+        self.class_names = _read_class_names(mmdet_config, metadata)
+        self.score_thresh, self.max_regions = score, largest
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         from mmdet.apis import inference_detector
 
-        picture = np.asarray(image.convert("RGB"))[..., ::-1].copy()  # BGR
-        with silent():
-            found = inference_detector(self.detector, picture).pred_instances
-        boxes = found.bboxes.float().cpu().clamp(min=0)
+        bgr_image = np.asarray(image.convert("RGB"))[..., ::-1].copy()  # BGR
+        with silence_mmdet():
+            detections = inference_detector(self.detector, bgr_image).pred_instances
+        boxes = detections.bboxes.float().cpu().clamp(min=0)
         boxes = boxes.minimum(boxes.new_tensor([image.width, image.height] * 2))
-        wide = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1) & (found.scores.cpu() >= self.score)
-        order = found.scores.cpu().masked_fill(~wide, -1).argsort(descending=True, stable=True)
-        chosen = order[: min(self.largest, int(wide.sum()))].tolist()
-        names = [self.names[label] if label < len(self.names) else None for label in found.labels[chosen].tolist()]
+        is_kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1) & (detections.scores.cpu() >= self.score_thresh)
+        order = detections.scores.cpu().masked_fill(~is_kept, -1).argsort(descending=True, stable=True)
+        rows = order[: min(self.largest, int(is_kept.sum()))].tolist()
+        names = [self.class_names[label] if label < len(self.class_names) else None for label in detections.labels[rows].tolist()]
         return Proposals(
-            tuple(Prompt(box=tuple(boxes[row].tolist())) for row in chosen),
-            tuple(float(found.scores[row]) for row in chosen),
+            tuple(Prompt(box=tuple(boxes[row].tolist())) for row in rows),
+            tuple(float(detections.scores[row]) for row in rows),
             tuple(names),
         )
 
 
-def _set_least(settings: Any, score: float) -> None:
+def _set_score_thresholds(settings: Any, score_thresh: float) -> None:
     """The least score of every stage is that which was asked for, where a config has another."""
     if isinstance(settings, MutableMapping):
         for key, value in settings.items():
             if key == "score_thr":
-                settings[key] = score
+                settings[key] = score_thresh
             else:
-                _set_least(value, score)
+                _set_score_thresholds(value, score_thresh)
 
 
-def _names(config, said) -> tuple[str, ...]:
+def _read_class_names(config, metadata) -> tuple[str, ...]:
     """The classes, as the weights say, or the dataset that the config names."""
-    meta = said.get("dataset_meta") or {}
-    classes = meta.get("classes") or meta.get("CLASSES") or said.get("CLASSES")
+    meta = metadata.get("dataset_meta") or {}
+    classes = meta.get("classes") or meta.get("CLASSES") or metadata.get("CLASSES")
     if classes:
         return tuple(classes)
     from mmdet.registry import DATASETS
 
-    kind = (config.get("test_dataloader") or {}).get("dataset", {}).get("type")
-    known = DATASETS.get(kind) if isinstance(kind, str) else None
-    return tuple((getattr(known, "METAINFO", None) or {}).get("classes", ()))
+    dataset_type = (config.get("test_dataloader") or {}).get("dataset", {}).get("type")
+    dataset_class = DATASETS.get(dataset_type) if isinstance(dataset_type, str) else None
+    return tuple((getattr(dataset_class, "METAINFO", None) or {}).get("classes", ()))
