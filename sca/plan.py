@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sca.checkpoints.state import list_stored_tensors
 from sca.composition import build, resolve_parts
-from sca.inference.engine import REGIONS
+from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
@@ -145,10 +145,10 @@ class _CostMeter:
         """What `Predictor` does: images encoded at once, regions in chunks, and texts `ROWS` at a time."""
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
         prompts = _make_prompts(images, regions, image_size)
-        first_chunk, *later_chunks = prompts.chunks(REGIONS)
-        full_chunks = [chunk for chunk in later_chunks if len(chunk) == REGIONS]  # one of them stands for all
+        first_chunk, *later_chunks = prompts.chunks(REGION_BATCH_SIZE)
+        full_chunks = [chunk for chunk in later_chunks if len(chunk) == REGION_BATCH_SIZE]  # one of them stands for all
         chunk_counts = [(first_chunk, 1), *((chunk, len(full_chunks)) for chunk in full_chunks[:1])]
-        chunk_counts += [(chunk, 1) for chunk in later_chunks if len(chunk) < REGIONS]
+        chunk_counts += [(chunk, 1) for chunk in later_chunks if len(chunk) < REGION_BATCH_SIZE]
         with self.fake_mode, MemoryTracker() as tracker:
             self._replace_weights()
             stages = StageMeter(tracker, self.cached_costs)

@@ -47,9 +47,9 @@ def client(model):
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     from starlette.testclient import TestClient
 
-    from sca.serve.hosted import Hosted
+    from sca.serve.hosted import ServerConfig
 
-    app = Hosted("sca-tiny").application(Engine(model))
+    app = ServerConfig("sca-tiny").create_app(Engine(model))
     with TestClient(app, base_url="http://localhost") as client:
         yield client
 
@@ -75,7 +75,7 @@ def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
 
     if len(region.get("points", ((1, 2),))[0]) == 2:  # a canvas gives no label that there is not
         with pytest.raises(InputError, match=re.escape(words)):
-            Session(picture, "a.png").point_at(pointed(region))
+            Session(picture, "a.png").handle_event(pointed(region))
 
 
 def pointed(region):

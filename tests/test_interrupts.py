@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from sca.launchers.interrupts import accept_interrupts, block_interrupts, kill_with_children
+from sca.launchers.interrupts import accept_interrupts, block_interrupts, kill_process_tree
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 
@@ -54,7 +54,7 @@ def test_killing_a_launcher_kills_what_it_has_started():
     assert process.stdout.readline() == b"up\n"
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
-    kill_with_children(process.pid)
+    kill_process_tree(process.pid)
     process.communicate()
     gone, alive = psutil.wait_procs(family, timeout=5)
     assert gone

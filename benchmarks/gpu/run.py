@@ -25,9 +25,9 @@ from sca_bench.decoding import WAYS
 from sca_bench.memory import REAL
 from sca_bench.sweep import PARTS, Row, Sweep
 
-from sca.launchers.child import LOG
+from sca.launchers.child import LOG_FILE
 from sca.launchers.local import Local
-from sca.launchers.task import Outcome, Task
+from sca.launchers.task import TaskOutcome, Task
 from sca.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,7 @@ def measure(wanted: list[Measurement], deadline: float, out: Path, commit: str |
                 row["environment"]["commit"] = commit
             file.write(f"{json.dumps(row)}\n".encode())
             os.fsync(file.fileno())
-            append_log(out / "log.txt", each, Path(task.folder, LOG))
+            append_log(out / "log.txt", each, Path(task.folder, LOG_FILE))
             made.append(row)
             reason = f" ({row['reason'][:200]})" if row["reason"] else ""
             took = row["seconds"].get("process", 0.0)
@@ -107,7 +107,7 @@ def measure(wanted: list[Measurement], deadline: float, out: Path, commit: str |
     return made
 
 
-def add_killed(outcomes: Iterable[Outcome], tasks: Iterable[Task], deadline: float) -> Iterator[Outcome]:
+def add_killed(outcomes: Iterable[TaskOutcome], tasks: Iterable[Task], deadline: float) -> Iterator[TaskOutcome]:
     """Yield outcomes, then a `killed` one for each task without an outcome, unless the deadline cut it."""
     left = {task.key: task for task in tasks}
     for outcome in outcomes:
@@ -116,7 +116,7 @@ def add_killed(outcomes: Iterable[Outcome], tasks: Iterable[Task], deadline: flo
     if time.time() < deadline:
         reason = "its process was killed from outside, as the kernel does when memory runs out"
         for task in left.values():
-            yield Outcome(task, {"state": "killed", "reason": reason, "seconds": {}})
+            yield TaskOutcome(task, {"state": "killed", "reason": reason, "seconds": {}})
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 import sca
-from sca.inference.engine import REGIONS
+from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
 from sca_bench.timing import asked, lesson, synchronize
@@ -140,7 +140,7 @@ def captions(model: SegmentCaptioner, setting: Setting) -> list[Row]:
         features = model.encode(pixels)
 
         def ours() -> None:
-            said["ours"] = ids_of(model, features, prompts, REGIONS, together=True)
+            said["ours"] = ids_of(model, features, prompts, REGION_BATCH_SIZE, together=True)
 
         def theirs() -> None:
             with published(model):
@@ -235,7 +235,7 @@ def everything(model: SegmentCaptioner, setting: Setting) -> list[Row]:
             setting,
             lambda: model.encode(pixels),
             lambda: model.segment(features, points),
-            lambda: ids_of(model, features, points, REGIONS, together=True),
+            lambda: ids_of(model, features, points, REGION_BATCH_SIZE, together=True),
             theirs,
         )
     mine = encode + POINTS * segment / 16 + LEFT * caption / 16

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sca.composition import build
-from sca.inference.engine import REGIONS
+from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
@@ -45,7 +45,7 @@ def answer(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words:
     """As `Predictor` goes about it; no caption ends early."""
     features = model.encode(pixels)
     prefixes, prepared = [], None
-    for chunk in prompts.chunks(REGIONS):
+    for chunk in prompts.chunks(REGION_BATCH_SIZE):
         regions = model.segment(features, chunk)
         prepared = model.prepare_mixer(regions) if prepared is None else prepared
         prefixes.append(model.build_prefix(model.mix(regions, prepared), torch.zeros_like(chunk.image_index)))

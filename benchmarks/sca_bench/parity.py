@@ -120,7 +120,7 @@ def compare_scenes(count: int, device: str, dtype: torch.dtype) -> dict[str, Any
     same: list[bool] = []
     ious: list[float] = []
     finite = True
-    for pixels, prompts in _read(scenes, Processor.of(reference.encoder)):
+    for pixels, prompts in _read(scenes, Processor.from_encoder(reference.encoder)):
         masks, ids = _predict(reference, pixels, prompts)
         found, theirs = _predict(other, pixels.to(device, dtype), prompts.to(device))
         found, theirs = found.cpu(), theirs.cpu()
@@ -144,8 +144,8 @@ def _read(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, PromptBat
         samples = [scenes[number] for number in range(start, min(start + SCENES_AT_ONCE, len(scenes)))]
         images = [sample.image for sample in samples]
         requests = [[Prompt(box=tuple(region.box)) for region in sample.regions] for sample in samples]
-        ((_, prompts),) = processor.prompts(requests, [processor.frame(*image.size) for image in images])
-        yield processor.pixels(images), prompts
+        ((_, prompts),) = processor.group_prompts(requests, [processor.compute_frame(*image.size) for image in images])
+        yield processor.preprocess_images(images), prompts
 
 
 @torch.inference_mode()

@@ -70,7 +70,7 @@ def run(
                 {**row.config, **({"force": True} if force else {})},
                 str(store.row_folder(key)),
                 timeout,
-                gpus=int(sweep.device != "cpu"),
+                num_gpus=int(sweep.device != "cpu"),
                 deadline=deadline,
             )
             for key, row in rows.items()

@@ -11,7 +11,7 @@ import torch
 from sca_registry.contracts import Batch, PromptBatch, Targets
 from torch import Tensor
 
-from sca.inference.engine import REGIONS
+from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import SegmentCaptioner
 
 STAGES = ("encode", "segment", "mix", "prefill", "decode")
@@ -47,7 +47,7 @@ def stages(model: SegmentCaptioner, images: int, regions: int, words: int, repea
         taken = dict.fromkeys(STAGES, 0.0)
         features = clock.time(taken, "encode", lambda: model.encode(pixels))
         prefixes, prepared = [], None
-        for chunk in prompts.chunks(REGIONS):
+        for chunk in prompts.chunks(REGION_BATCH_SIZE):
             found = clock.time(taken, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
             start = clock.now()
             prepared = model.prepare_mixer(found) if prepared is None else prepared

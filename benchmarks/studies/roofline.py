@@ -19,7 +19,7 @@ from sca_bench.against_published import EIGHT, published
 from sca_bench.timing import STAGES, asked
 
 import sca
-from sca.inference.engine import REGIONS
+from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed, copied = _speed(), _copied()
     with published(model):
         before = _stages(model, given.regions, EIGHT, given.repeats)
-    after = _stages(model, given.regions, REGIONS, given.repeats)
+    after = _stages(model, given.regions, REGION_BATCH_SIZE, given.repeats)
     flops = plan_model(model.spec, 1, given.regions, WORDS).flops
     moved = _bytes(model, given.regions)
     print(f"a matrix product makes {speed / 1e9:.0f} GFLOP/s here, a copy {copied / 1e9:.1f} GB/s\n")

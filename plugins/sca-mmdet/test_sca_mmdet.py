@@ -83,7 +83,7 @@ def test_what_mmdet_does_to_a_picture_is_what_the_encoder_asks_for(checkpoint):
     handle = proposer.detector.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     inference_detector(proposer.detector, np.asarray(picture)[..., ::-1].copy())
     handle.remove()
-    mine = Processor.of(MmdetEncoder(TINY, weights=str(file))).pixels([picture])
+    mine = Processor.from_encoder(MmdetEncoder(TINY, weights=str(file))).preprocess_images([picture])
     torch.testing.assert_close(mine, seen[0], rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
 from sca.captioners.regions import RegionCaptioner, ScoredText, RegionView, crop_image, resolve_generation_options
-from sca.inference.engine import Encoded
+from sca.inference.engine import EncodedImages
 
 NAME_QUESTION = "Question: what is the thing that is not white? Answer:"
 DESCRIPTION_QUESTION = "Question: how would you describe {answer} in this picture? Answer:"
@@ -53,7 +53,7 @@ class CropCaptioner(RegionCaptioner):
     def facts(self) -> dict[str, Any]:
         return {"captioner": "crop", **self.fact_options, **self.image_text_model.facts}
 
-    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any) -> list[ScoredText]:
         """The task makes no difference: a captioner of pictures knows one."""
         generation_options = resolve_generation_options(generation)
         texts: list[str | None] = [None] * len(regions)

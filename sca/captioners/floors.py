@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sca.captioners.regions import Box, RegionCaptioner, ScoredText, RegionView, resolve_generation_options
 from sca.data.summary import check_not_empty
-from sca.inference.engine import Encoded
+from sca.inference.engine import EncodedImages
 from sca.inference.requests import check_task
 from sca.io.masks import box_of, encode
 from sca.nn.roi_align import roi_align
@@ -87,7 +87,7 @@ class NearestNeighbor(RegionCaptioner):
         self.facts = {"captioner": "nearest-neighbour", "encoder": encoder, **self.training_regions.facts}
 
     @torch.inference_mode()
-    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any) -> list[ScoredText]:
         resolve_generation_options(generation)  # makes no difference, but is not anything
         indexed_regions, features = self.training_index
         rows = [row for row, region in enumerate(indexed_regions) if _get_text(region, task)]
@@ -113,7 +113,7 @@ class NearestNeighbor(RegionCaptioner):
             indexed_regions += [region for _, region in regions]
         return indexed_regions, torch.cat(features) if features else torch.empty(0, self.model.encoder.channels)
 
-    def _pool_box_features(self, encoded: Encoded, image_index: Sequence[int], boxes: Iterable[Box]) -> Tensor:
+    def _pool_box_features(self, encoded: EncodedImages, image_index: Sequence[int], boxes: Iterable[Box]) -> Tensor:
         """(N, C) of length 1, for boxes in image pixels."""
         scales = torch.tensor([encoded.frames[index].scale for index in image_index]).reshape(-1, 2).repeat(1, 2)
         cells = torch.tensor(list(boxes)).reshape(-1, 4) * scales / self.model.encoder.stride  # (N, 4)

@@ -17,7 +17,7 @@ from sca_registry.spec import GENERATION, Part
 
 from sca.checkpoints.load import HUB_ID_PATTERN, load
 from sca.composition import resolve_parts
-from sca.inference.engine import Encoded, Mask, MaskEngine
+from sca.inference.engine import EncodedImages, PredictedMask, MaskEngine
 from sca.inference.requests import check_task
 from sca.io.coordinates import Box
 from sca.io.hub import local_folder
@@ -74,12 +74,12 @@ class RegionCaptioner(MaskEngine):
         super().__init__(model)
 
     @abstractmethod
-    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any) -> list[ScoredText]:
         """A text and a score for each region of the images in `encoded`."""
 
     def caption_batch(
         self,
-        encoded: Encoded,
+        encoded: EncodedImages,
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
         *,
@@ -92,8 +92,8 @@ class RegionCaptioner(MaskEngine):
 
     def caption_masks(
         self,
-        encoded: Encoded,
-        masks: Sequence[Mask],
+        encoded: EncodedImages,
+        masks: Sequence[PredictedMask],
         request: Sequence[Prompt],
         task: str = "caption",
         **generation: Any,
@@ -102,11 +102,11 @@ class RegionCaptioner(MaskEngine):
         regions = [RegionView(0, image, prompt, *mask) for prompt, mask in zip(request, masks, strict=True)]
         return self._build_captions([regions], task, encoded, generation)[0]
 
-    def _find_regions(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[RegionView]:
+    def _find_regions(self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]]) -> list[RegionView]:
         images_and_requests = enumerate(zip(encoded.images, requests, strict=True))
         prompted = [(image_index, image, prompt) for image_index, (image, request) in images_and_requests for prompt in request]
         if self.has_masks:
-            masks = self.best(encoded, requests)
+            masks = self.predict_best_masks(encoded, requests)
             return [RegionView(*each, *mask) for each, mask in zip(prompted, masks, strict=True)]
         if any(prompt.box is None and prompt.mask is None for *_, prompt in prompted):
             raise ValueError(
@@ -117,7 +117,7 @@ class RegionCaptioner(MaskEngine):
         return [RegionView(*each, rle, None) for each, rle in zip(prompted, rles, strict=True)]
 
     def _build_captions(
-        self, regions: Sequence[Sequence[RegionView]], task: str, encoded: Encoded, generation: Mapping[str, Any]
+        self, regions: Sequence[Sequence[RegionView]], task: str, encoded: EncodedImages, generation: Mapping[str, Any]
     ) -> list[list[Caption]]:
         check_task(task)
         indexed_views = [(index, view) for each in regions for index, view in enumerate(each)]

@@ -13,7 +13,7 @@ from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_i
 
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
 from sca.captioners.regions import Box, RegionCaptioner, ScoredText, RegionView, crop_image, resolve_generation_options, box_to_pixels
-from sca.inference.engine import Encoded
+from sca.inference.engine import EncodedImages
 
 BOX_COLOR = (255, 0, 0)
 LINE_WIDTH_DIVISOR = 150  # a drawn box is as thick as the image's longer side divided by this
@@ -80,7 +80,7 @@ class VisionLanguageModel(RegionCaptioner):
     def facts(self) -> dict[str, Any]:
         return {"captioner": "vlm", **self.fact_options, **self.image_text_model.facts}
 
-    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: Encoded, **generation: Any) -> list[ScoredText]:
+    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any) -> list[ScoredText]:
         inputs = [self._build_input(view, TASKS.index(task)) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
         return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from sca_registry.contracts import Caption, Launcher
 
-    from sca.inference.batch import Failure, Results
+    from sca.inference.batch import Failure, CaptionResults
     from sca.inference.job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
 
@@ -168,20 +168,20 @@ def caption(
         regions=region or (),
         prompts=str(prompts) if prompts else None,
         everything=everything,
-        search=search,
+        search_options=search,
         proposer=proposer,
         max_regions=max_regions,
         task=task,
-        generation={
+        generation_options={
             "max_new_tokens": words,
             "beams": beams,
             "captions": captions,
             "sample": sample or None,
             "temperature": temperature,
         },
-        batch=batch,
+        batch_size=batch,
     )
-    regions = job.read_regions()
+    regions = job.read_region_source()
     archives = [name for name in images if launcher and name.endswith(".tar")]
     paths, problems = _find_images([name for name in images if name not in archives], quiet)
     _check_image_prefix(image_prefix, formats, paths)
@@ -189,16 +189,16 @@ def caption(
     if not (paths or archives):
         raise typer.Exit(failures.status)
     _report_prompts(regions, failures, quiet)
-    regions.match(paths)
-    read = job.input_files()
+    regions.match_images(paths)
+    read = job.list_input_files()
     if launcher:
         where = _build_launcher(launcher)
-        from sca.inference.shards import name_shards, open_run
+        from sca.inference.shards import name_shards, open_sharded_run
 
         settings = {"images": context.params["images"], **_settings(context.params, read)}
         shards = name_shards(archives, paths, shard)
         inputs = [*archives, *paths, *read]
-        with open_run(Path(out), shards, settings, inputs, overwrite) as run:
+        with open_sharded_run(Path(out), shards, settings, inputs, overwrite) as run:
             _caption_shards(run, job, where, regions, failures, quiet)
         if not quiet:
             _remark_domain(model)
@@ -245,7 +245,7 @@ def _caption_here(
         table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
         bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
         drawn = bool(set(formats) & set(DRAWN))
-        results = captioner.caption(paths, journal.done if journal else None, drawn, bars.show_search)
+        results = captioner.caption_images(paths, journal.done if journal else None, drawn, bars.show_search)
         done = 0
         for result in bars.follow(results):
             if isinstance(result, Failure):
@@ -304,21 +304,21 @@ def _caption_shards(
     run: ShardedRun, job: CaptionJob, launcher: Launcher, regions: RegionSource, failures: Failures, quiet: bool
 ) -> None:
     """Caption the missing shards of a run and report what becomes of each."""
-    missing = run.missing
+    missing = run.missing_names
     if run.finished and not quiet:
         complain(f"{len(run.finished)} of {len(run.shards)} shards are there already")
     for name, problems in run.finished.items():
         failures.report_shard(name, problems)
     if any(run.finished.values()):
         complain("images with problems are not captioned again; after fixing them, use another --out or --overwrite")
-    for number, result in enumerate(run.caption(job, launcher, regions), 1):
+    for number, result in enumerate(run.caption_shards(job, launcher, regions), 1):
         failures.report_shard(result.name, result.problems)
         if result.path is None:
             failures.report(f"{result.name}: {result.reason}", status=1)
         elif not quiet:
             complain(f"{number} of {len(missing)}: wrote {result.path}")
-    if run.missing:
-        complain(f"{format_count(len(run.missing), 'shard')} missing; repeat the command to resume")
+    if run.missing_names:
+        complain(f"{format_count(len(run.missing_names), 'shard')} missing; repeat the command to resume")
 
 
 def _remark_domain(model: str) -> None:
@@ -352,7 +352,7 @@ class Failures:
 
     def add(self, failure: Failure) -> None:
         self.report(failure.reason, STATUSES[failure.kind])
-        if failure.is_whole:
+        if failure.is_entire_image:
             self.count += 1
             self.paths.append(failure.path)
 
@@ -395,7 +395,7 @@ class ProgressBars:
     def show_search(self, done: int, points: int) -> None:
         self.progress.update(self.search, completed=done, total=points, visible=True)
 
-    def follow(self, results: Results) -> Results:
+    def follow(self, results: CaptionResults) -> CaptionResults:
         """Yield the results and count their images."""
         from sca.inference.batch import Failure
 
@@ -405,7 +405,7 @@ class ProgressBars:
             yield result
             if not isinstance(result, Failure):
                 done += 1
-            elif result.is_whole:
+            elif result.is_entire_image:
                 failed += 1
             rate = f"{done / max(time.monotonic() - start, 1e-3):.1f} images/s"
             self.progress.update(self.images, completed=done + failed, rate=rate)
@@ -418,7 +418,7 @@ def _report_prompts(regions: RegionSource, failures: Failures, quiet: bool) -> N
 
     if not isinstance(regions, ListedPrompts):
         return
-    file = regions.file
+    file = regions.region_prompts
     if not quiet:
         unusable = f"; {format_count(len(file.problems), 'record')} cannot be used" if file.problems else ""
         counts = f"{format_count(sum(map(file.count, file)), 'region')}, {format_count(len(file), 'image')}"

@@ -52,7 +52,7 @@ def demo(
     if importlib.util.find_spec("gradio") is None:
         raise RegistryError("the demo needs gradio: pip install 'segment-caption-anything[demo]'")
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    from sca.demo.run import run
+    from sca.demo.run import run_demo
 
     names = model or ["sca-tiny"]
     agreed = {name: {"trust_remote_code": trust_remote_code, "allow_external": allow_external} for name in names}
@@ -69,7 +69,7 @@ def demo(
         if not is_loopback(host) and not keys:
             complain(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
 
-    run(
+    run_demo(
         names,
         resolve_device(device),
         dtype,
@@ -78,10 +78,10 @@ def demo(
         any_model,
         browser,
         announce,
-        body=max_body_mb * MIB,
-        pixels=max_pixels,
-        hosts=(host, *(allow_host or ())),
-        keys=keys,
-        agreed=agreed,
+        max_body_bytes=max_body_mb * MIB,
+        max_pixels=max_pixels,
+        allowed_hosts=(host, *(allow_host or ())),
+        api_keys=keys,
+        trust_options=agreed,
         root_path=check_root_path(root_path),
     )

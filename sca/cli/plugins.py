@@ -31,9 +31,9 @@ def new(
     folder: Annotated[Path | None, typer.Option(help="a new or empty folder (default: sca-NAME)")] = None,
 ) -> None:
     """Writes a package with one part, which installs and passes its tests as it is."""
-    from sca.testing.scaffold import scaffold
+    from sca.testing.scaffold import write_plugin_package
 
-    made = scaffold(kind, name, folder)
+    made = write_plugin_package(kind, name, folder)
     print_line(f"wrote {made}; next: cd {made} && pip install -e . && sca check {kind} {name}")
 
 
@@ -50,7 +50,7 @@ def check(
 
     Exit status 1 if a promise is broken.
     """
-    from sca.testing.conformance import check as try_out
+    from sca.testing.conformance import check_part as try_out
     from sca.testing.tiny import tiny_options
 
     given = {**tiny_options(kind, name), **read_options(kind, name, options or ())}

@@ -55,7 +55,7 @@ def serve(
 
     from sca.launchers.local import Local
     from sca.launchers.ray import Ray
-    from sca.serve.hosted import Hosted
+    from sca.serve.hosted import ServerConfig
     from sca.serve.keys import read_keys
     from sca.serve.listening import is_loopback
     from sca.serve.root_path import check_root_path
@@ -66,33 +66,33 @@ def serve(
         raise RegistryError(f"the launcher {part.name!r} runs tasks and serves nothing: choose local or ray")
     if replicas != 1 and isinstance(where, Local):
         raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
-    hosted = Hosted(
+    hosted = ServerConfig(
         model,
         device,
         dtype,
         seed,
-        body=body * MIB,
-        pixels=pixels,
-        prompts=prompts,
-        seconds=seconds,
-        waiting=waiting,
-        cache=cache * MIB,
-        clients=clients,
-        origins=tuple(origin or ()),
-        hosts=(host, *(allow_host or ())),
-        keys=read_keys(api_key_file) if api_key_file else (),
+        max_body_bytes=body * MIB,
+        max_pixels=pixels,
+        max_prompts=prompts,
+        timeout=seconds,
+        max_queue=waiting,
+        feature_cache_bytes=cache * MIB,
+        max_connections=clients,
+        allowed_origins=tuple(origin or ()),
+        allowed_hosts=(host, *(allow_host or ())),
+        api_keys=read_keys(api_key_file) if api_key_file else (),
         root_path=check_root_path(root_path),
-        log=not quiet,
+        log_requests=not quiet,
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,
     )
-    hosted.check()
+    hosted.check_installed()
     if isinstance(where, Local):  # Ray reports it for its nodes
         resolve_device(device)
 
     def announce(url: str) -> None:
         complain(f"{model} answers at {url}; Ctrl+C ends it")
-        if not is_loopback(host) and not hosted.keys:
+        if not is_loopback(host) and not hosted.api_keys:
             complain(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
 
     if isinstance(where, Ray):
@@ -100,6 +100,6 @@ def serve(
 
         serve_on_ray(hosted, host, port, replicas, announce, where.address, where.cores)
     else:
-        from sca.serve.server import serve_here
+        from sca.serve.server import serve_locally
 
-        serve_here(hosted, host, port, announce)
+        serve_locally(hosted, host, port, announce)

@@ -9,29 +9,29 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from sca.demo.app import CSS, THEME, Models, page
-from sca.serve.access import HostCheck
-from sca.serve.keys import find_key
-from sca.serve.listening import bound
+from sca.demo.app import CSS, THEME, ModelPool, build_page
+from sca.serve.access import HostCheckMiddleware
+from sca.serve.keys import find_key_index
+from sca.serve.listening import bind_socket
 
-EXAMPLES = (29, 4, 11)  # seeds of drawn scenes
+EXAMPLE_SEEDS = (29, 4, 11)  # seeds of drawn scenes
 
 
-def run(
-    names: Sequence[str],
+def run_demo(
+    model_names: Sequence[str],
     device: Any,
     dtype: str | None,
     host: str,
     port: int,
-    any_model: bool,
-    browser: bool,
-    report: Callable[[str], None],
+    allow_any_model: bool,
+    open_browser: bool,
+    on_ready: Callable[[str], None],
     *,
-    agreed: Mapping[str, Mapping[str, bool]] | None = None,
-    body: int,
-    pixels: int,
-    hosts: Sequence[str] = (),
-    keys: Sequence[str] = (),
+    trust_options: Mapping[str, Mapping[str, bool]] | None = None,
+    max_body_bytes: int,
+    max_pixels: int,
+    allowed_hosts: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
     root_path: str = "",
 ) -> None:
     """Serve the page until it is interrupted.
@@ -55,26 +55,26 @@ def run(
     Raises:
         ValueError: For a port that cannot be had, and for a model.
     """
-    with bound(host, port) as door:
-        port = door.getsockname()[1]
-    models = Models(device, dtype, names, any_model=any_model, agreed=agreed)
-    with models.scheduler(names[0]):
+    with bind_socket(host, port) as bound_socket:
+        port = bound_socket.getsockname()[1]
+    models = ModelPool(device, dtype, model_names, allow_any_model=allow_any_model, trust_options=trust_options)
+    with models.scheduler(model_names[0]):
         pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
     with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:
-        demo = page(models, names, _examples(Path(folder)), pixels)
+        blocks = build_page(models, model_names, _draw_examples(Path(folder)), max_pixels)
         try:
-            _, url, _ = demo.queue(default_concurrency_limit=8).launch(
+            _, url, _ = blocks.queue(default_concurrency_limit=8).launch(
                 server_name=host,
                 server_port=port,
                 share=False,
                 quiet=True,
                 show_error=True,
-                inbrowser=browser,
+                inbrowser=open_browser,
                 prevent_thread_lock=True,
-                max_file_size=body,
-                auth=(lambda _, password: find_key(password, keys) is not None) if keys else None,
-                auth_message="The user name can be anything; the password is an API key." if keys else None,
-                app_kwargs={"middleware": [Middleware(HostCheck, hosts=hosts)]},
+                max_file_size=max_body_bytes,
+                auth=(lambda _, password: find_key_index(password, api_keys) is not None) if api_keys else None,
+                auth_message="The user name can be anything; the password is an API key." if api_keys else None,
+                app_kwargs={"middleware": [Middleware(HostCheckMiddleware, hosts=allowed_hosts)]},
                 allowed_paths=[folder],
                 footer_links=[],
                 theme=THEME,
@@ -82,20 +82,20 @@ def run(
                 ssr_mode=False,
                 root_path=root_path or None,
             )
-            report(f"the demo is at {url}; Ctrl+C ends it")
-            demo.block_thread()
+            on_ready(f"the demo is at {url}; Ctrl+C ends it")
+            blocks.block_thread()
         finally:
-            demo.close(verbose=False)
+            blocks.close(verbose=False)
             models.close()
 
 
-def _examples(folder: Path) -> list[tuple[str, str]]:
+def _draw_examples(folder: Path) -> list[tuple[str, str]]:
     """Drawn scenes: what the shipped model knows."""
     from sca.data.scenes import Scenes
 
-    made = []
-    for number, seed in enumerate(EXAMPLES, 1):
-        path = folder / f"scene-{number}.png"
+    examples = []
+    for index, seed in enumerate(EXAMPLE_SEEDS, 1):
+        path = folder / f"scene-{index}.png"
         Scenes("test", count=1, size=512, seed=seed)[0].image.save(path)
-        made.append((str(path), path.name))
-    return made
+        examples.append((str(path), path.name))
+    return examples

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca.inference.engine import Mask
+from sca.inference.engine import PredictedMask
 from sca.io import masks
 from sca.io.errors import InputError
 from sca.io.images import inspect_image
@@ -21,26 +21,26 @@ from sca.io.prompts import MAX_POINTS, check
 from sca.output.colours import colour
 from sca.output.outline import outline
 
-STEPS = 100  # that can be undone
+MAX_UNDO_STEPS = 100  # that can be undone
 
 
 @dataclass(frozen=True)
-class Shown:
+class SessionRegion:
     """A region: what is pointed at, and the answer once it is there; the masks it may have, and the one chosen."""
 
     prompt: Prompt
     caption: Caption | None = None
-    masks: tuple[Mask, ...] = ()
-    chosen: int = 0
+    masks: tuple[PredictedMask, ...] = ()
+    mask_index: int = 0
 
     @property
-    def answer(self) -> Caption:
+    def displayed_caption(self) -> Caption:
         """The caption, with the mask that was chosen."""
         if not self.masks:
             return self.caption
-        code, iou = self.masks[self.chosen]
-        box = self.prompt.box or masks.box_of(code)
-        return replace(self.caption, mask=code, iou=iou, box=box)
+        rle, predicted_iou = self.masks[self.mask_index]
+        box = self.prompt.box or masks.box_of(rle)
+        return replace(self.caption, mask=rle, iou=predicted_iou, box=box)
 
 
 @dataclass
@@ -49,102 +49,102 @@ class Session:
 
     image: Image.Image
     name: str
-    regions: tuple[Shown, ...] = ()
-    current: int | None = None
-    history: list[tuple[tuple[Shown, ...], int | None]] = field(default_factory=list)
+    regions: tuple[SessionRegion, ...] = ()
+    current_index: int | None = None
+    undo_history: list[tuple[tuple[SessionRegion, ...], int | None]] = field(default_factory=list)
 
-    def point_at(self, told: Mapping[str, Any]) -> int | None:
+    def handle_event(self, event: Mapping[str, Any]) -> int | None:
         """Takes what the canvas tells: the number of the region that is to be answered, if there is one.
 
         InputError for what does not fit the picture.
         """
-        match told.get("action"):
+        match event.get("action"):
             case "undo":
-                if self.history:
-                    self.regions, self.current = self.history.pop()
+                if self.undo_history:
+                    self.regions, self.current_index = self.undo_history.pop()
             case "new":
-                self.current = None
+                self.current_index = None
             case "clear":
-                self._change((), None)
+                self._record_change((), None)
             case "select":
-                self.current = self._number(told.get("region"))
+                self.current_index = self._check_region_index(event.get("region"))
             case "choose":
-                number, mask = self._number(told.get("region")), told.get("mask")
-                if number is not None and mask in range(len(self.regions[number].masks)):
-                    self._replace(number, replace(self.regions[number], chosen=mask))
+                region_index, mask_index = self._check_region_index(event.get("region")), event.get("mask")
+                if region_index is not None and mask_index in range(len(self.regions[region_index].masks)):
+                    self._replace_region(region_index, replace(self.regions[region_index], chosen=mask_index))
             case "point":
-                label = 1 if told.get("label") else 0
-                return self._prompt(points=((told.get("x"), told.get("y"), label),))
+                label = 1 if event.get("label") else 0
+                return self._add_prompt(points=((event.get("x"), event.get("y"), label),))
             case "box":
-                return self._prompt(box=told.get("box"))
+                return self._add_prompt(box=event.get("box"))
             case "mask":
-                return self._prompt(mask=self._painted(told.get("png")))
+                return self._add_prompt(mask=self._decode_painted_mask(event.get("png")))
         return None
 
-    def answered(self, prompt: Prompt, caption: Caption, found: tuple[Mask, ...]) -> None:
+    def add_response(self, prompt: Prompt, caption: Caption, mask_candidates: tuple[PredictedMask, ...]) -> None:
         """The answer for a region, wherever it is by now: a step back does not lose it. Not a step of its own."""
 
-        def told(regions: tuple[Shown, ...]) -> tuple[Shown, ...]:
+        def set_caption(regions: tuple[SessionRegion, ...]) -> tuple[SessionRegion, ...]:
             return tuple(
-                Shown(prompt, replace(caption, region=number), found) if shown.prompt is prompt else shown
-                for number, shown in enumerate(regions)
+                SessionRegion(prompt, replace(caption, region=region_index), mask_candidates) if region.prompt is prompt else region
+                for region_index, region in enumerate(regions)
             )
 
-        self.regions = told(self.regions)
-        self.history = [(told(regions), current) for regions, current in self.history]
+        self.regions = set_caption(self.regions)
+        self.undo_history = [(set_caption(regions), current) for regions, current in self.undo_history]
 
-    def failed(self, prompt: Prompt) -> None:
+    def revert_prompt(self, prompt: Prompt) -> None:
         """Takes back the last step if that asked for what has no answer."""
-        if self.history and any(shown.prompt is prompt for shown in self.regions):
-            regions, current = self.history[-1]
-            if not any(shown.prompt is prompt for shown in regions):
-                self.regions, self.current = regions, current
-                self.history.pop()
+        if self.undo_history and any(region.prompt is prompt for region in self.regions):
+            regions, current = self.undo_history[-1]
+            if not any(region.prompt is prompt for region in regions):
+                self.regions, self.current_index = regions, current
+                self.undo_history.pop()
 
-    def add(self, caption: Caption) -> None:
+    def add_caption(self, caption: Caption) -> None:
         """A region that was found."""
-        shown = Shown(caption.prompt, replace(caption, region=len(self.regions)))
-        self.regions = (*self.regions, shown)
+        region = SessionRegion(caption.prompt, replace(caption, region=len(self.regions)))
+        self.regions = (*self.regions, region)
 
-    def begin(self) -> None:
+    def clear_regions(self) -> None:
         """Away with all regions, which `undo` brings back."""
-        self._change((), None)
+        self._record_change((), None)
 
     @property
     def captions(self) -> list[Caption]:
-        return [shown.answer for shown in self.regions if shown.caption is not None]
+        return [region.displayed_caption for region in self.regions if region.caption is not None]
 
-    def plain(self) -> dict[str, Any]:
+    def to_canvas_value(self) -> dict[str, Any]:
         """For the canvas."""
         return {
             "size": list(self.image.size),
-            "regions": [self._region(number, shown) for number, shown in enumerate(self.regions)],
-            "current": self.current,
+            "regions": [self._region_to_dict(number, shown) for number, shown in enumerate(self.regions)],
+            "current": self.current_index,
         }
 
-    def _prompt(
+    def _add_prompt(
         self, box: Any = None, points: tuple[tuple[Any, Any, int], ...] = (), mask: np.ndarray | None = None
     ) -> int:
         """Adds to the current region, or begins one."""
-        before = Prompt() if self.current is None else self.regions[self.current].prompt
+        previous_prompt = Prompt() if self.current_index is None else self.regions[self.current_index].prompt
         prompt = Prompt(
-            before.box if box is None else box, before.points + points, before.mask if mask is None else mask
+            previous_prompt.box if box is None else box, previous_prompt.points + points, previous_prompt.mask if mask is None else mask
         )
         if len(prompt.points) > MAX_POINTS:
             raise InputError(f"a region has at most {MAX_POINTS} points; begin a new one")
-        shown = Shown(check(prompt, *self.image.size))
-        if self.current is None:
-            self._change((*self.regions, shown), len(self.regions))
+        region = SessionRegion(check(prompt, *self.image.size))
+        if self.current_index is None:
+            self._record_change((*self.regions, region), len(self.regions))
         else:
-            self._replace(self.current, shown)
-        return self.current
+            self._replace_region(self.current_index, region)
+        return self.current_index
 
-    def _painted(self, png: Any) -> np.ndarray:
+    def _decode_painted_mask(self, data_url: Any) -> np.ndarray:
         """(height, width) bool of what was painted, which comes as a data: URL."""
         try:
-            content = base64.b64decode(str(png).partition(",")[2], validate=True)
-            pixels = self.image.width * self.image.height
-            with inspect_image(io.BytesIO(content), "what was painted", pixels) as layer:
+            png_bytes = base64.b64decode(str(data_url).partition(",")[2], validate=True)
+            max_pixels = self.image.width * self.image.height
+            with inspect_image(io.BytesIO(png_bytes), "what was painted", max_pixels) as layer:
                 alpha = np.asarray(layer.convert("RGBA").getchannel("A"))
         except (binascii.Error, InputError, OSError, SyntaxError) as error:
             raise InputError("what was painted did not arrive whole; paint it again") from error
@@ -152,30 +152,30 @@ class Session:
             raise InputError(f"what was painted is {layer.size}, the picture {self.image.size}; try again")
         return alpha > 0
 
-    def _number(self, value: Any) -> int | None:
+    def _check_region_index(self, value: Any) -> int | None:
         return value if isinstance(value, int) and 0 <= value < len(self.regions) else None
 
-    def _replace(self, number: int, shown: Shown) -> None:
-        self._change((*self.regions[:number], shown, *self.regions[number + 1 :]), number)
+    def _replace_region(self, region_index: int, region: SessionRegion) -> None:
+        self._record_change((*self.regions[:region_index], region, *self.regions[region_index + 1 :]), region_index)
 
-    def _change(self, regions: tuple[Shown, ...], current: int | None) -> None:
-        self.history = [*self.history[1 - STEPS :], (self.regions, self.current)]
-        self.regions, self.current = regions, current
+    def _record_change(self, regions: tuple[SessionRegion, ...], current: int | None) -> None:
+        self.undo_history = [*self.undo_history[1 - MAX_UNDO_STEPS :], (self.regions, self.current_index)]
+        self.regions, self.current_index = regions, current
 
-    def _region(self, number: int, shown: Shown) -> dict[str, Any]:
-        answer = shown.answer if shown.caption is not None else None
-        code, box = (answer.mask, answer.box) if answer else (None, shown.prompt.box)
-        pixels = self.image.width * self.image.height
-        area = masks.area(code) if code else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
+    def _region_to_dict(self, region_index: int, region: SessionRegion) -> dict[str, Any]:
+        caption = region.displayed_caption if region.caption is not None else None
+        rle, box = (caption.mask, caption.box) if caption else (None, region.prompt.box)
+        num_pixels = self.image.width * self.image.height
+        area = masks.area(rle) if rle else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
         return {
-            "path": outline(masks.decode(code)) if code else "",
-            "box": shown.prompt.box and list(shown.prompt.box),
-            "points": [list(point) for point in shown.prompt.points],
-            "caption": answer.text if answer else "…",
-            "score": None if answer is None or np.isnan(answer.score) else float(answer.score),
-            "iou": None if answer is None or answer.predicted_iou is None else float(answer.predicted_iou),
-            "share": area / pixels,
-            "colour": f"rgb{colour(number)}",
-            "masks": [{"iou": float(mask.iou)} for mask in shown.masks],
-            "chosen": shown.chosen,
+            "path": outline(masks.decode(rle)) if rle else "",
+            "box": region.prompt.box and list(region.prompt.box),
+            "points": [list(point) for point in region.prompt.points],
+            "caption": caption.text if caption else "…",
+            "score": None if caption is None or np.isnan(caption.score) else float(caption.score),
+            "iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
+            "share": area / num_pixels,
+            "colour": f"rgb{colour(region_index)}",
+            "masks": [{"iou": float(mask.predicted_iou)} for mask in region.masks],
+            "chosen": region.mask_index,
         }

@@ -30,7 +30,7 @@ from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposer, Region, Sample
 
 from sca.data.points import draw_point_prompt
-from sca.inference.batch import answer_requests
+from sca.inference.batch import caption_requests
 from sca.io import masks
 from sca.io.validation import check_choice, check_range
 from sca.output.jsonl import record
@@ -232,7 +232,7 @@ class _Shown:
     def answer(self, requests: Sequence[Request], task: str, generation: Mapping[str, Any]) -> list[dict[int, Caption]]:
         """For each image the answers by region."""
         asked = [list(request.values()) for request in requests]
-        given = answer_requests(self.captioner, self.images, asked, task, self.encoded, **generation)
+        given = caption_requests(self.captioner, self.images, asked, task, self.encoded, **generation)
         return [dict(zip(request, answers, strict=True)) for request, answers in zip(requests, given, strict=True)]
 
     def masks(self, place: int, boxes: Mapping[int, Prompt]) -> dict[int, dict[str, Any]]:

@@ -19,8 +19,8 @@ from sca_registry.contracts import Caption, Prompt, PromptBatch, Proposals
 from sca_registry.spec import EverythingOptions, check_search
 from torch import Tensor
 
-from sca.inference.engine import Encoded, Mask, MaskEngine
-from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.engine import EncodedImages, PredictedMask, MaskEngine
+from sca.inference.generation import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.requests import check_task
 from sca.io.masks import RLE, area, encode
@@ -28,8 +28,8 @@ from sca.nn.boxes import compute_box_iou
 from sca.nn.suppression import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
-ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
-SAM_NAMES = {  # of the options of SAM's automatic mask generator, those here
+EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
+SAM_OPTION_NAMES = {  # of the options of SAM's automatic mask generator, those here
     "points_per_side": "points",
     "pred_iou_thresh": "iou",
     "stability_score_thresh": "stability",
@@ -40,36 +40,36 @@ SAM_NAMES = {  # of the options of SAM's automatic mask generator, those here
     "min_mask_region_area": "area",
 }
 SEARCH_VERSION = 2  # of what a search finds: raised when the regions of the same settings change
-NEAR = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
-MEASURED = 16  # masks are measured at a time: a small piece of work
+CROP_EDGE_TOLERANCE = 20  # pixels: a mask that ends so close to the edge of a crop is taken to be cut off by it
+MASKS_PER_CHUNK = 16  # masks are measured at a time: a small piece of work
 
 
-class Searched(NamedTuple):
+class SearchProgress(NamedTuple):
     """Progress of a search: so many of all points have been looked at."""
 
     done: int
     points: int
 
 
-class Found(NamedTuple):
+class Candidate(NamedTuple):
     """A region, before a caption is thought of; image pixels."""
 
     mask: RLE
     box: tuple[float, float, float, float]
     point: tuple[float, float]
-    iou: float  # predicted, may exceed 1
+    predicted_iou: float  # predicted, may exceed 1
     window: Window  # that it was found in
 
 
-def settle_search(captioner: Any, given: Mapping[str, Any]) -> EverythingOptions:
+def resolve_everything_options(captioner: Any, overrides: Mapping[str, Any]) -> EverythingOptions:
     """Return the search settings of a captioner: its own, except for those that are given.
 
     Args:
         captioner: A model; a captioner without settings of its own has SAM's.
         given: Fields of `Everything` by name; None leaves a field to the captioner.
     """
-    own = getattr(captioner, "everything", EverythingOptions())
-    return replace(own, **{name: value for name, value in given.items() if value is not None})
+    default_options = getattr(captioner, "everything", EverythingOptions())
+    return replace(default_options, **{name: value for name, value in overrides.items() if value is not None})
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def caption_everything(
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_regions: int | None = None,
-    **given: Any,
+    **kwargs: Any,
 ) -> list[Caption]:
     """Caption every region found in the predictor's image, best first.
 
@@ -100,8 +100,8 @@ def caption_everything(
         TypeError: An unknown keyword; names the closest one.
         ValueError: A value out of range.
     """
-    fields = vars(EverythingOptions())
-    refuse_unknown("caption_everything", given.keys() - {*fields, *OPTIONS}, (*ARGUMENTS, *fields, *OPTIONS), SAM_NAMES)
+    default_fields = vars(EverythingOptions())
+    reject_unknown_arguments("caption_everything", kwargs.keys() - {*default_fields, *GENERATION_OPTIONS}, (*EVERYTHING_ARGUMENTS, *default_fields, *GENERATION_OPTIONS), SAM_OPTION_NAMES)
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
         raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
@@ -109,54 +109,54 @@ def caption_everything(
         raise ValueError(
             f"options is of type {type(options).__name__}; give sca.Everything(...), or its fields by name"
         )
-    search = {name: value for name, value in given.items() if name in fields and value is not None}
+    overrides = {name: value for name, value in kwargs.items() if name in default_fields and value is not None}
     if not isinstance(predictor, Predictor):
         raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
-    options = check_search({**vars(options or engine.everything), **search}) if search else options
-    generation = settle_generation(engine, **{name: given[name] for name in given.keys() & {*OPTIONS}})
+    options = check_search({**vars(options or engine.everything), **overrides}) if overrides else options
+    generation = resolve_generation_options(engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}})
     if encoded is None:
         raise ValueError("there is no image yet: call set_image(image) first")
     masks, prompts = find_everything(engine, encoded, options, proposals, progress)
     masks, prompts = masks[:max_regions], prompts[:max_regions]
     captions = engine.caption_masks(encoded, masks, prompts, task, **generation) if masks else []
-    room = None if max_regions is None else max_regions - len(masks)
-    regions = _choose_regions(proposals, room) if proposals else []
-    if regions:
-        (more,) = engine.caption_batch(encoded, [regions], task, **generation)
-        captions += [replace(each, region=len(masks) + each.region_id) for each in more]
+    max_proposed = None if max_regions is None else max_regions - len(masks)
+    proposed_prompts = _select_region_prompts(proposals, max_proposed) if proposals else []
+    if proposed_prompts:
+        (proposed_captions,) = engine.caption_batch(encoded, [proposed_prompts], task, **generation)
+        captions += [replace(each, region=len(masks) + each.region_id) for each in proposed_captions]
     return captions
 
 
 def find_everything(
     engine: MaskEngine,
-    encoded: Encoded,
+    encoded: EncodedImages,
     options: EverythingOptions | None = None,
     proposals: Proposals | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Mask], list[Prompt]]:
+) -> tuple[list[PredictedMask], list[Prompt]]:
     """Return the result of `search_everything`; `progress` as for `caption_everything`."""
-    search, last = search_everything(engine, encoded, options, proposals), None
+    search_steps, last_step = search_everything(engine, encoded, options, proposals), None
     while True:
         try:
-            step = next(search)
-        except StopIteration as end:
-            return end.value
-        if progress and step != last:
+            step = next(search_steps)
+        except StopIteration as stop:
+            return stop.value
+        if progress and step != last_step:
             progress(*step)
-        last = step
+        last_step = step
 
 
 @torch.inference_mode()
 def search_everything(
     engine: MaskEngine,
-    encoded: Encoded,
+    encoded: EncodedImages,
     options: EverythingOptions | None = None,
     proposals: Proposals | None = None,
     *,
-    max_found: int | None = None,
+    max_found_regions: int | None = None,
     max_bytes: int | None = None,
-) -> Generator[Searched, None, tuple[list[Mask], list[Prompt]]]:
+) -> Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]]:
     """Search an image as a generator: it yields its progress after every small piece of work.
 
     Between two pieces the engine may serve other images, and the search can be abandoned with `close()`.
@@ -176,184 +176,184 @@ def search_everything(
     Raises:
         ValueError: If there is no segmenter, it has no masks, or a maximum is exceeded.
     """
-    engine.check_segments()
+    engine.check_has_segmenter()
     options = options or engine.everything
-    found = yield from _search(engine, encoded, options, proposals, max_found, max_bytes)
-    masks = [Mask(dict(each.mask), min(each.iou, 1.0)) for each in found]
+    candidates = yield from _search_windows(engine, encoded, options, proposals, max_found_regions, max_bytes)
+    masks = [PredictedMask(dict(each.mask), min(each.predicted_iou, 1.0)) for each in candidates]
     has_box, has_point = ("box" in options.caption_from, "point" in options.caption_from)
-    points = [((*each.point, 1),) if has_point else () for each in found]
-    return masks, [Prompt(each.box if has_box else None, point) for each, point in zip(found, points, strict=True)]
+    points = [((*each.point, 1),) if has_point else () for each in candidates]
+    return masks, [Prompt(each.box if has_box else None, point) for each, point in zip(candidates, points, strict=True)]
 
 
-def _is_one_point(prompt: Prompt) -> bool:
+def _is_single_point(prompt: Prompt) -> bool:
     return prompt.box is None and prompt.mask is None and [label for _, _, label in prompt.points] == [1]
 
 
-def _choose_regions(proposals: Proposals, count: int | None) -> list[Prompt]:
+def _select_region_prompts(proposals: Proposals, max_count: int | None) -> list[Prompt]:
     """Return the prompts that are regions already, at most `count` of them, those with the best scores, in order."""
-    places = [place for place, prompt in enumerate(proposals.prompts) if not _is_one_point(prompt)]
-    best = sorted(places, key=lambda place: -proposals.scores[place])[:count]
-    return [proposals.prompts[place] for place in sorted(best)]
+    indices = [place for place, prompt in enumerate(proposals.prompts) if not _is_single_point(prompt)]
+    best_indices = sorted(indices, key=lambda place: -proposals.scores[place])[:max_count]
+    return [proposals.prompts[place] for place in sorted(best_indices)]
 
 
-def _search(
+def _search_windows(
     engine: MaskEngine,
-    whole_image: Encoded,
+    encoded_image: EncodedImages,
     options: EverythingOptions,
     proposals: Proposals | None = None,
-    max_found: int | None = None,
+    max_found_regions: int | None = None,
     max_bytes: int | None = None,
-) -> Generator[Searched, None, list[Found]]:
+) -> Generator[SearchProgress, None, list[Candidate]]:
     """What points find, best first, each region once."""
-    (image,) = whole_image.images
-    whole = (0, 0, *image.size)
-    windows = [whole]
+    (image,) = encoded_image.images
+    full_window = (0, 0, *image.size)
+    windows = [full_window]
     points: list[Tensor] = []
     if proposals is None:
-        windows += _crops(*image.size, options.crop_n_layers, options.crop_overlap_ratio)
-        points = [_grid(window, options.points_per_side) for window in windows]
+        windows += _make_crops(*image.size, options.crop_n_layers, options.crop_overlap_ratio)
+        points = [_make_grid(window, options.points_per_side) for window in windows]
     else:
-        asked = [each.points[0][:2] for each in proposals.prompts if _is_one_point(each)]
-        points = [torch.tensor(asked, dtype=torch.float32).reshape(-1, 2)]
-    total, done = sum(map(len, points)), 0
-    found: list[Found] = []
-    for window, places in zip(windows, points, strict=True):
-        if not len(places):
+        point_coords = [each.points[0][:2] for each in proposals.prompts if _is_single_point(each)]
+        points = [torch.tensor(point_coords, dtype=torch.float32).reshape(-1, 2)]
+    total_points, previously_done = sum(map(len, points)), 0
+    kept: list[Candidate] = []
+    for window, window_points in zip(windows, points, strict=True):
+        if not len(window_points):
             continue
-        encoded = whole_image if window == whole else engine.encode([image.crop(window)])
-        candidates: list[Found] = []
-        looked_at, held = 0, sum(len(each.mask["counts"]) for each in found)
-        for step in _in_window(engine, encoded, image.size, window, places, options):
-            if isinstance(step, Found):
+        encoded = encoded_image if window == full_window else engine.encode([image.crop(window)])
+        candidates: list[Candidate] = []
+        points_done, held_bytes = 0, sum(len(each.mask["counts"]) for each in kept)
+        for step in _search_window(engine, encoded, image.size, window, window_points, options):
+            if isinstance(step, Candidate):
                 candidates.append(step)
-                held += len(step.mask["counts"])
-                if max_bytes is not None and held > max_bytes:
+                held_bytes += len(step.mask["counts"])
+                if max_bytes is not None and held_bytes > max_bytes:
                     raise ValueError("too many masks pass the filters; raise iou or stability, lower points")
             else:
-                looked_at = step
-            yield Searched(done + looked_at, total)
-        done += len(places)
-        for place in _suppress_overlaps(candidates, torch.tensor([each.iou for each in candidates]), options):
-            found.append(candidates[place])
-            if max_found is not None and len(found) > max_found:
-                raise ValueError(f"more than {max_found:,} regions were found; raise iou or stability, lower nms")
-            yield Searched(done, total)
+                points_done = step
+            yield SearchProgress(previously_done + points_done, total_points)
+        previously_done += len(window_points)
+        for index in _suppress_overlaps(candidates, torch.tensor([each.predicted_iou for each in candidates]), options):
+            kept.append(candidates[index])
+            if max_found_regions is not None and len(kept) > max_found_regions:
+                raise ValueError(f"more than {max_found_regions:,} regions were found; raise iou or stability, lower nms")
+            yield SearchProgress(previously_done, total_points)
     if len(windows) > 1:  # of what several windows show, the closest look stays
-        sizes = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in found)])
-        several, found = found, []
-        for place in _suppress_overlaps(several, sizes, options):
-            found.append(several[place])
-            yield Searched(done, total)
-    pixels = image.width * image.height
+        negative_areas = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in kept)])
+        overlapping, kept = kept, []
+        for index in _suppress_overlaps(overlapping, negative_areas, options):
+            kept.append(overlapping[index])
+            yield SearchProgress(previously_done, total_points)
+    num_pixels = image.width * image.height
     return sorted(
-        (each for each in found if options.min_area <= area(each.mask) / pixels <= options.max_area),
-        key=lambda each: -each.iou,
+        (each for each in kept if options.min_area <= area(each.mask) / num_pixels <= options.max_area),
+        key=lambda each: -each.predicted_iou,
     )
 
 
-def _in_window(
+def _search_window(
     engine: MaskEngine,
-    encoded: Encoded,
-    size: tuple[int, int],
+    encoded: EncodedImages,
+    image_size: tuple[int, int],
     window: Window,
     points: Tensor,
     options: EverythingOptions,
-) -> Iterator[int | Found]:
+) -> Iterator[int | Candidate]:
     """Regions that points (P, 2), image pixels, find in a window of an image of (width, height), and after every small
     piece of work the number of points that have been looked at.
     """
     (frame,) = encoded.frames
     x1, y1, x2, y2 = window
-    width, height = size
+    width, height = image_size
     done = 0
-    for looked_at, masks, scores, origins in _candidates(engine, encoded, points - torch.tensor(window[:2]), options):
-        for start in range(0, len(masks), MEASURED):
+    for points_done, masks, scores, point_indices in _iter_mask_candidates(engine, encoded, points - torch.tensor(window[:2]), options):
+        for start in range(0, len(masks), MASKS_PER_CHUNK):
             yield done
-            rows = slice(start, start + MEASURED)
-            stability, boxes = engine.processor.measure(masks[rows], frame, options.stability_score_offset)
+            chunk = slice(start, start + MASKS_PER_CHUNK)
+            stability, boxes = engine.processor.compute_stability_and_boxes(masks[chunk], frame, options.stability_score_offset)
             is_kept = (boxes > 0).any(1) & ((stability >= options.stability_score_thresh) | (options.stability_score_thresh <= 0))
             boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
-            kept = [
-                row for row, keep in enumerate(is_kept.tolist()) if keep and not _is_cut_off(boxes[row], window, size)
+            kept_rows = [
+                row for row, keep in enumerate(is_kept.tolist()) if keep and not _is_cut_off(boxes[row], window, image_size)
             ]
-            insides = engine.processor.inside(masks[rows][kept], [frame] * len(kept))
-            for row, inside in zip(kept, insides, strict=True):
+            binary_masks = engine.processor.iter_binary_masks(masks[chunk][kept_rows], [frame] * len(kept_rows))
+            for row, binary_mask in zip(kept_rows, binary_masks, strict=True):
                 mask = np.zeros((height, width), bool, order="F")
-                mask[y1:y2, x1:x2] = inside
-                point = points[origins[start + row]].tolist()
-                yield Found(encode(mask), tuple(boxes[row]), (point[0], point[1]), scores[start + row], window)
-        done = looked_at
+                mask[y1:y2, x1:x2] = binary_mask
+                point = points[point_indices[start + row]].tolist()
+                yield Candidate(encode(mask), tuple(boxes[row]), (point[0], point[1]), scores[start + row], window)
+        done = points_done
         yield done
 
 
-def _candidates(
-    engine: MaskEngine, encoded: Encoded, points: Tensor, options: EverythingOptions
+def _iter_mask_candidates(
+    engine: MaskEngine, encoded: EncodedImages, points: Tensor, options: EverythingOptions
 ) -> Iterator[tuple[int, Tensor, list[float], list[int]]]:
     """A chunk at a time: points looked at so far, masks (K, 4h, 4w) whose predicted IoU is high enough, these IoUs,
     and the indices of the points that they are of.
     """
     (frame,) = encoded.frames
-    asked = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
-    ones = torch.ones(len(points), 1, dtype=torch.long)
-    prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=asked, labels=ones).to(engine.device)
-    for number, chunk in enumerate(prompts.chunks(engine.regions)):
-        regions = engine.model.segment(encoded.features, chunk)
-        if regions.masks is None:
+    point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
+    labels = torch.ones(len(points), 1, dtype=torch.long)
+    prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(engine.device)
+    for chunk_index, chunk in enumerate(prompts.chunks(engine.region_batch_size)):
+        segmenter_output = engine.model.segment(encoded.features, chunk)
+        if segmenter_output.masks is None:
             raise ValueError(
                 f"everything needs masks, and the segmenter {type(engine.model.segmenter).__name__} gives none: "
                 "build the model with segmenter=sam"
             )
-        masks, scores = regions.masks.flatten(0, 1).float(), regions.iou_scores.flatten().float()
-        good = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)
-        origins = good // regions.masks.shape[1] + number * engine.regions
-        looked_at = min((number + 1) * engine.regions, len(points))
-        yield looked_at, masks[good], scores[good].tolist(), origins.tolist()
+        masks, scores = segmenter_output.masks.flatten(0, 1).float(), segmenter_output.iou_scores.flatten().float()
+        kept_indices = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)
+        point_indices = kept_indices // segmenter_output.masks.shape[1] + chunk_index * engine.region_batch_size
+        points_done = min((chunk_index + 1) * engine.region_batch_size, len(points))
+        yield points_done, masks[kept_indices], scores[kept_indices].tolist(), point_indices.tolist()
 
 
-def _suppress_overlaps(found: Sequence[Found], scores: Tensor, options: EverythingOptions) -> Iterator[int]:
+def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options: EverythingOptions) -> Iterator[int]:
     """Yield the indices of regions that stay, best first, by the IoU of boxes as SAM does and, if wanted, of masks."""
-    boxes = torch.tensor([each.box for each in found]).reshape(-1, 4)
+    boxes = torch.tensor([each.box for each in candidates]).reshape(-1, 4)
     boxes[:, 2:] -= 1  # SAM's boxes end at the last pixel
 
-    def is_overlapping(one: int, others: Tensor) -> Tensor:
-        shared = compute_box_iou(boxes[[one]], boxes[others])[0]
-        is_same = shared > options.box_nms_thresh
-        near = (shared.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
-        if len(near):  # masks overlap only where boxes do
-            codes = [found[place].mask for place in others[near].tolist()]
-            exact = coco.iou([found[one].mask], codes, [0] * len(codes))[0]
-            is_same[near] = torch.from_numpy(exact > options.mask_nms_thresh)
+    def are_overlapping(index: int, others: Tensor) -> Tensor:
+        box_ious = compute_box_iou(boxes[[index]], boxes[others])[0]
+        is_same = box_ious > options.box_nms_thresh
+        nearby = (box_ious.gt(0) & ~is_same).nonzero()[:, 0] if options.mask_nms_thresh < 1 else ()
+        if len(nearby):  # masks overlap only where boxes do
+            rles = [candidates[place].mask for place in others[nearby].tolist()]
+            mask_ious = coco.iou([candidates[index].mask], rles, [0] * len(rles))[0]
+            is_same[nearby] = torch.from_numpy(mask_ious > options.mask_nms_thresh)
         return is_same
 
-    return suppress_overlaps(is_overlapping, scores)
+    return suppress_overlaps(are_overlapping, scores)
 
 
-def _grid(window: Window, points: int) -> Tensor:
+def _make_grid(window: Window, points_per_side: int) -> Tensor:
     """(points ** 2, 2) x y in the middle of equal cells of a window."""
     x1, y1, x2, y2 = window
-    steps = (torch.arange(points) + 0.5) / points
-    y, x = torch.meshgrid(y1 + steps * (y2 - y1), x1 + steps * (x2 - x1), indexing="ij")
+    cell_centers = (torch.arange(points_per_side) + 0.5) / points_per_side
+    y, x = torch.meshgrid(y1 + cell_centers * (y2 - y1), x1 + cell_centers * (x2 - x1), indexing="ij")
     return torch.stack((x, y), dim=-1).reshape(-1, 2)
 
 
-def _crops(width: int, height: int, layers: int, overlap: float) -> list[Window]:
+def _make_crops(width: int, height: int, layers: int, overlap_ratio: float) -> list[Window]:
     """SAM's crops: 2 ** i a side in layer i, which overlap by a share of the image's shorter side, halved each time."""
     windows = []
     for layer in range(1, layers + 1):
-        count = 2**layer
-        shared = int(overlap * min(width, height) * 2 / count)
-        across, down = (math.ceil((shared * (count - 1) + side) / count) for side in (width, height))
-        places = product(range(count), repeat=2)  # in SAM's order, which decides between equally good masks
-        starts = [((across - shared) * i, (down - shared) * j) for i, j in places]
-        windows += [(x, y, min(x + across, width), min(y + down, height)) for x, y in starts]
+        crops_per_side = 2**layer
+        overlap_pixels = int(overlap_ratio * min(width, height) * 2 / crops_per_side)
+        crop_width, crop_height = (math.ceil((overlap_pixels * (crops_per_side - 1) + side) / crops_per_side) for side in (width, height))
+        grid_cells = product(range(crops_per_side), repeat=2)  # in SAM's order, which decides between equally good masks
+        origins = [((crop_width - overlap_pixels) * i, (crop_height - overlap_pixels) * j) for i, j in grid_cells]
+        windows += [(x, y, min(x + crop_width, width), min(y + crop_height, height)) for x, y in origins]
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer
 
 
-def _is_cut_off(box: Sequence[float], window: Window, size: tuple[int, int]) -> bool:
+def _is_cut_off(box: Sequence[float], window: Window, image_size: tuple[int, int]) -> bool:
     """Whether a box ends near an edge of the window that is not near an edge of the image."""
     x1, y1, x2, y2 = box
-    last = (x1, y1, x2 - 1, y2 - 1)  # SAM's boxes end at the last pixel
-    limits = (0, 0, *size)
+    inclusive_box = (x1, y1, x2 - 1, y2 - 1)  # SAM's boxes end at the last pixel
+    limits = (0, 0, *image_size)
     return any(
-        abs(at - edge) <= NEAR and abs(at - limit) > NEAR for at, edge, limit in zip(last, window, limits, strict=True)
+        abs(at - edge) <= CROP_EDGE_TOLERANCE and abs(at - limit) > CROP_EDGE_TOLERANCE for at, edge, limit in zip(inclusive_box, window, limits, strict=True)
     )

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt
 
-from sca.inference.automatic import caption_everything, settle_search
+from sca.inference.automatic import caption_everything, resolve_everything_options
 from sca.inference.engine import MaskEngine
-from sca.inference.generation import settle_generation
-from sca.inference.job import CaptionJob, RegionSource, Search
+from sca.inference.generation import resolve_generation_options
+from sca.inference.job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.images import open_image, show
 from sca.output.captioned import Captioned, Size, resize_to_recorded
 
-IMAGE, PROMPTS = "image", "prompts"  # what cannot be used
+UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # what cannot be used
 
 
 class ImageCaptions(NamedTuple):
@@ -45,12 +45,12 @@ class Failure(NamedTuple):
     path: Path
     reason: str  # one line that names the image
     kind: str  # IMAGE or PROMPTS
-    is_whole: bool = True  # no region of the image is captioned
+    is_entire_image: bool = True  # no region of the image is captioned
 
 
-Results = Iterator[ImageCaptions | Failure]
-Opened = Iterator[tuple[Path, Image.Image | Captioned] | Failure]
-Piece = tuple[Path, Image.Image | Captioned, list[Prompt]]
+CaptionResults = Iterator[ImageCaptions | Failure]
+OpenedImages = Iterator[tuple[Path, Image.Image | Captioned] | Failure]
+ImagePrompts = tuple[Path, Image.Image | Captioned, list[Prompt]]
 
 
 class BatchCaptioner:
@@ -64,18 +64,18 @@ class BatchCaptioner:
         ValueError: An option does not suit the captioner. See `sca.captioner` for what loading raises.
     """
 
-    def __init__(self, job: CaptionJob, regions: RegionSource):
-        self.job, self.regions, self.captioner = job, regions, job.load()
-        self._generation = settle_generation(self.captioner, **job.generation)
-        self._engine = _check_searches(self.captioner, job.model) if isinstance(regions, Search) else None
+    def __init__(self, job: CaptionJob, region_source: RegionSource):
+        self.job, self.region_source, self.captioner = job, region_source, job.load_captioner()
+        self._generation = resolve_generation_options(self.captioner, **job.generation_options)
+        self._engine = _check_can_search(self.captioner, job.model) if isinstance(region_source, SearchedRegions) else None
 
-    def caption(
+    def caption_images(
         self,
         paths: Sequence[Path],
-        done: Mapping[str, Captioned] | None = None,
-        keeps_images: bool = False,
+        captioned: Mapping[str, Captioned] | None = None,
+        keep_images: bool = False,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Results:
+    ) -> CaptionResults:
         """Caption images in their order; one that fails does not end the others.
 
         Args:
@@ -85,66 +85,66 @@ class BatchCaptioner:
             keeps_images: Also open images that are captioned already.
             progress: Called with the points looked at and the total, during a search.
         """
-        opened = _open_images(paths, done or {})
+        opened_images = _open_images(paths, captioned or {})
         if self._engine is not None:
-            return self._search(self._engine, opened, keeps_images, progress)
-        return self._prompt(opened, keeps_images)
+            return self._caption_everything(self._engine, opened_images, keep_images, progress)
+        return self._caption_prompted(opened_images, keep_images)
 
-    def _prompt(self, opened: Opened, keeps_images: bool) -> Results:
-        pieces: list[Piece] = []
-        for each in opened:
-            if isinstance(each, Failure):
-                yield each
+    def _caption_prompted(self, opened_images: OpenedImages, keep_images: bool) -> CaptionResults:
+        batch: list[ImagePrompts] = []
+        for opened_image in opened_images:
+            if isinstance(opened_image, Failure):
+                yield opened_image
                 continue
-            path, image = each
+            path, image = opened_image
             try:
-                prompts, problems = self.regions.list_prompts(path, image.size)
+                prompts, problems = self.region_source.list_prompts(path, image.size)
             except InputError as error:
-                yield Failure(path, f"{show(path)}: {error}", PROMPTS)
+                yield Failure(path, f"{show(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
-            yield from (Failure(path, f"{show(path)}: {problem}", PROMPTS, is_whole=False) for problem in problems)
-            pieces.append((path, image, prompts))
-            if len(pieces) == self.job.batch:
-                yield from self._caption_pieces(pieces, keeps_images)
-                pieces = []
-        if pieces:
-            yield from self._caption_pieces(pieces, keeps_images)
+            yield from (Failure(path, f"{show(path)}: {problem}", UNUSABLE_PROMPTS, is_entire_image=False) for problem in problems)
+            batch.append((path, image, prompts))
+            if len(batch) == self.job.batch_size:
+                yield from self._caption_batch(batch, keep_images)
+                batch = []
+        if batch:
+            yield from self._caption_batch(batch, keep_images)
 
-    def _caption_pieces(self, pieces: Sequence[Piece], keeps_images: bool) -> Iterator[ImageCaptions]:
-        if all(isinstance(image, Captioned) for _, image, _ in pieces):
-            yield from (_repeat(path, image, keeps_images) for path, image, _ in pieces)
+    def _caption_batch(self, batch: Sequence[ImagePrompts], keep_images: bool) -> Iterator[ImageCaptions]:
+        if all(isinstance(image, Captioned) for _, image, _ in batch):
+            yield from (_reuse_captions(path, image, keep_images) for path, image, _ in batch)
             return
-        paths = [path for path, _, _ in pieces]
-        images = [open_image(path) if isinstance(image, Captioned) else image for path, image, _ in pieces]
-        requests = [prompts for _, _, prompts in pieces]
-        captions = answer_requests(self.captioner, images, requests, self.job.task, **self._generation)
+        paths = [path for path, _, _ in batch]
+        images = [open_image(path) if isinstance(image, Captioned) else image for path, image, _ in batch]
+        requests = [prompts for _, _, prompts in batch]
+        captions = caption_requests(self.captioner, images, requests, self.job.task, **self._generation)
         yield from map(ImageCaptions, paths, images, captions)
 
-    def _search(
-        self, engine: MaskEngine, opened: Opened, keeps_images: bool, progress: Callable[[int, int], None] | None
-    ) -> Results:
-        job, propose = self.job, self.regions.proposer
-        options, predictor = settle_search(engine, job.search), Predictor(engine)
+    def _caption_everything(
+        self, engine: MaskEngine, opened_images: OpenedImages, keep_images: bool, progress: Callable[[int, int], None] | None
+    ) -> CaptionResults:
+        job, proposer = self.job, self.region_source.proposer
+        options, predictor = resolve_everything_options(engine, job.search_options), Predictor(engine)
         limits = {"max_regions": job.max_regions, "progress": progress}
-        for each in opened:
-            if isinstance(each, Failure):
-                yield each
+        for opened_image in opened_images:
+            if isinstance(opened_image, Failure):
+                yield opened_image
                 continue
-            path, image = each
+            path, image = opened_image
             if isinstance(image, Captioned):
-                yield _repeat(path, image, keeps_images)
+                yield _reuse_captions(path, image, keep_images)
                 continue
             try:
-                proposals = propose(image, str(path)) if propose else None
+                proposals = proposer(image, str(path)) if proposer else None
             except InputError as error:
-                yield Failure(path, f"{show(path)}: {error}", PROMPTS)
+                yield Failure(path, f"{show(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
             predictor.set_image(image)
             captions = caption_everything(predictor, job.task, options, proposals, **limits, **self._generation)
             yield ImageCaptions(path, image, captions)
 
 
-def answer_requests(
+def caption_requests(
     captioner: Captioner,
     images: Sequence[Image.Image],
     requests: Sequence[Sequence[Prompt]],
@@ -164,29 +164,29 @@ def answer_requests(
     """
     if hasattr(captioner, "answer"):
         return captioner.answer(captioner.encode(images) if encoded is None else encoded, requests, task, **generation)
-    pairs = zip(images, requests, strict=True)
-    return [captioner.caption(image, request, task, **generation) if request else [] for image, request in pairs]
+    image_requests = zip(images, requests, strict=True)
+    return [captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests]
 
 
-def _open_images(paths: Iterable[Path], done: Mapping[str, Captioned]) -> Opened:
+def _open_images(paths: Iterable[Path], captioned: Mapping[str, Captioned]) -> OpenedImages:
     """Open images, except for those that are captioned already."""
     for path in paths:
-        if known := done.get(str(path)):
-            yield path, known
+        if recorded := captioned.get(str(path)):
+            yield path, recorded
             continue
         try:
             yield path, open_image(path, allow_pipe=True)
         except InputError as error:
-            yield Failure(path, str(error), IMAGE)
+            yield Failure(path, str(error), UNUSABLE_IMAGE)
 
 
-def _repeat(path: Path, known: Captioned, keeps_images: bool) -> ImageCaptions:
+def _reuse_captions(path: Path, captioned: Captioned, keep_images: bool) -> ImageCaptions:
     """Return the captions that an image has already."""
-    image = resize_to_recorded(open_image(path), known.size, str(path)) if keeps_images else known.size
-    return ImageCaptions(path, image, known.captions)
+    image = resize_to_recorded(open_image(path), captioned.size, str(path)) if keep_images else captioned.size
+    return ImageCaptions(path, image, captioned.captions)
 
 
-def _check_searches(captioner: Captioner, name: str) -> MaskEngine:
+def _check_can_search(captioner: Captioner, name: str) -> MaskEngine:
     """Return the captioner if it can search for regions. Raises ValueError."""
     if not isinstance(captioner, MaskEngine) or captioner.model is None:
         raise ValueError(

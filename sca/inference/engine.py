@@ -14,7 +14,7 @@ from sca_registry.contracts import TASKS, Caption, Prompt, PromptBatch, Segmente
 from sca_registry.spec import EverythingOptions
 from torch import Tensor
 
-from sca.inference.processor import Frame, Processor
+from sca.inference.processor import InputFrame, Processor
 from sca.inference.requests import check_task
 from sca.io.masks import box_of, encode
 from sca.language_models.usage import count_tokens
@@ -24,22 +24,22 @@ from sca.nn.masks import select_best_masks
 if TYPE_CHECKING:
     from sca.model import SegmentationModel
 
-REGIONS = 64  # go through segmenter and mixer at a time
+REGION_BATCH_SIZE = 64  # go through segmenter and mixer at a time
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """B images and their features, computed once for any number of requests."""
 
     images: Sequence[Image.Image]
     features: Tensor | None  # (B, C, h, w); None without an encoder
-    frames: Sequence[Frame]
+    frames: Sequence[InputFrame]
 
 
-class Mask(NamedTuple):
+class PredictedMask(NamedTuple):
     """A candidate for a region's mask, image pixels."""
 
-    mask: dict[str, Any]  # COCO RLE
-    iou: float  # predicted
+    rle: dict[str, Any]  # COCO RLE
+    predicted_iou: float  # predicted
 
 
 class MaskEngine(ABC):
@@ -50,10 +50,10 @@ class MaskEngine(ABC):
         regions: Regions that go through the segmenter at a time: limits memory, changes no result.
     """
 
-    def __init__(self, model: SegmentationModel | None, regions: int = REGIONS):
+    def __init__(self, model: SegmentationModel | None, regions: int = REGION_BATCH_SIZE):
         self.model = None if model is None else model.eval()
-        self.processor = Processor.of(model.encoder) if model is not None else None
-        self.regions = regions
+        self.processor = Processor.from_encoder(model.encoder) if model is not None else None
+        self.region_batch_size = regions
 
     @property
     def device(self) -> torch.device:
@@ -64,27 +64,27 @@ class MaskEngine(ABC):
         """The search settings of everything mode: SAM's, or the model's own."""
         return EverythingOptions()
 
-    def check_segments(self) -> None:
+    def check_has_segmenter(self) -> None:
         """Raise ValueError if there is no encoder and no segmenter."""
         if self.model is None:
             raise ValueError("the captioner has no segmenter; use encoder+captioner, such as sam-vit-b+blip-base")
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> Encoded:
+    def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
         """Encode images as one batch."""
         if self.model is None:
-            return Encoded(images, None, ())
-        pixels = self.processor.pixels(images).to(self.device, next(self.model.parameters()).dtype)
-        frames = [self.processor.frame(*image.size) for image in images]
-        features = self.model.encode(pixels)
+            return EncodedImages(images, None, ())
+        pixel_values = self.processor.preprocess_images(images).to(self.device, next(self.model.parameters()).dtype)
+        frames = [self.processor.compute_frame(*image.size) for image in images]
+        features = self.model.encode(pixel_values)
         if not features.isfinite().all():
             raise ValueError(f"the encoder returned NaN or infinite features; {NON_FINITE_HINT}")
-        return Encoded(images, features, frames)
+        return EncodedImages(images, features, frames)
 
     @torch.inference_mode()
     def segment(
-        self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
-    ) -> list[list[Mask]]:
+        self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], multimask_output: bool = True
+    ) -> list[list[PredictedMask]]:
         """Predict the candidate masks of each prompt.
 
         Args:
@@ -98,21 +98,21 @@ class MaskEngine(ABC):
         Raises:
             ValueError: There is no segmenter, or it has no masks.
         """
-        self.check_segments()
-        found: list[list[Mask]] = [[] for _ in range(sum(map(len, requests)))]
-        for places, prompts, regions in self._segmented(encoded, requests, multimask):
-            if regions.masks is None:
+        self.check_has_segmenter()
+        masks_by_prompt: list[list[PredictedMask]] = [[] for _ in range(sum(map(len, requests)))]
+        for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests, multimask_output):
+            if segmenter_output.masks is None:
                 raise ValueError("the segmenter gives no masks: build the model with segmenter=sam")
-            order = regions.iou_scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
-            logits = regions.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
-            ious = ious_of(regions.iou_scores.take_along_dim(order, dim=1))
-            codes = self._masks(logits, prompts.image_index.repeat_interleave(order.shape[1]), encoded.frames)
-            for place, each in zip(places, ious, strict=True):
-                found[place] = [Mask(next(codes), iou) for iou in each]
-        return found
+            order = segmenter_output.iou_scores.argsort(dim=1, descending=True, stable=True)  # (N, M)
+            logits = segmenter_output.masks.take_along_dim(order[..., None, None], dim=1).flatten(0, 1)
+            ious = clamp_ious(segmenter_output.iou_scores.take_along_dim(order, dim=1))
+            rles = self._iter_rles(logits, prompts.image_index.repeat_interleave(order.shape[1]), encoded.frames)
+            for index, prompt_ious in zip(indices, ious, strict=True):
+                masks_by_prompt[index] = [PredictedMask(next(rles), iou) for iou in prompt_ious]
+        return masks_by_prompt
 
     @torch.inference_mode()
-    def best(self, encoded: Encoded, requests: Sequence[Sequence[Prompt]]) -> list[Mask | None]:
+    def predict_best_masks(self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]]) -> list[PredictedMask | None]:
         """Predict the best mask of each prompt.
 
         Args:
@@ -123,15 +123,15 @@ class MaskEngine(ABC):
             For each prompt of all images in one list its mask with the highest predicted IoU, or None from a segmenter
             without masks.
         """
-        found: list[Mask | None] = [None] * sum(map(len, requests))
-        for places, prompts, regions in self._segmented(encoded, requests):
-            if regions.masks is not None:
-                masks = select_best_masks(regions.masks, regions.iou_scores)
-                ious = ious_of(regions.iou_scores.amax(1))
-                codes = self._masks(masks, prompts.image_index, encoded.frames)
-                for place, code, iou in zip(places, codes, ious, strict=True):
-                    found[place] = Mask(code, iou)
-        return found
+        best_predictions: list[PredictedMask | None] = [None] * sum(map(len, requests))
+        for indices, prompts, segmenter_output in self._iter_segmented_chunks(encoded, requests):
+            if segmenter_output.masks is not None:
+                mask_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)
+                ious = clamp_ious(segmenter_output.iou_scores.amax(1))
+                rles = self._iter_rles(mask_logits, prompts.image_index, encoded.frames)
+                for index, rle, iou in zip(indices, rles, ious, strict=True):
+                    best_predictions[index] = PredictedMask(rle, iou)
+        return best_predictions
 
     def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
@@ -142,7 +142,7 @@ class MaskEngine(ABC):
     @abstractmethod
     def caption_batch(
         self,
-        encoded: Encoded,
+        encoded: EncodedImages,
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
         *,
@@ -165,8 +165,8 @@ class MaskEngine(ABC):
     @abstractmethod
     def caption_masks(
         self,
-        encoded: Encoded,
-        masks: Sequence[Mask],
+        encoded: EncodedImages,
+        masks: Sequence[PredictedMask],
         request: Sequence[Prompt],
         task: str = "caption",
         **generation: Any,
@@ -181,18 +181,18 @@ class MaskEngine(ABC):
             **generation: As for `answer`.
         """
 
-    def _segmented(
-        self, encoded: Encoded, requests: Sequence[Sequence[Prompt]], multimask: bool = True
+    def _iter_segmented_chunks(
+        self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]], multimask_output: bool = True
     ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
         """A chunk of regions at a time, with their places in the flattened requests."""
-        for places, bucket in self.processor.prompts(requests, encoded.frames):
-            for start, chunk in enumerate(bucket.to(self.device).chunks(self.regions)):
-                chosen = places[start * self.regions : start * self.regions + len(chunk)]
-                yield chosen, chunk, self.model.segment(encoded.features, chunk, multimask)
+        for indices, prompt_batch in self.processor.group_prompts(requests, encoded.frames):
+            for chunk_index, chunk in enumerate(prompt_batch.to(self.device).chunks(self.region_batch_size)):
+                chunk_indices = indices[chunk_index * self.region_batch_size : chunk_index * self.region_batch_size + len(chunk)]
+                yield chunk_indices, chunk, self.model.segment(encoded.features, chunk, multimask_output)
 
-    def _masks(self, logits: Tensor, owner: Tensor, frames: Sequence[Frame]) -> Iterator[dict[str, Any]]:
+    def _iter_rles(self, logits: Tensor, image_index: Tensor, frames: Sequence[InputFrame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
-        return map(encode, self.processor.inside(logits, [frames[image] for image in owner.tolist()]))
+        return map(encode, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()]))
 
 
 class Engine(MaskEngine):
@@ -208,7 +208,7 @@ class Engine(MaskEngine):
 
     model: SegmentCaptioner
 
-    def __init__(self, model: SegmentCaptioner, regions: int = REGIONS):
+    def __init__(self, model: SegmentCaptioner, regions: int = REGION_BATCH_SIZE):
         if isinstance(model, str | Path):
             raise ValueError(f"Predictor takes a model and not its name; use sca.load({str(model)!r})")
         if not isinstance(model, SegmentCaptioner):
@@ -227,7 +227,7 @@ class Engine(MaskEngine):
     @torch.inference_mode()
     def caption_batch(
         self,
-        encoded: Encoded,
+        encoded: EncodedImages,
         requests: Sequence[Sequence[Prompt]],
         task: str = "caption",
         *,
@@ -237,8 +237,8 @@ class Engine(MaskEngine):
         check_task(task)
         flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
         answers: list[Caption | None] = [None] * len(flat)
-        for places, prompts in self.processor.prompts(requests, encoded.frames):
-            told, usages, codes, ious = self._bucket(encoded, prompts, TASKS.index(task), masks, generation)
+        for places, prompts in self.processor.group_prompts(requests, encoded.frames):
+            told, usages, codes, ious = self._caption_prompt_batch(encoded, prompts, TASKS.index(task), masks, generation)
             for row, place in enumerate(places):
                 _, prompt, region = flat[place]
                 box = prompt.box or (codes[row] and box_of(codes[row]))
@@ -253,8 +253,8 @@ class Engine(MaskEngine):
 
     def caption_masks(
         self,
-        encoded: Encoded,
-        masks: Sequence[Mask],
+        encoded: EncodedImages,
+        masks: Sequence[PredictedMask],
         request: Sequence[Prompt],
         task: str = "caption",
         **generation: Any,
@@ -263,46 +263,46 @@ class Engine(MaskEngine):
         told = zip(captions, masks, strict=True)
         return [replace(caption, mask=code, box=box_of(code), iou=iou) for caption, (code, iou) in told]
 
-    def _bucket(
-        self, encoded: Encoded, prompts: PromptBatch, task: int, masks: bool, generation: Mapping[str, Any]
+    def _caption_prompt_batch(
+        self, encoded: EncodedImages, prompts: PromptBatch, task_id: int, return_masks: bool, generation: Mapping[str, Any]
     ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
         """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
         two may be None.
         """
-        prefixes, codes, ious = [], [], []
+        prefixes, rles, predicted_ious = [], [], []
         prepared = None
-        for chunk in prompts.to(self.device).chunks(self.regions):
-            regions = self.model.segment(encoded.features, chunk)
-            prepared = self.model.prepare_mixer(regions) if prepared is None else prepared
-            tasks = torch.full((len(chunk),), task, device=self.device)
-            prefixes.append(self.model.build_prefix(self.model.mix(regions, prepared), tasks))
-            if regions.masks is not None and masks:
-                best = select_best_masks(regions.masks, regions.iou_scores)
-                codes += self._masks(best, chunk.image_index, encoded.frames)
-            if regions.iou_scores is not None:
-                ious += ious_of(regions.iou_scores.amax(1))
-            del regions  # the grids of its regions are large, and words need room
+        for chunk in prompts.to(self.device).chunks(self.region_batch_size):
+            segmenter_output = self.model.segment(encoded.features, chunk)
+            prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
+            task_ids = torch.full((len(chunk),), task_id, device=self.device)
+            prefixes.append(self.model.build_prefix(self.model.mix(segmenter_output, prepared), task_ids))
+            if segmenter_output.masks is not None and return_masks:
+                best_logits = select_best_masks(segmenter_output.masks, segmenter_output.iou_scores)
+                rles += self._iter_rles(best_logits, chunk.image_index, encoded.frames)
+            if segmenter_output.iou_scores is not None:
+                predicted_ious += clamp_ious(segmenter_output.iou_scores.amax(1))
+            del segmenter_output  # the grids of its regions are large, and words need room
         prefix = torch.cat(prefixes)  # (N, K, E)
         generated = self.model.generate_from_prefix(prefix, **generation)
-        nothing = [None] * len(prompts)
+        no_values = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
-        ids = generated.sequences.tolist()
-        told = [list(zip(self._texts(rows), each, strict=True)) for rows, each in zip(ids, scores, strict=True)]
+        sequences = generated.sequences.tolist()
+        scored_texts = [list(zip(self._decode_texts(rows), each, strict=True)) for rows, each in zip(sequences, scores, strict=True)]
         tokenizer = self.model.language_model.tokenizer
-        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in ids]
-        return told, usages, codes or nothing, ious or nothing
+        usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in sequences]
+        return scored_texts, usages, rles or no_values, predicted_ious or no_values
 
-    def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+    def _decode_texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.model.language_model.tokenizer
         if tokenizer is None:
             raise ValueError(
                 "the language model has no tokenizer, so it gives ids and no words: give it one with "
                 "`sca import MODEL OUT --tokenizer FOLDER`, or use SegmentCaptioner.generate"
             )
-        return [tokenizer.decode(row) for row in ids]
+        return [tokenizer.decode(token_ids) for token_ids in sequences]
 
 
-def ious_of(scores: Tensor) -> list[Any]:
+def clamp_ious(scores: Tensor) -> list[Any]:
     """Read predicted IoUs of any shape, from 0 to 1. Raise ValueError if one is NaN, which says nothing of any mask."""
     ious = scores.float().clamp(0, 1).cpu()  # the one thing that the host waits for
     if ious.isnan().any():

@@ -19,7 +19,7 @@ from sca.devices import resolve_device
 from sca.inference.engine import Engine
 from sca.io.hub import local_path, suggest_path
 
-FORMS = (
+NAME_FORMS_HINT = (
     "A folder that `sca train` wrote works too, and so do a hub id, OWNER/NAME, and encoder+captioner, such as "
     "sam-vit-b+blip-base."
 )
@@ -46,13 +46,13 @@ def captioner(
 
     Raises RegistryError for names and options, and InputError for what cannot be read.
     """
-    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external, "revision": revision}
-    agreed = {name: value for name, value in agreed.items() if value}
+    trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external, "revision": revision}
+    trust_options = {name: value for name, value in trust_options.items() if value}
     path = None if isinstance(source, Mapping) else local_path(source)
     if isinstance(source, Mapping):
         part = Part.from_dict(source, "captioner")
     elif isinstance(source, Path) or (path is not None and path.exists()):
-        return _model(source, device, agreed, **options)
+        return _load_engine(source, device, trust_options, **options)
     else:
         part = Part.parse(source, "a captioner", "captioners")
     options = {**part.options, **options}
@@ -63,28 +63,28 @@ def captioner(
             "that training has written, or a name of the zoo"
         )
     if len(names) == 2:
-        options = {"encoder": {"name": names[0], **agreed} if agreed else names[0], **options}
+        options = {"encoder": {"name": names[0], **trust_options} if trust_options else names[0], **options}
     name = names[-1]
     if name in sca_registry.captioners:
-        return _captioner(name, device, options)
+        return _build_captioner(name, device, options)
     if len(names) == 2:
-        known = sca_registry.captioners.names()
-        raise unknown(f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known)
+        known_names = sca_registry.captioners.names()
+        raise unknown(f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names)
     if name in zoo.names() or "/" in name or os.sep in name:
-        return _model(name, device, agreed, **options)
-    known = [*zoo.names(), *sca_registry.captioners.names()]
-    reason = unknown(f"no model or captioner named {name!r}, and no folder there", name, known)
-    raise RegistryError(f"{reason} {FORMS}{suggest_path(name)}")
+        return _load_engine(name, device, trust_options, **options)
+    known_names = [*zoo.names(), *sca_registry.captioners.names()]
+    reason = unknown(f"no model or captioner named {name!r}, and no folder there", name, known_names)
+    raise RegistryError(f"{reason} {NAME_FORMS_HINT}{suggest_path(name)}")
 
 
-def _captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
-    takes = sca_registry.captioners.describe(name).options
-    where = {"device": str(resolve_device(device))} if "device" in takes else {}  # what looks at nothing runs nowhere
-    return sca_registry.captioners.build(name, **where, **options)
+def _build_captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
+    option_names = sca_registry.captioners.describe(name).options
+    device_options = {"device": str(resolve_device(device))} if "device" in option_names else {}  # what looks at nothing runs nowhere
+    return sca_registry.captioners.build(name, **device_options, **options)
 
 
-def _model(source: str | Path, device: str | torch.device, agreed: Mapping[str, Any], **options: Any) -> Engine:
+def _load_engine(source: str | Path, device: str | torch.device, trust_options: Mapping[str, Any], **options: Any) -> Engine:
     for option in options:
         if option not in ("dtype", "regions"):
             raise unknown(f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions"))
-    return Engine(load(source, device, options.pop("dtype", None), **agreed), **options)
+    return Engine(load(source, device, options.pop("dtype", None), **trust_options), **options)

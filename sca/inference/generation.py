@@ -8,8 +8,8 @@ from typing import Any
 from sca_registry.messages import choice, suggestion
 from sca_registry.spec import GENERATION, check_generation
 
-OPTIONS = ("max_new_tokens", "beams", "captions", "sample", "temperature", "top_p", "seed")
-ALIASES = {  # of transformers and SAM, with the names here
+GENERATION_OPTIONS = ("max_new_tokens", "beams", "captions", "sample", "temperature", "top_p", "seed")
+ARGUMENT_ALIASES = {  # of transformers and SAM, with the names here
     "num_beams": "beams",
     "num_return_sequences": "captions",
     "do_sample": "sample",
@@ -21,10 +21,10 @@ ALIASES = {  # of transformers and SAM, with the names here
     "input_boxes": "boxes",
     "input_points": "points",
 }
-DRAWING = ("temperature", "top_p")  # that nothing but sampling uses
+SAMPLING_ONLY_OPTIONS = ("temperature", "top_p")  # that nothing but sampling uses
 
 
-def settle_generation(
+def resolve_generation_options(
     captioner: Any,
     *,
     max_new_tokens: int | None = None,
@@ -54,36 +54,36 @@ def settle_generation(
         ValueError: A value of another type or out of range, one that only sampling uses, or an option that the
             captioner does not take.
     """
-    options = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed)
-    given = {name: value for name, value in zip(OPTIONS, options, strict=True) if value is not None}
-    check_generation("generation", given)
-    usual = getattr(captioner, "generation", GENERATION)
-    is_sampling = given.get("sample", usual.get("sample", False))
-    for name in DRAWING:
-        if name in given and not is_sampling:
+    values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed)
+    settings = {name: value for name, value in zip(GENERATION_OPTIONS, values, strict=True) if value is not None}
+    check_generation("generation", settings)
+    defaults = getattr(captioner, "generation", GENERATION)
+    is_sampling = settings.get("sample", defaults.get("sample", False))
+    for name in SAMPLING_ONLY_OPTIONS:
+        if name in settings and not is_sampling:
             raise ValueError(f"{name} has no effect without sampling; add sample=True")
     if not is_sampling:
-        given.pop("seed", None)
-    if given.get("sample") is False and not usual.get("sample"):
-        del given["sample"]
-    taken = getattr(captioner, "generation_options", OPTIONS)
-    for name in given:
-        if name not in taken:
+        settings.pop("seed", None)
+    if settings.get("sample") is False and not defaults.get("sample"):
+        del settings["sample"]
+    supported = getattr(captioner, "generation_options", GENERATION_OPTIONS)
+    for name in settings:
+        if name not in supported:
             raise ValueError(
-                f"{type(captioner).__name__} does not support the generation option {name!r}.{choice(taken)}"
+                f"{type(captioner).__name__} does not support the generation option {name!r}.{choice(supported)}"
             )
     if num_captions and num_beams is None:
-        if is_sampling and num_captions > usual["beams"]:
-            given["beams"] = 1  # each caption is drawn by itself
+        if is_sampling and num_captions > defaults["beams"]:
+            settings["beams"] = 1  # each caption is drawn by itself
         elif not is_sampling:
-            given["beams"] = max(num_captions, usual["beams"])
+            settings["beams"] = max(num_captions, defaults["beams"])
     elif num_captions and num_beams is not None and num_captions > num_beams and (num_beams > 1 or not is_sampling):
         raise ValueError(f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}")
-    return given
+    return settings
 
 
-def refuse_unknown(
-    function: str, unknown: Iterable[str], known: Iterable[str], other_names: Mapping[str, str] | None = None
+def reject_unknown_arguments(
+    function: str, unknown_names: Iterable[str], known_names: Iterable[str], aliases: Mapping[str, str] | None = None
 ) -> None:
     """Raise TypeError if there is an unknown keyword.
 
@@ -93,6 +93,6 @@ def refuse_unknown(
         known: Keywords that it has; the closest is suggested.
         other_names: What keywords are called in other packages, with the names here.
     """
-    for name in sorted(unknown):
-        meant = {**ALIASES, **(other_names or {})}.get(name, name)
-        raise TypeError(f"{function}() has no argument {name!r}.{suggestion(meant, known)}")
+    for name in sorted(unknown_names):
+        canonical_name = {**ARGUMENT_ALIASES, **(aliases or {})}.get(name, name)
+        raise TypeError(f"{function}() has no argument {name!r}.{suggestion(canonical_name, known_names)}")

@@ -24,23 +24,23 @@ from sca.io.run_folder import existing_paths
 from sca.io.validation import check_range
 
 
-class Search:
+class SearchedRegions:
     """The regions that everything mode finds, from the prompts of a proposer if there is one."""
 
     def __init__(self, proposer: Proposer | None):
         self.proposer, self.clipped = proposer, SkipCounter()
 
-    def match(self, paths: Sequence[Path]) -> None:
+    def match_images(self, paths: Sequence[Path]) -> None:
         """Do nothing: a search needs no names of images."""
 
 
-class SamePrompts:
+class SharedPrompts:
     """The same prompts for every image; `clipped` counts the boxes that were clipped to one."""
 
     def __init__(self, prompts: Sequence[Prompt]):
         self.prompts, self.clipped = prompts, SkipCounter()
 
-    def match(self, paths: Sequence[Path]) -> None:
+    def match_images(self, paths: Sequence[Path]) -> None:
         """Do nothing: every image has the prompts."""
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
@@ -51,17 +51,17 @@ class SamePrompts:
 class ListedPrompts:
     """The prompts that a file lists for each image."""
 
-    def __init__(self, file: RegionPrompts):
-        self.file, self.clipped = file, file.clipped
-        self.keys: Mapping[Path, str] = {}
+    def __init__(self, region_prompts: RegionPrompts):
+        self.region_prompts, self.clipped = region_prompts, region_prompts.clipped
+        self.image_keys: Mapping[Path, str] = {}
 
-    def match(self, paths: Sequence[Path]) -> None:
+    def match_images(self, paths: Sequence[Path]) -> None:
         """Match all images of a run to the image names in the file.
 
         Raises:
             InputError: A name could mean several images.
         """
-        self.keys = self.file.match(paths)
+        self.image_keys = self.region_prompts.match(paths)
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
         """Return the prompts that fit an image of (width, height), and a line for each that does not.
@@ -69,16 +69,16 @@ class ListedPrompts:
         Raises:
             InputError: None fits; one line without the image's name.
         """
-        if path not in self.keys:
-            raise InputError(f"{self.file.path} has no regions for it; name it there, or leave the image out")
-        prompts, problems = self.file.fitting(self.keys[path], *size)
+        if path not in self.image_keys:
+            raise InputError(f"{self.region_prompts.path} has no regions for it; name it there, or leave the image out")
+        prompts, problems = self.region_prompts.fitting(self.image_keys[path], *size)
         if problems and not prompts:
-            more = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
-            raise InputError(f"{problems[0]}{more}")
+            remaining_count = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
+            raise InputError(f"{problems[0]}{remaining_count}")
         return prompts, problems
 
 
-RegionSource = Search | SamePrompts | ListedPrompts
+RegionSource = SearchedRegions | SharedPrompts | ListedPrompts
 SOURCES = ("boxes", "points", "masks", "regions", "prompts", "everything")  # fields of a job that state its regions
 
 
@@ -122,16 +122,16 @@ class CaptionJob:
     regions: Sequence[str] = ()
     prompts: str | None = None
     everything: bool = False
-    search: Mapping[str, Any] = field(default_factory=dict)
+    search_options: Mapping[str, Any] = field(default_factory=dict)
     proposer: str | None = None
     max_regions: int | None = None
     task: str = "caption"
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    batch: int = 8
+    generation_options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         check_task(self.task)
-        check_range("batch", self.batch, int, 1)
+        check_range("batch", self.batch_size, int, 1)
         sources = [name for name in SOURCES if getattr(self, name)]
         if not sources:
             raise ValueError(f"no regions to caption; give {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
@@ -141,7 +141,7 @@ class CaptionJob:
                 "everything"
             )
 
-    def read_regions(self) -> RegionSource:
+    def read_region_source(self) -> RegionSource:
         """Read the prompts, or build the proposer of a search.
 
         Raises:
@@ -149,33 +149,33 @@ class CaptionJob:
             RegistryError: The proposer is unknown, or cannot be built.
         """
         if self.everything:
-            return Search(self._build_proposer())
+            return SearchedRegions(self._build_proposer())
         if self.prompts:
             return ListedPrompts(read_prompts(self.prompts))
-        same = [Prompt(box=parse_box(text)) for text in self.boxes]
-        same += [Prompt(points=(parse_point(text),)) for text in self.points]
-        same += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in self.masks]
-        same += [parse_region(text, allow_pipe=True) for text in self.regions]
-        return SamePrompts(same)
+        shared_prompts = [Prompt(box=parse_box(text)) for text in self.boxes]
+        shared_prompts += [Prompt(points=(parse_point(text),)) for text in self.points]
+        shared_prompts += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in self.masks]
+        shared_prompts += [parse_region(text, allow_pipe=True) for text in self.regions]
+        return SharedPrompts(shared_prompts)
 
-    def input_files(self) -> list[Path]:
+    def list_input_files(self) -> list[Path]:
         """List the files that the regions are read from."""
         prompts = [] if self.prompts is None else [Path(self.prompts)]
-        listed = [file for path in prompts for file in (list_files(path) if path.is_dir() else [path])]
+        prompt_files = [file for path in prompts for file in (list_files(path) if path.is_dir() else [path])]
         part = self._parse_proposer()
         proposals = existing_paths(part.options) if part else ()
-        return [*listed, *map(Path, self.masks), *map(Path, mask_files(self.regions)), *proposals]
+        return [*prompt_files, *map(Path, self.masks), *map(Path, mask_files(self.regions)), *proposals]
 
-    def load(self) -> Captioner:
+    def load_captioner(self) -> Captioner:
         """Load the captioner; see `sca.captioner` for what it raises."""
         import torch
 
         from sca.inference.factory import captioner
 
         torch.manual_seed(self.seed)
-        agreed = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
+        trust_options = {"trust_remote_code": self.trust_remote_code, "allow_external": self.allow_external}
         options = {"dtype": self.dtype} if self.dtype else {}
-        return captioner(self.model, resolve_device(self.device), **agreed, **options)
+        return captioner(self.model, resolve_device(self.device), **trust_options, **options)
 
     def _parse_proposer(self) -> Part | None:
         return Part.parse(self.proposer, "proposer", "proposers") if self.proposer else None

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca.inference.engine import REGIONS, Encoded, Engine, Mask, MaskEngine
-from sca.inference.generation import OPTIONS, refuse_unknown, settle_generation
+from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, PredictedMask, MaskEngine
+from sca.inference.generation import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
 from sca.inference.requests import check_prompts, check_task, collect_prompts
 from sca.io.errors import InputError
 from sca.io.images import take_image
@@ -19,7 +19,7 @@ from sca.io.masks import RLE
 if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
-BATCH = 8  # images that are encoded at a time
+ENCODE_BATCH_SIZE = 8  # images that are encoded at a time
 REGION_ARGUMENTS = ("prompts", "boxes", "points", "masks", "task")
 
 
@@ -41,9 +41,9 @@ class Predictor:
     def __init__(self, model: SegmentCaptioner | MaskEngine, regions: int | None = None):
         if isinstance(model, MaskEngine) and regions is not None:
             raise ValueError("regions is an option of the captioner; give it to sca.captioner")
-        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions or REGIONS)
+        self.engine = model if isinstance(model, MaskEngine) else Engine(model, regions or REGION_BATCH_SIZE)
         self.image: Image.Image | None = None
-        self.encoded: Encoded | None = None
+        self.encoded: EncodedImages | None = None
 
     @property
     def model(self) -> Any:
@@ -78,7 +78,7 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        **unknown: Any,
+        **unknown_arguments: Any,
     ) -> list[Caption]:
         """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
 
@@ -106,9 +106,9 @@ class Predictor:
             TypeError: An unknown keyword; names the closest one.
             ValueError: No region, a region that does not fit the image, or a value out of range.
         """
-        refuse_unknown("predict", unknown, (*REGION_ARGUMENTS, *OPTIONS))
-        request = self._collect(prompts, boxes, points, masks)
-        generation = settle_generation(
+        reject_unknown_arguments("predict", unknown_arguments, (*REGION_ARGUMENTS, *GENERATION_OPTIONS))
+        request = self._collect_prompts(prompts, boxes, points, masks)
+        generation = resolve_generation_options(
             self.engine,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
@@ -127,9 +127,9 @@ class Predictor:
         boxes: Sequence[Sequence[float]] = (),
         points: Sequence[Sequence[float]] = (),
         masks: Sequence[np.ndarray | RLE] = (),
-        multimask: bool = True,
-        **unknown: Any,
-    ) -> list[list[Mask]]:
+        multimask_output: bool = True,
+        **unknown_arguments: Any,
+    ) -> list[list[PredictedMask]]:
         """Predict the masks of regions of the image that is set, without captions.
 
         Args:
@@ -143,9 +143,9 @@ class Predictor:
             TypeError: An unknown keyword; names the closest one.
             ValueError: What `predict` refuses, or a segmenter without masks.
         """
-        refuse_unknown("segment", unknown, (*REGION_ARGUMENTS[:4], "multimask"))
-        request = self._collect(prompts, boxes, points, masks)
-        return self.engine.segment(self.encoded, [request], multimask)
+        reject_unknown_arguments("segment", unknown_arguments, (*REGION_ARGUMENTS[:4], "multimask"))
+        request = self._collect_prompts(prompts, boxes, points, masks)
+        return self.engine.segment(self.encoded, [request], multimask_output)
 
     def predict_batch(
         self,
@@ -160,7 +160,7 @@ class Predictor:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        **unknown: Any,
+        **unknown_arguments: Any,
     ) -> list[list[Caption]]:
         """Caption regions of several images; the image that is set stays.
 
@@ -176,22 +176,22 @@ class Predictor:
             TypeError: An unknown keyword; names the closest one.
             ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
         """
-        refuse_unknown("predict_batch", unknown, ("images", "requests", "task", *OPTIONS))
+        reject_unknown_arguments("predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS))
         check_task(task)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
             raise ValueError("images and requests are lists: one list of prompts for each image")
         if len(images) != len(requests):
             raise ValueError(f"there are {len(images)} images and {len(requests)} requests; give one for each image")
-        taken, fitting = [], []
-        for place, (image, request) in enumerate(zip(images, requests, strict=True)):
+        upright_images, checked_requests = [], []
+        for index, (image, request) in enumerate(zip(images, requests, strict=True)):
             try:
-                taken.append(take_image(image))
-                fitting.append(check_prompts(request, *taken[-1].size))
+                upright_images.append(take_image(image))
+                checked_requests.append(check_prompts(request, *upright_images[-1].size))
             except ValueError as error:
-                raise type(error)(f"image {place}: {error}") from error
-        if not any(fitting):
+                raise type(error)(f"image {index}: {error}") from error
+        if not any(checked_requests):
             raise InputError("no region; give at least one prompt")
-        generation = settle_generation(
+        generation = resolve_generation_options(
             self.engine,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
@@ -201,13 +201,13 @@ class Predictor:
             top_p=top_p,
             seed=seed,
         )
-        found: list[list[Caption]] = []
-        for start in range(0, len(taken), BATCH):
-            rows = slice(start, start + BATCH)
-            found += self.engine.caption_batch(self.engine.encode(taken[rows]), fitting[rows], task, **generation)
-        return found
+        results: list[list[Caption]] = []
+        for start in range(0, len(upright_images), ENCODE_BATCH_SIZE):
+            batch = slice(start, start + ENCODE_BATCH_SIZE)
+            results += self.engine.caption_batch(self.engine.encode(upright_images[batch]), checked_requests[batch], task, **generation)
+        return results
 
-    def _collect(
+    def _collect_prompts(
         self,
         prompts: Sequence[Prompt],
         boxes: Sequence[Sequence[float]],

@@ -19,7 +19,7 @@ def collect_prompts(
     boxes: Sequence[Sequence[float]],
     points: Sequence[Sequence[float]],
     masks: Sequence[np.ndarray | RLE],
-    size: tuple[int, int],
+    image_size: tuple[int, int],
 ) -> list[Prompt]:
     """Return the prompts of a call in one list, checked against the image.
 
@@ -33,51 +33,51 @@ def collect_prompts(
     Raises:
         InputError: No region, or one that does not fit the image.
     """
-    request = [*_check_list("prompts", prompts)]
-    request += [Prompt(box=_plain(box)) for box in _check_list("boxes", boxes)]
-    request += [Prompt(points=(_plain(point),)) for point in _check_list("points", points)]
-    request += [Prompt(mask=mask) for mask in _check_list("masks", masks)]
-    if not request:
+    collected = [*_check_is_list("prompts", prompts)]
+    collected += [Prompt(box=_to_list(box)) for box in _check_is_list("boxes", boxes)]
+    collected += [Prompt(points=(_to_list(point),)) for point in _check_is_list("points", points)]
+    collected += [Prompt(mask=mask) for mask in _check_is_list("masks", masks)]
+    if not collected:
         raise InputError("no region; give prompts, boxes, points or masks")
-    return check_prompts(request, *size)
+    return check_prompts(collected, *image_size)
 
 
 def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
     """Check prompts against their image, see `sca.io.prompts.check`; a message names the index of its prompt."""
-    found = []
-    for place, prompt in enumerate(_check_list("prompts", prompts)):
+    checked_prompts = []
+    for index, prompt in enumerate(_check_is_list("prompts", prompts)):
         try:
             if not isinstance(prompt, Prompt):
                 raise InputError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
             if isinstance(prompt.mask, Mapping):
-                prompt = replace(prompt, mask=_decode(prompt.mask))
-            found.append(check(prompt, width, height))
+                prompt = replace(prompt, mask=_decode_rle(prompt.mask))
+            checked_prompts.append(check(prompt, width, height))
         except InputError as error:
-            raise InputError(f"prompt {place}: {error}") from error
-    return found
+            raise InputError(f"prompt {index}: {error}") from error
+    return checked_prompts
 
 
-def _check_list(name: str, values: Any) -> Sequence[Any]:
+def _check_is_list(name: str, values: Any) -> Sequence[Any]:
     """The regions of an argument; None is none. Raises InputError for one region in place of a list."""
     if values is None:
         return ()
     if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
         raise InputError(f"{name} is of type {type(values).__name__}; give a list of {name}")
     if name in ("boxes", "points") and len(values) and not hasattr(values[0], "__len__"):
-        raise InputError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_plain, values))}]")
+        raise InputError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_to_list, values))}]")
     return values
 
 
-def _decode(code: RLE) -> np.ndarray:
+def _decode_rle(rle: RLE) -> np.ndarray:
     try:
-        return decode(checked(code))
+        return decode(checked(rle))
     except ValueError as error:
         raise InputError(f"the mask is unusable: {error}") from error
 
 
-def _plain(numbers: Any) -> Any:
+def _to_list(values: Any) -> Any:
     """Of an array or tensor its numbers."""
-    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def check_task(task: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from sca_registry.contracts import Launcher
 
 import sca.inference.factory  # noqa: F401 (what shards are forked from has imported it)
-from sca.inference.batch import IMAGE, PROMPTS, BatchCaptioner, Failure
+from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure
 from sca.inference.job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file
 from sca.io.images import SUFFIXES, show
@@ -36,13 +36,13 @@ from sca.io.text import describe_error
 from sca.launchers.task import Task
 from sca.output.jsonl import Jsonl, Stream
 
-KIND = "caption --launcher"
-JOURNAL = "shards.journal"
-PATTERNS = (JOURNAL, "*.jsonl")  # `shards.journal`, and a file per shard
-NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
+RUN_KIND = "caption --launcher"
+JOURNAL_NAME = "shards.journal"
+OUTPUT_PATTERNS = (JOURNAL_NAME, "*.jsonl")  # `shards.journal`, and a file per shard
+FILE_NAME_ERRORS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)  # of a file name
 
-Content = Mapping[str, Any]
-Problem = tuple[str, str]  # one line, and IMAGE or PROMPTS
+ShardContent = Mapping[str, Any]
+ImageProblem = tuple[str, str]  # one line, and IMAGE or PROMPTS
 
 
 class ShardResult(NamedTuple):
@@ -50,14 +50,14 @@ class ShardResult(NamedTuple):
 
     name: str
     path: Path | None  # of its captions; None if it failed
-    problems: Sequence[Problem]  # of images, or regions of one, that are not captioned
+    problems: Sequence[ImageProblem]  # of images, or regions of one, that are not captioned
     reason: str = ""  # why it failed
 
 
 @contextmanager
-def open_run(
+def open_sharded_run(
     folder: Path,
-    shards: Mapping[str, Content],
+    shards: Mapping[str, ShardContent],
     settings: Mapping[str, Any],
     inputs: Iterable[str | Path],
     overwrite: bool = False,
@@ -78,9 +78,9 @@ def open_run(
         OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
-    contents = {name: _fingerprint(content) for name, content in shards.items()}
-    with RunFolder(folder, KIND, PATTERNS) as run_folder:
-        yield ShardedRun(run_folder, shards, contents, begin_run(run_folder, settings, contents, inputs, overwrite))
+    fingerprints = {name: _compute_fingerprint(content) for name, content in shards.items()}
+    with RunFolder(folder, RUN_KIND, OUTPUT_PATTERNS) as run_folder:
+        yield ShardedRun(run_folder, shards, fingerprints, begin_sharded_run(run_folder, settings, fingerprints, inputs, overwrite))
 
 
 class ShardedRun:
@@ -89,19 +89,19 @@ class ShardedRun:
     def __init__(
         self,
         folder: RunFolder,
-        shards: Mapping[str, Content],
-        contents: Mapping[str, str],
-        finished: dict[str, Sequence[Problem]],
+        shards: Mapping[str, ShardContent],
+        fingerprints: Mapping[str, str],
+        finished: dict[str, Sequence[ImageProblem]],
     ):
         self.shards, self.finished = shards, finished
-        self._folder, self._contents = folder, contents
+        self._folder, self._fingerprints = folder, fingerprints
 
     @property
-    def missing(self) -> list[str]:
+    def missing_names(self) -> list[str]:
         """Names of the shards that are not finished."""
         return [name for name in self.shards if name not in self.finished]
 
-    def caption(self, job: CaptionJob, launcher: Launcher, regions: RegionSource) -> Iterator[ShardResult]:
+    def caption_shards(self, job: CaptionJob, launcher: Launcher, region_source: RegionSource) -> Iterator[ShardResult]:
         """Caption the missing shards and yield each as it ends.
 
         Args:
@@ -110,41 +110,41 @@ class ShardedRun:
             regions: What `job.read_regions` returned, after `match` with the images of all shards; those of an archive
                 are matched by themselves.
         """
-        folder, plain = self._folder.path, asdict(job)
-        keys = regions.keys if isinstance(regions, ListedPrompts) else {}
-        with Journal(folder / JOURNAL) as journal, tempfile.TemporaryDirectory(prefix="sca-") as logs:
+        folder, job_fields = self._folder.path, asdict(job)
+        image_keys = region_source.image_keys if isinstance(region_source, ListedPrompts) else {}
+        with Journal(folder / JOURNAL_NAME) as journal, tempfile.TemporaryDirectory(prefix="sca-") as log_folder:
             tasks = [
                 Task(
                     name,
                     "sca.inference.shards:caption_shard",
                     {
-                        "job": plain,
+                        "job": job_fields,
                         "content": content,
-                        "keys": {path: keys[Path(path)] for path in content.get("images", ()) if Path(path) in keys},
+                        "keys": {path: image_keys[Path(path)] for path in content.get("images", ()) if Path(path) in image_keys},
                         "folder": os.getcwd(),
                         "device": job.device,
                     },
-                    str(Path(logs, name)),
+                    str(Path(log_folder, name)),
                     timeout=float("inf"),
-                    gpus=int(job.device.startswith("cuda")),
+                    num_gpus=int(job.device.startswith("cuda")),
                 )
                 for name, content in self.shards.items()
                 if name not in self.finished
             ]
-            ended = set()
-            for task, made in launcher.map(tasks):
-                ended.add(task.key)
-                if made["state"] != "done":
-                    yield ShardResult(task.key, None, (), f"{made['state']}: {made['reason']}")
+            ended_names = set()
+            for task, result in launcher.map(tasks):
+                ended_names.add(task.key)
+                if result["state"] != "done":
+                    yield ShardResult(task.key, None, (), f"{result['state']}: {result['reason']}")
                     continue
-                path, problems = folder / f"{task.key}.jsonl", made["problems"]
-                write_file(path, made["captions"].encode())
-                journal.append({"shard": task.key, "content": self._contents[task.key], "problems": problems})
+                path, problems = folder / f"{task.key}.jsonl", result["problems"]
+                write_file(path, result["captions"].encode())
+                journal.append({"shard": task.key, "content": self._fingerprints[task.key], "problems": problems})
                 self.finished[task.key] = problems
                 yield ShardResult(task.key, path, problems)
-        killed = "its process was killed each time; if memory ran out, use fewer workers or smaller batches"
-        yield from (ShardResult(name, None, (), killed) for name in sorted({*self.missing} - ended))
-        if not self.missing:
+        killed_reason = "its process was killed each time; if memory ran out, use fewer workers or smaller batches"
+        yield from (ShardResult(name, None, (), killed_reason) for name in sorted({*self.missing_names} - ended_names))
+        if not self.missing_names:
             self._folder.finish()
 
 
@@ -163,35 +163,35 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         os.chdir(config["folder"])
     job, content = replace(CaptionJob(**config["job"]), device=config["device"]), config["content"]
     text = io.StringIO()
-    with tempfile.TemporaryDirectory(prefix="sca-") as unpacked:
+    with tempfile.TemporaryDirectory(prefix="sca-") as unpack_folder:
         try:
-            named, unusable = _unpack(content["tar"], unpacked) if "tar" in content else (content["images"], [])
-            problems = [(line, IMAGE) for line in unusable]
+            image_paths, unpack_problems = _unpack_images(content["tar"], unpack_folder) if "tar" in content else (content["images"], [])
+            problems = [(line, UNUSABLE_IMAGE) for line in unpack_problems]
             keys = None if "tar" in content else {Path(path): key for path, key in config["keys"].items()}
-            problems += _caption(job, [Path(name) for name in named], keys, text) if named else []
+            problems += _write_captions(job, [Path(name) for name in image_paths], keys, text) if image_paths else []
         except (ValueError, OSError) as error:
             return {"state": "failed", "reason": describe_error(error)}
         captions = text.getvalue()
         if "tar" in content:
-            captions = captions.replace(json.dumps(f"{unpacked}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
-            problems = [(line.replace(f"{unpacked}/", f"{content['tar']}/"), kind) for line, kind in problems]
-    if not captions and any(kind == PROMPTS for _, kind in problems):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        return {"state": "failed", "reason": f"{problems[0][0]}{more}"}
+            captions = captions.replace(json.dumps(f"{unpack_folder}/")[:-1], json.dumps(f"{content['tar']}/")[:-1])
+            problems = [(line.replace(f"{unpack_folder}/", f"{content['tar']}/"), kind) for line, kind in problems]
+    if not captions and any(kind == UNUSABLE_PROMPTS for _, kind in problems):
+        remaining_count = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return {"state": "failed", "reason": f"{problems[0][0]}{remaining_count}"}
     return {"state": "done", "reason": "", "captions": captions, "problems": problems}
 
 
-def _caption(
-    job: CaptionJob, paths: Sequence[Path], keys: Mapping[Path, str] | None, text: io.StringIO
-) -> list[Problem]:
+def _write_captions(
+    job: CaptionJob, paths: Sequence[Path], image_keys: Mapping[Path, str] | None, stream: io.StringIO
+) -> list[ImageProblem]:
     """Write the captions of images as JSON lines; return the problems."""
-    regions = job.read_regions()
-    if isinstance(regions, ListedPrompts) and keys is not None:
-        regions.keys = keys
+    region_source = job.read_region_source()
+    if isinstance(region_source, ListedPrompts) and image_keys is not None:
+        region_source.image_keys = image_keys
     else:
-        regions.match(paths)
-    writer, problems = Jsonl(Stream(text), job.model), list[Problem]()
-    for result in BatchCaptioner(job, regions).caption(paths):
+        region_source.match_images(paths)
+    writer, problems = Jsonl(Stream(stream), job.model), list[ImageProblem]()
+    for result in BatchCaptioner(job, region_source).caption_images(paths):
         if isinstance(result, Failure):
             problems.append((result.reason, result.kind))
         else:
@@ -200,40 +200,40 @@ def _caption(
     return problems
 
 
-def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[str, Content]:
+def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> dict[str, ShardContent]:
     """Name the shards: archives by their files, other images by numbers that no archive has."""
-    named: dict[str, str] = {}
+    archives_by_name: dict[str, str] = {}
     for archive in sorted(archives):
         name = Path(archive).stem
-        if name in named:
-            raise ValueError(f"{archive} and {named[name]} would both be {name}.jsonl: caption them into two folders")
-        named[name] = archive
-    shards: dict[str, Content] = {name: {"tar": os.path.abspath(archive)} for name, archive in named.items()}
-    free = (name for number in count() if (name := f"shard-{number:05d}") not in named)
+        if name in archives_by_name:
+            raise ValueError(f"{archive} and {archives_by_name[name]} would both be {name}.jsonl: caption them into two folders")
+        archives_by_name[name] = archive
+    shards: dict[str, ShardContent] = {name: {"tar": os.path.abspath(archive)} for name, archive in archives_by_name.items()}
+    free_names = (name for number in count() if (name := f"shard-{number:05d}") not in archives_by_name)
     for start in range(0, len(paths), size):
-        shards[next(free)] = {"images": [str(path) for path in paths[start : start + size]]}
+        shards[next(free_names)] = {"images": [str(path) for path in paths[start : start + size]]}
     return shards
 
 
-def _fingerprint(content: Content) -> str:
+def _compute_fingerprint(content: ShardContent) -> str:
     """Return a digest of the names of a shard's images, or of the path, size and modification time of its archive.
 
     Archives are too large to be read once more for a hash of their content.
     """
-    state = None
+    file_state = None
     if "tar" in content and os.path.exists(content["tar"]):
-        found = os.stat(content["tar"])
-        state = [found.st_size, found.st_mtime_ns]
-    return hashlib.sha256(json.dumps([content, state]).encode()).hexdigest()[:16]
+        file_stat = os.stat(content["tar"])
+        file_state = [file_stat.st_size, file_stat.st_mtime_ns]
+    return hashlib.sha256(json.dumps([content, file_state]).encode()).hexdigest()[:16]
 
 
-def begin_run(
+def begin_sharded_run(
     folder: RunFolder,
     settings: Mapping[str, Any],
-    contents: Mapping[str, str],
+    fingerprints: Mapping[str, str],
     inputs: Iterable[str | Path],
     overwrite: bool,
-) -> dict[str, Sequence[Problem]]:
+) -> dict[str, Sequence[ImageProblem]]:
     """Begin a run of shards in its folder.
 
     Args:
@@ -250,33 +250,33 @@ def begin_run(
         OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
-    entries = list(read_journal(folder.path / JOURNAL)) if folder.run and not overwrite else []
-    done = {str(entry.get("shard")): entry.get("content") for entry in entries}
-    problems = {str(entry.get("shard")): _read_problems(entry.get("problems")) for entry in entries}
-    loose = ("images", "shards") if not overwrite and done.items() <= contents.items() else ()
-    outputs = [JOURNAL, *map(_output, contents)]
-    folder.begin({**settings, "shards": contents}, outputs, inputs, overwrite=overwrite, loose=loose)
-    kept = set() if overwrite else {JOURNAL, *map(_output, done)}
-    folder.delete_outputs(set(folder.run.outputs if folder.run else ()) - kept)
-    return {name: problems[name] for name in done if (folder.path / f"{name}.jsonl").is_file()}
+    entries = list(read_journal(folder.path / JOURNAL_NAME)) if folder.run and not overwrite else []
+    finished = {str(entry.get("shard")): entry.get("content") for entry in entries}
+    problems = {str(entry.get("shard")): _parse_problems(entry.get("problems")) for entry in entries}
+    loose_settings = ("images", "shards") if not overwrite and finished.items() <= fingerprints.items() else ()
+    outputs = [JOURNAL_NAME, *map(_make_output_pattern, fingerprints)]
+    folder.begin({**settings, "shards": fingerprints}, outputs, inputs, overwrite=overwrite, loose=loose_settings)
+    kept_outputs = set() if overwrite else {JOURNAL_NAME, *map(_make_output_pattern, finished)}
+    folder.delete_outputs(set(folder.run.outputs if folder.run else ()) - kept_outputs)
+    return {name: problems[name] for name in finished if (folder.path / f"{name}.jsonl").is_file()}
 
 
-def _read_problems(listed: Any) -> list[Problem]:
+def _parse_problems(value: Any) -> list[ImageProblem]:
     """Read the problems of a line of the journal."""
-    pairs = listed if isinstance(listed, list) else []
-    return [(str(line), kind) for line, kind in filter(_is_pair, pairs) if kind in (IMAGE, PROMPTS)]
+    pairs = value if isinstance(value, list) else []
+    return [(str(line), kind) for line, kind in filter(_is_pair, pairs) if kind in (UNUSABLE_IMAGE, UNUSABLE_PROMPTS)]
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2
 
 
-def _output(name: str) -> str:
+def _make_output_pattern(name: str) -> str:
     """The pattern of the file of a shard."""
     return exact_pattern(f"{name}.jsonl")
 
 
-def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
+def _unpack_images(archive: str, folder: str) -> tuple[list[str], list[str]]:
     """Extract the images of an archive; return their paths, all inside the folder, and a line for each that is not.
 
     Raises:
@@ -289,15 +289,15 @@ def _unpack(archive: str, folder: str) -> tuple[list[str], list[str]]:
                 if not member.isfile() or Path(member.name).suffix.lower() not in SUFFIXES:
                     continue
                 try:
-                    inside = tarfile.data_filter(member, folder)
-                    tar.extract(inside, folder, filter="data")
+                    safe_member = tarfile.data_filter(member, folder)
+                    tar.extract(safe_member, folder, filter="data")
                 except (tarfile.FilterError, OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno not in NAME_ERRORS:  # such as a full disk
+                    if isinstance(error, OSError) and error.errno not in FILE_NAME_ERRORS:  # such as a full disk
                         raise ValueError(f"cannot unpack {show(archive)}: {error.strerror or error}") from error
                     reason = " ".join(str(error).split())
                     problems.append(f"{show(member.name)} of {show(archive)} cannot be unpacked ({reason}); rename it")
                 else:
-                    paths.append(str(Path(folder, inside.name)))
+                    paths.append(str(Path(folder, safe_member.name)))
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"cannot read {show(archive)}: {error}") from error
     if not paths and not problems:

@@ -14,25 +14,25 @@ from typing import Any
 from sca.io.atomic import write_file
 from sca.launchers.interrupts import accept_interrupts
 
-LOG, MADE = "log.txt", "made.json"
+LOG_FILE, RESULT_FILE = "log.txt", "made.json"
 
 
-def child(job: str, config: Mapping[str, Any], folder: str) -> None:
-    _end_with_parent()
+def run_task(job: str, config: Mapping[str, Any], folder: str) -> None:
+    _exit_with_parent()
     os.setsid()
     accept_interrupts()
-    with open(Path(folder, LOG), "ab", buffering=0) as log:
+    with open(Path(folder, LOG_FILE), "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    module, _, function = job.partition(":")
-    made = getattr(import_module(module), function)(config, folder)
+    module_name, _, function_name = job.partition(":")
+    result = getattr(import_module(module_name), function_name)(config, folder)
     Path(folder).mkdir(parents=True, exist_ok=True)  # somebody may have tidied up meanwhile
-    write_file(Path(folder, MADE), json.dumps(made))
+    write_file(Path(folder, RESULT_FILE), json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # threads of a library may not let go
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """The process is killed when the one that it was forked from ends, so that no task outlives its launcher."""
     if sys.platform == "linux":
         import ctypes

@@ -18,11 +18,11 @@ def block_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def accept_interrupts() -> None:
@@ -31,13 +31,13 @@ def accept_interrupts() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def kill_with_children(pid: int) -> None:
+def kill_process_tree(pid: int) -> None:
     """Kill a process and all that it has started."""
     try:
         process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
+        processes = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for each in family:
+    for member in processes:
         with suppress(psutil.NoSuchProcess):
-            each.kill()
+            member.kill()

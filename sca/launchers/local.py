@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sca.io.atomic import remove_drafts
-from sca.launchers.child import LOG, MADE, child
+from sca.launchers.child import LOG_FILE, RESULT_FILE, run_task
 from sca.launchers.interrupts import block_interrupts
-from sca.launchers.task import Outcome, Task
+from sca.launchers.task import TaskOutcome, Task
 
-KILLED = 3  # times that a process may be killed from outside before its task is left for another run
+MAX_KILLS = 3  # times that a process may be killed from outside before its task is left for another run
 
 
 class Local:
@@ -33,58 +33,58 @@ class Local:
             raise ValueError(f"workers is {workers}: give a number, 0 for as many as suit the machine")
         self.workers = workers
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         """Outcomes as they come. A process that was killed from outside is started again, at most `KILLED` times."""
         context = get_context("forkserver")
-        jobs = dict.fromkeys(task.job.partition(":")[0] for task in tasks)
-        context.set_forkserver_preload(["sca.launchers.child", *jobs])
+        module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)
+        context.set_forkserver_preload(["sca.launchers.child", *module_names])
         waiting, running = deque(tasks), {}
-        times: dict[str, int] = {}
-        devices = _devices(tasks)
+        num_kills: dict[str, int] = {}
+        devices = _list_gpus(tasks)
         workers = self.workers or len(devices) or max(1, (os.cpu_count() or 2) // 2)
-        free = deque(devices or range(workers))
+        free_devices = deque(devices or range(workers))
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     task = waiting.popleft()
                     if time.time() >= task.deadline:
                         continue
-                    device = free.popleft() if free else None
-                    process = _start(context, task, device if devices else None)
+                    device = free_devices.popleft() if free_devices else None
+                    process = _start_process(context, task, device if devices else None)
                     running[process.sentinel] = process, task, device, time.monotonic()
                 if not running:
                     break
-                self._pause(running)
-                for sentinel, (process, task, device, start) in list(running.items()):
-                    overdue = _time_left(task, start) < 0
-                    if process.is_alive() and not overdue:
+                self._wait_for_process(running)
+                for sentinel, (process, task, device, start_time) in list(running.items()):
+                    is_overdue = _compute_time_left(task, start_time) < 0
+                    if process.is_alive() and not is_overdue:
                         continue
                     del running[sentinel]
-                    free.append(device)
-                    outcome = _outcome(process, task, overdue, time.monotonic() - start)
+                    free_devices.append(device)
+                    outcome = _collect_outcome(process, task, is_overdue, time.monotonic() - start_time)
                     if outcome is None and time.time() < task.deadline:
-                        times[task.key] = times.get(task.key, 0) + 1
-                        if times[task.key] < KILLED:
+                        num_kills[task.key] = num_kills.get(task.key, 0) + 1
+                        if num_kills[task.key] < MAX_KILLS:
                             waiting.append(task)
                     elif outcome is not None:
                         yield outcome
         finally:
             for process, *_ in running.values():
-                _end(process)
+                _kill_process(process)
 
     @staticmethod
-    def _pause(running: dict[int, Any]) -> None:
+    def _wait_for_process(running: dict[int, Any]) -> None:
         """Until a process ends or is overdue."""
-        left = min(_time_left(task, start) for _, task, _, start in running.values())
-        wait(list(running), timeout=None if math.isinf(left) else max(0.0, left))
+        seconds_left = min(_compute_time_left(task, start) for _, task, _, start in running.values())
+        wait(list(running), timeout=None if math.isinf(seconds_left) else max(0.0, seconds_left))
 
 
-def _time_left(task: Task, start: float) -> float:
+def _compute_time_left(task: Task, start_time: float) -> float:
     """Seconds until a task is overdue. start: when its process was started, by the monotonic clock."""
-    return min(start + task.timeout - time.monotonic(), task.deadline - time.time())
+    return min(start_time + task.timeout - time.monotonic(), task.deadline - time.time())
 
 
-def _devices(tasks: Sequence[Task]) -> list[int]:
+def _list_gpus(tasks: Sequence[Task]) -> list[int]:
     if not any(task.config["device"].startswith("cuda") for task in tasks):
         return []
     import torch
@@ -92,62 +92,62 @@ def _devices(tasks: Sequence[Task]) -> list[int]:
     return list(range(torch.cuda.device_count()))
 
 
-def _start(context: Any, task: Task, gpu: int | None) -> Any:
+def _start_process(context: Any, task: Task, gpu: int | None) -> Any:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MADE).unlink(missing_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
     remove_drafts(folder)
     config = dict(task.config)
     if gpu is not None:
         config["device"] = f"cuda:{gpu}"
-    process = context.Process(target=child, args=(task.job, config, str(folder)), daemon=False)
+    process = context.Process(target=run_task, args=(task.function, config, str(folder)), daemon=False)
     with block_interrupts():
         process.start()
     return process
 
 
-def _outcome(process: Any, task: Task, overdue: bool, seconds: float) -> Outcome | None:
+def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float) -> TaskOutcome | None:
     """What became of a process that ended; None if it was killed from outside, which says nothing about the task."""
-    if process.is_alive() and overdue:
-        _end(process)
+    if process.is_alive() and is_overdue:
+        _kill_process(process)
     process.join()
-    code = process.exitcode
+    exit_code = process.exitcode
     try:
-        made = json.loads(Path(task.folder, MADE).read_text("utf-8"))
+        result = json.loads(Path(task.folder, RESULT_FILE).read_text("utf-8"))
     except (OSError, ValueError):
-        made = None
-    if made is not None:
-        made.setdefault("seconds", {})["process"] = seconds
-        return Outcome(task, made)
-    if overdue and time.time() >= task.deadline:
+        result = None
+    if result is not None:
+        result.setdefault("seconds", {})["process"] = elapsed
+        return TaskOutcome(task, result)
+    if is_overdue and time.time() >= task.deadline:
         return None
-    if overdue:
-        return Outcome(task, _typed("timed-out", f"it took more than {task.timeout:g} s", seconds))
-    if code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone
+    if is_overdue:
+        return TaskOutcome(task, _make_failure_result("timed-out", f"it took more than {task.timeout:g} s", elapsed))
+    if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone
         return None
-    if code is not None and code < 0:
-        return Outcome(task, _typed("crashed", f"ended by {signal.Signals(-code).name}", seconds))
-    return Outcome(task, _typed("crashed", f"ended with status {code}: {_last_words(task)}", seconds))
+    if exit_code is not None and exit_code < 0:
+        return TaskOutcome(task, _make_failure_result("crashed", f"ended by {signal.Signals(-exit_code).name}", elapsed))
+    return TaskOutcome(task, _make_failure_result("crashed", f"ended with status {exit_code}: {_read_last_log_line(task)}", elapsed))
 
 
-def _last_words(task: Task) -> str:
+def _read_last_log_line(task: Task) -> str:
     """The last line of a task's log, which of a traceback is the exception."""
     try:
-        lines = Path(task.folder, LOG).read_text("utf-8", "replace").split("\n")
+        lines = Path(task.folder, LOG_FILE).read_text("utf-8", "replace").split("\n")
     except OSError:
         lines = []
     return next((line.strip() for line in reversed(lines) if line.strip()), "it left nothing")[:300]
 
 
-def _typed(state: str, reason: str, seconds: float) -> dict[str, Any]:
-    return {"state": state, "reason": reason, "seconds": {"process": seconds}}
+def _make_failure_result(state: str, reason: str, elapsed: float) -> dict[str, Any]:
+    return {"state": state, "reason": reason, "seconds": {"process": elapsed}}
 
 
-def _end(process: Any) -> None:
+def _kill_process(process: Any) -> None:
     """The process and what it has started."""
-    for kill in (os.killpg, os.kill):
+    for kill_function in (os.killpg, os.kill):
         try:
-            kill(process.pid, signal.SIGKILL)
+            kill_function(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             continue
     process.join()

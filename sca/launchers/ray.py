@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sca.launchers.child import LOG
+from sca.launchers.child import LOG_FILE
 from sca.launchers.local import Local
-from sca.launchers.task import Outcome, Task
+from sca.launchers.task import TaskOutcome, Task
 
-RETRIES = 3  # of a task whose node was lost
+MAX_RETRIES = 3  # of a task whose node was lost
 
 
 class Ray:
@@ -27,50 +27,50 @@ class Ray:
             raise ValueError(f"cores is {cores}: give 1 or more, what a task takes of a node")
         self.address, self.cores = address, cores
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def map(self, tasks: Sequence[Task]) -> Iterator[TaskOutcome]:
         import ray
 
-        started = not ray.is_initialized()
-        if started:
+        started_ray = not ray.is_initialized()
+        if started_ray:
             ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
         try:
-            remote = ray.remote(max_retries=RETRIES)(_make)
-            waiting = {
-                remote.options(num_cpus=self.cores, num_gpus=task.gpus, memory=int(task.memory * 2**30) or None).remote(
+            run_remotely = ray.remote(max_retries=MAX_RETRIES)(_run_on_node)
+            tasks_by_reference = {
+                run_remotely.options(num_cpus=self.cores, num_gpus=task.num_gpus, memory=int(task.memory_gib * 2**30) or None).remote(
                     task
                 ): task
                 for task in tasks
             }
-            while waiting:
-                (ready,), _ = ray.wait(list(waiting), num_returns=1)
-                task = waiting.pop(ready)
+            while tasks_by_reference:
+                (finished_reference,), _ = ray.wait(list(tasks_by_reference), num_returns=1)
+                task = tasks_by_reference.pop(finished_reference)
                 try:
-                    made, log = ray.get(ready)
+                    result, log = ray.get(finished_reference)
                 except ray.exceptions.RayError as error:
-                    made = _lost(error)
-                    log = f"{made['reason']}\n" if made else ""
-                if made is not None:
+                    result = _make_error_result(error)
+                    log = f"{result['reason']}\n" if result else ""
+                if result is not None:
                     Path(task.folder).mkdir(parents=True, exist_ok=True)
-                    Path(task.folder, LOG).write_text(log, "utf-8")
-                    yield Outcome(task, made)
+                    Path(task.folder, LOG_FILE).write_text(log, "utf-8")
+                    yield TaskOutcome(task, result)
         finally:
-            if started:
+            if started_ray:
                 ray.shutdown()
 
 
-def _make(task: Task) -> tuple[dict[str, Any] | None, str]:
+def _run_on_node(task: Task) -> tuple[dict[str, Any] | None, str]:
     """On the node: a process of its own as on any machine, so that its end is typed there."""
     with tempfile.TemporaryDirectory(prefix="sca-") as folder:
         outcomes = list(Local(workers=1).map([replace(task, folder=folder)]))
-        log = Path(folder, LOG)
-        return (outcomes[0].made if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
+        log = Path(folder, LOG_FILE)
+        return (outcomes[0].result if outcomes else None), log.read_text("utf-8", "replace") if log.is_file() else ""
 
 
-def _lost(error: Exception) -> Mapping[str, Any] | None:
+def _make_error_result(error: Exception) -> Mapping[str, Any] | None:
     """A task that Ray gave up; None where nodes were lost, which says nothing about it."""
     import ray
 
-    gone = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
-    if isinstance(error, gone):
+    node_loss_errors = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
+    if isinstance(error, node_loss_errors):
         return None
     return {"state": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "seconds": {}}

@@ -17,19 +17,19 @@ class Task:
     """
 
     key: str
-    job: str
+    function: str
     config: Mapping[str, Any]
     folder: str
     timeout: float = 3600.0
-    gpus: int = 0
-    memory: float = 0.0
+    num_gpus: int = 0
+    memory_gib: float = 0.0
     deadline: float = math.inf
 
 
-class Outcome(NamedTuple):
+class TaskOutcome(NamedTuple):
     """What a job gave; or, of one whose process ended otherwise, a table with `state` ("crashed" or "timed-out"),
     `reason` and `seconds`.
     """
 
     task: Task
-    made: dict[str, Any]
+    result: dict[str, Any]

@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
-from sca.serve.keys import find_key
-from sca.serve.problems import ApiError, error_response
+from sca.serve.keys import find_key_index
+from sca.serve.problems import ApiError, make_error_response
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS = ("/health",)  # that are answered without a key
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+PUBLIC_PATHS = ("/health",)  # that are answered without a key
 
 
-class HostCheck:
+class HostCheckMiddleware:
     """ASGI middleware that answers only requests whose Host header is an IP address or one of `hosts`.
 
     A page of a stranger whose name was bound to this address (DNS rebinding) has another Host. An address cannot be
@@ -26,32 +26,32 @@ class HostCheck:
 
     def __init__(self, app: Any, hosts: Sequence[str] = ()):
         self.app = app
-        self.every = "*" in hosts
-        self.hosts = {name.lower().rstrip(".") for name in (*LOCAL, socket.gethostname(), *hosts)}
+        self.allows_every_host = "*" in hosts
+        self.allowed_hosts = {name.lower().rstrip(".") for name in (*LOCAL_HOSTS, socket.gethostname(), *hosts)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] not in ("http", "websocket") or self.every:
+        if scope["type"] not in ("http", "websocket") or self.allows_every_host:
             return await self.app(scope, receive, send)
-        given = Headers(scope=scope).get("host", "")
-        if self._is_allowed(given):
+        host_header = Headers(scope=scope).get("host", "")
+        if self._is_allowed(host_header):
             return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        message = f"the host {given[:100]!r} is not served here; start with --allow-host NAME to allow it"
-        await error_response(ApiError(403, message))(scope, receive, send)
+        message = f"the host {host_header[:100]!r} is not served here; start with --allow-host NAME to allow it"
+        await make_error_response(ApiError(403, message))(scope, receive, send)
 
-    def _is_allowed(self, given: str) -> bool:
+    def _is_allowed(self, host_header: str) -> bool:
         try:
-            name = (urlsplit(f"//{given}").hostname or "").rstrip(".")
-            if name in self.hosts:
+            host_name = (urlsplit(f"//{host_header}").hostname or "").rstrip(".")
+            if host_name in self.allowed_hosts:
                 return True
-            ipaddress.ip_address(name)
+            ipaddress.ip_address(host_name)
         except ValueError:
             return False
         return True
 
 
-class KeyCheck:
+class KeyCheckMiddleware:
     """ASGI middleware that answers only requests with a key, sent as `Authorization: Bearer KEY`.
 
     Clients with the same key count as one client: `scope["state"]["client"]`.
@@ -61,12 +61,12 @@ class KeyCheck:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS:
             return await self.app(scope, receive, send)
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        place = find_key(given.strip(), self.keys) if scheme.lower() == "bearer" else None
-        if place is None:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        key_index = find_key_index(key.strip(), self.keys) if scheme.lower() == "bearer" else None
+        if key_index is None:
             error = ApiError(401, "no valid API key; send Authorization: Bearer KEY")
-            return await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        scope.setdefault("state", {})["client"] = f"key {place}"
+            return await make_error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        scope.setdefault("state", {})["client"] = f"key {key_index}"
         await self.app(scope, receive, send)

@@ -23,30 +23,30 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sca.inference.automatic import Searched
+from sca.inference.automatic import SearchProgress
 from sca.io.errors import InputError
-from sca.serve.access import HostCheck, KeyCheck
-from sca.serve.body import RequestLimits
-from sca.serve.chat import add_chat
+from sca.serve.access import HostCheckMiddleware, KeyCheckMiddleware
+from sca.serve.body import RequestLimitMiddleware
+from sca.serve.chat import add_chat_routes
 from sca.serve.memory import BudgetError, release_memory
-from sca.serve.problems import ApiError, error_response, to_api_error
-from sca.serve.root_path import RootPath
-from sca.serve.scheduler import SHORT, RequestScheduler
-from sca.serve.schema import Answer, Asked, AskedOfImage, Health, Limits, add_schema
-from sca.serve.service import EVENT_STREAM, JSON, PROBLEMS, Service, content_type, count_masks, decode_base64, plain
-from sca.serve.tickets import Done, Event, Found, Question, SchedulerError
+from sca.serve.problems import ApiError, make_error_response, to_api_error
+from sca.serve.root_path import RootPathMiddleware
+from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
+from sca.serve.schema import CaptionResponse, CaptionRequest, JsonCaptionRequest, HealthResponse, ServerLimits, add_body_schema
+from sca.serve.service import EVENT_STREAM_MEDIA_TYPE, JSON_MEDIA_TYPE, ERROR_RESPONSES, CaptionService, get_media_type, count_mask_prompts, decode_base64, caption_to_dict
+from sca.serve.tickets import RequestDone, RequestEvent, RegionsFound, InferenceRequest, SchedulerError
 
-TRIM = 10.0  # seconds between two times that freed memory goes back to the system
-QUIET = 10.0  # seconds without an event after which a stream says that it lives
+TRIM_INTERVAL = 10.0  # seconds between two times that freed memory goes back to the system
+KEEPALIVE_INTERVAL = 10.0  # seconds without an event after which a stream says that it lives
 
 
-def application(
+def create_app(
     scheduler: RequestScheduler,
-    name: str,
-    limits: Limits | None = None,
-    origins: Sequence[str] = (),
-    hosts: Sequence[str] | None = None,
-    keys: Sequence[str] = (),
+    model_name: str,
+    limits: ServerLimits | None = None,
+    allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
+    api_keys: Sequence[str] = (),
     root_path: str = "",
 ) -> FastAPI:
     """Build the application that answers with a scheduler's model; it closes the scheduler at its end.
@@ -60,14 +60,14 @@ def application(
         keys: API keys, one of which every request has to send; none if there are none.
         root_path: Path below which a proxy shows the application, such as "/captions".
     """
-    limits = limits or Limits()
-    service = Service(scheduler, name, limits)
+    limits = limits or ServerLimits()
+    service = CaptionService(scheduler, model_name, limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        trimming = asyncio.create_task(_trim_memory())
+        trim_task = asyncio.create_task(_trim_memory())
         yield
-        trimming.cancel()
+        trim_task.cancel()
         await to_thread.run_sync(service.close)
 
     app = FastAPIOffline(  # whose page at /docs loads nothing from elsewhere
@@ -77,33 +77,33 @@ def application(
         redoc_url=None,
     )
     app.state.scheduler, app.state.budget = scheduler, service.budget
-    if keys:
-        app.add_middleware(KeyCheck, keys=keys)
-    if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    if hosts is not None:
-        app.add_middleware(HostCheck, hosts=hosts)
-    app.add_middleware(RequestLimits, limits=limits, budget=service.budget)
-    app.add_middleware(service.metrics.middleware)
+    if api_keys:
+        app.add_middleware(KeyCheckMiddleware, keys=api_keys)
+    if allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    if allowed_hosts is not None:
+        app.add_middleware(HostCheckMiddleware, hosts=allowed_hosts)
+    app.add_middleware(RequestLimitMiddleware, limits=limits, budget=service.budget)
+    app.add_middleware(service.metrics.wrap_app)
     if root_path:
-        app.add_middleware(RootPath, root_path=root_path)  # the last is the outermost
-    _handle_problems(app)
-    _add_captions(app, service)
-    _add_facts(app, service)
-    add_chat(app, service)
+        app.add_middleware(RootPathMiddleware, root_path=root_path)  # the last is the outermost
+    _add_error_handlers(app)
+    _add_caption_route(app, service)
+    _add_info_routes(app, service)
+    add_chat_routes(app, service)
     return app
 
 
 async def _trim_memory() -> None:
     """Gives back what requests have freed, also those that went while their image was being decoded."""
     while True:
-        await asyncio.sleep(TRIM)
+        await asyncio.sleep(TRIM_INTERVAL)
         await to_thread.run_sync(release_memory)
 
 
-def _add_captions(app: FastAPI, service: Service) -> None:
-    ways = {
-        "application/json": {"schema": add_schema(app, AskedOfImage)},
+def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
+    request_content = {
+        "application/json": {"schema": add_body_schema(app, JsonCaptionRequest)},
         "multipart/form-data": {
             "schema": {
                 "type": "object",
@@ -115,77 +115,77 @@ def _add_captions(app: FastAPI, service: Service) -> None:
             },
         },
     }
-    stream = {"description": "events `found`, `searched`, `region`, `done`, `error`", "schema": {"type": "string"}}
+    stream_content = {"description": "events `found`, `searched`, `region`, `done`, `error`", "schema": {"type": "string"}}
 
     @app.post(
         "/v1/captions",
-        response_model=Answer,
-        responses={**PROBLEMS, 200: {"content": {EVENT_STREAM: stream}}},
-        openapi_extra={"requestBody": {"required": True, "content": ways}},
+        response_model=CaptionResponse,
+        responses={**ERROR_RESPONSES, 200: {"content": {EVENT_STREAM_MEDIA_TYPE: stream_content}}},
+        openapi_extra={"requestBody": {"required": True, "content": request_content}},
         summary="Captions and masks of regions, at once or as they are there",
     )
     async def captions(request: Request) -> Response:
-        asked, content = await _read(service, request)
-        service.check(asked)
-        image = await service.image(request, content, count_masks(asked))
-        del content
-        question = await service.question(request, asked, image)
-        if asked.stream or EVENT_STREAM in request.headers.get("accept", ""):
-            return await _stream(service, request, question)
-        found = await service.captions(request, question)
-        head = {"model": service.name, "width": image.width, "height": image.height}
-        if len(found) <= SHORT:
-            return JSONResponse({**head, "regions": [plain(each, image) for each in found]})
-        return StreamingResponse(_pieces(head, found, image), media_type="application/json")
+        caption_request, image_bytes = await _read_request(service, request)
+        service.check_request(caption_request)
+        image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
+        del image_bytes
+        inference_request = await service.make_inference_request(request, caption_request, image)
+        if caption_request.stream or EVENT_STREAM_MEDIA_TYPE in request.headers.get("accept", ""):
+            return await _stream_response(service, request, inference_request)
+        results = await service.collect_captions(request, inference_request)
+        header = {"model": service.model_name, "width": image.width, "height": image.height}
+        if len(results) <= SHORT_REQUEST_REGIONS:
+            return JSONResponse({**header, "regions": [caption_to_dict(each, image) for each in results]})
+        return StreamingResponse(_iter_json_chunks(header, results, image), media_type="application/json")
 
 
-def _pieces(head: dict[str, Any], found: Sequence[Caption], image: Image.Image) -> Iterator[str]:
+def _iter_json_chunks(header: dict[str, Any], captions: Sequence[Caption], image: Image.Image) -> Iterator[str]:
     """A long answer a region at a time: in one piece it would keep others waiting."""
-    yield f'{json.dumps(head)[:-1]}, "regions": ['
-    for number, each in enumerate(found):
-        yield f"{', ' if number else ''}{json.dumps(plain(each, image))}"
+    yield f'{json.dumps(header)[:-1]}, "regions": ['
+    for index, caption in enumerate(captions):
+        yield f"{', ' if index else ''}{json.dumps(caption_to_dict(caption, image))}"
     yield "]}"
 
 
-def _add_facts(app: FastAPI, service: Service) -> None:
+def _add_info_routes(app: FastAPI, service: CaptionService) -> None:
     @app.get("/", include_in_schema=False)
-    async def start(request: Request) -> Response:
+    async def redirect_to_docs(request: Request) -> Response:
         root_path = request.scope.get("root_path", "")
         return RedirectResponse(f"{root_path}/docs" if root_path else "docs")
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    @app.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
     async def health() -> Response:
         state = service.scheduler.state
-        told = Health(
+        response = HealthResponse(
             status=state,
-            model=service.name,
+            model=service.model_name,
             device=str(getattr(service.scheduler.captioner, "device", "cpu")),
-            waiting=service.scheduler.queued,
+            waiting=service.scheduler.num_queued,
         )
-        return JSONResponse(told.model_dump(), 200 if state == "ok" else 503)
+        return JSONResponse(response.model_dump(), 200 if state == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        return service.metrics.page()
+        return service.metrics.render_page()
 
 
-async def _stream(service: Service, request: Request, question: Question) -> Response:
-    events = service.events(request, question)
-    first = await anext(events, None)  # what is wrong from the start has a status of its own
-    head = {"model": service.name, "width": question.image.width, "height": question.image.height}
+async def _stream_response(service: CaptionService, request: Request, inference_request: InferenceRequest) -> Response:
+    events = service.iter_events(request, inference_request)
+    first_event = await anext(events, None)  # what is wrong from the start has a status of its own
+    header = {"model": service.model_name, "width": inference_request.image.width, "height": inference_request.image.height}
 
-    async def lines() -> AsyncIterator[bytes]:
-        event, last = first, time.monotonic()
+    async def encode_events() -> AsyncIterator[bytes]:
+        event, last_sent = first_event, time.monotonic()
         try:
             while True:
                 if event is not None:
-                    yield _event(event, head, question.image)
-                    last = time.monotonic()
-                elif time.monotonic() - last > QUIET:
+                    yield _format_event(event, header, inference_request.image)
+                    last_sent = time.monotonic()
+                elif time.monotonic() - last_sent > KEEPALIVE_INTERVAL:
                     yield KEEPALIVE_COMMENT
-                    last = time.monotonic()
-                if isinstance(event, Done):
+                    last_sent = time.monotonic()
+                if isinstance(event, RequestDone):
                     return
                 event = await anext(events)
         except StopAsyncIteration:
@@ -195,60 +195,60 @@ async def _stream(service: Service, request: Request, question: Question) -> Res
         finally:
             await events.aclose()
 
-    return StreamingResponse(lines(), media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"})
+    return StreamingResponse(encode_events(), media_type=EVENT_STREAM_MEDIA_TYPE, headers={"Cache-Control": "no-store"})
 
 
-def _event(event: Event, head: dict[str, Any], image: Image.Image) -> bytes:
+def _format_event(event: RequestEvent, header: dict[str, Any], image: Image.Image) -> bytes:
     match event:
-        case Found():
-            name, data = "found", {**head, **event._asdict()}
-        case Searched():
-            name, data = "searched", event._asdict()
-        case Done():
-            name, data = "done", event._asdict()
+        case RegionsFound():
+            event_type, data = "found", {**header, **event._asdict()}
+        case SearchProgress():
+            event_type, data = "searched", event._asdict()
+        case RequestDone():
+            event_type, data = "done", event._asdict()
         case _:
-            name, data = "region", plain(event, image)
-    return format_sse_event(event=name, data_str=json.dumps(data))
+            event_type, data = "region", caption_to_dict(event, image)
+    return format_sse_event(event=event_type, data_str=json.dumps(data))
 
 
-async def _read(service: Service, request: Request) -> tuple[Asked, bytes]:
+async def _read_request(service: CaptionService, request: Request) -> tuple[CaptionRequest, bytes]:
     """What is asked, and the image's file."""
-    kind = content_type(request)
-    if kind == JSON:
-        asked = await service.parse(request, AskedOfImage)
-        content = await to_thread.run_sync(decode_base64, asked.image)
-        asked.image = ""  # it is large
-        return asked, content
-    if kind == "multipart/form-data":
+    media_type = get_media_type(request)
+    if media_type == JSON_MEDIA_TYPE:
+        caption_request = await service.parse_body(request, JsonCaptionRequest)
+        image_bytes = await to_thread.run_sync(decode_base64, caption_request.image)
+        caption_request.image = ""  # it is large
+        return caption_request, image_bytes
+    if media_type == "multipart/form-data":
         async with request.form(max_files=1, max_fields=4) as form:
-            image, rest = form.get("image"), form.get("request", "{}")
-            if not isinstance(image, UploadFile):
+            image_file, request_json = form.get("image"), form.get("request", "{}")
+            if not isinstance(image_file, UploadFile):
                 raise ApiError(422, "no file in the field 'image'")
-            if not isinstance(rest, str):
+            if not isinstance(request_json, str):
                 raise ApiError(422, "the field 'request' is JSON text, not a file")
-            return service.parsed(rest, Asked), await image.read()
-    raise ApiError(415, f"{kind or 'no content type'}: send {JSON} or multipart/form-data")
+            return service.parse_json(request_json, CaptionRequest), await image_file.read()
+    raise ApiError(415, f"{media_type or 'no content type'}: send {JSON_MEDIA_TYPE} or multipart/form-data")
 
 
-def _handle_problems(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     """Every problem is a status and an error object; a defect is one in the log and 500 here."""
 
-    async def answer(_: Request, error: Exception) -> Response:
+    async def handle_error(_: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # to nobody
-        return error_response(to_api_error(error))
+        return make_error_response(to_api_error(error))
 
-    kinds = (ApiError, BudgetError, SchedulerError, InputError, MemoryError, ValidationError)
-    for kind in (*kinds, ClientDisconnect, RequestValidationError):
-        app.add_exception_handler(kind, answer)
+    error_types = (ApiError, BudgetError, SchedulerError, InputError, MemoryError, ValidationError)
+    for error_type in (*error_types, ClientDisconnect, RequestValidationError):
+        app.add_exception_handler(error_type, handle_error)
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
+    async def handle_http_error(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code in (404, 405):
             message = f"there is no {request.method} {request.url.path[:200]}; the page at /docs lists the routes"
-        return error_response(ApiError(error.status_code, message), error.headers)
+        return make_error_response(ApiError(error.status_code, message), error.headers)
 
     @app.exception_handler(Exception)
-    async def defect(_: Request, __: Exception) -> Response:
-        return error_response(ApiError(500, "the server failed; its log says how"))
+    async def handle_unexpected_error(_: Request, __: Exception) -> Response:
+        return make_error_response(ApiError(500, "the server failed; its log says how"))

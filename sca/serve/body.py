@@ -9,15 +9,15 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
-from sca.serve.memory import ByteBudget, Lease
-from sca.serve.problems import ApiError, error_response
-from sca.serve.schema import Limits
+from sca.serve.memory import ByteBudget, MemoryLease
+from sca.serve.problems import ApiError, make_error_response
+from sca.serve.schema import ServerLimits
 
-COPIES = 4  # of a body while it is read: its bytes, the text in its JSON, the file in that text
-LINGER = 1.0  # seconds in which a client may still send, so that it comes to read why it was refused
+BODY_COPIES = 4  # of a body while it is read: its bytes, the text in its JSON, the file in that text
+LINGER_SECONDS = 1.0  # seconds in which a client may still send, so that it comes to read why it was refused
 
 
-class RequestLimits:
+class RequestLimitMiddleware:
     """ASGI middleware around everything: limits on connections, size, time and memory.
 
     Reading the body raises ApiError 413 after `limits.body` bytes and 408 after `limits.seconds`. A connection whose
@@ -25,29 +25,29 @@ class RequestLimits:
     with 503. What a request holds of the memory is in `scope["state"]["lease"]`.
     """
 
-    def __init__(self, app: Any, limits: Limits, budget: ByteBudget):
-        self.app, self.limits, self.budget, self.running = app, limits, budget, 0
+    def __init__(self, app: Any, limits: ServerLimits, budget: ByteBudget):
+        self.app, self.limits, self.budget, self.num_running = app, limits, budget, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        self.running += 1
-        lease = scope.setdefault("state", {})["lease"] = self.budget.lease()
+        self.num_running += 1
+        lease = scope.setdefault("state", {})["lease"] = self.budget.create_lease()
         try:
             with lease:
-                await self._answer(scope, receive, send, lease)
+                await self._handle_request(scope, receive, send, lease)
         finally:
-            self.running -= 1
+            self.num_running -= 1
 
-    async def _answer(self, scope: Any, receive: Any, send: Any, lease: Lease) -> None:
+    async def _handle_request(self, scope: Any, receive: Any, send: Any, lease: MemoryLease) -> None:
         headers = Headers(scope=scope)
-        left, deadline = self.limits.max_body_bytes, asyncio.get_running_loop().time() + self.limits.timeout
-        whole = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
-        started = False
+        bytes_left, deadline = self.limits.max_body_bytes, asyncio.get_running_loop().time() + self.limits.timeout
+        is_fully_read = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        has_started = False
 
-        async def limited() -> Any:
-            nonlocal left, whole
-            if whole:  # what is awaited now is that the client leaves
+        async def receive_within_limits() -> Any:
+            nonlocal bytes_left, is_fully_read
+            if is_fully_read:  # what is awaited now is that the client leaves
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -55,62 +55,62 @@ class RequestLimits:
             except TimeoutError:
                 raise ApiError(408, f"the request was not there after {self.limits.timeout:g} s") from None
             size = len(message.get("body", b""))
-            left -= size
-            if left < 0:
-                raise self._too_large()
-            lease.add(COPIES * size)
-            whole = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            bytes_left -= size
+            if bytes_left < 0:
+                raise self._make_size_error()
+            lease.add(BODY_COPIES * size)
+            is_fully_read = message["type"] == "http.disconnect" or not message.get("more_body", False)
             return message
 
-        async def sent(message: Any) -> None:
-            nonlocal started
+        async def send_or_close(message: Any) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                started = True
-                if not whole:
+                has_started = True
+                if not is_fully_read:
                     MutableHeaders(scope=message)["Connection"] = "close"
-            elif not whole and not message.get("more_body", False):
+            elif not is_fully_read and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                await _discard(receive)
+                await _discard_body(receive)
                 message = {**message, "body": b""}
             await send(message)
 
         try:
-            refusal = self._refusal(headers)
-            if refusal is not None:
-                raise refusal
-            await self.app(scope, limited, sent)
+            header_error = self._find_header_error(headers)
+            if header_error is not None:
+                raise header_error
+            await self.app(scope, receive_within_limits, send_or_close)
         except ApiError as error:
-            await _close_with(error)(scope, receive, sent)
+            await _make_closing_response(error)(scope, receive, send_or_close)
         except asyncio.CancelledError:
-            if started:
+            if has_started:
                 raise
-            whole = True  # nothing more is read
-            await _close_with(ApiError(503, "the server is shutting down; try again later"))(scope, receive, sent)
+            is_fully_read = True  # nothing more is read
+            await _make_closing_response(ApiError(503, "the server is shutting down; try again later"))(scope, receive, send_or_close)
 
-    def _refusal(self, headers: Headers) -> ApiError | None:
+    def _find_header_error(self, headers: Headers) -> ApiError | None:
         """What is wrong with a request before its body is read."""
-        length = headers.get("content-length")
-        if length is not None and "transfer-encoding" in headers:  # which another server may understand otherwise
+        content_length = headers.get("content-length")
+        if content_length is not None and "transfer-encoding" in headers:  # which another server may understand otherwise
             return ApiError(400, "both Content-Length and Transfer-Encoding: send one of them")
-        if length is not None and int(length) > self.limits.max_body_bytes:
-            return self._too_large()
-        if self.running > self.limits.max_connections:
+        if content_length is not None and int(content_length) > self.limits.max_body_bytes:
+            return self._make_size_error()
+        if self.num_running > self.limits.max_connections:
             return ApiError(503, f"{self.limits.max_connections} requests are being answered: try again later")
         return None
 
-    def _too_large(self) -> ApiError:
+    def _make_size_error(self) -> ApiError:
         return ApiError(413, f"the request has more than the {self.limits.max_body_bytes:,} bytes that are allowed")
 
 
-async def _discard(receive: Any) -> None:
+async def _discard_body(receive: Any) -> None:
     """Reads the rest of a request for a moment."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER):
+        async with asyncio.timeout(LINGER_SECONDS):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return
 
 
-def _close_with(error: ApiError) -> Response:
-    return error_response(error, {"Connection": "close"})
+def _make_closing_response(error: ApiError) -> Response:
+    return make_error_response(error, {"Connection": "close"})

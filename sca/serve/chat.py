@@ -20,17 +20,17 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from sca_registry.contracts import Caption, Prompt
 
-from sca.serve.conversation import Message, check_parts, find_image, find_text_region, split_turns
+from sca.serve.conversation import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
 from sca.serve.problems import ApiError
-from sca.serve.schema import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED, Asked, Problem, PromptIn, add_schema
-from sca.serve.service import EVENT_STREAM, PROBLEMS, Service, count_masks, decode_base64, plain
+from sca.serve.schema import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED, CaptionRequest, ErrorResponse, PromptIn, add_body_schema
+from sca.serve.service import EVENT_STREAM_MEDIA_TYPE, ERROR_RESPONSES, CaptionService, count_mask_prompts, decode_base64, caption_to_dict
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # texts that end a caption, and characters of each
-WITHOUT_EFFECT = {  # fields that do not affect the response
+IGNORED_FIELDS = {  # fields that do not affect the response
     *("metadata", "user", "safety_identifier", "service_tier", "parallel_tool_calls", "prediction"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
 }
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # values with which a field that cannot be honored asks for nothing
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {  # values with which a field that cannot be honored asks for nothing
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -49,21 +49,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values with which a field that cannot
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
-NO_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "no such model"}}
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MODEL_NOT_FOUND_RESPONSE: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "description": "no such model"}}
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(BaseModel):
     include_usage: StrictBool | None = False
 
 
-class Chat(PromptIn):
+class ChatRequest(PromptIn):
     """A request of the chat route; fields that do not affect the response are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str = ""
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     task: Literal["caption", "recognition"] = "caption"
     n: Annotated[StrictInt | None, Field(ge=1, le=MAX_BEAMS, description="captions")] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -78,11 +78,11 @@ class Chat(PromptIn):
         ),
     ] = None
     seed: Annotated[StrictInt | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
-    stop: Annotated[Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, Field()] = None
+    stop: Annotated[StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None, Field()] = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
 
-    def check(self, generation_options: Collection[str] | None = None) -> None:
+    def check_supported(self, generation_options: Collection[str] | None = None) -> None:
         """Refuse what cannot be honored.
 
         Args:
@@ -92,16 +92,16 @@ class Chat(PromptIn):
             ApiError: For a field that cannot be honored, by its name.
         """
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name not in WITHOUT_EFFECT and not _is_neutral(value, NEUTRAL.get(name, ())):
+            if value is not None and name not in IGNORED_FIELDS and not _is_neutral(value, NEUTRAL_VALUES.get(name, ())):
                 raise ApiError(
                     422,
                     f"the field {name[:40]!r} is not supported; leave it out",
                     "unsupported_parameter",
                     name[:40],
                 )
-        generation = self._generation()
+        generation_fields = self._collect_generation_options()
         for name, option in (("n", "captions"), ("top_p", "top_p"), ("temperature", "temperature")):
-            if generation_options is not None and option in generation and option not in generation_options:
+            if generation_options is not None and option in generation_fields and option not in generation_options:
                 raise ApiError(
                     422,
                     f"the field {name!r} is not supported by this model; leave it out",
@@ -111,7 +111,7 @@ class Chat(PromptIn):
         if self.stream_options is not None and not self.stream:
             raise ApiError(422, "stream_options can only be used with stream=true", param="stream_options")
 
-    def question(self) -> tuple[str, Asked]:
+    def to_caption_request(self) -> tuple[str, CaptionRequest]:
         """The URL of the image, and what is asked of it; an empty prompt is the whole image.
 
         Raises:
@@ -119,94 +119,94 @@ class Chat(PromptIn):
             InputError: If the region in the text cannot be read.
         """
         turns = split_turns(self.messages)
-        check_parts(turns)
-        url = find_image(turns)
+        check_message_parts(turns)
+        url = find_image_url(turns)
         prompt = PromptIn(box=self.box, points=self.points, mask=self.mask)
         if not prompt.model_dump(exclude_none=True):
             prompt = find_text_region(turns, url)
-        return url, Asked(**self._generation(), task=self.task, prompts=[prompt])
+        return url, CaptionRequest(**self._collect_generation_options(), task=self.task, prompts=[prompt])
 
-    def _generation(self) -> dict[str, Any]:
-        tokens = self.max_completion_tokens or self.max_tokens
-        fields: dict[str, Any] = {
+    def _collect_generation_options(self) -> dict[str, Any]:
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        options: dict[str, Any] = {
             "captions": self.n if self.num_choices > 1 else None,
-            "max_new_tokens": min(tokens, MAX_NEW_TOKENS) if tokens else None,
+            "max_new_tokens": min(max_tokens, MAX_NEW_TOKENS) if max_tokens else None,
             "seed": self.seed,
         }
         temperature, top_p = self.temperature, self.top_p
         if temperature is None and top_p is not None and top_p < 1:
             temperature = 1.0
         if temperature:
-            fields |= {"sample": True, "temperature": max(temperature, 0.01), "top_p": top_p}
-        return {name: value for name, value in fields.items() if value is not None}
+            options |= {"sample": True, "temperature": max(temperature, 0.01), "top_p": top_p}
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def num_choices(self) -> int:
         return self.n or 1
 
     @property
-    def stops(self) -> list[str]:
+    def stop_texts(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class Choice(NamedTuple):
+class ChatChoice(NamedTuple):
     text: str
     finish_reason: Literal["stop", "length"]
 
 
-def add_chat(app: FastAPI, service: Service) -> None:
+def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
     """The routes `/v1/models` and `/v1/chat/completions`."""
-    card = {"id": service.name, "object": "model", "created": 0, "owned_by": "sca"}
+    model_info = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "sca"}
 
-    def check_name(name: str) -> None:
-        if name != service.name:
-            message = f"no model {name[:100]!r} here: there is {service.name!r}"
+    def check_model_name(name: str) -> None:
+        if name != service.model_name:
+            message = f"no model {name[:100]!r} here: there is {service.model_name!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
     @app.get("/v1/models", summary="The model that answers")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [model_info]}
 
-    @app.get("/v1/models/{name:path}", summary="The model that answers, by its name", responses=NO_MODEL)
+    @app.get("/v1/models/{name:path}", summary="The model that answers, by its name", responses=MODEL_NOT_FOUND_RESPONSE)
     async def model(name: str) -> dict[str, Any]:
-        check_name(name)
-        return card
+        check_model_name(name)
+        return model_info
 
-    body = {"required": True, "content": {"application/json": {"schema": add_schema(app, Chat)}}}
+    request_body = {"required": True, "content": {"application/json": {"schema": add_body_schema(app, ChatRequest)}}}
 
     @app.post(
         "/v1/chat/completions",
-        responses=PROBLEMS | NO_MODEL,
-        openapi_extra={"requestBody": body},
+        responses=ERROR_RESPONSES | MODEL_NOT_FOUND_RESPONSE,
+        openapi_extra={"requestBody": request_body},
         summary="One region, as chat clients ask",
     )
     async def chat(request: Request) -> Response:
-        asked = await service.parse(request, Chat)
-        if asked.model:
-            check_name(asked.model)
-        asked.check(getattr(service.scheduler.captioner, "generation_options", None))
-        url, region = await to_thread.run_sync(asked.question)
-        service.check(region)
-        content = await to_thread.run_sync(decode_base64, url, "image_url", "messages")
-        image = await service.image(request, content, count_masks(region))
-        del url, content
-        whole = (
+        chat_request = await service.parse_body(request, ChatRequest)
+        if chat_request.model:
+            check_model_name(chat_request.model)
+        chat_request.check_supported(getattr(service.scheduler.captioner, "generation_options", None))
+        url, caption_request = await to_thread.run_sync(chat_request.to_caption_request)
+        service.check_request(caption_request)
+        image_bytes = await to_thread.run_sync(decode_base64, url, "image_url", "messages")
+        image = await service.decode_request_image(request, image_bytes, count_mask_prompts(caption_request))
+        del url, image_bytes
+        full_image_prompts = (
             None
-            if region.prompts[0].model_dump(exclude_none=True)
+            if caption_request.prompts[0].model_dump(exclude_none=True)
             else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
         )
-        question = await service.question(request, region, image, whole, "the region")
-        captions = await service.captions(request, question)
+        inference_request = await service.make_inference_request(request, caption_request, image, full_image_prompts, "the region")
+        captions = await service.collect_captions(request, inference_request)
         if not captions:
             return Response(status_code=499)  # to nobody: the client has left
         (caption,) = captions
-        choices, usage = make_choices(caption, asked.num_choices, asked.stops), count_usage(caption, asked.num_choices)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-        if asked.stream:
-            has_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(_chunks(head, choices, usage if has_usage else None), media_type=EVENT_STREAM)
-        told = {
-            **head,
+        choices, usage = make_choices(caption, chat_request.num_choices, chat_request.stop_texts), count_usage(caption, chat_request.num_choices)
+        header = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model_name}
+        if chat_request.stream:
+            has_usage = chat_request.stream_options is not None and chat_request.stream_options.include_usage
+            return StreamingResponse(_iter_chunks(header, choices, usage if has_usage else None), media_type=EVENT_STREAM_MEDIA_TYPE)
+        response = {
+            **header,
             "object": "chat.completion",
             "choices": [
                 {
@@ -218,12 +218,12 @@ def add_chat(app: FastAPI, service: Service) -> None:
                 for number, choice in enumerate(choices)
             ],
             "usage": usage,
-            "region": plain(caption, image),
+            "region": caption_to_dict(caption, image),
         }
-        return JSONResponse(told)
+        return JSONResponse(response)
 
 
-def make_choices(caption: Caption, count: int, stops: Sequence[str]) -> list[Choice]:
+def make_choices(caption: Caption, num_choices: int, stop_texts: Sequence[str]) -> list[ChatChoice]:
     """Make the choices of an answer: the captions, best first, each up to the first of the texts that stop it.
 
     Args:
@@ -232,37 +232,37 @@ def make_choices(caption: Caption, count: int, stops: Sequence[str]) -> list[Cho
         stops: Texts before which a caption ends.
     """
     texts = [caption.text, *(text for text, _ in caption.alternatives)]
-    cuts = caption.usage.is_truncated if caption.usage else (False,) * len(texts)
+    truncated_flags = caption.usage.is_truncated if caption.usage else (False,) * len(texts)
     choices = []
-    for text, is_cut in list(zip(texts, cuts, strict=True))[:count]:
-        places = [place for stop in stops if (place := text.find(stop)) >= 0]
-        if places:
-            choices.append(Choice(text[: min(places)], "stop"))
+    for text, is_truncated in list(zip(texts, truncated_flags, strict=True))[:num_choices]:
+        stop_offsets = [place for stop in stop_texts if (place := text.find(stop)) >= 0]
+        if stop_offsets:
+            choices.append(ChatChoice(text[: min(stop_offsets)], "stop"))
         else:
-            choices.append(Choice(text, "length" if is_cut else "stop"))
+            choices.append(ChatChoice(text, "length" if is_truncated else "stop"))
     return choices
 
 
-def count_usage(caption: Caption, count: int) -> dict[str, int]:
+def count_usage(caption: Caption, num_choices: int) -> dict[str, int]:
     """Count the tokens that the language model read for a region and wrote for its choices; 0 without one."""
-    prompt = caption.usage.prompt_tokens if caption.usage else 0
-    completion = sum(caption.usage.completion_tokens[:count]) if caption.usage else 0
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    prompt_tokens = caption.usage.prompt_tokens if caption.usage else 0
+    completion_tokens = sum(caption.usage.completion_tokens[:num_choices]) if caption.usage else 0
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
 
 
-def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
+def _is_neutral(value: Any, neutral_values: Sequence[Any]) -> bool:
     """Whether a value is one of those that ask for nothing; true and 1 are not the same."""
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral_values)
 
 
-def _chunks(head: dict[str, Any], choices: Sequence[Choice], usage: dict[str, int] | None) -> Iterator[bytes]:
+def _iter_chunks(header: dict[str, Any], choices: Sequence[ChatChoice], usage: dict[str, int] | None) -> Iterator[bytes]:
     """The events of a streamed answer. usage: sent in a chunk of its own at the end; None if it is not wanted."""
-    head = {**head, "object": "chat.completion.chunk"}
-    empty = {} if usage is None else {"usage": None}
-    for number, (text, finish_reason) in enumerate(choices):
-        for delta, end in (({"role": "assistant", "content": text}, None), ({}, finish_reason)):
-            choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": end}
-            yield format_sse_event(data_str=json.dumps({**head, "choices": [choice], **empty}))
+    header = {**header, "object": "chat.completion.chunk"}
+    empty_usage = {} if usage is None else {"usage": None}
+    for index, (text, finish_reason) in enumerate(choices):
+        for delta, chunk_finish_reason in (({"role": "assistant", "content": text}, None), ({}, finish_reason)):
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": chunk_finish_reason}
+            yield format_sse_event(data_str=json.dumps({**header, "choices": [choice], **empty_usage}))
     if usage is not None:
-        yield format_sse_event(data_str=json.dumps({**head, "choices": [], "usage": usage}))
+        yield format_sse_event(data_str=json.dumps({**header, "choices": [], "usage": usage}))
     yield format_sse_event(data_str="[DONE]")

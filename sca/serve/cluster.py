@@ -6,18 +6,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sca.serve.hosted import Hosted
-from sca.serve.listening import bound
+from sca.serve.hosted import ServerConfig
+from sca.serve.listening import bind_socket
 
 
 def serve_on_ray(
-    hosted: Hosted,
+    config: ServerConfig,
     host: str,
     port: int,
     replicas: int,
-    report: Callable[[str], None],
+    on_ready: Callable[[str], None],
     address: str | None = None,
-    cores: int = 1,
+    num_cpus: int = 1,
 ) -> None:
     """Serve copies of a model with Ray Serve until interrupted; every node passes requests to any copy.
 
@@ -37,51 +37,51 @@ def serve_on_ray(
     import ray
 
     if address is None:  # on this machine, where it can be seen beforehand
-        with bound(host, port) as listening:
-            port = listening.getsockname()[1]
-    started = not ray.is_initialized()
-    if started:
+        with bind_socket(host, port) as bound_socket:
+            port = bound_socket.getsockname()[1]
+    started_ray = not ray.is_initialized()
+    if started_ray:
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     from ray import serve
 
-    needs = {"num_cpus": cores, "num_gpus": int(hosted.device.startswith("cuda"))}
+    actor_resources = {"num_cpus": num_cpus, "num_gpus": int(config.device.startswith("cuda"))}
 
-    def application() -> Any:  # without parameters: Ray takes any other function for the application itself
-        return hosted.application()
+    def create_app() -> Any:  # without parameters: Ray takes any other function for the application itself
+        return config.create_app()
 
     try:
         if address is None:  # another cluster may grow
-            _check_fits(needs, replicas, ray.cluster_resources())
-        ray.get(ray.remote(**needs)(_load).remote(hosted))
+            _check_cluster_capacity(actor_resources, replicas, ray.cluster_resources())
+        ray.get(ray.remote(**actor_resources)(_load_captioner).remote(config))
         serve.start(http_options={"host": host, "port": port})
-        copies = serve.deployment(
+        deployment = serve.deployment(
             num_replicas=replicas,
-            ray_actor_options=needs,
-            max_ongoing_requests=hosted.clients,
-        )(serve.ingress(application)())
-        serve.run(copies.bind(), name="sca")
-        report(f"http://{host}:{port}")
+            ray_actor_options=actor_resources,
+            max_ongoing_requests=config.max_connections,
+        )(serve.ingress(create_app)())
+        serve.run(deployment.bind(), name="sca")
+        on_ready(f"http://{host}:{port}")
         while True:
             time.sleep(3600)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     finally:
         serve.shutdown()
-        if started:
+        if started_ray:
             ray.shutdown()
 
 
-def _check_fits(needs: Mapping[str, int], replicas: int, resources: Mapping[str, float]) -> None:
+def _check_cluster_capacity(actor_resources: Mapping[str, int], replicas: int, cluster_resources: Mapping[str, float]) -> None:
     """Raise ValueError for replicas that would wait forever for cores or GPUs."""
-    for name, kind in (("GPUs", "GPU"), ("cores", "CPU")):
-        asked, available = replicas * needs[f"num_{kind.lower()}s"], int(resources.get(kind, 0))
-        if asked > available:
+    for label, resource in (("GPUs", "GPU"), ("cores", "CPU")):
+        required, available = replicas * actor_resources[f"num_{resource.lower()}s"], int(cluster_resources.get(resource, 0))
+        if required > available:
             raise ValueError(
-                f"{replicas} replicas need {asked} {name} and this machine has {available}: ask for fewer, or name a "
+                f"{replicas} replicas need {required} {label} and this machine has {available}: ask for fewer, or name a "
                 "cluster with 'ray address=...'"
             )
 
 
-def _load(hosted: Hosted) -> None:
+def _load_captioner(config: ServerConfig) -> None:
     """Load the model on a node, so that its errors are raised before the server starts."""
-    hosted.captioner()
+    config.load_captioner()

@@ -56,26 +56,26 @@ class OtherPart(BaseModel):
     type: str
 
 
-def _kind_of_part(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "TextPart" if kind in TEXT_PARTS else "ImagePart" if kind in IMAGE_PARTS else "OtherPart"
+def _get_part_tag(part: Any) -> str:
+    part_type = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "TextPart" if part_type in TEXT_PARTS else "ImagePart" if part_type in IMAGE_PARTS else "OtherPart"
 
 
-Part = Annotated[
+MessagePart = Annotated[
     Annotated[TextPart, Tag("TextPart")]
     | Annotated[ImagePart, Tag("ImagePart")]
     | Annotated[OtherPart, Tag("OtherPart")],
-    Discriminator(_kind_of_part),
+    Discriminator(_get_part_tag),
 ]
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """One message. Fields that say nothing of the image, such as `name` and `tool_call_id`, are left alone."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | list[MessagePart] | None = None
     tool_calls: Any = None
     function_call: Any = None
 
@@ -94,29 +94,29 @@ class Message(BaseModel):
         return [part.url for part in self.parts if isinstance(part, ImagePart)]
 
     @property
-    def is_answer(self) -> bool:
+    def ends_turn(self) -> bool:
         """Whether this message ends a turn: the assistant has answered, and does not wait for a tool."""
         return self.role == "assistant" and not (self.tool_calls or self.function_call)
 
 
-def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
+def split_turns(messages: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
     """Split messages into turns, each up to an answer of the assistant."""
-    turns: list[list[Message]] = [[]]
+    turns: list[list[ChatMessage]] = [[]]
     for message in messages:
         turns[-1].append(message)
-        if message.is_answer:
+        if message.ends_turn:
             turns.append([])
     return [turn for turn in turns if turn]
 
 
-def find_image(turns: Sequence[Sequence[Message]]) -> str:
+def find_image_url(turns: Sequence[Sequence[ChatMessage]]) -> str:
     """Find the URL of the image that the last turn is about: the last image of the messages.
 
     Raises:
         ApiError: If no message has an image, or the turn of the last one has several.
     """
     for turn in reversed(turns):
-        urls = list(dict.fromkeys(_urls_of(turn)))
+        urls = list(dict.fromkeys(_list_urls(turn)))
         if len(urls) > 1:
             raise ApiError(
                 422,
@@ -132,7 +132,7 @@ def find_image(turns: Sequence[Sequence[Message]]) -> str:
     )
 
 
-def find_text_region(turns: Sequence[Sequence[Message]], url: str) -> PromptIn:
+def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> PromptIn:
     """Find the region in the text of the user's messages about an image.
 
     The last turn with a region counts, so that a region holds for further questions, also if each sends the image
@@ -149,18 +149,18 @@ def find_text_region(turns: Sequence[Sequence[Message]], url: str) -> PromptIn:
         ApiError: If there is more text than may be searched, or if only a message of another role has coordinates.
         InputError: If the region cannot be read, or there are several.
     """
-    about = _turns_about(turns, url)
-    searched = 0
-    for turn in reversed(about):
+    relevant_turns = _select_turns_about(turns, url)
+    num_searched = 0
+    for turn in reversed(relevant_turns):
         text = "\n".join(message.text for message in turn if message.role == "user")
-        searched = _count_searched(searched, text)
+        num_searched = _add_searched_length(num_searched, text)
         region = find_region(text)
         if region is not None:
             return PromptIn(box=region.box, points=list(region.points) or None)
-    others = [message for turn in about for message in turn if message.role in ("assistant", "tool", "function")]
-    others += [message for turn in turns for message in turn if message.role in ("system", "developer")]
-    for message in others:
-        searched = _count_searched(searched, message.text)
+    other_messages = [message for turn in relevant_turns for message in turn if message.role in ("assistant", "tool", "function")]
+    other_messages += [message for turn in turns for message in turn if message.role in ("system", "developer")]
+    for message in other_messages:
+        num_searched = _add_searched_length(num_searched, message.text)
         if _looks_like_region(message.text):
             raise ApiError(
                 422,
@@ -171,20 +171,20 @@ def find_text_region(turns: Sequence[Sequence[Message]], url: str) -> PromptIn:
     return PromptIn()
 
 
-def _turns_about(turns: Sequence[Sequence[Message]], url: str) -> Sequence[Sequence[Message]]:
+def _select_turns_about(turns: Sequence[Sequence[ChatMessage]], url: str) -> Sequence[Sequence[ChatMessage]]:
     """The turns after any other image, from the first that has this one; all of them without another image."""
-    others = [number for number, turn in enumerate(turns) if any(other != url for other in _urls_of(turn))]
-    if not others:
+    other_image_turns = [number for number, turn in enumerate(turns) if any(other != url for other in _list_urls(turn))]
+    if not other_image_turns:
         return turns
-    start = others[-1] + 1
-    return turns[next(number for number in range(start, len(turns)) if url in _urls_of(turns[number])) :]
+    first_index = other_image_turns[-1] + 1
+    return turns[next(number for number in range(first_index, len(turns)) if url in _list_urls(turns[number])) :]
 
 
-def _urls_of(turn: Sequence[Message]) -> list[str]:
+def _list_urls(turn: Sequence[ChatMessage]) -> list[str]:
     return [url for message in turn for url in message.urls]
 
 
-def check_parts(turns: Sequence[Sequence[Message]]) -> None:
+def check_message_parts(turns: Sequence[Sequence[ChatMessage]]) -> None:
     """Refuse what the last turn contains and cannot be answered.
 
     Raises:
@@ -201,7 +201,7 @@ def check_parts(turns: Sequence[Sequence[Message]]) -> None:
                     "messages",
                 )
     for message in (message for turn in turns for message in turn if message.role == "user"):
-        for name in _extra_fields(message):
+        for name in _iter_extra_fields(message):
             if REGION_FIELD.fullmatch(_CAMEL_CASE.sub("_", name[:100])):
                 raise ApiError(
                     422,
@@ -211,7 +211,7 @@ def check_parts(turns: Sequence[Sequence[Message]]) -> None:
                 )
 
 
-def _extra_fields(message: Message) -> Iterator[str]:
+def _iter_extra_fields(message: ChatMessage) -> Iterator[str]:
     """Names of the fields, other than null, that a message, its parts and its images have beyond those of the API."""
     models: list[BaseModel] = [message]
     for part in message.parts:
@@ -223,21 +223,21 @@ def _extra_fields(message: Message) -> Iterator[str]:
         yield from (name for name, value in (model.model_extra or {}).items() if value is not None)
 
 
-def _count_searched(searched: int, text: str) -> int:
+def _add_searched_length(num_searched: int, text: str) -> int:
     """Add the length of a text to what has been searched; ApiError for too much."""
-    searched += len(text)
-    if searched > MAX_TEXT:
+    num_searched += len(text)
+    if num_searched > MAX_TEXT:
         raise ApiError(
             413,
-            f"the messages have {searched:,} characters, and {MAX_TEXT:,} are allowed where their text may contain the "
+            f"the messages have {num_searched:,} characters, and {MAX_TEXT:,} are allowed where their text may contain the "
             "region; give the region as box, points or mask",
             param="messages",
         )
-    return searched
+    return num_searched
 
 
 def _looks_like_region(text: str) -> bool:
     try:
-        return find_region(text, refuse_bare=False) is not None
+        return find_region(text, reject_bare=False) is not None
     except InputError:
         return True

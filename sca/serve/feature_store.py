@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from sca.inference.engine import Encoded
+from sca.inference.engine import EncodedImages
 
 
 class FeatureStore:
     """What an encoder has made of the images seen last, without the images: at most so many bytes of it."""
 
-    def __init__(self, limit: int):
-        self.limit, self.held, self.hits, self.misses = limit, 0, 0, 0
-        self._kept: OrderedDict[str, Encoded] = OrderedDict()
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.stored_bytes, self.hits, self.misses = max_bytes, 0, 0, 0
+        self._encoded_by_digest: OrderedDict[str, EncodedImages] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._encoded_by_digest)
 
-    def get(self, digest: str) -> Encoded | None:
-        found = self._kept.get(digest)
-        if found is None:
+    def get(self, digest: str) -> EncodedImages | None:
+        encoded = self._encoded_by_digest.get(digest)
+        if encoded is None:
             self.misses += 1
             return None
         self.hits += 1
-        self._kept.move_to_end(digest)
-        return found
+        self._encoded_by_digest.move_to_end(digest)
+        return encoded
 
-    def put(self, digest: str, encoded: Encoded) -> None:
-        self._kept[digest] = encoded
-        self.held += _size(encoded)
-        while self.held > self.limit:
-            self.held -= _size(self._kept.popitem(last=False)[1])
+    def put(self, digest: str, encoded: EncodedImages) -> None:
+        self._encoded_by_digest[digest] = encoded
+        self.stored_bytes += _count_feature_bytes(encoded)
+        while self.stored_bytes > self.max_bytes:
+            self.stored_bytes -= _count_feature_bytes(self._encoded_by_digest.popitem(last=False)[1])
 
 
-def _size(encoded: Encoded) -> int:
+def _count_feature_bytes(encoded: EncodedImages) -> int:
     return 0 if encoded.features is None else encoded.features.nbytes

@@ -26,10 +26,10 @@ def read_keys(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def find_key(given: str, keys: Sequence[str]) -> int | None:
+def find_key_index(candidate: str, keys: Sequence[str]) -> int | None:
     """The place of a key that was given, in a time that does not depend on how much of it is right."""
-    found = None
-    for place, key in enumerate(keys):
-        if hmac.compare_digest(given.encode(), key.encode()):
-            found = place
-    return found
+    matching_index = None
+    for index, key in enumerate(keys):
+        if hmac.compare_digest(candidate.encode(), key.encode()):
+            matching_index = index
+    return matching_index

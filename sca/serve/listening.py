@@ -6,16 +6,16 @@ import ipaddress
 import socket
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 is any that is free. ValueError for an address that cannot be had."""
-    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound_socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        door.bind((host, port))
+        bound_socket.bind((host, port))
     except (OSError, OverflowError) as error:
-        door.close()
+        bound_socket.close()
         raise ValueError(f"cannot listen at {host}, port {port}: {error}; choose another --port") from error
-    return door
+    return bound_socket
 
 
 def is_loopback(host: str) -> bool:

@@ -8,8 +8,8 @@ import threading
 
 import torch
 
-SMALL = 1 / 64  # of a budget that one request may take when large ones have taken their share
-LARGE = 3 / 4  # of a budget that large requests may take together
+SMALL_REQUEST_SHARE = 1 / 64  # of a budget that one request may take when large ones have taken their share
+LARGE_REQUESTS_SHARE = 3 / 4  # of a budget that large requests may take together
 
 
 class BudgetError(Exception):
@@ -19,63 +19,63 @@ class BudgetError(Exception):
 class ByteBudget:
     """Bytes that all requests may hold at a time. A quarter of them is kept for small requests."""
 
-    def __init__(self, limit: int):
-        self.limit, self.held = limit, 0
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.leased_bytes = max_bytes, 0
         self._freed = threading.Condition()
 
     @property
-    def largest(self) -> int:
+    def max_request_bytes(self) -> int:
         """The most that one request can have."""
-        return int(self.limit * LARGE)
+        return int(self.max_bytes * LARGE_REQUESTS_SHARE)
 
-    def is_small(self, count: int) -> bool:
-        return count <= self.limit * SMALL
+    def is_small_request(self, num_bytes: int) -> bool:
+        return num_bytes <= self.max_bytes * SMALL_REQUEST_SHARE
 
-    def lease(self) -> Lease:
-        return Lease(self)
+    def create_lease(self) -> MemoryLease:
+        return MemoryLease(self)
 
-    def change(self, lease: Lease, count: int, seconds: float) -> None:
+    def resize_lease(self, lease: MemoryLease, num_bytes: int, timeout: float) -> None:
         """What `Lease.set` does."""
-        most = self.limit if self.is_small(count) else self.largest
+        max_total_bytes = self.max_bytes if self.is_small_request(num_bytes) else self.max_request_bytes
 
-        def fits() -> bool:
-            return lease.ended or count <= lease.held or self.held + count - lease.held <= most
+        def can_resize() -> bool:
+            return lease.has_ended or num_bytes <= lease.leased_bytes or self.leased_bytes + num_bytes - lease.leased_bytes <= max_total_bytes
 
         with self._freed:
-            if not fits() and (count > most or not self._freed.wait_for(fits, max(0.0, seconds))):
-                raise BudgetError(f"{self.held >> 20} MiB of {self.limit >> 20} are in use: try again later")
-            if lease.ended:  # by a request that went while its work went on
+            if not can_resize() and (num_bytes > max_total_bytes or not self._freed.wait_for(can_resize, max(0.0, timeout))):
+                raise BudgetError(f"{self.leased_bytes >> 20} MiB of {self.max_bytes >> 20} are in use: try again later")
+            if lease.has_ended:  # by a request that went while its work went on
                 return
-            self.held += count - lease.held
-            lease.held = count
+            self.leased_bytes += num_bytes - lease.leased_bytes
+            lease.leased_bytes = num_bytes
             self._freed.notify_all()
 
-    def end(self, lease: Lease) -> None:
+    def end_lease(self, lease: MemoryLease) -> None:
         """Take back what a lease holds, for good."""
         with self._freed:
-            self.held -= lease.held
-            lease.held, lease.ended = 0, True
+            self.leased_bytes -= lease.leased_bytes
+            lease.leased_bytes, lease.has_ended = 0, True
             self._freed.notify_all()
 
 
-class Lease:
+class MemoryLease:
     """What one request holds of a budget; given back at the end of a `with` block."""
 
     def __init__(self, budget: ByteBudget):
-        self._budget, self.held, self.ended = budget, 0, False
+        self._budget, self.leased_bytes, self.has_ended = budget, 0, False
 
-    def set(self, count: int, seconds: float = 0.0) -> None:
+    def resize(self, num_bytes: int, timeout: float = 0.0) -> None:
         """Hold `count` bytes from now on, once they are free. BudgetError if they are not in `seconds`."""
-        self._budget.change(self, count, seconds)
+        self._budget.resize_lease(self, num_bytes, timeout)
 
-    def add(self, count: int) -> None:
-        self.set(self.held + count)
+    def add(self, num_bytes: int) -> None:
+        self.resize(self.leased_bytes + num_bytes)
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> MemoryLease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._budget.end(self)
+        self._budget.end_lease(self)
 
 
 def release_memory() -> None:

@@ -13,55 +13,55 @@ from prometheus_client.registry import Collector
 from sca.serve.scheduler import RequestScheduler
 
 
-class Metrics:
+class ServerMetrics:
     """Requests by route and status, how long they took, and the scheduler's own counts."""
 
     def __init__(self, scheduler: RequestScheduler):
         self.registry = CollectorRegistry()
-        self.registry.register(_Counts(scheduler))
+        self.registry.register(_SchedulerCollector(scheduler))
         labels = ("route", "status")
-        self.requests = Counter("sca_requests", "Requests that were answered", labels, registry=self.registry)
-        self.seconds = Histogram("sca_request_seconds", "Until the last byte", ("route",), registry=self.registry)
+        self.request_counter = Counter("sca_requests", "Requests that were answered", labels, registry=self.registry)
+        self.durations = Histogram("sca_request_seconds", "Until the last byte", ("route",), registry=self.registry)
 
-    def page(self) -> Response:
+    def render_page(self) -> Response:
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def middleware(self, app: Any) -> Any:
+    def wrap_app(self, app: Any) -> Any:
         """ASGI middleware that counts."""
 
-        async def counted(scope: Any, receive: Any, send: Any) -> None:
+        async def count_request(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
-            start, status = time.perf_counter(), 500
+            start_time, status = time.perf_counter(), 500
 
-            async def sent(message: Any) -> None:
+            async def send_and_record_status(message: Any) -> None:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
                 await send(message)
 
             try:
-                await app(scope, receive, sent)
+                await app(scope, receive, send_and_record_status)
             finally:
                 route = getattr(scope.get("route"), "path", "other")
-                self.requests.labels(route, status).inc()
-                self.seconds.labels(route).observe(time.perf_counter() - start)
+                self.request_counter.labels(route, status).inc()
+                self.durations.labels(route).observe(time.perf_counter() - start_time)
 
-        return counted
+        return count_request
 
 
-class _Counts(Collector):
+class _SchedulerCollector(Collector):
     def __init__(self, scheduler: RequestScheduler):
         self.scheduler = scheduler
 
     def collect(self) -> Any:
-        scheduler, kept = self.scheduler, self.scheduler.features
-        yield GaugeMetricFamily("sca_waiting_regions", "Regions without an answer", scheduler.queued)
-        yield CounterMetricFamily("sca_regions", "Regions that were answered", scheduler.answered)
-        yield CounterMetricFamily("sca_turns", "Times that the model was asked", scheduler.turns)
-        yield GaugeMetricFamily("sca_kept_images", "Images whose features are kept", len(kept))
-        yield GaugeMetricFamily("sca_kept_bytes", "Bytes of them", kept.held)
-        looked_up = CounterMetricFamily("sca_feature_lookups", "Images whose features were asked for", labels=["found"])
-        looked_up.add_metric(["yes"], kept.hits)
-        looked_up.add_metric(["no"], kept.misses)
-        yield looked_up
+        scheduler, feature_store = self.scheduler, self.scheduler.feature_store
+        yield GaugeMetricFamily("sca_waiting_regions", "Regions without an answer", scheduler.num_queued)
+        yield CounterMetricFamily("sca_regions", "Regions that were answered", scheduler.num_captioned)
+        yield CounterMetricFamily("sca_turns", "Times that the model was asked", scheduler.num_turns)
+        yield GaugeMetricFamily("sca_kept_images", "Images whose features are kept", len(feature_store))
+        yield GaugeMetricFamily("sca_kept_bytes", "Bytes of them", feature_store.stored_bytes)
+        lookups = CounterMetricFamily("sca_feature_lookups", "Images whose features were asked for", labels=["found"])
+        lookups.add_metric(["yes"], feature_store.hits)
+        lookups.add_metric(["no"], feature_store.misses)
+        yield lookups

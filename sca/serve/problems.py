@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from sca.io.errors import ImageMemoryError, InputError, TooLargeError
 from sca.serve.memory import BudgetError
-from sca.serve.tickets import BusyError, CannotError, ClosedError, LateError, NoRoomError, SchedulerError
+from sca.serve.tickets import QueueFullError, UnsupportedRequestError, SchedulerClosedError, DeadlineExceededError, InsufficientMemoryError, SchedulerError
 
-_FIELD = re.compile(r"[a-z][a-z0-9_]*")
-MOST = 3  # problems of one request in its answer
-_STATUS = {BusyError: 503, ClosedError: 503, NoRoomError: 503, LateError: 504, CannotError: 422}
-_CODES = {
+_FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
+MAX_REPORTED_PROBLEMS = 3  # problems of one request in its answer
+_STATUS_BY_ERROR = {QueueFullError: 503, SchedulerClosedError: 503, InsufficientMemoryError: 503, DeadlineExceededError: 504, UnsupportedRequestError: 422}
+_CODE_BY_STATUS = {
     400: "bad_request",
     401: "invalid_api_key",
     403: "host_not_allowed",
@@ -46,7 +46,7 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.param = status, param
-        self.code = code or _CODES.get(status, "error")
+        self.code = code or _CODE_BY_STATUS.get(status, "error")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -55,11 +55,11 @@ class ApiError(Exception):
     @property
     def content(self) -> dict[str, Any]:
         """The body of the answer, an error object of the OpenAI API."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        error_type = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
 
 
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def make_error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Build the HTTP answer for an error, with further headers."""
     return JSONResponse(error.content, error.status, {**error.headers, **(headers or {})})
 
@@ -74,7 +74,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case SchedulerError():
-            return ApiError(_STATUS.get(type(error), 500), str(error))
+            return ApiError(_STATUS_BY_ERROR.get(type(error), 500), str(error))
         case MemoryError():
             return ApiError(503, "not enough memory for this request: ask for less, or later")
         case BudgetError() | ImageMemoryError():
@@ -84,36 +84,36 @@ def to_api_error(error: Exception) -> ApiError:
         case InputError():
             return ApiError(422, str(error))
         case ValidationError():
-            return _describe_fields(error.errors(include_url=False, include_context=False, include_input=False))
+            return _make_field_error(error.errors(include_url=False, include_context=False, include_input=False))
         case RequestValidationError():
-            return _describe_fields(error.errors())
+            return _make_field_error(error.errors())
     raise TypeError(type(error).__name__)
 
 
-def _describe_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def _make_field_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first problems, each with the field that has it."""
-    places, lines = [], []
-    errors = [each for each in errors if not _is_other_branch(each, errors)]
-    for each in errors[:MOST]:
-        where = ".".join(str(part) for part in each["loc"] if part != "body" and not _is_branch(part))
+    locations, messages = [], []
+    errors = [each for each in errors if not _is_other_branch_error(each, errors)]
+    for each in errors[:MAX_REPORTED_PROBLEMS]:
+        location = ".".join(str(part) for part in each["loc"] if part != "body" and not _is_union_branch(part))
         message = " ".join(each["msg"].removeprefix("Value error, ").split())
-        places.append(where)
-        lines.append(f"{where}: {message}" if where else message)
-    return ApiError(422, "; ".join(lines)[:1000], param=places[0][:100] or None)
+        locations.append(location)
+        messages.append(f"{location}: {message}" if location else message)
+    return ApiError(422, "; ".join(messages)[:1000], param=locations[0][:100] or None)
 
 
-def _is_branch(part: str | int) -> bool:
+def _is_union_branch(name: str | int) -> bool:
     """Whether a part of a place is pydantic's name of a branch of a union, such as "str" or "list[Part]"."""
-    return part in ("str", "bool", "int", "float") or (isinstance(part, str) and not _FIELD.fullmatch(part))
+    return name in ("str", "bool", "int", "float") or (isinstance(name, str) and not _FIELD_NAME.fullmatch(name))
 
 
-def _is_other_branch(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
+def _is_other_branch_error(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
     """Whether an error is that a value has not the type of a branch of a union, while it has that of another."""
-    *union, branch = error["loc"] or ("",)
-    if not (_is_branch(branch) and error["type"].endswith("_type")):
+    *union_location, branch = error["loc"] or ("",)
+    if not (_is_union_branch(branch) and error["type"].endswith("_type")):
         return False
-    depth = len(union)
-    others = [
-        each for each in errors if list(each["loc"][:depth]) == union and each["loc"][depth : depth + 1] != (branch,)
+    depth = len(union_location)
+    sibling_errors = [
+        each for each in errors if list(each["loc"][:depth]) == union_location and each["loc"][depth : depth + 1] != (branch,)
     ]
-    return any(len(each["loc"]) > depth + 1 or not each["type"].endswith("_type") for each in others)
+    return any(len(each["loc"]) > depth + 1 or not each["type"].endswith("_type") for each in sibling_errors)

@@ -28,7 +28,7 @@ def check_root_path(text: str) -> str:
     return f"/{path}" if path else ""
 
 
-class RootPath:
+class RootPathMiddleware:
     """ASGI middleware that sets the root path, whether a proxy removes it from a request or leaves it."""
 
     def __init__(self, app: Any, root_path: str):
@@ -36,7 +36,7 @@ class RootPath:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            has_root = f"{scope['path']}/".startswith(f"{self.root_path}/")
-            path = scope["path"] if has_root else f"{self.root_path}{scope['path']}"
+            has_prefix = f"{scope['path']}/".startswith(f"{self.root_path}/")
+            path = scope["path"] if has_prefix else f"{self.root_path}{scope['path']}"
             scope = {**scope, "root_path": self.root_path, "path": path}
         await self.app(scope, receive, send)

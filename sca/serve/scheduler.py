@@ -26,22 +26,22 @@ from sca_registry.contracts import Captioner, Prompt
 from sca_registry.spec import GENERATION
 
 from sca.inference.automatic import search_everything
-from sca.inference.batch import answer_requests
-from sca.inference.engine import Encoded, MaskEngine
+from sca.inference.batch import caption_requests
+from sca.inference.engine import EncodedImages, MaskEngine
 from sca.io.masks import box_of
 from sca.serve.feature_store import FeatureStore
 from sca.serve.memory import is_out_of_memory, release_memory
 from sca.serve.tickets import (
-    BusyError,
-    Candidates,
-    CannotError,
-    ClosedError,
-    Done,
-    Event,
-    Found,
-    LateError,
-    NoRoomError,
-    Question,
+    QueueFullError,
+    CandidateMasks,
+    UnsupportedRequestError,
+    SchedulerClosedError,
+    RequestDone,
+    RequestEvent,
+    RegionsFound,
+    DeadlineExceededError,
+    InsufficientMemoryError,
+    InferenceRequest,
     SchedulerError,
     Ticket,
 )
@@ -49,12 +49,12 @@ from sca.serve.tickets import (
 log = logging.getLogger("sca.serve")
 
 SEARCH_SECONDS = 0.1  # that one turn of a search may take
-SEARCHES = 2  # for everything that run at a time; the others wait
-SEARCH_BYTES = 512 * 2**20 // SEARCHES  # of candidate masks that one search may hold
-SHORT = 64  # regions of a request that may use the whole queue; longer ones leave a quarter of it
-CROWDED = 4  # how many times shorter turns are while somebody waits who has no part in them
-POINTS = 32  # of a prompt that cost as much as a region
-PIXELS = 2**22  # of a mask that cost as much as a region
+MAX_CONCURRENT_SEARCHES = 2  # for everything that run at a time; the others wait
+SEARCH_BYTES = 512 * 2**20 // MAX_CONCURRENT_SEARCHES  # of candidate masks that one search may hold
+SHORT_REQUEST_REGIONS = 64  # regions of a request that may use the whole queue; longer ones leave a quarter of it
+CROWDED_TURN_DIVISOR = 4  # how many times shorter turns are while somebody waits who has no part in them
+POINTS_PER_REGION_COST = 32  # of a prompt that cost as much as a region
+MASK_PIXELS_PER_REGION_COST = 2**22  # of a mask that cost as much as a region
 
 
 class RequestScheduler:
@@ -73,317 +73,317 @@ class RequestScheduler:
     def __init__(
         self,
         captioner: Captioner,
-        regions: int = 64,
-        images: int = 8,
-        cache: int = 512 * 2**20,
-        waiting: int = 10_000,
-        max_found: int | None = None,
+        max_regions_per_turn: int = 64,
+        max_images_per_encode: int = 8,
+        feature_cache_bytes: int = 512 * 2**20,
+        max_queue: int = 10_000,
+        max_found_regions: int | None = None,
     ):
-        self.captioner, self.regions, self.images, self.waiting = captioner, regions, images, waiting
-        self.max_found = max_found
-        self.features = FeatureStore(cache)
-        self.turns = self.answered = 0
+        self.captioner, self.max_regions_per_turn, self.max_images_per_encode, self.max_queue = captioner, max_regions_per_turn, max_images_per_encode, max_queue
+        self.max_found_regions = max_found_regions
+        self.feature_store = FeatureStore(feature_cache_bytes)
+        self.num_turns = self.num_captioned = 0
         self._tickets: deque[Ticket] = deque()
-        self._turn: list[Ticket] = []  # that is being made
-        self._after_new = False  # whether the last turn was of somebody who had not had one
-        self._served: dict[str, int] = {}  # the last turn of each client who waits
-        self._there = threading.Condition()
-        self._draining = self._closed = self._dead = False
-        self._thread = threading.Thread(target=self._work, name="sca-scheduler", daemon=True)
+        self._current_turn: list[Ticket] = []  # that is being made
+        self._last_turn_was_new = False  # whether the last turn was of somebody who had not had one
+        self._last_turn_by_client: dict[str, int] = {}  # the last turn of each client who waits
+        self._condition = threading.Condition()
+        self._is_draining = self._is_closed = self._has_crashed = False
+        self._thread = threading.Thread(target=self._run_worker, name="sca-scheduler", daemon=True)
         self._thread.start()
 
     @property
-    def queued(self) -> int:
+    def num_queued(self) -> int:
         """Regions that wait, or are being answered."""
-        with self._there:
-            return self._queued()
+        with self._condition:
+            return self._count_queued()
 
     @property
-    def alive(self) -> bool:
+    def accepts_requests(self) -> bool:
         """Whether questions are taken."""
         return self.state == "ok"
 
     @property
     def state(self) -> Literal["ok", "draining", "down"]:
-        if self._dead or self._closed:
+        if self._has_crashed or self._is_closed:
             return "down"
-        return "draining" if self._draining else "ok"
+        return "draining" if self._is_draining else "ok"
 
     @property
-    def finds(self) -> bool:
+    def can_find_regions(self) -> bool:
         """Whether the captioner can be asked for everything."""
         return isinstance(self.captioner, MaskEngine) and self.captioner.model is not None
 
-    def ask(self, question: Question, tell: Callable[[Event], None]) -> Ticket:
+    def submit(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]) -> Ticket:
         """Puts a question in the queue. BusyError, ClosedError, CannotError."""
-        if question.everything is not None and not self.finds:
-            raise CannotError("this model finds no regions by itself: give prompts")
-        ticket = Ticket(question, tell)
-        with self._there:
+        if request.everything is not None and not self.can_find_regions:
+            raise UnsupportedRequestError("this model finds no regions by itself: give prompts")
+        ticket = Ticket(request, on_event)
+        with self._condition:
             if self.state != "ok":
-                raise self._refusal()
-            asked, waiting = ticket.waiting, self._queued()
-            if waiting + asked > (self.waiting if asked <= SHORT else self.waiting * 3 // 4):
-                raise BusyError(f"{waiting} regions wait, and at most {self.waiting} may: try again later")
+                raise self._make_closed_error()
+            ticket_size, num_queued = ticket.queue_size, self._count_queued()
+            if num_queued + ticket_size > (self.max_queue if ticket_size <= SHORT_REQUEST_REGIONS else self.max_queue * 3 // 4):
+                raise QueueFullError(f"{num_queued} regions wait, and at most {self.max_queue} may: try again later")
             self._tickets.append(ticket)
-            self._there.notify_all()
+            self._condition.notify_all()
         return ticket
 
-    def events(self, question: Question) -> Iterator[Event]:
+    def iter_events(self, request: InferenceRequest) -> Iterator[RequestEvent]:
         """What is told of a question, up to `Done`; a SchedulerError is raised. Whoever stops listening has left."""
-        told: SimpleQueue[Event] = SimpleQueue()
-        ticket = self.ask(question, told.put)
+        event_queue: SimpleQueue[RequestEvent] = SimpleQueue()
+        ticket = self.submit(request, event_queue.put)
         try:
             while True:
-                event = told.get()
+                event = event_queue.get()
                 if isinstance(event, SchedulerError):
                     raise event
                 yield event
-                if isinstance(event, Done):
+                if isinstance(event, RequestDone):
                     return
         finally:
             ticket.cancel()
 
-    def drain(self, seconds: float) -> None:
+    def drain(self, timeout: float) -> None:
         """Accept no more questions; those accepted are answered for at most `seconds`, then the scheduler is closed."""
-        with self._there:
-            self._draining = True
-        closing = threading.Timer(seconds, self.close)
-        closing.daemon = True
-        closing.start()
+        with self._condition:
+            self._is_draining = True
+        close_timer = threading.Timer(timeout, self.close)
+        close_timer.daemon = True
+        close_timer.start()
 
-    def close(self, seconds: float = 1.0) -> None:
+    def close(self, timeout: float = 1.0) -> None:
         """Stop after the turn that is being made, and wait for it for at most `seconds`; all others get ClosedError."""
-        with self._there:
-            self._closed = True
-            waiting = [ticket for ticket in self._tickets if not any(ticket is each for each in self._turn)]
-            self._there.notify_all()
-        for ticket in waiting:
-            _end(ticket, self._refusal())
-        self._thread.join(seconds)
-        with self._there:
-            left, self._tickets = self._tickets, deque()
-        for ticket in left:
-            _end(ticket, self._refusal())
+        with self._condition:
+            self._is_closed = True
+            waiting_tickets = [ticket for ticket in self._tickets if not any(ticket is each for each in self._current_turn)]
+            self._condition.notify_all()
+        for ticket in waiting_tickets:
+            _fail_ticket(ticket, self._make_closed_error())
+        self._thread.join(timeout)
+        with self._condition:
+            remaining_tickets, self._tickets = self._tickets, deque()
+        for ticket in remaining_tickets:
+            _fail_ticket(ticket, self._make_closed_error())
 
-    def _refusal(self) -> ClosedError:
-        if self._dead:
-            return ClosedError("the model has stopped working; restart the server")
-        return ClosedError("the server is shutting down; try again later")
+    def _make_closed_error(self) -> SchedulerClosedError:
+        if self._has_crashed:
+            return SchedulerClosedError("the model has stopped working; restart the server")
+        return SchedulerClosedError("the server is shutting down; try again later")
 
-    def _queued(self) -> int:
-        return sum(ticket.waiting for ticket in self._tickets)
+    def _count_queued(self) -> int:
+        return sum(ticket.queue_size for ticket in self._tickets)
 
-    def _work(self) -> None:
+    def _run_worker(self) -> None:
         try:
-            self._take_turns()
+            self._process_turns()
         except BaseException:  # also SystemExit: whoever waits would wait for ever
             log.critical("the model has stopped working; restart the server", exc_info=True)
-            self._dead = True
-        with self._there:
-            left, self._tickets, self._turn = self._tickets, deque(), []
-            self._closed = True
-        for ticket in left:
-            _end(ticket, self._refusal())
+            self._has_crashed = True
+        with self._condition:
+            remaining_tickets, self._tickets, self._current_turn = self._tickets, deque(), []
+            self._is_closed = True
+        for ticket in remaining_tickets:
+            _fail_ticket(ticket, self._make_closed_error())
 
-    def _take_turns(self) -> None:
-        worked = False
+    def _process_turns(self) -> None:
+        has_worked = False
         while True:
-            with self._there:
-                has_work = self._there.wait_for(lambda: self._tickets or self._closed, 1.0 if worked else None)
-                if self._closed:
+            with self._condition:
+                has_work = self._condition.wait_for(lambda: self._tickets or self._is_closed, 1.0 if has_worked else None)
+                if self._is_closed:
                     return
-                self._turn = turn = self._next() if has_work else []
+                self._current_turn = turn = self._select_turn() if has_work else []
             if not has_work:
-                worked = False
+                has_worked = False
                 release_memory()  # without the lock, for which /health and /metrics would wait
                 continue
             if turn:
-                self._make(turn)
-                worked = True
-            with self._there:  # who has something left waits at the end, and others have their turn
-                made = set(map(id, turn))
-                unfinished = [each for each in turn if not each.cancelled and (each.left or each.search)]
-                self._tickets = deque(each for each in self._tickets if id(each) not in made)
+                self._run_turn(turn)
+                has_worked = True
+            with self._condition:  # who has something left waits at the end, and others have their turn
+                turn_ids = set(map(id, turn))
+                unfinished = [each for each in turn if not each.is_cancelled and (each.num_remaining or each.needs_search)]
+                self._tickets = deque(each for each in self._tickets if id(each) not in turn_ids)
                 self._tickets.extend(unfinished)
-                self._turn = []
+                self._current_turn = []
 
-    def _next(self) -> list[Ticket]:
+    def _select_turn(self) -> list[Ticket]:
         """The tickets of the next turn. They stay in the queue, as what is being answered counts as waiting."""
         now = time.monotonic()
-        for ticket in [each for each in self._tickets if each.cancelled or each.deadline < now]:
+        for ticket in [each for each in self._tickets if each.is_cancelled or each.deadline < now]:
             self._tickets.remove(ticket)
-            _end(ticket, LateError(f"no answer in {ticket.question.seconds:g} s: ask for less, or later"))
-        running = sum(each.steps is not None for each in self._tickets)
-        ready = [each for each in self._tickets if not each.search or each.steps is not None or running < SEARCHES]
-        if not ready:
+            _fail_ticket(ticket, DeadlineExceededError(f"no answer in {ticket.request.timeout:g} s: ask for less, or later"))
+        num_running_searches = sum(each.search_steps is not None for each in self._tickets)
+        ready_tickets = [each for each in self._tickets if not each.needs_search or each.search_steps is not None or num_running_searches < MAX_CONCURRENT_SEARCHES]
+        if not ready_tickets:
             return []
-        first = self._first(ready)
-        if first.search:
+        first = self._select_first_ticket(ready_tickets)
+        if first.needs_search:
             turn = [first]
         else:
-            rank: Counter[str] = Counter()  # of several tickets of a client, one comes before the second of another
-            alike = []
-            for each in ready:
-                if each is not first and not each.search and each.kind == first.kind:
-                    alike.append((rank[each.question.client], each))
-                    rank[each.question.client] += 1
-            turn = [first, *(each for _, each in sorted(alike, key=lambda pair: pair[0]))][: self.regions]
-        self.turns += 1
-        waiting = {each.question.client for each in self._tickets}
-        self._served = {client: last for client, last in self._served.items() if client in waiting}
+            num_selected_by_client: Counter[str] = Counter()  # of several tickets of a client, one comes before the second of another
+            ranked_tickets = []
+            for each in ready_tickets:
+                if each is not first and not each.needs_search and each.batch_key == first.batch_key:
+                    ranked_tickets.append((num_selected_by_client[each.request.client_id], each))
+                    num_selected_by_client[each.request.client_id] += 1
+            turn = [first, *(each for _, each in sorted(ranked_tickets, key=lambda pair: pair[0]))][: self.max_regions_per_turn]
+        self.num_turns += 1
+        waiting_clients = {each.request.client_id for each in self._tickets}
+        self._last_turn_by_client = {client: last for client, last in self._last_turn_by_client.items() if client in waiting_clients}
         for each in turn:
-            self._served[each.question.client] = self.turns
+            self._last_turn_by_client[each.request.client_id] = self.num_turns
         return turn
 
-    def _first(self, ready: Sequence[Ticket]) -> Ticket:
+    def _select_first_ticket(self, ready_tickets: Sequence[Ticket]) -> Ticket:
         """Who is next: new tickets and others alternate, and among these the client who has waited longest."""
-        new, others = ([each for each in ready if bool(each.turns) is had] for had in (False, True))
-        chosen = (others if self._after_new else new) or others or new
-        self._after_new = chosen is new
-        return min(chosen, key=lambda each: self._served.get(each.question.client, -1))
+        new_tickets, served_tickets = ([each for each in ready_tickets if bool(each.num_turns) is had] for had in (False, True))
+        eligible_tickets = (served_tickets if self._last_turn_was_new else new_tickets) or served_tickets or new_tickets
+        self._last_turn_was_new = eligible_tickets is new_tickets
+        return min(eligible_tickets, key=lambda each: self._last_turn_by_client.get(each.request.client_id, -1))
 
-    def _make(self, turn: list[Ticket]) -> None:
+    def _run_turn(self, turn: list[Ticket]) -> None:
         for ticket in turn:
-            ticket.turns += 1
+            ticket.num_turns += 1
         try:
-            if turn[0].search:
-                self._search(turn[0])
+            if turn[0].needs_search:
+                self._continue_search(turn[0])
             else:
-                self._answer(turn)
+                self._caption_turn(turn)
         except Exception as error:  # whatever goes wrong with these, the others are to be answered
             if len(turn) > 1:
                 for ticket in turn:
-                    self._make([ticket])
+                    self._run_turn([ticket])
                 return
             (ticket,) = turn
-            _end(ticket, _to_scheduler_error(error))
+            _fail_ticket(ticket, _to_scheduler_error(error))
 
-    def _search(self, ticket: Ticket) -> None:
+    def _continue_search(self, ticket: Ticket) -> None:
         """Continue the search of a ticket for at most SEARCH_SECONDS."""
-        if ticket.steps is None:
-            limits = {"max_found": self.max_found, "max_bytes": SEARCH_BYTES}
-            encoded = self._encoded([ticket])
-            ticket.steps = search_everything(self.captioner, encoded, ticket.question.everything, **limits)
-        end = time.monotonic() + SEARCH_SECONDS
+        if ticket.search_steps is None:
+            limits = {"max_found": self.max_found_regions, "max_bytes": SEARCH_BYTES}
+            encoded = self._encode_tickets([ticket])
+            ticket.search_steps = search_everything(self.captioner, encoded, ticket.request.everything, **limits)
+        slice_end = time.monotonic() + SEARCH_SECONDS
         try:
             while True:
-                step = next(ticket.steps)
-                if step != ticket.looked_at:
-                    ticket.looked_at = step
-                    _tell(ticket, step)
-                if ticket.cancelled or time.monotonic() > end:
+                progress = next(ticket.search_steps)
+                if progress != ticket.search_progress:
+                    ticket.search_progress = progress
+                    _send_event(ticket, progress)
+                if ticket.is_cancelled or time.monotonic() > slice_end:
                     return
-        except StopIteration as found:
-            ticket.masks, ticket.prompts = (each[: ticket.question.max_regions] for each in found.value)
-            ticket.search, ticket.steps = False, None
-            _tell(ticket, Found(len(ticket.prompts)))
+        except StopIteration as search_result:
+            ticket.found_masks, ticket.prompts = (each[: ticket.request.max_regions] for each in search_result.value)
+            ticket.needs_search, ticket.search_steps = False, None
+            _send_event(ticket, RegionsFound(len(ticket.prompts)))
             if not ticket.prompts:
-                _tell(ticket, Done(0))
+                _send_event(ticket, RequestDone(0))
 
-    def _shares(self, turn: Sequence[Ticket]) -> list[int]:
+    def _allocate_regions(self, tickets: Sequence[Ticket]) -> list[int]:
         """How many regions of each ticket are answered in a turn: one of each after another, up to what a turn may
         cost.
         """
-        others = any(not each.cancelled for each in self._tickets if not any(each is one for one in turn))
-        left = self.regions / (CROWDED if others else 1)
-        costs = [self._costs(ticket) for ticket in turn]
-        shares = [0] * len(turn)
+        has_other_tickets = any(not each.is_cancelled for each in self._tickets if not any(each is one for one in tickets))
+        budget_left = self.max_regions_per_turn / (CROWDED_TURN_DIVISOR if has_other_tickets else 1)
+        cost_functions = [self._make_cost_function(ticket) for ticket in tickets]
+        region_counts = [0] * len(tickets)
         while True:
-            before = sum(shares)
-            for place, ticket in enumerate(turn):
-                if shares[place] < ticket.left:
-                    cost = costs[place](ticket.prompts[ticket.answered + shares[place]])
-                    if sum(shares) and cost > left:
-                        return shares
-                    left -= cost
-                    shares[place] += 1
-            if sum(shares) == before:
-                return shares
+            previous_total = sum(region_counts)
+            for index, ticket in enumerate(tickets):
+                if region_counts[index] < ticket.num_remaining:
+                    cost = cost_functions[index](ticket.prompts[ticket.num_captioned + region_counts[index]])
+                    if sum(region_counts) and cost > budget_left:
+                        return region_counts
+                    budget_left -= cost
+                    region_counts[index] += 1
+            if sum(region_counts) == previous_total:
+                return region_counts
 
-    def _costs(self, ticket: Ticket) -> Callable[[Prompt], float]:
+    def _make_cost_function(self, ticket: Ticket) -> Callable[[Prompt], float]:
         """What a region costs, compared to a usual one."""
-        usual = getattr(self.captioner, "generation", GENERATION)
-        asked = {**usual, **ticket.question.generation}
-        texts = max(asked["beams"], asked.get("captions", 1))
-        words = texts * asked["max_new_tokens"] / (usual["beams"] * usual["max_new_tokens"])
-        if asked.get("seed") is not None:  # such regions are captioned one at a time
-            words = max(words, self.regions)
-        pixels = ticket.question.image.width * ticket.question.image.height / PIXELS
-        made = ticket.to_mask + 3 * ticket.question.candidates
+        default_options = getattr(self.captioner, "generation", GENERATION)
+        options = {**default_options, **ticket.request.generation}
+        num_captions = max(options["beams"], options.get("captions", 1))
+        token_cost = num_captions * options["max_new_tokens"] / (default_options["beams"] * default_options["max_new_tokens"])
+        if options.get("seed") is not None:  # such regions are captioned one at a time
+            token_cost = max(token_cost, self.max_regions_per_turn)
+        cost_per_mask = ticket.request.image.width * ticket.request.image.height / MASK_PIXELS_PER_REGION_COST
+        num_predicted_masks = ticket.needs_masks + 3 * ticket.request.return_candidates
 
-        def cost(prompt: Prompt) -> float:
-            masks = made + (prompt.mask is not None)
-            return max(1.0, words) + len(prompt.points) // POINTS + int(masks * pixels)
+        def estimate_cost(prompt: Prompt) -> float:
+            num_masks = num_predicted_masks + (prompt.mask is not None)
+            return max(1.0, token_cost) + len(prompt.points) // POINTS_PER_REGION_COST + int(num_masks * cost_per_mask)
 
-        return cost
+        return estimate_cost
 
-    def _answer(self, turn: list[Ticket]) -> None:
-        shares = zip(turn, self._shares(turn), strict=True)
-        parts = [(each, share) for each, share in shares if share or not each.left]
-        turn = [each for each, _ in parts]
-        requests = [each.prompts[each.answered : each.answered + share] for each, share in parts]
-        task, settings = turn[0].question.task, turn[0].question.generation
-        images, encoded = [ticket.question.image for ticket in turn], None
+    def _caption_turn(self, turn: list[Ticket]) -> None:
+        allocated = zip(turn, self._allocate_regions(turn), strict=True)
+        served = [(each, share) for each, share in allocated if share or not each.num_remaining]
+        turn = [each for each, _ in served]
+        requests = [each.prompts[each.num_captioned : each.num_captioned + share] for each, share in served]
+        task, generation = turn[0].request.task, turn[0].request.generation
+        images, encoded = [ticket.request.image for ticket in turn], None
         if hasattr(self.captioner, "answer"):
-            encoded, settings = self._encoded(turn), {**settings, "masks": turn[0].to_mask}
-        answers = answer_requests(self.captioner, images, requests, task, encoded, **settings)
-        for ticket, captions in zip(turn, answers, strict=True):
-            if not ticket.answered and ticket.masks is None:
-                _tell(ticket, Found(len(ticket.prompts)))
-            if ticket.question.candidates and captions and captions[0].mask is not None:
-                self._candidates(ticket, len(captions))
+            encoded, generation = self._encode_tickets(turn), {**generation, "masks": turn[0].needs_masks}
+        captions_by_ticket = caption_requests(self.captioner, images, requests, task, encoded, **generation)
+        for ticket, captions in zip(turn, captions_by_ticket, strict=True):
+            if not ticket.num_captioned and ticket.found_masks is None:
+                _send_event(ticket, RegionsFound(len(ticket.prompts)))
+            if ticket.request.return_candidates and captions and captions[0].mask is not None:
+                self._send_candidate_masks(ticket, len(captions))
             for caption in captions:
-                known = {}
-                if ticket.masks is not None:
-                    code, iou = ticket.masks[ticket.answered]
-                    known = {"mask": code, "box": box_of(code), "iou": iou}
-                _tell(ticket, replace(caption, region=ticket.answered, **known))
-                ticket.answered += 1
-                self.answered += 1
-            if not ticket.left:
-                _tell(ticket, Done(ticket.answered))
+                mask_fields = {}
+                if ticket.found_masks is not None:
+                    rle, predicted_iou = ticket.found_masks[ticket.num_captioned]
+                    mask_fields = {"mask": rle, "box": box_of(rle), "iou": predicted_iou}
+                _send_event(ticket, replace(caption, region=ticket.num_captioned, **mask_fields))
+                ticket.num_captioned += 1
+                self.num_captioned += 1
+            if not ticket.num_remaining:
+                _send_event(ticket, RequestDone(ticket.num_captioned))
 
-    def _candidates(self, ticket: Ticket, count: int) -> None:
+    def _send_candidate_masks(self, ticket: Ticket, num_regions: int) -> None:
         """Send the candidate masks of the next regions."""
-        prompts = ticket.prompts[ticket.answered : ticket.answered + count]
-        found = self.captioner.segment(self._encoded([ticket]), [prompts])
-        for region, masks in enumerate(found, ticket.answered):
-            _tell(ticket, Candidates(region, masks))
+        prompts = ticket.prompts[ticket.num_captioned : ticket.num_captioned + num_regions]
+        masks_by_region = self.captioner.segment(self._encode_tickets([ticket]), [prompts])
+        for region_index, masks in enumerate(masks_by_region, ticket.num_captioned):
+            _send_event(ticket, CandidateMasks(region_index, masks))
 
-    def _encoded(self, turn: Sequence[Ticket]) -> Encoded:
+    def _encode_tickets(self, turn: Sequence[Ticket]) -> EncodedImages:
         """The images of some tickets: those that are not kept are encoded together."""
-        images = {ticket.digest: ticket.question.image for ticket in turn}
-        kept = {digest: self.features.get(digest) for digest in images}
-        missing = [digest for digest, encoded in kept.items() if encoded is None]
-        for start in range(0, len(missing), self.images):
-            some = missing[start : start + self.images]
-            together = self.captioner.encode([images[digest] for digest in some])
-            for place, digest in enumerate(some):
-                kept[digest] = _one(together, place)
-                self.features.put(digest, kept[digest])
-        each = [kept[ticket.digest] for ticket in turn]
-        shown = [ticket.question.image for ticket in turn]
-        if each[0].features is None:
-            return Encoded(shown, None, ())
-        features = each[0].features if len(each) == 1 else torch.cat([encoded.features for encoded in each])
-        return Encoded(shown, features, [frame for encoded in each for frame in encoded.frames])
+        images_by_digest = {ticket.digest: ticket.request.image for ticket in turn}
+        encoded_by_digest = {digest: self.feature_store.get(digest) for digest in images_by_digest}
+        missing_digests = [digest for digest, encoded in encoded_by_digest.items() if encoded is None]
+        for start in range(0, len(missing_digests), self.max_images_per_encode):
+            batch_digests = missing_digests[start : start + self.max_images_per_encode]
+            encoded_batch = self.captioner.encode([images_by_digest[digest] for digest in batch_digests])
+            for index, digest in enumerate(batch_digests):
+                encoded_by_digest[digest] = _copy_encoded_image(encoded_batch, index)
+                self.feature_store.put(digest, encoded_by_digest[digest])
+        encoded_tickets = [encoded_by_digest[ticket.digest] for ticket in turn]
+        images = [ticket.request.image for ticket in turn]
+        if encoded_tickets[0].features is None:
+            return EncodedImages(images, None, ())
+        features = encoded_tickets[0].features if len(encoded_tickets) == 1 else torch.cat([encoded.features for encoded in encoded_tickets])
+        return EncodedImages(images, features, [frame for encoded in encoded_tickets for frame in encoded.frames])
 
 
-def _tell(ticket: Ticket, event: Event) -> None:
-    if ticket.cancelled:
+def _send_event(ticket: Ticket, event: RequestEvent) -> None:
+    if ticket.is_cancelled:
         return
     try:
-        ticket.tell(event)
+        ticket.on_event(event)
     except RuntimeError:  # of an event loop that has ended
         ticket.cancel()
 
 
-def _end(ticket: Ticket, error: SchedulerError) -> None:
+def _fail_ticket(ticket: Ticket, error: SchedulerError) -> None:
     """End a ticket without an answer: the error is its last event."""
-    _tell(ticket, error)
+    _send_event(ticket, error)
     ticket.cancel()
-    ticket.steps = None
+    ticket.search_steps = None
 
 
 def _to_scheduler_error(error: Exception) -> SchedulerError:
@@ -391,15 +391,15 @@ def _to_scheduler_error(error: Exception) -> SchedulerError:
     if isinstance(error, SchedulerError):
         return error
     if is_out_of_memory(error):
-        return NoRoomError("not enough memory: ask for fewer regions or beams")
+        return InsufficientMemoryError("not enough memory: ask for fewer regions or beams")
     if isinstance(error, ValueError):  # what the library raises for what was asked
-        return CannotError(str(error))
+        return UnsupportedRequestError(str(error))
     log.exception("a question could not be answered", exc_info=error)
     return SchedulerError("the model failed; the server's log says how")
 
 
-def _one(encoded: Encoded, place: int) -> Encoded:
+def _copy_encoded_image(encoded: EncodedImages, index: int) -> EncodedImages:
     """What was made of one of several images, by itself in memory and without the image."""
     if encoded.features is None:
-        return Encoded((), None, ())
-    return Encoded((), encoded.features[place : place + 1].clone(), [encoded.frames[place]])
+        return EncodedImages((), None, ())
+    return EncodedImages((), encoded.features[index : index + 1].clone(), [encoded.frames[index]])

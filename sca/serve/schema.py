@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 MAX_BEAMS, MAX_NEW_TOKENS = 16, 128  # beams, of which each can be a caption, and tokens per caption
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # as the OpenAI API takes seeds
-MAX_GRID, MAX_CROPS = 64, 2  # points along each side of the grid, and layers of crops
+MAX_POINTS_PER_SIDE, MAX_CROP_LAYERS = 64, 2  # points along each side of the grid, and layers of crops
 
 _NUMBER = {"type": "number"}
 _BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
-_WHOLE = {"type": "integer", "minimum": 0}
-_SIZE = {"type": "array", "items": _WHOLE, "minItems": 2, "maxItems": 2, "description": "height, width: the image's"}
-_COUNTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": _WHOLE}]}
+_NON_NEGATIVE_INTEGER = {"type": "integer", "minimum": 0}
+_SIZE = {"type": "array", "items": _NON_NEGATIVE_INTEGER, "minItems": 2, "maxItems": 2, "description": "height, width: the image's"}
+_COUNTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": _NON_NEGATIVE_INTEGER}]}
 _RLE = {"type": "object", "properties": {"size": _SIZE, "counts": _COUNTS}, "required": ["size", "counts"]}
 _POINT = {
     "type": "array",
@@ -33,24 +33,24 @@ _POINT = {
 }
 
 
-def add_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
+def add_body_schema(app: FastAPI, model: type[BaseModel]) -> dict[str, Any]:
     """The schema of a body that a route reads by itself; the parts it refers to are put on the application's page."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts, usual = schema.pop("$defs", {}), app.openapi
+    definitions, default_openapi = schema.pop("$defs", {}), app.openapi
 
-    def openapi() -> dict[str, Any]:
-        page = usual()
-        known = page.setdefault("components", {}).setdefault("schemas", {})
-        for name, part in parts.items():
-            known.setdefault(name, part)
-        return page
+    def build_openapi() -> dict[str, Any]:
+        document = default_openapi()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for name, definition in definitions.items():
+            schemas.setdefault(name, definition)
+        return document
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = build_openapi  # type: ignore[method-assign]
     return schema
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """What clients may ask for.
 
     Args:
@@ -74,16 +74,16 @@ class Limits:
     max_json_values: int = 2**20
 
     @property
-    def memory(self) -> int:
+    def max_memory_bytes(self) -> int:
         """Bytes that all requests may hold at a time: enough for the largest."""
         return max(2**30, 24 * self.max_pixels, 8 * self.max_body_bytes)
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PromptIn(Strict):
+class PromptIn(StrictModel):
     """One region: any of the three, together."""
 
     box: Annotated[Any, WithJsonSchema({"anyOf": [_BOX, {"type": "null"}]})] = None
@@ -91,10 +91,10 @@ class PromptIn(Strict):
     mask: Annotated[Any, WithJsonSchema({"anyOf": [_RLE, {"type": "null"}]})] = None
 
 
-class EverythingIn(Strict):
+class EverythingIn(StrictModel):
     """How everything is looked for; what is left out is the model's own."""
 
-    points_per_side: Annotated[int | None, Field(ge=1, le=MAX_GRID, description="along each side of the grid")] = None
+    points_per_side: Annotated[int | None, Field(ge=1, le=MAX_POINTS_PER_SIDE, description="along each side of the grid")] = None
     pred_iou_thresh: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
     stability_score_thresh: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
     box_nms_thresh: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
@@ -102,12 +102,12 @@ class EverythingIn(Strict):
         float | None, Field(ge=0, le=1, description="IoU threshold for suppressing masks; 1 for none")
     ] = None
     min_area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
-    crop_n_layers: Annotated[int | None, Field(ge=0, le=MAX_CROPS, description="layers of crops to look at, too")] = None
+    crop_n_layers: Annotated[int | None, Field(ge=0, le=MAX_CROP_LAYERS, description="layers of crops to look at, too")] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None
     max_regions: Annotated[int | None, Field(ge=1, description="maximum regions, best first")] = None
 
 
-class Asked(Strict):
+class CaptionRequest(StrictModel):
     """The regions of one image, and how they are to be captioned."""
 
     prompts: list[PromptIn] = []
@@ -124,18 +124,18 @@ class Asked(Strict):
     stream: Annotated[StrictBool, Field(description="server-sent events: a region as soon as it is there")] = False
 
 
-class AskedOfImage(Asked):
+class JsonCaptionRequest(CaptionRequest):
     image: Annotated[str, Field(description="the file in base64, or a data: URL")]
 
 
-class Rle(BaseModel):
+class RleOut(BaseModel):
     """A mask in COCO's run-length code."""
 
     size: Annotated[list[int], Field(description="height, width")]
     counts: str
 
 
-class Other(BaseModel):
+class AlternativeOut(BaseModel):
     caption: str
     score: float | None
 
@@ -146,14 +146,14 @@ class RegionOut(BaseModel):
     region_id: Annotated[int, Field(description="the prompt's place in the request")]
     prompt: dict[str, Any]
     box: list[float] | None
-    mask: Rle | None
+    mask: RleOut | None
     caption: str
     score: Annotated[float | None, Field(description="exp of the mean log-probability of a token")]
     predicted_iou: Annotated[float | None, Field(description="predicted for the mask")]
-    alternatives: list[Other] = []
+    alternatives: list[AlternativeOut] = []
 
 
-class Answer(BaseModel):
+class CaptionResponse(BaseModel):
     model: str
     width: int
     height: int
@@ -169,11 +169,11 @@ class ErrorOut(BaseModel):
     code: Annotated[str, Field(description="what programs compare")]
 
 
-class Problem(BaseModel):
+class ErrorResponse(BaseModel):
     error: ErrorOut
 
 
-class Health(BaseModel):
+class HealthResponse(BaseModel):
     status: Literal["ok", "draining", "down"]
     model: str
     device: str

@@ -12,13 +12,13 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sca.serve.hosted import Hosted
-from sca.serve.listening import bound
+from sca.serve.hosted import ServerConfig
+from sca.serve.listening import bind_socket
 from sca.serve.scheduler import RequestScheduler
 
-HEAD_SECONDS = 10.0  # in which the head of a request has to be there, at most
-GRACE_SECONDS = 5.0  # that requests have when the server ends
-SPARE_SECONDS = 1.0  # of them, in which those without an answer are told
+HEADER_TIMEOUT_SECONDS = 10.0  # in which the head of a request has to be there, at most
+SHUTDOWN_TIMEOUT_SECONDS = 5.0  # that requests have when the server ends
+SHUTDOWN_MARGIN_SECONDS = 1.0  # of them, in which those without an answer are told
 
 
 class DeadlineProtocol(H11Protocol):
@@ -30,80 +30,80 @@ class DeadlineProtocol(H11Protocol):
     has waited longest for the rest of a request makes room.
     """
 
-    def __init__(self, *given: Any, seconds: float, connections: int, **more: Any):
-        super().__init__(*given, **more)
-        self.seconds, self.most = seconds, connections
-        self.since = 0.0  # when the connection, or its present request, began
+    def __init__(self, *args: Any, seconds: float, connections: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.write_timeout, self.max_connections = seconds, connections
+        self.waiting_since = 0.0  # when the connection, or its present request, began
         self._head: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
 
     @property
-    def is_answering(self) -> bool:
+    def has_pending_request(self) -> bool:
         """Whether a request is there and has no answer yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
-    def is_receiving(self) -> bool:
+    def is_awaiting_request(self) -> bool:
         """Whether a request, or the rest of one, is awaited."""
-        return not self.is_answering or (self.cycle.more_body and not self.cycle.response_started)
+        return not self.has_pending_request or (self.cycle.more_body and not self.cycle.response_started)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
-        if len(self.connections) > self.most:
-            self._make_room()
+        self._start_header_timer()
+        if len(self.connections) > self.max_connections:
+            self._close_longest_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unset("_head")
-        self._unset("_stalled")
+        self._cancel_timer("_head")
+        self._cancel_timer("_stalled")
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.is_answering:
+        if self.has_pending_request:
             if self._head is not None:
-                self.since = self.loop.time()
-            self._unset("_head")
+                self.waiting_since = self.loop.time()
+            self._cancel_timer("_head")
         elif self._head is None:
-            self._await_head()
+            self._start_header_timer()
 
     def on_response_complete(self) -> None:
-        self.since = self.loop.time()
+        self.waiting_since = self.loop.time()
         super().on_response_complete()
         if self.transport.is_closing():
-            self._abort_later(HEAD_SECONDS)
+            self._start_stall_timer(HEADER_TIMEOUT_SECONDS)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._abort_later(HEAD_SECONDS)
+        self._start_stall_timer(HEADER_TIMEOUT_SECONDS)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._abort_later(self.seconds)
+        self._start_stall_timer(self.write_timeout)
 
     def resume_writing(self) -> None:
         if not self.transport.is_closing():
-            self._unset("_stalled")
+            self._cancel_timer("_stalled")
         super().resume_writing()
 
-    def _await_head(self) -> None:
-        self.since = self.loop.time()
-        self._head = self.loop.call_later(min(self.seconds, HEAD_SECONDS), self.transport.abort)
+    def _start_header_timer(self) -> None:
+        self.waiting_since = self.loop.time()
+        self._head = self.loop.call_later(min(self.write_timeout, HEADER_TIMEOUT_SECONDS), self.transport.abort)
 
-    def _abort_later(self, seconds: float) -> None:
+    def _start_stall_timer(self, timeout: float) -> None:
         """What is still unsent after `seconds` is dropped."""
-        self._unset("_stalled")
-        self._stalled = self.loop.call_later(seconds, self.transport.abort)
+        self._cancel_timer("_stalled")
+        self._stalled = self.loop.call_later(timeout, self.transport.abort)
 
-    def _make_room(self) -> None:
-        others = [each for each in self.connections if each is not self and each.is_receiving]
-        if others:
-            min(others, key=lambda each: (each.is_answering, each.since)).transport.abort()
+    def _close_longest_waiting(self) -> None:
+        receiving = [each for each in self.connections if each is not self and each.is_receiving]
+        if receiving:
+            min(receiving, key=lambda each: (each.is_answering, each.since)).transport.abort()
 
-    def _unset(self, timer: str) -> None:
-        if getattr(self, timer) is not None:
-            getattr(self, timer).cancel()
-            setattr(self, timer, None)
+    def _cancel_timer(self, timer_name: str) -> None:
+        if getattr(self, timer_name) is not None:
+            getattr(self, timer_name).cancel()
+            setattr(self, timer_name, None)
 
 
 class DrainingServer(uvicorn.Server):
@@ -114,11 +114,11 @@ class DrainingServer(uvicorn.Server):
         self.scheduler = scheduler
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.scheduler.drain(GRACE_SECONDS - SPARE_SECONDS)
+        self.scheduler.drain(SHUTDOWN_TIMEOUT_SECONDS - SHUTDOWN_MARGIN_SECONDS)
         await super().shutdown(sockets)
 
 
-def serve_here(hosted: Hosted, host: str, port: int, report: Callable[[str], None]) -> None:
+def serve_locally(config: ServerConfig, host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """Serve a model in this process until interrupted.
 
     Args:
@@ -130,19 +130,19 @@ def serve_here(hosted: Hosted, host: str, port: int, report: Callable[[str], Non
     Raises:
         ValueError: The address cannot be listened at; and what `hosted.captioner` raises.
     """
-    captioner = hosted.captioner()  # before anybody can connect, so that its errors are raised first
-    with bound(host, port) as listening:
-        listening.listen(hosted.clients)  # clients that come before all is ready wait
-        shown = f"[{host}]" if ":" in host else host
-        app = hosted.application(captioner)
-        options = {"seconds": hosted.seconds, "connections": hosted.clients, "log": hosted.log}
+    captioner = config.load_captioner()  # before anybody can connect, so that its errors are raised first
+    with bind_socket(host, port) as bound_socket:
+        bound_socket.listen(config.max_connections)  # clients that come before all is ready wait
+        url_host = f"[{host}]" if ":" in host else host
+        app = config.create_app(captioner)
+        options = {"seconds": config.timeout, "connections": config.max_connections, "log": config.log_requests}
         server = make_server(app, app.state.scheduler, **options)
-        report(f"http://{shown}:{listening.getsockname()[1]}")
-        server.run([listening])
+        on_ready(f"http://{url_host}:{bound_socket.getsockname()[1]}")
+        server.run([bound_socket])
 
 
 def make_server(
-    app: FastAPI, scheduler: RequestScheduler, *, seconds: float, connections: int, log: bool
+    app: FastAPI, scheduler: RequestScheduler, *, write_timeout: float, max_connections: int, log_requests: bool
 ) -> uvicorn.Server:
     """Set up a server for an application; `run([socket])` starts it.
 
@@ -153,9 +153,9 @@ def make_server(
     """
     config = uvicorn.Config(
         app,
-        http=partial(DeadlineProtocol, seconds=seconds, connections=connections),  # type: ignore[arg-type]
+        http=partial(DeadlineProtocol, seconds=write_timeout, connections=max_connections),  # type: ignore[arg-type]
         ws="none",
-        log_level="info" if log else "warning",
-        timeout_graceful_shutdown=int(GRACE_SECONDS),
+        log_level="info" if log_requests else "warning",
+        timeout_graceful_shutdown=int(SHUTDOWN_TIMEOUT_SECONDS),
     )
     return DrainingServer(config, scheduler)

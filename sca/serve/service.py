@@ -20,42 +20,42 @@ from pydantic import BaseModel
 from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import GENERATION
 
-from sca.inference.automatic import settle_search
-from sca.inference.generation import settle_generation
+from sca.inference.automatic import resolve_everything_options
+from sca.inference.generation import resolve_generation_options
 from sca.io.images import decode_image, inspect_image
 from sca.io.prompts import read_prompt
 from sca.output.jsonl import record
 from sca.serve.memory import BudgetError, ByteBudget
-from sca.serve.metrics import Metrics
+from sca.serve.metrics import ServerMetrics
 from sca.serve.problems import ApiError
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import (
     MAX_BEAMS,
-    MAX_CROPS,
-    MAX_GRID,
+    MAX_CROP_LAYERS,
+    MAX_POINTS_PER_SIDE,
     MAX_NEW_TOKENS,
-    Asked,
+    CaptionRequest,
     EverythingIn,
-    Limits,
-    Problem,
+    ServerLimits,
+    ErrorResponse,
     PromptIn,
     RegionOut,
 )
-from sca.serve.tickets import Done, Event, LateError, NoRoomError, Question, SchedulerError
+from sca.serve.tickets import RequestDone, RequestEvent, DeadlineExceededError, InsufficientMemoryError, InferenceRequest, SchedulerError
 
-Parsed = TypeVar("Parsed", bound=BaseModel)
-POLL = 0.5  # seconds between two looks at whether a client is still there
-SMALL = 64 * 2**20  # pixels of masks that a request may always have
-JSON = "application/json"
-EVENT_STREAM = "text/event-stream"
-DECODING, DECODED = 13, 4  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
-MAX_HEAD = 1000  # characters of a data: URL before its comma
-SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
-STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from the one for URLs
+BodyModel = TypeVar("Parsed", bound=BaseModel)
+POLL_INTERVAL = 0.5  # seconds between two looks at whether a client is still there
+ALWAYS_ALLOWED_MASK_PIXELS = 64 * 2**20  # pixels of masks that a request may always have
+JSON_MEDIA_TYPE = "application/json"
+EVENT_STREAM_MEDIA_TYPE = "text/event-stream"
+DECODING_BYTES_PER_PIXEL, DECODED_BYTES_PER_PIXEL = 13, 4  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
+MAX_DATA_URL_HEADER = 1000  # characters of a data: URL before its comma
+URL_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
+URLSAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the one for URLs
 PERCENT_ENCODED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
-WORDS = 1000  # bytes of a caption or another event without its mask, about
+EVENT_BYTES = 1000  # bytes of a caption or another event without its mask, about
 
-_PROBLEMS = {
+_ERROR_DESCRIPTIONS = {
     400: "not what a request looks like",
     401: "no valid API key, where one is needed",
     403: "a host that is not served",
@@ -66,111 +66,111 @@ _PROBLEMS = {
     503: "too many wait, there is no memory, or the server ends; Retry-After says when to come again",
     504: "no answer in time",
 }
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": description} for status, description in _PROBLEMS.items()
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": description} for status, description in _ERROR_DESCRIPTIONS.items()
 }
 
 
-class Service:
+class CaptionService:
     """What the routes share: the scheduler, what the model is called, the limits, and the counters."""
 
-    def __init__(self, scheduler: RequestScheduler, name: str, limits: Limits):
-        self.scheduler, self.name, self.limits = scheduler, name, limits
-        self.metrics = Metrics(scheduler)
-        self.budget = ByteBudget(limits.memory)
-        self._small = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
+    def __init__(self, scheduler: RequestScheduler, model_name: str, limits: ServerLimits):
+        self.scheduler, self.model_name, self.limits = scheduler, model_name, limits
+        self.metrics = ServerMetrics(scheduler)
+        self.budget = ByteBudget(limits.max_memory_bytes)
+        self._small_image_pool = ThreadPoolExecutor(2, thread_name_prefix="sca-decode")
+        self._large_image_pool = ThreadPoolExecutor(1, thread_name_prefix="sca-decode-large")
         # A thread of those two may wait for memory, so whoever holds memory must never need one of them.
-        self._masks = ThreadPoolExecutor(1, thread_name_prefix="sca-masks")
+        self._mask_pool = ThreadPoolExecutor(1, thread_name_prefix="sca-masks")
 
     def close(self) -> None:
         self.scheduler.close()
-        for pool in (self._small, self._large, self._masks):
+        for pool in (self._small_image_pool, self._large_image_pool, self._mask_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def deadline(self, request: Request) -> float:
+    def get_deadline(self, request: Request) -> float:
         """When a request that is there must be answered, by the clock of the loop; it starts with the first call."""
         if not hasattr(request.state, "deadline"):
             request.state.deadline = asyncio.get_running_loop().time() + self.limits.timeout
         return request.state.deadline
 
-    async def parse(self, request: Request, model: type[Parsed]) -> Parsed:
+    async def parse_body(self, request: Request, model: type[BodyModel]) -> BodyModel:
         """The JSON body of a request as `model`."""
-        if content_type(request) != JSON:
-            raise ApiError(415, f"{content_type(request) or 'no content type'}: send {JSON}")
-        content = bytearray()
-        async for piece in request.stream():
-            content += piece
-        self.deadline(request)
-        return await to_thread.run_sync(self.parsed, content, model)
+        if get_media_type(request) != JSON_MEDIA_TYPE:
+            raise ApiError(415, f"{get_media_type(request) or 'no content type'}: send {JSON_MEDIA_TYPE}")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+        self.get_deadline(request)
+        return await to_thread.run_sync(self.parse_json, body, model)
 
-    def parsed(self, content: bytes | bytearray | str, model: type[Parsed]) -> Parsed:
+    def parse_json(self, body: bytes | bytearray | str, model: type[BodyModel]) -> BodyModel:
         """ApiError for more values than are allowed, which take much more memory than their text."""
-        separators = ",[{" if isinstance(content, str) else (b",", b"[", b"{")
-        if sum(content.count(each) for each in separators) > self.limits.max_json_values:
+        separators = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
+        if sum(body.count(each) for each in separators) > self.limits.max_json_values:
             raise ApiError(413, f"the request has more than the {self.limits.max_json_values:,} values that are allowed")
-        return model.model_validate_json(content)
+        return model.model_validate_json(body)
 
-    async def image(self, request: Request, content: bytes, masks: int = 0) -> Image.Image:
+    async def decode_request_image(self, request: Request, image_bytes: bytes, num_masks: int = 0) -> Image.Image:
         """Decode the image of a request, once there is memory for it and for so many masks of its size.
 
         InputError for what is no picture, or has too many pixels.
         """
-        opened = await to_thread.run_sync(inspect_image, io.BytesIO(content), "the image", self.limits.max_pixels)
-        pixels = opened.width * opened.height
-        if masks * pixels > max(SMALL, 10 * self.limits.max_pixels):
-            raise ApiError(413, f"{masks} masks of {opened.width} x {opened.height} are too many: ask in pieces")
+        unread_image = await to_thread.run_sync(inspect_image, io.BytesIO(image_bytes), "the image", self.limits.max_pixels)
+        pixels = unread_image.width * unread_image.height
+        if num_masks * pixels > max(ALWAYS_ALLOWED_MASK_PIXELS, 10 * self.limits.max_pixels):
+            raise ApiError(413, f"{num_masks} masks of {unread_image.width} x {unread_image.height} are too many: ask in pieces")
         lease = request.state.lease
-        deadline = self.deadline(request)
-        late = time.monotonic() + deadline - asyncio.get_running_loop().time()
+        deadline = self.get_deadline(request)
+        monotonic_deadline = time.monotonic() + deadline - asyncio.get_running_loop().time()
 
-        needed = len(content) + (DECODING + masks) * pixels
+        needed_bytes = len(image_bytes) + (DECODING_BYTES_PER_PIXEL + num_masks) * pixels
 
-        def decode() -> Image.Image:
-            lease.set(needed, late - time.monotonic())
+        def decode_with_lease() -> Image.Image:
+            lease.set(needed_bytes, monotonic_deadline - time.monotonic())
             if lease.ended:
                 raise BudgetError("the request has ended")
-            image = decode_image(opened, "the image")
-            lease.set((DECODED + masks) * pixels)
+            image = decode_image(unread_image, "the image")
+            lease.set((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
             return image
 
-        pool = self._small if self.budget.is_small(needed) else self._large  # what is large waits for what is large
-        return await self._in_thread(pool, deadline, decode)
+        pool = self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool  # what is large waits for what is large
+        return await self._run_in_pool(pool, deadline, decode_with_lease)
 
-    async def _in_thread(self, pool: Executor, deadline: float, work: Callable[[], Any]) -> Any:
+    async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Any]) -> Any:
         """What `work` returns, from a thread of a pool. LateError after the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
-                return await asyncio.get_running_loop().run_in_executor(pool, work)
+                return await asyncio.get_running_loop().run_in_executor(pool, function)
         except TimeoutError:
-            raise LateError(f"no answer in {self.limits.timeout:g} s: ask for less, or later") from None
+            raise DeadlineExceededError(f"no answer in {self.limits.timeout:g} s: ask for less, or later") from None
 
-    def check(self, asked: Asked) -> None:
+    def check_request(self, caption_request: CaptionRequest) -> None:
         """ApiError for what is asked of no image, or of any image too much."""
-        if bool(asked.prompts) == bool(asked.everything):
-            what = "both prompts and everything" if asked.prompts else "neither prompts nor everything"
-            raise ApiError(422, f"{what}: give prompts, or everything=true to have the regions found")
-        if len(asked.prompts) > self.limits.max_prompts:
-            raise ApiError(413, f"{len(asked.prompts):,} prompts, and {self.limits.max_prompts:,} are allowed")
-        points = [len(prompt.points) for prompt in asked.prompts if isinstance(prompt.points, list)]
-        if points and max(points) > self.limits.max_points:
-            raise ApiError(413, f"a prompt of {max(points):,} points, and {self.limits.max_points:,} are allowed")
-        if sum(points) > self.limits.max_points_per_request:
-            raise ApiError(413, f"{sum(points):,} points, and {self.limits.max_points_per_request:,} are allowed in all prompts")
+        if bool(caption_request.prompts) == bool(caption_request.everything):
+            problem = "both prompts and everything" if caption_request.prompts else "neither prompts nor everything"
+            raise ApiError(422, f"{problem}: give prompts, or everything=true to have the regions found")
+        if len(caption_request.prompts) > self.limits.max_prompts:
+            raise ApiError(413, f"{len(caption_request.prompts):,} prompts, and {self.limits.max_prompts:,} are allowed")
+        point_counts = [len(prompt.points) for prompt in caption_request.prompts if isinstance(prompt.points, list)]
+        if point_counts and max(point_counts) > self.limits.max_points:
+            raise ApiError(413, f"a prompt of {max(point_counts):,} points, and {self.limits.max_points:,} are allowed")
+        if sum(point_counts) > self.limits.max_points_per_request:
+            raise ApiError(413, f"{sum(point_counts):,} points, and {self.limits.max_points_per_request:,} are allowed in all prompts")
         for name in ("temperature", "top_p"):
-            if getattr(asked, name) is not None and not asked.do_sample:
+            if getattr(caption_request, name) is not None and not caption_request.do_sample:
                 raise ApiError(422, f"{name} can only be used with sample=true", param=name)
-        if asked.everything and not self.scheduler.finds:
+        if caption_request.everything and not self.scheduler.can_find_regions:
             raise ApiError(422, "this model finds no regions by itself: give prompts")
 
-    async def question(
+    async def make_inference_request(
         self,
         request: Request,
-        asked: Asked,
+        caption_request: CaptionRequest,
         image: Image.Image,
         prompts: Sequence[Prompt] | None = None,
-        where: str = "prompts.{}",
-    ) -> Question:
+        location_format: str = "prompts.{}",
+    ) -> InferenceRequest:
         """Make the question for the scheduler.
 
         Args:
@@ -186,44 +186,44 @@ class Service:
         """
         captioner = self.scheduler.captioner
         try:
-            generation = settle_generation(
+            generation = resolve_generation_options(
                 captioner,
-                num_beams=asked.num_beams,
-                max_new_tokens=asked.max_new_tokens,
-                num_captions=asked.num_captions,
-                do_sample=asked.do_sample,
-                temperature=asked.temperature,
-                top_p=asked.top_p,
-                seed=asked.seed,
+                num_beams=caption_request.num_beams,
+                max_new_tokens=caption_request.max_new_tokens,
+                num_captions=caption_request.num_captions,
+                do_sample=caption_request.do_sample,
+                temperature=caption_request.temperature,
+                top_p=caption_request.top_p,
+                seed=caption_request.seed,
             )
         except ValueError as error:
             raise ApiError(422, str(error)) from error
-        generation |= _limit_defaults(captioner, generation)
+        generation |= _limit_default_options(captioner, generation)
         everything = max_regions = None
-        if asked.everything:
-            given = asked.everything if isinstance(asked.everything, EverythingIn) else EverythingIn()
-            max_regions = given.max_regions
-            search = settle_search(captioner, given.model_dump(exclude={"max_regions"}))
-            everything = replace(search, points=min(search.points_per_side, MAX_GRID), crops=min(search.crop_n_layers, MAX_CROPS))
+        if caption_request.everything:
+            everything_fields = caption_request.everything if isinstance(caption_request.everything, EverythingIn) else EverythingIn()
+            max_regions = everything_fields.max_regions
+            search_options = resolve_everything_options(captioner, everything_fields.model_dump(exclude={"max_regions"}))
+            everything = replace(search_options, points=min(search_options.points_per_side, MAX_POINTS_PER_SIDE), crops=min(search_options.crop_n_layers, MAX_CROP_LAYERS))
         elif prompts is None:
-            if count_masks(asked):
-                work = partial(_prompts, asked.prompts, image.size, where)
-                prompts = await self._in_thread(self._masks, self.deadline(request), work)
+            if count_mask_prompts(caption_request):
+                read_checked_prompts = partial(_read_checked_prompts, caption_request.prompts, image.size, location_format)
+                prompts = await self._run_in_pool(self._mask_pool, self.get_deadline(request), read_checked_prompts)
             else:
-                prompts = await to_thread.run_sync(_prompts, asked.prompts, image.size, where)
-        return Question(
+                prompts = await to_thread.run_sync(_read_checked_prompts, caption_request.prompts, image.size, location_format)
+        return InferenceRequest(
             image,
             prompts or (),
             everything,
-            asked.task,
+            caption_request.task,
             generation,
-            masks=asked.masks,
-            seconds=self.limits.timeout,
-            client=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
+            return_masks=caption_request.masks,
+            timeout=self.limits.timeout,
+            client_id=getattr(request.state, "client", None) or (request.client.host if request.client else ""),
             max_regions=max_regions,
         )
 
-    async def events(self, request: Request, question: Question) -> AsyncIterator[Event | None]:
+    async def iter_events(self, request: Request, inference_request: InferenceRequest) -> AsyncIterator[RequestEvent | None]:
         """Yield the events of a question, and None every `POLL` seconds without one.
 
         Whoever leaves, or has no more time, is not computed for. An event is part of the request's memory until it is
@@ -232,59 +232,59 @@ class Service:
         Raises:
             SchedulerError: If the question cannot be answered, in time and within the memory.
         """
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop, deadline, lease = asyncio.get_running_loop(), self.deadline(request), request.state.lease
+        event_queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        loop, deadline, lease = asyncio.get_running_loop(), self.get_deadline(request), request.state.lease
 
-        def queue_event(event: Event) -> None:
+        def queue_event(event: RequestEvent) -> None:
             try:
-                lease.add(_size(event))
+                lease.add(_estimate_event_bytes(event))
             except BudgetError as error:
-                event = NoRoomError(str(error))
-            events.put_nowait(event)
+                event = InsufficientMemoryError(str(error))
+            event_queue.put_nowait(event)
 
         ticket = await to_thread.run_sync(
-            self.scheduler.ask, question, lambda event: loop.call_soon_threadsafe(queue_event, event)
+            self.scheduler.submit, inference_request, lambda event: loop.call_soon_threadsafe(queue_event, event)
         )
         try:
-            look = loop.time()
+            next_poll = loop.time()
             while True:
                 now = loop.time()
                 if now > deadline:
-                    raise LateError(f"no answer in {question.seconds:g} s: ask for less, or later")
-                if now > look:
-                    look = now + POLL
+                    raise DeadlineExceededError(f"no answer in {inference_request.timeout:g} s: ask for less, or later")
+                if now > next_poll:
+                    next_poll = now + POLL_INTERVAL
                     if await request.is_disconnected():
                         return
                 try:
-                    event = await asyncio.wait_for(events.get(), min(POLL, deadline - now))
+                    event = await asyncio.wait_for(event_queue.get(), min(POLL_INTERVAL, deadline - now))
                 except TimeoutError:
                     yield None
                     continue
                 if isinstance(event, SchedulerError):
                     raise event
-                lease.add(-_size(event))
+                lease.add(-_estimate_event_bytes(event))
                 yield event
-                if isinstance(event, Done):
+                if isinstance(event, RequestDone):
                     return
         finally:
             ticket.cancel()
 
-    async def captions(self, request: Request, question: Question) -> list[Caption]:
+    async def collect_captions(self, request: Request, inference_request: InferenceRequest) -> list[Caption]:
         """All of them at once, in order; none if the client has left."""
-        found = []
-        async for event in self.events(request, question):
+        captions = []
+        async for event in self.iter_events(request, inference_request):
             if isinstance(event, Caption):
-                found.append(event)
-                request.state.lease.add(_size(event))
-        return found
+                captions.append(event)
+                request.state.lease.add(_estimate_event_bytes(event))
+        return captions
 
 
-def content_type(request: Request) -> str:
+def get_media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def count_masks(asked: Asked) -> int:
-    return sum(prompt.mask is not None for prompt in asked.prompts)
+def count_mask_prompts(caption_request: CaptionRequest) -> int:
+    return sum(prompt.mask is not None for prompt in caption_request.prompts)
 
 
 def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes:
@@ -299,43 +299,43 @@ def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes
     Raises:
         ApiError: If the text is another URL or not base64.
     """
-    head, comma, _ = text[:MAX_HEAD].partition(",")
-    scheme = SCHEME.match(head)
+    header, comma, _ = text[:MAX_DATA_URL_HEADER].partition(",")
+    scheme = URL_SCHEME.match(header)
     if scheme and scheme[1].lower() != "data":
         raise ApiError(422, f"{name}: pictures are not fetched from elsewhere; send the file in base64", param=param)
     if scheme:
-        if not comma or not head.rstrip().lower().endswith(";base64"):
+        if not comma or not header.rstrip().lower().endswith(";base64"):
             raise ApiError(422, f"{name}: a data: URL in base64, like data:image/png;base64,...", param=param)
-        text = text[len(head) + 1 :]
-    for code, sign in PERCENT_ENCODED.items():
-        text = text.replace(code, sign).replace(code.lower(), sign)
+        text = text[len(header) + 1 :]
+    for escape, character in PERCENT_ENCODED.items():
+        text = text.replace(escape, character).replace(escape.lower(), character)
     try:
-        content = text.encode("ascii").translate(STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
-        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+        encoded = text.encode("ascii").translate(URLSAFE_TO_STANDARD, b" \t\r\n\f\v").rstrip(b"=")
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except ValueError:  # binascii.Error and UnicodeEncodeError are kinds of it
         raise ApiError(422, f"{name}: not base64", param=param) from None
 
 
-def plain(caption: Caption, image: Image.Image) -> dict[str, Any]:
-    told = record("", image, caption)
-    return {name: told[name] for name in RegionOut.model_fields if name in told}
+def caption_to_dict(caption: Caption, image: Image.Image) -> dict[str, Any]:
+    record_fields = record("", image, caption)
+    return {name: record_fields[name] for name in RegionOut.model_fields if name in record_fields}
 
 
-def _size(event: Event) -> int:
+def _estimate_event_bytes(event: RequestEvent) -> int:
     """Estimate the bytes of an event."""
     mask = event.mask if isinstance(event, Caption) else None
-    return WORDS + (0 if mask is None else len(mask["counts"]))
+    return EVENT_BYTES + (0 if mask is None else len(mask["counts"]))
 
 
-def _limit_defaults(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
+def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
     """Return the server's limits for the settings whose defaults in the captioner exceed them."""
-    settled = {**getattr(captioner, "generation", GENERATION), **generation}
+    options = {**getattr(captioner, "generation", GENERATION), **generation}
     limits = {"beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "captions": MAX_BEAMS}
-    return {name: limit for name, limit in limits.items() if settled.get(name, 1) > limit}
+    return {name: limit for name, limit in limits.items() if options.get(name, 1) > limit}
 
 
-def _prompts(asked: list[PromptIn], size: tuple[int, int], where: str) -> list[Any]:
+def _read_checked_prompts(prompt_inputs: list[PromptIn], size: tuple[int, int], location_format: str) -> list[Any]:
     return [
-        read_prompt(prompt.model_dump(exclude_none=True), where.format(place), *size)
-        for place, prompt in enumerate(asked)
+        read_prompt(prompt.model_dump(exclude_none=True), location_format.format(place), *size)
+        for place, prompt in enumerate(prompt_inputs)
     ]

@@ -18,30 +18,30 @@ from sca.io.errors import InputError
 from sca.io.prompts import Box, Point, parse_box, parse_point
 
 _NUMBER = r"[-+]?(?:\d++(?:\.\d++|\.(?![\w.]))?+|\.\d++)(?:e[-+]?\d++)?+"
-_SIZED = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit
-_JOINT = r"(?:[\s,;|()\[\]{}<>/\"'`&*]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
-_RUN = re.compile(rf"{_SIZED}(?:{_JOINT}++{_SIZED})*+")
-_TOKEN = re.compile(rf"(?P<number>{_SIZED})|(?P<joint>{_JOINT}++)")
-_KEYS = (
+_NUMBER_WITH_UNIT = rf"(?<![\w.]){_NUMBER}(?:px|(?!\w)(?:\s?(?:px|pixels?)\b|\s?%)?+)"  # a number and its unit
+_SEPARATOR = r"(?:[\s,;|()\[\]{}<>/\"'`&*]|->|(?<=[)\]}])\s*+-\s*+(?=[(\[{])|\b(?:and|to)\b)"
+_RUN = re.compile(rf"{_NUMBER_WITH_UNIT}(?:{_SEPARATOR}++{_NUMBER_WITH_UNIT})*+")
+_TOKEN = re.compile(rf"(?P<number>{_NUMBER_WITH_UNIT})|(?P<joint>{_SEPARATOR}++)")
+_EDGE_NAMES = (
     r"[xy](?:_?(?:min|max|[0-2]))?|c_?[xy]|[xy]_?c(?:ent(?:er|re))?|cent(?:er|re)_?[xy]|left|top|right|bottom"
     r"|width|height|[wh]|label"
 )
-_NAMED = re.compile(rf"(?<![\w.])({_KEYS})[\"'`]?(\s*[:=]\s*|\s+(?:is\s+|at\s+)?)[\"'`]?({_SIZED})")
-_BETWEEN_NAMED = re.compile(rf"(?:{_JOINT}|[-\N{{BULLET}}])*+")
+_NAMED_NUMBER = re.compile(rf"(?<![\w.])({_EDGE_NAMES})[\"'`]?(\s*[:=]\s*|\s+(?:is\s+|at\s+)?)[\"'`]?({_NUMBER_WITH_UNIT})")
+_NAMED_NUMBER_SEPARATOR = re.compile(rf"(?:{_SEPARATOR}|[-\N{{BULLET}}])*+")
 _WORD = re.compile(r"[^\W\d][\w-]*")
 
-_CONNECTING = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with"}
-_PLACE = re.compile(
+_CONNECTING_WORDS = {"a", "an", "are", "at", "by", "for", "from", "image", "in", "is", "of", "on", "the", "with"}
+_LOCATION_WORD = re.compile(
     r"at|xy|co-?ordinates?|coords?|pos(?:itions?)?|loc(?:ations?)?|regions?|areas?|crops?|windows?|zones?"
     r"|bounds|selections?"
 )
-_BOX = re.compile(r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)")
-_POINT = re.compile(r"(?:.*[_-])?(?:(?:key)?points?|pts?|clicks?|pixels?)(?:[_-].*|\d?d?)")
-_SIZE = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
-_OTHER_ORDER = re.compile(  # names of numbers that are not x1, y1, x2, y2
+_BOX_WORD = re.compile(r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)")
+_POINT_WORD = re.compile(r"(?:.*[_-])?(?:(?:key)?points?|pts?|clicks?|pixels?)(?:[_-].*|\d?d?)")
+_SIZE_WORD = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
+_OTHER_ORDER_WORD = re.compile(  # names of numbers that are not x1, y1, x2, y2
     r"box_?2d|(?:.*[_-])?(?:xywh|cxcywh|ltwh|tlwh|yxyx)|h|height|x2|x_?max|right|(?:.*[_-])?(?:poly(?:gon)?|segmentation)s?"
 )
-_ORDER_NAMED_APART = re.compile(  # an order other than x1, y1, x2, y2, before or after the numbers of a box
+_OTHER_ORDER_PHRASE = re.compile(  # an order other than x1, y1, x2, y2, before or after the numbers of a box
     r"(?<![a-z\d])(?:c?xc?ywh|xyhw|ltwh|tlwh|yxyx|yxhw)(?![a-z])"
     r"|(?:\b(?:in|as|format|mode|order|style|type)\W{1,8}|\()(?:coco|yolo)(?:v?\d+)?\b"
     r"|\b(?:coco|yolo)(?:v?\d+)?[\s_-]+(?:format|style|order|convention|notation|b?box)"
@@ -53,7 +53,7 @@ _ORDER_NAMED_APART = re.compile(  # an order other than x1, y1, x2, y2, before o
 _RANGE = (  # of the numbers of an axis, after its name
     rf"(?=[\s:=])\s*+(?:[:=]|from|between|in|is|of)?+\s*+{_NUMBER}\s*+(?:to|and|-|:|\.\.+|\N{{EN DASH}})\s*+{_NUMBER}"
 )
-_CORNER = rf"(?<![\w.,])(?!\d,\d{{3}}\b|\d+,0\d\d\b){_NUMBER}\s*,\s*{_NUMBER}"  # not 1,200 or 12,000
+_CORNER_COORDINATES = rf"(?<![\w.,])(?!\d,\d{{3}}\b|\d+,0\d\d\b){_NUMBER}\s*,\s*{_NUMBER}"  # not 1,200 or 12,000
 _UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a geometry of X11, ranges, numbers with "-"
     r"<(?:loc|patch_index|bin|coord|seg|[xy])_?\d+>|(?<!\w)mask\s*=\s*\S+"
     r"|[\[(]\s*\d+\s*:\s*\d+\s*,\s*\d+\s*:\s*\d+|(?<!\w)\d+(?:x\d+){3}|(?<!\w)\d+x\d+[-+]\d+[-+]\d+"
@@ -61,10 +61,10 @@ _UNREADABLE = re.compile(  # tokens for places, a mask, a slice of an array, a g
     rf"|(?<!\w)col(?:umn)?s?{_RANGE}\W{{1,3}}(?:and\s)?rows?{_RANGE}"
     r"|(?<!\w)(?:b?box|rect(?:angle)?|roi|region|area|crop|selection|coord(?:inate)?s|xyxy)\W{0,4}"
     r"\d+(?:\.\d+)?(?:\s?[-\N{EN DASH}_:]\s?\d+(?:\.\d+)?){3}"
-    rf"|{_CORNER}\s*[-\N{{EN DASH}}]\s*{_NUMBER}\s*,\s*{_NUMBER}"
+    rf"|{_CORNER_COORDINATES}\s*[-\N{{EN DASH}}]\s*{_NUMBER}\s*,\s*{_NUMBER}"
     rf"|(?<!\w)cent(?:er|re)\s*[:=]\s*{_NUMBER}[\s,;]+{_NUMBER}"
 )
-_CORNERS = re.compile(rf"{_CORNER}(?:px)?\s+to\s+{_SIZED}\s*,\s*{_SIZED}")
+_CORNER_PAIR = re.compile(rf"{_CORNER_COORDINATES}(?:px)?\s+to\s+{_NUMBER_WITH_UNIT}\s*,\s*{_NUMBER_WITH_UNIT}")
 _NO_REGION = re.compile(  # a color, bullet points, a number of things as in "box: 2 sentences"
     r"\b(?:rgb|hs[lv])a?\s?\([^()]{0,60}\)|\bcmyk\s?\([^()]{0,60}\)|\b(?:bullet|talking|main|selling)[\s-]?points?\b"
     r"|\b(?:b?box(?:es)?|points?)\s?:\s?\d+(?:\s?(?:-|or)\s?\d+)?\s(?!(?:px|pixels?|and|to|by|x|y)\b)(?=[^\W\d_])"
@@ -73,15 +73,15 @@ _ASCII_SIGNS = {0xFF01 + offset: 0x21 + offset for offset in range(94)}  # of fu
 _ASCII_SIGNS |= str.maketrans(
     "\N{MINUS SIGN}\N{LEFT BLACK LENTICULAR BRACKET}\N{RIGHT BLACK LENTICULAR BRACKET}", "-[]"
 )
-_GLUED = re.compile(r"(?<!\w)(b?box|point|region)(?=\d+\s*[,;])")  # to its first number
-_ESCAPE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
-_ASSIGNED = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
+_NAME_WITHOUT_SPACE = re.compile(r"(?<!\w)(b?box|point|region)(?=\d+\s*[,;])")  # to its first number
+_ESCAPE_SEQUENCE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
+_ASSIGNED_VALUE = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
 MAX_NUMBERS = 2048  # of a text; a region has at most 256 points of 3 numbers
-_TAIL = 60  # characters before numbers in which the word is that names them
+_MAX_NAME_DISTANCE = 60  # characters before numbers in which the word is that names them
 
 _BOX_ORDERS = ([], ["x1", "y1", "x2", "y2"], ["x0", "y0", "x1", "y1"])  # names of the numbers of a box, if any
-_WRITE_BOX = "write box=x1,y1,x2,y2 in pixels"
-_WRITE_POINT = "write point=x,y in pixels"
+_BOX_HINT = "write box=x1,y1,x2,y2 in pixels"
+_POINT_HINT = "write point=x,y in pixels"
 
 
 class TextRegion(NamedTuple):
@@ -91,7 +91,7 @@ class TextRegion(NamedTuple):
     points: tuple[Point, ...]
 
 
-class _Mention(NamedTuple):
+class _RegionMention(NamedTuple):
     """A box or some points, and where in the text they are."""
 
     start: int
@@ -101,7 +101,7 @@ class _Mention(NamedTuple):
 
 
 @dataclass
-class _Run:
+class _NumberRun:
     """Numbers that belong together. groups: those in each pair of innermost brackets; empty without brackets."""
 
     start: int
@@ -109,16 +109,16 @@ class _Run:
     numbers: list[str] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
 
-    def add(self, number: re.Match[str], is_inside: bool, is_new_group: bool) -> None:
-        self.numbers.append(number[0])
-        self.end = number.end()
+    def add_number(self, match: re.Match[str], is_inside: bool, is_new_group: bool) -> None:
+        self.numbers.append(match[0])
+        self.end = match.end()
         if is_inside:
             if is_new_group or not self.groups:
                 self.groups.append([])
-            self.groups[-1].append(number[0])
+            self.groups[-1].append(match[0])
 
 
-def find_region(text: str, refuse_bare: bool = True) -> TextRegion | None:
+def find_region(text: str, reject_bare: bool = True) -> TextRegion | None:
     """Find the region in a text.
 
     Args:
@@ -132,35 +132,35 @@ def find_region(text: str, refuse_bare: bool = True) -> TextRegion | None:
         InputError: If the text contains several regions, or what looks like coordinates and cannot be read.
     """
     text = text.translate(_ASCII_SIGNS).casefold()
-    text = _GLUED.sub(r"\1 ", _ESCAPE.sub("  ", text))
-    text = _NO_REGION.sub(lambda found: "_" * len(found[0]), text)
-    count = len(re.findall(r"\d+", text))
-    if count > MAX_NUMBERS:
+    text = _NAME_WITHOUT_SPACE.sub(r"\1 ", _ESCAPE_SEQUENCE.sub("  ", text))
+    text = _NO_REGION.sub(lambda match: "_" * len(match[0]), text)
+    num_numbers = len(re.findall(r"\d+", text))
+    if num_numbers > MAX_NUMBERS:
         raise InputError(
-            f"the text has {count:,} numbers, and {MAX_NUMBERS:,} are searched for a region; send less text"
+            f"the text has {num_numbers:,} numbers, and {MAX_NUMBERS:,} are searched for a region; send less text"
         )
-    if found := _UNREADABLE.search(text):
-        raise InputError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
-    named = list(_read_named(text))
-    for mention in named:
+    if match := _UNREADABLE.search(text):
+        raise InputError(f"the text {_shorten_text(match[0])} is not a region that can be read; {_BOX_HINT}")
+    named_mentions = list(_parse_named_values(text))
+    for mention in named_mentions:
         text = f"{text[: mention.start]}{' ' * (mention.end - mention.start)}{text[mention.end :]}"
-    unnamed = list(_read_runs(text, refuse_bare))
-    if any(mention.box for mention in unnamed) and (found := _ORDER_NAMED_APART.search(text)):
-        raise InputError(f"the text has a box and {_show(found[0])}, which is not x1,y1,x2,y2; {_WRITE_BOX}")
-    mentions = sorted([*named, *unnamed])
-    _check_assigned(text, mentions)
-    return _join(text, mentions)
+    unnamed_mentions = list(_parse_runs(text, reject_bare))
+    if any(mention.box for mention in unnamed_mentions) and (match := _OTHER_ORDER_PHRASE.search(text)):
+        raise InputError(f"the text has a box and {_shorten_text(match[0])}, which is not x1,y1,x2,y2; {_BOX_HINT}")
+    mentions = sorted([*named_mentions, *unnamed_mentions])
+    _check_assignments(text, mentions)
+    return _merge_mentions(text, mentions)
 
 
-def _join(text: str, mentions: Sequence[_Mention]) -> TextRegion | None:
+def _merge_mentions(text: str, mentions: Sequence[_RegionMention]) -> TextRegion | None:
     """One region of what stands side by side; InputError for several regions."""
     if not mentions:
         return None
     boxes = [each.box for each in mentions if each.box]
     if len(boxes) > 1:
         raise InputError("the text contains more than one box; send one request per box, or all to /v1/captions")
-    for one, other in pairwise(mentions):
-        if re.search(r"\w", text[one.end : other.start]):
+    for current, following in pairwise(mentions):
+        if re.search(r"\w", text[current.end : following.start]):
             raise InputError(
                 f"the text has {len(mentions)} regions and a request has one; send one request for each, or write "
                 "box=x1,y1,x2,y2;point=x,y for the parts of one region"
@@ -168,114 +168,114 @@ def _join(text: str, mentions: Sequence[_Mention]) -> TextRegion | None:
     return TextRegion(boxes[0] if boxes else None, tuple(point for each in mentions for point in each.points))
 
 
-def _check_assigned(text: str, mentions: Sequence[_Mention]) -> None:
+def _check_assignments(text: str, mentions: Sequence[_RegionMention]) -> None:
     """Refuse `box=` and `point=` whose value has digits and was not read; names alone, as in box=x1,y1, are words."""
-    for found in _ASSIGNED.finditer(text):
-        rest = re.sub(rf"(?<![^\W_])(?:{_KEYS})(?![^\W_])", "", found[1])
-        if re.search(r"\d", rest) and not any(each.start <= found.start(1) < each.end for each in mentions):
-            raise InputError(f"the text {_show(found[0])} is not a region that can be read; {_WRITE_BOX}")
+    for match in _ASSIGNED_VALUE.finditer(text):
+        value = re.sub(rf"(?<![^\W_])(?:{_EDGE_NAMES})(?![^\W_])", "", match[1])
+        if re.search(r"\d", value) and not any(each.start <= match.start(1) < each.end for each in mentions):
+            raise InputError(f"the text {_shorten_text(match[0])} is not a region that can be read; {_BOX_HINT}")
 
 
 # --- numbers with names ----------------------------------------------------------------------------------------------
 
 
-def _read_named(text: str) -> Iterator[_Mention]:
+def _parse_named_values(text: str) -> Iterator[_RegionMention]:
     """Read `x1=10, y1=20, x2=30, y2=40`, `{"x": 10, "y": 20, "width": 5, "height": 5}` and `x=10, y=20`."""
-    unread = []
-    for group in _group_named(text):
-        values = {_simplify(match[1]): match[3] for match in group}
-        start, end = group[0].start(), group[-1].end()
+    unread_matches = []
+    for matches in _iter_named_groups(text):
+        values = {_normalize_edge_name(match[1]): match[3] for match in matches}
+        start, end = matches[0].start(), matches[-1].end()
         is_point = bool(re.fullmatch("points?", _find_name(text, start, 0)[0]))
-        is_one = len(values) == len(group) and not (is_point and len(values) > 3)
-        mention = _read_values(values, start, end) if is_one else None
+        is_one_region = len(values) == len(matches) and not (is_point and len(values) > 3)
+        mention = _values_to_mention(values, start, end) if is_one_region else None
         if mention is not None:
             yield mention
         else:
-            unread += [match for match in group if _simplify(match[1]) not in ("w", "h", "label")]
-    if len(unread) > 2 or sum(bool(match[2].strip(" isat\n\t")) for match in unread) > 1:
-        raise InputError(f"the text {_show(' '.join(each[0] for each in unread))} is not a region; {_WRITE_BOX}")
+            unread_matches += [match for match in matches if _normalize_edge_name(match[1]) not in ("w", "h", "label")]
+    if len(unread_matches) > 2 or sum(bool(match[2].strip(" isat\n\t")) for match in unread_matches) > 1:
+        raise InputError(f"the text {_shorten_text(' '.join(each[0] for each in unread_matches))} is not a region; {_BOX_HINT}")
 
 
-def _group_named(text: str) -> Iterator[list[re.Match[str]]]:
+def _iter_named_groups(text: str) -> Iterator[list[re.Match[str]]]:
     """Numbers with names that are next to each other."""
-    group: list[re.Match[str]] = []
-    for match in _NAMED.finditer(text):
-        if group and _BETWEEN_NAMED.match(text, group[-1].end()).end() != match.start():  # type: ignore[union-attr]
-            yield group
-            group = []
-        group.append(match)
-    if group:
-        yield group
+    matches: list[re.Match[str]] = []
+    for match in _NAMED_NUMBER.finditer(text):
+        if matches and _NAMED_NUMBER_SEPARATOR.match(text, matches[-1].end()).end() != match.start():  # type: ignore[union-attr]
+            yield matches
+            matches = []
+        matches.append(match)
+    if matches:
+        yield matches
 
 
-def _simplify(key: str) -> str:
+def _normalize_edge_name(name: str) -> str:
     """One name for each edge, of those that mean the same."""
-    key = key.replace("_", "")
-    edges = {"left": "x1", "xmin": "x1", "top": "y1", "ymin": "y1"}
-    edges |= dict.fromkeys(("xc", "xcenter", "xcentre", "centerx", "centrex"), "cx")
-    edges |= dict.fromkeys(("yc", "ycenter", "ycentre", "centery", "centrey"), "cy")
-    edges |= {"right": "x2", "xmax": "x2", "bottom": "y2", "ymax": "y2", "width": "w", "height": "h"}
-    return edges.get(key, key)
+    name = name.replace("_", "")
+    canonical_names = {"left": "x1", "xmin": "x1", "top": "y1", "ymin": "y1"}
+    canonical_names |= dict.fromkeys(("xc", "xcenter", "xcentre", "centerx", "centrex"), "cx")
+    canonical_names |= dict.fromkeys(("yc", "ycenter", "ycentre", "centery", "centrey"), "cy")
+    canonical_names |= {"right": "x2", "xmax": "x2", "bottom": "y2", "ymax": "y2", "width": "w", "height": "h"}
+    return canonical_names.get(name, name)
 
 
-def _read_values(values: dict[str, str], start: int, end: int) -> _Mention | None:
+def _values_to_mention(values: dict[str, str], start: int, end: int) -> _RegionMention | None:
     """A box or a point of named values; None for other names."""
     names = frozenset(values)
     if names == {"x", "y"} or names == {"x", "y", "label"}:
-        return _Mention(start, end, None, (_to_point([values[name] for name in ("x", "y", "label") if name in names]),))
+        return _RegionMention(start, end, None, (_numbers_to_point([values[name] for name in ("x", "y", "label") if name in names]),))
     if names == {"x0", "y0", "x1", "y1"}:
-        return _Mention(start, end, _to_box([values[name] for name in ("x0", "y0", "x1", "y1")]), ())
+        return _RegionMention(start, end, _numbers_to_box([values[name] for name in ("x0", "y0", "x1", "y1")]), ())
     if names == {"x1", "y1", "x2", "y2"}:
-        return _Mention(start, end, _to_box([values[name] for name in ("x1", "y1", "x2", "y2")]), ())
+        return _RegionMention(start, end, _numbers_to_box([values[name] for name in ("x1", "y1", "x2", "y2")]), ())
     for x, y in (("x", "y"), ("x1", "y1")):
         if names == {x, y, "w", "h"}:
-            left, top, width, height = _to_box([values[name] for name in (x, y, "w", "h")])
-            return _Mention(start, end, (left, top, left + width, top + height), ())
+            left, top, width, height = _numbers_to_box([values[name] for name in (x, y, "w", "h")])
+            return _RegionMention(start, end, (left, top, left + width, top + height), ())
     if names == {"cx", "cy", "w", "h"}:
-        x, y, width, height = _to_box([values[name] for name in ("cx", "cy", "w", "h")])
-        return _Mention(start, end, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), ())
+        x, y, width, height = _numbers_to_box([values[name] for name in ("cx", "cy", "w", "h")])
+        return _RegionMention(start, end, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), ())
     return None
 
 
 # --- numbers in a row ------------------------------------------------------------------------------------------------
 
 
-def _read_runs(text: str, refuse_bare: bool) -> Iterator[_Mention]:
+def _parse_runs(text: str, reject_bare: bool) -> Iterator[_RegionMention]:
     end = 0
     for match in _RUN.finditer(text):
-        for run in _split(text, match):
-            mention = _read_run(text, run, end, refuse_bare)
+        for run in _split_runs(text, match):
+            mention = _parse_run(text, run, end, reject_bare)
             if mention is not None:
                 yield mention
             end = run.end
 
 
-def _split(text: str, match: re.Match[str]) -> Iterator[_Run]:
+def _split_runs(text: str, match: re.Match[str]) -> Iterator[_NumberRun]:
     """Runs of one kind: a number beside a bracket, or after a space where others have commas, is another thing."""
-    opening = re.search(r"[\s([{\"'`<|]*$", text[max(0, match.start() - _TAIL) : match.start()])
-    depth = len(re.findall(r"[([{]", opening[0])) if opening else 0
-    run, has_commas, is_new_group = _Run(match.start(), match.start()), False, True
+    opening_text = re.search(r"[\s([{\"'`<|]*$", text[max(0, match.start() - _MAX_NAME_DISTANCE) : match.start()])
+    depth = len(re.findall(r"[([{]", opening_text[0])) if opening_text else 0
+    run, has_commas, is_new_group = _NumberRun(match.start(), match.start()), False, True
     for token in _TOKEN.finditer(text, match.start(), match.end()):
         if token["number"]:
-            run.add(token, depth > 0, is_new_group)
+            run.add_number(token, depth > 0, is_new_group)
             is_new_group = False
             continue
-        joint = token[0]
-        is_new_group = bool(re.search(r"[()\[\]{}]", joint))
-        depth = max(0, depth - len(re.findall(r"[)\]}]", joint))) + len(re.findall(r"[([{]", joint))
-        is_comma = bool(re.search(r"[,;|/]", joint))
-        leaves = (depth > 0) != bool(run.groups) and not (is_comma and run.groups and _is_named(text, run.start))
-        if leaves or (has_commas and not is_new_group and depth == 0 and joint.isspace()):
+        separator = token[0]
+        is_new_group = bool(re.search(r"[()\[\]{}]", separator))
+        depth = max(0, depth - len(re.findall(r"[)\]}]", separator))) + len(re.findall(r"[([{]", separator))
+        is_comma = bool(re.search(r"[,;|/]", separator))
+        leaves_group = (depth > 0) != bool(run.groups) and not (is_comma and run.groups and _has_region_name(text, run.start))
+        if leaves_group or (has_commas and not is_new_group and depth == 0 and separator.isspace()):
             yield run
-            run, has_commas = _Run(token.end(), token.end()), False
+            run, has_commas = _NumberRun(token.end(), token.end()), False
         elif len(run.numbers) == 1:
             has_commas = is_comma
     yield run
 
 
-def _is_named(text: str, start: int) -> bool:
+def _has_region_name(text: str, start: int) -> bool:
     word, _ = _find_name(text, start, 0)
-    return bool(_BOX.fullmatch(word) or _POINT.fullmatch(word))
+    return bool(_BOX_WORD.fullmatch(word) or _POINT_WORD.fullmatch(word))
 
 
 def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
@@ -283,63 +283,63 @@ def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
 
     Words such as "is" and "of" are skipped; "box" is preferred to "coordinates" in "box coordinates".
     """
-    begin = max(end, start - _TAIL)
-    found, place = "", start
-    for match in reversed(list(_WORD.finditer(text, begin, start))):
+    search_start = max(end, start - _MAX_NAME_DISTANCE)
+    name, name_start = "", start
+    for match in reversed(list(_WORD.finditer(text, search_start, start))):
         word = match[0].rstrip("-_")
-        if _PLACE.fullmatch(word):
-            found, place = found or word, match.start() if not found else place
-        elif word not in _CONNECTING:
-            hard = _BOX.fullmatch(word) or _POINT.fullmatch(word) or _OTHER_ORDER.fullmatch(word)
-            if hard or (not found and _SIZE.fullmatch(word)):
+        if _LOCATION_WORD.fullmatch(word):
+            name, name_start = name or word, match.start() if not name else name_start
+        elif word not in _CONNECTING_WORDS:
+            is_region_word = _BOX_WORD.fullmatch(word) or _POINT_WORD.fullmatch(word) or _OTHER_ORDER_WORD.fullmatch(word)
+            if is_region_word or (not name and _SIZE_WORD.fullmatch(word)):
                 return word, match.start()
             break
-    return found, place
+    return name, name_start
 
 
-def _read_run(text: str, run: _Run, end: int, refuse_bare: bool) -> _Mention | None:
+def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool) -> _RegionMention | None:
     """A box or points; None for numbers that do not look like coordinates; InputError for those that do."""
-    count = len(run.numbers)
-    name, place = _find_name(text, run.start, end)
-    is_assigned = bool(re.search(r"[:=]\W*$", text[max(place, run.start - _TAIL) : run.start]))
-    is_point = bool(_POINT.fullmatch(name)) and not _OTHER_ORDER.fullmatch(name)
-    is_box = bool(_BOX.fullmatch(name)) and not _OTHER_ORDER.fullmatch(name)
-    if count == 1 and not (is_assigned and (is_point or is_box)):
+    num_numbers = len(run.numbers)
+    name, name_start = _find_name(text, run.start, search_start)
+    is_assigned = bool(re.search(r"[:=]\W*$", text[max(name_start, run.start - _MAX_NAME_DISTANCE) : run.start]))
+    is_point = bool(_POINT_WORD.fullmatch(name)) and not _OTHER_ORDER_WORD.fullmatch(name)
+    is_box = bool(_BOX_WORD.fullmatch(name)) and not _OTHER_ORDER_WORD.fullmatch(name)
+    if num_numbers == 1 and not (is_assigned and (is_point or is_box)):
         return None
-    if count == 1 and name.endswith("s"):  # "points: 3"
+    if num_numbers == 1 and name.endswith("s"):  # "points: 3"
         return None
-    if _SIZE.fullmatch(name) and count < 4:
+    if _SIZE_WORD.fullmatch(name) and num_numbers < 4:
         return None
-    if is_point and not run.groups and _counts_others(text[max(0, place - _TAIL) : place], count):
+    if is_point and not run.groups and _is_count_of_others(text[max(0, name_start - _MAX_NAME_DISTANCE) : name_start], num_numbers):
         return None
-    is_bare = not (is_box or is_point or _OTHER_ORDER.fullmatch(name)) and _is_bare(text, run, name)
+    is_bare = not (is_box or is_point or _OTHER_ORDER_WORD.fullmatch(name)) and _is_bare(text, run, name)
     if is_bare and not _is_alone(text, run):
-        if refuse_bare and _may_be_box(text, run):
+        if reject_bare and _may_be_box(text, run):
             raise InputError(
-                f"the numbers {_show(text[run.start : run.end])} may be a region; if they are, {_WRITE_BOX}, and if "
+                f"the numbers {_shorten_text(text[run.start : run.end])} may be a region; if they are, {_BOX_HINT}, and if "
                 "not, spell them out"
             )
         return None
-    order = _read_order(text[max(end, run.start - _TAIL) : run.start])
-    if _OTHER_ORDER.fullmatch(name) or order not in _BOX_ORDERS:
-        raise InputError(f"the text {_show(text[place : run.end])} is not x1,y1,x2,y2; {_WRITE_BOX}")
+    order = _parse_edge_order(text[max(search_start, run.start - _MAX_NAME_DISTANCE) : run.start])
+    if _OTHER_ORDER_WORD.fullmatch(name) or order not in _BOX_ORDERS:
+        raise InputError(f"the text {_shorten_text(text[name_start : run.end])} is not x1,y1,x2,y2; {_BOX_HINT}")
     if is_point:
-        return _Mention(place, run.end, None, _to_points(text[place : run.end], run))
-    if count == 4:
-        return _Mention(place if is_box else run.start, run.end, _to_box(run.numbers), ())
+        return _RegionMention(name_start, run.end, None, _numbers_to_points(text[name_start : run.end], run))
+    if num_numbers == 4:
+        return _RegionMention(name_start if is_box else run.start, run.end, _numbers_to_box(run.numbers), ())
     raise InputError(
-        f"the text {_show(text[place : run.end])} has {_count(run)} and a box has 4; {_WRITE_BOX}, or "
-        f"{_WRITE_POINT.removeprefix('write ')}"
+        f"the text {_shorten_text(text[name_start : run.end])} has {_format_number_count(run)} and a box has 4; {_BOX_HINT}, or "
+        f"{_POINT_HINT.removeprefix('write ')}"
     )
 
 
-def _counts_others(text: str, count: int) -> bool:
+def _is_count_of_others(text: str, num_numbers: int) -> bool:
     """Whether a text ends with a number, as of "3 points: 10, 20 words", of points that `count` numbers are not."""
-    found = re.search(r"(?:^|[^\W\d_]\s+)(\d+)\s+(?:[^\W\d_]+\s+)?$", text)
-    return found is not None and count != 2 * int(found[1])
+    match = re.search(r"(?:^|[^\W\d_]\s+)(\d+)\s+(?:[^\W\d_]+\s+)?$", text)
+    return match is not None and num_numbers != 2 * int(match[1])
 
 
-def _may_be_box(text: str, run: _Run) -> bool:
+def _may_be_box(text: str, run: _NumberRun) -> bool:
     """Whether bare numbers are x1 y1 x2 y2 of a box with an area, and no amount of money."""
     numbers = re.split(r"[ \t,;|*]+", text[run.start : run.end])
     if text[: run.start].endswith(("$", "\N{EURO SIGN}", "\N{POUND SIGN}")) or len(numbers) != 4:
@@ -350,17 +350,17 @@ def _may_be_box(text: str, run: _Run) -> bool:
     return x1 < x2 and y1 < y2
 
 
-def _is_bare(text: str, run: _Run, name: str) -> bool:
+def _is_bare(text: str, run: _NumberRun, name: str) -> bool:
     """Whether nothing marks numbers as coordinates: no name, no brackets around several of them, no "1,2 to 3,4"."""
     numbers = text[run.start : run.end]
     if name in ("", "at") and re.search(r"\d/\d", numbers):  # a date
         return True
-    if name or _read_order(text[max(0, run.start - _TAIL) : run.start]) or _CORNERS.fullmatch(numbers):
+    if name or _parse_edge_order(text[max(0, run.start - _MAX_NAME_DISTANCE) : run.start]) or _CORNER_PAIR.fullmatch(numbers):
         return False
     return max(map(len, run.groups), default=0) < 2
 
 
-def _is_alone(text: str, run: _Run) -> bool:
+def _is_alone(text: str, run: _NumberRun) -> bool:
     """Whether numbers are all there is in a text or, if they are four, in its line."""
     if re.search(r"\d/\d", text[run.start : run.end]):
         return False
@@ -371,42 +371,42 @@ def _is_alone(text: str, run: _Run) -> bool:
     return not re.search(r"\w", text[start : run.start] + text[run.end : end])
 
 
-def _read_order(text: str) -> list[str]:
+def _parse_edge_order(text: str) -> list[str]:
     """The last four words of a text if all of them name coordinates."""
     names = [match[0] for match in _WORD.finditer(text)][-4:]
-    is_order = len(names) == 4 and all(re.fullmatch(_KEYS, name) for name in names)
-    return [_simplify(name) for name in names] if is_order else []
+    is_order = len(names) == 4 and all(re.fullmatch(_EDGE_NAMES, name) for name in names)
+    return [_normalize_edge_name(name) for name in names] if is_order else []
 
 
-def _count(run: _Run) -> str:
+def _format_number_count(run: _NumberRun) -> str:
     return "1 number" if len(run.numbers) == 1 else f"{len(run.numbers)} numbers"
 
 
-def _to_points(text: str, run: _Run) -> tuple[Point, ...]:
+def _numbers_to_points(text: str, run: _NumberRun) -> tuple[Point, ...]:
     """One point, or one of each pair of brackets."""
     if len(run.numbers) in (1, 2, 3) and len(run.groups) < 2:
-        return (_to_point(run.numbers),)
+        return (_numbers_to_point(run.numbers),)
     if run.groups and sum(map(len, run.groups)) == len(run.numbers) and {len(each) for each in run.groups} <= {2, 3}:
-        return tuple(map(_to_point, run.groups))
-    raise InputError(f"the text {_show(text)} is not x,y or [[x,y],[x,y]]; {_WRITE_POINT}")
+        return tuple(map(_numbers_to_point, run.groups))
+    raise InputError(f"the text {_shorten_text(text)} is not x,y or [[x,y],[x,y]]; {_POINT_HINT}")
 
 
-def _to_point(numbers: Sequence[str]) -> Point:
-    return parse_point(",".join(map(_without_unit, numbers)))
+def _numbers_to_point(numbers: Sequence[str]) -> Point:
+    return parse_point(",".join(map(_strip_pixel_unit, numbers)))
 
 
-def _to_box(numbers: Sequence[str]) -> Box:
-    return parse_box(",".join(map(_without_unit, numbers)))
+def _numbers_to_box(numbers: Sequence[str]) -> Box:
+    return parse_box(",".join(map(_strip_pixel_unit, numbers)))
 
 
-def _without_unit(number: str) -> str:
+def _strip_pixel_unit(number: str) -> str:
     """The digits of a number in pixels; InputError for one in percent."""
     if number.endswith("%"):
-        raise InputError(f"the coordinate {_show(number)} is not in pixels; {_WRITE_BOX}")
+        raise InputError(f"the coordinate {_shorten_text(number)} is not in pixels; {_BOX_HINT}")
     return re.sub(r"\s?[a-z]+$", "", number)
 
 
-def _show(text: str) -> str:
+def _shorten_text(text: str) -> str:
     """A part of a text on one line, not too long."""
     line = " ".join(text.split())
     return repr(line if len(line) <= 60 else f"{line[:57]}...")

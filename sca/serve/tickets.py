@@ -13,36 +13,36 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 from sca_registry.spec import EverythingOptions
 
-from sca.inference.automatic import Searched
-from sca.inference.engine import Mask
+from sca.inference.automatic import SearchProgress
+from sca.inference.engine import PredictedMask
 
 
 class SchedulerError(Exception):
     """A question that got no answer; the message says why."""
 
 
-class BusyError(SchedulerError):
+class QueueFullError(SchedulerError):
     """Too much waits already."""
 
 
-class LateError(SchedulerError):
+class DeadlineExceededError(SchedulerError):
     """The time that a question had is over."""
 
 
-class NoRoomError(SchedulerError):
+class InsufficientMemoryError(SchedulerError):
     """The answer does not fit into memory."""
 
 
-class CannotError(SchedulerError, ValueError):
+class UnsupportedRequestError(SchedulerError, ValueError):
     """The model is not of the kind that could answer."""
 
 
-class ClosedError(SchedulerError):
+class SchedulerClosedError(SchedulerError):
     """The scheduler answers no more: it was closed, or its thread has died."""
 
 
 @dataclass(frozen=True)
-class Question:
+class InferenceRequest:
     """What is asked of one picture: its `prompts` as `sca.io.prompts.check` gives them, or all that is found with
     `everything`.
 
@@ -56,33 +56,33 @@ class Question:
     everything: EverythingOptions | None = None
     task: str = "caption"
     generation: Mapping[str, Any] = field(default_factory=dict)
-    masks: bool = True
-    candidates: bool = False
-    seconds: float = math.inf
-    client: str = ""
+    return_masks: bool = True
+    return_candidates: bool = False
+    timeout: float = math.inf
+    client_id: str = ""
     max_regions: int | None = None
 
 
-class Found(NamedTuple):
+class RegionsFound(NamedTuple):
     """So many regions are to be captioned."""
 
     regions: int
 
 
-class Candidates(NamedTuple):
+class CandidateMasks(NamedTuple):
     """All masks that a region may have, the best first."""
 
     region: int
-    masks: list[Mask]
+    masks: list[PredictedMask]
 
 
-class Done(NamedTuple):
+class RequestDone(NamedTuple):
     """All regions are answered."""
 
     regions: int
 
 
-Event = Found | Searched | Caption | Candidates | Done | SchedulerError
+RequestEvent = RegionsFound | SearchProgress | Caption | CandidateMasks | RequestDone | SchedulerError
 
 
 class Ticket:
@@ -90,50 +90,50 @@ class Ticket:
     as they are there, and at last `Done` or a `SchedulerError`; with `Searched` while everything is looked for.
     """
 
-    def __init__(self, question: Question, tell: Callable[[Event], None]):
-        self.question, self.tell = question, tell
-        self.digest = _digest(question.image)
-        self.prompts = list(question.prompts)
-        self.masks: list[Mask] | None = None  # of what was found
-        self.search = question.everything is not None
-        self.steps: Generator[Searched, None, tuple[list[Mask], list[Prompt]]] | None = None  # of a search that runs
-        self.looked_at: Searched | None = None
-        self.turns = self.answered = 0
-        self.deadline = time.monotonic() + question.seconds
-        self.cancelled = False
+    def __init__(self, request: InferenceRequest, on_event: Callable[[RequestEvent], None]):
+        self.request, self.on_event = request, on_event
+        self.digest = _hash_image(request.image)
+        self.prompts = list(request.prompts)
+        self.found_masks: list[PredictedMask] | None = None  # of what was found
+        self.needs_search = request.everything is not None
+        self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = None  # of a search that runs
+        self.search_progress: SearchProgress | None = None
+        self.num_turns = self.num_captioned = 0
+        self.deadline = time.monotonic() + request.timeout
+        self.is_cancelled = False
 
     @property
-    def left(self) -> int:
+    def num_remaining(self) -> int:
         """Regions without an answer."""
-        return len(self.prompts) - self.answered
+        return len(self.prompts) - self.num_captioned
 
     @property
-    def waiting(self) -> int:
+    def queue_size(self) -> int:
         """Places taken in the queue: regions without an answer, or one if they have to be found first."""
-        if self.cancelled:
+        if self.is_cancelled:
             return 0
-        return 1 if self.question.everything is not None else self.left
+        return 1 if self.request.everything is not None else self.num_remaining
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def batch_key(self) -> tuple[Any, ...]:
         """Tickets of one kind can be answered together."""
-        asked = self.question
-        return asked.task, tuple(sorted(asked.generation.items())), self.to_mask, asked.candidates
+        request = self.request
+        return request.task, tuple(sorted(request.generation.items())), self.needs_masks, request.return_candidates
 
     @property
-    def to_mask(self) -> bool:
+    def needs_masks(self) -> bool:
         """Whether masks are still to be made."""
-        return self.masks is None and self.question.masks
+        return self.found_masks is None and self.request.return_masks
 
     def cancel(self) -> None:
         """Nothing more is computed or told."""
-        self.cancelled = True
+        self.is_cancelled = True
 
 
-def _digest(image: Image.Image) -> str:
+def _hash_image(image: Image.Image) -> str:
     """Of an image's pixels, a strip at a time."""
     digest = hashlib.sha256(repr((image.size, image.mode)).encode())
-    rows = max(1, 2**22 // image.width)
-    for top in range(0, image.height, rows):
-        digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
+    strip_height = max(1, 2**22 // image.width)
+    for strip_top in range(0, image.height, strip_height):
+        digest.update(image.crop((0, strip_top, image.width, min(strip_top + strip_height, image.height))).tobytes())
     return digest.hexdigest()

@@ -22,13 +22,13 @@ def conformance() -> Callable[..., Any]:
     the findings; part: a registered name, or a factory.
     """
 
-    def keep(kind: str, part: str | Callable[..., Any], /, **options: Any) -> Any:
-        from sca.testing.conformance import check  # imports torch, which not every test run needs
+    def check_conformance(kind: str, part: str | Callable[..., Any], /, **options: Any) -> Any:
+        from sca.testing.conformance import check_part  # imports torch, which not every test run needs
 
-        findings = check(kind, part, **options)
-        broken = [str(finding) for finding in findings if not finding.passed]
-        if broken:
-            pytest.fail("\n".join(broken), pytrace=False)
-        return findings
+        results = check_part(kind, part, **options)
+        failures = [str(finding) for finding in results if not finding.passed]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+        return results
 
-    return keep
+    return check_conformance

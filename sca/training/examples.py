@@ -127,10 +127,10 @@ class ExampleStream(torch.utils.data.Dataset):
         return self._build_example(sample, rng, position / self.length)
 
     def _build_example(self, sample: Sample, rng: np.random.Generator, progress: float) -> Example:
-        frame = self.processor.frame(*sample.image.size)
+        frame = self.processor.compute_frame(*sample.image.size)
         regions = [r for r in sample.regions if r.name or r.phrases]
         regions = [regions[i] for i in rng.permutation(len(regions))[: self.sampling_options.max_regions]]
-        mask_size, image_size = 4 * self.processor.grid, self.processor.image.size
+        mask_size, image_size = 4 * self.processor.grid_size, self.processor.image_format.size
         texts, boxes, points, masks = [], [], [], []
         for index, region in enumerate(regions):
             samples = (self._sample_text(region, rng, progress) for _ in range(self.sampling_options.captions_per_region))
@@ -138,19 +138,19 @@ class ExampleStream(torch.utils.data.Dataset):
             boxes.append(_jitter_box(region.box, self.sampling_options.box_jitter, rng))
             mask = None if region.mask is None else decode(region.mask)
             points.append(draw_point(region, mask, rng))
-            masks.append(torch.zeros(mask_size, mask_size) if mask is None else self.processor.coverage(mask, frame))
+            masks.append(torch.zeros(mask_size, mask_size) if mask is None else self.processor.compute_coverage(mask, frame))
         scale = torch.tensor(frame.scale)
         labels = {
             name: torch.tensor([_get_label(values, _get_attribute(r, name)) for r in regions], dtype=torch.long)
             for name, values in self.attributes.items()
         }
         return Example(
-            pixel_values=self.processor.pixels([sample.image])[0] if self.cache is None else None,
+            pixel_values=self.processor.preprocess_images([sample.image])[0] if self.cache is None else None,
             features=None if self.cache is None else self.cache[sample.image],
             boxes=(torch.tensor(boxes).reshape(-1, 2, 2) * scale).flatten(1).clamp(0, image_size),
             points=torch.tensor(points).reshape(-1, 1, 2) * scale,
             masks=torch.stack(masks) if masks else torch.zeros(0, mask_size, mask_size),
-            valid_pixels=self.processor.valid(frame),
+            valid_pixels=self.processor.compute_valid_cells(frame),
             has_mask=torch.tensor([r.mask is not None for r in regions], dtype=torch.bool),
             input_ids=[self.tokenizer.encode(text, self.sampling_options.max_tokens) for _, _, text in texts],
             task_ids=torch.tensor([task for _, task, _ in texts], dtype=torch.long),

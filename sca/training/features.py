@@ -58,12 +58,12 @@ class FeatureCache:
 
         ValueError if features are too large for float16, OutputError if they cannot be written.
         """
-        processor, pending = Processor.of(model.encoder), dict[Path, Image.Image]()
+        processor, pending = Processor.from_encoder(model.encoder), dict[Path, Image.Image]()
         for folder in self.folder.glob("*"):
             remove_drafts(folder)
 
         def encode_pending() -> None:
-            pixels = processor.pixels(list(pending.values())).to(model.task_tokens.device)
+            pixels = processor.preprocess_images(list(pending.values())).to(model.task_tokens.device)
             for path, features in zip(pending, model.encode(pixels), strict=True):
                 _write_features(path, features)
             pending.clear()

@@ -351,7 +351,7 @@ def _build_mixture(recipe: Recipe, model: SegmentCaptioner, datasets: Sequence[D
     streams = [
         ExampleStream(
             dataset,
-            Processor.of(model.encoder),
+            Processor.from_encoder(model.encoder),
             model.language_model.tokenizer,
             options,
             round(length * source.weight / sum(weights)),

@@ -17,7 +17,7 @@ from sca_registry import registry
 
 from markers import read_between, replace_between
 from sca.launchers.local import Local
-from sca.launchers.task import Outcome, Task
+from sca.launchers.task import TaskOutcome, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/data/golden"
@@ -260,7 +260,7 @@ def test_collect_keeps_what_follows_a_commit():
 
 def test_a_task_whose_process_was_killed_becomes_a_row_while_there_is_time():
     tasks = [Task(key, "time:sleep", {"device": "cpu"}, key) for key in ("a", "b")]
-    made = Outcome(tasks[0], {"state": "done"})
+    made = TaskOutcome(tasks[0], {"state": "done"})
     (first, killed) = run.add_killed([made], tasks, time.time() + 60)
     assert (first, killed.task, killed.made["state"]) == (made, tasks[1], "killed")
     assert list(run.add_killed([made], tasks, time.time() - 1)) == [made]

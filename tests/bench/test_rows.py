@@ -105,7 +105,7 @@ def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
     tasks = {name: task(tmp_path, 25.0 if name == "sleeps" else 120.0, mixer=name) for name in EXPECTED}
     tasks["good"] = task(tmp_path)
     try:
-        found = {outcome.task.key: outcome.made for outcome in Local(workers=2).map(list(tasks.values()))}
+        found = {outcome.task.key: outcome.result for outcome in Local(workers=2).map(list(tasks.values()))}
     finally:
         forkserver._forkserver._stop()
     for name, (state, said) in EXPECTED.items():
@@ -120,7 +120,7 @@ def test_a_model_that_becomes_infinite_is_told(tmp_path):
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "images": 1, "learning_rate": 1e38, "warmup": 1}
     row = Row(config)
     (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
-    assert outcome.made["state"] == "not-finite", outcome.made["reason"]
+    assert outcome.result["state"] == "not-finite", outcome.result["reason"]
 
 
 @pytest.mark.all
@@ -130,7 +130,7 @@ def test_what_does_not_fit_together_or_into_memory_is_no_failure(tmp_path):
         large, config={**large.config, "measure": {"regions": [1], "words": 2, "images": 1 << 22}}, key="large"
     )
     found = {
-        outcome.task.key: outcome.made
+        outcome.task.key: outcome.result
         for outcome in Local(workers=1).map([small, replace(large, folder=str(tmp_path / "l"))])
     }
     assert found[small.key]["state"] == "impossible"
@@ -146,7 +146,7 @@ def test_a_row_has_all_that_was_asked(tmp_path):
     config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
     row = Row(config)
     (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"))])
-    made = outcome.made
+    made = outcome.result
     assert made["state"] == "done", made["reason"]
     assert [point["regions"] for point in made["curve"]] == [1, 3]
     for point in made["curve"]:
@@ -172,7 +172,7 @@ def test_workers_change_nothing_but_how_many_go_together(tmp_path):
     keys = []
     for workers in (1, 2, 4):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.rows()]
-        keys.append(sorted((o.task.key, o.made["state"]) for o in Local(workers=workers).map(tasks)))
+        keys.append(sorted((o.task.key, o.result["state"]) for o in Local(workers=workers).map(tasks)))
     assert keys[0] == keys[1] == keys[2]
     assert len(keys[0]) == 4
 
@@ -187,4 +187,4 @@ def test_a_folder_that_is_tidied_up_meanwhile_loses_the_log_and_not_the_row(tmp_
 
     threading.Thread(target=tidy, daemon=True).start()
     (outcome,) = Local(workers=1).map([asked])
-    assert outcome.made["state"] == "done", outcome.made["reason"]
+    assert outcome.result["state"] == "done", outcome.result["reason"]

@@ -238,9 +238,9 @@ def use(folder: Path, how: str, out: Path) -> None:
         "demo": [],
     }[how]
     if how == "demo":
-        from sca.demo.app import Models
+        from sca.demo.app import ModelPool
 
-        models = Models("cpu", None, (), any_model=True)
+        models = ModelPool("cpu", None, (), allow_any_model=True)
         with models.scheduler(str(folder)):
             pass
         models.close()

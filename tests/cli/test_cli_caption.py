@@ -271,7 +271,7 @@ def test_quiet_leaves_the_result_alone(shell, checkpoint, picture, here):
 def test_caption_remarks_once_on_a_model_of_a_narrow_domain(shell, picture, monkeypatch, checkpoint, name, domain):
     from sca.inference.job import CaptionJob
 
-    load = CaptionJob.load
+    load = CaptionJob.load_captioner
     monkeypatch.setattr(CaptionJob, "load", lambda job: load(replace(job, model=str(checkpoint))))
     arguments = ["caption", picture("a.png"), picture("b.png"), "--box", "0,0,9,9", "--model", name]
     (remark,) = shell(*arguments).err

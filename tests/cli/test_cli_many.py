@@ -60,7 +60,7 @@ def test_everything_is_resumed_too(shell, checkpoint, pictures, here, monkeypatc
     assert shell(*asked, "--out", "whole", "--quiet").status == 0
     from sca.inference import batch
 
-    repeat, used = batch._repeat, []
+    repeat, used = batch._reuse_captions, []
     monkeypatch.setattr(batch, "_repeat", lambda path, *rest: (used.append(path), repeat(path, *rest))[1])
     from sca.output.journal import Journal
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sca.testing.scaffold import KINDS
+from sca.testing.scaffold import TEMPLATE_KINDS
 
 QUIET = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
 
@@ -48,7 +48,7 @@ NAMES = {"segmenter": "regions", "dataset": "sample", "proposer": "prompt", "mix
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "mixer" else pytest.param(kind, marks=pytest.mark.all) for kind in KINDS]
+    "kind", [kind if kind == "mixer" else pytest.param(kind, marks=pytest.mark.all) for kind in TEMPLATE_KINDS]
 )
 def test_a_new_plugin_installs_is_listed_and_keeps_its_promises_as_it_is(kind, site, tmp_path):
     name = NAMES.get(kind, "my-part")

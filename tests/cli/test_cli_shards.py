@@ -103,13 +103,13 @@ SETTINGS = {"images": ["x"], "words": "2"}
 
 def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
     """Begin a run of shards, and finish some of them."""
-    from sca.inference.shards import JOURNAL, KIND, PATTERNS, begin_run
+    from sca.inference.shards import JOURNAL_NAME, RUN_KIND, OUTPUT_PATTERNS, begin_sharded_run
     from sca.io.journal import Journal
     from sca.io.run_folder import RunFolder
 
-    with RunFolder(folder, KIND, PATTERNS) as run_folder:
-        earlier = begin_run(run_folder, settings, contents, inputs, overwrite)
-        with Journal(folder / JOURNAL) as journal:
+    with RunFolder(folder, RUN_KIND, OUTPUT_PATTERNS) as run_folder:
+        earlier = begin_sharded_run(run_folder, settings, contents, inputs, overwrite)
+        with Journal(folder / JOURNAL_NAME) as journal:
             for name in done:
                 (folder / f"{name}.jsonl").write_text(f"{name}\n")
                 journal.append({"shard": name, "content": contents[name]})
@@ -170,17 +170,17 @@ def test_shards_of_other_images_or_options_are_refused_and_overwritten_when_told
 
 
 def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
-    from sca.inference.shards import _fingerprint, name_shards
+    from sca.inference.shards import _compute_fingerprint, name_shards
 
     archive = tmp_path / "shard-00000.tar"
     shards = name_shards([str(archive)], [Path("a.png"), Path("b.png")], 1)
     assert list(shards) == ["shard-00000", "shard-00001", "shard-00002"]
     assert shards["shard-00000"] == {"tar": str(archive)}
-    absent = _fingerprint(shards["shard-00000"])
+    absent = _compute_fingerprint(shards["shard-00000"])
     archive.write_bytes(b"one")
-    one = _fingerprint(shards["shard-00000"])
+    one = _compute_fingerprint(shards["shard-00000"])
     archive.write_bytes(b"three")
-    assert len({absent, one, _fingerprint(shards["shard-00000"]), _fingerprint(shards["shard-00001"])}) == 4
+    assert len({absent, one, _compute_fingerprint(shards["shard-00000"]), _compute_fingerprint(shards["shard-00001"])}) == 4
 
 
 @pytest.mark.parametrize(("number", "is_of_image"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EISDIR, True)])
@@ -305,8 +305,8 @@ def test_crashed_task_tells_the_last_line_of_its_log(tmp_path):
 
     task = Task("a", f"{__name__}:end_badly", {"device": "cpu"}, str(tmp_path / "a"))
     (outcome,) = Local(workers=1).map([task])
-    assert outcome.made["state"] == "crashed"
-    assert outcome.made["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
+    assert outcome.result["state"] == "crashed"
+    assert outcome.result["reason"] == "ended with status 1: RuntimeError: the reason of cpu"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from sca.mixers.query import QueryMixer
 from sca.mixers.resampler import ResamplerMixer
 from sca.segmenters.box import BoxSegmenter
 from sca.segmenters.sam import SamSegmenter
-from sca.testing.conformance import PROMISES, check
+from sca.testing.conformance import CHECKS, check_part
 from sca.testing.tiny import tiny_options
 
 ON_TRIAL = ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics", "proposers", "captioners")
@@ -73,8 +73,8 @@ def broken(findings):
 
 @pytest.mark.parametrize(("kind", "name", "options"), list(on_trial()))
 def test_every_registered_part_keeps_its_promises(kind, name, options):
-    findings = check(kind, name, **options)
-    assert len(findings) == sum(kind in each.kinds for each in PROMISES)
+    findings = check_part(kind, name, **options)
+    assert len(findings) == sum(kind in each.kinds for each in CHECKS)
     assert broken(findings) == {}
 
 
@@ -97,7 +97,7 @@ def test_a_folder_in_the_layout_of_coco_keeps_the_promises_of_a_dataset(tmp_path
         ],
     }
     (tmp_path / "val.json").write_text(json.dumps(content))
-    assert broken(check("dataset", "coco", split="val", root=str(tmp_path))) == {}
+    assert broken(check_part("dataset", "coco", split="val", root=str(tmp_path))) == {}
 
 
 def test_boxes_from_a_file_keep_their_promises(tmp_path):
@@ -109,18 +109,18 @@ def test_boxes_from_a_file_keep_their_promises(tmp_path):
         ],
     }
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    assert broken(check("proposer", "boxes-from-coco", annotations=str(tmp_path / "boxes.json"))) == {}
+    assert broken(check_part("proposer", "boxes-from-coco", annotations=str(tmp_path / "boxes.json"))) == {}
 
 
 def test_a_segmenter_that_draws_its_prompts_keeps_them_too():
-    assert broken(check("segmenter", "sam", depth=1, mlp=64, drawn=True)) == {}
+    assert broken(check_part("segmenter", "sam", depth=1, mlp=64, drawn=True)) == {}
 
 
 def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_written():
-    assert {kind for each in PROMISES for kind in each.kinds} == set(KINDS)
-    for finding in check("mixer", "query", depth=1, mlp=32):
+    assert {kind for each in CHECKS for kind in each.kinds} == set(KINDS)
+    for finding in check_part("mixer", "query", depth=1, mlp=32):
         assert finding.expected.endswith("."), finding
-        assert finding.written.startswith(("sca_registry.", "sca.", "plugins/"))
+        assert finding.source.startswith(("sca_registry.", "sca.", "plugins/"))
 
 
 # --- parts that are wrong on purpose --------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class Outside:
 class Teller:
     """Says of a region how wide it is."""
 
-    def describe(self, image, prompts, task="caption", beams=1):
+    def caption(self, image, prompts, task="caption", beams=1):
         if task not in ("caption", "recognition"):
             raise ValueError(f"no task {task!r}")
         return [self.say(image, prompt, place) for place, prompt in enumerate(prompts)]
@@ -268,8 +268,8 @@ class Teller:
 
 
 class Backwards(Teller):
-    def describe(self, image, prompts, *how, **more):
-        return super().describe(image, prompts[::-1], *how, **more)
+    def caption(self, image, prompts, *how, **more):
+        return super().caption(image, prompts[::-1], *how, **more)
 
 
 class Widening(Teller):
@@ -284,13 +284,13 @@ class Sideways(Teller):
 
 
 class Sociable(Teller):
-    def describe(self, image, prompts, *how, **more):
-        return [replace(each, text=f"{len(prompts)}") for each in super().describe(image, prompts, *how, **more)]
+    def caption(self, image, prompts, *how, **more):
+        return [replace(each, text=f"{len(prompts)}") for each in super().caption(image, prompts, *how, **more)]
 
 
 class Agreeable(Teller):
-    def describe(self, image, prompts, task="caption", **generation):
-        return super().describe(image, prompts)
+    def caption(self, image, prompts, task="caption", **generation):
+        return super().caption(image, prompts)
 
 
 class Drawing(Teller):
@@ -599,13 +599,13 @@ NAMED = ("default-segmenter-is-known", "import-is-light")  # promises of what ha
 
 
 def test_every_promise_has_a_mutant_that_breaks_it():
-    assert {name for _, _, name in MUTANTS} | {*NAMED} == {each.name for each in PROMISES}
+    assert {name for _, _, name in MUTANTS} | {*NAMED} == {each.name for each in CHECKS}
 
 
 def test_encoder_with_an_unknown_default_segmenter_breaks_its_promise(monkeypatch):
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.encoders.register("nowhere", func=Nowhere)
-    assert "'nothing'; there are" in broken(check("encoder", "nowhere"))["default-segmenter-is-known"]
+    assert "'nothing'; there are" in broken(check_part("encoder", "nowhere"))["default-segmenter-is-known"]
 
 
 def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, monkeypatch):
@@ -620,7 +620,7 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     sca_registry.refresh()
     try:
-        assert "it prints 'hello'" in broken(check("metric", "loud"))["import-is-light"]
+        assert "it prints 'hello'" in broken(check_part("metric", "loud"))["import-is-light"]
     finally:
         monkeypatch.undo()
         sca_registry.refresh()
@@ -629,7 +629,7 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
 @pytest.mark.parametrize(("kind", "factory", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    findings = broken(check(kind.replace(" ", "_"), factory))
+    findings = broken(check_part(kind.replace(" ", "_"), factory))
     assert name in findings, findings
 
 
@@ -637,15 +637,15 @@ def test_a_part_that_breaks_a_promise_is_told_which(kind, factory, name, monkeyp
     ("kind", "sound"), [("encoder", Encoder), ("language_model", Small), ("dataset", Drawn), ("captioner", Teller)]
 )
 def test_what_the_mutants_are_made_of_is_sound(kind, sound):
-    assert broken(check(kind, sound)) == {}
+    assert broken(check_part(kind, sound)) == {}
 
 
 # --- the kit itself -------------------------------------------------------------------------------------------------
 
 
 def test_a_part_that_cannot_be_built_has_one_finding_with_the_reason():
-    (finding,) = check("encoders", Refuses)
-    assert "no weights here" in finding.found
+    (finding,) = check_part("encoders", Refuses)
+    assert "no weights here" in finding.details
     assert "no weights here" in str(finding)
 
 
@@ -654,11 +654,11 @@ def test_a_part_that_does_not_run_is_told_so_once_and_where_it_was_raised():
         def forward(self, pixels):
             raise RuntimeError("out of chalk")
 
-    *kept, last = check("encoder", Fails, size=64)
-    assert last.check == "runs"
+    *kept, last = check_part("encoder", Fails, size=64)
+    assert last.name == "runs"
     assert not last.passed
-    assert "out of chalk" in last.found
-    assert "(test_conformance.py:" in last.found
+    assert "out of chalk" in last.details
+    assert "(test_conformance.py:" in last.details
     assert kept
     assert all(finding.passed for finding in kept)
 
@@ -670,26 +670,26 @@ def test_whatever_a_part_raises_is_a_finding_and_the_other_checks_go_on():
                 raise RuntimeError("out of chalk")
             return super().forward(pixels)
 
-    findings = {finding.check: finding for finding in check("encoder", FailsAlone, size=64)}
-    assert "out of chalk" in findings["alone-as-together"].found
+    findings = {finding.name: finding for finding in check_part("encoder", FailsAlone, size=64)}
+    assert "out of chalk" in findings["alone-as-together"].details
     assert findings["output-shape"].passed
 
 
 def test_an_unknown_kind_is_refused_and_an_unknown_name_is_a_finding():
     with pytest.raises(RegistryError, match="no kind of part"):
-        check("encodr", "tiny-vit")
-    (finding,) = check("encoder", "tiny-vitt")
-    assert "Did you mean 'tiny-vit'" in finding.found
+        check_part("encodr", "tiny-vit")
+    (finding,) = check_part("encoder", "tiny-vitt")
+    assert "Did you mean 'tiny-vit'" in finding.details
 
 
 def test_a_check_leaves_the_random_state_as_it_was():
     before = torch.random.get_rng_state()
-    check("mixer", "query", depth=1, mlp=32)
+    check_part("mixer", "query", depth=1, mlp=32)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_a_promise_for_all_kinds_reaches_plugins_that_compute_nothing():
-    kept = [finding.check for finding in check("metric", sca_registry.metrics.get("class"))]
+    kept = [finding.name for finding in check_part("metric", sca_registry.metrics.get("class"))]
     assert kept == [
         *("builds", "attributes", "import-is-light", "the-process-is-left-alone"),
         *("needs-are-paths", "gives-scores"),

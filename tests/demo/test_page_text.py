@@ -12,11 +12,11 @@ def test_status_and_errors_of_a_hostile_name_have_no_markup(tmp_path):
 
     name = "<img src=x onerror=alert(1)> [a](b).png"
     Image.new("RGB", (4, 4)).save(tmp_path / name)
-    _, _, status = app._opened(str(tmp_path / name), name, 10_000)
+    _, _, status = app._start_session(str(tmp_path / name), name, 10_000)
     assert "<" not in status
     assert "[a](" not in status
     (tmp_path / name).write_bytes(b"none")
     with pytest.raises(gradio.Error) as caught:
-        app._opened(str(tmp_path / name), name, 10_000)
+        app._start_session(str(tmp_path / name), name, 10_000)
     assert "<" not in caught.value.message
     assert "&lt;img src=x" in caught.value.message

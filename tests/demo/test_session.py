@@ -15,14 +15,14 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 import gradio as gr
 
 from sca.data.scenes import Scenes
-from sca.demo.app import HELD, Controls, Models, _found, _opened, _pointed, _refreshed, _selected, page
+from sca.demo.app import MAX_LOADED_MODELS, SliderValues, ModelPool, _caption_everything, _start_session, _caption_prompted_region, _refresh_sliders, _select_model, build_page
 from sca.demo.session import Session
-from sca.inference.automatic import caption_everything, settle_search
+from sca.inference.automatic import caption_everything, resolve_everything_options
 from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.prompts import MAX_POINTS
-from sca.serve.tickets import ClosedError, Done, Question
+from sca.serve.tickets import SchedulerClosedError, RequestDone, InferenceRequest
 
 
 @pytest.fixture
@@ -81,31 +81,31 @@ def models(tmp_path):
     """One for each of a few names of the same model."""
     for name in "abcd":
         (tmp_path / name).symlink_to(zoo.get("sca-tiny").folder)
-    models = Models("cpu", None, (), any_model=True)
+    models = ModelPool("cpu", None, (), allow_any_model=True)
     yield models, [str(tmp_path / name) for name in "abcd"]
     models.close()
 
 
 def test_a_model_in_use_stays_until_it_is_done(models, session):
     models, (first, *others) = models
-    question = Question(session.image, [], generation={})
+    question = InferenceRequest(session.image, [], generation={})
     with models.scheduler(first) as scheduler:
         for name in others:
             with models.scheduler(name) as other:
-                assert isinstance(list(other.events(question))[-1], Done)
+                assert isinstance(list(other.events(question))[-1], RequestDone)
         assert scheduler.alive
-        assert isinstance(list(scheduler.events(question))[-1], Done)
-    for name in others[:HELD]:
+        assert isinstance(list(scheduler.events(question))[-1], RequestDone)
+    for name in others[:MAX_LOADED_MODELS]:
         with models.scheduler(name):
             pass
     assert not scheduler.alive
-    with pytest.raises(ClosedError):
+    with pytest.raises(SchedulerClosedError):
         list(scheduler.events(question))
 
 
 def test_models_refuse_names_that_may_not_be_chosen(tmp_path):
     (tmp_path / "a").symlink_to(zoo.get("sca-tiny").folder)
-    models = Models("cpu", None, ["sca-tiny"])
+    models = ModelPool("cpu", None, ["sca-tiny"])
     with pytest.raises(ValueError, match=r"no model .*; choose from sca-tiny"), models.scheduler(str(tmp_path / "a")):
         pass
     models.close()
@@ -119,7 +119,7 @@ def test_models_refuse_options_of_names_that_are_not_of_the_command_line(tmp_pat
     monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
     named = "crop-captioner encoder=sam-vit-b"
     (tmp_path / "my model=1").symlink_to(zoo.get("sca-tiny").folder)
-    models = Models("cpu", None, [named], any_model=True)
+    models = ModelPool("cpu", None, [named], allow_any_model=True)
     trusting = "crop-captioner encoder={name='./evil',trust_remote_code=true}"
     for name in (trusting, "sca-tiny dtype=float16", "./evil trust_remote_code=true"):
         with pytest.raises(ValueError, match="has options; enter its name only"), models.scheduler(name):
@@ -142,7 +142,7 @@ def test_session_refuses_paint_of_another_size(session, size):
 
 
 def test_page_opens_one_image_at_a_time_and_forgets_sessions():
-    demo = page(Models("cpu", None, ["sca-tiny"]), ["sca-tiny"], [])
+    demo = build_page(ModelPool("cpu", None, ["sca-tiny"]), ["sca-tiny"], [])
     opening = [fn for fn in demo.fns.values() if {each[1] for each in fn.targets} & {"upload", "select"}]
     assert [(fn.concurrency_limit, fn.concurrency_id) for fn in opening] == [(1, "decode")] * 2
     assert all(each.time_to_live for each in demo.blocks.values() if isinstance(each, gr.State))
@@ -157,10 +157,10 @@ def test_session_limits_points_of_a_region(session):
 
 def test_opened_image_keeps_to_the_pixel_limit(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    session, *_ = _opened(str(tmp_path / "a.png"), "a.png", 600)
+    session, *_ = _start_session(str(tmp_path / "a.png"), "a.png", 600)
     assert session.image.size == (30, 20)
     with pytest.raises(gr.Error, match=r"a\.png has 600 pixels"):
-        _opened(str(tmp_path / "a.png"), "a.png", 599)
+        _start_session(str(tmp_path / "a.png"), "a.png", 599)
 
 
 def test_a_model_that_is_there_is_not_loaded_again(models):
@@ -177,7 +177,7 @@ def test_models_named_on_the_command_line_alone_may_do_what_was_agreed(monkeypat
     asked = []
     monkeypatch.setattr(app, "captioner", lambda name, device, **options: asked.append((name, options)) or object())
     monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
-    models = Models("cpu", None, ["./mine"], any_model=True, agreed={"./mine": {"allow_external": True}})
+    models = ModelPool("cpu", None, ["./mine"], allow_any_model=True, trust_options={"./mine": {"allow_external": True}})
     for name in ("./mine", "./of-a-stranger"):
         with models.scheduler(name):
             pass
@@ -190,28 +190,28 @@ def slider_values(demo):
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.get(name).folder])
 def test_sliders_start_at_the_values_that_the_command_line_uses(name):
-    models = Models("cpu", None, [name])
-    before = models.controls(name)  # of what is not loaded
+    models = ModelPool("cpu", None, [name])
+    before = models.get_slider_values(name)  # of what is not loaded
     own = captioner(name)
-    search = settle_search(own, {})
+    search = resolve_everything_options(own, {})
     assert search != EverythingOptions()
     assert before == (own.generation["beams"], search.points_per_side, search.pred_iou_thresh)
     with models.scheduler(name):
-        assert models.controls(name) == before
+        assert models.get_slider_values(name) == before
     models.close()
-    assert slider_values(page(models, [name], [])) == before._asdict()
+    assert slider_values(build_page(models, [name], [])) == before._asdict()
 
 
 def test_sliders_and_note_follow_the_model():
-    models = Models("cpu", None, ["sca-tiny", "sca-street", "sca-gpt2-large-vg"])
-    for name in models.names:
-        note, controls, *sliders = _selected(models, name)
-        assert [slider["value"] for slider in sliders] == [*models.controls(name)]
-        assert controls == models.controls(name)
+    models = ModelPool("cpu", None, ["sca-tiny", "sca-street", "sca-gpt2-large-vg"])
+    for name in models.model_names:
+        note, controls, *sliders = _select_model(models, name)
+        assert [slider["value"] for slider in sliders] == [*models.get_slider_values(name)]
+        assert controls == models.get_slider_values(name)
         assert bool(note) == ("large" not in name)
     with pytest.raises(gr.Error, match="choose from"):
-        _selected(models, "nothing")
-    demo = page(models, models.names, [])
+        _select_model(models, "nothing")
+    demo = build_page(models, models.model_names, [])
     (change,) = [fn for fn in demo.fns.values() if "change" in {event for _, event in fn.targets}]
     assert {each.elem_id for each in change.outputs} >= {"note", "beams", "points", "iou"}
 
@@ -219,17 +219,17 @@ def test_sliders_and_note_follow_the_model():
 def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     models, (name, *_) = models
     scene = Scenes("test", count=1, size=128, seed=29)[0].image
-    shown = Controls(points=7, iou=0.99)  # as of a model whose values were not known when it was chosen
+    shown = SliderValues(points_per_side=7, pred_iou_thresh=0.99)  # as of a model whose values were not known when it was chosen
     session = Session(scene, "a.png")
-    *_, status = list(_found(models, session, name, shown, "caption", *shown))[-1]
+    *_, status = list(_caption_everything(models, session, name, shown, "caption", *shown))[-1]
     own = Predictor(captioner(name))
     own.set_image(scene)
     assert words(session) == [each.text for each in caption_everything(own)]
     assert status == f"{len(session.regions)} regions"
     assert len(session.regions) > 1
-    *_, status = list(_found(models, session, name, shown, "caption", 1, 7, 1.0))[-1]
+    *_, status = list(_caption_everything(models, session, name, shown, "caption", 1, 7, 1.0))[-1]
     assert "nothing found" in status
-    controls, *sliders = _refreshed(models, name, shown, (1, 7, 0.5))
+    controls, *sliders = _refresh_sliders(models, name, shown, (1, 7, 0.5))
     assert controls == models.controls(name)
     assert [slider.get("value") for slider in sliders] == [1, controls.points, None]
 
@@ -242,5 +242,5 @@ def test_beams_that_nobody_moved_are_the_model_s(models, monkeypatch):
         for beams in (1, 3):
             session = Session(Image.new("RGB", (64, 48)), "a.png")
             event = {"action": "point", "x": 5, "y": 5, "label": 1}
-            list(_pointed(models, event, session, name, Controls(), "caption", beams))
+            list(_caption_prompted_region(models, event, session, name, SliderValues(), "caption", beams))
     assert asked == [{}, {"beams": 3}]

@@ -53,7 +53,7 @@ def teller():
             self.scenes = {sample.image.tobytes(): sample.regions for sample in dataset}
             self.say = say or (lambda region, _, task: region.phrases[-1] if task == "caption" else region.name)
 
-        def describe(self, image, prompts, task="caption"):
+        def caption(self, image, prompts, task="caption"):
             regions = self.scenes[image.tobytes()]
             return [self._answer(regions, prompt, task, place) for place, prompt in enumerate(prompts)]
 

@@ -134,7 +134,7 @@ def test_only_the_metrics_that_were_named_are_computed(teller):
 
 def test_a_wrong_metric_or_option_is_refused_before_anything_is_asked():
     class Silent:
-        def describe(self, image, prompts, task="caption"):
+        def caption(self, image, prompts, task="caption"):
             raise AssertionError("it was asked")
 
     dataset = Scenes("val", count=2)

@@ -54,7 +54,7 @@ def test_answers_are_on_disk_before_the_next_batch_is_asked(teller, dataset, tmp
     seen = []
 
     class Watches(type(teller(dataset))):
-        def describe(self, image, prompts, task="caption"):
+        def caption(self, image, prompts, task="caption"):
             seen.append(sum(line.startswith('{"index"') for line in (tmp_path / NAME).read_text().splitlines()))
             return super().describe(image, prompts, task)
 
@@ -75,7 +75,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
     class Tires(type(teller(dataset))):
         left = 8
 
-        def describe(self, image, prompts, task="caption"):
+        def caption(self, image, prompts, task="caption"):
             asked.append(image.tobytes())
             type(self).left -= 1
             if not type(self).left:

@@ -28,7 +28,7 @@ class Echo:
         self.encoded.append(len(images))
         return images
 
-    def answer(self, images, requests, task="caption"):
+    def caption_batch(self, images, requests, task="caption"):
         assert len(images) == len(requests)
         self.calls.append((task, [len(request) for request in requests]))
         return [
@@ -205,7 +205,7 @@ def test_proposed_regions_are_recorded_with_all_that_is_true_of_the_image():
         return Proposals(prompts, (0.25, 0.5), (None, None))
 
     class Describes:
-        def describe(self, image, prompts, task="caption"):
+        def caption(self, image, prompts, task="caption"):
             return [Caption("a car", 1.0, p.box, None, None, p, i) for i, p in enumerate(prompts)]
 
     (record,) = asked(Describes(), [sample(7, TOLD, NAMED)], Proposing(proposer))

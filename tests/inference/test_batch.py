@@ -10,7 +10,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 import sca
-from sca.inference.batch import IMAGE, PROMPTS, BatchCaptioner, Failure, answer_requests
+from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure, caption_requests
 from sca.inference.job import CaptionJob
 from sca.output.captioned import Captioned, Size
 
@@ -26,17 +26,17 @@ def paths(tmp_path):
 def caption(job, paths, **options):
     regions = job.read_regions()
     regions.match(paths)
-    return list(BatchCaptioner(job, regions).caption(paths, **options))
+    return list(BatchCaptioner(job, regions).caption_images(paths, **options))
 
 
 def test_failures_are_yielded_between_the_captions_of_the_others(paths):
     paths[1].write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(paths[2])
-    results = caption(CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch=2), paths)
+    results = caption(CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=2), paths)
     failed = {result.path: result for result in results if isinstance(result, Failure)}
-    assert {path.name: (each.kind, each.is_whole) for path, each in failed.items()} == {
-        "b.png": (IMAGE, True),
-        "c.png": (PROMPTS, True),
+    assert {path.name: (each.kind, each.is_entire_image) for path, each in failed.items()} == {
+        "b.png": (UNUSABLE_IMAGE, True),
+        "c.png": (UNUSABLE_PROMPTS, True),
     }
     captioned = [result for result in results if not isinstance(result, Failure)]
     assert [result.path.name for result in captioned] == ["a.png", "d.png"]
@@ -47,7 +47,7 @@ def test_regions_of_a_file_that_do_not_fit_are_failures_of_their_image(paths, tm
     lines = [{"image": "a.png", "box": [1, 1, 9, 9]}, {"image": "a.png", "box": [90, 90, 99, 99]}]
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     failure, result = caption(CaptionJob("sca-tiny", prompts=str(tmp_path / "prompts.jsonl")), paths[:1])
-    assert (failure.kind, failure.is_whole) == (PROMPTS, False)
+    assert (failure.kind, failure.is_entire_image) == (UNUSABLE_PROMPTS, False)
     assert "prompts.jsonl, line 2" in failure.reason
     assert len(result.captions) == 1
 
@@ -55,7 +55,7 @@ def test_regions_of_a_file_that_do_not_fit_are_failures_of_their_image(paths, tm
 @pytest.mark.parametrize("keeps_images", [False, True])
 def test_images_that_are_done_are_repeated_and_opened_only_if_wanted(paths, keeps_images):
     known = Captioned(str(paths[0]), Size(64, 48), [Caption("known", 0.5, None, None, None, Prompt(), 0)], None)
-    job = CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch=1)
+    job = CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=1)
     first, second = caption(job, paths[:2], done={str(paths[0]): known}, keeps_images=keeps_images)
     assert first.captions == known.captions
     assert isinstance(first.image, Image.Image) == keeps_images
@@ -64,18 +64,18 @@ def test_images_that_are_done_are_repeated_and_opened_only_if_wanted(paths, keep
 
 def test_captioners_that_only_describe_are_not_called_for_an_empty_request(paths):
     class Teller:
-        def describe(self, image, prompts, task="caption", **generation):
+        def caption(self, image, prompts, task="caption", **generation):
             assert prompts
             return [Caption("told", 0.5, prompt.box, None, None, prompt, place) for place, prompt in enumerate(prompts)]
 
     images = [sca.open_image(path) for path in paths[:2]]
-    answers = answer_requests(Teller(), images, [[Prompt(box=(1, 1, 9, 9))], []], "caption")
+    answers = caption_requests(Teller(), images, [[Prompt(box=(1, 1, 9, 9))], []], "caption")
     assert [[each.text for each in captions] for captions in answers] == [["told"], []]
 
 
 def test_job_is_plain_values_that_any_process_can_receive():
-    job = CaptionJob("sca-tiny", boxes=["1,2,3,4"], generation={"beams": 2}, batch=3)
-    assert CaptionJob(**json.loads(json.dumps(asdict(job)))).batch == 3
+    job = CaptionJob("sca-tiny", boxes=["1,2,3,4"], generation_options={"beams": 2}, batch_size=3)
+    assert CaptionJob(**json.loads(json.dumps(asdict(job)))).batch_size == 3
 
 
 @pytest.mark.parametrize(("options", "message"), [({"batch": 0}, "batch is 0"), ({"task": "poetry"}, "unknown task")])

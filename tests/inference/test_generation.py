@@ -87,7 +87,7 @@ def test_every_caller_generates_in_pieces(rows, monkeypatch):
     predictor = Predictor(model)
     predictor.set_image(Image.new("RGB", (64, 64), "blue"))
     assert len(predictor.predict(boxes=BOXES)) == 40
-    found = predictor.engine.best(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
+    found = predictor.engine.predict_best_masks(predictor.encoded, [[Prompt(box=box) for box in BOXES]])
     predictor.engine.caption_masks(predictor.encoded, found, [Prompt(box=box) for box in BOXES])
     evaluate(model, {"name": "scenes", "count": 12, "size": 64}, "test", questions=Questions(), batch=12)
     features = model.encode(torch.zeros(1, 3, 64, 64))

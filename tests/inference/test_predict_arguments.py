@@ -10,7 +10,7 @@ from sca_registry.contracts import Prompt
 from sca_registry.spec import EverythingOptions
 
 import sca
-from sca.inference.generation import OPTIONS
+from sca.inference.generation import GENERATION_OPTIONS
 from sca.io.errors import InputError
 from sca.io.masks import encode
 from sca.language_models.usage import count_tokens
@@ -234,4 +234,4 @@ def test_predictor_refuses_a_name_in_place_of_a_model():
 
 @pytest.mark.parametrize("method", ["predict", "predict_batch"])
 def test_generation_options_are_explicit_keywords(method):
-    assert set(OPTIONS) < set(inspect.signature(getattr(sca.Predictor, method)).parameters)
+    assert set(GENERATION_OPTIONS) < set(inspect.signature(getattr(sca.Predictor, method)).parameters)

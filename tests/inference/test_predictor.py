@@ -331,7 +331,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     predictor.set_image(pixels)
     del calls["encode"][:]
     options = EverythingOptions(points_per_side=24, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.5, crop_n_layers=1, crop_overlap_ratio=0.34, caption_from="box")
-    search = finished(automatic._search(predictor.engine, predictor.encoded, options))
+    search = finished(automatic._search_windows(predictor.engine, predictor.encoded, options))
     assert calls["encode"] == [1] * 4
     small = [each for each in search if each.window != (0, 0, 192, 128)]
     assert small, "a closer look stays in place of the one from afar"
@@ -414,7 +414,7 @@ def test_search_everything_stops_at_its_limits(counted, scene):
     predictor, calls = counted(regions=10)
     predictor.set_image(scene.image)
     with pytest.raises(ValueError, match="more than 3 regions were found; raise iou or stability"):
-        finished(search_everything(predictor.engine, predictor.encoded, ALL, max_found=3))
+        finished(search_everything(predictor.engine, predictor.encoded, ALL, max_found_regions=3))
     del calls["segment"][:]
     with pytest.raises(ValueError, match="too many masks pass the filters"):
         finished(search_everything(predictor.engine, predictor.encoded, replace(ALL, points=32), max_bytes=2**20))

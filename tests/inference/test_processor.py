@@ -27,80 +27,80 @@ def test_pixels_and_frames_are_those_of_the_published_processor_of_sam(width, he
         mask_pad_size={"height": 16, "width": 16},
     )(picture(width, height), return_tensors="pt")
     processor = Processor(ImageFormat(size=64), 8)
-    assert torch.equal(processor.pixels([picture(width, height)]), theirs["pixel_values"])
-    assert processor.frame(width, height).used[::-1] == tuple(theirs["reshaped_input_sizes"][0].tolist())
+    assert torch.equal(processor.preprocess_images([picture(width, height)]), theirs["pixel_values"])
+    assert processor.compute_frame(width, height).content_size[::-1] == tuple(theirs["reshaped_input_sizes"][0].tolist())
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 50), (50, 90), (64, 64), (33, 7), (301, 200), (63, 64)])
 def test_masks_come_back_as_the_published_processor_brings_them(width, height):
     logits = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     processor = Processor(ImageFormat(size=64), 8)
-    frame = processor.frame(width, height)
+    frame = processor.compute_frame(width, height)
     (theirs,) = SamImageProcessorPil().post_process_masks(
         [logits],
         original_sizes=[(height, width)],
-        reshaped_input_sizes=[frame.used[::-1]],
+        reshaped_input_sizes=[frame.content_size[::-1]],
         pad_size={"height": 64, "width": 64},
         binarize=False,
     )
-    assert torch.equal(processor.masks(logits, frame), theirs)
+    assert torch.equal(processor.postprocess_masks(logits, frame), theirs)
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 50), (50, 90), (64, 64), (33, 7), (301, 200), (63, 64), (3, 500)])
 @pytest.mark.parametrize("fit", ["pad", "stretch"])
 def test_what_is_inside_is_what_is_above_zero_of_the_masks(width, height, fit):
     processor = Processor(ImageFormat(size=64, fit=fit), 8)
-    frame, draw = processor.frame(width, height), torch.Generator().manual_seed(1)
+    frame, draw = processor.compute_frame(width, height), torch.Generator().manual_seed(1)
     for cells in (0, 1, 5, 100, 1024):
         logits = -torch.rand(32, 32, generator=draw) - 0.1
         logits.view(-1)[torch.randperm(1024, generator=draw)[:cells]] = 3.0
-        expected = processor.masks(logits[None, None], frame)[0, 0]
-        (found,) = processor.inside(logits[None], [frame])
+        expected = processor.postprocess_masks(logits[None, None], frame)[0, 0]
+        (found,) = processor.iter_binary_masks(logits[None], [frame])
         assert found.shape == (height, width)
         unsure = expected.abs() < 1e-5
         assert ((torch.from_numpy(found.copy()) == (expected > 0)) | unsure).all()
         assert unsure.float().mean() < 0.01
-    assert len(processor._ways) == 1
+    assert len(processor._upscalings) == 1
 
 
 def test_a_padded_picture_is_zero_right_and_below_and_a_stretched_one_fills_the_frame():
     wide = Image.new("RGB", (80, 40), (200, 100, 0))
-    padded = Processor(ImageFormat(size=64, fit="pad"), 8).pixels([wide])
+    padded = Processor(ImageFormat(size=64, fit="pad"), 8).preprocess_images([wide])
     assert padded[:, :, :32].all()
     assert not padded[:, :, 32:].any()
     stretched = Processor(ImageFormat(size=64, fit="stretch"), 8)
-    assert stretched.pixels([wide]).all()
-    assert stretched.frame(80, 40).scale == (64 / 80, 64 / 40)
+    assert stretched.preprocess_images([wide]).all()
+    assert stretched.compute_frame(80, 40).scale == (64 / 80, 64 / 40)
 
 
 def test_channels_are_normalised_and_come_in_the_order_that_is_asked_for():
     image = Image.new("RGB", (8, 8), (255, 51, 0))
     rgb = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
     bgr = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), order="bgr")
-    values = Processor(rgb, 1).pixels([image])[0, :, 0, 0]
+    values = Processor(rgb, 1).preprocess_images([image])[0, :, 0, 0]
     assert torch.allclose(values, torch.tensor([1.0, -1.2, -0.5]))
-    assert torch.equal(Processor(bgr, 1).pixels([image])[0, :, 0, 0], values.flip(0))
+    assert torch.equal(Processor(bgr, 1).preprocess_images([image])[0, :, 0, 0], values.flip(0))
 
 
 def test_pictures_of_other_modes_and_sizes_share_a_batch():
     processor = Processor(ImageFormat(size=32), 4)
     images = [picture(40, 20), picture(20, 40).convert("L"), picture(5, 5).convert("P")]
-    batch = processor.pixels(images)
+    batch = processor.preprocess_images(images)
     assert batch.shape == (3, 3, 32, 32)
-    assert all(torch.equal(batch[i : i + 1], processor.pixels([image])) for i, image in enumerate(images))
+    assert all(torch.equal(batch[i : i + 1], processor.preprocess_images([image])) for i, image in enumerate(images))
 
 
 @given(SIDES, SIDES, st.sampled_from(["pad", "stretch"]), st.data())
 def test_boxes_and_points_go_into_the_frame_and_boxes_come_back(width, height, fit, data):
     processor = Processor(ImageFormat(size=64, fit=fit), 8)
-    frame = processor.frame(width, height)
+    frame = processor.compute_frame(width, height)
     x1, x2 = sorted(data.draw(st.lists(st.floats(0, width), min_size=2, max_size=2)))
     y1, y2 = sorted(data.draw(st.lists(st.floats(0, height), min_size=2, max_size=2)))
     prompt = Prompt(box=(x1, y1, x2, y2), points=((x1, y1, 1), (x2, y2, 0)))
-    ((places, prompts),) = processor.prompts([[prompt]], [frame])
+    ((places, prompts),) = processor.group_prompts([[prompt]], [frame])
     assert places == [0]
     assert (prompts.boxes >= 0).all()
-    assert (prompts.boxes.reshape(-1, 2) <= torch.tensor(frame.used) + 1e-3).all()
+    assert (prompts.boxes.reshape(-1, 2) <= torch.tensor(frame.content_size) + 1e-3).all()
     assert torch.equal(prompts.points[0].flatten(), prompts.boxes[0])
     assert prompts.labels.tolist() == [[1, 0]]
     back = (prompts.boxes[0].reshape(2, 2) / torch.tensor(frame.scale)).flatten().tolist()
@@ -112,16 +112,16 @@ def test_boxes_and_points_go_into_the_frame_and_boxes_come_back(width, height, f
 def test_a_mask_goes_into_the_frame_and_comes_back(width, height, fit, data):
     """A rectangle, at the resolution of the mask's cells: a cell on its edge may go either way."""
     processor = Processor(ImageFormat(size=64, fit=fit), 8)
-    frame = processor.frame(width, height)
+    frame = processor.compute_frame(width, height)
     x1, y1 = data.draw(st.integers(0, width - 4)), data.draw(st.integers(0, height - 4))
     x2, y2 = data.draw(st.integers(x1 + 4, width)), data.draw(st.integers(y1 + 4, height))
     mask = np.zeros((height, width), dtype=bool)
     mask[y1:y2, x1:x2] = True
-    logits = processor.mask_prompt(mask, frame)
+    logits = processor.encode_mask_prompt(mask, frame)
     assert logits.shape == (1, 32, 32)
-    back = (processor.masks(logits[None], frame)[0, 0] > 0).numpy()
+    back = (processor.postprocess_masks(logits[None], frame)[0, 0] > 0).numpy()
     assert back.shape == mask.shape
-    across, down = 2 * width / (frame.used[0] / 2), 2 * height / (frame.used[1] / 2)  # two cells in image pixels
+    across, down = 2 * width / (frame.content_size[0] / 2), 2 * height / (frame.content_size[1] / 2)  # two cells in image pixels
     y, x = np.nonzero(back != mask)
     on_column = np.minimum(abs(x + 0.5 - x1), abs(x + 0.5 - x2)) <= across
     on_row = np.minimum(abs(y + 0.5 - y1), abs(y + 0.5 - y2)) <= down
@@ -132,17 +132,17 @@ def test_coverage_is_the_share_of_each_cell_that_the_mask_covers():
     processor = Processor(ImageFormat(size=32, fit="pad"), 2)  # 8 x 8 cells of 4 pixels
     mask = np.zeros((16, 32), dtype=bool)
     mask[0:4, 0:6] = True
-    covered = processor.coverage(mask, processor.frame(32, 16))
+    covered = processor.compute_coverage(mask, processor.compute_frame(32, 16))
     expected = torch.zeros(8, 8)
     expected[0, 0], expected[0, 1] = 1.0, 0.5
     assert torch.allclose(covered, expected, atol=1 / 255)
-    assert torch.equal(processor.valid(processor.frame(32, 16)), torch.arange(8)[:, None].expand(8, 8) < 4)
+    assert torch.equal(processor.compute_valid_cells(processor.compute_frame(32, 16)), torch.arange(8)[:, None].expand(8, 8) < 4)
 
 
 @given(st.lists(st.lists(st.sampled_from(["box", "point", "points", "mask", "both"]), max_size=5), max_size=4))
 def test_a_mixed_request_falls_into_even_buckets_and_every_prompt_keeps_its_place(kinds):
     processor = Processor(ImageFormat(size=64), 8)
-    frames = [processor.frame(64, 64) for _ in kinds]
+    frames = [processor.compute_frame(64, 64) for _ in kinds]
     box, mask = (1.0, 2.0, 30.0, 40.0), np.ones((64, 64), dtype=bool)
     made = {
         "box": Prompt(box=box),
@@ -151,7 +151,7 @@ def test_a_mixed_request_falls_into_even_buckets_and_every_prompt_keeps_its_plac
         "mask": Prompt(mask=mask),
         "both": Prompt(box=box, points=((5, 6, 1),)),
     }
-    buckets = processor.prompts([[made[kind] for kind in request] for request in kinds], frames)
+    buckets = processor.group_prompts([[made[kind] for kind in request] for request in kinds], frames)
     flat = [(owner, kind) for owner, request in enumerate(kinds) for kind in request]
     assert sorted(place for places, _ in buckets for place in places) == list(range(len(flat)))
     assert len(buckets) == len({kind for _, kind in flat})

@@ -242,7 +242,7 @@ def test_captions_on_an_accelerator_are_those_of_the_cpu(small, pointed, picture
         assert [caption.text for caption in found] == [caption.text for caption in told]
         assert [caption.mask for caption in found] == [caption.mask for caption in told]
         assert [[mask.mask for mask in each] for each in there.segment(boxes(5))] == [
-            [mask.mask for mask in each] for each in masks
+            [mask.rle for mask in each] for each in masks
         ]
 
 

@@ -54,13 +54,13 @@ def client(tiny):
     """`client(limits)` talks to the application in this process."""
     from fastapi.testclient import TestClient
 
-    from sca.serve.app import application
+    from sca.serve.app import create_app
     from sca.serve.scheduler import RequestScheduler
 
     opened = []
 
     def make(limits=None, root_path="", keys=(), **options):
-        app = application(RequestScheduler(tiny, **options), "sca-tiny", limits, root_path=root_path, keys=keys)
+        app = create_app(RequestScheduler(tiny, **options), "sca-tiny", limits, root_path=root_path, api_keys=keys)
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         opened.append(client)
@@ -74,18 +74,18 @@ def client(tiny):
 @pytest.fixture
 def served(tiny):
     """`served(limits)` is the address of a server on loopback; `served.stop()` ends it."""
-    from sca.serve.app import application
+    from sca.serve.app import create_app
     from sca.serve.scheduler import RequestScheduler
-    from sca.serve.schema import Limits
+    from sca.serve.schema import ServerLimits
     from sca.serve.server import make_server
 
     running = []
 
     def start(limits=None, captioner=tiny, **options):
-        door, limits, scheduler = socket.socket(), limits or Limits(), RequestScheduler(captioner, **options)
+        door, limits, scheduler = socket.socket(), limits or ServerLimits(), RequestScheduler(captioner, **options)
         door.bind(("127.0.0.1", 0))
-        app = application(scheduler, "sca-tiny", limits, hosts=())
-        server = make_server(app, scheduler, seconds=limits.timeout, connections=limits.max_connections, log=False)
+        app = create_app(scheduler, "sca-tiny", limits, allowed_hosts=())
+        server = make_server(app, scheduler, write_timeout=limits.timeout, max_connections=limits.max_connections, log_requests=False)
         thread = threading.Thread(target=server.run, args=([door],), daemon=True)
         thread.start()
         while not server.started:

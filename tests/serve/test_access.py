@@ -7,8 +7,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from sca.cli import run
-from sca.serve.access import HostCheck, KeyCheck
-from sca.serve.keys import find_key, read_keys
+from sca.serve.access import HostCheckMiddleware, KeyCheckMiddleware
+from sca.serve.keys import find_key_index, read_keys
 from sca.serve.listening import is_loopback
 
 
@@ -38,7 +38,7 @@ def plain():
     ],
 )
 def test_host_check_allows_addresses_and_named_hosts(plain, host, status):
-    client = TestClient(HostCheck(plain, ["captions.example"]))
+    client = TestClient(HostCheckMiddleware(plain, ["captions.example"]))
     answer = client.get("/", headers={"Host": host})
     assert answer.status_code == status
     if status == 403:
@@ -46,11 +46,11 @@ def test_host_check_allows_addresses_and_named_hosts(plain, host, status):
 
 
 def test_host_check_allows_all_where_told(plain):
-    assert TestClient(HostCheck(plain, ["*"])).get("/", headers={"Host": "evil.example"}).status_code == 200
+    assert TestClient(HostCheckMiddleware(plain, ["*"])).get("/", headers={"Host": "evil.example"}).status_code == 200
 
 
 def test_key_check_requires_a_key_except_for_health(plain):
-    client = TestClient(KeyCheck(plain, ["first", "second"]))
+    client = TestClient(KeyCheckMiddleware(plain, ["first", "second"]))
     assert client.get("/health").status_code == 200
     for given in (None, "Bearer", "Bearer third", "Basic first", "Bearer fir", "Bearer ü"):
         answer = client.get("/", headers={"Authorization": given.encode()} if given else {})
@@ -60,8 +60,8 @@ def test_key_check_requires_a_key_except_for_health(plain):
 
 
 def test_find_key_compares_with_every_key():
-    assert find_key("b", ["a", "b", "c"]) == 1
-    assert find_key("", ["a"]) is None
+    assert find_key_index("b", ["a", "b", "c"]) == 1
+    assert find_key_index("", ["a"]) is None
 
 
 def test_read_keys_skips_comments_and_refuses_empty_files(tmp_path):

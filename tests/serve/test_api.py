@@ -14,8 +14,8 @@ from sca_registry.contracts import Prompt
 
 from sca.io import masks
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.schema import Limits
-from sca.serve.tickets import BusyError
+from sca.serve.schema import ServerLimits
+from sca.serve.tickets import QueueFullError
 
 BOX = [{"box": [0, 0, 9, 9]}]
 
@@ -151,7 +151,7 @@ def test_defaults_of_a_checkpoint_are_bounded_by_the_limits_of_the_server(client
 
     def refuse(scheduler, question, tell):
         questions.append(question)
-        raise BusyError("full")
+        raise QueueFullError("full")
 
     monkeypatch.setattr(RequestScheduler, "ask", refuse)
     same = client()
@@ -237,7 +237,7 @@ def test_a_picture_is_turned_away_for_its_pixels_before_it_is_decoded(client, as
 
 
 def test_what_is_no_request_is_said(client, asked):
-    same = client(Limits(max_body_bytes=100_000))
+    same = client(ServerLimits(max_body_bytes=100_000))
     for content, kind, status, message in (
         (b"{", "application/json", 422, "Invalid JSON"),
         (b"[" * 50_000, "application/json", 422, "Invalid JSON"),
@@ -287,7 +287,7 @@ def test_what_requests_hold_is_given_back(client, asked, scene):
 
 
 def test_a_large_image_waits_for_memory_no_longer_than_allowed(client, asked):
-    same = client(Limits(timeout=1))
+    same = client(ServerLimits(timeout=1))
     large = io.BytesIO()
     Image.new("RGB", (2000, 2000)).save(large, "PNG")
     with same.app.state.budget.lease() as other:
@@ -300,7 +300,7 @@ def test_a_large_image_waits_for_memory_no_longer_than_allowed(client, asked):
 @pytest.mark.parametrize("kind", ["box", "mask"])
 def test_large_images_together_wait_for_memory_and_not_for_each_other(client, asked, kind):
     """Those that are decoded hold memory for which the next one waits; they must go on meanwhile."""
-    same, large = client(Limits(timeout=120)), io.BytesIO()
+    same, large = client(ServerLimits(timeout=120)), io.BytesIO()
     same.app.state.budget.limit = 64 * 2**20
     Image.new("RGBA", (1000, 1000)).save(large, "PNG")
     prompt = {"box": [1, 1, 90, 90]} if kind == "box" else {"mask": masks.encode(np.ones((1000, 1000), bool))}
@@ -336,7 +336,7 @@ def test_a_long_answer_has_the_form_of_a_short_one(client, asked, scene):
 def test_who_waits_too_long_is_told(client, asked, monkeypatch, tiny):
     answer = tiny.answer
     monkeypatch.setattr(tiny, "answer", lambda *a, **b: (time.sleep(1.5), answer(*a, **b))[1])
-    told = client(Limits(timeout=0.6)).post("/v1/captions", json=asked())
+    told = client(ServerLimits(timeout=0.6)).post("/v1/captions", json=asked())
     assert told.status_code == 504
     assert "no answer in 0.6 s" in told.json()["error"]["message"]
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from sca.serve import server as serving
-from sca.serve.schema import Limits
+from sca.serve.schema import ServerLimits
 
 CLOSING = {
     "error": {
@@ -44,7 +44,7 @@ def read_all(line):
 
 
 def test_a_connection_is_closed_after_408_though_its_client_goes_on(served):
-    line = connect(served(Limits(timeout=1)))
+    line = connect(served(ServerLimits(timeout=1)))
     line.sendall(f"{HEAD}Content-Length: 100000\r\n\r\n".encode())
     stop = threading.Event()
 
@@ -66,7 +66,7 @@ def test_a_connection_is_closed_after_408_though_its_client_goes_on(served):
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_comes(served):
-    line = connect(served(Limits(max_body_bytes=1000)))
+    line = connect(served(ServerLimits(max_body_bytes=1000)))
     line.sendall(f"{HEAD}Content-Length: 100000\r\n\r\n".encode())
     assert b" 413 " in read_all(line)
 
@@ -83,14 +83,14 @@ def test_content_length_with_transfer_encoding_is_refused(served):
     "sent", [b"", b"GET /health HTTP/1.1\r\nX-A: ", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /"]
 )
 def test_a_connection_without_a_whole_head_is_closed(served, sent):
-    line = connect(served(Limits(timeout=1)))
+    line = connect(served(ServerLimits(timeout=1)))
     line.sendall(sent)
     read_all(line)
 
 
 def test_silent_connections_make_room_for_others(served, monkeypatch):
     monkeypatch.setattr(serving, "HEAD_SECONDS", 600.0)
-    url = served(Limits(max_connections=6))
+    url = served(ServerLimits(max_connections=6))
     silent = [connect(url) for _ in range(12)]
     for each in silent[::3]:
         each.sendall(b"GET /health HTTP/1.1\r\nX-A: ")
@@ -105,7 +105,7 @@ def test_silent_connections_make_room_for_others(served, monkeypatch):
 def test_more_requests_than_connections_are_told(served, asked, tiny, monkeypatch):
     go, usual = threading.Event(), tiny.answer
     monkeypatch.setattr(tiny, "answer", lambda *a, **b: (go.wait(60), usual(*a, **b))[1])
-    url, statuses = served(Limits(max_connections=2)), []
+    url, statuses = served(ServerLimits(max_connections=2)), []
 
     def ask():
         answer = httpx.post(f"{url}/v1/captions", json=asked(), timeout=60)
@@ -126,7 +126,7 @@ def test_more_requests_than_connections_are_told(served, asked, tiny, monkeypatc
 
 
 def test_a_client_that_does_not_read_is_left(served, asked, scene):
-    url = served(Limits(timeout=1))
+    url = served(ServerLimits(timeout=1))
     line = connect(url, receive=4096)
     box = {"box": [1, 1, 90, 90]}
     body = json.dumps(asked(prompts=[box] * 64, masks=True))
@@ -169,7 +169,7 @@ def test_requests_without_an_answer_are_told_when_the_server_ends(served, asked,
         return usual(encoded, requests, task, **settings)
 
     monkeypatch.setattr(tiny, "answer", answer)
-    url, told = served(Limits(timeout=30)), {}
+    url, told = served(ServerLimits(timeout=30)), {}
 
     def ask(task):
         got = httpx.post(f"{url}/v1/captions", json=asked(task=task), timeout=60)

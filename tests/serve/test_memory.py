@@ -10,52 +10,52 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.serve import service as module
 from sca.serve.memory import BudgetError, ByteBudget, is_out_of_memory
-from sca.serve.schema import Limits
-from sca.serve.service import Service
-from sca.serve.tickets import Done, NoRoomError, Question
+from sca.serve.schema import ServerLimits
+from sca.serve.service import CaptionService
+from sca.serve.tickets import RequestDone, InsufficientMemoryError, InferenceRequest
 
 MIB = 2**20
 
 
 def test_byte_budget_keeps_room_for_small_requests():
     budget = ByteBudget(64 * MIB)
-    with budget.lease() as large, budget.lease() as small:
-        large.set(48 * MIB)
-        with pytest.raises(BudgetError, match="48 MiB of 64 are in use"), budget.lease() as another:
-            another.set(2 * MIB)
-        small.set(1 * MIB)
-        assert budget.held == 49 * MIB
+    with budget.create_lease() as large, budget.create_lease() as small:
+        large.resize(48 * MIB)
+        with pytest.raises(BudgetError, match="48 MiB of 64 are in use"), budget.create_lease() as another:
+            another.resize(2 * MIB)
+        small.resize(1 * MIB)
+        assert budget.leased_bytes == 49 * MIB
         with pytest.raises(BudgetError):
-            small.set(2 * MIB)
-    assert budget.held == 0
+            small.resize(2 * MIB)
+    assert budget.leased_bytes == 0
 
 
 def test_byte_budget_refuses_at_once_what_never_fits():
     budget = ByteBudget(64 * MIB)
-    with budget.lease() as lease, pytest.raises(BudgetError):
-        lease.set(budget.largest + 1, seconds=60)
+    with budget.create_lease() as lease, pytest.raises(BudgetError):
+        lease.resize(budget.max_request_bytes + 1, timeout=60)
 
 
 def test_lease_waits_until_another_ends():
     budget = ByteBudget(64 * MIB)
-    first, second = budget.lease(), budget.lease()
-    first.set(40 * MIB)
-    waiting = threading.Thread(target=second.set, args=(40 * MIB, 30))
+    first, second = budget.create_lease(), budget.create_lease()
+    first.resize(40 * MIB)
+    waiting = threading.Thread(target=second.resize, args=(40 * MIB, 30))
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
     first.__exit__()
     waiting.join(10)
-    assert (first.held, second.held, budget.held) == (0, 40 * MIB, 40 * MIB)
+    assert (first.leased_bytes, second.leased_bytes, budget.leased_bytes) == (0, 40 * MIB, 40 * MIB)
 
 
 def test_lease_that_has_ended_takes_nothing():
     """Work goes on for a moment after its request has gone."""
     budget = ByteBudget(64 * MIB)
-    with budget.lease() as lease:
-        lease.set(5)
-    lease.set(10 * MIB)
-    assert (lease.held, budget.held) == (0, 0)
+    with budget.create_lease() as lease:
+        lease.resize(5)
+    lease.resize(10 * MIB)
+    assert (lease.leased_bytes, budget.leased_bytes) == (0, 0)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def request_of():
 
 @pytest.fixture
 def service(scheduler):
-    service = Service(scheduler, "sca-tiny", Limits())
+    service = CaptionService(scheduler, "sca-tiny", ServerLimits())
     yield service
     service.close()
 
@@ -94,7 +94,7 @@ def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(servic
     told = threading.Event()
 
     def ask(question, tell):
-        for event in (*[caption] * 50, Done(50)):
+        for event in (*[caption] * 50, RequestDone(50)):
             tell(event)
         told.set()
         return SimpleNamespace(cancel=lambda: None)
@@ -104,19 +104,19 @@ def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(servic
     request = request_of(budget)
 
     async def read():
-        events = service.events(request, Question(None))
+        events = service.events(request, InferenceRequest(None))
         found = [await anext(events)]
         assert told.wait(10)
         await asyncio.sleep(0.1)
-        assert budget.held > 40 * 1000
+        assert budget.leased_bytes > 40 * 1000
         found += [event async for event in events]
         return found
 
     if counts == 1000:
         assert len(asyncio.run(read())) == 51
-        assert budget.held == 0
+        assert budget.leased_bytes == 0
     else:
-        with pytest.raises(NoRoomError):
+        with pytest.raises(InsufficientMemoryError):
             asyncio.run(read())
 
 

@@ -11,11 +11,11 @@ from sca_registry.contracts import Prompt
 
 from sca.captioners.regions import RegionCaptioner
 from sca.cli import run
-from sca.serve.chat import NEUTRAL, WITHOUT_EFFECT
+from sca.serve.chat import NEUTRAL_VALUES, IGNORED_FIELDS
 from sca.serve.root_path import check_root_path
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.schema import Limits
-from sca.serve.tickets import Question, Ticket
+from sca.serve.schema import ServerLimits
+from sca.serve.tickets import InferenceRequest, Ticket
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX = (10.0, 12.0, 60.0, 70.0)
@@ -110,7 +110,7 @@ def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields,
 )
 def test_every_error_of_the_api_is_an_error_object(client, method, path, sent, status):
     headers = {"Authorization": "Bearer right", **sent.get("headers", {})}
-    response = client(Limits(max_body_bytes=9_000), keys=["right"]).request(method, path, **{**sent, "headers": headers})
+    response = client(ServerLimits(max_body_bytes=9_000), keys=["right"]).request(method, path, **{**sent, "headers": headers})
     assert response.status_code == status
     assert response.json().keys() == {"error"}
     error = response.json()["error"]
@@ -224,8 +224,8 @@ def test_n_is_1_whatever_the_checkpoint_has_as_default(ask, user, tiny, monkeypa
 def test_captions_of_a_region_count_in_what_a_turn_may_cost(scheduler, scene):
     def cost(**generation):
         prompt = Prompt(box=BOX)
-        ticket = Ticket(Question(scene.image, [prompt], generation=generation, masks=False), lambda _: None)
-        return RequestScheduler._costs(scheduler, ticket)(prompt)
+        ticket = Ticket(InferenceRequest(scene.image, [prompt], generation=generation, return_masks=False), lambda _: None)
+        return RequestScheduler._make_cost_function(scheduler, ticket)(prompt)
 
     assert cost(sample=True, captions=16) == 16 * cost(sample=True)
     assert cost(beams=16, captions=16) == 16 * cost()
@@ -305,12 +305,12 @@ def test_a_field_that_a_captioner_does_not_take_is_refused_by_its_name(ask, user
 
 
 def test_fields_that_ask_for_nothing_are_accepted(ask, user):
-    neutral = {name: values[0] for name, values in NEUTRAL.items()}
+    neutral = {name: values[0] for name, values in NEUTRAL_VALUES.items()}
     assert ask([user()], **neutral).status_code == 200
     assert (
-        ask([user()], **dict.fromkeys((*NEUTRAL, "n", "stop", "seed", "top_p", "stream", "unknown"))).status_code == 200
+        ask([user()], **dict.fromkeys((*NEUTRAL_VALUES, "n", "stop", "seed", "top_p", "stream", "unknown"))).status_code == 200
     )
-    assert ask([user()], **dict.fromkeys(WITHOUT_EFFECT, "x")).status_code == 200
+    assert ask([user()], **dict.fromkeys(IGNORED_FIELDS, "x")).status_code == 200
 
 
 # --- messages

@@ -259,7 +259,7 @@ def test_find_region_leaves_other_numbers_alone(text):
 def test_find_region_refuses_four_bare_numbers_in_a_sentence(text):
     with pytest.raises(InputError, match="may be a region; if they are, write box=x1,y1,x2,y2"):
         find_region(text)
-    assert find_region(text, refuse_bare=False) is None
+    assert find_region(text, reject_bare=False) is None
 
 
 WORDS = st.sampled_from(

@@ -62,7 +62,7 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
     """Every row's phrase is one of the phrases of the region whose box it has, and its point lies in that region."""
     dataset = Scenes("train", count=8, size=64)
     by_pixels = {
-        Processor(ImageFormat(size=64), 8).pixels([sample.image]).numpy().tobytes(): sample for sample in dataset
+        Processor(ImageFormat(size=64), 8).preprocess_images([sample.image]).numpy().tobytes(): sample for sample in dataset
     }
     examples = stream(SamplingOptions(class_name_prob=0.3), dataset=dataset)
     for place in range(16):

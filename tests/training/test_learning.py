@@ -86,7 +86,7 @@ def learned(tmp_path, monkeypatch):
 @torch.no_grad()
 def judge(model, samples):
     tokenizer = model.language_model.tokenizer
-    stream = ExampleStream(Fixed(samples), Processor.of(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16)
+    stream = ExampleStream(Fixed(samples), Processor.from_encoder(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16)
     batch = collate_examples([stream[place] for place in range(16)], tokenizer.pad)
     output = model(batch)
     words = batch.attention_mask.bool()

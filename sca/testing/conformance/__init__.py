@@ -30,15 +30,15 @@ from sca.testing.conformance import (  # noqa: F401 (their promises)
     proposers,
     segmenters,
 )
-from sca.testing.conformance.promises import PROMISES, DoesNotApply, Finding, Promise
-from sca.testing.conformance.trials import TRIALS, Trial
+from sca.testing.conformance.promises import CHECKS, DoesNotApply, CheckResult, ConformanceCheck
+from sca.testing.conformance.trials import HARNESSES, PartHarness
 
-__all__ = ["PROMISES", "Finding", "check"]
+__all__ = ["CHECKS", "CheckResult", "check_part"]
 
-ELSEWHERE = {"conformance", "torch", "transformers", "timm", "open_clip", "sca_registry"}  # folders
+LIBRARY_FOLDERS = {"conformance", "torch", "transformers", "timm", "open_clip", "sca_registry"}  # folders
 
 
-def check(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[Finding]:
+def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[CheckResult]:
     """One finding for each promise of the kind ("mixer" or "mixers"), those that every kind has first.
 
     part: a registered name, or a factory. options: of the factory; the dataset's `split` too (default "val"). A part
@@ -47,31 +47,31 @@ def check(kind: str, part: str | Callable[..., Any], /, **options: Any) -> list[
 
     Raises RegistryError if there is no such kind.
     """
-    described = registry(kind).kind
-    trial = TRIALS.get(described.plural, Trial)(described.plural, part, options)
+    kind_info = registry(kind).kind
+    harness = HARNESSES.get(kind_info.plural, PartHarness)(kind_info.plural, part, options)
     with torch.random.fork_rng(devices=[]):
-        findings = []
-        promises = [each for each in PROMISES if described.plural in each.kinds]
-        for kept in sorted(promises, key=lambda each: each.keeps.__module__ != common.__name__):
-            findings.append(_try(kept, trial))
-            if kept.keeps in (common.builds, common.runs) and not findings[-1].passed:
+        results = []
+        checks = [each for each in CHECKS if kind_info.plural in each.kinds]
+        for conformance_check in sorted(checks, key=lambda each: each.function.__module__ != common.__name__):
+            results.append(_run_check(conformance_check, harness))
+            if conformance_check.function in (common.builds, common.runs) and not results[-1].passed:
                 break
-    return findings
+    return results
 
 
-def _where(error: BaseException) -> str:
+def _format_error_location(error: BaseException) -> str:
     """The last line of somebody's own code that an error passed through, that of libraries and of this kit aside."""
-    frames = [frame for frame in extract_tb(error.__traceback__) if not set(Path(frame.filename).parts) & ELSEWHERE]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    plugin_frames = [frame for frame in extract_tb(error.__traceback__) if not set(Path(frame.filename).parts) & LIBRARY_FOLDERS]
+    return f" ({Path(plugin_frames[-1].filename).name}:{plugin_frames[-1].lineno})" if plugin_frames else ""
 
 
-def _try(kept: Promise, trial: Trial) -> Finding:
-    written = kept.written or f"sca_registry.contracts.{KINDS[trial.kind].protocol.__name__}"
+def _run_check(conformance_check: ConformanceCheck, harness: PartHarness) -> CheckResult:
+    source = conformance_check.source or f"sca_registry.contracts.{KINDS[harness.kind].protocol.__name__}"
     torch.manual_seed(0)
     try:
-        problem = kept.keeps(trial)
-    except DoesNotApply as reason:
-        return Finding(kept.name, True, kept.expected, f"does not apply: {reason}", written)
+        problem = conformance_check.function(harness)
+    except DoesNotApply as exception:
+        return CheckResult(conformance_check.name, True, conformance_check.expected, f"does not apply: {exception}", source)
     except Exception as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}{_where(error)}"
-    return Finding(kept.name, problem is None, kept.expected, problem or "as expected", written)
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}{_format_error_location(error)}"
+    return CheckResult(conformance_check.name, problem is None, conformance_check.expected, problem or "as expected", source)

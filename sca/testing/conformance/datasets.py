@@ -5,87 +5,87 @@ from __future__ import annotations
 from PIL import Image
 
 from sca.io.masks import box_of, decode
-from sca.testing.conformance.promises import DoesNotApply, promise
-from sca.testing.conformance.trials import DatasetTrial
+from sca.testing.conformance.promises import DoesNotApply, register_check
+from sca.testing.conformance.trials import DatasetHarness
 
 
-@promise("datasets", written="sca_registry.contracts.Sample")
-def samples(trial: DatasetTrial) -> str | None:
+@register_check("datasets", source="sca_registry.contracts.Sample")
+def samples(harness: DatasetHarness) -> str | None:
     """Samples are RGB pictures with a whole number as id, each its own, and a tuple of regions."""
-    found = trial.samples()
-    if not found:
+    dataset_samples = harness.read_samples()
+    if not dataset_samples:
         return "no samples at all"
-    for sample in found:
+    for sample in dataset_samples:
         image = sample.image
         if not isinstance(image, Image.Image) or image.mode != "RGB":
             return f"image {sample.image_id} is {getattr(image, 'mode', type(image).__name__)}"
         if not isinstance(sample.image_id, int) or not isinstance(sample.regions, tuple):
             return f"image id {sample.image_id!r}, regions in a {type(sample.regions).__name__}"
-    ids = [sample.image_id for sample in found]
+    ids = [sample.image_id for sample in dataset_samples]
     return None if len(set(ids)) == len(ids) else f"image ids {ids}"
 
 
-@promise("datasets")
-def samples_are_fixed(trial: DatasetTrial) -> str | None:
+@register_check("datasets")
+def samples_are_fixed(harness: DatasetHarness) -> str | None:
     """The same index gives the same sample, from a dataset built anew too."""
-    again = trial.build(seed=1)
-    for index, sample in enumerate(trial.samples()):
-        for other in (trial.part[index], again[index]):
-            if other.image.tobytes() != sample.image.tobytes() or other[1:] != sample[1:]:
+    rebuilt_dataset = harness.build(seed=1)
+    for index, sample in enumerate(harness.read_samples()):
+        for repeated_sample in (harness.part[index], rebuilt_dataset[index]):
+            if repeated_sample.image.tobytes() != sample.image.tobytes() or repeated_sample[1:] != sample[1:]:
                 return f"sample {index} is another the second time"
     return None
 
 
-@promise("datasets")
-def the_end_is_an_index_error(trial: DatasetTrial) -> str | None:
+@register_check("datasets")
+def the_end_is_an_index_error(harness: DatasetHarness) -> str | None:
     """An index past the end raises IndexError, so that iteration ends."""
     try:
-        trial.part[len(trial.part)]
+        harness.part[len(harness.part)]
     except IndexError:
         return None
-    return f"a sample at index {len(trial.part)} of {len(trial.part)}"
+    return f"a sample at index {len(harness.part)} of {len(harness.part)}"
 
 
-@promise("datasets", written="sca_registry.contracts.Region")
-def boxes_lie_in_the_image(trial: DatasetTrial) -> str | None:
+@register_check("datasets", source="sca_registry.contracts.Region")
+def boxes_lie_in_the_image(harness: DatasetHarness) -> str | None:
     """A region's box is x1 y1 x2 y2 with x1 < x2 and y1 < y2, inside the image."""
-    for sample, region in trial.regions():
+    for sample, region in harness.iter_regions():
         x1, y1, x2, y2 = region.box
         if not (0 <= x1 < x2 <= sample.image.width and 0 <= y1 < y2 <= sample.image.height):
             return f"box {region.box} of region {region.id} in an image of {sample.image.size}"
     return None
 
 
-@promise("datasets", written="sca_registry.contracts.Region")
-def boxes_contain_masks(trial: DatasetTrial) -> str | None:
+@register_check("datasets", source="sca_registry.contracts.Region")
+def boxes_contain_masks(harness: DatasetHarness) -> str | None:
     """A region's mask is an RLE of the image's size, is not empty, and lies inside the box, give or take a pixel."""
-    seen = 0
-    for sample, region in trial.regions():
+    num_masks = 0
+    for sample, region in harness.iter_regions():
         if region.mask is not None:
-            seen += 1
+            num_masks += 1
             height, width = decode(region.mask).shape
             if (width, height) != sample.image.size:
                 return f"a mask of {(width, height)} for an image of {sample.image.size}"
-            tight = box_of(region.mask)
-            if tight is None:
+            tight_box = box_of(region.mask)
+            if tight_box is None:
                 return f"region {region.id} has an empty mask"
-            over = max(region.box[0] - tight[0], region.box[1] - tight[1], tight[2] - region.box[2])
-            if max(over, tight[3] - region.box[3]) > 1:
-                return f"the mask of region {region.id} fills {tight} and its box is {region.box}"
-    if not seen:
+            overhang = max(region.box[0] - tight_box[0], region.box[1] - tight_box[1], tight_box[2] - region.box[2])
+            if max(overhang, tight_box[3] - region.box[3]) > 1:
+                return f"the mask of region {region.id} fills {tight_box} and its box is {region.box}"
+    if not num_masks:
         raise DoesNotApply("no region has a mask")
     return None
 
 
-@promise("datasets", written="sca_registry.contracts.Region")
-def regions_have_words(trial: DatasetTrial) -> str | None:
+@register_check("datasets", source="sca_registry.contracts.Region")
+def regions_have_words(harness: DatasetHarness) -> str | None:
     """A region has a name or phrases, none of them blank, and an id of its own."""
     ids = []
-    for _, region in trial.regions():
+    for _, region in harness.iter_regions():
         ids.append(region.id)
-        words = [*region.phrases, *([] if region.name is None else [region.name])]
-        if not isinstance(region.phrases, tuple) or not all(isinstance(text, str) and text.strip() for text in words):
+        texts = [*region.phrases, *([] if region.name is None else [region.name])]
+        if not isinstance(region.phrases, tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
             return f"region {region.id}: name {region.name!r}, phrases {region.phrases!r}"
-        if not words:
+        if not texts:
             return f"region {region.id} has neither a name nor a phrase"
     return None if len(set(ids)) == len(ids) else "two regions with one id"

@@ -9,23 +9,23 @@ from typing import Any
 from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.evaluation.records import lack
-from sca.testing.conformance.promises import DoesNotApply, promise
-from sca.testing.conformance.trials import Trial
+from sca.testing.conformance.promises import DoesNotApply, register_check
+from sca.testing.conformance.trials import PartHarness
 
-RECORD = (
+RECORD_FIELDS = (
     *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score", "mask", "iou", "truth"),
     *("proposals", "image"),  # of dense captioning; and the picture, which is given apart
 )
-TRUTH = ("name", "phrases", "attributes", "mask", "box", "area", "regions")
-RLE = {"size": [32, 48], "counts": "`T1P1"}  # nothing inside
+TRUTH_FIELDS = ("name", "phrases", "attributes", "mask", "box", "area", "regions")
+EMPTY_RLE = {"size": [32, 48], "counts": "`T1P1"}  # nothing inside
 
 
-def example_records() -> list[dict[str, Any]]:
+def make_example_records() -> list[dict[str, Any]]:
     """Two regions of one image, each asked for both tasks, as `sca evaluate` writes them."""
-    truth = {
+    ground_truth = {
         "name": "circle",
         "phrases": ["a small striped red circle"],
-        "mask": RLE,
+        "mask": EMPTY_RLE,
         "box": [4.0, 4.0, 20.0, 20.0],
         "area": 0.0,
         "attributes": {"colour": "red", "form": "circle", "size": "small", "texture": "striped", "relations": []},
@@ -40,42 +40,42 @@ def example_records() -> list[dict[str, Any]]:
             "prompt": {"box": [4.0, 4.0, 20.0, 20.0]},
             "caption": "circle" if task == "recognition" else "a small striped red circle",
             "score": 0.5,
-            "mask": RLE,
+            "mask": EMPTY_RLE,
             "iou": 0.5,
-            "truth": truth,
+            "truth": ground_truth,
         }
         for region in (0, 1)
         for task in TASKS
     ]
 
 
-@promise("metrics")
-def needs_are_paths(trial: Trial) -> str | None:
+@register_check("metrics")
+def needs_are_paths(harness: PartHarness) -> str | None:
     """`needs` is a tuple of paths into a record, such as "caption", "truth.mask" or "task=caption"."""
-    needs = trial.part.needs
+    needs = harness.part.needs
     if not isinstance(needs, tuple) or not all(isinstance(need, str) for need in needs):
         return f"needs = {needs!r}"
     for need in needs:
         for choice in need.split(" or "):
-            first, _, rest = choice.partition("=")[0].partition(".")
-            if first not in RECORD or (first == "truth" and rest.partition(".")[0] not in TRUTH):
-                return f"{need!r}; a record has {', '.join(RECORD)}, and its truth {', '.join(TRUTH)}"
+            field, _, subpath = choice.partition("=")[0].partition(".")
+            if field not in RECORD_FIELDS or (field == "truth" and subpath.partition(".")[0] not in TRUTH_FIELDS):
+                return f"{need!r}; a record has {', '.join(RECORD_FIELDS)}, and its truth {', '.join(TRUTH_FIELDS)}"
     return None
 
 
-@promise("metrics", written="sca_registry.contracts.Scores")
-def gives_scores(trial: Trial) -> str | None:
+@register_check("metrics", source="sca_registry.contracts.Scores")
+def gives_scores(harness: PartHarness) -> str | None:
     """Called with records that have what it needs, it returns `Scores` whose totals are numbers, named as declared."""
-    records = example_records()
-    if "image" in trial.part.needs or lack(records, trial.part.needs):
+    records = make_example_records()
+    if "image" in harness.part.needs or lack(records, harness.part.needs):
         raise DoesNotApply("the example has not what it needs")
-    found = trial.part(records)
-    if not isinstance(found, MetricOutput):
-        return f"a {type(found).__name__}"
-    declared = trial.stated("scores")
-    for key, value in found.values.items():
+    output = harness.part(records)
+    if not isinstance(output, MetricOutput):
+        return f"a {type(output).__name__}"
+    declared = harness.get_declared_value("scores")
+    for key, value in output.values.items():
         if declared is not None and not any(fnmatchcase(key, name) for name in declared):
             return f"{key!r}, which is not among the declared scores {', '.join(declared)}"
         if isinstance(value, bool | str) or not isinstance(float(value), float) or math.isinf(value):
             return f"{key} = {value!r}"
-    return None if found.values else "no score at all"
+    return None if output.values else "no score at all"

@@ -7,82 +7,82 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sca.testing.conformance.comparison import different, misshapen
-from sca.testing.conformance.promises import DoesNotApply, promise
-from sca.testing.conformance.trials import OWNERS, MixerTrial, Trial
+from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
+from sca.testing.conformance.promises import DoesNotApply, register_check
+from sca.testing.conformance.trials import IMAGE_INDEX, MixerHarness, PartHarness
 
 
-@promise("mixers")
+@register_check("mixers")
 @torch.no_grad()
-def queries_shape(trial: MixerTrial) -> str | None:
+def queries_shape(harness: MixerHarness) -> str | None:
     """Regions give queries (N, queries, width)."""
-    return misshapen("queries", trial.part(trial.inputs()), (len(OWNERS), trial.part.queries, trial.part.width))
+    return describe_shape_mismatch("queries", harness.part(harness.make_inputs()), (len(IMAGE_INDEX), harness.part.queries, harness.part.width))
 
 
-@promise("mixers")
+@register_check("mixers")
 @torch.no_grad()
-def regions_are_told_apart(trial: MixerTrial) -> str | None:
+def regions_are_told_apart(harness: MixerHarness) -> str | None:
     """Two regions of one image have different queries."""
-    first, second = trial.part(trial.inputs())[:2]
+    first, second = harness.part(harness.make_inputs())[:2]
     return "two regions of one image with the same queries" if torch.allclose(first, second) else None
 
 
-@promise("mixers", written="sca_registry.cards.Card.needs")
+@register_check("mixers", source="sca_registry.cards.Card.needs")
 @torch.no_grad()
-def needs_no_more_than_it_says(trial: MixerTrial) -> str | None:
+def needs_no_more_than_it_says(harness: MixerHarness) -> str | None:
     """Of masks, boxes and grid the part does without those that its card or class does not list in `needs`."""
-    needs, inputs = trial.needs(), trial.inputs()
-    things = {"masks": ("masks", "scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
-    for thing, names in things.items():
-        if thing not in needs:
+    needs, inputs = harness.collect_needs(), harness.make_inputs()
+    fields_by_need = {"masks": ("masks", "scores", "mask_tokens"), "boxes": ("boxes",), "grid": ("grid",)}
+    for need, names in fields_by_need.items():
+        if need not in needs:
             try:
-                trial.part(replace(inputs, **dict.fromkeys(names)))
+                harness.part(replace(inputs, **dict.fromkeys(names)))
             except Exception as error:
-                return f"without {thing}: {type(error).__name__}: {error}"
+                return f"without {need}: {type(error).__name__}: {error}"
     return None
 
 
-@promise("mixers")
+@register_check("mixers")
 @torch.no_grad()
-def uses_grid_is_true(trial: MixerTrial) -> str | None:
+def uses_grid_is_true(harness: MixerHarness) -> str | None:
     """A mixer that says `uses_grid = False` gives the same queries when there is no grid."""
-    if trial.part.uses_grid:
+    if harness.part.uses_grid:
         raise DoesNotApply("it uses the grid")
-    inputs = trial.inputs()
-    return different({"queries": trial.part(inputs)}, {"queries": trial.part(replace(inputs, grid=None))}, share=0.0)
+    inputs = harness.make_inputs()
+    return describe_difference({"queries": harness.part(inputs)}, {"queries": harness.part(replace(inputs, grid=None))}, tolerance=0.0)
 
 
-@promise("mixers")
+@register_check("mixers")
 @torch.no_grad()
-def prepared_or_not(trial: MixerTrial) -> str | None:
+def prepared_or_not(harness: MixerHarness) -> str | None:
     """What `prepare` gives for the images changes nothing but the cost, for all regions and for some of them."""
-    part = trial.part
+    part = harness.part
     if not hasattr(part, "prepare"):
         raise DoesNotApply("it has no prepare")
-    inputs = trial.inputs()
+    inputs = harness.make_inputs()
     prepared = part.prepare(inputs.image_embeddings, inputs.positional_encoding)
-    problem = different({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
+    problem = describe_difference({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
     if problem:
         return problem
-    some = replace(inputs, owner=inputs.image_index[1:3], **{name: getattr(inputs, name)[1:3] for name in trial.BY_REGION})
-    return different({"queries": part(inputs)[1:3]}, {"queries": part(some, prepared)})
+    selected_inputs = replace(inputs, owner=inputs.image_index[1:3], **{name: getattr(inputs, name)[1:3] for name in harness.REGION_FIELDS})
+    return describe_difference({"queries": part(inputs)[1:3]}, {"queries": part(selected_inputs, prepared)})
 
 
-@promise("mixers")
+@register_check("mixers")
 @torch.no_grad()
-def alone_as_together_in_training(trial: Trial) -> str | None:
+def alone_as_together_in_training(harness: PartHarness) -> str | None:
     """In training, dropout aside, a region has the queries that it has alone: none sees its neighbours."""
-    inputs, part = trial.inputs(), trial.module().train()
+    inputs, part = harness.make_inputs(), harness.build_module().train()
     for module in part.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    together = trial.outputs(part, inputs)
-    for row in range(trial.rows(inputs)):
+    batch_outputs = harness.compute_outputs(part, inputs)
+    for row in range(harness.count_rows(inputs)):
         try:
-            alone = trial.outputs(part, trial.take(inputs, [row]))
+            row_outputs = harness.compute_outputs(part, harness.select_rows(inputs, [row]))
         except ValueError as error:  # as batch normalisation raises for a single region
             return f"row {row} alone: {error}"
-        difference = different({name: value[row : row + 1] for name, value in together.items()}, alone)
+        difference = describe_difference({name: value[row : row + 1] for name, value in batch_outputs.items()}, row_outputs)
         if difference:
             return f"row {row} alone: {difference}"
     return None

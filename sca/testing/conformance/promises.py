@@ -9,43 +9,43 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """How one promise was kept: `written` says where it is made."""
 
-    check: str
+    name: str
     passed: bool
     expected: str
-    found: str
-    written: str
+    details: str
+    source: str
 
     def __str__(self) -> str:
         if self.passed:
-            return f"ok      {self.check}: {self.found}"
-        return f"FAILED  {self.check}: expected: {self.expected} Found: {self.found}. See {self.written}"
+            return f"ok      {self.name}: {self.details}"
+        return f"FAILED  {self.name}: expected: {self.expected} Found: {self.details}. See {self.source}"
 
 
 @dataclass(frozen=True)
-class Promise:
+class ConformanceCheck:
     name: str
     kinds: tuple[str, ...]
     expected: str
-    written: str | None  # None: the protocol of the kind
-    keeps: Callable[[Any], str | None]
+    source: str | None  # None: the protocol of the kind
+    function: Callable[[Any], str | None]
 
 
-PROMISES: list[Promise] = []
+CHECKS: list[ConformanceCheck] = []
 
 
 class DoesNotApply(Exception):
     """Raised by a check that has nothing to try on this part; the message says why."""
 
 
-def promise(*kinds: str, written: str | None = None) -> Callable[[Callable[[Any], str | None]], Any]:
+def register_check(*kinds: str, source: str | None = None) -> Callable[[Callable[[Any], str | None]], Any]:
     """Adds the function below it to what parts of these kinds (plural) are tried for."""
 
-    def add(keeps: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
-        expected = " ".join(inspect.getdoc(keeps).partition("\n\n")[0].split())
-        PROMISES.append(Promise(keeps.__name__.replace("_", "-"), kinds, expected, written, keeps))
-        return keeps
+    def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+        expected = " ".join(inspect.getdoc(function).partition("\n\n")[0].split())
+        CHECKS.append(ConformanceCheck(function.__name__.replace("_", "-"), kinds, expected, source, function))
+        return function
 
-    return add
+    return register

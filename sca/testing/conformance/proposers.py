@@ -6,15 +6,15 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Prompt
 
-from sca.testing.conformance.promises import promise
-from sca.testing.conformance.trials import Trial
+from sca.testing.conformance.promises import register_check
+from sca.testing.conformance.trials import PartHarness
 
 
-@promise("proposers", written="sca_registry.contracts.Proposals")
-def proposals_lie_in_the_image(trial: Trial) -> str | None:
+@register_check("proposers", source="sca_registry.contracts.Proposals")
+def proposals_lie_in_the_image(harness: PartHarness) -> str | None:
     """Each proposal has a prompt that points into the image, a score and a name or None."""
     width, height = 48, 32
-    prompts, scores, names = trial.part(Image.new("RGB", (width, height)), "image.png")
+    prompts, scores, names = harness.part(Image.new("RGB", (width, height)), "image.png")
     if not len(prompts) == len(scores) == len(names):
         return f"{len(prompts)} prompts, {len(scores)} scores and {len(names)} names"
     for prompt in prompts:
@@ -31,17 +31,17 @@ def proposals_lie_in_the_image(trial: Trial) -> str | None:
     return None
 
 
-@promise("proposers")
-def proposals_are_fixed(trial: Trial) -> str | None:
+@register_check("proposers")
+def proposals_are_fixed(harness: PartHarness) -> str | None:
     """The same image has the same proposals."""
     image = Image.new("RGB", (48, 32), "grey")
-    once, again = (trial.part(image, "image.png") for _ in range(2))
-    same = once[1:] == again[1:] and len(once.prompts) == len(again.prompts)
-    same = same and all(map(_alike, once.prompts, again.prompts))
-    return None if same else "other proposals the second time"
+    first_proposals, second_proposals = (harness.part(image, "image.png") for _ in range(2))
+    are_equal = first_proposals[1:] == second_proposals[1:] and len(first_proposals.prompts) == len(second_proposals.prompts)
+    are_equal = are_equal and all(map(_is_same_prompt, first_proposals.prompts, second_proposals.prompts))
+    return None if are_equal else "other proposals the second time"
 
 
-def _alike(one: Prompt, other: Prompt) -> bool:
-    if (one.mask is None) != (other.mask is None) or (one.box, one.points) != (other.box, other.points):
+def _is_same_prompt(first: Prompt, second: Prompt) -> bool:
+    if (first.mask is None) != (second.mask is None) or (first.box, first.points) != (second.box, second.points):
         return False
-    return one.mask is None or np.array_equal(one.mask, other.mask)
+    return first.mask is None or np.array_equal(first.mask, second.mask)

@@ -9,146 +9,146 @@ from sca_registry.contracts import SegmenterOutput, Targets
 from torch import Tensor
 
 from sca.io.masks import box_of
-from sca.testing.conformance.comparison import different, misshapen
-from sca.testing.conformance.promises import DoesNotApply, promise
-from sca.testing.conformance.trials import GRID, IMAGES, OWNERS, SIDE, SIZE, SegmenterTrial
+from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
+from sca.testing.conformance.promises import DoesNotApply, register_check
+from sca.testing.conformance.trials import GRID_SIZE, NUM_IMAGES, IMAGE_INDEX, MASK_SIZE, IMAGE_SIZE, SegmenterHarness
 
 
-@promise("segmenters", written="sca_registry.contracts.Regions")
+@register_check("segmenters", source="sca_registry.contracts.Regions")
 @torch.no_grad()
-def regions(trial: SegmenterTrial) -> str | None:
+def regions(harness: SegmenterHarness) -> str | None:
     """Every field of the Regions has the shape that its comment says, by every kind of prompt that is taken."""
-    inputs, width, count = trial.inputs(), trial.part.channels, len(OWNERS)
-    for kind, prompts in inputs.prompts.items():
-        found = trial.part(inputs.features, prompts)
-        if not torch.equal(found.owner, prompts.image_index) or found.size != SIZE:
-            return f"by {kind}: owner {found.owner.tolist()}, size {found.size}; asked with {prompts.image_index.tolist()}"
-        tokens, raw = found.tokens.shape[1], found.prompt_tokens.shape[1]
-        candidates = found.masks.shape[1] if found.masks is not None else None
-        dense = (width, 1, 1) if found.dense.dim() == 3 else (count, width, GRID, GRID)
+    inputs, hidden_size, num_regions = harness.make_inputs(), harness.part.channels, len(IMAGE_INDEX)
+    for prompt_type, prompts in inputs.prompts.items():
+        output = harness.part(inputs.features, prompts)
+        if not torch.equal(output.owner, prompts.image_index) or output.size != IMAGE_SIZE:
+            return f"by {prompt_type}: owner {output.owner.tolist()}, size {output.size}; asked with {prompts.image_index.tolist()}"
+        num_tokens, num_prompt_tokens = output.tokens.shape[1], output.prompt_tokens.shape[1]
+        num_masks = output.masks.shape[1] if output.masks is not None else None
+        dense_shape = (hidden_size, 1, 1) if output.dense.dim() == 3 else (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
         shapes = {
-            "image": (IMAGES, width, GRID, GRID),
-            "dense": dense,
-            "position": (width, GRID, GRID),
-            "prompt_tokens": (count, raw, width),
-            "tokens": (count, tokens, width),
-            "mask_tokens": (count, candidates, width),
-            "grid": (count, width, GRID, GRID),
-            "masks": (count, candidates, SIDE, SIDE),
-            "scores": (count, candidates),
-            "boxes": (count, 4),
+            "image": (NUM_IMAGES, hidden_size, GRID_SIZE, GRID_SIZE),
+            "dense": dense_shape,
+            "position": (hidden_size, GRID_SIZE, GRID_SIZE),
+            "prompt_tokens": (num_regions, num_prompt_tokens, hidden_size),
+            "tokens": (num_regions, num_tokens, hidden_size),
+            "mask_tokens": (num_regions, num_masks, hidden_size),
+            "grid": (num_regions, hidden_size, GRID_SIZE, GRID_SIZE),
+            "masks": (num_regions, num_masks, MASK_SIZE, MASK_SIZE),
+            "scores": (num_regions, num_masks),
+            "boxes": (num_regions, 4),
         }
         optional = ("mask_tokens", "grid", "masks", "scores", "boxes")
         for name, shape in shapes.items():
-            value = getattr(found, name)
-            problem = None if value is None and name in optional else misshapen(f"{name} by {kind}", value, shape)
+            value = getattr(output, name)
+            problem = None if value is None and name in optional else describe_shape_mismatch(f"{name} by {prompt_type}", value, shape)
             if problem:
                 return problem
-        if (found.masks is None) != (found.scores is None):
-            return f"by {kind}: masks and scores do not come together"
+        if (output.masks is None) != (output.scores is None):
+            return f"by {prompt_type}: masks and scores do not come together"
     return None
 
 
-@promise("segmenters", written="sca_registry.contracts.Regions")
+@register_check("segmenters", source="sca_registry.contracts.Regions")
 @torch.no_grad()
-def given_boxes_are_kept(trial: SegmenterTrial) -> str | None:
+def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
     """`boxes` are the boxes that were given; without any, the tight boxes of the best masks, or None."""
-    inputs = trial.inputs()
-    for kind, prompts in inputs.prompts.items():
-        found = trial.part(inputs.features, prompts)
-        if prompts.boxes is not None and (found.boxes is None or not torch.equal(found.boxes, prompts.boxes)):
-            return f"by {kind}: other boxes than were given"
-        if prompts.boxes is None and found.boxes is not None and found.masks is not None:
-            best = found.masks[torch.arange(len(prompts)), found.scores.argmax(1)] > 0
-            tight = [box_of(mask.numpy()) or (0, 0, 0, 0) for mask in best]
-            if not torch.allclose(found.boxes, torch.tensor(tight, dtype=torch.float32) * SIZE / SIDE):
-                return f"by {kind}: boxes that are not tight around the best masks"
+    inputs = harness.make_inputs()
+    for prompt_type, prompts in inputs.prompts.items():
+        output = harness.part(inputs.features, prompts)
+        if prompts.boxes is not None and (output.boxes is None or not torch.equal(output.boxes, prompts.boxes)):
+            return f"by {prompt_type}: other boxes than were given"
+        if prompts.boxes is None and output.boxes is not None and output.masks is not None:
+            best_masks = output.masks[torch.arange(len(prompts)), output.scores.argmax(1)] > 0
+            tight_boxes = [box_of(mask.numpy()) or (0, 0, 0, 0) for mask in best_masks]
+            if not torch.allclose(output.boxes, torch.tensor(tight_boxes, dtype=torch.float32) * IMAGE_SIZE / MASK_SIZE):
+                return f"by {prompt_type}: boxes that are not tight around the best masks"
     return None
 
 
-@promise("segmenters", written="sca_registry.cards.Card.gives")
+@register_check("segmenters", source="sca_registry.cards.Card.gives")
 @torch.no_grad()
-def gives_what_it_says(trial: SegmenterTrial) -> str | None:
+def gives_what_it_says(harness: SegmenterHarness) -> str | None:
     """What the card or class says it `gives` is there for a box."""
-    said = trial.stated("gives")
-    if said is None:
+    declared_fields = harness.get_declared_value("gives")
+    if declared_fields is None:
         raise DoesNotApply("it does not say what it gives")
-    inputs = trial.inputs()
-    found = trial.part(inputs.features, inputs.prompts["box"])
-    lacking = [name for name in said if getattr(found, name) is None]
-    return f"no {' and no '.join(lacking)}" if lacking else None
+    inputs = harness.make_inputs()
+    output = harness.part(inputs.features, inputs.prompts["box"])
+    missing_fields = [name for name in declared_fields if getattr(output, name) is None]
+    return f"no {' and no '.join(missing_fields)}" if missing_fields else None
 
 
-@promise("segmenters")
+@register_check("segmenters")
 @torch.no_grad()
-def one_mask_when_asked(trial: SegmenterTrial) -> str | None:
+def one_mask_when_asked(harness: SegmenterHarness) -> str | None:
     """`multimask=False` gives one mask a region."""
-    inputs = trial.inputs()
-    found = trial.part(inputs.features, inputs.prompts["box"], multimask=False)
-    if found.masks is None:
+    inputs = harness.make_inputs()
+    output = harness.part(inputs.features, inputs.prompts["box"], multimask=False)
+    if output.masks is None:
         raise DoesNotApply("it gives no masks")
-    return misshapen("masks", found.masks, (len(OWNERS), 1, SIDE, SIDE))
+    return describe_shape_mismatch("masks", output.masks, (len(IMAGE_INDEX), 1, MASK_SIZE, MASK_SIZE))
 
 
-@promise("segmenters")
+@register_check("segmenters")
 @torch.no_grad()
-def prompts_are_heard(trial: SegmenterTrial) -> str | None:
+def prompts_are_heard(harness: SegmenterHarness) -> str | None:
     """Two regions of one image differ, in their tokens or in the image as they see it."""
-    inputs = trial.inputs()
-    for kind, prompts in inputs.prompts.items():
-        found = trial.part(inputs.features, prompts)
-        if torch.allclose(found.tokens[0], found.tokens[1]) and torch.allclose(_private(found, 0), _private(found, 1)):
-            return f"by {kind}: two regions of one image with the same tokens and grid"
+    inputs = harness.make_inputs()
+    for prompt_type, prompts in inputs.prompts.items():
+        output = harness.part(inputs.features, prompts)
+        if torch.allclose(output.tokens[0], output.tokens[1]) and torch.allclose(_get_region_view(output, 0), _get_region_view(output, 1)):
+            return f"by {prompt_type}: two regions of one image with the same tokens and grid"
     return None
 
 
-@promise("segmenters")
-def loss_is_scalars_that_train(trial: SegmenterTrial) -> str | None:
+@register_check("segmenters")
+def loss_is_scalars_that_train(harness: SegmenterHarness) -> str | None:
     """`loss(regions, targets)`, where there is one, gives finite scalars by name, and a gradient to the part."""
-    part = trial.module()
-    losses = _losses(part, trial, _targets())
+    part = harness.build_module()
+    losses = _compute_losses(part, harness, _make_targets())
     for name, value in losses.items():
         if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
             return f"{name} = {value!r}"
     sum(losses.values()).backward()
-    reached = any(p.grad is not None and p.grad.any() for p in part.parameters() if p.requires_grad)
-    return None if reached else "no gradient"
+    has_gradient = any(p.grad is not None and p.grad.any() for p in part.parameters() if p.requires_grad)
+    return None if has_gradient else "no gradient"
 
 
-@promise("segmenters", written="sca_registry.contracts.Targets")
+@register_check("segmenters", source="sca_registry.contracts.Targets")
 @torch.no_grad()
-def loss_counts_only_truth(trial: SegmenterTrial) -> str | None:
+def loss_counts_only_truth(harness: SegmenterHarness) -> str | None:
     """Cells that show padding, and regions without a true mask, do not count in the loss."""
-    part, targets = trial.module(), _targets()
-    plain = _losses(part, trial, _targets())
-    padded, unknown = _targets(), _targets()
-    padded.masks[~targets.valid_pixels] = 1.0
-    unknown.masks[~targets.has_mask] = 1.0
-    for what, changed in (("padding", padded), ("regions without a mask", unknown)):
-        if different(plain, _losses(part, trial, changed)):
-            return f"the loss depends on {what}"
+    part, targets = harness.build_module(), _make_targets()
+    expected_losses = _compute_losses(part, harness, _make_targets())
+    padded_targets, unlabeled_targets = _make_targets(), _make_targets()
+    padded_targets.masks[~targets.valid_pixels] = 1.0
+    unlabeled_targets.masks[~targets.has_mask] = 1.0
+    for ignored_part, changed_targets in (("padding", padded_targets), ("regions without a mask", unlabeled_targets)):
+        if describe_difference(expected_losses, _compute_losses(part, harness, changed_targets)):
+            return f"the loss depends on {ignored_part}"
     return None
 
 
-def _private(found: SegmenterOutput, row: int) -> Tensor:
+def _get_region_view(output: SegmenterOutput, row: int) -> Tensor:
     """The image as one region sees it, or its dense prompt where there is no grid."""
-    return found.grid[row] if found.grid is not None else found.dense_embeddings[row if found.dense_embeddings.dim() == 4 else slice(None)]
+    return output.grid[row] if output.grid is not None else output.dense_embeddings[row if output.dense_embeddings.dim() == 4 else slice(None)]
 
 
-def _targets() -> Targets:
+def _make_targets() -> Targets:
     """True masks: a block in each frame whose right quarter is padding; the last region has none."""
-    masks = torch.zeros(len(OWNERS), SIDE, SIDE)
+    masks = torch.zeros(len(IMAGE_INDEX), MASK_SIZE, MASK_SIZE)
     masks[:, 4:20, 4:20] = 1.0
-    valid = torch.ones(len(OWNERS), SIDE, SIDE, dtype=torch.bool)
-    valid[:, :, SIDE * 3 // 4 :] = False
-    has_mask = torch.ones(len(OWNERS), dtype=torch.bool)
+    valid_pixels = torch.ones(len(IMAGE_INDEX), MASK_SIZE, MASK_SIZE, dtype=torch.bool)
+    valid_pixels[:, :, MASK_SIZE * 3 // 4 :] = False
+    has_mask = torch.ones(len(IMAGE_INDEX), dtype=torch.bool)
     has_mask[-1] = False
     masks[-1] = 0.0
-    return Targets(masks, valid, has_mask)
+    return Targets(masks, valid_pixels, has_mask)
 
 
-def _losses(part: Any, trial: SegmenterTrial, targets: Targets) -> dict[str, Tensor]:
+def _compute_losses(part: Any, harness: SegmenterHarness, targets: Targets) -> dict[str, Tensor]:
     if not hasattr(part, "loss"):
         raise DoesNotApply("it has no loss")
-    inputs = trial.inputs()
+    inputs = harness.make_inputs()
     return part.loss(part(inputs.features, inputs.prompts["box"]), targets)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy
 import torch
 
-FILTERS, ENVIRONMENT, RANDOM = "the filters of warnings", "the environment", "Python's random state"
-AT_IMPORT = (FILTERS, ENVIRONMENT, RANDOM)  # what large packages change when they are imported
+WARNING_FILTERS, ENVIRONMENT, RANDOM_STATE = "the filters of warnings", "the environment", "Python's random state"
+CHANGED_BY_IMPORTS = (WARNING_FILTERS, ENVIRONMENT, RANDOM_STATE)  # what large packages change when they are imported
 
 
-def settings() -> dict[str, Any]:
+def capture_process_state() -> dict[str, Any]:
     return {
         "torch's default dtype": str(torch.get_default_dtype()),
         "torch's number of threads": torch.get_num_threads(),
@@ -24,9 +24,9 @@ def settings() -> dict[str, Any]:
         "torch's precision of matrix products": torch.get_float32_matmul_precision(),
         "torch's benchmark mode": torch.backends.cudnn.benchmark,
         "the root logger": (list(logging.root.handlers), logging.root.level),
-        FILTERS: list(warnings.filters),
+        WARNING_FILTERS: list(warnings.filters),
         ENVIRONMENT: dict(os.environ),
         "the working folder": os.getcwd(),
-        RANDOM: random.getstate(),
+        RANDOM_STATE: random.getstate(),
         "numpy's random state": numpy.random.get_state()[1].tolist(),
     }

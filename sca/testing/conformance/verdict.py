@@ -8,8 +8,8 @@ from typing import Any
 from sca_registry import RegistryError, registry
 from sca_registry.options import REQUIRED
 
-from sca.testing.conformance import check
-from sca.testing.conformance.trials import TRIALS, Trial
+from sca.testing.conformance import check_part
+from sca.testing.conformance.trials import HARNESSES, PartHarness
 from sca.testing.tiny import tiny_options
 
 
@@ -29,16 +29,16 @@ def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
     entry, options = registry(kind).describe(name), tiny_options(kind, name)
     if entry.state != "ok":
         return {"state": entry.state, "reason": entry.reason}
-    missing = [option for option, value in entry.options.items() if value is REQUIRED and option not in options]
-    if missing or (entry.options.get("weights") and not options):
-        return _imported(f"it needs {', '.join(missing) or 'its weights'}")
-    findings = check(kind, name, **options)
-    if len(findings) == 1 and isinstance(refusal := _find_refusal(kind, name, options), ValueError):
+    missing_options = [option for option, value in entry.options.items() if value is REQUIRED and option not in options]
+    if missing_options or (entry.options.get("weights") and not options):
+        return _imported(f"it needs {', '.join(missing_options) or 'its weights'}")
+    results = check_part(kind, name, **options)
+    if len(results) == 1 and isinstance(refusal := _find_refusal(kind, name, options), ValueError):
         return _imported(str(refusal))  # a person's mistake, not the part's
-    broken = [finding for finding in findings if not finding.passed]
+    broken = [finding for finding in results if not finding.passed]
     if not broken:
         return {"state": "ok", "reason": ""}
-    names, found = ", ".join(finding.check for finding in broken), " ".join(broken[0].found.split())[:200]
+    names, found = ", ".join(finding.name for finding in broken), " ".join(broken[0].details.split())[:200]
     reason = f"breaks promises ({names}). {found} `sca check {kind} {name}` shows details"
     return {"state": "broken", "reason": reason}
 
@@ -51,7 +51,7 @@ def _find_refusal(kind: str, name: str, options: Mapping[str, Any]) -> BaseExcep
     """Return what the factory of a part raises for its options."""
     plural = registry(kind).kind.plural
     try:
-        TRIALS.get(plural, Trial)(plural, name, options).build()
+        HARNESSES.get(plural, PartHarness)(plural, name, options).build()
     except RegistryError as error:
         return error.__cause__
     return None
