@@ -17,7 +17,7 @@ from sca.plan import plan_model
 from sca.plan_cache import GIB
 
 START, END = "<!-- choice -->", "<!-- /choice -->"
-REGIONS = 32
+NUM_REGIONS = 32
 CHOICES = {  # spec -> what speaks for it
     "sam-vit-h+query+gpt2-large": "the published system; its checkpoints load by name",
     "sam-vit-b+query+gpt2": "the same at a third of the size, to train yourself",
@@ -31,36 +31,36 @@ CHOICES = {  # spec -> what speaks for it
 }
 
 
-def table() -> str:
+def render_choice_table() -> str:
     """In Markdown."""
     rows = [["model", "for", "parameters", "memory", "GFLOP an image", "GFLOP a region", "licences"]]
     rows.append(["---", "---", *["---:"] * 4, "---"])
-    for text, reason in CHOICES.items():
-        spec = ModelSpec.parse(text)
-        found = plan_model(spec, regions=REGIONS, dtype=torch.bfloat16)
-        each = sum(flops for stage, flops in found.flops.items() if stage != "encode") / REGIONS
-        cards = registry("encoders").card(spec.encoder.name), registry("language_models").card(spec.language_model.name)
+    for model_name, reason in CHOICES.items():
+        spec = ModelSpec.parse(model_name)
+        model_plan = plan_model(spec, regions=NUM_REGIONS, dtype=torch.bfloat16)
+        flops_per_region = sum(flops for stage, flops in model_plan.flops.items() if stage != "encode") / NUM_REGIONS
+        part_cards = registry("encoders").card(spec.encoder.name), registry("language_models").card(spec.language_model.name)
         rows.append(
             [
-                f"`{text}`",
+                f"`{model_name}`",
                 reason,
-                f"{sum(found.parameters.values()) / 1e6:,.0f} M",
-                f"{found.peak / GIB:.2g} GiB",
-                _giga(found.flops["encode"]),
-                _giga(each),
-                ", ".join(dict.fromkeys(card.licence for card in cards)),
+                f"{sum(model_plan.parameters.values()) / 1e6:,.0f} M",
+                f"{model_plan.peak / GIB:.2g} GiB",
+                _format_giga(model_plan.flops["encode"]),
+                _format_giga(flops_per_region),
+                ", ".join(dict.fromkeys(card.licence for card in part_cards)),
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _giga(count: float) -> str:
-    return f"{count / 1e9:,.0f}" if count >= 1e10 else f"{count / 1e9:.1f}"
+def _format_giga(num_operations: float) -> str:
+    return f"{num_operations / 1e9:,.0f}" if num_operations >= 1e10 else f"{num_operations / 1e9:.1f}"
 
 
 def main(readme: str = "README.md") -> None:
     try:
-        write_between(Path(readme), START, END, table())
+        write_between(Path(readme), START, END, render_choice_table())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

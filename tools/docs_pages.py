@@ -16,7 +16,7 @@ import sca
 from sca.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = {  # a page, and the chapters of the README that it has
+README_CHAPTERS = {  # a page, and the chapters of the README that it has
     "index.md": ("", "Try it", "Install"),
     "python.md": ("In Python",),
     "command-line.md": ("On the command line",),
@@ -30,8 +30,8 @@ MANUALS = {
     "comparing.md": ("Compare combinations", "benchmarks/README.md"),
     "plugins.md": ("Add a part", "plugins/README.md"),
 }
-FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-PLACES = {  # where what a manual links to is found in the site
+COPIED_FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGES_BY_PATH = {  # where what a manual links to is found in the site
     "docs/demo.jpg": "demo.jpg",
     "docs/reliability.md": "reliability.md",
     "docs/tutorial.md": "tutorial.md",
@@ -45,74 +45,74 @@ PLACES = {  # where what a manual links to is found in the site
 
 
 def on_files(files, config):
-    for name, content in pages().items():
+    for name, content in make_pages().items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
-def pages():
+def make_pages():
     """Every generated page by its name."""
-    readme = chapters((ROOT / "README.md").read_text("utf-8"))
-    made = {page: "\n".join(readme[title] for title in titles) for page, titles in CHAPTERS.items()}
+    readme_chapters = split_chapters((ROOT / "README.md").read_text("utf-8"))
+    content_by_page = {page: "\n".join(readme_chapters[title] for title in titles) for page, titles in README_CHAPTERS.items()}
     for page, (title, manual) in MANUALS.items():
-        made[page] = f"{readme[title]}\n{lowered((ROOT / manual).read_text('utf-8'))}"
-    made |= {page: (ROOT / path).read_text("utf-8") for page, path in FILES.items()}
-    made |= {"commands.md": commands(), "parts.md": parts(), "api.md": api(), "contracts.md": contracts()}
-    return {page: linked(risen(content)) for page, content in made.items()}
+        content_by_page[page] = f"{readme_chapters[title]}\n{lower_headings((ROOT / manual).read_text('utf-8'))}"
+    content_by_page |= {page: (ROOT / path).read_text("utf-8") for page, path in COPIED_FILES.items()}
+    content_by_page |= {"commands.md": render_commands(), "parts.md": render_parts(), "api.md": render_api(), "contracts.md": render_contracts()}
+    return {page: rewrite_links(raise_headings(content)) for page, content in content_by_page.items()}
 
 
-def chapters(text):
+def split_chapters(text):
     """The parts of a manual below its headings of the second level, by title; "" is what stands before them."""
     pieces = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    found = {"": pieces[0]}
+    chapters_by_title = {"": pieces[0]}
     for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        found[title] = f"## {title}\n{body}"
-    return found
+        chapters_by_title[title] = f"## {title}\n{body}"
+    return chapters_by_title
 
 
-def risen(text):
+def raise_headings(text):
     """A page that begins with a heading of the second level begins with one of the first."""
     return re.sub(r"^#(#+ )", r"\1", text, flags=re.MULTILINE) if text.startswith("## ") else text
 
 
-def lowered(text):
+def lower_headings(text):
     """The headings of a manual a level down, below those of the page that it ends."""
-    fenced = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
+    pieces = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(
-        re.sub(r"^#", "##", piece, flags=re.MULTILINE) if n % 2 == 0 else piece for n, piece in enumerate(fenced)
+        re.sub(r"^#", "##", piece, flags=re.MULTILINE) if index % 2 == 0 else piece for index, piece in enumerate(pieces)
     )
 
 
-def linked(text):
+def rewrite_links(text):
     """Links to files of the repository lead to pages, or are plain words where there is no page."""
 
-    def lead(found):
-        shown, words, place = found.groups()
-        if "://" in place or place.startswith("#"):
-            return found[0]
-        place = place.removeprefix("../")
-        return f"{shown}[{words}]({PLACES[place]})" if place in PLACES else words
+    def replace_link(match):
+        image_mark, link_text, path = match.groups()
+        if "://" in path or path.startswith("#"):
+            return match[0]
+        path = path.removeprefix("../")
+        return f"{image_mark}[{link_text}]({PAGES_BY_PATH[path]})" if path in PAGES_BY_PATH else link_text
 
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", lead, text)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", replace_link, text)
 
 
-def commands():
+def render_commands():
     """What `--help` says of every command."""
     lines = ["# Commands", ""]
 
-    def tell(command, name):
+    def add_command(command, name):
         context = command.make_context(name, [], resilient_parsing=True)
         if hasattr(command, "commands"):
-            for inner in sorted(command.commands):
-                tell(command.commands[inner], f"{name} {inner}")
+            for subcommand in sorted(command.commands):
+                add_command(command.commands[subcommand], f"{name} {subcommand}")
         else:
             lines.extend([f"## {name}", "", "```text", command.get_help(context).rstrip(), "```", ""])
 
-    tell(typer.main.get_command(app), "sca")
+    add_command(typer.main.get_command(app), "sca")
     return "\n".join(lines)
 
 
-def parts():
+def render_parts():
     """The cards of all parts that come along."""
     lines = [
         "# Parts by name",
@@ -136,13 +136,13 @@ def parts():
     return "\n".join(lines)
 
 
-def api():
+def render_api():
     """The names of the package."""
-    told = ["# Python", "", "What `import sca` has.", ""]
+    lines = ["# Python", "", "What `import sca` has.", ""]
     for name in sca.__all__:
-        told += [f"::: {sca._LAZY_IMPORTS[name]}.{name}", ""]
-    return "\n".join(told)
+        lines += [f"::: {sca._LAZY_IMPORTS[name]}.{name}", ""]
+    return "\n".join(lines)
 
 
-def contracts():
+def render_contracts():
     return "# Contracts of parts\n\n::: sca_registry.contracts\n    options:\n      show_root_heading: false\n"

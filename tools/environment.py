@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = (3, 11)
-WHERE_PIP_LOOKS = {  # the settings of pip that are the machine's business; the others would change what is installed
+OLDEST_PYTHON = (3, 11)
+KEPT_PIP_SETTINGS = {  # the settings of pip that are the machine's business; the others would change what is installed
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONFIG_FILE", "PIP_CACHE_DIR"),
     *("PIP_NO_CACHE_DIR", "PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT"),
     *("PIP_TIMEOUT", "PIP_RETRIES", "PIP_KEYRING_PROVIDER"),
@@ -29,134 +29,134 @@ WHERE_PIP_LOOKS = {  # the settings of pip that are the machine's business; the 
 
 def main(groups, lowest):
     check_python(lowest)
-    venv = Environment(ROOT / (".venv-lowest" if lowest else ".venv"))
+    venv = VirtualEnvironment(ROOT / (".venv-lowest" if lowest else ".venv"))
     stamp = venv.read_stamp()
-    made_from = digest()
+    sources_hash = hash_sources()
     if venv.is_usable(stamp):
         groups = sorted({*groups, *stamp.get("groups", ())})
-        current = {"place": str(venv.folder), "from": made_from, "groups": groups}
-        if stamp == current and venv.pip("check", "--quiet") == 0:
+        current = {"place": str(venv.folder), "from": sources_hash, "groups": groups}
+        if stamp == current and venv.run_pip("check", "--quiet") == 0:
             return
     else:
-        venv.make()
-    added = "".join(f", {group}" for group in groups)
-    say(f"installing into {venv.folder.name}: the package{added}; the first time takes a while")
-    venv.unfinished.touch()
-    versions = lowest_versions if lowest else tested_versions
-    failed = venv.pip("install", "-qq", "-e", ".", *versions(groups))
-    venv.unfinished.unlink()  # what pip gives up it also takes back; only a kill leaves something half installed
-    if failed:
-        fail(
+        venv.create()
+    group_names = "".join(f", {group}" for group in groups)
+    print_message(f"installing into {venv.folder.name}: the package{group_names}; the first time takes a while")
+    venv.unfinished_path.touch()
+    get_versions = get_lowest_versions if lowest else get_tested_versions
+    exit_status = venv.run_pip("install", "-qq", "-e", ".", *get_versions(groups))
+    venv.unfinished_path.unlink()  # what pip gives up it also takes back; only a kill leaves something half installed
+    if exit_status:
+        exit_with_error(
             "pip could not install what is needed; its reason stands above. If there is no package index in reach, "
             "connect, or set PIP_FIND_LINKS to a folder of wheels and PIP_NO_INDEX=1; then give the same command again"
         )
-    doctor = [venv.python, "-I", "-m", "sca", "doctor", "--fix"]
-    if subprocess.run(doctor, stdout=subprocess.DEVNULL, check=False).returncode:
-        say("going on without torchvision, and without timm and open_clip, which need it")
-        venv.pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
-    venv.stamp.write_text(json.dumps({"place": str(venv.folder), "from": made_from, "groups": groups}), "utf-8")
+    doctor_command = [venv.python, "-I", "-m", "sca", "doctor", "--fix"]
+    if subprocess.run(doctor_command, stdout=subprocess.DEVNULL, check=False).returncode:
+        print_message("going on without torchvision, and without timm and open_clip, which need it")
+        venv.run_pip("uninstall", "-qq", "-y", "torchvision", "timm", "open_clip_torch")
+    venv.stamp_path.write_text(json.dumps({"place": str(venv.folder), "from": sources_hash, "groups": groups}), "utf-8")
 
 
 def check_python(lowest):
-    found, wanted = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST))
-    if sys.version_info < OLDEST:
-        fail(f"this is Python {found}, and {wanted} or newer is needed; name one: make PYTHON=python{wanted} demo")
-    if lowest and sys.version_info[:2] != OLDEST:
-        fail(f"the lowest versions need Python {wanted}, not {found}; run: make PYTHON=python{wanted} test-lowest")
+    current_version, oldest_version = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
+    if sys.version_info < OLDEST_PYTHON:
+        exit_with_error(f"this is Python {current_version}, and {oldest_version} or newer is needed; name one: make PYTHON=python{oldest_version} demo")
+    if lowest and sys.version_info[:2] != OLDEST_PYTHON:
+        exit_with_error(f"the lowest versions need Python {oldest_version}, not {current_version}; run: make PYTHON=python{oldest_version} test-lowest")
 
 
-class Environment:
+class VirtualEnvironment:
     """A virtual environment in a folder of the checkout."""
 
     def __init__(self, folder):
         self.folder = folder
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        self.stamp = folder / "installed.json"  # where it was made, from what, and which groups it has
-        self.unfinished = folder / "unfinished"  # there while something is being installed
+        self.stamp_path = folder / "installed.json"  # where it was made, from what, and which groups it has
+        self.unfinished_path = folder / "unfinished"  # there while something is being installed
 
     def is_usable(self, stamp):
         """Whether it runs, has pip, lies where it was made, and no installation in it was cut short."""
-        if self.unfinished.exists() or stamp.get("place", str(self.folder)) != str(self.folder):
+        if self.unfinished_path.exists() or stamp.get("place", str(self.folder)) != str(self.folder):
             return False
-        program = f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"
+        program = f"import pip, sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"
         try:
             command = [self.python, "-I", "-c", program]
             return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
         except OSError:
             return False
 
-    def make(self):
+    def create(self):
         if self.folder.is_symlink() or self.folder.is_file():
             self.folder.unlink()
         elif self.folder.exists():
-            say(f"the {self.folder.name} that is there does not work; making a new one")
+            print_message(f"the {self.folder.name} that is there does not work; making a new one")
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        self.unfinished.touch()
+        self.unfinished_path.touch()
         if subprocess.run([sys.executable, "-I", "-m", "venv", self.folder], check=False).returncode != 0:
-            fail(
+            exit_with_error(
                 f"python could not make {self.folder.name}; its reason stands above. "
                 "On Debian and Ubuntu: apt-get install python3-venv"
             )
 
-    def pip(self, *arguments):
+    def run_pip(self, *arguments):
         """The exit status of pip in it; what a person set for other installations has no say in it."""
-        kept = {
+        variables = {
             name: value
             for name, value in os.environ.items()
-            if name in WHERE_PIP_LOOKS or not name.startswith(("PIP_", "PYTHON"))
+            if name in KEPT_PIP_SETTINGS or not name.startswith(("PIP_", "PYTHON"))
         }
         command = [self.python, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-        quiet = subprocess.DEVNULL if arguments[0] == "check" else None
-        return subprocess.run(command, cwd=ROOT, env=kept, stdout=quiet, check=False).returncode
+        stdout = subprocess.DEVNULL if arguments[0] == "check" else None
+        return subprocess.run(command, cwd=ROOT, env=variables, stdout=stdout, check=False).returncode
 
     def read_stamp(self):
         try:
-            return json.loads(self.stamp.read_text("utf-8"))
+            return json.loads(self.stamp_path.read_text("utf-8"))
         except (OSError, ValueError):
             return {}
 
 
-def tested_versions(groups):
+def get_tested_versions(groups):
     """Return pip's arguments for the groups, at the versions in constraints.txt.
 
     A group names extras of the package itself as package[extra]; pip needs .[extra] to take them from this checkout.
     """
-    listed = read_pyproject()
-    package = listed["project"]["name"]
+    pyproject = read_pyproject()
+    package = pyproject["project"]["name"]
     arguments = ["-c", "constraints.txt"]
-    for requirement in group_requirements(groups, listed["dependency-groups"]):
-        own = requirement.startswith(package)
-        arguments += ["-e", requirement.replace(package, ".", 1)] if own else [requirement]
+    for requirement in iter_group_requirements(groups, pyproject["dependency-groups"]):
+        is_own_extra = requirement.startswith(package)
+        arguments += ["-e", requirement.replace(package, ".", 1)] if is_own_extra else [requirement]
     return arguments
 
 
-def lowest_versions(groups):
+def get_lowest_versions(groups):
     """Return pip's arguments for the package, its extras and the groups, each requirement at its lower bound."""
-    listed = read_pyproject()
-    requirements = [*listed["project"]["dependencies"]]
-    for extra in listed["project"]["optional-dependencies"].values():
+    pyproject = read_pyproject()
+    requirements = [*pyproject["project"]["dependencies"]]
+    for extra in pyproject["project"]["optional-dependencies"].values():
         requirements += extra
-    requirements += group_requirements(groups, listed["dependency-groups"])
+    requirements += iter_group_requirements(groups, pyproject["dependency-groups"])
     return [pin_lowest(requirement) for requirement in requirements]
 
 
-def group_requirements(groups, listed):
+def iter_group_requirements(groups, dependency_groups):
     """Yield the requirements of groups and of the groups that they include; an older pip cannot read them itself."""
     for group in groups:
-        for entry in listed[group]:
+        for entry in dependency_groups[group]:
             if isinstance(entry, dict):
-                yield from group_requirements([entry["include-group"]], listed)
+                yield from iter_group_requirements([entry["include-group"]], dependency_groups)
             else:
                 yield entry
 
 
 def pin_lowest(requirement):
     """Replace the version range of a requirement by its lower bound: `name[extra]>=1.2,<3` -> `name[extra]==1.2`."""
-    pinned = re.fullmatch(r"([\w.-]+(?:\[[\w,.-]+\])?)>=([\w.]+)(?:,[^;]*)?", requirement)
-    if pinned is None:
-        fail(f"{requirement!r} in pyproject.toml has no lower bound; write it as name>=version")
-    return f"{pinned[1]}=={pinned[2]}"
+    match = re.fullmatch(r"([\w.-]+(?:\[[\w,.-]+\])?)>=([\w.]+)(?:,[^;]*)?", requirement)
+    if match is None:
+        exit_with_error(f"{requirement!r} in pyproject.toml has no lower bound; write it as name>=version")
+    return f"{match[1]}=={match[2]}"
 
 
 def read_pyproject():
@@ -165,17 +165,17 @@ def read_pyproject():
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
-def digest():
+def hash_sources():
     """Changes whenever what is to be installed does."""
     files = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__), ROOT / "sca/repair.py")
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def say(message):
+def print_message(message):
     print(message, flush=True)
 
 
-def fail(message):
+def exit_with_error(message):
     sys.exit(f"error: {message}.")
 
 

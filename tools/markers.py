@@ -13,9 +13,9 @@ def replace_between(text: str, start: str, end: str, content: str) -> str:
     Raises:
         ValueError: The text lacks the markers.
     """
-    before, found, rest = text.partition(start)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
+    before, start_found, remainder = text.partition(start)
+    _, end_found, after = remainder.partition(end)
+    if not start_found or not end_found:
         raise ValueError(f"the page has no {start} with {end} behind it")
     middle = f"\n{content}\n" if content else "\n"
     return f"{before}{start}{middle}{end}{after}"

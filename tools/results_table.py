@@ -22,7 +22,7 @@ from sca.io.json import read_json
 from sca.io.text import escape_markdown
 
 START, END = "<!-- results -->", "<!-- /results -->"
-COLUMNS = {
+COLUMN_TITLES = {
     "attributes/all": "size, texture, colour and form all right",
     "relations/right": "stated places right",
     "class/count": "class right, by regions",
@@ -31,56 +31,56 @@ COLUMNS = {
     "region-sensitivity/caption": "caption follows the prompt",
     "region-sensitivity/recognition": "class follows the prompt",
 }
-FIELDS = {"model", "dataset", "split", "prompt", "images", "regions", "scores"}
-SHARES = {name for name in COLUMNS if name != "mask-iou/mean"}
+REQUIRED_FIELDS = {"model", "dataset", "split", "prompt", "images", "regions", "scores"}
+PERCENT_SCORES = {name for name in COLUMN_TITLES if name != "mask-iou/mean"}
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
     """Every report of every JSON file. ValueError if a file holds anything else."""
     reports = []
     for path in sorted(folder.glob("*.json")):
-        found = read_json(path)
-        for report in found if isinstance(found, list) else [found]:
-            if not isinstance(report, dict) or not report.keys() >= FIELDS:
+        content = read_json(path)
+        for report in content if isinstance(content, list) else [content]:
+            if not isinstance(report, dict) or not report.keys() >= REQUIRED_FIELDS:
                 raise ValueError(f"{path} is not what `sca evaluate --json` prints, nor a list of it")
             reports.append(report)
     return reports
 
 
-def table(reports: Iterable[Mapping[str, Any]]) -> str:
+def render_results_table(reports: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table: shares in percent, intersection over union in 0..1, and a dash where there is nothing."""
     reports = list(reports)
-    shown = [name for name in COLUMNS if any(report["scores"].get(name) is not None for report in reports)]
-    rows = [["model", "images", "prompt", "regions", *(COLUMNS[name] for name in shown)]]
-    rows.append(["---"] * 3 + ["---:"] * (1 + len(shown)))
+    score_names = [name for name in COLUMN_TITLES if any(report["scores"].get(name) is not None for report in reports)]
+    rows = [["model", "images", "prompt", "regions", *(COLUMN_TITLES[name] for name in score_names)]]
+    rows.append(["---"] * 3 + ["---:"] * (1 + len(score_names)))
     for report in reports:
         images = f"{report['images']} of {report['dataset']} {report['split']}"
         for control, scores in {"": report["scores"], **report.get("controls", {})}.items():
             prompt = f"{report['prompt']}, {control}" if control else report["prompt"]
-            cells = [_cell(name, scores.get(name)) for name in shown]
+            cells = [_format_cell(name, scores.get(name)) for name in score_names]
             rows.append([report["model"], images, prompt, str(report["regions"]), *cells])
     return "\n".join(f"| {' | '.join(map(escape_markdown, row))} |" for row in rows)
 
 
-def _cell(name: str, value: float | None) -> str:
+def _format_cell(name: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if name in PERCENT_SCORES else f"{value:.3f}"
 
 
-def write(readme: Path, folder: Path) -> None:
+def write_results_table(readme: Path, folder: Path) -> None:
     """Puts the table of the folder's reports between the markers. ValueError if there is no report or no marker."""
     reports = read_reports(folder)
     if not reports:
         raise ValueError(
             f"no report in {folder}: write one with sca evaluate MODEL DATASET --json > {folder}/NAME.json"
         )
-    write_between(readme, START, END, table(reports))
+    write_between(readme, START, END, render_results_table(reports))
 
 
 def main(readme: str = "README.md", folder: str = "benchmarks/results") -> None:
     try:
-        write(Path(readme), Path(folder))
+        write_results_table(Path(readme), Path(folder))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

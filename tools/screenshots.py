@@ -13,28 +13,28 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SPOTS = ((270, 260), (80, 420), (420, 480))  # pixels of the first example: a triangle, a square, a circle
-SCA = [sys.executable, "-m", "sca"]
+CLICK_POINTS = ((270, 260), (80, 420), (420, 480))  # pixels of the first example: a triangle, a square, a circle
+SCA_COMMAND = [sys.executable, "-m", "sca"]
 
 
 def main():
     DOCS.mkdir(exist_ok=True)
     with sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        demo(browser)
-        view(browser)
+        take_demo_screenshot(browser)
+        take_view_screenshot(browser)
         browser.close()
 
 
-def demo(browser):
-    with subprocess.Popen([*SCA, "demo", "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
+def take_demo_screenshot(browser):
+    with subprocess.Popen([*SCA_COMMAND, "demo", "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
         page = browser.new_page(viewport={"width": 1280, "height": 1400})
         page.on("close", lambda _: server.terminate())
         address = next(filter(None, (re.search(r"http://[\d.]+:\d+", line) for line in server.stderr)))[0]
         page.goto(address)
         page.locator("#examples img").first.click()
         page.wait_for_selector("#canvas .stage svg image")
-        for number, (x, y) in enumerate(SPOTS, 1):
+        for number, (x, y) in enumerate(CLICK_POINTS, 1):
             frame = page.locator("#canvas .stage svg").bounding_box()
             scale = min(frame["width"], frame["height"]) / 512
             left, top = (frame["width"] - 512 * scale) / 2, (frame["height"] - 512 * scale) / 2
@@ -44,21 +44,21 @@ def demo(browser):
                 "!document.querySelector('#canvas ol').innerText.includes('…')",
                 arg=number,
             )
-            if number < len(SPOTS):
+            if number < len(CLICK_POINTS):
                 page.get_by_role("button", name="New region").click()
                 page.wait_for_timeout(500)
         page.screenshot(path=DOCS / "demo.jpg", quality=80)
         page.close()
 
 
-def view(browser):
+def take_view_screenshot(browser):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [*SCA, "data", "export", "scenes", "scenes", "--split", "test", "--limit", "4"], cwd=folder, check=True
+            [*SCA_COMMAND, "data", "export", "scenes", "scenes", "--split", "test", "--limit", "4"], cwd=folder, check=True
         )
         caption = ["caption", "scenes/test", "--everything", "--out", "out", "--quiet"]
-        subprocess.run([*SCA, *caption], cwd=folder, check=True)
-        subprocess.run([*SCA, "view", "out/captions.jsonl"], cwd=folder, check=True)
+        subprocess.run([*SCA_COMMAND, *caption], cwd=folder, check=True)
+        subprocess.run([*SCA_COMMAND, "view", "out/captions.jsonl"], cwd=folder, check=True)
         page = browser.new_page(viewport={"width": 1280, "height": 760})
         page.goto(f"file://{folder}/view.html")
         page.wait_for_selector("li")

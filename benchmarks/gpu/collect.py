@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))  # programs that are not installed
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 GIB = 2**30
-REQUIRED = ("key", "part", "label", "config", "state", "reason", "environment")
-Row = Mapping[str, Any]
+REQUIRED_KEYS = ("key", "part", "label", "config", "state", "reason", "environment")
+ResultRow = Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,24 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gpu", help="Folder of kept rows.")
     parser.add_argument("--guide", type=Path, default=ROOT / "benchmarks/README.md", help="Page for all tables.")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Page for the headline.")
-    given = parser.parse_args(arguments)
-    kept = given.results / "rows.jsonl"
+    args = parser.parse_args(arguments)
+    rows_path = args.results / "rows.jsonl"
     try:
-        rows = merge(read_rows(kept) if kept.is_file() else [], *(read_rows(file) for file in find_files(given.paths)))
-        pages = {given.guide: tables(rows), given.readme: headline(rows)}
-        given.results.mkdir(parents=True, exist_ok=True)
+        rows = merge_rows(read_rows(rows_path) if rows_path.is_file() else [], *(read_rows(file) for file in find_jsonl_files(args.paths)))
+        pages = {args.guide: render_tables(rows), args.readme: render_headline(rows)}
+        args.results.mkdir(parents=True, exist_ok=True)
         if rows:
-            write_file(kept, encode_lines(rows))
+            write_file(rows_path, encode_lines(rows))
         from markers import write_between
 
         for page, content in pages.items():
             write_between(page, START, END, content)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(rows)} rows in {kept}; wrote {given.guide} and {given.readme}")
+    print(f"{len(rows)} rows in {rows_path}; wrote {args.guide} and {args.readme}")
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
+def find_jsonl_files(paths: Iterable[Path]) -> list[Path]:
     """Return the *.jsonl files that paths name.
 
     Raises:
@@ -61,69 +61,69 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     """
     files = []
     for path in paths:
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not found:
+        matches = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not matches:
             raise ValueError(f"{path} contains no *.jsonl file; name a folder that run.sh wrote")
-        files += found
+        files += matches
     return files
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[ResultRow]:
     """Return the rows of a file, without a last line that was cut off when its run was killed.
 
     Raises:
         ValueError: A line that is not a row.
     """
-    whole = path.read_text("utf-8").rpartition("\n")[0]
+    complete_text = path.read_text("utf-8").rpartition("\n")[0]
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(complete_text.splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not _is_row(row):
             raise ValueError(
-                f"{path}, line {number} is not a row of run.sh; a row has {', '.join(REQUIRED)} with a device"
+                f"{path}, line {number} is not a row of run.sh; a row has {', '.join(REQUIRED_KEYS)} with a device"
             )
         rows.append(row)
     return rows
 
 
 def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or any(key not in row for key in REQUIRED):
+    if not isinstance(row, dict) or any(key not in row for key in REQUIRED_KEYS):
         return False
     environment = row["environment"]
     return isinstance(row["config"], dict) and isinstance(environment, dict) and bool(environment.get("device"))
 
 
-def merge(*groups: Iterable[Row]) -> list[Row]:
+def merge_rows(*groups: Iterable[ResultRow]) -> list[ResultRow]:
     """Return one row for each measurement and device: the newest that was measured, else the newest."""
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], ResultRow] = {}
     for row in (row for group in groups for row in group):
-        name = row["environment"]["device"], row["key"]
-        if row["state"] == "done" or name not in rows or rows[name]["state"] != "done":
-            rows[name] = row
+        row_key = row["environment"]["device"], row["key"]
+        if row["state"] == "done" or row_key not in rows or rows[row_key]["state"] != "done":
+            rows[row_key] = row
     return list(rows.values())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def tables(rows: Sequence[Row]) -> str:
+def render_tables(rows: Sequence[ResultRow]) -> str:
     """Return every table in Markdown, device by device."""
     if not rows:
         return "No GPU run is recorded yet."
-    return "\n\n".join(_device(device, [row for row in rows if _device_of(row) == device]) for device in _devices(rows))
+    return "\n\n".join(_render_device(device, [row for row in rows if _get_device(row) == device]) for device in _list_devices(rows))
 
 
-def headline(rows: Sequence[Row]) -> str:
+def render_headline(rows: Sequence[ResultRow]) -> str:
     """Return the sentence of the README; empty without a GPU run."""
     sentences = []
     for row in rows:
         for each in row.get("ratios", ()):
             if row["part"] == "published" and each["what"] == "captions, encoding included":
                 sentences.append(
-                    f"On one {_device_of(row)}, {row['label'].removeprefix('captions: ')} with random weights captions "
+                    f"On one {_get_device(row)}, {row['label'].removeprefix('captions: ')} with random weights captions "
                     f"{each['ours']:,.0f} regions/s, encoding included; the published procedure in the same process "
                     f"{each['published']:,.0f} ({each['ours'] / each['published']:.1f}x). All rows: "
                     "[benchmarks](benchmarks/README.md#on-a-gpu)."
@@ -131,82 +131,82 @@ def headline(rows: Sequence[Row]) -> str:
     return "\n\n".join(sentences)
 
 
-def _device_of(row: Row) -> str:
+def _get_device(row: ResultRow) -> str:
     return row["environment"]["device"]
 
 
-def _devices(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(map(_device_of, rows)))
+def _list_devices(rows: Iterable[ResultRow]) -> list[str]:
+    return list(dict.fromkeys(map(_get_device, rows)))
 
 
-def _device(device: str, rows: Sequence[Row]) -> str:
-    measured = [row for row in rows if row["state"] == "done"]
-    parts = [f"### {device}", _versions(measured or rows)]
-    for title, heads, cells in TABLES:
-        body = [line for row in measured for line in cells(row)]
-        if body:
-            parts.append(f"{title}\n\n{_table(heads, body)}")
-    failed = [row for row in rows if row["state"] != "done"]
-    if failed:
+def _render_device(device: str, rows: Sequence[ResultRow]) -> str:
+    done_rows = [row for row in rows if row["state"] == "done"]
+    parts = [f"### {device}", _render_versions(done_rows or rows)]
+    for title, headings, make_cells in RESULT_TABLES:
+        body_rows = [line for row in done_rows for line in make_cells(row)]
+        if body_rows:
+            parts.append(f"{title}\n\n{_render_table(headings, body_rows)}")
+    failed_rows = [row for row in rows if row["state"] != "done"]
+    if failed_rows:
         lines = [
-            f"- {row['part']}, {escape_markdown(row['label'])}: {row['state']}. {_short(row['reason'])}"
-            for row in failed
+            f"- {row['part']}, {escape_markdown(row['label'])}: {row['state']}. {_shorten_reason(row['reason'])}"
+            for row in failed_rows
         ]
         parts.append("\n".join(["Not measured:", "", *lines]))
     return "\n\n".join(parts)
 
 
-def _versions(rows: Sequence[Row]) -> str:
+def _render_versions(rows: Sequence[ResultRow]) -> str:
     """Return versions and commits, which may differ from run to run."""
-    found = [row["environment"] for row in rows]
+    environments = [row["environment"] for row in rows]
     versions = dict.fromkeys(
-        ", ".join(f"{name} {number}" for name, number in each.get("versions", {}).items()) for each in found
+        ", ".join(f"{name} {number}" for name, number in each.get("versions", {}).items()) for each in environments
     )
-    commits = dict.fromkeys(_short_commit(each["commit"]) for each in found if each.get("commit"))
-    listed = "; ".join(each for each in versions if each)
-    return f"{listed}{'; commit ' if commits else ''}{', '.join(commits)}."
+    commits = dict.fromkeys(_shorten_commit(each["commit"]) for each in environments if each.get("commit"))
+    version_text = "; ".join(each for each in versions if each)
+    return f"{version_text}{'; commit ' if commits else ''}{', '.join(commits)}."
 
 
-def _short_commit(commit: str) -> str:
+def _shorten_commit(commit: str) -> str:
     """Return ten digits of a commit with what follows it, such as "with changes"."""
-    number, space, rest = commit.partition(" ")
-    return f"{number[:10]}{space}{rest}"
+    commit_hash, space, suffix = commit.partition(" ")
+    return f"{commit_hash[:10]}{space}{suffix}"
 
 
-def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    rule = "| --- |" + " ---: |" * (len(heads) - 1)
-    lines = (f"| {' | '.join(map(escape_markdown, line))} |" for line in body)
-    return "\n".join([f"| {' | '.join(heads)} |", rule, *lines])
+def _render_table(headings: Sequence[str], body_rows: Iterable[Sequence[str]]) -> str:
+    separator = "| --- |" + " ---: |" * (len(headings) - 1)
+    lines = (f"| {' | '.join(map(escape_markdown, line))} |" for line in body_rows)
+    return "\n".join([f"| {' | '.join(headings)} |", separator, *lines])
 
 
-def _short(reason: str) -> str:
+def _shorten_reason(reason: str) -> str:
     return escape_markdown(reason if len(reason) <= 200 else f"{reason[:200]} ...")
 
 
-def _golden(row: Row) -> list[list[str]]:
+def _make_golden_cells(row: ResultRow) -> list[list[str]]:
     return [
-        [f"{name}, {row['config']['dtype']}{_tf32(row)}", f"{max(_differences(each)):.1e}", f"{each['ids']:.1%}"]
+        [f"{name}, {row['config']['dtype']}{_format_tf32(row)}", f"{max(_list_differences(each)):.1e}", f"{each['ids']:.1%}"]
         for name, each in row.get("golden", {}).items()
     ]
 
 
-def _differences(golden: Mapping[str, float]) -> list[float]:
+def _list_differences(golden: Mapping[str, float]) -> list[float]:
     return [value for name, value in golden.items() if name != "ids"]
 
 
-def _tf32(row: Row) -> str:
+def _format_tf32(row: ResultRow) -> str:
     return " with TF32 convolutions" if row["config"].get("tf32") else ""
 
 
-def _scenes(row: Row) -> list[list[str]]:
-    found = row.get("scenes")
-    if not found:
+def _make_scene_cells(row: ResultRow) -> list[list[str]]:
+    scenes = row.get("scenes")
+    if not scenes:
         return []
-    figures = [f"{found['captions']:.1%}", f"{found['mean_iou']:.4f}", f"{found['least_iou']:.4f}"]
-    return [[f"{found['regions']} regions, {row['config']['dtype']}{_tf32(row)}", *figures]]
+    cells = [f"{scenes['captions']:.1%}", f"{scenes['mean_iou']:.4f}", f"{scenes['least_iou']:.4f}"]
+    return [[f"{scenes['regions']} regions, {row['config']['dtype']}{_format_tf32(row)}", *cells]]
 
 
-def _ratios(row: Row) -> list[list[str]]:
+def _make_ratio_cells(row: ResultRow) -> list[list[str]]:
     return [
         [
             f"{each['what']} ({each['note']})",
@@ -218,7 +218,7 @@ def _ratios(row: Row) -> list[list[str]]:
     ]
 
 
-def _throughput(row: Row) -> list[list[str]]:
+def _make_throughput_cells(row: ResultRow) -> list[list[str]]:
     if row["part"] != "throughput":
         return []
     name = row["label"].rpartition(", ")[0]
@@ -226,82 +226,82 @@ def _throughput(row: Row) -> list[list[str]]:
     for point in row["curve"]:
         stages = [f"{1e3 * point['stages'][stage]['median']:,.1f}" for stage in STAGES]
         speed = f"{point['regions_per_second']:,.0f}"
-        lines.append([name, f"{point['regions']}", speed, *stages, _gib(point.get("peak"))])
+        lines.append([name, f"{point['regions']}", speed, *stages, _format_gib(point.get("peak"))])
     return lines
 
 
-def _gib(count: int | None) -> str:
-    return "" if count is None else f"{count / GIB:.2f}"
+def _format_gib(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / GIB:.2f}"
 
 
-def _plans(row: Row) -> list[list[str]]:
+def _make_plan_cells(row: ResultRow) -> list[list[str]]:
     if "plan" not in row:
         return []
     planned, measured = row["plan"]["memory"]
-    return [[row["label"], _gib(planned), _gib(measured), f"{planned / measured:.3f}"]]
+    return [[row["label"], _format_gib(planned), _format_gib(measured), f"{planned / measured:.3f}"]]
 
 
-def _steps(row: Row) -> list[list[str]]:
+def _make_step_cells(row: ResultRow) -> list[list[str]]:
     if "training_step" not in row:
         return []
-    whole, cached = row["training_step"], row.get("training_step_cached")
-    figures = [f"{1e3 * whole['median']:,.1f}", f"{1e3 * cached['median']:,.1f}" if cached else ""]
+    training_step, cached_step = row["training_step"], row.get("training_step_cached")
+    cells = [f"{1e3 * training_step['median']:,.1f}", f"{1e3 * cached_step['median']:,.1f}" if cached_step else ""]
     return [
-        [row["label"], f"{row['parameters']['trainable'] / 1e6:.1f}", *figures, _gib(row["memory"].get("training"))]
+        [row["label"], f"{row['parameters']['trainable'] / 1e6:.1f}", *cells, _format_gib(row["memory"].get("training"))]
     ]
 
 
-def _decoding(row: Row) -> list[list[str]]:
-    found = row.get("decoding")
-    if not found:
+def _make_decoding_cells(row: ResultRow) -> list[list[str]]:
+    decoding = row.get("decoding")
+    if not decoding:
         return []
-    figures = [f"{1e3 * found['seconds']['median']:,.1f}", f"{found['tokens_per_second']:,.0f}"]
-    return [[row["label"], *figures, f"{found['prepared']:.1f}", f"{found['ids']:.1%}"]]
+    cells = [f"{1e3 * decoding['seconds']['median']:,.1f}", f"{decoding['tokens_per_second']:,.0f}"]
+    return [[row["label"], *cells, f"{decoding['prepared']:.1f}", f"{decoding['ids']:.1%}"]]
 
 
-def _scores(row: Row) -> list[list[str]]:
+def _make_score_cells(row: ResultRow) -> list[list[str]]:
     if "scores" not in row:
         return []
-    figures = {each["name"]: each["value"] for each in row["scores"] if each["control"] is None}
-    shown = [
-        f"{figures[name]:.3f}" if figures.get(name) is not None else "" for name in ("attributes/all", "mask-iou/mean")
+    values = {each["name"]: each["value"] for each in row["scores"] if each["control"] is None}
+    cells = [
+        f"{values[name]:.3f}" if values.get(name) is not None else "" for name in ("attributes/all", "mask-iou/mean")
     ]
-    return [[row["label"], f"{row['config']['train']['steps']}", f"{row['seconds']['train']:,.0f}", *shown]]
+    return [[row["label"], f"{row['config']['train']['steps']}", f"{row['seconds']['train']:,.0f}", *cells]]
 
 
-TABLES: Sequence[tuple[str, Sequence[str], Callable[[Row], list[list[str]]]]] = (
+RESULT_TABLES: Sequence[tuple[str, Sequence[str], Callable[[ResultRow], list[list[str]]]]] = (
     (
         "Golden checkpoints of the published implementation:",
         ("checkpoint", "largest difference", "identical captions"),
-        _golden,
+        _make_golden_cells,
     ),
     (
         "Captions and masks of sca-tiny compared with float32 on the CPU:",
         ("data", "identical captions", "mean mask IoU", "least mask IoU"),
-        _scenes,
+        _make_scene_cells,
     ),
     (
         "Compared with the published procedure in the same process:",
         ("quantity", "unit", "ours", "published", "ratio"),
-        _ratios,
+        _make_ratio_cells,
     ),
     (
         "Throughput, random weights; stages in ms for all regions of the batch:",
         ("combination", "regions", "captions/s", *STAGES, "peak GiB"),
-        _throughput,
+        _make_throughput_cells,
     ),
-    ("Memory that `sca plan` predicts:", ("model", "planned GiB", "measured GiB", "ratio"), _plans),
+    ("Memory that `sca plan` predicts:", ("model", "planned GiB", "measured GiB", "ratio"), _make_plan_cells),
     (
         "A training step:",
         ("combination", "trainable, M", "step, ms", "with cached features, ms", "peak GiB"),
-        _steps,
+        _make_step_cells,
     ),
     (
         "Decoding with GPT-2 large:",
         ("method", "ms", "tokens/s", "preparation, s", "identical ids"),
-        _decoding,
+        _make_decoding_cells,
     ),
-    ("Training sca-tiny:", ("recipe", "steps", "seconds", "attributes", "mask IoU"), _scores),
+    ("Training sca-tiny:", ("recipe", "steps", "seconds", "attributes", "mask IoU"), _make_score_cells),
 )
 
 

@@ -35,15 +35,15 @@ import sca
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
-from sca_bench.timing import asked, lesson, synchronize
-from sca_bench.worker import record
+from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
+from sca_bench.worker import run_measurement
 
-EIGHT, WORDS, TRAINED, POINTS, LEFT = 8, 20, 16, 1024, 100
-Row = tuple[str, str, float, float, str]  # what, unit, ours, published or other, a remark
+PUBLISHED_REGIONS_PER_CALL, MAX_NEW_TOKENS, REGIONS_PER_STEP, NUM_GRID_POINTS, NUM_KEPT_REGIONS = 8, 20, 16, 1024, 100
+RatioRow = tuple[str, str, float, float, str]  # what, unit, ours, published or other, a remark
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparisonSettings:
     """What is measured, and on what.
 
     Args:
@@ -68,13 +68,13 @@ class Setting:
     dtype: str = "float32"
     seconds: float = math.inf
 
-    def place(self, model: SegmentCaptioner) -> SegmentCaptioner:
+    def prepare_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
         """Move a model to the device and data type, in eval mode."""
         return model.to(device=self.device, dtype=getattr(torch, self.dtype)).eval()
 
 
 @contextmanager
-def published(model: SegmentCaptioner) -> Iterator[None]:
+def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
     """Within it the model computes as the published one does."""
 
     def forward(
@@ -82,15 +82,15 @@ def published(model: SegmentCaptioner) -> Iterator[None]:
         tokens: Tensor,
         grid: Tensor,
         position: Tensor,
-        owner: Tensor | None = None,
+        image_index: Tensor | None = None,
         grids: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        grid = grid if owner is None else grid[owner]
+        grid = grid if image_index is None else grid[image_index]
         fused, keys = SamTwoWayTransformer.forward(self, tokens.unsqueeze(1), grid, position.unsqueeze(0), None)
         return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
 
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    before = [config._attn_implementation for config in configs if hasattr(config, "_attn_implementation")]
+    attention_implementations = [config._attn_implementation for config in configs if hasattr(config, "_attn_implementation")]
     with ExitStack() as stack:
         stack.enter_context(patch.object(TwoWayTransformer, "forward", forward))
         stack.enter_context(patch("sca.language_models.causal.plain", lambda model: False))
@@ -100,150 +100,150 @@ def published(model: SegmentCaptioner) -> Iterator[None]:
         try:
             yield
         finally:
-            for config, kind in zip((c for c in configs if hasattr(c, "_attn_implementation")), before, strict=True):
-                config._attn_implementation = kind
+            for config, implementation in zip((c for c in configs if hasattr(c, "_attn_implementation")), attention_implementations, strict=True):
+                config._attn_implementation = implementation
 
 
-def time_in_turn(setting: Setting, *ways: Callable[[], Any]) -> list[float]:
+def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]) -> list[float]:
     """Return the least seconds of each way. The ways take turns; the first round is a warm-up and does not count."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    for repeat in range(setting.repeats + 1):
-        for way, taken in zip(ways, seconds, strict=True):
-            synchronize(setting.device)
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repeat in range(settings.repeats + 1):
+        for function, function_seconds in zip(functions, seconds, strict=True):
+            synchronize(settings.device)
             start = time.perf_counter()
-            way()
-            synchronize(setting.device)
+            function()
+            synchronize(settings.device)
             if repeat:
-                taken.append(time.perf_counter() - start)
-    return [min(taken) for taken in seconds]
+                function_seconds.append(time.perf_counter() - start)
+    return [min(function_seconds) for function_seconds in seconds]
 
 
-def ids_of(model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions: int, together: bool) -> Tensor:
+def generate_ids(model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions_per_call: int, generate_together: bool) -> Tensor:
     """Word ids (N, T), `regions` at a time through segmenter and mixer; `together`: all at once through the rest."""
     prefixes = []
-    for chunk in prompts.chunks(regions):
-        mixed = model.mix(model.segment(features, chunk))
-        prefixes.append(model.build_prefix(mixed, torch.ones_like(chunk.image_index)))
-    if together:
-        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=WORDS).sequences[:, 0]
-    return torch.cat([model.language_model.generate(prefix, max_new_tokens=WORDS).sequences[:, 0] for prefix in prefixes])
+    for chunk in prompts.chunks(regions_per_call):
+        queries = model.mix(model.segment(features, chunk))
+        prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))
+    if generate_together:
+        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0]
+    return torch.cat([model.language_model.generate(prefix, max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0] for prefix in prefixes])
 
 
-def captions(model: SegmentCaptioner, setting: Setting) -> list[Row]:
-    images, regions = setting.images, setting.regions
-    pixels, prompts = asked(model, images, regions)
-    beside = prompts[: setting.beside or None]
-    count, few = len(prompts), len(beside)
-    seen = int(beside.image_index[-1]) + 1  # images of theirs
-    said: dict[str, Tensor] = {}
+def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    num_images, num_regions = settings.images, settings.regions
+    pixels, prompts = make_random_inputs(model, num_images, num_regions)
+    published_prompts = prompts[: settings.beside or None]
+    num_captions, num_published_captions = len(prompts), len(published_prompts)
+    num_published_images = int(published_prompts.image_index[-1]) + 1  # images of theirs
+    token_ids: dict[str, Tensor] = {}
     with torch.inference_mode():
         features = model.encode(pixels)
 
-        def ours() -> None:
-            said["ours"] = ids_of(model, features, prompts, REGION_BATCH_SIZE, together=True)
+        def caption_here() -> None:
+            token_ids["ours"] = generate_ids(model, features, prompts, REGION_BATCH_SIZE, generate_together=True)
 
-        def theirs() -> None:
-            with published(model):
-                said["published"] = ids_of(model, features[:seen], beside, EIGHT, together=False)
+        def caption_published() -> None:
+            with use_published_procedure(model):
+                token_ids["published"] = generate_ids(model, features[:num_published_images], published_prompts, PUBLISHED_REGIONS_PER_CALL, generate_together=False)
 
-        mine, other, encoding = time_in_turn(setting, ours, theirs, lambda: model.encode(pixels))
-    same = float((said["ours"][:few] == said["published"]).all(dim=1).float().mean())
-    what = f"{images} x {regions} regions beside {few}; identical ids: {same:.1%}"
-    theirs_whole = other + encoding * seen / images
+        seconds, published_seconds, encoding_seconds = time_alternately(settings, caption_here, caption_published, lambda: model.encode(pixels))
+    share_identical = float((token_ids["ours"][:num_published_captions] == token_ids["published"]).all(dim=1).float().mean())
+    note = f"{num_images} x {num_regions} regions beside {num_published_captions}; identical ids: {share_identical:.1%}"
+    published_total_seconds = published_seconds + encoding_seconds * num_published_images / num_images
     return [
-        ("captions of encoded images", "regions/s", count / mine, few / other, what),
-        ("captions, encoding included", "regions/s", count / (mine + encoding), few / theirs_whole, what),
+        ("captions of encoded images", "regions/s", num_captions / seconds, num_published_captions / published_seconds, note),
+        ("captions, encoding included", "regions/s", num_captions / (seconds + encoding_seconds), num_published_captions / published_total_seconds, note),
     ]
 
 
-def training(model: SegmentCaptioner, setting: Setting) -> list[Row]:
-    pixels, prompts = asked(model, 1, TRAINED)
-    batch = lesson(model, pixels, prompts, WORDS)
+def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    pixels, prompts = make_random_inputs(model, 1, REGIONS_PER_STEP)
+    batch = make_training_batch(model, pixels, prompts, MAX_NEW_TOKENS)
     model.train()
     with torch.no_grad():
         features = model.encode(pixels)
-    cached = lesson(model, pixels, prompts, WORDS)
-    cached.pixel_values, cached.features = None, features
+    cached_batch = make_training_batch(model, pixels, prompts, MAX_NEW_TOKENS)
+    cached_batch.pixel_values, cached_batch.features = None, features
 
-    def ours() -> None:
-        model(cached).loss.backward()
+    def train_cached() -> None:
+        model(cached_batch).loss.backward()
 
-    def same() -> None:
+    def train_uncached() -> None:
         model(batch).loss.backward()
 
-    def theirs() -> None:
-        with published(model):
+    def train_published() -> None:
+        with use_published_procedure(model):
             model(batch).loss.backward()
 
-    mine, encoding, other = time_in_turn(setting, ours, same, theirs)
+    cached_seconds, uncached_seconds, published_seconds = time_alternately(settings, train_cached, train_uncached, train_published)
     model.zero_grad(set_to_none=True)
     model.eval()
-    told = f"{TRAINED} regions, forward and backward"
+    note = f"{REGIONS_PER_STEP} regions, forward and backward"
     return [
-        ("a step of training, features kept", "steps/s", 1 / mine, 1 / other, told),
-        ("the same with and without features kept", "steps/s", 1 / mine, 1 / encoding, "ours both"),
+        ("a step of training, features kept", "steps/s", 1 / cached_seconds, 1 / published_seconds, note),
+        ("the same with and without features kept", "steps/s", 1 / cached_seconds, 1 / uncached_seconds, "ours both"),
     ]
 
 
-def resampler(setting: Setting) -> list[Row]:
+def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
     options = {"language_model": "tiny-gpt2", "weights": False}
-    models = [setting.place(sca.compose(setting.encoder, mixer, **options)) for mixer in ("resampler", "query")]
-    ways = []
+    models = [settings.prepare_model(sca.compose(settings.encoder, mixer, **options)) for mixer in ("resampler", "query")]
+    mix_functions = []
     with torch.inference_mode():
-        for model, counts in zip(models, ((64, 1), (64,)), strict=True):
-            features = model.encode(asked(model, 1, 1)[0])
-            for count in counts:
-                found = model.segment(features, asked(model, 1, count)[1])
-                ways.append(lambda model=model, found=found: model.mix(found, model.prepare_mixer(found)))
-        many, one, query = time_in_turn(setting, *ways)
+        for model, region_counts in zip(models, ((64, 1), (64,)), strict=True):
+            features = model.encode(make_random_inputs(model, 1, 1)[0])
+            for num_regions in region_counts:
+                segmenter_output = model.segment(features, make_random_inputs(model, 1, num_regions)[1])
+                mix_functions.append(lambda model=model, segmenter_output=segmenter_output: model.mix(segmenter_output, model.prepare_mixer(segmenter_output)))
+        seconds_64, seconds_1, query_seconds = time_alternately(settings, *mix_functions)
     return [
-        ("mix stage, resampler beside query", "regions/s", 64 / many, 64 / query, "64 regions"),
-        ("mix stage of resampler, 64 regions beside 1", "seconds", many, one, "linear would be 64"),
+        ("mix stage, resampler beside query", "regions/s", 64 / seconds_64, 64 / query_seconds, "64 regions"),
+        ("mix stage of resampler, 64 regions beside 1", "seconds", seconds_64, seconds_1, "linear would be 64"),
     ]
 
 
-def tiny(setting: Setting) -> list[Row]:
+def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
     from PIL import Image
 
-    predictor = sca.Predictor(setting.place(sca.load("sca-tiny")))
+    predictor = sca.Predictor(settings.prepare_model(sca.load("sca-tiny")))
     predictor.set_image(Image.new("RGB", (512, 512), "grey"))
     boxes = [Prompt(box=(x * 60.0, y * 60.0, x * 60.0 + 70, y * 60.0 + 70)) for x in range(8) for y in range(8)]
-    said: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
 
-    def ours() -> None:
-        said["ours"] = [each.text for each in predictor.predict(boxes)]
+    def caption_together() -> None:
+        texts["ours"] = [each.text for each in predictor.predict(boxes)]
 
-    def loop() -> None:
-        said["loop"] = [predictor.predict([box])[0].text for box in boxes]
+    def caption_one_by_one() -> None:
+        texts["loop"] = [predictor.predict([box])[0].text for box in boxes]
 
-    mine, other = time_in_turn(setting, ours, loop)
-    same = f"64 regions; same captions: {said['ours'] == said['loop']}"
-    return [("sca-tiny, all at once beside a loop", "regions/s", 64 / mine, 64 / other, same)]
+    together_seconds, loop_seconds = time_alternately(settings, caption_together, caption_one_by_one)
+    note = f"64 regions; same captions: {texts['ours'] == texts['loop']}"
+    return [("sca-tiny, all at once beside a loop", "regions/s", 64 / together_seconds, 64 / loop_seconds, note)]
 
 
-def everything(model: SegmentCaptioner, setting: Setting) -> list[Row]:
-    pixels, boxes = asked(model, 1, 16)
-    points = PromptBatch(boxes.image_index, points=boxes.boxes[:, None, :2], labels=boxes.image_index.new_ones(16, 1))
+def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    pixels, box_prompts = make_random_inputs(model, 1, 16)
+    point_prompts = PromptBatch(box_prompts.image_index, points=box_prompts.boxes[:, None, :2], labels=box_prompts.image_index.new_ones(16, 1))
     with torch.inference_mode():
         features = model.encode(pixels)
 
-        def theirs() -> None:
-            with published(model):
-                ids_of(model, features, points, EIGHT, together=False)
+        def caption_published() -> None:
+            with use_published_procedure(model):
+                generate_ids(model, features, point_prompts, PUBLISHED_REGIONS_PER_CALL, generate_together=False)
 
-        encode, segment, caption, other = time_in_turn(
-            setting,
+        encode_seconds, segment_seconds, caption_seconds, published_seconds = time_alternately(
+            settings,
             lambda: model.encode(pixels),
-            lambda: model.segment(features, points),
-            lambda: ids_of(model, features, points, REGION_BATCH_SIZE, together=True),
-            theirs,
+            lambda: model.segment(features, point_prompts),
+            lambda: generate_ids(model, features, point_prompts, REGION_BATCH_SIZE, generate_together=True),
+            caption_published,
         )
-    mine = encode + POINTS * segment / 16 + LEFT * caption / 16
-    whole = POINTS / 64 * encode + POINTS * other / 16
-    return [("everything in an image (estimated)", "images/s", 1 / mine, 1 / whole, f"{LEFT} of {POINTS} left")]
+    total_seconds = encode_seconds + NUM_GRID_POINTS * segment_seconds / 16 + NUM_KEPT_REGIONS * caption_seconds / 16
+    published_total_seconds = NUM_GRID_POINTS / 64 * encode_seconds + NUM_GRID_POINTS * published_seconds / 16
+    return [("everything in an image (estimated)", "images/s", 1 / total_seconds, 1 / published_total_seconds, f"{NUM_KEPT_REGIONS} of {NUM_GRID_POINTS} left")]
 
 
-PARTS = ("captions", "training", "resampler", "tiny", "everything")
+COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
@@ -253,45 +253,45 @@ def choose_parts(names: Sequence[str]) -> list[str]:
         RegistryError: A part that does not exist.
     """
     for name in names:
-        if name not in PARTS:
-            raise unknown(f"no part {name!r}", name, PARTS)
-    return [part for part in PARTS if part in names or not names]
+        if name not in COMPARISON_PARTS:
+            raise unknown(f"no part {name!r}", name, COMPARISON_PARTS)
+    return [part for part in COMPARISON_PARTS if part in names or not names]
 
 
-def compare(parts: Sequence[str], setting: Setting) -> Iterator[Row]:
+def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Iterator[RatioRow]:
     """Measure parts, one row at a time."""
     start = time.monotonic()
     torch.manual_seed(0)
     model = None
     if {"captions", "training", "everything"} & set(parts):
-        options = {"device": setting.device, "weights": False}
-        model = setting.place(sca.compose(setting.encoder, "query", setting.language_model, **options))
-    measure: dict[str, Callable[[], list[Row]]] = {
-        "captions": lambda: captions(model, setting),
-        "training": lambda: training(model, setting),
-        "resampler": lambda: resampler(setting),
-        "tiny": lambda: tiny(setting),
-        "everything": lambda: everything(model, setting),
+        options = {"device": settings.device, "weights": False}
+        model = settings.prepare_model(sca.compose(settings.encoder, "query", settings.language_model, **options))
+    comparisons: dict[str, Callable[[], list[RatioRow]]] = {
+        "captions": lambda: compare_captioning(model, settings),
+        "training": lambda: compare_training(model, settings),
+        "resampler": lambda: compare_mixers(settings),
+        "tiny": lambda: compare_batching(settings),
+        "everything": lambda: compare_everything(model, settings),
     }
     for part in parts:
-        if time.monotonic() - start < setting.seconds:
-            yield from measure[part]()
+        if time.monotonic() - start < settings.seconds:
+            yield from comparisons[part]()
 
 
-def to_table(row: Row) -> dict[str, Any]:
+def convert_row_to_dict(row: RatioRow) -> dict[str, Any]:
     """Return a row as plain values."""
     return dict(zip(("what", "unit", "ours", "published", "note"), row, strict=True))
 
 
-def print_table(rows: Iterable[Row]) -> list[Row]:
+def print_table(rows: Iterable[RatioRow]) -> list[RatioRow]:
     """Print a Markdown table of ratios, each row when it is measured, and return the rows."""
     print("| quantity | unit | ours | published | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
-    measured = []
+    measured_rows = []
     for row in rows:
-        what, unit, mine, other, told = row
-        print(f"| {what} | {unit} | {mine:.4g} | {other:.4g} | {mine / other:.2f} | {told} |", flush=True)
-        measured.append(row)
-    return measured
+        quantity, unit, ours, published_value, note = row
+        print(f"| {quantity} | {unit} | {ours:.4g} | {published_value:.4g} | {ours / published_value:.2f} | {note} |", flush=True)
+        measured_rows.append(row)
+    return measured_rows
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     options = dict(config)
     parts = options.pop("parts", ())
 
-    def measure(row: dict[str, Any]) -> None:
-        row["ratios"] = [to_table(each) for each in print_table(compare(choose_parts(parts), Setting(**options)))]
+    def measure_ratios(row: dict[str, Any]) -> None:
+        row["ratios"] = [convert_row_to_dict(each) for each in print_table(run_comparisons(choose_parts(parts), ComparisonSettings(**options)))]
 
-    return record(measure, config["device"])
+    return run_measurement(measure_ratios, config["device"])

@@ -15,23 +15,23 @@ app = typer.Typer(
     help="Sweeps over combinations of parts: run, status, report, diff.", no_args_is_help=True, rich_markup_mode=None
 )
 
-SWEEP = "a shipped sweep (smoke, mixers, ...) or a TOML file"
-OUT = "the folder of results (default: runs/bench/SWEEP)"
+SWEEP_HELP = "a shipped sweep (smoke, mixers, ...) or a TOML file"
+OUT_HELP = "the folder of results (default: runs/bench/SWEEP)"
 
 
 @app.callback()
-def _group() -> None:
+def _show_bench_help() -> None:
     """Sweeps over combinations of parts."""
 
 
 @app.command()
 def run(
-    sweep: Annotated[str, typer.Argument(help=SWEEP)],
+    sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="options of the launcher: workers=2; device=cpu"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     launcher: Annotated[str, typer.Option(help="where rows are made: local, ray, or a plugin's")] = "local",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     timeout: Annotated[float, typer.Option(help="seconds that a row has", min=1.0)] = 3600.0,
@@ -48,41 +48,41 @@ def run(
     Exit status 1 if rows are missing at the end.
     """
     from sca.cli.options import complain, read_options, settle
-    from sca_bench.runner import run as make
-    from sca_bench.states import STATES
-    from sca_bench.sweep import ORDERS, Sweep, sweep_names
+    from sca_bench.runner import run_sweep as make
+    from sca_bench.states import ROW_STATES
+    from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
     for state in retry or ():
-        settle("state", state, STATES)
-    settle("order", order, ORDERS)
-    given = read_options("launchers", launcher, options or ())
-    device = str(given.pop("device", device))
+        settle("state", state, ROW_STATES)
+    settle("order", order, ROW_ORDERS)
+    launcher_options = read_options("launchers", launcher, options or ())
+    device = str(launcher_options.pop("device", device))
     resolve_device(device)
-    told = (lambda line: None) if quiet else complain
-    if device == "cpu" and f"{sweep}-cpu" in sweep_names():
+    log = (lambda line: None) if quiet else complain
+    if device == "cpu" and f"{sweep}-cpu" in list_sweeps():
         sweep = f"{sweep}-cpu"
-        told(f"on a CPU the sweep is {sweep}; `sca bench published` prints the ratios to the published procedure")
-    read = Sweep.read(sweep, device)
-    retried = tuple(retry or ())
-    found = make(
-        read, _folder(read.name, out), launcher, given, timeout, retried, force, told, seconds=seconds, order=order
+        log(f"on a CPU the sweep is {sweep}; `sca bench published` prints the ratios to the published procedure")
+    loaded_sweep = Sweep.read(sweep, device)
+    retry_states = tuple(retry or ())
+    sweep_status = make(
+        loaded_sweep, _get_results_folder(loaded_sweep.name, out), launcher, launcher_options, timeout, retry_states, force, log, budget_seconds=seconds, order=order
     )
-    _print(found)
-    raise typer.Exit(1 if found.missing else 0)
+    _print_status(sweep_status)
+    raise typer.Exit(1 if sweep_status.missing else 0)
 
 
 @app.command()
 def status(
-    sweep: Annotated[str, typer.Argument(help=SWEEP)],
-    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """How far a sweep is; it may be running meanwhile."""
-    from sca_bench.runner import status as look
+    from sca_bench.runner import read_sweep_status as look
     from sca_bench.sweep import Sweep
 
-    read = Sweep.read(sweep, device)
-    _print(look(read, _folder(read.name, out)))
+    loaded_sweep = Sweep.read(sweep, device)
+    _print_status(look(loaded_sweep, _get_results_folder(loaded_sweep.name, out)))
 
 
 @app.command()
@@ -99,14 +99,14 @@ def row(
     from sca.io.json import parse_json
     from sca_bench.worker import work
 
-    given = parse_json(config, "the configuration")
+    row_config = parse_json(config, "the configuration")
     for key in ("model", "seed", "threads", "device"):
-        if not isinstance(given, dict) or key not in given:
+        if not isinstance(row_config, dict) or key not in row_config:
             raise ValueError(f"a row has no {key!r}: give the `config` of one of results.jsonl")
     with tempfile.TemporaryDirectory(prefix="sca-") as folder, contextlib.redirect_stdout(sys.stderr):
-        made = work({**given, "force": force}, folder)
-    print_json(made)
-    raise typer.Exit(0 if made["state"] == "done" else 1)
+        result = work({**row_config, "force": force}, folder)
+    print_json(result)
+    raise typer.Exit(0 if result["state"] == "done" else 1)
 
 
 @app.command()
@@ -121,15 +121,15 @@ def report(
     from sca.io.run_folder import check_not_inputs
     from sca.output.page import check_page
     from sca_bench import report as reports
-    from sca_bench.store import Store
+    from sca_bench.store import ResultStore
 
-    rows = Store(folder).rows()
+    rows = ResultStore(folder).read_rows()
     if not rows:
         raise ValueError(f"no results in {folder}: sca bench run SWEEP --out {folder} makes some")
     page = out or folder / "report.html"
     open_folder(page.parent)
     siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]
-    check_not_inputs([page, *siblings], [Store(folder).path])
+    check_not_inputs([page, *siblings], [ResultStore(folder).path])
     check_page(page, ())
     for sibling in siblings:
         if sibling.exists() and not page.exists():
@@ -150,10 +150,10 @@ def diff(
 ) -> None:
     """Whether a second run timed the same, and which states and scores are others."""
     from sca.cli.options import print_line
-    from sca_bench.diff import diff as compare
-    from sca_bench.store import Store
+    from sca_bench.diff import diff_rows as compare
+    from sca_bench.store import ResultStore
 
-    for line in compare(Store(first).rows(), Store(second).rows()).lines():
+    for line in compare(ResultStore(first).read_rows(), ResultStore(second).read_rows()).format_lines():
         print_line(line)
 
 
@@ -178,28 +178,28 @@ def published(
 
     from sca.cli.options import settle
     from sca.io.atomic import write_file
-    from sca_bench.against_published import Setting, choose_parts, compare, print_table, to_table
-    from sca_bench.worker import environment
+    from sca_bench.against_published import ComparisonSettings, choose_parts, run_comparisons, print_table, convert_row_to_dict
+    from sca_bench.worker import collect_environment
 
     resolve_device(device)
     settle("dtype", dtype, DTYPES)
-    setting = Setting(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
-    rows = print_table(compare(choose_parts(parts or ()), setting))
+    settings = ComparisonSettings(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
+    rows = print_table(run_comparisons(choose_parts(parts or ()), settings))
     if out:
-        found = {key: value for key, value in asdict(setting).items() if key != "seconds"}
-        found |= {"rows": [to_table(row) for row in rows], "environment": environment(device)}
+        measurements = {key: value for key, value in asdict(settings).items() if key != "seconds"}
+        measurements |= {"rows": [convert_row_to_dict(row) for row in rows], "environment": collect_environment(device)}
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, f"{json.dumps(found, indent=1)}\n")
+        write_file(out, f"{json.dumps(measurements, indent=1)}\n")
 
 
-def _folder(name: str, out: Path | None) -> Path:
+def _get_results_folder(name: str, out: Path | None) -> Path:
     return out or Path("runs/bench") / name
 
 
-def _print(found) -> None:
+def _print_status(sweep_status) -> None:
     from sca.cli.options import print_line
 
-    told = ", ".join(f"{count} {state}" for state, count in sorted(found.states.items())) or "none made"
-    print_line(f"{found.rows} rows: {told}; {len(found.missing)} missing")
-    for label in found.missing[:10]:
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(sweep_status.states.items())) or "none made"
+    print_line(f"{sweep_status.rows} rows: {counts}; {len(sweep_status.missing)} missing")
+    for label in sweep_status.missing[:10]:
         print_line(f"  missing: {label}")

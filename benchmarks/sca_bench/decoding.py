@@ -15,10 +15,10 @@ from sca_registry import language_models
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from sca_bench.timing import spread, synchronize
-from sca_bench.worker import record
+from sca_bench.timing import summarize_seconds, synchronize
+from sca_bench.worker import run_measurement
 
-WAYS = ("growing cache", "fixed cache", "cuda graph", "torch.compile")
+DECODING_METHODS = ("growing cache", "fixed cache", "cuda graph", "torch.compile")
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -30,27 +30,27 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         folder: Not used.
     """
 
-    def measure(row: dict[str, Any]) -> None:
+    def measure_decoding(row: dict[str, Any]) -> None:
         torch.manual_seed(0)
         part = config["language_model"]
         name, options = (part, {}) if isinstance(part, str) else (part["name"], {**part})
         options.pop("name", None)
         device, dtype = config["device"], getattr(torch, config["dtype"])
         with torch.device(device):
-            language_model = language_models.build(name, **options, **untrained(name)).to(dtype).eval()
+            language_model = language_models.build(name, **options, **get_untrained_options(name)).to(dtype).eval()
             prefix = torch.randn(config["rows"], config["prefix"], language_model.width, dtype=dtype)
-        row["decoding"] = measure_way(language_model, prefix, config["steps"], config["way"], config["repeats"])
+        row["decoding"] = measure_method(language_model, prefix, config["steps"], config["way"], config["repeats"])
 
-    return record(measure, config["device"])
+    return run_measurement(measure_decoding, config["device"])
 
 
-def untrained(name: str) -> dict[str, bool]:
+def get_untrained_options(name: str) -> dict[str, bool]:
     """Return the option that builds a language model with random weights, if it has one."""
     return {"pretrained": False} if "pretrained" in language_models.describe(name).options else {}
 
 
 @torch.inference_mode()
-def measure_way(language_model: nn.Module, prefix: Tensor, steps: int, way: str, repeats: int) -> dict[str, Any]:
+def measure_method(language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, repeats: int) -> dict[str, Any]:
     """Time the decoding of `steps` tokens for each row of a prefix.
 
     Returns:
@@ -58,80 +58,80 @@ def measure_way(language_model: nn.Module, prefix: Tensor, steps: int, way: str,
         as `ids` the share of rows with the ids of the growing cache.
     """
     start = time.perf_counter()
-    decode = _prepare(language_model, prefix, steps, way)
+    decode = _prepare_decoding(language_model, prefix, num_steps, method)
     ids = decode()
     synchronize(prefix.device)
-    prepared = time.perf_counter() - start
+    preparation_seconds = time.perf_counter() - start
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         decode()
         synchronize(prefix.device)
         seconds.append(time.perf_counter() - start)
-    reference = _decode_growing(language_model, prefix, steps)
-    timing = spread(seconds)
+    reference = _decode_with_growing_cache(language_model, prefix, num_steps)
+    timing = summarize_seconds(seconds)
     return {
-        "prepared": prepared,
+        "prepared": preparation_seconds,
         "seconds": timing,
         "tokens_per_second": ids.numel() / timing["median"],
         "ids": float((ids == reference).all(dim=1).float().mean()),
     }
 
 
-def _decode_growing(language_model: nn.Module, prefix: Tensor, steps: int) -> Tensor:
+def _decode_with_growing_cache(language_model: nn.Module, prefix: Tensor, num_steps: int) -> Tensor:
     """Decode as captions are: (N, K, E) -> ids (N, steps). No caption ends early."""
     language_model._ends = lambda: (0, [])
-    return language_model.generate(prefix, max_new_tokens=steps).ids[:, 0]
+    return language_model.generate(prefix, max_new_tokens=num_steps).ids[:, 0]
 
 
-def _prepare(language_model: nn.Module, prefix: Tensor, steps: int, way: str) -> Callable[[], Tensor]:
+def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int, method: str) -> Callable[[], Tensor]:
     """Return what decodes once, with everything captured or compiled that can be reused."""
-    if way == "growing cache":
-        return lambda: _decode_growing(language_model, prefix, steps)
+    if method == "growing cache":
+        return lambda: _decode_with_growing_cache(language_model, prefix, num_steps)
     model = language_model.model
-    cache = StaticCache(config=model.config, max_cache_len=prefix.shape[1] + steps)
+    cache = StaticCache(config=model.config, max_cache_len=prefix.shape[1] + num_steps)
     token = torch.zeros(len(prefix), 1, dtype=torch.long, device=prefix.device)
 
-    def advance(**inputs: Tensor) -> None:
+    def predict_token(**inputs: Tensor) -> None:
         states = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         token.copy_(language_model.head(states).float().argmax(dim=1, keepdim=True))
 
-    def step() -> None:
-        advance(input_ids=token)
+    def decode_step() -> None:
+        predict_token(input_ids=token)
 
-    def begin() -> None:
+    def start_decoding() -> None:
         cache.reset()
-        advance(inputs_embeds=prefix)
+        predict_token(inputs_embeds=prefix)
 
-    if way == "torch.compile":
-        step = torch.compile(step)
-    elif way == "cuda graph":
-        begin()
-        step = _capture(step)
-    elif way != "fixed cache":
-        raise ValueError(f"unknown way {way!r}; choose from {', '.join(WAYS)}")
+    if method == "torch.compile":
+        decode_step = torch.compile(decode_step)
+    elif method == "cuda graph":
+        start_decoding()
+        decode_step = _capture_cuda_graph(decode_step)
+    elif method != "fixed cache":
+        raise ValueError(f"unknown way {method!r}; choose from {', '.join(DECODING_METHODS)}")
 
-    def decode() -> Tensor:
-        begin()
+    def decode_all() -> Tensor:
+        start_decoding()
         ids = [token.clone()]
-        for _ in range(steps - 1):
-            step()
+        for _ in range(num_steps - 1):
+            decode_step()
             ids.append(token.clone())
         return torch.cat(ids, dim=1)
 
-    return decode
+    return decode_all
 
 
-def _capture(step: Callable[[], None]) -> Callable[[], None]:
+def _capture_cuda_graph(decode_step: Callable[[], None]) -> Callable[[], None]:
     """Capture a step as a CUDA graph and return its replay."""
     if not torch.cuda.is_available():
         raise ValueError("a CUDA graph needs a CUDA device; choose another way")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()  # libraries set up their workspaces before anything is captured
-    torch.cuda.current_stream().wait_stream(side)
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        decode_step()  # libraries set up their workspaces before anything is captured
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        decode_step()
     return graph.replay

@@ -27,10 +27,10 @@ from sca.inference.engine import REGION_BATCH_SIZE
 from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
-from sca_bench.timing import asked, lesson
-from sca_bench.worker import environment, record
+from sca_bench.timing import make_random_inputs, make_training_batch
+from sca_bench.worker import collect_environment, run_measurement
 
-REAL = (
+FULL_SIZE_MODELS = (
     "sam-vit-b+query+gpt2",
     "sam-vit-h+query+gpt2-large",
     "sam-vit-l+resampler+qwen3-0.6b",
@@ -41,45 +41,45 @@ REAL = (
 
 
 @torch.no_grad()
-def answer(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words: int) -> None:
+def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, max_new_tokens: int) -> None:
     """As `Predictor` goes about it; no caption ends early."""
     features = model.encode(pixels)
-    prefixes, prepared = [], None
+    prefixes, prepared_features = [], None
     for chunk in prompts.chunks(REGION_BATCH_SIZE):
-        regions = model.segment(features, chunk)
-        prepared = model.prepare_mixer(regions) if prepared is None else prepared
-        prefixes.append(model.build_prefix(model.mix(regions, prepared), torch.zeros_like(chunk.image_index)))
-        del regions
+        segmenter_output = model.segment(features, chunk)
+        prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
+        prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared_features), torch.zeros_like(chunk.image_index)))
+        del segmenter_output
     model.language_model._ends = lambda: (0, [])
-    model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=words)
+    model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=max_new_tokens)
 
 
-def learn(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words: int) -> None:
+def run_training_step(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, num_tokens: int) -> None:
     """A forward and a backward pass with one text a region."""
     model.train()
-    model(lesson(model, pixels, prompts, words)).loss.backward()
+    model(make_training_batch(model, pixels, prompts, num_tokens)).loss.backward()
 
 
-def most_allocated(work: Callable[[], None], device: torch.device) -> int:
+def measure_peak_allocation(function: Callable[[], None], device: torch.device) -> int:
     """The most bytes at once that torch's allocator gave out while some work was done, beyond what there was."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        work()
+        function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    now = most = 0
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    current = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
 
 
-def compare(
+def compare_plan(
     spec: ModelSpec,
     images: int,
     regions: int,
@@ -89,18 +89,18 @@ def compare(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Planned and measured parameters, operations and memory of one model. dtype: of weights that do not train."""
-    computed = torch.float32 if train else dtype
-    planned = plan_model(spec, images, regions, words, train, computed, on_gpu=device.startswith("cuda"))
+    plan_dtype = torch.float32 if train else dtype
+    planned = plan_model(spec, images, regions, words, train, plan_dtype, on_gpu=device.startswith("cuda"))
     model = build(spec, device, weights=False)
     model = model.to(dtype=torch.float32 if train else dtype)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    held += 8 * planned.trainable if train else 0  # what AdamW keeps
-    pixels, prompts = asked(model, images, regions)
-    work = learn if train else answer
-    memory = most_allocated(lambda: work(model, pixels, prompts, words), torch.device(device))
+    static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    static_bytes += 8 * planned.trainable if train else 0  # what AdamW keeps
+    pixels, prompts = make_random_inputs(model, images, regions)
+    run_step = run_training_step if train else run_captioning
+    allocated_bytes = measure_peak_allocation(lambda: run_step(model, pixels, prompts, words), torch.device(device))
     model.zero_grad()
     with FlopCounterMode(display=False) as counter:
-        work(model, pixels, prompts, words)
+        run_step(model, pixels, prompts, words)
     return {
         "model": planned.model,
         "images": images,
@@ -110,7 +110,7 @@ def compare(
         "dtype": planned.dtype,
         "parameters": [sum(planned.parameters.values()), sum(p.numel() for p in model.parameters())],
         "flops": [sum(planned.flops.values()), counter.get_total_flops()],
-        "memory": [planned.peak, held + pixels.nbytes + memory],
+        "memory": [planned.peak, static_bytes + pixels.nbytes + allocated_bytes],
     }
 
 
@@ -119,13 +119,13 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     options = {key: value for key, value in config.items() if key != "model"}
     options["dtype"] = getattr(torch, options["dtype"])
     spec = ModelSpec.parse(config["model"])
-    return record(lambda row: row.update(plan=compare(spec, **options)), config["device"])
+    return run_measurement(lambda row: row.update(plan=compare_plan(spec, **options)), config["device"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What sca plan says beside what a run takes.")
     parser.add_argument(
-        "models", nargs="*", default=REAL, help="encoder+mixer+language-model (default: six of real size)"
+        "models", nargs="*", default=FULL_SIZE_MODELS, help="encoder+mixer+language-model (default: six of real size)"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -134,23 +134,23 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="also a step of training")
     parser.add_argument("--seconds", type=float, default=math.inf, help="Time budget; no model is started after it.")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows, start = [], time.monotonic()
     print("| model | what | memory, planned : measured | operations, planned : measured |\n| --- | --- | ---: | ---: |")
-    for text in given.models:
-        for train in (False, True) if given.train else (False,):
-            if time.monotonic() - start >= given.seconds:
+    for model_name in args.models:
+        for train in (False, True) if args.train else (False,):
+            if time.monotonic() - start >= args.seconds:
                 break
-            spec, dtype = ModelSpec.parse(text), getattr(torch, given.dtype)
-            row = compare(spec, 1, given.regions, given.words, train, given.device, dtype)
+            spec, dtype = ModelSpec.parse(model_name), getattr(torch, args.dtype)
+            row = compare_plan(spec, 1, args.regions, args.words, train, args.device, dtype)
             rows.append(row)
-            what = "training" if train else "captioning"
-            ratios = [f"{row[of][0] / row[of][1]:.3f}" for of in ("memory", "flops")]
-            print(f"| {row['model']} | {what} | {' | '.join(ratios)} |", flush=True)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {**environment(given.device), "rows": rows}
-        write_file(given.out, json.dumps(content, indent=1) + "\n")
+            mode = "training" if train else "captioning"
+            ratios = [f"{row[quantity][0] / row[quantity][1]:.3f}" for quantity in ("memory", "flops")]
+            print(f"| {row['model']} | {mode} | {' | '.join(ratios)} |", flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {**collect_environment(args.device), "rows": rows}
+        write_file(args.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import sca
 from sca.inference.processor import Processor
 from sca.model import SegmentCaptioner
 from sca.nn.masks import select_best_masks
-from sca_bench.worker import record
+from sca_bench.worker import run_measurement
 
-BEAMS, NEW_TOKENS = (1, 3), 8  # of the recorded captions
-SCENES_AT_ONCE = 10
+RECORDED_NUM_BEAMS, RECORDED_MAX_NEW_TOKENS = (1, 3), 8  # of the recorded captions
+SCENES_PER_BATCH = 10
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         folder: Not used.
     """
 
-    def measure(row: dict[str, Any]) -> None:
+    def measure_parity(row: dict[str, Any]) -> None:
         torch.backends.cudnn.allow_tf32 = config.get("tf32", False)
         device, dtype = config["device"], getattr(torch, config["dtype"])
         if "golden" in config:
@@ -38,7 +38,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         else:
             row["scenes"] = compare_scenes(config["scenes"], device, dtype)
 
-    return record(measure, config["device"])
+    return run_measurement(measure_parity, config["device"])
 
 
 def compare_golden_folders(folder: Path, device: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
@@ -62,49 +62,49 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
     """
     model = sca.load(folder).to(device=device, dtype=dtype)
     recorded = {name: value.to(device) for name, value in load_file(folder / "golden.safetensors").items()}
-    flat = {name: value.flatten(0, 1) for name, value in recorded.items() if name.startswith(("input_", "attention_"))}
-    images, regions = recorded["input_boxes"].shape[:2]
-    owner = torch.arange(images, device=device).repeat_interleave(regions)
-    asked = {
-        "box": PromptBatch(owner, boxes=flat["input_boxes"]),
-        "point": PromptBatch(owner, points=flat["input_points"], labels=flat["input_point_labels"]),
+    inputs = {name: value.flatten(0, 1) for name, value in recorded.items() if name.startswith(("input_", "attention_"))}
+    num_images, num_regions = recorded["input_boxes"].shape[:2]
+    image_index = torch.arange(num_images, device=device).repeat_interleave(num_regions)
+    prompts_by_type = {
+        "box": PromptBatch(image_index, boxes=inputs["input_boxes"]),
+        "point": PromptBatch(image_index, points=inputs["input_points"], labels=inputs["input_point_labels"]),
     }
     pixels = recorded["pixel_values"].to(dtype)
-    found: dict[str, list[float]] = {}
+    differences: dict[str, list[float]] = {}
 
-    def compare(name: str, ours: Tensor, theirs: Tensor) -> None:
-        found.setdefault(name, []).append(float((ours.float() - theirs).abs().max()))
+    def record_difference(name: str, actual: Tensor, recorded_ids: Tensor) -> None:
+        differences.setdefault(name, []).append(float((actual.float() - recorded_ids).abs().max()))
 
-    features, same = model.encode(pixels), []
-    compare("features", features, recorded["image_embeddings"])
-    for kind, prompts in asked.items():
-        for number, task in enumerate(TASKS):
-            tasks = torch.full_like(owner, number)
-            batch = Batch(prompts, tasks, pixels, input_ids=flat["input_ids"], attention_mask=flat["attention_mask"])
-            output, name = model(batch), f"{kind}.{task}"
-            compare("scores", output.regions.scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
-            compare("masks", output.regions.masks, recorded[f"{name}.pred_masks"].flatten(0, 1))
-            compare("queries", output.queries, recorded[f"{name}.query_outputs"])
-            compare("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.attention_mask.bool()])
-            compare("loss", output.loss, recorded[f"{name}.loss"])
-            for beams in BEAMS:
-                ids = model.generate(features, prompts, tasks, beams=beams, max_new_tokens=NEW_TOKENS).sequences[:, 0]
-                theirs = recorded[f"{name}.generated.beams{beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
-                same += equal_captions(ids, theirs, model.language_model.model.config.eos_token_id)
-    return {name: max(values) for name, values in found.items()} | {"ids": sum(same) / len(same)}
+    features, is_same = model.encode(pixels), []
+    record_difference("features", features, recorded["image_embeddings"])
+    for prompt_type, prompts in prompts_by_type.items():
+        for task_id, task in enumerate(TASKS):
+            task_ids = torch.full_like(image_index, task_id)
+            batch = Batch(prompts, task_ids, pixels, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            output, name = model(batch), f"{prompt_type}.{task}"
+            record_difference("scores", output.regions.scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
+            record_difference("masks", output.regions.masks, recorded[f"{name}.pred_masks"].flatten(0, 1))
+            record_difference("queries", output.queries, recorded[f"{name}.query_outputs"])
+            record_difference("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.attention_mask.bool()])
+            record_difference("loss", output.loss, recorded[f"{name}.loss"])
+            for num_beams in RECORDED_NUM_BEAMS:
+                ids = model.generate(features, prompts, task_ids, beams=num_beams, max_new_tokens=RECORDED_MAX_NEW_TOKENS).sequences[:, 0]
+                recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
+                is_same += compare_captions(ids, recorded_ids, model.language_model.model.config.eos_token_id)
+    return {name: max(values) for name, values in differences.items()} | {"ids": sum(is_same) / len(is_same)}
 
 
-def equal_captions(ours: Tensor, theirs: Tensor, end: int) -> list[bool]:
+def compare_captions(first_ids: Tensor, second_ids: Tensor, eos_token_id: int) -> list[bool]:
     """Return for each row of token ids whether both are the same up to and with the end token."""
-    rows = zip(ours.tolist(), theirs.tolist(), strict=True)
-    return [_until(one, end) == _until(other, end) for one, other in rows]
+    rows = zip(first_ids.tolist(), second_ids.tolist(), strict=True)
+    return [_truncate_after_eos(one, eos_token_id) == _truncate_after_eos(other, eos_token_id) for one, other in rows]
 
 
-def _until(ids: Sequence[int], end: int) -> Sequence[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _truncate_after_eos(ids: Sequence[int], eos_token_id: int) -> Sequence[int]:
+    return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids
 
 
-def compare_scenes(count: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Compare sca-tiny on a device and in a data type with itself in float32 on the CPU, on `count` drawn scenes.
 
     Returns:
@@ -113,35 +113,35 @@ def compare_scenes(count: int, device: str, dtype: torch.dtype) -> dict[str, Any
     """
     from sca.data.scenes import Scenes
 
-    scenes = Scenes("test", count=count)
-    reference = sca.load("sca-tiny")
-    other = sca.load("sca-tiny").to(device=device, dtype=dtype)
-    end = reference.language_model.tokenizer.eos_token_id
-    same: list[bool] = []
+    scenes = Scenes("test", count=num_scenes)
+    reference_model = sca.load("sca-tiny")
+    tested_model = sca.load("sca-tiny").to(device=device, dtype=dtype)
+    eos_token_id = reference_model.language_model.tokenizer.eos_token_id
+    is_same: list[bool] = []
     ious: list[float] = []
-    finite = True
-    for pixels, prompts in _read(scenes, Processor.from_encoder(reference.encoder)):
-        masks, ids = _predict(reference, pixels, prompts)
-        found, theirs = _predict(other, pixels.to(device, dtype), prompts.to(device))
-        found, theirs = found.cpu(), theirs.cpu()
-        width = max(ids.shape[1], theirs.shape[1])
-        same += equal_captions(_widen(ids, width, end), _widen(theirs, width, end), end)
-        finite &= bool(found.isfinite().all())
-        inside, outside = (masks > 0) & (found > 0), (masks > 0) | (found > 0)
-        ious += ((inside.sum((1, 2)) + 1e-9) / (outside.sum((1, 2)) + 1e-9)).tolist()
+    is_finite = True
+    for pixels, prompts in _iter_scene_batches(scenes, Processor.from_encoder(reference_model.encoder)):
+        masks, ids = _predict_masks_and_ids(reference_model, pixels, prompts)
+        tested_masks, tested_ids = _predict_masks_and_ids(tested_model, pixels.to(device, dtype), prompts.to(device))
+        tested_masks, tested_ids = tested_masks.cpu(), tested_ids.cpu()
+        width = max(ids.shape[1], tested_ids.shape[1])
+        is_same += compare_captions(_pad_ids(ids, width, eos_token_id), _pad_ids(tested_ids, width, eos_token_id), eos_token_id)
+        is_finite &= bool(tested_masks.isfinite().all())
+        intersection, union = (masks > 0) & (tested_masks > 0), (masks > 0) | (tested_masks > 0)
+        ious += ((intersection.sum((1, 2)) + 1e-9) / (union.sum((1, 2)) + 1e-9)).tolist()
     return {
-        "regions": len(same),
-        "captions": sum(same) / len(same),
+        "regions": len(is_same),
+        "captions": sum(is_same) / len(is_same),
         "least_iou": min(ious),
         "mean_iou": sum(ious) / len(ious),
-        "finite": finite,
+        "finite": is_finite,
     }
 
 
-def _read(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, PromptBatch]]:
+def _iter_scene_batches(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, PromptBatch]]:
     """Yield pixels and box prompts of a few scenes at a time."""
-    for start in range(0, len(scenes), SCENES_AT_ONCE):
-        samples = [scenes[number] for number in range(start, min(start + SCENES_AT_ONCE, len(scenes)))]
+    for start in range(0, len(scenes), SCENES_PER_BATCH):
+        samples = [scenes[index] for index in range(start, min(start + SCENES_PER_BATCH, len(scenes)))]
         images = [sample.image for sample in samples]
         requests = [[Prompt(box=tuple(region.box)) for region in sample.regions] for sample in samples]
         ((_, prompts),) = processor.group_prompts(requests, [processor.compute_frame(*image.size) for image in images])
@@ -149,14 +149,14 @@ def _read(scenes: Any, processor: Processor) -> Iterator[tuple[Tensor, PromptBat
 
 
 @torch.inference_mode()
-def _predict(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+def _predict_masks_and_ids(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
     """Return the chosen masks (N, 4h, 4w) as logits, and token ids (N, L)."""
     regions = model.segment(model.encode(pixels), prompts)
-    tasks = torch.full_like(prompts.image_index, TASKS.index("caption"))
-    prefix = model.build_prefix(model.mix(regions), tasks)
+    task_ids = torch.full_like(prompts.image_index, TASKS.index("caption"))
+    prefix = model.build_prefix(model.mix(regions), task_ids)
     ids = model.language_model.generate(prefix, **model.spec.generation).sequences[:, 0]
     return select_best_masks(regions.masks, regions.iou_scores).float(), ids
 
 
-def _widen(ids: Tensor, width: int, end: int) -> Tensor:
-    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=end)
+def _pad_ids(ids: Tensor, length: int, pad_token_id: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from sca.io.text import escape_markdown, format_csv
 from sca.output.colours import COLOURS
 from sca.output.page import render
-from sca_bench.states import STATES
-from sca_bench.summary import Line, find_axes, find_shared_parts, front, lines, telling
+from sca_bench.states import ROW_STATES
+from sca_bench.summary import CombinationSummary, find_varying_settings, find_shared_parts, find_pareto_front, summarize_rows, choose_quality_score
 from sca_bench.timing import STAGES
 
 WIDTH, HEIGHT, MARGIN = 560, 320, 48  # of a picture, pixels
@@ -49,8 +49,8 @@ class Bars(NamedTuple):
 
 def page(rows: Sequence[Mapping[str, Any]], title: str, score: str | None = None) -> str:
     """One HTML file. score: what counts as quality (default: the most telling that there is)."""
-    score = score or telling(rows)
-    found = lines(rows, score)
+    score = score or choose_quality_score(rows)
+    found = summarize_rows(rows, score)
     words, figures = _columns(found, score)
     said = f"quality: {score}" if score else "without scores"
     charts = (_pareto(found, score), _memory(found, score), _curves(found))
@@ -75,8 +75,8 @@ def page(rows: Sequence[Mapping[str, Any]], title: str, score: str | None = None
 
 def markdown(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
     """A table, and below it what was not made."""
-    score = score or telling(rows)
-    words, figures = _columns(lines(rows, score), score)
+    score = score or choose_quality_score(rows)
+    words, figures = _columns(summarize_rows(rows, score), score)
     told = [_row([*words, *figures]), f"|{' --- |' * len(words)}{' ---: |' * len(figures)}"]
     told += [_row(cells) for cells in zip(*words.values(), *figures.values(), strict=True)]
     others = [
@@ -84,7 +84,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str
         for row in _ended(rows)
     ]
     said = f"Score: {escape_markdown(score)}; " if score else ""
-    told += [*_speeds(lines(rows, score)), "", f"{said}{escape_markdown(_where(rows))}."]
+    told += [*_speeds(summarize_rows(rows, score)), "", f"{said}{escape_markdown(_where(rows))}."]
     return "\n".join([*told, *([""] if others else []), *others]) + "\n"
 
 
@@ -92,12 +92,12 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 
-def _columns(found: Sequence[Line], score: str | None) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _columns(found: Sequence[CombinationSummary], score: str | None) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the columns of text and of figures of a table, by their headings.
 
     Text is what combinations differ in, figures are `FIGURES` and every score but the one that counts as quality.
     """
-    words = find_axes([line.config for line in found]) or {"combination": [line.label for line in found]}
+    words = find_varying_settings([line.config for line in found]) or {"combination": [line.label for line in found]}
     figures = dict(zip(FIGURES, map(list, zip(*map(_cells, found), strict=True)), strict=True)) if found else {}
     names = dict.fromkeys(name for line in found for name in line.scores if name != score)
     figures |= {name: [_score(line.scores.get(name)) for line in found] for name in names}
@@ -108,18 +108,18 @@ def _score(value: float | None) -> str:
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def _speeds(found: Sequence[Line]) -> list[str]:
+def _speeds(found: Sequence[CombinationSummary]) -> list[str]:
     """The regions a second of each combination by how many there are, and what its stages take at the most."""
-    timed = [line for line in found if line.curve]
+    timed = [line for line in found if line.regions_per_second]
     if not timed:
         return []
-    counts = sorted({regions for line in timed for regions in line.curve})
+    counts = sorted({regions for line in timed for regions in line.regions_per_second})
     heads = [*(f"at {regions}" for regions in counts), *(f"{stage}, ms" for stage in STAGES)]
     told = ["", "Regions a second by regions an image, and the stages at the most of them:", ""]
-    axes = find_axes([line.config for line in timed]) or {"combination": [line.label for line in timed]}
+    axes = find_varying_settings([line.config for line in timed]) or {"combination": [line.label for line in timed]}
     told += [_row([*axes, *heads]), f"|{' --- |' * len(axes)}{' ---: |' * len(heads)}"]
     for line, words in zip(timed, zip(*axes.values(), strict=True), strict=True):
-        speeds = [_scaled(line.curve.get(regions), 1) for regions in counts]
+        speeds = [_scaled(line.regions_per_second.get(regions), 1) for regions in counts]
         stages = [_scaled(line.stages[stage], 1e-3) for stage in STAGES]
         told.append(_row([*words, *speeds, *stages]))
     return told
@@ -127,10 +127,10 @@ def _speeds(found: Sequence[Line]) -> list[str]:
 
 def table(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
     """CSV: a line a row, with every score and every timing."""
-    score = score or telling(rows)
+    score = score or choose_quality_score(rows)
     names = sorted({each["name"] for row in rows for each in row.get("scores") or () if each["control"] is None})
     ordered = sorted(rows, key=lambda row: (row["label"], row["key"]))
-    axes = find_axes([row["config"] for row in ordered])
+    axes = find_varying_settings([row["config"] for row in ordered])
     columns = ["key", "label", *axes, "state", "reason", "seed", "parameters", "trainable", "memory", *names]
     columns += ["regions", *STAGES, "first_caption", "regions_per_second", "training_step"]
     written: list[list[Any]] = [columns]
@@ -150,7 +150,7 @@ def table(rows: Sequence[Mapping[str, Any]], score: str | None = None) -> str:
     return format_csv(written)
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: CombinationSummary) -> list[str]:
     flops = {key: value for key, value in (line.flops or {}).items() if key not in ("images", "regions", "words")}
     rest = sum(flops.values()) - flops.get("encode", 0)
     return [
@@ -161,27 +161,27 @@ def _cells(line: Line) -> list[str]:
         _scaled(rest if flops else None, 1e9),
         "" if line.quality is None else f"{line.quality:.3f}",
         "" if line.low is None or line.high is None else f"{line.low:.3f} to {line.high:.3f}",
-        f"{min(line.seeds):.3f} to {max(line.seeds):.3f}" if len(line.seeds) > 1 else "",
+        f"{min(line.seed_scores):.3f} to {max(line.seed_scores):.3f}" if len(line.seed_scores) > 1 else "",
         _scaled(line.first_caption, 1e-3),
-        _scaled(line.fastest, 1),
+        _scaled(line.max_regions_per_second, 1),
         _scaled(line.training_step, 1e-3),
         _scaled(line.memory, 2**30),
     ]
 
 
-def _below_best(found: Sequence[Line]) -> set[int]:
+def _below_best(found: Sequence[CombinationSummary]) -> set[int]:
     """Indices of what is clearly below the best, by intervals that do not meet."""
     best = next((line.low for line in found if line.low is not None), None)
     return {n for n, line in enumerate(found) if best is not None and line.high is not None and line.high < best}
 
 
-def _pareto(found: Sequence[Line], score: str | None) -> Chart | None:
-    points = [(place, line.fastest, line.quality) for place, line in enumerate(found)]
+def _pareto(found: Sequence[CombinationSummary], score: str | None) -> Chart | None:
+    points = [(place, line.max_regions_per_second, line.quality) for place, line in enumerate(found)]
     known = [(n, math.log10(x), y) for n, x, y in points if x and y is not None]
     return _scatter(known, "regions a second (log)", str(score), "quality and speed", lambda x: f"{10**x:.3g}")
 
 
-def _memory(found: Sequence[Line], score: str | None) -> Chart | None:
+def _memory(found: Sequence[CombinationSummary], score: str | None) -> Chart | None:
     points = [(place, line.memory, line.quality) for place, line in enumerate(found)]
     known = [(n, -math.log10(x), y) for n, x, y in points if x and y is not None]
     return _scatter(
@@ -201,7 +201,7 @@ def _scatter(
     place_x, low_x, high_x = _scale([x for _, x, _ in points], MARGIN, WIDTH - 12)
     place_y, low_y, high_y = _scale([y for *_, y in points], HEIGHT - MARGIN, 12)
     dots = [(n, place_x(x), place_y(y)) for n, x, y in points]
-    best = front([(x, y) for _, x, y in points])
+    best = find_pareto_front([(x, y) for _, x, y in points])
     return Chart(
         f"{title}; dashed: no combination is better in both. Numbers are places in the table as it first stands.",
         (shown(low_x), shown(high_x), across),
@@ -212,8 +212,8 @@ def _scatter(
     )
 
 
-def _curves(found: Sequence[Line]) -> Chart | None:
-    curves = [(place, line.curve) for place, line in enumerate(found) if len(line.curve) > 1]
+def _curves(found: Sequence[CombinationSummary]) -> Chart | None:
+    curves = [(place, line.regions_per_second) for place, line in enumerate(found) if len(line.regions_per_second) > 1]
     if not curves:
         return None
     every = [(math.log10(x), math.log10(y)) for _, curve in curves for x, y in curve.items()]
@@ -233,7 +233,7 @@ def _curves(found: Sequence[Line]) -> Chart | None:
     )
 
 
-def _bars(found: Sequence[Line]) -> Bars | None:
+def _bars(found: Sequence[CombinationSummary]) -> Bars | None:
     timed = [(place, line.stages) for place, line in enumerate(found) if line.stages]
     return Bars(timed, STAGES, max(sum(stages.values()) for _, stages in timed)) if timed else None
 
@@ -245,7 +245,7 @@ def _scale(values: Sequence[float], start: float, end: float) -> tuple[Callable[
 
 
 def _ended(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    order = list(STATES)
+    order = list(ROW_STATES)
     return sorted(
         (row for row in rows if row["state"] != "done"), key=lambda row: (order.index(row["state"]), row["label"])
     )

@@ -14,32 +14,32 @@ from typing import Any
 import sca_registry
 
 from sca.launchers.task import Task
-from sca_bench.store import Store
+from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 from sca_bench.validation import check_rows
 
 
 @dataclass(frozen=True)
-class Status:
+class SweepStatus:
     """How far a sweep is: how many rows there are in each state, and which are missing."""
 
-    rows: int
-    states: Mapping[str, int]
+    num_rows: int
+    state_counts: Mapping[str, int]
     missing: list[str]  # labels
 
 
-def run(
+def run_sweep(
     sweep: Sweep,
     folder: str | Path,
     launcher: str = "local",
-    options: Mapping[str, Any] | None = None,
+    launcher_options: Mapping[str, Any] | None = None,
     timeout: float = 3600.0,
-    retry: tuple[str, ...] = (),
+    retry_states: tuple[str, ...] = (),
     force: bool = False,
     report: Callable[[str], None] = print,
-    seconds: float = math.inf,
+    budget_seconds: float = math.inf,
     order: str = "cheapest",
-) -> Status:
+) -> SweepStatus:
     """Makes what is missing of a sweep; rows appear in `folder/results.jsonl` as they are finished.
 
     launcher, options: where rows are made, a name of the registry. timeout: seconds that a row has. retry: states whose
@@ -50,17 +50,17 @@ def run(
     ValueError for what is wrong with a row that is missing, before the first is made. LockedError if somebody else
     writes into the folder, OutputError if it cannot be written.
     """
-    deadline = time.time() + seconds
-    where = sca_registry.launchers.build(launcher, **(options or {}))
-    store = Store(folder)
-    with store.held() as repairs:
+    deadline = time.time() + budget_seconds
+    built_launcher = sca_registry.launchers.build(launcher, **(launcher_options or {}))
+    store = ResultStore(folder)
+    with store.lock() as repairs:
         for line in repairs:
             report(line)
-        rows = {row.key: row for row in sweep.rows(order)}
-        if retry:
-            store.forget({row["key"] for row in store.rows() if row["state"] in retry and row["key"] in rows})
-        there = {row["key"] for row in store.rows()}
-        missing = [row for key, row in rows.items() if key not in there]
+        rows = {row.key: row for row in sweep.list_rows(order)}
+        if retry_states:
+            store.remove_rows({row["key"] for row in store.read_rows() if row["state"] in retry_states and row["key"] in rows})
+        finished_keys = {row["key"] for row in store.read_rows()}
+        missing = [row for key, row in rows.items() if key not in finished_keys]
         if missing:
             check_rows(sweep, missing)
         tasks = [
@@ -68,32 +68,32 @@ def run(
                 key,
                 "sca_bench.worker:work",
                 {**row.config, **({"force": True} if force else {})},
-                str(store.row_folder(key)),
+                str(store.make_row_folder(key)),
                 timeout,
                 num_gpus=int(sweep.device != "cpu"),
                 deadline=deadline,
             )
             for key, row in rows.items()
-            if key not in there
+            if key not in finished_keys
         ]
-        beyond: list[float] = []
-        if there & rows.keys():
-            report(f"{len(there & rows.keys())} of {len(rows)} rows are there already")
-        for number, (task, made) in enumerate(where.map(tasks), 1):
+        overhead_seconds: list[float] = []
+        if finished_keys & rows.keys():
+            report(f"{len(finished_keys & rows.keys())} of {len(rows)} rows are there already")
+        for number, (task, result) in enumerate(built_launcher.map(tasks), 1):
             row = rows[task.key]
-            store.add({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **made})
-            more = f" ({made['reason']:.200})" if made["reason"] else f" in {made['seconds'].get('process', 0):.1f} s"
-            report(f"{number} of {len(tasks)}: {row.label}: {made['state']}{more}")
-            if "whole" in made["seconds"]:
-                beyond.append(made["seconds"]["process"] - made["seconds"]["whole"])
-        if beyond:
-            report(f"a row took {median(beyond):.2f} s beyond its own work (the median of {len(beyond)})")
-    return status(sweep, folder)
+            store.append({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **result})
+            more = f" ({result['reason']:.200})" if result["reason"] else f" in {result['seconds'].get('process', 0):.1f} s"
+            report(f"{number} of {len(tasks)}: {row.label}: {result['state']}{more}")
+            if "whole" in result["seconds"]:
+                overhead_seconds.append(result["seconds"]["process"] - result["seconds"]["whole"])
+        if overhead_seconds:
+            report(f"a row took {median(overhead_seconds):.2f} s beyond its own work (the median of {len(overhead_seconds)})")
+    return read_sweep_status(sweep, folder)
 
 
-def status(sweep: Sweep, folder: str | Path) -> Status:
+def read_sweep_status(sweep: Sweep, folder: str | Path) -> SweepStatus:
     """Of a sweep in a folder, at any instant."""
-    found = {row["key"]: row["state"] for row in Store(folder).rows()}
-    rows = sweep.rows()
-    states = Counter(found[row.key] for row in rows if row.key in found)
-    return Status(len(rows), dict(states), [row.label for row in rows if row.key not in found])
+    states_by_key = {row["key"]: row["state"] for row in ResultStore(folder).read_rows()}
+    rows = sweep.list_rows()
+    state_counts = Counter(states_by_key[row.key] for row in rows if row.key in states_by_key)
+    return SweepStatus(len(rows), dict(state_counts), [row.label for row in rows if row.key not in states_by_key])

@@ -1,6 +1,6 @@
 """What can become of a row."""
 
-STATES = {
+ROW_STATES = {
     "done": "made, evaluated and measured",
     "impossible": "its parts do not fit together",
     "skipped": "it is predicted not to fit into memory",

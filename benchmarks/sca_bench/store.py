@@ -18,15 +18,15 @@ from sca.io.errors import InputError
 from sca.io.journal import Journal, encode_lines, read_journal
 from sca.io.run_folder import RunFolder
 
-NAME = "results.jsonl"
+RESULTS_NAME = "results.jsonl"
 
 
-class Store:
+class ResultStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.path = self.folder / NAME
+        self.path = self.folder / RESULTS_NAME
 
-    def rows(self) -> list[dict[str, Any]]:
+    def read_rows(self) -> list[dict[str, Any]]:
         """Every whole row, in the order in which they were finished. InputError for a line in between that is none."""
         rows: dict[str, dict[str, Any]] = {}
         for number, row in enumerate(read_journal(self.path), 1):
@@ -36,28 +36,28 @@ class Store:
         return list(rows.values())
 
     @contextmanager
-    def held(self) -> Iterator[list[str]]:
+    def lock(self) -> Iterator[list[str]]:
         """The right to write. Gives what had to be repaired. LockedError if somebody else has it."""
         with RunFolder(self.folder, "bench"):
-            self.rows()  # whatever is damaged before the end is named, not cut off
-            yield self._repair()
+            self.read_rows()  # whatever is damaged before the end is named, not cut off
+            yield self._drop_torn_line()
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """A finished row: on disk when this returns, or not there at all."""
         with Journal(self.path, sync_seconds=0) as journal:
             journal.append(row)
 
-    def row_folder(self, key: str) -> Path:
+    def make_row_folder(self, key: str) -> Path:
         """Made anew if it is gone."""
         folder = self.folder / "rows" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def forget(self, keys: set[str]) -> None:
+    def remove_rows(self, keys: set[str]) -> None:
         """Takes rows out, so that they are made again."""
-        write_file(self.path, encode_lines(row for row in self.rows() if row["key"] not in keys))
+        write_file(self.path, encode_lines(row for row in self.read_rows() if row["key"] not in keys))
 
-    def _repair(self) -> list[str]:
+    def _drop_torn_line(self) -> list[str]:
         """Drops a last line that was cut off."""
         if not self.path.exists():
             return []

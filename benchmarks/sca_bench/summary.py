@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from sca_bench.sweep import PARTS
+from sca_bench.sweep import PART_KINDS
 
-TELLING = ("cider-d", "attributes/all", "meteor", "class/count", "mask-iou/mean", "densecap-map")
+QUALITY_SCORES = ("cider-d", "attributes/all", "meteor", "class/count", "mask-iou/mean", "densecap-map")
 
 
 @dataclass(frozen=True)
-class Line:
+class CombinationSummary:
     """A combination. quality: the score's mean over seeds; low, high: the widest of the 95 % intervals over images;
     seeds: the score of each seed. scores: the mean of every score over seeds, those of controls as "NAME, CONTROL".
     The figures are those of `Line.of`; None where nothing was measured.
@@ -29,9 +29,9 @@ class Line:
     quality: float | None
     low: float | None
     high: float | None
-    seeds: tuple[float, ...]
+    seed_scores: tuple[float, ...]
     scores: Mapping[str, float]
-    curve: Mapping[int, float]  # regions of an image -> regions a second, the image's encoding included
+    regions_per_second: Mapping[int, float]  # regions of an image -> regions a second, the image's encoding included
     stages: Mapping[str, float]  # seconds by stage at the most regions
     first_caption: float | None  # seconds at the fewest regions
     training_step: float | None  # seconds
@@ -39,21 +39,21 @@ class Line:
     command: str
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], score: str | None) -> Line:
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], score_name: str | None) -> CombinationSummary:
         """Of rows that differ in their seeds alone; those that were not made count for nothing."""
         first = rows[0]
         scores = [
-            each for row in rows for each in row.get("scores") or () if (each["name"], each["control"]) == (score, None)
+            each for row in rows for each in row.get("scores") or () if (each["name"], each["control"]) == (score_name, None)
         ]
         values = [each["value"] for each in scores if each["value"] is not None]
         bounds = [(each["low"], each["high"]) for each in scores if each["low"] is not None]
-        curves = [row["curve"] for row in rows if row.get("curve")]
-        points = sorted({point["regions"] for curve in curves for point in curve})
-        most = [point for curve in curves for point in curve if point["regions"] == points[-1]]
-        least = [point for curve in curves for point in curve if point["regions"] == points[0]]
-        steps = [row["training_step"]["median"] for row in rows if row.get("training_step")]
-        taken = [row["memory"].get("answering") or row["memory"].get("planned") for row in rows if row.get("memory")]
-        taken = [each for each in taken if each is not None]
+        throughput_curves = [row["curve"] for row in rows if row.get("curve")]
+        region_counts = sorted({point["regions"] for curve in throughput_curves for point in curve})
+        largest_points = [point for curve in throughput_curves for point in curve if point["regions"] == region_counts[-1]]
+        smallest_points = [point for curve in throughput_curves for point in curve if point["regions"] == region_counts[0]]
+        step_seconds = [row["training_step"]["median"] for row in rows if row.get("training_step")]
+        memory_bytes = [row["memory"].get("answering") or row["memory"].get("planned") for row in rows if row.get("memory")]
+        memory_bytes = [each for each in memory_bytes if each is not None]
         parameters = first.get("parameters") or {}
         return cls(
             label=first["label"].rpartition(" seed=")[0],
@@ -67,16 +67,16 @@ class Line:
             seeds=tuple(values),
             scores=_average_scores(rows),
             curve={
-                regions: median(p["regions_per_second"] for curve in curves for p in curve if p["regions"] == regions)
-                for regions in points
+                regions: median(p["regions_per_second"] for curve in throughput_curves for p in curve if p["regions"] == regions)
+                for regions in region_counts
             },
             stages={
-                stage: median(point["stages"][stage]["median"] for point in most)
-                for stage in (most[0]["stages"] if most else ())
+                stage: median(point["stages"][stage]["median"] for point in largest_points)
+                for stage in (largest_points[0]["stages"] if largest_points else ())
             },
-            first_caption=median(point["first_caption"]["median"] for point in least) if least else None,
-            training_step=median(steps) if steps else None,
-            memory=max(taken) if taken else None,
+            first_caption=median(point["first_caption"]["median"] for point in smallest_points) if smallest_points else None,
+            training_step=median(step_seconds) if step_seconds else None,
+            memory=max(memory_bytes) if memory_bytes else None,
             command=f"sca bench row {shlex.quote(json.dumps(first['config'], sort_keys=True))}",
         )
 
@@ -86,30 +86,30 @@ class Line:
         return self.rows[0]["config"]
 
     @property
-    def fastest(self) -> float | None:
+    def max_regions_per_second(self) -> float | None:
         """Regions a second at the most regions."""
-        return self.curve[max(self.curve)] if self.curve else None
+        return self.regions_per_second[max(self.regions_per_second)] if self.regions_per_second else None
 
 
-def lines(rows: Iterable[Mapping[str, Any]], score: str | None) -> list[Line]:
+def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) -> list[CombinationSummary]:
     """A line a combination of which some row was made, the best first and those without a score last."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["state"] == "done":
             config = {key: value for key, value in row["config"].items() if key != "seed"}
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
-    made = [Line.of(sorted(each, key=lambda row: row["config"]["seed"]), score) for each in groups.values()]
-    return sorted(made, key=lambda line: (-(line.quality if line.quality is not None else -1), line.label))
+    summaries = [CombinationSummary.from_rows(sorted(each, key=lambda row: row["config"]["seed"]), score_name) for each in groups.values()]
+    return sorted(summaries, key=lambda line: (-(line.quality if line.quality is not None else -1), line.label))
 
 
-def telling(rows: Iterable[Mapping[str, Any]]) -> str | None:
+def choose_quality_score(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """The score that says most of quality, of those that are a number for some row."""
     scores = [each for row in rows for each in row.get("scores") or ()]
-    known = dict.fromkeys(each["name"] for each in scores if each["value"] is not None)
-    return next((name for name in TELLING if name in known), next(iter(known), None))
+    available = dict.fromkeys(each["name"] for each in scores if each["value"] is not None)
+    return next((name for name in QUALITY_SCORES if name in available), next(iter(available), None))
 
 
-def find_axes(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def find_varying_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return the settings that differ between configurations, each with its value in every configuration.
 
     The settings are the fields of the model, such as "encoder", and the others by their table: "train.steps".
@@ -123,7 +123,7 @@ def find_axes(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 def find_shared_parts(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the parts of the model that are the same in all configurations."""
     tables = [_list_settings(config) for config in configs]
-    parts = {name: {table.get(name, "") for table in tables} for name in PARTS}
+    parts = {name: {table.get(name, "") for table in tables} for name in PART_KINDS}
     return {name: value for name, values in parts.items() for value in values if len(values) == 1 and value}
 
 
@@ -146,7 +146,7 @@ def _format_setting(value: Any) -> str:
     return " ".join(map(_format_setting, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def name_score(score: Mapping[str, Any]) -> str:
+def format_score_name(score: Mapping[str, Any]) -> str:
     """Return the name of a score in tables; that of a control is "NAME, CONTROL"."""
     return f"{score['name']}, {score['control']}" if score["control"] else str(score["name"])
 
@@ -155,16 +155,16 @@ def _average_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for score in (score for row in rows for score in row.get("scores") or ()):
         if score["value"] is not None:
-            values.setdefault(name_score(score), []).append(score["value"])
+            values.setdefault(format_score_name(score), []).append(score["value"])
     return {name: mean(each) for name, each in values.items()}
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
+def find_pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """The places of points (more is better in both) that no other point is better than, by the first coordinate."""
-    best = float("-inf")
-    found = []
-    for place in sorted(range(len(points)), key=lambda place: (-points[place][0], -points[place][1])):
-        if points[place][1] > best:
-            best = points[place][1]
-            found.append(place)
-    return found
+    best_second = float("-inf")
+    front_indices = []
+    for index in sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1])):
+        if points[index][1] > best_second:
+            best_second = points[index][1]
+            front_indices.append(index)
+    return front_indices

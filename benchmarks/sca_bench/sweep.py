@@ -54,7 +54,7 @@ from sca.io.toml import parse_toml, read_toml_text
 from sca.io.validation import check_choice, check_keys, check_list, check_range, check_same_type, check_type
 from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 
-TABLES = {
+SECTION_KEYS = {
     "train": (
         *("recipe", "steps", "images", "learning_rate", "warmup"),
         *("regions", "texts", "precision", "prompts", "workers"),
@@ -62,13 +62,13 @@ TABLES = {
     "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch", "generation"),
     "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),
 }
-PARTS = ("encoder", "segmenter", "mixer", "language_model")
-ORDERS = ("cheapest", "listed")
+PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
+ROW_ORDERS = ("cheapest", "listed")
 MAX_ROWS = 10_000  # at a minute a row a week
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One row to be made: plain values, from which its key is computed."""
 
     config: Mapping[str, Any]  # model, train, evaluate, measure, seed, threads, device
@@ -94,19 +94,19 @@ class Row:
     def label(self) -> str:
         """For people: the parts, their options and the seed."""
         model = self.config["model"]
-        parts = [_said(model[kind]) for kind in PARTS if model.get(kind)]
-        rest = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
-        return " ".join(["+".join(parts), *rest, f"seed={self.config['seed']}"])
+        parts = [_format_part(model[kind]) for kind in PART_KINDS if model.get(kind)]
+        suffixes = [f"lora={model['lora']['rank']}"] if model.get("lora") else []
+        return " ".join(["+".join(parts), *suffixes, f"seed={self.config['seed']}"])
 
     @property
-    def cost(self) -> int:
+    def num_listed_parameters(self) -> int:
         """What its cards say of parameters: the order in which rows are made, cheapest first."""
-        total = 0
-        for kind in PARTS:
+        num_parameters = 0
+        for kind in PART_KINDS:
             part = self.config["model"].get(kind)
             if part and part["name"] in registry(kind):
-                total += registry(kind).card(part["name"]).parameters or 0
-        return total
+                num_parameters += registry(kind).card(part["name"]).parameters or 0
+        return num_parameters
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Sweep:
     @classmethod
     def read(cls, name: str, device: str = "cpu") -> Sweep:
         """A shipped sweep by name, or a TOML file. RegistryError for a name, a key or a value that is wrong."""
-        text, stem = _text(name)
+        text, stem = _read_sweep_text(name)
         try:
             table = parse_toml(text)
         except ValueError as error:
@@ -135,7 +135,7 @@ class Sweep:
         _check_fields(name, table)
         sweep = cls(stem, **table, device=device)
         sweep.check_size()
-        sweep.rows()
+        sweep.list_rows()
         return sweep
 
     def check_size(self) -> None:
@@ -143,13 +143,13 @@ class Sweep:
         sizes = {**{axis: len(values) for axis, values in self.axes.items()}, "seeds": len(self.seeds)}
         count = math.prod(sizes.values())
         if count > MAX_ROWS:
-            told = " x ".join(f"{axis} {size:,}" for axis, size in sizes.items())
+            axis_sizes = " x ".join(f"{axis} {size:,}" for axis, size in sizes.items())
             raise RegistryError(
-                f"the sweep {self.name} has {count:,} combinations ({told}), at most {MAX_ROWS:,} are allowed; "
+                f"the sweep {self.name} has {count:,} combinations ({axis_sizes}), at most {MAX_ROWS:,} are allowed; "
                 "shorten an axis"
             )
 
-    def rows(self, order: str = "cheapest") -> list[Row]:
+    def list_rows(self, order: str = "cheapest") -> list[SweepRow]:
         """List every combination once.
 
         Args:
@@ -162,9 +162,9 @@ class Sweep:
         for values in product(*self.axes.values()):
             model = json.loads(json.dumps(self.model))
             for axis, value in zip(self.axes, values, strict=True):
-                _put(model, axis, value)
+                _set_axis_value(model, axis, value)
             spec = ModelSpec.from_dict(model)
-            for kind in PARTS:
+            for kind in PART_KINDS:
                 part = getattr(spec, kind)
                 if part is not None:
                     registry(kind).card(part.name)
@@ -174,28 +174,28 @@ class Sweep:
                     "seed": seed,
                     "threads": self.threads,
                     "device": self.device,
-                    **{table: dict(value) for table in TABLES if (value := getattr(self, table)) is not None},
+                    **{table: dict(value) for table in SECTION_KEYS if (value := getattr(self, table)) is not None},
                 }
-                rows.append(Row(config))
+                rows.append(SweepRow(config))
         unique = list({row.key: row for row in rows}.values())
-        return sorted(unique, key=lambda row: row.cost) if order == "cheapest" else unique
+        return sorted(unique, key=lambda row: row.num_listed_parameters) if order == "cheapest" else unique
 
 
-def sweep_names() -> list[str]:
-    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+def list_sweeps() -> list[str]:
+    return sorted(file.name.removesuffix(".toml") for file in _get_sweeps_folder().iterdir() if file.name.endswith(".toml"))
 
 
-def _text(name: str) -> tuple[str, str]:
-    if name in sweep_names():
-        return (_folder() / f"{name}.toml").read_text("utf-8"), name
+def _read_sweep_text(name: str) -> tuple[str, str]:
+    if name in list_sweeps():
+        return (_get_sweeps_folder() / f"{name}.toml").read_text("utf-8"), name
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name)), Path(name).stem
-    raise unknown(f"no sweep named {name!r}, and no TOML file there", name, sweep_names())
+    raise unknown(f"no sweep named {name!r}, and no TOML file there", name, list_sweeps())
 
 
 def _check_fields(name: str, table: Mapping[str, Any]) -> None:
     """Raises RegistryError, naming the field, for a value of a sweep that has the wrong type or is out of range."""
-    for section in ("model", "axes", *TABLES):
+    for section in ("model", "axes", *SECTION_KEYS):
         check_type(f"{section} of the sweep {name}", table.get(section, {}), Mapping)
     for axis, values in table["axes"].items():
         if not isinstance(values, list) or not values:
@@ -205,71 +205,71 @@ def _check_fields(name: str, table: Mapping[str, Any]) -> None:
     for seed in table.get("seeds", ()):
         check_range("seeds", seed, int, 0, MAX_SEED)
     check_range("threads", table.get("threads", 1), int, 0)
-    for section, keys in TABLES.items():
+    for section, keys in SECTION_KEYS.items():
         check_keys(f"[{section}] of a sweep", table.get(section, {}), keys)
         for key, value in table.get(section, {}).items():
-            FIELDS[section](f"{section}.{key}", key, value)
+            SECTION_CHECKS[section](f"{section}.{key}", key, value)
     if "evaluate" in table and "dataset" not in table["evaluate"]:
         raise RegistryError("[evaluate] of a sweep has no dataset: give dataset = { name = ..., ... }")
 
 
-def _check_train(what: str, key: str, value: Any) -> None:
-    check_same_type(what, value, "" if key == "recipe" else getattr(TrainOptions(), key))
+def _check_train_value(location: str, key: str, value: Any) -> None:
+    check_same_type(location, value, "" if key == "recipe" else getattr(TrainOptions(), key))
 
 
-def _check_evaluate(what: str, key: str, value: Any) -> None:
+def _check_evaluate_value(location: str, key: str, value: Any) -> None:
     if key == "dataset":
         Part.from_dict(value, "dataset of evaluate")
     elif key in ("limit", "batch"):
-        check_range(what, value, int, 1)
+        check_range(location, value, int, 1)
     elif key in ("tasks", "metrics"):
-        check_list(what, value, str, minimum=1)
+        check_list(location, value, str, minimum=1)
     elif key == "generation":
-        check_type(what, value, Mapping)
-        check_generation(what, value)
+        check_type(location, value, Mapping)
+        check_generation(location, value)
     else:
-        check_type(what, value, str)
+        check_type(location, value, str)
 
 
-def _check_measure(what: str, key: str, value: Any) -> None:
+def _check_measure_value(location: str, key: str, value: Any) -> None:
     if key == "regions":
-        check_list(what, value, int, minimum=1)
+        check_list(location, value, int, minimum=1)
         for regions in value:
-            check_range(what, regions, int, 1)
+            check_range(location, regions, int, 1)
     elif key == "dtype":
-        check_choice(what, value, DTYPES)
+        check_choice(location, value, DTYPES)
     elif key in ("training", "plan"):
-        check_type(what, value, bool)
+        check_type(location, value, bool)
     else:
-        check_range(what, value, int, 1)
+        check_range(location, value, int, 1)
 
 
-FIELDS: dict[str, Callable[[str, str, Any], None]] = {
-    "train": _check_train,
-    "evaluate": _check_evaluate,
-    "measure": _check_measure,
+SECTION_CHECKS: dict[str, Callable[[str, str, Any], None]] = {
+    "train": _check_train_value,
+    "evaluate": _check_evaluate_value,
+    "measure": _check_measure_value,
 }
 
 
-def _folder():
+def _get_sweeps_folder():
     return files("sca_bench") / "sweeps"
 
 
-def _put(model: dict[str, Any], path: str, value: Any) -> None:
+def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
     """A field of the model, or an option of a part: `encoder.size`."""
-    first, _, option = path.partition(".")
+    field_name, _, option = axis.partition(".")
     if not option:
-        model[first] = value
+        model[field_name] = value
         return
-    inner = model.get(first, {})
-    if first in PARTS:
-        inner = Part.from_dict(inner, first).to_dict()
-    elif first in SHORT and not isinstance(inner, Mapping):
-        inner = {SHORT[first]: inner}
-    check_type(f"model.{first}", inner, Mapping)
-    model[first] = {**inner, option: value}
+    part_table = model.get(field_name, {})
+    if field_name in PART_KINDS:
+        part_table = Part.from_dict(part_table, field_name).to_dict()
+    elif field_name in SHORT and not isinstance(part_table, Mapping):
+        part_table = {SHORT[field_name]: part_table}
+    check_type(f"model.{field_name}", part_table, Mapping)
+    model[field_name] = {**part_table, option: value}
 
 
-def _said(part: Mapping[str, Any]) -> str:
+def _format_part(part: Mapping[str, Any]) -> str:
     options = ",".join(f"{key}={value}" for key, value in part.items() if key != "name" and not isinstance(value, dict))
     return part["name"] + (f"({options})" if options else "")

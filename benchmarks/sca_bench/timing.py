@@ -17,104 +17,104 @@ from sca.model import SegmentCaptioner
 STAGES = ("encode", "segment", "mix", "prefill", "decode")
 
 
-def spread(seconds: list[float]) -> dict[str, Any]:
+def summarize_seconds(seconds: list[float]) -> dict[str, Any]:
     """Median, least and most of some repeats, seconds."""
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "repeats": len(seconds)}
 
 
-def asked(model: SegmentCaptioner, images: int, regions: int) -> tuple[Tensor, PromptBatch]:
+def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: int) -> tuple[Tensor, PromptBatch]:
     """Pixels and boxes without meaning, on the model's device; `regions` of each image."""
-    size, like = model.encoder.image_format.size, model.task_tokens
-    draw = torch.Generator().manual_seed(0)
-    corner = torch.rand(images * regions, 2, generator=draw) * size / 2
-    owner = torch.arange(images).repeat_interleave(regions)
-    prompts = PromptBatch(owner, boxes=torch.cat((corner, corner + size / 3), dim=1))
-    return torch.randn(images, 3, size, size, generator=draw).to(like), prompts.to(like.device)
+    size, reference_tensor = model.encoder.image_format.size, model.task_tokens
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(num_images * num_regions, 2, generator=generator) * size / 2
+    image_index = torch.arange(num_images).repeat_interleave(num_regions)
+    prompts = PromptBatch(image_index, boxes=torch.cat((corners, corners + size / 3), dim=1))
+    return torch.randn(num_images, 3, size, size, generator=generator).to(reference_tensor), prompts.to(reference_tensor.device)
 
 
 @torch.inference_mode()
-def stages(model: SegmentCaptioner, images: int, regions: int, words: int, repeats: int) -> dict[str, Any]:
+def measure_stages(model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, repeats: int) -> dict[str, Any]:
     """Seconds by stage for `images` with `regions` each, and what they make together.
 
     encode, segment and mix are those of `Predictor`, `REGIONS` at a time; prefill is what the language model does up
     to the first word, decode the other words. No caption ends early.
     """
-    pixels, prompts = asked(model, images, regions)
+    pixels, prompts = make_random_inputs(model, num_images, num_regions)
     model.language_model._ends = lambda: (0, [])
-    clock, generate = _Clock(pixels.device), model.language_model.generate
-    runs: list[dict[str, float]] = []
+    clock, generate = _DeviceClock(pixels.device), model.language_model.generate
+    repeat_seconds: list[dict[str, float]] = []
     for repeat in range(repeats + 1):
-        taken = dict.fromkeys(STAGES, 0.0)
-        features = clock.time(taken, "encode", lambda: model.encode(pixels))
-        prefixes, prepared = [], None
+        stage_seconds = dict.fromkeys(STAGES, 0.0)
+        features = clock.time_stage(stage_seconds, "encode", lambda: model.encode(pixels))
+        prefixes, prepared_features = [], None
         for chunk in prompts.chunks(REGION_BATCH_SIZE):
-            found = clock.time(taken, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
-            start = clock.now()
-            prepared = model.prepare_mixer(found) if prepared is None else prepared
-            prefixes.append(model.build_prefix(model.mix(found, prepared), torch.ones_like(chunk.image_index)))
-            taken["mix"] += clock.now() - start
-            del found
+            segmenter_output = clock.time_stage(stage_seconds, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
+            start = clock.read_time()
+            prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
+            prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared_features), torch.ones_like(chunk.image_index)))
+            stage_seconds["mix"] += clock.read_time() - start
+            del segmenter_output
         prefix = torch.cat(prefixes)
-        clock.time(taken, "prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))
-        clock.time(taken, "decode", lambda prefix=prefix: generate(prefix, max_new_tokens=words))
-        taken["decode"] = max(0.0, taken["decode"] - taken["prefill"])
+        clock.time_stage(stage_seconds, "prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))
+        clock.time_stage(stage_seconds, "decode", lambda prefix=prefix: generate(prefix, max_new_tokens=max_new_tokens))
+        stage_seconds["decode"] = max(0.0, stage_seconds["decode"] - stage_seconds["prefill"])
         if repeat:  # the first is for warming up
-            runs.append(taken)
-    whole = [sum(run.values()) for run in runs]
-    first = [sum(run[stage] for stage in STAGES[:4]) for run in runs]
-    told = {stage: spread([run[stage] for run in runs]) for stage in STAGES}
-    count = images * regions
+            repeat_seconds.append(stage_seconds)
+    total_seconds = [sum(run.values()) for run in repeat_seconds]
+    first_caption_seconds = [sum(run[stage] for stage in STAGES[:4]) for run in repeat_seconds]
+    stage_timings = {stage: summarize_seconds([run[stage] for run in repeat_seconds]) for stage in STAGES}
+    num_captions = num_images * num_regions
     return {
-        "images": images,
-        "regions": regions,
-        "words": words,
-        "stages": told,
-        "whole": spread(whole),
-        "first_caption": spread(first),
-        "regions_per_second": count / statistics.median(whole),
-        "captions_per_second_encoded": count
-        / statistics.median([w - r["encode"] for w, r in zip(whole, runs, strict=True)]),
+        "images": num_images,
+        "regions": num_regions,
+        "words": max_new_tokens,
+        "stages": stage_timings,
+        "whole": summarize_seconds(total_seconds),
+        "first_caption": summarize_seconds(first_caption_seconds),
+        "regions_per_second": num_captions / statistics.median(total_seconds),
+        "captions_per_second_encoded": num_captions
+        / statistics.median([w - r["encode"] for w, r in zip(total_seconds, repeat_seconds, strict=True)]),
     }
 
 
-def training_step(
-    model: SegmentCaptioner, images: int, regions: int, words: int, repeats: int, cached: bool = False
+def measure_training_step(
+    model: SegmentCaptioner, num_images: int, num_regions: int, num_tokens: int, repeats: int, use_cached_features: bool = False
 ) -> dict[str, Any]:
     """Seconds of a step: forward, backward and AdamW over what trains, with one text a region.
 
     cached: the encoder's features are kept, so that a step does not compute them.
     """
-    pixels, prompts = asked(model, images, regions)
-    batch = lesson(model, pixels, prompts, words)
-    if cached:
+    pixels, prompts = make_random_inputs(model, num_images, num_regions)
+    batch = make_training_batch(model, pixels, prompts, num_tokens)
+    if use_cached_features:
         with torch.no_grad():
             batch.features, batch.pixel_values = model.encode(pixels), None
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained)
-    clock, seconds = _Clock(pixels.device), []
+    trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_parameters)
+    clock, seconds = _DeviceClock(pixels.device), []
     model.train()
     for repeat in range(repeats + 1):
-        start = clock.now()
-        optimiser.zero_grad()
+        start = clock.read_time()
+        optimizer.zero_grad()
         model(batch).loss.backward()
-        optimiser.step()
+        optimizer.step()
         if repeat:
-            seconds.append(clock.now() - start)
+            seconds.append(clock.read_time() - start)
     model.eval()
-    return {"images": images, "regions": regions, "words": words, **spread(seconds)}
+    return {"images": num_images, "regions": num_regions, "words": num_tokens, **summarize_seconds(seconds)}
 
 
-def lesson(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, words: int) -> Batch:
+def make_training_batch(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, num_tokens: int) -> Batch:
     """One text a region, and masks where the segmenter learns them."""
-    rows, device = len(prompts), pixels.device
-    ids = torch.ones(rows, words, dtype=torch.long, device=device)
-    task = torch.ones(rows, dtype=torch.long, device=device)
-    batch = Batch(prompts=prompts, task_ids=task, pixel_values=pixels, input_ids=ids, attention_mask=ids)
+    num_regions, device = len(prompts), pixels.device
+    input_ids = torch.ones(num_regions, num_tokens, dtype=torch.long, device=device)
+    task_ids = torch.ones(num_regions, dtype=torch.long, device=device)
+    batch = Batch(prompts=prompts, task_ids=task_ids, pixel_values=pixels, input_ids=input_ids, attention_mask=input_ids)
     if hasattr(model.segmenter, "loss"):
         side = 4 * pixels.shape[-1] // model.encoder.stride
-        truth = torch.rand(rows, side, side, device=device)
-        has = torch.ones(rows, dtype=torch.bool, device=device)
-        batch.targets = Targets(truth, torch.ones_like(truth, dtype=torch.bool), has)
+        masks = torch.rand(num_regions, side, side, device=device)
+        has_mask = torch.ones(num_regions, dtype=torch.bool, device=device)
+        batch.targets = Targets(masks, torch.ones_like(masks, dtype=torch.bool), has_mask)
     return batch
 
 
@@ -124,18 +124,18 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Clock:
+class _DeviceClock:
     """Wall time after all that was asked of the device is done."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
-    def now(self) -> float:
+    def read_time(self) -> float:
         synchronize(self.device)
         return time.perf_counter()
 
-    def time(self, taken: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
-        start = self.now()
-        result = work()
-        taken[stage] += self.now() - start
+    def time_stage(self, stage_seconds: dict[str, float], stage: str, function: Callable[[], Any]) -> Any:
+        start = self.read_time()
+        result = function()
+        stage_seconds[stage] += self.read_time() - start
         return result

@@ -10,14 +10,14 @@ from sca_registry import RegistryError, datasets, registry
 from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.data.summary import check_not_empty
-from sca.evaluation.predictions import Questions
-from sca.evaluation.requirements import check_needs, check_truth
-from sca.evaluation.scoring import ready
+from sca.evaluation.predictions import PromptingOptions
+from sca.evaluation.requirements import check_metric_needs, check_has_truth
+from sca.evaluation.scoring import check_metrics
 from sca.training.sources import open_training_datasets, open_validation_dataset
-from sca_bench.sweep import PARTS, Row, Sweep
+from sca_bench.sweep import PART_KINDS, SweepRow, Sweep
 
 
-def check_rows(sweep: Sweep, rows: Iterable[Row]) -> None:
+def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
     """Check the components, options, recipes, datasets, prompts and metrics of rows.
 
     A component that does not work, and components that do not fit together, are results of a sweep and not refused.
@@ -26,59 +26,59 @@ def check_rows(sweep: Sweep, rows: Iterable[Row]) -> None:
         ValueError: One line that says which field or component is wrong, or which extra is not installed.
     """
     _check_evaluation(sweep)
-    checked: set[str] = set()
+    checked_keys: set[str] = set()
     for row in rows:
         spec = ModelSpec.from_dict(row.config["model"])
-        for kind in PARTS:
+        for kind in PART_KINDS:
             part = getattr(spec, kind)
-            if part is not None and _is_new(checked, [kind, part.to_dict()]):
+            if part is not None and _is_first_check(checked_keys, [kind, part.to_dict()]):
                 _check_component(kind, part)
-        asked = (sweep.evaluate or {}).get("generation", {})
-        for key, options in (("generation", spec.generation), ("evaluate.generation", asked)):
-            if _is_new(checked, [key, options, spec.language_model.name]):
+        evaluation_generation = (sweep.evaluate or {}).get("generation", {})
+        for key, options in (("generation", spec.generation), ("evaluate.generation", evaluation_generation)):
+            if _is_first_check(checked_keys, [key, options, spec.language_model.name]):
                 _check_generation(key, options, spec.language_model)
         recipe = row.recipe
-        if recipe is not None and _is_new(checked, [recipe.to_dict()["data"], str(recipe.validate)]):
+        if recipe is not None and _is_first_check(checked_keys, [recipe.to_dict()["data"], str(recipe.validate)]):
             open_training_datasets(recipe)
             if recipe.validate is not None:
                 open_validation_dataset(recipe.validate)
 
 
 def _check_evaluation(sweep: Sweep) -> None:
-    asked = sweep.evaluate
-    if asked is None:
+    evaluation = sweep.evaluate
+    if evaluation is None:
         return
-    questions = Questions(**{key: asked[key] for key in ("prompt", "tasks", "generation") if key in asked})
-    ready(asked.get("metrics"), None)
-    part, split = Part.from_dict(asked["dataset"], "dataset of evaluate"), asked.get("split", "val")
-    dataset, what = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
-    check_not_empty(dataset, what)
-    check_truth(dataset, what, questions.tasks, asked.get("limit"))
-    check_needs(asked.get("metrics", ()), dataset, questions.tasks, asked.get("limit"))
+    prompting = PromptingOptions(**{key: evaluation[key] for key in ("prompt", "tasks", "generation") if key in evaluation})
+    check_metrics(evaluation.get("metrics"), None)
+    part, split = Part.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
+    dataset, dataset_name = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
+    check_not_empty(dataset, dataset_name)
+    check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("limit"))
+    check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("limit"))
 
 
 def _check_component(kind: str, part: Part) -> None:
     try:
         registry(kind).check(part.name, **part.options)
     except RegistryError:
-        if not _is_broken(kind, part):
+        if not _is_broken_part(kind, part):
             raise
 
 
 def _check_generation(key: str, options: Mapping[str, Any], language_model: Part) -> None:
     """Check options of generation against the class of the language model, before it is built."""
-    if not _is_broken("language_model", language_model):
+    if not _is_broken_part("language_model", language_model):
         generate = registry("language_model").stated(language_model.name, "generate")
         check_generation(key, options, generate, upstream=2)
 
 
-def _is_broken(kind: str, part: Part) -> bool:
+def _is_broken_part(kind: str, part: Part) -> bool:
     return registry(kind).describe(part.name).state == "broken"
 
 
-def _is_new(checked: set[str], facts: object) -> bool:
+def _is_first_check(checked_keys: set[str], facts: object) -> bool:
     """Whether this is met for the first time."""
     key = json.dumps(facts, sort_keys=True)
-    known = key in checked
-    checked.add(key)
-    return not known
+    is_known = key in checked_keys
+    checked_keys.add(key)
+    return not is_known

@@ -33,11 +33,11 @@ import sca.evaluation.evaluate
 import sca.training.train  # noqa: F401 (and transformers with it)
 from sca.composition import build
 from sca.plan import plan_model
-from sca_bench.sweep import PARTS, Row
-from sca_bench.timing import stages, training_step
+from sca_bench.sweep import PART_KINDS, SweepRow
+from sca_bench.timing import measure_stages, measure_training_step
 
-TRAINED = 16  # regions of an image in a step of training, at most
-NO_ROOM = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
+MAX_TRAINING_REGIONS = 16  # regions of an image in a step of training, at most
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """
     config = dict(config)
     force = config.pop("force", False)
-    print(f"$ {command(config)}", file=sys.stderr, flush=True)
-    return record(lambda row: _make(row, config, Path(folder), force), config["device"])
+    print(f"$ {format_row_command(config)}", file=sys.stderr, flush=True)
+    return run_measurement(lambda row: _make_row(row, config, Path(folder), force), config["device"])
 
 
-def record(measure: Callable[[dict[str, Any]], None], device: str) -> dict[str, Any]:
+def run_measurement(measure: Callable[[dict[str, Any]], None], device: str) -> dict[str, Any]:
     """Run a measurement and return it as a row, also when it fails.
 
     Args:
@@ -70,29 +70,29 @@ def record(measure: Callable[[dict[str, Any]], None], device: str) -> dict[str, 
     try:
         measure(row)
     except BaseException as error:
-        row["state"], row["reason"] = _typed(error), f"{type(error).__name__}: {' '.join(str(error).split())}"
+        row["state"], row["reason"] = _classify_error(error), f"{type(error).__name__}: {' '.join(str(error).split())}"
         traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             raise
     row["seconds"]["whole"] = time.perf_counter() - start
-    row["memory"] = _memory(device) | row.get("memory", {})
-    row["environment"] = environment(device)
+    row["memory"] = _measure_memory(device) | row.get("memory", {})
+    row["environment"] = collect_environment(device)
     return row
 
 
-def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: bool) -> None:
+def _make_row(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: bool) -> None:
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     spec = ModelSpec.from_dict(config["model"])
     try:
         check_compatible(spec)
     except RegistryError as error:
-        row["state"], row["reason"] = _broken(spec) or "impossible", str(error)
+        row["state"], row["reason"] = _find_broken_state(spec) or "impossible", str(error)
         return
-    measure, training = config.get("measure"), config.get("train")
-    if measure is None or measure.get("plan", True):
-        with _timed(row, "plan"):
-            _plan(row, spec, config)
+    measure_options, train_options = config.get("measure"), config.get("train")
+    if measure_options is None or measure_options.get("plan", True):
+        with _StageTimer(row, "plan"):
+            _add_plan(row, spec, config)
     memory = row.get("memory", {})
     if memory.get("room") is not None and memory["planned"] > memory["room"] and not force:
         row["state"] = "skipped"
@@ -102,25 +102,25 @@ def _make(row: dict[str, Any], config: Mapping[str, Any], folder: Path, force: b
         )
         return
     torch.manual_seed(config["seed"])
-    with _timed(row, "build" if training is None else "train"):
-        if training is None:
+    with _StageTimer(row, "build" if train_options is None else "train"):
+        if train_options is None:
             model = build(spec, config["device"], weights=False)
         else:
-            model = _train(row, config, folder).to(config["device"])
+            model = _train_model(row, config, folder).to(config["device"])
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row.setdefault("parameters", {**groups, "whole": sum(groups.values()), "trainable": trainable})
-    if evaluation := config.get("evaluate"):
-        with _timed(row, "evaluate"):
-            row["scores"] = _evaluate(model, evaluation, config)
-    if measure:
-        with _timed(row, "measure"):
-            _measure(row, model, measure)
+    if evaluate_options := config.get("evaluate"):
+        with _StageTimer(row, "evaluate"):
+            row["scores"] = _evaluate_model(model, evaluate_options, config)
+    if measure_options:
+        with _StageTimer(row, "measure"):
+            _add_measurements(row, model, measure_options)
 
 
-def _broken(spec: ModelSpec) -> str | None:
+def _find_broken_state(spec: ModelSpec) -> str | None:
     """The state of a row one of whose parts does not work, whatever it is combined with."""
-    for kind in PARTS:
+    for kind in PART_KINDS:
         if (part := getattr(spec, kind)) is not None:
             entry = registry(kind).describe(part.name)
             if entry.state == "broken":
@@ -128,88 +128,88 @@ def _broken(spec: ModelSpec) -> str | None:
     return None
 
 
-def _plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> None:
+def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -> None:
     """Parameters, operations by stage, and whether there is room."""
-    measure = config.get("measure") or {}
-    regions, words = max(measure.get("regions", [1])), measure.get("words", 16)
-    dtype = getattr(torch, measure.get("dtype", "float32"))
-    images = measure.get("images", 1)
-    planned = plan_model(spec, images, regions, words, dtype=dtype)
-    peak = planned.peak
-    if measure.get("training"):
-        peak = max(peak, plan_model(spec, images, min(TRAINED, regions), words, train=True).peak)
-    whole = sum(planned.parameters.values())
-    row["parameters"] = {**planned.parameters, "whole": whole, "trainable": planned.trainable}
-    row["flops"] = {**planned.flops, "images": images, "regions": regions, "words": words}
-    row["memory"] = {"planned": peak, "room": _room(config["device"])}
+    measure_options = config.get("measure") or {}
+    num_regions, max_new_tokens = max(measure_options.get("regions", [1])), measure_options.get("words", 16)
+    dtype = getattr(torch, measure_options.get("dtype", "float32"))
+    num_images = measure_options.get("images", 1)
+    captioning_plan = plan_model(spec, num_images, num_regions, max_new_tokens, dtype=dtype)
+    peak = captioning_plan.peak
+    if measure_options.get("training"):
+        peak = max(peak, plan_model(spec, num_images, min(MAX_TRAINING_REGIONS, num_regions), max_new_tokens, train=True).peak)
+    num_parameters = sum(captioning_plan.parameters.values())
+    row["parameters"] = {**captioning_plan.parameters, "whole": num_parameters, "trainable": captioning_plan.trainable}
+    row["flops"] = {**captioning_plan.flops, "images": num_images, "regions": num_regions, "words": max_new_tokens}
+    row["memory"] = {"planned": peak, "room": _get_total_memory(config["device"])}
 
 
-def _train(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
+def _train_model(row: dict[str, Any], config: Mapping[str, Any], folder: Path):
     from sca.training.train import train
 
-    recipe = Row(config).recipe
+    recipe = SweepRow(config).recipe
     assert recipe is not None
-    left = folder / "training"
-    shutil.rmtree(left, ignore_errors=True)
-    model = train(recipe, left, resume=False)
-    states = sorted(left.glob("checkpoint-*/trainer_state.json"))
-    history = json.loads(states[-1].read_text("utf-8"))["log_history"] if states else []
+    training_folder = folder / "training"
+    shutil.rmtree(training_folder, ignore_errors=True)
+    model = train(recipe, training_folder, resume=False)
+    state_files = sorted(training_folder.glob("checkpoint-*/trainer_state.json"))
+    history = json.loads(state_files[-1].read_text("utf-8"))["log_history"] if state_files else []
     row["losses"] = [[each["step"], each["loss"]] for each in history if "loss" in each]
-    shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(training_folder, ignore_errors=True)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(f"{name} is not finite after training")
     return model
 
 
-def _evaluate(model: Any, asked: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     from sca.evaluation.evaluate import evaluate
-    from sca.evaluation.predictions import Questions
+    from sca.evaluation.predictions import PromptingOptions
 
-    given = {key: asked[key] for key in ("prompt", "tasks", "generation") if key in asked}
+    prompting_options = {key: evaluate_options[key] for key in ("prompt", "tasks", "generation") if key in evaluate_options}
     report = evaluate(
         model,
-        asked["dataset"],
-        asked.get("split", "val"),
-        questions=Questions(**given, seed=config["seed"]),
-        metrics=asked.get("metrics"),
-        batch=asked.get("batch", 8),
-        limit=asked.get("limit"),
+        evaluate_options["dataset"],
+        evaluate_options.get("split", "val"),
+        prompting=PromptingOptions(**prompting_options, seed=config["seed"]),
+        metrics=evaluate_options.get("metrics"),
+        batch_size=evaluate_options.get("batch", 8),
+        limit=evaluate_options.get("limit"),
     )
-    return [each.to_dict() for each in report.scored.scores]
+    return [each.to_dict() for each in report.scoring.scores]
 
 
-def _measure(row: dict[str, Any], model: Any, asked: Mapping[str, Any]) -> None:
-    images, words, repeats = asked.get("images", 1), asked.get("words", 16), asked.get("repeats", 5)
-    counts, memory = asked.get("regions", [1]), row.setdefault("memory", {})
+def _add_measurements(row: dict[str, Any], model: Any, measure_options: Mapping[str, Any]) -> None:
+    num_images, max_new_tokens, repeats = measure_options.get("images", 1), measure_options.get("words", 16), measure_options.get("repeats", 5)
+    region_counts, memory = measure_options.get("regions", [1]), row.setdefault("memory", {})
     device = model.task_tokens.device
-    if asked.get("training"):  # in float32, as models train, with autocast where the sweep computes in less
-        size = (images, min(TRAINED, max(counts)), words, repeats)
-        with _peak(memory, "training", device), torch.autocast(device.type, **_autocast(asked)):
-            row["training_step"] = training_step(model, *size)
+    if measure_options.get("training"):  # in float32, as models train, with autocast where the sweep computes in less
+        step_sizes = (num_images, min(MAX_TRAINING_REGIONS, max(region_counts)), max_new_tokens, repeats)
+        with _record_peak_memory(memory, "training", device), torch.autocast(device.type, **_get_autocast_options(measure_options)):
+            row["training_step"] = measure_training_step(model, *step_sizes)
         if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
-            with torch.autocast(device.type, **_autocast(asked)):
-                row["training_step_cached"] = training_step(model, *size, cached=True)
+            with torch.autocast(device.type, **_get_autocast_options(measure_options)):
+                row["training_step_cached"] = measure_training_step(model, *step_sizes, use_cached_features=True)
         model.zero_grad(set_to_none=True)
-    model = model.to(getattr(torch, asked.get("dtype", "float32")))
+    model = model.to(getattr(torch, measure_options.get("dtype", "float32")))
     row["curve"] = []
-    for regions in counts:
+    for num_regions in region_counts:
         peak: dict[str, int] = {}
-        with _peak(peak, "peak", device):
-            point = stages(model, images, regions, words, repeats)
+        with _record_peak_memory(peak, "peak", device):
+            point = measure_stages(model, num_images, num_regions, max_new_tokens, repeats)
         row["curve"].append(point | peak)
     peaks = [point["peak"] for point in row["curve"] if "peak" in point]
     if peaks:
         memory["answering"] = max(peaks)
 
 
-def _autocast(asked: Mapping[str, Any]) -> dict[str, Any]:
-    dtype = getattr(torch, asked.get("dtype", "float32"))
+def _get_autocast_options(measure_options: Mapping[str, Any]) -> dict[str, Any]:
+    dtype = getattr(torch, measure_options.get("dtype", "float32"))
     return {"dtype": torch.bfloat16 if dtype == torch.float32 else dtype, "enabled": dtype != torch.float32}
 
 
 @contextmanager
-def _peak(memory: dict[str, int], name: str, device: torch.device) -> Iterator[None]:
+def _record_peak_memory(memory: dict[str, int], name: str, device: torch.device) -> Iterator[None]:
     """Record under `name` the most bytes that torch allocates on a GPU meanwhile."""
     if device.type != "cuda":
         yield
@@ -219,7 +219,7 @@ def _peak(memory: dict[str, int], name: str, device: torch.device) -> Iterator[N
     memory[name] = torch.cuda.max_memory_allocated(device)
 
 
-class _timed:
+class _StageTimer:
     def __init__(self, row: dict[str, Any], stage: str):
         self.row, self.stage = row, stage
 
@@ -230,28 +230,28 @@ class _timed:
         self.row["seconds"][self.stage] = time.perf_counter() - self.start
 
 
-def _typed(error: BaseException) -> str:
+def _classify_error(error: BaseException) -> str:
     if isinstance(error, RegistryError) and error.__cause__ is not None:  # what a part's factory raised
-        return _typed(error.__cause__)
+        return _classify_error(error.__cause__)
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out-of-memory"
-    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_ROOM):
+    if isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OUT_OF_MEMORY_MESSAGES):
         return "out-of-memory"
     if isinstance(error, FloatingPointError):
         return "not-finite"
     return "import-error" if isinstance(error, ImportError) else "failed"
 
 
-def _memory(device: str) -> dict[str, int]:
+def _measure_memory(device: str) -> dict[str, int]:
     """Bytes at most: of the process, and of what torch has had of the device."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"host": host}
+    host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak_bytes = {"host": host_bytes}
     if device.startswith("cuda") and torch.cuda.is_available():
-        found["device"] = torch.cuda.max_memory_reserved(device)
-    return found
+        peak_bytes["device"] = torch.cuda.max_memory_reserved(device)
+    return peak_bytes
 
 
-def _room(device: str) -> int | None:
+def _get_total_memory(device: str) -> int | None:
     """Bytes that a row may take."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
@@ -259,30 +259,30 @@ def _room(device: str) -> int | None:
 
 
 @cache
-def environment(device: str) -> dict[str, Any]:
+def collect_environment(device: str) -> dict[str, Any]:
     """What was computed on, and with which versions."""
-    name = f"{platform.machine()}, {os.cpu_count()} cores"
+    device_name = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+        device_name = torch.cuda.get_device_name(device)
     versions = {"python": platform.python_version()}
     for package in (BUILTIN, "torch", "transformers", "peft"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"device": name, "versions": versions, "commit": _commit()}
+    return {"device": device_name, "versions": versions, "commit": _read_commit()}
 
 
-def _commit() -> str | None:
+def _read_commit() -> str | None:
     """Of the checkout that this file is in, if it is in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
-def command(config: Mapping[str, Any]) -> str:
+def format_row_command(config: Mapping[str, Any]) -> str:
     """What makes this row again, by itself."""
     return f"sca bench row {shlex.quote(json.dumps(config))}"

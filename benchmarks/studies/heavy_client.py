@@ -23,88 +23,88 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from sca_bench.worker import environment
+from sca_bench.worker import collect_environment
 
 from serving import _ask, _bodies, _Server, _told
 
-SILENT = 600  # connections
-PATIENCE = 5.0  # seconds after which the heavy client goes on to its next request
+NUM_SILENT_CONNECTIONS = 600  # connections
+REQUEST_TIMEOUT = 5.0  # seconds after which the heavy client goes on to its next request
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--model", default="sca-tiny")
-    arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--seconds", type=float, default=60.0, help="Time beside the heavy client.")
-    arguments.add_argument("--pause", type=float, default=60.0, help="Time after which memory is measured again.")
-    arguments.add_argument("--clients", type=int, default=16)
-    arguments.add_argument("--out", type=Path, help="A file for the measurements.")
-    given = arguments.parse_args()
-    with _Server(given.model, given.device) as server:
-        found = measure(server, given.clients, given.seconds, given.pause)
-    found["environment"] = environment(given.device)
-    for line in describe(found):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="sca-tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=60.0, help="Time beside the heavy client.")
+    parser.add_argument("--pause", type=float, default=60.0, help="Time after which memory is measured again.")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="A file for the measurements.")
+    args = parser.parse_args()
+    with _Server(args.model, args.device) as server:
+        measurements = measure_impact(server, args.clients, args.seconds, args.pause)
+    measurements["environment"] = collect_environment(args.device)
+    for line in describe_measurements(measurements):
         print(line)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"{json.dumps(found, indent=1)}\n", "utf-8")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(f"{json.dumps(measurements, indent=1)}\n", "utf-8")
 
 
-def measure(server: Any, clients: int, seconds: float, pause: float) -> dict[str, Any]:
+def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) -> dict[str, Any]:
     """Latency and statuses of the others without and beside the heavy client, and the memory of the server in bytes."""
-    bodies = _bodies()
-    _ask(server, bodies, clients, 3.0)  # to warm up
-    before = server.memory()
-    alone = _ask(server, bodies, clients, seconds / 2)
+    request_bodies = _bodies()
+    _ask(server, request_bodies, num_clients, 3.0)  # to warm up
+    memory_before = server.memory()
+    counts_alone = _ask(server, request_bodies, num_clients, seconds / 2)
     statuses: dict[str, Counter[Any]] = {}
-    highest, stop = [before], threading.Event()
+    peak_memory, stop = [memory_before], threading.Event()
     threads = [
-        threading.Thread(target=_be_heavy, args=(server, stop, statuses)),
-        threading.Thread(target=_watch, args=(server, stop, highest)),
+        threading.Thread(target=_run_heavy_client, args=(server, stop, statuses)),
+        threading.Thread(target=_track_peak_memory, args=(server, stop, peak_memory)),
     ]
     for thread in threads:
         thread.start()
-    beside = _ask(server, bodies, clients, seconds)
+    counts_beside = _ask(server, request_bodies, num_clients, seconds)
     stop.set()
     for thread in threads:
         thread.join()
     time.sleep(pause)
     return {
-        "clients": clients,
-        "alone": _told(alone),
-        "beside": _told(beside),
-        "ratio": _told(beside)["latency"]["p99"] / _told(alone)["latency"]["p99"],
+        "clients": num_clients,
+        "alone": _told(counts_alone),
+        "beside": _told(counts_beside),
+        "ratio": _told(counts_beside)["latency"]["p99"] / _told(counts_alone)["latency"]["p99"],
         "heavy": {name: {str(status): count for status, count in each.items()} for name, each in statuses.items()},
-        "memory": {"before": before, "highest": highest[0], "after": server.memory()},
+        "memory": {"before": memory_before, "highest": peak_memory[0], "after": server.memory()},
     }
 
 
-def describe(found: dict[str, Any]) -> Iterator[str]:
+def describe_measurements(measurements: dict[str, Any]) -> Iterator[str]:
     for name in ("alone", "beside"):
-        one = found[name]
-        latency = {each: f"{1000 * value:.0f} ms" for each, value in one["latency"].items()}
+        summary = measurements[name]
+        latency = {each: f"{1000 * value:.0f} ms" for each, value in summary["latency"].items()}
         yield (
-            f"{found['clients']} clients {name}: {one['requests_per_second']:.1f} requests/s, median "
-            f"{latency['median']}, p99 {latency['p99']}, {one['failed']} failed"
+            f"{measurements['clients']} clients {name}: {summary['requests_per_second']:.1f} requests/s, median "
+            f"{latency['median']}, p99 {latency['p99']}, {summary['failed']} failed"
         )
-    yield f"p99 beside the heavy client: {found['ratio']:.1f} times as long"
-    yield f"the heavy client: {found['heavy']}"
-    yield "memory of the server, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in found["memory"].items())
+    yield f"p99 beside the heavy client: {measurements['ratio']:.1f} times as long"
+    yield f"the heavy client: {measurements['heavy']}"
+    yield "memory of the server, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items())
 
 
-def _be_heavy(server: Any, stop: threading.Event, statuses: dict[str, Counter[Any]]) -> None:
-    requests = _heavy_requests()
+def _run_heavy_client(server: Any, stop: threading.Event, statuses: dict[str, Counter[Any]]) -> None:
+    requests = _make_heavy_requests()
     while not stop.is_set():
         for name, send in requests.items():
             if not stop.is_set():
                 statuses.setdefault(name, Counter())[send(server)] += 1
 
 
-def _heavy_requests() -> dict[str, Callable[[Any], Any]]:
-    small, large = _png(256), _png(7000)
+def _make_heavy_requests() -> dict[str, Callable[[Any], Any]]:
+    small, large = _encode_png(256), _encode_png(7000)
     box = {"box": [10, 10, 200, 200]}
     grid = {"points": 64, "crops": 2, "iou": 0, "stability": 0, "nms": 1}
-    bodies = {
+    request_tables = {
         "most points": {"image": small, "prompts": [{"points": [[n % 256, n % 199, 1] for n in range(256)]}] * 64},
         "too many points": {"image": small, "prompts": [{"points": [[n % 256, 9, 1] for n in range(45_000)]}]},
         "most prompts": {"image": small, "prompts": [box] * 4096},
@@ -116,57 +116,57 @@ def _heavy_requests() -> dict[str, Callable[[Any], Any]]:
         "10 beams of 512 tokens": {"image": small, "prompts": [box] * 64, "beams": 10, "max_new_tokens": 512},
     }
     requests: dict[str, Callable[[Any], Any]] = {}
-    for name, body in bodies.items():
+    for name, body in request_tables.items():
         content = json.dumps(body).encode()
-        requests[name] = lambda server, content=content: _post(server, content)
-    return {**requests, "one byte per second": _dribble, "silent connections": _keep_silent}
+        requests[name] = lambda server, content=content: _post_request(server, content)
+    return {**requests, "one byte per second": _send_slow_bodies, "silent connections": _hold_silent_connections}
 
 
-def _png(side: int) -> str:
+def _encode_png(side: int) -> str:
     file = io.BytesIO()
     Image.linear_gradient("L").resize((side, side)).convert("RGB").save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _post(server: Any, content: bytes) -> int | str:
-    line = HTTPConnection(server.host, server.port, timeout=PATIENCE)
+def _post_request(server: Any, content: bytes) -> int | str:
+    connection = HTTPConnection(server.host, server.port, timeout=REQUEST_TIMEOUT)
     try:
-        line.request("POST", "/v1/captions", content, {"Content-Type": "application/json"})
-        answer = line.getresponse()
-        answer.read()
-        return answer.status
+        connection.request("POST", "/v1/captions", content, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+        return response.status
     except OSError as error:
         return type(error).__name__  # this client has other things to send
     finally:
-        line.close()
+        connection.close()
 
 
-def _dribble(server: Any) -> str:
+def _send_slow_bodies(server: Any) -> str:
     """Bodies at one byte per second."""
     head = b"POST /v1/captions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999\r\n\r\n"
-    with contextlib.ExitStack() as opened:
-        lines = [opened.enter_context(socket.create_connection((server.host, server.port))) for _ in range(50)]
-        for line in lines:
-            line.sendall(head)
-        for _ in range(int(PATIENCE)):
-            for line in lines:
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(50)]
+        for connection in connections:
+            connection.sendall(head)
+        for _ in range(int(REQUEST_TIMEOUT)):
+            for connection in connections:
                 with contextlib.suppress(OSError):
-                    line.sendall(b" ")
+                    connection.sendall(b" ")
             time.sleep(1)
     return "sent"
 
 
-def _keep_silent(server: Any) -> str:
-    with contextlib.ExitStack() as opened:
-        for _ in range(SILENT):
-            opened.enter_context(socket.create_connection((server.host, server.port)))
-        time.sleep(PATIENCE)
+def _hold_silent_connections(server: Any) -> str:
+    with contextlib.ExitStack() as stack:
+        for _ in range(NUM_SILENT_CONNECTIONS):
+            stack.enter_context(socket.create_connection((server.host, server.port)))
+        time.sleep(REQUEST_TIMEOUT)
     return "sent"
 
 
-def _watch(server: Any, stop: threading.Event, highest: list[int]) -> None:
+def _track_peak_memory(server: Any, stop: threading.Event, peak_memory: list[int]) -> None:
     while not stop.wait(0.05):
-        highest[0] = max(highest[0], server.memory())
+        peak_memory[0] = max(peak_memory[0], server.memory())
 
 
 if __name__ == "__main__":

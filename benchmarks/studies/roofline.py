@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_bench.against_published import EIGHT, published
-from sca_bench.timing import STAGES, asked
+from sca_bench.against_published import PUBLISHED_REGIONS_PER_CALL, use_published_procedure
+from sca_bench.timing import STAGES, make_random_inputs
 
 import sca
 from sca.inference.engine import REGION_BATCH_SIZE
@@ -24,7 +24,7 @@ from sca.io.atomic import write_file
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
 
-WORDS = 20
+MAX_NEW_TOKENS = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,98 +34,98 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--regions", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     torch.manual_seed(0)
-    model = sca.compose(given.encoder, "query", given.language_model, weights=False).eval()
+    model = sca.compose(args.encoder, "query", args.language_model, weights=False).eval()
     model.language_model._ends = lambda: (0, [])  # no caption ends early
-    speed, copied = _speed(), _copied()
-    with published(model):
-        before = _stages(model, given.regions, EIGHT, given.repeats)
-    after = _stages(model, given.regions, REGION_BATCH_SIZE, given.repeats)
-    flops = plan_model(model.spec, 1, given.regions, WORDS).flops
-    moved = _bytes(model, given.regions)
-    print(f"a matrix product makes {speed / 1e9:.0f} GFLOP/s here, a copy {copied / 1e9:.1f} GB/s\n")
+    flops_per_second, bytes_per_second = _measure_flops_per_second(), _measure_copy_bandwidth()
+    with use_published_procedure(model):
+        published_seconds = _measure_stages(model, args.regions, PUBLISHED_REGIONS_PER_CALL, args.repeats)
+    our_seconds = _measure_stages(model, args.regions, REGION_BATCH_SIZE, args.repeats)
+    flops = plan_model(model.spec, 1, args.regions, MAX_NEW_TOKENS).flops
+    num_bytes = _count_stage_bytes(model, args.regions)
+    print(f"a matrix product makes {flops_per_second / 1e9:.0f} GFLOP/s here, a copy {bytes_per_second / 1e9:.1f} GB/s\n")
     print("| stage | published, s | ours, s | arithmetic, s | bytes, s | ours : higher floor |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for stage in STAGES:
-        floors = flops[stage] / speed, moved[stage] / copied
-        rows.append({"stage": stage, "published": before[stage], "ours": after[stage], "floors": floors})
-        told = f"{before[stage]:.3g} | {after[stage]:.3g} | {floors[0]:.3g} | {floors[1]:.3g}"
-        print(f"| {stage} | {told} | {after[stage] / max(floors):.1f} |")
-    if given.out:
-        from sca_bench.worker import environment
+        floors = flops[stage] / flops_per_second, num_bytes[stage] / bytes_per_second
+        rows.append({"stage": stage, "published": published_seconds[stage], "ours": our_seconds[stage], "floors": floors})
+        cells = f"{published_seconds[stage]:.3g} | {our_seconds[stage]:.3g} | {floors[0]:.3g} | {floors[1]:.3g}"
+        print(f"| {stage} | {cells} | {our_seconds[stage] / max(floors):.1f} |")
+    if args.out:
+        from sca_bench.worker import collect_environment
 
-        options = {name: value for name, value in vars(given).items() if name != "out"}
-        found = {**options, "flops_per_second": speed, "bytes_per_second": copied, "rows": rows}
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(given.out, f"{json.dumps({**found, 'environment': environment('cpu')}, indent=1)}\n")
+        options = {name: value for name, value in vars(args).items() if name != "out"}
+        measurements = {**options, "flops_per_second": flops_per_second, "bytes_per_second": bytes_per_second, "rows": rows}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, f"{json.dumps({**measurements, 'environment': collect_environment('cpu')}, indent=1)}\n")
 
 
 @torch.inference_mode()
-def _stages(model: SegmentCaptioner, regions: int, together: int, repeats: int) -> dict[str, float]:
+def _measure_stages(model: SegmentCaptioner, num_regions: int, regions_per_call: int, repeats: int) -> dict[str, float]:
     """The least seconds of each stage, `together` regions at a time; the words likewise, and all at once for ours."""
-    pixels, prompts = asked(model, 1, regions)
-    generate, best = model.language_model.generate, dict.fromkeys(STAGES, float("inf"))
+    pixels, prompts = make_random_inputs(model, 1, num_regions)
+    generate, least_seconds = model.language_model.generate, dict.fromkeys(STAGES, float("inf"))
     for repeat in range(repeats + 1):
-        taken = dict.fromkeys(STAGES, 0.0)
+        stage_seconds = dict.fromkeys(STAGES, 0.0)
 
-        def timed(stage: str, work: Callable[[], Any], taken: dict[str, float] = taken) -> Any:
+        def time_stage(stage: str, function: Callable[[], Any], stage_seconds: dict[str, float] = stage_seconds) -> Any:
             start = time.perf_counter()
-            result = work()
-            taken[stage] += time.perf_counter() - start
+            result = function()
+            stage_seconds[stage] += time.perf_counter() - start
             return result
 
-        features = timed("encode", lambda: model.encode(pixels))
+        features = time_stage("encode", lambda: model.encode(pixels))
         prefixes = []
-        for chunk in prompts.chunks(together):
-            found = timed("segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
-            mixed = timed("mix", lambda found=found: model.mix(found, model.prepare_mixer(found)))
-            prefixes.append(model.build_prefix(mixed, torch.ones_like(chunk.image_index)))
-        for part in prefixes:
-            timed("prefill", lambda part=part: generate(part, max_new_tokens=1))
-            timed("decode", lambda part=part: generate(part, max_new_tokens=WORDS))
-        taken["decode"] -= taken["prefill"]
+        for chunk in prompts.chunks(regions_per_call):
+            segmenter_output = time_stage("segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
+            queries = time_stage("mix", lambda segmenter_output=segmenter_output: model.mix(segmenter_output, model.prepare_mixer(segmenter_output)))
+            prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))
+        for prefix in prefixes:
+            time_stage("prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))
+            time_stage("decode", lambda prefix=prefix: generate(prefix, max_new_tokens=MAX_NEW_TOKENS))
+        stage_seconds["decode"] -= stage_seconds["prefill"]
         if repeat:
-            best = {stage: min(best[stage], taken[stage]) for stage in STAGES}
-    return best
+            least_seconds = {stage: min(least_seconds[stage], stage_seconds[stage]) for stage in STAGES}
+    return least_seconds
 
 
-def _bytes(model: SegmentCaptioner, regions: int) -> dict[str, int]:
+def _count_stage_bytes(model: SegmentCaptioner, num_regions: int) -> dict[str, int]:
     """What each stage has to move at the least."""
 
-    def weights(module: torch.nn.Module) -> int:
+    def count_weight_bytes(module: torch.nn.Module) -> int:
         return sum(parameter.nbytes for parameter in module.parameters())
 
     side = model.encoder.image_format.size // model.encoder.stride
-    features = 4 * model.segmenter.channels * side * side
-    words = weights(model.language_model)
+    feature_bytes = 4 * model.segmenter.channels * side * side
+    language_model_bytes = count_weight_bytes(model.language_model)
     return {
-        "encode": weights(model.encoder) + 4 * 3 * model.encoder.image_format.size**2 + features,
-        "segment": weights(model.segmenter) + (1 + regions) * features,
-        "mix": weights(model.mixer) + 2 * regions * features,
-        "prefill": words,
-        "decode": (WORDS - 1) * words,
+        "encode": count_weight_bytes(model.encoder) + 4 * 3 * model.encoder.image_format.size**2 + feature_bytes,
+        "segment": count_weight_bytes(model.segmenter) + (1 + num_regions) * feature_bytes,
+        "mix": count_weight_bytes(model.mixer) + 2 * num_regions * feature_bytes,
+        "prefill": language_model_bytes,
+        "decode": (MAX_NEW_TOKENS - 1) * language_model_bytes,
     }
 
 
-def _speed() -> float:
+def _measure_flops_per_second() -> float:
     """Operations a second of a large matrix product."""
     side = 2048
-    one = torch.randn(side, side)
-    return 2 * side**3 / min(_seconds(lambda: one @ one) for _ in range(5))
+    matrix = torch.randn(side, side)
+    return 2 * side**3 / min(_time_call(lambda: matrix @ matrix) for _ in range(5))
 
 
-def _copied() -> float:
+def _measure_copy_bandwidth() -> float:
     """Bytes a second of a copy, each counted as it is read and as it is written."""
-    one = torch.empty(2**26)
-    other = torch.empty_like(one)
-    return 2 * one.nbytes / min(_seconds(lambda: other.copy_(one)) for _ in range(5))
+    source = torch.empty(2**26)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_time_call(lambda: target.copy_(source)) for _ in range(5))
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def _time_call(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    work()
+    function()
     return time.perf_counter() - start
 
 

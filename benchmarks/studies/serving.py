@@ -21,74 +21,74 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sca_bench.worker import environment
+from sca_bench.worker import collect_environment
 
 from sca.io.atomic import write_file
 
-IMAGES = 24
+NUM_IMAGES = 24
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--model", default="sca-tiny")
-    arguments.add_argument("--seconds", type=float, default=120.0, help="of the many; a quarter of it for the one")
-    arguments.add_argument("--clients", type=int, default=32)
-    arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--out", type=Path, help="a file for what was measured")
-    given = arguments.parse_args()
-    bodies = _bodies()
-    with _Server(given.model, given.device) as server:
-        _ask(server, bodies, 1, 3.0)  # to warm up
-        one = _ask(server, bodies, 1, given.seconds / 4)
-        before = server.memory()
-        halves = [_ask(server, bodies, given.clients, given.seconds / 2), server.memory()]
-        halves += [_ask(server, bodies, given.clients, given.seconds / 2), server.memory()]
-    many = {name: halves[0][name] + halves[2][name] for name in ("answered", "failed", "seconds")}
-    many["latencies"] = halves[0]["latencies"] + halves[2]["latencies"]
-    found = {
-        "one": _told(one),
-        "many": {"clients": given.clients, **_told(many)},
-        "ratio": _rate(many) / _rate(one),
-        "memory": {"before": before, "half way": halves[1], "after": halves[3]},
-        "environment": environment(given.device),
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="sca-tiny")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of the many; a quarter of it for the one")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="a file for what was measured")
+    args = parser.parse_args()
+    request_bodies = make_request_bodies()
+    with ServerProcess(args.model, args.device) as server:
+        send_requests(server, request_bodies, 1, 3.0)  # to warm up
+        single_client = send_requests(server, request_bodies, 1, args.seconds / 4)
+        memory_before = server.get_memory()
+        halves = [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
+        halves += [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
+    many_clients = {name: halves[0][name] + halves[2][name] for name in ("answered", "failed", "seconds")}
+    many_clients["latencies"] = halves[0]["latencies"] + halves[2]["latencies"]
+    measurements = {
+        "one": summarize_requests(single_client),
+        "many": {"clients": args.clients, **summarize_requests(many_clients)},
+        "ratio": compute_request_rate(many_clients) / compute_request_rate(single_client),
+        "memory": {"before": memory_before, "half way": halves[1], "after": halves[3]},
+        "environment": collect_environment(args.device),
     }
-    print(f"one client: {_rate(one):.1f} requests/s, {median(one['latencies']) * 1000:.0f} ms each")
+    print(f"one client: {compute_request_rate(single_client):.1f} requests/s, {median(single_client['latencies']) * 1000:.0f} ms each")
     print(
-        f"{given.clients} clients: {_rate(many):.1f} requests/s, {median(many['latencies']) * 1000:.0f} ms each, "
-        f"{many['failed']} failed: {found['ratio']:.2f} times as many"
+        f"{args.clients} clients: {compute_request_rate(many_clients):.1f} requests/s, {median(many_clients['latencies']) * 1000:.0f} ms each, "
+        f"{many_clients['failed']} failed: {measurements['ratio']:.2f} times as many"
     )
-    print("memory of the server, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in found["memory"].items()))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(given.out, f"{json.dumps(found, indent=1)}\n")
+    print("memory of the server, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items()))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, f"{json.dumps(measurements, indent=1)}\n")
 
 
-def _bodies() -> list[bytes]:
+def make_request_bodies() -> list[bytes]:
     """A request for one region of each of some scenes."""
     from sca.data.scenes import Scenes
 
-    bodies = []
-    for sample in map(Scenes("test", count=IMAGES).__getitem__, range(IMAGES)):
+    request_bodies = []
+    for sample in map(Scenes("test", count=NUM_IMAGES).__getitem__, range(NUM_IMAGES)):
         file = io.BytesIO()
         sample.image.save(file, "PNG")
         image = base64.b64encode(file.getvalue()).decode()
-        bodies += [
+        request_bodies += [
             json.dumps({"image": image, "prompts": [{"box": region.box}]}).encode() for region in sample.regions[:2]
         ]
-    return bodies
+    return request_bodies
 
 
-class _Server:
+class ServerProcess:
     """`sca serve` in a process of its own."""
 
     def __init__(self, model: str, device: str):
         command = [sys.executable, "-m", "sca", "serve", "--model", model, "--device", device, "--port", "0", "--quiet"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    def __enter__(self) -> _Server:
+    def __enter__(self) -> ServerProcess:
         for line in self.process.stderr:
-            if found := re.search(r"http://([\d.]+):(\d+)", line):
-                self.host, self.port = found[1], int(found[2])
+            if match := re.search(r"http://([\d.]+):(\d+)", line):
+                self.host, self.port = match[1], int(match[2])
                 break
         else:
             raise SystemExit("the server did not start")
@@ -107,58 +107,58 @@ class _Server:
         self.process.terminate()
         self.process.wait()
 
-    def memory(self) -> int:
+    def get_memory(self) -> int:
         """Bytes in memory."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _ask(server: _Server, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
+def send_requests(server: ServerProcess, request_bodies: list[bytes], num_clients: int, seconds: float) -> dict[str, Any]:
     """What so many clients got in that time, each asking again as soon as it has its answer."""
-    latencies: list[list[float]] = [[] for _ in range(clients)]
-    failed = [0] * clients
+    latencies: list[list[float]] = [[] for _ in range(num_clients)]
+    failures = [0] * num_clients
     end = time.monotonic() + seconds
 
-    def client(number: int) -> None:
-        line = http.client.HTTPConnection(server.host, server.port, timeout=60)
-        place = number
+    def run_client(client_index: int) -> None:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+        index = client_index
         while time.monotonic() < end:
             start = time.monotonic()
             try:
-                line.request("POST", "/v1/captions", bodies[place % len(bodies)], {"Content-Type": "application/json"})
-                answer = line.getresponse()
-                whole = json.loads(answer.read())
-                good = answer.status == 200 and len(whole["regions"]) == 1
+                connection.request("POST", "/v1/captions", request_bodies[index % len(request_bodies)], {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                content = json.loads(response.read())
+                is_valid = response.status == 200 and len(content["regions"]) == 1
             except (OSError, http.client.HTTPException):
-                good = False
-                line.close()  # the next request opens it again
-            if good:
-                latencies[number].append(time.monotonic() - start)
+                is_valid = False
+                connection.close()  # the next request opens it again
+            if is_valid:
+                latencies[client_index].append(time.monotonic() - start)
             else:
-                failed[number] += 1
-            place += clients
+                failures[client_index] += 1
+            index += num_clients
 
     start = time.monotonic()
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=run_client, args=(number,)) for number in range(num_clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    each = [latency for one in latencies for latency in one]
-    return {"answered": len(each), "failed": sum(failed), "seconds": time.monotonic() - start, "latencies": each}
+    all_latencies = [latency for one in latencies for latency in one]
+    return {"answered": len(all_latencies), "failed": sum(failures), "seconds": time.monotonic() - start, "latencies": all_latencies}
 
 
-def _rate(found: dict[str, Any]) -> float:
-    return found["answered"] / found["seconds"]
+def compute_request_rate(counts: dict[str, Any]) -> float:
+    return counts["answered"] / counts["seconds"]
 
 
-def _told(found: dict[str, Any]) -> dict[str, Any]:
-    latencies = sorted(found["latencies"])
+def summarize_requests(counts: dict[str, Any]) -> dict[str, Any]:
+    latencies = sorted(counts["latencies"])
     return {
-        "answered": found["answered"],
-        "failed": found["failed"],
-        "seconds": found["seconds"],
-        "requests_per_second": _rate(found),
+        "answered": counts["answered"],
+        "failed": counts["failed"],
+        "seconds": counts["seconds"],
+        "requests_per_second": compute_request_rate(counts),
         "latency": {"median": median(latencies), "p99": latencies[int(0.99 * len(latencies))]},
     }
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from sca.io.atomic import write_file
 
-REPEATS = 5
-BOXES = [f"{x},{y},{x + 60},{y + 60}" for x in (10, 60) for y in (10, 60)]
-MANY = """
+NUM_REPEATS = 5
+BOX_ARGUMENTS = [f"{x},{y},{x + 60},{y + 60}" for x in (10, 60) for y in (10, 60)]
+MEMORY_PROGRAM = """
 import resource, torch, sca
 from PIL import Image
 from sca_registry.contracts import Prompt
@@ -37,8 +37,8 @@ boxes = [(x * 50.0, y * 50.0, x * 50.0 + 99, y * 50.0 + 99) for x in range(16) f
 predictor.predict([Prompt(box=box) for box in boxes])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-IMPORTS = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
-COMPUTES = """
+IMPORT_PROGRAM = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
+CAPTION_PROGRAM = """
 import time
 import sca
 import torch, transformers, transformers.models.gpt2.modeling_gpt2
@@ -55,50 +55,50 @@ print(time.perf_counter() - start)
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="a JSON file")
-    given = parser.parse_args(arguments)
-    found: dict[str, Any] = {"import sca, seconds": _least(IMPORTS.format("sca"))}
+    args = parser.parse_args(arguments)
+    measurements: dict[str, Any] = {"import sca, seconds": _run_for_minimum(IMPORT_PROGRAM.format("sca"))}
     with tempfile.TemporaryDirectory() as folder:
         image = str(Path(folder, "scene.png"))
-        _draw(image)
+        _save_scene(image)
         command = [sys.executable, "-m", "sca", "caption", image, "--out", folder, "--quiet"]
-        command += [word for box in BOXES for word in ("--box", box)]
-        whole = median(_seconds(command) for _ in range(REPEATS))
-        bare = [sys.executable, "-c", "import torch, transformers, transformers.models.gpt2.modeling_gpt2"]
-        imports = median(_seconds(bare) for _ in range(REPEATS))
-        compute = _least(COMPUTES.format(image=image, boxes=BOXES))
-    found |= {
-        "sca caption, seconds": whole,
-        "importing torch and transformers, seconds": imports,
-        "loading and computing, seconds": compute,
-        "ratio": whole / (imports + compute),
+        command += [argument for box in BOX_ARGUMENTS for argument in ("--box", box)]
+        caption_seconds = median(_time_command(command) for _ in range(NUM_REPEATS))
+        import_command = [sys.executable, "-c", "import torch, transformers, transformers.models.gpt2.modeling_gpt2"]
+        import_seconds = median(_time_command(import_command) for _ in range(NUM_REPEATS))
+        compute_seconds = _run_for_minimum(CAPTION_PROGRAM.format(image=image, boxes=BOX_ARGUMENTS))
+    measurements |= {
+        "sca caption, seconds": caption_seconds,
+        "importing torch and transformers, seconds": import_seconds,
+        "loading and computing, seconds": compute_seconds,
+        "ratio": caption_seconds / (import_seconds + compute_seconds),
     }
-    found["256 regions, bytes"] = float(_output([sys.executable, "-c", MANY]))
-    for name, value in found.items():
+    measurements["256 regions, bytes"] = float(_run_for_number([sys.executable, "-c", MEMORY_PROGRAM]))
+    for name, value in measurements.items():
         print(f"{name}: {value:.3f}" if value < 1e6 else f"{name}: {value / 2**30:.2f} GiB")
-    if given.out:
-        from sca_bench.worker import environment
+    if args.out:
+        from sca_bench.worker import collect_environment
 
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(given.out, json.dumps({**found, "environment": environment("cpu")}, indent=1))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, json.dumps({**measurements, "environment": collect_environment("cpu")}, indent=1))
 
 
-def _draw(path: str) -> None:
+def _save_scene(path: str) -> None:
     code = f"from sca.data.scenes import Scenes; Scenes('test', count=1)[0].image.save({path!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _seconds(command: list[str]) -> float:
+def _time_command(command: list[str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
-def _least(code: str) -> float:
+def _run_for_minimum(code: str) -> float:
     """The least of what a program prints."""
-    return min(float(_output([sys.executable, "-c", code])) for _ in range(REPEATS))
+    return min(float(_run_for_number([sys.executable, "-c", code])) for _ in range(NUM_REPEATS))
 
 
-def _output(command: list[str]) -> str:
+def _run_for_number(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
 
 

@@ -20,25 +20,25 @@ import numpy as np
 from sca.io.atomic import write_file
 from two_stages import FEW, MANY, METRICS, WAYS
 
-SHOWN = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
+SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
 
 
-def differences(folders: Mapping[tuple[str, int], Path], other: str, seeds: Sequence[int]) -> dict[str, list[float]]:
+def compute_differences(folders: Mapping[tuple[str, int], Path], other_method: str, seeds: Sequence[int]) -> dict[str, list[float]]:
     """What the first way scores above another, mean over seeds, with the interval."""
-    from sca.evaluation.comparison import sums_of
+    from sca.evaluation.comparison import collect_bootstrap_inputs
     from sca.evaluation.evaluate import score_file
-    from sca.evaluation.intervals import interval, resample
+    from sca.evaluation.intervals import compute_interval, bootstrap_scores
 
-    found = {}
+    differences_by_score = {}
     reports = {key: score_file(folder / "predictions.jsonl", METRICS) for key, folder in folders.items()}
-    for name in SHOWN:
-        values = [reports[WAYS[0], seed].scores[name] - reports[other, seed].scores[name] for seed in seeds]
-        drawn = [
-            resample(*sums_of(reports[WAYS[0], seed])[name]) - resample(*sums_of(reports[other, seed])[name])
+    for name in SCORE_LABELS:
+        values = [reports[WAYS[0], seed].scores[name] - reports[other_method, seed].scores[name] for seed in seeds]
+        resampled_differences = [
+            bootstrap_scores(*collect_bootstrap_inputs(reports[WAYS[0], seed])[name]) - bootstrap_scores(*collect_bootstrap_inputs(reports[other_method, seed])[name])
             for seed in seeds
         ]
-        found[name] = [float(np.mean(values)), *interval(np.mean(drawn, axis=0)), *values]
-    return found
+        differences_by_score[name] = [float(np.mean(values)), *compute_interval(np.mean(resampled_differences, axis=0)), *values]
+    return differences_by_score
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,50 +52,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=150, help="unseen scenes to be asked about")
     parser.add_argument("--out", type=Path, help="a JSON file")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
 
     import sca_registry
-    from sca_bench.worker import environment
+    from sca_bench.worker import collect_environment
     from sca_registry.overrides import read_assignments
 
     from sca.launchers.task import Task
 
-    seeds = range(given.seeds)
-    steps = {"first": given.first, "second": given.second, "scenes": given.scenes, "few": given.few}
-    with TemporaryDirectory() as place:
-        folders = {(way, seed): Path(place, f"{WAYS.index(way)}-{seed}") for way in WAYS for seed in seeds}
+    seeds = range(args.seeds)
+    steps = {"first": args.first, "second": args.second, "scenes": args.scenes, "few": args.few}
+    with TemporaryDirectory() as temporary_folder:
+        folders = {(method, seed): Path(temporary_folder, f"{WAYS.index(method)}-{seed}") for method in WAYS for seed in seeds}
         tasks = []
-        for (way, seed), folder in folders.items():
+        for (method, seed), folder in folders.items():
             folder.mkdir()
-            config = {"way": way, "seed": seed, "device": "cpu", **steps}
+            config = {"way": method, "seed": seed, "device": "cpu", **steps}
             tasks.append(Task(folder.name, "two_stages:work", config, str(folder)))
-        launcher = sca_registry.launchers.build("local", **read_assignments(given.options))
-        made = {}
+        launcher = sca_registry.launchers.build("local", **read_assignments(args.options))
+        scores_by_run = {}
         for outcome in launcher.map(tasks):
             if outcome.made["state"] != "done":
                 raise SystemExit(f"{outcome.task.key}: {outcome.made}")
-            made[outcome.task.config["way"], outcome.task.config["seed"]] = outcome.made["scores"]
+            scores_by_run[outcome.task.config["way"], outcome.task.config["seed"]] = outcome.made["scores"]
         results = {
             **steps,
             "many": MANY,
-            "scores": {way: [{name: made[way, seed][name] for name in SHOWN} for seed in seeds] for way in WAYS},
-            "differences": {way: differences(folders, way, seeds) for way in WAYS[1:]},
-            "environment": environment("cpu"),
+            "scores": {method: [{name: scores_by_run[method, seed][name] for name in SCORE_LABELS} for seed in seeds] for method in WAYS},
+            "differences": {method: compute_differences(folders, method, seeds) for method in WAYS[1:]},
+            "environment": collect_environment("cpu"),
         }
-    print(table(results))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(given.out, json.dumps(results, indent=1))
+    print(render_results(results))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, json.dumps(results, indent=1))
 
 
-def table(results: Mapping[str, Any]) -> str:
+def render_results(results: Mapping[str, Any]) -> str:
     """Markdown: the mean of each score by way, and what the first way has above the others."""
-    rows = [f"| | {' | '.join(SHOWN.values())} |", "| --- |" + " ---: |" * len(SHOWN)]
-    for way, scores in results["scores"].items():
-        rows.append(f"| {way} | {' | '.join(f'{np.mean([each[name] for each in scores]):.3f}' for name in SHOWN)} |")
-    for way, found in results["differences"].items():
-        told = (f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high, *_ in (found[name] for name in SHOWN))
-        rows.append(f"| the first above: {way} | {' | '.join(told)} |")
+    rows = [f"| | {' | '.join(SCORE_LABELS.values())} |", "| --- |" + " ---: |" * len(SCORE_LABELS)]
+    for method, scores in results["scores"].items():
+        rows.append(f"| {method} | {' | '.join(f'{np.mean([each[name] for each in scores]):.3f}' for name in SCORE_LABELS)} |")
+    for method, differences in results["differences"].items():
+        cells = (f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high, *_ in (differences[name] for name in SCORE_LABELS))
+        rows.append(f"| the first above: {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -16,7 +16,7 @@ import typer
 from sca.cli import caption, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train, weights
 from sca.cli.commands import CommandGroup
 from sca.cli.options import complain
-from sca.io.errors import OtherRunError
+from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
 from sca.repair import find_torchvision_error
@@ -98,7 +98,7 @@ def run(arguments: list[str]) -> int:
         broken = find_torchvision_error(error)
         if sys.flags.dev_mode or not (broken or isinstance(error, (ValueError, OSError))):
             raise
-        remedy = " (--overwrite)" if isinstance(error, OtherRunError) else ""
+        remedy = " (--overwrite)" if isinstance(error, DifferentRunError) else ""
         complain(
             f"torchvision cannot be imported ({describe_error(broken)}); run `sca doctor`"
             if broken

@@ -27,7 +27,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """How much better the second run is than the first, with intervals of the paired differences."""
-    from sca.evaluation.comparison import compare as run
+    from sca.evaluation.comparison import compare_runs as run
     from sca.output.page import check_page
 
     check_pipes([first, second])
@@ -41,7 +41,7 @@ def compare(
     if as_json:
         print_json(comparison.to_dict())
     else:
-        print_table(comparison.table())
+        print_table(comparison.build_table())
 
 
 def report(
@@ -80,11 +80,11 @@ def _read_settings(options: Sequence[str]) -> dict[str, Any]:
     for option in options:
         if Path(option).exists():
             raise ValueError(f"{option} is read as an option, because of '='; write ./{option} to name the path")
-    from sca.evaluation.scoring import SHARED
+    from sca.evaluation.scoring import SHARED_OPTIONS
 
     given = read_settings(options, kinds=())
     for option in given["dataset"]:
-        raise unknown(f"scores have no option {option!r}", option, SHARED)
+        raise unknown(f"scores have no option {option!r}", option, SHARED_OPTIONS)
     return given["scores"]
 
 

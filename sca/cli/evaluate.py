@@ -24,7 +24,7 @@ from sca.cli.options import (
 from sca.devices import resolve_device
 
 if TYPE_CHECKING:
-    from sca.evaluation.evaluate import Report
+    from sca.evaluation.evaluate import EvaluationReport
 
 OPTIONS = (
     "options of the dataset (root=FOLDER, count=100), generation.beams=3, proposer.points=16, references=first, "
@@ -63,11 +63,11 @@ def evaluate(
     prints the published scores beside ours.
     """
     from sca.evaluation import protocol as protocols
-    from sca.evaluation.predictions import CONTROLS, PROMPTS
+    from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
     from sca.io.atomic import open_folder
 
     if prompt is not None:
-        settle("prompt", prompt, list(PROMPTS))
+        settle("prompt", prompt, list(PROMPT_TYPES))
     for each in control or ():
         settle("control", each, list(CONTROLS))
     given = read_settings(options or (), dataset, proposer)
@@ -84,9 +84,9 @@ def evaluate(
             model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, quiet, how
         )
     else:
-        from sca.evaluation.predictions import Questions
+        from sca.evaluation.predictions import PromptingOptions
 
-        questions = Questions(
+        questions = PromptingOptions(
             prompt=prompt or "box", controls=tuple(control or ()), seed=seed, generation=given["generation"]
         )
         table = {"name": dataset, **given["dataset"]}
@@ -99,10 +99,10 @@ def evaluate(
         print_json(plain if protocol else plain[0])
     elif reports:
         for place, report in enumerate(reports):
-            print_table(report.table())
+            print_table(report.build_table())
             if protocol and protocol.runs[place].columns:
                 run = protocol.runs[place]
-                print_table(protocols.beside(run, report.run["model"], report.scores, protocol.source))
+                print_table(protocols.build_comparison_table(run, report.run["model"], report.scores, protocol.source))
 
 
 def score(
@@ -135,7 +135,7 @@ def score(
     if as_json:
         print_json(report.to_dict())
     else:
-        print_table(report.table())
+        print_table(report.build_table())
 
 
 def read_settings(
@@ -148,7 +148,7 @@ def read_settings(
     from sca_registry import datasets, metrics, proposers
     from sca_registry.overrides import read_assignment
 
-    from sca.evaluation.scoring import SHARED
+    from sca.evaluation.scoring import SHARED_OPTIONS
 
     def is_text(path: tuple[str, ...]) -> bool:
         *above, option = path
@@ -166,7 +166,7 @@ def read_settings(
         path, value = read_assignment(assignment, is_text)
         if len(path) == 2 and path[0] in kinds:
             given[path[0]][path[1]] = value
-        elif len(path) == 2 or path[0] in SHARED:
+        elif len(path) == 2 or path[0] in SHARED_OPTIONS:
             given["scores"][".".join(path)] = value
         elif len(path) == 1:
             given["dataset"][path[0]] = value
@@ -186,7 +186,7 @@ def _protocol(
     out: Path | None,
     quiet: bool,
     how: dict[str, Any],
-) -> list[Report | None]:
+) -> list[EvaluationReport | None]:
     from dataclasses import replace
 
     from sca.evaluation.protocol import available_metrics
@@ -223,11 +223,11 @@ def _run(
     out: Path | None,
     quiet: bool,
     how: dict[str, Any],
-) -> Report | None:
+) -> EvaluationReport | None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sca.evaluation.evaluate import SCORES
+    from sca.evaluation.evaluate import SCORES_NAME
     from sca.evaluation.evaluate import evaluate as run
     from sca.io.atomic import open_folder, write_file
 
@@ -240,19 +240,19 @@ def _run(
             model,
             dataset,
             split,
-            questions=questions,
+            prompting=questions,
             proposer=proposer,
             metrics=metrics,
-            settings=settings,
+            metric_options=settings,
             folder=out,
             **how,
             progress=lambda done, every: progress.update(bar, completed=done, total=every),
             report=None if quiet else complain,
         )
     if out and report is not None:
-        write_file(out / SCORES, f"{json.dumps(report.to_dict(), indent=1)}\n")
+        write_file(out / SCORES_NAME, f"{json.dumps(report.to_dict(), indent=1)}\n")
         if not quiet:
-            complain(f"wrote {out / 'predictions.jsonl'} and {out / SCORES}")
+            complain(f"wrote {out / 'predictions.jsonl'} and {out / SCORES_NAME}")
     return report
 
 
@@ -261,12 +261,12 @@ def _is_protocol(name: str) -> bool:
 
     from sca.evaluation import protocol
 
-    if name in protocol.names():
+    if name in protocol.list_protocols():
         return True
     if name not in sca_registry.datasets.names() and ":" not in name:
         from sca_registry.messages import unknown
 
-        known = [*sca_registry.datasets.names(), *protocol.names()]
+        known = [*sca_registry.datasets.names(), *protocol.list_protocols()]
         raise unknown(f"no dataset or protocol {name!r}", name, known)
     return False
 

@@ -21,17 +21,17 @@ from sca_registry.spec import Part, check_generation
 
 from sca.checkpoints.state import hash_weights
 from sca.data.summary import check_not_empty, summarize_dataset
-from sca.evaluation.journal import FILES, LOOSE, Journal, Predictions, check_same_runs, read_predictions
-from sca.evaluation.predictions import Proposing, Questions, predict
+from sca.evaluation.journal import PREDICTIONS_PATTERNS, RESUMABLE_KEYS, PredictionsJournal, Predictions, check_same_runs, read_predictions
+from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
 from sca.evaluation.records import Record
-from sca.evaluation.requirements import check_needs, check_truth, describe_missing_truth
-from sca.evaluation.scoring import Images, Scored, ready, regions_of, score
-from sca.evaluation.soundness import check, check_against, completed
+from sca.evaluation.requirements import check_metric_needs, check_has_truth, describe_missing_truth
+from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
+from sca.evaluation.soundness import check_predictions, check_dataset_regions, fill_defaults
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import captioner as open_captioner
 from sca.inference.predictor import Predictor
-from sca.io.errors import InputError, OtherRunError
+from sca.io.errors import InputError, DifferentRunError
 from sca.io.run_folder import RunFolder, existing_paths
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from sca.model import SegmentCaptioner
 
 
-SCORES = "scores.json"  # written beside the predictions by `sca evaluate`
-OUTPUTS = (*FILES, SCORES)
+SCORES_NAME = "scores.json"  # written beside the predictions by `sca evaluate`
+OUTPUT_PATTERNS = (*PREDICTIONS_PATTERNS, SCORES_NAME)
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What came out.
 
     run, end: what was run and what became of it, as the predictions file says; empty for one made by hand. scored: the
@@ -55,11 +55,11 @@ class Report:
 
     run: Mapping[str, Any]
     end: Mapping[str, Any]
-    scored: Scored
+    scoring: ScoringResult
     remarks: Sequence[str]
     seconds: float
     records: list[dict[str, Any]] = field(repr=False)
-    images: Images | None = field(default=None, repr=False)
+    load_image: ImageLoader | None = field(default=None, repr=False)
     path: Path | None = None
     label: str = ""
 
@@ -70,63 +70,63 @@ class Report:
     @property
     def scores(self) -> dict[str, float]:
         """Every score of what was asked, the controls aside: shares (NaN where nothing was counted) and counts."""
-        return self.scored.values()
+        return self.scoring.get_values()
 
     @property
     def notes(self) -> list[str]:
         """What scores are not a number or have no interval, and why: a line for each reason."""
-        named: dict[str, list[str]] = {}
-        for each in self.scored.scores:
+        score_names: dict[str, list[str]] = {}
+        for each in self.scoring.scores:
             if each.note and each.control is None:
-                named.setdefault(each.note, []).append(each.name)
-        return [f"{', '.join(names)}: {note}" for note, names in named.items()]
+                score_names.setdefault(each.note, []).append(each.name)
+        return [f"{', '.join(names)}: {note}" for note, names in score_names.items()]
 
     @property
-    def left_out(self) -> dict[str, str]:
-        return self.scored.left_out
+    def skipped_metrics(self) -> dict[str, str]:
+        return self.scoring.skipped_metrics
 
     @property
     def title(self) -> str:
         run = self.run
         if not run:
             return self.label or "predictions made by hand"
-        how = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt']}"
-        return f"{self.name} on {run['dataset']} {run['split']}, {how}"
+        prompting = f"proposals of {run['proposer']}" if run.get("proposer") else f"prompted by {run['prompt']}"
+        return f"{self.name} on {run['dataset']} {run['split']}, {prompting}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, without the records; NaN is None."""
-        controls = dict.fromkeys(each.control for each in self.scored.scores if each.control)
+        controls = dict.fromkeys(each.control for each in self.scoring.scores if each.control)
         return {
             **{key: self.run.get(key) for key in ("model", "weights", "dataset", "split", "prompt")},
             "images": len({record["image_id"] for record in self.records}),
-            "regions": regions_of(self.records),
-            "scores": _plain(self.scores),
-            "controls": {name: _plain(self.scored.values(name)) for name in controls},
+            "regions": count_regions(self.records),
+            "scores": _replace_nan(self.scores),
+            "controls": {name: _replace_nan(self.scoring.get_values(name)) for name in controls},
             "notes": self.notes,
-            "left_out": dict(self.left_out),
+            "left_out": dict(self.skipped_metrics),
             "remarks": list(self.remarks),
             "seconds": self.seconds,
-            "rows": [each.to_dict() for each in self.scored.scores],
+            "rows": [each.to_dict() for each in self.scoring.scores],
             "run": dict(self.run),
             "end": dict(self.end),
         }
 
-    def table(self) -> Table:
+    def build_table(self) -> Table:
         """For a terminal: a row a score with its 95 % interval, a column a control; below it what is to be said."""
         from sca.io.terminal import Table
 
-        images, regions = len({record["image_id"] for record in self.records}), regions_of(self.records)
-        below = [f"{images} images, {regions} regions, {self.seconds:.1f} s", *self.remarks]
-        below += [*self.notes, *self.scored.summarize_left_out()]
-        controls = list(dict.fromkeys(each.control for each in self.scored.scores if each.control))
-        figures = ("value", "95 % interval", *controls)
-        table = Table(("score", *figures), self.title, figures, below)
-        misled = {name: self.scored.values(name) for name in controls}
-        for each in self.scored.scores:
+        num_images, num_regions = len({record["image_id"] for record in self.records}), count_regions(self.records)
+        notes = [f"{num_images} images, {num_regions} regions, {self.seconds:.1f} s", *self.remarks]
+        notes += [*self.notes, *self.scoring.summarize_skipped_metrics()]
+        controls = list(dict.fromkeys(each.control for each in self.scoring.scores if each.control))
+        numeric_columns = ("value", "95 % interval", *controls)
+        table = Table(("score", *numeric_columns), self.title, numeric_columns, notes)
+        control_values = {name: self.scoring.get_values(name) for name in controls}
+        for each in self.scoring.scores:
             if each.control is None:
-                between = "" if each.low is None else f"{each.low:.3f} to {each.high:.3f}"
-                others = [_shown(misled[name].get(each.name)) for name in controls]
-                table.add_row(each.name, _shown(each.value), between, *others)
+                interval = "" if each.low is None else f"{each.low:.3f} to {each.high:.3f}"
+                control_cells = [_format_value(control_values[name].get(each.name)) for name in controls]
+                table.add_row(each.name, _format_value(each.value), interval, *control_cells)
         return table
 
 
@@ -135,11 +135,11 @@ def evaluate(
     dataset: str | Mapping[str, Any] | Part | Dataset,
     split: str = "val",
     *,
-    questions: Questions | None = None,
+    prompting: PromptingOptions | None = None,
     proposer: str | Mapping[str, Any] | None = None,
     metrics: Sequence[str] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    batch: int = 8,
+    metric_options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
     limit: int | None = None,
     device: str = "cpu",
     folder: str | Path | None = None,
@@ -148,7 +148,7 @@ def evaluate(
     report: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
     allow_external: bool = False,
-) -> Report | None:
+) -> EvaluationReport | None:
     """Evaluate a model on a dataset.
 
     Works alone or as one of several processes that a launcher started (torchrun, accelerate launch): each captions its
@@ -182,94 +182,94 @@ def evaluate(
             folder contains the predictions of another run.
     """
     start = time.perf_counter()
-    ready(metrics, settings)
-    rank, processes, wait = _processes()
-    if processes > 1 and folder is None:
+    check_metrics(metrics, metric_options)
+    rank, num_processes, wait = _get_process_group()
+    if num_processes > 1 and folder is None:
         raise ValueError("several processes need a folder to merge their predictions in; give a folder")
-    questions = questions or Questions()
-    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-    dataset_name, split, options, built = _dataset(dataset, split)
-    check_not_empty(built, f"{dataset_name} {split}".rstrip())
+    prompting = prompting or PromptingOptions()
+    trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    dataset_name, split, dataset_options, built_dataset = _resolve_dataset(dataset, split)
+    check_not_empty(built_dataset, f"{dataset_name} {split}".rstrip())
     if proposer is None:
-        check_truth(built, dataset_name, questions.tasks, limit)
-        check_needs(metrics or (), built, questions.tasks, limit)
-    model_name, captioner = _captioner(model, device, agreed)
+        check_has_truth(built_dataset, dataset_name, prompting.tasks, limit)
+        check_metric_needs(metrics or (), built_dataset, prompting.tasks, limit)
+    model_name, captioner = _resolve_captioner(model, device, trust_options)
     if isinstance(captioner, Engine):
-        check_generation("generation", questions.generation, captioner.model.language_model.generate)
-    found = Part.from_dict(proposer, "proposer") if proposer is not None else None
-    asking: Questions | Proposing = questions
-    if found is not None:
-        built_proposer = sca_registry.proposers.build(found.name, **found.options)
-        asking = Proposing(built_proposer, questions.generation)
+        check_generation("generation", prompting.generation, captioner.model.language_model.generate)
+    proposer_part = Part.from_dict(proposer, "proposer") if proposer is not None else None
+    prompting_options: PromptingOptions | DenseCaptioningOptions = prompting
+    if proposer_part is not None:
+        built_proposer = sca_registry.proposers.build(proposer_part.name, **proposer_part.options)
+        prompting_options = DenseCaptioningOptions(built_proposer, prompting.generation)
     run = {
         "model": model_name,
-        **_identity(captioner, questions.generation),
+        **_get_captioner_identity(captioner, prompting.generation),
         "dataset": dataset_name,
-        "options": options,
+        "options": dataset_options,
         "split": split,
-        "data": getattr(built, "hash", None),
-        "images": len(built),
-        "prompt": None if found else questions.prompt,
-        "proposer": found and found.to_dict(),
-        **({"search": SEARCH_VERSION} if found else {}),
-        "tasks": ["dense"] if found else list(questions.tasks),
-        "controls": list(questions.controls),
-        "seed": questions.seed,
+        "data": getattr(built_dataset, "hash", None),
+        "images": len(built_dataset),
+        "prompt": None if proposer_part else prompting.prompt,
+        "proposer": proposer_part and proposer_part.to_dict(),
+        **({"search": SEARCH_VERSION} if proposer_part else {}),
+        "tasks": ["dense"] if proposer_part else list(prompting.tasks),
+        "controls": list(prompting.controls),
+        "seed": prompting.seed,
         "limit": limit,
-        "batch": batch,
+        "batch": batch_size,
         "versions": {name: version(name) for name in (BUILTIN, "torch", "transformers")},
     }
     with ExitStack() as stack:
         if folder is not None and not rank:
-            stack.enter_context(_begun(Path(folder), run, overwrite, [model, options, proposer, settings]))
+            stack.enter_context(_hold_predictions_folder(Path(folder), run, overwrite, [model, dataset_options, proposer, metric_options]))
         if report is not None and not rank:
-            report(f"{dataset_name} {split}: {summarize_dataset(built)}")
-        predictions = _predictions(captioner, built, asking, run, folder, (rank, processes, wait), progress)
+            report(f"{dataset_name} {split}: {summarize_dataset(built_dataset)}")
+        predictions = _collect_predictions(captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress)
     if predictions is None:
         return None
     if not predictions.records:
-        raise ValueError(describe_missing_truth(built, dataset_name, questions.tasks))
-    return _report(predictions, "the predictions", metrics, settings, _pictures(built), start)
+        raise ValueError(describe_missing_truth(built_dataset, dataset_name, prompting.tasks))
+    return _build_report(predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start)
 
 
 @contextmanager
-def _begun(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -> Iterator[None]:
+def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bool, inputs: Any) -> Iterator[None]:
     """Hold the folder of predictions, which contains no other run afterwards."""
-    with RunFolder(folder, "evaluate", OUTPUTS) as run_folder:
-        is_other = False
+    with RunFolder(folder, "evaluate", OUTPUT_PATTERNS) as run_folder:
+        is_different_run = False
         try:
             check_same_runs(folder, run)
-        except OtherRunError:
+        except DifferentRunError:
             if not overwrite:
                 raise
-            is_other = True
-        run_folder.begin(run, OUTPUTS, existing_paths(inputs), overwrite=overwrite, loose=LOOSE)
-        if is_other:  # also where the marker is of this run
-            run_folder.delete_outputs(FILES)
+            is_different_run = True
+        run_folder.begin(run, OUTPUT_PATTERNS, existing_paths(inputs), overwrite=overwrite, loose=RESUMABLE_KEYS)
+        if is_different_run:  # also where the marker is of this run
+            run_folder.delete_outputs(PREDICTIONS_PATTERNS)
         yield
         run_folder.finish()
 
 
-def _predictions(
+def _collect_predictions(
     captioner: Captioner,
-    built: Dataset,
-    asking: Questions | Proposing,
+    dataset: Dataset,
+    prompting: PromptingOptions | DenseCaptioningOptions,
     run: Mapping[str, Any],
     folder: str | Path | None,
     process: tuple[int, int, Callable[[], None]],
     progress: Callable[[int, int], None] | None,
 ) -> Predictions | None:
     """What is predicted, or was before; None in all processes but the first."""
-    rank, processes, wait = process
-    batch, limit = run["batch"], run["limit"]
+    rank, num_processes, wait = process
+    batch_size, limit = run["batch"], run["limit"]
     wait()  # until the first holds the folder
-    journal = Journal(None if folder is None else Path(folder), run, rank)
+    journal = PredictionsJournal(None if folder is None else Path(folder), run, rank)
     wait()  # until every process has seen what there was
-    if not journal.finished:
-        others = lambda place: place // batch % processes != rank  # noqa: E731
-        skip = lambda place: place in journal.done or others(place)  # noqa: E731
-        for asked in predict(captioner, built, asking, batch, limit, skip, progress):
-            journal.add(asked)
+    if not journal.is_finished:
+        is_of_other_process = lambda place: place // batch_size % num_processes != rank  # noqa: E731
+        is_skipped = lambda place: place in journal.done_indices or is_of_other_process(place)  # noqa: E731
+        for predicted_batch in predict_dataset(captioner, dataset, prompting, batch_size, limit, is_skipped, progress):
+            journal.add(predicted_batch)
     journal.close()
     wait()  # until every process has synced its part
     if rank:
@@ -283,10 +283,10 @@ def _predictions(
 def score_file(
     path: str | Path,
     metrics: Sequence[str] | None = None,
-    settings: Mapping[str, Any] | None = None,
+    metric_options: Mapping[str, Any] | None = None,
     dataset: str | Mapping[str, Any] | Part | Dataset | None = None,
     split: str = "val",
-) -> Report:
+) -> EvaluationReport:
     """Scores a predictions file (or the folder of one) without the model. The pictures are looked for where the run had
     them, and only by metrics that need them. dataset, split: what the regions must be those of, if that is asked.
 
@@ -296,82 +296,82 @@ def score_file(
     start = time.perf_counter()
     predictions = read_predictions(path)
     if dataset is not None:
-        built = _dataset(dataset, split)[-1]
-        samples = filter(None, (getattr(built, "read", built.__getitem__)(place) for place in range(len(built))))
-        truth = ((sample.image_id, region.id) for sample in samples for region in sample.regions if _told(region))
-        check_against(predictions, truth, str(path))
-    report = _report(predictions, str(path), metrics, settings, pictures_of(predictions.run), start)
+        built_dataset = _resolve_dataset(dataset, split)[-1]
+        samples = filter(None, (getattr(built_dataset, "read", built_dataset.__getitem__)(place) for place in range(len(built_dataset))))
+        region_keys = ((sample.image_id, region.id) for sample in samples for region in sample.regions if _has_any_truth(region))
+        check_dataset_regions(predictions, region_keys, str(path))
+    report = _build_report(predictions, str(path), metrics, metric_options, make_run_image_loader(predictions.run), start)
     return replace(report, path=Path(path))
 
 
-def pictures_of(run: Mapping[str, Any]) -> Images | None:
+def make_run_image_loader(run: Mapping[str, Any]) -> ImageLoader | None:
     """The picture of a record, from the dataset that a run names; opened when the first is asked for."""
     if not run or run["dataset"] not in sca_registry.datasets:
         return None
-    opened: list[Images] = []
+    loaders: list[ImageLoader] = []
 
-    def picture(record: Record) -> Image.Image:
-        if not opened:
-            built = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
-            if getattr(built, "hash", None) != run["data"]:
+    def load_image(record: Record) -> Image.Image:
+        if not loaders:
+            dataset = sca_registry.datasets.build(run["dataset"], run["split"], **run["options"])
+            if getattr(dataset, "hash", None) != run["data"]:
                 raise InputError(
                     f"the dataset {run['dataset']} {run['split']} is not the one that was asked about: another content"
                 )
-            opened.append(_pictures(built))
-        return opened[0](record)
+            loaders.append(_make_image_loader(dataset))
+        return loaders[0](record)
 
-    return picture
+    return load_image
 
 
-def _pictures(dataset: Dataset) -> Images:
+def _make_image_loader(dataset: Dataset) -> ImageLoader:
     """Of records in the order of the dataset each picture is read once."""
-    last: list[Any] = [None, None]
+    cached: list[Any] = [None, None]
 
-    def picture(record: Record) -> Image.Image:
-        if last[0] != record["index"]:
+    def load_image(record: Record) -> Image.Image:
+        if cached[0] != record["index"]:
             sample = getattr(dataset, "read", dataset.__getitem__)(record["index"])
             if sample is None or sample.image_id != record["image_id"]:
                 raise InputError(f"image {record['image_id']} cannot be read where it was, at {record['index']}")
-            last[:] = record["index"], sample.image
-        return last[1]
+            cached[:] = record["index"], sample.image
+        return cached[1]
 
-    return picture
+    return load_image
 
 
-def _told(region: Region) -> bool:
+def _has_any_truth(region: Region) -> bool:
     """Whether a region can be asked for."""
     return bool(region.name or region.phrases)
 
 
-def _report(
+def _build_report(
     predictions: Predictions,
-    where: str,
+    location: str,
     metrics: Sequence[str] | None,
-    settings: Mapping[str, Any] | None,
-    images: Images | None,
+    metric_options: Mapping[str, Any] | None,
+    load_image: ImageLoader | None,
     start: float,
-) -> Report:
-    predictions = completed(predictions, where)
-    remarks = check(predictions, where)
+) -> EvaluationReport:
+    predictions = fill_defaults(predictions, location)
+    remarks = check_predictions(predictions, location)
     if predictions.end.get("unread"):
         remarks.append(f"{predictions.end['unread']} pictures could not be read and are left out")
     run = {**predictions.run, "truth": predictions.end.get("truth")} if predictions.run else {}
-    scored = score(predictions.records, metrics, settings, run, images)
+    scoring = score_records(predictions.records, metrics, metric_options, run, load_image)
     seconds = time.perf_counter() - start
-    return Report(predictions.run, predictions.end, scored, remarks, seconds, predictions.records, images)
+    return EvaluationReport(predictions.run, predictions.end, scoring, remarks, seconds, predictions.records, load_image)
 
 
-def _captioner(model: Any, device: str, agreed: Mapping[str, bool]) -> tuple[str, Captioner]:
+def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool]) -> tuple[str, Captioner]:
     if isinstance(model, str | Path):
-        return str(model), open_captioner(model, device, **agreed)
+        return str(model), open_captioner(model, device, **trust_options)
     if isinstance(model, Predictor):
         model = model.engine
     if isinstance(model, Engine):
-        return _name(model.model), model
-    return (_name(model), model) if hasattr(model, "describe") else (_name(model), Engine(model))
+        return _get_model_name(model.model), model
+    return (_get_model_name(model), model) if hasattr(model, "describe") else (_get_model_name(model), Engine(model))
 
 
-def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
+def _get_captioner_identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The spec, weights and decoding of a captioner, which differ between captioners of the same name."""
     if isinstance(captioner, Engine):
         spec = captioner.model.spec
@@ -383,37 +383,37 @@ def _identity(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, 
     return {"weights": None, "spec": getattr(captioner, "facts", None), "generation": dict(generation)}
 
 
-def _name(model: Any) -> str:
+def _get_model_name(model: Any) -> str:
     """The parts of a composed model, the class of anything else."""
     spec = getattr(model, "spec", None)
     return "+".join((spec.encoder.name, spec.mixer.name, spec.language_model.name)) if spec else type(model).__name__
 
 
-def _dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:
+def _resolve_dataset(dataset: Any, split: str) -> tuple[str, str, dict[str, Any], Dataset]:
     """Name, split, options and the dataset itself."""
     if not isinstance(dataset, str | Mapping | Part):
         return type(dataset).__name__, getattr(dataset, "split", ""), {}, dataset
     part = dataset if isinstance(dataset, Part) else Part.from_dict(dataset, "dataset")
-    built = sca_registry.datasets.build(part.name, split, **part.options)
-    return part.name, split, dict(part.options), built
+    built_dataset = sca_registry.datasets.build(part.name, split, **part.options)
+    return part.name, split, dict(part.options), built_dataset
 
 
-def _processes() -> tuple[int, int, Callable[[], None]]:
+def _get_process_group() -> tuple[int, int, Callable[[], None]]:
     """Which of how many processes this is, and how to wait for the others."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1:
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes == 1:
         return 0, 1, lambda: None
     from accelerate import PartialState
 
     state = PartialState(cpu=True, timeout=timedelta(days=7))  # nothing is sent: they only wait for each other
-    return state.process_index, processes, state.wait_for_everyone
+    return state.process_index, num_processes, state.wait_for_everyone
 
 
-def _plain(scores: Mapping[str, float]) -> dict[str, float | None]:
+def _replace_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in scores.items()}
 
 
-def _shown(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return (
         "" if value is None else str(value) if isinstance(value, int) else "-" if math.isnan(value) else f"{value:.3f}"
     )

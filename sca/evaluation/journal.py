@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sca.evaluation.predictions import Asked
+from sca.evaluation.predictions import PredictedBatch
 from sca.io import journal
 from sca.io.atomic import write_file
 from sca.io.errors import InputError
@@ -30,11 +30,11 @@ from sca.io.output_patterns import find_outputs
 from sca.io.run_folder import check_same_run
 from sca.io.validation import check_encodable, read_object
 
-NAME = "predictions.jsonl"
-FILES = (NAME, "predictions.#.jsonl")  # of the first process, and of the others
-HEADER = b'{"run": {'  # how a file of `sca evaluate` begins
-TEXTS = ("caption", "truth", "references", "proposals")  # fields of a record with texts to compare
-LOOSE = ("versions", "batch")  # what may differ between a run and its continuation
+PREDICTIONS_NAME = "predictions.jsonl"
+PREDICTIONS_PATTERNS = (PREDICTIONS_NAME, "predictions.#.jsonl")  # of the first process, and of the others
+HEADER_PREFIX = b'{"run": {'  # how a file of `sca evaluate` begins
+TEXT_FIELDS = ("caption", "truth", "references", "proposals")  # fields of a record with texts to compare
+RESUMABLE_KEYS = ("versions", "batch")  # what may differ between a run and its continuation
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Predictions:
     end: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Journal:
+class PredictionsJournal:
     """The predictions of one process of a run, on disk as soon as they are made.
 
     folder: None to keep them in memory. run: what the first line says. rank: of this process.
@@ -56,30 +56,30 @@ class Journal:
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any], rank: int = 0):
         self.folder, self.run, self.rank = folder, dict(run), rank
-        self.done: set[int] = set()
-        self.finished = False
-        self._kept: list[dict[str, Any]] = []
-        self._unread = 0
+        self.done_indices: set[int] = set()
+        self.is_finished = False
+        self._records: list[dict[str, Any]] = []
+        self._num_unread = 0
         self._file = None
         if folder is not None:
             check_same_runs(folder, run)
-            for path in predictions_files(folder):
-                self._take(path)
-            if not self.finished:
-                self._file = journal.Journal(folder / _name(rank), _completes, HEADER)
+            for path in find_predictions_files(folder):
+                self._read_earlier(path)
+            if not self.is_finished:
+                self._file = journal.Journal(folder / _get_file_name(rank), _completes_batch, HEADER_PREFIX)
                 if self._file.is_empty:
                     self._file.append({"run": self.run})
             elif rank == 0:
-                journal.Journal(folder / NAME, _completes, HEADER).close()  # drops what a crash left behind the end
+                journal.Journal(folder / PREDICTIONS_NAME, _completes_batch, HEADER_PREFIX).close()  # drops what a crash left behind the end
 
-    def add(self, asked: Asked) -> None:
+    def add(self, batch: PredictedBatch) -> None:
         """Add a batch: it survives a kill when this returns, and a power cut a few seconds later."""
-        self.done.update(asked.places)
+        self.done_indices.update(batch.indices)
         if self._file is None:
-            self._kept += asked.records
-            self._unread += asked.unread
+            self._records += batch.records
+            self._num_unread += batch.num_unread
             return
-        self._file.append(*asked.records, {"done": list(asked.places), "unread": asked.unread})
+        self._file.append(*batch.records, {"done": list(batch.indices), "unread": batch.num_unread})
 
     def close(self) -> None:
         """Sync the predictions of this process to disk; nothing can be added afterwards."""
@@ -89,27 +89,27 @@ class Journal:
     def finish(self) -> Predictions:
         """Merge the predictions of all processes, once each has closed its journal."""
         if self.folder is None:
-            records = sorted(self._kept, key=lambda each: each["index"])
-            return Predictions(records, self.run, _end(records, self._unread))
-        path = self.folder / NAME
-        if not self.finished:
-            parts = [_whole(part) for part in predictions_files(self.folder)]
-            records = sorted((record for found, _ in parts for record in found), key=lambda each: each["index"])
-            end = _end(records, sum(unread for _, unread in parts))
+            records = sorted(self._records, key=lambda each: each["index"])
+            return Predictions(records, self.run, _summarize_records(records, self._num_unread))
+        path = self.folder / PREDICTIONS_NAME
+        if not self.is_finished:
+            parts = [_read_part(part) for part in find_predictions_files(self.folder)]
+            records = sorted((record for part_records, _ in parts for record in part_records), key=lambda each: each["index"])
+            end = _summarize_records(records, sum(unread for _, unread in parts))
             write_file(path, journal.encode_lines([{"run": self.run}, *records, {"end": end}]))
-            for part in predictions_files(self.folder):
+            for part in find_predictions_files(self.folder):
                 if part != path:
                     part.unlink()
-            self.finished = True
+            self.is_finished = True
         return read_predictions(path)
 
-    def _take(self, path: Path) -> None:
+    def _read_earlier(self, path: Path) -> None:
         """What an earlier run has left in a file."""
         if read_run(path) is None:  # killed before anything was asked
             return
-        for entry in journal.read_journal(path, _completes, HEADER):
-            self.done.update(entry.get("done", ()))
-            self.finished |= "end" in entry
+        for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
+            self.done_indices.update(entry.get("done", ()))
+            self.is_finished |= "end" in entry
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -118,7 +118,7 @@ def read_predictions(path: str | Path) -> Predictions:
     InputError for a file that is not there, is no JSON lines, or is of a run that has not ended.
     """
     path = Path(path)
-    path = path / NAME if path.is_dir() else path
+    path = path / PREDICTIONS_NAME if path.is_dir() else path
     run: Mapping[str, Any] = {}
     end: Mapping[str, Any] = {}
     records = []
@@ -130,7 +130,7 @@ def read_predictions(path: str | Path) -> Predictions:
                 elif "end" in content:
                     end = content["end"]
                 elif "done" not in content:
-                    for key in TEXTS:  # names of images may contain half of a surrogate pair
+                    for key in TEXT_FIELDS:  # names of images may contain half of a surrogate pair
                         check_encodable(f"{place}, {key!r}", content.get(key))
                     records.append(content)
     except OSError as error:
@@ -149,7 +149,7 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     Raises:
         InputError: The file was not begun by `sca evaluate`.
     """
-    for entry in journal.read_journal(path, header=HEADER):
+    for entry in journal.read_journal(path, header=HEADER_PREFIX):
         if not isinstance(entry.get("run"), dict):
             raise InputError(f"{path} contains predictions without their run; choose another folder")
         return entry["run"]
@@ -163,53 +163,53 @@ def check_same_runs(folder: Path, run: Mapping[str, Any]) -> None:
         OtherRunError: They are of another run.
         InputError: A file was made by hand.
     """
-    runs = [(path, read_run(path)) for path in predictions_files(folder)]
+    runs = [(path, read_run(path)) for path in find_predictions_files(folder)]
     for path, earlier in runs:
         if earlier is not None:
-            check_same_run(path, earlier, run, LOOSE)
+            check_same_run(path, earlier, run, RESUMABLE_KEYS)
 
 
-def truth_hash(records: Iterable[Mapping[str, Any]]) -> str:
+def hash_truth(records: Iterable[Mapping[str, Any]]) -> str:
     """Return a hash of the regions, tasks and labels, whatever their order."""
     total = 0
     for record in records:
         if record.get("control") is None:
-            told = [record["image_id"], record["region_id"], record["task"], record["truth"]]
-            total += int.from_bytes(hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest())
+            truth = [record["image_id"], record["region_id"], record["task"], record["truth"]]
+            total += int.from_bytes(hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).digest())
     return f"{total % 2**256:064x}"
 
 
-def _end(records: Sequence[Mapping[str, Any]], unread: int) -> dict[str, Any]:
-    asked = [record for record in records if record["control"] is None]
+def _summarize_records(records: Sequence[Mapping[str, Any]], num_unread: int) -> dict[str, Any]:
+    prompted_records = [record for record in records if record["control"] is None]
     return {
-        "images": len({record["index"] for record in asked}),
+        "images": len({record["index"] for record in prompted_records}),
         "records": len(records),
-        "tasks": dict(sorted(Counter(record["task"] for record in asked).items())),
-        "unread": unread,
-        "truth": truth_hash(records),
+        "tasks": dict(sorted(Counter(record["task"] for record in prompted_records).items())),
+        "unread": num_unread,
+        "truth": hash_truth(records),
     }
 
 
-def _whole(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read_part(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records above the last `done` of a part, and how many pictures could not be read."""
     records: list[dict[str, Any]] = []
-    unread = 0
-    for entry in journal.read_journal(path, _completes, HEADER):
+    num_unread = 0
+    for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
         if "done" in entry:
-            unread += entry["unread"]
+            num_unread += entry["unread"]
         elif "run" not in entry:
             records.append(entry)
-    return records, unread
+    return records, num_unread
 
 
-def _completes(entry: Mapping[str, Any]) -> bool:
+def _completes_batch(entry: Mapping[str, Any]) -> bool:
     return any(name in entry for name in ("run", "done", "end"))
 
 
-def predictions_files(folder: Path) -> list[Path]:
+def find_predictions_files(folder: Path) -> list[Path]:
     """The predictions file of every process, the first one's first."""
-    return sorted(find_outputs(folder, FILES), key=lambda path: (path.name != NAME, path.name))
+    return sorted(find_outputs(folder, PREDICTIONS_PATTERNS), key=lambda path: (path.name != PREDICTIONS_NAME, path.name))
 
 
-def _name(rank: int) -> str:
-    return NAME if rank == 0 else f"predictions.{rank}.jsonl"
+def _get_file_name(rank: int) -> str:
+    return PREDICTIONS_NAME if rank == 0 else f"predictions.{rank}.jsonl"

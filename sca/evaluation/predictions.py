@@ -35,7 +35,7 @@ from sca.io import masks
 from sca.io.validation import check_choice, check_range
 from sca.output.jsonl import record
 
-PROMPTS = {
+PROMPT_TYPES = {
     "box": "the region's own box",
     "center": "the point in the middle of the box",
     "random-point": "a point drawn inside the box",
@@ -47,21 +47,21 @@ CONTROLS = {
     "colour-swap": "red is shown as green, green as blue and blue as red",
     "shuffled-mask": "asked for the region's box and mask moved to another place of the image",
 }
-PLACES = 16  # are drawn for a region that is moved; the one that overlaps its own least is taken
+NUM_CANDIDATE_SHIFTS = 16  # are drawn for a region that is moved; the one that overlaps its own least is taken
 
-Request = dict[int, Prompt]  # of one image: what is asked by the region's id
+PromptsByRegion = dict[int, Prompt]  # of one image: what is asked by the region's id
 
 
-class Asked(NamedTuple):
+class PredictedBatch(NamedTuple):
     """What came of one batch of images."""
 
-    places: Sequence[int]  # in the dataset
+    indices: Sequence[int]  # in the dataset
     records: list[dict[str, Any]]
-    unread: int  # pictures that could not be read
+    num_unread: int  # pictures that could not be read
 
 
 @dataclass(frozen=True)
-class Questions:
+class PromptingOptions:
     """How regions are asked for.
 
     prompt: one of `PROMPTS`. Points are a function of `seed` and the region's id alone. Where a region has no true
@@ -79,7 +79,7 @@ class Questions:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("prompt", self.prompt, PROMPTS)
+        check_choice("prompt", self.prompt, PROMPT_TYPES)
         for task in self.tasks:
             check_choice("task", task, TASKS)
         for control in self.controls:
@@ -89,41 +89,41 @@ class Questions:
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 
-    def ask(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
+    def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """The records of images, given with their places in the dataset: those of one image together, in its order."""
-        shown = _Shown(captioner, [sample.image for _, sample in samples])
-        own = [_prompts(self, sample, shown, place) for place, (_, sample) in enumerate(samples)]
-        told: list[list[dict[str, Any]]] = [[] for _ in samples]
+        encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples])
+        true_prompts = [_make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)]
+        records: list[list[dict[str, Any]]] = [[] for _ in samples]
         for control in (None, *self.controls):
-            asked = [self._misled(control, sample, prompts) for (_, sample), prompts in zip(samples, own, strict=True)]
-            seen = shown
+            control_prompts = [self._apply_control(control, sample, prompts) for (_, sample), prompts in zip(samples, true_prompts, strict=True)]
+            control_images = encoded_images
             if control == "colour-swap":
-                seen = _Shown(captioner, [_recoloured(sample.image) for _, sample in samples])
+                control_images = _EncodedImages(captioner, [_swap_colors(sample.image) for _, sample in samples])
             for task in self.tasks:
                 requests = [
-                    {region.id: prompts[region.id] for region in sample.regions if _asks(region, task, prompts)}
-                    for (_, sample), prompts in zip(samples, asked, strict=True)
+                    {region.id: prompts[region.id] for region in sample.regions if _should_caption(region, task, prompts)}
+                    for (_, sample), prompts in zip(samples, control_prompts, strict=True)
                 ]
-                answers = seen.answer(requests, task, self.generation)
-                for place, (index, sample) in enumerate(samples):
+                captions = control_images.caption_regions(requests, task, self.generation)
+                for position, (index, sample) in enumerate(samples):
                     for region in sample.regions:
-                        if region.id in answers[place]:
-                            answer = answers[place][region.id]
-                            told[place].append(_record(index, sample, region, task, control, answer))
-        return [each for place, (_, sample) in enumerate(samples) for each in _in_order(told[place], sample)]
+                        if region.id in captions[position]:
+                            caption = captions[position][region.id]
+                            records[position].append(_make_record(index, sample, region, task, control, caption))
+        return [each for position, (_, sample) in enumerate(samples) for each in _sort_records(records[position], sample)]
 
-    def _misled(self, control: str | None, sample: Sample, prompts: Request) -> Request:
+    def _apply_control(self, control: str | None, sample: Sample, prompts: PromptsByRegion) -> PromptsByRegion:
         if control == "wrong-region":
-            others = {region.id: _other(region, sample.regions, prompts) for region in sample.regions}
-            return {region: prompts[other.id] for region, other in others.items() if other is not None}
+            other_regions = {region.id: _find_different_region(region, sample.regions, prompts) for region in sample.regions}
+            return {region: prompts[other.id] for region, other in other_regions.items() if other is not None}
         if control == "shuffled-mask":
-            moved = [_moved(region, sample.image.size, self.seed) for region in sample.regions]
-            return {region.id: _prompt(self, region) for region in moved}
+            shifted_regions = [_shift_region(region, sample.image.size, self.seed) for region in sample.regions]
+            return {region.id: _make_prompt(self, region) for region in shifted_regions}
         return prompts
 
 
 @dataclass(frozen=True)
-class Proposing:
+class DenseCaptioningOptions:
     """How regions are found and told of where none is given: dense captioning.
 
     proposer: where to look. Points of a proposer (the grid) are searched as "segment everything" does, which takes a
@@ -133,22 +133,22 @@ class Proposing:
     proposer: Proposer
     generation: Mapping[str, Any] = field(default_factory=dict)
 
-    def ask(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
+    def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """One record an image, in the order given."""
-        return [self._ask(captioner, index, sample) for index, sample in samples]
+        return [self._predict_record(captioner, index, sample) for index, sample in samples]
 
-    def _ask(self, captioner: Captioner, index: int, sample: Sample) -> dict[str, Any]:
-        found = self.proposer(sample.image, sample.image_id)
-        if any(prompt.box is None and prompt.mask is None for prompt in found.prompts):
-            told = _everything(captioner, sample.image, found, self.generation)
-            scores = [answer.predicted_iou if answer.predicted_iou is not None else answer.score for answer in told]
+    def _predict_record(self, captioner: Captioner, index: int, sample: Sample) -> dict[str, Any]:
+        proposed = self.proposer(sample.image, sample.image_id)
+        if any(prompt.box is None and prompt.mask is None for prompt in proposed.prompts):
+            captions = _caption_point_proposals(captioner, sample.image, proposed, self.generation)
+            scores = [caption.predicted_iou if caption.predicted_iou is not None else caption.score for caption in captions]
         else:
-            told = captioner.caption(sample.image, found.prompts, **self.generation) if found.prompts else []
-            scores = list(found.scores)
-        proposals = [
-            {"box": list(answer.box), "score": float(score), "caption": answer.text, "mask": answer.mask}
-            for answer, score in zip(told, scores, strict=True)
-            if answer.box is not None
+            captions = captioner.caption(sample.image, proposed.prompts, **self.generation) if proposed.prompts else []
+            scores = list(proposed.scores)
+        proposal_records = [
+            {"box": list(caption.box), "score": float(score), "caption": caption.text, "mask": caption.mask}
+            for caption, score in zip(captions, scores, strict=True)
+            if caption.box is not None
         ]
         regions = [
             {"id": region.id, "box": [float(value) for value in region.box], "phrases": list(region.phrases)}
@@ -161,7 +161,7 @@ class Proposing:
             "region_id": None,
             "task": "dense",
             "control": None,
-            "proposals": sorted(proposals, key=lambda each: -each["score"]),
+            "proposals": sorted(proposal_records, key=lambda each: -each["score"]),
             "truth": {"regions": regions},
         }
 
@@ -177,18 +177,18 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = No
     if hasattr(dataset, "annotations_of_all"):
         for regions in islice(dataset.annotations_of_all(), limit):
             for region in regions:
-                yield from ({"task": task, "truth": _truth(region)} for task in tasks if _has_truth(region, task))
+                yield from ({"task": task, "truth": _make_truth(region)} for task in tasks if _has_truth_for_task(region, task))
 
 
-def predict(
+def predict_dataset(
     captioner: Captioner,
     dataset: Dataset,
-    questions: Questions | Proposing | None = None,
-    batch: int = 8,
+    prompting: PromptingOptions | DenseCaptioningOptions | None = None,
+    batch_size: int = 8,
     limit: int | None = None,
     skip: Callable[[int], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Asked]:
+) -> Iterator[PredictedBatch]:
     """Asks for the regions of a dataset, `batch` images at a time and always the same together.
 
     limit: only the first so many images. skip: says which places in the dataset are left out. progress: called with
@@ -196,129 +196,129 @@ def predict(
 
     ValueError for a number below 1, before anything is computed.
     """
-    for name, number in (("batch", batch), ("limit", limit)):
+    for name, number in (("batch", batch_size), ("limit", limit)):
         if number is not None:
             check_range(name, number, int, 1)
-    every = len(dataset) if limit is None else min(limit, len(dataset))
-    batches = [range(start, min(start + batch, every)) for start in range(0, every, batch)]
-    return _predict(captioner, dataset, questions or Questions(), batches, skip or (lambda _: False), progress)
+    num_images = len(dataset) if limit is None else min(limit, len(dataset))
+    batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+    return _iter_predicted_batches(captioner, dataset, prompting or PromptingOptions(), batches, skip or (lambda _: False), progress)
 
 
-def _predict(
+def _iter_predicted_batches(
     captioner: Captioner,
     dataset: Dataset,
-    questions: Questions | Proposing,
+    prompting: PromptingOptions | DenseCaptioningOptions,
     batches: Sequence[range],
     skip: Callable[[int], bool],
     progress: Callable[[int, int], None] | None,
-) -> Iterator[Asked]:
-    read = getattr(dataset, "read", dataset.__getitem__)
+) -> Iterator[PredictedBatch]:
+    read_sample = getattr(dataset, "read", dataset.__getitem__)
     for batch in batches:
-        if places := [place for place in batch if not skip(place)]:
-            samples = [(place, sample) for place in places if (sample := read(place)) is not None]
-            records = questions.ask(captioner, samples) if samples else []
-            yield Asked(places, records, len(places) - len(samples))
+        if indices := [index for index in batch if not skip(index)]:
+            samples = [(index, sample) for index in indices if (sample := read_sample(index)) is not None]
+            records = prompting.predict_records(captioner, samples) if samples else []
+            yield PredictedBatch(indices, records, len(indices) - len(samples))
         if progress:
             progress(batch.stop, batches[-1].stop)
 
 
-class _Shown:
+class _EncodedImages:
     """Images that a captioner was shown: encoded once for all that is asked of them, if it can encode."""
 
     def __init__(self, captioner: Captioner, images: Sequence[Image.Image]):
         self.captioner, self.images = captioner, images
         self.encoded = captioner.encode(images) if hasattr(captioner, "encode") else None
 
-    def answer(self, requests: Sequence[Request], task: str, generation: Mapping[str, Any]) -> list[dict[int, Caption]]:
+    def caption_regions(self, requests: Sequence[PromptsByRegion], task: str, generation: Mapping[str, Any]) -> list[dict[int, Caption]]:
         """For each image the answers by region."""
-        asked = [list(request.values()) for request in requests]
-        given = caption_requests(self.captioner, self.images, asked, task, self.encoded, **generation)
-        return [dict(zip(request, answers, strict=True)) for request, answers in zip(requests, given, strict=True)]
+        prompts = [list(request.values()) for request in requests]
+        captions = caption_requests(self.captioner, self.images, prompts, task, self.encoded, **generation)
+        return [dict(zip(request, image_captions, strict=True)) for request, image_captions in zip(requests, captions, strict=True)]
 
-    def masks(self, place: int, boxes: Mapping[int, Prompt]) -> dict[int, dict[str, Any]]:
+    def predict_masks(self, index: int, boxes: Mapping[int, Prompt]) -> dict[int, dict[str, Any]]:
         """The captioner's own masks for boxes of one image. ValueError if it gives none."""
-        requests: list[Request] = [{} for _ in self.images]
-        requests[place] = dict(boxes)
-        answers = self.answer(requests, "caption", {})[place]
-        without = [region for region, answer in answers.items() if answer.mask is None]
-        if without:
+        requests: list[PromptsByRegion] = [{} for _ in self.images]
+        requests[index] = dict(boxes)
+        captions = self.caption_regions(requests, "caption", {})[index]
+        regions_without_mask = [region for region, caption in captions.items() if caption.mask is None]
+        if regions_without_mask:
             raise ValueError(
                 "prompts by mask need masks: the dataset has none for some regions, and the model gives none for their "
                 "boxes; ask by box, center or random-point"
             )
-        return {region: answer.mask for region, answer in answers.items()}
+        return {region: caption.mask for region, caption in captions.items()}
 
 
-def _asks(region: Region, task: str, prompts: Request) -> bool:
-    return region.id in prompts and _has_truth(region, task)
+def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool:
+    return region.id in prompts and _has_truth_for_task(region, task)
 
 
-def _has_truth(region: Region, task: str) -> bool:
+def _has_truth_for_task(region: Region, task: str) -> bool:
     return bool(region.phrases if task == "caption" else region.name)
 
 
-def _prompts(questions: Questions, sample: Sample, shown: _Shown, place: int) -> Request:
+def _make_prompts(prompting: PromptingOptions, sample: Sample, encoded_images: _EncodedImages, index: int) -> PromptsByRegion:
     """What is asked of every region of an image that has some truth."""
     regions = [
         region
         for region in sample.regions
-        if any(_asks(region, task, {region.id: Prompt()}) for task in questions.tasks)
+        if any(_should_caption(region, task, {region.id: Prompt()}) for task in prompting.tasks)
     ]
-    if questions.prompt in ("mask-point", "mask"):
+    if prompting.prompt in ("mask-point", "mask"):
         boxes = {region.id: Prompt(box=region.box) for region in regions if region.mask is None}
-        found = shown.masks(place, boxes) if boxes else {}
-        regions = [replace(region, mask=found.get(region.id, region.mask)) for region in regions]
-    return {region.id: _prompt(questions, region) for region in regions}
+        predicted_masks = encoded_images.predict_masks(index, boxes) if boxes else {}
+        regions = [replace(region, mask=predicted_masks.get(region.id, region.mask)) for region in regions]
+    return {region.id: _make_prompt(prompting, region) for region in regions}
 
 
-def _prompt(questions: Questions, region: Region) -> Prompt:
+def _make_prompt(prompting: PromptingOptions, region: Region) -> Prompt:
     x1, y1, x2, y2 = region.box
-    if questions.prompt == "center":
+    if prompting.prompt == "center":
         return Prompt(points=(((x1 + x2) / 2, (y1 + y2) / 2, 1),))
-    if questions.prompt == "mask" and region.mask is not None:
+    if prompting.prompt == "mask" and region.mask is not None:
         return Prompt(mask=masks.decode(region.mask))
-    if questions.prompt in ("random-point", "mask-point"):
-        kept = region if questions.prompt == "mask-point" else replace(region, mask=None)
-        return draw_point_prompt(kept, np.random.default_rng([questions.seed, region.id]))
+    if prompting.prompt in ("random-point", "mask-point"):
+        point_region = region if prompting.prompt == "mask-point" else replace(region, mask=None)
+        return draw_point_prompt(point_region, np.random.default_rng([prompting.seed, region.id]))
     return Prompt(box=region.box)
 
 
-def _other(region: Region, regions: Sequence[Region], prompts: Request) -> Region | None:
+def _find_different_region(region: Region, regions: Sequence[Region], prompts: PromptsByRegion) -> Region | None:
     """The next region of the image that is called something else and told of otherwise, if there is one."""
-    place = regions.index(region)
-    for other in (*regions[place + 1 :], *regions[:place]):
-        same = bool(set(other.phrases) & set(region.phrases)) or (region.name is not None and other.name == region.name)
-        if other.id in prompts and not same:
+    index = regions.index(region)
+    for other in (*regions[index + 1 :], *regions[:index]):
+        has_same_truth = bool(set(other.phrases) & set(region.phrases)) or (region.name is not None and other.name == region.name)
+        if other.id in prompts and not has_same_truth:
             return other
     return None
 
 
-def _moved(region: Region, size: tuple[int, int], seed: int) -> Region:
+def _shift_region(region: Region, image_size: tuple[int, int], seed: int) -> Region:
     """The region's box, and what of its mask is inside, at another place of the image (width, height)."""
-    draw = np.random.default_rng([seed, region.id, 1])
+    rng = np.random.default_rng([seed, region.id, 1])
     x1, y1, x2, y2 = region.box
-    room = np.array([size[0] - (x2 - x1), size[1] - (y2 - y1)])
-    places = (draw.random((PLACES, 2)) * np.maximum(room, 0)).round()  # (PLACES, 2) corners
-    common = np.maximum(0, np.array([x2 - x1, y2 - y1]) - np.abs(places - [x1, y1])).prod(1)
-    x, y = (float(value) for value in places[common.argmin()])
+    free_space = np.array([image_size[0] - (x2 - x1), image_size[1] - (y2 - y1)])
+    corners = (rng.random((NUM_CANDIDATE_SHIFTS, 2)) * np.maximum(free_space, 0)).round()  # (PLACES, 2) corners
+    intersections = np.maximum(0, np.array([x2 - x1, y2 - y1]) - np.abs(corners - [x1, y1])).prod(1)
+    x, y = (float(value) for value in corners[intersections.argmin()])
     mask = region.mask
     if mask is not None:
-        inside = masks.decode(mask)
-        rows, columns = np.nonzero(inside)
+        bitmap = masks.decode(mask)
+        rows, columns = np.nonzero(bitmap)
         rows, columns = rows + round(y - y1), columns + round(x - x1)
-        kept = (rows >= 0) & (rows < size[1]) & (columns >= 0) & (columns < size[0])
-        inside[:] = False
-        inside[rows[kept], columns[kept]] = True
-        mask = masks.encode(inside)
+        is_inside_image = (rows >= 0) & (rows < image_size[1]) & (columns >= 0) & (columns < image_size[0])
+        bitmap[:] = False
+        bitmap[rows[is_inside_image], columns[is_inside_image]] = True
+        mask = masks.encode(bitmap)
     return replace(region, box=(x, y, x + x2 - x1, y + y2 - y1), mask=mask)
 
 
-def _recoloured(image: Image.Image) -> Image.Image:
+def _swap_colors(image: Image.Image) -> Image.Image:
     red, green, blue = image.split()
     return Image.merge("RGB", (blue, red, green))
 
 
-def _everything(captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]) -> list[Caption]:
+def _caption_point_proposals(captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]) -> list[Caption]:
     from sca.inference.automatic import caption_everything
     from sca.inference.engine import MaskEngine
     from sca.inference.predictor import Predictor
@@ -330,28 +330,28 @@ def _everything(captioner: Any, image: Image.Image, proposals: Any, generation: 
     return caption_everything(predictor, proposals=proposals, **generation)
 
 
-def _in_order(records: Sequence[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:
+def _sort_records(records: Sequence[dict[str, Any]], sample: Sample) -> list[dict[str, Any]]:
     """By region, and of one region what was asked first before what was asked to mislead."""
-    place = {region.id: number for number, region in enumerate(sample.regions)}
-    return sorted(records, key=lambda each: (each["control"] is not None, place[each["region_id"]]))
+    region_order = {region.id: index for index, region in enumerate(sample.regions)}
+    return sorted(records, key=lambda each: (each["control"] is not None, region_order[each["region_id"]]))
 
 
-def _record(
-    index: int, sample: Sample, region: Region, task: str, control: str | None, answer: Caption
+def _make_record(
+    index: int, sample: Sample, region: Region, task: str, control: str | None, caption: Caption
 ) -> dict[str, Any]:
-    plain = record("", sample.image, answer)
+    caption_record = record("", sample.image, caption)
     return {
         "index": index,
         "image_id": sample.image_id,
         "region_id": region.id,
         "task": task,
         "control": control,
-        **{key: plain[key] for key in ("prompt", "caption", "score", "mask", "iou")},
-        "truth": _truth(region),
+        **{key: caption_record[key] for key in ("prompt", "caption", "score", "mask", "iou")},
+        "truth": _make_truth(region),
     }
 
 
-def _truth(region: Region) -> dict[str, Any]:
+def _make_truth(region: Region) -> dict[str, Any]:
     mask = region.mask
     return {
         "name": region.name,
@@ -359,11 +359,11 @@ def _truth(region: Region) -> dict[str, Any]:
         "attributes": {fact: list(v) if isinstance(v, tuple) else v for fact, v in region.attributes.items()},
         "mask": None if mask is None else {"size": list(mask["size"]), "counts": mask["counts"]},
         "box": [float(value) for value in region.box],
-        "area": _area(region),
+        "area": _compute_area(region),
     }
 
 
-def _area(region: Region) -> float:
+def _compute_area(region: Region) -> float:
     if region.mask is not None:
         return float(masks.area(region.mask))
     x1, y1, x2, y2 = region.box

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from sca_registry import RegistryError, metrics
 from sca_registry.messages import unknown
 
-from sca.evaluation.predictions import Questions
+from sca.evaluation.predictions import PromptingOptions
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
 
-SUFFIX = ".toml"
+TOML_SUFFIX = ".toml"
 
 
 @dataclass(frozen=True)
-class Run:
+class ProtocolRun:
     """One evaluation of a protocol. published: for each system the scores named by `columns`, or the first of them."""
 
     name: str
@@ -38,39 +38,39 @@ class Run:
     published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
-    def questions(self) -> Questions:
-        return Questions(self.prompt, tuple(self.tasks), generation=self.generation)
+    def prompting(self) -> PromptingOptions:
+        return PromptingOptions(self.prompt, tuple(self.tasks), generation=self.generation)
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     name: str
     summary: str
     source: str
     metrics: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[ProtocolRun, ...]
     references: str = "all"
     tokenizer: str = "ptb"
 
     @property
-    def settings(self) -> dict[str, str]:
+    def metric_options(self) -> dict[str, str]:
         return {"references": self.references, "tokenizer": self.tokenizer}
 
 
-def names() -> list[str]:
-    return sorted(file.name.removesuffix(SUFFIX) for file in _folder().iterdir() if file.name.endswith(SUFFIX))
+def list_protocols() -> list[str]:
+    return sorted(file.name.removesuffix(TOML_SUFFIX) for file in _get_protocols_folder().iterdir() if file.name.endswith(TOML_SUFFIX))
 
 
-def read_protocol(name: str) -> Protocol:
+def read_protocol(name: str) -> EvaluationProtocol:
     """RegistryError if there is none of this name."""
-    if name not in names():
-        raise unknown(f"no protocol {name!r}", name, names())
-    table = tomllib.loads((_folder() / f"{name}{SUFFIX}").read_text("utf-8"))
-    runs = tuple(Run(**run) for run in table.pop("runs"))
-    return Protocol(name=name, runs=runs, **table)
+    if name not in list_protocols():
+        raise unknown(f"no protocol {name!r}", name, list_protocols())
+    table = tomllib.loads((_get_protocols_folder() / f"{name}{TOML_SUFFIX}").read_text("utf-8"))
+    runs = tuple(ProtocolRun(**run) for run in table.pop("runs"))
+    return EvaluationProtocol(name=name, runs=runs, **table)
 
 
-def available_metrics(protocol: Protocol, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def available_metrics(protocol: EvaluationProtocol, settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return the metrics of a protocol that can be computed on this machine, and the others.
 
     Args:
@@ -93,7 +93,7 @@ def available_metrics(protocol: Protocol, settings: Mapping[str, Any]) -> tuple[
     return available, list(problems)
 
 
-def beside(run: Run, model: str, scores: Mapping[str, float], source: str) -> Table:
+def build_comparison_table(run: ProtocolRun, model: str, scores: Mapping[str, float], source: str) -> Table:
     """What was measured, with what was published above it."""
     from sca.io.terminal import Table
 
@@ -101,10 +101,10 @@ def beside(run: Run, model: str, scores: Mapping[str, float], source: str) -> Ta
     table = Table(("model", *run.columns), title, run.columns, notes=[f"published: {source}"])
     for system, values in run.published.items():
         table.add_row(f"{system} (published)", *(f"{value:.3f}" for value in values))
-    ours = (scores.get(column) for column in run.columns)
-    table.add_row(model, *("–" if value is None or value != value else f"{value:.3f}" for value in ours))
+    measured = (scores.get(column) for column in run.columns)
+    table.add_row(model, *("–" if value is None or value != value else f"{value:.3f}" for value in measured))
     return table
 
 
-def _folder():
+def _get_protocols_folder():
     return files("sca.evaluation") / "protocols"

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.comparison import Comparison, Judged, answers, chosen, judgements, label_reports, single_scores
-from sca.evaluation.evaluate import Report
+from sca.evaluation.comparison import RunComparison, RegionChange, find_scored_records, choose_score, collect_region_outputs, label_reports, get_region_scores
+from sca.evaluation.evaluate import EvaluationReport
 from sca.io import masks
 from sca.output.outline import outline
 from sca.output.page import SHARP, data_uri, render
@@ -53,7 +53,7 @@ class Histogram(NamedTuple):
     regions: int
 
 
-def report_page(reports: Sequence[Report], by: str | None = None, seed: int = 0) -> str:
+def report_page(reports: Sequence[EvaluationReport], by: str | None = None, seed: int = 0) -> str:
     """A page about one run, or several on the same regions side by side.
 
     by: the score that tells best from worst (default: the most telling that there is). seed: of regions at random.
@@ -61,8 +61,8 @@ def report_page(reports: Sequence[Report], by: str | None = None, seed: int = 0)
     ValueError if there is no score `by`.
     """
     reports = label_reports(reports)
-    single = [judgements(report) for report in reports]
-    by = chosen(by, [name for name in single[0] if all(name in each for each in single)])
+    single = [collect_region_outputs(report) for report in reports]
+    by = choose_score(by, [name for name in single[0] if all(name in each for each in single)])
     headings, rows = _scores(reports)
     pairs = list(zip(reports, single, strict=True))
     return render(
@@ -78,7 +78,7 @@ def report_page(reports: Sequence[Report], by: str | None = None, seed: int = 0)
     )
 
 
-def comparison_page(comparison: Comparison) -> str:
+def comparison_page(comparison: RunComparison) -> str:
     """A page about two runs: the differences, and the regions whose answers changed most."""
     first, second = comparison.first, comparison.second
     rows = [
@@ -90,8 +90,8 @@ def comparison_page(comparison: Comparison) -> str:
         ]
         for each in comparison.differences
     ]
-    gains = [each for each in comparison.judged if each.change > 0][:SHOWN]
-    losses = [each for each in reversed(comparison.judged) if each.change < 0][:SHOWN]
+    gains = [each for each in comparison.changes if each.change > 0][:SHOWN]
+    losses = [each for each in reversed(comparison.changes) if each.change < 0][:SHOWN]
     pictures = _Pictures(first)
     return render(
         "comparison.html",
@@ -100,7 +100,7 @@ def comparison_page(comparison: Comparison) -> str:
         remarks=comparison.remarks,
         headings=["score", first.name, second.name, "difference", "95 % interval"],
         rows=rows,
-        by=comparison.by,
+        by=comparison.sorted_by,
         groups=[
             (heading, [_changed_card(pictures, comparison, each) for each in judged])
             for heading, judged in (("Gained most", gains), ("Lost most", losses))
@@ -109,12 +109,12 @@ def comparison_page(comparison: Comparison) -> str:
     )
 
 
-def _scores(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
+def _scores(reports: Sequence[EvaluationReport]) -> tuple[list[str], list[list[str]]]:
     """The headings and rows of the table of scores."""
-    names = dict.fromkeys(each.name for report in reports for each in report.scored.scores if each.control is None)
+    names = dict.fromkeys(each.name for report in reports for each in report.scoring.scores if each.control is None)
     columns = [(report, None) for report in reports]
-    columns += [(r, c) for r in reports for c in dict.fromkeys(s.control for s in r.scored.scores if s.control)]
-    found = [{each.name: each for each in r.scored.scores if each.control == c} for r, c in columns]
+    columns += [(r, c) for r in reports for c in dict.fromkeys(s.control for s in r.scoring.scores if s.control)]
+    found = [{each.name: each for each in r.scoring.scores if each.control == c} for r, c in columns]
     rows = []
     for name in names:
         cells = [name]
@@ -125,24 +125,24 @@ def _scores(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
     return ["score", *(f"{report.name}{f', {control}' if control else ''}" for report, control in columns)], rows
 
 
-def _remarks(reports: Sequence[Report]) -> list[str]:
+def _remarks(reports: Sequence[EvaluationReport]) -> list[str]:
     lines = [f"{remark}" for report in reports for remark in (*report.remarks, *report.notes)]
-    return list(dict.fromkeys([*lines, *reports[0].scored.summarize_left_out()]))
+    return list(dict.fromkeys([*lines, *reports[0].scoring.summarize_skipped_metrics()]))
 
 
-def _histograms(pairs: Sequence[tuple[Report, Mapping[str, MetricOutput]]]) -> Iterable[Histogram]:
+def _histograms(pairs: Sequence[tuple[EvaluationReport, Mapping[str, MetricOutput]]]) -> Iterable[Histogram]:
     for name in pairs[0][1]:
         for report, known in pairs:
-            values = np.array(list(single_scores(known[name], name).values())) if name in known else np.empty(0)
+            values = np.array(list(get_region_scores(known[name], name).values())) if name in known else np.empty(0)
             if len(np.unique(values)) > 2:  # a share of rights and wrongs has no more to show than its mean
                 counts, edges = np.histogram(values, BINS)
                 heights = (counts / counts.max()).tolist()
                 yield Histogram(f"{name}, {report.name}", heights, edges[0], edges[-1], len(values))
 
 
-def _figure(reports: Sequence[Report], by: str, seed: int) -> dict[str, Any]:
+def _figure(reports: Sequence[EvaluationReport], by: str, seed: int) -> dict[str, Any]:
     """One region a column, one model a row, what is true last."""
-    told = [answers(report, by) for report in reports]
+    told = [find_scored_records(report, by) for report in reports]
     common = [key for key in told[0] if all(key in each for each in told)]
     chosen = random.Random(seed).sample(common, min(COLUMNS, len(common)))
     pictures = _Pictures(reports[0])
@@ -154,9 +154,9 @@ def _figure(reports: Sequence[Report], by: str, seed: int) -> dict[str, Any]:
     return {"rows": rows, "problem": pictures.problem}
 
 
-def _ranking(report: Report, known: Mapping[str, MetricOutput], by: str, seed: int) -> dict[str, Any]:
+def _ranking(report: EvaluationReport, known: Mapping[str, MetricOutput], by: str, seed: int) -> dict[str, Any]:
     """The best, the worst and some other regions of a run."""
-    values, told = single_scores(known[by], by), answers(report, by)
+    values, told = get_region_scores(known[by], by), find_scored_records(report, by)
     ranked = sorted(values, key=lambda key: values[key])
     drawn = random.Random(seed).sample(ranked, min(SHOWN, len(ranked)))
     pictures = _Pictures(report)
@@ -170,7 +170,7 @@ def _card(pictures: _Pictures, record: Mapping[str, Any], value: str) -> Card:
     return Card(pictures.view(record), [("", record["caption"])], _true(record), f"{value}, {_place(record)}")
 
 
-def _changed_card(pictures: _Pictures, comparison: Comparison, judged: Judged) -> Card:
+def _changed_card(pictures: _Pictures, comparison: RunComparison, judged: RegionChange) -> Card:
     reports, records = (comparison.first, comparison.second), (judged.first, judged.second)
     said = [
         (f"{report.name}, {value:.3f}", record["caption"])
@@ -182,9 +182,9 @@ def _changed_card(pictures: _Pictures, comparison: Comparison, judged: Judged) -
 class _Pictures:
     """What is seen of regions; where a picture cannot be had, words alone."""
 
-    def __init__(self, report: Report):
-        self.images: Callable[[Any], Image.Image] | None = report.images
-        self.problem = "" if report.images else "the predictions do not say where the pictures are"
+    def __init__(self, report: EvaluationReport):
+        self.images: Callable[[Any], Image.Image] | None = report.load_image
+        self.problem = "" if report.load_image else "the predictions do not say where the pictures are"
 
     def view(self, record: Mapping[str, Any], contours: Sequence[str] = ("mask", "true")) -> RegionView | None:
         """The surroundings of a region: its true box, and contours: of the predicted "mask", of the "true" one."""

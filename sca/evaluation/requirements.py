@@ -11,12 +11,12 @@ from sca_registry.contracts import Dataset
 from sca_registry.messages import unknown
 
 from sca.data.summary import summarize_dataset
-from sca.evaluation.predictions import Questions, draft_records
-from sca.evaluation.records import lack, meets
-from sca.evaluation.scoring import ready
+from sca.evaluation.predictions import PromptingOptions, draft_records
+from sca.evaluation.records import describe_missing_needs, meets_need
+from sca.evaluation.scoring import check_metrics
 
 
-def check_truth(dataset: Dataset, what: str, tasks: Sequence[str] = Questions.tasks, limit: int | None = None) -> None:
+def check_has_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None) -> None:
     """Check that a dataset has a region with the truth that a task asks for.
 
     Args:
@@ -29,19 +29,19 @@ def check_truth(dataset: Dataset, what: str, tasks: Sequence[str] = Questions.ta
         ValueError: No region has.
     """
     if hasattr(dataset, "annotations_of_all") and next(draft_records(dataset, tasks, limit), None) is None:
-        raise ValueError(describe_missing_truth(dataset, what, tasks))
+        raise ValueError(describe_missing_truth(dataset, dataset_name, tasks))
 
 
-def describe_missing_truth(dataset: Dataset, what: str, tasks: Sequence[str]) -> str:
+def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str]) -> str:
     """Return the error for a dataset without a region that has what tasks ask for."""
     return (
-        f"nothing to evaluate: no region of {what} has what {' or '.join(tasks)} asks for (phrases for captions, a "
+        f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(tasks)} asks for (phrases for captions, a "
         f"name for recognition); {summarize_dataset(dataset)}"
     )
 
 
-def check_needs(
-    metrics: Sequence[str], dataset: Dataset, tasks: Sequence[str] = Questions.tasks, limit: int | None = None
+def check_metric_needs(
+    metrics: Sequence[str], dataset: Dataset, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None
 ) -> None:
     """Check that metrics find what they need in a dataset, before anything is predicted.
 
@@ -55,12 +55,12 @@ def check_needs(
         ValueError: A metric needs a task or a truth that no region has.
     """
     for name in metrics:
-        reason = _find_lack(name, dataset, tasks, limit)
+        reason = _find_missing_needs(name, dataset, tasks, limit)
         if reason:
             raise ValueError(f"metric {name!r}: {reason}; choose other metrics or other data")
 
 
-def check_best(names: Sequence[str], metrics: Sequence[str] | None, dataset: Dataset, limit: int | None = None) -> None:
+def check_best_scores(score_names: Sequence[str], metrics: Sequence[str] | None, dataset: Dataset, limit: int | None = None) -> None:
     """Check that the scores of `validate.best` exist and that at least one can be computed on a dataset.
 
     Args:
@@ -72,25 +72,25 @@ def check_best(names: Sequence[str], metrics: Sequence[str] | None, dataset: Dat
     Raises:
         RegistryError: A score that no metric has, or none that can be computed.
     """
-    declared = {name: _score_names(name) for name in sca_registry.metrics.names()}
-    makers = {each: [name for name, made in declared.items() if made is None or _matches(each, made)] for each in names}
-    for each, found in makers.items():
-        if not found:
-            known = [score for made in declared.values() for score in made or ()]
-            raise unknown(f"validate.best: no metric has a score {each!r}", each, known)
+    score_patterns = {name: _get_score_patterns(name) for name in sca_registry.metrics.names()}
+    metrics_by_score = {each: [name for name, patterns in score_patterns.items() if patterns is None or _matches_any(each, patterns)] for each in score_names}
+    for each, matches in metrics_by_score.items():
+        if not matches:
+            known_scores = [score for patterns in score_patterns.values() for score in patterns or ()]
+            raise unknown(f"validate.best: no metric has a score {each!r}", each, known_scores)
     missing = "it is not among validate.metrics"
     problems = {
-        name: missing if metrics is not None and name not in metrics else _find_problem(name, dataset, limit)
-        for name in dict.fromkeys(name for found in makers.values() for name in found)
+        name: missing if metrics is not None and name not in metrics else _find_metric_problem(name, dataset, limit)
+        for name in dict.fromkeys(name for matches in metrics_by_score.values() for name in matches)
     }
     if all(problems.values()):
         reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise RegistryError(
-            f"validate.best is {list(names)}, and none of these scores is computed ({reasons}); name another score"
+            f"validate.best is {list(score_names)}, and none of these scores is computed ({reasons}); name another score"
         )
 
 
-def _score_names(metric: str) -> tuple[str, ...] | None:
+def _get_score_patterns(metric: str) -> tuple[str, ...] | None:
     """The names of a metric's scores, as it declares them; () for a metric that does not work."""
     try:
         return sca_registry.metrics.stated(metric, "scores")
@@ -98,28 +98,28 @@ def _score_names(metric: str) -> tuple[str, ...] | None:
         return ()
 
 
-def _matches(score: str, names: Sequence[str]) -> bool:
-    return any(fnmatchcase(score, name) for name in names)
+def _matches_any(score: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(score, name) for name in patterns)
 
 
-def _find_problem(metric: str, dataset: Dataset, limit: int | None) -> str | None:
+def _find_metric_problem(metric: str, dataset: Dataset, limit: int | None) -> str | None:
     try:
-        ready([metric], None)
+        check_metrics([metric], None)
     except RegistryError as error:
         return str(error)
-    return _find_lack(metric, dataset, Questions.tasks, limit)
+    return _find_missing_needs(metric, dataset, PromptingOptions.tasks, limit)
 
 
-def _find_lack(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
+def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
     """Why no record of a dataset can meet the needs of a metric; None if one can, or if that cannot be known yet."""
-    known = [need for need in sca_registry.metrics.stated(metric, "needs") or () if _is_of_dataset(need)]
+    dataset_needs = [need for need in sca_registry.metrics.stated(metric, "needs") or () if _is_dataset_need(need)]
     if next(draft_records(dataset, tasks, limit), None) is None:
         return None
-    if any(all(meets(record, need) for need in known) for record in draft_records(dataset, tasks, limit)):
+    if any(all(meets_need(record, need) for need in dataset_needs) for record in draft_records(dataset, tasks, limit)):
         return None
-    return lack(list(draft_records(dataset, tasks, limit)), known)
+    return describe_missing_needs(list(draft_records(dataset, tasks, limit)), dataset_needs)
 
 
-def _is_of_dataset(need: str) -> bool:
+def _is_dataset_need(need: str) -> bool:
     """Whether a need depends on the tasks and the dataset alone, and not on what is predicted."""
     return all(choice.startswith(("task=", "truth.")) for choice in need.split(" or "))

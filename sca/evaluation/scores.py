@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, places, share
+from sca.evaluation.records import Record, collect_region_ids, compute_nanmean
 
 
-def from_means(each: Mapping[str, np.ndarray], records: Sequence[Record]) -> MetricOutput:
+def make_mean_output(per_record: Mapping[str, np.ndarray], records: Sequence[Record]) -> MetricOutput:
     """Arrays with one number a record, NaN where nothing was to be judged; a total is the mean over the others."""
-    return MetricOutput({name: share(values) for name, values in each.items()}, {**each, **places(records)})
+    return MetricOutput({name: compute_nanmean(values) for name, values in per_record.items()}, {**per_record, **collect_region_ids(records)})

@@ -37,7 +37,7 @@ class ImageMemoryError(InputError):
     """An image that does not fit into memory."""
 
 
-class OtherRunError(OutputError):
+class DifferentRunError(OutputError):
     """A folder or journal of a run with other settings, which may be replaced."""
 
 

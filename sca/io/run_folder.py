@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sca.io.atomic import open_folder, output_errors, remove_drafts, write_file
-from sca.io.errors import InputError, OtherRunError, OutputError
+from sca.io.errors import InputError, DifferentRunError, OutputError
 from sca.io.images import show
 from sca.io.json import read_json
 from sca.io.lock import held_lock
@@ -189,8 +189,8 @@ def check_same_run(path: Path, earlier: Mapping[str, Any], run: Mapping[str, Any
         raise _other_run(path, changed)
 
 
-def _other_run(path: Path, changed: Iterable[str]) -> OtherRunError:
-    return OtherRunError(
+def _other_run(path: Path, changed: Iterable[str]) -> DifferentRunError:
+    return DifferentRunError(
         f"{show(path)} contains another run ({'; '.join(changed)}); choose another folder, or replace the run"
     )
 

@@ -37,18 +37,18 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
         ValueError: An unknown prompt, metric or score, a metric whose extra is not installed or which does not find
             what it needs in the dataset, no score that can choose the best model, or what the dataset raises.
     """
-    from sca.evaluation.predictions import Questions
-    from sca.evaluation.requirements import check_best, check_needs, check_truth
-    from sca.evaluation.scoring import ready
+    from sca.evaluation.predictions import PromptingOptions
+    from sca.evaluation.requirements import check_best_scores, check_metric_needs, check_has_truth
+    from sca.evaluation.scoring import check_metrics
 
-    Questions(prompt=validation.prompt)
-    ready(validation.metrics or None, None)
+    PromptingOptions(prompt=validation.prompt)
+    check_metrics(validation.metrics or None, None)
     part = Part.from_dict(validation.dataset, "dataset of validate")
     dataset = datasets.build(part.name, validation.split, **part.options)
     if len(dataset):
-        check_truth(dataset, f"validate ({validation.split})", limit=validation.limit)
-        check_needs(validation.metrics, dataset, limit=validation.limit)
-        check_best(validation.best, validation.metrics or None, dataset, validation.limit)
+        check_has_truth(dataset, f"validate ({validation.split})", limit=validation.limit)
+        check_metric_needs(validation.metrics, dataset, limit=validation.limit)
+        check_best_scores(validation.best, validation.metrics or None, dataset, validation.limit)
     return dataset
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from sca.checkpoints.native import save
 from sca.evaluation.evaluate import evaluate
-from sca.evaluation.predictions import Questions
+from sca.evaluation.predictions import PromptingOptions
 from sca.io.atomic import write_file
 from sca.io.json import read_json
 from sca.training.log import VALIDATION_PREFIX
@@ -35,7 +35,7 @@ class ValidationCallback(TrainerCallback):
         report: Callable[[str], None] = lambda line: None,
     ):
         self.trainer, self.options, self.dataset, self.folder, self.report = trainer, options, dataset, folder, report
-        self.questions = Questions(prompt=options.prompt)
+        self.questions = PromptingOptions(prompt=options.prompt)
         self.best_scores: dict[str, list[float]] = {}  # of the scores that chose
         self.reported_metrics: set[str] = set()  # scores of `best` that were not a number
 
@@ -65,7 +65,7 @@ class ValidationCallback(TrainerCallback):
             model.eval(),
             self.dataset,
             options.split,
-            questions=self.questions,
+            prompting=self.questions,
             metrics=options.metrics or None,
             limit=options.limit,
             folder=folder,

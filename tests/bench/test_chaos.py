@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sca_bench.store import Store
+from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 
 TINY = """
@@ -72,14 +72,14 @@ def test_nothing_is_lost_or_doubled_when_runner_and_workers_are_killed(tmp_path,
         time.sleep(0.1)
     first_row = time.monotonic() - begun  # seconds, which depend on the machine
     assert uninterrupted.wait() == 0
-    whole = Store(tmp_path / "whole").rows()
+    whole = ResultStore(tmp_path / "whole").read_rows()
     draw, folder, done, early = random.Random(0), tmp_path / "killed", 0, 0
     runner = started(sweep, folder, "killed")
     while done < kills:
         time.sleep(draw.random() * draw.choice((0.1, 1.6)) * first_row)  # some while it starts, some while it works
         if runner.poll() is not None:
             if runner.returncode == 0:  # all is there: from the beginning, so that there is something to kill
-                assert lasting(Store(folder).rows()) == lasting(whole)
+                assert lasting(ResultStore(folder).read_rows()) == lasting(whole)
                 (folder / "results.jsonl").unlink()
             runner = started(sweep, folder, "killed")
             continue
@@ -92,13 +92,13 @@ def test_nothing_is_lost_or_doubled_when_runner_and_workers_are_killed(tmp_path,
                 early += not (folder / "results.jsonl").exists()
             except ProcessLookupError:
                 continue
-            Store(folder).rows()  # can be read at any instant
+            ResultStore(folder).read_rows()  # can be read at any instant
     assert early < kills / 2 or name == "tiny"
     runner.wait()
     while started(sweep, folder, "killed").wait():
         pass
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert len({row["key"] for row in lines}) == len(lines) == len(Sweep.read(str(sweep)).rows())
+    assert len({row["key"] for row in lines}) == len(lines) == len(Sweep.read(str(sweep)).list_rows())
     assert lasting(lines) == lasting(whole)
     deadline = time.monotonic() + 60
     while marked("killed") and time.monotonic() < deadline:  # one that was importing ends when it has imported

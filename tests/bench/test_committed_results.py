@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from sca_bench import report
-from sca_bench.store import Store
+from sca_bench.store import ResultStore
 
 import weak_supervision
 
@@ -53,7 +53,7 @@ def test_page_of_benchmarks_shows_the_committed_results(lines):
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_committed_report_is_what_its_rows_give(sweep):
-    rows = Store(RESULTS / sweep).rows()
+    rows = ResultStore(RESULTS / sweep).read_rows()
     stale = (RESULTS / sweep / "report.md").read_bytes() != report.markdown(rows).encode()
     assert not stale, f"run: sca bench report benchmarks/results/{sweep}"
 
@@ -67,7 +67,7 @@ def test_committed_results_are_rows_and_markdown():
 
 @pytest.mark.parametrize("sweep", ["encoders", "mixers"])
 def test_page_of_benchmarks_shows_the_scores_of_a_sweep(sweep):
-    heads, _, *rows = report.markdown(Store(RESULTS / sweep).rows()).partition("\n\n")[0].splitlines()
+    heads, _, *rows = report.markdown(ResultStore(RESULTS / sweep).read_rows()).partition("\n\n")[0].splitlines()
     pattern = r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$"
     shown = [tuple(map(float, found)) for found in re.findall(pattern, PAGE, re.MULTILINE)]
     for row in rows:

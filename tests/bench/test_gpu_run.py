@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sca_bench.decoding import measure_way
+from sca_bench.decoding import measure_method
 from sca_bench.parity import compare_golden_folders, compare_scenes
 from sca_registry import registry
 
@@ -167,7 +167,7 @@ def test_every_way_of_decoding_gives_the_same_ids(way):
 
     torch.manual_seed(0)
     language_model = TinyGpt2(hidden_size=32, depth=2, num_heads=2, max_positions=64).eval()
-    found = measure_way(language_model, torch.randn(3, 5, 32), 6, way, 1)
+    found = measure_method(language_model, torch.randn(3, 5, 32), 6, way, 1)
     assert found["ids"] == 1.0
     assert found["tokens_per_second"] > 0
 

@@ -35,7 +35,7 @@ def test_two_nodes_make_the_rows_that_one_machine_makes(cluster, tmp_path):
     sweep = Sweep("three", BASE, {"mixer": mixers}, measure={"regions": [1], "words": 2})
     found = {}
     for name, launcher in (("local", Local(workers=1)), ("ray", Ray(address=cluster.address))):
-        tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.rows()]
+        tasks = [Task(row.key, JOB, row.config, str(tmp_path / name / row.key)) for row in sweep.list_rows()]
         kept = ("state", "reason", "parameters", "flops")
         found[name] = {task.key: {key: row.get(key) for key in kept} for task, row in launcher.map(tasks)}
         assert all((tmp_path / name / task.key / "log.txt").is_file() for task in tasks)

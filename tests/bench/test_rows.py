@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import sca_registry
-from sca_bench.sweep import Row, Sweep
+from sca_bench.sweep import SweepRow, Sweep
 
 from sca.launchers.local import Local
 from sca.launchers.task import Task
@@ -94,7 +94,7 @@ def task(folder, timeout=120.0, **model):
         "device": "cpu",
         "measure": {"regions": [1], "words": 2},
     }
-    row = Row(json.loads(json.dumps(config)))
+    row = SweepRow(json.loads(json.dumps(config)))
     return Task(row.key, JOB, row.config, str(folder / row.key), timeout)
 
 
@@ -118,7 +118,7 @@ def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
 def test_a_model_that_becomes_infinite_is_told(tmp_path):
     config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "heads": 2, "mlp": 64}).config)
     config["train"] = {"recipe": "sca-tiny", "steps": 3, "images": 1, "learning_rate": 1e38, "warmup": 1}
-    row = Row(config)
+    row = SweepRow(config)
     (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
     assert outcome.result["state"] == "not-finite", outcome.result["reason"]
 
@@ -144,7 +144,7 @@ def test_a_row_has_all_that_was_asked(tmp_path):
     config["measure"] = {"regions": [1, 3], "words": 2, "repeats": 5, "training": True}
     config["evaluate"] = {"dataset": {"name": "scenes", "count": 2, "size": 64}, "metrics": ["class"]}
     config["model"] = sca_registry.spec.ModelSpec.from_dict(config["model"]).to_dict()
-    row = Row(config)
+    row = SweepRow(config)
     (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"))])
     made = outcome.result
     assert made["state"] == "done", made["reason"]
@@ -171,7 +171,7 @@ def test_workers_change_nothing_but_how_many_go_together(tmp_path):
     sweep = Sweep("two", BASE, {"encoder.size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
     keys = []
     for workers in (1, 2, 4):
-        tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.rows()]
+        tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.list_rows()]
         keys.append(sorted((o.task.key, o.result["state"]) for o in Local(workers=workers).map(tasks)))
     assert keys[0] == keys[1] == keys[2]
     assert len(keys[0]) == 4

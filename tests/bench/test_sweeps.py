@@ -8,11 +8,11 @@ import tomllib
 
 import pytest
 from sca_bench import report
-from sca_bench.diff import diff
-from sca_bench.runner import run, status
-from sca_bench.store import Store
-from sca_bench.summary import front, lines
-from sca_bench.sweep import TABLES, Sweep, sweep_names
+from sca_bench.diff import diff_rows
+from sca_bench.runner import run_sweep, read_sweep_status
+from sca_bench.store import ResultStore
+from sca_bench.summary import find_pareto_front, summarize_rows
+from sca_bench.sweep import SECTION_KEYS, Sweep, list_sweeps
 from sca_registry import RegistryError
 
 from sca.io.errors import InputError, LockedError, OutputError
@@ -47,11 +47,11 @@ def sweep(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", sweep_names())
+@pytest.mark.parametrize("name", list_sweeps())
 def test_every_shipped_sweep_can_be_read(name):
-    rows = Sweep.read(name).rows()
+    rows = Sweep.read(name).list_rows()
     assert len({row.key for row in rows}) == len(rows) > 1
-    assert [row.cost for row in rows] == sorted(row.cost for row in rows)
+    assert [row.num_listed_parameters for row in rows] == sorted(row.num_listed_parameters for row in rows)
 
 
 def test_sweep_with_too_many_combinations_is_refused_before_they_are_built(sweep):
@@ -65,9 +65,9 @@ def test_sweep_with_too_many_combinations_is_refused_before_they_are_built(sweep
 def test_the_smoke_sweep_has_sixty_rows_and_the_mixers_with_a_transformer_are_of_one_size():
     import sca
 
-    assert len(Sweep.read("smoke").rows()) == 60
+    assert len(Sweep.read("smoke").list_rows()) == 60
     sizes = {}
-    for row in Sweep.read("mixers").rows():
+    for row in Sweep.read("mixers").list_rows():
         model = sca.build(sca.ModelSpec.from_dict(row.config["model"]), "meta")
         sizes[row.config["model"]["mixer"]["name"]] = sum(each.numel() for each in model.mixer.parameters())
     equal = [sizes[name] for name in ("query", "split", "resampler")]
@@ -164,7 +164,7 @@ WANTED = {
 
 
 def test_sweep_type_test_covers_every_field():
-    known = {(section, field) for section, fields in TABLES.items() for field in fields}
+    known = {(section, field) for section, fields in SECTION_KEYS.items() for field in fields}
     assert known <= {(section, field) for section, field, _ in FIELDS}
 
 
@@ -232,13 +232,13 @@ def test_run_checks_every_row_before_the_first(sweep, tmp_path, old, new, said):
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match=said):
-        run(
+        run_sweep(
             sweep(SMALL.replace(old, new.replace("FOLDER", str(tmp_path)))),
             tmp_path / "out",
-            options={"workers": 1},
+            launcher_options={"workers": 1},
             report=lambda line: None,
         )
-    assert not Store(tmp_path / "out").rows()
+    assert not ResultStore(tmp_path / "out").read_rows()
 
 
 def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monke
         with pytest.raises(
             RegistryError, match=r"needs extra: \w+\. Install it: pip install 'segment-caption-anything"
         ):
-            run(sweep(text), tmp_path / "out", options={"workers": 1}, report=lambda line: None)
+            run_sweep(sweep(text), tmp_path / "out", launcher_options={"workers": 1}, report=lambda line: None)
 
 
 def test_sweep_axis_edits_a_short_value(sweep):
@@ -267,67 +267,67 @@ def test_an_unknown_sweep_is_told_with_the_closest():
 
 def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     told = []
-    found = run(sweep(), tmp_path / "out", options={"workers": 1}, report=told.append)
-    assert found.states == {"done": 1, "impossible": 1}
+    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"workers": 1}, report=told.append)
+    assert found.state_counts == {"done": 1, "impossible": 1}
     assert found.missing == []
     assert len(told) == 3
     assert "beyond its own work" in told[-1]
     before = (tmp_path / "out/results.jsonl").read_bytes()
     told.clear()
-    run(sweep(), tmp_path / "out", report=told.append)
+    run_sweep(sweep(), tmp_path / "out", report=told.append)
     assert told == ["2 of 2 rows are there already"]
     assert (tmp_path / "out/results.jsonl").read_bytes() == before
     (tmp_path / "out/results.jsonl").write_bytes(before[:-20])  # cut in the middle of a line
     told.clear()
-    found = run(sweep(), tmp_path / "out", options={"workers": 1}, report=told.append)
+    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"workers": 1}, report=told.append)
     assert "ended in the middle of a line" in told[0]
     assert found.missing == []
-    assert len(Store(tmp_path / "out").rows()) == 2
-    found = run(sweep(), tmp_path / "out", options={"workers": 1}, retry=("impossible",), report=told.append)
-    assert found.states == {"done": 1, "impossible": 1}
+    assert len(ResultStore(tmp_path / "out").read_rows()) == 2
+    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"workers": 1}, retry_states=("impossible",), report=told.append)
+    assert found.state_counts == {"done": 1, "impossible": 1}
 
 
 def test_what_is_missing_is_known_at_any_instant(sweep, tmp_path):
-    found = status(sweep(), tmp_path / "nothing")
-    assert (found.rows, len(found.missing)) == (2, 2)
+    found = read_sweep_status(sweep(), tmp_path / "nothing")
+    assert (found.num_rows, len(found.missing)) == (2, 2)
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):
     with (
-        Store(tmp_path).held(),
+        ResultStore(tmp_path).lock(),
         pytest.raises(LockedError, match="is being written by another process"),
-        Store(tmp_path).held(),
+        ResultStore(tmp_path).lock(),
     ):
         pass
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path):
-    store = Store(tmp_path)
-    store.add({"key": "a"})
+    store = ResultStore(tmp_path)
+    store.append({"key": "a"})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 5, limits[1]))
     try:
         with pytest.raises(OutputError, match="cannot write"):
-            store.add({"key": "b"})
+            store.append({"key": "b"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert [row["key"] for row in store.rows()] == ["a"]
-    store.add({"key": "b"})
-    assert [row["key"] for row in store.rows()] == ["a", "b"]
+    assert [row["key"] for row in store.read_rows()] == ["a"]
+    store.append({"key": "b"})
+    assert [row["key"] for row in store.read_rows()] == ["a", "b"]
 
 
 def test_a_broken_line_in_between_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"key": "a"}\n{"key": \n{"key": "b"}\n')
     with pytest.raises(InputError, match="line 2, is damaged"):
-        Store(tmp_path).rows()
+        ResultStore(tmp_path).read_rows()
 
 
 def test_a_folder_of_a_row_that_is_gone_is_made_again(tmp_path):
-    folder = Store(tmp_path).row_folder("a")
+    folder = ResultStore(tmp_path).make_row_folder("a")
     os.rmdir(folder)
-    assert Store(tmp_path).row_folder("a").is_dir()
+    assert ResultStore(tmp_path).make_row_folder("a").is_dir()
 
 
 def made(name, seed, score, speed, state="done"):
@@ -363,14 +363,14 @@ def rows():
 
 
 def test_seeds_are_one_line_with_their_spread(rows):
-    best, second, third = lines(rows, "class/count")
-    assert (best.label, best.quality, best.seeds) == ("slow", pytest.approx(0.91), (0.9, 0.91, 0.92))
-    assert second.curve == {1: 100.0, 8: 200.0}
+    best, second, third = summarize_rows(rows, "class/count")
+    assert (best.label, best.quality, best.seed_scores) == ("slow", pytest.approx(0.91), (0.9, 0.91, 0.92))
+    assert second.regions_per_second == {1: 100.0, 8: 200.0}
     assert third.label == "bad"
 
 
 def test_a_front_is_what_nothing_is_better_than():
-    assert front([(1, 3), (2, 2), (1.5, 2), (3, 1), (0.5, 0.5)]) == [3, 1, 0]
+    assert find_pareto_front([(1, 3), (2, 2), (1.5, 2), (3, 1), (0.5, 0.5)]) == [3, 1, 0]
 
 
 def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
@@ -430,10 +430,10 @@ def test_diff_shows_the_digits_in_which_scores_differ(rows):
     for rerun, values in ((rows, (0.654321, 0.5)), (again, (0.654329, 0.5 + 2**-52))):
         for row, value in zip(rerun, values, strict=False):
             row["scores"][0]["value"] = value
-    changed = diff(rows, again).changed
+    changed = diff_rows(rows, again).change_lines
     assert changed[0] == "slow seed=0: class/count 0.65432, then 0.65433"
     assert changed[1] == "slow seed=1: class/count 0.5, then 0.5000000000000002"
-    assert "mean 0.6149, then" not in diff(rows, again).scores[0]
+    assert "mean 0.6149, then" not in diff_rows(rows, again).score_lines[0]
 
 
 def test_diff_summarizes_every_score(rows):
@@ -443,16 +443,16 @@ def test_diff_summarizes_every_score(rows):
     again = json.loads(json.dumps(rows))
     again[3]["scores"][0]["value"] = 0.25
     del again[4]["scores"][1]
-    found = diff(rows, again)
-    assert found.scores == (
+    found = diff_rows(rows, again)
+    assert found.score_lines == (
         "class/count: 1 of 7 rows differ, mean 0.6614, then 0.6257",
         "class/count, wrong-region: 1 of 7 rows differ, mean 0.6883, then 0.6883; missing in 1 of them",
     )
-    assert found.changed == (
+    assert found.change_lines == (
         "fast seed=0: class/count 0.5, then 0.25",
         "fast seed=1: class/count, wrong-region 0.5, then nothing",
     )
-    assert set(found.scores) <= set(found.lines())
+    assert set(found.score_lines) <= set(found.format_lines())
 
 
 def test_a_second_run_is_held_against_the_first(rows):
@@ -461,8 +461,8 @@ def test_a_second_run_is_held_against_the_first(rows):
         point["whole"]["median"] *= 2
     again[3]["scores"][0]["value"] = 0.25
     again[-1]["state"] = "done"
-    found = diff(rows, again[:-2] + again[-1:])
-    assert found.only == (1, 0)
-    assert found.inside == pytest.approx(1 - 2 / 84)
-    assert found.width == pytest.approx(0.2)
-    assert len(found.changed) == 2
+    found = diff_rows(rows, again[:-2] + again[-1:])
+    assert found.num_unmatched == (1, 0)
+    assert found.share_inside == pytest.approx(1 - 2 / 84)
+    assert found.median_width == pytest.approx(0.2)
+    assert len(found.change_lines) == 2

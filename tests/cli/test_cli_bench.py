@@ -81,7 +81,7 @@ def test_throughput_on_a_cpu_is_the_sweep_for_one(shell, here, monkeypatch):
 
     def run(sweep, folder, launcher, options, *rest, **more):
         made.append((sweep.name, str(folder), options))
-        return runner.Status(0, {}, [])
+        return runner.SweepStatus(0, {}, [])
 
     monkeypatch.setattr(runner, "run", run)
     result = shell("bench", "run", "throughput", "device=cpu", "workers=1")

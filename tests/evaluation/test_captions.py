@@ -12,16 +12,16 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from sca.evaluation.intervals import Sums, resample
-from sca.evaluation.metrics.meteor import PROGRAM, alignments
-from sca.evaluation.scoring import resamplable
-from sca.evaluation.texts import PUNCTUATION, lacks_java, pairs, tokenise
+from sca.evaluation.intervals import ScoreStatistics, bootstrap_scores
+from sca.evaluation.metrics.meteor import METEOR_PROGRAM, align_captions
+from sca.evaluation.scoring import get_bootstrap_inputs
+from sca.evaluation.texts import PUNCTUATION, find_java_problem, tokenize_pairs, tokenize_texts
 
 WORDS = """
 a the red blue small large man woman dog dogs running runs sitting on in of with car street grass sky tree trees's
 don't white-striped (left) behind , . ! 2 shirt holding holds ball frisbee wearing hat
 """.split()  # noqa: SIM905
-needs_java = pytest.mark.skipif(bool(lacks_java()), reason=str(lacks_java()))
+needs_java = pytest.mark.skipif(bool(find_java_problem()), reason=str(find_java_problem()))
 
 
 def drawn(count, seed=0):
@@ -64,7 +64,7 @@ def scored(name, records, **options):
 @needs_java
 def test_words_are_those_of_pycocoevalcap(records, reference):
     references, captions = reference
-    about, ours, theirs = pairs(records, "any", tokenizer="ptb")
+    about, ours, theirs = tokenize_pairs(records, "any", tokenizer="ptb")
     assert ours == [captions[record["region_id"]][0] for record in about]
     assert theirs == [references[record["region_id"]] for record in about]
 
@@ -114,21 +114,21 @@ def test_cider_without_the_d_is_the_mean_of_cosines():
 
 @pytest.mark.parametrize("name", ["bleu", "meteor", "cider-d", "rouge-l"])
 def test_the_score_of_resampled_regions_is_the_score_of_those_regions(name):
-    if name == "meteor" and lacks_java():
-        pytest.skip(lacks_java())
+    if name == "meteor" and find_java_problem():
+        pytest.skip(find_java_problem())
     records = drawn(40, seed=3)
     found = scored(name, records, tokenizer="plain")
-    for score, (sums, groups) in resamplable(found).items():
-        everything = sums.score(sums.rows.sum(0))
+    for score, (sums, groups) in get_bootstrap_inputs(found).items():
+        everything = sums.compute_scores(sums.rows.sum(0))
         assert everything == pytest.approx(found.total[score], abs=1e-9)
         assert len(groups) == len(records)
         if name in ("bleu", "meteor"):  # of the others, rarity stays that of all regions
             some = [record for record in records if record["image_id"] % 2]
             rows = sums.rows[[record["image_id"] % 2 == 1 for record in records]]
-            assert sums.score(rows.sum(0)) == pytest.approx(
+            assert sums.compute_scores(rows.sum(0)) == pytest.approx(
                 scored(name, some, tokenizer="plain").total[score], abs=1e-9
             )
-        assert resample(Sums(*sums), groups, draws=10).shape == (10,)
+        assert bootstrap_scores(ScoreStatistics(*sums), groups, num_resamples=10).shape == (10,)
 
 
 def test_the_first_reference_is_all_that_counts_if_that_is_asked():
@@ -146,7 +146,7 @@ def test_the_first_reference_is_all_that_counts_if_that_is_asked():
 @pytest.mark.parametrize("tokenizer", ["plain", pytest.param("ptb", marks=needs_java)])
 def test_text_of_any_kind_keeps_its_place(tokenizer):
     texts = ("two\nlines", "", "a \u2028 b", "dog 😀 cat", "tab\tand\x0bmore", " ", "||| bars |||", "\u00e9t\u00e9")
-    cut = tokenise(texts, tokenizer)
+    cut = tokenize_texts(texts, tokenizer)
     assert len(cut) == len(texts)
     assert cut[0] == "two lines"
     assert cut[1] == cut[5] == ""
@@ -171,23 +171,23 @@ def test_meteor_takes_empty_captions_bars_and_emoji():
 
 @needs_java
 def test_meteor_program_is_kept_until_it_ends_or_a_call_is_interrupted(monkeypatch):
-    expected = alignments(["a dog"], [["a dog"]])
-    kept = PROGRAM._process
-    assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
-    assert PROGRAM._process is kept
+    expected = align_captions(["a dog"], [["a dog"]])
+    kept = METEOR_PROGRAM._process
+    assert np.array_equal(align_captions(["a dog"], [["a dog"]]), expected)
+    assert METEOR_PROGRAM._process is kept
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(PROGRAM, "_exchange", interrupt)
+        patched.setattr(METEOR_PROGRAM, "_exchange", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            alignments(["a cat"], [["a dog"]])
+            align_captions(["a cat"], [["a dog"]])
     assert kept.poll() is not None
-    assert np.array_equal(alignments(["a dog"], [["a dog"]]), expected)
+    assert np.array_equal(align_captions(["a dog"], [["a dog"]]), expected)
     with pytest.raises(ValueError, match="METEOR returned 0 results for 1 captions: "):
-        PROGRAM.score_lines(["no such command"])
-    assert PROGRAM._process is None
+        METEOR_PROGRAM.score_lines(["no such command"])
+    assert METEOR_PROGRAM._process is None
 
 
 def test_wrong_words_for_the_protocol_are_refused():
@@ -199,10 +199,10 @@ def test_wrong_words_for_the_protocol_are_refused():
 
 
 def test_without_java_the_metrics_that_need_it_say_so_and_the_others_run(monkeypatch):
-    from sca.evaluation.scoring import score
+    from sca.evaluation.scoring import score_records
 
     monkeypatch.setattr("shutil.which", lambda name: None)
-    scored = score(drawn(5))
-    assert {"cider", "cider-d", "bleu-1", "rouge-l"} <= set(scored.values())
-    assert "needs Java" in scored.left_out["meteor"]
+    scored = score_records(drawn(5))
+    assert {"cider", "cider-d", "bleu-1", "rouge-l"} <= set(scored.get_values())
+    assert "needs Java" in scored.skipped_metrics["meteor"]
     assert {each.tokenizer for each in scored.scores if each.metric == "cider-d"} == {"plain"}

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from sca.data.scenes import Scenes
-from sca.evaluation.comparison import compare
+from sca.evaluation.comparison import compare_runs
 from sca.evaluation.evaluate import evaluate, score_file
-from sca.evaluation.predictions import Questions
+from sca.evaluation.predictions import PromptingOptions
 from sca.evaluation.report import comparison_page, report_page
 from sca.io.errors import InputError
 
@@ -37,19 +37,19 @@ def runs(teller, tmp_path_factory):
 
 def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     right, wrong = runs
-    comparison = compare(wrong, right, DRAWN)
+    comparison = compare_runs(wrong, right, DRAWN)
     colour = next(each for each in comparison.differences if each.name == "attributes/colour")
     assert colour.second == 1
     assert colour.difference == pytest.approx(1 - colour.first)
     assert 0 < colour.low < colour.difference < colour.high < 1
     size = next(each for each in comparison.differences if each.name == "attributes/size")
     assert (size.difference, size.low, size.high) == (0, 0, 0)
-    assert comparison.by == "attributes/all"
-    assert comparison.judged
-    assert {each.change for each in comparison.judged} == {1}
-    assert all(each.first["region_id"] % 3 == 0 for each in comparison.judged)
+    assert comparison.sorted_by == "attributes/all"
+    assert comparison.changes
+    assert {each.change for each in comparison.changes} == {1}
+    assert all(each.first["region_id"] % 3 == 0 for each in comparison.changes)
     screen = Console(file=io.StringIO(), width=150)
-    screen.print(comparison.table())
+    screen.print(comparison.build_table())
     assert re.search(r"attributes/colour .* \+0\.\d+ \*", screen.file.getvalue())
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
 
@@ -62,9 +62,9 @@ def test_only_the_same_regions_are_compared(runs, teller, tmp_path):
         dataset = Scenes(split, count=10)
         evaluate(teller(dataset), {"name": "scenes", "count": 10}, split, folder=folder, metrics=["class"])
     with pytest.raises(InputError, match=r"answers are only in .*, the first for region"):
-        compare(runs[0], fewer)
+        compare_runs(runs[0], fewer)
     with pytest.raises(InputError, match="answers are only in"):
-        compare(fewer, other)
+        compare_runs(fewer, other)
 
 
 def test_what_else_differs_is_said(runs, teller, tmp_path):
@@ -80,10 +80,10 @@ def test_what_else_differs_is_said(runs, teller, tmp_path):
         Points(dataset),
         {"name": "scenes", "count": 20},
         folder=tmp_path,
-        questions=Questions("center"),
+        prompting=PromptingOptions("center"),
         metrics=["class"],
     )
-    assert compare(runs[0], tmp_path, DRAWN).remarks == ("prompt differs: 'box' and 'center'",)
+    assert compare_runs(runs[0], tmp_path, DRAWN).remarks == ("prompt differs: 'box' and 'center'",)
 
 
 class Tags(HTMLParser):
@@ -109,7 +109,7 @@ class Tags(HTMLParser):
 
 def pages(runs):
     reports = [score_file(run, ["attributes", "class", "mask-iou", "rouge-l"]) for run in runs]
-    return {"report": report_page(reports), "comparison": comparison_page(compare(*runs, DRAWN))}
+    return {"report": report_page(reports), "comparison": comparison_page(compare_runs(*runs, DRAWN))}
 
 
 def test_pages_are_whole_and_load_nothing(runs):

@@ -5,8 +5,8 @@ import pytest
 import sca_registry
 
 from sca.evaluation.metrics import densecap_map
-from sca.evaluation.metrics.densecap_map import AGREEMENTS, OVERLAPS, DenseCapMap, give, mean_precision, merge, overlap
-from sca.evaluation.texts import lacks_java
+from sca.evaluation.metrics.densecap_map import CAPTION_THRESHOLDS, IOU_THRESHOLDS, DenseCapMap, match_proposals, compute_mean_precision, merge_true_boxes, compute_pixel_ious
+from sca.evaluation.texts import find_java_problem
 
 FAR = [500, 500, 509, 509]
 
@@ -26,15 +26,15 @@ def total(*records):
 
 
 def test_the_last_pixel_counts():
-    assert overlap(np.array([[0, 0, 9, 9]]), np.array([[0, 0, 9, 4]]))[0, 0] == 0.5
-    assert overlap(np.array([[0, 0, 9, 9]]), np.array([[10, 0, 19, 9]]))[0, 0] == 0
+    assert compute_pixel_ious(np.array([[0, 0, 9, 9]]), np.array([[0, 0, 9, 4]]))[0, 0] == 0.5
+    assert compute_pixel_ious(np.array([[0, 0, 9, 9]]), np.array([[10, 0, 19, 9]]))[0, 0] == 0
 
 
 def test_all_right_is_one_and_all_elsewhere_is_nothing():
     regions = [([0, 0, 9, 9], "a red car"), ([50, 50, 79, 79], "a tall man")]
     right = total(dense(1, [([0, 0, 9, 9], 0.9, "a red car"), ([50, 50, 79, 79], 0.8, "a tall man")], regions))
     assert right["densecap-map/rouge-l"] == right["densecap-map/boxes"] == 1
-    if not lacks_java():
+    if not find_java_problem():
         assert right["densecap-map"] == 1
     wrong = total(dense(1, [(FAR, 0.9, "a red car")], regions))
     assert wrong["densecap-map/rouge-l"] == wrong["densecap-map/boxes"] == 0
@@ -57,7 +57,7 @@ def test_an_overlap_at_the_threshold_is_not_above_it():
 
 
 def test_boxes_that_are_nearly_the_same_are_one_with_the_phrases_of_both():
-    boxes, phrases = merge(np.array([[0, 0, 9, 9], [0, 0, 9, 8], [50, 50, 59, 59]], float), [["a"], ["b"], ["c"]])
+    boxes, phrases = merge_true_boxes(np.array([[0, 0, 9, 9], [0, 0, 9, 8], [50, 50, 59, 59]], float), [["a"], ["b"], ["c"]])
     assert boxes.tolist() == [[0, 0, 9, 8.5], [50, 50, 59, 59]]
     assert phrases == [["a", "b"], ["c"]]
 
@@ -66,7 +66,7 @@ def test_precision_is_read_at_a_hundred_and_one_recalls():
     """One of two boxes found, by the second of two proposals: precision 1/2 up to recall 1/2."""
     scores, overlaps = np.array([0.9, 0.8]), np.array([0.0, 1.0])
     first, agreement = np.array([False, True]), np.array([-1.0, 1.0])
-    assert mean_precision(scores, overlaps, first, agreement, boxes=2) == pytest.approx(51 / 101 / 2)
+    assert compute_mean_precision(scores, overlaps, first, agreement, num_true_boxes=2) == pytest.approx(51 / 101 / 2)
 
 
 def test_an_image_without_proposals_lowers_recall_and_none_at_all_is_nothing():
@@ -80,8 +80,8 @@ def slowly(images, agreement):
     """The rule as it is written: every threshold, every proposal, every recall."""
     boxes = sum(len(true) for _, _, true in images)
     precisions = []
-    for least in OVERLAPS:
-        for agreed in AGREEMENTS:
+    for least in IOU_THRESHOLDS:
+        for agreed in CAPTION_THRESHOLDS:
             judged = []
             for image, (proposals, scores, true) in enumerate(images):
                 taken = set()
@@ -128,10 +128,10 @@ def test_the_fast_way_is_the_slow_way(seed):
     given, told = [], []
     for (proposals, scores, true), agreed in zip(images, agreement, strict=True):
         order = np.argsort(-scores)
-        given.append(give(proposals[order], scores[order], true))
+        given.append(match_proposals(proposals[order], scores[order], true))
         told.append(agreed[order])
     scores, overlaps, first, _ = (np.concatenate(values) for values in zip(*given, strict=True))
-    fast = mean_precision(scores, overlaps, first, np.concatenate(told), sum(len(true) for *_, true in images))
+    fast = compute_mean_precision(scores, overlaps, first, np.concatenate(told), sum(len(true) for *_, true in images))
     assert fast == pytest.approx(slowly(images, agreement), abs=1e-12)
 
 

@@ -16,7 +16,7 @@ from sca_registry.contracts import MetricOutput
 import sca
 from sca.data.scenes import COLOURS, FORMS, Scenes
 from sca.evaluation.evaluate import evaluate
-from sca.evaluation.predictions import Questions
+from sca.evaluation.predictions import PromptingOptions
 
 DRAWN = ["attributes", "class", "mask-iou", "region-sensitivity", "relations"]
 
@@ -50,7 +50,7 @@ def test_who_answers_from_the_truth_scores_one_everywhere(scenes, teller):
     assert stated == pytest.approx(
         sum(len(region.phrases) > 1 for sample in scenes for region in sample.regions) / report.to_dict()["regions"]
     )
-    assert report.left_out == {}
+    assert report.skipped_metrics == {}
     assert report.end["images"] == 60
 
 
@@ -96,7 +96,7 @@ def test_who_confuses_two_regions_of_an_image_follows_nothing(teller):
 @pytest.mark.parametrize("prompt", ["box", "mask-point"])
 def test_a_model_is_evaluated_from_pixels_to_report(model, prompt):
     dataset = {"name": "scenes", "size": 64, "count": 6}
-    report = evaluate(model, dataset, "test", questions=Questions(prompt), batch=4, metrics=DRAWN)
+    report = evaluate(model, dataset, "test", prompting=PromptingOptions(prompt), batch_size=4, metrics=DRAWN)
     plain = report.to_dict()
     assert (plain["model"], plain["dataset"], plain["split"]) == ("tiny-vit+query+tiny-gpt2", "scenes", "test")
     assert (plain["images"], plain["prompt"]) == (6, prompt)
@@ -107,29 +107,29 @@ def test_a_model_is_evaluated_from_pixels_to_report(model, prompt):
 
 
 def test_the_same_evaluation_gives_the_same_scores(model, scenes):
-    questions = Questions("mask-point", seed=3)
+    questions = PromptingOptions("mask-point", seed=3)
     first, second = (
-        evaluate(sca.Predictor(model), scenes, questions=questions, limit=4, metrics=DRAWN).to_dict() for _ in "ab"
+        evaluate(sca.Predictor(model), scenes, prompting=questions, limit=4, metrics=DRAWN).to_dict() for _ in "ab"
     )
     assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
 def test_a_metric_that_cannot_be_computed_is_left_out_with_its_reason_and_refused_when_asked_for(teller):
     dataset = Scenes("val", count=2)
-    names = Questions(tasks=["recognition"])
-    report = evaluate(teller(dataset), dataset, questions=names)
-    assert {"attributes", "relations", "cider-d"} <= set(report.left_out)
-    assert "task=caption" in report.left_out["attributes"]
+    names = PromptingOptions(tasks=["recognition"])
+    report = evaluate(teller(dataset), dataset, prompting=names)
+    assert {"attributes", "relations", "cider-d"} <= set(report.skipped_metrics)
+    assert "task=caption" in report.skipped_metrics["attributes"]
     assert "class/count" in report.scores
     with pytest.raises(ValueError, match=r"'relations'.*task=caption"):
-        evaluate(teller(dataset), dataset, questions=names, metrics=["class", "relations"])
+        evaluate(teller(dataset), dataset, prompting=names, metrics=["class", "relations"])
 
 
 def test_only_the_metrics_that_were_named_are_computed(teller):
     dataset = Scenes("val", count=2)
     report = evaluate(teller(dataset), dataset, metrics=["class"])
     assert {name.split("/")[0] for name in report.scores} == {"class"}
-    assert report.left_out == {}
+    assert report.skipped_metrics == {}
 
 
 def test_a_wrong_metric_or_option_is_refused_before_anything_is_asked():
@@ -159,7 +159,7 @@ def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, mo
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.metrics("words")(Words)
     dataset = Scenes("val", count=2)
-    assert evaluate(teller(dataset), dataset, questions=Questions(tasks=["recognition"])).scores["words/mean"] == 1
+    assert evaluate(teller(dataset), dataset, prompting=PromptingOptions(tasks=["recognition"])).scores["words/mean"] == 1
 
 
 def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
@@ -169,13 +169,13 @@ def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
 
 def test_report_table_counts_metrics_left_out_in_one_line(teller):
     dataset = Scenes("val", count=2)
-    report = evaluate(teller(dataset, lambda region, *_: region.name), dataset, questions=Questions(tasks=["caption"]))
+    report = evaluate(teller(dataset, lambda region, *_: region.name), dataset, prompting=PromptingOptions(tasks=["caption"]))
     screen = Console(file=io.StringIO(), width=100)
-    screen.print(report.table())
+    screen.print(report.build_table())
     shown = screen.file.getvalue()
     assert all(name in shown for name in report.scores)
     (line,) = [line for line in shown.splitlines() if "left out" in line]
-    assert f"{len(report.left_out)} metrics left out" in line
+    assert f"{len(report.skipped_metrics)} metrics left out" in line
     assert "`sca list metrics`" in line
     assert "nan" not in shown
 
@@ -190,12 +190,12 @@ def test_report_table_counts_metrics_left_out_in_one_line(teller):
 )
 def test_evaluate_rejects_unknown_generation_options_before_it_asks(model, generation, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(model, {"name": "scenes", "count": 1}, questions=Questions(generation=generation))
+        evaluate(model, {"name": "scenes", "count": 1}, prompting=PromptingOptions(generation=generation))
 
 
 def test_questions_reject_an_empty_list_of_tasks():
     with pytest.raises(ValueError, match="tasks are empty; give one or more of"):
-        Questions(tasks=())
+        PromptingOptions(tasks=())
 
 
 def test_evaluate_rejects_metrics_that_the_data_cannot_have_before_it_loads_a_model(tmp_path):
@@ -207,4 +207,4 @@ def test_evaluate_rejects_metrics_that_the_data_cannot_have_before_it_loads_a_mo
     with pytest.raises(ValueError, match=r"metric 'class': needs task=recognition, truth\.name"):
         evaluate("no-such-model", data, metrics=["class"])
     with pytest.raises(ValueError, match="nothing to evaluate: no region of jsonl has what recognition asks for"):
-        evaluate("no-such-model", data, questions=Questions(tasks=["recognition"]))
+        evaluate("no-such-model", data, prompting=PromptingOptions(tasks=["recognition"]))

@@ -13,10 +13,10 @@ import pytest
 from sca.data.scenes import Scenes
 from sca.evaluation import evaluate as evaluation
 from sca.evaluation.evaluate import evaluate, score_file
-from sca.evaluation.journal import NAME, read_predictions
-from sca.evaluation.predictions import Questions
+from sca.evaluation.journal import PREDICTIONS_NAME, read_predictions
+from sca.evaluation.predictions import PromptingOptions
 from sca.io import journal
-from sca.io.errors import InputError, OtherRunError, OutputError
+from sca.io.errors import InputError, DifferentRunError, OutputError
 
 RUN = """
 import sys
@@ -38,11 +38,11 @@ def count_lines(file):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / PREDICTIONS_NAME).read_text().splitlines()]
 
 
 def test_a_file_begins_with_the_run_and_ends_with_its_end(teller, dataset, tmp_path):
-    report = evaluate(teller(dataset), dataset, batch=2, folder=tmp_path, metrics=["class"])
+    report = evaluate(teller(dataset), dataset, batch_size=2, folder=tmp_path, metrics=["class"])
     run, *records, end = lines(tmp_path)
     assert run["run"]["dataset"] == "Scenes"
     assert run["run"]["images"] == end["end"]["images"] == 7
@@ -55,10 +55,10 @@ def test_answers_are_on_disk_before_the_next_batch_is_asked(teller, dataset, tmp
 
     class Watches(type(teller(dataset))):
         def caption(self, image, prompts, task="caption"):
-            seen.append(sum(line.startswith('{"index"') for line in (tmp_path / NAME).read_text().splitlines()))
+            seen.append(sum(line.startswith('{"index"') for line in (tmp_path / PREDICTIONS_NAME).read_text().splitlines()))
             return super().describe(image, prompts, task)
 
-    evaluate(Watches(dataset), dataset, batch=1, folder=tmp_path, metrics=["class"])
+    evaluate(Watches(dataset), dataset, batch_size=1, folder=tmp_path, metrics=["class"])
     regions = [2 * len(sample.regions) for sample in dataset]
     assert seen == [sum(regions[:image]) for image in range(7) for _ in ("caption", "recognition")]
 
@@ -69,7 +69,7 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    evaluate(teller(dataset), dataset, batch=2, folder=whole, metrics=["class"])
+    evaluate(teller(dataset), dataset, batch_size=2, folder=whole, metrics=["class"])
     asked = []
 
     class Tires(type(teller(dataset))):
@@ -84,19 +84,19 @@ def test_a_run_that_stops_goes_on_where_it_was(teller, dataset, tmp_path, batch)
 
     tires = Tires(dataset)
     with pytest.raises(RuntimeError):
-        evaluate(tires, dataset, batch=2, folder=cut, metrics=["class"])
+        evaluate(tires, dataset, batch_size=2, folder=cut, metrics=["class"])
     with pytest.raises(InputError, match=r"has not ended: .* records so far"):
         score_file(cut)
-    with (cut / NAME).open("ab") as file:
+    with (cut / PREDICTIONS_NAME).open("ab") as file:
         file.write(b'{"index": 6, "image_id": 12, "reg')
     type(tires).left = 1000
     before = len(asked)
-    evaluate(tires, dataset, batch=batch, folder=cut, metrics=["class"])
+    evaluate(tires, dataset, batch_size=batch, folder=cut, metrics=["class"])
     _, *records, end = lines(cut)
     assert [records, end] == [lines(whole)[1:-1], lines(whole)[-1]]
     assert len(asked) - before < 2 * len(dataset)  # not everything again
     asked.clear()
-    evaluate(tires, dataset, batch=batch, folder=cut, metrics=["class"])
+    evaluate(tires, dataset, batch_size=batch, folder=cut, metrics=["class"])
     assert not asked  # all is there
 
 
@@ -108,23 +108,23 @@ def test_kill_9_at_any_moment_leaves_what_an_uninterrupted_run_leaves(tmp_path, 
     subprocess.run([sys.executable, "-c", RUN, whole], check=True, capture_output=True)
     draw, hits = random.Random(0), 0
     for _ in range(kills):
-        before = count_lines(killed / NAME)
+        before = count_lines(killed / PREDICTIONS_NAME)
         child = subprocess.Popen([sys.executable, "-c", RUN, killed], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         child.stdout.readline()
         enough = before + draw.randrange(20)
-        while child.poll() is None and count_lines(killed / NAME) < enough:
+        while child.poll() is None and count_lines(killed / PREDICTIONS_NAME) < enough:
             time.sleep(0.001)
         if child.poll() is None:
             hits += 1
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
         child.stdout.close()
-        if (killed / NAME).is_file() and '"end"' in (killed / NAME).read_text():
-            assert (killed / NAME).read_bytes() == (whole / NAME).read_bytes()
-            (killed / NAME).unlink()  # once more from the beginning
+        if (killed / PREDICTIONS_NAME).is_file() and '"end"' in (killed / PREDICTIONS_NAME).read_text():
+            assert (killed / PREDICTIONS_NAME).read_bytes() == (whole / PREDICTIONS_NAME).read_bytes()
+            (killed / PREDICTIONS_NAME).unlink()  # once more from the beginning
     assert hits
     subprocess.run([sys.executable, "-c", RUN, killed], check=True, capture_output=True)
-    assert (killed / NAME).read_bytes() == (whole / NAME).read_bytes()
+    assert (killed / PREDICTIONS_NAME).read_bytes() == (whole / PREDICTIONS_NAME).read_bytes()
     records = read_predictions(killed).records
     assert len({(each["region_id"], each["task"]) for each in records}) == len(records)
 
@@ -140,16 +140,16 @@ def test_several_processes_write_what_one_writes(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert lines(two) == lines(one)
-    assert sorted(path.name for path in two.iterdir()) == [NAME, "sca-run.json"]
+    assert sorted(path.name for path in two.iterdir()) == [PREDICTIONS_NAME, "sca-run.json"]
 
 
 def test_a_folder_with_another_run_is_left_as_it_is(teller, dataset, tmp_path):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
-    before = (tmp_path / NAME).read_bytes()
-    with pytest.raises(OtherRunError, match=r"another run .*prompt: \"box\" there, \"center\" now.*another folder"):
-        evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"))
-    assert (tmp_path / NAME).read_bytes() == before
-    (tmp_path / NAME).write_text('{"image_id": 1}\n')
+    before = (tmp_path / PREDICTIONS_NAME).read_bytes()
+    with pytest.raises(DifferentRunError, match=r"another run .*prompt: \"box\" there, \"center\" now.*another folder"):
+        evaluate(teller(dataset), dataset, folder=tmp_path, prompting=PromptingOptions("center"))
+    assert (tmp_path / PREDICTIONS_NAME).read_bytes() == before
+    (tmp_path / PREDICTIONS_NAME).write_text('{"image_id": 1}\n')
     with pytest.raises(InputError, match="without their run"):
         evaluate(teller(dataset), dataset, folder=tmp_path)
 
@@ -163,25 +163,25 @@ def test_evaluate_leaves_predictions_made_by_hand_unchanged(teller, dataset, tmp
     (tmp_path / "predictions.1.jsonl").write_text(content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match=r"predictions\.1\.jsonl"):
-        evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"), overwrite=overwrite)
+        evaluate(teller(dataset), dataset, folder=tmp_path, prompting=PromptingOptions("center"), overwrite=overwrite)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_overwrite_deletes_nothing_before_a_foreign_file_is_refused(teller, dataset, tmp_path):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
-    before = (tmp_path / NAME).read_bytes()
+    before = (tmp_path / PREDICTIONS_NAME).read_bytes()
     (tmp_path / "sca-run.json").unlink()
     with pytest.raises(OutputError, match="was not written by"):
-        evaluate(teller(dataset), dataset, folder=tmp_path, questions=Questions("center"), overwrite=True)
-    assert (tmp_path / NAME).read_bytes() == before
+        evaluate(teller(dataset), dataset, folder=tmp_path, prompting=PromptingOptions("center"), overwrite=True)
+    assert (tmp_path / PREDICTIONS_NAME).read_bytes() == before
 
 
 def test_evaluate_takes_only_numbered_predictions_for_its_own(teller, dataset, tmp_path):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     copies = [tmp_path / f"predictions{each}.jsonl" for each in ("-backup", "-gpt4", ".old", ".1a", "1")]
     for path in copies:
-        path.write_bytes((tmp_path / NAME).read_bytes())
-    (tmp_path / NAME).unlink()
+        path.write_bytes((tmp_path / PREDICTIONS_NAME).read_bytes())
+    (tmp_path / PREDICTIONS_NAME).unlink()
     report = evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
     assert report.records
     evaluate(teller(dataset), dataset, folder=tmp_path, limit=3, overwrite=True, metrics=["class"])
@@ -191,12 +191,12 @@ def test_evaluate_takes_only_numbered_predictions_for_its_own(teller, dataset, t
 @pytest.mark.parametrize("cut", [0, 1, 5, 9, 30, None])
 def test_evaluate_begins_anew_where_its_header_is_torn(teller, dataset, tmp_path, cut):
     evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
-    whole = (tmp_path / NAME).read_bytes()
+    whole = (tmp_path / PREDICTIONS_NAME).read_bytes()
     header = whole.splitlines()[0]
     for tail in (b"", b"\0" * 50, b"\0\0{\n"):
-        (tmp_path / NAME).write_bytes(header[:cut] + tail)
+        (tmp_path / PREDICTIONS_NAME).write_bytes(header[:cut] + tail)
         evaluate(teller(dataset), dataset, folder=tmp_path, metrics=["class"])
-        assert (tmp_path / NAME).read_bytes() == whole
+        assert (tmp_path / PREDICTIONS_NAME).read_bytes() == whole
 
 
 def test_every_process_syncs_its_predictions_before_the_first_merges_them(teller, dataset, tmp_path, monkeypatch):

@@ -146,6 +146,6 @@ def test_pictures_are_found_again_when_a_file_is_scored(clip, teller, tmp_path):
 
 def test_metrics_without_what_they_need_are_left_out_with_the_way_to_it(teller):
     dataset = Scenes("val", count=1)
-    left_out = evaluate(teller(dataset), dataset).left_out
+    left_out = evaluate(teller(dataset), dataset).skipped_metrics
     assert "clip-score.pretrained=openai" in left_out["clip-score"]
     assert "spice.jars=FOLDER" in left_out["spice"]

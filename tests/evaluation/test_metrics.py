@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sca.data.scenes import COLOURS, FORMS, SIZES, TEXTURES
-from sca.evaluation.records import lack, meets
+from sca.evaluation.records import describe_missing_needs, meets_need
 
 NAMES = ("attributes", "class", "mask-iou", "region-sensitivity", "relations")
 CIRCLE = {"colour": "red", "form": "circle", "size": "small", "texture": "plain", "centre": [10.0, 50.0]}
@@ -267,11 +267,11 @@ def test_single_judgements_add_up_to_the_total(make_record, rectangle, name):
 
 def test_needs_are_paths_values_and_choices(make_record):
     record = make_record("", attributes=CIRCLE)
-    assert meets(record, "caption")  # said nothing, but was asked
-    assert not meets(record, "mask")
-    assert meets(record, "truth.attributes.colour")
-    assert not meets(record, "truth.attributes.colour.red")
-    assert meets(record, "task=caption")
-    assert not meets(record, "task=recognition")
-    assert meets(record, "mask or task=caption")
-    assert lack([record, make_record(name="car", task="recognition")], ("task=caption", "truth.name")) is not None
+    assert meets_need(record, "caption")  # said nothing, but was asked
+    assert not meets_need(record, "mask")
+    assert meets_need(record, "truth.attributes.colour")
+    assert not meets_need(record, "truth.attributes.colour.red")
+    assert meets_need(record, "task=caption")
+    assert not meets_need(record, "task=recognition")
+    assert meets_need(record, "mask or task=caption")
+    assert describe_missing_needs([record, make_record(name="car", task="recognition")], ("task=caption", "truth.name")) is not None

@@ -8,13 +8,13 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt, Proposals, Region, Sample
 
 from sca.data.scenes import Scenes
-from sca.evaluation.predictions import CONTROLS, PROMPTS, Proposing, Questions, predict
+from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES, DenseCaptioningOptions, PromptingOptions, predict_dataset
 from sca.io import masks
 
 
 def asked(captioner, dataset, questions=None, **how):
     """Every record in one list."""
-    return [record for each in predict(captioner, dataset, questions, **how) for record in each.records]
+    return [record for each in predict_dataset(captioner, dataset, questions, **how) for record in each.records]
 
 
 class Echo:
@@ -52,8 +52,8 @@ BOTH = Region(4, (1.0, 1.0, 7.0, 3.0), name="car", phrases=("a car", "the car"))
 
 def test_a_record_comes_back_from_json_as_it_was():
     dataset = Scenes("val", count=3)
-    for prompt in PROMPTS:
-        records = asked(Echo(), dataset, Questions(prompt))
+    for prompt in PROMPT_TYPES:
+        records = asked(Echo(), dataset, PromptingOptions(prompt))
         assert json.loads(json.dumps(records, allow_nan=False)) == records
     record, region = records[0], dataset[0].regions[0]
     assert (record["image_id"], record["region_id"]) == (dataset[0].image_id, region.id)
@@ -101,11 +101,11 @@ def test_the_batch_changes_nothing_but_how_many_go_together(batch):
 def test_points_lie_inside_the_mask_and_are_drawn_again_for_another_seed():
     dataset = Scenes("val", count=3)
     drawn = [
-        [record["prompt"]["points"] for record in asked(Echo(), dataset, Questions("mask-point", seed=seed))]
+        [record["prompt"]["points"] for record in asked(Echo(), dataset, PromptingOptions("mask-point", seed=seed))]
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    for record in asked(Echo(), dataset, Questions("mask-point")):
+    for record in asked(Echo(), dataset, PromptingOptions("mask-point")):
         ((x, y, label),) = record["prompt"]["points"]
         assert label == 1
         assert masks.decode(record["truth"]["mask"])[int(y), int(x)]
@@ -115,8 +115,8 @@ def test_a_point_is_the_same_for_both_tasks_and_whatever_else_is_in_the_dataset(
     dataset = Scenes("val", count=3)
     points = {}
     for records in (
-        asked(Echo(), dataset, Questions("random-point")),
-        asked(Echo(), [dataset[2]], Questions("random-point", ("caption",))),
+        asked(Echo(), dataset, PromptingOptions("random-point")),
+        asked(Echo(), [dataset[2]], PromptingOptions("random-point", ("caption",))),
     ):
         for record in records:
             points.setdefault(record["region_id"], []).append(record["prompt"]["points"])
@@ -125,19 +125,19 @@ def test_a_point_is_the_same_for_both_tasks_and_whatever_else_is_in_the_dataset(
 
 def test_two_regions_of_the_same_shape_have_points_of_their_own():
     twins = [Region(number, (0.0, 0.0, 10.0, 8.0), name="car") for number in (1, 2)]
-    first, second = asked(Echo(), [sample(1, *twins)], Questions("random-point"))
+    first, second = asked(Echo(), [sample(1, *twins)], PromptingOptions("random-point"))
     assert first["prompt"] != second["prompt"]
 
 
 def test_each_prompt_is_where_it_says():
-    (record,) = asked(Echo(), [sample(1, TOLD)], Questions("center"))
+    (record,) = asked(Echo(), [sample(1, TOLD)], PromptingOptions("center"))
     assert record["prompt"] == {"points": [[3.5, 2.0, 1]]}
-    (record,) = asked(Echo(), [sample(1, TOLD)], Questions("random-point"))
+    (record,) = asked(Echo(), [sample(1, TOLD)], PromptingOptions("random-point"))
     ((x, y, _),) = record["prompt"]["points"]
     assert 1 <= x <= 6
     assert 1 <= y <= 3
     scene = Scenes("val", count=1)
-    for record in asked(Echo(), scene, Questions("mask")):
+    for record in asked(Echo(), scene, PromptingOptions("mask")):
         assert record["prompt"] == {"mask": record["truth"]["mask"]}
 
 
@@ -152,16 +152,16 @@ def test_a_region_without_a_mask_is_pointed_at_inside_the_one_that_the_captioner
                 return super()._answer(regions, prompt, task, place)
             return Caption("", 1.0, None, None, None, prompt, place)
 
-    for record in asked(Points(whole), bare, Questions("mask-point")):
+    for record in asked(Points(whole), bare, PromptingOptions("mask-point")):
         ((x, y, _),) = record["prompt"]["points"]
         assert inside[record["region_id"]][int(y), int(x)]
     with pytest.raises(ValueError, match="the model gives none"):
-        asked(Echo(), [sample(1, TOLD)], Questions("mask"))
+        asked(Echo(), [sample(1, TOLD)], PromptingOptions("mask"))
 
 
 def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
     scene = Scenes("val", count=6)
-    records = asked(Echo(), scene, Questions(controls=tuple(CONTROLS)))
+    records = asked(Echo(), scene, PromptingOptions(controls=tuple(CONTROLS)))
     usual = {(r["region_id"], r["task"]): r for r in records if r["control"] is None}
     names = {region.id: region.name for each in scene for region in each.regions}
     boxes = {tuple(region.box): region.id for each in scene for region in each.regions}
@@ -195,7 +195,7 @@ def test_colours_are_swapped_in_what_is_shown_and_in_nothing_else():
             return images
 
     image = Image.new("RGB", (10, 8), (1, 2, 3))
-    asked(Looks(), [Sample(image, 1, (TOLD,))], Questions(controls=("colour-swap",)))
+    asked(Looks(), [Sample(image, 1, (TOLD,))], PromptingOptions(controls=("colour-swap",)))
     assert seen == [(1, 2, 3), (3, 1, 2)]
 
 
@@ -208,7 +208,7 @@ def test_proposed_regions_are_recorded_with_all_that_is_true_of_the_image():
         def caption(self, image, prompts, task="caption"):
             return [Caption("a car", 1.0, p.box, None, None, p, i) for i, p in enumerate(prompts)]
 
-    (record,) = asked(Describes(), [sample(7, TOLD, NAMED)], Proposing(proposer))
+    (record,) = asked(Describes(), [sample(7, TOLD, NAMED)], DenseCaptioningOptions(proposer))
     assert record["task"] == "dense"
     assert [each["score"] for each in record["proposals"]] == [0.5, 0.25]
     assert record["proposals"][0]["box"] == [1, 1, 6, 3]
@@ -220,14 +220,14 @@ def test_a_picture_that_cannot_be_read_is_counted_and_the_others_are_asked():
         def read(self, place):
             return None if place == 1 else self[place]
 
-    found = list(predict(Echo(), Damaged(sample(i, TOLD) for i in range(4)), batch=2))
-    assert [each.unread for each in found] == [1, 0]
+    found = list(predict_dataset(Echo(), Damaged(sample(i, TOLD) for i in range(4)), batch_size=2))
+    assert [each.num_unread for each in found] == [1, 0]
     assert [record["index"] for each in found for record in each.records] == [0, 2, 3]
 
 
 def test_what_is_done_is_left_out_and_the_rest_stays_in_its_batch():
-    found = list(predict(Echo(), [sample(i, TOLD) for i in range(6)], batch=2, skip=lambda place: place in (0, 1, 4)))
-    assert [list(each.places) for each in found] == [[2, 3], [5]]
+    found = list(predict_dataset(Echo(), [sample(i, TOLD) for i in range(6)], batch_size=2, skip=lambda place: place in (0, 1, 4)))
+    assert [list(each.indices) for each in found] == [[2, 3], [5]]
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_what_is_done_is_left_out_and_the_rest_stays_in_its_batch():
 )
 def test_a_wrong_question_is_refused_at_once(wrong):
     with pytest.raises(ValueError, match=r"scribble|translation|hypnosis"):
-        Questions(**wrong)
+        PromptingOptions(**wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"limit": 0}])
 def test_a_number_below_one_is_refused_at_once(wrong):
     with pytest.raises(ValueError, match="give a whole number, 1 or more"):
-        predict(Echo(), [], **wrong)
+        predict_dataset(Echo(), [], **wrong)

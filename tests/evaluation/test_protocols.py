@@ -9,7 +9,7 @@ from sca_registry import RegistryError
 from sca.evaluation import protocol
 
 
-@pytest.mark.parametrize("name", protocol.names())
+@pytest.mark.parametrize("name", protocol.list_protocols())
 def test_a_protocol_asks_what_there_is(name):
     found = protocol.read_protocol(name)
     assert found.summary
@@ -17,7 +17,7 @@ def test_a_protocol_asks_what_there_is(name):
     for metric in found.metrics:
         assert metric in sca_registry.metrics
     for run in found.runs:
-        assert run.questions
+        assert run.prompting
         assert set(run.options) <= set(sca_registry.datasets.describe(run.dataset).options)
         assert run.proposer is None or run.proposer in sca_registry.proposers
         for values in run.published.values():
@@ -39,7 +39,7 @@ def test_an_unknown_protocol_is_refused_with_the_closest():
 
 def test_what_was_published_stands_above_what_was_measured():
     (run,) = protocol.read_protocol("refcocog-reg").runs
-    table = protocol.beside(run, "mine", {"meteor": 0.2}, "a paper")
+    table = protocol.build_comparison_table(run, "mine", {"meteor": 0.2}, "a paper")
     assert table.rows[-1][:3] == ("mine", "0.200", "–")
     assert table.rows[0] == ("Visdif (trained) (published)", "0.145")
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sca.evaluation.scoring import score
+from sca.evaluation.scoring import score_records
 
 RECORD = {
     **{"image_id": 1, "region_id": 1, "task": "caption", "caption": "a dog", "references": ["a dog"]},
@@ -16,10 +16,10 @@ def test_a_metric_whose_package_is_not_installed_says_what_installs_it(monkeypat
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
     settings = {"tokenizer": "plain"}
     with pytest.raises(ValueError, match=r"'cider-d': needs pycocoevalcap.*: pip install '.*\[metrics\]'"):
-        score([RECORD], ["cider-d"], settings)
+        score_records([RECORD], ["cider-d"], settings)
 
 
 def test_protocol_id_depends_on_the_version_of_the_search():
     settings, run = {"tokenizer": "plain"}, {"proposer": {"name": "grid"}}
-    scored = [score([RECORD], ["rouge-l"], settings, run={**run, **more}) for more in ({}, {"search": 2})]
+    scored = [score_records([RECORD], ["rouge-l"], settings, run={**run, **more}) for more in ({}, {"search": 2})]
     assert scored[0].scores[0].protocol != scored[1].scores[0].protocol

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sca.data.scenes import Scenes
-from sca.evaluation.evaluate import evaluate, pictures_of, score_file
-from sca.evaluation.journal import NAME
+from sca.evaluation.evaluate import evaluate, make_run_image_loader, score_file
+from sca.evaluation.journal import PREDICTIONS_NAME
 from sca.io.errors import InputError
 
 GOOD = {"image_id": 1, "region_id": 1, "caption": "a dog", "references": ["a dog", "the dog"]}
@@ -74,7 +74,7 @@ def test_what_is_odd_is_counted_and_scored(made):
 
 
 def test_a_run_that_lost_or_gained_lines_or_whose_truth_was_changed_is_refused(run):
-    path = run / NAME
+    path = run / PREDICTIONS_NAME
     lines = path.read_text().splitlines(keepends=True)
     whole = "".join(lines)
     path.write_text("".join(lines[:2] + lines[4:]))
@@ -97,4 +97,4 @@ def test_predictions_can_be_held_against_a_dataset(run, made):
 
 def test_pictures_of_another_version_of_the_data_are_not_looked_at():
     with pytest.raises(InputError, match="is not the one that was asked about"):
-        pictures_of({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})({"index": 0})
+        make_run_image_loader({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})({"index": 0})

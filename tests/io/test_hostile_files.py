@@ -6,7 +6,7 @@ import signal
 from functools import partial
 
 import pytest
-from sca_bench.store import Store
+from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 from sca_registry import RegistryError, datasets
 from sca_registry.overrides import read_assignments
@@ -53,7 +53,7 @@ READERS = {  # by the name of the file
     "index.json": read_index,
     "whole.json": fields.read_json,
     "data.jsonl": read_dataset,
-    "results.jsonl": lambda path: Store(path.parent).rows(),
+    "results.jsonl": lambda path: ResultStore(path.parent).read_rows(),
 }
 OTHERS = {
     "captions.parquet": lambda path: list(read_captions(path)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from sca_bench.memory import compare
+from sca_bench.memory import compare_plan
 from sca_registry.spec import ModelSpec
 from tiny import SAM, tiny
 
@@ -44,7 +44,7 @@ def spec_of(name):
 @pytest.mark.parametrize(("images", "regions"), [(1, 3), pytest.param(2, 40, marks=pytest.mark.all)])
 @pytest.mark.parametrize("train", [False, True])
 def test_parameters_operations_and_memory_are_those_of_a_run(name, images, regions, train):
-    row = compare(spec_of(name), images, regions, WORDS, train)
+    row = compare_plan(spec_of(name), images, regions, WORDS, train)
     planned, counted = row["parameters"]
     assert planned == counted
     planned, counted = row["flops"]
@@ -95,13 +95,13 @@ def test_a_gpu_that_is_too_small_holds_no_region():
 def test_every_mixer_can_be_planned(mixer):
     table = {**MODELS["tiny"], "mixer": mixer, "segmenter": "sam"}
     for train, words in ((False, 1), (False, 2), (True, 1)):
-        row = compare(ModelSpec.from_dict(table), 2, 3, words, train)
+        row = compare_plan(ModelSpec.from_dict(table), 2, 3, words, train)
         assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
         assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
 
 
 def test_chunks_beyond_the_first_are_counted_without_being_run():
-    row = compare(spec_of("tiny"), 2, 100, WORDS)
+    row = compare_plan(spec_of("tiny"), 2, 100, WORDS)
     assert row["flops"][0] == pytest.approx(row["flops"][1], rel=0.05)
     assert row["memory"][0] == pytest.approx(row["memory"][1], rel=0.15)
 

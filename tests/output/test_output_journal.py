@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca.io.errors import OtherRunError, OutputError
+from sca.io.errors import DifferentRunError, OutputError
 from sca.output.journal import NAME, Journal, count_images
 
 RUN = {"model": "x"}
@@ -54,7 +54,7 @@ def test_journal_resumes_after_a_torn_or_zeroed_tail(tmp_path, tail):
 
 def test_journal_of_another_run_is_refused(tmp_path):
     add(tmp_path, ["0.png"], resume=False)
-    with pytest.raises(OtherRunError, match=r"journal contains another run \(model: .*x.* there, .*y.* now\); choose"):
+    with pytest.raises(DifferentRunError, match=r"journal contains another run \(model: .*x.* there, .*y.* now\); choose"):
         Journal(tmp_path, {"model": "y"}, resume=True)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.data.scenes import Statement, parse
-from sca.evaluation.records import Record, places, require
+from sca.evaluation.records import Record, collect_region_ids, require_records
 
-FACTS = ("colour", "form", "size", "texture")
+ATTRIBUTES = ("colour", "form", "size", "texture")
 
 
 class Attributes:
@@ -19,16 +19,16 @@ class Attributes:
     A caption is read by `sca.data.scenes.parse`; what it does not say counts as wrong.
     """
 
-    needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in FACTS))
+    needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        captions = require(records, self.needs, "attributes")
-        right = {fact: np.zeros(len(captions)) for fact in FACTS}
-        for row, record in enumerate(captions):
+        scored_records = require_records(records, self.needs, "attributes")
+        correct = {attribute: np.zeros(len(scored_records)) for attribute in ATTRIBUTES}
+        for row, record in enumerate(scored_records):
             statement = parse(record["caption"]) or Statement()
-            for fact in FACTS:
-                right[fact][row] = getattr(statement, fact) == record["truth"]["attributes"][fact]
-        each = {"attributes/all": np.minimum.reduce([*right.values()])}
-        each |= {f"attributes/{fact}": values for fact, values in right.items()}
-        total = {name: float(values.mean()) for name, values in each.items()}
-        return MetricOutput(total | {"attributes/captions": len(captions)}, each | places(captions))
+            for attribute in ATTRIBUTES:
+                correct[attribute][row] = getattr(statement, attribute) == record["truth"]["attributes"][attribute]
+        per_record = {"attributes/all": np.minimum.reduce([*correct.values()])}
+        per_record |= {f"attributes/{attribute}": values for attribute, values in correct.items()}
+        total = {name: float(values.mean()) for name, values in per_record.items()}
+        return MetricOutput(total | {"attributes/captions": len(scored_records)}, per_record | collect_region_ids(scored_records))

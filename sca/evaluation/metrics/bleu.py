@@ -8,11 +8,11 @@ from importlib.metadata import version
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, places
-from sca.evaluation.texts import NEEDS, pairs
+from sca.evaluation.records import Record, collect_region_ids
+from sca.evaluation.texts import CAPTION_NEEDS, tokenize_pairs
 
-LONGEST = 4
-SMALL, TINY = 1e-9, 1e-15  # as pycocoevalcap keeps from dividing by zero
+MAX_NGRAM = 4
+DENOMINATOR_EPSILON, NUMERATOR_EPSILON = 1e-9, 1e-15  # as pycocoevalcap keeps from dividing by zero
 
 
 class Bleu:
@@ -21,7 +21,7 @@ class Bleu:
     The arrays of `each` are those of single captions, whose mean is not the score of all.
     """
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
@@ -33,30 +33,30 @@ class Bleu:
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
-        about, captions, references = pairs(records, "bleu", self.references, self.tokenizer)
-        scorer = BleuScorer(n=LONGEST)
+        scored_records, captions, references = tokenize_pairs(records, "bleu", self.references, self.tokenizer)
+        scorer = BleuScorer(n=MAX_NGRAM)
         for caption, each in zip(captions, references, strict=True):
             scorer += (caption, each)
-        whole, single = scorer.compute_score(option="closest", verbose=0)
-        rows = np.array([_counts(counts) for counts in scorer.ctest], float)  # (R, 2 + 2 * 4)
-        total = {f"bleu-{n + 1}": float(value) for n, value in enumerate(whole)}
-        each = {f"bleu-{n + 1}": np.array(values) for n, values in enumerate(single)}
-        sums = {f"bleu-{n + 1}": (rows, _score(n + 1)) for n in range(LONGEST)}
-        return MetricOutput(total, each | places(about), sums)
+        corpus_scores, caption_scores = scorer.compute_score(option="closest", verbose=0)
+        rows = np.array([_flatten_counts(counts) for counts in scorer.ctest], float)  # (R, 2 + 2 * 4)
+        total = {f"bleu-{n + 1}": float(value) for n, value in enumerate(corpus_scores)}
+        each = {f"bleu-{n + 1}": np.array(values) for n, values in enumerate(caption_scores)}
+        statistics = {f"bleu-{n + 1}": (rows, _make_bleu_function(n + 1)) for n in range(MAX_NGRAM)}
+        return MetricOutput(total, each | collect_region_ids(scored_records), statistics)
 
 
-def _counts(counts: dict) -> list[int]:
+def _flatten_counts(counts: dict) -> list[int]:
     length = counts["testlen"]
-    closest = min((abs(other - length), other) for other in counts["reflen"])[1]
-    return [length, closest, *counts["correct"], *counts["guess"]]
+    closest_length = min((abs(other - length), other) for other in counts["reflen"])[1]
+    return [length, closest_length, *counts["correct"], *counts["guess"]]
 
 
-def _score(longest: int):
-    def bleu(sums: np.ndarray) -> np.ndarray:
-        length, closest = sums[..., 0], sums[..., 1]
-        precision = (sums[..., 2 : 2 + longest] + TINY) / (sums[..., 2 + LONGEST : 2 + LONGEST + longest] + SMALL)
-        ratio = (length + TINY) / (closest + SMALL)
-        short = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
-        return precision.prod(-1) ** (1 / longest) * short
+def _make_bleu_function(max_ngram: int):
+    def compute_bleu(sums: np.ndarray) -> np.ndarray:
+        length, closest_length = sums[..., 0], sums[..., 1]
+        precision = (sums[..., 2 : 2 + max_ngram] + NUMERATOR_EPSILON) / (sums[..., 2 + MAX_NGRAM : 2 + MAX_NGRAM + max_ngram] + DENOMINATOR_EPSILON)
+        ratio = (length + NUMERATOR_EPSILON) / (closest_length + DENOMINATOR_EPSILON)
+        brevity_penalty = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
+        return precision.prod(-1) ** (1 / max_ngram) * brevity_penalty
 
-    return bleu
+    return compute_bleu

@@ -10,11 +10,11 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record
-from sca.evaluation.scores import from_means
-from sca.evaluation.texts import NEEDS, pairs
+from sca.evaluation.scores import make_mean_output
+from sca.evaluation.texts import CAPTION_NEEDS, tokenize_pairs
 
-LONGEST = 4
-ALONE = "not a number for a single region: how rare an n-gram is takes the references of at least two"
+MAX_NGRAM = 4
+SINGLE_REGION_NOTE = "not a number for a single region: how rare an n-gram is takes the references of at least two"
 
 
 class CiderD:
@@ -25,7 +25,7 @@ class CiderD:
     intervals it is held fixed.
     """
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
@@ -37,14 +37,14 @@ class CiderD:
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-        about, captions, references = pairs(records, "cider-d", self.references, self.tokenizer)
-        if len(about) < 2:
-            return _undefined("cider-d", about)
+        scored_records, captions, references = tokenize_pairs(records, "cider-d", self.references, self.tokenizer)
+        if len(scored_records) < 2:
+            return _make_undefined_output("cider-d", scored_records)
         scorer = CiderScorer()
         for caption, each in zip(captions, references, strict=True):
             scorer += (caption, each)
         _, values = scorer.compute_score()
-        return from_means({"cider-d": np.asarray(values)}, about)
+        return make_mean_output({"cider-d": np.asarray(values)}, scored_records)
 
 
 class Cider:
@@ -52,49 +52,49 @@ class Cider:
     times 10; without stemming. Nearly every published "CIDEr" is CIDEr-D: see `cider-d`.
     """
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
     implementation = "sca"
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        about, captions, references = pairs(records, "cider", self.references, self.tokenizer)
-        if len(about) < 2:
-            return _undefined("cider", about)
-        counted = [[_ngrams(text) for text in each] for each in references]
-        found_in = Counter(ngram for each in counted for ngram in {ngram for counts in each for ngram in counts})
-        everything = np.log(len(about))
-        values = np.empty(len(about))
-        for row, (caption, each) in enumerate(zip(captions, counted, strict=True)):
-            own = _weighted(_ngrams(caption), found_in, everything)
-            others = [_weighted(counts, found_in, everything) for counts in each]
-            values[row] = 10 * np.mean([_cosine(a, b) for other in others for a, b in zip(own, other, strict=True)])
-        return from_means({"cider": values}, about)
+        scored_records, captions, references = tokenize_pairs(records, "cider", self.references, self.tokenizer)
+        if len(scored_records) < 2:
+            return _make_undefined_output("cider", scored_records)
+        reference_counts = [[_count_ngrams(text) for text in each] for each in references]
+        document_frequency = Counter(ngram for each in reference_counts for ngram in {ngram for counts in each for ngram in counts})
+        log_num_regions = np.log(len(scored_records))
+        values = np.empty(len(scored_records))
+        for row, (caption, each) in enumerate(zip(captions, reference_counts, strict=True)):
+            caption_vectors = _weight_ngrams(_count_ngrams(caption), document_frequency, log_num_regions)
+            reference_vectors = [_weight_ngrams(counts, document_frequency, log_num_regions) for counts in each]
+            values[row] = 10 * np.mean([_compute_cosine(a, b) for other in reference_vectors for a, b in zip(caption_vectors, other, strict=True)])
+        return make_mean_output({"cider": values}, scored_records)
 
 
-def _undefined(name: str, about: Sequence[Record]) -> MetricOutput:
+def _make_undefined_output(name: str, scored_records: Sequence[Record]) -> MetricOutput:
     """NaN, with the reason: the logarithm of one region is 0, and so would be the weight of every n-gram."""
-    return from_means({name: np.full(len(about), np.nan)}, about)._replace(notes={name: ALONE})
+    return make_mean_output({name: np.full(len(scored_records), np.nan)}, scored_records)._replace(notes={name: SINGLE_REGION_NOTE})
 
 
-def _ngrams(text: str) -> Counter[tuple[str, ...]]:
+def _count_ngrams(text: str) -> Counter[tuple[str, ...]]:
     words = text.split()
     return Counter(
         tuple(words[start : start + length])
-        for length in range(1, LONGEST + 1)
+        for length in range(1, MAX_NGRAM + 1)
         for start in range(len(words) - length + 1)
     )
 
 
-def _weighted(counts: Counter, found_in: Counter, everything: float) -> list[dict[tuple[str, ...], float]]:
+def _weight_ngrams(counts: Counter, document_frequency: Counter, log_num_regions: float) -> list[dict[tuple[str, ...], float]]:
     """Counts of n-grams by length, each times the log of the share of regions that it is not found in."""
-    vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
+    vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_NGRAM)]
     for ngram, count in counts.items():
-        vectors[len(ngram) - 1][ngram] = count * (everything - np.log(max(1, found_in[ngram])))
+        vectors[len(ngram) - 1][ngram] = count * (log_num_regions - np.log(max(1, document_frequency[ngram])))
     return vectors
 
 
-def _cosine(first: dict, second: dict) -> float:
+def _compute_cosine(first: dict, second: dict) -> float:
     norms = np.sqrt(sum(v * v for v in first.values())) * np.sqrt(sum(v * v for v in second.values()))
     return sum(value * second.get(ngram, 0.0) for ngram, value in first.items()) / norms if norms else 0.0

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, normalised, places, require
+from sca.evaluation.records import Record, normalize_text, collect_region_ids, require_records
 
-OVERALL = ("count", "area", "mean", "regions")
+SUMMARY_NAMES = ("count", "area", "mean", "regions")
 
 
 class Classes:
@@ -23,19 +23,19 @@ class Classes:
     needs = ("task=recognition", "caption", "truth.name", "truth.area")
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        answers = require(records, self.needs, "class")
-        names = np.array([normalised(record["truth"]["name"]) for record in answers])
-        given = np.array([normalised(record["caption"]) for record in answers])
-        areas = np.array([float(record["truth"]["area"]) for record in answers])
-        right = (names == given).astype(float)
-        classes = {str(name): right[names == name] for name in np.unique(names)}
+        scored_records = require_records(records, self.needs, "class")
+        true_names = np.array([normalize_text(record["truth"]["name"]) for record in scored_records])
+        predicted_names = np.array([normalize_text(record["caption"]) for record in scored_records])
+        areas = np.array([float(record["truth"]["area"]) for record in scored_records])
+        correct = (true_names == predicted_names).astype(float)
+        correct_by_class = {str(name): correct[true_names == name] for name in np.unique(true_names)}
         total: dict[str, float] = {
-            "class/count": float(right.mean()),
-            "class/area": float(right @ areas / areas.sum()) if areas.any() else float("nan"),
-            "class/mean": float(np.mean([values.mean() for values in classes.values()])),
-            "class/regions": len(answers),
+            "class/count": float(correct.mean()),
+            "class/area": float(correct @ areas / areas.sum()) if areas.any() else float("nan"),
+            "class/mean": float(np.mean([values.mean() for values in correct_by_class.values()])),
+            "class/regions": len(scored_records),
         }
-        for name, values in classes.items():
-            shown = f'"{name}"' if name in OVERALL else name
-            total |= {f"class/{shown}": float(values.mean()), f"class/{shown}/regions": len(values)}
-        return MetricOutput(total, {"class/count": right, "area": areas, "name": names} | places(answers))
+        for name, values in correct_by_class.items():
+            label = f'"{name}"' if name in SUMMARY_NAMES else name
+            total |= {f"class/{label}": float(values.mean()), f"class/{label}/regions": len(values)}
+        return MetricOutput(total, {"class/count": correct, "area": areas, "name": true_names} | collect_region_ids(scored_records))

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, require
-from sca.evaluation.scores import from_means
+from sca.evaluation.records import Record, require_records
+from sca.evaluation.scores import make_mean_output
 
-WEIGHT = 2.5
-PREFIX = "A photo depicts "
+SCALE = 2.5
+TEXT_PREFIX = "A photo depicts "
 
 
 class ClipScore:
@@ -41,24 +41,24 @@ class ClipScore:
         )
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(model)
-        self.batch, self.device = batch_size, device
+        self.batch_size, self.device = batch_size, device
         self.implementation = f"open_clip {version('open_clip_torch')}, {model} {pretrained or ''}".rstrip()
 
     @torch.inference_mode()
-    def __call__(self, records: Sequence[Record], images: Callable[[Record], Image.Image]) -> MetricOutput:
-        about = require(records, self.needs[1:], "clip-score")
+    def __call__(self, records: Sequence[Record], load_image: Callable[[Record], Image.Image]) -> MetricOutput:
+        scored_records = require_records(records, self.needs[1:], "clip-score")
         values = []
-        for start in range(0, len(about), self.batch):
-            chunk = about[start : start + self.batch]
-            crops = torch.stack([self.transform(_crop(images(record), record["truth"]["box"])) for record in chunk])
-            texts = self.tokenizer([PREFIX + " ".join(record["caption"].split()) for record in chunk])
-            seen = self.model.encode_image(crops.to(self.device), normalize=True)
-            said = self.model.encode_text(texts.to(self.device), normalize=True)
-            values += (WEIGHT * (seen * said).sum(1).clamp(min=0)).tolist()
-        return from_means({"clip-score": np.array(values)}, about)
+        for start in range(0, len(scored_records), self.batch_size):
+            chunk = scored_records[start : start + self.batch_size]
+            crops = torch.stack([self.transform(_crop_region(load_image(record), record["truth"]["box"])) for record in chunk])
+            texts = self.tokenizer([TEXT_PREFIX + " ".join(record["caption"].split()) for record in chunk])
+            image_embeddings = self.model.encode_image(crops.to(self.device), normalize=True)
+            text_embeddings = self.model.encode_text(texts.to(self.device), normalize=True)
+            values += (SCALE * (image_embeddings * text_embeddings).sum(1).clamp(min=0)).tolist()
+        return make_mean_output({"clip-score": np.array(values)}, scored_records)
 
 
-def _crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+def _crop_region(image: Image.Image, box: Sequence[float]) -> Image.Image:
     """At least one pixel."""
     x1, y1, x2, y2 = box
     left, top = min(int(x1), image.width - 1), min(int(y1), image.height - 1)

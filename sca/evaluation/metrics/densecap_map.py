@@ -15,25 +15,25 @@ from typing import NamedTuple
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.metrics.meteor import alignments, meteor
-from sca.evaluation.records import Record, require
-from sca.evaluation.texts import default_tokenizer, lacks_java, tokenise
+from sca.evaluation.metrics.meteor import align_captions, compute_meteor
+from sca.evaluation.records import Record, require_records
+from sca.evaluation.texts import choose_default_tokenizer, find_java_problem, tokenize_texts
 
-OVERLAPS = (0.3, 0.4, 0.5, 0.6, 0.7)
-AGREEMENTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
-MERGED = 0.7
-RECALLS = 101
+IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+CAPTION_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
+MERGE_IOU = 0.7
+NUM_RECALLS = 101
 
-Agree = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
+CaptionScorer = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
 
 
-class Given(NamedTuple):
+class MatchedProposals(NamedTuple):
     """Proposals of one image after each was given its true box, best score first."""
 
     scores: np.ndarray  # (P,)
-    overlaps: np.ndarray  # (P,) with the true box it overlaps most, 0 where there is none
-    first: np.ndarray  # (P,) bool: no better proposal was given the same box
-    box: np.ndarray  # (P,) the place of that box among the merged ones, -1 where there is none
+    ious: np.ndarray  # (P,) with the true box it overlaps most, 0 where there is none
+    is_first: np.ndarray  # (P,) bool: no better proposal was given the same box
+    box_index: np.ndarray  # (P,) the place of that box among the merged ones, -1 where there is none
 
 
 class DenseCapMap:
@@ -49,124 +49,124 @@ class DenseCapMap:
         self.implementation = "sca, METEOR 1.5 of pycocoevalcap"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        images = require(records, self.needs, "densecap-map")
-        given, captions, references, boxes = [], [], [], 0
-        for image in images:
-            true, phrases = merge(
-                np.array([region["box"] for region in image["truth"]["regions"]], float).reshape(-1, 4),
-                [region["phrases"] for region in image["truth"]["regions"]],
+        image_records = require_records(records, self.needs, "densecap-map")
+        matched, captions, references, num_true_boxes = [], [], [], 0
+        for image_record in image_records:
+            true_boxes, phrases = merge_true_boxes(
+                np.array([region["box"] for region in image_record["truth"]["regions"]], float).reshape(-1, 4),
+                [region["phrases"] for region in image_record["truth"]["regions"]],
             )
-            boxes += len(true)
-            proposals = sorted(image["proposals"], key=lambda each: -each["score"])
-            found = give(
+            num_true_boxes += len(true_boxes)
+            proposals = sorted(image_record["proposals"], key=lambda each: -each["score"])
+            image_matches = match_proposals(
                 np.array([each["box"] for each in proposals], float).reshape(-1, 4),
                 np.array([each["score"] for each in proposals], float),
-                true,
+                true_boxes,
             )
-            given.append(found)
+            matched.append(image_matches)
             captions += [each["caption"] for each in proposals]
-            references += [phrases[box] if box >= 0 else [] for box in found.box]
-        scores, overlaps, first, box = (np.concatenate(values) for values in zip(*given, strict=True))
-        judged = np.flatnonzero(first & (overlaps > OVERLAPS[0]))  # the others are wrong whatever they say
+            references += [phrases[box] if box >= 0 else [] for box in image_matches.box_index]
+        scores, ious, is_first, box = (np.concatenate(values) for values in zip(*matched, strict=True))
+        scored_indices = np.flatnonzero(is_first & (ious > IOU_THRESHOLDS[0]))  # the others are wrong whatever they say
         total: dict[str, float] = {}
-        for name, agree in self._agreements():
-            agreement = np.full(len(scores), -1.0)
-            agreement[judged] = self._judge(agree, captions, references, judged)
-            total[name] = mean_precision(scores, overlaps, first, agreement, boxes)
-        told = np.where(box >= 0, 1.0, -1.0)
-        total["densecap-map/boxes"] = mean_precision(scores, overlaps, first, told, boxes, agreements=(0.0,))
-        return MetricOutput(total | {"densecap-map/proposals": len(scores), "densecap-map/true-boxes": boxes})
+        for name, score_captions in self._list_caption_scorers():
+            caption_scores = np.full(len(scores), -1.0)
+            caption_scores[scored_indices] = self._score_tokenized(score_captions, captions, references, scored_indices)
+            total[name] = compute_mean_precision(scores, ious, is_first, caption_scores, num_true_boxes)
+        box_caption_scores = np.where(box >= 0, 1.0, -1.0)
+        total["densecap-map/boxes"] = compute_mean_precision(scores, ious, is_first, box_caption_scores, num_true_boxes, caption_thresholds=(0.0,))
+        return MetricOutput(total | {"densecap-map/proposals": len(scores), "densecap-map/true-boxes": num_true_boxes})
 
-    def _agreements(self) -> list[tuple[str, Agree]]:
-        found: list[tuple[str, Agree]] = [("densecap-map/rouge-l", _rouge_l)]
-        if not lacks_java():
-            found.insert(0, ("densecap-map", lambda captions, references: meteor(alignments(captions, references))))
-        return found
+    def _list_caption_scorers(self) -> list[tuple[str, CaptionScorer]]:
+        scorers: list[tuple[str, CaptionScorer]] = [("densecap-map/rouge-l", _compute_rouge_l)]
+        if not find_java_problem():
+            scorers.insert(0, ("densecap-map", lambda captions, references: compute_meteor(align_captions(captions, references))))
+        return scorers
 
-    def _judge(
-        self, agree: Agree, captions: Sequence[str], references: Sequence[Sequence[str]], judged: np.ndarray
+    def _score_tokenized(
+        self, score_captions: CaptionScorer, captions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
     ) -> np.ndarray:
-        if not len(judged):
+        if not len(indices):
             return np.empty(0)
-        counts = [len(references[row]) for row in judged]
-        flat = [captions[row] for row in judged] + [phrase for row in judged for phrase in references[row]]
-        cut = tokenise(tuple(flat), self.tokenizer or default_tokenizer())
-        rest = iter(cut[len(judged) :])
-        return agree(cut[: len(judged)], [[next(rest) for _ in range(count)] for count in counts])
+        counts = [len(references[row]) for row in indices]
+        texts = [captions[row] for row in indices] + [phrase for row in indices for phrase in references[row]]
+        tokenized = tokenize_texts(tuple(texts), self.tokenizer or choose_default_tokenizer())
+        tokenized_phrases = iter(tokenized[len(indices) :])
+        return score_captions(tokenized[: len(indices)], [[next(tokenized_phrases) for _ in range(count)] for count in counts])
 
 
-def merge(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[list[str]]]:
+def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[list[str]]]:
     """True boxes (T, 4) and their phrases -> merged boxes (G, 4), the means of each group, and the phrases of all.
 
     Of the boxes that are left, the one with the most others overlapping it by `MERGED` is taken together with them.
     """
-    close = overlap(boxes, boxes) >= MERGED
+    is_close = compute_pixel_ious(boxes, boxes) >= MERGE_IOU
     groups = []
-    left = np.ones(len(boxes), bool)
-    while left.any():
-        near = close & left & left[:, None]
-        group = near[near.sum(1).argmax()]
+    is_left = np.ones(len(boxes), bool)
+    while is_left.any():
+        neighbors = is_close & is_left & is_left[:, None]
+        group = neighbors[neighbors.sum(1).argmax()]
         groups.append(np.flatnonzero(group))
-        left &= ~group
+        is_left &= ~group
     merged = np.array([boxes[group].mean(0) for group in groups]).reshape(-1, 4)
     return merged, [[phrase for member in group for phrase in phrases[member]] for group in groups]
 
 
-def give(boxes: np.ndarray, scores: np.ndarray, true: np.ndarray) -> Given:
+def match_proposals(boxes: np.ndarray, scores: np.ndarray, true_boxes: np.ndarray) -> MatchedProposals:
     """Proposals (P, 4), best first, to true boxes (G, 4)."""
-    if not len(true) or not len(boxes):
-        nothing = np.zeros(len(boxes))
-        return Given(scores, nothing, nothing.astype(bool), np.full(len(boxes), -1))
-    overlaps = overlap(boxes, true)  # (P, G)
-    best = overlaps.argmax(1)
-    first = np.zeros(len(boxes), bool)
-    first[np.unique(best, return_index=True)[1]] = True
-    return Given(scores, overlaps.max(1), first, best)
+    if not len(true_boxes) or not len(boxes):
+        zeros = np.zeros(len(boxes))
+        return MatchedProposals(scores, zeros, zeros.astype(bool), np.full(len(boxes), -1))
+    ious = compute_pixel_ious(boxes, true_boxes)  # (P, G)
+    best_box = ious.argmax(1)
+    is_first = np.zeros(len(boxes), bool)
+    is_first[np.unique(best_box, return_index=True)[1]] = True
+    return MatchedProposals(scores, ious.max(1), is_first, best_box)
 
 
-def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def compute_pixel_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(P, 4) and (G, 4) boxes x1 y1 x2 y2 with the last pixel inside -> (P, G) intersection over union."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    common = np.maximum(0, high - low + 1).prod(2)
+    intersection = np.maximum(0, high - low + 1).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2] + 1).prod(1) for boxes in (first, second)]
-    return common / (areas[0][:, None] + areas[1] - common)
+    return intersection / (areas[0][:, None] + areas[1] - intersection)
 
 
-def mean_precision(
+def compute_mean_precision(
     scores: np.ndarray,
-    overlaps: np.ndarray,
-    first: np.ndarray,
-    agreement: np.ndarray,
-    boxes: int,
-    agreements: Sequence[float] = AGREEMENTS,
+    ious: np.ndarray,
+    is_first: np.ndarray,
+    caption_scores: np.ndarray,
+    num_true_boxes: int,
+    caption_thresholds: Sequence[float] = CAPTION_THRESHOLDS,
 ) -> float:
     """The mean over all pairs of thresholds of average precision over all proposals (P,). NaN without true boxes."""
-    if not boxes:
+    if not num_true_boxes:
         return float("nan")
     order = np.argsort(-scores, kind="stable")
-    overlaps, first, agreement = overlaps[order], first[order], agreement[order]
+    ious, is_first, caption_scores = ious[order], is_first[order], caption_scores[order]
     precisions = [
-        _average_precision(first & (overlaps > least) & (agreement > agreed), boxes)
-        for least in OVERLAPS
-        for agreed in agreements
+        _compute_average_precision(is_first & (ious > iou_threshold) & (caption_scores > caption_threshold), num_true_boxes)
+        for iou_threshold in IOU_THRESHOLDS
+        for caption_threshold in caption_thresholds
     ]
     return float(np.mean(precisions))
 
 
-def _average_precision(right: np.ndarray, boxes: int) -> float:
+def _compute_average_precision(is_correct: np.ndarray, num_true_boxes: int) -> float:
     """Of (P,) verdicts, best score first: the greatest precision at each of 101 recalls or above, averaged."""
-    hits = np.flatnonzero(right)
+    hits = np.flatnonzero(is_correct)
     if not len(hits):
         return 0.0
-    found = np.arange(1, len(hits) + 1)
-    best = np.maximum.accumulate((found / (hits + 1))[::-1])[::-1]  # precision is greatest where something was found
-    place = np.searchsorted(found / boxes, np.linspace(0, 1, RECALLS), side="left")
-    return float(np.append(best, 0.0)[place].mean())
+    num_found = np.arange(1, len(hits) + 1)
+    best_precision = np.maximum.accumulate((num_found / (hits + 1))[::-1])[::-1]  # precision is greatest where something was found
+    recall_index = np.searchsorted(num_found / num_true_boxes, np.linspace(0, 1, NUM_RECALLS), side="left")
+    return float(np.append(best_precision, 0.0)[recall_index].mean())
 
 
-def _rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+def _compute_rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     from pycocoevalcap.rouge.rouge import Rouge
 
-    score = Rouge().calc_score
-    return np.array([score([caption], list(each)) for caption, each in zip(captions, references, strict=True)])
+    calc_score = Rouge().calc_score
+    return np.array([calc_score([caption], list(each)) for caption, each in zip(captions, references, strict=True)])

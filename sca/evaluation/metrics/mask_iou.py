@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as rle
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, meeting, places, require
+from sca.evaluation.records import Record, filter_records, collect_region_ids, require_records
 
 
 class MaskIou:
@@ -22,18 +22,18 @@ class MaskIou:
     needs = ("mask", "truth.mask")
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        require(records, self.needs, "mask-iou")
+        require_records(records, self.needs, "mask-iou")
         regions: dict[tuple[int, int], Record] = {}
-        for record in meeting(records, ("truth.mask",)):
+        for record in filter_records(records, ("truth.mask",)):
             regions.setdefault((record["image_id"], record["region_id"]), record)
-        judged = list(regions.values())
-        ious = np.array([_iou(record) for record in judged])
-        each = {"mask-iou/mean": ious, "mask-iou/over-0.5": (ious > 0.5).astype(float)}
-        total = {name: float(values.mean()) for name, values in each.items()}
-        return MetricOutput(total | {"mask-iou/regions": len(judged)}, each | places(judged))
+        scored_records = list(regions.values())
+        ious = np.array([_compute_iou(record) for record in scored_records])
+        per_record = {"mask-iou/mean": ious, "mask-iou/over-0.5": (ious > 0.5).astype(float)}
+        total = {name: float(values.mean()) for name, values in per_record.items()}
+        return MetricOutput(total | {"mask-iou/regions": len(scored_records)}, per_record | collect_region_ids(scored_records))
 
 
-def _iou(record: Record) -> float:
+def _compute_iou(record: Record) -> float:
     mask, truth = record["mask"], record["truth"]["mask"]
     if mask is None:
         return 0.0

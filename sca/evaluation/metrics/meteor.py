@@ -14,21 +14,21 @@ from typing import IO
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, places
-from sca.evaluation.texts import NEEDS, jar, java, lacks_java, pairs
+from sca.evaluation.records import Record, collect_region_ids
+from sca.evaluation.texts import CAPTION_NEEDS, get_jar_path, build_java_command, find_java_problem, tokenize_pairs
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # of METEOR 1.5 for English
-STAGES = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
-FIGURES = 23  # of one caption: lengths, matches of each stage, chunks, matched words
+STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
+NUM_STATISTICS = 23  # of one caption: lengths, matches of each stage, chunks, matched words
 
 
 class Meteor:
     """METEOR of all captions together, which is not the mean of single ones. In 0..1. Needs Java."""
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
-        reason = lacks_java()
+        reason = find_java_problem()
         if reason:
             raise ValueError(reason)
         self.references, self.tokenizer = references, tokenizer
@@ -38,27 +38,27 @@ class Meteor:
         return f"METEOR 1.5 of pycocoevalcap {version('pycocoevalcap')}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        about, captions, references = pairs(records, "meteor", self.references, self.tokenizer)
-        figures = alignments(captions, references)
-        summed = addable(figures)
-        each = {"meteor": meteor(figures)} | places(about)
-        return MetricOutput({"meteor": float(meteor(summed.sum(0)))}, each, {"meteor": (summed, meteor)})
+        scored_records, captions, references = tokenize_pairs(records, "meteor", self.references, self.tokenizer)
+        statistics = align_captions(captions, references)
+        summable = make_summable(statistics)
+        per_record = {"meteor": compute_meteor(statistics)} | collect_region_ids(scored_records)
+        return MetricOutput({"meteor": float(compute_meteor(summable.sum(0)))}, per_record, {"meteor": (summable, compute_meteor)})
 
 
-def alignments(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+def align_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """(R, 23) figures of each caption with the reference that suits it best, from METEOR's own program.
 
     captions, references: words one space apart. ValueError where Java is absent or fails.
     """
     lines = [
-        " ||| ".join(("SCORE", *map(_plain, each), _plain(caption)))
+        " ||| ".join(("SCORE", *map(_remove_separators, each), _remove_separators(caption)))
         for caption, each in zip(captions, references, strict=True)
     ]
-    figures = [output.split() for output in PROGRAM.score_lines(lines)]
-    return np.array(figures, dtype=float).reshape(-1, FIGURES)
+    statistics = [output.split() for output in METEOR_PROGRAM.score_lines(lines)]
+    return np.array(statistics, dtype=float).reshape(-1, NUM_STATISTICS)
 
 
-class Program:
+class MeteorProgram:
     """METEOR's own program, which takes seconds to start: started by the first call and kept for later ones."""
 
     def __init__(self) -> None:
@@ -75,17 +75,17 @@ class Program:
         content = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._end()
+                self._stop()
                 self._start()
             try:
-                outputs = self._exchange(content, len(lines))
-                complete = sum(len(output.split()) == FIGURES for output in outputs)
-                if complete < len(lines):
-                    self._end()
+                outputs = self._exchange_lines(content, len(lines))
+                num_complete = sum(len(output.split()) == NUM_STATISTICS for output in outputs)
+                if num_complete < len(lines):
+                    self._stop()
                     reason = self._last_error.decode("utf-8", "replace") or "it printed no reason"
-                    raise ValueError(f"METEOR returned {complete} results for {len(lines)} captions: {reason}")
+                    raise ValueError(f"METEOR returned {num_complete} results for {len(lines)} captions: {reason}")
             except BaseException:  # also Ctrl-C: a later call would read the results that remain in the pipes
-                self._end()
+                self._stop()
                 raise
         return outputs
 
@@ -93,81 +93,81 @@ class Program:
         """Leave the program to the parent process, with which a forked one would share its pipes."""
         self.__init__()
 
-    def _exchange(self, content: bytes, count: int) -> list[str]:
+    def _exchange_lines(self, content: bytes, count: int) -> list[str]:
         assert self._process
         assert self._process.stdin
         assert self._process.stdout
-        writer = threading.Thread(target=_write, args=(self._process.stdin, content), daemon=True)
+        writer = threading.Thread(target=_write_input, args=(self._process.stdin, content), daemon=True)
         writer.start()
         outputs = [self._process.stdout.readline().decode("utf-8") for _ in range(count)]
         writer.join()
         return outputs
 
     def _start(self) -> None:
-        command = java("-jar", str(jar("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
+        command = build_java_command("-jar", str(get_jar_path("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is not meant for it
         self._last_error = b""
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
-        self._listener.start()
-        atexit.register(self._end)
+        self._error_reader = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
+        self._error_reader.start()
+        atexit.register(self._stop)
 
-    def _listen(self, errors: IO[bytes]) -> None:
+    def _read_errors(self, errors: IO[bytes]) -> None:
         for line in errors:
             self._last_error = line.strip() or self._last_error
 
-    def _end(self) -> None:
-        atexit.unregister(self._end)
+    def _stop(self) -> None:
+        atexit.unregister(self._stop)
         if self._process is None:
             return
         self._process.kill()
         self._process.wait()
-        self._listener.join()
+        self._error_reader.join()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             with suppress(BrokenPipeError):
                 stream.close()
         self._process = None
 
 
-PROGRAM = Program()
+METEOR_PROGRAM = MeteorProgram()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=PROGRAM.detach_after_fork)
+    os.register_at_fork(after_in_child=METEOR_PROGRAM.detach_after_fork)
 
 
-def meteor(figures: np.ndarray) -> np.ndarray:
+def compute_meteor(statistics: np.ndarray) -> np.ndarray:
     """(..., 23) figures, of one caption or summed over several by `addable`, -> (...) scores."""
-    length, other, function, other_function = (figures[..., place] for place in range(4))
-    stages = figures[..., 4:20].reshape(*figures.shape[:-1], 4, 4)  # (..., stage, content and function words by turns)
-    chunks, matched, other_matched = (figures[..., place] for place in range(20, 23))
+    length, reference_length, function_words, reference_function_words = (statistics[..., index] for index in range(4))
+    stage_matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)  # (..., stage, content and function words by turns)
+    chunks, matched, reference_matched = (statistics[..., index] for index in range(20, 23))
     with np.errstate(invalid="ignore", divide="ignore"):
         weight = np.array([DELTA, 1 - DELTA])
-        found = (stages[..., [0, 2]] @ weight @ STAGES) / (DELTA * (length - function) + (1 - DELTA) * function)
-        kept = (stages[..., [1, 3]] @ weight @ STAGES) / (
-            DELTA * (other - other_function) + (1 - DELTA) * other_function
+        precision = (stage_matches[..., [0, 2]] @ weight @ STAGE_WEIGHTS) / (DELTA * (length - function_words) + (1 - DELTA) * function_words)
+        recall = (stage_matches[..., [1, 3]] @ weight @ STAGE_WEIGHTS) / (
+            DELTA * (reference_length - reference_function_words) + (1 - DELTA) * reference_function_words
         )
-        mean = 1 / ((1 - ALPHA) / found + ALPHA / kept)
-        broken = np.where(_perfect(figures), 0.0, chunks / ((matched + other_matched) / 2))
-        return np.nan_to_num(mean * (1 - GAMMA * broken**BETA))
+        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
+        fragmentation = np.where(_is_perfect(statistics), 0.0, chunks / ((matched + reference_matched) / 2))
+        return np.nan_to_num(mean * (1 - GAMMA * fragmentation**BETA))
 
 
-def addable(figures: np.ndarray) -> np.ndarray:
+def make_summable(statistics: np.ndarray) -> np.ndarray:
     """What captions add to the figures of all: one that is its reference word by word adds no chunk."""
-    added = figures.copy()
-    added[_perfect(figures), 20] = 0
-    return added
+    summable = statistics.copy()
+    summable[_is_perfect(statistics), 20] = 0
+    return summable
 
 
-def _perfect(figures: np.ndarray) -> np.ndarray:
-    chunks, matched, other_matched = (figures[..., place] for place in range(20, 23))
-    return (chunks == 1) & (matched == figures[..., 0]) & (other_matched == figures[..., 1])
+def _is_perfect(statistics: np.ndarray) -> np.ndarray:
+    chunks, matched, reference_matched = (statistics[..., index] for index in range(20, 23))
+    return (chunks == 1) & (matched == statistics[..., 0]) & (reference_matched == statistics[..., 1])
 
 
-def _plain(text: str) -> str:
+def _remove_separators(text: str) -> str:
     """Without what separates texts in METEOR's protocol."""
     return " ".join(text.replace("|||", " ").split())
 
 
-def _write(stream: IO[bytes], content: bytes) -> None:
+def _write_input(stream: IO[bytes], content: bytes) -> None:
     try:
         stream.write(content)
         stream.flush()

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, require
-from sca.evaluation.scores import from_means
-from sca.evaluation.texts import NEEDS
+from sca.evaluation.records import Record, require_records
+from sca.evaluation.scores import make_mean_output
+from sca.evaluation.texts import CAPTION_NEEDS
 
 
 class ContentRecall:
@@ -26,7 +26,7 @@ class ContentRecall:
     (without vectors only `exact` is given). The published figures are those of en_core_web_lg. name: of the scores.
     """
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
 
     def __init__(
         self, pos: Sequence[str], name: str, model: str = "en_core_web_lg", references: str = "all", batch_size: int = 256
@@ -41,40 +41,40 @@ class ContentRecall:
             raise ValueError(
                 f"no spaCy pipeline {model!r}: python -m spacy download en_core_web_lg, or give {name}.model=FOLDER"
             ) from None
-        self.pos, self.name, self.references, self.batch = frozenset(pos), name, references, batch_size
+        self.pos, self.name, self.references, self.batch_size = frozenset(pos), name, references, batch_size
         self.implementation = f"spaCy {spacy.__version__}, {self.nlp.meta['name']} {self.nlp.meta['version']}"
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        about = require(records, self.needs, self.name)
-        kept = 1 if self.references == "first" else None
-        texts = [record["caption"] for record in about] + [" ".join(r["truth"]["phrases"][:kept]) for r in about]
-        read = list(self.nlp.pipe((" ".join(text.split()) for text in texts), batch_size=self.batch))
-        captions, references = read[: len(about)], read[len(about) :]
-        wanted = [[word for word in each if word.pos_ in self.pos] for each in references]
-        exact = np.array([_exact(words, caption) for words, caption in zip(wanted, captions, strict=True)])
-        each = {"exact": exact}
+        scored_records = require_records(records, self.needs, self.name)
+        max_references = 1 if self.references == "first" else None
+        texts = [record["caption"] for record in scored_records] + [" ".join(r["truth"]["phrases"][:max_references]) for r in scored_records]
+        docs = list(self.nlp.pipe((" ".join(text.split()) for text in texts), batch_size=self.batch_size))
+        captions, references = docs[: len(scored_records)], docs[len(scored_records) :]
+        reference_tokens = [[word for word in per_record if word.pos_ in self.pos] for per_record in references]
+        exact = np.array([_compute_exact_recall(tokens, caption) for tokens, caption in zip(reference_tokens, captions, strict=True)])
+        per_record = {"exact": exact}
         if self.nlp.vocab.vectors_length:
-            each["fuzzy"] = np.array([_fuzzy(words, caption) for words, caption in zip(wanted, captions, strict=True)])
-        named = {f"{self.name}/{kind}": np.nan_to_num(values) for kind, values in each.items()}
-        named |= {f"{self.name}/{kind}-where-any": values for kind, values in each.items()}
-        return from_means(named, about)
+            per_record["fuzzy"] = np.array([_compute_fuzzy_recall(tokens, caption) for tokens, caption in zip(reference_tokens, captions, strict=True)])
+        values_by_score = {f"{self.name}/{kind}": np.nan_to_num(values) for kind, values in per_record.items()}
+        values_by_score |= {f"{self.name}/{kind}-where-any": values for kind, values in per_record.items()}
+        return make_mean_output(values_by_score, scored_records)
 
 
-def _exact(wanted: Sequence[Any], caption: Any) -> float:
+def _compute_exact_recall(reference_tokens: Sequence[Any], caption: Any) -> float:
     """NaN where nothing is wanted."""
-    words = {word.text for word in wanted}
+    words = {word.text for word in reference_tokens}
     return len(words & {word.text for word in caption}) / len(words) if words else float("nan")
 
 
-def _fuzzy(wanted: Sequence[Any], caption: Any) -> float:
-    if not wanted:
+def _compute_fuzzy_recall(reference_tokens: Sequence[Any], caption: Any) -> float:
+    if not reference_tokens:
         return float("nan")
-    ours = np.stack([word.vector for word in caption]) if len(caption) else np.zeros((1, len(wanted[0].vector)))
-    theirs = np.stack([word.vector for word in wanted])
-    return float((_directions(theirs) @ _directions(ours).T).max(1).mean())
+    caption_vectors = np.stack([word.vector for word in caption]) if len(caption) else np.zeros((1, len(reference_tokens[0].vector)))
+    reference_vectors = np.stack([word.vector for word in reference_tokens])
+    return float((_normalize_vectors(reference_vectors) @ _normalize_vectors(caption_vectors).T).max(1).mean())
 
 
-def _directions(vectors: np.ndarray) -> np.ndarray:
+def _normalize_vectors(vectors: np.ndarray) -> np.ndarray:
     """(W, D) of length 1, or 0 where a word has no vector."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)

@@ -8,9 +8,9 @@ import numpy as np
 from sca_registry.contracts import Region, MetricOutput
 
 from sca.data.scenes import Statement, parse, relation_holds
-from sca.evaluation.records import Record, by_image, meeting, places, require, share
+from sca.evaluation.records import Record, group_by_image, filter_records, collect_region_ids, require_records, compute_nanmean
 
-TRUTH = tuple(f"truth.attributes.{fact}" for fact in ("colour", "form", "centre"))
+TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("colour", "form", "centre"))
 
 
 class Relations:
@@ -20,24 +20,24 @@ class Relations:
     (`sca.data.scenes.relation_holds`), whatever the caption says of the region itself.
     """
 
-    needs = ("task=caption", "caption", *TRUTH)
+    needs = ("task=caption", "caption", *TRUTH_NEEDS)
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        captions = require(records, self.needs, "relations")
-        scenes = {
-            image: [_region(each) for each in found] for image, found in by_image(meeting(records, TRUTH)).items()
+        scored_records = require_records(records, self.needs, "relations")
+        regions_by_image = {
+            image: [_make_region(per_record) for per_record in image_records] for image, image_records in group_by_image(filter_records(records, TRUTH_NEEDS)).items()
         }
-        stated, right = np.zeros(len(captions)), np.full(len(captions), np.nan)
-        for row, record in enumerate(captions):
+        stated, correct = np.zeros(len(scored_records)), np.full(len(scored_records), np.nan)
+        for row, record in enumerate(scored_records):
             statement = parse(record["caption"]) or Statement()
             if statement.relation:
                 stated[row] = 1
-                right[row] = relation_holds(statement, _region(record), scenes[record["image_id"]])
-        each = {"relations/right": right, "relations/stated": stated}
-        total = {name: share(values) for name, values in each.items()}
-        return MetricOutput(total | {"relations/captions": len(captions)}, each | places(captions))
+                correct[row] = relation_holds(statement, _make_region(record), regions_by_image[record["image_id"]])
+        per_record = {"relations/right": correct, "relations/stated": stated}
+        total = {name: compute_nanmean(values) for name, values in per_record.items()}
+        return MetricOutput(total | {"relations/captions": len(scored_records)}, per_record | collect_region_ids(scored_records))
 
 
-def _region(record: Record) -> Region:
+def _make_region(record: Record) -> Region:
     truth = record["truth"]
     return Region(record["region_id"], tuple(truth["box"]), attributes=truth["attributes"])

@@ -9,14 +9,14 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record
-from sca.evaluation.scores import from_means
-from sca.evaluation.texts import NEEDS, pairs
+from sca.evaluation.scores import make_mean_output
+from sca.evaluation.texts import CAPTION_NEEDS, tokenize_pairs
 
 
 class RougeL:
     """The F-measure (beta 1.2) of the best precision and the best recall over the references. In 0..1."""
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
 
     def __init__(self, references: str = "all", tokenizer: str | None = None):
         self.references, self.tokenizer = references, tokenizer
@@ -28,7 +28,7 @@ class RougeL:
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
         from pycocoevalcap.rouge.rouge import Rouge
 
-        about, captions, references = pairs(records, "rouge-l", self.references, self.tokenizer)
+        scored_records, captions, references = tokenize_pairs(records, "rouge-l", self.references, self.tokenizer)
         score = Rouge().calc_score
         values = [score([caption], each) for caption, each in zip(captions, references, strict=True)]
-        return from_means({"rouge-l": np.array(values)}, about)
+        return make_mean_output({"rouge-l": np.array(values)}, scored_records)

