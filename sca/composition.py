@@ -9,10 +9,10 @@ from typing import Any
 
 import sca_registry
 import torch
-from sca_registry import RegistryError, registry
+from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
 from sca_registry.contracts import Encoder, LanguageModel, Mixer
-from sca_registry.overrides import PARTS
+from sca_registry.overrides import MODEL_PARTS
 from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.devices import resolve_device
@@ -80,9 +80,9 @@ def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageMo
 def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
     """The spec with random weights in every part that would have pretrained ones."""
     changed_parts = {}
-    for kind in PARTS:
+    for kind in MODEL_PARTS:
         part = getattr(spec, kind)
-        if part is not None and "pretrained" in registry(kind).describe(part.name).options:
+        if part is not None and "pretrained" in get_registry(kind).load_entry(part.name).options:
             changed_parts[kind] = Part(part.name, {**part.options, "pretrained": False})
     return replace(spec, **changed_parts)
 

@@ -46,7 +46,7 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
     if name is not None and name not in DTYPES:
-        from sca_registry.messages import unknown
+        from sca_registry.messages import make_unknown_name_error
 
-        raise unknown(f"no dtype {str(name)!r}", str(name), DTYPES)
+        raise make_unknown_name_error(f"no dtype {str(name)!r}", str(name), DTYPES)
     return None if name is None else getattr(torch, str(name))

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sca_registry import registry
+from sca_registry import get_registry
 from sca_registry.contracts import Batch, PromptBatch, Targets
 from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def _set_checkpoint_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
     resolved_parts = resolve_parts(spec, model.encoder)
     for kind in ("encoder", "language_model", "segmenter"):
         part, component = resolved_parts[kind], getattr(model, kind)
-        options = {**registry(kind).card(part.name).options, **part.options}
+        options = {**get_registry(kind).get_card(part.name).options, **part.options}
         if hasattr(component, "checkpoint") and options.get("pretrained", True):
             is_bundled = kind == "segmenter" and part.name == model.encoder.default_segmenter  # with the encoder's weights
             source = getattr(component, "source", None) or options.get("weights")

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sca_registry import registry
-from sca_registry.messages import unknown
-from sca_registry.plugins import BUILTIN, is_installed
+from sca_registry import get_registry
+from sca_registry.messages import make_unknown_name_error
+from sca_registry.plugins import BUILTIN_DISTRIBUTION, is_installed
 from sca_registry.spec import ModelSpec
 
 from sca.io.atomic import write_file
@@ -87,7 +87,7 @@ def resolve_gpu_memory(gpu: str | float) -> float:
             gpu = float(gpu)
         except ValueError:
             if gpu.lower() not in GPU_MEMORY_GIB:
-                raise unknown(f"no GPU {gpu!r} is known; GiB will do", gpu, GPU_MEMORY_GIB) from None
+                raise make_unknown_name_error(f"no GPU {gpu!r} is known; GiB will do", gpu, GPU_MEMORY_GIB) from None
             return GPU_MEMORY_GIB[gpu.lower()]
     if not 0 < gpu < 2**20:
         raise ValueError(f"a GPU with {gpu:g} GiB: give its name, or more than 0")
@@ -108,12 +108,12 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
     parts = {kind: part for kind, part in {**parts, "language_model": spec.language_model}.items() if part}
     if any(FILE_OPTIONS & part.options.keys() for part in parts.values()):
         return None
-    entries = [entry for kind, part in parts.items() for entry in registry(kind).entries() if entry.name == part.name]
+    entries = [entry for kind, part in parts.items() for entry in get_registry(kind).list_entries() if entry.name == part.name]
     if len(entries) < len(parts):  # unknown names, which building explains
         return None
-    packages = {BUILTIN, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}
+    packages = {BUILTIN_DISTRIBUTION, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}
     packages |= {name for name in ("open_clip_torch", "timm") if is_installed(name)}
-    factories = [registry(kind).card(part.name).factory for kind, part in parts.items()]
+    factories = [get_registry(kind).get_card(part.name).factory for kind, part in parts.items()]
     modules = {"sca", "sca_registry", *(factory.partition(":")[0].partition(".")[0] for factory in factories)}
     key_fields = {
         "spec": spec.to_dict(),

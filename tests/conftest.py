@@ -14,8 +14,8 @@ pytest_plugins = ["sca.testing.pytest"]
 CACHE = tempfile.TemporaryDirectory(prefix="sca-cache-")  # removed when the tests end
 os.environ["SCA_CACHE"] = CACHE.name
 
-INSTALLED = {origin.metadata["Name"] for origin in plugins._distributions()} - {plugins.BUILTIN}
-_find_distributions = plugins._distributions.__wrapped__
+INSTALLED = {origin.metadata["Name"] for origin in plugins._find_distributions()} - {plugins.BUILTIN_DISTRIBUTION}
+_find_distributions = plugins._find_distributions.__wrapped__
 
 
 @functools.cache
@@ -24,8 +24,8 @@ def _distributions_for_tests():
     return tuple(each for each in _find_distributions() if each.metadata["Name"] not in INSTALLED)
 
 
-plugins._distributions = _distributions_for_tests
-plugins.refresh()
+plugins._find_distributions = _distributions_for_tests
+plugins.refresh_plugins()
 
 PARTS = {
     "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},

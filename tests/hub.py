@@ -16,7 +16,7 @@ def pinned_by_cards(name):
     """The commits of a hub id that cards pin; the small models that are served in their place are of all of them."""
     from sca_registry import REGISTRIES
 
-    cards = [registry.card(each) for registry in REGISTRIES.values() for each in registry.names()]
+    cards = [registry.get_card(each) for registry in REGISTRIES.values() for each in registry.list_names()]
     return {
         card.options["revision"] for card in cards if card.options.get("weights") == name and "revision" in card.options
     }

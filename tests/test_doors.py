@@ -13,7 +13,7 @@ from PIL import Image
 from sca_registry.contracts import Prompt
 
 import sca
-from sca.cli import run
+from sca.cli import run_command
 from sca.demo.session import Session
 from sca.inference.engine import Engine
 from sca.io.errors import InputError
@@ -64,7 +64,7 @@ def test_a_wrong_region_is_told_alike(name, model, picture, client, capfd):
     assert words in str(raised.value)
 
     written = [f"{key.removesuffix('s')}={','.join(map(str, value))}" for key, value in plain(region)]
-    assert run(["caption", "a.png", "--region", ";".join(written)]) == 2
+    assert run_command(["caption", "a.png", "--region", ";".join(written)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert words in line
 
@@ -108,7 +108,7 @@ def test_a_broken_picture_is_told_alike(name, picture, client, capfd, tmp_path):
     (tmp_path / "b.png").write_bytes(content)
     with pytest.raises(sca.io.images.InputError) as raised:
         sca.open_image("b.png")
-    assert run(["caption", "b.png", "--box", "1,1,9,9"]) == 1
+    assert run_command(["caption", "b.png", "--box", "1,1,9,9"]) == 1
     said = capfd.readouterr().err.splitlines()
     asked = {"image": base64.b64encode(content).decode(), "prompts": [{"box": [1, 1, 9, 9]}]}
     answer = client.post("/v1/captions", json=asked)

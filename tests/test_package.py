@@ -21,7 +21,7 @@ MADE = (
     *("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"),
 )
 LITTER = (".venv/lib/torch.py", "out/boxes/captions.jsonl", "runs/mine/model/spec.json", "sca/__pycache__/model.pyc")
-SHIPPED = [name for name in zoo.names() if zoo.get(name).folder]  # the others are on the hub
+SHIPPED = [name for name in zoo.list_names() if zoo.get_entry(name).folder]  # the others are on the hub
 LARGEST = 6_000_000  # bytes of a shipped checkpoint
 
 
@@ -81,18 +81,18 @@ def test_the_data_that_the_code_reads_is_among_the_files(built):
         files = set(archive.namelist())
     wanted = {"sca/py.typed", "sca_registry/py.typed", "sca/language_models/tiny_tokenizer.json"}
     wanted |= {f"sca_registry/cards/{kind}.toml" for kind in ("encoders", "segmenters", "mixers", "language_models")}
-    wanted |= {f"sca_registry/zoo/{name}.toml" for name in zoo.names()} | {"sca/training/recipes/sca-tiny.toml"}
+    wanted |= {f"sca_registry/zoo/{name}.toml" for name in zoo.list_names()} | {"sca/training/recipes/sca-tiny.toml"}
     wanted |= {f"sca/output/templates/{name}" for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")}
     wanted |= {"sca/evaluation/templates/report.html", "sca_bench/templates/sweep.html"}
     for name in SHIPPED:
-        package, _, folder = zoo.get(name).checkpoint.partition(":")
+        package, _, folder = zoo.get_entry(name).checkpoint.partition(":")
         wanted |= {f"{package}/{folder}/{file}" for file in ("spec.json", "weights.safetensors", "origin.json")}
     assert wanted - files == set()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_checkpoint_is_small(name):
-    package, _, folder = zoo.get(name).checkpoint.partition(":")
+    package, _, folder = zoo.get_entry(name).checkpoint.partition(":")
     sizes = [path.stat().st_size for path in (ROOT / PACKAGES[package] / folder).rglob("*") if path.is_file()]
     assert 0 < sum(sizes) <= LARGEST
 

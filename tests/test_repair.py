@@ -119,19 +119,19 @@ def test_install_stubs_makes_a_library_of_operators_for_cuda_loadable(tmp_path):
 
 
 def test_doctor_fix_and_unfix_are_one_line_each(monkeypatch, capsys):
-    from sca.cli import run
+    from sca.cli import run_command
 
     monkeypatch.setattr(repair, "fix", lambda: "fixed")
-    assert run(["doctor", "--fix"]) == 0
+    assert run_command(["doctor", "--fix"]) == 0
     assert capsys.readouterr().out == "fixed\n"
 
     def fail():
         raise InputError("no gcc")
 
     monkeypatch.setattr(repair, "fix", fail)
-    assert run(["doctor", "--fix"]) == 1
+    assert run_command(["doctor", "--fix"]) == 1
     assert capsys.readouterr().err == "sca: no gcc\n"
-    assert run(["doctor", "--fix", "--unfix"]) == 2
+    assert run_command(["doctor", "--fix", "--unfix"]) == 2
 
 
 @pytest.fixture
@@ -170,23 +170,23 @@ def test_diagnose_passes_where_torchvision_is_not_installed(processes, tmp_path)
 
 
 def test_doctor_reports_a_broken_torchvision_before_it_tries_a_part(monkeypatch, capsys):
-    from sca.cli import run
+    from sca.cli import run_command
 
     monkeypatch.setattr(repair, "diagnose", lambda: "torchvision cannot be imported; run `sca doctor --fix`")
     monkeypatch.setattr("sca.testing.isolation.try_parts", lambda *_: pytest.fail("a part was tried"))
-    assert run(["doctor"]) == 1
+    assert run_command(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("to repair:") + 1] == "  torchvision cannot be imported; run `sca doctor --fix`"
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_doctor_imports_the_built_in_parts(monkeypatch, capsys, broken):
-    from sca.cli import run
+    from sca.cli import run_command
 
     monkeypatch.setattr(repair, "diagnose", lambda: "")
     if broken:
         monkeypatch.setitem(sys.modules, "sca.mixers.query", None)
-    assert run(["doctor", "segment-caption-anything"]) == int(broken)
+    assert run_command(["doctor", "segment-caption-anything"]) == int(broken)
     out = capsys.readouterr().out
     assert ("broken: ModuleNotFoundError: import of sca.mixers.query halted" in out) == broken
     assert "pip install -U segment-caption-anything" not in out
@@ -195,7 +195,7 @@ def test_doctor_imports_the_built_in_parts(monkeypatch, capsys, broken):
 
 @pytest.mark.parametrize("error", ["OSError('libcudart.so.13: no such file')", "RuntimeError('no operator nms')"])
 def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch, capsys, tmp_path, error):
-    from sca.cli import listing, run
+    from sca.cli import listing, run_command
 
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision/__init__.py").write_text(f"raise {error}\n")
@@ -210,14 +210,14 @@ def test_a_command_that_a_broken_torchvision_stops_names_the_doctor(monkeypatch,
     monkeypatch.setattr(listing, "_rows", list_rows)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
-    assert run(["list", "mixers"]) == 2
+    assert run_command(["list", "mixers"]) == 2
     reason = error.partition("('")[2].removesuffix("')")
     assert capsys.readouterr().err == f"sca: torchvision cannot be imported ({reason}); run `sca doctor`\n"
 
 
 def test_a_defect_elsewhere_keeps_its_traceback(monkeypatch):
-    from sca.cli import listing, run
+    from sca.cli import listing, run_command
 
     monkeypatch.setattr(listing, "_rows", lambda kind: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(["list", "mixers"])
+        run_command(["list", "mixers"])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sca_registry import registry
+from sca_registry import get_registry
 from sca_registry.spec import ModelSpec
 
 from markers import write_between
@@ -39,7 +39,7 @@ def render_choice_table() -> str:
         spec = ModelSpec.parse(model_name)
         model_plan = plan_model(spec, regions=NUM_REGIONS, dtype=torch.bfloat16)
         flops_per_region = sum(flops for stage, flops in model_plan.flops.items() if stage != "encode") / NUM_REGIONS
-        part_cards = registry("encoders").card(spec.encoder.name), registry("language_models").card(spec.language_model.name)
+        part_cards = get_registry("encoders").get_card(spec.encoder.name), get_registry("language_models").get_card(spec.language_model.name)
         rows.append(
             [
                 f"`{model_name}`",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 from mkdocs.structure.files import File
-from sca_registry import registry
-from sca_registry.contracts import KINDS
+from sca_registry import get_registry
+from sca_registry.contracts import COMPONENT_KINDS
 
 import sca
 from sca.cli import app
@@ -120,15 +120,15 @@ def render_parts():
         "`sca list KIND` has these and what plugins add; `sca show KIND NAME` has the options.",
         "",
     ]
-    for kind in KINDS:
+    for kind in COMPONENT_KINDS:
         lines += [
             f"## {kind.replace('_', ' ')}",
             "",
             "| name | what it is | source | licence |",
             "| --- | --- | --- | --- |",
         ]
-        for name in registry(kind).names():
-            entry = registry(kind).describe(name)
+        for name in get_registry(kind).list_names():
+            entry = get_registry(kind).load_entry(name)
             if entry.distribution == "segment-caption-anything":
                 cells = (f"`{name}`", entry.summary, entry.source, entry.licence)
                 lines.append(f"| {' | '.join((cell or '').replace('|', '/') for cell in cells)} |")

@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 from sca_registry.contracts import Prompt, PromptBatch
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 from torch import Tensor
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
@@ -254,7 +254,7 @@ def choose_parts(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name not in COMPARISON_PARTS:
-            raise unknown(f"no part {name!r}", name, COMPARISON_PARTS)
+            raise make_unknown_name_error(f"no part {name!r}", name, COMPARISON_PARTS)
     return [part for part in COMPARISON_PARTS if part in names or not names]
 
 

@@ -47,18 +47,18 @@ def run(
 
     Exit status 1 if rows are missing at the end.
     """
-    from sca.cli.options import complain, read_options, settle
+    from sca.cli.options import print_stderr, parse_part_options, check_option_choice
     from sca_bench.runner import run_sweep as make
     from sca_bench.states import ROW_STATES
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
     for state in retry or ():
-        settle("state", state, ROW_STATES)
-    settle("order", order, ROW_ORDERS)
-    launcher_options = read_options("launchers", launcher, options or ())
+        check_option_choice("state", state, ROW_STATES)
+    check_option_choice("order", order, ROW_ORDERS)
+    launcher_options = parse_part_options("launchers", launcher, options or ())
     device = str(launcher_options.pop("device", device))
     resolve_device(device)
-    log = (lambda line: None) if quiet else complain
+    log = (lambda line: None) if quiet else print_stderr
     if device == "cpu" and f"{sweep}-cpu" in list_sweeps():
         sweep = f"{sweep}-cpu"
         log(f"on a CPU the sweep is {sweep}; `sca bench published` prints the ratios to the published procedure")
@@ -116,10 +116,10 @@ def report(
     score: Annotated[str | None, typer.Option(help="what counts as quality (default: the most telling)")] = None,
 ) -> None:
     """One page, offline, with Markdown (.md) and CSV (.csv) beside it."""
-    from sca.cli.options import complain
+    from sca.cli.options import print_stderr
     from sca.io.atomic import open_folder, write_file
     from sca.io.run_folder import check_not_inputs
-    from sca.output.page import check_page
+    from sca.output.page import check_page_path
     from sca_bench import report as reports
     from sca_bench.store import ResultStore
 
@@ -130,17 +130,17 @@ def report(
     open_folder(page.parent)
     siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]
     check_not_inputs([page, *siblings], [ResultStore(folder).path])
-    check_page(page, ())
+    check_page_path(page, ())
     for sibling in siblings:
         if sibling.exists() and not page.exists():
             raise ValueError(f"{sibling} exists and is not of a report; choose another --out")
     for path, content in (
-        (page, reports.page(rows, f"sweep {rows[0]['sweep']}", score)),
-        (page.with_suffix(".md"), reports.markdown(rows, score)),
-        (page.with_suffix(".csv"), reports.table(rows, score)),
+        (page, reports.render_sweep_page(rows, f"sweep {rows[0]['sweep']}", score)),
+        (page.with_suffix(".md"), reports.render_markdown(rows, score)),
+        (page.with_suffix(".csv"), reports.render_csv(rows, score)),
     ):
         write_file(path, content)
-    complain(f"wrote {page}, {page.with_suffix('.md').name} and {page.with_suffix('.csv').name}")
+    print_stderr(f"wrote {page}, {page.with_suffix('.md').name} and {page.with_suffix('.csv').name}")
 
 
 @app.command()
@@ -176,13 +176,13 @@ def published(
     """How much faster than the published procedure, both in this run: a table of ratios. Ten minutes for all."""
     from dataclasses import asdict
 
-    from sca.cli.options import settle
+    from sca.cli.options import check_option_choice
     from sca.io.atomic import write_file
     from sca_bench.against_published import ComparisonSettings, choose_parts, run_comparisons, print_table, convert_row_to_dict
     from sca_bench.worker import collect_environment
 
     resolve_device(device)
-    settle("dtype", dtype, DTYPES)
+    check_option_choice("dtype", dtype, DTYPES)
     settings = ComparisonSettings(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
     rows = print_table(run_comparisons(choose_parts(parts or ()), settings))
     if out:

@@ -46,7 +46,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 def get_untrained_options(name: str) -> dict[str, bool]:
     """Return the option that builds a language model with random weights, if it has one."""
-    return {"pretrained": False} if "pretrained" in language_models.describe(name).options else {}
+    return {"pretrained": False} if "pretrained" in language_models.load_entry(name).options else {}
 
 
 @torch.inference_mode()

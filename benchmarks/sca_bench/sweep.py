@@ -44,9 +44,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sca_registry import RegistryError, registry
-from sca_registry.messages import unknown
-from sca_registry.overrides import SHORT
+from sca_registry import RegistryError, get_registry
+from sca_registry.messages import make_unknown_name_error
+from sca_registry.overrides import SHORTHAND_KEYS
 from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.devices import DTYPES
@@ -104,8 +104,8 @@ class SweepRow:
         num_parameters = 0
         for kind in PART_KINDS:
             part = self.config["model"].get(kind)
-            if part and part["name"] in registry(kind):
-                num_parameters += registry(kind).card(part["name"]).parameters or 0
+            if part and part["name"] in get_registry(kind):
+                num_parameters += get_registry(kind).get_card(part["name"]).parameters or 0
         return num_parameters
 
 
@@ -167,7 +167,7 @@ class Sweep:
             for kind in PART_KINDS:
                 part = getattr(spec, kind)
                 if part is not None:
-                    registry(kind).card(part.name)
+                    get_registry(kind).get_card(part.name)
             for seed in self.seeds:
                 config = {
                     "model": spec.to_dict(),
@@ -190,7 +190,7 @@ def _read_sweep_text(name: str) -> tuple[str, str]:
         return (_get_sweeps_folder() / f"{name}.toml").read_text("utf-8"), name
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name)), Path(name).stem
-    raise unknown(f"no sweep named {name!r}, and no TOML file there", name, list_sweeps())
+    raise make_unknown_name_error(f"no sweep named {name!r}, and no TOML file there", name, list_sweeps())
 
 
 def _check_fields(name: str, table: Mapping[str, Any]) -> None:
@@ -264,8 +264,8 @@ def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
     part_table = model.get(field_name, {})
     if field_name in PART_KINDS:
         part_table = Part.from_dict(part_table, field_name).to_dict()
-    elif field_name in SHORT and not isinstance(part_table, Mapping):
-        part_table = {SHORT[field_name]: part_table}
+    elif field_name in SHORTHAND_KEYS and not isinstance(part_table, Mapping):
+        part_table = {SHORTHAND_KEYS[field_name]: part_table}
     check_type(f"model.{field_name}", part_table, Mapping)
     model[field_name] = {**part_table, option: value}
 

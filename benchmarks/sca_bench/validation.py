@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sca_registry import RegistryError, datasets, registry
+from sca_registry import RegistryError, datasets, get_registry
 from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.data.summary import check_not_empty
@@ -59,7 +59,7 @@ def _check_evaluation(sweep: Sweep) -> None:
 
 def _check_component(kind: str, part: Part) -> None:
     try:
-        registry(kind).check(part.name, **part.options)
+        get_registry(kind).check(part.name, **part.options)
     except RegistryError:
         if not _is_broken_part(kind, part):
             raise
@@ -68,12 +68,12 @@ def _check_component(kind: str, part: Part) -> None:
 def _check_generation(key: str, options: Mapping[str, Any], language_model: Part) -> None:
     """Check options of generation against the class of the language model, before it is built."""
     if not _is_broken_part("language_model", language_model):
-        generate = registry("language_model").stated(language_model.name, "generate")
-        check_generation(key, options, generate, upstream=2)
+        generate = get_registry("language_model").get_declared(language_model.name, "generate")
+        check_generation(key, options, generate, num_positional=2)
 
 
 def _is_broken_part(kind: str, part: Part) -> bool:
-    return registry(kind).describe(part.name).state == "broken"
+    return get_registry(kind).load_entry(part.name).state == "broken"
 
 
 def _is_first_check(checked_keys: set[str], facts: object) -> bool:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry import RegistryError, registry
+from sca_registry import RegistryError, get_registry
 from sca_registry.compatibility import check_compatible
-from sca_registry.plugins import BUILTIN
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import ModelSpec
 
 import sca.evaluation.evaluate
@@ -122,7 +122,7 @@ def _find_broken_state(spec: ModelSpec) -> str | None:
     """The state of a row one of whose parts does not work, whatever it is combined with."""
     for kind in PART_KINDS:
         if (part := getattr(spec, kind)) is not None:
-            entry = registry(kind).describe(part.name)
+            entry = get_registry(kind).load_entry(part.name)
             if entry.state == "broken":
                 return "import-error" if re.search(r"(Import|ModuleNotFound)Error", entry.reason) else "failed"
     return None
@@ -265,7 +265,7 @@ def collect_environment(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         device_name = torch.cuda.get_device_name(device)
     versions = {"python": platform.python_version()}
-    for package in (BUILTIN, "torch", "transformers", "peft"):
+    for package in (BUILTIN_DISTRIBUTION, "torch", "transformers", "peft"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import sca_registry
     from sca_bench.worker import collect_environment
-    from sca_registry.overrides import read_assignments
+    from sca_registry.overrides import parse_assignments
 
     from sca.launchers.task import Task
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder.mkdir()
             config = {"way": method, "seed": seed, "device": "cpu", **steps}
             tasks.append(Task(folder.name, "two_stages:work", config, str(folder)))
-        launcher = sca_registry.launchers.build("local", **read_assignments(args.options))
+        launcher = sca_registry.launchers.build("local", **parse_assignments(args.options))
         scores_by_run = {}
         for outcome in launcher.map(tasks):
             if outcome.made["state"] != "done":

@@ -1,8 +1,8 @@
 """What can be named, and what each kind of part must do. Imports no torch."""
 
 from sca_registry.messages import RegistryError
-from sca_registry.plugins import refresh
-from sca_registry.registry import REGISTRIES, Entry, Registry, registry
+from sca_registry.plugins import refresh_plugins
+from sca_registry.registry import REGISTRIES, RegistryEntry, Registry, get_registry
 
 encoders = REGISTRIES["encoders"]
 segmenters = REGISTRIES["segmenters"]
@@ -16,7 +16,7 @@ launchers = REGISTRIES["launchers"]
 
 __all__ = [
     "REGISTRIES",
-    "Entry",
+    "RegistryEntry",
     "Registry",
     "RegistryError",
     "captioners",
@@ -27,7 +27,7 @@ __all__ = [
     "metrics",
     "mixers",
     "proposers",
-    "refresh",
-    "registry",
+    "refresh_plugins",
+    "get_registry",
     "segmenters",
 ]

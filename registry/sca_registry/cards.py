@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sca_registry.messages import RegistryError, unknown
+from sca_registry.messages import RegistryError, make_unknown_name_error
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
-FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Card:
     code_options: tuple[str, ...] = ()  # that can run code: a checkpoint may set them to a plain name at most
 
     @property
-    def given(self) -> dict[str, Any]:
+    def default_options(self) -> dict[str, Any]:
         """The options that the factory gets unless the caller says otherwise."""
         return {**self.options, **({"config": self.config} if self.config else {})}
 
 
-THINGS = ("masks", "boxes", "grid")  # what parts give and need
-TOML = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # how values of fields are written
-TYPES = {each.name: TOML[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"}
+PROVIDED_OUTPUTS = ("masks", "boxes", "grid")  # what parts give and need
+TOML_TYPES = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # how values of fields are written
+FIELD_TYPES = {each.name: TOML_TYPES[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"}
 
 
-def read_cards(text: str) -> dict[str, Card | RegistryError]:
+def parse_cards(text: str) -> dict[str, Card | RegistryError]:
     """Every name in a card file, with its card or with what is wrong with it.
 
     Raises RegistryError if the text is not TOML at all.
@@ -71,50 +71,50 @@ def read_cards(text: str) -> dict[str, Card | RegistryError]:
     cards: dict[str, Card | RegistryError] = {}
     for name, table in tables.items():
         try:
-            cards[name] = _card(name, table)
+            cards[name] = _parse_card(name, table)
         except RegistryError as error:
             cards[name] = error
     return cards
 
 
 @functools.cache
-def builtin_cards(plural: str) -> dict[str, Card]:
+def read_builtin_cards(plural: str) -> dict[str, Card]:
     """The cards of this distribution for one kind; a kind without a card file has none."""
     from importlib.resources import files
 
     file = files("sca_registry") / "cards" / f"{plural}.toml"
-    cards = read_cards(file.read_text("utf-8")) if file.is_file() else {}
-    whole = {name: card for name, card in cards.items() if isinstance(card, Card)}
-    assert len(whole) == len(cards), cards
-    return whole
+    cards = parse_cards(file.read_text("utf-8")) if file.is_file() else {}
+    valid_cards = {name: card for name, card in cards.items() if isinstance(card, Card)}
+    assert len(valid_cards) == len(cards), cards
+    return valid_cards
 
 
 def check_name(name: object) -> None:
     """Raises RegistryError unless `name` can be a name: it has to survive `a+b`, `dist:name` and a command line."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
         raise RegistryError(f"{name!r} cannot be a name: use ASCII letters, digits, '.', '_' and '-'")
 
 
 def check_factory(factory: str) -> None:
     """Raises RegistryError unless `factory` reads like module:attribute."""
-    if not FACTORY.fullmatch(factory):
+    if not FACTORY_PATTERN.fullmatch(factory):
         raise RegistryError(f"{factory!r} is not a factory: write it as 'package.module:attribute'")
 
 
-def _card(name: str, table: Any) -> Card:
+def _parse_card(name: str, table: Any) -> Card:
     check_name(name)
     if not isinstance(table, dict) or "factory" not in table:
         raise RegistryError(
             f"the card {name!r} has no factory: write [{name}] and factory = 'package.module:attribute'"
         )
     for key, value in table.items():
-        if key not in TYPES:
-            raise unknown(f"the card {name!r} has an unknown field {key!r}", key, TYPES)
-        if not isinstance(value, TYPES[key]):
-            raise RegistryError(f"{key} of the card {name!r} is {value!r} and should be of type {TYPES[key].__name__}")
+        if key not in FIELD_TYPES:
+            raise make_unknown_name_error(f"the card {name!r} has an unknown field {key!r}", key, FIELD_TYPES)
+        if not isinstance(value, FIELD_TYPES[key]):
+            raise RegistryError(f"{key} of the card {name!r} is {value!r} and should be of type {FIELD_TYPES[key].__name__}")
     check_factory(table["factory"])
-    for word in (*table.get("needs", ()), *table.get("gives", ())):
-        if word not in THINGS:
-            raise unknown(f"the card {name!r} needs or gives {word!r}, which nothing is called", str(word), THINGS)
-    facts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return Card(name, **facts)
+    for output_name in (*table.get("needs", ()), *table.get("gives", ())):
+        if output_name not in PROVIDED_OUTPUTS:
+            raise make_unknown_name_error(f"the card {name!r} needs or gives {output_name!r}, which nothing is called", str(output_name), PROVIDED_OUTPUTS)
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return Card(name, **values)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sca_registry.messages import RegistryError
-from sca_registry.overrides import PARTS
-from sca_registry.registry import registry
+from sca_registry.overrides import MODEL_PARTS
+from sca_registry.registry import get_registry
 from sca_registry.spec import ModelSpec, Part
 
 
@@ -17,48 +17,48 @@ def check_compatible(spec: ModelSpec) -> None:
     Raises:
         RegistryError: Names both components and the way out.
     """
-    for kind in PARTS:
+    for kind in MODEL_PARTS:
         part = getattr(spec, kind)
         if part is not None:
-            registry(kind).card(part.name)
+            get_registry(kind).get_card(part.name)
     segmenter = spec.segmenter
     if segmenter is not None:
         _check_fit("encoder", spec.encoder, "segmenter", segmenter)
-    elif _needs("mixer", spec.mixer):
-        brought = registry("encoder").stated(spec.encoder.name, "default_segmenter")
-        segmenter = Part(brought) if brought else None
+    elif _list_needs("mixer", spec.mixer):
+        segmenter_name = get_registry("encoder").get_declared(spec.encoder.name, "default_segmenter")
+        segmenter = Part(segmenter_name) if segmenter_name else None
     if segmenter is not None:
         _check_fit("segmenter", segmenter, "mixer", spec.mixer)
 
 
-def _check_fit(giver: str, upstream: Part, taker: str, part: Part) -> None:
+def _check_fit(upstream_kind: str, upstream: Part, kind: str, part: Part) -> None:
     """Raises RegistryError if the part upstream is known not to give something that the part needs."""
-    needs = _needs(taker, part)
-    gives = registry(giver).stated(upstream.name, "gives") if needs else None
-    if gives is None:
+    required = _list_needs(kind, part)
+    provided = get_registry(upstream_kind).get_declared(upstream.name, "gives") if required else None
+    if provided is None:
         return
-    lacking = [thing for thing in needs if thing not in gives]
-    if not lacking:
+    missing = [output_name for output_name in required if output_name not in provided]
+    if not missing:
         return
-    givers = [name for name in registry(giver).names() if set(needs) <= set(registry(giver).card(name).gives or ())]
-    others = [registry(taker).card(name) for name in registry(taker).names() if name != part.name]
-    takers = [card.name for card in others if card.needs is not None and set(card.needs) <= set(gives)]
-    switches = [f"{taker}.{option}=false" for option in _switched_on(taker, part)]
-    ways = [f"{giver}={name}" for name in givers] + switches + [f"{taker}={name}" for name in takers]
+    provider_names = [name for name in get_registry(upstream_kind).list_names() if set(required) <= set(get_registry(upstream_kind).get_card(name).gives or ())]
+    other_cards = [get_registry(kind).get_card(name) for name in get_registry(kind).list_names() if name != part.name]
+    compatible_names = [card.name for card in other_cards if card.needs is not None and set(card.needs) <= set(provided)]
+    switched_off_options = [f"{kind}.{option}=false" for option in _list_enabled_options(kind, part)]
+    fixes = [f"{upstream_kind}={name}" for name in provider_names] + switched_off_options + [f"{kind}={name}" for name in compatible_names]
     raise RegistryError(
-        f"{taker} {part.name!r} needs {' and '.join(lacking)}, and {giver} {upstream.name!r} gives "
-        f"{' and '.join(gives) or 'none of that'}." + (f" Choose {' or '.join(ways)}." if ways else "")
+        f"{kind} {part.name!r} needs {' and '.join(missing)}, and {upstream_kind} {upstream.name!r} gives "
+        f"{' and '.join(provided) or 'none of that'}." + (f" Choose {' or '.join(fixes)}." if fixes else "")
     )
 
 
-def _needs(kind: str, part: Part) -> list[str]:
+def _list_needs(kind: str, part: Part) -> list[str]:
     """What a part needs with the options that it has."""
-    extra = registry(kind).card(part.name).needs_with
-    always = registry(kind).stated(part.name, "needs") or ()
-    return [*always, *(thing for option in _switched_on(kind, part) for thing in extra[option])]
+    option_needs = get_registry(kind).get_card(part.name).needs_with
+    base_needs = get_registry(kind).get_declared(part.name, "needs") or ()
+    return [*base_needs, *(output_name for option in _list_enabled_options(kind, part) for output_name in option_needs[option])]
 
 
-def _switched_on(kind: str, part: Part) -> list[str]:
+def _list_enabled_options(kind: str, part: Part) -> list[str]:
     """Options of the part that are on and need something."""
-    card = registry(kind).card(part.name)
+    card = get_registry(kind).get_card(part.name)
     return [option for option in card.needs_with if {**card.options, **part.options}.get(option)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-RECOGNITION, CAPTION = 0, 1
+RECOGNITION_TASK_ID, CAPTION_TASK_ID = 0, 1
 TASKS = ("recognition", "caption")
 
 
@@ -41,7 +41,7 @@ class ImageFormat:
 
 
 @dataclass
-class _Rows:
+class _TensorRows:
     """Row-wise operations for dataclasses whose tensors all have N rows."""
 
     def __len__(self) -> int:
@@ -49,24 +49,24 @@ class _Rows:
 
     def __getitem__(self, rows: Any):
         """The chosen rows (a slice, an index tensor or a boolean tensor), all fields together."""
-        return self._each(lambda value: value[rows])
+        return self._map_tensors(lambda value: value[rows])
 
-    def to(self, *where: Any, **how: Any):
+    def to(self, *args: Any, **kwargs: Any):
         """Moved like `Tensor.to`; a dtype is given to the floating fields only."""
-        return self._each(lambda value: _moved(value, where, how))
+        return self._map_tensors(lambda value: _move_tensor(value, args, kwargs))
 
-    def _each(self, change: Callable[[Tensor], Tensor]):
-        changed = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in changed.items() if hasattr(value, "shape")})
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if hasattr(value, "shape")})
 
 
-def _moved(value: Tensor, where: tuple, how: Mapping[str, Any]) -> Tensor:
-    moved = value.to(*where, **how)
-    return moved if value.is_floating_point() else moved.to(value.dtype)
+def _move_tensor(value: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    result = value.to(*args, **kwargs)
+    return result if value.is_floating_point() else result.to(value.dtype)
 
 
 @dataclass
-class PromptBatch(_Rows):
+class PromptBatch(_TensorRows):
     """What a user points at, in pixels of the SxS input frame. Homogeneous: every row has the same kinds of prompt.
 
     A mixed request is bucketed by the Processor, so that nothing is ever padded: SAM's attention is unmasked and its
@@ -114,7 +114,7 @@ class GenerationOutput(NamedTuple):
 
 
 @dataclass
-class Targets(_Rows):
+class Targets(_TensorRows):
     """The truth a segmenter learns from."""
 
     masks: Tensor  # (N, 4h, 4w) in 0..1: the share of each cell that the region covers
@@ -136,15 +136,15 @@ class Batch:
     targets: Targets | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)  # what auxiliary losses of the recipe ask for, (N, ...)
 
-    def to(self, *where: Any, **how: Any) -> Batch:
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
         """Every tensor moved like `Tensor.to`."""
 
-        def moved(value: Any) -> Any:
+        def move(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: moved(inner) for name, inner in value.items()}
-            return value if value is None else value.to(*where, **how)
+                return {name: move(inner) for name, inner in value.items()}
+            return value if value is None else value.to(*args, **kwargs)
 
-        return replace(self, **{each.name: moved(getattr(self, each.name)) for each in fields(self)})
+        return replace(self, **{each.name: move(getattr(self, each.name)) for each in fields(self)})
 
 
 @dataclass
@@ -372,32 +372,32 @@ class Launcher(Protocol):
     def map(self, tasks: Sequence[Any]) -> Iterator[Any]: ...
 
 
-class Kind(NamedTuple):
+class ComponentKind(NamedTuple):
     """One kind of part: how people name it, where plugins offer it, and what a built one must be."""
 
     plural: str
     singular: str
     protocol: type
-    upstream: str | None = None  # the kind whose built part is the factory's first argument
-    positional: str | None = None  # another required first argument
+    upstream_kind: str | None = None  # the kind whose built part is the factory's first argument
+    first_argument: str | None = None  # another required first argument
 
     @property
-    def group(self) -> str:
+    def entry_point_group(self) -> str:
         """The entry-point group that plugins use."""
         return f"sca_{self.plural}"
 
 
-KINDS = {
+COMPONENT_KINDS = {
     kind.plural: kind
     for kind in (
-        Kind("encoders", "encoder", Encoder),
-        Kind("segmenters", "segmenter", Segmenter, upstream="encoders"),
-        Kind("mixers", "mixer", Mixer, upstream="segmenters"),
-        Kind("language_models", "language_model", LanguageModel),
-        Kind("datasets", "dataset", Dataset, positional="split"),
-        Kind("metrics", "metric", Metric),
-        Kind("proposers", "proposer", Proposer),
-        Kind("captioners", "captioner", Captioner),
-        Kind("launchers", "launcher", Launcher),
+        ComponentKind("encoders", "encoder", Encoder),
+        ComponentKind("segmenters", "segmenter", Segmenter, upstream_kind="encoders"),
+        ComponentKind("mixers", "mixer", Mixer, upstream_kind="segmenters"),
+        ComponentKind("language_models", "language_model", LanguageModel),
+        ComponentKind("datasets", "dataset", Dataset, first_argument="split"),
+        ComponentKind("metrics", "metric", Metric),
+        ComponentKind("proposers", "proposer", Proposer),
+        ComponentKind("captioners", "captioner", Captioner),
+        ComponentKind("launchers", "launcher", Launcher),
     )
 }

@@ -9,110 +9,110 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from sca_registry.messages import RegistryError, choice, suggestion
+from sca_registry.messages import RegistryError, format_choices, suggest_name
 
-TEXT = ("str", "Path", "PathLike", "PathLike[str]", "StrPath")
-OPTIONAL = re.compile(r"^Optional\[(.*)\]$")
-UNION = re.compile(r"^Union\[(.*)\]$")
-NAMESPACE = re.compile(r"^(?:\w+\.)+")
+TEXT_TYPES = ("str", "Path", "PathLike", "PathLike[str]", "StrPath")
+OPTIONAL_PATTERN = re.compile(r"^Optional\[(.*)\]$")
+UNION_PATTERN = re.compile(r"^Union\[(.*)\]$")
+NAMESPACE_PATTERN = re.compile(r"^(?:\w+\.)+")
 REQUIRED = ...  # stands where an option has no default
-KINDS = {
+TYPE_DESCRIPTIONS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
-    **dict.fromkeys(TEXT, "text"),
+    **dict.fromkeys(TEXT_TYPES, "text"),
     "None": "nothing",
 }
 
 
-def read_options(factory: Callable[..., Any], upstream: int) -> dict[str, Any]:
+def get_factory_options(factory: Callable[..., Any], num_positional: int) -> dict[str, Any]:
     """Option name -> default (`REQUIRED` without one); the first `upstream` parameters are not options.
 
     A factory that tells no signature has no known options.
     """
-    named = _named(_parameters(factory) or [], upstream)
-    return {each.name: REQUIRED if each.default is Parameter.empty else each.default for each in named}
+    parameters = _filter_option_parameters(_get_parameters(factory) or [], num_positional)
+    return {each.name: REQUIRED if each.default is Parameter.empty else each.default for each in parameters}
 
 
-def takes_text(factory: Callable[..., Any], upstream: int, option: str) -> bool:
+def is_text_option(factory: Callable[..., Any], num_positional: int, option: str) -> bool:
     """Return whether an option is text or a path and nothing else, by its annotation or else its default."""
-    for parameter in _named(_parameters(factory) or [], upstream):
+    for parameter in _filter_option_parameters(_get_parameters(factory) or [], num_positional):
         if parameter.name == option:
             if parameter.annotation is Parameter.empty:
                 return isinstance(parameter.default, str)
-            names = read_annotation(parameter.annotation) - {"None"}
-            return bool(names) and names <= set(TEXT)
+            names = parse_annotation(parameter.annotation) - {"None"}
+            return bool(names) and names <= set(TEXT_TYPES)
     return False
 
 
-def read_annotation(annotation: Any) -> set[str]:
+def parse_annotation(annotation: Any) -> set[str]:
     """Return the types that an annotation allows, by name without module: {"int", "None"} for `Optional[int]`.
 
     Args:
         annotation: A type, a union of types, or either of them as text, which is not evaluated.
     """
-    written = annotation if isinstance(annotation, str) else formatannotation(annotation)
-    written = NAMESPACE.sub("", written.strip(" '\""))
-    if match := OPTIONAL.match(written):
-        return read_annotation(match[1]) | {"None"}
-    if match := UNION.match(written):
-        return set().union(*map(read_annotation, match[1].split(",")))
-    members = written.split("|")
-    return {written} if len(members) == 1 else set().union(*map(read_annotation, members))
+    text = annotation if isinstance(annotation, str) else formatannotation(annotation)
+    text = NAMESPACE_PATTERN.sub("", text.strip(" '\""))
+    if match := OPTIONAL_PATTERN.match(text):
+        return parse_annotation(match[1]) | {"None"}
+    if match := UNION_PATTERN.match(text):
+        return set().union(*map(parse_annotation, match[1].split(",")))
+    members = text.split("|")
+    return {text} if len(members) == 1 else set().union(*map(parse_annotation, members))
 
 
-def check_options(what: str, factory: Callable[..., Any], upstream: int, options: Mapping[str, Any]) -> None:
+def check_options(subject: str, factory: Callable[..., Any], num_positional: int, options: Mapping[str, Any]) -> None:
     """Raises RegistryError, opening with `what`, for an option that the factory does not take, one that it lacks, or a
     value of another type where the signature asks for a number, a truth value or text.
     """
-    parameters = _parameters(factory)
+    parameters = _get_parameters(factory)
     if parameters is None:
         return
-    known = read_options(factory, upstream)
+    defaults = get_factory_options(factory, num_positional)
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
         for option in options:
-            if option not in known:
-                raise RegistryError(f"{what} has no option {option!r}.{suggestion(option, known)}{_listed(known)}")
-    for option, default in known.items():
+            if option not in defaults:
+                raise RegistryError(f"{subject} has no option {option!r}.{suggest_name(option, defaults)}{_format_options(defaults)}")
+    for option, default in defaults.items():
         if default is REQUIRED and option not in options:
-            raise RegistryError(f"{what} needs the option {option!r}.{_listed(known)}")
-    for parameter in _named(parameters, upstream):
+            raise RegistryError(f"{subject} needs the option {option!r}.{_format_options(defaults)}")
+    for parameter in _filter_option_parameters(parameters, num_positional):
         if parameter.name in options:
-            _check_value(what, parameter, options[parameter.name])
+            _check_value(subject, parameter, options[parameter.name])
 
 
-def _check_value(what: str, parameter: Parameter, value: Any) -> None:
+def _check_value(subject: str, parameter: Parameter, value: Any) -> None:
     """Check a value against an annotation that allows numbers, truth values, text or None and nothing else."""
-    names = read_annotation(parameter.annotation)
-    if not names <= KINDS.keys() or value is parameter.default:
+    type_names = parse_annotation(parameter.annotation)
+    if not type_names <= TYPE_DESCRIPTIONS.keys() or value is parameter.default:
         return
-    if not any(_is_kind(name, value) for name in names):
-        wanted = " or ".join(dict.fromkeys(kind for name, kind in KINDS.items() if name in names))
-        raise RegistryError(f"{what}: {parameter.name} is {value!r:.80}; give {wanted}")
+    if not any(_is_of_type(name, value) for name in type_names):
+        expected = " or ".join(dict.fromkeys(description for name, description in TYPE_DESCRIPTIONS.items() if name in type_names))
+        raise RegistryError(f"{subject}: {parameter.name} is {value!r:.80}; give {expected}")
 
 
-def _is_kind(name: str, value: Any) -> bool:
+def _is_of_type(type_name: str, value: Any) -> bool:
     if isinstance(value, bool):
-        return name == "bool"
-    if name == "None":
+        return type_name == "bool"
+    if type_name == "None":
         return value is None
-    if name in TEXT:
+    if type_name in TEXT_TYPES:
         return isinstance(value, str | PathLike)
-    return isinstance(value, Integral if name == "int" else Real) and name != "bool"
+    return isinstance(value, Integral if type_name == "int" else Real) and type_name != "bool"
 
 
-def _parameters(factory: Callable[..., Any]) -> list[Parameter] | None:
+def _get_parameters(factory: Callable[..., Any]) -> list[Parameter] | None:
     try:
         return list(signature(factory).parameters.values())
     except (TypeError, ValueError):  # some callables written in C have none
         return None
 
 
-def _named(parameters: list[Parameter], upstream: int) -> list[Parameter]:
-    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    taken = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:upstream]
-    return [parameter for parameter in parameters if parameter.kind in by_name and parameter not in taken]
+def _filter_option_parameters(parameters: list[Parameter], num_positional: int) -> list[Parameter]:
+    option_kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:num_positional]
+    return [parameter for parameter in parameters if parameter.kind in option_kinds and parameter not in positional]
 
 
-def _listed(known: dict[str, Any]) -> str:
-    return choice([name if default is REQUIRED else f"{name}={default!r}" for name, default in known.items()])
+def _format_options(defaults: dict[str, Any]) -> str:
+    return format_choices([name if default is REQUIRED else f"{name}={default!r}" for name, default in defaults.items()])

@@ -24,17 +24,17 @@ from typing import Any, NoReturn, TypeVar
 import catalogue
 
 from sca_registry.cards import Card, check_name
-from sca_registry.contracts import KINDS, Kind
-from sca_registry.messages import RegistryError, choice, suggestion, unknown
-from sca_registry.options import check_options, read_options, takes_text
-from sca_registry.plugins import BUILTIN, Offer, Origin, builtin_offers, plugin_offers, same_distribution
-from sca_registry.states import State, blame, out_of_memory, read_state
+from sca_registry.contracts import COMPONENT_KINDS, ComponentKind
+from sca_registry.messages import RegistryError, format_choices, suggest_name, make_unknown_name_error
+from sca_registry.options import check_options, get_factory_options, is_text_option
+from sca_registry.plugins import BUILTIN_DISTRIBUTION, Offer, Origin, get_builtin_offers, find_plugin_offers, is_same_distribution
+from sca_registry.states import ComponentState, classify_failure, is_memory_error, infer_state
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegistryEntry:
     """What a listing shows of one name.
 
     `state` is "ok", "unchecked" (a plugin that was not imported), "broken", or "needs extra: NAME"; `reason` is the
@@ -66,12 +66,12 @@ class Registry(catalogue.Registry):
     broken plugin to its own name, and checks options and results in `build`.
     """
 
-    def __init__(self, kind: Kind):
+    def __init__(self, kind: ComponentKind):
         super().__init__(("sca", kind.plural))
         self.kind = kind
 
     def __repr__(self) -> str:
-        return f"<Registry of {self.kind.plural}: {', '.join(self.names())}>"
+        return f"<Registry of {self.kind.plural}: {', '.join(self.list_names())}>"
 
     def register(self, name: str, *, func: Any = None) -> Any:
         """Register a factory, or a class, under a name of this process: a decorator, or at once with `func`.
@@ -82,45 +82,45 @@ class Registry(catalogue.Registry):
         """
         check_name(name)
 
-        def register(factory: Factory) -> Factory:
+        def add_factory(factory: Factory) -> Factory:
             if not callable(factory):
                 raise RegistryError(
-                    f"{self._one} {name!r} cannot be {factory!r}: a factory is called, and that cannot be"
+                    f"{self._singular} {name!r} cannot be {factory!r}: a factory is called, and that cannot be"
                 )
-            taken = [f"{BUILTIN} ({offer.card.factory})" for offer in self._builtin() if offer.card.name == name]
-            before = self._registered().get(name)
-            if before is not None and not _runs_again(before, factory):
-                taken.append(_place(before))
-            if taken:
+            conflicts = [f"{BUILTIN_DISTRIBUTION} ({offer.card.factory})" for offer in self._get_builtin_offers() if offer.card.name == name]
+            previous = self._get_registered().get(name)
+            if previous is not None and not _is_redefinition(previous, factory):
+                conflicts.append(_describe_location(previous))
+            if conflicts:
                 raise RegistryError(
-                    f"{self._one} {name!r} is already registered by {taken[0]}: give {_place(factory)} another name"
+                    f"{self._singular} {name!r} is already registered by {conflicts[0]}: give {_describe_location(factory)} another name"
                 )
             return super(Registry, self).register(name)(factory)
 
-        return register if func is None else register(func)
+        return add_factory if func is None else add_factory(func)
 
     # --- reading names: nothing is imported ---------------------------------------------------------------------------
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Every name, sorted; one that is taken by another distribution stands as `distribution:name`."""
-        return sorted(self._named())
+        return sorted(self._get_offers_by_name())
 
     def __contains__(self, name: object) -> bool:
         """Whether `name` reaches exactly one part, working or not."""
-        return name in self._named() or len(self._in_full(name)) == 1
+        return name in self._get_offers_by_name() or len(self._find_qualified_offers(name)) == 1
 
-    def entries(self) -> list[Entry]:
+    def list_entries(self) -> list[RegistryEntry]:
         """Return the metadata of every name, sorted; broken ones and those that cannot be names included."""
-        listed = [*self._named().items(), *((offer.card.name, offer) for offer in self._offers() if _nameless(offer))]
-        entries = [self._entry(name, offer, offer.card.given, read_state(offer)) for name, offer in listed]
+        named_offers = [*self._get_offers_by_name().items(), *((offer.card.name, offer) for offer in self._list_offers() if _has_invalid_name(offer))]
+        entries = [self._make_entry(name, offer, offer.card.default_options, infer_state(offer)) for name, offer in named_offers]
         return sorted(entries, key=lambda entry: entry.name)
 
-    def card(self, name: str) -> Card:
+    def get_card(self, name: str) -> Card:
         """The card of a name; a factory without a card has one that says little.
 
         Raises RegistryError for an unknown or ambiguous name.
         """
-        return self._find(name).card
+        return self._resolve_offer(name).card
 
     # --- using names: one module is imported --------------------------------------------------------------------------
 
@@ -129,21 +129,21 @@ class Registry(catalogue.Registry):
 
         Raises RegistryError for a name that is unknown, ambiguous or broken, or needs an extra.
         """
-        offer = self._find(name)
-        return _filled(self._load(offer), offer.card.given)
+        offer = self._resolve_offer(name)
+        return _bind_options(self._load_factory(offer), offer.card.default_options)
 
     def get_all(self) -> dict[str, Callable[..., Any]]:
         """The factories of all names that work; each is imported. `find` says what is wrong with the others."""
-        return self._load_all(self.names())
+        return self._load_working(self.list_names())
 
     def get_entry_points(self) -> dict[str, Callable[..., Any]]:
         """The factories that work of installed plugins, by the names that reach them."""
-        return self._load_all(name for name, offer in self._named().items() if self._is_plugin(offer))
+        return self._load_working(name for name, offer in self._get_offers_by_name().items() if self._is_plugin(offer))
 
     def get_entry_point(self, name: str, default: Any = None) -> Any:
         """The factory of a plugin, or `default` if no plugin offers the name or it does not work."""
         with suppress(RegistryError):
-            if self._is_plugin(self._find(name)):
+            if self._is_plugin(self._resolve_offer(name)):
                 return self.get(name)
         return default
 
@@ -157,15 +157,15 @@ class Registry(catalogue.Registry):
         Raises:
             RegistryError: The name is unknown or ambiguous.
         """
-        entry, offer = self.describe(name), self._find(name)
-        facts = {key: getattr(entry, key) for key in ("distribution", "version", "state", "reason")}
-        place: dict[str, Any] = {"file": None, "line_no": None, "docstring": None}
+        entry, offer = self.load_entry(name), self._resolve_offer(name)
+        state_facts = {key: getattr(entry, key) for key in ("distribution", "version", "state", "reason")}
+        source_facts: dict[str, Any] = {"file": None, "line_no": None, "docstring": None}
         with suppress(RegistryError):
-            factory = self._load(offer)
-            place["docstring"] = inspect.getdoc(factory)
+            factory = self._load_factory(offer)
+            source_facts["docstring"] = inspect.getdoc(factory)
             with suppress(TypeError, OSError):
-                place |= {"file": inspect.getsourcefile(factory), "line_no": inspect.getsourcelines(factory)[1]}
-        return {"module": entry.factory.partition(":")[0], **place, **facts}
+                source_facts |= {"file": inspect.getsourcefile(factory), "line_no": inspect.getsourcelines(factory)[1]}
+        return {"module": entry.factory.partition(":")[0], **source_facts, **state_facts}
 
     def build(self, name: str, /, *upstream: Any, **options: Any) -> Any:
         """A part of this kind: the factory called with the built part upstream (or a dataset's split) and options.
@@ -173,29 +173,29 @@ class Registry(catalogue.Registry):
         Raises RegistryError like `get`, for an option that the factory does not take, for whatever stops the
         construction, and for a result without the attributes that the contract of this kind asks for.
         """
-        assert len(upstream) == self._upstream, f"build({name!r}, ...) takes {self._upstream} argument(s) and options"
-        offer = self._find(name)
+        assert len(upstream) == self._num_positional, f"build({name!r}, ...) takes {self._num_positional} argument(s) and options"
+        offer = self._resolve_offer(name)
         card = offer.card
-        preset: Mapping[str, Any] = card.given
+        default_options: Mapping[str, Any] = card.default_options
         if "weights" in options and options["weights"] != card.options.get("weights"):
-            preset = {key: value for key, value in card.options.items() if key != "revision"}  # of its own weights
-        factory = _filled(self._load(offer), preset)
-        check_options(f"{self._one} {name!r}", factory, self._upstream, options)
+            default_options = {key: value for key, value in card.options.items() if key != "revision"}  # of its own weights
+        factory = _bind_options(self._load_factory(offer), default_options)
+        check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
         try:
             part = factory(*upstream, **options)
-            missing = [attribute for attribute in _contract(self.kind.protocol) if not hasattr(part, attribute)]
+            missing = [attribute for attribute in _list_protocol_members(self.kind.protocol) if not hasattr(part, attribute)]
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # other people's code: whatever it raises is the failure of this one name
             if isinstance(error, ValueError) and (upstream or options):  # so a factory refuses what it was given
-                raise RegistryError(f"{self._told(offer)} cannot be built: {error}") from error
-            given = ", ".join(f"{option}={value!r}" for option, value in options.items())
-            own = not (options or offer.builtin or out_of_memory(error))  # else it says nothing of the part by itself
-            self._fail(offer, f"cannot be built with {given}" if given else "cannot be built", error, own)
+                raise RegistryError(f"{self._describe_offer(offer)} cannot be built: {error}") from error
+            option_text = ", ".join(f"{option}={value!r}" for option, value in options.items())
+            is_component_fault = not (options or offer.is_builtin or is_memory_error(error))  # else it says nothing of the part by itself
+            self._raise_failure(offer, f"cannot be built with {option_text}" if option_text else "cannot be built", error, is_component_fault)
         if missing:
             problem = f"built a {type(part).__name__} without {', '.join(missing)}"
-            contract = f"sca_registry.contracts.{self.kind.protocol.__name__}"
-            raise RegistryError(f"{self._told(offer)} {problem}: see {contract} for what {self.kind.plural} have")
+            protocol_name = f"sca_registry.contracts.{self.kind.protocol.__name__}"
+            raise RegistryError(f"{self._describe_offer(offer)} {problem}: see {protocol_name} for what {self.kind.plural} have")
         return part
 
     def check(self, name: str, **options: Any) -> None:
@@ -203,14 +203,14 @@ class Registry(catalogue.Registry):
 
         Raises RegistryError like `build`, as far as metadata and the signature of the factory tell.
         """
-        offer = self._find(name)
-        state = read_state(offer)
+        offer = self._resolve_offer(name)
+        state = infer_state(offer)
         if state.name.startswith("needs extra"):
-            raise RegistryError(f"{self._told(offer)} {state.name}. Install it: {state.reason}")
-        factory = _filled(self._load(offer), offer.card.given)
-        check_options(f"{self._one} {name!r}", factory, self._upstream, options)
+            raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}")
+        factory = _bind_options(self._load_factory(offer), offer.card.default_options)
+        check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
 
-    def describe(self, name: str) -> Entry:
+    def load_entry(self, name: str) -> RegistryEntry:
         """Import the factory of a name and return its entry, with the options of the factory.
 
         A factory that cannot be imported has the state "broken", with the reason, or "needs extra".
@@ -218,116 +218,116 @@ class Registry(catalogue.Registry):
         Raises:
             RegistryError: The name is unknown or ambiguous.
         """
-        offer = self._find(name)
-        name = next(key for key, named in self._named().items() if named == offer)
+        offer = self._resolve_offer(name)
+        name = next(key for key, known_offer in self._get_offers_by_name().items() if known_offer == offer)
         try:
-            factory = self._load(offer)
+            factory = self._load_factory(offer)
         except RegistryError as error:
-            state = blame(offer, error.__cause__) if error.__cause__ else read_state(offer)
-            return self._entry(name, offer, offer.card.given, state)
-        options = read_options(_filled(factory, offer.card.given), self._upstream)
-        state = read_state(offer)
-        entry = self._entry(name, offer, options, State("ok") if state.name == "unchecked" else state)
+            state = classify_failure(offer, error.__cause__) if error.__cause__ else infer_state(offer)
+            return self._make_entry(name, offer, offer.card.default_options, state)
+        options = get_factory_options(_bind_options(factory, offer.card.default_options), self._num_positional)
+        state = infer_state(offer)
+        entry = self._make_entry(name, offer, options, ComponentState("ok") if state.name == "unchecked" else state)
         return replace(entry, summary=entry.summary or (inspect.getdoc(factory) or "").partition("\n")[0])
 
-    def takes_text(self, name: str, option: str) -> bool:
+    def is_text_option(self, name: str, option: str) -> bool:
         """Return whether an option is text or a path and nothing else; False for a part that does not load."""
         try:
-            return takes_text(self._load(self._find(name)), self._upstream, option)
+            return is_text_option(self._load_factory(self._resolve_offer(name)), self._num_positional, option)
         except RegistryError:
             return False
 
-    def stated(self, name: str, fact: str) -> Any:
+    def get_declared(self, name: str, field: str) -> Any:
         """What the card of a part, or else its class, says of `gives`, `needs` or `default_segmenter`; else None.
 
         Raises like `get`.
         """
-        offer = self._find(name)
-        value = getattr(offer.card, fact, None)
+        offer = self._resolve_offer(name)
+        value = getattr(offer.card, field, None)
         if value is None:
-            value = getattr(self._load(offer), fact, None)
+            value = getattr(self._load_factory(offer), field, None)
         return None if isinstance(value, property) else value
 
     # --- offers -------------------------------------------------------------------------------------------------------
 
-    def _builtin(self) -> tuple[Offer, ...]:
-        return builtin_offers(self.kind.plural)
+    def _get_builtin_offers(self) -> tuple[Offer, ...]:
+        return get_builtin_offers(self.kind.plural)
 
-    def _registered(self) -> dict[str, Any]:
+    def _get_registered(self) -> dict[str, Any]:
         """What code has registered."""
         return super().get_all()
 
     def _is_plugin(self, offer: Offer) -> bool:
-        return not offer.builtin and offer.registered is None
+        return not offer.is_builtin and offer.registered_factory is None
 
-    def _load_all(self, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
-        found = {}
+    def _load_working(self, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+        factories = {}
         for name in names:
             with suppress(RegistryError):
-                found[name] = self.get(name)
-        return found
+                factories[name] = self.get(name)
+        return factories
 
-    def _offers(self) -> list[Offer]:
+    def _list_offers(self) -> list[Offer]:
         """Built-in first. What code registers and an entry point names as well is one offer, the entry point's."""
-        plugins = plugin_offers(self.kind.group)
+        plugins = find_plugin_offers(self.kind.entry_point_group)
         installed = {(offer.card.name, offer.card.factory) for offer in plugins}
-        code = [
-            Offer(Card(name, _path(factory)), Origin(_module(factory)), registered=factory)
-            for name, factory in self._registered().items()
-            if (name, _path(factory)) not in installed
+        code_offers = [
+            Offer(Card(name, _get_factory_path(factory)), Origin(_get_module_name(factory)), registered_factory=factory)
+            for name, factory in self._get_registered().items()
+            if (name, _get_factory_path(factory)) not in installed
         ]
-        return [*self._builtin(), *plugins, *code]
+        return [*self._get_builtin_offers(), *plugins, *code_offers]
 
-    def _named(self) -> dict[str, Offer]:
+    def _get_offers_by_name(self) -> dict[str, Offer]:
         """Each offer under the shortest name that reaches it and no other."""
-        offers = [offer for offer in self._offers() if not _nameless(offer)]
-        rivals: dict[str, list[Offer]] = {}
+        offers = [offer for offer in self._list_offers() if not _has_invalid_name(offer)]
+        offers_by_short_name: dict[str, list[Offer]] = {}
         for offer in offers:
-            rivals.setdefault(offer.card.name, []).append(offer)
+            offers_by_short_name.setdefault(offer.card.name, []).append(offer)
         return {
-            name if offer.builtin or len(rivals[name]) == 1 else f"{offer.origin.name}:{name}": offer
+            name if offer.is_builtin or len(offers_by_short_name[name]) == 1 else f"{offer.origin.name}:{name}": offer
             for name, offer in ((offer.card.name, offer) for offer in offers)
         }
 
-    def _in_full(self, name: object) -> list[Offer]:
+    def _find_qualified_offers(self, name: object) -> list[Offer]:
         """Those that `distribution:name` reaches."""
-        distribution, _, short = str(name).rpartition(":")
-        offers = self._named().values()
+        distribution, _, short_name = str(name).rpartition(":")
+        offers = self._get_offers_by_name().values()
         return [
-            offer for offer in offers if offer.card.name == short and same_distribution(offer.origin.name, distribution)
+            offer for offer in offers if offer.card.name == short_name and is_same_distribution(offer.origin.name, distribution)
         ]
 
-    def _find(self, name: str) -> Offer:
-        named = self._named()
-        found = [named[name]] if name in named else self._in_full(name)
-        if len(found) == 1:
-            return found[0]
-        rivals = [repr(full) for full, offer in named.items() if offer.card.name == name]
-        if len(rivals) > 1:
-            raise RegistryError(f"{len(rivals)} {self._many} are named {name!r}. Say which: {' or '.join(rivals)}")
+    def _resolve_offer(self, name: str) -> Offer:
+        offers_by_name = self._get_offers_by_name()
+        matches = [offers_by_name[name]] if name in offers_by_name else self._find_qualified_offers(name)
+        if len(matches) == 1:
+            return matches[0]
+        qualified_names = [repr(qualified_name) for qualified_name, offer in offers_by_name.items() if offer.card.name == name]
+        if len(qualified_names) > 1:
+            raise RegistryError(f"{len(qualified_names)} {self._plural} are named {name!r}. Say which: {' or '.join(qualified_names)}")
         raise RegistryError(
-            f"no {self._many} named {name!r}.{self._hint(str(name), named)}{choice(sorted(named))}  "
-            f"A plugin adds one with an entry point in {self.kind.group!r}."
+            f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), offers_by_name)}{format_choices(sorted(offers_by_name))}  "
+            f"A plugin adds one with an entry point in {self.kind.entry_point_group!r}."
         )
 
-    def _hint(self, name: str, named: Mapping[str, Offer]) -> str:
+    def _suggest_meaning(self, name: str, offers_by_name: Mapping[str, Offer]) -> str:
         """What an unknown name may mean: a part of another kind, a hub id or folder of weights, or a close name."""
         for other in REGISTRIES.values():
             if other is not self and name in other:
                 return f" It is one of the {other.kind.plural.replace('_', ' ')}."
-        for short, offer in named.items():
+        for known_name, offer in offers_by_name.items():
             if name in (offer.card.options.get("weights"), offer.card.factory):
-                return f" Did you mean {short!r}?"
+                return f" Did you mean {known_name!r}?"
         if "/" in name and self.kind.plural == "language_models":
             return f" For any hub id or folder give the part 'hf' with the option weights={name!r}."
-        return suggestion(name, named)
+        return suggest_name(name, offers_by_name)
 
-    def _load(self, offer: Offer) -> Callable[..., Any]:
+    def _load_factory(self, offer: Offer) -> Callable[..., Any]:
         """The factory as it was written, without the card's options."""
-        if offer.registered is not None:
-            return offer.registered
-        if offer.fault:
-            raise RegistryError(f"{self._told(offer)} is broken: {offer.fault}.{_remedy(offer)}")
+        if offer.registered_factory is not None:
+            return offer.registered_factory
+        if offer.problem:
+            raise RegistryError(f"{self._describe_offer(offer)} is broken: {offer.problem}.{_suggest_remedy(offer)}")
         module, _, attribute = offer.card.factory.partition(":")
         try:
             factory = attrgetter(attribute)(importlib.import_module(module))
@@ -336,21 +336,21 @@ class Registry(catalogue.Registry):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import; neither that nor a bug is ours to die of
-            self._fail(offer, "is broken", error)
+            self._raise_failure(offer, "is broken", error)
         return factory
 
-    def _fail(self, offer: Offer, how: str, error: BaseException, own: bool = True) -> NoReturn:
+    def _raise_failure(self, offer: Offer, problem: str, error: BaseException, is_component_fault: bool = True) -> NoReturn:
         """Raise what the user reads, with a remedy if the failure is the component's own."""
-        state = blame(offer, error)
+        state = classify_failure(offer, error)
         if state.name != "broken":
-            raise RegistryError(f"{self._told(offer)} {state.name}. Install it: {state.reason}") from error
-        raise RegistryError(f"{self._told(offer)} {how}: {state.reason}.{_remedy(offer) if own else ''}") from error
+            raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}") from error
+        raise RegistryError(f"{self._describe_offer(offer)} {problem}: {state.reason}.{_suggest_remedy(offer) if is_component_fault else ''}") from error
 
     # --- words --------------------------------------------------------------------------------------------------------
 
-    def _entry(self, name: str, offer: Offer, options: Mapping[str, Any], state: State) -> Entry:
+    def _make_entry(self, name: str, offer: Offer, options: Mapping[str, Any], state: ComponentState) -> RegistryEntry:
         card = offer.card
-        return Entry(
+        return RegistryEntry(
             name=name,
             kind=self.kind.singular,
             summary=card.summary,
@@ -368,38 +368,38 @@ class Registry(catalogue.Registry):
         )
 
     @property
-    def _upstream(self) -> int:
+    def _num_positional(self) -> int:
         """How many arguments of a factory are not options."""
-        return int(bool(self.kind.upstream or self.kind.positional))
+        return int(bool(self.kind.upstream_kind or self.kind.first_argument))
 
     @property
-    def _one(self) -> str:
+    def _singular(self) -> str:
         return self.kind.singular.replace("_", " ")
 
     @property
-    def _many(self) -> str:
+    def _plural(self) -> str:
         return self.kind.plural.replace("_", " ")
 
-    def _told(self, offer: Offer) -> str:
-        return f"{self._one} {offer.card.name!r}" + ("" if offer.builtin else f" of {offer.origin}")
+    def _describe_offer(self, offer: Offer) -> str:
+        return f"{self._singular} {offer.card.name!r}" + ("" if offer.is_builtin else f" of {offer.origin}")
 
 
-REGISTRIES = {plural: Registry(kind) for plural, kind in KINDS.items()}
+REGISTRIES = {plural: Registry(kind) for plural, kind in COMPONENT_KINDS.items()}
 
 
-def registry(kind: str) -> Registry:
+def get_registry(kind: str) -> Registry:
     """The registry of a kind by its singular or plural name, `language-model` as well as `language_models`.
 
     Raises RegistryError for a word that is no kind.
     """
-    word = kind.replace("-", "_")
-    for known in KINDS.values():
-        if word in (known.singular, known.plural):
-            return REGISTRIES[known.plural]
-    raise unknown(f"no kind of part is called {kind!r}", kind, KINDS)
+    normalized = kind.replace("-", "_")
+    for component_kind in COMPONENT_KINDS.values():
+        if normalized in (component_kind.singular, component_kind.plural):
+            return REGISTRIES[component_kind.plural]
+    raise make_unknown_name_error(f"no kind of part is called {kind!r}", kind, COMPONENT_KINDS)
 
 
-def _contract(protocol: type) -> list[str]:
+def _list_protocol_members(protocol: type) -> list[str]:
     """The attributes and methods that a protocol lists."""
     methods = [
         name
@@ -409,11 +409,11 @@ def _contract(protocol: type) -> list[str]:
     return [*protocol.__annotations__, *methods]
 
 
-def _filled(factory: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+def _bind_options(factory: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     return functools.partial(factory, **options) if options else factory
 
 
-def _nameless(offer: Offer) -> bool:
+def _has_invalid_name(offer: Offer) -> bool:
     try:
         check_name(offer.card.name)
     except RegistryError:
@@ -421,29 +421,29 @@ def _nameless(offer: Offer) -> bool:
     return False
 
 
-def _remedy(offer: Offer) -> str:
-    if offer.builtin:  # then a package that it imports is broken, and another version of this one would not help
+def _suggest_remedy(offer: Offer) -> str:
+    if offer.is_builtin:  # then a package that it imports is broken, and another version of this one would not help
         return " Run `sca doctor` to find the cause."
-    if offer.registered or "pip install" in offer.fault:  # code has no package; a fault may include the remedy
+    if offer.registered_factory or "pip install" in offer.problem:  # code has no package; a fault may include the remedy
         return ""
     return f" Try: pip install -U {offer.origin.name}"
 
 
-def _module(factory: Any) -> str:
+def _get_module_name(factory: Any) -> str:
     return getattr(factory, "__module__", None) or type(factory).__module__
 
 
-def _path(factory: Any) -> str:
-    return f"{_module(factory)}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
+def _get_factory_path(factory: Any) -> str:
+    return f"{_get_module_name(factory)}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
 
 
-def _place(factory: Any) -> str:
+def _describe_location(factory: Any) -> str:
     """module:name (file:line), as far as Python can tell."""
     try:
-        return f"{_path(factory)} ({inspect.getsourcefile(factory)}:{inspect.getsourcelines(factory)[1]})"
+        return f"{_get_factory_path(factory)} ({inspect.getsourcefile(factory)}:{inspect.getsourcelines(factory)[1]})"
     except (TypeError, OSError):
-        return _path(factory)
+        return _get_factory_path(factory)
 
 
-def _runs_again(before: Any, factory: Any) -> bool:
-    return _path(before) == _path(factory) and "<locals>" not in _path(factory)
+def _is_redefinition(previous: Any, factory: Any) -> bool:
+    return _get_factory_path(previous) == _get_factory_path(factory) and "<locals>" not in _get_factory_path(factory)

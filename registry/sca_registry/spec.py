@@ -9,24 +9,24 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from sca_registry.messages import RegistryError, unknown
+from sca_registry.messages import RegistryError, make_unknown_name_error
 from sca_registry.options import check_options
-from sca_registry.overrides import PARTS, override, read_assignments
-from sca_registry.plugins import BUILTIN
-from sca_registry.registry import registry
+from sca_registry.overrides import MODEL_PARTS, apply_overrides, parse_assignments
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
+from sca_registry.registry import get_registry
 
-FORMAT = 1
-WORD = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part with its options, on one line
-TRAINABLE = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
-PROJECTION = {"kind": "linear", "norm": "none"}
-PROJECTIONS = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
-PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}  # its names
-LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
-CAPTION_FROM = ("box-and-point", "box", "point")
-GENERATION = {"max_new_tokens": 20, "beams": 1}
+SPEC_FORMAT = 1
+ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part with its options, on one line
+TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
+DEFAULT_PROJECTION = {"kind": "linear", "norm": "none"}
+PROJECTION_CHOICES = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
+PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}  # its names
+DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
+CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
+DEFAULT_GENERATION = {"max_new_tokens": 20, "beams": 1}
 MAX_GENERATION = {"max_new_tokens": 4096, "beams": 64, "captions": 64}
-MAX_CROPS = 4  # layers
-MAX_POINTS = 2**20  # of the grids of an image and all its crops
+MAX_CROP_LAYERS = 4  # layers
+MAX_GRID_POINTS = 2**20  # of the grids of an image and all its crops
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,29 @@ class Part:
         return {"name": self.name, **self.options}
 
     @classmethod
-    def from_dict(cls, written: Any, what: str = "part") -> Part:
+    def from_dict(cls, data: Any, subject: str = "part") -> Part:
         """From such a table, or from a name alone. Raises RegistryError if there is no name in it."""
-        table = {"name": written} if isinstance(written, str) else written
-        if callable(written):
-            given = getattr(written, "__qualname__", f"of type {type(written).__name__}")
-            raise RegistryError(f"the {what} is {given}: give its name{_name_factory(what, written)}")
+        table = {"name": data} if isinstance(data, str) else data
+        if callable(data):
+            description = getattr(data, "__qualname__", f"of type {type(data).__name__}")
+            raise RegistryError(f"the {subject} is {description}: give its name{_suggest_registered_name(subject, data)}")
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-            raise RegistryError(f"the {what} is {written!r}: give a name, or a table with a name and options")
+            raise RegistryError(f"the {subject} is {data!r}: give a name, or a table with a name and options")
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
 
     @classmethod
-    def parse(cls, text: str, what: str = "a part", kind: str = "") -> Part:
+    def parse(cls, text: str, subject: str = "a part", kind: str = "") -> Part:
         """From "NAME [key=value]...", where quotes keep a value with spaces together; with its kind, options that take
         text are read as text. Raises RegistryError.
         """
-        words = WORD.findall(text)
-        if not words or WORD.sub("", text).strip():  # nothing in it, or a quote that does not end
-            raise RegistryError(f"{what} is 'NAME [key=value]...', not {text!r}")
-        name, *assignments = words
+        arguments = ARGUMENT_PATTERN.findall(text)
+        if not arguments or ARGUMENT_PATTERN.sub("", text).strip():  # nothing in it, or a quote that does not end
+            raise RegistryError(f"{subject} is 'NAME [key=value]...', not {text!r}")
+        name, *assignments = arguments
         if not kind:
-            return cls(name, read_assignments(assignments))
-        last = name.rpartition("+")[2]  # of encoder+captioner
-        return cls(name, read_assignments(assignments, partial(registry(kind).takes_text, last)))
+            return cls(name, parse_assignments(assignments))
+        part_name = name.rpartition("+")[2]  # of encoder+captioner
+        return cls(name, parse_assignments(assignments, partial(get_registry(kind).is_text_option, part_name)))
 
 
 @dataclass(frozen=True)
@@ -111,25 +111,25 @@ class ModelSpec:
     segmenter: Part | None = None
     projection: Mapping[str, str] = field(default_factory=dict)
     task_tokens: int = 6
-    trainable: tuple[str, ...] = TRAINABLE[:5]
+    trainable: tuple[str, ...] = TRAINABLE_GROUPS[:5]
     lora: Mapping[str, Any] | int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     everything: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        def settle(name: str, value: Any) -> None:
+        def set_field(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        settle("projection", _projection(self.projection))
-        settle("lora", _lora(self.lora))
-        settle("generation", _generation(self.generation))
-        settle("everything", _everything(self.everything))
-        settle("trainable", _trainable(self.trainable))
+        set_field("projection", _complete_projection(self.projection))
+        set_field("lora", _complete_lora(self.lora))
+        set_field("generation", _complete_generation(self.generation))
+        set_field("everything", _complete_everything(self.everything))
+        set_field("trainable", _check_trainable(self.trainable))
         if not isinstance(self.task_tokens, int) or isinstance(self.task_tokens, bool) or self.task_tokens < 0:
             raise RegistryError(f"task_tokens is {self.task_tokens!r}: give a whole number, 0 or more")
 
     @property
-    def search(self) -> EverythingOptions:
+    def everything_options(self) -> EverythingOptions:
         """The model's own search settings for everything mode."""
         return EverythingOptions(**self.everything)
 
@@ -140,75 +140,75 @@ class ModelSpec:
         """From "encoder+mixer+language model". Raises RegistryError unless there are three names."""
         names = [name.strip() for name in text.split("+")]
         if len(names) != 3 or not all(names):
-            two = " Two names are encoder+captioner, for sca.captioner." if len(names) == 2 else ""
+            hint = " Two names are encoder+captioner, for sca.captioner." if len(names) == 2 else ""
             raise RegistryError(
-                f"{text!r} is not a model: write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{two}"
+                f"{text!r} is not a model: write encoder+mixer+language-model, such as tiny-vit+query+tiny-gpt2.{hint}"
             )
         encoder, mixer, language_model = map(Part, names)
         return cls(encoder, mixer, language_model)
 
     @classmethod
-    def from_dict(cls, written: Mapping[str, Any]) -> ModelSpec:
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
         """From what `to_dict` gives, or less: a part may be its name alone, and what is left out has its default.
 
         Raises RegistryError for a missing part, an unknown key, or a format that this version does not read.
         """
-        table = dict(written)
-        form = table.pop("format", FORMAT)
-        if form != FORMAT:
+        table = dict(data)
+        spec_format = table.pop("format", SPEC_FORMAT)
+        if spec_format != SPEC_FORMAT:
             raise RegistryError(
-                f"the spec has format {form!r} and this version reads {FORMAT}: pip install -U {BUILTIN}"
+                f"the spec has format {spec_format!r} and this version reads {SPEC_FORMAT}: pip install -U {BUILTIN_DISTRIBUTION}"
             )
-        known = [each.name for each in fields(cls)]
+        field_names = [each.name for each in fields(cls)]
         for key in table:
-            if key not in known:
-                raise unknown(f"a model has no {key!r}", key, known)
-        for kind in PARTS:
+            if key not in field_names:
+                raise make_unknown_name_error(f"a model has no {key!r}", key, field_names)
+        for kind in MODEL_PARTS:
             if kind in table or kind != "segmenter":
                 table[kind] = Part.from_dict(table.get(kind), kind.replace("_", " "))
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain tables, lists, text and numbers, without None: good for JSON and for TOML."""
-        written: dict[str, Any] = {"format": FORMAT}
+        data: dict[str, Any] = {"format": SPEC_FORMAT}
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, Part):
-                written[each.name] = value.to_dict()
+                data[each.name] = value.to_dict()
             elif isinstance(value, Mapping):
-                written[each.name] = {key: inner for key, inner in value.items() if inner is not None}
+                data[each.name] = {key: option for key, option in value.items() if option is not None}
             elif value is not None:
-                written[each.name] = list(value) if isinstance(value, tuple) else value
-        return written
+                data[each.name] = list(value) if isinstance(value, tuple) else value
+        return data
 
-    def override(self, assignments: Iterable[str]) -> ModelSpec:
+    def apply_overrides(self, assignments: Iterable[str]) -> ModelSpec:
         """Changed by `key=value`, see `overrides`. Raises RegistryError for an assignment or a result that is wrong."""
-        return self.from_dict(override({"model": self.to_dict()}, assignments)["model"])
+        return self.from_dict(apply_overrides({"model": self.to_dict()}, assignments)["model"])
 
 
-def _name_factory(what: str, factory: Any) -> str:
+def _suggest_registered_name(subject: str, factory: Any) -> str:
     """Say which name a factory of a model's part is registered under, or how to register it."""
-    kind = what.replace(" ", "_")
-    if kind not in PARTS:
+    kind = subject.replace(" ", "_")
+    if kind not in MODEL_PARTS:
         return ""
     path = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
-    names = [name for name in registry(kind).names() if registry(kind).card(name).factory == path]
+    names = [name for name in get_registry(kind).list_names() if get_registry(kind).get_card(name).factory == path]
     return f", {names[0]!r}" if names else f"; register it with @sca_registry.{kind}s('NAME')"
 
 
-def _table(what: str, value: Any) -> dict[str, Any]:
+def _check_table(subject: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise RegistryError(f"{what} is {value!r}: give a table of options")
+        raise RegistryError(f"{subject} is {value!r}: give a table of options")
     return dict(value)
 
 
-def _generation(value: Any) -> dict[str, Any]:
-    given = GENERATION | _table("generation", value)
-    check_generation("generation", given)
-    return given
+def _complete_generation(value: Any) -> dict[str, Any]:
+    options = DEFAULT_GENERATION | _check_table("generation", value)
+    check_generation("generation", options)
+    return options
 
 
-def check_generation(key: str, options: Any, generate: Callable[..., Any] | None = None, upstream: int = 1) -> None:
+def check_generation(subject: str, options: Any, generate_method: Callable[..., Any] | None = None, num_positional: int = 1) -> None:
     """Check options of generation.
 
     Args:
@@ -220,100 +220,100 @@ def check_generation(key: str, options: Any, generate: Callable[..., Any] | None
     Raises:
         RegistryError: An option that the language model does not take, or a value of another type or out of range.
     """
-    given = _table(key, options)
-    for name, most in MAX_GENERATION.items():
-        if name in given:
-            _check_number(key, name, given[name], whole=True, least=1, most=most)
-    for name, highest in (("temperature", math.inf), ("top_p", 1.0)):
-        if name in given:
-            _check_number(key, name, given[name], whole=False, least=0, most=highest)
-    if given.get("temperature") == 0:
-        raise RegistryError(f"{key}.temperature is 0: give a number above 0, or leave out sample")
-    if not isinstance(given.get("sample", False), bool):
-        raise RegistryError(f"{key}.sample is {given['sample']!r:.80}: give true or false")
-    if "seed" in given:
-        _check_number(key, "seed", given["seed"], whole=True, least=-(2**63), most=2**63 - 1)
-    if generate is not None:
-        check_options(key, generate, upstream, GENERATION | given)
+    checked_options = _check_table(subject, options)
+    for name, maximum in MAX_GENERATION.items():
+        if name in checked_options:
+            _check_number(subject, name, checked_options[name], is_integer=True, minimum=1, maximum=maximum)
+    for name, upper_bound in (("temperature", math.inf), ("top_p", 1.0)):
+        if name in checked_options:
+            _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
+    if checked_options.get("temperature") == 0:
+        raise RegistryError(f"{subject}.temperature is 0: give a number above 0, or leave out sample")
+    if not isinstance(checked_options.get("sample", False), bool):
+        raise RegistryError(f"{subject}.sample is {checked_options['sample']!r:.80}: give true or false")
+    if "seed" in checked_options:
+        _check_number(subject, "seed", checked_options["seed"], is_integer=True, minimum=-(2**63), maximum=2**63 - 1)
+    if generate_method is not None:
+        check_options(subject, generate_method, num_positional, DEFAULT_GENERATION | checked_options)
 
 
-def check_search(fields: Mapping[str, Any]) -> EverythingOptions:
+def make_everything_options(options: Mapping[str, Any]) -> EverythingOptions:
     """Return search settings from fields by name; the others are SAM's.
 
     Raises:
         RegistryError: An unknown field, or a value of another type or out of range.
     """
-    return EverythingOptions(**_everything(fields))
+    return EverythingOptions(**_complete_everything(options))
 
 
-def _everything(value: Any) -> dict[str, Any]:
-    given = _table("everything", value)
+def _complete_everything(value: Any) -> dict[str, Any]:
+    options = _check_table("everything", value)
     defaults = vars(EverythingOptions())
-    for key, number in given.items():
+    for key, setting in options.items():
         if key not in defaults:
-            raise unknown(f"everything has no {key!r}", key, defaults)
+            raise make_unknown_name_error(f"everything has no {key!r}", key, defaults)
         if key == "caption_from":
-            if number not in CAPTION_FROM:
-                raise unknown(f"everything.caption_from is {number!r}", str(number), CAPTION_FROM)
+            if setting not in CAPTION_FROM_CHOICES:
+                raise make_unknown_name_error(f"everything.caption_from is {setting!r}", str(setting), CAPTION_FROM_CHOICES)
         else:
-            most = MAX_CROPS if key == "crops" else math.inf
-            _check_number("everything", key, number, whole=key in ("points", "crops"), least=key == "points", most=most)
-    if not given.get("crop_overlap", 0) < 1:
-        raise RegistryError(f"everything.crop_overlap is {given['crop_overlap']}: give a share of the image, below 1")
-    settled = defaults | given
-    total = settled["points"] ** 2 * sum(4**layer for layer in range(settled["crops"] + 1))
-    if total > MAX_POINTS:
+            maximum = MAX_CROP_LAYERS if key == "crops" else math.inf
+            _check_number("everything", key, setting, is_integer=key in ("points", "crops"), minimum=key == "points", maximum=maximum)
+    if not options.get("crop_overlap", 0) < 1:
+        raise RegistryError(f"everything.crop_overlap is {options['crop_overlap']}: give a share of the image, below 1")
+    completed = defaults | options
+    num_points = completed["points"] ** 2 * sum(4**layer for layer in range(completed["crops"] + 1))
+    if num_points > MAX_GRID_POINTS:
         raise RegistryError(
-            f"everything.points and everything.crops ask for more than {MAX_POINTS:,} points; lower one of them"
+            f"everything.points and everything.crops ask for more than {MAX_GRID_POINTS:,} points; lower one of them"
         )
-    return settled
+    return completed
 
 
-def _check_number(table: str, key: str, value: Any, whole: bool, least: float, most: float) -> None:
-    kind = f"a {'whole ' if whole else ''}number"
-    valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value != math.inf
-    if not (valid and value >= least):
-        raise RegistryError(f"{table}.{key} is {value!r}: give {kind}, {least:g} or more")
-    if value > most:
-        raise RegistryError(f"{table}.{key} is {value!r:.80}: give {kind}, {most:g} or less")
+def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum: float, maximum: float) -> None:
+    expected = f"a {'whole ' if is_integer else ''}number"
+    is_valid = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool) and value != math.inf
+    if not (is_valid and value >= minimum):
+        raise RegistryError(f"{subject}.{key} is {value!r}: give {expected}, {minimum:g} or more")
+    if value > maximum:
+        raise RegistryError(f"{subject}.{key} is {value!r:.80}: give {expected}, {maximum:g} or less")
 
 
-def _projection(value: Any) -> dict[str, str]:
-    given = {"kind": value} if isinstance(value, str) else _table("projection", value)
-    for key, chosen in given.items():
-        if key not in PROJECTIONS:
-            raise unknown(f"a projection has no {key!r}", key, PROJECTIONS)
-        if chosen not in PROJECTIONS[key]:
-            raise unknown(f"no {key} of a projection is called {chosen!r}", str(chosen), PROJECTIONS[key])
-    return PROJECTION | given
+def _complete_projection(value: Any) -> dict[str, str]:
+    projection = {"kind": value} if isinstance(value, str) else _check_table("projection", value)
+    for key, setting in projection.items():
+        if key not in PROJECTION_CHOICES:
+            raise make_unknown_name_error(f"a projection has no {key!r}", key, PROJECTION_CHOICES)
+        if setting not in PROJECTION_CHOICES[key]:
+            raise make_unknown_name_error(f"no {key} of a projection is called {setting!r}", str(setting), PROJECTION_CHOICES[key])
+    return DEFAULT_PROJECTION | projection
 
 
-def _lora(value: Any) -> dict[str, Any] | None:
+def _complete_lora(value: Any) -> dict[str, Any] | None:
     if not value:  # None, 0, false, or an empty table
         return None
     if not isinstance(value, int | Mapping):
-        raise RegistryError(f"lora is {value!r:.80}: give a rank, such as lora=8, or a table of {', '.join(LORA)}")
-    given = {"rank": value} if isinstance(value, int) else dict(value)
-    for key in given:
-        if key not in LORA:
-            raise unknown(f"lora has no {key!r}", PEFT.get(key, str(key)), LORA)
-    rank = given.get("rank", LORA["rank"])
+        raise RegistryError(f"lora is {value!r:.80}: give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}")
+    options = {"rank": value} if isinstance(value, int) else dict(value)
+    for key in options:
+        if key not in DEFAULT_LORA:
+            raise make_unknown_name_error(f"lora has no {key!r}", PEFT_OPTION_NAMES.get(key, str(key)), DEFAULT_LORA)
+    rank = options.get("rank", DEFAULT_LORA["rank"])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise RegistryError(f"the rank of lora is {rank!r}: give a whole number, 1 or more, or lora=0 for none")
-    full = LORA | {"alpha": 2 * rank} | given
-    for key, most in (("alpha", math.inf), ("dropout", 1)):
-        _check_number("lora", key, full[key], whole=False, least=0, most=most)
-    targets = full["targets"]
-    if not (targets is None or (isinstance(targets, list | tuple) and all(isinstance(each, str) for each in targets))):
-        raise RegistryError(f"lora.targets is {targets!r}: give a list of names of layers")
-    return full
+    completed = DEFAULT_LORA | {"alpha": 2 * rank} | options
+    for key, maximum in (("alpha", math.inf), ("dropout", 1)):
+        _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)
+    target_modules = completed["targets"]
+    if not (target_modules is None or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))):
+        raise RegistryError(f"lora.targets is {target_modules!r}: give a list of names of layers")
+    return completed
 
 
-def _trainable(value: Any) -> tuple[str, ...]:
+def _check_trainable(value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
         raise RegistryError(f"trainable is {value!r}: give a list of names")
     for name in names:
-        if name not in TRAINABLE:
-            raise unknown(f"{name!r} is nothing that trains", str(name), TRAINABLE)
+        if name not in TRAINABLE_GROUPS:
+            raise make_unknown_name_error(f"{name!r} is nothing that trains", str(name), TRAINABLE_GROUPS)
     return tuple(names)

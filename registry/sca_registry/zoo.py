@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 
-PHOTOGRAPHS = "photographs"  # the domain of the models that describe photographs of anything
+PHOTOGRAPH_DOMAIN = "photographs"  # the domain of the models that describe photographs of anything
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class ZooEntry:
         """Where a checkpoint that comes with a package is installed; whether it is there is for the caller to find out.
         None for one on the hub.
         """
-        package, colon, inside = self.checkpoint.partition(":")
-        return Path(str(files(package).joinpath(inside))) if colon else None
+        package, colon, subfolder = self.checkpoint.partition(":")
+        return Path(str(files(package).joinpath(subfolder))) if colon else None
 
 
-def names() -> list[str]:
+def list_names() -> list[str]:
     """Every named model, sorted. Nothing is imported and nothing is fetched."""
-    return sorted(_texts())
+    return sorted(_read_entry_files())
 
 
-def get(name: str) -> ZooEntry:
+def get_entry(name: str) -> ZooEntry:
     """The entry of a name. Raises RegistryError, with the closest name, if there is none."""
     import tomllib
 
-    texts = _texts()
-    if name not in texts:
-        raise unknown(f"no model in the zoo is named {name!r}", name, sorted(texts))
-    return ZooEntry(name=name, **tomllib.loads(texts[name]))
+    contents = _read_entry_files()
+    if name not in contents:
+        raise make_unknown_name_error(f"no model in the zoo is named {name!r}", name, sorted(contents))
+    return ZooEntry(name=name, **tomllib.loads(contents[name]))
 
 
 def describe_domain(source: object) -> str:
@@ -65,21 +65,21 @@ def describe_domain(source: object) -> str:
         The line; "" for a model for photographs, and for everything that is not a model of the zoo.
     """
     name = str(source).partition(" ")[0]  # options follow the name
-    if name not in names() or get(name).domain == PHOTOGRAPHS:
+    if name not in list_names() or get_entry(name).domain == PHOTOGRAPH_DOMAIN:
         return ""
-    return f"{name} is trained on {get(name).domain} only; {describe_photograph_models()}"
+    return f"{name} is trained on {get_entry(name).domain} only; {describe_photograph_models()}"
 
 
 def describe_photograph_models() -> str:
     """Return the models for photographs, smallest first, with their download sizes and the commands that use one."""
-    entries = [entry for entry in map(get, names()) if entry.domain == PHOTOGRAPHS]
+    entries = [entry for entry in map(get_entry, list_names()) if entry.domain == PHOTOGRAPH_DOMAIN]
     entries.sort(key=lambda entry: (entry.download_bytes, entry.name))
-    listed = ", ".join(f"{entry.name} ({entry.download_bytes / 1e9:.1f} GB)" for entry in entries)
-    first = entries[0].name
-    return f"for photographs: {listed}; run `sca pull {first}`, then `sca caption IMAGE --model {first}`"
+    sizes = ", ".join(f"{entry.name} ({entry.download_bytes / 1e9:.1f} GB)" for entry in entries)
+    smallest = entries[0].name
+    return f"for photographs: {sizes}; run `sca pull {smallest}`, then `sca caption IMAGE --model {smallest}`"
 
 
-def _texts() -> dict[str, str]:
+def _read_entry_files() -> dict[str, str]:
     """The TOML of each model by its name, which is the name of the file."""
     folder = files("sca_registry") / "zoo"
     return {

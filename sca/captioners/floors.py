@@ -12,7 +12,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Dataset, Prompt, Region, Sample
-from sca_registry.spec import GENERATION
+from sca_registry.spec import DEFAULT_GENERATION
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +34,7 @@ class MostFrequent:
     its images are read, from the first on; 0 for all. The score is the share of names, or of phrases, that it is.
     """
 
-    generation_options = tuple(GENERATION)  # that `generation_of` takes
+    generation_options = tuple(DEFAULT_GENERATION)  # that `generation_of` takes
 
     def __init__(self, dataset: str, split: str = "train", options: Mapping[str, Any] | None = None, limit: int = 1000):
         self.training_regions = TrainingRegions(dataset, split, options or {}, limit)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from sca_registry.plugins import BUILTIN
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
@@ -156,7 +156,7 @@ def load_processor(folder: Path) -> Any:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError as error:
-        hint = f". It needs: pip install '{BUILTIN}[baselines]'" if "torchvision" in str(error).lower() else ""
+        hint = f". It needs: pip install '{BUILTIN_DISTRIBUTION}[baselines]'" if "torchvision" in str(error).lower() else ""
         raise InputError(f"{error}{hint}") from error
     processor.image_processor = image_processor
     return processor

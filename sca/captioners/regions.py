@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Caption, Prompt, TokenUsage
-from sca_registry.messages import unknown
-from sca_registry.spec import GENERATION, Part
+from sca_registry.messages import make_unknown_name_error
+from sca_registry.spec import DEFAULT_GENERATION, Part
 
 from sca.checkpoints.load import HUB_ID_PATTERN, load
 from sca.composition import resolve_parts
@@ -62,7 +62,7 @@ class RegionCaptioner(MaskEngine):
     segmenter gives for the prompt. Without one it is the prompt's box, or else its mask, and a point is refused.
     """
 
-    generation_options = tuple(GENERATION)  # that `generation_of` takes
+    generation_options = tuple(DEFAULT_GENERATION)  # that `generation_of` takes
 
     def __init__(self, encoder: str | Mapping[str, Any] | None, device: str | torch.device, masks: bool = True):
         model, self.has_masks = (None, False) if encoder is None else build_segmentation_model(encoder, device)
@@ -148,7 +148,7 @@ def build_segmentation_model(encoder: str | Mapping[str, Any], device: str | tor
     """
     part = Part.from_dict(encoder, "encoder")
     if part.name not in sca_registry.encoders:
-        if part.name in zoo.names() or local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
+        if part.name in zoo.list_names() or local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
             for option in part.options:
                 if option not in TRUST_OPTIONS:
                     raise RegistryError(
@@ -158,7 +158,7 @@ def build_segmentation_model(encoder: str | Mapping[str, Any], device: str | tor
             model = load(part.name, device, **part.options)
             segmenter = resolve_parts(model.spec, model.encoder)["segmenter"].name
             return SegmentationModel(model.encoder, model.segmenter), _has_masks(segmenter)
-        sca_registry.encoders.card(part.name)  # says what there is
+        sca_registry.encoders.get_card(part.name)  # says what there is
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built_encoder = sca_registry.encoders.build(part.name, **part.options)
@@ -167,7 +167,7 @@ def build_segmentation_model(encoder: str | Mapping[str, Any], device: str | tor
 
 
 def _has_masks(segmenter: str) -> bool:
-    return "masks" in (sca_registry.segmenters.stated(segmenter, "gives") or ())
+    return "masks" in (sca_registry.segmenters.get_declared(segmenter, "gives") or ())
 
 
 def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
@@ -175,11 +175,11 @@ def resolve_generation_options(options: Mapping[str, Any]) -> dict[str, int]:
     no whole number from 1 on.
     """
     for name, value in options.items():
-        if name not in GENERATION:
-            raise unknown(f"this captioner has no option {name!r} of generation", name, GENERATION)
+        if name not in DEFAULT_GENERATION:
+            raise make_unknown_name_error(f"this captioner has no option {name!r} of generation", name, DEFAULT_GENERATION)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise RegistryError(f"{name} is {value!r}: give a whole number, 1 or more")
-    return {**GENERATION, **options}
+    return {**DEFAULT_GENERATION, **options}
 
 
 def box_to_pixels(box: Box, image_size: tuple[int, int]) -> tuple[int, int, int, int]:

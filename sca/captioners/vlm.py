@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 from sca_registry.contracts import TASKS
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
 from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
@@ -59,7 +59,7 @@ class VisionLanguageModel(RegionCaptioner):
         dtype: str | None = None,
     ):
         if show not in REGION_FORMATS:
-            raise unknown(f"show is {show!r}", show, REGION_FORMATS)
+            raise make_unknown_name_error(f"show is {show!r}", show, REGION_FORMATS)
         super().__init__(encoder, device)
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         model_type = self.image_text_model.model_type

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from sca_registry import registry
+from sca_registry import get_registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
 
 
 def _get_language_model_source(model: SegmentCaptioner) -> str:
-    return model.spec.language_model.options.get("weights") or registry("language_model").card(
+    return model.spec.language_model.options.get("weights") or get_registry("language_model").get_card(
         model.spec.language_model.name
     ).options.get("weights", "")
 

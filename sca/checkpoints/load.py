@@ -10,7 +10,7 @@ from textwrap import shorten
 
 import torch
 from sca_registry import zoo
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 from sca_registry.spec import ModelSpec
 
 from sca.checkpoints.layout import CONFIG_FILE, ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE, is_published_checkpoint
@@ -105,7 +105,7 @@ def open_checkpoint(
         InputError: If the checkpoint cannot be fetched or read, or asks for more than was agreed to.
     """
     folder = locate_checkpoint(source, revision)
-    is_bundled = isinstance(source, str) and source in zoo.names() and zoo.get(source).folder is not None
+    is_bundled = isinstance(source, str) and source in zoo.list_names() and zoo.get_entry(source).folder is not None
     file_trust = trust._replace(external=True) if is_bundled else trust  # installers may link the files of a package
     with _shorten_errors(folder):
         root = resolve_real_root(folder)
@@ -130,8 +130,8 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
     Raises:
         InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
     """
-    is_bundled = isinstance(source, str) and source in zoo.names()
-    folder = zoo.get(source).folder if is_bundled else local_folder(source)
+    is_bundled = isinstance(source, str) and source in zoo.list_names()
+    folder = zoo.get_entry(source).folder if is_bundled else local_folder(source)
     if folder is None or not (folder / SPEC_FILE).exists():
         return None
     _, spec = open_checkpoint(source if is_bundled else folder, trust)
@@ -163,8 +163,8 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """
     if not isinstance(source, str | Path):
         raise InputError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
-    if isinstance(source, str) and source in zoo.names():
-        entry = zoo.get(source)
+    if isinstance(source, str) and source in zoo.list_names():
+        entry = zoo.get_entry(source)
         return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
     path = local_path(source)
     if path is not None:
@@ -177,7 +177,7 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         return fetch(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
-    reason = unknown(f"no model named {str(source)!r}, and no folder there", str(source), zoo.names())
+    reason = make_unknown_name_error(f"no model named {str(source)!r}, and no folder there", str(source), zoo.list_names())
     hint = "" if isinstance(source, Path) else suggest_path(source)
     raise InputError(f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}.")
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
-from sca_registry import RegistryError, registry
+from sca_registry import RegistryError, get_registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from sca.io.atomic import check_replaceable, new_folder
 from sca.io.errors import InputError, OutputError
 from sca.io.hub import fingerprint
 from sca.io.json import open_regular_file, read_json
-from sca.io.validation import read_object
+from sca.io.validation import check_object
 from sca.language_models.hf import load_tokenizer
 from sca.model import SegmentCaptioner
 
@@ -165,7 +165,7 @@ def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
 
 def _get_settable_defaults(kind: str, part: Part) -> dict[str, Any]:
     """The default options of a part that a checkpoint may set, as JSON has them."""
-    defaults = registry(kind).describe(part.name).options
+    defaults = get_registry(kind).load_entry(part.name).options
     return {
         option: list(value) if isinstance(value, tuple) else value
         for option, value in defaults.items()
@@ -179,11 +179,11 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
     """
     part_origins = {}
     for kind, part in resolve_parts(model.spec, model.encoder).items():
-        entry = registry(kind).describe(part.name)
+        entry = get_registry(kind).load_entry(part.name)
         part_origins[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
         component = getattr(model, kind)
         source = getattr(component, "checkpoint", None)
-        if source == registry(kind).card(part.name).options.get("weights"):  # else the card speaks of other weights
+        if source == get_registry(kind).get_card(part.name).options.get("weights"):  # else the card speaks of other weights
             part_origins[kind] |= {"licence": entry.licence} if entry.licence else {}
         if source:
             try:
@@ -214,7 +214,7 @@ def read_spec(folder: Path) -> ModelSpec:
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote") from error
     try:
-        return ModelSpec.from_dict(read_object(table, str(folder / SPEC_FILE)))
+        return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:
         raise InputError(f"{folder / SPEC_FILE}: {error}") from error
 
@@ -223,7 +223,7 @@ def _describe_missing_packages(folder: Path) -> str:
     """What a checkpoint claims to need for the parts that have no name here; anyone may have written that claim."""
     try:
         part_origins = read_json(folder / ORIGIN_FILE)["parts"]
-        missing_origins = [part_origin for kind, part_origin in part_origins.items() if part_origin["name"] not in registry(kind)]
+        missing_origins = [part_origin for kind, part_origin in part_origins.items() if part_origin["name"] not in get_registry(kind)]
         packages = {f"{part_origin['distribution']}=={part_origin['version']}" for part_origin in missing_origins}
         modules = sorted({part_origin["distribution"] for part_origin in missing_origins if not part_origin["version"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it

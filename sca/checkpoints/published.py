@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 from sca_registry.spec import ModelSpec
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
@@ -101,7 +101,7 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
     try:
         (architecture,) = config["architectures"]
         if architecture not in MIXER_BY_ARCHITECTURE:
-            raise InputError(f"{folder}: {unknown(f'no model is called {architecture!r}', architecture, MIXER_BY_ARCHITECTURE)}")
+            raise InputError(f"{folder}: {make_unknown_name_error(f'no model is called {architecture!r}', architecture, MIXER_BY_ARCHITECTURE)}")
         vision_config, prompt_encoder_config, decoder_config = (
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry import registry
-from sca_registry.overrides import PARTS
+from sca_registry import get_registry
+from sca_registry.overrides import MODEL_PARTS
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,7 +54,7 @@ class BuildSizeLimit(TorchDispatchMode):
     def __init__(self, files: Sequence[Path], spec: ModelSpec):
         super().__init__()
         sizes = [file.stat().st_size for file in files if file.is_file()]
-        for kind in PARTS:
+        for kind in MODEL_PARTS:
             part = getattr(spec, kind)
             sizes += [] if part is None else _list_source_sizes(kind, part)
         self.remaining_bytes = sum(sizes) * MAX_EXPANSION + EXTRA_BYTES
@@ -84,7 +84,7 @@ class BuildSizeLimit(TorchDispatchMode):
 
 def _list_source_sizes(kind: str, part: Part) -> list[int]:
     """Sizes in bytes of the weights that a component takes from elsewhere, as far as they are here."""
-    options = {**registry(kind).card(part.name).options, **part.options}
+    options = {**get_registry(kind).get_card(part.name).options, **part.options}
     path = local_path(str(options["weights"])) if options.get("weights") else None
     if path is not None and path.exists():
         return [file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sca_registry import registry
-from sca_registry.cards import NAME
-from sca_registry.overrides import PARTS
+from sca_registry import get_registry
+from sca_registry.cards import NAME_PATTERN
+from sca_registry.overrides import MODEL_PARTS
 from sca_registry.spec import ModelSpec, Part
 
 from sca.io.errors import InputError
@@ -67,7 +67,7 @@ def confine_spec(spec: ModelSpec, folder: Path, trust: Trust) -> ModelSpec:
             weights of a known card, unless the caller agreed.
         RegistryError: For a component that does not exist.
     """
-    parts = {kind: getattr(spec, kind) for kind in PARTS}
+    parts = {kind: getattr(spec, kind) for kind in MODEL_PARTS}
     confined = {kind: _confine_part(kind, part, folder, trust) for kind, part in parts.items() if part is not None}
     _check_numbers([spec.lora, spec.generation, spec.everything, spec.task_tokens])
     return replace(spec, **confined)
@@ -146,7 +146,7 @@ def check_file(path: Path, root: Path, trust: Trust) -> None:
 
 
 def _confine_part(kind: str, part: Part, folder: Path, trust: Trust) -> Part:
-    card = registry(kind).card(part.name)
+    card = get_registry(kind).get_card(part.name)
     subject = f"{kind.replace('_', ' ')} {part.name!r}"
     _check_numbers(part.options)
     _check_configuration(part.options, f"the {subject}", trust)
@@ -208,7 +208,7 @@ def _is_plain(value: Any) -> bool:
 
 def _is_plain_name(value: Any) -> bool:
     """Whether a value can only name something that is installed."""
-    return isinstance(value, str) and bool(NAME.fullmatch(value))
+    return isinstance(value, str) and bool(NAME_PATTERN.fullmatch(value))
 
 
 def _is_reference(text: str) -> bool:

@@ -15,7 +15,7 @@ import typer
 
 from sca.cli import caption, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train, weights
 from sca.cli.commands import CommandGroup
-from sca.cli.options import complain
+from sca.cli.options import print_stderr
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
@@ -51,14 +51,14 @@ app.command("doctor")(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
 
-HOME = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # which a shell leaves in --out=~/x, and a program in every argument
+HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # which a shell leaves in --out=~/x, and a program in every argument
 UsageError: Any = typer.BadParameter.__base__
 
 
 @app.callback()
-def _whole(
+def _define_app_options(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=listing.version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=listing.print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
@@ -69,10 +69,10 @@ def main() -> None:
     guard_terminal()
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of a caption still gets it
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command(sys.argv[1:]))
 
 
-def run(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """The exit status of one command.
 
     ValueError is what the library raises for a person's mistake and OSError the system's word for what cannot be read
@@ -80,38 +80,38 @@ def run(arguments: list[str]) -> int:
     is a defect and keeps its traceback, as all do under `python -X dev`.
     """
     command = typer.main.get_command(app)
-    arguments = [HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), each) for each in arguments]
+    arguments = [HOME_PATTERN.sub(lambda match: match[1] + os.path.expanduser(match[2]), each) for each in arguments]
     try:
         with command.make_context("sca", list(arguments)) as context:
             command.invoke(context)
         return 0
-    except typer.Exit as ended:
-        return ended.exit_code
+    except typer.Exit as exit_request:
+        return exit_request.exit_code
     except UsageError as error:
-        return _usage(error)
+        return _report_usage_error(error)
     except KeyboardInterrupt:
-        complain("interrupted; what was finished is kept")
+        print_stderr("interrupted; what was finished is kept")
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         return 0
     except Exception as error:
-        broken = find_torchvision_error(error)
-        if sys.flags.dev_mode or not (broken or isinstance(error, (ValueError, OSError))):
+        torchvision_error = find_torchvision_error(error)
+        if sys.flags.dev_mode or not (torchvision_error or isinstance(error, (ValueError, OSError))):
             raise
         remedy = " (--overwrite)" if isinstance(error, DifferentRunError) else ""
-        complain(
-            f"torchvision cannot be imported ({describe_error(broken)}); run `sca doctor`"
-            if broken
+        print_stderr(
+            f"torchvision cannot be imported ({describe_error(torchvision_error)}); run `sca doctor`"
+            if torchvision_error
             else f"{describe_error(error)}{remedy}"
         )
         return 2
 
 
-def _usage(error: Any) -> int:
+def _report_usage_error(error: Any) -> int:
     command = error.ctx.command_path if error.ctx else "sca"
     message = error.format_message()
     if message.startswith("Usage:"):  # nothing was asked
         typer.echo(message, err=True)
     else:
-        complain(f"{message} See: {command} --help")
+        print_stderr(f"{message} See: {command} --help")
     return 2

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from sca_registry.spec import CAPTION_FROM
+from sca_registry.spec import CAPTION_FROM_CHOICES
 
 from sca.cli.options import (
-    OUTPUTS,
+    OUTPUT_FORMATS_HELP,
     AllowExternal,
     Device,
     Dtype,
@@ -22,10 +22,10 @@ from sca.cli.options import (
     Seed,
     TrustRemoteCode,
     check_pipes,
-    complain,
-    input_path,
+    print_stderr,
+    parse_input_path,
     print_table,
-    settle,
+    check_option_choice,
 )
 from sca.io import terminal
 from sca.io.text import format_count
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from sca.inference.shards import ShardedRun
 
 DEFAULT_MODEL = "sca-tiny"
-STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
-UNKEPT = (  # that change no answer
+EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status for what cannot be used
+UNRECORDED_OPTIONS = (  # that change no answer
     *("images", "out", "format", "image_prefix", "batch", "resume", "overwrite", "quiet", "launcher", "shard"),
     *("trust_remote_code", "allow_external"),
 )
@@ -62,7 +62,7 @@ def caption(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            parser=input_path,
+            parser=parse_input_path,
             metavar="PATH",
             help="COCO, Label Studio or LabelMe JSON, JSONL, or a folder of LabelMe files.",
         ),
@@ -72,7 +72,7 @@ def caption(
     model: ModelName = DEFAULT_MODEL,
     out: Annotated[str, typer.Option(help="folder to write to; - writes JSONL to standard output")] = "",
     format: Annotated[
-        str | None, typer.Option(help=f"for --out, any of {OUTPUTS}  [default: jsonl]", show_default=False)
+        str | None, typer.Option(help=f"for --out, any of {OUTPUT_FORMATS_HELP}  [default: jsonl]", show_default=False)
     ] = None,
     image_prefix: ImagePrefix = "",
     beams: Annotated[int | None, typer.Option(help="beam search of this width (default: the model's)", min=1)] = None,
@@ -107,7 +107,7 @@ def caption(
     max_regions: Annotated[
         int | None, typer.Option(help="With --everything: maximum regions per image, best first.", min=1)
     ] = None,
-    caption_from: Annotated[str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM)}")] = None,
+    caption_from: Annotated[str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM_CHOICES)}")] = None,
     proposer: Annotated[
         str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
     ] = None,
@@ -134,17 +134,17 @@ def caption(
 
     from sca.inference.job import CaptionJob
 
-    formats = _formats(format, out)
-    images = [str(input_path(name)) for name in images]
-    mask = [str(input_path(name)) for name in mask or ()]
+    formats = _parse_formats(format, out)
+    images = [str(parse_input_path(name)) for name in images]
+    mask = [str(parse_input_path(name)) for name in mask or ()]
     _check_pipes(images, [*mask, *([prompts] if prompts else [])], bool(launcher), resume)
-    settle("task", task, TASKS)
+    check_option_choice("task", task, TASKS)
     if caption_from:
-        settle("prompt to caption from", caption_from, CAPTION_FROM)
-    search = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
-    search |= {"area": area, "crops": crops, "caption_from": caption_from}
+        check_option_choice("prompt to caption from", caption_from, CAPTION_FROM_CHOICES)
+    search_options = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
+    search_options |= {"area": area, "crops": crops, "caption_from": caption_from}
     listed = bool(box or point or mask or region)
-    _settle_regions(listed, bool(prompts), everything, search | {"proposer": proposer, "max_regions": max_regions})
+    _check_region_options(listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions})
     if proposer and (points is not None or crops is not None):
         raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
     if temperature is not None and not sample:
@@ -168,7 +168,7 @@ def caption(
         regions=region or (),
         prompts=str(prompts) if prompts else None,
         everything=everything,
-        search_options=search,
+        search_options=search_options,
         proposer=proposer,
         max_regions=max_regions,
         task=task,
@@ -181,39 +181,39 @@ def caption(
         },
         batch_size=batch,
     )
-    regions = job.read_region_source()
+    region_source = job.read_region_source()
     archives = [name for name in images if launcher and name.endswith(".tar")]
-    paths, problems = _find_images([name for name in images if name not in archives], quiet)
+    paths, path_problems = _find_images([name for name in images if name not in archives], quiet)
     _check_image_prefix(image_prefix, formats, paths)
-    failures = Failures(problems)
+    failures = FailureReporter(path_problems)
     if not (paths or archives):
         raise typer.Exit(failures.status)
-    _report_prompts(regions, failures, quiet)
-    regions.match_images(paths)
-    read = job.list_input_files()
+    _report_prompts(region_source, failures, quiet)
+    region_source.match_images(paths)
+    input_files = job.list_input_files()
     if launcher:
-        where = _build_launcher(launcher)
+        built_launcher = _build_launcher(launcher)
         from sca.inference.shards import name_shards, open_sharded_run
 
-        settings = {"images": context.params["images"], **_settings(context.params, read)}
-        shards = name_shards(archives, paths, shard)
-        inputs = [*archives, *paths, *read]
-        with open_sharded_run(Path(out), shards, settings, inputs, overwrite) as run:
-            _caption_shards(run, job, where, regions, failures, quiet)
+        settings = {"images": context.params["images"], **_collect_settings(context.params, input_files)}
+        shard_specs = name_shards(archives, paths, shard)
+        inputs = [*archives, *paths, *input_files]
+        with open_sharded_run(Path(out), shard_specs, settings, inputs, overwrite) as sharded_run:
+            _caption_shards(sharded_run, job, built_launcher, region_source, failures, quiet)
         if not quiet:
-            _remark_domain(model)
+            _report_domain(model)
         raise typer.Exit(failures.status)
-    _caption_here(job, regions, paths, formats, context.params, read, failures)
+    _caption_locally(job, region_source, paths, formats, context.params, input_files, failures)
 
 
-def _caption_here(
+def _caption_locally(
     job: CaptionJob,
-    regions: RegionSource,
+    region_source: RegionSource,
     paths: Sequence[Path],
     formats: Sequence[str],
-    params: Mapping[str, Any],
-    read: Sequence[Path],
-    failures: Failures,
+    options: Mapping[str, Any],
+    input_files: Sequence[Path],
+    failures: FailureReporter,
 ) -> None:
     """Caption images in this process, write and print their captions, and exit with the status.
 
@@ -228,46 +228,46 @@ def _caption_here(
     """
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import show
-    from sca.output import DRAWN, Writers
-    from sca.output.journal import open_journal
+    from sca.output import DRAWN_FORMATS, MultiFormatWriter
+    from sca.output.journal import open_caption_journal
 
-    out, quiet, model = params["out"], params["quiet"], params["model"]
-    captioner = BatchCaptioner(job, regions)
+    out, quiet, model = options["out"], options["quiet"], options["model"]
+    captioner = BatchCaptioner(job, region_source)
     with ExitStack() as outputs:
         writers = journal = None
         if out == "-":
-            writers = outputs.enter_context(Writers.to_stream(sys.stdout, model))
+            writers = outputs.enter_context(MultiFormatWriter.from_stream(sys.stdout, model))
         elif out:
-            settings = {"images": params["images"], **_settings(params, read)}
-            ways = {"resume": params["resume"], "overwrite": params["overwrite"]}
-            journal = outputs.enter_context(open_journal(Path(out), settings, formats, [*paths, *read], **ways))
-            writers = outputs.enter_context(Writers(out, formats, model, params["image_prefix"]))
-        table = None if out == "-" or (quiet and out) else outputs.enter_context(Table())
-        bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
-        drawn = bool(set(formats) & set(DRAWN))
-        results = captioner.caption_images(paths, journal.done if journal else None, drawn, bars.show_search)
-        done = 0
-        for result in bars.follow(results):
+            settings = {"images": options["images"], **_collect_settings(options, input_files)}
+            journal_options = {"resume": options["resume"], "overwrite": options["overwrite"]}
+            journal = outputs.enter_context(open_caption_journal(Path(out), settings, formats, [*paths, *input_files], **journal_options))
+            writers = outputs.enter_context(MultiFormatWriter(out, formats, model, options["image_prefix"]))
+        table = None if out == "-" or (quiet and out) else outputs.enter_context(CaptionTable())
+        progress_bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
+        needs_images = bool(set(formats) & set(DRAWN_FORMATS))
+        results = captioner.caption_images(paths, journal.completed if journal else None, needs_images, progress_bars.show_search)
+        num_done = 0
+        for result in progress_bars.track_results(results):
             if isinstance(result, Failure):
                 failures.add(result)
                 continue
-            for output in filter(None, (writers, table)):
-                output.add(*result)
+            for receiver in filter(None, (writers, table)):
+                receiver.add(*result)
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
             if job.everything and not result.captions and not quiet:
-                complain(f"nothing found in {show(result.path)}; lower --iou or --stability, or raise --points")
-            done += 1
-        if not done:  # older files stay as they are
+                print_stderr(f"nothing found in {show(result.path)}; lower --iou or --stability, or raise --points")
+            num_done += 1
+        if not num_done:  # older files stay as they are
             raise typer.Exit(failures.status)
     if not quiet:
-        _remark_domain(model)
-        if summary := regions.clipped.summarize():
-            complain(summary)
+        _report_domain(model)
+        if summary := region_source.clipped.summarize():
+            print_stderr(summary)
         for path in writers.paths.values() if writers else ():
-            complain(f"wrote {path}")
+            print_stderr(f"wrote {path}")
         if failures.count:
-            complain(f"{done} of {done + failures.count} done{failures.named()}")
+            print_stderr(f"{num_done} of {num_done + failures.count} done{failures.format_failed_paths()}")
     raise typer.Exit(failures.status)
 
 
@@ -275,20 +275,20 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
     """Find images, without those that `sca` drew; return a line for each name that leads to none."""
     from sca.io.images import find_images, is_irregular, show
     from sca.io.run_folder import OutputFilter
-    from sca.output import FORMATS, output_patterns
+    from sca.output import OUTPUT_FORMATS, list_output_patterns
 
-    drawings = OutputFilter(output_patterns(FORMATS))
+    output_filter = OutputFilter(list_output_patterns(OUTPUT_FORMATS))
     irregular: list[Path] = []
 
-    def exclude(path: Path) -> bool:
+    def is_excluded(path: Path) -> bool:
         irregular.extend([path] if is_irregular(path) else [])
-        return is_irregular(path) or drawings(path)
+        return is_irregular(path) or output_filter(path)
 
-    paths, problems = find_images(names, exclude)
-    if drawings.skipped and not quiet:
-        complain(f"skipped {len(drawings.skipped)} images that `sca` wrote, such as {show(drawings.skipped[0])}")
+    paths, problems = find_images(names, is_excluded)
+    if output_filter.skipped and not quiet:
+        print_stderr(f"skipped {len(output_filter.skipped)} images that `sca` wrote, such as {show(output_filter.skipped[0])}")
     for path in irregular if not quiet else ():
-        complain(f"skipped {show(path)}, which is a pipe or a device, not an image file")
+        print_stderr(f"skipped {show(path)}, which is a pipe or a device, not an image file")
     return paths, problems
 
 
@@ -301,89 +301,89 @@ def _build_launcher(text: str) -> Launcher:
 
 
 def _caption_shards(
-    run: ShardedRun, job: CaptionJob, launcher: Launcher, regions: RegionSource, failures: Failures, quiet: bool
+    run: ShardedRun, job: CaptionJob, launcher: Launcher, region_source: RegionSource, failures: FailureReporter, quiet: bool
 ) -> None:
     """Caption the missing shards of a run and report what becomes of each."""
     missing = run.missing_names
     if run.finished and not quiet:
-        complain(f"{len(run.finished)} of {len(run.shards)} shards are there already")
+        print_stderr(f"{len(run.finished)} of {len(run.shards)} shards are there already")
     for name, problems in run.finished.items():
         failures.report_shard(name, problems)
     if any(run.finished.values()):
-        complain("images with problems are not captioned again; after fixing them, use another --out or --overwrite")
-    for number, result in enumerate(run.caption_shards(job, launcher, regions), 1):
+        print_stderr("images with problems are not captioned again; after fixing them, use another --out or --overwrite")
+    for index, result in enumerate(run.caption_shards(job, launcher, region_source), 1):
         failures.report_shard(result.name, result.problems)
         if result.path is None:
             failures.report(f"{result.name}: {result.reason}", status=1)
         elif not quiet:
-            complain(f"{number} of {len(missing)}: wrote {result.path}")
+            print_stderr(f"{index} of {len(missing)}: wrote {result.path}")
     if run.missing_names:
-        complain(f"{format_count(len(run.missing_names), 'shard')} missing; repeat the command to resume")
+        print_stderr(f"{format_count(len(run.missing_names), 'shard')} missing; repeat the command to resume")
 
 
-def _remark_domain(model: str) -> None:
+def _report_domain(model: str) -> None:
     """Say on stderr what a model with a narrow domain is trained on, and which models are for photographs."""
     from sca_registry import zoo
 
-    if remark := zoo.describe_domain(model):
-        complain(remark)
+    if note := zoo.describe_domain(model):
+        print_stderr(note)
 
 
-class Failures:
+class FailureReporter:
     """Reports what failed as soon as it does, and keeps the exit status: 1 for an image, 2 for its prompts."""
 
-    def __init__(self, images: Iterable[str] = ()):
+    def __init__(self, problems: Iterable[str] = ()):
         self.count = 0
         self.status = 0
         self.paths: list[Path] = []
-        for problem in images:
+        for problem in problems:
             self.report(problem, status=1)
             self.count += 1
 
     def report(self, problem: str, status: int) -> None:
         """Report a problem that leaves no image without captions."""
-        complain(problem)
+        print_stderr(problem)
         self.status = max(self.status, status)
 
     def report_shard(self, shard: str, problems: Iterable[tuple[str, str]]) -> None:
         """Report the problems of a shard's images."""
-        for line, kind in problems:
-            self.report(f"{shard}: {line}", STATUSES[kind])
+        for message, kind in problems:
+            self.report(f"{shard}: {message}", EXIT_STATUSES[kind])
 
     def add(self, failure: Failure) -> None:
-        self.report(failure.reason, STATUSES[failure.kind])
+        self.report(failure.reason, EXIT_STATUSES[failure.kind])
         if failure.is_entire_image:
             self.count += 1
             self.paths.append(failure.path)
 
-    def named(self, most: int = 20) -> str:
+    def format_failed_paths(self, limit: int = 20) -> str:
         """Name the images that failed once more, for the end of a long run."""
         from sca.io.images import show
 
         if not self.paths:
             return ""
-        more = f" and {len(self.paths) - most} more" if len(self.paths) > most else ""
-        return f"; not done: {', '.join(map(show, self.paths[:most]))}{more}"
+        suffix = f" and {len(self.paths) - limit} more" if len(self.paths) > limit else ""
+        return f"; not done: {', '.join(map(show, self.paths[:limit]))}{suffix}"
 
 
 class ProgressBars:
     """Bars on a terminal: of the images, where there are several, and of the search for regions in one image."""
 
-    def __init__(self, count: int, quiet: bool):
+    def __init__(self, num_images: int, quiet: bool):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        name, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+        name_column, rate_column = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
         self.progress = Progress(
-            *(name, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()),
+            *(name_column, BarColumn(), MofNCompleteColumn(), rate_column, TimeRemainingColumn()),
             console=console,
             disable=quiet or not console.is_terminal,
             transient=True,
             redirect_stdout=False,
         )
-        self.images = self.progress.add_task("images", total=count, visible=count > 1, rate="")
-        self.search = self.progress.add_task("points", visible=False, rate="")
+        self.image_task = self.progress.add_task("images", total=num_images, visible=num_images > 1, rate="")
+        self.search_task = self.progress.add_task("points", visible=False, rate="")
 
     def __enter__(self) -> ProgressBars:
         self.progress.start()
@@ -392,51 +392,51 @@ class ProgressBars:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def show_search(self, done: int, points: int) -> None:
-        self.progress.update(self.search, completed=done, total=points, visible=True)
+    def show_search(self, points_done: int, points_total: int) -> None:
+        self.progress.update(self.search_task, completed=points_done, total=points_total, visible=True)
 
-    def follow(self, results: CaptionResults) -> CaptionResults:
+    def track_results(self, results: CaptionResults) -> CaptionResults:
         """Yield the results and count their images."""
         from sca.inference.batch import Failure
 
-        start, done, failed = time.monotonic(), 0, 0
+        start_time, num_done, num_failed = time.monotonic(), 0, 0
         for result in results:
-            self.progress.reset(self.search, visible=False)
+            self.progress.reset(self.search_task, visible=False)
             yield result
             if not isinstance(result, Failure):
-                done += 1
+                num_done += 1
             elif result.is_entire_image:
-                failed += 1
-            rate = f"{done / max(time.monotonic() - start, 1e-3):.1f} images/s"
-            self.progress.update(self.images, completed=done + failed, rate=rate)
+                num_failed += 1
+            rate = f"{num_done / max(time.monotonic() - start_time, 1e-3):.1f} images/s"
+            self.progress.update(self.image_task, completed=num_done + num_failed, rate=rate)
 
 
-def _report_prompts(regions: RegionSource, failures: Failures, quiet: bool) -> None:
+def _report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
     """Report what a prompts file contains, and the records of which no prompt can be made."""
     from sca.inference.job import ListedPrompts
     from sca.io.images import show
 
-    if not isinstance(regions, ListedPrompts):
+    if not isinstance(region_source, ListedPrompts):
         return
-    file = regions.region_prompts
+    prompts_file = region_source.region_prompts
     if not quiet:
-        unusable = f"; {format_count(len(file.problems), 'record')} cannot be used" if file.problems else ""
-        counts = f"{format_count(sum(map(file.count, file)), 'region')}, {format_count(len(file), 'image')}"
-        complain(f"{show(file.path)}: {counts}{unusable}")
-        if summary := file.skip.summarize():
-            complain(f"{show(file.path)}: {summary}")
-    for problem in file.problems:
+        unusable = f"; {format_count(len(prompts_file.problems), 'record')} cannot be used" if prompts_file.problems else ""
+        counts = f"{format_count(sum(map(prompts_file.count, prompts_file)), 'region')}, {format_count(len(prompts_file), 'image')}"
+        print_stderr(f"{show(prompts_file.path)}: {counts}{unusable}")
+        if summary := prompts_file.skip.summarize():
+            print_stderr(f"{show(prompts_file.path)}: {summary}")
+    for problem in prompts_file.problems:
         failures.report(problem, status=2)
 
 
-class Table:
+class CaptionTable:
     """A line a region, printed at the end, also of a run that is interrupted."""
 
     def __init__(self) -> None:
         columns = ("image", "region", "caption", "score", "iou", "box")
         self.table = terminal.Table(columns, right=("region", "score", "iou"), framed=False)
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> CaptionTable:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -455,12 +455,12 @@ class Table:
                 self.table.add_row("", "", text, f"{score:.2f}", "", "")
 
 
-def _check_pipes(images: Sequence[str], others: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:
+def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:
     """Raises ValueError for a pipe that would have to be read twice, or by another process."""
     from sca.io.json import DESCRIPTOR
 
-    check_pipes([*images, *others])
-    piped = [str(path) for path in (*images, *others) if DESCRIPTOR.fullmatch(str(path))]
+    check_pipes([*images, *other_inputs])
+    piped = [str(path) for path in (*images, *other_inputs) if DESCRIPTOR.fullmatch(str(path))]
     if piped and (is_sharded or (resume and piped[0] in images)):
         option = "--launcher" if is_sharded else "--resume"
         raise ValueError(f"{option} needs files, and {piped[0]} can be read only once; save it to a file")
@@ -477,15 +477,15 @@ def _check_image_prefix(prefix: str, formats: Sequence[str], paths: Iterable[Pat
         add_image_prefix(str(path), prefix)
 
 
-def _formats(format: str | None, out: str) -> tuple[str, ...]:
+def _parse_formats(format: str | None, out: str) -> tuple[str, ...]:
     """The formats that are asked for, checked against where they shall go."""
-    from sca.output import FORMATS
+    from sca.output import OUTPUT_FORMATS
 
     if format is None:
         return ("jsonl",)
     formats = tuple(name.strip() for name in format.split(","))
     for name in formats:
-        settle("format", name, FORMATS)
+        check_option_choice("format", name, OUTPUT_FORMATS)
     if not out:
         raise ValueError(f"--format {format} needs --out: name a folder to write to")
     if out == "-" and formats != ("jsonl",):
@@ -493,7 +493,7 @@ def _formats(format: str | None, out: str) -> tuple[str, ...]:
     return formats
 
 
-def _settle_regions(listed: bool, prompts: bool, everything: bool, search: dict[str, Any]) -> None:
+def _check_region_options(listed: bool, prompts: bool, everything: bool, everything_flags: dict[str, Any]) -> None:
     """Raises ValueError unless regions are listed, in a prompts file, or to be found."""
     if listed and prompts:
         raise ValueError("regions come from --prompts or from --box, --point, --mask and --region, not from both")
@@ -501,7 +501,7 @@ def _settle_regions(listed: bool, prompts: bool, everything: bool, search: dict[
         raise ValueError("--everything finds its own regions: leave out --box, --point, --mask, --region and --prompts")
     if everything:
         return
-    unused = [f"--{name.replace('_', '-')}" for name, value in search.items() if value is not None]
+    unused = [f"--{name.replace('_', '-')}" for name, value in everything_flags.items() if value is not None]
     if unused:
         raise ValueError(f"{' and '.join(unused)} can only be used with --everything")
     if not (listed or prompts):
@@ -511,10 +511,10 @@ def _settle_regions(listed: bool, prompts: bool, everything: bool, search: dict[
         )
 
 
-def _settings(params: Mapping[str, Any], read: Iterable[str | Path]) -> dict[str, Any]:
+def _collect_settings(command_options: Mapping[str, Any], input_files: Iterable[str | Path]) -> dict[str, Any]:
     """What determines the captions of an image: the options of a command, and the content of the files it reads."""
     from sca.io.run_folder import file_hash
 
-    given = {name: value for name, value in params.items() if name not in UNKEPT and value not in (None, [], ())}
-    options = {name: str(value) for name, value in given.items() if value is not False}
-    return {**options, "files": {str(path): file_hash(path) for path in read}}
+    recorded = {name: value for name, value in command_options.items() if name not in UNRECORDED_OPTIONS and value not in (None, [], ())}
+    options = {name: str(value) for name, value in recorded.items() if value is not False}
+    return {**options, "files": {str(path): file_hash(path) for path in input_files}}

@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from sca_registry.plugins import Offer, plugin_offers
+from sca_registry.plugins import Offer, find_plugin_offers
 from typer.core import TyperCommand, TyperGroup
 
-GROUP = "sca_commands"
+COMMAND_GROUP = "sca_commands"
 
 
 class PluginCommand(TyperCommand):
@@ -31,56 +31,56 @@ class CommandGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args and args[0] not in self.commands:
             self._add_plugins()  # also for "Did you mean"
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, load_command(name) if isinstance(command, PluginCommand) else command, rest
+        name, command, remaining_args = super().resolve_command(ctx, args)
+        return name, load_plugin_command(name) if isinstance(command, PluginCommand) else command, remaining_args
 
     def _add_plugins(self) -> None:
-        for name, offers in find_commands().items():
+        for name, offers in find_plugin_commands().items():
             if name not in self.commands:
-                self.commands[name] = PluginCommand(name, help=find_problem(name, offers) or offers[0].card.summary)
+                self.commands[name] = PluginCommand(name, help=find_command_problem(name, offers) or offers[0].card.summary)
 
 
-def find_commands() -> Mapping[str, Sequence[Offer]]:
+def find_plugin_commands() -> Mapping[str, Sequence[Offer]]:
     """Find the offers of each command, sorted by name; several if distributions clash. Nothing is imported."""
-    found: dict[str, list[Offer]] = {}
-    for offer in plugin_offers(GROUP):
-        found.setdefault(offer.card.name, []).append(offer)
-    return dict(sorted(found.items()))
+    offers_by_name: dict[str, list[Offer]] = {}
+    for offer in find_plugin_offers(COMMAND_GROUP):
+        offers_by_name.setdefault(offer.card.name, []).append(offer)
+    return dict(sorted(offers_by_name.items()))
 
 
-def find_problem(name: str, offers: Sequence[Offer]) -> str:
+def find_command_problem(name: str, offers: Sequence[Offer]) -> str:
     """Return why a command cannot be used, as far as metadata show it, or ""."""
     if len(offers) > 1:
         return f"the command {name!r} is offered by {' and '.join(str(each.origin) for each in offers)}; uninstall one"
     (offer,) = offers
-    return f"the command {name!r} of {offer.origin} cannot be used: {offer.fault}" if offer.fault else ""
+    return f"the command {name!r} of {offer.origin} cannot be used: {offer.problem}" if offer.problem else ""
 
 
-def load_command(name: str) -> Any:
+def load_plugin_command(name: str) -> Any:
     """Import a command of another distribution.
 
     Raises:
         ValueError: It cannot be used or imported; one line with the distribution.
     """
-    offers = find_commands()[name]
-    if problem := find_problem(name, offers):
+    offers = find_plugin_commands()[name]
+    if problem := find_command_problem(name, offers):
         raise ValueError(problem)
     (offer,) = offers
     module, _, attribute = offer.card.factory.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
-        return _make_command(name, found)
+        command = getattr(import_module(module), attribute)
+        return _make_command(name, command)
     except (Exception, SystemExit) as error:  # other people's code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the command {name!r} of {offer.origin} cannot be loaded: {reason}; update it") from error
 
 
-def _make_command(name: str, found: typer.Typer | Callable[..., Any]) -> Any:
+def _make_command(name: str, command: typer.Typer | Callable[..., Any]) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    if isinstance(found, typer.Typer):
-        app.add_typer(found, name=name)
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
         return typer.main.get_command(app).commands[name]
-    if not callable(found):
-        raise TypeError(f"{type(found).__name__} is not a typer app or a function")
-    app.command(name)(found)
+    if not callable(command):
+        raise TypeError(f"{type(command).__name__} is not a typer app or a function")
+    app.command(name)(command)
     return typer.main.get_command(app)

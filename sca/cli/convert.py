@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import OUTPUTS, ImagePrefix, check_pipes, complain, input_path, settle
+from sca.cli.options import OUTPUT_FORMATS_HELP, ImagePrefix, check_pipes, print_stderr, parse_input_path, check_option_choice
 from sca.io.json import DESCRIPTOR
 from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from sca.io.annotations.annotation import SkipCounter
-    from sca.output.captioned import Captioned
+    from sca.output.captioned import CaptionedImage
 
-SHOWN = 10  # records that cannot be read and are named
-IMAGES = "Folder that image names are relative to (default: the working folder, then that of the captions)."
+MAX_PRINTED_ERRORS = 10  # records that cannot be read and are named
+IMAGES_HELP = "Folder that image names are relative to (default: the working folder, then that of the captions)."
 
 
 def convert(
     captions: Annotated[
         Path,
         typer.Argument(
-            parser=input_path, help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files"
+            parser=parse_input_path, help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files"
         ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write to")],
-    format: Annotated[str, typer.Option(help=f"any of {OUTPUTS}")] = "coco",
-    images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
+    format: Annotated[str, typer.Option(help=f"any of {OUTPUT_FORMATS_HELP}")] = "coco",
+    images: Annotated[Path | None, typer.Option(help=IMAGES_HELP)] = None,
     image_prefix: ImagePrefix = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was converted to OUT before.")] = False,
 ) -> None:
@@ -40,79 +40,79 @@ def convert(
     from sca.io.image_names import rewrite_name
     from sca.io.images import show
     from sca.io.run_folder import RunFolder
-    from sca.output import DRAWN, FORMATS, LABEL_STUDIO, Writers, output_patterns
+    from sca.output import DRAWN_FORMATS, OUTPUT_FORMATS, LABEL_STUDIO, MultiFormatWriter, list_output_patterns
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
-        settle("format", name, FORMATS)
-    skip, roots, rejected = SkipCounter(), _roots(images, [captions]), Rejected()
-    found = _read(captions, skip, roots, image_prefix, rejected, LABEL_STUDIO in formats)
-    first = next(found, None)
+        check_option_choice("format", name, OUTPUT_FORMATS)
+    skip, roots, rejections = SkipCounter(), _list_image_roots(images, [captions]), RejectionReporter()
+    captioned_images = _read_captioned_images(captions, skip, roots, image_prefix, rejections, LABEL_STUDIO in formats)
+    first = next(captioned_images, None)
     if first is None:
         raise InputError(f"{show(captions)} has no captions")
-    done, bad = 0, 0
-    with RunFolder(out, "convert", output_patterns(FORMATS)) as folder:
+    num_regions, num_failed = 0, 0
+    with RunFolder(out, "convert", list_output_patterns(OUTPUT_FORMATS)) as folder:
         settings = {"captions": str(captions), "images": images and str(images)}
         settings |= {"image_prefix": image_prefix} if image_prefix else {}
-        folder.begin(settings, output_patterns(formats), [captions], overwrite=overwrite)
-        with Writers(out, formats, first.model, image_prefix) as writers:
-            for each in chain([first], found):
-                picture = each.size
-                if set(formats) & set(DRAWN):
+        folder.begin(settings, list_output_patterns(formats), [captions], overwrite=overwrite)
+        with MultiFormatWriter(out, formats, first.model, image_prefix) as writers:
+            for captioned in chain([first], captioned_images):
+                image = captioned.size
+                if set(formats) & set(DRAWN_FORMATS):
                     try:
-                        picture = each.open(roots)
+                        image = captioned.open(roots)
                     except InputError as error:
-                        complain(str(error))
-                        bad += 1
+                        print_stderr(str(error))
+                        num_failed += 1
                         continue
-                writers.add(rewrite_name(each.image, roots), picture, each.captions)
-                done += len(each.captions)
+                writers.add(rewrite_name(captioned.image, roots), image, captioned.captions)
+                num_regions += len(captioned.captions)
         folder.finish()
     for path in writers.paths.values():
-        complain(f"wrote {path}")
+        print_stderr(f"wrote {path}")
     if summary := skip.summarize():
-        complain(summary)
-    complain(format_count(done, "region"))
-    rejected.end()
-    if bad:
+        print_stderr(summary)
+    print_stderr(format_count(num_regions, "region"))
+    rejections.finish()
+    if num_failed:
         raise typer.Exit(1)
 
 
 def view(
     captions: Annotated[
-        Path, typer.Argument(parser=input_path, help="what `sca caption` wrote, in any format that can be read")
+        Path, typer.Argument(parser=parse_input_path, help="what `sca caption` wrote, in any format that can be read")
     ],
     other: Annotated[
-        Path | None, typer.Argument(parser=input_path, help="another file of the same images, to compare")
+        Path | None, typer.Argument(parser=parse_input_path, help="another file of the same images, to compare")
     ] = None,
     out: Annotated[Path, typer.Option(help="the page")] = Path("view.html"),
-    images: Annotated[Path | None, typer.Option(help=IMAGES)] = None,
+    images: Annotated[Path | None, typer.Option(help=IMAGES_HELP)] = None,
     image_prefix: ImagePrefix = "",
 ) -> None:
     """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import open_folder
-    from sca.output.page import check_page
-    from sca.output.view import write_view
+    from sca.output.page import check_page_path
+    from sca.output.view import write_viewer
 
     files = [path for path in (captions, other) if path]
     check_pipes(files)
     open_folder(out.parent)
-    check_page(out, files)
-    skip, roots, names, rejected = SkipCounter(), _roots(images, files), tuple(map(str, files)), Rejected()
-    first, *rest = (_read(path, skip, roots, image_prefix, rejected, is_written=True) for path in files)
-    regions, problems = write_view(out, first, rest[0] if rest else None, roots, names)
+    check_page_path(out, files)
+    skip, roots, names, rejections = SkipCounter(), _list_image_roots(images, files), tuple(map(str, files)), RejectionReporter()
+    first_images, *other_images = (_read_captioned_images(path, skip, roots, image_prefix, rejections, is_written=True) for path in files)
+    num_regions, problems = write_viewer(out, first_images, other_images[0] if other_images else None, roots, names)
     for problem in problems[:10]:
-        complain(problem)
+        print_stderr(problem)
     if problems:
-        complain(f"{format_count(len(problems), 'image')} not shown; --images names the folder that they are in")
+        print_stderr(f"{format_count(len(problems), 'image')} not shown; --images names the folder that they are in")
     if summary := skip.summarize():
-        complain(summary)
-    complain(f"wrote {out}, {format_count(regions, 'region')}")
-    rejected.end()
+        print_stderr(summary)
+    print_stderr(f"wrote {out}, {format_count(num_regions, 'region')}")
+    rejections.finish()
 
 
-class Rejected:
+class RejectionReporter:
     """Name the first records that cannot be read, and count all."""
 
     def __init__(self) -> None:
@@ -120,39 +120,39 @@ class Rejected:
 
     def __call__(self, error: ValueError) -> None:
         self.count += 1
-        if self.count <= SHOWN:
-            complain(str(error))
+        if self.count <= MAX_PRINTED_ERRORS:
+            print_stderr(str(error))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Say how many there are, and end with status 1 if there are any."""
         if self.count:
-            complain(f"left out {format_count(self.count, 'record')} that cannot be used; correct the file")
+            print_stderr(f"left out {format_count(self.count, 'record')} that cannot be used; correct the file")
             raise typer.Exit(1)
 
 
-def _read(
+def _read_captioned_images(
     path: Path,
     skip: SkipCounter,
     roots: list[Path],
     image_prefix: str,
-    rejected: Rejected,
+    rejections: RejectionReporter,
     is_written: bool = False,
-) -> Iterator[Captioned]:
+) -> Iterator[CaptionedImage]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
     from sca.io.image_names import remove_image_prefix
     from sca.io.images import show
     from sca.output.read import read_captions
 
     is_used = not image_prefix or is_written
-    for each in read_captions(path, skip, roots, rejected):
-        name = remove_image_prefix(each.image, image_prefix)
-        is_used |= name != each.image
-        yield each._replace(image=name)
+    for captioned in read_captions(path, skip, roots, rejections):
+        name = remove_image_prefix(captioned.image, image_prefix)
+        is_used |= name != captioned.image
+        yield captioned._replace(image=name)
     if not is_used:
-        complain(f"no image name of {show(path)} begins with --image-prefix {image_prefix}")
+        print_stderr(f"no image name of {show(path)} begins with --image-prefix {image_prefix}")
 
 
-def _roots(images: Path | None, captions: Iterable[Path]) -> list[Path]:
+def _list_image_roots(images: Path | None, captions: Iterable[Path]) -> list[Path]:
     """The folders that images may be named in."""
-    beside = [path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR.fullmatch(str(path))]
-    return [images] if images else list(dict.fromkeys([Path(), *beside]))
+    caption_folders = [path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR.fullmatch(str(path))]
+    return [images] if images else list(dict.fromkeys([Path(), *caption_folders]))

@@ -13,7 +13,7 @@ app = typer.Typer(help="Datasets as files.", no_args_is_help=True, rich_markup_m
 
 
 @app.callback()
-def _group() -> None:
+def _show_data_help() -> None:
     """Datasets as files."""
 
 
@@ -31,57 +31,57 @@ def export(
     """Writes a dataset in the layout that a public one is published in."""
     from sca_registry import datasets
 
-    from sca.cli.options import print_line, read_options, settle
+    from sca.cli.options import print_line, parse_part_options, check_option_choice
     from sca.data.export import FORMATS
     from sca.data.export import export as write
     from sca.io.atomic import check_replaceable
 
-    settle("format", format, tuple(FORMATS))
+    check_option_choice("format", format, tuple(FORMATS))
     check_replaceable(folder)
-    chosen = read_options("datasets", dataset, options or ())
-    sets = {name: datasets.build(dataset, name, **chosen) for name in split or ["val"]}
-    with _refusing_nothing():
-        _report(dataset, sets)
-        print_line(f"wrote {write(sets, folder, format, limit=limit)}")
+    dataset_options = parse_part_options("datasets", dataset, options or ())
+    datasets_by_split = {name: datasets.build(dataset, name, **dataset_options) for name in split or ["val"]}
+    with _exit_if_empty():
+        _report_splits(dataset, datasets_by_split)
+        print_line(f"wrote {write(datasets_by_split, folder, format, limit=limit)}")
 
 
-def _report(dataset: str, sets: Mapping[str, Any]) -> None:
+def _report_splits(dataset: str, datasets_by_split: Mapping[str, Any]) -> None:
     """Report what each split contains. Raises EmptyDatasetError if none has an image."""
-    from sca.cli.options import complain
+    from sca.cli.options import print_stderr
     from sca.data.summary import check_not_empty, summarize_dataset
 
-    for split, found in sets.items():
-        if len(found) or any(map(len, sets.values())):
-            complain(f"{dataset} {split}: {summarize_dataset(found)}")
+    for split, split_dataset in datasets_by_split.items():
+        if len(split_dataset) or any(map(len, datasets_by_split.values())):
+            print_stderr(f"{dataset} {split}: {summarize_dataset(split_dataset)}")
         else:
-            check_not_empty(found, f"{dataset} {split}")
+            check_not_empty(split_dataset, f"{dataset} {split}")
 
 
 @contextmanager
-def _refusing_nothing() -> Iterator[None]:
+def _exit_if_empty() -> Iterator[None]:
     """Exit with status 1 where a dataset has nothing to write."""
-    from sca.cli.options import complain
+    from sca.cli.options import print_stderr
     from sca.data.summary import EmptyDatasetError
 
     try:
         yield
     except EmptyDatasetError as error:
-        complain(str(error))
+        print_stderr(str(error))
         raise typer.Exit(1) from error
 
 
-Dataset = Annotated[str, typer.Argument(help="a dataset by name, such as coco; `sca list datasets` has all")]
-Split = Annotated[str, typer.Option(help="train, val, test, ...")]
-Options = Annotated[
+DatasetName = Annotated[str, typer.Argument(help="a dataset by name, such as coco; `sca list datasets` has all")]
+SplitName = Annotated[str, typer.Option(help="train, val, test, ...")]
+DatasetOptions = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="options of the dataset, such as root=FOLDER")
 ]
 
 
 @app.command()
 def stats(
-    dataset: Dataset,
-    options: Options = None,
-    split: Split = "val",
+    dataset: DatasetName,
+    options: DatasetOptions = None,
+    split: SplitName = "val",
     pictures: Annotated[
         bool, typer.Option("--pictures", help="open every picture, so that damaged ones count")
     ] = False,
@@ -90,36 +90,36 @@ def stats(
     """Counts images, regions, phrases and words, and tells what was left out and why."""
     from sca_registry import datasets
 
-    from sca.cli.options import print_json, print_table, read_options
+    from sca.cli.options import print_json, print_table, parse_part_options
     from sca.data.stats import stats as counted
     from sca.io.terminal import Table
 
-    chosen = read_options("datasets", dataset, options or ())
-    found = {"dataset": dataset, **counted(datasets.build(dataset, split, **chosen), pictures)}
+    dataset_options = parse_part_options("datasets", dataset, options or ())
+    statistics = {"dataset": dataset, **counted(datasets.build(dataset, split, **dataset_options), pictures)}
     if as_json:
-        print_json(found)
+        print_json(statistics)
         return
     table = Table(("", ""), title=f"{dataset} {split}")
-    for name, value in found.items():
+    for name, value in statistics.items():
         if name not in ("dataset", "split", "examples") and value not in (None, {}):
-            table.add_row(name.replace("_", " "), _shown(value))
-    for reason, examples in found["examples"].items():
-        for place, example in enumerate(examples):
-            table.add_row("" if place else f"such as {reason}", example)
+            table.add_row(name.replace("_", " "), _format_statistic(value))
+    for reason, examples in statistics["examples"].items():
+        for index, example in enumerate(examples):
+            table.add_row("" if index else f"such as {reason}", example)
     print_table(table)
 
 
-def _shown(value: object) -> str:
+def _format_statistic(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(number)}" for name, number in value.items())
+        return ", ".join(f"{name} {_format_statistic(count)}" for name, count in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @app.command()
 def view(
-    dataset: Dataset,
-    options: Options = None,
-    split: Split = "val",
+    dataset: DatasetName,
+    options: DatasetOptions = None,
+    split: SplitName = "val",
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("data.html"),
     limit: Annotated[int, typer.Option(help="so many images, drawn at random", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
@@ -129,20 +129,20 @@ def view(
     import random
 
     from sca_registry import datasets
-    from sca_registry.overrides import read_assignment
+    from sca_registry.overrides import parse_assignment
 
-    from sca.cli.options import print_line, read_options
+    from sca.cli.options import print_line, parse_part_options
     from sca.io.run_folder import existing_paths
-    from sca.output.page import check_page
-    from sca.output.samples import write_samples
+    from sca.output.page import check_page_path
+    from sca.output.samples import write_samples_page
     from sca.training.recipe import parse_augmentation
 
-    change = parse_augmentation(read_assignment(f"augment={augment}")[1], "--augment") if augment else None
-    given = read_options("datasets", dataset, options or ())
-    check_page(out, existing_paths(given))
-    found = datasets.build(dataset, split, **given)
-    with _refusing_nothing():
-        _report(dataset, {split: found})
-        chosen = sorted(random.Random(seed).sample(range(len(found)), min(limit, len(found))))
-        title = f"{dataset} {split}: {len(chosen)} of {len(found)} images"
-        print_line(f"wrote {write_samples((found[index] for index in chosen), out, title, change, seed)}")
+    augmentation = parse_augmentation(parse_assignment(f"augment={augment}")[1], "--augment") if augment else None
+    dataset_options = parse_part_options("datasets", dataset, options or ())
+    check_page_path(out, existing_paths(dataset_options))
+    built_dataset = datasets.build(dataset, split, **dataset_options)
+    with _exit_if_empty():
+        _report_splits(dataset, {split: built_dataset})
+        indices = sorted(random.Random(seed).sample(range(len(built_dataset)), min(limit, len(built_dataset))))
+        title = f"{dataset} {split}: {len(indices)} of {len(built_dataset)} images"
+        print_line(f"wrote {write_samples_page((built_dataset[index] for index in indices), out, title, augmentation, seed)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, TrustRemoteCode, complain
+from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, TrustRemoteCode, print_stderr
 from sca.devices import resolve_device
 
 MIB = 2**20
@@ -55,19 +55,19 @@ def demo(
     from sca.demo.run import run_demo
 
     names = model or ["sca-tiny"]
-    agreed = {name: {"trust_remote_code": trust_remote_code, "allow_external": allow_external} for name in names}
+    trust_options_by_model = {name: {"trust_remote_code": trust_remote_code, "allow_external": allow_external} for name in names}
     keys = read_keys(api_key_file) if api_key_file else ()
     if is_loopback(host):
-        names = list(dict.fromkeys((*names, *zoo.names())))
+        names = list(dict.fromkeys((*names, *zoo.list_names())))
     elif any_model:
         raise RegistryError(
             f"--any-model lets everyone who reaches {host} load any folder of this machine; name models with --model"
         )
 
-    def announce(message: str) -> None:
-        complain(message)
+    def report_ready(message: str) -> None:
+        print_stderr(message)
         if not is_loopback(host) and not keys:
-            complain(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
+            print_stderr(f"anyone who reaches {host} can use this demo; pass --api-key-file FILE to require a key")
 
     run_demo(
         names,
@@ -77,11 +77,11 @@ def demo(
         port,
         any_model,
         browser,
-        announce,
+        report_ready,
         max_body_bytes=max_body_mb * MIB,
         max_pixels=max_pixels,
         allowed_hosts=(host, *(allow_host or ())),
         api_keys=keys,
-        trust_options=agreed,
+        trust_options=trust_options_by_model,
         root_path=check_root_path(root_path),
     )

@@ -15,18 +15,18 @@ from sca.cli.options import (
     Device,
     Metrics,
     TrustRemoteCode,
-    complain,
-    input_path,
+    print_stderr,
+    parse_input_path,
     print_json,
     print_table,
-    settle,
+    check_option_choice,
 )
 from sca.devices import resolve_device
 
 if TYPE_CHECKING:
     from sca.evaluation.evaluate import EvaluationReport
 
-OPTIONS = (
+OPTIONS_HELP = (
     "options of the dataset (root=FOLDER, count=100), generation.beams=3, proposer.points=16, references=first, "
     "tokenizer=plain, and options of metrics such as semantic.model=FOLDER"
 )
@@ -35,7 +35,7 @@ OPTIONS = (
 def evaluate(
     model: Annotated[str, typer.Argument(help="a zoo name, a checkpoint folder, a captioner, or encoder+captioner")],
     dataset: Annotated[str, typer.Argument(help="scenes, coco, visual-genome, ... or a protocol")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=OPTIONS)] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help=OPTIONS_HELP)] = None,
     split: Annotated[str | None, typer.Option(help="train, val, test, testA, ... (default: val)")] = None,
     prompt: Annotated[str | None, typer.Option(help="box, center, random-point, mask-point or mask")] = None,
     control: Annotated[
@@ -67,47 +67,47 @@ def evaluate(
     from sca.io.atomic import open_folder
 
     if prompt is not None:
-        settle("prompt", prompt, list(PROMPT_TYPES))
+        check_option_choice("prompt", prompt, list(PROMPT_TYPES))
     for each in control or ():
-        settle("control", each, list(CONTROLS))
-    given = read_settings(options or (), dataset, proposer)
-    asked = metrics and listed(metrics)
-    device = _own(device)
+        check_option_choice("control", each, list(CONTROLS))
+    parsed_options = parse_evaluation_options(options or (), dataset, proposer)
+    metric_names = metrics and split_names(metrics)
+    device = _get_process_device(device)
     resolve_device(device)
     if out:
         open_folder(out)
-    how = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}
-    how |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    run_options = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}
+    run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
-        reports = _protocol(
-            model, protocol, given, asked, (split, prompt, proposer), control or (), seed, out, quiet, how
+        reports = _evaluate_protocol(
+            model, protocol, parsed_options, metric_names, (split, prompt, proposer), control or (), seed, out, quiet, run_options
         )
     else:
         from sca.evaluation.predictions import PromptingOptions
 
-        questions = PromptingOptions(
-            prompt=prompt or "box", controls=tuple(control or ()), seed=seed, generation=given["generation"]
+        prompting = PromptingOptions(
+            prompt=prompt or "box", controls=tuple(control or ()), seed=seed, generation=parsed_options["generation"]
         )
-        table = {"name": dataset, **given["dataset"]}
-        found = {"name": proposer, **given["proposer"]} if proposer else None
-        reports = [_run(model, table, split or "val", questions, found, asked, given["scores"], out, quiet, how)]
+        dataset_table = {"name": dataset, **parsed_options["dataset"]}
+        proposer_table = {"name": proposer, **parsed_options["proposer"]} if proposer else None
+        reports = [_evaluate_with_progress(model, dataset_table, split or "val", prompting, proposer_table, metric_names, parsed_options["scores"], out, quiet, run_options)]
         protocol = None
     reports = [report for report in reports if report is not None]  # only one of several processes has them
     if as_json and reports:
-        plain = [report.to_dict() for report in reports]
-        print_json(plain if protocol else plain[0])
+        report_dicts = [report.to_dict() for report in reports]
+        print_json(report_dicts if protocol else report_dicts[0])
     elif reports:
-        for place, report in enumerate(reports):
+        for index, report in enumerate(reports):
             print_table(report.build_table())
-            if protocol and protocol.runs[place].columns:
-                run = protocol.runs[place]
-                print_table(protocols.build_comparison_table(run, report.run["model"], report.scores, protocol.source))
+            if protocol and protocol.runs[index].columns:
+                protocol_run = protocol.runs[index]
+                print_table(protocols.build_comparison_table(protocol_run, report.run["model"], report.scores, protocol.source))
 
 
 def score(
     predictions: Annotated[
-        Path, typer.Argument(parser=input_path, help="predictions.jsonl, or the folder of it; - is standard input")
+        Path, typer.Argument(parser=parse_input_path, help="predictions.jsonl, or the folder of it; - is standard input")
     ],
     options: Annotated[
         list[str] | None,
@@ -127,102 +127,102 @@ def score(
     """
     from sca.evaluation.evaluate import score_file
 
-    given = read_settings(options or (), dataset, kinds=("dataset",))
-    if given["dataset"] and dataset is None:
-        raise ValueError(f"{', '.join(given['dataset'])}: options of a dataset, and no --dataset is named")
-    against = {"name": dataset, **given["dataset"]} if dataset else None
-    report = score_file(predictions, metrics and listed(metrics), given["scores"], against, split)
+    parsed_options = parse_evaluation_options(options or (), dataset, table_names=("dataset",))
+    if parsed_options["dataset"] and dataset is None:
+        raise ValueError(f"{', '.join(parsed_options['dataset'])}: options of a dataset, and no --dataset is named")
+    expected_dataset = {"name": dataset, **parsed_options["dataset"]} if dataset else None
+    report = score_file(predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split)
     if as_json:
         print_json(report.to_dict())
     else:
         print_table(report.build_table())
 
 
-def read_settings(
+def parse_evaluation_options(
     assignments: Sequence[str],
     dataset: str | None = None,
     proposer: str | None = None,
-    kinds: Sequence[str] = ("generation", "proposer"),
+    table_names: Sequence[str] = ("generation", "proposer"),
 ) -> dict[str, Any]:
     """`key=value` by what it is an option of: the dataset, the scores, or one of `kinds` (kind.key=value)."""
     from sca_registry import datasets, metrics, proposers
-    from sca_registry.overrides import read_assignment
+    from sca_registry.overrides import parse_assignment
 
     from sca.evaluation.scoring import SHARED_OPTIONS
 
     def is_text(path: tuple[str, ...]) -> bool:
-        *above, option = path
-        match above:
+        *parents, option = path
+        match parents:
             case [] | ["dataset"]:
-                return dataset is not None and datasets.takes_text(dataset, option)
+                return dataset is not None and datasets.is_text_option(dataset, option)
             case ["proposer"]:
-                return proposer is not None and proposers.takes_text(proposer, option)
+                return proposer is not None and proposers.is_text_option(proposer, option)
             case [metric]:
-                return metrics.takes_text(metric, option)
+                return metrics.is_text_option(metric, option)
         return False
 
-    given: dict[str, Any] = {kind: {} for kind in ("dataset", "scores", *kinds)}
+    options_by_table: dict[str, Any] = {kind: {} for kind in ("dataset", "scores", *table_names)}
     for assignment in assignments:
-        path, value = read_assignment(assignment, is_text)
-        if len(path) == 2 and path[0] in kinds:
-            given[path[0]][path[1]] = value
+        path, value = parse_assignment(assignment, is_text)
+        if len(path) == 2 and path[0] in table_names:
+            options_by_table[path[0]][path[1]] = value
         elif len(path) == 2 or path[0] in SHARED_OPTIONS:
-            given["scores"][".".join(path)] = value
+            options_by_table["scores"][".".join(path)] = value
         elif len(path) == 1:
-            given["dataset"][path[0]] = value
+            options_by_table["dataset"][path[0]] = value
         else:
             raise ValueError(f"{assignment!r}: write option=value, or metric.option=value")
-    return given
+    return options_by_table
 
 
-def _protocol(
+def _evaluate_protocol(
     model: str,
     protocol: Any,
-    given: dict[str, Any],
+    parsed_options: dict[str, Any],
     metrics: Sequence[str] | None,
-    chosen: Sequence[str | None],
+    overridden: Sequence[str | None],
     controls: Sequence[str],
     seed: int,
     out: Path | None,
     quiet: bool,
-    how: dict[str, Any],
+    run_options: dict[str, Any],
 ) -> list[EvaluationReport | None]:
     from dataclasses import replace
 
     from sca.evaluation.protocol import available_metrics
 
-    split, prompt, proposer = chosen
+    split, prompt, proposer = overridden
     if split or prompt:
         raise ValueError(f"the protocol {protocol.name} has its own splits and prompts: leave out --split and --prompt")
-    settings = {**protocol.settings, **given["scores"]}
-    wanted = metrics
-    if not wanted:
-        wanted, missing = available_metrics(protocol, settings)
+    metric_options = {**protocol.settings, **parsed_options["scores"]}
+    metric_names = metrics
+    if not metric_names:
+        metric_names, missing = available_metrics(protocol, metric_options)
         if missing and not quiet:
-            complain(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
+            print_stderr(f"left out {', '.join(missing)} of {protocol.name}; name one with --metrics for the reason")
     reports = []
-    for run in protocol.runs:
-        questions = replace(run.questions, controls=tuple(controls), seed=seed)
-        questions = replace(questions, generation={**run.generation, **given["generation"]})
-        finder = proposer or run.proposer if run.proposer else None
-        found = {"name": finder, **given["proposer"]} if finder else None
-        table = {"name": run.dataset, **run.options, **given["dataset"]}
-        folder = out and out / run.name
-        reports.append(_run(model, table, run.split, questions, found, wanted, settings, folder, quiet, how))
+    for protocol_run in protocol.runs:
+        prompting = replace(protocol_run.questions, controls=tuple(controls), seed=seed)
+        prompting = replace(prompting, generation={**protocol_run.generation, **parsed_options["generation"]})
+        proposer_name = proposer or protocol_run.proposer if protocol_run.proposer else None
+        proposer_table = {"name": proposer_name, **parsed_options["proposer"]} if proposer_name else None
+        dataset_table = {"name": protocol_run.dataset, **protocol_run.options, **parsed_options["dataset"]}
+        folder = out and out / protocol_run.name
+        reports.append(_evaluate_with_progress(model, dataset_table, protocol_run.split, prompting, proposer_table, metric_names, metric_options, folder, quiet, run_options))
     return reports
 
 
-def _run(
+def _evaluate_with_progress(
     model: str,
     dataset: dict[str, Any],
     split: str,
-    questions: Any,
+    prompting: Any,
     proposer: dict[str, Any] | None,
     metrics: Sequence[str] | None,
-    settings: dict[str, Any],
+    metric_options: dict[str, Any],
     out: Path | None,
     quiet: bool,
-    how: dict[str, Any],
+    run_options: dict[str, Any],
 ) -> EvaluationReport | None:
     from rich.console import Console
     from rich.progress import Progress
@@ -235,24 +235,24 @@ def _run(
         open_folder(out)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        bar = progress.add_task("images", total=None)
+        progress_task = progress.add_task("images", total=None)
         report = run(
             model,
             dataset,
             split,
-            prompting=questions,
+            prompting=prompting,
             proposer=proposer,
             metrics=metrics,
-            metric_options=settings,
+            metric_options=metric_options,
             folder=out,
-            **how,
-            progress=lambda done, every: progress.update(bar, completed=done, total=every),
-            report=None if quiet else complain,
+            **run_options,
+            progress=lambda done, total: progress.update(progress_task, completed=done, total=total),
+            report=None if quiet else print_stderr,
         )
     if out and report is not None:
         write_file(out / SCORES_NAME, f"{json.dumps(report.to_dict(), indent=1)}\n")
         if not quiet:
-            complain(f"wrote {out / 'predictions.jsonl'} and {out / SCORES_NAME}")
+            print_stderr(f"wrote {out / 'predictions.jsonl'} and {out / SCORES_NAME}")
     return report
 
 
@@ -263,19 +263,19 @@ def _is_protocol(name: str) -> bool:
 
     if name in protocol.list_protocols():
         return True
-    if name not in sca_registry.datasets.names() and ":" not in name:
-        from sca_registry.messages import unknown
+    if name not in sca_registry.datasets.list_names() and ":" not in name:
+        from sca_registry.messages import make_unknown_name_error
 
-        known = [*sca_registry.datasets.names(), *protocol.list_protocols()]
-        raise unknown(f"no dataset or protocol {name!r}", name, known)
+        known = [*sca_registry.datasets.list_names(), *protocol.list_protocols()]
+        raise make_unknown_name_error(f"no dataset or protocol {name!r}", name, known)
     return False
 
 
-def listed(names: str) -> list[str]:
+def split_names(names: str) -> list[str]:
     return [name for each in names.split(",") if (name := each.strip())]
 
 
-def _own(device: str) -> str:
+def _get_process_device(device: str) -> str:
     """Under a launcher each process has a GPU of its own."""
     import os
 

@@ -8,12 +8,12 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
-from sca_registry import REGISTRIES, registry
+from sca_registry import REGISTRIES, get_registry
 
-from sca.cli.options import complain, print_document, print_json, print_line, print_table, settle
+from sca.cli.options import print_stderr, print_document, print_json, print_line, print_table, check_option_choice
 from sca.io.terminal import Table
 
-STATES = ("ok", "unchecked", "broken", "needs extra")
+COMPONENT_STATES = ("ok", "unchecked", "broken", "needs extra")
 
 
 def list_names(
@@ -26,23 +26,23 @@ def list_names(
     """List the available components, models and recipes, and their state."""
     from sca_registry import zoo
 
-    kinds = [_kind(kind)] if kind else [*REGISTRIES, "models", "recipes"]
+    kinds = [_resolve_kind(kind)] if kind else [*REGISTRIES, "models", "recipes"]
     if state:
-        settle("state", state, STATES)
-    rows = [row for each in kinds for row in _rows(each)]
+        check_option_choice("state", state, COMPONENT_STATES)
+    rows = [row for kind_name in kinds for row in _collect_rows(kind_name)]
     rows = [row for row in rows if row["state"].startswith(state) and (not extra or row.get("extra") == extra)]
     if as_json:
         print_json(rows)
         return
-    for plural, listed in groupby(rows, key=lambda row: _kind(row["kind"])):
+    for plural, kind_rows in groupby(rows, key=lambda row: _resolve_kind(row["kind"])):
         if not kind:
             print_document(f"\n{plural.replace('_', ' ').upper()}")
-        print_table(_table([*listed], long))
+        print_table(_build_table([*kind_rows], long))
     if kinds == ["models"]:
-        complain(zoo.describe_photograph_models())
+        print_stderr(zoo.describe_photograph_models())
 
 
-def _table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
+def _build_table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
     """Return a table of the components of one kind; columns without any content are left out."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "name": lambda row: row["name"],
@@ -55,16 +55,16 @@ def _table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
     }
     if not long:
         del columns["license"], columns["from"]
-        columns["parameters"] = lambda row: _short(row["parameters"])
+        columns["parameters"] = lambda row: _format_count(row["parameters"])
         columns["state"] = lambda row: "" if row["state"] == "ok" else row["state"]
-    shown = {name: cells for name, cell in columns.items() if any(cells := [cell(row) for row in rows])}
-    table = Table(tuple(shown), right=("parameters",), framed=False)
-    for row in zip(*shown.values(), strict=True):
+    cells_by_column = {name: cells for name, cell in columns.items() if any(cells := [cell(row) for row in rows])}
+    table = Table(tuple(cells_by_column), right=("parameters",), framed=False)
+    for row in zip(*cells_by_column.values(), strict=True):
         table.add_row(*row)
     return table
 
 
-def _short(count: int | None) -> str:
+def _format_count(count: int | None) -> str:
     """Return a count with a unit: 19.1 M."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count and count >= size:
@@ -79,23 +79,23 @@ def show(
     """Everything that is known of one name: its facts and its options with their defaults."""
     from sca_registry import zoo
 
-    kind = _kind(kind)
+    kind = _resolve_kind(kind)
     if kind == "recipes":
         from sca.training.recipe import read_recipe_text
 
         print_document(read_recipe_text(name))
         return
-    facts = _describe_model(name) if kind == "models" else _part(kind, name)
+    facts = _describe_model(name) if kind == "models" else _describe_part(kind, name)
     _print_facts(facts)
-    if kind == "models" and (remark := zoo.describe_domain(name)):
-        complain(remark)
+    if kind == "models" and (note := zoo.describe_domain(name)):
+        print_stderr(note)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
     options = facts.pop("options", {})
-    known = {f"{key.replace('_', ' ')}:": value for key, value in facts.items() if value not in (None, "")}
-    width = max(14, *(len(key) + 1 for key in known))
-    for key, value in known.items():
+    labeled_facts = {f"{key.replace('_', ' ')}:": value for key, value in facts.items() if value not in (None, "")}
+    width = max(14, *(len(key) + 1 for key in labeled_facts))
+    for key, value in labeled_facts.items():
         print_line(f"{key:<{width}}{value}")
     if options:
         print_line("options:")
@@ -103,58 +103,58 @@ def _print_facts(facts: dict[str, Any]) -> None:
             print_line(f"  {option} = {'(required)' if value is ... else value}")
 
 
-def version(asked: bool) -> None:
+def print_version(is_requested: bool) -> None:
     """For --version, which ends the command."""
-    if asked:
-        print_line(f"sca {_built_in()['version']}")
+    if is_requested:
+        print_line(f"sca {_get_builtin_facts()['version']}")
         raise typer.Exit()
 
 
-def _kind(word: str) -> str:
+def _resolve_kind(name: str) -> str:
     """The plural of a kind. Raises RegistryError, with the closest, for a word that is none."""
-    from sca_registry.contracts import KINDS
-    from sca_registry.messages import unknown
+    from sca_registry.contracts import COMPONENT_KINDS
+    from sca_registry.messages import make_unknown_name_error
 
-    plurals = {kind.singular: plural for plural, kind in KINDS.items()} | {"model": "models", "recipe": "recipes"}
-    plain = word.lower().replace("-", "_")
-    if plurals.get(plain, plain) not in plurals.values():
-        raise unknown(f"no kind of thing is called {word!r}", word, plurals.values())
-    return plurals.get(plain, plain)
+    plurals = {kind.singular: plural for plural, kind in COMPONENT_KINDS.items()} | {"model": "models", "recipe": "recipes"}
+    normalized = name.lower().replace("-", "_")
+    if plurals.get(normalized, normalized) not in plurals.values():
+        raise make_unknown_name_error(f"no kind of thing is called {name!r}", name, plurals.values())
+    return plurals.get(normalized, normalized)
 
 
-def _rows(kind: str) -> list[dict[str, Any]]:
+def _collect_rows(kind: str) -> list[dict[str, Any]]:
     from sca_registry import zoo
 
     if kind == "models":
-        return [_model(name) for name in zoo.names()]
-    return _recipes() if kind == "recipes" else [_facts(entry) for entry in registry(kind).entries()]
+        return [_describe_zoo_model(name) for name in zoo.list_names()]
+    return _describe_recipes() if kind == "recipes" else [_entry_to_dict(entry) for entry in get_registry(kind).list_entries()]
 
 
-def _part(kind: str, name: str) -> dict[str, Any]:
+def _describe_part(kind: str, name: str) -> dict[str, Any]:
     """The facts of a part; one of this package is read and not imported, a plugin is tried."""
-    from sca_registry.plugins import BUILTIN
-    from sca_registry.source import written_options
+    from sca_registry.plugins import BUILTIN_DISTRIBUTION
+    from sca_registry.source import read_source_options
 
-    parts = registry(kind)
-    entry = next((each for each in parts.entries() if each.name == name and each.distribution == BUILTIN), None)
-    options = written_options(entry.factory, bool(parts.kind.upstream or parts.kind.positional)) if entry else None
+    part_registry = get_registry(kind)
+    entry = next((each for each in part_registry.list_entries() if each.name == name and each.distribution == BUILTIN_DISTRIBUTION), None)
+    options = read_source_options(entry.factory, bool(part_registry.kind.upstream_kind or part_registry.kind.first_argument)) if entry else None
     if entry is None or options is None:
-        return _facts(parts.describe(name))
-    return _facts(entry) | {"options": options | dict(entry.options)}
+        return _entry_to_dict(part_registry.load_entry(name))
+    return _entry_to_dict(entry) | {"options": options | dict(entry.options)}
 
 
-def _facts(entry: Any) -> dict[str, Any]:
+def _entry_to_dict(entry: Any) -> dict[str, Any]:
     """An entry as plain JSON: options that are not are written as Python writes them."""
     facts = asdict(entry)
-    facts["options"] = {key: _json_value(value) for key, value in facts["options"].items()}
+    facts["options"] = {key: _convert_to_json_value(value) for key, value in facts["options"].items()}
     return facts
 
 
-def _model(name: str) -> dict[str, Any]:
+def _describe_zoo_model(name: str) -> dict[str, Any]:
     from sca_registry import zoo
 
-    entry = zoo.get(name)
-    facts = {"name": entry.name, "kind": "model", **_built_in(), **asdict(entry)}
+    entry = zoo.get_entry(name)
+    facts = {"name": entry.name, "kind": "model", **_get_builtin_facts(), **asdict(entry)}
     if entry.download_bytes:
         facts["download"] = f"{entry.download_bytes / 1e9:.1f} GB"
     if entry.folder and not (entry.folder / "weights.safetensors").is_file():
@@ -167,14 +167,14 @@ def _describe_model(name: str) -> dict[str, Any]:
     """Return the facts of a named model and its parts, or of a checkpoint folder or the folder of a training run."""
     from sca_registry import RegistryError, zoo
 
-    if name in zoo.names():
+    if name in zoo.list_names():
         from sca_registry.spec import ModelSpec
 
         from sca.checkpoints.inspection import describe_spec
         from sca.io.json import read_json
 
-        spec = (folder := zoo.get(name).folder) and folder / "spec.json"
-        return _model(name) | (describe_spec(ModelSpec.from_dict(read_json(spec))) if spec and spec.is_file() else {})
+        spec_path = (folder := zoo.get_entry(name).folder) and folder / "spec.json"
+        return _describe_zoo_model(name) | (describe_spec(ModelSpec.from_dict(read_json(spec_path))) if spec_path and spec_path.is_file() else {})
     from sca.io.hub import local_folder, suggest_path
 
     folder = local_folder(name)
@@ -183,14 +183,14 @@ def _describe_model(name: str) -> dict[str, Any]:
 
         return describe_checkpoint(folder)
     try:
-        return _model(name)
+        return _describe_zoo_model(name)
     except RegistryError as error:
         raise RegistryError(
             f"{error} The folder of a checkpoint or a training run works too{suggest_path(name)}."
         ) from None
 
 
-def _recipes() -> list[dict[str, Any]]:
+def _describe_recipes() -> list[dict[str, Any]]:
     import tomllib
 
     from sca.training.recipe import list_recipes, read_recipe_text
@@ -204,19 +204,19 @@ def _recipes() -> list[dict[str, Any]]:
             "source": table.get("source", ""),
             "licence": "Apache-2.0",
             "parameters": None,
-            **_built_in(),
+            **_get_builtin_facts(),
         }
         for name, table in tables.items()
     ]
 
 
-def _built_in() -> dict[str, str]:
+def _get_builtin_facts() -> dict[str, str]:
     from importlib.metadata import version
 
-    from sca_registry.plugins import BUILTIN
+    from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
-    return {"distribution": BUILTIN, "version": version(BUILTIN), "state": "ok", "reason": ""}
+    return {"distribution": BUILTIN_DISTRIBUTION, "version": version(BUILTIN_DISTRIBUTION), "state": "ok", "reason": ""}
 
 
-def _json_value(value: Any) -> Any:
+def _convert_to_json_value(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | list | dict | None) or value is ... else repr(value)

@@ -52,13 +52,13 @@ AllowHost = Annotated[
     list[str] | None,
     typer.Option(help="Name accepted in the Host header, besides this machine's own and IP addresses; * for all."),
 ]
-STDIN = "/dev/stdin"
-OUTPUTS = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
+STDIN_PATH = "/dev/stdin"
+OUTPUT_FORMATS_HELP = "jsonl,coco,parquet,geojson,label-studio,labelme,png,html"
 
 
-def input_path(text: str) -> Path:
+def parse_input_path(text: str) -> Path:
     """Parse the name of a file to read; `-` is standard input."""
-    return Path(STDIN if text == "-" else text)
+    return Path(STDIN_PATH if text == "-" else text)
 
 
 def check_pipes(paths: Sequence[str | Path]) -> None:
@@ -72,33 +72,33 @@ def check_pipes(paths: Sequence[str | Path]) -> None:
             raise ValueError(f"{path} is named {count} times, and a pipe can be read once; save it to a file")
 
 
-def settle(option: str, value: str, choices: Sequence[str]) -> None:
+def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Raises RegistryError, with the closest choice, unless the value is one of them."""
     if value not in choices:
-        from sca_registry.messages import unknown
+        from sca_registry.messages import make_unknown_name_error
 
-        raise unknown(f"no {option} {value!r}", value, choices)
+        raise make_unknown_name_error(f"no {option} {value!r}", value, choices)
 
 
 def check_dtype(dtype: str | None) -> str | None:
     """Return a data type of weights; raises RegistryError, with the closest, for another one."""
     if dtype:
-        settle("dtype", dtype, DTYPES)
+        check_option_choice("dtype", dtype, DTYPES)
     return dtype
 
 
 Dtype = Annotated[str | None, typer.Option(help=f"{' or '.join(DTYPES)} (default: the model's)", callback=check_dtype)]
 
 
-def read_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
+def parse_part_options(kind: str, name: str, assignments: Sequence[str]) -> dict[str, Any]:
     """The `key=value` options of one part, by its kind and name."""
-    from sca_registry import registry
-    from sca_registry.overrides import read_assignments
+    from sca_registry import get_registry
+    from sca_registry.overrides import parse_assignments
 
-    return read_assignments(assignments, partial(registry(kind).takes_text, name))
+    return parse_assignments(assignments, partial(get_registry(kind).is_text_option, name))
 
 
-def complain(message: str) -> None:
+def print_stderr(message: str) -> None:
     """One line on standard error."""
     print(escape_terminal(f"sca: {' '.join(message.split())}"), file=sys.stderr, flush=True)
 
@@ -116,7 +116,7 @@ def print_document(text: str) -> None:
 def print_json(value: Any) -> None:
     r"""Print JSON on standard output: the exact value, with \u escapes for what a terminal would act on."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    print(re.sub(UNSAFE, lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text), flush=True)
+    print(re.sub(UNSAFE, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text), flush=True)
 
 
 def print_table(table: Table) -> None:
@@ -126,6 +126,6 @@ def print_table(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 200)
-    with console.capture() as printed:
+    with console.capture() as captured:
         console.print(table)
-    print(printed.get(), end="", flush=True)
+    print(captured.get(), end="", flush=True)

@@ -47,13 +47,13 @@ def plan(
 
     if gpu is not None:
         resolve_gpu_memory(gpu)  # raises for an unknown one
-    settings = {"images": images, "regions": regions, "words": words, "train": train, "gpu": gpu}
+    workload = {"images": images, "regions": regions, "words": words, "train": train, "gpu": gpu}
     with _without_garbage_collection():
-        planned = _make_plan(model, overrides or (), trust_remote_code, allow_external, settings, dtype)
+        model_plan = _load_or_compute_plan(model, overrides or (), trust_remote_code, allow_external, workload, dtype)
     if as_json:
-        print_json(planned.to_dict())
+        print_json(model_plan.to_dict())
     else:
-        _print(planned)
+        _print_plan(model_plan)
 
 
 @contextmanager
@@ -68,35 +68,35 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _make_plan(
+def _load_or_compute_plan(
     model: str,
     overrides: Sequence[str],
     trust_remote_code: bool,
     allow_external: bool,
-    settings: dict[str, Any],
+    workload: dict[str, Any],
     dtype: str,
 ) -> Plan:
     """The plan of a model, from the cache if the same was planned before."""
     from sca.plan_cache import compute_plan_key, read_plan, write_plan
 
-    spec = _read(model, trust_remote_code, allow_external).override(overrides)
-    key = compute_plan_key(spec, {**settings, "dtype": dtype})
-    planned = read_plan(key) if key else None
-    if planned is None:
+    spec = _resolve_spec(model, trust_remote_code, allow_external).apply_overrides(overrides)
+    key = compute_plan_key(spec, {**workload, "dtype": dtype})
+    model_plan = read_plan(key) if key else None
+    if model_plan is None:
         import torch
 
         from sca.plan import plan_model as compute_plan
 
-        planned = compute_plan(spec, **settings, dtype=getattr(torch, dtype))
+        model_plan = compute_plan(spec, **workload, dtype=getattr(torch, dtype))
         if key:
-            write_plan(key, planned)
-    return planned
+            write_plan(key, model_plan)
+    return model_plan
 
 
-def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpec:
+def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpec:
     """The spec of what was named. Raises RegistryError for what is none of these."""
     from sca_registry import zoo
-    from sca_registry.messages import unknown
+    from sca_registry.messages import make_unknown_name_error
     from sca_registry.spec import ModelSpec
 
     if "+" in model:
@@ -109,39 +109,39 @@ def _read(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpe
     spec = read_local_spec(model, Trust(trust_remote_code, allow_external))
     if spec is not None:
         return spec
-    if model in zoo.names():
+    if model in zoo.list_names():
         raise ValueError(f"{model} lies on the hub: plan its parts, such as sam-vit-h+query+gpt2-large")
-    local = [name for name in zoo.names() if zoo.get(name).folder]
-    raise unknown(
+    local_names = [name for name in zoo.list_names() if zoo.get_entry(name).folder]
+    raise make_unknown_name_error(
         f"{model!r} is neither a folder with a {SPEC_FILE} nor encoder+mixer+language-model{suggest_path(model)}",
         model,
-        local,
+        local_names,
     )
 
 
-def _print(planned: Plan) -> None:
+def _print_plan(model_plan: Plan) -> None:
     from sca.io.terminal import Table
     from sca.plan_cache import MAX_PLANNED_REGIONS
 
-    what = "a step of training" if planned.train else "captioning"
-    asked = f"{what} of {planned.images} x {planned.regions} regions, {planned.words} tokens, {planned.dtype}"
-    print_line(f"{planned.model}: {asked}")
+    workload = "a step of training" if model_plan.train else "captioning"
+    summary = f"{workload} of {model_plan.images} x {model_plan.regions} regions, {model_plan.words} tokens, {model_plan.dtype}"
+    print_line(f"{model_plan.model}: {summary}")
     table = Table(("stage", "GFLOP", "most memory"), right=("GFLOP", "most memory"), framed=False)
-    for stage, flops in planned.flops.items():
-        table.add_row(stage, f"{flops / 1e9:,.1f}", _size(planned.memory[stage]))
-    table.add_row("in all", f"{sum(planned.flops.values()) / 1e9:,.1f}", _size(planned.peak))
+    for stage, flops in model_plan.flops.items():
+        table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
+    table.add_row("in all", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak))
     print_table(table)
-    for part, count in planned.parameters.items():
+    for part, count in model_plan.parameters.items():
         print_line(f"{part:<16}{count:>15,}")
-    print_line(f"{'parameters':<16}{sum(planned.parameters.values()):>15,}  {planned.trainable:,} train")
-    print_line(f"{'in float32':<16}{_size(planned.weights):>15}  a checkpoint of it {_size(planned.checkpoint)}")
-    if planned.room is not None:
-        most = planned.most_regions
-        fits = "fits" if planned.fits else "does not fit"
-        upto = f"{MAX_PLANNED_REGIONS:,} regions an image do, too" if most is None else f"up to {most:,} regions an image do"
-        told = upto if most != 0 else "not one region does"
-        print_line(f"{planned.gpu:<16}{_size(planned.room):>15}  to plan with: this {fits}; {told}")
+    print_line(f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable:,} train")
+    print_line(f"{'in float32':<16}{_format_bytes(model_plan.weights):>15}  a checkpoint of it {_format_bytes(model_plan.checkpoint)}")
+    if model_plan.room is not None:
+        max_regions = model_plan.most_regions
+        fits = "fits" if model_plan.fits else "does not fit"
+        limit_text = f"{MAX_PLANNED_REGIONS:,} regions an image do, too" if max_regions is None else f"up to {max_regions:,} regions an image do"
+        region_text = limit_text if max_regions != 0 else "not one region does"
+        print_line(f"{model_plan.gpu:<16}{_format_bytes(model_plan.room):>15}  to plan with: this {fits}; {region_text}")
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

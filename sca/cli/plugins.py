@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import complain, print_line, read_options
+from sca.cli.options import print_stderr, print_line, parse_part_options
 from sca.io.errors import InputError
 
 if TYPE_CHECKING:
-    from sca_registry.registry import Entry
+    from sca_registry.registry import RegistryEntry
 
 app = typer.Typer(help="Plugin packages.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
-def _group() -> None:
+def _show_plugin_help() -> None:
     """Plugin packages."""
 
 
@@ -33,8 +33,8 @@ def new(
     """Writes a package with one part, which installs and passes its tests as it is."""
     from sca.testing.scaffold import write_plugin_package
 
-    made = write_plugin_package(kind, name, folder)
-    print_line(f"wrote {made}; next: cd {made} && pip install -e . && sca check {kind} {name}")
+    package_folder = write_plugin_package(kind, name, folder)
+    print_line(f"wrote {package_folder}; next: cd {package_folder} && pip install -e . && sca check {kind} {name}")
 
 
 def check(
@@ -53,14 +53,14 @@ def check(
     from sca.testing.conformance import check_part as try_out
     from sca.testing.tiny import tiny_options
 
-    given = {**tiny_options(kind, name), **read_options(kind, name, options or ())}
-    findings = try_out(kind, name, **given)
-    broken = sum(not finding.passed for finding in findings)
+    part_options = {**tiny_options(kind, name), **parse_part_options(kind, name, options or ())}
+    findings = try_out(kind, name, **part_options)
+    num_failed = sum(not finding.passed for finding in findings)
     for finding in findings:
         if not (quiet and finding.passed):
             print_line(str(finding))
-    print_line(f"{len(findings) - broken} of {len(findings)} promises kept")
-    raise typer.Exit(1 if broken else 0)
+    print_line(f"{len(findings) - num_failed} of {len(findings)} promises kept")
+    raise typer.Exit(1 if num_failed else 0)
 
 
 def doctor(
@@ -85,51 +85,51 @@ def doctor(
         try:
             print_line(repair.fix_torchvision() if fix else repair.remove_torchvision_fix())
         except InputError as error:
-            complain(str(error))
+            print_stderr(str(error))
             raise typer.Exit(1) from error
         return
 
     from sca.testing.isolation import try_parts
 
-    for name, value in _machine():
+    for name, value in _collect_environment():
         print_line(f"{name + ':':<17}{value}")
     if problem := repair.diagnose_torchvision():
-        _print_list("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
+        _print_section("to repair:", [problem, "then run `sca doctor` again: no component was tried"])
         raise typer.Exit(1)
-    entries = [entry for parts in REGISTRIES.values() for entry in parts.entries()]
+    entries = [entry for parts in REGISTRIES.values() for entry in parts.list_entries()]
     entries = [entry for entry in entries if distribution in ("", entry.distribution)]
     if not entries:
         raise ValueError(f"no package {distribution!r} offers a part: `sca list` shows what comes from where")
     entries = try_parts(entries, timeout)
     _print_packages(entries)
-    broken = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
-    repairs = [*map(_repair, broken), *_find_command_problems(), *_strange_groups()]
-    extras = Counter(entry.reason for entry in entries if entry.state.startswith("needs extra"))
-    _print_list("to repair:", dict.fromkeys(repairs))
-    _print_list("for more parts:", [f"{line}  ({count} of them)" for line, count in extras.items()])
+    broken_distributions = dict.fromkeys(entry.distribution for entry in entries if entry.state == "broken")
+    repairs = [*map(_suggest_repair, broken_distributions), *_find_command_problems(), *_find_unknown_groups()]
+    missing_extras = Counter(entry.reason for entry in entries if entry.state.startswith("needs extra"))
+    _print_section("to repair:", dict.fromkeys(repairs))
+    _print_section("for more parts:", [f"{line}  ({count} of them)" for line, count in missing_extras.items()])
     raise typer.Exit(1 if repairs else 0)
 
 
-def _print_packages(entries: Sequence[Entry]) -> None:
+def _print_packages(entries: Sequence[RegistryEntry]) -> None:
     """Print each package with the states of its components; of those that are built in and ok, the count."""
-    from sca_registry.plugins import BUILTIN
+    from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
-    packages: dict[str, list[Entry]] = {}
+    packages: dict[str, list[RegistryEntry]] = {}
     for entry in entries:
         packages.setdefault(f"{entry.distribution} {entry.version}".strip(), []).append(entry)
-    for package, listed in packages.items():
+    for package, package_entries in packages.items():
         print_line("")
         print_line(package)
-        fine = [entry for entry in listed if entry.distribution == BUILTIN and entry.state == "ok"]
-        for kind, count in Counter(entry.kind for entry in fine).items():
+        working_entries = [entry for entry in package_entries if entry.distribution == BUILTIN_DISTRIBUTION and entry.state == "ok"]
+        for kind, count in Counter(entry.kind for entry in working_entries).items():
             print_line(f"  {f'{count} of kind {kind}':<34}ok")
-        for entry in listed:
-            if entry not in fine and not entry.state.startswith("needs extra"):
+        for entry in package_entries:
+            if entry not in working_entries and not entry.state.startswith("needs extra"):
                 reason = f": {entry.reason}" if entry.reason else ""
                 print_line(f"  {entry.kind + ' ' + entry.name:<34}{entry.state}{reason}")
 
 
-def _print_list(title: str, lines: Collection[str]) -> None:
+def _print_section(title: str, lines: Collection[str]) -> None:
     if lines:
         print_line("")
         print_line(title)
@@ -137,58 +137,58 @@ def _print_list(title: str, lines: Collection[str]) -> None:
         print_line(f"  {line}")
 
 
-def _repair(distribution: str) -> str:
+def _suggest_repair(distribution: str) -> str:
     """The line that mends a package, or where it lies if it is at work here."""
     from importlib.metadata import distribution as find
 
-    from sca_registry.plugins import BUILTIN
+    from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
-    if distribution == BUILTIN:
+    if distribution == BUILTIN_DISTRIBUTION:
         return "pip install --force-reinstall -c constraints.txt PACKAGE, for each package that the errors above name"
     try:
-        place = json.loads(find(distribution).read_text("direct_url.json") or "{}").get("url", "")
+        source_url = json.loads(find(distribution).read_text("direct_url.json") or "{}").get("url", "")
     except (ModuleNotFoundError, ValueError):
-        place = ""
-    if place.startswith("file:"):
-        return f"correct {distribution} in {place.removeprefix('file://')}, and install it again"
+        source_url = ""
+    if source_url.startswith("file:"):
+        return f"correct {distribution} in {source_url.removeprefix('file://')}, and install it again"
     return f"pip install -U {distribution}, or pip uninstall {distribution}"
 
 
-def _strange_groups() -> list[str]:
+def _find_unknown_groups() -> list[str]:
     """Entry-point groups that are meant for this package and that it does not read."""
     from importlib.metadata import distributions
 
-    from sca_registry.contracts import KINDS
-    from sca_registry.messages import suggestion
+    from sca_registry.contracts import COMPONENT_KINDS
+    from sca_registry.messages import suggest_name
 
-    from sca.cli.commands import GROUP
+    from sca.cli.commands import COMMAND_GROUP
 
-    known = {f"sca_{kind}" for kind in KINDS} | {"sca_api", GROUP}
+    known_groups = {f"sca_{kind}" for kind in COMPONENT_KINDS} | {"sca_api", COMMAND_GROUP}
     return [
-        f"{found.metadata['Name']}: no parts are read from the entry points {point.group!r}."
-        f"{suggestion(point.group, known)}"
-        for found in distributions()
-        for point in found.entry_points
-        if point.group.startswith("sca_") and point.group not in known
+        f"{distribution.metadata['Name']}: no parts are read from the entry points {entry_point.group!r}."
+        f"{suggest_name(entry_point.group, known_groups)}"
+        for distribution in distributions()
+        for entry_point in distribution.entry_points
+        if entry_point.group.startswith("sca_") and entry_point.group not in known_groups
     ]
 
 
 def _find_command_problems() -> list[str]:
     """Find the commands of plugins that cannot be used; nothing is imported."""
     from sca.cli import app
-    from sca.cli.commands import find_commands, find_problem
+    from sca.cli.commands import find_plugin_commands, find_command_problem
 
-    own = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    builtin_commands = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     problems = []
-    for name, offers in find_commands().items():
-        if name in own:
+    for name, offers in find_plugin_commands().items():
+        if name in builtin_commands:
             problems += [f"{each.origin}: `sca` has a command {name!r} itself; rename the plugin's" for each in offers]
-        elif problem := find_problem(name, offers):
+        elif problem := find_command_problem(name, offers):
             problems.append(problem)
     return problems
 
 
-def _machine() -> list[tuple[str, str]]:
+def _collect_environment() -> list[tuple[str, str]]:
     """Python, the packages that all stands on, and what there is to compute on."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -201,7 +201,7 @@ def _machine() -> list[tuple[str, str]]:
             rows.append((package, "not installed"))
     import torch
 
-    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
     rows.append(("devices", ", ".join(["cpu", *devices])))

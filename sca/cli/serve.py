@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, ModelName, Seed, TrustRemoteCode, complain
+from sca.cli.options import AllowExternal, AllowHost, Device, Dtype, ModelName, Seed, TrustRemoteCode, print_stderr
 from sca.devices import resolve_device
 
 MIB = 2**20
@@ -61,12 +61,12 @@ def serve(
     from sca.serve.root_path import check_root_path
 
     part = Part.parse(launcher, "--launcher", "launchers")
-    where = sca_registry.launchers.build(part.name, **part.options)
-    if not isinstance(where, Local | Ray):
+    built_launcher = sca_registry.launchers.build(part.name, **part.options)
+    if not isinstance(built_launcher, Local | Ray):
         raise RegistryError(f"the launcher {part.name!r} runs tasks and serves nothing: choose local or ray")
-    if replicas != 1 and isinstance(where, Local):
+    if replicas != 1 and isinstance(built_launcher, Local):
         raise ValueError(f"this machine serves one copy of a model, not {replicas}: spread copies with ray")
-    hosted = ServerConfig(
+    server_config = ServerConfig(
         model,
         device,
         dtype,
@@ -86,20 +86,20 @@ def serve(
         trust_remote_code=trust_remote_code,
         allow_external=allow_external,
     )
-    hosted.check_installed()
-    if isinstance(where, Local):  # Ray reports it for its nodes
+    server_config.check_installed()
+    if isinstance(built_launcher, Local):  # Ray reports it for its nodes
         resolve_device(device)
 
-    def announce(url: str) -> None:
-        complain(f"{model} answers at {url}; Ctrl+C ends it")
-        if not is_loopback(host) and not hosted.api_keys:
-            complain(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
+    def report_ready(url: str) -> None:
+        print_stderr(f"{model} answers at {url}; Ctrl+C ends it")
+        if not is_loopback(host) and not server_config.api_keys:
+            print_stderr(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
 
-    if isinstance(where, Ray):
+    if isinstance(built_launcher, Ray):
         from sca.serve.cluster import serve_on_ray
 
-        serve_on_ray(hosted, host, port, replicas, announce, where.address, where.cores)
+        serve_on_ray(server_config, host, port, replicas, report_ready, built_launcher.address, built_launcher.cores)
     else:
         from sca.serve.server import serve_locally
 
-        serve_locally(hosted, host, port, announce)
+        serve_locally(server_config, host, port, report_ready)

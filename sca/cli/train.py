@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, complain, print_document, print_line
+from sca.cli.options import AllowExternal, TrustRemoteCode, print_stderr, print_document, print_line
 
 
 def train(
@@ -29,30 +29,30 @@ def train(
     """
     from sca.training.recipe import Recipe
 
-    plan = Recipe.read(recipe, changes or ())
-    folder = out or Path("runs") / plan.name
-    agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+    loaded_recipe = Recipe.read(recipe, changes or ())
+    folder = out or Path("runs") / loaded_recipe.name
+    trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     import torch
 
     from sca.training.processes import join_processes, run_processes
     from sca.training.train import compute_regions_per_process, check_recipe, compute_images_per_process
     from sca.training.train import train as run
 
-    processes = torch.cuda.device_count() or plan.train.num_processes
-    if processes > 1 and "RANK" not in os.environ:
-        compute_images_per_process(plan.train, processes)
-        compute_regions_per_process(plan.train, processes)
-        check_recipe(plan, **agreed)  # so that mistakes are reported once, and before anything is started
-        flags = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
-        flags |= {"--overwrite": overwrite}
-        options = ["--resume" if resume else "--no-resume", *(flag for flag, on in flags.items() if on)]
+    num_processes = torch.cuda.device_count() or loaded_recipe.train.num_processes
+    if num_processes > 1 and "RANK" not in os.environ:
+        compute_images_per_process(loaded_recipe.train, num_processes)
+        compute_regions_per_process(loaded_recipe.train, num_processes)
+        check_recipe(loaded_recipe, **trust_options)  # so that mistakes are reported once, and before anything is started
+        flag_values = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
+        flag_values |= {"--overwrite": overwrite}
+        options = ["--resume" if resume else "--no-resume", *(flag for flag, is_set in flag_values.items() if is_set)]
         options += ["--out", str(out)] if out else []
-        raise typer.Exit(run_processes(processes, ["train", *options, "--", recipe, *(changes or ())]))
-    first = os.environ.get("RANK", "0") == "0"
-    conflict = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
+        raise typer.Exit(run_processes(num_processes, ["train", *options, "--", recipe, *(changes or ())]))
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    conflict_options = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
     with join_processes():
-        model = run(plan, folder, resume=resume, quiet=quiet, report=complain, **conflict, **agreed)
-    if first:
+        model = run(loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options)
+    if is_main_process:
         print_document(model.summarize_parameters())
-        written = os.path.join(folder, "model")  # with a separator, also of "."
-        print_line(f"wrote {written}; use it with: sca caption IMAGE --model {written}")
+        model_folder = os.path.join(folder, "model")  # with a separator, also of "."
+        print_line(f"wrote {model_folder}; use it with: sca caption IMAGE --model {model_folder}")

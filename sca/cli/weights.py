@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, complain, print_document, print_line, settle
+from sca.cli.options import AllowExternal, TrustRemoteCode, print_stderr, print_document, print_line, check_option_choice
 
 LAYOUTS = ("published", "lm")
 
@@ -28,23 +28,23 @@ def pull(
     from sca.io.hub import pin
     from sca.io.hub import pull as fetch
 
-    def take(source: str, revision: str | None = None, **options: Any) -> Path:
+    def fetch_and_pin(source: str, revision: str | None = None, **options: Any) -> Path:
         folder = fetch(source, revision, **options)
         commit = pin(source, folder)
         print_line(f"{source}{f' at {commit}' if commit else ''}: {folder}")
         return folder
 
-    for source, wanted, prefix in _sources(name):
+    for source, card_revision, prefix in _find_weight_sources(name):
         if "://" in source:
             raise ValueError(f"{name} has its weights at {source}, from where they are fetched when it is first built")
-        folder = take(source, revision or wanted, prefix=prefix)
+        folder = fetch_and_pin(source, revision or card_revision, prefix=prefix)
         try:
             tokenizer = find_tokenizer_source(folder, Trust(external=allow_external))
         except TrustError as error:
-            complain(f"its tokenizer was not fetched: {error}")
+            print_stderr(f"its tokenizer was not fetched: {error}")
             continue
         if tokenizer:  # a published checkpoint has its language model's tokenizer elsewhere
-            take(tokenizer, weights=False)
+            fetch_and_pin(tokenizer, weights=False)
 
 
 def push(
@@ -96,19 +96,19 @@ def import_(
     check_not_inputs([out], [locate_checkpoint(folder), *existing_paths([encoder, language_model, tokenizer])])
     out.parent.mkdir(parents=True, exist_ok=True)
     with held_lock(out.parent / f".{out.name}.sca-lock", str(out)):
-        agreed = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
-        _import(folder, out, encoder, language_model, tokenizer, overwrite, agreed)
-    complain(f"wrote {out}")
+        trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
+        _import_checkpoint(folder, out, encoder, language_model, tokenizer, overwrite, trust_options)
+    print_stderr(f"wrote {out}")
 
 
-def _import(
+def _import_checkpoint(
     folder: str,
     out: Path,
     encoder: str,
     language_model: str,
     tokenizer: str,
     overwrite: bool,
-    agreed: Mapping[str, bool],
+    trust_options: Mapping[str, bool],
 ) -> None:
     from sca.checkpoints.export import attach_sources
     from sca.checkpoints.load import load
@@ -117,18 +117,18 @@ def _import(
     from sca.io.hub import fetch
     from sca.language_models.hf import load_tokenizer
 
-    model = load(folder, **agreed)
+    model = load(folder, **trust_options)
     if encoder or language_model:
         model = attach_sources(
             model,
-            **({"encoder": _part("encoder", encoder, "sam")} if encoder else {}),
-            **({"language_model": _part("language_model", language_model, "hf")} if language_model else {}),
+            **({"encoder": _make_part("encoder", encoder, "sam")} if encoder else {}),
+            **({"language_model": _make_part("language_model", language_model, "hf")} if language_model else {}),
         )
     if tokenizer:
-        found = load_tokenizer(fetch(tokenizer))
-        if found is None:
+        loaded_tokenizer = load_tokenizer(fetch(tokenizer))
+        if loaded_tokenizer is None:
             raise ValueError(f"there is no tokenizer in {tokenizer}")
-        model.language_model.tokenizer = found
+        model.language_model.tokenizer = loaded_tokenizer
     if out.is_dir() and any(out.iterdir()) and not (overwrite or is_saved(model, out)):
         raise OutputError(f"{out} contains another checkpoint; choose another folder, or replace it with --overwrite")
     save(model, out)
@@ -148,48 +148,48 @@ def export(
     from sca.checkpoints.load import load
     from sca.io.atomic import check_replaceable
 
-    settle("layout", layout, LAYOUTS)
+    check_option_choice("layout", layout, LAYOUTS)
     check_replaceable(out)
     model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
     if layout == "published":
         write_published_checkpoint(model, out)
     else:
         write_language_model(model, out)
-    complain(f"wrote {out}")
+    print_stderr(f"wrote {out}")
 
 
-def _sources(name: str) -> list[tuple[str, str | None, str]]:
+def _find_weight_sources(name: str) -> list[tuple[str, str | None, str]]:
     """The hub ids of what a name stands for, each with its revision and with what the names of its files begin with."""
     from sca_registry import REGISTRIES, zoo
-    from sca_registry.messages import unknown
+    from sca_registry.messages import make_unknown_name_error
 
-    if name in zoo.names():
-        entry = zoo.get(name)
+    if name in zoo.list_names():
+        entry = zoo.get_entry(name)
         if entry.folder:
             raise ValueError(f"{name} comes with the package: there is nothing to fetch")
         return [(entry.checkpoint, entry.revision, "")]
-    found = []
+    sources = []
     for registry in REGISTRIES.values():
-        options = registry.card(name).options if name in registry else {}
+        options = registry.get_card(name).options if name in registry else {}
         if options.get("weights"):
-            prefix = registry.stated(name, "prefix") or ""
-            found.append((options["weights"], options.get("revision"), prefix))
-    if found:
-        return found
+            prefix = registry.get_declared(name, "prefix") or ""
+            sources.append((options["weights"], options.get("revision"), prefix))
+    if sources:
+        return sources
     if "/" in name:
         return [(name, None, "")]
-    known = [
+    names = [
         each
         for registry in REGISTRIES.values()
-        for each in registry.names()
-        if registry.card(each).options.get("weights")
+        for each in registry.list_names()
+        if registry.get_card(each).options.get("weights")
     ]
-    raise unknown(f"nothing that can be fetched is named {name!r}", name, [*zoo.names(), *known])
+    raise make_unknown_name_error(f"nothing that can be fetched is named {name!r}", name, [*zoo.list_names(), *names])
 
 
-def _part(kind: str, name: str, factory: str) -> object:
+def _make_part(kind: str, name: str, fallback_name: str) -> object:
     """A registered name, or a folder or hub id as the weights of the part `factory`."""
-    from sca_registry import registry
+    from sca_registry import get_registry
     from sca_registry.spec import Part
 
-    return Part(name) if name in registry(kind) else Part(factory, {"weights": name})
+    return Part(name) if name in get_registry(kind) else Part(fallback_name, {"weights": name})

@@ -18,7 +18,7 @@ from sca.io.annotations.annotation import AnnotatedImage
 from sca.io.errors import InputError
 from sca.io.image_names import ImageFiles, measure_named_image
 from sca.io.paths import expand_user, normalize_name
-from sca.io.validation import read_field, read_object, read_size
+from sca.io.validation import read_field, check_object, read_size
 
 
 class Annotations(TableDataset):
@@ -107,7 +107,7 @@ class Annotations(TableDataset):
                 measure = partial(measure_named_image, roots=[self.images])
                 yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject)
                 continue
-            name = read_field(read_object(content, str(file)), "imagePath", str, str(file))
+            name = read_field(check_object(content, str(file)), "imagePath", str, str(file))
             try:
                 image = self._labelme(content, normalize_name(name), file)
             except InputError as error:

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from sca.data import fields
 from sca.data.fields import note_unread_caption, read_phrases
 from sca.data.own import check_hold_out, choose_split, find_split
-from sca.data.records import Lines, grouped, read_lines
+from sca.data.records import Lines, grouped, read_jsonl_records
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import measure_image
 from sca.io.paths import expand_user, normalize_name
-from sca.io.validation import read_field, read_numbers, require_size
+from sca.io.validation import read_field, parse_numbers, require_size
 
 ORDER = "x1, y1, x2, y2"
 WORDS = ("caption", "phrases", "name")
@@ -72,7 +72,7 @@ class Jsonl(TableDataset):
         places = array("q")
         keyed: dict[str, bool] = {}
         found = Lines(self.file, str(self.file), ("id", "line"))
-        for record, line, start, end in read_lines(self.file, self._reject):
+        for record, line, start, end in read_jsonl_records(self.file, self._reject):
             with self._rejecting():
                 place = f"{self.file}: line {line}"
                 keyed = keyed or {key: key in record for key in ("id", "image_id")}
@@ -143,7 +143,7 @@ class Jsonl(TableDataset):
 
     def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
         shape = record.get("mask")
-        box = None if shape and record.get("box") is None else read_numbers(record, "box", ORDER, place)
+        box = None if shape and record.get("box") is None else parse_numbers(record, "box", ORDER, place)
         if box and (box[2] < box[0] or box[3] < box[1]):
             raise InputError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
         note_unread_caption(record, ("caption", "phrases"), place, self._skip)

@@ -18,7 +18,7 @@ from sca.data.fields import unreadable
 from sca.data.json_stream import LIST, elements, reading
 from sca.io.errors import InputError, Reject
 from sca.io.json import open_regular_file, parse_json
-from sca.io.validation import read_field, read_object
+from sca.io.validation import read_field, check_object
 
 
 class Records:
@@ -134,7 +134,7 @@ class Lines(Records):
         return f"{self.where}: line {line} ({name} {self.columns[name][number]})"
 
 
-def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[str, Any], int, int, int]]:
+def read_jsonl_records(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[str, Any], int, int, int]]:
     """The objects of a file that has one a line, each with the number of the line, from 1, and the bytes where it
     stands; blank lines are passed over.
 
@@ -144,18 +144,18 @@ def read_lines(path: Path, reject: Reject | None = None) -> Iterator[tuple[dict[
     start = 0
     try:
         with open_regular_file(path) as file, reading(path) as bar:
-            for number, line in enumerate(file, 1):
+            for line_number, line in enumerate(file, 1):
                 end = start + len(line)
-                place = f"{path}: line {number}"
+                place = f"{path}: line {line_number}"
                 try:
-                    record = read_object(parse_json(line, place, surrogates=True), place) if line.strip() else None
+                    record = check_object(parse_json(line, place, surrogates=True), place) if line.strip() else None
                 except ValueError as error:
                     if reject is None:
                         raise
                     reject(error)
                     record = None
                 if record is not None:
-                    yield record, number, start, end
+                    yield record, line_number, start, end
                 bar.update(len(line))
                 start = end
     except OSError as error:

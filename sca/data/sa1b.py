@@ -13,7 +13,7 @@ from sca.data.fields import identified, note_unread_caption, read_json, read_phr
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, read_object, require_size
+from sca.io.validation import read_field, check_object, require_size
 from sca.io.walk import walk_files
 
 CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
@@ -65,7 +65,7 @@ class Sa1b(TableDataset):
         if file.stem != f"sa_{image_id}":
             raise InputError(f"{place}: image_id {image_id} is not that in the name of the file")
         image = self._image(image_id, name, *require_size(record, place))
-        captions = read_object(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
+        captions = check_object(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
         where = f"{file}: annotations"
         for annotation, at in identified(
             read_field(content, "annotations", list, str(file)), where, reject=self._reject

@@ -13,7 +13,7 @@ from sca.data.json_stream import stream
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.validation import convert_box, read_field, read_object, require_size
+from sca.io.validation import convert_box, read_field, check_object, require_size
 
 SPLITS = "densecap_splits.json"
 FOLDERS = ("VG_100K", "VG_100K_2")
@@ -102,7 +102,7 @@ class VisualGenome(TableDataset):
         regions.append((region, place, identity))
 
     def _ids(self) -> set[int]:
-        content = read_object(read_json(self.splits), str(self.splits))
+        content = check_object(read_json(self.splits), str(self.splits))
         if self.split not in content:
             raise InputError(f"{self.splits} has no split {self.split!r}; it has: {', '.join(content) or 'none'}")
         listed = read_field(content, self.split, list, str(self.splits))

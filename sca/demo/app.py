@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from sca_registry import zoo
 from sca_registry.contracts import TASKS, Caption
-from sca_registry.spec import GENERATION, EverythingOptions, Part
+from sca_registry.spec import DEFAULT_GENERATION, EverythingOptions, Part
 
 from sca.checkpoints.load import read_local_spec
 from sca.checkpoints.trust import Trust
@@ -28,8 +28,8 @@ from sca.io.hub import local_path
 from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
-from sca.output import Writers
-from sca.output.page import data_uri
+from sca.output import MultiFormatWriter
+from sca.output.page import encode_data_uri
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.tickets import CandidateMasks, RequestDone, InferenceRequest, SchedulerError
 
@@ -51,7 +51,7 @@ USAGE_TEXT = (
 class SliderValues(NamedTuple):
     """The values of the sliders."""
 
-    num_beams: int = GENERATION["beams"]
+    num_beams: int = DEFAULT_GENERATION["beams"]
     points_per_side: int = EverythingOptions.points_per_side
     pred_iou_thresh: float = EverythingOptions.pred_iou_thresh
 
@@ -129,11 +129,11 @@ class ModelPool:
         with self._lock:
             loaded_scheduler = self._schedulers.get(name)
         if loaded_scheduler is not None:
-            generation = getattr(loaded_scheduler.captioner, "generation", GENERATION)
+            generation = getattr(loaded_scheduler.captioner, "generation", DEFAULT_GENERATION)
             return SliderValues.from_settings(generation, resolve_everything_options(loaded_scheduler.captioner, {}))
         trust_options = self.trust_options.get(name, {})
         spec = read_local_spec(name, Trust(trust_options.get("trust_remote_code", False), trust_options.get("allow_external", False)))
-        return SliderValues() if spec is None else SliderValues.from_settings(spec.generation, spec.search)
+        return SliderValues() if spec is None else SliderValues.from_settings(spec.generation, spec.everything_options)
 
     def close(self) -> None:
         with self._lock:
@@ -293,7 +293,7 @@ def _start_session(path: str, name: str, max_pixels: int) -> tuple[Session, Any,
     session = Session(image, Path(name).name)
     return (
         session,
-        gr.update(value=session.to_canvas_value(), picture=data_uri(image)),
+        gr.update(value=session.to_canvas_value(), picture=encode_data_uri(image)),
         f"{escape_markdown(session.name)}: {_format_image_size(image)}",
     )
 
@@ -404,7 +404,7 @@ def _write_download_files(session: Session | None, model: str) -> list[str]:
     if session is None or not session.captions:
         raise gr.Error("there is nothing to download yet: point at something first")
     folder = Path(tempfile.mkdtemp(prefix="sca-demo-", dir=_get_upload_folder()))
-    with Writers(folder, DOWNLOAD_FORMATS, model) as writers:
+    with MultiFormatWriter(folder, DOWNLOAD_FORMATS, model) as writers:
         writers.add(session.name, session.image, session.captions)
     return sorted(str(path) for path in folder.iterdir())
 

@@ -18,8 +18,8 @@ from sca.io import masks
 from sca.io.errors import InputError
 from sca.io.images import inspect_image
 from sca.io.prompts import MAX_POINTS, check
-from sca.output.colours import colour
-from sca.output.outline import outline
+from sca.output.colours import get_region_color
+from sca.output.outline import mask_to_svg_path
 
 MAX_UNDO_STEPS = 100  # that can be undone
 
@@ -168,14 +168,14 @@ class Session:
         num_pixels = self.image.width * self.image.height
         area = masks.area(rle) if rle else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
         return {
-            "path": outline(masks.decode(rle)) if rle else "",
+            "path": mask_to_svg_path(masks.decode(rle)) if rle else "",
             "box": region.prompt.box and list(region.prompt.box),
             "points": [list(point) for point in region.prompt.points],
             "caption": caption.text if caption else "…",
             "score": None if caption is None or np.isnan(caption.score) else float(caption.score),
             "iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
             "share": area / num_pixels,
-            "colour": f"rgb{colour(region_index)}",
+            "colour": f"rgb{get_region_color(region_index)}",
             "masks": [{"iou": float(mask.predicted_iou)} for mask in region.masks],
             "chosen": region.mask_index,
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry.messages import choice, suggestion
+from sca_registry.messages import format_choices, suggest_name
 from torch import Tensor, nn
 
 from sca.encoders.timm import IntermediateLayer, resolve_layer, make_image_format
@@ -111,7 +111,7 @@ def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weight
     if model is None:
         return defaults
     if open_clip.get_model_config(model) is None:
-        hint = suggestion(model, open_clip.list_models())
+        hint = suggest_name(model, open_clip.list_models())
         raise ValueError(f"open_clip has no model {model!r}.{hint} open_clip.list_models() gives them all")
     configs_by_tag = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
     if isinstance(pretrained, str) and pretrained in configs_by_tag:
@@ -132,7 +132,7 @@ def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapp
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     if pretrained not in tags:
         problem = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
-        raise ValueError(f"{problem}.{suggestion(pretrained, tags)}{choice(tags)}")
+        raise ValueError(f"{problem}.{suggest_name(pretrained, tags)}{format_choices(tags)}")
     name, _, file = pretrained_config["hf_hub"].rpartition("/")
     return name, "" if file else OPEN_CLIP
 

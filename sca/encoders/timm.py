@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sca_registry.contracts import ImageFormat
-from sca_registry.messages import suggestion
+from sca_registry.messages import suggest_name
 from torch import Tensor, nn
 
 from sca.io.hub import fetch, local_file, terms_of, weight_file
@@ -51,7 +51,7 @@ class TimmEncoder(nn.Module):
         if model:
             pretrained_config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
             if pretrained_config is None:
-                hint = suggestion(model, timm.list_models())
+                hint = suggest_name(model, timm.list_models())
                 raise ValueError(f"timm has no model {model!r}.{hint} timm.list_models() gives them all")
             weights = weights or pretrained_config.hf_hub_id
         if not isinstance(pretrained, bool):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import sca_registry
 from PIL import Image
 from sca_registry.contracts import Captioner, Dataset, Region
-from sca_registry.plugins import BUILTIN
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import Part, check_generation
 
 from sca.checkpoints.state import hash_weights
@@ -217,7 +217,7 @@ def evaluate(
         "seed": prompting.seed,
         "limit": limit,
         "batch": batch_size,
-        "versions": {name: version(name) for name in (BUILTIN, "torch", "transformers")},
+        "versions": {name: version(name) for name in (BUILTIN_DISTRIBUTION, "torch", "transformers")},
     }
     with ExitStack() as stack:
         if folder is not None and not rank:

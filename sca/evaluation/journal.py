@@ -28,7 +28,7 @@ from sca.io.errors import InputError
 from sca.io.json import open_regular_file, parse_lines
 from sca.io.output_patterns import find_outputs
 from sca.io.run_folder import check_same_run
-from sca.io.validation import check_encodable, read_object
+from sca.io.validation import check_encodable, check_object
 
 PREDICTIONS_NAME = "predictions.jsonl"
 PREDICTIONS_PATTERNS = (PREDICTIONS_NAME, "predictions.#.jsonl")  # of the first process, and of the others
@@ -125,7 +125,7 @@ def read_predictions(path: str | Path) -> Predictions:
     try:
         with open_regular_file(path, allow_pipe=True) as file:
             for place, content in parse_lines(file, str(path)):
-                if "run" in read_object(content, place):
+                if "run" in check_object(content, place):
                     run = content["run"]
                 elif "end" in content:
                     end = content["end"]

@@ -33,7 +33,7 @@ from sca.data.points import draw_point_prompt
 from sca.inference.batch import caption_requests
 from sca.io import masks
 from sca.io.validation import check_choice, check_range
-from sca.output.jsonl import record
+from sca.output.jsonl import caption_to_record
 
 PROMPT_TYPES = {
     "box": "the region's own box",
@@ -339,7 +339,7 @@ def _sort_records(records: Sequence[dict[str, Any]], sample: Sample) -> list[dic
 def _make_record(
     index: int, sample: Sample, region: Region, task: str, control: str | None, caption: Caption
 ) -> dict[str, Any]:
-    caption_record = record("", sample.image, caption)
+    caption_record = caption_to_record("", sample.image, caption)
     return {
         "index": index,
         "image_id": sample.image_id,

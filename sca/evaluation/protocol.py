@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError, metrics
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 
 from sca.evaluation.predictions import PromptingOptions
 
@@ -64,7 +64,7 @@ def list_protocols() -> list[str]:
 def read_protocol(name: str) -> EvaluationProtocol:
     """RegistryError if there is none of this name."""
     if name not in list_protocols():
-        raise unknown(f"no protocol {name!r}", name, list_protocols())
+        raise make_unknown_name_error(f"no protocol {name!r}", name, list_protocols())
     table = tomllib.loads((_get_protocols_folder() / f"{name}{TOML_SUFFIX}").read_text("utf-8"))
     runs = tuple(ProtocolRun(**run) for run in table.pop("runs"))
     return EvaluationProtocol(name=name, runs=runs, **table)

@@ -13,17 +13,17 @@ from sca_registry.contracts import MetricOutput
 from sca.evaluation.comparison import RunComparison, RegionChange, find_scored_records, choose_score, collect_region_outputs, label_reports, get_region_scores
 from sca.evaluation.evaluate import EvaluationReport
 from sca.io import masks
-from sca.output.outline import outline
-from sca.output.page import SHARP, data_uri, render
+from sca.output.outline import mask_to_svg_path
+from sca.output.page import MAX_SHARP_SIDE, encode_data_uri, render_template
 
-SHOWN = 8  # regions of each kind
-COLUMNS = 6  # regions of the figure
-BINS = 20
-AROUND = 0.6  # of a region's longer side is shown around it
-SIDE = 320  # of a region's picture, in pixels
+REGIONS_PER_GROUP = 8  # regions of each kind
+FIGURE_COLUMNS = 6  # regions of the figure
+HISTOGRAM_BINS = 20
+CROP_MARGIN = 0.6  # of a region's longer side is shown around it
+MAX_CROP_SIDE = 320  # of a region's picture, in pixels
 
 
-class RegionView(NamedTuple):
+class RegionCrop(NamedTuple):
     """A region with its surroundings, as the macro `region` draws it; coordinates in pixels of the image."""
 
     label: str
@@ -34,16 +34,16 @@ class RegionView(NamedTuple):
     contours: list[tuple[str, str]]  # "mask" or "true", and path data
 
 
-class Card(NamedTuple):
+class RegionCard(NamedTuple):
     """A region with what was said of it."""
 
-    view: RegionView | None
+    view: RegionCrop | None
     answers: list[tuple[str, str]]  # label and caption
     true: str
     facts: str
 
 
-class Histogram(NamedTuple):
+class ScoreHistogram(NamedTuple):
     """Scores of regions; the heights of the bars are shares of the tallest."""
 
     title: str
@@ -53,7 +53,7 @@ class Histogram(NamedTuple):
     regions: int
 
 
-def report_page(reports: Sequence[EvaluationReport], by: str | None = None, seed: int = 0) -> str:
+def render_report(reports: Sequence[EvaluationReport], sort_by: str | None = None, seed: int = 0) -> str:
     """A page about one run, or several on the same regions side by side.
 
     by: the score that tells best from worst (default: the most telling that there is). seed: of regions at random.
@@ -61,39 +61,39 @@ def report_page(reports: Sequence[EvaluationReport], by: str | None = None, seed
     ValueError if there is no score `by`.
     """
     reports = label_reports(reports)
-    single = [collect_region_outputs(report) for report in reports]
-    by = choose_score(by, [name for name in single[0] if all(name in each for each in single)])
-    headings, rows = _scores(reports)
-    pairs = list(zip(reports, single, strict=True))
-    return render(
+    region_outputs = [collect_region_outputs(report) for report in reports]
+    sort_by = choose_score(sort_by, [name for name in region_outputs[0] if all(name in each for each in region_outputs)])
+    headings, rows = _build_score_table(reports)
+    report_outputs = list(zip(reports, region_outputs, strict=True))
+    return render_template(
         "report.html",
         "sca.evaluation",
         title=" and ".join(report.title for report in reports),
         headings=headings,
         rows=rows,
-        remarks=_remarks(reports),
-        histograms=list(_histograms(pairs)),
-        figure=_figure(reports, by, seed) if by else None,
-        rankings=[_ranking(*each, by, seed) for each in pairs] if by else [],
+        remarks=_collect_remarks(reports),
+        histograms=list(_iter_histograms(report_outputs)),
+        figure=_build_figure(reports, sort_by, seed) if sort_by else None,
+        rankings=[_build_ranking(*each, sort_by, seed) for each in report_outputs] if sort_by else [],
     )
 
 
-def comparison_page(comparison: RunComparison) -> str:
+def render_comparison(comparison: RunComparison) -> str:
     """A page about two runs: the differences, and the regions whose answers changed most."""
     first, second = comparison.first, comparison.second
     rows = [
         [
             each.name,
-            *map(_number, (each.first, each.second)),
+            *map(_format_score, (each.first, each.second)),
             f"{each.difference:+.3f}",
-            _between(each.low, each.high, "+.3f"),
+            _format_interval(each.low, each.high, "+.3f"),
         ]
         for each in comparison.differences
     ]
-    gains = [each for each in comparison.changes if each.change > 0][:SHOWN]
-    losses = [each for each in reversed(comparison.changes) if each.change < 0][:SHOWN]
-    pictures = _Pictures(first)
-    return render(
+    gains = [each for each in comparison.changes if each.change > 0][:REGIONS_PER_GROUP]
+    losses = [each for each in reversed(comparison.changes) if each.change < 0][:REGIONS_PER_GROUP]
+    cropper = _RegionCropper(first)
+    return render_template(
         "comparison.html",
         "sca.evaluation",
         title=f"{first.title} → {second.title}",
@@ -102,131 +102,131 @@ def comparison_page(comparison: RunComparison) -> str:
         rows=rows,
         by=comparison.sorted_by,
         groups=[
-            (heading, [_changed_card(pictures, comparison, each) for each in judged])
-            for heading, judged in (("Gained most", gains), ("Lost most", losses))
-            if judged
+            (heading, [_make_change_card(cropper, comparison, each) for each in region_changes])
+            for heading, region_changes in (("Gained most", gains), ("Lost most", losses))
+            if region_changes
         ],
     )
 
 
-def _scores(reports: Sequence[EvaluationReport]) -> tuple[list[str], list[list[str]]]:
+def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], list[list[str]]]:
     """The headings and rows of the table of scores."""
-    names = dict.fromkeys(each.name for report in reports for each in report.scoring.scores if each.control is None)
+    score_names = dict.fromkeys(each.name for report in reports for each in report.scoring.scores if each.control is None)
     columns = [(report, None) for report in reports]
     columns += [(r, c) for r in reports for c in dict.fromkeys(s.control for s in r.scoring.scores if s.control)]
-    found = [{each.name: each for each in r.scoring.scores if each.control == c} for r, c in columns]
+    scores_by_column = [{each.name: each for each in r.scoring.scores if each.control == c} for r, c in columns]
     rows = []
-    for name in names:
+    for name in score_names:
         cells = [name]
-        for scores in found:
+        for scores in scores_by_column:
             each = scores.get(name)
-            cells.append("" if each is None else f"{_number(each.value)} {_between(each.low, each.high)}".rstrip())
+            cells.append("" if each is None else f"{_format_score(each.value)} {_format_interval(each.low, each.high)}".rstrip())
         rows.append(cells)
     return ["score", *(f"{report.name}{f', {control}' if control else ''}" for report, control in columns)], rows
 
 
-def _remarks(reports: Sequence[EvaluationReport]) -> list[str]:
+def _collect_remarks(reports: Sequence[EvaluationReport]) -> list[str]:
     lines = [f"{remark}" for report in reports for remark in (*report.remarks, *report.notes)]
     return list(dict.fromkeys([*lines, *reports[0].scoring.summarize_skipped_metrics()]))
 
 
-def _histograms(pairs: Sequence[tuple[EvaluationReport, Mapping[str, MetricOutput]]]) -> Iterable[Histogram]:
-    for name in pairs[0][1]:
-        for report, known in pairs:
-            values = np.array(list(get_region_scores(known[name], name).values())) if name in known else np.empty(0)
+def _iter_histograms(report_outputs: Sequence[tuple[EvaluationReport, Mapping[str, MetricOutput]]]) -> Iterable[ScoreHistogram]:
+    for name in report_outputs[0][1]:
+        for report, outputs in report_outputs:
+            values = np.array(list(get_region_scores(outputs[name], name).values())) if name in outputs else np.empty(0)
             if len(np.unique(values)) > 2:  # a share of rights and wrongs has no more to show than its mean
-                counts, edges = np.histogram(values, BINS)
+                counts, edges = np.histogram(values, HISTOGRAM_BINS)
                 heights = (counts / counts.max()).tolist()
-                yield Histogram(f"{name}, {report.name}", heights, edges[0], edges[-1], len(values))
+                yield ScoreHistogram(f"{name}, {report.name}", heights, edges[0], edges[-1], len(values))
 
 
-def _figure(reports: Sequence[EvaluationReport], by: str, seed: int) -> dict[str, Any]:
+def _build_figure(reports: Sequence[EvaluationReport], score_name: str, seed: int) -> dict[str, Any]:
     """One region a column, one model a row, what is true last."""
-    told = [find_scored_records(report, by) for report in reports]
-    common = [key for key in told[0] if all(key in each for each in told)]
-    chosen = random.Random(seed).sample(common, min(COLUMNS, len(common)))
-    pictures = _Pictures(reports[0])
+    records_by_report = [find_scored_records(report, score_name) for report in reports]
+    common_keys = [key for key in records_by_report[0] if all(key in each for each in records_by_report)]
+    sampled_keys = random.Random(seed).sample(common_keys, min(FIGURE_COLUMNS, len(common_keys)))
+    cropper = _RegionCropper(reports[0])
     rows = [
-        (report.name, [(pictures.view(mine[key], ("mask",)), mine[key]["caption"]) for key in chosen])
-        for report, mine in zip(reports, told, strict=True)
+        (report.name, [(cropper.make_crop(records[key], ("mask",)), records[key]["caption"]) for key in sampled_keys])
+        for report, records in zip(reports, records_by_report, strict=True)
     ]
-    rows.append(("true", [(pictures.view(told[0][key], ("true",)), _true(told[0][key])) for key in chosen]))
-    return {"rows": rows, "problem": pictures.problem}
+    rows.append(("true", [(cropper.make_crop(records_by_report[0][key], ("true",)), _format_ground_truth(records_by_report[0][key])) for key in sampled_keys]))
+    return {"rows": rows, "problem": cropper.problem}
 
 
-def _ranking(report: EvaluationReport, known: Mapping[str, MetricOutput], by: str, seed: int) -> dict[str, Any]:
+def _build_ranking(report: EvaluationReport, outputs: Mapping[str, MetricOutput], score_name: str, seed: int) -> dict[str, Any]:
     """The best, the worst and some other regions of a run."""
-    values, told = get_region_scores(known[by], by), find_scored_records(report, by)
-    ranked = sorted(values, key=lambda key: values[key])
-    drawn = random.Random(seed).sample(ranked, min(SHOWN, len(ranked)))
-    pictures = _Pictures(report)
+    region_scores, records = get_region_scores(outputs[score_name], score_name), find_scored_records(report, score_name)
+    ranked_keys = sorted(region_scores, key=lambda key: region_scores[key])
+    sampled_keys = random.Random(seed).sample(ranked_keys, min(REGIONS_PER_GROUP, len(ranked_keys)))
+    cropper = _RegionCropper(report)
     groups = []
-    for heading, keys in (("best", ranked[::-1][:SHOWN]), ("worst", ranked[:SHOWN]), ("at random", drawn)):
-        groups.append((heading, [_card(pictures, told[key], f"{by} {values[key]:.3f}") for key in keys]))
-    return {"title": f"{report.title}, by {by}", "groups": groups, "problem": pictures.problem}
+    for heading, keys in (("best", ranked_keys[::-1][:REGIONS_PER_GROUP]), ("worst", ranked_keys[:REGIONS_PER_GROUP]), ("at random", sampled_keys)):
+        groups.append((heading, [_make_card(cropper, records[key], f"{score_name} {region_scores[key]:.3f}") for key in keys]))
+    return {"title": f"{report.title}, by {score_name}", "groups": groups, "problem": cropper.problem}
 
 
-def _card(pictures: _Pictures, record: Mapping[str, Any], value: str) -> Card:
-    return Card(pictures.view(record), [("", record["caption"])], _true(record), f"{value}, {_place(record)}")
+def _make_card(cropper: _RegionCropper, record: Mapping[str, Any], score_text: str) -> RegionCard:
+    return RegionCard(cropper.make_crop(record), [("", record["caption"])], _format_ground_truth(record), f"{score_text}, {_format_region_id(record)}")
 
 
-def _changed_card(pictures: _Pictures, comparison: RunComparison, judged: RegionChange) -> Card:
-    reports, records = (comparison.first, comparison.second), (judged.first, judged.second)
-    said = [
+def _make_change_card(cropper: _RegionCropper, comparison: RunComparison, change: RegionChange) -> RegionCard:
+    reports, records = (comparison.first, comparison.second), (change.first, change.second)
+    captions = [
         (f"{report.name}, {value:.3f}", record["caption"])
-        for report, record, value in zip(reports, records, judged.values, strict=True)
+        for report, record, value in zip(reports, records, change.values, strict=True)
     ]
-    return Card(pictures.view(judged.first), said, _true(judged.first), _place(judged.first))
+    return RegionCard(cropper.make_crop(change.first), captions, _format_ground_truth(change.first), _format_region_id(change.first))
 
 
-class _Pictures:
+class _RegionCropper:
     """What is seen of regions; where a picture cannot be had, words alone."""
 
     def __init__(self, report: EvaluationReport):
-        self.images: Callable[[Any], Image.Image] | None = report.load_image
+        self.load_image: Callable[[Any], Image.Image] | None = report.load_image
         self.problem = "" if report.load_image else "the predictions do not say where the pictures are"
 
-    def view(self, record: Mapping[str, Any], contours: Sequence[str] = ("mask", "true")) -> RegionView | None:
+    def make_crop(self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")) -> RegionCrop | None:
         """The surroundings of a region: its true box, and contours: of the predicted "mask", of the "true" one."""
-        image, box = self._open(record), record["truth"]["box"]
+        image, box = self._open_image(record), record["truth"]["box"]
         if image is None or box is None:
             return None
         x1, y1, x2, y2 = box
-        reach = AROUND * max(x2 - x1, y2 - y1)
-        left, top = max(0, int(x1 - reach)), max(0, int(y1 - reach))
-        right, bottom = min(image.width, round(x2 + reach) + 1), min(image.height, round(y2 + reach) + 1)
-        frame = left, top, right - left, bottom - top
-        codes = {"mask": record["mask"], "true": record["truth"]["mask"]}
-        drawn = [
+        margin = CROP_MARGIN * max(x2 - x1, y2 - y1)
+        left, top = max(0, int(x1 - margin)), max(0, int(y1 - margin))
+        right, bottom = min(image.width, round(x2 + margin) + 1), min(image.height, round(y2 + margin) + 1)
+        view_box = left, top, right - left, bottom - top
+        rles = {"mask": record["mask"], "true": record["truth"]["mask"]}
+        contour_paths = [
             (kind, path)
-            for kind, code in codes.items()
-            if kind in contours and code and (path := outline(masks.decode(code)))
+            for kind, rle in rles.items()
+            if kind in contour_kinds and rle and (path := mask_to_svg_path(masks.decode(rle)))
         ]
-        picture = data_uri(image.crop((left, top, right, bottom)), SIDE)
-        return RegionView(_place(record), picture, max(frame[2:]) <= SHARP, frame, box, drawn)
+        image_uri = encode_data_uri(image.crop((left, top, right, bottom)), MAX_CROP_SIDE)
+        return RegionCrop(_format_region_id(record), image_uri, max(view_box[2:]) <= MAX_SHARP_SIDE, view_box, box, contour_paths)
 
-    def _open(self, record: Mapping[str, Any]) -> Image.Image | None:
-        if self.images is None or self.problem:
+    def _open_image(self, record: Mapping[str, Any]) -> Image.Image | None:
+        if self.load_image is None or self.problem:
             return None
         try:
-            return self.images(record)
+            return self.load_image(record)
         except (ValueError, OSError, KeyError) as error:
             self.problem = str(error)
             return None
 
 
-def _true(record: Mapping[str, Any]) -> str:
+def _format_ground_truth(record: Mapping[str, Any]) -> str:
     truth = record["truth"]
     return " / ".join(truth["phrases"]) if record["task"] == "caption" else truth["name"] or ""
 
 
-def _place(record: Mapping[str, Any]) -> str:
+def _format_region_id(record: Mapping[str, Any]) -> str:
     return f"region {record['region_id']} of image {record['image_id']}"
 
 
-def _number(value: float) -> str:
+def _format_score(value: float) -> str:
     return str(value) if isinstance(value, int) else "–" if value != value else f"{value:.3f}"
 
 
-def _between(low: float | None, high: float | None, form: str = ".3f") -> str:
-    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+def _format_interval(low: float | None, high: float | None, format_spec: str = ".3f") -> str:
+    return "" if low is None or high is None else f"[{low:{format_spec}}, {high:{format_spec}}]"

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import sca_registry
 from sca_registry import RegistryError
 from sca_registry.contracts import Dataset
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 
 from sca.data.summary import summarize_dataset
 from sca.evaluation.predictions import PromptingOptions, draft_records
@@ -72,12 +72,12 @@ def check_best_scores(score_names: Sequence[str], metrics: Sequence[str] | None,
     Raises:
         RegistryError: A score that no metric has, or none that can be computed.
     """
-    score_patterns = {name: _get_score_patterns(name) for name in sca_registry.metrics.names()}
+    score_patterns = {name: _get_score_patterns(name) for name in sca_registry.metrics.list_names()}
     metrics_by_score = {each: [name for name, patterns in score_patterns.items() if patterns is None or _matches_any(each, patterns)] for each in score_names}
     for each, matches in metrics_by_score.items():
         if not matches:
             known_scores = [score for patterns in score_patterns.values() for score in patterns or ()]
-            raise unknown(f"validate.best: no metric has a score {each!r}", each, known_scores)
+            raise make_unknown_name_error(f"validate.best: no metric has a score {each!r}", each, known_scores)
     missing = "it is not among validate.metrics"
     problems = {
         name: missing if metrics is not None and name not in metrics else _find_metric_problem(name, dataset, limit)
@@ -93,7 +93,7 @@ def check_best_scores(score_names: Sequence[str], metrics: Sequence[str] | None,
 def _get_score_patterns(metric: str) -> tuple[str, ...] | None:
     """The names of a metric's scores, as it declares them; () for a metric that does not work."""
     try:
-        return sca_registry.metrics.stated(metric, "scores")
+        return sca_registry.metrics.get_declared(metric, "scores")
     except RegistryError:
         return ()
 
@@ -112,7 +112,7 @@ def _find_metric_problem(metric: str, dataset: Dataset, limit: int | None) -> st
 
 def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
     """Why no record of a dataset can meet the needs of a metric; None if one can, or if that cannot be known yet."""
-    dataset_needs = [need for need in sca_registry.metrics.stated(metric, "needs") or () if _is_dataset_need(need)]
+    dataset_needs = [need for need in sca_registry.metrics.get_declared(metric, "needs") or () if _is_dataset_need(need)]
     if next(draft_records(dataset, tasks, limit), None) is None:
         return None
     if any(all(meets_need(record, need) for need in dataset_needs) for record in draft_records(dataset, tasks, limit)):

@@ -13,7 +13,7 @@ import numpy as np
 import sca_registry
 from PIL import Image
 from sca_registry.contracts import Metric, MetricOutput
-from sca_registry.plugins import BUILTIN
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
 from sca.evaluation.intervals import MIN_IMAGES, ScoreStatistics, has_enough_images, compute_interval, make_mean_statistics, bootstrap_scores
 from sca.evaluation.predictions import CONTROLS
@@ -97,7 +97,7 @@ def score_records(
     outputs: dict[tuple[str, str | None], MetricOutput] = {}
     recorded_controls = dict.fromkeys(each for record in records if (each := record.get("control")) is not None)
     controls = [None, *(each for each in CONTROLS if each in recorded_controls), *(each for each in recorded_controls if each not in CONTROLS)]
-    for name in sca_registry.metrics.names() if metrics is None else dict.fromkeys(metrics):
+    for name in sca_registry.metrics.list_names() if metrics is None else dict.fromkeys(metrics):
         try:
             metric, shared_options = _build_metric(name, metric_options)
         except sca_registry.RegistryError as error:
@@ -114,7 +114,7 @@ def score_records(
                 try:
                     output = _compute_metric(metric, scored_records, load_image, taken_names)
                 except ModuleNotFoundError as error:
-                    extra = sca_registry.metrics.card(name).extra
+                    extra = sca_registry.metrics.get_card(name).extra
                     install_hint = f"pip install 'segment-caption-anything[{extra}]'" if extra else "install it"
                     reason = f"needs {error.name}: {install_hint}"
                 except Exception as error:  # a plugin's metric that fails costs its own scores and nothing else
@@ -163,7 +163,7 @@ def compute_protocol_id(*facts: Any) -> str:
 
 
 def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[str] | None) -> Mapping[str, Any]:
-    names = sca_registry.metrics.names()
+    names = sca_registry.metrics.list_names()
     for key in metric_options:
         metric, _, option = key.partition(".")
         if option and metric not in names:
@@ -177,7 +177,7 @@ def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[s
 
 def _build_metric(name: str, metric_options: Mapping[str, Any]) -> tuple[Metric, dict[str, Any]]:
     """A metric, and what it was given of the options that all share."""
-    accepted_options = sca_registry.metrics.describe(name).options
+    accepted_options = sca_registry.metrics.load_entry(name).options
     shared_options = {key: value for key, value in metric_options.items() if key in SHARED_OPTIONS and key in accepted_options}
     own_options = {key.partition(".")[2]: value for key, value in metric_options.items() if key.partition(".")[0] == name != key}
     if "tokenizer" in accepted_options and not shared_options.get("tokenizer"):
@@ -209,8 +209,8 @@ def _compute_metric(metric: Metric, records: Sequence[Record], load_image: Image
 def _make_scores(
     name: str, control: str | None, metric: Metric, output: MetricOutput, shared_options: Mapping[str, Any], run: Mapping[str, Any]
 ) -> list[Score]:
-    entry = sca_registry.metrics.describe(name)
-    default_implementation = "sca" if entry.distribution == BUILTIN else entry.distribution
+    entry = sca_registry.metrics.load_entry(name)
+    default_implementation = "sca" if entry.distribution == BUILTIN_DISTRIBUTION else entry.distribution
     implementation = getattr(metric, "implementation", default_implementation)
     implementation = f"{implementation} {entry.version}".rstrip() if implementation == default_implementation else implementation
     run_facts = {key: run.get(key) for key in ("dataset", "split", "truth", "prompt", "seed", "generation", "proposer")}

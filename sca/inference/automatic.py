@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco
 from sca_registry.contracts import Caption, Prompt, PromptBatch, Proposals
-from sca_registry.spec import EverythingOptions, check_search
+from sca_registry.spec import EverythingOptions, make_everything_options
 from torch import Tensor
 
 from sca.inference.engine import EncodedImages, PredictedMask, MaskEngine
@@ -113,7 +113,7 @@ def caption_everything(
     if not isinstance(predictor, Predictor):
         raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
-    options = check_search({**vars(options or engine.everything), **overrides}) if overrides else options
+    options = make_everything_options({**vars(options or engine.everything), **overrides}) if overrides else options
     generation = resolve_generation_options(engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}})
     if encoded is None:
         raise ValueError("there is no image yet: call set_image(image) first")

@@ -26,7 +26,7 @@ from sca.inference.job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.images import open_image, show
-from sca.output.captioned import Captioned, Size, resize_to_recorded
+from sca.output.captioned import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # what cannot be used
 
@@ -35,7 +35,7 @@ class ImageCaptions(NamedTuple):
     """An image with the captions of its regions."""
 
     path: Path
-    image: Image.Image | Size  # only the size of an image that is captioned already and not drawn on
+    image: Image.Image | ImageSize  # only the size of an image that is captioned already and not drawn on
     captions: list[Caption]
 
 
@@ -49,8 +49,8 @@ class Failure(NamedTuple):
 
 
 CaptionResults = Iterator[ImageCaptions | Failure]
-OpenedImages = Iterator[tuple[Path, Image.Image | Captioned] | Failure]
-ImagePrompts = tuple[Path, Image.Image | Captioned, list[Prompt]]
+OpenedImages = Iterator[tuple[Path, Image.Image | CaptionedImage] | Failure]
+ImagePrompts = tuple[Path, Image.Image | CaptionedImage, list[Prompt]]
 
 
 class BatchCaptioner:
@@ -72,7 +72,7 @@ class BatchCaptioner:
     def caption_images(
         self,
         paths: Sequence[Path],
-        captioned: Mapping[str, Captioned] | None = None,
+        captioned: Mapping[str, CaptionedImage] | None = None,
         keep_images: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> CaptionResults:
@@ -111,11 +111,11 @@ class BatchCaptioner:
             yield from self._caption_batch(batch, keep_images)
 
     def _caption_batch(self, batch: Sequence[ImagePrompts], keep_images: bool) -> Iterator[ImageCaptions]:
-        if all(isinstance(image, Captioned) for _, image, _ in batch):
+        if all(isinstance(image, CaptionedImage) for _, image, _ in batch):
             yield from (_reuse_captions(path, image, keep_images) for path, image, _ in batch)
             return
         paths = [path for path, _, _ in batch]
-        images = [open_image(path) if isinstance(image, Captioned) else image for path, image, _ in batch]
+        images = [open_image(path) if isinstance(image, CaptionedImage) else image for path, image, _ in batch]
         requests = [prompts for _, _, prompts in batch]
         captions = caption_requests(self.captioner, images, requests, self.job.task, **self._generation)
         yield from map(ImageCaptions, paths, images, captions)
@@ -131,7 +131,7 @@ class BatchCaptioner:
                 yield opened_image
                 continue
             path, image = opened_image
-            if isinstance(image, Captioned):
+            if isinstance(image, CaptionedImage):
                 yield _reuse_captions(path, image, keep_images)
                 continue
             try:
@@ -168,7 +168,7 @@ def caption_requests(
     return [captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests]
 
 
-def _open_images(paths: Iterable[Path], captioned: Mapping[str, Captioned]) -> OpenedImages:
+def _open_images(paths: Iterable[Path], captioned: Mapping[str, CaptionedImage]) -> OpenedImages:
     """Open images, except for those that are captioned already."""
     for path in paths:
         if recorded := captioned.get(str(path)):
@@ -180,7 +180,7 @@ def _open_images(paths: Iterable[Path], captioned: Mapping[str, Captioned]) -> O
             yield Failure(path, str(error), UNUSABLE_IMAGE)
 
 
-def _reuse_captions(path: Path, captioned: Captioned, keep_images: bool) -> ImageCaptions:
+def _reuse_captions(path: Path, captioned: CaptionedImage, keep_images: bool) -> ImageCaptions:
     """Return the captions that an image has already."""
     image = resize_to_recorded(open_image(path), captioned.size, str(path)) if keep_images else captioned.size
     return ImageCaptions(path, image, captioned.captions)

@@ -222,7 +222,7 @@ class Engine(MaskEngine):
 
     @property
     def everything(self) -> EverythingOptions:
-        return self.model.spec.search
+        return self.model.spec.everything_options
 
     @torch.inference_mode()
     def caption_batch(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sca_registry.messages import choice, suggestion
-from sca_registry.spec import GENERATION, check_generation
+from sca_registry.messages import format_choices, suggest_name
+from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
 GENERATION_OPTIONS = ("max_new_tokens", "beams", "captions", "sample", "temperature", "top_p", "seed")
 ARGUMENT_ALIASES = {  # of transformers and SAM, with the names here
@@ -57,7 +57,7 @@ def resolve_generation_options(
     values = (max_new_tokens, num_beams, num_captions, do_sample, temperature, top_p, seed)
     settings = {name: value for name, value in zip(GENERATION_OPTIONS, values, strict=True) if value is not None}
     check_generation("generation", settings)
-    defaults = getattr(captioner, "generation", GENERATION)
+    defaults = getattr(captioner, "generation", DEFAULT_GENERATION)
     is_sampling = settings.get("sample", defaults.get("sample", False))
     for name in SAMPLING_ONLY_OPTIONS:
         if name in settings and not is_sampling:
@@ -70,7 +70,7 @@ def resolve_generation_options(
     for name in settings:
         if name not in supported:
             raise ValueError(
-                f"{type(captioner).__name__} does not support the generation option {name!r}.{choice(supported)}"
+                f"{type(captioner).__name__} does not support the generation option {name!r}.{format_choices(supported)}"
             )
     if num_captions and num_beams is None:
         if is_sampling and num_captions > defaults["beams"]:
@@ -95,4 +95,4 @@ def reject_unknown_arguments(
     """
     for name in sorted(unknown_names):
         canonical_name = {**ARGUMENT_ALIASES, **(aliases or {})}.get(name, name)
-        raise TypeError(f"{function}() has no argument {name!r}.{suggestion(canonical_name, known_names)}")
+        raise TypeError(f"{function}() has no argument {name!r}.{suggest_name(canonical_name, known_names)}")

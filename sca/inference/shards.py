@@ -34,7 +34,7 @@ from sca.io.output_patterns import exact_pattern
 from sca.io.run_folder import RunFolder
 from sca.io.text import describe_error
 from sca.launchers.task import Task
-from sca.output.jsonl import Jsonl, Stream
+from sca.output.jsonl import JsonlWriter, StreamSink
 
 RUN_KIND = "caption --launcher"
 JOURNAL_NAME = "shards.journal"
@@ -190,7 +190,7 @@ def _write_captions(
         region_source.image_keys = image_keys
     else:
         region_source.match_images(paths)
-    writer, problems = Jsonl(Stream(stream), job.model), list[ImageProblem]()
+    writer, problems = JsonlWriter(StreamSink(stream), job.model), list[ImageProblem]()
     for result in BatchCaptioner(job, region_source).caption_images(paths):
         if isinstance(result, Failure):
             problems.append((result.reason, result.kind))

@@ -129,16 +129,16 @@ def known_sources() -> Mapping[str, str]:
     """The hub ids and URLs of weights that cards have, each by itself and by the names of its cards."""
     from sca_registry import REGISTRIES
 
-    return _known_sources(tuple((plural, tuple(each.names())) for plural, each in REGISTRIES.items()))
+    return _known_sources(tuple((plural, tuple(each.list_names())) for plural, each in REGISTRIES.items()))
 
 
 @functools.cache
 def _known_sources(names: tuple[tuple[str, tuple[str, ...]], ...]) -> Mapping[str, str]:
     from sca_registry import REGISTRIES, zoo
 
-    cards = [REGISTRIES[plural].card(name) for plural, listed in names for name in listed]
+    cards = [REGISTRIES[plural].get_card(name) for plural, listed in names for name in listed]
     weights = {card.name: card.options["weights"] for card in cards if card.options.get("weights")}
-    checkpoints = [zoo.get(name).checkpoint for name in zoo.names() if zoo.get(name).folder is None]
+    checkpoints = [zoo.get_entry(name).checkpoint for name in zoo.list_names() if zoo.get_entry(name).folder is None]
     return weights | {source: source for source in (*weights.values(), *checkpoints)}
 
 
@@ -216,7 +216,7 @@ def terms_of(name: str) -> list[str]:
     """What the cards say of a hub id that a person should know before fetching it."""
     from sca_registry import REGISTRIES
 
-    cards = [registry.card(part) for registry in REGISTRIES.values() for part in registry.names()]
+    cards = [registry.get_card(part) for registry in REGISTRIES.values() for part in registry.list_names()]
     found = [card for card in cards if card.terms and card.options.get("weights") == name]
     return [f"{name} ({card.licence}): {card.terms}" for card in found][:1]
 

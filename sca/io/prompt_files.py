@@ -18,7 +18,7 @@ from sca.io.images import show
 from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines, read_regular_file
 from sca.io.prompts import quote, read_field, read_fields
 from sca.io.region_prompts import Entry, RegionPrompts, find_root
-from sca.io.validation import read_id, read_name, read_size
+from sca.io.validation import read_id, get_image_name, read_size
 
 
 def read_prompts(path: str | Path) -> RegionPrompts:
@@ -102,7 +102,7 @@ def _line(record: Any, where: str, path: Path) -> tuple[str, Entry]:
     """The image of a line, and its region."""
     if not isinstance(record, dict):
         raise InputError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
-    image = read_name(record, "image", where)
+    image = get_image_name(record, "image", where)
     box, points, mask = read_fields(record.get("prompt", record), where)
     if isinstance(mask, str):
         mask = read_field(where, "mask", partial(find_image, roots=[path.parent]), mask)
@@ -147,7 +147,7 @@ def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> d
     for place, image in enumerate(content["images"]):
         where = f"{show(path)}, images[{place}]"
         with _noting(problems):
-            number, name = read_id(image, "id", where), read_name(image, "file_name", where)
+            number, name = read_id(image, "id", where), get_image_name(image, "file_name", where)
             if number in keys or name in entries:
                 field = "'id'" if number in keys else "'file_name'"
                 raise InputError(f"{where}, {field}: another image has it too; each image has its own")
@@ -178,7 +178,7 @@ def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> B
 
 
 def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    name = read_name(content, "imagePath", show(path))
+    name = get_image_name(content, "imagePath", show(path))
     image = read_field(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
     size = labelme.find_size(content, image, show(path))
     shapes = labelme.read_shapes(content, size, show(path), skip, lambda error: problems.append(str(error)))

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sca_registry import RegistryError
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 
 from sca.io.coordinates import PIXEL_LIMIT, Box
 from sca.io.errors import InputError
@@ -80,7 +80,7 @@ def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
     """Check text that is one of several. Raises RegistryError, with the closest and all of them."""
     check_type(what, value, str)
     if value not in (known := list(choices)):
-        raise unknown(f"{what} is {value!r}", value, known)
+        raise make_unknown_name_error(f"{what} is {value!r}", value, known)
 
 
 def check_keys(what: str, table: Any, known: Collection[str]) -> None:
@@ -88,7 +88,7 @@ def check_keys(what: str, table: Any, known: Collection[str]) -> None:
     check_type(what, table, Mapping)
     for key in table:
         if key not in known:
-            raise unknown(f"{what} has no {key!r}", str(key), known)
+            raise make_unknown_name_error(f"{what} has no {key!r}", str(key), known)
 
 
 def check_numbers(what: str, values: Any, form: str) -> None:
@@ -114,7 +114,7 @@ def check_name(what: str, value: Any) -> str:
     return value
 
 
-def read_object(value: Any, place: str) -> dict[str, Any]:
+def check_object(value: Any, place: str) -> dict[str, Any]:
     """Return a JSON object. Raises InputError for any other value."""
     check_type(place, value, dict, InputError)
     return value
@@ -122,7 +122,7 @@ def read_object(value: Any, place: str) -> dict[str, Any]:
 
 def require(record: Any, key: str, place: str) -> Any:
     """Return what a JSON object has under a key. Raises InputError if it is something else or lacks the key."""
-    if key not in read_object(record, place):
+    if key not in check_object(record, place):
         raise InputError(f"{place}: no {key!r}; it has: {', '.join(map(str, record)) or 'nothing'}")
     return record[key]
 
@@ -136,14 +136,14 @@ def read_field(record: Any, key: str, kind: type, place: str) -> Any:
     return value
 
 
-def read_numbers(record: Any, key: str, form: str, place: str) -> Any:
+def parse_numbers(record: Any, key: str, form: str, place: str) -> Any:
     """Return the list of numbers that a record has under a key, see `check_numbers`."""
     values = require(record, key, place)
     check_numbers(f"{place}, {key!r}", values, form)
     return values
 
 
-def read_name(record: Any, key: str, place: str) -> str:
+def get_image_name(record: Any, key: str, place: str) -> str:
     """Return the name of an image that a record has under a key, see `check_name`."""
     return check_name(f"{place}, {key!r}", require(record, key, place))
 

@@ -20,16 +20,16 @@ from sca_registry.contracts import Caption
 
 from sca.io.atomic import open_folder
 from sca.io.errors import OutputError
-from sca.output.coco import Coco
-from sca.output.geojson import GeoJson
-from sca.output.html import Html
-from sca.output.jsonl import Jsonl, Stream
-from sca.output.label_studio import LabelStudio
-from sca.output.labelme import LabelMe
-from sca.output.parquet import Parquet
-from sca.output.png import Png
+from sca.output.coco import CocoWriter
+from sca.output.geojson import GeoJsonWriter
+from sca.output.html import HtmlWriter
+from sca.output.jsonl import JsonlWriter, StreamSink
+from sca.output.label_studio import LabelStudioWriter
+from sca.output.labelme import LabelMeWriter
+from sca.output.parquet import ParquetWriter
+from sca.output.png import PngWriter
 
-__all__ = ["FORMATS", "OutputError", "Writers", "output_patterns"]
+__all__ = ["OUTPUT_FORMATS", "OutputError", "MultiFormatWriter", "list_output_patterns"]
 
 
 class Writer(Protocol):
@@ -39,26 +39,26 @@ class Writer(Protocol):
 
 
 LABEL_STUDIO = "label-studio"
-_KINDS: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # where it goes, and its files
-    "jsonl": ("captions.jsonl", "captions.jsonl", Jsonl),
-    "coco": ("coco.json", "coco.json", Coco),
-    "parquet": ("captions.parquet", "captions.parquet", Parquet),
-    "geojson": ("captions.geojson", "captions.geojson", GeoJson),
-    LABEL_STUDIO: ("label-studio.json", "label-studio.json", LabelStudio),
-    "labelme": ("labelme", "labelme/*.json", LabelMe),
-    "png": (".", "*.captions.png", Png),
-    "html": ("captions.html", "captions.html", Html),
+_FORMAT_INFO: dict[str, tuple[str, str, Callable[..., Writer]]] = {  # where it goes, and its files
+    "jsonl": ("captions.jsonl", "captions.jsonl", JsonlWriter),
+    "coco": ("coco.json", "coco.json", CocoWriter),
+    "parquet": ("captions.parquet", "captions.parquet", ParquetWriter),
+    "geojson": ("captions.geojson", "captions.geojson", GeoJsonWriter),
+    LABEL_STUDIO: ("label-studio.json", "label-studio.json", LabelStudioWriter),
+    "labelme": ("labelme", "labelme/*.json", LabelMeWriter),
+    "png": (".", "*.captions.png", PngWriter),
+    "html": ("captions.html", "captions.html", HtmlWriter),
 }
-FORMATS = tuple(_KINDS)
-DRAWN = ("png", "html")  # for which the pictures themselves are needed
+OUTPUT_FORMATS = tuple(_FORMAT_INFO)
+DRAWN_FORMATS = ("png", "html")  # for which the pictures themselves are needed
 
 
-def output_patterns(formats: Iterable[str]) -> tuple[str, ...]:
+def list_output_patterns(formats: Iterable[str]) -> tuple[str, ...]:
     """Patterns of the files that `Writers` writes into its folder."""
-    return tuple(_KINDS[name][1] for name in formats)
+    return tuple(_FORMAT_INFO[name][1] for name in formats)
 
 
-class Writers:
+class MultiFormatWriter:
     """One or several formats in one folder, which is made. `ValueError` for a format that is not in `FORMATS`.
 
     `paths` says where each format goes: `captions.jsonl`, `coco.json`, `captions.parquet`, `captions.geojson`,
@@ -70,27 +70,27 @@ class Writers:
         self, folder: str | Path, formats: Iterable[str] = ("jsonl",), model: str | None = None, image_prefix: str = ""
     ):
         formats = tuple(dict.fromkeys(formats))
-        unknown = [name for name in formats if name not in _KINDS]
+        unknown = [name for name in formats if name not in _FORMAT_INFO]
         if unknown:
-            raise ValueError(f"no output format named '{unknown[0]}'; there are: {', '.join(FORMATS)}")
+            raise ValueError(f"no output format named '{unknown[0]}'; there are: {', '.join(OUTPUT_FORMATS)}")
         folder = Path(folder)
         open_folder(folder)
-        self.paths = {name: folder / _KINDS[name][0] for name in formats}
+        self.paths = {name: folder / _FORMAT_INFO[name][0] for name in formats}
         self._writers: list[Writer] = []
         try:
             for name, path in self.paths.items():
                 options = {"image_prefix": image_prefix} if name == LABEL_STUDIO else {}
-                self._writers.append(_KINDS[name][2](path, model, **options))
+                self._writers.append(_FORMAT_INFO[name][2](path, model, **options))
         except BaseException:
             self.close(finished=False)
             raise
 
     @classmethod
-    def to_stream(cls, stream: TextIO | Any, model: str | None = None) -> Writers:
+    def from_stream(cls, stream: TextIO | Any, model: str | None = None) -> MultiFormatWriter:
         """JSON lines on a text stream, such as standard output; it is flushed after each image and never closed."""
         writers = cls.__new__(cls)
         writers.paths = {}
-        writers._writers = [Jsonl(Stream(stream), model)]
+        writers._writers = [JsonlWriter(StreamSink(stream), model)]
         return writers
 
     def add(self, path: str | Path, image: Image.Image, captions: Sequence[Caption]) -> None:
@@ -113,11 +113,11 @@ class Writers:
         if failures:
             raise failures[0]
 
-    def __enter__(self) -> Writers:
+    def __enter__(self) -> MultiFormatWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exception_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             self.close(finished=error is None)

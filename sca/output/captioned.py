@@ -18,7 +18,7 @@ from sca.io.images import open_image, show
 from sca.io.notices import notice_once
 
 
-class Size(NamedTuple):
+class ImageSize(NamedTuple):
     """Of a picture that need not be opened."""
 
     width: int
@@ -29,13 +29,13 @@ class Size(NamedTuple):
         return self.width, self.height
 
 
-class Captioned(NamedTuple):
+class CaptionedImage(NamedTuple):
     """An image, as its records name it, with its captions in order; `embedded` opens the image that its file contains,
     where the image's own file does not exist.
     """
 
     image: str
-    size: Size
+    size: ImageSize
     captions: list[Caption]
     model: str | None
     embedded: Callable[[], Image.Image] | None = None
@@ -54,7 +54,7 @@ class Captioned(NamedTuple):
         return resize_to_recorded(image, self.size, self.image)
 
 
-def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image:
+def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.Image:
     """Return an image in the size that its captions record.
 
     Args:
@@ -80,8 +80,8 @@ def resize_to_recorded(image: Image.Image, size: Size, name: str) -> Image.Image
 
 
 def merge_images(
-    captioned: Iterable[Captioned], roots: Sequence[Path], reject: Reject = raise_error
-) -> dict[str, Captioned]:
+    captioned: Iterable[CaptionedImage], roots: Sequence[Path], reject: Reject = raise_error
+) -> dict[str, CaptionedImage]:
     """Merge the captions of each image file, in whatever spelling and however often it occurs.
 
     Args:
@@ -93,7 +93,7 @@ def merge_images(
         The images by the first names of their files; captions that are added get region numbers of their own.
     """
     files = ImageFiles(partial(find_image, roots=roots))
-    merged: dict[str, Captioned] = {}
+    merged: dict[str, CaptionedImage] = {}
     for each in captioned:
         name = files.unify(each.image)
         first = merged.setdefault(name, each)
@@ -104,6 +104,6 @@ def merge_images(
             reject(InputError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
             continue
         start = 1 + max((caption.region_id for caption in first.captions), default=-1)
-        more = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
-        merged[name] = first._replace(captions=[*first.captions, *more])
+        renumbered = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]
+        merged[name] = first._replace(captions=[*first.captions, *renumbered])
     return merged

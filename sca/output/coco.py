@@ -17,16 +17,16 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, Reject
 from sca.io.image_names import measure_named_image
 from sca.io.images import show
-from sca.io.validation import is_int64, read_field, read_id, read_name, require_size
-from sca.output.captioned import Captioned, Size
+from sca.io.validation import is_int64, read_field, read_id, get_image_name, require_size
+from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import close_document
-from sca.output.jsonl import record
-from sca.output.records import to_caption
+from sca.output.jsonl import caption_to_record
+from sca.output.records import annotation_to_caption
 
-CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
+REGION_CATEGORY = {"id": 1, "name": "region", "supercategory": ""}
 
 
-class Coco:
+class CocoWriter:
     """Annotations go to disk as they come; the file has its name when it is closed.
 
     Images and annotations are numbered from 1. An annotation has what COCO's instances and captions have, and `score`
@@ -38,82 +38,82 @@ class Coco:
     def __init__(self, path: Path, model: str | None = None):
         self._file = AtomicFile(path)
         self._images: list[dict[str, Any]] = []
-        self._annotations = 0
+        self._num_annotations = 0
         info = {"description": "captions of regions", "model": model}
         self._file.write(f'{{"info": {json.dumps(info)},\n"annotations": [')
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        number = len(self._images) + 1
+        image_id = len(self._images) + 1
         lines = [
-            json.dumps(_annotation(place, number, path, image, caption), allow_nan=False)
-            for place, caption in enumerate(captions, self._annotations + 1)
+            json.dumps(_make_annotation(annotation_id, image_id, path, image, caption), allow_nan=False)
+            for annotation_id, caption in enumerate(captions, self._num_annotations + 1)
         ]
         if lines:
-            self._file.write((",\n" if self._annotations else "\n") + ",\n".join(lines))
-        self._annotations += len(lines)
-        self._images.append({"id": number, "file_name": path, "width": image.width, "height": image.height})
+            self._file.write((",\n" if self._num_annotations else "\n") + ",\n".join(lines))
+        self._num_annotations += len(lines)
+        self._images.append({"id": image_id, "file_name": path, "width": image.width, "height": image.height})
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([CATEGORY])}}}\n'
+        end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps([REGION_CATEGORY])}}}\n'
         close_document(self._file, end, bool(self._images), finished)
 
 
-def _annotation(number: int, image_number: int, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
-    plain = record(path, image, caption)
-    mask, box = plain["mask"], plain["box"]
+def _make_annotation(annotation_id: int, image_id: int, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+    caption_record = caption_to_record(path, image, caption)
+    mask, box = caption_record["mask"], caption_record["box"]
     if box is None and mask:
         box = masks.box_of(mask)
     x1, y1, x2, y2 = box or (0.0, 0.0, 0.0, 0.0)
     return {
-        "id": number,
-        "image_id": image_number,
-        "category_id": CATEGORY["id"],
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": REGION_CATEGORY["id"],
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": masks.area(mask) if mask else (x2 - x1) * (y2 - y1),
         "segmentation": mask or ([[x1, y1, x2, y1, x2, y2, x1, y2]] if box else []),
         "iscrowd": 0,
         "isbox": int(bool(box and not mask)),
-        "caption": plain["caption"],
-        "score": plain["score"],
-        "region": plain["region"],
+        "caption": caption_record["caption"],
+        "score": caption_record["score"],
+        "region": caption_record["region"],
     }
 
 
 def read_coco(
     content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
-) -> Iterator[Captioned]:
+) -> Iterator[CaptionedImage]:
     """Read the images of a COCO file, also where several records name one file."""
-    told: dict[Any, list[tuple[str, Any]]] = {}
+    records_by_image_id: dict[Any, list[tuple[str, Any]]] = {}
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None
-    names = coco.name_categories(content)
-    for number, each in enumerate(read_field(content, "annotations", list, show(path))):
-        where = f"{show(path)}, annotations[{number}]"
+    category_names = coco.name_categories(content)
+    for index, each in enumerate(read_field(content, "annotations", list, show(path))):
+        location = f"{show(path)}, annotations[{index}]"
         try:
-            told.setdefault(read_id(each, "image_id", where), []).append((where, each))
+            records_by_image_id.setdefault(read_id(each, "image_id", location), []).append((location, each))
         except InputError as error:
             reject(error)
-    for number, image in enumerate(read_field(content, "images", list, show(path))):
-        where, records = f"{show(path)}, images[{number}]", list[tuple[str, Any]]()
+    for index, image in enumerate(read_field(content, "images", list, show(path))):
+        location, records = f"{show(path)}, images[{index}]", list[tuple[str, Any]]()
         try:
-            records = told.pop(read_id(image, "id", where), [])
-            file_name = read_name(image, "file_name", where)
-            measured = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
-            size = Size(*measured) if measured else Size(*require_size(image, where))
+            records = records_by_image_id.pop(read_id(image, "id", location), [])
+            file_name = get_image_name(image, "file_name", location)
+            measured_size = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
+            size = ImageSize(*measured_size) if measured_size else ImageSize(*require_size(image, location))
         except InputError as error:
             reject(error)
-            for place, _ in records:
-                skip("region of an image that cannot be used", place)
+            for record_location, _ in records:
+                skip("region of an image that cannot be used", record_location)
             continue
         captions = []
-        for place, each in records:
+        for record_location, each in records:
             try:
-                annotation = coco.read_annotation(each, place, size, names.get(str(each.get("category_id"))), skip)
+                annotation = coco.read_annotation(each, record_location, size, category_names.get(str(each.get("category_id"))), skip)
                 region = each["region"] if is_int64(each.get("region")) else len(captions)
-                captions += [caption] if (caption := to_caption(annotation, size, region, skip)) else []
+                captions += [caption] if (caption := annotation_to_caption(annotation, size, region, skip)) else []
             except InputError as error:
                 reject(error)
-        yield Captioned(file_name, size, captions, model)
-    for place, _ in (each for records in told.values() for each in records):
-        reject(InputError(f"{place}, 'image_id': no image has this id; add the image or remove the annotation"))
+        yield CaptionedImage(file_name, size, captions, model)
+    for record_location, _ in (each for records in records_by_image_id.values() for each in records):
+        reject(InputError(f"{record_location}, 'image_id': no image has this id; add the image or remove the annotation"))

@@ -1,6 +1,6 @@
 """Colours that tell regions apart on any picture."""
 
-COLOURS = (
+REGION_COLORS = (
     (230, 57, 70),
     (29, 120, 216),
     (46, 160, 67),
@@ -12,15 +12,15 @@ COLOURS = (
     (109, 76, 65),
     (63, 81, 181),
 )
-INSIDE, OUTSIDE = (0, 170, 60), (220, 30, 40)  # points with label 1 and label 0
+INSIDE_COLOR, OUTSIDE_COLOR = (0, 170, 60), (220, 30, 40)  # points with label 1 and label 0
 
 
-def colour(place: int) -> tuple[int, int, int]:
+def get_region_color(index: int) -> tuple[int, int, int]:
     """The colour of the region at this place."""
-    return COLOURS[place % len(COLOURS)]
+    return REGION_COLORS[index % len(REGION_COLORS)]
 
 
-def readable_on(background: tuple[int, int, int]) -> tuple[int, int, int]:
+def choose_text_color(background: tuple[int, int, int]) -> tuple[int, int, int]:
     """Black or white, whichever is easier to read on it."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 122 else (255, 255, 255)

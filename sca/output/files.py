@@ -20,18 +20,18 @@ def close_document(file: AtomicFile, end: str, has_images: bool, finished: bool)
     file.keep()
 
 
-class Names:
+class UniqueFileNames:
     """A file name for each image: its stem, or `STEM-2` where that has been used for another image."""
 
     def __init__(self) -> None:
         self._used: set[str] = set()
 
-    def of(self, path: str) -> str:
+    def make_unique(self, path: str) -> str:
         stem = Path(path).stem.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore") or "image"
-        name, copies = stem, 1
+        name, count = stem, 1
         while name.casefold() in self._used:
-            copies += 1
-            name = f"{stem}-{copies}"
+            count += 1
+            name = f"{stem}-{count}"
         self._used.add(name.casefold())
         return name
 
@@ -43,11 +43,11 @@ class FilePerImage:
     """
 
     def __init__(self, folder: Path, suffix: str):
-        self._folder, self._suffix, self._names = folder, suffix, Names()
+        self._folder, self._suffix, self._names = folder, suffix, UniqueFileNames()
 
     def write(self, image: str, content: str | bytes) -> None:
         """Write the file of an image, which is given by its path."""
-        write_file(self._folder / f"{self._names.of(image)}{self._suffix}", content, sync_folder=False)
+        write_file(self._folder / f"{self._names.make_unique(image)}{self._suffix}", content, sync_folder=False)
 
     def close(self) -> None:
         try:

@@ -11,10 +11,10 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
-from sca.output.page import SHARP, data_uri, printable, render
+from sca.output.page import MAX_SHARP_SIDE, encode_data_uri, replace_unprintable, render_template
 
 
-class Html:
+class HtmlWriter:
     """Write the viewer image by image; the file has its name when it is closed.
 
     Args:
@@ -23,15 +23,15 @@ class Html:
         compares: Whether each image has a second list of captions.
     """
 
-    def __init__(self, path: Path, model: str | None = None, compares: bool = False):
-        page = render("viewer.html", title=model or "Captions of regions", compares=compares)
-        start, _, self._end = page.partition("<!-- images -->\n")
+    def __init__(self, path: Path, title: str | None = None, has_other_captions: bool = False):
+        html = render_template("viewer.html", title=title or "Captions of regions", compares=has_other_captions)
+        start, _, self._end = html.partition("<!-- images -->\n")
         self._file = AtomicFile(path)
-        self._images = 0
+        self._num_images = 0
         self._file.write(start)
 
     def add(
-        self, path: str, image: Image.Image | Any, captions: Sequence[Caption], other: Sequence[Caption] | None = None
+        self, path: str, image: Image.Image | Any, captions: Sequence[Caption], other_captions: Sequence[Caption] | None = None
     ) -> None:
         """Write an image.
 
@@ -41,23 +41,23 @@ class Html:
             captions: Its captions.
             other: The captions to compare with; those of one region have the same place in both lists.
         """
-        lists = {"regions": captions} if other is None else {"regions": captions, "other": other}
+        caption_lists = {"regions": captions} if other_captions is None else {"regions": captions, "other": other_captions}
         has_pixels = isinstance(image, Image.Image)
-        section = render(
+        section_html = render_template(
             "image.html",
             name=path,
             width=image.width,
             height=image.height,
-            picture=data_uri(image) if has_pixels else None,
-            is_sharp=has_pixels and max(image.size) <= SHARP,
-            captions={name: [_to_plain(caption) for caption in each] for name, each in lists.items()},
+            picture=encode_data_uri(image) if has_pixels else None,
+            is_sharp=has_pixels and max(image.size) <= MAX_SHARP_SIDE,
+            captions={name: [_caption_to_dict(caption) for caption in each] for name, each in caption_lists.items()},
         )
-        self._file.write(section)
-        self._images += 1
+        self._file.write(section_html)
+        self._num_images += 1
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
+        if not finished and (self._file.replaces or not self._num_images):
             self.drop()
             return
         try:
@@ -72,13 +72,13 @@ class Html:
         self._file.drop()
 
 
-def _to_plain(caption: Caption) -> dict[str, Any]:
+def _caption_to_dict(caption: Caption) -> dict[str, Any]:
     """What the page contains of a region, as JSON values; coordinates in pixels of the image."""
     return {
         "region": int(caption.region_id),
-        "caption": printable(caption.text),
-        "score": _round(caption.score),
-        "iou": _round(caption.predicted_iou),
+        "caption": replace_unprintable(caption.text),
+        "score": _round_or_none(caption.score),
+        "iou": _round_or_none(caption.predicted_iou),
         "box": None if caption.box is None else [round(float(value), 2) for value in caption.box],
         "mask": caption.mask["counts"] if caption.mask else None,
         "points": [[float(x), float(y), int(label)] for x, y, label in caption.prompt.points],
@@ -86,5 +86,5 @@ def _to_plain(caption: Caption) -> dict[str, Any]:
     }
 
 
-def _round(value: float | None) -> float | None:
+def _round_or_none(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(float(value), 4)

@@ -15,15 +15,15 @@ from sca.io.atomic import open_folder, output_errors
 from sca.io.errors import OutputError
 from sca.io.images import show
 from sca.io.run_folder import RunFolder, check_same_run
-from sca.output import FORMATS, output_patterns
-from sca.output.captioned import Captioned
-from sca.output.jsonl import record
-from sca.output.records import read_image
+from sca.output import OUTPUT_FORMATS, list_output_patterns
+from sca.output.captioned import CaptionedImage
+from sca.output.jsonl import caption_to_record
+from sca.output.records import parse_image
 
-NAME = "captions.journal"
+CAPTION_JOURNAL_NAME = "captions.journal"
 
 
-class Journal:
+class CaptionJournal:
     """`captions.journal` in a run folder: its first line is the run, and each other line an image that is captioned.
 
     It is removed when the run has finished. `done` contains the images of the journal that is continued, by name.
@@ -38,25 +38,25 @@ class Journal:
         OtherRunError: It is of a run with other options.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, str], resume: bool):
+    def __init__(self, folder: Path, run_options: Mapping[str, str], resume: bool):
         open_folder(folder)
-        self._path, self._run, self._resume = folder / NAME, run, resume
-        self.done: dict[str, Captioned] = {}
+        self._path, self._run_options, self._resume = folder / CAPTION_JOURNAL_NAME, run_options, resume
+        self.completed: dict[str, CaptionedImage] = {}
         self._file: journal.Journal | None = None
         if resume:
-            self._read()
+            self._read_entries()
 
     @property
-    def is_begun(self) -> bool:
+    def has_new_images(self) -> bool:
         """Whether an image has been added."""
         return self._file is not None
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        if path in self.done:
+        if path in self.completed:
             return
         if self._file is None:  # until there is something new, an older journal stays
-            self._open()
-        records = [record(path, image, caption) for caption in captions]
+            self._open_file()
+        records = [caption_to_record(path, image, caption) for caption in captions]
         self._file.append({"image": path, "width": image.width, "height": image.height, "captions": records})
 
     def close(self, finished: bool) -> None:
@@ -69,30 +69,30 @@ class Journal:
         with output_errors(self._path):
             self._path.unlink(missing_ok=True)
 
-    def _open(self) -> None:
+    def _open_file(self) -> None:
         if not self._resume:
             self._remove()
         self._file = journal.Journal(self._path)
         if self._file.is_empty:
-            self._file.append(self._run)
+            self._file.append(self._run_options)
 
-    def _read(self) -> None:
+    def _read_entries(self) -> None:
         """Read the images of the journal that exists."""
-        for number, entry in enumerate(journal.read_journal(self._path), 1):
-            if number == 1:
-                check_same_run(self._path, entry, self._run)
+        for line_number, entry in enumerate(journal.read_journal(self._path), 1):
+            if line_number == 1:
+                check_same_run(self._path, entry, self._run_options)
             else:
-                image = read_image(entry, f"{show(self._path)}, line {number}")
-                self.done[image.image] = image
+                image = parse_image(entry, f"{show(self._path)}, line {line_number}")
+                self.completed[image.image] = image
 
 
-def count_images(folder: Path) -> int:
+def count_journal_images(folder: Path) -> int:
     """The number of images that an unfinished run in a folder has captioned."""
-    return max(0, sum(1 for _ in journal.read_journal(folder / NAME)) - 1)
+    return max(0, sum(1 for _ in journal.read_journal(folder / CAPTION_JOURNAL_NAME)) - 1)
 
 
 @contextmanager
-def open_journal(
+def open_caption_journal(
     path: Path,
     settings: dict[str, Any],
     formats: Sequence[str],
@@ -100,7 +100,7 @@ def open_journal(
     *,
     resume: bool,
     overwrite: bool,
-) -> Iterator[Journal]:
+) -> Iterator[CaptionJournal]:
     """Open the folder of a captioning run, and the journal in it, which is removed when the run has finished.
 
     Args:
@@ -116,23 +116,23 @@ def open_journal(
         InputError: The journal to resume is damaged.
         OtherRunError: It is of a run with other settings.
     """
-    with RunFolder(path, "caption", (*output_patterns(FORMATS), NAME)) as folder:
-        earlier = folder.run
-        unfinished = count_images(path) if earlier and not (earlier.finished or overwrite) else 0
-        if unfinished and not resume:
+    with RunFolder(path, "caption", (*list_output_patterns(OUTPUT_FORMATS), CAPTION_JOURNAL_NAME)) as folder:
+        previous_run = folder.run
+        num_unfinished = count_journal_images(path) if previous_run and not (previous_run.finished or overwrite) else 0
+        if num_unfinished and not resume:
             raise OutputError(
-                f"{show(path)} contains an unfinished run with {unfinished} images done; continue it with --resume, "
+                f"{show(path)} contains an unfinished run with {num_unfinished} images done; continue it with --resume, "
                 "choose another --out, or replace it with --overwrite"
             )
-        loose = ("images",) if resume and unfinished else ()
-        outputs = (*output_patterns(formats), NAME)
-        earlier = folder.begin(settings, outputs, inputs, overwrite=overwrite, loose=loose)
-        opened = Journal(path, {name: value for name, value in settings.items() if name != "images"}, resume)
-        finished = False
+        ignored_settings = ("images",) if resume and num_unfinished else ()
+        outputs = (*list_output_patterns(formats), CAPTION_JOURNAL_NAME)
+        previous_run = folder.begin(settings, outputs, inputs, overwrite=overwrite, loose=ignored_settings)
+        caption_journal = CaptionJournal(path, {name: value for name, value in settings.items() if name != "images"}, resume)
+        is_finished = False
         try:
-            yield opened
-            finished = True
+            yield caption_journal
+            is_finished = True
         finally:
-            opened.close(finished)
-            if finished or (earlier and earlier.finished and not opened.is_begun):  # the earlier files are unchanged
+            caption_journal.close(is_finished)
+            if is_finished or (previous_run and previous_run.finished and not caption_journal.has_new_images):  # the earlier files are unchanged
                 folder.finish()

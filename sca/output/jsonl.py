@@ -18,14 +18,14 @@ from sca.io.atomic import AtomicFile, unwritable
 class Sink(Protocol):
     replaces: bool
 
-    def write(self, piece: str) -> None: ...
+    def write(self, text: str) -> None: ...
 
     def keep(self) -> None: ...
 
     def drop(self) -> None: ...
 
 
-class Stream:
+class StreamSink:
     """A text stream, standard output say, that is not ours to close; what is written is flushed."""
 
     replaces = False
@@ -33,10 +33,10 @@ class Stream:
     def __init__(self, stream: Any):
         self._stream = stream
 
-    def write(self, piece: str) -> None:
+    def write(self, text: str) -> None:
         """A pipe whose reader has gone raises BrokenPipeError as ever; another failure is an `OutputError`."""
         try:
-            self._stream.write(piece)
+            self._stream.write(text)
             self._stream.flush()
         except BrokenPipeError:
             raise
@@ -50,7 +50,7 @@ class Stream:
         """What is written stays."""
 
 
-class Jsonl:
+class JsonlWriter:
     """Append the lines of an image as soon as it is done; an older file stays until the run has finished.
 
     A line has `image` (its path as given), `width`, `height`, `region` (the prompt's place in the request), `prompt`
@@ -60,58 +60,58 @@ class Jsonl:
     locale or line-reader is in the way.
     """
 
-    def __init__(self, target: Path | Stream, model: str | None = None):
+    def __init__(self, target: Path | StreamSink, model: str | None = None):
         self._target = target
         self._sink: Sink | None = None
         self._model = model
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        records = ({**record(path, image, caption), "model": self._model} for caption in captions)
-        self._open().write("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in records))
+        records = ({**caption_to_record(path, image, caption), "model": self._model} for caption in captions)
+        self._get_sink().write("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in records))
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
         if finished or (self._sink and not self._sink.replaces):
-            self._open().keep()
+            self._get_sink().keep()
         elif self._sink:
             self._sink.drop()
 
-    def _open(self) -> Sink:
+    def _get_sink(self) -> Sink:
         if self._sink is None:
             self._sink = AtomicFile(self._target, visible=True) if isinstance(self._target, Path) else self._target
         return self._sink
 
 
-def record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+def caption_to_record(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
     """A caption as plain values that JSON can write."""
     mask = caption.mask
-    others = [{"caption": text, "score": _finite(score)} for text, score in caption.alternatives]
+    alternatives = [{"caption": text, "score": _replace_non_finite(score)} for text, score in caption.alternatives]
     return {
         "image": path,
         "width": image.width,
         "height": image.height,
         "region": int(caption.region_id),
-        "prompt": asked(caption.prompt),
+        "prompt": prompt_to_dict(caption.prompt),
         "box": None if caption.box is None else [float(value) for value in caption.box],
         "mask": None if mask is None else {"size": [int(side) for side in mask["size"]], "counts": mask["counts"]},
         "caption": caption.text,
-        "score": _finite(caption.score),
-        "iou": _finite(caption.predicted_iou),
-        **({"others": others} if others else {}),
+        "score": _replace_non_finite(caption.score),
+        "iou": _replace_non_finite(caption.predicted_iou),
+        **({"others": alternatives} if alternatives else {}),
     }
 
 
-def asked(prompt: Prompt) -> dict[str, Any]:
+def prompt_to_dict(prompt: Prompt) -> dict[str, Any]:
     """A prompt as plain values: any of `box` [x1, y1, x2, y2], `points` [[x, y, label]] and `mask` RLE."""
-    plain: dict[str, Any] = {}
+    prompt_fields: dict[str, Any] = {}
     if prompt.box is not None:
-        plain["box"] = [float(value) for value in prompt.box]
+        prompt_fields["box"] = [float(value) for value in prompt.box]
     if prompt.points:
-        plain["points"] = [[float(x), float(y), int(label)] for x, y, label in prompt.points]
+        prompt_fields["points"] = [[float(x), float(y), int(label)] for x, y, label in prompt.points]
     if prompt.mask is not None:
-        plain["mask"] = masks.encode(prompt.mask)
-    return plain
+        prompt_fields["mask"] = masks.encode(prompt.mask)
+    return prompt_fields
 
 
-def _finite(value: float | None) -> float | None:
+def _replace_non_finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None

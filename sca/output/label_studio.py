@@ -23,24 +23,24 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import Reject
 from sca.io.image_names import add_image_prefix, measure_named_image
 from sca.io.images import show
-from sca.output.captioned import Captioned, Size
+from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import close_document
-from sca.output.jsonl import record
-from sca.output.records import to_captions
+from sca.output.jsonl import caption_to_record
+from sca.output.records import annotations_to_captions
 
-LABEL = "region"
-CONFIG = f"""<View>
+REGION_LABEL = "region"
+LABELING_CONFIG = f"""<View>
   <Image name="image" value="$image"/>
-  <BrushLabels name="mask" toName="image"><Label value="{LABEL}"/></BrushLabels>
-  <RectangleLabels name="box" toName="image"><Label value="{LABEL}"/></RectangleLabels>
-  <KeyPointLabels name="point" toName="image"><Label value="{LABEL}"/></KeyPointLabels>
+  <BrushLabels name="mask" toName="image"><Label value="{REGION_LABEL}"/></BrushLabels>
+  <RectangleLabels name="box" toName="image"><Label value="{REGION_LABEL}"/></RectangleLabels>
+  <KeyPointLabels name="point" toName="image"><Label value="{REGION_LABEL}"/></KeyPointLabels>
   <TextArea name="caption" toName="image" perRegion="true" editable="true"/>
 </View>
 """
-POINT_WIDTH = 1  # of a keypoint as it is drawn, in per cent of the image
+KEYPOINT_WIDTH_PERCENT = 1  # of a keypoint as it is drawn, in per cent of the image
 
 
-class LabelStudio:
+class LabelStudioWriter:
     """A task an image. Sizes are per cent of the image; a region with neither mask nor box has its first point.
 
     image_prefix: where Label Studio finds the images, see `add_image_prefix`.
@@ -49,62 +49,62 @@ class LabelStudio:
     def __init__(self, path: Path, model: str | None = None, image_prefix: str = ""):
         self._image_prefix = image_prefix
         self._file = AtomicFile(path)
-        self._model, self._images = model, 0
+        self._model, self._num_images = model, 0
         self._file.write("[")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        results = [piece for place, caption in enumerate(captions) for piece in _results(place, path, image, caption)]
+        results = [result for index, caption in enumerate(captions) for result in _make_results(index, path, image, caption)]
         data = {"image": add_image_prefix(path, self._image_prefix), "width": image.width, "height": image.height}
         task = {"data": data, "predictions": [{"model_version": self._model or "", "result": results}]}
-        self._file.write((",\n" if self._images else "\n") + json.dumps(task, allow_nan=False))
-        self._images += 1
+        self._file.write((",\n" if self._num_images else "\n") + json.dumps(task, allow_nan=False))
+        self._num_images += 1
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        close_document(self._file, "\n]\n", bool(self._images), finished)
+        close_document(self._file, "\n]\n", bool(self._num_images), finished)
 
 
-def _results(place: int, path: str, image: Image.Image, caption: Caption) -> list[dict[str, Any]]:
-    plain = record(path, image, caption)
+def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -> list[dict[str, Any]]:
+    caption_record = caption_to_record(path, image, caption)
     width, height = image.size
-    head = {
-        "id": f"region-{place}",
+    common_fields = {
+        "id": f"region-{index}",
         "to_name": "image",
         "original_width": width,
         "original_height": height,
         "image_rotation": 0,
     }
-    score = {} if plain["score"] is None else {"score": plain["score"]}
-    if plain["mask"]:
-        value = {"format": "rle", "rle": pack(masks.decode(plain["mask"])), "brushlabels": [LABEL]}
-        shape = {**head, "type": "brushlabels", "from_name": "mask", "value": value, **score}
-    elif plain["box"]:
-        x1, y1, x2, y2 = plain["box"]
+    score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
+    if caption_record["mask"]:
+        value = {"format": "rle", "rle": pack(masks.decode(caption_record["mask"])), "brushlabels": [REGION_LABEL]}
+        shape_result = {**common_fields, "type": "brushlabels", "from_name": "mask", "value": value, **score}
+    elif caption_record["box"]:
+        x1, y1, x2, y2 = caption_record["box"]
         value = {
             "x": 100 * x1 / width,
             "y": 100 * y1 / height,
             "width": 100 * (x2 - x1) / width,
             "height": 100 * (y2 - y1) / height,
             "rotation": 0,
-            "rectanglelabels": [LABEL],
+            "rectanglelabels": [REGION_LABEL],
         }
-        shape = {**head, "type": "rectanglelabels", "from_name": "box", "value": value, **score}
+        shape_result = {**common_fields, "type": "rectanglelabels", "from_name": "box", "value": value, **score}
     else:
-        x, y, _ = plain["prompt"]["points"][0] if plain["prompt"].get("points") else (0, 0, 1)
-        value = {"x": 100 * x / width, "y": 100 * y / height, "width": POINT_WIDTH, "keypointlabels": [LABEL]}
-        shape = {**head, "type": "keypointlabels", "from_name": "point", "value": value, **score}
-    words = {**head, "type": "textarea", "from_name": "caption", "value": {"text": [plain["caption"]]}}
-    return [shape, words]
+        x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0, 0, 1)
+        value = {"x": 100 * x / width, "y": 100 * y / height, "width": KEYPOINT_WIDTH_PERCENT, "keypointlabels": [REGION_LABEL]}
+        shape_result = {**common_fields, "type": "keypointlabels", "from_name": "point", "value": value, **score}
+    text_result = {**common_fields, "type": "textarea", "from_name": "caption", "value": {"text": [caption_record["caption"]]}}
+    return [shape_result, text_result]
 
 
 def read_label_studio(
     content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
-) -> Iterator[Captioned]:
+) -> Iterator[CaptionedImage]:
     """Read the images of Label Studio tasks; an image without a known size is counted."""
-    measure = partial(measure_named_image, roots=roots)
-    for image in label_studio.read_tasks(content, show(path), skip, measure, reject):
-        size = image.size or measure(image.name)
+    measure_size = partial(measure_named_image, roots=roots)
+    for image in label_studio.read_tasks(content, show(path), skip, measure_size, reject):
+        size = image.size or measure_size(image.name)
         if size is None:
             skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
             continue
-        yield Captioned(image.name, Size(*size), to_captions(image.annotations, Size(*size), skip, reject), image.model)
+        yield CaptionedImage(image.name, ImageSize(*size), annotations_to_captions(image.annotations, ImageSize(*size), skip, reject), image.model)

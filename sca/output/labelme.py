@@ -23,17 +23,17 @@ from sca.io.image_names import find_image, is_url
 from sca.io.images import show
 from sca.io.json import parse_json, read_regular_file
 from sca.io.paths import relative_path, remove_parents
-from sca.io.validation import read_name
-from sca.output.captioned import Captioned, Size
+from sca.io.validation import get_image_name
+from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import FilePerImage
-from sca.output.jsonl import record
-from sca.output.records import to_captions
+from sca.output.jsonl import caption_to_record
+from sca.output.records import annotations_to_captions
 
-VERSION = "5.5.0"
-LABEL = "region"
+LABELME_VERSION = "5.5.0"
+REGION_LABEL = "region"
 
 
-class LabelMe:
+class LabelMeWriter:
     """`STEM.json` in `folder` for each image, as soon as it is done. A region is a shape, described by its caption.
 
     A mask is a shape of the kind "mask", exact to the pixel; a box a "rectangle", and a point a "point". `score` and
@@ -46,9 +46,9 @@ class LabelMe:
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         content = {
-            "version": VERSION,
+            "version": LABELME_VERSION,
             "flags": {},
-            "shapes": [_shape(path, image, caption) for caption in captions],
+            "shapes": [_make_shape(path, image, caption) for caption in captions],
             "imagePath": path if is_url(path) else relative_path(path, self._folder),
             "imageData": None,
             "imageHeight": image.height,
@@ -63,58 +63,58 @@ class LabelMe:
         self._files.close()
 
 
-def _shape(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
-    plain = record(path, image, caption)
-    shape = {
-        "label": LABEL,
-        "description": plain["caption"],
+def _make_shape(path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+    caption_record = caption_to_record(path, image, caption)
+    common_fields = {
+        "label": REGION_LABEL,
+        "description": caption_record["caption"],
         "group_id": None,
         "flags": {},
-        "score": plain["score"],
-        "iou": plain["iou"],
+        "score": caption_record["score"],
+        "iou": caption_record["iou"],
     }
-    if plain["mask"] and (box := masks.box_of(plain["mask"])):
+    if caption_record["mask"] and (box := masks.box_of(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)
-        inside = masks.decode(plain["mask"])[y1:y2, x1:x2]
+        mask_crop = masks.decode(caption_record["mask"])[y1:y2, x1:x2]
         points = [[x1, y1], [x2 - 1, y2 - 1]]  # LabelMe counts the last pixel in
-        return {**shape, "shape_type": "mask", "points": points, "mask": _png(inside)}
-    if plain["box"]:
-        x1, y1, x2, y2 = plain["box"]
-        return {**shape, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]], "mask": None}
-    points = [[x, y] for x, y, _ in plain["prompt"].get("points", [[0, 0, 1]])][:1]
-    return {**shape, "shape_type": "point", "points": points, "mask": None}
+        return {**common_fields, "shape_type": "mask", "points": points, "mask": _encode_png(mask_crop)}
+    if caption_record["box"]:
+        x1, y1, x2, y2 = caption_record["box"]
+        return {**common_fields, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]], "mask": None}
+    points = [[x, y] for x, y, _ in caption_record["prompt"].get("points", [[0, 0, 1]])][:1]
+    return {**common_fields, "shape_type": "point", "points": points, "mask": None}
 
 
-def _png(mask: np.ndarray) -> str:
+def _encode_png(mask: np.ndarray) -> str:
     content = io.BytesIO()
     Image.fromarray(mask).save(content, "PNG")
     return base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
+def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[CaptionedImage]:
     """Read LabelMe files, one image each."""
     if not paths:
         raise InputError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
     for path in paths:
         try:
-            image = _labelme_file(path, skip, reject)
+            image = _read_labelme_image(path, skip, reject)
         except InputError as error:
             reject(error)
         else:
             yield image
 
 
-def _labelme_file(path: Path, skip: SkipCounter, reject: Reject) -> Captioned:
-    where = show(path)
-    content = parse_json(read_regular_file(path), where, surrogates=True)
-    name = _image_beside(path, read_name(content, "imagePath", where))
-    size = Size(*labelme.find_size(content, Path(name), where))
-    regions = to_captions(labelme.read_shapes(content, size, where, skip, reject), size, skip, reject)
-    embedded = partial(labelme.open_embedded, content, where) if content.get("imageData") else None
-    return Captioned(name, size, regions, content.get("model"), embedded)
+def _read_labelme_image(path: Path, skip: SkipCounter, reject: Reject) -> CaptionedImage:
+    location = show(path)
+    content = parse_json(read_regular_file(path), location, surrogates=True)
+    name = _resolve_image_name(path, get_image_name(content, "imagePath", location))
+    size = ImageSize(*labelme.find_size(content, Path(name), location))
+    captions = annotations_to_captions(labelme.read_shapes(content, size, location, skip, reject), size, skip, reject)
+    embedded = partial(labelme.open_embedded, content, location) if content.get("imageData") else None
+    return CaptionedImage(name, size, captions, content.get("model"), embedded)
 
 
-def _image_beside(path: Path, name: str) -> str:
+def _resolve_image_name(path: Path, name: str) -> str:
     """The image that a file names relative to its own folder."""
     try:
         return str(remove_parents(find_image(name, [path.parent])))

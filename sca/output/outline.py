@@ -11,20 +11,20 @@ from sca.io import masks
 from sca.io.errors import InputError
 
 Ring = list[list[int]]  # corners [x, y], the first not again at the end
-DETAIL = 800  # the longest side of a mask's box in steps; a larger mask is drawn coarser
+MAX_OUTLINE_STEPS = 800  # the longest side of a mask's box in steps; a larger mask is drawn coarser
 
 
-def outline(mask: np.ndarray) -> str:
+def mask_to_svg_path(mask: np.ndarray) -> str:
     """(height, width) mask -> path data along the edges of its pixels, in image pixels, for the even-odd rule."""
     box = masks.box_of(mask)
     if box is None:
         return ""
     left, top, right, bottom = (int(value) for value in box)
-    step = math.ceil(max(right - left, bottom - top) / DETAIL)
-    return "".join(map(_path, _rings(mask, (left, top, right, bottom), step)))
+    step = math.ceil(max(right - left, bottom - top) / MAX_OUTLINE_STEPS)
+    return "".join(map(_ring_to_svg_path, _iter_rings(mask, (left, top, right, bottom), step)))
 
 
-def polygons(mask: np.ndarray) -> list[list[Ring]]:
+def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
     """(height, width) mask -> polygons along the edges of its pixels: of each its outer ring, then its holes.
 
     A polygon is of the pixels that touch by an edge, and valid as in OGC's simple features: no ring crosses or touches
@@ -33,132 +33,132 @@ def polygons(mask: np.ndarray) -> list[list[Ring]]:
     box = masks.box_of(mask)
     if box is None:
         return []
-    rings = (ring for edge in _rings(mask, tuple(int(value) for value in box), 1) for ring in _simple(edge))
+    rings = (ring for edge in _iter_rings(mask, tuple(int(value) for value in box), 1) for ring in _split_at_touching_corners(edge))
     outer: list[list[Ring]] = []
     holes: list[tuple[int, int, Ring]] = []
     for ring in rings:
         x, y = min(ring, key=lambda corner: (corner[1], corner[0]))  # of the pixel in the ring's uppermost corner
-        turned = ring if (_area(ring) > 0) == mask[y, x] else ring[::-1]
+        oriented_ring = ring if (_compute_signed_area(ring) > 0) == mask[y, x] else ring[::-1]
         if mask[y, x]:
-            outer.append([turned])
+            outer.append([oriented_ring])
         else:
-            holes.append((x, y - 1, turned))
+            holes.append((x, y - 1, oriented_ring))
     if holes:
-        owner = _painted(outer, *mask.shape)
+        polygon_index = _paint_polygons(outer, *mask.shape)
         for x, y, hole in holes:
-            outer[owner[y, x]].append(hole)
+            outer[polygon_index[y, x]].append(hole)
     return outer
 
 
-def fill(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
+def rings_to_mask(rings: Sequence[Ring], width: int, height: int) -> np.ndarray:
     """The mask (height, width) bool inside of rings with whole corners and edges along the axes, by the even-odd rule.
 
     InputError for other rings.
     """
-    crossed = np.zeros((height + 1, width + 1), bool)
+    crossings = np.zeros((height + 1, width + 1), bool)
     for ring in rings:
         corners = np.asarray(ring, np.float64).reshape(-1, 2)
-        whole = corners.astype(np.int64)
-        steps = np.roll(whole, -1, axis=0) - whole
-        if (whole != corners).any() or (steps.all(axis=1)).any():
+        integer_corners = corners.astype(np.int64)
+        offsets = np.roll(integer_corners, -1, axis=0) - integer_corners
+        if (integer_corners != corners).any() or (offsets.all(axis=1)).any():
             raise InputError("edges that do not follow pixels")
-        if whole.min(initial=0) < 0 or (whole > (width, height)).any():
+        if integer_corners.min(initial=0) < 0 or (integer_corners > (width, height)).any():
             raise InputError(f"corners outside the {width} x {height} image")
-        for (x, y), (_, down) in zip(whole.tolist(), steps.tolist(), strict=True):
-            if down:
-                crossed[min(y, y + down) : max(y, y + down), x] ^= True
-    return np.logical_xor.accumulate(crossed, axis=1)[:height, :width]
+        for (x, y), (_, dy) in zip(integer_corners.tolist(), offsets.tolist(), strict=True):
+            if dy:
+                crossings[min(y, y + dy) : max(y, y + dy), x] ^= True
+    return np.logical_xor.accumulate(crossings, axis=1)[:height, :width]
 
 
-def _rings(mask: np.ndarray, box: tuple[int, ...], step: int) -> Iterator[Ring]:
+def _iter_rings(mask: np.ndarray, box: tuple[int, ...], step: int) -> Iterator[Ring]:
     """Every closed edge, corner by corner, in steps of so many pixels."""
     left, top, right, bottom = box
-    inside = mask[top:bottom, left:right]
+    pixels = mask[top:bottom, left:right]
     for axis in (0, 1):
-        inside = np.logical_or.reduceat(inside, np.arange(0, inside.shape[axis], step), axis=axis)
-    corners = _corners(np.pad(inside, 1))
-    places = np.minimum(corners[:, :2] * step, [right - left, bottom - top])
-    yield from _followed(np.add(places, (left, top)).tolist(), _next(corners, 0), _next(corners, 1))
+        pixels = np.logical_or.reduceat(pixels, np.arange(0, pixels.shape[axis], step), axis=axis)
+    corners = _find_corners(np.pad(pixels, 1))
+    points = np.minimum(corners[:, :2] * step, [right - left, bottom - top])
+    yield from _trace_rings(np.add(points, (left, top)).tolist(), _pair_corners(corners, 0), _pair_corners(corners, 1))
 
 
-def _corners(padded: np.ndarray) -> np.ndarray:
+def _find_corners(padded: np.ndarray) -> np.ndarray:
     """(K, 4): x, y where the edge turns, and which comes first of two in one place: across, and down.
 
     Where two pixels touch by a corner only, both turn there, each around its own pixel.
     """
     pixels = np.stack([padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]])
     y, x = np.nonzero(np.logical_xor.reduce(pixels))
-    none = np.zeros_like(x)
-    plain = np.stack([x, y, none, none], 1)
-    touching = (pixels[0] == pixels[3]) & (pixels[1] == pixels[2]) & (pixels[0] != pixels[1])
-    y, x = np.nonzero(touching)
-    falling = pixels[0][y, x].astype(x.dtype)  # whether it is the pixel on the left that is above
-    left = np.stack([x, y, np.zeros_like(x), 1 - falling], 1)
-    right = np.stack([x, y, np.ones_like(x), falling], 1)
-    return np.concatenate([plain, left, right])
+    zeros = np.zeros_like(x)
+    simple_corners = np.stack([x, y, zeros, zeros], 1)
+    is_diagonal = (pixels[0] == pixels[3]) & (pixels[1] == pixels[2]) & (pixels[0] != pixels[1])
+    y, x = np.nonzero(is_diagonal)
+    is_left_above = pixels[0][y, x].astype(x.dtype)  # whether it is the pixel on the left that is above
+    left_corners = np.stack([x, y, np.zeros_like(x), 1 - is_left_above], 1)
+    right_corners = np.stack([x, y, np.ones_like(x), is_left_above], 1)
+    return np.concatenate([simple_corners, left_corners, right_corners])
 
 
-def _next(corners: np.ndarray, axis: int) -> list[int]:
+def _pair_corners(corners: np.ndarray, axis: int) -> list[int]:
     """The other end of each corner's edge: along a line, corners are its edges' ends in pairs."""
     pairs = np.lexsort((corners[:, 2 + axis], corners[:, axis], corners[:, 1 - axis])).reshape(-1, 2)
-    other = np.empty(len(corners), np.int64)
-    other[pairs] = pairs[:, ::-1]
-    return other.tolist()
+    partners = np.empty(len(corners), np.int64)
+    partners[pairs] = pairs[:, ::-1]
+    return partners.tolist()
 
 
-def _followed(corners: list[list[int]], across: list[int], down: list[int]) -> Iterator[Ring]:
+def _trace_rings(corners: list[list[int]], horizontal_partners: list[int], vertical_partners: list[int]) -> Iterator[Ring]:
     """Follows the edges, one across and one down in turn, until every corner has been passed."""
-    seen = bytearray(len(corners))
+    visited = bytearray(len(corners))
     for start in range(len(corners)):
-        if seen[start]:
+        if visited[start]:
             continue
-        ring, here = [], start
-        while not seen[here]:
-            turn = across[here]
-            seen[here] = seen[turn] = 1
-            ring += [corners[here], corners[turn]]
-            here = down[turn]
+        ring, current = [], start
+        while not visited[current]:
+            partner = horizontal_partners[current]
+            visited[current] = visited[partner] = 1
+            ring += [corners[current], corners[partner]]
+            current = vertical_partners[partner]
         yield ring
 
 
-def _path(ring: Ring) -> str:
-    pieces = [f"M{ring[0][0]} {ring[0][1]}"]
-    after = [*ring[1:], ring[0]]
-    for place in range(0, len(ring), 2):
-        (x, _), (turn, y), (_, there) = ring[place], after[place], after[place + 1]
-        pieces.append(f"h{turn - x}v{there - y}")
-    return "".join([*pieces, "z"])
+def _ring_to_svg_path(ring: Ring) -> str:
+    commands = [f"M{ring[0][0]} {ring[0][1]}"]
+    next_corners = [*ring[1:], ring[0]]
+    for index in range(0, len(ring), 2):
+        (x, _), (next_x, y), (_, next_y) = ring[index], next_corners[index], next_corners[index + 1]
+        commands.append(f"h{next_x - x}v{next_y - y}")
+    return "".join([*commands, "z"])
 
 
-def _simple(ring: Ring) -> Iterator[Ring]:
+def _split_at_touching_corners(ring: Ring) -> Iterator[Ring]:
     """The rings that one is made of that touches itself."""
     path: Ring = []
-    places: dict[tuple[int, int], int] = {}
+    indices: dict[tuple[int, int], int] = {}
     for x, y in ring:
-        start = places.get((x, y))
+        start = indices.get((x, y))
         if start is not None:
             loop = path[start:]
             del path[start:]
-            for turn in loop:
-                del places[turn[0], turn[1]]
+            for corner in loop:
+                del indices[corner[0], corner[1]]
             yield loop
-        places[x, y] = len(path)
+        indices[x, y] = len(path)
         path.append([x, y])
     yield path
 
 
-def _area(ring: Ring) -> float:
+def _compute_signed_area(ring: Ring) -> float:
     """Positive if it turns from x to y."""
     x, y = np.asarray(ring).T
     return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
 
 
-def _painted(outer: list[list[Ring]], height: int, width: int) -> np.ndarray:
+def _paint_polygons(outer: list[list[Ring]], height: int, width: int) -> np.ndarray:
     """(height, width): of each pixel the innermost polygon around it, by its place."""
     boxes = [(np.min(ring, axis=0), np.max(ring, axis=0)) for ring, *_ in outer]
-    owner = np.full((height, width), -1)
-    for place in sorted(range(len(outer)), key=lambda place: -np.prod(boxes[place][1] - boxes[place][0])):
-        (left, top), (right, bottom) = boxes[place]
-        moved = np.subtract(outer[place][0], (left, top))
-        owner[top:bottom, left:right][fill([moved], right - left, bottom - top)] = place
-    return owner
+    polygon_index = np.full((height, width), -1)
+    for index in sorted(range(len(outer)), key=lambda index: -np.prod(boxes[index][1] - boxes[index][0])):
+        (left, top), (right, bottom) = boxes[index]
+        shifted_ring = np.subtract(outer[index][0], (left, top))
+        polygon_index[top:bottom, left:right][rings_to_mask([shifted_ring], right - left, bottom - top)] = index
+    return polygon_index

@@ -14,12 +14,12 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, OutputError
 from sca.io.images import show
 from sca.io.json import parse_json
-from sca.output.jsonl import record
+from sca.output.jsonl import caption_to_record
 
-ROWS = 5_000  # of a group: what is held before it is written
+ROWS_PER_GROUP = 5_000  # of a group: what is held before it is written
 
 
-class Parquet:
+class ParquetWriter:
     """The columns are the fields of a line of JSON lines; `prompt` and `others` are JSON text. Needs pyarrow."""
 
     def __init__(self, path: Path, model: str | None = None):
@@ -46,23 +46,23 @@ class Parquet:
             ]
         )
         self._file = AtomicFile(path)
-        self._model, self._rows, self._images = model, [], 0
-        self._sink = _Sink(self._file)
+        self._model, self._rows, self._num_images = model, [], 0
+        self._sink = _PyarrowSink(self._file)
         self._writer = pyarrow.parquet.ParquetWriter(self._sink, self._schema, compression="zstd")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         for caption in captions:
-            plain = {**record(path, image, caption), "model": self._model}
-            plain["prompt"] = json.dumps(plain["prompt"])
-            plain["others"] = json.dumps(plain["others"]) if "others" in plain else None
-            self._rows.append({**plain, "image": _text(path), "caption": _text(plain["caption"])})
-        self._images += 1
-        if len(self._rows) >= ROWS:
+            caption_record = {**caption_to_record(path, image, caption), "model": self._model}
+            caption_record["prompt"] = json.dumps(caption_record["prompt"])
+            caption_record["others"] = json.dumps(caption_record["others"]) if "others" in caption_record else None
+            self._rows.append({**caption_record, "image": _replace_surrogates(path), "caption": _replace_surrogates(caption_record["caption"])})
+        self._num_images += 1
+        if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._images):
+        if not finished and (self._file.replaces or not self._num_images):
             self._drop()
             return
         try:
@@ -74,7 +74,7 @@ class Parquet:
         self._file.keep()
 
     def _drop(self) -> None:
-        self._sink.kept = False
+        self._sink.is_kept = False
         self._file.drop()
 
     def _flush(self) -> None:
@@ -84,24 +84,24 @@ class Parquet:
         self._rows = []
 
 
-class _Sink:
+class _PyarrowSink:
     """What pyarrow writes to; nothing is `kept` of the end that it still writes to a file that was dropped."""
 
     closed = False
-    kept = True
+    is_kept = True
 
     def __init__(self, file: AtomicFile):
-        self._file, self._place = file, 0
+        self._file, self._position = file, 0
 
-    def write(self, piece: Any) -> int:
-        content = bytes(piece)
-        if self.kept:
+    def write(self, data: Any) -> int:
+        content = bytes(data)
+        if self.is_kept:
             self._file.write(content)
-        self._place += len(content)
+        self._position += len(content)
         return len(content)
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def flush(self) -> None:
         """All is written already."""
@@ -119,12 +119,12 @@ class _Sink:
         return False
 
 
-def _text(value: str) -> str:
+def _replace_surrogates(value: str) -> str:
     """Without halves of letters, which UTF-8 does not have."""
     return value.encode("utf-8", "replace").decode()
 
 
-def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     """Read the records of a file, each with its place for messages."""
     try:
         import pyarrow
@@ -132,13 +132,13 @@ def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     except ImportError as error:
         raise InputError("parquet needs pyarrow: pip install 'segment-caption-anything[data]'") from error
     try:
-        number = 0
+        row_number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             for row in batch.to_pylist():
-                number += 1
-                where = f"{show(path)}, row {number}"
-                for name in ("prompt", "others"):
-                    row[name] = None if row.get(name) is None else parse_json(row[name], where, surrogates=True)
-                yield where, row
+                row_number += 1
+                location = f"{show(path)}, row {row_number}"
+                for json_column in ("prompt", "others"):
+                    row[json_column] = None if row.get(json_column) is None else parse_json(row[json_column], location, surrogates=True)
+                yield location, row
     except pyarrow.ArrowException as error:
         raise InputError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error

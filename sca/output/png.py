@@ -12,17 +12,17 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
 from sca.io import masks
-from sca.output.colours import INSIDE, OUTSIDE, colour, readable_on
+from sca.output.colours import INSIDE_COLOR, OUTSIDE_COLOR, get_region_color, choose_text_color
 from sca.output.files import FilePerImage
-from sca.output.labels import Block, Placement
+from sca.output.labels import LabelBlock, LabelPlacer
 
-SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
-LEAST = (320, 96)  # width and height that leave room for words; a smaller picture gets a margin right and below
-MARGIN = (128, 128, 128)
-OPACITY = 0.3
+MIN_ENLARGED_SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
+MIN_CANVAS_SIZE = (320, 96)  # width and height that leave room for words; a smaller picture gets a margin right and below
+MARGIN_COLOR = (128, 128, 128)
+MASK_OPACITY = 0.3
 
 
-class Png:
+class PngWriter:
     """One picture an image, in `folder`, as soon as it is done: `STEM.captions.png`, or `STEM-2.captions.png` where the
     stem has been used for another image of the run."""
 
@@ -31,7 +31,7 @@ class Png:
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
         content = io.BytesIO()
-        draw(image, captions).save(content, "PNG", compress_level=4)
+        draw_captions(image, captions).save(content, "PNG", compress_level=4)
         self._files.write(path, content.getvalue())
 
     def close(self, finished: bool = True) -> None:
@@ -39,100 +39,100 @@ class Png:
         self._files.close()
 
 
-def draw(image: Image.Image, captions: Sequence[Caption]) -> Image.Image:
+def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Image:
     """The picture with its captions, RGB. Small pictures are enlarged by a whole factor, so that words can be read."""
-    factor = max(1, math.ceil(SIDE / max(image.size)))
-    large = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    canvas = large
-    if large.width < LEAST[0] or large.height < LEAST[1]:
-        canvas = Image.new("RGB", (max(large.width, LEAST[0]), max(large.height, LEAST[1])), MARGIN)
-        canvas.paste(large)
-    unit = min(max(large.size), 4 * min(canvas.size))  # what words and lines are measured by
-    font_size = min(max(14, round(unit / 45)), 64)
-    line = max(2, round(unit / 400))
+    scale = max(1, math.ceil(MIN_ENLARGED_SIDE / max(image.size)))
+    enlarged = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    canvas = enlarged
+    if enlarged.width < MIN_CANVAS_SIZE[0] or enlarged.height < MIN_CANVAS_SIZE[1]:
+        canvas = Image.new("RGB", (max(enlarged.width, MIN_CANVAS_SIZE[0]), max(enlarged.height, MIN_CANVAS_SIZE[1])), MARGIN_COLOR)
+        canvas.paste(enlarged)
+    reference_size = min(max(enlarged.size), 4 * min(canvas.size))  # what words and lines are measured by
+    font_size = min(max(14, round(reference_size / 45)), 64)
+    line_width = max(2, round(reference_size / 400))
 
-    by_size = sorted(range(len(captions)), key=lambda place: -_area(captions[place]))
-    for number in by_size:
-        if mask := captions[number].mask:
-            _tint(canvas, masks.decode(mask), factor, colour(number), line)
+    draw_order = sorted(range(len(captions)), key=lambda caption_index: -_compute_caption_area(captions[caption_index]))
+    for index in draw_order:
+        if mask := captions[index].mask:
+            _draw_mask(canvas, masks.decode(mask), scale, get_region_color(index), line_width)
     pen = ImageDraw.Draw(canvas)
-    for number in by_size:
-        if (box := captions[number].box) is not None:
-            x1, y1, x2, y2 = _scaled(box, factor, canvas.size)
-            pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour(number), width=line)
-    _write(canvas, pen, captions, factor, font_size, line)
+    for index in draw_order:
+        if (box := captions[index].box) is not None:
+            x1, y1, x2, y2 = _scale_box(box, scale, canvas.size)
+            pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=get_region_color(index), width=line_width)
+    _draw_labels(canvas, pen, captions, scale, font_size, line_width)
     return canvas
 
 
-def _tint(canvas: Image.Image, mask: np.ndarray, factor: int, tint: tuple[int, int, int], line: int) -> None:
+def _draw_mask(canvas: Image.Image, mask: np.ndarray, scale: int, color: tuple[int, int, int], line_width: int) -> None:
     """Lays a colour over the mask, (height, width) of the small picture, and a line along its inner edge."""
     box = masks.box_of(mask)
     if box is None:
         return
     x1, y1, x2, y2 = (int(value) for value in box)
-    inside = np.pad(mask[y1:y2, x1:x2].repeat(factor, 0).repeat(factor, 1), line)
-    core = inside
-    for _ in range(line):
-        core = core[1:-1, 1:-1] & core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
-    inside = inside[line:-line, line:-line]
-    weight = np.where(core, OPACITY, inside.astype(np.float32))[..., None]
-    area = (x1 * factor, y1 * factor, x2 * factor, y2 * factor)
-    under = np.asarray(canvas.crop(area), np.float32)
-    over = under + (np.array(tint, np.float32) - under) * weight
-    canvas.paste(Image.fromarray(np.rint(over).astype(np.uint8)), area[:2])
+    mask_pixels = np.pad(mask[y1:y2, x1:x2].repeat(scale, 0).repeat(scale, 1), line_width)
+    interior = mask_pixels
+    for _ in range(line_width):
+        interior = interior[1:-1, 1:-1] & interior[:-2, 1:-1] & interior[2:, 1:-1] & interior[1:-1, :-2] & interior[1:-1, 2:]
+    mask_pixels = mask_pixels[line_width:-line_width, line_width:-line_width]
+    opacity = np.where(interior, MASK_OPACITY, mask_pixels.astype(np.float32))[..., None]
+    canvas_box = (x1 * scale, y1 * scale, x2 * scale, y2 * scale)
+    background = np.asarray(canvas.crop(canvas_box), np.float32)
+    blended = background + (np.array(color, np.float32) - background) * opacity
+    canvas.paste(Image.fromarray(np.rint(blended).astype(np.uint8)), canvas_box[:2])
 
 
-def _dot(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:
+def _draw_point(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: tuple[int, int, int]) -> None:
     pen.circle((x, y), radius * 1.5, fill="white")
     pen.circle((x, y), radius, fill=fill)
 
 
-def _write(
-    canvas: Image.Image, pen: ImageDraw.ImageDraw, captions: Sequence[Caption], factor: int, font_size: int, line: int
+def _draw_labels(
+    canvas: Image.Image, pen: ImageDraw.ImageDraw, captions: Sequence[Caption], scale: int, font_size: int, line_width: int
 ) -> None:
     """Points and captions, the smallest region's placed first; a line leads from a label to a region elsewhere."""
-    width = min(canvas.width, max(LEAST[0], round(canvas.width * 0.4)))
-    taken = [_around(point, factor, 4 * line) for caption in captions for point in caption.prompt.points]
-    shown = [_where(caption, factor, 4 * line, canvas.size) for caption in captions]
-    placement = Placement(canvas.size, taken, shown)
+    max_label_width = min(canvas.width, max(MIN_CANVAS_SIZE[0], round(canvas.width * 0.4)))
+    point_boxes = [_get_box_around_point(point, scale, 4 * line_width) for caption in captions for point in caption.prompt.points]
+    region_boxes = [_get_region_box(caption, scale, 4 * line_width, canvas.size) for caption in captions]
+    placer = LabelPlacer(canvas.size, point_boxes, region_boxes)
     labels = []
-    for number in sorted(range(len(captions)), key=lambda place: _area(captions[place])):
-        block = Block(captions[number].text, font_size, width)
-        spot = placement.place(block.size, shown[number])
-        labels.append((number, block, shown[number], spot))
-    for number, _, near, spot in labels:
-        if spot[0] > near[2] or spot[2] < near[0] or spot[1] > near[3] or spot[3] < near[1]:
-            ends = [((a[0] + a[2]) / 2, (a[1] + a[3]) / 2) for a in (near, spot)]
-            pen.line(ends, fill=colour(number), width=line)
+    for index in sorted(range(len(captions)), key=lambda caption_index: _compute_caption_area(captions[caption_index])):
+        block = LabelBlock(captions[index].text, font_size, max_label_width)
+        label_box = placer.place_label(block.size, region_boxes[index])
+        labels.append((index, block, region_boxes[index], label_box))
+    for index, _, region_box, label_box in labels:
+        if label_box[0] > region_box[2] or label_box[2] < region_box[0] or label_box[1] > region_box[3] or label_box[3] < region_box[1]:
+            ends = [((a[0] + a[2]) / 2, (a[1] + a[3]) / 2) for a in (region_box, label_box)]
+            pen.line(ends, fill=get_region_color(index), width=line_width)
     for caption in captions:
         for x, y, label in caption.prompt.points:
-            _dot(pen, (x + 0.5) * factor, (y + 0.5) * factor, 2.5 * line, INSIDE if label else OUTSIDE)
-    for number, block, _, spot in labels:
-        block.draw(pen, spot[0], spot[1], readable_on(colour(number)), colour(number))
+            _draw_point(pen, (x + 0.5) * scale, (y + 0.5) * scale, 2.5 * line_width, INSIDE_COLOR if label else OUTSIDE_COLOR)
+    for index, block, _, label_box in labels:
+        block.draw(pen, label_box[0], label_box[1], choose_text_color(get_region_color(index)), get_region_color(index))
 
 
-def _where(caption: Caption, factor: int, reach: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _get_region_box(caption: Caption, scale: int, radius: int, canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The rectangle of the canvas that a caption speaks of."""
     if caption.box is not None:
-        return _scaled(caption.box, factor, size)
+        return _scale_box(caption.box, scale, canvas_size)
     if caption.prompt.points:
-        return _around(caption.prompt.points[0], factor, reach)
+        return _get_box_around_point(caption.prompt.points[0], scale, radius)
     return 0, 0, 0, 0
 
 
-def _around(point: tuple[float, float, int], factor: int, reach: int) -> tuple[int, int, int, int]:
-    x, y = round((point[0] + 0.5) * factor), round((point[1] + 0.5) * factor)
-    return x - reach, y - reach, x + reach, y + reach
+def _get_box_around_point(point: tuple[float, float, int], scale: int, radius: int) -> tuple[int, int, int, int]:
+    x, y = round((point[0] + 0.5) * scale), round((point[1] + 0.5) * scale)
+    return x - radius, y - radius, x + radius, y + radius
 
 
-def _scaled(box: Sequence[float], factor: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _scale_box(box: Sequence[float], scale: int, canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """A box of the small picture on the canvas, in whole pixels, clipped."""
-    x1, y1, x2, y2 = (round(value * factor) for value in box)
-    clip = (lambda x: min(max(x, 0), size[0])), (lambda y: min(max(y, 0), size[1]))
+    x1, y1, x2, y2 = (round(value * scale) for value in box)
+    clip = (lambda x: min(max(x, 0), canvas_size[0])), (lambda y: min(max(y, 0), canvas_size[1]))
     return clip[0](x1), clip[1](y1), clip[0](x2), clip[1](y2)
 
 
-def _area(caption: Caption) -> float:
+def _compute_caption_area(caption: Caption) -> float:
     if caption.mask:
         return masks.area(caption.mask)
     x1, y1, x2, y2 = caption.box or (0, 0, 0, 0)

@@ -16,15 +16,15 @@ from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import show
 from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines
-from sca.output.captioned import Captioned, merge_images
+from sca.output.captioned import CaptionedImage, merge_images
 from sca.output.coco import read_coco
-from sca.output.geojson import read_features
+from sca.output.geojson import read_geojson_records
 from sca.output.label_studio import read_label_studio
 from sca.output.labelme import read_labelme
-from sca.output.parquet import read_rows
-from sca.output.records import group_records
+from sca.output.parquet import read_parquet_records
+from sca.output.records import group_records_by_image
 
-PARQUET = b"PAR1"  # what such a file begins with
+PARQUET_MAGIC = b"PAR1"  # what such a file begins with
 
 
 def read_captions(
@@ -32,7 +32,7 @@ def read_captions(
     skip: SkipCounter | None = None,
     roots: Sequence[Path] | None = None,
     reject: Reject = raise_error,
-) -> Iterator[Captioned]:
+) -> Iterator[CaptionedImage]:
     """Read a file, or a folder of LabelMe files, image by image. Suffix and content decide what it is.
 
     Args:
@@ -52,26 +52,26 @@ def read_captions(
             yield from read_labelme(labelme.list_files(path), path, counter, reject)
         else:
             with open_regular_file(path, seekable=True, allow_pipe=True) as file:
-                is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET)) == PARQUET
+                is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
                 file.seek(0)
                 if is_parquet:
-                    yield from group_records(read_rows(file, path), counter, reject)
+                    yield from group_records_by_image(read_parquet_records(file, path), counter, reject)
                 elif is_json_lines(path, file, "image"):
-                    yield from group_records(parse_lines(file, show(path), reject), counter, reject)
+                    yield from group_records_by_image(parse_lines(file, show(path), reject), counter, reject)
                 else:
-                    yield from _json(file, path, counter, roots, reject)
+                    yield from _read_json(file, path, counter, roots, reject)
     except OSError as error:
         raise InputError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
     if skip is None and (summary := counter.summarize()):
         warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
 
 
-def _json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[Captioned]:
+def _read_json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[CaptionedImage]:
     content = parse_json(file.read(), show(path), surrogates=True)
     if isinstance(content, list) or label_studio.is_task(content):
         yield from merge_images(read_label_studio(content, path, skip, roots, reject), roots, reject).values()
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
-        yield from group_records(read_features(content, path, reject), skip, reject)
+        yield from group_records_by_image(read_geojson_records(content, path, reject), skip, reject)
     elif isinstance(content, dict) and "shapes" in content:
         yield from read_labelme([path], path.parent, skip, reject)
     elif isinstance(content, dict) and "annotations" in content:

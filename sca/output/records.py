@@ -21,80 +21,80 @@ from sca.io.validation import (
     is_finite_number,
     is_int64,
     read_field,
-    read_name,
+    get_image_name,
     require,
     require_size,
 )
-from sca.output.captioned import Captioned, Size
+from sca.output.captioned import CaptionedImage, ImageSize
 
 
-def read_image(plain: Any, where: str) -> Captioned:
+def parse_image(record: Any, location: str) -> CaptionedImage:
     """Read an image of a journal: `image`, `width`, `height` and `captions`, each as in a line of JSON lines.
 
     Raises:
         InputError: A field is missing or invalid.
     """
-    size = Size(*require_size(plain, where))
-    captions = read_field(plain, "captions", list, where)
-    told = [_caption(each, size, number, where) for number, each in enumerate(captions)]
-    return Captioned(read_name(plain, "image", where), size, told, None)
+    size = ImageSize(*require_size(record, location))
+    captions = read_field(record, "captions", list, location)
+    told = [_parse_caption(each, size, number, location) for number, each in enumerate(captions)]
+    return CaptionedImage(get_image_name(record, "image", location), size, told, None)
 
 
-def group_records(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reject) -> Iterator[Captioned]:
+def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reject) -> Iterator[CaptionedImage]:
     """Read images from records; the records of an image follow each other."""
-    seen: set[str] = set()
-    for name, some in groupby(_named(records, reject), key=lambda record: record[0]):
+    seen_names: set[str] = set()
+    for name, image_records in groupby(_iter_named_records(records, reject), key=lambda record: record[0]):
         captions, size, model = [], None, None
-        for _, where, plain in some:
-            if size is None and name in seen:
-                raise InputError(f"{where}: {name!r} had records before, with others between; sort them by image")
-            seen.add(name)
+        for _, location, record_data in image_records:
+            if size is None and name in seen_names:
+                raise InputError(f"{location}: {name!r} had records before, with others between; sort them by image")
+            seen_names.add(name)
             try:
-                given = Size(*require_size(plain, where))
-                if given != (size or given):
-                    raise InputError(f"{where}: the image is {given.width} x {given.height}, and was {size} before")
-                size, model = given, plain.get("model") or model
-                caption = fit_caption(_caption(plain, size, len(captions), where), size, where, skip)
+                record_size = ImageSize(*require_size(record_data, location))
+                if record_size != (size or record_size):
+                    raise InputError(f"{location}: the image is {record_size.width} x {record_size.height}, and was {size} before")
+                size, model = record_size, record_data.get("model") or model
+                caption = fit_caption_box(_parse_caption(record_data, size, len(captions), location), size, location, skip)
             except InputError as error:
                 reject(error)
             else:
                 captions += [caption] if caption else []
         if size is not None:
-            yield Captioned(name, size, captions, model)
+            yield CaptionedImage(name, size, captions, model)
 
 
-def _named(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
-    for where, plain in records:
+def _iter_named_records(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
+    for location, record in records:
         try:
-            name = read_name(plain, "image", where)
+            name = get_image_name(record, "image", location)
         except InputError as error:
             reject(error)
         else:
-            yield name, where, plain
+            yield name, location, record
 
 
-def _caption(plain: Mapping[str, Any], size: Size, region: int, where: str) -> Caption:
-    text = _text(plain, where)
-    code, box, prompt = plain.get("mask"), plain.get("box"), plain.get("prompt")
+def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id: int, location: str) -> Caption:
+    text = _text(record, location)
+    rle, box, prompt_fields = record.get("mask"), record.get("box"), record.get("prompt")
     try:
-        code = None if code is None else masks.checked(code)
-        asked = read_prompt(prompt, where, *size) if prompt else Prompt()
+        rle = None if rle is None else masks.checked(rle)
+        parsed_prompt = read_prompt(prompt_fields, location, *size) if prompt_fields else Prompt()
     except ValueError as error:
-        raise InputError(str(error) if str(error).startswith(where) else f"{where}, 'mask': {error}") from error
-    if code is not None and code["size"] != [size.height, size.width]:
-        raise InputError(f"{where}, 'mask': its size is {code['size']}, the image's {[size.height, size.width]}")
+        raise InputError(str(error) if str(error).startswith(location) else f"{location}, 'mask': {error}") from error
+    if rle is not None and rle["size"] != [size.height, size.width]:
+        raise InputError(f"{location}, 'mask': its size is {rle['size']}, the image's {[size.height, size.width]}")
     if box is not None:
-        check_numbers(f"{where}, 'box'", box, "x1, y1, x2, y2")
-    others = read_field(plain, "others", list, where) if plain.get("others") else []
+        check_numbers(f"{location}, 'box'", box, "x1, y1, x2, y2")
+    alternatives = read_field(record, "others", list, location) if record.get("others") else []
     return Caption(
         text,
-        _number(plain.get("score")),
+        _number(record.get("score")),
         None if box is None else tuple(map(float, box)),
-        code,
-        None if plain.get("iou") is None else _number(plain["iou"]),
-        asked,
-        plain["region"] if is_int64(plain.get("region")) else region,
-        tuple(_other(each, f"{where}, 'others'") for each in others),
+        rle,
+        None if record.get("iou") is None else _number(record["iou"]),
+        parsed_prompt,
+        record["region"] if is_int64(record.get("region")) else default_region_id,
+        tuple(_parse_alternative(each, f"{location}, 'others'") for each in alternatives),
     )
 
 
@@ -105,38 +105,38 @@ def _text(plain: Any, where: str) -> str:
     return text
 
 
-def _other(plain: Any, where: str) -> tuple[str, float]:
-    return _text(plain, where), _number(plain.get("score"))
+def _parse_alternative(value: Any, location: str) -> tuple[str, float]:
+    return _text(value, location), _number(value.get("score"))
 
 
 def _number(value: Any) -> float:
     return float(value) if is_finite_number(value) else math.nan
 
 
-def to_captions(annotations: Iterable[Annotation], size: Size, skip: SkipCounter, reject: Reject) -> list[Caption]:
+def annotations_to_captions(annotations: Iterable[Annotation], size: ImageSize, skip: SkipCounter, reject: Reject) -> list[Caption]:
     captions = []
-    for number, annotation in enumerate(annotations):
+    for index, annotation in enumerate(annotations):
         try:
-            captions += [caption] if (caption := to_caption(annotation, size, number, skip)) else []
+            captions += [caption] if (caption := annotation_to_caption(annotation, size, index, skip)) else []
         except InputError as error:
             reject(error)
     return captions
 
 
-def to_caption(annotation: Annotation, size: Size, region: int, skip: SkipCounter) -> Caption | None:
+def annotation_to_caption(annotation: Annotation, size: ImageSize, region_id: int, skip: SkipCounter) -> Caption | None:
     """The caption of an annotation; None, and counted, where its box is normalized or outside of the image."""
     prompt = Prompt()
     if annotation.point:
         x, y = annotation.point
         if not (0 <= x < size.width and 0 <= y < size.height):
-            sides = f"{size.width} x {size.height}"
-            raise InputError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {sides}")
+            size_text = f"{size.width} x {size.height}"
+            raise InputError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {size_text}")
         prompt = Prompt(points=((x, y, 1),))
     if annotation.unread:
         skip(annotation.unread, annotation.place)
     if not annotation.texts:
         skip("region without text", annotation.place)
-    text, *others = annotation.texts or ("",)
+    text, *alternatives = annotation.texts or ("",)
     caption = Caption(
         text,
         _number(annotation.score),
@@ -144,15 +144,15 @@ def to_caption(annotation: Annotation, size: Size, region: int, skip: SkipCounte
         annotation.mask,
         None if annotation.iou is None else _number(annotation.iou),
         prompt,
-        region,
-        tuple((other, math.nan) for other in others),
+        region_id,
+        tuple((alternative, math.nan) for alternative in alternatives),
     )
-    return fit_caption(caption, size, annotation.place, skip)
+    return fit_caption_box(caption, size, annotation.place, skip)
 
 
-def fit_caption(caption: Caption, size: Size, where: str, skip: SkipCounter) -> Caption | None:
+def fit_caption_box(caption: Caption, size: ImageSize, location: str, skip: SkipCounter) -> Caption | None:
     """Clip the box of a caption to its image; None, and counted, for a box that is normalized or outside."""
     if caption.box is None:
         return caption
-    box = fit_box(caption.box, size, where, skip, caption.mask)
+    box = fit_box(caption.box, size, location, skip, caption.mask)
     return None if box is None else replace(caption, box=box)

@@ -10,10 +10,10 @@ import numpy as np
 from sca_registry.contracts import Caption, Prompt, Region, Sample
 
 from sca.io.atomic import open_folder
-from sca.output.html import Html
+from sca.output.html import HtmlWriter
 
 
-def write_samples(
+def write_samples_page(
     samples: Iterable[Sample],
     path: Path,
     title: str,
@@ -22,12 +22,12 @@ def write_samples(
 ) -> Path:
     """Write one offline HTML file: each image with its regions, and once more as `augment` changes it."""
     open_folder(path.parent)
-    page = Html(path, title)
+    page = HtmlWriter(path, title)
     try:
         for sample in samples:
-            _add(page, f"image {sample.image_id}", sample)
+            _add_sample(page, f"image {sample.image_id}", sample)
             if augment is not None:
-                _add(page, f"image {sample.image_id}, augmented", augment(sample, np.random.default_rng(seed)))
+                _add_sample(page, f"image {sample.image_id}, augmented", augment(sample, np.random.default_rng(seed)))
                 seed += 1
     except BaseException:
         page.close(finished=False)
@@ -36,11 +36,11 @@ def write_samples(
     return path
 
 
-def _add(page: Html, name: str, sample: Sample) -> None:
-    page.add(name, sample.image, [_told(region) for region in sample.regions])
+def _add_sample(page: HtmlWriter, name: str, sample: Sample) -> None:
+    page.add(name, sample.image, [_region_to_caption(region) for region in sample.regions])
 
 
-def _told(region: Region) -> Caption:
-    words = " / ".join(region.phrases)
-    name = f"{region.name}: " if region.name and words else region.name or ""
-    return Caption(name + words, math.nan, region.box, region.mask, None, Prompt(box=region.box), region.id)
+def _region_to_caption(region: Region) -> Caption:
+    phrase_text = " / ".join(region.phrases)
+    label = f"{region.name}: " if region.name and phrase_text else region.name or ""
+    return Caption(label + phrase_text, math.nan, region.box, region.mask, None, Prompt(box=region.box), region.id)

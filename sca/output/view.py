@@ -11,15 +11,15 @@ from PIL import Image
 from sca.io.errors import InputError
 from sca.io.image_names import ImageFiles, find_image
 from sca.io.images import show
-from sca.output.captioned import Captioned, Size, merge_images
-from sca.output.html import Html
+from sca.output.captioned import CaptionedImage, ImageSize, merge_images
+from sca.output.html import HtmlWriter
 
 
-def write_view(
+def write_viewer(
     path: Path,
-    captioned: Iterable[Captioned],
-    other: Iterable[Captioned] | None = None,
-    images: Sequence[Path] = (Path(),),
+    captioned: Iterable[CaptionedImage],
+    other_captioned: Iterable[CaptionedImage] | None = None,
+    roots: Sequence[Path] = (Path(),),
     names: tuple[str, ...] = (),
 ) -> tuple[int, list[str]]:
     """Write the viewer.
@@ -34,14 +34,14 @@ def write_view(
     Returns:
         The number of regions, and a line for each image that could not be opened.
     """
-    first = merge_images(captioned, images)
-    second = None if other is None else merge_images(other, images)
-    page, problems, count = Html(path, " and ".join(names) or "Regions", second is not None), list[str](), 0
+    first_images = merge_images(captioned, roots)
+    second_images = None if other_captioned is None else merge_images(other_captioned, roots)
+    page, problems, count = HtmlWriter(path, " and ".join(names) or "Regions", second_images is not None), list[str](), 0
     try:
-        for one, two in _pair(first, second, images):
-            captions = None if second is None else two.captions if two else []
-            page.add(one.image, _open(one, images, problems), one.captions, captions)
-            count += len(one.captions) + len(captions or ())
+        for captioned_image, counterpart in _pair_images(first_images, second_images, roots):
+            other_captions = None if second_images is None else counterpart.captions if counterpart else []
+            page.add(captioned_image.image, _open_image(captioned_image, roots, problems), captioned_image.captions, other_captions)
+            count += len(captioned_image.captions) + len(other_captions or ())
     except BaseException:
         page.drop()
         raise
@@ -49,26 +49,26 @@ def write_view(
     return count, problems
 
 
-def _open(captioned: Captioned, images: Sequence[Path], problems: list[str]) -> Image.Image | Size:
+def _open_image(captioned: CaptionedImage, roots: Sequence[Path], problems: list[str]) -> Image.Image | ImageSize:
     """Open the image; its size alone, and another problem, where that fails."""
     try:
-        return captioned.open(images)
+        return captioned.open(roots)
     except InputError as error:
         problems.append(str(error))
         return captioned.size
 
 
-def _pair(
-    first: dict[str, Captioned], second: dict[str, Captioned] | None, images: Sequence[Path]
-) -> Iterator[tuple[Captioned, Captioned | None]]:
+def _pair_images(
+    first_images: dict[str, CaptionedImage], second_images: dict[str, CaptionedImage] | None, roots: Sequence[Path]
+) -> Iterator[tuple[CaptionedImage, CaptionedImage | None]]:
     """The images of the first file, each with that of the second that is the same image file; then the others."""
-    files = ImageFiles(partial(find_image, roots=images))
-    second = second and {files.unify(name): each for name, each in second.items()}
-    for name, each in first.items():
-        pair = second.pop(files.unify(name), None) if second else None
-        if pair is not None and pair.size != each.size:
-            sizes = [f"{size.width} x {size.height}" for size in (each.size, pair.size)]
+    files = ImageFiles(partial(find_image, roots=roots))
+    second_images = second_images and {files.unify(name): each for name, each in second_images.items()}
+    for name, each in first_images.items():
+        counterpart = second_images.pop(files.unify(name), None) if second_images else None
+        if counterpart is not None and counterpart.size != each.size:
+            sizes = [f"{size.width} x {size.height}" for size in (each.size, counterpart.size)]
             raise InputError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
-        yield each, pair
-    for left in (second or {}).values():
-        yield left._replace(captions=[]), left
+        yield each, counterpart
+    for unmatched in (second_images or {}).values():
+        yield unmatched._replace(captions=[]), unmatched

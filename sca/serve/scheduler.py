@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from sca_registry.contracts import Captioner, Prompt
-from sca_registry.spec import GENERATION
+from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
@@ -303,7 +303,7 @@ class RequestScheduler:
 
     def _make_cost_function(self, ticket: Ticket) -> Callable[[Prompt], float]:
         """What a region costs, compared to a usual one."""
-        default_options = getattr(self.captioner, "generation", GENERATION)
+        default_options = getattr(self.captioner, "generation", DEFAULT_GENERATION)
         options = {**default_options, **ticket.request.generation}
         num_captions = max(options["beams"], options.get("captions", 1))
         token_cost = num_captions * options["max_new_tokens"] / (default_options["beams"] * default_options["max_new_tokens"])

@@ -18,13 +18,13 @@ from fastapi import Request
 from PIL import Image
 from pydantic import BaseModel
 from sca_registry.contracts import Caption, Captioner, Prompt
-from sca_registry.spec import GENERATION
+from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
 from sca.inference.generation import resolve_generation_options
 from sca.io.images import decode_image, inspect_image
 from sca.io.prompts import read_prompt
-from sca.output.jsonl import record
+from sca.output.jsonl import caption_to_record
 from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import ServerMetrics
 from sca.serve.problems import ApiError
@@ -317,7 +317,7 @@ def decode_base64(text: str, name: str = "image", param: str = "image") -> bytes
 
 
 def caption_to_dict(caption: Caption, image: Image.Image) -> dict[str, Any]:
-    record_fields = record("", image, caption)
+    record_fields = caption_to_record("", image, caption)
     return {name: record_fields[name] for name in RegionOut.model_fields if name in record_fields}
 
 
@@ -329,7 +329,7 @@ def _estimate_event_bytes(event: RequestEvent) -> int:
 
 def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) -> dict[str, int]:
     """Return the server's limits for the settings whose defaults in the captioner exceed them."""
-    options = {**getattr(captioner, "generation", GENERATION), **generation}
+    options = {**getattr(captioner, "generation", DEFAULT_GENERATION), **generation}
     limits = {"beams": MAX_BEAMS, "max_new_tokens": MAX_NEW_TOKENS, "captions": MAX_BEAMS}
     return {name: limit for name, limit in limits.items() if options.get(name, 1) > limit}
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sca_registry import registry
-from sca_registry.registry import Entry
+from sca_registry import get_registry
+from sca_registry.registry import RegistryEntry
 
 from sca.launchers.local import Local
 from sca.launchers.task import Task
 
 
-def try_parts(entries: Sequence[Entry], timeout: float) -> list[Entry]:
+def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[RegistryEntry]:
     """Import the built-in components, and try those of plugins, each in a process of its own.
 
     Args:
@@ -36,7 +36,7 @@ def try_parts(entries: Sequence[Entry], timeout: float) -> list[Entry]:
     return [_add_findings(entry, made.get(str(number))) for number, entry in enumerate(entries)]
 
 
-def _add_findings(entry: Entry, made: Mapping[str, Any] | None) -> Entry:
+def _add_findings(entry: RegistryEntry, made: Mapping[str, Any] | None) -> RegistryEntry:
     """Return a component with the state that was found.
 
     Args:
@@ -44,7 +44,7 @@ def _add_findings(entry: Entry, made: Mapping[str, Any] | None) -> Entry:
         made: What the process that tried it returned; None if it returned nothing, or was not started.
     """
     if entry.state == "ok":
-        return registry(entry.kind).describe(entry.name)
+        return get_registry(entry.kind).load_entry(entry.name)
     if entry.state != "unchecked":
         return entry
     if made is None:

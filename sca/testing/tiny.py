@@ -7,9 +7,9 @@ import tomllib
 from importlib.resources import files
 from typing import Any
 
-from sca_registry import registry
-from sca_registry.contracts import KINDS
-from sca_registry.plugins import BUILTIN
+from sca_registry import get_registry
+from sca_registry.contracts import COMPONENT_KINDS
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
 
 def tiny_options(kind: str, name: str) -> dict[str, Any]:
@@ -25,15 +25,15 @@ def tiny_options(kind: str, name: str) -> dict[str, Any]:
     Raises:
         RegistryError: The kind or the name is unknown.
     """
-    parts = registry(kind)
-    builtin = _builtin_options()[parts.kind.plural].get(name.removeprefix(f"{BUILTIN}:"), {})
-    return {**builtin, **parts.card(name).small}
+    parts = get_registry(kind)
+    builtin = _builtin_options()[parts.kind.plural].get(name.removeprefix(f"{BUILTIN_DISTRIBUTION}:"), {})
+    return {**builtin, **parts.get_card(name).small}
 
 
 @functools.cache
 def _builtin_options() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the content of `tiny.toml` by kind and name."""
-    options: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
+    options: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in COMPONENT_KINDS}
     for kind, groups in tomllib.loads((files("sca.testing") / "tiny.toml").read_text("utf-8")).items():
         for group in groups:
             for name in group["names"]:

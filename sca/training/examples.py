@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from sca_registry.contracts import (
-    CAPTION,
-    RECOGNITION,
+    CAPTION_TASK_ID,
+    RECOGNITION_TASK_ID,
     Batch,
     Dataset,
     PromptBatch,
@@ -165,11 +165,11 @@ class ExampleStream(torch.utils.data.Dataset):
         use_class_name = progress < options.class_name_warmup or rng.random() < options.class_name_prob
         if region.name and (use_class_name or not region.phrases):
             as_caption = self.class_name_task == "caption" or (self.class_name_task == "both" and not region.phrases and rng.random() < 0.5)
-            return CAPTION if as_caption else RECOGNITION, region.name
+            return CAPTION_TASK_ID if as_caption else RECOGNITION_TASK_ID, region.name
         if progress < options.class_name_warmup + options.short_caption_warmup:
-            return CAPTION, region.phrases[0]
+            return CAPTION_TASK_ID, region.phrases[0]
         use_longest = rng.random() < options.longest_caption_prob
-        return CAPTION, region.phrases[-1 if use_longest else rng.integers(len(region.phrases))]
+        return CAPTION_TASK_ID, region.phrases[-1 if use_longest else rng.integers(len(region.phrases))]
 
 
 class ExampleMixture(torch.utils.data.Dataset):

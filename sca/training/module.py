@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sca_registry import RegistryError
 from sca_registry.contracts import Batch
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 from torch import Tensor, nn
 
 from sca.model import SegmentCaptioner
@@ -62,4 +62,4 @@ def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
     """Raise RegistryError for a rate of something that does not train."""
     for name in options.lr_multipliers:
         if name not in (groups := module.group_trainable_parameters()):
-            raise unknown(f"train.rates.{name} is for nothing that trains", name, groups)
+            raise make_unknown_name_error(f"train.rates.{name} is for nothing that trains", name, groups)

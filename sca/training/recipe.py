@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError
-from sca_registry.messages import unknown
-from sca_registry.overrides import override, read_assignment
+from sca_registry.messages import make_unknown_name_error
+from sca_registry.overrides import apply_overrides, parse_assignment
 from sca_registry.spec import ModelSpec, Part
 
 from sca.io.toml import parse_toml, read_toml_text
@@ -233,7 +233,7 @@ class Recipe:
             "validate": {},  # read below: its dataset is that of the data
         }
         validate_assignments = [each for each in assignments if _get_section(each) == "validate"]
-        merged = override(merged, [each for each in assignments if each not in validate_assignments])
+        merged = apply_overrides(merged, [each for each in assignments if each not in validate_assignments])
         _check_tables(name, merged)
         for section, expected in (("train", defaults), ("loss", DEFAULT_LOSS_WEIGHTS)):
             check_keys(f"a recipe's [{section}]", merged[section], expected)
@@ -251,7 +251,7 @@ class Recipe:
         validation, model = None, merged["model"]
         if "validate" in table or validate_assignments:
             validate_table = ValidationOptions(dataset=source.dataset.to_dict()).to_dict() | table.get("validate", {})
-            validation = ValidationOptions.from_dict(override({"validate": validate_table}, validate_assignments)["validate"], source)
+            validation = ValidationOptions.from_dict(apply_overrides({"validate": validate_table}, validate_assignments)["validate"], source)
         return cls(
             name,
             model if isinstance(model, str) else _read_model(model),
@@ -283,7 +283,7 @@ def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> t
     """
     replaced, remaining = dict(table), []
     for assignment in assignments:
-        path, value = read_assignment(assignment, lambda path: True)  # `override` reads the others
+        path, value = parse_assignment(assignment, lambda path: True)  # `override` reads the others
         if path == ("model",) or (len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping)):
             replaced[path[0]] = value
         elif path == ("data",) and isinstance(value, str):
@@ -311,7 +311,7 @@ def read_recipe_text(name: str) -> str:
         return (files("sca.training.recipes") / f"{name}.toml").read_text("utf-8")
     if name.endswith(".toml") and Path(name).is_file():
         return read_toml_text(Path(name))
-    raise unknown(f"no recipe named {name!r}, and no TOML file there", name, list_recipes())
+    raise make_unknown_name_error(f"no recipe named {name!r}, and no TOML file there", name, list_recipes())
 
 
 def _check_tables(name: str, table: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sca_registry import RegistryError, language_models
 from sca_registry.contracts import Dataset
-from sca_registry.messages import unknown
+from sca_registry.messages import make_unknown_name_error
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -246,7 +246,7 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
     else:
         model = build(recipe.model, "meta")
         part = recipe.model.language_model
-        options = {**language_models.card(part.name).options, **part.options}
+        options = {**language_models.get_card(part.name).options, **part.options}
         if model.language_model.tokenizer is None and not (options.get("weights") or options.get("tokenizer")):
             raise RegistryError(NO_TOKENIZER_MESSAGE)
     if recipe.train.sharded:
@@ -380,7 +380,7 @@ def _resolve_reporters(names: str) -> list[str]:
     requested = [name.strip() for name in names.split(",")]
     for name in requested:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise unknown(f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK)
+            raise make_unknown_name_error(f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK)
         if name not in installed:
             raise RegistryError(f"train.report_to={names!r}: {name} is not installed: pip install {name}")
     return requested

@@ -54,7 +54,7 @@ def test_page_of_benchmarks_shows_the_committed_results(lines):
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_committed_report_is_what_its_rows_give(sweep):
     rows = ResultStore(RESULTS / sweep).read_rows()
-    stale = (RESULTS / sweep / "report.md").read_bytes() != report.markdown(rows).encode()
+    stale = (RESULTS / sweep / "report.md").read_bytes() != report.render_markdown(rows).encode()
     assert not stale, f"run: sca bench report benchmarks/results/{sweep}"
 
 
@@ -67,7 +67,7 @@ def test_committed_results_are_rows_and_markdown():
 
 @pytest.mark.parametrize("sweep", ["encoders", "mixers"])
 def test_page_of_benchmarks_shows_the_scores_of_a_sweep(sweep):
-    heads, _, *rows = report.markdown(ResultStore(RESULTS / sweep).read_rows()).partition("\n\n")[0].splitlines()
+    heads, _, *rows = report.render_markdown(ResultStore(RESULTS / sweep).read_rows()).partition("\n\n")[0].splitlines()
     pattern = r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$"
     shown = [tuple(map(float, found)) for found in re.findall(pattern, PAGE, re.MULTILINE)]
     for row in rows:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sca_bench.decoding import measure_method
 from sca_bench.parity import compare_golden_folders, compare_scenes
-from sca_registry import registry
+from sca_registry import get_registry
 
 from markers import read_between, replace_between
 from sca.launchers.local import Local
@@ -126,7 +126,7 @@ def test_measurements_on_a_gpu_name_every_promised_combination():
     assert ("sam-vit-h", "resampler", "mistral-7b") in names
     assert {tuple(config["measure"]["regions"]) for config in configs} == {(64,), (1, 8, 256)}
     for kind in ("encoder", "mixer", "language_model"):
-        assert all(config["model"][kind]["name"] in registry(kind) for config in configs)
+        assert all(config["model"][kind]["name"] in get_registry(kind) for config in configs)
 
 
 def test_settled_rows_of_the_same_device_are_known(tmp_path):

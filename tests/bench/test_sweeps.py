@@ -374,17 +374,17 @@ def test_a_front_is_what_nothing_is_better_than():
 
 
 def test_a_report_has_everything_and_the_same_rows_give_the_same_bytes(rows):
-    page = report.page(rows, "sweep s")
-    assert page == report.page(list(reversed(rows)), "sweep s")
+    page = report.render_sweep_page(rows, "sweep s")
+    assert page == report.render_sweep_page(list(reversed(rows)), "sweep s")
     assert "default-src 'none'" in page
     assert "&lt;b&gt;" in page
     assert "crashed" in page
     assert page.count("<svg") == 4
     assert 'class="pale"' in page
     assert page.count("sca bench row") == 3
-    assert report.markdown(rows) == report.markdown(list(reversed(rows)))
-    assert report.table(rows) == report.table(list(reversed(rows)))
-    assert len(report.table(rows).splitlines()) == 1 + 7 * 2 + 1
+    assert report.render_markdown(rows) == report.render_markdown(list(reversed(rows)))
+    assert report.render_csv(rows) == report.render_csv(list(reversed(rows)))
+    assert len(report.render_csv(rows).splitlines()) == 1 + 7 * 2 + 1
 
 
 HOSTILE = "=cmd()|<img src=x>[a](http://evil) `x`\x1b[31m\n"
@@ -395,7 +395,7 @@ def test_report_shows_hostile_text_as_text(rows):
         row["label"] += HOSTILE
         row["reason"] = HOSTILE
         row["environment"] = {"device": HOSTILE, "versions": {"torch": HOSTILE}}
-    page, told, table = report.page(rows, HOSTILE), report.markdown(rows), report.table(rows)
+    page, told, table = report.render_sweep_page(rows, HOSTILE), report.render_markdown(rows), report.render_csv(rows)
     assert "<img" not in page + told
     assert "[a](" not in told
     assert "http:" not in told
@@ -414,15 +414,15 @@ def test_report_has_a_column_per_axis_and_per_score(rows):
         if "scores" in row:
             one = row["scores"][0]
             row["scores"] += [{**one, "name": "words", "value": 7}, {**one, "value": 0.1, "control": "wrong-region"}]
-    told = report.markdown(rows)
+    told = report.render_markdown(rows)
     heads, _, first, *_ = [line.strip("| ").split(" | ") for line in told.splitlines()]
     assert heads[:3] == ["mixer", "train.steps", "seeds"]
     assert heads[-2:] == ["words", "class/count, wrong-region"]
     assert [first[0], first[1], *first[-2:]] == ["slow(depth=2)", "20", "7", "0.100"]
     assert "in every row: encoder tiny" in told
     for cell in (*heads, *first):
-        assert f">{cell}</" in report.page(rows, "sweep s")
-    assert report.table(rows).startswith('"key","label","mixer","train.steps","state"')
+        assert f">{cell}</" in report.render_sweep_page(rows, "sweep s")
+    assert report.render_csv(rows).startswith('"key","label","mixer","train.steps","state"')
 
 
 def test_diff_shows_the_digits_in_which_scores_differ(rows):

@@ -10,10 +10,10 @@ from sca_registry.contracts import Captioner, Prompt
 from sca_registry.spec import ModelSpec, Part
 
 import sca
-from sca.cli import run
+from sca.cli import run_command
 from sca.inference.engine import Engine
 
-COUNTED = [name for name in sca_registry.captioners.names() if sca_registry.captioners.card(name).parameters]
+COUNTED = [name for name in sca_registry.captioners.list_names() if sca_registry.captioners.get_card(name).parameters]
 
 
 def test_models_are_predictors_by_name_and_by_folder(small, tmp_path):
@@ -84,12 +84,12 @@ def test_a_card_counts_the_parameters_of_its_model(name):
     with torch.device("meta"):
         reader = sca_registry.captioners.build(name, pretrained=False, device="meta").reader
     counted = sum(parameter.numel() for parameter in reader.model.parameters())
-    assert counted == sca_registry.captioners.card(name).parameters
+    assert counted == sca_registry.captioners.get_card(name).parameters
 
 
 def test_every_card_says_where_it_comes_from_and_on_what_terms():
-    for name in sca_registry.captioners.names():
-        card = sca_registry.captioners.card(name)
+    for name in sca_registry.captioners.list_names():
+        card = sca_registry.captioners.get_card(name)
         assert card.summary.endswith(".")
         assert card.source
         assert card.licence
@@ -106,7 +106,7 @@ def shell(tmp_path, monkeypatch, capfd, image):
 
     def call(*arguments):
         capfd.readouterr()
-        status = run([str(argument) for argument in arguments])
+        status = run_command([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return status, out, err
 

@@ -223,7 +223,7 @@ def watch(allowed: list[Path], folder: Path) -> Callable[[str, tuple[Any, ...]],
 def use(folder: Path, how: str, out: Path) -> None:
     """Use a checkpoint the way a command does."""
     import sca
-    from sca.cli import run
+    from sca.cli import run_command
 
     if how == "load":
         sca.load(folder)
@@ -245,7 +245,7 @@ def use(folder: Path, how: str, out: Path) -> None:
             pass
         models.close()
         return
-    status = run(arguments)
+    status = run_command(arguments)
     if status:
         raise ValueError("refused")
 

@@ -17,7 +17,7 @@ HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](htt
 
 @pytest.fixture
 def model(tmp_path):
-    return Path(shutil.copytree(zoo.get("sca-tiny").folder, tmp_path / "model"))
+    return Path(shutil.copytree(zoo.get_entry("sca-tiny").folder, tmp_path / "model"))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_push_refuses_links_out_of_the_checkpoint(model, uploaded, tmp_path, pla
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     if place == "origin.json":
-        shutil.copyfile(zoo.get("sca-tiny").folder / place, secret / "id_rsa")
+        shutil.copyfile(zoo.get_entry("sca-tiny").folder / place, secret / "id_rsa")
         link.symlink_to(secret / "id_rsa")
     else:
         link.symlink_to(secret)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sca_registry import REGISTRIES, registry, zoo
+from sca_registry import REGISTRIES, get_registry, zoo
 from sca_registry.spec import ModelSpec
 
 import sca
@@ -108,7 +108,7 @@ def test_load_refuses_what_a_spec_may_not_name(folder, part, value, message):
 
 
 def test_confine_spec_declares_options_that_run_code_in_cards(folder, monkeypatch):
-    card = REGISTRIES["mixers"].card("query")
+    card = REGISTRIES["mixers"].get_card("query")
     monkeypatch.setitem(card.__dict__, "code_options", ("script",))
     spec = ModelSpec.from_dict({**json.loads((folder / "spec.json").read_text()), "mixer": {"name": "query"}})
     for value in ("./a.py", "/a.py", True, ["a"], "http://a/b.py"):
@@ -181,12 +181,12 @@ def test_check_folder_refuses_folders_that_it_does_not_look_through(folder, tmp_
 
 @pytest.mark.parametrize("name", ["spec.json", "config.json", "origin.json"])
 def test_load_and_plan_read_no_file_before_its_link_is_checked(folder, tmp_path, name):
-    from sca.cli.plan import _read
+    from sca.cli.plan import _resolve_spec
 
     (tmp_path / "secret").write_text('{"secret": 1}')
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
-    for use in (load, lambda path: _read(str(path), False, False)):
+    for use in (load, lambda path: _resolve_spec(str(path), False, False)):
         with pytest.raises(InputError, match=f"{name} is a link to outside of its folder"):
             use(folder)
 
@@ -234,9 +234,9 @@ def test_load_refuses_weights_that_overflow_float16(folder):
 @pytest.mark.parametrize("name", ["sca-tiny", ".sca-tiny.previous", "xk-huang"])
 def test_a_bare_name_is_never_a_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(zoo.get("sca-tiny").folder, tmp_path / name)
+    shutil.copytree(zoo.get_entry("sca-tiny").folder, tmp_path / name)
     (tmp_path / name / "spec.json").write_text('{"encoder": "of-a-stranger"}')
-    assert locate_checkpoint("sca-tiny") == zoo.get("sca-tiny").folder
+    assert locate_checkpoint("sca-tiny") == zoo.get_entry("sca-tiny").folder
     assert (tmp_path / name).is_dir()
     if name == "xk-huang":
         with pytest.raises(InputError, match=r"what lies here is written \./xk-huang"):
@@ -294,8 +294,8 @@ def test_cards_pin_whole_commits_and_drop_them_for_other_weights(lm_folder):
     pins = [
         card.options["revision"]
         for registry in REGISTRIES.values()
-        for name in registry.names()
-        if "revision" in (card := registry.card(name)).options
+        for name in registry.list_names()
+        if "revision" in (card := registry.get_card(name)).options
     ]
     assert pins
     assert all(len(pin) == 40 and int(pin, 16) for pin in pins)
@@ -303,7 +303,7 @@ def test_cards_pin_whole_commits_and_drop_them_for_other_weights(lm_folder):
     assert model.revision is None
 
 
-GPT2 = registry("language_model").card("gpt2").options
+GPT2 = get_registry("language_model").get_card("gpt2").options
 
 
 @pytest.mark.parametrize(

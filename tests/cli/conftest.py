@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sca
-from sca.cli import run
+from sca.cli import run_command
 
 SMALL = {
     "encoder": {"name": "tiny-vit", "size": 64},
@@ -74,7 +74,7 @@ def shell(here, capfd):
 
     def call(*arguments):
         capfd.readouterr()
-        status = run([str(argument) for argument in arguments])
+        status = run_command([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return Result(status, out, err.splitlines())
 

@@ -33,14 +33,14 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[sca_commands]\n{entry_points}\n")
         for module, text in modules.items():
             (folder / f"{module}.py").write_text(text)
-        sca_registry.refresh()
+        sca_registry.refresh_plugins()
 
     yield call
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
     monkeypatch.undo()
-    sca_registry.refresh()
+    sca_registry.refresh_plugins()
 
 
 def test_help_lists_commands_of_plugins_without_importing_them(shell, install):

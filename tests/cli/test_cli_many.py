@@ -25,9 +25,9 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     (here / "photos/004x.png").write_bytes(b"none")
     asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--batch", 3, "--format", formats, "--quiet")
     assert shell(*asked, "--out", "whole").status == 1
-    from sca.output.journal import Journal
+    from sca.output.journal import CaptionJournal
 
-    add, count = Journal.add, [0]
+    add, count = CaptionJournal.add, [0]
 
     def end(self, *rest):
         add(self, *rest)
@@ -35,9 +35,9 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
         if count[0] == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "add", end)
+    monkeypatch.setattr(CaptionJournal, "add", end)
     assert shell(*asked, "--out", "parts").status == 130
-    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(CaptionJournal, "add", add)
     journal = here / "parts/captions.journal"
     assert len(journal.read_bytes().splitlines()) == 6
     with journal.open("ab") as file:
@@ -62,12 +62,12 @@ def test_everything_is_resumed_too(shell, checkpoint, pictures, here, monkeypatc
 
     repeat, used = batch._reuse_captions, []
     monkeypatch.setattr(batch, "_repeat", lambda path, *rest: (used.append(path), repeat(path, *rest))[1])
-    from sca.output.journal import Journal
+    from sca.output.journal import CaptionJournal
 
-    close = Journal.close
-    monkeypatch.setattr(Journal, "close", lambda self, finished: close(self, False))
+    close = CaptionJournal.close
+    monkeypatch.setattr(CaptionJournal, "close", lambda self, finished: close(self, False))
     assert shell(*asked, "--out", "parts", "--quiet").status == 0
-    monkeypatch.setattr(Journal, "close", close)
+    monkeypatch.setattr(CaptionJournal, "close", close)
     assert shell(*asked, "--out", "parts", "--quiet", "--resume").status == 0
     assert len(used) == 12
     assert made(here, "parts") == made(here, "whole")
@@ -132,10 +132,10 @@ def test_captions_are_converted_and_come_back(shell, checkpoint, pictures, here)
 
 
 def test_the_help_names_every_format():
-    from sca.cli.options import OUTPUTS
-    from sca.output import FORMATS
+    from sca.cli.options import OUTPUT_FORMATS_HELP
+    from sca.output import OUTPUT_FORMATS
 
-    assert ",".join(FORMATS) == OUTPUTS
+    assert ",".join(OUTPUT_FORMATS) == OUTPUT_FORMATS_HELP
 
 
 def test_a_picture_that_is_gone_is_said_when_it_is_to_be_drawn(shell, refused, checkpoint, pictures, here):

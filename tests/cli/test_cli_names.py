@@ -121,8 +121,8 @@ def test_a_shown_part_has_the_options_that_it_takes(shell):
     import sca_registry
 
     for kind in ("encoders", "segmenters", "mixers", "language_models", "datasets", "metrics"):
-        registry = sca_registry.registry(kind)
-        for name in registry.names():
+        registry = sca_registry.get_registry(kind)
+        for name in registry.list_names():
             upstream = kind in ("segmenters", "mixers", "datasets")
             taken = list(inspect.signature(registry.get(name)).parameters.values())[upstream:]
             lines = shell("show", kind, name).out.splitlines()

@@ -156,7 +156,7 @@ HOSTILE = {  # distribution: its entry points, its module, and what is said of t
 def test_no_plugin_breaks_anything_and_the_doctor_says_what_is_wrong_with_each(site, tmp_path):
     from sca_registry import mixers
 
-    builtins = set(mixers.names())
+    builtins = set(mixers.list_names())
     for name, (entry_points, module, _) in HOSTILE.items():
         site.write(name, f"[sca_mixers]\n{entry_points}\n", **{f"hostile_{name.replace('-', '_')}": MARK + module})
     package = tmp_path / "site" / "hostile_cards"

@@ -26,9 +26,9 @@ def captioned(shell, checkpoint, picture, here):
 @pytest.fixture
 def interrupted(captioned, here, monkeypatch):
     """A folder out whose run was ended after two images."""
-    from sca.output.journal import Journal
+    from sca.output.journal import CaptionJournal
 
-    add, count = Journal.add, []
+    add, count = CaptionJournal.add, []
 
     def end(self, *rest):
         add(self, *rest)
@@ -37,7 +37,7 @@ def interrupted(captioned, here, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", end)
+        patch.setattr(CaptionJournal, "add", end)
         assert captioned("--out", "out", "--batch", 1).status == 130
     return here / "out"
 
@@ -182,13 +182,13 @@ def test_caption_interrupted_while_it_repeats_leaves_the_finished_files(captione
     formats = "jsonl,coco,html,geojson,label-studio,parquet"
     assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 0
     before = content(here / "out")
-    from sca.output.journal import Journal
+    from sca.output.journal import CaptionJournal
 
     def end(self, *rest):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", end)
+        patch.setattr(CaptionJournal, "add", end)
         assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 130
     after = content(here / "out")
     assert {name: after[name] for name in before if name != MARKER} == {

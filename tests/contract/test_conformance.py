@@ -14,7 +14,7 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
-from sca_registry.contracts import KINDS, Caption, ImageFormat, Prompt, Proposals, Region, Sample, MetricOutput
+from sca_registry.contracts import COMPONENT_KINDS, Caption, ImageFormat, Prompt, Proposals, Region, Sample, MetricOutput
 from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
@@ -56,11 +56,11 @@ def on_trial():
     """
     seen = set()
     for kind in ON_TRIAL:
-        for name in sorted(set(REGISTRIES[kind].names()) - set(FROM_FILES)):
-            card, sizes = REGISTRIES[kind].card(name), tiny_options(kind, name)
+        for name in sorted(set(REGISTRIES[kind].list_names()) - set(FROM_FILES)):
+            card, sizes = REGISTRIES[kind].get_card(name), tiny_options(kind, name)
             same = f"{kind} {card.factory} {sizes or name}"
             marks = [pytest.mark.all] if same in seen else []
-            if card.extra and REGISTRIES[kind].describe(name).state != "ok":
+            if card.extra and REGISTRIES[kind].load_entry(name).state != "ok":
                 marks.append(pytest.mark.skip(reason=f"the extra {card.extra} is not installed"))
             seen.add(same)
             for number, options in enumerate([{}, *VARIANTS.get(kind, {}).get(name, [])]):
@@ -117,7 +117,7 @@ def test_a_segmenter_that_draws_its_prompts_keeps_them_too():
 
 
 def test_every_kind_is_tried_for_something_and_every_promise_says_where_it_is_written():
-    assert {kind for each in CHECKS for kind in each.kinds} == set(KINDS)
+    assert {kind for each in CHECKS for kind in each.kinds} == set(COMPONENT_KINDS)
     for finding in check_part("mixer", "query", depth=1, mlp=32):
         assert finding.expected.endswith("."), finding
         assert finding.source.startswith(("sca_registry.", "sca.", "plugins/"))
@@ -618,12 +618,12 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    sca_registry.refresh()
+    sca_registry.refresh_plugins()
     try:
         assert "it prints 'hello'" in broken(check_part("metric", "loud"))["import-is-light"]
     finally:
         monkeypatch.undo()
-        sca_registry.refresh()
+        sca_registry.refresh_plugins()
 
 
 @pytest.mark.parametrize(("kind", "factory", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))

@@ -10,8 +10,8 @@ import sca
 COUNTED = [
     (kind, name)
     for kind in ("encoders", "language_models")
-    for name in sca_registry.registry(kind).names()
-    if sca_registry.registry(kind).card(name).parameters
+    for name in sca_registry.get_registry(kind).list_names()
+    if sca_registry.get_registry(kind).get_card(name).parameters
 ]
 
 
@@ -21,10 +21,10 @@ def parameters(module) -> int:
 
 @pytest.mark.parametrize(("kind", "name"), COUNTED)
 def test_a_card_counts_the_parameters_of_its_part(kind, name):
-    registry = sca_registry.registry(kind)
-    options = {"pretrained": False} if "pretrained" in registry.describe(name).options else {}
+    registry = sca_registry.get_registry(kind)
+    options = {"pretrained": False} if "pretrained" in registry.load_entry(name).options else {}
     with torch.device("meta"):
-        assert parameters(registry.build(name, **options)) == registry.card(name).parameters
+        assert parameters(registry.build(name, **options)) == registry.get_card(name).parameters
 
 
 def test_the_published_model_has_the_published_counts():
@@ -35,9 +35,9 @@ def test_the_published_model_has_the_published_counts():
     assert report.endswith("19,432,832 train")
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", zoo.list_names())
 def test_the_zoo_counts_the_parameters_of_its_models(name):
-    entry = zoo.get(name)
+    entry = zoo.get_entry(name)
     if entry.folder:
         model = sca.load(name)
     else:  # a published one: a SAM ViT-H, the mixer of the paper, and one of two language models
@@ -48,10 +48,10 @@ def test_the_zoo_counts_the_parameters_of_its_models(name):
 
 def test_there_are_as_many_names_as_promised_each_with_its_terms():
     for kind, least in (("encoders", 40), ("mixers", 6), ("language_models", 14)):
-        registry = sca_registry.registry(kind)
-        assert len(registry.names()) >= least
-        for name in registry.names():
-            card = registry.card(name)
+        registry = sca_registry.get_registry(kind)
+        assert len(registry.list_names()) >= least
+        for name in registry.list_names():
+            card = registry.get_card(name)
             assert card.summary.endswith(".")
             assert card.source
             assert card.licence

@@ -50,7 +50,7 @@ BOXES = torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 19, 29]])
 
 
 def test_every_registered_mixer_is_in_the_matrix():
-    assert set(sca_registry.mixers.names()) == set(OPTIONS)
+    assert set(sca_registry.mixers.list_names()) == set(OPTIONS)
 
 
 def batch_for(size):
@@ -66,11 +66,11 @@ def batch_for(size):
 
 def parts_of(encoder, mixer, sam_folder):
     if encoder == "sam":
-        part, card = {"name": "sam", "weights": str(sam_folder)}, sca_registry.encoders.card("sam")
+        part, card = {"name": "sam", "weights": str(sam_folder)}, sca_registry.encoders.get_card("sam")
     else:
-        card = sca_registry.encoders.card(encoder)
+        card = sca_registry.encoders.get_card(encoder)
         part = {"name": encoder, **tiny_options("encoder", encoder)}
-    if card.extra and sca_registry.encoders.describe(encoder).state != "ok":
+    if card.extra and sca_registry.encoders.load_entry(encoder).state != "ok":
         pytest.skip(f"the extra {card.extra} is not installed")
     return part, {"name": mixer, **OPTIONS[mixer]}
 
@@ -82,8 +82,8 @@ def test_a_combination_learns_and_comes_back_from_disk(
     torch.manual_seed(0)
     part, mixed = parts_of(encoder, mixer, sam_folder)
     spoken, options = {"name": "hf", "weights": str(lm_folder(family))}, {"lora": lora, "task_tokens": 2}
-    boxed = sca_registry.encoders.stated(encoder, "default_segmenter") == "box"
-    if boxed and "masks" in (sca_registry.mixers.stated(mixer, "needs") or ()):
+    boxed = sca_registry.encoders.get_declared(encoder, "default_segmenter") == "box"
+    if boxed and "masks" in (sca_registry.mixers.get_declared(mixer, "needs") or ()):
         with monkeypatch.context() as patch:
             patch.setattr(sca_registry.encoders, "build", None)  # refused before anything is built
             with pytest.raises(RegistryError, match=rf"'{mixer}'.*segmenter=sam"):

@@ -1,8 +1,8 @@
 """The sizes of tiny built-in components: one data file, complete and without stale names."""
 
 import pytest
-from sca_registry.cards import builtin_cards
-from sca_registry.contracts import KINDS
+from sca_registry.cards import read_builtin_cards
+from sca_registry.contracts import COMPONENT_KINDS
 
 from sca.testing import tiny
 
@@ -11,11 +11,11 @@ WITHOUT = {"segmenters": {"box"}, "mixers": {"roi-pool"}, "language_models": {"g
 OTHERS = {"datasets": {"scenes"}, "proposers": {"grid"}}  # that have an option which makes them quick
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMPONENT_KINDS)
 def test_tiny_options_exist_for_exactly_the_components_that_need_them(kind):
-    needed = {*builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
+    needed = {*read_builtin_cards(kind)} - WITHOUT.get(kind, set()) if kind in SIZED else OTHERS.get(kind, set())
     assert {*tiny._builtin_options()[kind]} == needed
-    assert not [card.name for card in builtin_cards(kind).values() if card.small]
+    assert not [card.name for card in read_builtin_cards(kind).values() if card.small]
 
 
 def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
@@ -30,7 +30,7 @@ def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
     cards = '[shade]\nfactory = "shade:Shade"\nsmall = { depth = 1 }\n[query]\nfactory = "shade:Query"\n'
     (tmp_path / "shade/mixers.toml").write_text(cards)
     monkeypatch.syspath_prepend(tmp_path)
-    sca_registry.refresh()
+    sca_registry.refresh_plugins()
     try:
         assert tiny.tiny_options("mixer", "shade") == {"depth": 1}
         assert tiny.tiny_options("mixer", "shade:query") == {}
@@ -38,4 +38,4 @@ def test_tiny_options_of_a_plugin_are_those_of_its_card(tmp_path, monkeypatch):
         assert sizes == tiny.tiny_options("mixers", "segment-caption-anything:query") != {}
     finally:
         monkeypatch.undo()
-        sca_registry.refresh()
+        sca_registry.refresh_plugins()

@@ -11,7 +11,7 @@ from sca_registry.contracts import Caption, Prompt, Region
 
 from sca.data.jsonl import Jsonl
 from sca.io import masks
-from sca.output.jsonl import Jsonl as Output
+from sca.output.jsonl import JsonlWriter as Output
 from sca.testing.conformance import check_part
 
 WIDTH, HEIGHT = 64, 48

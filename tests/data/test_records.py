@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.data.json_stream import LIST, elements, stream
-from sca.data.records import Lines, grouped, index, read_lines
+from sca.data.records import Lines, grouped, index, read_jsonl_records
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -87,7 +87,7 @@ def test_lines_are_read_again_as_they_were(folder):
     path = folder / "lines.jsonl"
     path.write_bytes('{"id": 3, "caption": "größer"}\n\n\ufeff{"id": 1}\r\n{"id": 2}'.encode())
     lines = Lines(path, str(path), ("id", "line"))
-    for record, number, start, end in read_lines(path):
+    for record, number, start, end in read_jsonl_records(path):
         lines.note((record["id"], number), start, end)
     assert [lines[number][0] for number in range(3)] == [{"id": 3, "caption": "größer"}, {"id": 1}, {"id": 2}]
     assert lines.place(1) == f"{path}: line 3 (id 1)"

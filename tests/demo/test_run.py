@@ -7,7 +7,7 @@ gradio = pytest.importorskip("gradio", reason="needs the extra demo")
 
 @pytest.mark.parametrize(("given", "expected"), [("/captions/", "/captions"), ("", None)])
 def test_demo_is_shown_below_its_root_path(monkeypatch, given, expected):
-    from sca.cli import run
+    from sca.cli import run_command
 
     started = {}
 
@@ -16,5 +16,5 @@ def test_demo_is_shown_below_its_root_path(monkeypatch, given, expected):
         raise ValueError("started")
 
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
-    assert run(["demo", "--port", "0", *(["--root-path", given] if given else [])]) == 2
+    assert run_command(["demo", "--port", "0", *(["--root-path", given] if given else [])]) == 2
     assert started["root_path"] == expected

@@ -80,7 +80,7 @@ def test_what_has_no_answer_is_taken_back_and_nothing_else(session):
 def models(tmp_path):
     """One for each of a few names of the same model."""
     for name in "abcd":
-        (tmp_path / name).symlink_to(zoo.get("sca-tiny").folder)
+        (tmp_path / name).symlink_to(zoo.get_entry("sca-tiny").folder)
     models = ModelPool("cpu", None, (), allow_any_model=True)
     yield models, [str(tmp_path / name) for name in "abcd"]
     models.close()
@@ -104,7 +104,7 @@ def test_a_model_in_use_stays_until_it_is_done(models, session):
 
 
 def test_models_refuse_names_that_may_not_be_chosen(tmp_path):
-    (tmp_path / "a").symlink_to(zoo.get("sca-tiny").folder)
+    (tmp_path / "a").symlink_to(zoo.get_entry("sca-tiny").folder)
     models = ModelPool("cpu", None, ["sca-tiny"])
     with pytest.raises(ValueError, match=r"no model .*; choose from sca-tiny"), models.scheduler(str(tmp_path / "a")):
         pass
@@ -118,7 +118,7 @@ def test_models_refuse_options_of_names_that_are_not_of_the_command_line(tmp_pat
     monkeypatch.setattr(app, "captioner", lambda name, device, **options: loaded.append(name))
     monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
     named = "crop-captioner encoder=sam-vit-b"
-    (tmp_path / "my model=1").symlink_to(zoo.get("sca-tiny").folder)
+    (tmp_path / "my model=1").symlink_to(zoo.get_entry("sca-tiny").folder)
     models = ModelPool("cpu", None, [named], allow_any_model=True)
     trusting = "crop-captioner encoder={name='./evil',trust_remote_code=true}"
     for name in (trusting, "sca-tiny dtype=float16", "./evil trust_remote_code=true"):
@@ -188,7 +188,7 @@ def slider_values(demo):
     return {each.elem_id: each.value for each in demo.blocks.values() if isinstance(each, gr.Slider)}
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.get(name).folder])
+@pytest.mark.parametrize("name", [name for name in zoo.list_names() if zoo.get_entry(name).folder])
 def test_sliders_start_at_the_values_that_the_command_line_uses(name):
     models = ModelPool("cpu", None, [name])
     before = models.get_slider_values(name)  # of what is not loaded

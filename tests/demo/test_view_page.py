@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca.cli import run
+from sca.cli import run_command
 from sca.io import masks
-from sca.output.colours import COLOURS
-from sca.output.html import Html
+from sca.output.colours import REGION_COLORS
+from sca.output.html import HtmlWriter
 
 
 def write(folder, name, images, regions, words):
@@ -32,7 +32,7 @@ def write(folder, name, images, regions, words):
 
 def test_ten_thousand_regions_are_browsed(browser, tmp_path):
     file = write(tmp_path, "a.jsonl", 500, 20, lambda image, region: f"square {region} of image {image}")
-    assert run(["view", file, "--out", str(tmp_path / "view.html")]) == 0
+    assert run_command(["view", file, "--out", str(tmp_path / "view.html")]) == 0
     page = browser.new_page(viewport={"width": 1200, "height": 800})
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -60,7 +60,7 @@ def test_ten_thousand_regions_are_browsed(browser, tmp_path):
 def test_two_files_are_compared(browser, tmp_path):
     one = write(tmp_path, "a.jsonl", 5, 3, lambda image, region: f"square {region}")
     other = write(tmp_path, "b.jsonl", 5, 3, lambda image, region: "a cat" if image == 2 else f"square {region}")
-    assert run(["view", one, other, "--out", str(tmp_path / "view.html")]) == 0
+    assert run_command(["view", one, other, "--out", str(tmp_path / "view.html")]) == 0
     page = browser.new_page()
     page.goto(f"file://{tmp_path}/view.html")
     page.locator("#differ").check()
@@ -78,7 +78,7 @@ def show(browser, tmp_path):
     problems, pages = [], []
 
     def write_and_open(image, captions, name="image.png", title="title", **options):
-        page_file = Html(tmp_path / "page.html", title)
+        page_file = HtmlWriter(tmp_path / "page.html", title)
         page_file.add(name, image, captions)
         page_file.close()
         page = browser.new_page(**options)
@@ -135,7 +135,7 @@ def test_regions_are_visible_without_pointing_at_them(show):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colors_of_the_image_are_seen_through_every_tint(show, scheme):
-    count = len(COLOURS)
+    count = len(REGION_COLORS)
     found = squares(count)
     pixels = np.zeros((60, 60 * count, 3), np.uint8) + np.uint8([200, 30, 30])
     captions = [make_caption("red", number, mask) for number, mask in enumerate(found)]
@@ -143,7 +143,7 @@ def test_colors_of_the_image_are_seen_through_every_tint(show, scheme):
     shown = np.asarray(Image.open(io.BytesIO(page.locator(".stage svg").screenshot())).convert("RGB")).astype(int)
     scale = shown.shape[1] / pixels.shape[1]
     tinted = []
-    for number, color in enumerate(COLOURS):
+    for number, color in enumerate(REGION_COLORS):
         x, y = round((60 * number + 16) * scale), round(16 * scale)
         red, green, blue = shown[y, x]
         assert red > 170, color

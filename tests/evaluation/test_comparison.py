@@ -12,7 +12,7 @@ from sca.data.scenes import Scenes
 from sca.evaluation.comparison import compare_runs
 from sca.evaluation.evaluate import evaluate, score_file
 from sca.evaluation.predictions import PromptingOptions
-from sca.evaluation.report import comparison_page, report_page
+from sca.evaluation.report import render_comparison, render_report
 from sca.io.errors import InputError
 
 DRAWN = ["attributes", "class", "mask-iou"]
@@ -109,7 +109,7 @@ class Tags(HTMLParser):
 
 def pages(runs):
     reports = [score_file(run, ["attributes", "class", "mask-iou", "rouge-l"]) for run in runs]
-    return {"report": report_page(reports), "comparison": comparison_page(compare_runs(*runs, DRAWN))}
+    return {"report": render_report(reports), "comparison": render_comparison(compare_runs(*runs, DRAWN))}
 
 
 def test_pages_are_whole_and_load_nothing(runs):
@@ -157,8 +157,8 @@ def test_without_pictures_a_page_has_words(tmp_path):
         for n in range(9)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    page = report_page([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
+    page = render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})])
     assert "without pictures: the predictions do not say where the pictures are" in page
     assert "the cat" in page
     with pytest.raises(ValueError, match="no score 'meteor' of single regions: there are rouge-l"):
-        report_page([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], by="meteor")
+        render_report([score_file(path, ["rouge-l"], {"tokenizer": "plain"})], sort_by="meteor")

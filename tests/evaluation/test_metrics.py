@@ -234,7 +234,7 @@ def test_an_answer_that_ignores_the_prompt_never_follows_more_than_half(make_rec
 
 
 def test_the_built_in_metrics_are_these():
-    assert set(NAMES) <= set(sca_registry.metrics.names())
+    assert set(NAMES) <= set(sca_registry.metrics.list_names())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ def test_a_protocol_asks_what_there_is(name):
         assert metric in sca_registry.metrics
     for run in found.runs:
         assert run.prompting
-        assert set(run.options) <= set(sca_registry.datasets.describe(run.dataset).options)
+        assert set(run.options) <= set(sca_registry.datasets.load_entry(run.dataset).options)
         assert run.proposer is None or run.proposer in sca_registry.proposers
         for values in run.published.values():
             assert 0 < len(values) <= len(run.columns)

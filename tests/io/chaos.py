@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from sca.cli import run
+from sca.cli import run_command
 from sca.data.scenes import Scenes
 from sca.io.run_folder import LOCK
 from sca.training.recipe import Recipe  # noqa: F401 (imported before forking)
@@ -94,7 +94,7 @@ class Chaos:
         status = 99
         try:
             arguments = [str(each) if each != "OUT" else str(out) for each in COMMANDS[self.kind]]
-            status = run([*arguments, *["--quiet"] * (self.kind in QUIET)])
+            status = run_command([*arguments, *["--quiet"] * (self.kind in QUIET)])
         finally:
             os._exit(status)
 

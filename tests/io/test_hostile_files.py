@@ -9,7 +9,7 @@ import pytest
 from sca_bench.store import ResultStore
 from sca_bench.sweep import Sweep
 from sca_registry import RegistryError, datasets
-from sca_registry.overrides import read_assignments
+from sca_registry.overrides import parse_assignments
 
 from sca.checkpoints.push import _read_scores
 from sca.data import fields, json_stream, records
@@ -48,7 +48,7 @@ READERS = {  # by the name of the file
     "predictions.jsonl": read_predictions,
     "scored.jsonl": score_file,
     "scores.json": _read_scores,
-    "lines.jsonl": lambda path: list(records.read_lines(path)),
+    "lines.jsonl": lambda path: list(records.read_jsonl_records(path)),
     "list.json": lambda path: list(json_stream.stream(path)),
     "index.json": read_index,
     "whole.json": fields.read_json,
@@ -114,7 +114,7 @@ def test_recipe_and_sweep_refuse_deep_toml_in_one_line(limited, tmp_path, read, 
 
 def test_option_refuses_deep_toml_in_one_line():
     with pytest.raises(RegistryError, match="the value is not TOML"):
-        read_assignments(["lora=" + "[" * 2000])
+        parse_assignments(["lora=" + "[" * 2000])
 
 
 @pytest.mark.parametrize(

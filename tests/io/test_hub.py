@@ -83,7 +83,7 @@ def test_what_was_not_pulled_is_fetched_when_it_is_used(shell, hub):
 def test_a_checkpoint_of_our_own_is_loaded_from_the_hub(shell, hub, tmp_path):
     from sca_registry import zoo
 
-    hub.models["owner/tiny"] = zoo.get("sca-tiny").folder
+    hub.models["owner/tiny"] = zoo.get_entry("sca-tiny").folder
     program = "import sca; print(sca.load('owner/tiny').freeze_report())"
     status, out, _ = shell(sys.executable, "-c", program)
     assert status == 0
@@ -132,7 +132,7 @@ def test_a_published_checkpoint_is_pulled_with_the_tokenizer_that_it_names(shell
 def test_pull_stores_the_commit_that_later_loads_take(shell, hub, tmp_path):
     from sca_registry import zoo
 
-    hub.models["owner/tiny"] = zoo.get("sca-tiny").folder
+    hub.models["owner/tiny"] = zoo.get_entry("sca-tiny").folder
     status, out, _ = shell(*PULL, "owner/tiny", "--revision", COMMIT)
     assert status == 0
     assert out.startswith(f"owner/tiny at {COMMIT}: ")

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from sca_registry.cards import Card, read_cards
+from sca_registry.cards import Card, parse_cards
 from world import ELSEWHERE, ROOT, done_here, opened
 
 MANUALS = [
@@ -60,7 +60,7 @@ def test_every_block_of_commands_runs(worlds, manual, block):
 @pytest.mark.parametrize(("manual", "block"), [(manual, each) for manual in MANUALS for each in blocks(manual, "toml")])
 def test_every_block_of_toml_is_read(manual, block):
     if "factory" in tomllib.loads(block).get(re.findall(r"^\[(.*)\]", block, re.M)[0], {}):
-        assert all(isinstance(card, Card) and card.summary for card in read_cards(block).values())
+        assert all(isinstance(card, Card) and card.summary for card in parse_cards(block).values())
 
 
 def test_what_is_not_run_is_still_said():

@@ -188,7 +188,7 @@ def stock(hub, sam, folder):
         reader = sca_registry.captioners.build(kind, **tiny_options("captioner", kind)).reader
         reader.model.save_pretrained(folder / name)
         reader.processor.save_pretrained(folder / name)
-        hub.models[sca_registry.captioners.card(name).options["weights"]] = folder / name
+        hub.models[sca_registry.captioners.get_card(name).options["weights"]] = folder / name
 
 
 @contextmanager

@@ -114,14 +114,14 @@ def combinations():
 
 
 def built_here(**parts):
-    card = sca_registry.encoders.card(parts["encoder"])
-    if card.extra and sca_registry.encoders.describe(parts["encoder"]).state != "ok":
+    card = sca_registry.encoders.get_card(parts["encoder"])
+    if card.extra and sca_registry.encoders.load_entry(parts["encoder"]).state != "ok":
         pytest.skip(f"the extra {card.extra} is not installed")
     return built(**parts)
 
 
 def test_every_mixer_is_tried_here():
-    assert set(sca_registry.mixers.names()) == set(MIXERS)
+    assert set(sca_registry.mixers.list_names()) == set(MIXERS)
 
 
 @pytest.mark.parametrize(("parts", "precision", "chunk"), list(combinations()))

@@ -180,10 +180,10 @@ def test_other_packages_logging_is_left_alone():
 
 
 def test_each_name_has_a_licence_a_source_and_the_extra_that_brings_it():
-    names = sca_registry.encoders.names()
+    names = sca_registry.encoders.list_names()
     assert len(names) >= 40
     for name in names:
-        card = sca_registry.encoders.card(name)
+        card = sca_registry.encoders.get_card(name)
         assert card.licence
         assert "arXiv" in card.source or name in ("open-clip", "timm")
         assert card.extra == {"open_clip": "clip", "timm": "timm"}.get(card.factory.split(".")[2].partition(":")[0], "")

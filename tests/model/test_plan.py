@@ -165,12 +165,12 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
     from sca import cli
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert cli.run(["plan", "sam-vit-b+query+gpt2", "lora=4", "--gpu", "t4", "--regions", "4", "--json"]) == 0
+    assert cli.run_command(["plan", "sam-vit-b+query+gpt2", "lora=4", "--gpu", "t4", "--regions", "4", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"]["mixer"] == 19_088_512
     assert told["fits"] is True
     assert told["most_regions"] is None  # regions are computed in chunks and generated in pieces, so any number fits
-    assert cli.run(["plan", "sca-tiny", "--gpu", "24"]) == 0
+    assert cli.run_command(["plan", "sca-tiny", "--gpu", "24"]) == 0
     assert "this fits; 16,384 regions" in capsys.readouterr().out
     for wrong, told in (
         (["plan", "sca-tny"], "Did you mean 'sca-tiny'"),
@@ -181,7 +181,7 @@ def test_the_command_line_tells_what_fits_and_reaches_for_nothing(capsys, monkey
         (["plan", "tiny-vit+qury+gpt2"], "Did you mean 'query'"),
         (["plan", "sca-gpt2-large-vg"], "plan its parts"),
     ):
-        assert cli.run(wrong) == 2
+        assert cli.run_command(wrong) == 2
         assert told in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import pytest
 from sca_registry.spec import ModelSpec
 
 import sca.plan
-from sca.cli import run
+from sca.cli import run_command
 from sca.plan_cache import MAX_CACHED_PLANS, compute_plan_key, read_plan, hash_source_files, write_plan
 
 TINY = "tiny-vit+query+tiny-gpt2"
@@ -21,7 +21,7 @@ def test_plan_key_changes_with_the_spec_settings_and_source(monkeypatch):
     key = compute_plan_key(spec, {"images": 1})
     assert key == compute_plan_key(ModelSpec.parse(TINY), {"images": 1})
     assert key != compute_plan_key(spec, {"images": 2})
-    assert key != compute_plan_key(spec.override(["lora=8"]), {"images": 1})
+    assert key != compute_plan_key(spec.apply_overrides(["lora=8"]), {"images": 1})
     for name in ("source_fingerprint", "version"):
         with monkeypatch.context() as changed:
             changed.setattr(f"sca.plan_cache.{name}", lambda package: "changed")
@@ -44,16 +44,16 @@ def test_source_fingerprint_changes_with_a_source_file(files, tmp_path, monkeypa
 @pytest.mark.parametrize("spec", ["tiny-vit+query+hf weights=./folder", "tiny-vit+unknown+tiny-gpt2"])
 def test_plan_key_is_none_for_files_and_unknown_components(spec):
     name, *changes = spec.split()
-    assert compute_plan_key(ModelSpec.parse(name).override([f"language_model.{each}" for each in changes]), {}) is None
+    assert compute_plan_key(ModelSpec.parse(name).apply_overrides([f"language_model.{each}" for each in changes]), {}) is None
 
 
 def test_plan_command_computes_once(capsys, monkeypatch, cache):
-    assert run(["plan", TINY, "--json"]) == 0
+    assert run_command(["plan", TINY, "--json"]) == 0
     first = capsys.readouterr().out
     monkeypatch.setattr(sca.plan, "plan", lambda *_, **__: pytest.fail("planned again"))
-    assert run(["plan", TINY, "--json"]) == 0
+    assert run_command(["plan", TINY, "--json"]) == 0
     assert capsys.readouterr().out == first
-    assert run(["plan", TINY, "--gpu", "abacus"]) == 2
+    assert run_command(["plan", TINY, "--gpu", "abacus"]) == 2
     (file,) = cache.iterdir()
     file.write_text("{")
     assert read_plan(file.stem) is None

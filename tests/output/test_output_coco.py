@@ -7,12 +7,12 @@ from pycocotools.coco import COCO
 
 from sca.io import masks
 from sca.io.prompt_files import read_prompts
-from sca.output import Writers
+from sca.output import MultiFormatWriter
 
 
 @pytest.fixture
 def written(tmp_path, picture, captions):
-    with Writers(tmp_path, ("coco",), model="m") as writers:
+    with MultiFormatWriter(tmp_path, ("coco",), model="m") as writers:
         writers.add("a.png", picture, captions)
         writers.add("none.png", picture, [])
         writers.add("b.png", picture, captions[:2])
@@ -47,7 +47,7 @@ def test_masks_boxes_and_areas_are_as_coco_has_them(written, captions):
 
 def test_a_mask_without_a_box_brings_its_own(tmp_path, picture, captions):
     nothing = masks.encode(np.zeros((30, 40), bool))
-    with Writers(tmp_path, ("coco",)) as writers:
+    with MultiFormatWriter(tmp_path, ("coco",)) as writers:
         writers.add("a.png", picture, [replace(captions[0], box=None), replace(captions[0], box=None, mask=nothing)])
     full, empty = json.loads(writers.paths["coco"].read_text())["annotations"]
     assert full["bbox"][:2] == list(captions[0].box[:2])
@@ -63,7 +63,7 @@ def test_the_file_serves_as_prompts(written):
 
 
 def test_hostile_captions_come_back_as_they_were(tmp_path, picture, hostile):
-    with Writers(tmp_path, ("coco",), model='"}') as writers:
+    with MultiFormatWriter(tmp_path, ("coco",), model='"}') as writers:
         writers.add('"},{.png', picture, hostile)
     content = json.loads(writers.paths["coco"].read_bytes())
     assert [annotation["caption"] for annotation in content["annotations"]] == [caption.text for caption in hostile]

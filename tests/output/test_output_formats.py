@@ -12,8 +12,8 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io import masks
 from sca.io.annotations.brush import pack, unpack
 from sca.io.errors import InputError
-from sca.output import FORMATS, Writers
-from sca.output.outline import fill, polygons
+from sca.output import OUTPUT_FORMATS, MultiFormatWriter
+from sca.output.outline import rings_to_mask, mask_to_polygons
 from sca.output.read import read_captions
 
 READ = {
@@ -31,7 +31,7 @@ PROMPTS = ("jsonl", "parquet", "geojson")  # that have a place for what was aske
 def written(tmp_path, picture, captions, monkeypatch):
     """Two images in every format that can be read."""
     monkeypatch.chdir(tmp_path)
-    with Writers("out", READ, model="m") as writers:
+    with MultiFormatWriter("out", READ, model="m") as writers:
         writers.add("a.png", picture, captions)
         writers.add("b/é.png", picture.resize((31, 17)), [])
         writers.add("c.png", picture, captions[::-1])
@@ -77,8 +77,8 @@ def turn(ring):
 def test_masks_of_any_shape_go_through_polygons_and_brushes(seed):
     noise = np.random.default_rng(seed).random((23 + seed, 31))
     mask = noise > (0.5, 0.2, 0.8, 0.05, 0.95, 0.99)[seed]
-    found = polygons(mask)
-    assert (fill([ring for polygon in found for ring in polygon], 31, 23 + seed) == mask).all()
+    found = mask_to_polygons(mask)
+    assert (rings_to_mask([ring for polygon in found for ring in polygon], 31, 23 + seed) == mask).all()
     assert (unpack(pack(mask), 31, 23 + seed) == mask).all()
     assert len(found) == components(mask)
     for outer, *holes in found:
@@ -93,14 +93,14 @@ def test_holes_are_in_the_polygon_around_them():
     mask[4:16, 4:16] = False
     mask[6:14, 6:14] = True
     mask[8:10, 8:10] = False
-    assert sorted(map(len, polygons(mask))) == [2, 2]
-    assert polygons(np.zeros((3, 3), bool)) == []
+    assert sorted(map(len, mask_to_polygons(mask))) == [2, 2]
+    assert mask_to_polygons(np.zeros((3, 3), bool)) == []
 
 
 def test_a_hole_that_reaches_the_edge_by_a_corner_stays_a_hole():
     mask = np.ones((4, 4), bool)
     mask[1, 1] = mask[0, 0] = False
-    (((*outer,), hole),) = polygons(mask)
+    (((*outer,), hole),) = mask_to_polygons(mask)
     assert [1, 1] in outer
     assert sorted(hole) == [[1, 1], [1, 2], [2, 1], [2, 2]]
 
@@ -132,7 +132,7 @@ def test_geojson_rings_are_closed(written):
 
 
 def test_hostile_words_come_back(tmp_path, picture, hostile):
-    with Writers(tmp_path, READ) as writers:
+    with MultiFormatWriter(tmp_path, READ) as writers:
         writers.add("a.png", picture, hostile)
     for name, path in writers.paths.items():
         (found,) = read_captions(path)
@@ -232,17 +232,17 @@ def test_label_studio_has_its_own_code_for_masks(picture, captions):
 
 def test_a_score_that_is_none_stays_none(tmp_path):
     caption = Caption("said by a person", math.nan, (0.0, 0.0, 2.0, 2.0), None, None, Prompt(), 0)
-    with Writers(tmp_path, READ) as writers:
+    with MultiFormatWriter(tmp_path, READ) as writers:
         writers.add("a.png", Image.new("RGB", (4, 3)), [caption])
     for path in writers.paths.values():
         (found,) = read_captions(path)
         assert math.isnan(found.captions[0].score)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OUTPUT_FORMATS)
 def test_numbers_beyond_float_and_int64_are_read_and_written(tmp_path, name):
     huge = {**LINE, "score": 10**400, "iou": 10**400, "region": 10**400, "others": [{"caption": "y", "score": 10**400}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(huge))
     (each,) = read_captions(tmp_path / "a.jsonl")
-    with Writers(tmp_path / "out", [name]) as writers:
+    with MultiFormatWriter(tmp_path / "out", [name]) as writers:
         writers.add("a.png", Image.new("RGB", (4, 3)), each.captions)

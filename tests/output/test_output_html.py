@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from viewer_page import ViewerPage
 
-from sca.output import Writers
+from sca.output import MultiFormatWriter
 from sca.output.read import read_captions
-from sca.output.view import write_view
+from sca.output.view import write_viewer
 
 # fmt: off
 ELEMENTS = {
@@ -25,7 +25,7 @@ ELEMENTS = {
 @pytest.fixture
 def page(tmp_path, picture):
     def written(*captions, path="a.png", image=picture, model="m"):
-        with Writers(tmp_path, ("html",), model=model) as writers:
+        with MultiFormatWriter(tmp_path, ("html",), model=model) as writers:
             for each in captions:
                 writers.add(path, image, each)
         return ViewerPage(writers.paths["html"].read_text("utf-8"))
@@ -54,13 +54,13 @@ def test_every_image_and_region_is_on_the_page(page, captions):
 
 def test_html_format_and_view_write_the_same_page(tmp_path, picture, captions, hostile):
     folder, images = tmp_path / "out", {"a.png": captions, "b.png": hostile, "c.png": []}
-    with Writers(folder, ("jsonl", "html"), model="m") as writers:
+    with MultiFormatWriter(folder, ("jsonl", "html"), model="m") as writers:
         for number, (name, each) in enumerate(images.items()):
             image = picture.rotate(90 * number, expand=True)
             image.save(folder / name)
             if each:  # JSON lines have no line for an image without regions
                 writers.add(str(folder / name), image, each)
-    assert write_view(tmp_path / "view.html", read_captions(writers.paths["jsonl"]), names=("m",)) == (12, [])
+    assert write_viewer(tmp_path / "view.html", read_captions(writers.paths["jsonl"]), names=("m",)) == (12, [])
     assert (tmp_path / "view.html").read_text() == writers.paths["html"].read_text()
 
 

@@ -8,11 +8,11 @@ import pytest
 from sca.io import masks
 from sca.io.errors import OutputError
 from sca.io.prompt_files import read_prompts
-from sca.output import Writers
+from sca.output import MultiFormatWriter
 
 
 def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captions):
-    with Writers(tmp_path, ("jsonl",), model="m") as writers:
+    with MultiFormatWriter(tmp_path, ("jsonl",), model="m") as writers:
         writers.add("pics/a.png", picture, captions)
         writers.add("b.png", picture, [])
         writers.add("b.png", picture, captions[:1])
@@ -38,7 +38,7 @@ def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captio
 
 
 def test_hostile_captions_stay_one_ascii_line_each(tmp_path, picture, hostile):
-    with Writers(tmp_path) as writers:
+    with MultiFormatWriter(tmp_path) as writers:
         writers.add("a\n\udcff.png", picture, hostile)
     content = (tmp_path / "captions.jsonl").read_bytes()
     assert content.isascii()
@@ -48,21 +48,21 @@ def test_hostile_captions_stay_one_ascii_line_each(tmp_path, picture, hostile):
 
 
 def test_lines_are_there_as_soon_as_an_image_is_done(tmp_path, picture, captions):
-    with Writers(tmp_path) as writers:
+    with MultiFormatWriter(tmp_path) as writers:
         for done in (1, 2, 3):
             writers.add(f"{done}.png", picture, captions)
             assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 4 * done
 
 
 def test_what_is_not_a_number_is_null(tmp_path, picture, captions):
-    with Writers(tmp_path) as writers:
+    with MultiFormatWriter(tmp_path) as writers:
         writers.add("a.png", picture, [replace(captions[0], score=float("nan"), iou=float("inf"))])
     line = json.loads((tmp_path / "captions.jsonl").read_text(), parse_constant=pytest.fail)
     assert (line["score"], line["iou"]) == (None, None)
 
 
 def test_what_was_asked_can_be_asked_again(tmp_path, picture, captions):
-    with Writers(tmp_path) as writers:
+    with MultiFormatWriter(tmp_path) as writers:
         writers.add("a.png", picture, captions)
     again = read_prompts(tmp_path / "captions.jsonl")["a.png"]
     for prompt, caption in zip(again, captions, strict=True):
@@ -72,7 +72,7 @@ def test_what_was_asked_can_be_asked_again(tmp_path, picture, captions):
 
 def test_a_stream_gets_the_same_lines_and_stays_open(tmp_path, picture, captions, hostile):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with Writers(tmp_path, model="m") as to_file, Writers.to_stream(stream, model="m") as to_stream:
+    with MultiFormatWriter(tmp_path, model="m") as to_file, MultiFormatWriter.from_stream(stream, model="m") as to_stream:
         for writers in (to_file, to_stream):
             writers.add("a.png", picture, captions + hostile)
     assert stream.buffer.getvalue() == (tmp_path / "captions.jsonl").read_bytes()
@@ -83,7 +83,7 @@ def test_a_stream_gets_the_same_lines_and_stays_open(tmp_path, picture, captions
 def test_a_full_stream_is_one_clear_line(picture, captions):
     with open("/dev/full", "w") as full:
         with pytest.raises(OutputError, match="cannot write /dev/full: No space"):
-            Writers.to_stream(full).add("a.png", picture, captions)
+            MultiFormatWriter.from_stream(full).add("a.png", picture, captions)
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that closing has nothing to complain about
 
 
@@ -92,5 +92,5 @@ def test_a_reader_that_has_gone_is_a_broken_pipe(picture, captions):
     os.close(reader)
     with open(writer, "w", closefd=False) as pipe:
         with pytest.raises(BrokenPipeError):
-            Writers.to_stream(pipe).add("a.png", picture, captions)
+            MultiFormatWriter.from_stream(pipe).add("a.png", picture, captions)
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)

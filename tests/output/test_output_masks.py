@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sca.io import masks
-from sca.output.outline import outline
+from sca.output.outline import mask_to_svg_path
 
 mask_arrays = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
@@ -31,17 +31,17 @@ def test_a_code_cut_short_is_refused(mask):
 @given(mask_arrays)
 def test_an_outline_holds_exactly_its_mask(mask):
     """Filled by the even-odd rule: a pixel is inside if an odd number of vertical edges lies left of it."""
-    assert (filled(outline(mask), mask.shape) == mask).all()
+    assert (filled(mask_to_svg_path(mask), mask.shape) == mask).all()
 
 
 def test_a_large_mask_has_a_coarser_outline_that_loses_nothing():
     mask = np.zeros((3000, 2000), bool)
     mask[5, 7] = True
     mask[2000:2990, 100:1999] = True
-    drawn = filled(outline(mask), mask.shape)
+    drawn = filled(mask_to_svg_path(mask), mask.shape)
     assert drawn[mask].all()
     assert drawn.sum() < mask.sum() * 1.02
-    assert len(outline(np.random.default_rng(0).random((2000, 2000)) < 0.5)) < 5_000_000
+    assert len(mask_to_svg_path(np.random.default_rng(0).random((2000, 2000)) < 0.5)) < 5_000_000
 
 
 def filled(path: str, shape: tuple[int, int]) -> np.ndarray:

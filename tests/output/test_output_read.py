@@ -9,7 +9,7 @@ from viewer_page import ViewerPage
 
 from sca.io.annotations.annotation import SkipCounter
 from sca.output.read import read_captions
-from sca.output.view import write_view
+from sca.output.view import write_viewer
 
 SIZE = {"width": 60, "height": 40}
 HEAD = {"original_width": 60, "original_height": 40, "type": "rectanglelabels", "to_name": "image"}
@@ -155,7 +155,7 @@ def test_view_pairs_images_by_their_file_and_keeps_all_regions(folder, make):
     first = write(folder, make([1, 2, 8, 9], [5, 5, 6, 6], names=NAMES), "first")
     second = write(folder, make([1, 2, 8, 9], [5, 5, 6, 6], [9, 9, 9, 9], names=NAMES[::-1]), "second")
     files = [read_captions(path, SkipCounter(), [folder]) for path in (first, second)]
-    regions, problems = write_view(folder / "view.html", *files, images=[folder])
+    regions, problems = write_viewer(folder / "view.html", *files, roots=[folder])
     assert (regions, problems) == (5, [])
     (image,) = ViewerPage((folder / "view.html").read_text()).images
     assert (len(image["regions"]), len(image["other"])) == (2, 3)

@@ -13,7 +13,7 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
-from sca.output import Writers
+from sca.output import MultiFormatWriter
 from sca.output.read import read_captions
 
 WIDTH, HEIGHT = 23, 17
@@ -63,7 +63,7 @@ regions = st.one_of(
 @example([of_mask("x", mask) for mask in SPECIAL])
 def test_regions_come_back_exactly(name, captions):
     with tempfile.TemporaryDirectory() as folder:
-        with Writers(folder, (name,)) as writers:
+        with MultiFormatWriter(folder, (name,)) as writers:
             writers.add("a.png", Image.new("RGB", (WIDTH, HEIGHT)), captions)
         skip = SkipCounter()
         (found,) = read_captions(writers.paths[name], skip)
@@ -81,7 +81,7 @@ def test_regions_come_back_exactly(name, captions):
 @pytest.mark.parametrize("name", FORMATS)
 def test_empty_masks_come_back_or_give_way_to_the_box(tmp_path, name):
     nothing = Caption("x", 0.5, (1, 2, 3, 4), masks.encode(np.zeros((HEIGHT, WIDTH), bool)), None, Prompt(), 0)
-    with Writers(tmp_path, (name,)) as writers:
+    with MultiFormatWriter(tmp_path, (name,)) as writers:
         writers.add("a.png", Image.new("RGB", (WIDTH, HEIGHT)), [nothing])
     (found,) = read_captions(writers.paths[name])
     (told,) = found.captions

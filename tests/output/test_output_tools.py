@@ -13,8 +13,8 @@ from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.brush import unpack
-from sca.output import Writers
-from sca.output.label_studio import CONFIG
+from sca.output import MultiFormatWriter
+from sca.output.label_studio import LABELING_CONFIG
 
 PACKAGES = ("label-studio-sdk", "labelme", "shapely", "pycocotools")
 
@@ -35,7 +35,7 @@ def python(tmp_path_factory):
 def test_other_tools_read_what_is_written_for_them(tmp_path, monkeypatch, picture, captions, python):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    with Writers("out", ("jsonl", "label-studio", "labelme", "geojson"), model="m") as writers:
+    with MultiFormatWriter("out", ("jsonl", "label-studio", "labelme", "geojson"), model="m") as writers:
         for name, size in (("a.png", (40, 30)), ("deep/b.png", (301, 177)), ("c d é.png", (33, 9))):
             path = Path(name)
             path.parent.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def test_other_tools_read_what_is_written_for_them(tmp_path, monkeypatch, pictur
         writers.add("none.png", picture, [])
     picture.save("none.png")
     script = Path(__file__).with_name("own_readers.py")
-    ran = subprocess.run([python, script, "out", ".", CONFIG], capture_output=True, text=True)
+    ran = subprocess.run([python, script, "out", ".", LABELING_CONFIG], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert json.loads(ran.stdout) == {"label-studio": 12, "labelme": 12, "geojson": 12}
 

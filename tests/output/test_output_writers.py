@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sca.io.errors import OutputError
-from sca.output import FORMATS, Writers
+from sca.output import OUTPUT_FORMATS, MultiFormatWriter
 from sca.output.read import read_captions
 
 
@@ -40,8 +40,8 @@ def check_whole(folder, images: int) -> None:
         Image.open(folder / f"{n}.captions.png").load()
 
 
-def write(folder, images, picture, captions, formats=FORMATS):
-    with Writers(folder, formats, model="m") as writers:
+def write(folder, images, picture, captions, formats=OUTPUT_FORMATS):
+    with MultiFormatWriter(folder, formats, model="m") as writers:
         for n in range(images):
             writers.add(f"{n}.png", picture, captions)
     return writers
@@ -51,14 +51,14 @@ def write(folder, images, picture, captions, formats=FORMATS):
 def test_every_format_is_written(tmp_path, picture, captions, images):
     writers = write(tmp_path / "new" / "folder", images, picture, captions)
     check_whole(tmp_path / "new" / "folder", images)
-    assert list(writers.paths) == list(FORMATS)
+    assert list(writers.paths) == list(OUTPUT_FORMATS)
     assert all(path.exists() for path in writers.paths.values())
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, SystemExit])
 def test_an_interrupted_run_keeps_what_is_finished(tmp_path, picture, captions, end):
     def run():
-        with Writers(tmp_path, FORMATS) as writers:
+        with MultiFormatWriter(tmp_path, OUTPUT_FORMATS) as writers:
             for n in range(2):
                 writers.add(f"{n}.png", picture, captions)
             raise end
@@ -70,7 +70,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, picture, captions, 
 
 def test_a_run_that_fails_before_the_first_image_leaves_the_last_run_as_it_is(tmp_path, picture, captions):
     write(tmp_path, 2, picture, captions)
-    with pytest.raises(RuntimeError), Writers(tmp_path, FORMATS):
+    with pytest.raises(RuntimeError), MultiFormatWriter(tmp_path, OUTPUT_FORMATS):
         raise RuntimeError
     check_whole(tmp_path, 2)
 
@@ -82,7 +82,7 @@ def test_a_run_replaces_the_last_one(tmp_path, picture, captions):
 
 
 def test_nothing_has_its_name_before_it_is_whole(tmp_path, picture, captions):
-    with Writers(tmp_path, FORMATS) as writers:
+    with MultiFormatWriter(tmp_path, OUTPUT_FORMATS) as writers:
         writers.add("0.png", picture, captions)
         assert not (tmp_path / "coco.json").exists()
         assert not (tmp_path / "captions.html").exists()
@@ -111,9 +111,9 @@ def add_many(writers, picture, captions):
             writers.add(f"{n}.png", picture, captions)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", OUTPUT_FORMATS)
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture, captions, name):
-    writers = Writers(tmp_path, [name])
+    writers = MultiFormatWriter(tmp_path, [name])
     writers.add("0.png", picture, captions)
     size = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     each = name in ("png", "labelme")  # a file an image
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(tmp_path, picture
 
 def test_the_formats_that_can_be_kept_are(tmp_path, picture, captions):
     """The page outgrows the limit, the COCO file does not."""
-    writers = Writers(tmp_path, ["html", "coco"])
+    writers = MultiFormatWriter(tmp_path, ["html", "coco"])
     writers.add("0.png", picture, captions)
     page = max(path.stat().st_size for path in tmp_path.iterdir())
     with little_space(page + 4000), pytest.raises(OutputError, match=r"captions\.html"):
@@ -154,7 +154,7 @@ def test_a_format_that_cannot_be_completed_does_not_stop_the_next(tmp_path, pict
 
 def test_what_ended_a_run_is_not_hidden_by_what_it_left(tmp_path, picture, captions, monkeypatch):
     def run():
-        with Writers(tmp_path, FORMATS) as writers:
+        with MultiFormatWriter(tmp_path, OUTPUT_FORMATS) as writers:
             writers.add("0.png", picture, captions)
             monkeypatch.setattr(os, "replace", no_rename)
             raise KeyboardInterrupt
@@ -180,14 +180,14 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_image(tmp_pat
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="choose another folder"):
-            Writers(folder, FORMATS)
+            MultiFormatWriter(folder, OUTPUT_FORMATS)
     user = os.geteuid()
     (tmp_path / "closed").mkdir(mode=0o500)
     if user == 0:
         os.seteuid(65534)
     try:
         with pytest.raises(OutputError, match=r"Permission denied; choose a folder that you may write in"):
-            Writers(tmp_path / "closed", FORMATS)
+            MultiFormatWriter(tmp_path / "closed", OUTPUT_FORMATS)
     finally:
         if user == 0:
             os.seteuid(user)
@@ -195,13 +195,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_image(tmp_pat
 
 def test_an_unknown_format_is_refused_with_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="no output format named 'xml'; there are: jsonl, coco, parquet"):
-        Writers(tmp_path / "out", ["jsonl", "xml"])
+        MultiFormatWriter(tmp_path / "out", ["jsonl", "xml"])
     assert not (tmp_path / "out").exists()
 
 
 def test_equal_stems_get_a_picture_each(tmp_path, picture):
     paths = ["a/cat.png", "b/cat.jpg", "c/CAT.png", "cat-2.png", "d/cat.png", "x" * 250 + ".png", "日本.png", ".png"]
-    with Writers(tmp_path, ["png"]) as writers:
+    with MultiFormatWriter(tmp_path, ["png"]) as writers:
         for path in paths:
             writers.add(path, picture, [])
     assert len(names(tmp_path)) == len({name.casefold() for name in names(tmp_path)}) == len(paths)

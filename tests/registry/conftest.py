@@ -27,7 +27,7 @@ class Site:
         self.write(f"{info}/RECORD", f"{info}/METADATA,,\n")
         for file, text in files.items():
             self.write(file, text)
-        sca_registry.refresh()
+        sca_registry.refresh_plugins()
 
     def write(self, file: str, text: str) -> None:
         (self.folder / file).parent.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def site(tmp_path, monkeypatch):
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
     monkeypatch.undo()
-    sca_registry.refresh()
+    sca_registry.refresh_plugins()
 
 
 @pytest.fixture

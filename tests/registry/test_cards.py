@@ -5,10 +5,10 @@ from itertools import chain
 
 import pytest
 from sca_registry import REGISTRIES
-from sca_registry.cards import FACTORY, builtin_cards
-from sca_registry.contracts import KINDS
+from sca_registry.cards import FACTORY_PATTERN, read_builtin_cards
+from sca_registry.contracts import COMPONENT_KINDS
 
-CARDS = [(kind, card) for kind in KINDS for card in builtin_cards(kind).values()]
+CARDS = [(kind, card) for kind in COMPONENT_KINDS for card in read_builtin_cards(kind).values()]
 each_card = pytest.mark.parametrize(("kind", "card"), CARDS, ids=[f"{kind}:{card.name}" for kind, card in CARDS])
 
 
@@ -22,7 +22,7 @@ def test_a_card_says_what_it_is_where_it_comes_from_and_on_what_terms(kind, card
 
 @each_card
 def test_the_factory_of_a_card_is_there(kind, card):
-    assert FACTORY.fullmatch(card.factory)
+    assert FACTORY_PATTERN.fullmatch(card.factory)
     module, _, attribute = card.factory.partition(":")
     package, *rest = module.split(".")
     source = files(package).joinpath(*rest[:-1], f"{rest[-1]}.py").read_text("utf-8")

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from sca_registry import REGISTRIES, RegistryError, encoders, language_models, metrics, mixers, registry, segmenters
+from sca_registry import REGISTRIES, RegistryError, encoders, language_models, metrics, mixers, get_registry, segmenters
 from sources import MIXER
 
 
@@ -39,20 +39,20 @@ def test_a_look_up_imports_its_own_module_and_no_other_plugin(site):
 
 def test_the_first_names_are_there():
     assert "tiny-vit" in encoders
-    assert {"sam", "box"} <= set(segmenters.names())
+    assert {"sam", "box"} <= set(segmenters.list_names())
     assert "query" in mixers
-    assert "tiny-gpt2" in language_models.names()
+    assert "tiny-gpt2" in language_models.list_names()
 
 
 def test_every_kind_is_reached_by_its_singular_and_plural_and_with_hyphens():
     for plural, reg in REGISTRIES.items():
-        assert registry(plural) is registry(reg.kind.singular) is reg
-    assert registry("language-model") is registry("language-models") is language_models
+        assert get_registry(plural) is get_registry(reg.kind.singular) is reg
+    assert get_registry("language-model") is get_registry("language-models") is language_models
 
 
 def test_a_wrong_kind_is_answered_with_the_kinds():
     with pytest.raises(RegistryError, match=r"'mixrs'.*Did you mean 'mixers'\?.*encoders, segmenters"):
-        registry("mixrs")
+        get_registry("mixrs")
 
 
 def test_a_typo_is_answered_with_the_name_meant_the_names_there_are_and_how_to_add_one():
@@ -87,8 +87,8 @@ def test_code_registers_a_function_and_a_class(code):
 
     assert metrics.get("length") is length
     assert metrics.get("breadth") is Breadth
-    assert {"length", "breadth"} <= set(metrics.names())
-    assert metrics.describe("length").summary == "How long."
+    assert {"length", "breadth"} <= set(metrics.list_names())
+    assert metrics.load_entry("length").summary == "How long."
 
 
 def test_a_second_registration_is_refused_naming_both_places(code):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from sca_registry import RegistryError, datasets, mixers
-from sca_registry.options import REQUIRED, check_options, takes_text
+from sca_registry.options import REQUIRED, check_options, is_text_option
 from sources import MIXER
 
 
@@ -26,7 +26,7 @@ def test_the_part_upstream_is_not_an_option(site):
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
     with pytest.raises(RegistryError, match="no option 'segmenter'"):
         mixers.build("mean", None, segmenter=2)
-    assert list(mixers.describe("mean").options) == ["depth"]
+    assert list(mixers.load_entry("mean").options) == ["depth"]
 
 
 def test_the_factory_is_not_called_with_a_wrong_option(offer):
@@ -37,7 +37,7 @@ def test_the_factory_is_not_called_with_a_wrong_option(offer):
 
 def test_an_option_without_a_default_is_asked_for(offer):
     offer("def make(segmenter, checkpoint, *, depth=1): pass")
-    assert mixers.describe("mine").options == {"checkpoint": REQUIRED, "depth": 1}
+    assert mixers.load_entry("mine").options == {"checkpoint": REQUIRED, "depth": 1}
     with pytest.raises(RegistryError, match=r"needs the option 'checkpoint'. There are: checkpoint, depth=1"):
         mixers.build("mine", None)
 
@@ -110,9 +110,9 @@ def test_an_interrupted_construction_is_interrupted(offer):
 def test_takes_text_follows_the_annotation(parameter, wanted):
     scope = {}
     exec(f"from pathlib import Path\nfrom typing import Optional\ndef make(upstream: str, {parameter}): pass", scope)
-    assert takes_text(scope["make"], 1, "x") == wanted
-    assert not takes_text(scope["make"], 1, "upstream")
-    assert not takes_text(scope["make"], 1, "other")
+    assert is_text_option(scope["make"], 1, "x") == wanted
+    assert not is_text_option(scope["make"], 1, "upstream")
+    assert not is_text_option(scope["make"], 1, "other")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sca_registry import RegistryError
-from sca_registry.overrides import override, read_assignment, read_assignments
+from sca_registry.overrides import apply_overrides, parse_assignment, parse_assignments
 from sca_registry.spec import Part
 
 RECIPE = {
@@ -34,19 +34,19 @@ def toml(value) -> str:
 
 @given(values)
 def test_any_value_arrives_as_it_was_written(value):
-    assert read_assignment(f"a={toml(value)}") == (("a",), value)
+    assert parse_assignment(f"a={toml(value)}") == (("a",), value)
 
 
 @given(st.from_regex(r"[a-z][a-z0-9._-]*", fullmatch=True).filter(lambda w: w not in ("true", "false", "nan", "inf")))
 def test_any_name_is_a_string_without_quotes(name):
-    assert read_assignment(f"mixer={name}") == (("mixer",), name)
+    assert parse_assignment(f"mixer={name}") == (("mixer",), name)
 
 
 @settings(deadline=None)  # the first example imports the mixer, whose options tell what is text
 @given(words, values)
 def test_an_option_is_set_and_nothing_else_changes(option, value):
     before = json.dumps(RECIPE)
-    changed = override(RECIPE, [f"mixer.{option}={toml(value)}"])
+    changed = apply_overrides(RECIPE, [f"mixer.{option}={toml(value)}"])
     assert changed["model"]["mixer"].pop(option) == value
     rest = json.loads(before)
     rest["model"]["mixer"].pop(option, None)
@@ -57,7 +57,7 @@ def test_an_option_is_set_and_nothing_else_changes(option, value):
 @given(st.text(max_size=30))
 def test_whatever_is_written_is_read_or_refused(assignment):
     try:
-        path, _ = read_assignment(assignment)
+        path, _ = parse_assignment(assignment)
     except RegistryError:
         return
     assert all(path)
@@ -82,7 +82,7 @@ def test_whatever_is_written_is_read_or_refused(assignment):
     ],
 )
 def test_values_are_toml_and_plain_words_are_strings(text, value):
-    assert read_assignment(f"key={text}") == (("key",), value)
+    assert parse_assignment(f"key={text}") == (("key",), value)
 
 
 @pytest.mark.parametrize(
@@ -106,33 +106,33 @@ def test_values_are_toml_and_plain_words_are_strings(text, value):
 )
 def test_what_can_be_read_two_ways_is_refused(assignment):
     with pytest.raises(RegistryError):
-        read_assignment(assignment)
+        parse_assignment(assignment)
 
 
 def test_replacing_a_part_drops_its_options():
-    assert override(RECIPE, ["mixer=roi-pool"])["model"]["mixer"] == "roi-pool"
-    assert override(RECIPE, ["mixer=roi-pool", "mixer.depth=2"])["model"]["mixer"] == {"name": "roi-pool", "depth": 2}
-    assert override(RECIPE, ["data.val=scenes"])["data"]["val"] == "scenes"
+    assert apply_overrides(RECIPE, ["mixer=roi-pool"])["model"]["mixer"] == "roi-pool"
+    assert apply_overrides(RECIPE, ["mixer=roi-pool", "mixer.depth=2"])["model"]["mixer"] == {"name": "roi-pool", "depth": 2}
+    assert apply_overrides(RECIPE, ["data.val=scenes"])["data"]["val"] == "scenes"
 
 
 def test_part_names_are_short_for_the_model_s():
     for short in ("mixer.depth=2", "lora=8", "language-model=x", "projection.norm=pre"):
-        assert override(RECIPE, [short]) == override(RECIPE, [f"model.{short}"])
+        assert apply_overrides(RECIPE, [short]) == apply_overrides(RECIPE, [f"model.{short}"])
 
 
 def test_a_part_that_is_only_a_name_takes_options():
-    assert override(RECIPE, ["encoder.size=64"])["model"]["encoder"] == {"name": "tiny-vit", "size": 64}
-    assert override(RECIPE, ["data.train.size=64"])["data"]["train"] == {"name": "scenes", "size": 64}
+    assert apply_overrides(RECIPE, ["encoder.size=64"])["model"]["encoder"] == {"name": "tiny-vit", "size": 64}
+    assert apply_overrides(RECIPE, ["data.train.size=64"])["data"]["train"] == {"name": "scenes", "size": 64}
 
 
 def test_a_recipe_s_own_tables_are_set():
-    changed = override(RECIPE, ["train.steps=5", "train.optimiser.rate=1", "loss.mask=0.5"])
+    changed = apply_overrides(RECIPE, ["train.steps=5", "train.optimiser.rate=1", "loss.mask=0.5"])
     assert changed["train"] == {"steps": 5, "optimiser": {"rate": 1}}
     assert changed["loss"] == {"caption": 1.0, "mask": 0.5}
 
 
 def test_a_table_within_a_table_is_replaced_as_a_whole():
-    changed = override(RECIPE, ["train.optimiser={name='lion', rate=2}"])
+    changed = apply_overrides(RECIPE, ["train.optimiser={name='lion', rate=2}"])
     assert changed["train"]["optimiser"] == {"name": "lion", "rate": 2}
     assert changed["train"]["steps"] == 100
 
@@ -152,7 +152,7 @@ def test_a_table_within_a_table_is_replaced_as_a_whole():
 )
 def test_a_wrong_key_is_answered_with_the_right_one(assignment, told):
     with pytest.raises(RegistryError, match=told):
-        override(RECIPE, [assignment])
+        apply_overrides(RECIPE, [assignment])
 
 
 PATHS = [
@@ -180,25 +180,25 @@ def test_read_assignment_returns_text_where_text_is_wanted(word):
     word = word.strip()
     if word[0] in "'\"[{":
         return
-    assert read_assignment(f"root={word}", lambda path: path == ("root",)) == (("root",), word)
-    assert read_assignments([f"root={word}"], lambda option: option == "root") == {"root": word}
-    assert read_assignment(f"root={toml(word)}", lambda path: True) == (("root",), word)
+    assert parse_assignment(f"root={word}", lambda path: path == ("root",)) == (("root",), word)
+    assert parse_assignments([f"root={word}"], lambda option: option == "root") == {"root": word}
+    assert parse_assignment(f"root={toml(word)}", lambda path: True) == (("root",), word)
 
 
 @pytest.mark.parametrize(("written", "value"), [("[1, 'a']", [1, "a"]), ("{a = 1}", {"a": 1}), ("''", "")])
 def test_read_assignment_reads_strings_lists_and_tables_as_toml(written, value):
-    assert read_assignment(f"root={written}", lambda path: True) == (("root",), value)
+    assert parse_assignment(f"root={written}", lambda path: True) == (("root",), value)
 
 
 @pytest.mark.parametrize("written", ["", "'", '"a', "[1", "{a"])
 def test_read_assignment_rejects_broken_toml_where_text_is_wanted(written):
     with pytest.raises(RegistryError, match="is not TOML"):
-        read_assignment(f"root={written}", lambda path: True)
+        parse_assignment(f"root={written}", lambda path: True)
 
 
 @pytest.mark.parametrize("name", [".", "..", "фото", "写真"])
 def test_read_assignment_needs_no_quotes_for_paths_and_any_alphabet(name):
-    assert read_assignment(f"key={name}") == (("key",), name)
+    assert parse_assignment(f"key={name}") == (("key",), name)
 
 
 def test_override_reads_text_where_the_option_is_text():
@@ -207,7 +207,7 @@ def test_override_reads_text_where_the_option_is_text():
         "train": {"steps": 100, "cache_features": ""},
         "validate": {"dataset": {"name": "jsonl", "file": "a.jsonl"}},
     }
-    changed = override(
+    changed = apply_overrides(
         recipe,
         [
             *("data.own.images=1_000", "data.own.annotations=2024", "data.own.max_bad=1_000", "data.own.weight=2"),

@@ -1,7 +1,7 @@
 """Other people's distributions: found by metadata, told apart, and unable to harm one another."""
 
 import pytest
-from sca_registry import RegistryError, mixers, refresh
+from sca_registry import RegistryError, mixers, refresh_plugins
 from sources import MIXER
 
 CARDS = """
@@ -22,14 +22,14 @@ CARDS = """
 def test_a_plugin_installed_later_is_seen_after_refresh(site):
     assert "mean" not in mixers
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER})
-    refresh()
+    refresh_plugins()
     assert "mean" in mixers
     assert mixers.build("mean", "segmenter", depth=3).depth == 3
 
 
 def test_a_plugin_tells_its_distribution_and_version(site):
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": MIXER}, metadata="Summary: Shades.\n")
-    entry = mixers.describe("mean")
+    entry = mixers.load_entry("mean")
     assert (entry.distribution, entry.version, entry.factory) == ("shade", "1.0", "shade:Mean")
     assert entry.summary == "Shades."
     assert entry.options == {"depth": 1}
@@ -38,23 +38,23 @@ def test_a_plugin_tells_its_distribution_and_version(site):
 def test_a_card_file_brings_many_names_and_their_facts(site):
     files = {"shade/__init__.py": "", "shade/parts.py": MIXER, "shade/mixers.toml": CARDS}
     site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\n", files)
-    listed = {entry.name: entry for entry in mixers.entries()}
+    listed = {entry.name: entry for entry in mixers.list_entries()}
     assert "label" not in listed
     assert (listed["soft"].summary, listed["soft"].licence, listed["soft"].parameters) == ("Soft.", "MIT", 12)
-    assert mixers.card("soft").gives == ("boxes",)
+    assert mixers.get_card("soft").gives == ("boxes",)
     assert mixers.build("soft", None).depth == 5
     assert mixers.build("soft", None, depth=6).depth == 6
-    assert mixers.describe("soft").options == {"depth": 5}
+    assert mixers.load_entry("soft").options == {"depth": 5}
     assert mixers.build("hard", None).depth == 1
 
 
 def test_the_built_in_keeps_its_name_and_the_plugin_is_reached_in_full(site):
     site.install("shade", "[sca_mixers]\nquery = shade:Mean\n", {"shade.py": MIXER})
-    assert {"query", "shade:query"} <= set(mixers.names())
-    assert mixers.card("query").factory == "sca.mixers.query:QueryMixer"
-    assert mixers.card("segment-caption-anything:query") == mixers.card("query")
+    assert {"query", "shade:query"} <= set(mixers.list_names())
+    assert mixers.get_card("query").factory == "sca.mixers.query:QueryMixer"
+    assert mixers.get_card("segment-caption-anything:query") == mixers.get_card("query")
     assert mixers.get("shade:query").__module__ == "shade"
-    assert mixers.describe("shade:query").name == "shade:query"
+    assert mixers.load_entry("shade:query").name == "shade:query"
 
 
 def test_two_plugins_with_one_name_are_told_apart(site):
@@ -80,7 +80,7 @@ def test_code_that_registers_what_its_entry_point_names_is_one_part(site, code):
     decorated = "from sca_registry import mixers\n\n@mixers.register('mean')\nclass Mean: pass\n"
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\n", {"shade.py": decorated})
     assert mixers.get("mean").__module__ == "shade"
-    assert mixers.names().count("mean") == 1
+    assert mixers.list_names().count("mean") == 1
     assert mixers.get("mean") is mixers.get("shade:mean")
 
 
@@ -108,7 +108,7 @@ def test_a_broken_plugin_harms_only_its_own_name_and_its_reason_is_shown(how, si
     with pytest.raises(RegistryError, match=r"mixer 'b' of hostile 1\.0 is broken: .*pip install -U hostile"):
         mixers.get("b")
     assert "b" in mixers
-    entry = mixers.describe("b")
+    entry = mixers.load_entry("b")
     assert entry.state == "broken"
     assert entry.reason
     with pytest.raises(RegistryError, match="Did you mean 'query'"):
@@ -132,7 +132,7 @@ def test_registry_points_to_the_doctor_for_a_broken_built_in_part(monkeypatch):
     assert str(caught.value).startswith("mixer 'query' is broken: RuntimeError: operator torchvision::nms")
     assert str(caught.value).endswith(". Run `sca doctor` to find the cause.")
     assert "pip install" not in str(caught.value)
-    assert mixers.describe("query").state == "broken"
+    assert mixers.load_entry("query").state == "broken"
 
 
 def test_an_interrupt_is_never_taken_for_a_broken_plugin(site):
@@ -140,7 +140,7 @@ def test_an_interrupt_is_never_taken_for_a_broken_plugin(site):
     with pytest.raises(KeyboardInterrupt):
         mixers.get("slow")
     with pytest.raises(KeyboardInterrupt):
-        mixers.describe("slow")
+        mixers.load_entry("slow")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_an_impossible_name_is_listed_as_broken_and_is_no_name(name, site, state
     site.install("shade", f"[sca_mixers]\n{name} = shade:Mean\nmean = shade:Mean\n", {"shade.py": MIXER})
     assert states(mixers)[name][0] == "broken"
     assert "cannot be a name" in states(mixers)[name][1]
-    assert name not in mixers.names()
+    assert name not in mixers.list_names()
     assert name not in mixers
     assert f"shade:{name}" not in mixers
     assert "mean" in mixers
@@ -209,8 +209,8 @@ def test_damaged_metadata_does_not_stop_a_listing(metadata, site):
     info.mkdir()
     (info / "METADATA").write_text(metadata)
     (info / "entry_points.txt").write_bytes(b"[sca_mixers]\nx = \xff\n")
-    refresh()
-    assert "query" in mixers.names()
+    refresh_plugins()
+    assert "query" in mixers.list_names()
 
 
 def test_of_two_copies_of_a_distribution_the_one_that_python_imports_counts(site, tmp_path, monkeypatch):

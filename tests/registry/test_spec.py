@@ -52,7 +52,7 @@ def test_writing_and_reading_gives_the_same_spec(spec):
 
 
 def test_what_is_written_has_nothing_that_toml_cannot_say():
-    written = TINY.override(["lora=4"]).to_dict()
+    written = TINY.apply_overrides(["lora=4"]).to_dict()
     assert None not in written.values()
     assert None not in written["lora"].values()
     assert written["format"] == 1
@@ -66,23 +66,23 @@ def test_a_spec_of_another_format_is_refused_with_the_way_out():
 def test_spec_from_dict_accepts_a_name_for_a_component_without_options():
     mixer = {"name": "query", "depth": 2}
     table = {"encoder": "tiny-vit", "mixer": mixer, "language_model": "tiny-gpt2", "lora": 8}
-    assert ModelSpec.from_dict(table) == TINY.override(["mixer.depth=2", "lora=8"])
+    assert ModelSpec.from_dict(table) == TINY.apply_overrides(["mixer.depth=2", "lora=8"])
 
 
 def test_a_number_is_short_for_a_rank():
     whole = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": None}
-    assert TINY.override(["lora=8"]).lora == whole
-    assert TINY.override(["lora=8", "lora.alpha=4"]).lora == {**whole, "alpha": 4}
-    assert TINY.override(["lora=8", "lora=0"]).lora is None
+    assert TINY.apply_overrides(["lora=8"]).lora == whole
+    assert TINY.apply_overrides(["lora=8", "lora.alpha=4"]).lora == {**whole, "alpha": 4}
+    assert TINY.apply_overrides(["lora=8", "lora=0"]).lora is None
 
 
 def test_overrides_edit_replace_and_leave_the_original_alone():
-    changed = TINY.override(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.beams=3"])
+    changed = TINY.apply_overrides(["mixer.depth=2", "projection=mlp", "projection.norm=pre", "generation.beams=3"])
     assert changed.mixer == Part("query", {"depth": 2})
     assert changed.projection == {"kind": "mlp", "norm": "pre"}
     assert changed.generation == {"max_new_tokens": 20, "beams": 3}
-    assert changed.override(["mixer=roi-pool"]).mixer == Part("roi-pool")
-    assert changed.override(["projection=linear"]).projection == {"kind": "linear", "norm": "none"}
+    assert changed.apply_overrides(["mixer=roi-pool"]).mixer == Part("roi-pool")
+    assert changed.apply_overrides(["projection=linear"]).projection == {"kind": "linear", "norm": "none"}
     assert ModelSpec.parse("tiny-vit+query+tiny-gpt2") == TINY
 
 
@@ -107,7 +107,7 @@ def test_overrides_edit_replace_and_leave_the_original_alone():
 )
 def test_a_spec_with_a_mistake_is_refused_when_it_is_made(assignment, told):
     with pytest.raises(RegistryError, match=told):
-        TINY.override([assignment])
+        TINY.apply_overrides([assignment])
 
 
 def test_a_part_left_out_is_named():
@@ -127,7 +127,7 @@ def test_check_finds_a_wrong_name_of_any_part(text, told):
     with pytest.raises(RegistryError, match=told):
         check_compatible(ModelSpec.parse(text))
     with pytest.raises(RegistryError, match="no segmenters named 'smam'"):
-        check_compatible(TINY.override(["segmenter=smam"]))
+        check_compatible(TINY.apply_overrides(["segmenter=smam"]))
 
 
 CARDS = """
@@ -149,37 +149,37 @@ def shade(site):
 
 def test_check_refuses_a_mixer_on_a_segmenter_that_cannot_feed_it_and_names_both_and_the_way_out(shade):
     with pytest.raises(RegistryError) as caught:
-        check_compatible(TINY.override(["segmenter=box", "mixer=masked"]))
+        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=masked"]))
     told = str(caught.value)
     assert told.startswith("mixer 'masked' needs masks, and segmenter 'box' gives boxes.")
     assert "segmenter=sam" in told
     assert "mixer=query" in told
     assert "shade.parts" not in sys.modules
-    check_compatible(TINY.override(["segmenter=sam", "mixer=masked"]))
+    check_compatible(TINY.apply_overrides(["segmenter=sam", "mixer=masked"]))
 
 
 def test_check_asks_the_class_where_the_card_is_silent(shade):
     with pytest.raises(RegistryError, match="mixer 'wants' needs masks and grid"):
-        check_compatible(TINY.override(["segmenter=box", "mixer=wants"]))
-    check_compatible(TINY.override(["segmenter=box", "mixer=silent"]))
+        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=wants"]))
+    check_compatible(TINY.apply_overrides(["segmenter=box", "mixer=silent"]))
 
 
 def test_check_knows_what_an_option_needs():
     with pytest.raises(RegistryError, match=r"mixer\.pooled=false"):
-        check_compatible(TINY.override(["segmenter=box", "mixer.pooled=true"]))
-    check_compatible(TINY.override(["segmenter=sam", "mixer.pooled=true"]))
-    check_compatible(TINY.override(["segmenter=box", "mixer.pooled=false"]))
+        check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.pooled=true"]))
+    check_compatible(TINY.apply_overrides(["segmenter=sam", "mixer.pooled=true"]))
+    check_compatible(TINY.apply_overrides(["segmenter=box", "mixer.pooled=false"]))
 
 
 def test_check_asks_the_encoder_which_segmenter_it_brings(site, shade):
     brings = "class Blind:\n    default_segmenter = 'box'\n"
     site.install("blind", "[sca_encoders]\nblind = blind:Blind\n", {"blind.py": brings})
     with pytest.raises(RegistryError, match="segmenter 'box' gives boxes"):
-        check_compatible(TINY.override(["encoder=blind", "mixer=masked"]))
-    check_compatible(TINY.override(["encoder=blind", "mixer=query"]))
+        check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=masked"]))
+    check_compatible(TINY.apply_overrides(["encoder=blind", "mixer=query"]))
 
 
-WRITTEN = TINY.override(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points=8"]).to_dict()
+WRITTEN = TINY.apply_overrides(["lora=4", "encoder.size=64", "segmenter=sam", "everything.points=8"]).to_dict()
 PLACES = [(key,) for key in WRITTEN] + [
     (key, inner) for key, value in WRITTEN.items() if isinstance(value, dict) for inner in value
 ]
@@ -223,4 +223,4 @@ def test_a_value_of_any_kind_in_any_place_is_read_or_refused(place, value):
 )
 def test_a_value_of_the_wrong_kind_is_told(assignment, told):
     with pytest.raises(RegistryError, match=told):
-        TINY.override([assignment])
+        TINY.apply_overrides([assignment])

@@ -7,7 +7,7 @@ from sources import MIXER
 
 def state(name):
     """Return the state and the reason of a mixer after its factory was imported."""
-    entry = mixers.describe(name)
+    entry = mixers.load_entry(name)
     return entry.state, entry.reason
 
 
@@ -37,7 +37,7 @@ def test_registry_writes_no_file(site, tmp_path, monkeypatch):
     site.install("shade", "[sca_mixers]\nmean = shade:Mean\nbad = shade:Absent\n", {"shade.py": MIXER})
     mixers.build("mean", None)
     mixers.get_all()
-    mixers.entries()
+    mixers.list_entries()
     assert not (tmp_path / "user").exists()
 
 

@@ -6,7 +6,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from sca.cli import run
+from sca.cli import run_command
 from sca.serve.access import HostCheckMiddleware, KeyCheckMiddleware
 from sca.serve.keys import find_key_index, read_keys
 from sca.serve.listening import is_loopback
@@ -88,11 +88,11 @@ def test_is_loopback(host, local):
 
 @pytest.mark.parametrize("command", ["serve", "demo"])
 def test_a_key_file_that_is_missing_is_one_line(command, capfd, tmp_path):
-    assert run([command, "--api-key-file", str(tmp_path / "nothing")]) == 2
+    assert run_command([command, "--api-key-file", str(tmp_path / "nothing")]) == 2
     assert "cannot read the API keys" in capfd.readouterr().err
 
 
 def test_the_demo_serves_no_folders_to_a_network(capfd):
     pytest.importorskip("gradio", reason="needs the extra demo")
-    assert run(["demo", "--host", "0.0.0.0", "--any-model"]) == 2
+    assert run_command(["demo", "--host", "0.0.0.0", "--any-model"]) == 2
     assert "load any folder of this machine; name models with --model" in capfd.readouterr().err

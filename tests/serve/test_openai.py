@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sca_registry.contracts import Prompt
 
 from sca.captioners.regions import RegionCaptioner
-from sca.cli import run
+from sca.cli import run_command
 from sca.serve.chat import NEUTRAL_VALUES, IGNORED_FIELDS
 from sca.serve.root_path import check_root_path
 from sca.serve.scheduler import RequestScheduler
@@ -591,7 +591,7 @@ def test_check_root_path_begins_with_a_slash_and_ends_with_none(text, path):
 
 @pytest.mark.parametrize("text", ["https://example.org/a", "/a?b", "/a/../b", "/a//b", "/a b", "/é"])
 def test_check_root_path_refuses_what_is_no_path(text, capsys):
-    assert run(["serve", "--root-path", text]) == 2
+    assert run_command(["serve", "--root-path", text]) == 2
     assert "is not a path; write it as /captions" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from sca.cli import run
+from sca.cli import run_command
 
 
 def begin(*arguments):
@@ -84,7 +84,7 @@ def test_a_mistake_is_told_by_ray_as_well(arguments, words):
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capfd):
-    assert run(["serve", *arguments]) == 2
+    assert run_command(["serve", *arguments]) == 2
     said = capfd.readouterr().err.strip()
     assert words in said
     assert len(said.splitlines()) == 1

@@ -8,7 +8,7 @@ from PIL import Image
 from sca_registry.contracts import Region, Sample
 
 from sca.data.points import draw_point_prompt
-from sca.data.scenes import Scenes, parse, relation_holds
+from sca.data.scenes import Scenes, parse_json_text, relation_holds
 from sca.io.masks import area, box_of, decode, encode
 from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, flip_horizontally
 
@@ -79,7 +79,7 @@ def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
         for region in places:
             for phrase in region.phrases[1:]:
                 stated += 1
-                assert relation_holds(parse(phrase), region, places), phrase
+                assert relation_holds(parse_json_text(phrase), region, places), phrase
             relation = region.attributes.get("relation")
             assert relation is None or relation in region.phrases[-1]
     assert stated > 20

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sca_registry.contracts import CAPTION, RECOGNITION, ImageFormat, Region, Sample
+from sca_registry.contracts import CAPTION_TASK_ID, RECOGNITION_TASK_ID, ImageFormat, Region, Sample
 
 from sca.data.scenes import COLOURS, Scenes
 from sca.inference.processor import Processor
@@ -73,7 +73,7 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
         for row, box in enumerate(example.boxes.tolist()):
             region = boxes[tuple(box)]
             text = tokenizer.decode(example.ids[row])
-            assert text == region.name if example.task[row] == RECOGNITION else text in region.phrases
+            assert text == region.name if example.task[row] == RECOGNITION_TASK_ID else text in region.phrases
             x, y = map(int, example.points[row, 0].tolist())
             assert decode(region.mask)[y, x]
             covered = example.masks[row].sum() * (64 / example.masks.shape[-1]) ** 2
@@ -86,10 +86,10 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
         for words, task in zip(examples[place].ids, examples[place].task.tolist(), strict=True):
             text = tokenizer.decode(words)
             if place < 10:
-                assert task == RECOGNITION
+                assert task == RECOGNITION_TASK_ID
                 assert " " not in text
             else:
-                assert task == CAPTION
+                assert task == CAPTION_TASK_ID
                 assert place >= 20 or " of " not in text
     late = [tokenizer.decode(words) for place in range(20, 40) for words in examples[place].ids]
     assert sum(any(word in text for word in (" of ", "above", "below")) for text in late) > len(late) / 2

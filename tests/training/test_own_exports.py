@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sca.cli import run
+from sca.cli import run_command
 from sca.data.scenes import Scenes
 
 WORDS = {"circle": "wheel", "square": "tile", "triangle": "sail", "star": "badge", "cross": "plus"}
@@ -114,13 +114,13 @@ def test_own_data_learns_the_word_of_each_region_of_an_export(write, annotated, 
         "run",
         "--quiet",
     ]
-    assert run(["train", "own-data", f"data={data}", *changes]) == 0
+    assert run_command(["train", "own-data", f"data={data}", *changes]) == 0
     found = []
     for number, (image, regions) in enumerate(annotated[:10]):
         image.save("one.png")
         boxes = [word for x1, y1, x2, y2, _ in regions for word in ("--box", f"{x1},{y1},{x2},{y2}")]
         out = ["--out", f"captions-{number}", "--model", "./run/model", "--quiet"]
-        assert run(["caption", "one.png", *boxes, *out]) == 0
+        assert run_command(["caption", "one.png", *boxes, *out]) == 0
         lines = Path(f"captions-{number}", "captions.jsonl").read_text().splitlines()
         captions = [json.loads(line)["caption"] for line in lines]
         words = [caption.removeprefix("a ") for *_, caption in regions]

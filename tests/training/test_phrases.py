@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from sca_registry.contracts import CAPTION, ImageFormat, Region, Sample
+from sca_registry.contracts import CAPTION_TASK_ID, ImageFormat, Region, Sample
 
 from sca.inference.processor import Processor
 from sca.language_models.tiny_gpt2 import TinyGpt2
@@ -49,7 +49,7 @@ def test_a_crop_is_told_by_what_is_left_of_it():
         owl = (changed if changed.regions else picture).regions[0]
         size = changed.image.size if changed.regions else picture.image.size
         example = stream[place]
-        assert example.task_ids.tolist() == [CAPTION]
+        assert example.task_ids.tolist() == [CAPTION_TASK_ID]
         text = language_model.tokenizer.decode(example.input_ids[0])
         assert text in make_template_phrases("owl", owl.box, size, is_unique=True)
         seen.add(text)

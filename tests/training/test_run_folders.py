@@ -115,15 +115,15 @@ def test_train_does_not_overwrite_the_model_that_it_starts_from(plan, small, sma
 
 
 def test_the_command_sets_aside_only_in_its_default_folder(plan, tmp_path, monkeypatch, capfd):
-    from sca.cli import run
+    from sca.cli import run_command
 
     monkeypatch.chdir(tmp_path)
     lines = ['model = "sca-tiny"', "[data.scenes]", 'name = "scenes"', "count = 2", "size = 64"]
     (tmp_path / "mine.toml").write_text("\n".join([*lines, "[train]", "steps = 1", "images = 1", "processes = 1"]))
     for seed in (0, 1):
-        assert run(["train", "mine.toml", f"train.seed={seed}", "--quiet"]) == 0
+        assert run_command(["train", "mine.toml", f"train.seed={seed}", "--quiet"]) == 0
     assert "sca: runs/mine contained another run, which is now in runs/mine-1" in capfd.readouterr().err
     assert weights(tmp_path / "runs/mine") != weights(tmp_path / "runs/mine-1")
-    assert run(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine"]) == 2
+    assert run_command(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine"]) == 2
     assert "contains another run (train.seed: 1 there, 2 now)" in capfd.readouterr().err
-    assert run(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine", "--overwrite"]) == 0
+    assert run_command(["train", "mine.toml", "train.seed=2", "--quiet", "--out", "runs/mine", "--overwrite"]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sca_registry.messages import suggestion
+from sca_registry.messages import suggest_name
 from torch import nn
 
 from sca.io.hub import local_file
@@ -36,7 +36,7 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
         config_files = _list_configs()
         if name not in config_files:
             raise ValueError(
-                f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet.{suggestion(name, config_files)}"
+                f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet.{suggest_name(name, config_files)}"
             )
         path = config_files[name]
     with reading(path), silence_mmdet():

@@ -29,7 +29,7 @@ from sca.io.validation import (
     check_type,
     is_finite_number,
     read_field,
-    read_object,
+    check_object,
     read_size,
     read_texts,
 )
@@ -67,9 +67,9 @@ def read_tasks(
 
 
 def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reject) -> list[AnnotatedImage]:
-    if "data" not in read_object(task, place):
+    if "data" not in check_object(task, place):
         raise InputError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
-    data = read_object(task["data"], f"{place}, 'data'")
+    data = check_object(task["data"], f"{place}, 'data'")
     chosen = choose_annotation(task, place, skip)
     results = _read_results(chosen.get("result") or [], f"{place}, 'result'", reject)
     images = name_images(data, results, place)
@@ -89,7 +89,7 @@ def _read_results(results: Any, place: str, reject: Reject) -> list[Mapping[str,
     kept = []
     for number, result in enumerate(results):
         try:
-            kept.append(read_object(result, f"{place}[{number}]"))
+            kept.append(check_object(result, f"{place}[{number}]"))
         except InputError as error:
             reject(error)
     return kept
@@ -278,7 +278,7 @@ def read_shape(
     Raises:
         InputError: If its value cannot be read.
     """
-    value, kind = read_object(result.get("value"), f"{place}, 'value'"), _kind(result)
+    value, kind = check_object(result.get("value"), f"{place}, 'value'"), _kind(result)
     x_scale, y_scale = size[0] / 100, size[1] / 100
     try:
         match kind:
@@ -298,7 +298,7 @@ def read_shape(
                 corners = [_pair(each) for each in value["points"]]
                 return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
             case "vector":
-                vertices = [read_object(each, "a vertex") for each in value["vertices"]]
+                vertices = [check_object(each, "a vertex") for each in value["vertices"]]
                 if not value.get("closed") or any(each.get("isBezier") for each in vertices):
                     skip("open or curved vector", place)
                     return None, None, None
@@ -347,7 +347,7 @@ def _kind(result: Mapping[str, Any]) -> str | None:
 def _texts(result: Mapping[str, Any], place: str) -> list[str]:
     if result.get("type") != "textarea":
         return []
-    value = read_object(result.get("value"), f"{place}, 'value'")
+    value = check_object(result.get("value"), f"{place}, 'value'")
     return read_texts(f"{place}, 'text'", value.get("text"))
 
 
@@ -385,4 +385,4 @@ def _pair(value: Any) -> tuple[float, float]:
 
 def _tables(value: Any, place: str) -> list[Mapping[str, Any]]:
     check_type(place, value, list, InputError)
-    return [read_object(each, place) for each in value]
+    return [check_object(each, place) for each in value]

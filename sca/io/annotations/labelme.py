@@ -21,7 +21,7 @@ from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_ca
 from sca.io.annotations.shapes import Points, bound_points, check_reach, decode_embedded, decode_mask
 from sca.io.errors import InputError, Reject, raise_error
 from sca.io.images import open_image, read_image
-from sca.io.validation import check_numbers, check_type, read_field, read_object, read_size
+from sca.io.validation import check_numbers, check_type, read_field, check_object, read_size
 
 IGNORED = "__ignore__"  # the label of pixels that count for nothing
 POLYGONS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
@@ -143,7 +143,7 @@ def draw_shape(shape: Shape, size: Size) -> np.ndarray:
 
 
 def _parse_shape(record: Any, place: str) -> Shape:
-    read_object(record, place)
+    check_object(record, place)
     kind = record.get("shape_type") or "polygon"
     for key, value in (("label", record.get("label")), ("shape_type", kind)):
         check_type(f"{place}, {key!r}", value, str, InputError)

@@ -16,8 +16,8 @@ from traceback import extract_tb
 from typing import Any
 
 import torch
-from sca_registry import registry
-from sca_registry.contracts import KINDS
+from sca_registry import get_registry
+from sca_registry.contracts import COMPONENT_KINDS
 
 from sca.testing.conformance import (  # noqa: F401 (their promises)
     captioners,
@@ -47,7 +47,7 @@ def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> 
 
     Raises RegistryError if there is no such kind.
     """
-    kind_info = registry(kind).kind
+    kind_info = get_registry(kind).kind
     harness = HARNESSES.get(kind_info.plural, PartHarness)(kind_info.plural, part, options)
     with torch.random.fork_rng(devices=[]):
         results = []
@@ -66,7 +66,7 @@ def _format_error_location(error: BaseException) -> str:
 
 
 def _run_check(conformance_check: ConformanceCheck, harness: PartHarness) -> CheckResult:
-    source = conformance_check.source or f"sca_registry.contracts.{KINDS[harness.kind].protocol.__name__}"
+    source = conformance_check.source or f"sca_registry.contracts.{COMPONENT_KINDS[harness.kind].protocol.__name__}"
     torch.manual_seed(0)
     try:
         problem = conformance_check.function(harness)

@@ -9,9 +9,9 @@ import sys
 from typing import Any
 
 import torch
-from sca_registry import registry
-from sca_registry.contracts import KINDS
-from sca_registry.plugins import BUILTIN
+from sca_registry import get_registry
+from sca_registry.contracts import COMPONENT_KINDS
+from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from torch import nn
 
 from sca.testing.conformance.comparison import clone_tensors, describe_difference, format_names, compute_weighted_sum
@@ -20,16 +20,16 @@ from sca.testing.conformance.settings import CHANGED_BY_IMPORTS, capture_process
 from sca.testing.conformance.trials import TENSOR_KINDS, PartHarness
 
 
-@register_check(*KINDS)
+@register_check(*COMPONENT_KINDS)
 def builds(harness: PartHarness) -> str | None:
     """The factory gives a part when it is called with the part upstream and its options."""
     return None if harness.part is not None else "None"
 
 
-@register_check(*KINDS)
+@register_check(*COMPONENT_KINDS)
 def attributes(harness: PartHarness) -> str | None:
     """The part has what its protocol lists, of the types given there."""
-    protocol = KINDS[harness.kind].protocol
+    protocol = COMPONENT_KINDS[harness.kind].protocol
     member_names = [name for name, value in vars(protocol).items() if getattr(value, "__module__", "") == protocol.__module__]
     methods = [name for name in member_names if inspect.isfunction(getattr(protocol, name))]
     missing = [name for name in (*protocol.__annotations__, *methods) if not hasattr(harness.part, name)]
@@ -182,14 +182,14 @@ print(json.dumps([sorted(imported), sorted(
 """
 
 
-@register_check(*KINDS, source="plugins/README.md")
+@register_check(*COMPONENT_KINDS, source="plugins/README.md")
 def import_is_light(harness: PartHarness) -> str | None:
     """Its module imports no large optional package, which a person may not have, prints nothing and changes no setting
     of the process: that is done where it is used, or not at all.
     """
     if harness.name is None:
         raise DoesNotApply("a factory without a name")
-    if registry(harness.kind).describe(harness.name).distribution == BUILTIN:
+    if get_registry(harness.kind).load_entry(harness.name).distribution == BUILTIN_DISTRIBUTION:
         raise DoesNotApply("it comes with this package, whose parts are tried together")
     command = [sys.executable, "-c", IMPORT_SCRIPT, harness.kind, harness.name]
     process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -205,7 +205,7 @@ def import_is_light(harness: PartHarness) -> str | None:
     return f"it changes {format_names(changed)}" if changed else None
 
 
-@register_check(*KINDS, source="plugins/README.md")
+@register_check(*COMPONENT_KINDS, source="plugins/README.md")
 def the_process_is_left_alone(harness: PartHarness) -> str | None:
     """Building and using the part changes no setting of the process: of torch, logging, warnings, environment."""
     state_before = capture_process_state()

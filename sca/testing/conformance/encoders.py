@@ -6,7 +6,7 @@ import inspect
 from typing import get_args
 
 import torch
-from sca_registry import registry
+from sca_registry import get_registry
 from sca_registry.contracts import ImageFormat
 
 from sca.testing.conformance.comparison import describe_shape_mismatch
@@ -53,5 +53,5 @@ def default_segmenter_is_known(harness: PartHarness) -> str | None:
     """`default_segmenter` is the name of a segmenter."""
     if harness.name is None:
         raise DoesNotApply("a factory without a name may not be installed, nor its segmenter")
-    name, segmenter_names = harness.part.default_segmenter, registry("segmenters").names()
+    name, segmenter_names = harness.part.default_segmenter, get_registry("segmenters").list_names()
     return None if name in segmenter_names else f"{name!r}; there are {', '.join(segmenter_names)}"

@@ -8,9 +8,9 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from sca_registry import registry
+from sca_registry import get_registry
 from sca_registry.contracts import ImageFormat, PromptBatch, Region, SegmenterOutput
-from sca_registry.options import read_options
+from sca_registry.options import get_factory_options
 from torch import Tensor, nn
 
 from sca.testing.conformance.promises import DoesNotApply
@@ -76,7 +76,7 @@ class PartHarness:
     def __init__(self, kind: str, part: str | Callable[..., Any], options: Mapping[str, Any]):
         self.kind = kind
         self.name = part if isinstance(part, str) else None
-        self.factory = partial(registry(kind).build, part) if isinstance(part, str) else part
+        self.factory = partial(get_registry(kind).build, part) if isinstance(part, str) else part
         self.options = dict(options)
         self.initial_state = capture_process_state()  # where nothing of the part is imported yet, if this process has not used it
 
@@ -98,12 +98,12 @@ class PartHarness:
 
     def get_declared_value(self, field: str) -> Any:
         """What the card or the class says of `gives` or `needs`."""
-        return registry(self.kind).stated(self.name, field) if self.name else getattr(self.factory, field, None)
+        return get_registry(self.kind).get_declared(self.name, field) if self.name else getattr(self.factory, field, None)
 
     def collect_integer_options(self) -> dict[str, int]:
         """The options that are whole numbers, as they are on trial."""
         num_upstream = len(self.upstream)
-        default_options = registry(self.kind).describe(self.name).options if self.name else read_options(self.factory, num_upstream)
+        default_options = get_registry(self.kind).load_entry(self.name).options if self.name else get_factory_options(self.factory, num_upstream)
         options = {**default_options, **self.options}
         return {name: value for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)}
 
@@ -248,7 +248,7 @@ class MixerHarness(PartHarness):
         """What the part says it needs of masks, boxes and grid, with the options it has."""
         required = set(self.get_declared_value("needs") or ())
         if self.name:
-            card = registry(self.kind).card(self.name)
+            card = get_registry(self.kind).get_card(self.name)
             options = {**card.options, **self.options}
             required.update(thing for option, things in card.needs_with.items() if options.get(option) for thing in things)
         return required

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sca_registry import RegistryError, registry
+from sca_registry import RegistryError, get_registry
 from sca_registry.options import REQUIRED
 
 from sca.testing.conformance import check_part
@@ -26,7 +26,7 @@ def try_part(config: Mapping[str, Any], folder: str) -> dict[str, str]:
         `state` and `reason` as in `sca_registry.Entry`.
     """
     kind, name = config["kind"], config["name"]
-    entry, options = registry(kind).describe(name), tiny_options(kind, name)
+    entry, options = get_registry(kind).load_entry(name), tiny_options(kind, name)
     if entry.state != "ok":
         return {"state": entry.state, "reason": entry.reason}
     missing_options = [option for option, value in entry.options.items() if value is REQUIRED and option not in options]
@@ -49,7 +49,7 @@ def _imported(reason: str) -> dict[str, str]:
 
 def _find_refusal(kind: str, name: str, options: Mapping[str, Any]) -> BaseException | None:
     """Return what the factory of a part raises for its options."""
-    plural = registry(kind).kind.plural
+    plural = get_registry(kind).kind.plural
     try:
         HARNESSES.get(plural, PartHarness)(plural, name, options).build()
     except RegistryError as error:

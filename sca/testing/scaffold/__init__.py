@@ -6,7 +6,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from sca_registry import registry
+from sca_registry import get_registry
 from sca_registry.cards import check_name
 from sca_registry.plugins import is_installed
 
@@ -21,12 +21,12 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
     Raises RegistryError for a kind or name that is none, ValueError for a kind without a template, and OutputError for
     a folder that cannot be written.
     """
-    kind_info = registry(kind).kind
+    kind_info = get_registry(kind).kind
     check_name(name)
     if kind_info.singular not in TEMPLATE_KINDS:
         raise ValueError(f"there is no template for a {kind_info.singular}: there are {', '.join(TEMPLATE_KINDS)}")
-    if name in registry(kind):
-        distribution_name = registry(kind).describe(name).distribution
+    if name in get_registry(kind):
+        distribution_name = get_registry(kind).load_entry(name).distribution
         raise ValueError(f"there is a {kind_info.singular} {name!r} already, from {distribution_name}: choose another name")
     module_name = "sca_" + re.sub(r"\W+", "_", name.lower()).strip("_")
     placeholders = {
@@ -34,7 +34,7 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
         "DISTRIBUTION": "sca-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "MODULE": module_name,
         "CLASS": "".join(word.capitalize() for word in re.split(r"[\W_]+", f"{name} {kind_info.singular}") if word),
-        "GROUP": kind_info.group,
+        "GROUP": kind_info.entry_point_group,
         "KIND": kind_info.singular,
         "PLURAL": kind_info.plural,
     }
