@@ -19,7 +19,7 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION, is_installed
 from sca_registry.spec import ModelSpec
 
 from sca.io.atomic import write_file
-from sca.io.cache import cache_folder
+from sca.io.cache import get_cache_folder
 from sca.io.json import parse_json, read_regular_file
 
 GIB = 2**30
@@ -174,4 +174,4 @@ def write_plan(key: str, plan: Plan) -> None:
 
 
 def _get_plan_path(key: str) -> Path:
-    return cache_folder() / "plans" / f"{key}.json"
+    return get_cache_folder() / "plans" / f"{key}.json"

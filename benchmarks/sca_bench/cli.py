@@ -117,7 +117,7 @@ def report(
 ) -> None:
     """One page, offline, with Markdown (.md) and CSV (.csv) beside it."""
     from sca.cli.options import print_stderr
-    from sca.io.atomic import open_folder, write_file
+    from sca.io.atomic import create_writable_folder, write_file
     from sca.io.run_folder import check_not_inputs
     from sca.output.page import check_page_path
     from sca_bench import report as reports
@@ -127,7 +127,7 @@ def report(
     if not rows:
         raise ValueError(f"no results in {folder}: sca bench run SWEEP --out {folder} makes some")
     page = out or folder / "report.html"
-    open_folder(page.parent)
+    create_writable_folder(page.parent)
     siblings = [page.with_suffix(".md"), page.with_suffix(".csv")]
     check_not_inputs([page, *siblings], [ResultStore(folder).path])
     check_page_path(page, ())

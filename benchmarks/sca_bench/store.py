@@ -62,5 +62,5 @@ class ResultStore:
         if not self.path.exists():
             return []
         with Journal(self.path) as journal:
-            dropped = journal.dropped
+            dropped = journal.dropped_bytes
         return [f"{self.path} ended in the middle of a line; its row is made again"] if dropped else []

@@ -9,7 +9,7 @@ from typing import Any
 from sca_registry import RegistryError, datasets, get_registry
 from sca_registry.spec import ModelSpec, Part, check_generation
 
-from sca.data.summary import check_not_empty
+from sca.data.summary import check_dataset_not_empty
 from sca.evaluation.predictions import PromptingOptions
 from sca.evaluation.requirements import check_metric_needs, check_has_truth
 from sca.evaluation.scoring import check_metrics
@@ -52,7 +52,7 @@ def _check_evaluation(sweep: Sweep) -> None:
     check_metrics(evaluation.get("metrics"), None)
     part, split = Part.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
     dataset, dataset_name = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"
-    check_not_empty(dataset, dataset_name)
+    check_dataset_not_empty(dataset, dataset_name)
     check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("limit"))
     check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("limit"))
 

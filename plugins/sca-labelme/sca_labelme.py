@@ -9,10 +9,10 @@ from sca_registry.contracts import Region, Sample, MetricOutput
 
 from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
-from sca.io.annotations.shapes import fit_box, scale_region
-from sca.io.coordinates import compare_sizes
+from sca.io.annotations.shapes import clip_annotated_box, scale_region
+from sca.io.coordinates import compute_resize_factors
 from sca.io.errors import InputError
-from sca.io.image_names import find_image
+from sca.io.image_names import resolve_image_path
 from sca.io.images import open_image
 from sca.io.json import read_json
 from sca.io.paths import expand_user
@@ -34,17 +34,17 @@ class LabelMe:
         folder = expand_user(root) / split
         folder = folder if folder.is_dir() else folder.parent
         self.split = split
-        self.files = labelme.list_files(folder)
+        self.files = labelme.list_labelme_files(folder)
         if not self.files:
             raise ValueError(f"there are no LabelMe files (*.json) in {folder}")
         skip = SkipCounter()
-        self.skipped, self.examples = skip.skipped, skip.examples
+        self.skipped, self.examples = skip.counts, skip.examples
         self.image_paths, self.image_sizes, self.regions = [], [], []
         ids = itertools.count()  # each region has an id of its own
         for file in self.files:
             content, image = _read_file(file)
-            size = labelme.find_size(content, image, str(file))
-            shapes = labelme.read_shapes(content, size, str(file), skip, lambda error: skip(BAD_REGION_REASON, str(error)))
+            size = labelme.find_image_size(content, image, str(file))
+            shapes = labelme.read_annotations(content, size, str(file), skip, lambda error: skip(BAD_REGION_REASON, str(error)))
             regions = [_shape_to_region(shape, size, next(ids), skip) for shape in shapes]
             self.image_paths.append(image)
             self.image_sizes.append(size)
@@ -58,8 +58,8 @@ class LabelMe:
             raise IndexError(index)
         file, path, size = self.files[index], self.image_paths[index], self.image_sizes[index]
         try:
-            image = open_image(path) if path.exists() else labelme.open_image_of(_read_file(file)[0], path, str(file))
-            factors = compare_sizes(size, image.size)
+            image = open_image(path) if path.exists() else labelme.open_annotated_image(_read_file(file)[0], path, str(file))
+            factors = compute_resize_factors(size, image.size)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         if image.size == size:
@@ -92,7 +92,7 @@ def _read_file(file: Path) -> tuple[dict, Path]:
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
         raise ValueError(f"{file} has no imagePath, so it is not a file of LabelMe")
     try:
-        return content, find_image(content["imagePath"], [file.parent])
+        return content, resolve_image_path(content["imagePath"], [file.parent])
     except InputError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -100,11 +100,11 @@ def _read_file(file: Path) -> tuple[dict, Path]:
 def _shape_to_region(shape: Annotation, size: tuple[int, int], region_id: int, skip: SkipCounter) -> Region | None:
     """A shape as a region, its box clipped to the image; None, and counted, where it has none."""
     if shape.box is None:
-        return skip("keypoint", shape.place)
-    box = fit_box(shape.box, size, shape.place, skip, shape.mask)
+        return skip("keypoint", shape.location)
+    box = clip_annotated_box(shape.box, size, shape.location, skip, shape.mask)
     if box is None:
         return None
-    if shape.unread:
-        skip(shape.unread, shape.place)
+    if shape.unread_caption:
+        skip(shape.unread_caption, shape.location)
     phrases = tuple(text.strip() for text in shape.captions if text.strip())
     return Region(region_id, box, shape.mask, shape.label, phrases)

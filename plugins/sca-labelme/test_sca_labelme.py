@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sca_labelme import LabelMe, LabelRecall
 
-from sca.io.masks import decode
+from sca.io.masks import decode_rle
 
 pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`
 
@@ -37,7 +37,7 @@ def test_shapes_are_regions_with_masks(folder):
     roof, door, sun, wire = LabelMe("train", str(folder))[1].regions
     assert (roof.name, roof.phrases, door.name, door.phrases) == ("roof", ("a red roof",), "door", ())
     assert (door.box, door.mask) == ((22, 10, 30, 25), None)
-    assert decode(sun.mask).sum() == pytest.approx(np.pi * 3.5**2, rel=0.1)
+    assert decode_rle(sun.mask).sum() == pytest.approx(np.pi * 3.5**2, rel=0.1)
     assert (wire.box, wire.mask) == ((0, 0, 9, 9), None)
 
 
@@ -114,7 +114,7 @@ def test_labelme_scales_regions_to_a_resized_image(folder):
     sample = LabelMe("train", str(folder))[0]
     roof, door, *_ = sample.regions
     assert (sample.image.size, door.box) == ((80, 60), (44, 20, 60, 50))
-    assert decode(roof.mask).shape == (60, 80)
+    assert decode_rle(roof.mask).shape == (60, 80)
 
 
 def test_the_dataset_keeps_its_promises(folder, conformance):

@@ -11,7 +11,7 @@ from sca_registry.contracts import ImageFormat
 from torch import nn
 
 from sca.io.errors import InputError
-from sca.io.weight_files import reading
+from sca.io.weight_files import translate_load_errors
 from sca.segmenters.sam import SamSegmenter
 
 TINY_VIT_OPTIONS = {  # of TinyViT-5M
@@ -110,7 +110,7 @@ def _check_weights(weights: str | None, pretrained: bool) -> str | None:
 
 def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...], names: tuple) -> None:
     """Gives a part the tensors of a file whose names begin with `prefix`, every one of them."""
-    with reading(file):
+    with translate_load_errors(file):
         content = torch.load(file, map_location="cpu", weights_only=True)
     tensors = {}
     for name, tensor in content.items():
@@ -131,5 +131,5 @@ def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...]
         raise InputError(
             f"{file} is not a checkpoint of MobileSAM: {problem}, of {len(missing) + len(unexpected)} tensors"
         )
-    with reading(file):
+    with translate_load_errors(file):
         component.load_state_dict(tensors)

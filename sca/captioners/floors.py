@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sca.captioners.regions import Box, RegionCaptioner, ScoredText, RegionView, resolve_generation_options
-from sca.data.summary import check_not_empty
+from sca.data.summary import check_dataset_not_empty
 from sca.inference.engine import EncodedImages
 from sca.inference.requests import check_task
-from sca.io.masks import box_of, encode
+from sca.io.masks import mask_to_box, encode_rle
 from sca.nn.roi_align import roi_align
 
 ENCODE_BATCH_SIZE = 16  # images encoded at a time
@@ -59,8 +59,8 @@ class MostFrequent:
         self.training_regions.check_has_text(task, self.most_frequent_texts)
         captions = []
         for index, prompt in enumerate(prompts):
-            rle = None if prompt.mask is None else encode(prompt.mask)
-            box = prompt.box or (rle and box_of(rle))
+            rle = None if prompt.mask is None else encode_rle(prompt.mask)
+            box = prompt.box or (rle and mask_to_box(rle))
             captions.append(Caption(*self.most_frequent_texts[task], box, rle, None, prompt, index))
         return captions
 
@@ -129,7 +129,7 @@ class TrainingRegions:
             raise ValueError(f"limit is {limit}: give a whole number, 0 for all")
         self.facts = {"dataset": dataset, "split": split, "options": dict(options), "limit": limit}
         self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **options)
-        check_not_empty(self.dataset, f"{dataset} {split}")
+        check_dataset_not_empty(self.dataset, f"{dataset} {split}")
 
     def iter_samples(self) -> Iterator[Sample]:
         """Those whose pictures can be read."""

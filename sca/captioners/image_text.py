@@ -16,8 +16,8 @@ from sca.captioners.regions import ScoredText
 from sca.captioners.untrained import build_untrained_processor
 from sca.devices import resolve_dtype
 from sca.io.errors import InputError
-from sca.io.hub import fetch, fingerprint, load_pretrained, quiet
-from sca.io.weight_files import reading
+from sca.io.hub import fetch_model_folder, compute_weights_fingerprint, load_pretrained, silence_transformers
+from sca.io.weight_files import translate_load_errors
 from sca.language_models.causal import extract_new_tokens
 from sca.language_models.hf import make_config
 from sca.language_models.usage import count_tokens
@@ -70,7 +70,7 @@ class ImageTextModel:
                 ("",),  # what the weights have besides (old buffers, other heads) is not needed
                 dtype=dtype_name,
             )
-            self.processor = load_processor(fetch(weights, revision))
+            self.processor = load_processor(fetch_model_folder(weights, revision))
         else:
             model_config = make_config(weights, revision, config)
             self.processor = build_untrained_processor(model_config)  # refuses what it does not know
@@ -86,7 +86,7 @@ class ImageTextModel:
     @property
     def facts(self) -> dict[str, Any]:
         """What tells the weights from any others."""
-        return fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
+        return compute_weights_fingerprint(self.weights, self.revision) if self.weights else {"weights": None}
 
     @torch.inference_mode()
     def generate_texts(self, inputs: Sequence[ImageTextInput], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
@@ -115,14 +115,14 @@ class ImageTextModel:
             messages = [{"role": "user", "content": content}]
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         processor_inputs = {"images": image} if text is None else {"images": image, "text": text}
-        with quiet():
+        with silence_transformers():
             return dict(self.processor(**processor_inputs, return_tensors="pt"))
 
     def _generate_batch(self, inputs: dict[str, Tensor], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
         def move_to_model(value: Tensor) -> Tensor:
             return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
-        with quiet():
+        with silence_transformers():
             output = self.model.generate(
                 **{name: move_to_model(value) for name, value in inputs.items()},
                 max_new_tokens=max_new_tokens,
@@ -152,7 +152,7 @@ class ImageTextModel:
 def load_processor(folder: Path) -> Any:
     """What prepares pictures and texts, as it lies in a folder. Raises InputError for one that cannot be read."""
     try:
-        with reading(f"the processor in {folder}"), quiet():
+        with translate_load_errors(f"the processor in {folder}"), silence_transformers():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError as error:

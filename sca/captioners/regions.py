@@ -20,8 +20,8 @@ from sca.composition import resolve_parts
 from sca.inference.engine import EncodedImages, PredictedMask, MaskEngine
 from sca.inference.requests import check_task
 from sca.io.coordinates import Box
-from sca.io.hub import local_folder
-from sca.io.masks import RLE, box_of, decode, encode
+from sca.io.hub import find_local_folder
+from sca.io.masks import RLE, mask_to_box, decode_rle, encode_rle
 from sca.model import SegmentationModel
 
 TRUST_OPTIONS = ("trust_remote_code", "allow_external", "revision")  # that `sca.load` takes
@@ -43,7 +43,7 @@ class RegionView(NamedTuple):
         """
         if self.prompt.box is not None and self.predicted_iou is None:
             return self.prompt.box
-        return box_of(self.mask) or (0.0, 0.0, 0.0, 0.0)
+        return mask_to_box(self.mask) or (0.0, 0.0, 0.0, 0.0)
 
 
 class ScoredText(NamedTuple):
@@ -113,7 +113,7 @@ class RegionCaptioner(MaskEngine):
                 "a point is no region yet, and nothing here finds the region it means: write encoder+captioner with an "
                 "encoder that brings masks, sam-vit-b+NAME, or give a box or a mask"
             )
-        rles = [None if prompt.mask is None else encode(prompt.mask) for *_, prompt in prompted]
+        rles = [None if prompt.mask is None else encode_rle(prompt.mask) for *_, prompt in prompted]
         return [RegionView(*each, rle, None) for each, rle in zip(prompted, rles, strict=True)]
 
     def _build_captions(
@@ -127,7 +127,7 @@ class RegionCaptioner(MaskEngine):
                 Caption(
                     text.text,
                     text.score,
-                    box=view.prompt.box or (view.mask and box_of(view.mask)),
+                    box=view.prompt.box or (view.mask and mask_to_box(view.mask)),
                     mask=view.mask and dict(view.mask),
                     predicted_iou=view.predicted_iou,
                     prompt=view.prompt,
@@ -148,7 +148,7 @@ def build_segmentation_model(encoder: str | Mapping[str, Any], device: str | tor
     """
     part = Part.from_dict(encoder, "encoder")
     if part.name not in sca_registry.encoders:
-        if part.name in zoo.list_names() or local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
+        if part.name in zoo.list_names() or find_local_folder(part.name) or HUB_ID_PATTERN.fullmatch(part.name):
             for option in part.options:
                 if option not in TRUST_OPTIONS:
                     raise RegistryError(
@@ -198,5 +198,5 @@ def crop_image(view: RegionView, box: Box, white_background: bool = False) -> Im
     cropped = view.image.crop(window)
     if not white_background or view.mask is None:
         return cropped
-    mask_image = Image.fromarray(decode(view.mask)).crop(window)
+    mask_image = Image.fromarray(decode_rle(view.mask)).crop(window)
     return Image.composite(cropped, Image.new("RGB", cropped.size, "white"), mask_image)

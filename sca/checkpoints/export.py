@@ -17,10 +17,10 @@ from torch import Tensor
 from sca.checkpoints.published import SPECIAL_TOKEN_FIELDS, FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES
 from sca.checkpoints.state import list_stored_tensors
 from sca.composition import build
-from sca.io.atomic import new_folder
+from sca.io.atomic import write_folder
 from sca.io.errors import InputError
-from sca.io.hub import quiet
-from sca.io.weight_files import SAFE, some
+from sca.io.hub import silence_transformers
+from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.model import SegmentCaptioner
 
 USAGE_OPTIONS = {"segmenter": ("drawn",), "language_model": ("dtype", "eos", "tokenizer", "checkpointing")}
@@ -41,8 +41,8 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
             written_pointers.add(tensor.data_ptr())
             tensors[_to_published_name(name)] = (tensor.flatten(0, 1) if name == "task_tokens" else tensor).contiguous()
     causal_model = model.language_model.model
-    with new_folder(folder) as draft:
-        save_file(tensors, draft / SAFE, metadata={"format": "pt"})
+    with write_folder(folder) as draft:
+        save_file(tensors, draft / SAFETENSORS_FILE, metadata={"format": "pt"})
         (draft / "config.json").write_text(json.dumps(_build_published_config(model), indent=2) + "\n", "utf-8")
         special_tokens = {key: getattr(causal_model.generation_config, key) for key in SPECIAL_TOKEN_FIELDS}
         (draft / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n", "utf-8")
@@ -61,7 +61,7 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
         module.merge()
         parent, _, attribute = name.rpartition(".")
         setattr(causal_model.get_submodule(parent), attribute, module.get_base_layer())
-    with new_folder(folder) as draft, quiet():
+    with write_folder(folder) as draft, silence_transformers():
         causal_model.save_pretrained(draft)
         if model.language_model.tokenizer is not None:
             model.language_model.tokenizer.save(str(draft))
@@ -84,7 +84,7 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
     if differing_names:
         raise InputError(
             f"the weights of {' and '.join(part.name for part in parts.values())} are others than the model's: "
-            f"{some(differing_names)}"
+            f"{format_first_names(differing_names)}"
         )
     sourced_model.load_state_dict(tensors)
     sourced_model.language_model.tokenizer = sourced_model.language_model.tokenizer or model.language_model.tokenizer

@@ -28,9 +28,9 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     from sca.checkpoints.layout import ORIGIN_FILE
     from sca.checkpoints.load import open_checkpoint
     from sca.io.errors import InputError
-    from sca.io.run_folder import MARKER, read_runs
+    from sca.io.run_folder import MARKER_FILE, read_runs
 
-    is_run = (folder / MARKER).is_file() and "train" in read_runs(folder)
+    is_run = (folder / MARKER_FILE).is_file() and "train" in read_runs(folder)
     if is_run:
         folder = next((path for name in MODEL_FOLDERS if (path := folder / name).is_dir()), folder)
         if folder.name not in MODEL_FOLDERS:

@@ -20,9 +20,9 @@ from sca.checkpoints.state import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
 from sca.composition import build
 from sca.devices import resolve_device, resolve_dtype
-from sca.io.atomic import previous_folder
+from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
-from sca.io.hub import fetch, local_folder, local_path, suggest_path
+from sca.io.hub import fetch_model_folder, find_local_folder, resolve_local_path, suggest_path
 from sca.model import SegmentCaptioner
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -131,7 +131,7 @@ def read_local_spec(source: str | Path, trust: Trust = NO_TRUST) -> ModelSpec | 
         InputError: If the checkpoint cannot be read, or asks for more than was agreed to.
     """
     is_bundled = isinstance(source, str) and source in zoo.list_names()
-    folder = zoo.get_entry(source).folder if is_bundled else local_folder(source)
+    folder = zoo.get_entry(source).folder if is_bundled else find_local_folder(source)
     if folder is None or not (folder / SPEC_FILE).exists():
         return None
     _, spec = open_checkpoint(source if is_bundled else folder, trust)
@@ -165,16 +165,16 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"the model is of type {type(source).__name__}; give a zoo name, a folder or a hub id")
     if isinstance(source, str) and source in zoo.list_names():
         entry = zoo.get_entry(source)
-        return entry.folder or fetch(entry.checkpoint, revision or entry.revision)
-    path = local_path(source)
+        return entry.folder or fetch_model_folder(entry.checkpoint, revision or entry.revision)
+    path = resolve_local_path(source)
     if path is not None:
-        for folder in (path, previous_folder(path)):
+        for folder in (path, get_previous_folder(path)):
             if folder.is_dir():
                 return folder
         if path.exists():
             raise InputError(f"{source} is a file, and a model is a folder with {SPEC_FILE} and {WEIGHTS_FILE}")
     if isinstance(source, str) and HUB_ID_PATTERN.fullmatch(source):
-        return fetch(source, revision)
+        return fetch_model_folder(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
     reason = make_unknown_name_error(f"no model named {str(source)!r}, and no folder there", str(source), zoo.list_names())

@@ -30,9 +30,9 @@ from sca.checkpoints.state import BuildSizeLimit, assign_tensors, list_stored_te
 from sca.checkpoints.trust import TrustError, is_settable
 from sca.composition import build, resolve_parts
 from sca.devices import resolve_dtype
-from sca.io.atomic import check_replaceable, new_folder
+from sca.io.atomic import check_folder_replaceable, write_folder
 from sca.io.errors import InputError, OutputError
-from sca.io.hub import fingerprint
+from sca.io.hub import compute_weights_fingerprint
 from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
 from sca.language_models.hf import load_tokenizer
@@ -69,7 +69,7 @@ def save(
         )
     folder, dtype = Path(folder), resolve_dtype(dtype)
     check_writable(folder)
-    with new_folder(folder, CHECKPOINT_CONTENT) as draft:
+    with write_folder(folder, CHECKPOINT_CONTENT) as draft:
         _write_checkpoint(model, draft, dtype, tensors)
     return folder
 
@@ -81,7 +81,7 @@ def check_writable(folder: Path) -> None:
         OutputError: The folder contains something else.
     """
     try:
-        check_replaceable(folder, CHECKPOINT_CONTENT)
+        check_folder_replaceable(folder, CHECKPOINT_CONTENT)
         if folder.is_dir() and any(folder.iterdir()):
             read_spec(folder)
     except (OutputError, InputError) as error:
@@ -187,7 +187,7 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
             part_origins[kind] |= {"licence": entry.licence} if entry.licence else {}
         if source:
             try:
-                part_origins[kind] |= fingerprint(source, getattr(component, "revision", None), getattr(component, "prefix", ""))
+                part_origins[kind] |= compute_weights_fingerprint(source, getattr(component, "revision", None), getattr(component, "prefix", ""))
             except InputError:  # weights that have gone meanwhile, or that a part finds in a way of its own
                 part_origins[kind] |= {"weights": str(source)}
     commit = _read_commit()
@@ -210,7 +210,7 @@ def _read_commit() -> str | None:
 def read_spec(folder: Path) -> ModelSpec:
     """The spec of a checkpoint folder. Raises InputError if there is none that can be read."""
     try:
-        table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, finite=True)
+        table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote") from error
     try:

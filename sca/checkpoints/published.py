@@ -25,9 +25,9 @@ from sca.checkpoints.state import BuildSizeLimit, assign_tensors
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
 from sca.composition import build
 from sca.io.errors import InputError
-from sca.io.hub import fetch
+from sca.io.hub import fetch_model_folder
 from sca.io.json import read_json
-from sca.io.weight_files import has_tokenizer, read_tensors, require_weight_files, weight_files
+from sca.io.weight_files import has_tokenizer, read_tensors, require_weight_files, find_weight_files
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import load_tokenizer
 from sca.language_models.phi import split_fused_attention
@@ -64,7 +64,7 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
     them. Its language model has the tokenizer that lies in the folder, or else that of the name in its configuration.
     """
     spec = read_published_spec(folder, trust)
-    with no_init_weights(), BuildSizeLimit(weight_files(folder) or [], spec):
+    with no_init_weights(), BuildSizeLimit(find_weight_files(folder) or [], spec):
         model = build(spec)
     tensors = {_to_native_name(name): tensor for name, tensor in _read_published_tensors(folder).items()}
     causal_config = model.language_model.model.config
@@ -158,7 +158,7 @@ def _select_non_defaults(config: PreTrainedConfig) -> dict[str, Any]:
 def _load_published_tokenizer(folder: Path, trust: Trust) -> TextTokenizer | None:
     try:
         source = find_tokenizer_source(folder, trust)
-        return load_tokenizer(folder if source is None else fetch(source, weights=False))
+        return load_tokenizer(folder if source is None else fetch_model_folder(source, include_weights=False))
     except InputError as error:
         if has_tokenizer(folder):
             raise

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sca.io.errors import InputError
-from sca.io.hub import local_path
-from sca.io.weight_files import some
+from sca.io.hub import resolve_local_path
+from sca.io.weight_files import format_first_names
 from sca.model import SegmentCaptioner
 
 COMPARABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
@@ -32,7 +32,7 @@ def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     non_finite_names = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
     if non_finite_names:
-        raise InputError(f"{subject} has NaN or infinite weights: {some(non_finite_names)}; copy or train it again")
+        raise InputError(f"{subject} has NaN or infinite weights: {format_first_names(non_finite_names)}; copy or train it again")
 
 
 def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
@@ -85,7 +85,7 @@ class BuildSizeLimit(TorchDispatchMode):
 def _list_source_sizes(kind: str, part: Part) -> list[int]:
     """Sizes in bytes of the weights that a component takes from elsewhere, as far as they are here."""
     options = {**get_registry(kind).get_card(part.name).options, **part.options}
-    path = local_path(str(options["weights"])) if options.get("weights") else None
+    path = resolve_local_path(str(options["weights"])) if options.get("weights") else None
     if path is not None and path.exists():
         return [file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     return [MAX_DOWNLOAD_BYTES] if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained")) else []
@@ -98,7 +98,7 @@ def assign_tensors(model: SegmentCaptioner, tensors: dict[str, Tensor], expected
     """
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:
-        raise InputError(f"{location} does not fit its {config_name}: missing {some(missing)}; unexpected {some(unexpected)}")
+        raise InputError(f"{location} does not fit its {config_name}: missing {format_first_names(missing)}; unexpected {format_first_names(unexpected)}")
     model_tensors = model.state_dict()
     for name, tensor in tensors.items():
         if model_tensors[name].shape != tensor.shape:

@@ -19,7 +19,7 @@ from sca_registry.overrides import MODEL_PARTS
 from sca_registry.spec import ModelSpec, Part
 
 from sca.io.errors import InputError
-from sca.io.hub import known_sources
+from sca.io.hub import get_known_sources
 from sca.io.json import read_json
 from sca.io.validation import is_finite_number
 
@@ -103,7 +103,7 @@ def resolve_source(name: str, folder: Path, trust: Trust) -> str:
     path = _find_inside(name, folder)
     if path is not None:
         return str(path)
-    sources = known_sources()
+    sources = get_known_sources()
     if name in sources:
         return sources[name]
     if not trust.external:

@@ -227,7 +227,7 @@ def _caption_locally(
         failures: Those so far.
     """
     from sca.inference.batch import BatchCaptioner, Failure
-    from sca.io.images import show
+    from sca.io.images import format_path
     from sca.output import DRAWN_FORMATS, MultiFormatWriter
     from sca.output.journal import open_caption_journal
 
@@ -256,7 +256,7 @@ def _caption_locally(
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
             if job.everything and not result.captions and not quiet:
-                print_stderr(f"nothing found in {show(result.path)}; lower --iou or --stability, or raise --points")
+                print_stderr(f"nothing found in {format_path(result.path)}; lower --iou or --stability, or raise --points")
             num_done += 1
         if not num_done:  # older files stay as they are
             raise typer.Exit(failures.status)
@@ -273,7 +273,7 @@ def _caption_locally(
 
 def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
     """Find images, without those that `sca` drew; return a line for each name that leads to none."""
-    from sca.io.images import find_images, is_irregular, show
+    from sca.io.images import find_images, is_irregular_file, format_path
     from sca.io.run_folder import OutputFilter
     from sca.output import OUTPUT_FORMATS, list_output_patterns
 
@@ -281,14 +281,14 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
     irregular: list[Path] = []
 
     def is_excluded(path: Path) -> bool:
-        irregular.extend([path] if is_irregular(path) else [])
-        return is_irregular(path) or output_filter(path)
+        irregular.extend([path] if is_irregular_file(path) else [])
+        return is_irregular_file(path) or output_filter(path)
 
     paths, problems = find_images(names, is_excluded)
-    if output_filter.skipped and not quiet:
-        print_stderr(f"skipped {len(output_filter.skipped)} images that `sca` wrote, such as {show(output_filter.skipped[0])}")
+    if output_filter.skipped_paths and not quiet:
+        print_stderr(f"skipped {len(output_filter.skipped_paths)} images that `sca` wrote, such as {format_path(output_filter.skipped_paths[0])}")
     for path in irregular if not quiet else ():
-        print_stderr(f"skipped {show(path)}, which is a pipe or a device, not an image file")
+        print_stderr(f"skipped {format_path(path)}, which is a pipe or a device, not an image file")
     return paths, problems
 
 
@@ -358,12 +358,12 @@ class FailureReporter:
 
     def format_failed_paths(self, limit: int = 20) -> str:
         """Name the images that failed once more, for the end of a long run."""
-        from sca.io.images import show
+        from sca.io.images import format_path
 
         if not self.paths:
             return ""
         suffix = f" and {len(self.paths) - limit} more" if len(self.paths) > limit else ""
-        return f"; not done: {', '.join(map(show, self.paths[:limit]))}{suffix}"
+        return f"; not done: {', '.join(map(format_path, self.paths[:limit]))}{suffix}"
 
 
 class ProgressBars:
@@ -414,17 +414,17 @@ class ProgressBars:
 def _report_prompts(region_source: RegionSource, failures: FailureReporter, quiet: bool) -> None:
     """Report what a prompts file contains, and the records of which no prompt can be made."""
     from sca.inference.job import ListedPrompts
-    from sca.io.images import show
+    from sca.io.images import format_path
 
     if not isinstance(region_source, ListedPrompts):
         return
     prompts_file = region_source.region_prompts
     if not quiet:
         unusable = f"; {format_count(len(prompts_file.problems), 'record')} cannot be used" if prompts_file.problems else ""
-        counts = f"{format_count(sum(map(prompts_file.count, prompts_file)), 'region')}, {format_count(len(prompts_file), 'image')}"
-        print_stderr(f"{show(prompts_file.path)}: {counts}{unusable}")
-        if summary := prompts_file.skip.summarize():
-            print_stderr(f"{show(prompts_file.path)}: {summary}")
+        counts = f"{format_count(sum(map(prompts_file.count_regions, prompts_file)), 'region')}, {format_count(len(prompts_file), 'image')}"
+        print_stderr(f"{format_path(prompts_file.path)}: {counts}{unusable}")
+        if summary := prompts_file.skip_counter.summarize():
+            print_stderr(f"{format_path(prompts_file.path)}: {summary}")
     for problem in prompts_file.problems:
         failures.report(problem, status=2)
 
@@ -434,7 +434,7 @@ class CaptionTable:
 
     def __init__(self) -> None:
         columns = ("image", "region", "caption", "score", "iou", "box")
-        self.table = terminal.Table(columns, right=("region", "score", "iou"), framed=False)
+        self.table = terminal.Table(columns, right_aligned=("region", "score", "iou"), has_frame=False)
 
     def __enter__(self) -> CaptionTable:
         return self
@@ -445,22 +445,22 @@ class CaptionTable:
                 print_table(self.table)
 
     def add(self, path: Path, image: Image, captions: Sequence[Caption]) -> None:
-        from sca.io.images import show
+        from sca.io.images import format_path
 
         for each in captions:
             box = " ".join(f"{value:.0f}" for value in each.box) if each.box else ""
             iou = "" if each.predicted_iou is None else f"{each.predicted_iou:.2f}"
-            self.table.add_row(show(path.name), str(each.region_id), each.text, f"{each.score:.2f}", iou, box)
+            self.table.add_row(format_path(path.name), str(each.region_id), each.text, f"{each.score:.2f}", iou, box)
             for text, score in each.alternatives:
                 self.table.add_row("", "", text, f"{score:.2f}", "", "")
 
 
 def _check_pipes(images: Sequence[str], other_inputs: Sequence[str | Path], is_sharded: bool, resume: bool) -> None:
     """Raises ValueError for a pipe that would have to be read twice, or by another process."""
-    from sca.io.json import DESCRIPTOR
+    from sca.io.json import DESCRIPTOR_PATH_PATTERN
 
     check_pipes([*images, *other_inputs])
-    piped = [str(path) for path in (*images, *other_inputs) if DESCRIPTOR.fullmatch(str(path))]
+    piped = [str(path) for path in (*images, *other_inputs) if DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))]
     if piped and (is_sharded or (resume and piped[0] in images)):
         option = "--launcher" if is_sharded else "--resume"
         raise ValueError(f"{option} needs files, and {piped[0]} can be read only once; save it to a file")
@@ -513,8 +513,8 @@ def _check_region_options(listed: bool, prompts: bool, everything: bool, everyth
 
 def _collect_settings(command_options: Mapping[str, Any], input_files: Iterable[str | Path]) -> dict[str, Any]:
     """What determines the captions of an image: the options of a command, and the content of the files it reads."""
-    from sca.io.run_folder import file_hash
+    from sca.io.run_folder import compute_file_hash
 
     recorded = {name: value for name, value in command_options.items() if name not in UNRECORDED_OPTIONS and value not in (None, [], ())}
     options = {name: str(value) for name, value in recorded.items() if value is not False}
-    return {**options, "files": {str(path): file_hash(path) for path in input_files}}
+    return {**options, "files": {str(path): compute_file_hash(path) for path in input_files}}

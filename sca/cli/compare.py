@@ -89,8 +89,8 @@ def _parse_metric_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_page(path: Path, html: str) -> None:
-    from sca.io.atomic import open_folder, write_file
+    from sca.io.atomic import create_writable_folder, write_file
 
-    open_folder(path.parent)
+    create_writable_folder(path.parent)
     write_file(path, html)
     print_stderr(f"wrote {path}")

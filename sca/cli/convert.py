@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sca.cli.options import OUTPUT_FORMATS_HELP, ImagePrefix, check_pipes, print_stderr, parse_input_path, check_option_choice
-from sca.io.json import DESCRIPTOR
+from sca.io.json import DESCRIPTOR_PATH_PATTERN
 from sca.io.text import format_count
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def convert(
     """Writes captions in other formats. Pictures are opened for png and html only."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.errors import InputError
-    from sca.io.image_names import rewrite_name
-    from sca.io.images import show
+    from sca.io.image_names import make_relative_image_name
+    from sca.io.images import format_path
     from sca.io.run_folder import RunFolder
     from sca.output import DRAWN_FORMATS, OUTPUT_FORMATS, LABEL_STUDIO, MultiFormatWriter, list_output_patterns
 
@@ -49,7 +49,7 @@ def convert(
     captioned_images = _read_captioned_images(captions, skip, roots, image_prefix, rejections, LABEL_STUDIO in formats)
     first = next(captioned_images, None)
     if first is None:
-        raise InputError(f"{show(captions)} has no captions")
+        raise InputError(f"{format_path(captions)} has no captions")
     num_regions, num_failed = 0, 0
     with RunFolder(out, "convert", list_output_patterns(OUTPUT_FORMATS)) as folder:
         settings = {"captions": str(captions), "images": images and str(images)}
@@ -65,7 +65,7 @@ def convert(
                         print_stderr(str(error))
                         num_failed += 1
                         continue
-                writers.add(rewrite_name(captioned.image, roots), image, captioned.captions)
+                writers.add(make_relative_image_name(captioned.image, roots), image, captioned.captions)
                 num_regions += len(captioned.captions)
         folder.finish()
     for path in writers.paths.values():
@@ -91,13 +91,13 @@ def view(
 ) -> None:
     """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
     from sca.io.annotations.annotation import SkipCounter
-    from sca.io.atomic import open_folder
+    from sca.io.atomic import create_writable_folder
     from sca.output.page import check_page_path
     from sca.output.view import write_viewer
 
     files = [path for path in (captions, other) if path]
     check_pipes(files)
-    open_folder(out.parent)
+    create_writable_folder(out.parent)
     check_page_path(out, files)
     skip, roots, names, rejections = SkipCounter(), _list_image_roots(images, files), tuple(map(str, files)), RejectionReporter()
     first_images, *other_images = (_read_captioned_images(path, skip, roots, image_prefix, rejections, is_written=True) for path in files)
@@ -140,7 +140,7 @@ def _read_captioned_images(
 ) -> Iterator[CaptionedImage]:
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
     from sca.io.image_names import remove_image_prefix
-    from sca.io.images import show
+    from sca.io.images import format_path
     from sca.output.read import read_captions
 
     is_used = not image_prefix or is_written
@@ -149,10 +149,10 @@ def _read_captioned_images(
         is_used |= name != captioned.image
         yield captioned._replace(image=name)
     if not is_used:
-        print_stderr(f"no image name of {show(path)} begins with --image-prefix {image_prefix}")
+        print_stderr(f"no image name of {format_path(path)} begins with --image-prefix {image_prefix}")
 
 
 def _list_image_roots(images: Path | None, captions: Iterable[Path]) -> list[Path]:
     """The folders that images may be named in."""
-    caption_folders = [path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR.fullmatch(str(path))]
+    caption_folders = [path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))]
     return [images] if images else list(dict.fromkeys([Path(), *caption_folders]))

@@ -32,29 +32,29 @@ def export(
     from sca_registry import datasets
 
     from sca.cli.options import print_line, parse_part_options, check_option_choice
-    from sca.data.export import FORMATS
-    from sca.data.export import export as write
-    from sca.io.atomic import check_replaceable
+    from sca.data.export import EXPORT_WRITERS
+    from sca.data.export import export_dataset as write
+    from sca.io.atomic import check_folder_replaceable
 
-    check_option_choice("format", format, tuple(FORMATS))
-    check_replaceable(folder)
+    check_option_choice("format", format, tuple(EXPORT_WRITERS))
+    check_folder_replaceable(folder)
     dataset_options = parse_part_options("datasets", dataset, options or ())
     datasets_by_split = {name: datasets.build(dataset, name, **dataset_options) for name in split or ["val"]}
     with _exit_if_empty():
         _report_splits(dataset, datasets_by_split)
-        print_line(f"wrote {write(datasets_by_split, folder, format, limit=limit)}")
+        print_line(f"wrote {write(datasets_by_split, folder, format, max_images=limit)}")
 
 
 def _report_splits(dataset: str, datasets_by_split: Mapping[str, Any]) -> None:
     """Report what each split contains. Raises EmptyDatasetError if none has an image."""
     from sca.cli.options import print_stderr
-    from sca.data.summary import check_not_empty, summarize_dataset
+    from sca.data.summary import check_dataset_not_empty, summarize_dataset
 
     for split, split_dataset in datasets_by_split.items():
         if len(split_dataset) or any(map(len, datasets_by_split.values())):
             print_stderr(f"{dataset} {split}: {summarize_dataset(split_dataset)}")
         else:
-            check_not_empty(split_dataset, f"{dataset} {split}")
+            check_dataset_not_empty(split_dataset, f"{dataset} {split}")
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def stats(
     from sca_registry import datasets
 
     from sca.cli.options import print_json, print_table, parse_part_options
-    from sca.data.stats import stats as counted
+    from sca.data.stats import compute_dataset_stats as counted
     from sca.io.terminal import Table
 
     dataset_options = parse_part_options("datasets", dataset, options or ())
@@ -132,14 +132,14 @@ def view(
     from sca_registry.overrides import parse_assignment
 
     from sca.cli.options import print_line, parse_part_options
-    from sca.io.run_folder import existing_paths
+    from sca.io.run_folder import iter_existing_paths
     from sca.output.page import check_page_path
     from sca.output.samples import write_samples_page
     from sca.training.recipe import parse_augmentation
 
     augmentation = parse_augmentation(parse_assignment(f"augment={augment}")[1], "--augment") if augment else None
     dataset_options = parse_part_options("datasets", dataset, options or ())
-    check_page_path(out, existing_paths(dataset_options))
+    check_page_path(out, iter_existing_paths(dataset_options))
     built_dataset = datasets.build(dataset, split, **dataset_options)
     with _exit_if_empty():
         _report_splits(dataset, {split: built_dataset})

@@ -64,7 +64,7 @@ def evaluate(
     """
     from sca.evaluation import protocol as protocols
     from sca.evaluation.predictions import CONTROLS, PROMPT_TYPES
-    from sca.io.atomic import open_folder
+    from sca.io.atomic import create_writable_folder
 
     if prompt is not None:
         check_option_choice("prompt", prompt, list(PROMPT_TYPES))
@@ -75,7 +75,7 @@ def evaluate(
     device = _get_process_device(device)
     resolve_device(device)
     if out:
-        open_folder(out)
+        create_writable_folder(out)
     run_options = {"batch": batch, "limit": limit, "device": device, "overwrite": overwrite}
     run_options |= {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     if _is_protocol(dataset):
@@ -229,10 +229,10 @@ def _evaluate_with_progress(
 
     from sca.evaluation.evaluate import SCORES_NAME
     from sca.evaluation.evaluate import evaluate as run
-    from sca.io.atomic import open_folder, write_file
+    from sca.io.atomic import create_writable_folder, write_file
 
     if out:
-        open_folder(out)
+        create_writable_folder(out)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         progress_task = progress.add_task("images", total=None)

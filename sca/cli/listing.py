@@ -58,7 +58,7 @@ def _build_table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
         columns["parameters"] = lambda row: _format_count(row["parameters"])
         columns["state"] = lambda row: "" if row["state"] == "ok" else row["state"]
     cells_by_column = {name: cells for name, cell in columns.items() if any(cells := [cell(row) for row in rows])}
-    table = Table(tuple(cells_by_column), right=("parameters",), framed=False)
+    table = Table(tuple(cells_by_column), right_aligned=("parameters",), has_frame=False)
     for row in zip(*cells_by_column.values(), strict=True):
         table.add_row(*row)
     return table
@@ -175,9 +175,9 @@ def _describe_model(name: str) -> dict[str, Any]:
 
         spec_path = (folder := zoo.get_entry(name).folder) and folder / "spec.json"
         return _describe_zoo_model(name) | (describe_spec(ModelSpec.from_dict(read_json(spec_path))) if spec_path and spec_path.is_file() else {})
-    from sca.io.hub import local_folder, suggest_path
+    from sca.io.hub import find_local_folder, suggest_path
 
-    folder = local_folder(name)
+    folder = find_local_folder(name)
     if folder is not None:
         from sca.checkpoints.inspection import describe_checkpoint
 

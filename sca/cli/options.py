@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sca.devices import DEVICE_EXAMPLES, DTYPES
-from sca.io.json import DESCRIPTOR
-from sca.io.terminal import DOCUMENT
-from sca.io.text import UNSAFE, escape_terminal
+from sca.io.json import DESCRIPTOR_PATH_PATTERN
+from sca.io.terminal import DOCUMENT_WHITESPACE
+from sca.io.text import UNSAFE_PATTERN, escape_terminal
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -67,7 +67,7 @@ def check_pipes(paths: Sequence[str | Path]) -> None:
     Raises:
         ValueError: If a pipe is named twice.
     """
-    for path, count in Counter(str(path) for path in paths if DESCRIPTOR.fullmatch(str(path))).items():
+    for path, count in Counter(str(path) for path in paths if DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))).items():
         if count > 1:
             raise ValueError(f"{path} is named {count} times, and a pipe can be read once; save it to a file")
 
@@ -110,13 +110,13 @@ def print_line(text: str) -> None:
 
 def print_document(text: str) -> None:
     """Print several lines on standard output, safe for a terminal."""
-    print(escape_terminal(text, DOCUMENT), flush=True)
+    print(escape_terminal(text, DOCUMENT_WHITESPACE), flush=True)
 
 
 def print_json(value: Any) -> None:
     r"""Print JSON on standard output: the exact value, with \u escapes for what a terminal would act on."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    print(re.sub(UNSAFE, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text), flush=True)
+    print(re.sub(UNSAFE_PATTERN, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text), flush=True)
 
 
 def print_table(table: Table) -> None:

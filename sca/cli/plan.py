@@ -126,7 +126,7 @@ def _print_plan(model_plan: Plan) -> None:
     workload = "a step of training" if model_plan.train else "captioning"
     summary = f"{workload} of {model_plan.images} x {model_plan.regions} regions, {model_plan.words} tokens, {model_plan.dtype}"
     print_line(f"{model_plan.model}: {summary}")
-    table = Table(("stage", "GFLOP", "most memory"), right=("GFLOP", "most memory"), framed=False)
+    table = Table(("stage", "GFLOP", "most memory"), right_aligned=("GFLOP", "most memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
         table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
     table.add_row("in all", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak))

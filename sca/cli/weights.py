@@ -25,12 +25,12 @@ def pull(
     """
     from sca.checkpoints.layout import find_tokenizer_source
     from sca.checkpoints.trust import Trust, TrustError
-    from sca.io.hub import pin
-    from sca.io.hub import pull as fetch
+    from sca.io.hub import pin_commit
+    from sca.io.hub import download_model_files as fetch
 
     def fetch_and_pin(source: str, revision: str | None = None, **options: Any) -> Path:
         folder = fetch(source, revision, **options)
-        commit = pin(source, folder)
+        commit = pin_commit(source, folder)
         print_line(f"{source}{f' at {commit}' if commit else ''}: {folder}")
         return folder
 
@@ -89,13 +89,13 @@ def import_(
     """
     from sca.checkpoints.load import locate_checkpoint
     from sca.checkpoints.native import check_writable
-    from sca.io.lock import held_lock
-    from sca.io.run_folder import check_not_inputs, existing_paths
+    from sca.io.lock import hold_lock
+    from sca.io.run_folder import check_not_inputs, iter_existing_paths
 
     check_writable(out)
-    check_not_inputs([out], [locate_checkpoint(folder), *existing_paths([encoder, language_model, tokenizer])])
+    check_not_inputs([out], [locate_checkpoint(folder), *iter_existing_paths([encoder, language_model, tokenizer])])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with held_lock(out.parent / f".{out.name}.sca-lock", str(out)):
+    with hold_lock(out.parent / f".{out.name}.sca-lock", str(out)):
         trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
         _import_checkpoint(folder, out, encoder, language_model, tokenizer, overwrite, trust_options)
     print_stderr(f"wrote {out}")
@@ -114,7 +114,7 @@ def _import_checkpoint(
     from sca.checkpoints.load import load
     from sca.checkpoints.native import is_saved, save
     from sca.io.errors import OutputError
-    from sca.io.hub import fetch
+    from sca.io.hub import fetch_model_folder
     from sca.language_models.hf import load_tokenizer
 
     model = load(folder, **trust_options)
@@ -125,7 +125,7 @@ def _import_checkpoint(
             **({"language_model": _make_part("language_model", language_model, "hf")} if language_model else {}),
         )
     if tokenizer:
-        loaded_tokenizer = load_tokenizer(fetch(tokenizer))
+        loaded_tokenizer = load_tokenizer(fetch_model_folder(tokenizer))
         if loaded_tokenizer is None:
             raise ValueError(f"there is no tokenizer in {tokenizer}")
         model.language_model.tokenizer = loaded_tokenizer
@@ -146,10 +146,10 @@ def export(
     """Writes a model in a layout that other programs read."""
     from sca.checkpoints.export import write_language_model, write_published_checkpoint
     from sca.checkpoints.load import load
-    from sca.io.atomic import check_replaceable
+    from sca.io.atomic import check_folder_replaceable
 
     check_option_choice("layout", layout, LAYOUTS)
-    check_replaceable(out)
+    check_folder_replaceable(out)
     model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
     if layout == "published":
         write_published_checkpoint(model, out)

@@ -9,28 +9,28 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import identified, read_phrases
-from sca.data.own import check_hold_out, choose_split, find_split
-from sca.data.records import Records, grouped, index
+from sca.data.fields import iter_identified_records, parse_phrases
+from sca.data.own import make_hold_out_key, choose_split, resolve_split_path
+from sca.data.records import RecordIndex, group_indices_by_owner, index_json_lists
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
-from sca.io.annotations.annotation import Annotation, Skip
-from sca.io.errors import InputError, Reject
-from sca.io.image_names import ImageFiles, split_name
+from sca.io.annotations.annotation import Annotation, SkipCallback
+from sca.io.errors import InputError, RejectCallback
+from sca.io.image_names import ImageNameResolver, split_path_parts
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, require_size
+from sca.io.validation import read_field, require_recorded_size
 
-UNCATEGORIZED = "file without categories"
-WHAT = "COCO's format is an object with images, annotations and categories"
+NO_CATEGORIES_REASON = "file without categories"
+EXPECTED_CONTENT = "COCO's format is an object with images, annotations and categories"
 
 
-class Index(NamedTuple):
+class CocoIndex(NamedTuple):
     """A file in COCO's format: its images, its annotations, and the name of each category."""
 
-    images: Records
-    annotations: Records
-    names: dict[int, str]
-    things: set[int]  # the categories that are things, where that is said
+    images: RecordIndex
+    annotations: RecordIndex
+    category_names: dict[int, str]
+    thing_category_ids: set[int]  # the categories that are things, where that is said
     has_categories: bool = True
 
     @classmethod
@@ -38,9 +38,9 @@ class Index(NamedTuple):
         cls,
         path: Path,
         keys: Sequence[str] = ("id", "image_id"),  # of annotations
-        is_named: bool = True,
-        reject: Mapping[str, Reject] | None = None,
-    ) -> Index:
+        requires_categories: bool = True,
+        reject: Mapping[str, RejectCallback] | None = None,
+    ) -> CocoIndex:
         """Read the lists of a file.
 
         Args:
@@ -51,12 +51,12 @@ class Index(NamedTuple):
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         categories = ("categories",)
-        found, kept = index(path, lists, categories if is_named else (), WHAT, reject, () if is_named else categories)
+        indexes, lists_in_memory = index_json_lists(path, lists, categories if requires_categories else (), EXPECTED_CONTENT, reject, () if requires_categories else categories)
         reject_category = (reject or {}).get("categories")
         names, things = {}, set()
-        for record, place in identified(kept.get("categories", []), f"{path}: categories", reject=reject_category):
+        for record, location in iter_identified_records(lists_in_memory.get("categories", []), f"{path}: categories", reject=reject_category):
             try:
-                names[record["id"]] = coco.clean_name(read_field(record, "name", str, place))
+                names[record["id"]] = coco.clean_category_name(read_field(record, "name", str, location))
             except ValueError as error:
                 if reject_category is None:
                     raise
@@ -64,20 +64,20 @@ class Index(NamedTuple):
                 reject_category(error)
             if record.get("isthing"):
                 things.add(record["id"])
-        images, annotations = (found[key].unique((reject or {}).get(key)) for key in ("images", "annotations"))
-        return cls(images, annotations, names, things, "categories" in kept)
+        images, annotations = (indexes[key].check_unique_ids((reject or {}).get(key)) for key in ("images", "annotations"))
+        return cls(images, annotations, names, things, "categories" in lists_in_memory)
 
-    def image(self, number: int) -> tuple[int, str, int, int]:
+    def read_image_record(self, number: int) -> tuple[int, str, int, int]:
         """Id, file name, width and height."""
-        record, place = self.images[number]
-        return record["id"], read_field(record, "file_name", str, place), *require_size(record, place)
+        record, location = self.images[number]
+        return record["id"], read_field(record, "file_name", str, location), *require_recorded_size(record, location)
 
-    def name(self, record: Mapping[str, Any], place: str) -> str:
+    def get_category_name(self, record: Mapping[str, Any], location: str) -> str:
         """The name of the category of an annotation or a segment."""
-        number = read_field(record, "category_id", int, place)
-        if number not in self.names:
-            raise InputError(f"{place}: category_id {number} has no name among the categories")
-        return self.names[number]
+        category_id = read_field(record, "category_id", int, location)
+        if category_id not in self.category_names:
+            raise InputError(f"{location}: category_id {category_id} has no name among the categories")
+        return self.category_names[category_id]
 
 
 class Coco(TableDataset):
@@ -94,12 +94,12 @@ class Coco(TableDataset):
     """
 
     reader = "coco"
-    choice = ""
+    selection_key = ""
     layouts: tuple[tuple[str, str], ...] = (  # annotations and pictures in `root`
         ("{split}.json", "{split}"),
         ("annotations/instances_{split}2017.json", "{split}2017"),
     )
-    named = True  # regions are called by their categories
+    has_class_names = True  # regions are called by their categories
 
     def __init__(
         self,
@@ -109,68 +109,68 @@ class Coco(TableDataset):
         images: str | Path | None = None,
         max_bad: int = 100,
     ):
-        self.annotations, pictures = find(self.layouts, split, root, annotations, images)
-        super().__init__(split, pictures, [self.annotations], max_bad, self.choice)
+        self.annotations, image_folder = find_coco_files(self.layouts, split, root, annotations, images)
+        super().__init__(split, image_folder, [self.annotations], max_bad, self.selection_key)
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and those of its annotations."""
-        found = Index.read(self.annotations, is_named=False, reject=self._rejects())
-        if self.named and not found.has_categories:
-            self._skip(UNCATEGORIZED, str(self.annotations))
-        bar.reset(len(found.images))
-        if self.named:
-            self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
-        owners = found.annotations.owners("image_id", found.images, "the images", self._reject)
-        for number, its in grouped(owners, len(found.images)):
-            if number not in found.images.repeated:
-                yield found, number, its
+        coco_index = CocoIndex.read(self.annotations, requires_categories=False, reject=self._get_reject_callbacks())
+        if self.has_class_names and not coco_index.has_categories:
+            self._skip(NO_CATEGORIES_REASON, str(self.annotations))
+        bar.reset(len(coco_index.images))
+        if self.has_class_names:
+            self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        image_indices = coco_index.annotations.resolve_references("image_id", coco_index.images, "the images", self._reject_region)
+        for image_index, annotation_indices in group_indices_by_owner(image_indices, len(coco_index.images)):
+            if image_index not in coco_index.images.duplicates:
+                yield coco_index, image_index, annotation_indices
 
-    def _record(self, entry: Any) -> dict[str, Any] | None:
-        found, number, annotations = entry
-        identity, file, width, height = found.image(number)
-        image = self._image(identity, self._file(file), width, height)
-        self._fill(image, [found.annotations[each] for each in annotations], found)
-        return image
+    def _build_row(self, entry: Any) -> dict[str, Any] | None:
+        coco_index, image_index, annotation_indices = entry
+        image_id, file, width, height = coco_index.image(image_index)
+        row = self._create_row(image_id, self._map_file_name(file), width, height)
+        self._add_annotations(row, [coco_index.annotations[each] for each in annotation_indices], coco_index)
+        return row
 
-    def _fill(self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], found: Index) -> None:
-        for record, place in annotations:
-            with self._rejecting():
-                self._add(image, record, place, found)
+    def _add_annotations(self, row: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], coco_index: CocoIndex) -> None:
+        for record, location in annotations:
+            with self._catch_record_errors():
+                self._add_annotation(row, record, location, coco_index)
 
-    def _add(self, image: dict[str, Any], record: dict[str, Any], place: str, found: Index) -> None:
-        name = self._name(record, place, found) if self.named else None
+    def _add_annotation(self, row: dict[str, Any], record: dict[str, Any], location: str, coco_index: CocoIndex) -> None:
+        name = self._get_region_name(record, location, coco_index) if self.has_class_names else None
         if record.get("iscrowd"):
-            return self._skip("crowd", place)
-        region = read_region(record, place, image, self._skip)
+            return self._skip("crowd", location)
+        region = read_region_annotation(record, location, row, self._skip)
         if region is None:
             return
-        if region.unread:
-            self._skip(region.unread, place)
-        self._keep(
-            image,
+        if region.unread_caption:
+            self._skip(region.unread_caption, location)
+        self._add_region(
+            row,
             record["id"],
             region.box,
-            place,
+            location,
             mask=region.mask,
             name=name,
-            phrases=read_phrases(record.get("caption"), "caption", place),
-            attributes=read_field(record, "attributes", dict, place) if record.get("attributes") else None,
+            phrases=parse_phrases(record.get("caption"), "caption", location),
+            attributes=read_field(record, "attributes", dict, location) if record.get("attributes") else None,
         )
 
-    def _name(self, record: dict[str, Any], place: str, found: Index) -> str | None:
+    def _get_region_name(self, record: dict[str, Any], location: str, coco_index: CocoIndex) -> str | None:
         """The name of the category; None where the file has no categories, and where it has no name, which is counted,
         and the annotation has a caption.
         """
-        if not found.has_categories:
+        if not coco_index.has_categories:
             return None
         try:
-            return found.name(record, place)
+            return coco_index.get_category_name(record, location)
         except ValueError as error:
             if not record.get("caption"):
                 raise
             return self._reject_category(error)
 
-    def _file(self, name: str) -> str:
+    def _map_file_name(self, name: str) -> str:
         """Where a picture that the file calls `name` lies in the folder of pictures."""
         return name
 
@@ -182,11 +182,11 @@ class GritVisualGenome(Coco):
 
     reader = "visual-genome-grit"
     layouts = (("{split}.json", "."), ("annotations/{split}.json", "."))
-    named = False
+    has_class_names = False
 
-    def _path(self, name: str) -> Path:
-        path, base = super()._path(name), split_name(name)[-1]
-        paths = [path, *(self.images / folder / base for folder in ("images", "VG_100K", "VG_100K_2"))]
+    def _resolve_image_path(self, name: str) -> Path:
+        path, file_name = super()._resolve_image_path(name), split_path_parts(name)[-1]
+        paths = [path, *(self.images / folder / file_name for folder in ("images", "VG_100K", "VG_100K_2"))]
         return next(filter(os.path.isfile, paths), path)
 
 
@@ -202,8 +202,8 @@ class Objects365(Coco):
         for folder in ("annotations/", "")
     )
 
-    def _file(self, name: str) -> str:
-        return "/".join(split_name(name)[-2:])  # images/v1/patch8/objects365_v1_00420917.jpg
+    def _map_file_name(self, name: str) -> str:
+        return "/".join(split_path_parts(name)[-2:])  # images/v1/patch8/objects365_v1_00420917.jpg
 
 
 class V3Det(Coco):
@@ -223,16 +223,16 @@ class CocoCaptions(Coco):
 
     reader = "coco-captions"
     layouts = (("annotations/captions_{split}2017.json", "{split}2017"), ("captions_{split}.json", "{split}"))
-    named = False
+    has_class_names = False
 
-    def _fill(self, image: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], found: Index) -> None:
-        told: list[str] = []
-        for record, place in annotations:
-            with self._rejecting():
-                told += read_phrases(read_field(record, "caption", str, place), "caption", place)
+    def _add_annotations(self, row: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], coco_index: CocoIndex) -> None:
+        phrases: list[str] = []
+        for record, location in annotations:
+            with self._catch_record_errors():
+                phrases += parse_phrases(read_field(record, "caption", str, location), "caption", location)
         if annotations:
-            (first, place), *_ = annotations
-            self._keep(image, first["id"], (0, 0, image["width"], image["height"]), place, phrases=told)
+            (first, location), *_ = annotations
+            self._add_region(row, first["id"], (0, 0, row["width"], row["height"]), location, phrases=phrases)
 
 
 class CocoJson(Coco):
@@ -247,34 +247,34 @@ class CocoJson(Coco):
         self, split: str, annotations: str | Path, images: str | Path, hold_out: float = 0.0, max_bad: int = 100
     ):
         self.hold_out = hold_out
-        annotations, images = (find_split(str(expand_user(path)), split) for path in (annotations, images))
-        self.choice = check_hold_out(split, hold_out)
+        annotations, images = (resolve_split_path(str(expand_user(path)), split) for path in (annotations, images))
+        self.selection_key = make_hold_out_key(split, hold_out)
         super().__init__(split, annotations=annotations, images=images, max_bad=max_bad)
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and those of the annotations of all records of its file."""
-        files = ImageFiles(self._path)
-        merged: dict[str, tuple[Index, int, list[int]]] = {}
-        for found, number, its in super()._entries(bar):
-            record, place = found.images[number]
+        name_resolver = ImageNameResolver(self._resolve_image_path)
+        entry_by_name: dict[str, tuple[CocoIndex, int, list[int]]] = {}
+        for coco_index, image_index, annotation_indices in super()._iter_entries(bar):
+            record, location = coco_index.images[image_index]
             name = record.get("file_name")
-            name = files.unify(name) if isinstance(name, str) else place
-            if name not in merged:
-                merged[name] = found, number, its
-            elif self._agrees(record, place, found.images[merged[name][1]][0]):
-                merged[name][2].extend(its)
-        chosen, self.remarks = choose_split(map(files.identify, merged), self.split, self.hold_out)
-        return (entry for name, entry in merged.items() if files.identify(name) in chosen)
+            name = name_resolver.unify_spelling(name) if isinstance(name, str) else location
+            if name not in entry_by_name:
+                entry_by_name[name] = coco_index, image_index, annotation_indices
+            elif self._has_same_size(record, location, coco_index.images[entry_by_name[name][1]][0]):
+                entry_by_name[name][2].extend(annotation_indices)
+        split_names, self.remarks = choose_split(map(name_resolver.identify_file, entry_by_name), self.split, self.hold_out)
+        return (entry for name, entry in entry_by_name.items() if name_resolver.identify_file(name) in split_names)
 
-    def _agrees(self, record: dict[str, Any], place: str, first: dict[str, Any]) -> bool:
+    def _has_same_size(self, record: dict[str, Any], location: str, first_record: dict[str, Any]) -> bool:
         """Whether two records of one image file state the same size; the second one is rejected otherwise."""
-        sizes = [(each.get("width"), each.get("height")) for each in (first, record)]
+        sizes = [(each.get("width"), each.get("height")) for each in (first_record, record)]
         if sizes[0] != sizes[1]:
-            self._reject_image(f"{place}: width and height are {sizes[1]}, and {sizes[0]} in a record of the same file")
+            self._reject_image(f"{location}: width and height are {sizes[1]}, and {sizes[0]} in a record of the same file")
         return sizes[0] == sizes[1]
 
 
-def read_region(record: dict[str, Any], place: str, image: dict[str, Any], skip: Skip) -> Annotation | None:
+def read_region_annotation(record: dict[str, Any], location: str, row: dict[str, Any], skip: SkipCallback) -> Annotation | None:
     """Read an annotation of an image, which is a row of the table.
 
     Returns:
@@ -283,17 +283,17 @@ def read_region(record: dict[str, Any], place: str, image: dict[str, Any], skip:
     Raises:
         InputError: If it cannot be read, or has neither a box nor a mask. One line that names it.
     """
-    region = coco.read_annotation(record, place, (image["width"], image["height"]), None, skip)
+    region = coco.read_annotation(record, location, (row["width"], row["height"]), None, skip)
     if region.box is not None:
         return region
     if not record.get("bbox") and not record.get("segmentation"):
-        raise InputError(f"{place}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
+        raise InputError(f"{location}: no 'bbox'; it has: {', '.join(map(str, record)) or 'nothing'}")
     if not record.get("segmentation") and not any(record["bbox"]):
-        skip("empty box", place)  # others are counted already
+        skip("empty box", location)  # others are counted already
     return None
 
 
-def find(
+def find_coco_files(
     layouts: Iterable[tuple[str, str]],
     split: str,
     root: str | Path | None,
@@ -304,15 +304,15 @@ def find(
     root, annotations, images = (None if path is None else expand_user(path) for path in (root, annotations, images))
     if root is not None:
         names = [tuple(name.replace("{split}", split) for name in layout) for layout in layouts]
-        given = [(annotations or f"{root}/{file}", images or f"{root}/{folder}") for file, folder in names]
+        candidates = [(annotations or f"{root}/{file}", images or f"{root}/{folder}") for file, folder in names]
     elif annotations is not None and images is not None:
-        given = [(annotations, images)]
+        candidates = [(annotations, images)]
     else:
         raise InputError("give root=FOLDER, or both annotations=FILE and images=FOLDER")
-    paths = [(Path(file), Path(folder)) for file, folder in given]
+    paths = [(Path(file), Path(folder)) for file, folder in candidates]
     for file, folder in paths:
         if file.is_file() and folder.is_dir():
             return file, folder
-    looked = " or ".join(f"{file} with {folder}{os.sep}" for file, folder in paths)
+    searched = " or ".join(f"{file} with {folder}{os.sep}" for file, folder in paths)
     missing = dict.fromkeys(str(path) for pair in paths for path in pair if not path.exists())
-    raise InputError(f"no data for split {split!r}: looked for {looked}; not there: {', '.join(missing)}")
+    raise InputError(f"no data for split {split!r}: looked for {searched}; not there: {', '.join(missing)}")

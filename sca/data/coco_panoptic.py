@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sca.data.coco import Index, find
+from sca.data.coco import CocoIndex, find_coco_files
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
-from sca.io.image_names import find_image
+from sca.io.image_names import resolve_image_path
 from sca.io.images import open_image
-from sca.io.masks import encode
+from sca.io.masks import encode_rle
 from sca.io.validation import read_field
 
 LAYOUTS = (("annotations/panoptic_{split}2017.json", "{split}2017"), ("panoptic_{split}.json", "{split}"))
-NOTHING = 0  # the number of pixels that belong to no segment
-SUFFIXES = ("-merged", "-other", "-stuff")  # that tell classes of stuff from their like
+VOID_SEGMENT_ID = 0  # the number of pixels that belong to no segment
+STUFF_SUFFIXES = ("-merged", "-other", "-stuff")  # that tell classes of stuff from their like
 
 
 class CocoPanoptic(TableDataset):
@@ -36,79 +36,79 @@ class CocoPanoptic(TableDataset):
     reader = "coco-panoptic"
 
     def __init__(self, split: str, root: str | Path, max_bad: int = 100):
-        self.annotations, pictures = find(LAYOUTS, split, root)
+        self.annotations, image_folder = find_coco_files(LAYOUTS, split, root)
         self.segments = self.annotations.with_suffix("")
         if not self.segments.is_dir():
             raise InputError(f"there is no folder {self.segments} with the PNG files of {self.annotations.name}")
-        super().__init__(split, pictures, [self.annotations, self.segments], max_bad)
+        super().__init__(split, image_folder, [self.annotations, self.segments], max_bad)
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, its annotation with its place, and how many segments came before."""
-        found = Index.read(
-            self.annotations, ("image_id",), reject=self._rejects() | {"annotations": self._reject_image}
+        coco_index = CocoIndex.read(
+            self.annotations, ("image_id",), reject=self._get_reject_callbacks() | {"annotations": self._reject_image}
         )
-        found = found._replace(names={number: _plain(name) for number, name in found.names.items()})
-        self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
-        bar.reset(len(found.annotations))
-        owners = found.annotations.owners("image_id", found.images, "the images", self._reject_image)
-        count = 0
-        for number, owner in enumerate(owners.tolist()):
-            record, place = found.annotations[number]
-            if owner >= 0:
-                yield found, owner, record, place, count
+        coco_index = coco_index._replace(names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()})
+        self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        bar.reset(len(coco_index.annotations))
+        image_indices = coco_index.annotations.resolve_references("image_id", coco_index.images, "the images", self._reject_image)
+        segments_before = 0
+        for number, image_index in enumerate(image_indices.tolist()):
+            record, location = coco_index.annotations[number]
+            if image_index >= 0:
+                yield coco_index, image_index, record, location, segments_before
             segments = record.get("segments_info")
-            count += len(segments) if isinstance(segments, list) else 0
-        for number in np.setdiff1d(np.arange(len(found.images)), owners).tolist():
-            self._skip("image without annotation", found.images.place(number))
+            segments_before += len(segments) if isinstance(segments, list) else 0
+        for number in np.setdiff1d(np.arange(len(coco_index.images)), image_indices).tolist():
+            self._skip("image without annotation", coco_index.images.describe_location(number))
 
-    def _record(self, entry: Any) -> dict[str, Any] | None:
-        found, number, record, place, count = entry
-        image = self._image(*found.image(number))
-        numbers = self._numbers(read_field(record, "file_name", str, place), image)
-        if numbers is None:
+    def _build_row(self, entry: Any) -> dict[str, Any] | None:
+        coco_index, image_index, record, location, segments_before = entry
+        row = self._create_row(*coco_index.image(image_index))
+        segment_ids = self._read_segment_ids(read_field(record, "file_name", str, location), row)
+        if segment_ids is None:
             return None
-        known = {NOTHING}
-        for n, segment in enumerate(read_field(record, "segments_info", list, place)):
-            at = f"{place}: segments_info[{n}]"
-            with self._rejecting():
-                identity = read_field(segment, "id", int, at)
-                at = f"{at} (id {identity})"
-                if identity in known:
-                    raise InputError(f"{at}: this id was given before")
-                known.add(identity)
-                name = found.name(segment, at)
+        known_ids = {VOID_SEGMENT_ID}
+        for n, segment in enumerate(read_field(record, "segments_info", list, location)):
+            segment_location = f"{location}: segments_info[{n}]"
+            with self._catch_record_errors():
+                segment_id = read_field(segment, "id", int, segment_location)
+                segment_location = f"{segment_location} (id {segment_id})"
+                if segment_id in known_ids:
+                    raise InputError(f"{segment_location}: this id was given before")
+                known_ids.add(segment_id)
+                name = coco_index.name(segment, segment_location)
                 if segment.get("iscrowd"):
-                    self._skip("crowd", at)
+                    self._skip("crowd", segment_location)
                 else:
-                    kind = "thing" if segment["category_id"] in found.things else "stuff"
-                    self._segment(image, count + n + 1, numbers == identity, at, name, kind)
-        for identity in np.setdiff1d(numbers, list(known)).tolist():
-            self._skip("pixels of no segment", f"{place}: {identity}")
-        return image
+                    kind = "thing" if segment["category_id"] in coco_index.things else "stuff"
+                    self._add_segment(row, segments_before + n + 1, segment_ids == segment_id, segment_location, name, kind)
+        for segment_id in np.setdiff1d(segment_ids, list(known_ids)).tolist():
+            self._skip("pixels of no segment", f"{location}: {segment_id}")
+        return row
 
-    def _numbers(self, name: str, image: dict[str, Any]) -> np.ndarray | None:
+    def _read_segment_ids(self, name: str, row: dict[str, Any]) -> np.ndarray | None:
         """The segment of each pixel, (height, width); None, and counted, if that cannot be read."""
         path = self.segments.absolute() / name
         try:
-            colours = np.asarray(open_image(find_image(name, [self.segments])), dtype=np.int64)
+            colors = np.asarray(open_image(resolve_image_path(name, [self.segments])), dtype=np.int64)
         except InputError as error:
             return self._skip_image("segments unreadable", str(path), str(error), stop=False)
-        if colours.shape[:2] != (image["height"], image["width"]):
-            size = f"{colours.shape[1]} x {colours.shape[0]}"
+        if colors.shape[:2] != (row["height"], row["width"]):
+            size = f"{colors.shape[1]} x {colors.shape[0]}"
             return self._skip_image("segments of another size", str(path), f"{name} ({size})", stop=False)
-        return colours @ np.array([1, 256, 65536])
+        return colors @ np.array([1, 256, 65536])
 
-    def _segment(
-        self, image: dict[str, Any], identity: int, mask: np.ndarray, place: str, name: str, kind: str
+    def _add_segment(
+        self, row: dict[str, Any], region_id: int, mask: np.ndarray, location: str, name: str, kind: str
     ) -> None:
         if not mask.any():
-            return self._skip("segment without a pixel", place)
-        self._keep(image, identity, None, place, mask=encode(mask), name=name, attributes={"kind": kind})
+            return self._skip("segment without a pixel", location)
+        self._add_region(row, region_id, None, location, mask=encode_rle(mask), name=name, attributes={"kind": kind})
 
 
-def _plain(name: str) -> str:
-    for suffix in SUFFIXES:
+def _strip_stuff_suffixes(name: str) -> str:
+    for suffix in STUFF_SUFFIXES:
         name = name.removesuffix(suffix)
-    for suffix in SUFFIXES:
+    for suffix in STUFF_SUFFIXES:
         name = name.removesuffix(suffix)
     return name

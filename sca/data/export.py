@@ -16,15 +16,15 @@ from typing import Any
 
 from sca_registry.contracts import Dataset, Sample
 
-from sca.data.export_coco import captions, coco, grit, objects365, panoptic, v3det
-from sca.data.export_records import Ids, annotation_record, image_record, save, words, write_instances, write_json
+from sca.data.export_coco import write_coco_captions, write_coco, write_grit, write_objects365, write_coco_panoptic, write_v3det
+from sca.data.export_records import UniqueIds, make_annotation_record, make_image_record, save_image, get_region_texts, write_instances, write_json
 from sca.data.fields import EmptyDatasetError
 from sca.data.summary import summarize_dataset
-from sca.io.atomic import new_folder
-from sca.io.masks import box_of
+from sca.io.atomic import write_folder
+from sca.io.masks import mask_to_box
 
 
-def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, limit: int | None = None) -> Path:
+def export_dataset(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, max_images: int | None = None) -> Path:
     """Writes `dataset`, or several as {split: dataset}, to `folder` and gives its path.
 
     A dataset by itself is written as the split that it says it is, else as "train". `limit` keeps the first so many
@@ -47,39 +47,39 @@ def export(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format:
     The folder appears whole or not at all. A folder with something in it is refused with an InputError, and so are ids
     that occur twice in one file. EmptyDatasetError if no sample can be read.
     """
-    if format not in FORMATS:
-        raise ValueError(f"no format {format!r}; there are: {', '.join(FORMATS)}")
+    if format not in EXPORT_WRITERS:
+        raise ValueError(f"no format {format!r}; there are: {', '.join(EXPORT_WRITERS)}")
     folder = Path(folder)
     splits = dataset if isinstance(dataset, Mapping) else {getattr(dataset, "split", "train"): dataset}
     counts: Counter[str] = Counter()
-    with new_folder(folder) as draft:
-        FORMATS[format]({name: _counted(part, name, counts, limit) for name, part in splits.items()}, draft)
+    with write_folder(folder) as draft:
+        EXPORT_WRITERS[format]({name: _iter_and_count_samples(part, name, counts, max_images) for name, part in splits.items()}, draft)
         if not counts:
             raise EmptyDatasetError(f"no sample can be read; {'; '.join(map(summarize_dataset, splits.values()))}")
     return folder
 
 
-def _counted(dataset: Dataset, split: str, counts: Counter[str], limit: int | None) -> Iterator[Sample]:
+def _iter_and_count_samples(dataset: Dataset, split: str, counts: Counter[str], max_images: int | None) -> Iterator[Sample]:
     is_iterable = hasattr(dataset, "__iter__")  # it knows best which samples to pass over
     samples = iter(dataset) if is_iterable else map(dataset.__getitem__, range(len(dataset)))
-    for sample in islice(samples, limit):
+    for sample in islice(samples, max_images):
         counts[split] += 1
         yield sample
 
 
-def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
-    seen = Ids()
-    listed: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+def _write_visual_genome(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+    unique_ids = UniqueIds()
+    image_ids_by_split: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     images, descriptions = [], []
-    number = 0
+    region_id = 0
     for split, samples in splits.items():
-        places = listed.setdefault(split, [])
+        split_image_ids = image_ids_by_split.setdefault(split, [])
         for sample in samples:
-            seen.image(sample, split)
+            unique_ids.add_sample(sample, split)
             file_name = f"VG_100K/{sample.image_id}.jpg"
-            save(sample, folder / file_name, quality=95)
+            save_image(sample, folder / file_name, quality=95)
             width, height = sample.image.size
-            places.append(sample.image_id)
+            split_image_ids.append(sample.image_id)
             images.append(
                 {
                     "image_id": sample.image_id,
@@ -93,11 +93,11 @@ def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             regions = []
             for region in sample.regions:
                 x1, y1, x2, y2 = (round(value) for value in region.box)
-                for phrase in words(region):
-                    number += 1
+                for phrase in get_region_texts(region):
+                    region_id += 1
                     regions.append(
                         {
-                            "region_id": number,
+                            "region_id": region_id,
                             "image_id": sample.image_id,
                             "phrase": phrase,
                             "x": x1,
@@ -109,27 +109,27 @@ def _vg(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
             descriptions.append({"id": sample.image_id, "regions": regions})
     write_json(folder / "image_data.json", images)
     write_json(folder / "region_descriptions.json", descriptions)
-    write_json(folder / "densecap_splits.json", listed)
+    write_json(folder / "densecap_splits.json", image_ids_by_split)
 
 
-def _refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
-    seen = Ids()
+def _write_refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+    unique_ids = UniqueIds()
     categories: dict[str, int] = {}
     images, annotations = [], []
     refs: list[dict[str, Any]] = []
-    sentences = 0
+    num_sentences = 0
     for split, samples in splits.items():
         for sample in samples:
-            seen.image(sample, split)
+            unique_ids.add_sample(sample, split)
             file_name = f"{sample.image_id:012d}.png"
-            save(sample, folder / "images" / file_name)
-            images.append(image_record(sample, file_name))
-            for place, region in enumerate(sample.regions):
-                annotations.append(annotation_record(region, sample.image_id, categories))
+            save_image(sample, folder / "images" / file_name)
+            images.append(make_image_record(sample, file_name))
+            for region_index, region in enumerate(sample.regions):
+                annotations.append(make_annotation_record(region, sample.image_id, categories))
                 if not region.phrases:
                     continue
-                numbers = range(sentences, sentences + len(region.phrases))
-                sentences = numbers.stop
+                sentence_ids = range(num_sentences, num_sentences + len(region.phrases))
+                num_sentences = sentence_ids.stop
                 refs.append(
                     {
                         "ref_id": len(refs),
@@ -137,10 +137,10 @@ def _refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
                         "image_id": sample.image_id,
                         "category_id": annotations[-1]["category_id"],
                         "split": split,
-                        "file_name": f"{sample.image_id:012d}_{place}.png",
-                        "sent_ids": list(numbers),
+                        "file_name": f"{sample.image_id:012d}_{region_index}.png",
+                        "sent_ids": list(sentence_ids),
                         "sentences": [
-                            _sentence(raw, sent_id) for raw, sent_id in zip(region.phrases, numbers, strict=True)
+                            _make_sentence_record(raw, sent_id) for raw, sent_id in zip(region.phrases, sentence_ids, strict=True)
                         ],
                     }
                 )
@@ -148,57 +148,57 @@ def _refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
-def _sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
-    seen = Ids()
+def _write_sa1b(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+    unique_ids = UniqueIds()
     for split, samples in splits.items():
         for sample in samples:
-            seen.image(sample, split)
+            unique_ids.add_sample(sample, split)
             name = f"sa_{sample.image_id}"
-            save(sample, folder / f"{name}.jpg", quality=95)
+            save_image(sample, folder / f"{name}.jpg", quality=95)
             width, height = sample.image.size
             image = {"image_id": sample.image_id, "width": width, "height": height, "file_name": f"{name}.jpg"}
-            masks = [region for region in sample.regions if region.mask]
+            masked_regions = [region for region in sample.regions if region.mask]
             annotations = []
-            for region in masks:
-                x1, y1, x2, y2 = box_of(region.mask)
+            for region in masked_regions:
+                x1, y1, x2, y2 = mask_to_box(region.mask)
                 box = [x1, y1, x2 - 1 - x1, y2 - 1 - y1]  # up to the last pixel, as published
-                annotations.append(annotation_record(region, sample.image_id, {}) | {"bbox": box})
-            captions = {region.id: list(words(region)) for region in masks}
+                annotations.append(make_annotation_record(region, sample.image_id, {}) | {"bbox": box})
+            captions_by_region_id = {region.id: list(get_region_texts(region)) for region in masked_regions}
             write_json(folder / f"{name}.json", {"image": image, "annotations": annotations})
-            write_json(folder / f"{name}.captions.json", captions)
+            write_json(folder / f"{name}.captions.json", captions_by_region_id)
 
 
-def _jsonl(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
+def _write_jsonl(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None:
     for split, samples in splits.items():
-        seen = Ids()
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as lines:
+        unique_ids = UniqueIds()
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for sample in samples:
-                seen.image(sample, split)
+                unique_ids.add_sample(sample, split)
                 name = f"{split}/{sample.image_id:012d}.png"
-                save(sample, folder / name)
+                save_image(sample, folder / name)
                 width, height = sample.image.size
                 for region in sample.regions:
                     line = {"image": name, "image_id": sample.image_id, "id": region.id, "box": region.box}
                     extras = {"name": region.name, "mask": region.mask, "phrases": region.phrases}
                     extras = {key: value for key, value in {**extras, "attributes": region.attributes}.items() if value}
-                    lines.write(json.dumps({**line, **extras, "width": width, "height": height}) + "\n")
+                    file.write(json.dumps({**line, **extras, "width": width, "height": height}) + "\n")
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Iterator[Sample]], Path], None]] = {
-    "coco": coco,
-    "coco-captions": captions,
-    "coco-panoptic": panoptic,
-    "jsonl": _jsonl,
-    "objects365": objects365,
-    "sa1b": _sa1b,
-    "v3det": v3det,
-    "vg": _vg,
-    "vg-grit": grit,
-    "refcoco": _refcoco,
+EXPORT_WRITERS: dict[str, Callable[[Mapping[str, Iterator[Sample]], Path], None]] = {
+    "coco": write_coco,
+    "coco-captions": write_coco_captions,
+    "coco-panoptic": write_coco_panoptic,
+    "jsonl": _write_jsonl,
+    "objects365": write_objects365,
+    "sa1b": _write_sa1b,
+    "v3det": write_v3det,
+    "vg": _write_visual_genome,
+    "vg-grit": write_grit,
+    "refcoco": _write_refcoco,
 }
 
 
-def _sentence(raw: str, sent_id: int) -> dict[str, Any]:
+def _make_sentence_record(raw: str, sent_id: int) -> dict[str, Any]:
     """A sentence as the RefCOCO authors keep it: as it was typed, and in lower case without punctuation."""
     tokens = re.sub(r"[^\w\s]", "", raw.lower()).split()
     return {"raw": raw, "sent": " ".join(tokens), "sent_id": sent_id, "tokens": tokens}

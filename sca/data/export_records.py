@@ -12,49 +12,49 @@ from sca_registry.contracts import Region, Sample
 
 from sca.io.errors import InputError
 
-UNNAMED = "region"  # the category of regions that have no name
+UNNAMED_CATEGORY = "region"  # the category of regions that have no name
 
 
-class Ids:
+class UniqueIds:
     """Which images and regions one set of files has, and in which split."""
 
     def __init__(self) -> None:
-        self.images: dict[int, str] = {}
-        self.regions: dict[int, str] = {}
+        self.split_by_image_id: dict[int, str] = {}
+        self.split_by_region_id: dict[int, str] = {}
 
-    def image(self, sample: Sample, split: str) -> None:
-        once("image", sample.image_id, split, self.images)
+    def add_sample(self, sample: Sample, split: str) -> None:
+        register_id("image", sample.image_id, split, self.split_by_image_id)
         for region in sample.regions:
-            once("region", region.id, split, self.regions)
+            register_id("region", region.id, split, self.split_by_region_id)
 
 
-def once(kind: str, identity: int, split: str, seen: dict[int, str]) -> None:
-    if identity in seen:
-        raise InputError(f"{kind} id {identity} of split {split!r} was there before, in split {seen[identity]!r}")
-    seen[identity] = split
+def register_id(record_type: str, record_id: int, split: str, split_by_id: dict[int, str]) -> None:
+    if record_id in split_by_id:
+        raise InputError(f"{record_type} id {record_id} of split {split!r} was there before, in split {split_by_id[record_id]!r}")
+    split_by_id[record_id] = split
 
 
-def save(sample: Sample, path: Path, **options: Any) -> None:
+def save_image(sample: Sample, path: Path, **options: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     sample.image.convert("RGB").save(path, **options)
 
 
-def words(region: Region) -> tuple[str, ...]:
+def get_region_texts(region: Region) -> tuple[str, ...]:
     """What is said of a region, for layouts that have no classes: its name where there is no phrase."""
     return region.phrases or tuple(filter(None, (region.name,)))
 
 
-def image_record(sample: Sample, file_name: str) -> dict[str, Any]:
+def make_image_record(sample: Sample, file_name: str) -> dict[str, Any]:
     width, height = sample.image.size
     return {"id": sample.image_id, "file_name": file_name, "width": width, "height": height}
 
 
-def annotation_record(region: Region, image_id: int, categories: dict[str, int]) -> dict[str, Any]:
+def make_annotation_record(region: Region, image_id: int, categories: dict[str, int]) -> dict[str, Any]:
     x1, y1, x2, y2 = region.box
     return {
         "id": region.id,
         "image_id": image_id,
-        "category_id": categories.setdefault(region.name or UNNAMED, len(categories) + 1),
+        "category_id": categories.setdefault(region.name or UNNAMED_CATEGORY, len(categories) + 1),
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": int(rle.area(region.mask)) if region.mask else (x2 - x1) * (y2 - y1),
         "segmentation": region.mask or [],
@@ -63,8 +63,8 @@ def annotation_record(region: Region, image_id: int, categories: dict[str, int])
 
 
 def write_instances(path: Path, images: list, annotations: list, categories: Mapping[str, int]) -> None:
-    named = [{"id": number, "name": name, "supercategory": name} for name, number in categories.items()]
-    write_json(path, {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": named})
+    category_records = [{"id": number, "name": name, "supercategory": name} for name, number in categories.items()]
+    write_json(path, {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": category_records})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,18 +11,18 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data import fields
-from sca.data.fields import note_unread_caption, read_phrases
-from sca.data.own import check_hold_out, choose_split, find_split
-from sca.data.records import Lines, grouped, read_jsonl_records
+from sca.data.fields import count_unread_caption, parse_phrases
+from sca.data.own import make_hold_out_key, choose_split, resolve_split_path
+from sca.data.records import LineIndex, group_indices_by_owner, read_jsonl_records
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
-from sca.io.image_names import ImageFiles, find_image
-from sca.io.images import measure_image
+from sca.io.image_names import ImageNameResolver, resolve_image_path
+from sca.io.images import read_image_file_size
 from sca.io.paths import expand_user, normalize_name
-from sca.io.validation import read_field, parse_numbers, require_size
+from sca.io.validation import read_field, parse_numbers, require_recorded_size
 
-ORDER = "x1, y1, x2, y2"
-WORDS = ("caption", "phrases", "name")
+BOX_FORMAT = "x1, y1, x2, y2"
+TEXT_FIELDS = ("caption", "phrases", "name")
 
 
 class Jsonl(TableDataset):
@@ -52,117 +52,117 @@ class Jsonl(TableDataset):
         max_bad: int = 100,
     ):
         self.hold_out = hold_out
-        self.file = find_split(str(expand_user(file)), split)
+        self.file = resolve_split_path(str(expand_user(file)), split)
         if not self.file.is_file():
             raise InputError(f"there is no file {self.file}; give file=FILE, which may hold {{split}}")
-        self.working = os.getcwd() if images is None else ""
+        self.working_folder = os.getcwd() if images is None else ""
         folder = self.file.parent if images is None else expand_user(images)
-        choice = check_hold_out(split, hold_out)
-        super().__init__(split, folder, [self.file], max_bad, self.working + choice)
+        hold_out_key = make_hold_out_key(split, hold_out)
+        super().__init__(split, folder, [self.file], max_bad, self.working_folder + hold_out_key)
 
-    def _path(self, name: str) -> Path:
-        return find_image(name, [self.images, *([self.working] if self.working else [])])
+    def _resolve_image_path(self, name: str) -> Path:
+        return resolve_image_path(name, [self.images, *([self.working_folder] if self.working_folder else [])])
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """All lines, the name and the id of an image, and the numbers of its lines; images as they first come."""
         images: dict[str, tuple[int, int]] = {}  # the place of each, and its id
-        owners: dict[int, str] = {}
-        names: set[str] = set()
-        files = ImageFiles(self._path)
-        places = array("q")
-        keyed: dict[str, bool] = {}
-        found = Lines(self.file, str(self.file), ("id", "line"))
-        for record, line, start, end in read_jsonl_records(self.file, self._reject):
-            with self._rejecting():
-                place = f"{self.file}: line {line}"
-                keyed = keyed or {key: key in record for key in ("id", "image_id")}
-                for key, given in keyed.items():
-                    if (key in record) != given:
-                        told = f"no {key!r}, which the first line has"
-                        told = told if given else f"{key!r}, which the first line lacks"
-                        raise InputError(f"{place}: {told}; give it on every line, or on none")
-                identity = read_field(record, "id", int, place) if keyed["id"] else len(places)
-                place = f"{place} (id {identity})"
-                name = files.unify(normalize_name(read_field(record, "image", str, place)))
-                known = images[name][1] if name in images else len(images)
-                image_id = read_field(record, "image_id", int, place) if keyed["image_id"] else known
-                if owners.get(image_id, name) != name:
-                    raise InputError(f"{place}: image_id {image_id} was given before, to {owners[image_id]}")
-                if known != image_id and name in images:
+        name_by_image_id: dict[int, str] = {}
+        class_names: set[str] = set()
+        name_resolver = ImageNameResolver(self._resolve_image_path)
+        image_indices = array("q")
+        is_key_expected: dict[str, bool] = {}
+        line_index = LineIndex(self.file, str(self.file), ("id", "line"))
+        for record, line, start, end in read_jsonl_records(self.file, self._reject_region):
+            with self._catch_record_errors():
+                location = f"{self.file}: line {line}"
+                is_key_expected = is_key_expected or {key: key in record for key in ("id", "image_id")}
+                for key, expected in is_key_expected.items():
+                    if (key in record) != expected:
+                        problem = f"no {key!r}, which the first line has"
+                        problem = problem if expected else f"{key!r}, which the first line lacks"
+                        raise InputError(f"{location}: {problem}; give it on every line, or on none")
+                region_id = read_field(record, "id", int, location) if is_key_expected["id"] else len(image_indices)
+                location = f"{location} (id {region_id})"
+                name = name_resolver.unify_spelling(normalize_name(read_field(record, "image", str, location)))
+                previous_image_id = images[name][1] if name in images else len(images)
+                image_id = read_field(record, "image_id", int, location) if is_key_expected["image_id"] else previous_image_id
+                if name_by_image_id.get(image_id, name) != name:
+                    raise InputError(f"{location}: image_id {image_id} was given before, to {name_by_image_id[image_id]}")
+                if previous_image_id != image_id and name in images:
                     raise InputError(
-                        f"{place}: image_id {image_id} is another than before, {known}, for the same image"
+                        f"{location}: image_id {image_id} is another than before, {previous_image_id}, for the same image"
                     )
-                owners[image_id] = name
+                name_by_image_id[image_id] = name
                 number, _ = images.setdefault(name, (len(images), image_id))
                 if isinstance(record.get("name"), str) and record["name"].strip():
-                    names.add(record["name"].strip())
-                found.note((identity, line), start, end)
-                places.append(number)
-        for number in found.unique(self._reject).repeated:
-            places[number] = -1
-        self.attributes = {"name": tuple(sorted(names))} if names else {}
+                    class_names.add(record["name"].strip())
+                line_index.add_values((region_id, line), start, end)
+                image_indices.append(number)
+        for number in line_index.check_unique_ids(self._reject_region).duplicates:
+            image_indices[number] = -1
+        self.attributes = {"name": tuple(sorted(class_names))} if class_names else {}
         bar.reset(len(images))
-        chosen, self.remarks = choose_split(map(files.identify, images), self.split, self.hold_out)
-        for (name, (_, image_id)), (_, lines) in zip(images.items(), grouped(places, len(images)), strict=True):
-            if files.identify(name) in chosen:
-                yield found, name, image_id, lines
+        split_names, self.remarks = choose_split(map(name_resolver.identify_file, images), self.split, self.hold_out)
+        for (name, (_, image_id)), (_, lines) in zip(images.items(), group_indices_by_owner(image_indices, len(images)), strict=True):
+            if name_resolver.identify_file(name) in split_names:
+                yield line_index, name, image_id, lines
 
-    def _record(self, entry: Any) -> dict[str, Any] | None:
-        found, name, image_id, numbers = entry
-        told = list(self._agreeing([(number, *found[number]) for number in numbers]))
-        recorded = next((require_size(record, place) for _, record, place in told if "width" in record), None)
-        sides = recorded or self._read_size(name)
-        if not sides:
+    def _build_row(self, entry: Any) -> dict[str, Any] | None:
+        line_index, name, image_id, indices = entry
+        lines = list(self._iter_lines_of_same_size([(number, *line_index[number]) for number in indices]))
+        recorded_size = next((require_recorded_size(record, location) for _, record, location in lines if "width" in record), None)
+        size = recorded_size or self._measure_image_file(name)
+        if not size:
             return None
-        image = self._image(image_id, name, *sides, is_size_recorded=recorded is not None)
-        for number, record, place in told:
-            with self._rejecting():
-                self._add(image, record, found.columns["id"][number], place)
-        return image
+        row = self._create_row(image_id, name, *size, is_size_recorded=recorded_size is not None)
+        for number, record, location in lines:
+            with self._catch_record_errors():
+                self._add_line(row, record, line_index.columns["id"][number], location)
+        return row
 
-    def _agreeing(self, lines: list[tuple[int, dict[str, Any], str]]) -> Iterator[tuple[int, dict[str, Any], str]]:
+    def _iter_lines_of_same_size(self, lines: list[tuple[int, dict[str, Any], str]]) -> Iterator[tuple[int, dict[str, Any], str]]:
         """The lines of an image that record the size of the first that records one; the others are rejected."""
-        given: tuple[int, int] | None = None
-        for number, record, place in lines:
-            with self._rejecting():
-                sides = require_size(record, place) if "width" in record or "height" in record else given
-                if given and sides != given:
-                    raise InputError(f"{place}: width and height are {sides}, and {given} on a line before")
-                given = sides
-                yield number, record, place
+        first_size: tuple[int, int] | None = None
+        for number, record, location in lines:
+            with self._catch_record_errors():
+                size = require_recorded_size(record, location) if "width" in record or "height" in record else first_size
+                if first_size and size != first_size:
+                    raise InputError(f"{location}: width and height are {size}, and {first_size} on a line before")
+                first_size = size
+                yield number, record, location
 
-    def _read_size(self, name: str) -> tuple[int, int] | None:
+    def _measure_image_file(self, name: str) -> tuple[int, int] | None:
         """Return width and height of an image file; None, and counted, if it is missing or unreadable."""
-        path = self._find(name)
+        path = self._find_image_file(name)
         if path is None:
             return None
         try:
-            return measure_image(path)
+            return read_image_file_size(path)
         except InputError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})", stop=False)
 
-    def _add(self, image: dict[str, Any], record: dict[str, Any], identity: int, place: str) -> None:
-        shape = record.get("mask")
-        box = None if shape and record.get("box") is None else parse_numbers(record, "box", ORDER, place)
+    def _add_line(self, row: dict[str, Any], record: dict[str, Any], region_id: int, location: str) -> None:
+        mask_value = record.get("mask")
+        box = None if mask_value and record.get("box") is None else parse_numbers(record, "box", BOX_FORMAT, location)
         if box and (box[2] < box[0] or box[3] < box[1]):
-            raise InputError(f"{place}: box is {box}, whose ends come before its beginnings; it is {ORDER}")
-        note_unread_caption(record, ("caption", "phrases"), place, self._skip)
-        words = [key for key in WORDS if record.get(key) is not None]
-        if not words or len({"caption", "phrases"} & set(words)) == 2:
+            raise InputError(f"{location}: box is {box}, whose ends come before its beginnings; it is {BOX_FORMAT}")
+        count_unread_caption(record, ("caption", "phrases"), location, self._skip)
+        text_fields = [key for key in TEXT_FIELDS if record.get(key) is not None]
+        if not text_fields or len({"caption", "phrases"} & set(text_fields)) == 2:
             raise InputError(
-                f"{place}: give a caption or phrases, a name, or both; there is {' and '.join(words) or 'none'}"
+                f"{location}: give a caption or phrases, a name, or both; there is {' and '.join(text_fields) or 'none'}"
             )
-        told = next((key for key in ("caption", "phrases") if key in words), "caption")
-        mask = fields.mask(shape, "mask", image["width"], image["height"], place, self._skip)
+        phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")
+        mask = fields.parse_mask(mask_value, "mask", row["width"], row["height"], location, self._skip)
         if box is None and mask is None:
             return  # an empty mask, counted
-        self._keep(
-            image,
-            identity,
+        self._add_region(
+            row,
+            region_id,
             box,
-            place,
+            location,
             mask=mask,
-            name=read_field(record, "name", str, place) if "name" in words else None,
-            phrases=read_phrases(record.get(told), told, place),
-            attributes=read_field(record, "attributes", dict, place) if record.get("attributes") else None,
+            name=read_field(record, "name", str, location) if "name" in text_fields else None,
+            phrases=parse_phrases(record.get(phrase_field), phrase_field, location),
+            attributes=read_field(record, "attributes", dict, location) if record.get("attributes") else None,
         )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 from sca_registry.contracts import Prompt, Region
 
-from sca.io.masks import decode
+from sca.io.masks import decode_rle
 
 
-def draw_point_prompt(region: Region, draw: np.random.Generator) -> Prompt:
+def sample_point_prompt(region: Region, rng: np.random.Generator) -> Prompt:
     """Return a prompt with one point drawn inside the region's mask, or its box if it has none, in image pixels."""
-    x, y = draw_point(region, None if region.mask is None else decode(region.mask), draw)
+    x, y = sample_point(region, None if region.mask is None else decode_rle(region.mask), rng)
     return Prompt(points=((x, y, 1),))
 
 
-def draw_point(region: Region, mask: np.ndarray | None, draw: np.random.Generator) -> tuple[float, float]:
+def sample_point(region: Region, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[float, float]:
     """Draw a point inside a region.
 
     Args:
@@ -27,7 +27,7 @@ def draw_point(region: Region, mask: np.ndarray | None, draw: np.random.Generato
     """
     if mask is not None and mask.any():
         inside = np.flatnonzero(mask)
-        y, x = divmod(int(inside[draw.integers(len(inside))]), mask.shape[1])
+        y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
         return float(x), float(y)
     x1, y1, x2, y2 = region.box
-    return float(draw.uniform(x1, x2)), float(draw.uniform(y1, y2))
+    return float(rng.uniform(x1, x2)), float(rng.uniform(y1, y2))

@@ -12,16 +12,16 @@ from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
-from sca.data.coco import Index, read_region
-from sca.data.fields import identified, read_json, read_phrases
+from sca.data.coco import CocoIndex, read_region_annotation
+from sca.data.fields import iter_identified_records, read_dataset_json, parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
 from sca.io.validation import read_field
 
-BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
-PICTURES = ("images/mscoco/images/train2014", "train2014", "images")
+DEFAULT_SPLIT_AUTHORS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
+IMAGE_FOLDERS = ("images/mscoco/images/train2014", "train2014", "images")
 
 
 class RefCoco(TableDataset):
@@ -47,73 +47,73 @@ class RefCoco(TableDataset):
         images: str | Path | None = None,
         max_bad: int = 100,
     ):
-        if collection not in BY:
-            raise InputError(f"no collection {collection!r}; there are: {', '.join(BY)}")
+        if collection not in DEFAULT_SPLIT_AUTHORS:
+            raise InputError(f"no collection {collection!r}; there are: {', '.join(DEFAULT_SPLIT_AUTHORS)}")
         root = expand_user(root)
         folder = root / collection if (root / collection).is_dir() else root
-        self.refs, self.instances = _refs(folder, by or BY[collection]), folder / "instances.json"
-        if not self.instances.is_file():
-            raise InputError(f"there is no instances.json beside {self.refs}")
-        super().__init__(split, _pictures(root, images), [self.refs, self.instances], max_bad, split)
+        self.refs_file, self.instances_file = _find_refs_file(folder, by or DEFAULT_SPLIT_AUTHORS[collection]), folder / "instances.json"
+        if not self.instances_file.is_file():
+            raise InputError(f"there is no instances.json beside {self.refs_file}")
+        super().__init__(split, _find_image_folder(root, images), [self.refs_file, self.instances_file], max_bad, split)
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and its refs with their places and the numbers of their annotations."""
         refs = []
-        for record, place in identified(_read_refs(self.refs), f"{self.refs}: ", "ref_id", self._reject):
-            with self._rejecting():
-                refs.append((record, place, read_field(record, "split", str, place)))
+        for record, location in iter_identified_records(_read_refs(self.refs_file), f"{self.refs_file}: ", "ref_id", self._reject_region):
+            with self._catch_record_errors():
+                refs.append((record, location, read_field(record, "split", str, location)))
         if all(split != self.split for *_, split in refs):
-            self._stop_if_too_many()
+            self._check_max_bad()
             splits = dict.fromkeys(split for *_, split in refs)
-            raise InputError(f"{self.refs} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
-        found = Index.read(self.instances, reject=self._rejects())
-        self.attributes = {"name": tuple(dict.fromkeys(filter(None, found.names.values())))}
-        mine = []
-        for ref, place in ((ref, place) for ref, place, split in refs if split == self.split):
-            with self._rejecting():
-                mine.append((ref, place, *(read_field(ref, key, int, place) for key in ("image_id", "ann_id"))))
-        images: dict[int, list[Any]] = {}
-        known = found.images.find([each[2] for each in mine]), found.annotations.find([each[3] for each in mine])
-        for (ref, place, *_), image, annotation in zip(mine, *(each.tolist() for each in known), strict=True):
+            raise InputError(f"{self.refs_file} has no split {self.split!r}; it has: {', '.join(splits) or 'none'}")
+        coco_index = CocoIndex.read(self.instances_file, reject=self._get_reject_callbacks())
+        self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
+        split_refs = []
+        for ref, location in ((ref, location) for ref, location, split in refs if split == self.split):
+            with self._catch_record_errors():
+                split_refs.append((ref, location, *(read_field(ref, key, int, location) for key in ("image_id", "ann_id"))))
+        refs_by_image: dict[int, list[Any]] = {}
+        target_indices = coco_index.images.find_indices([each[2] for each in split_refs]), coco_index.annotations.find_indices([each[3] for each in split_refs])
+        for (ref, location, *_), image, annotation in zip(split_refs, *(each.tolist() for each in target_indices), strict=True):
             if image < 0:
-                self._reject(f"{place}: image_id {ref['image_id']} is not among the images of {self.instances}")
+                self._reject_region(f"{location}: image_id {ref['image_id']} is not among the images of {self.instances_file}")
             elif annotation < 0:
-                self._reject(f"{place}: ann_id {ref['ann_id']} is not among the annotations of {self.instances}")
+                self._reject_region(f"{location}: ann_id {ref['ann_id']} is not among the annotations of {self.instances_file}")
             else:
-                images.setdefault(image, []).append((ref, place, annotation))
-        bar.reset(len(images))
-        for image, its in images.items():
-            yield found, image, its
+                refs_by_image.setdefault(image, []).append((ref, location, annotation))
+        bar.reset(len(refs_by_image))
+        for image, image_refs in refs_by_image.items():
+            yield coco_index, image, image_refs
 
-    def _record(self, entry: Any) -> dict[str, Any]:
-        found, number, refs = entry
-        image = self._image(*found.image(number))
-        for ref, place, which in refs:
-            with self._rejecting():
-                self._add(image, ref, place, *found.annotations[which], found)
-        return image
+    def _build_row(self, entry: Any) -> dict[str, Any]:
+        coco_index, image_index, refs = entry
+        row = self._create_row(*coco_index.image(image_index))
+        for ref, location, annotation_index in refs:
+            with self._catch_record_errors():
+                self._add_ref(row, ref, location, *coco_index.annotations[annotation_index], coco_index)
+        return row
 
-    def _add(
-        self, image: dict[str, Any], ref: dict[str, Any], place: str, annotation: dict[str, Any], at: str, found: Index
+    def _add_ref(
+        self, row: dict[str, Any], ref: dict[str, Any], location: str, annotation: dict[str, Any], annotation_location: str, coco_index: CocoIndex
     ) -> None:
         if annotation["image_id"] != ref["image_id"]:
-            told = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
-            raise InputError(f"{place}: ann_id {ref['ann_id']} {told}")
-        region = read_region(annotation, at, image, self._skip)
+            problem = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
+            raise InputError(f"{location}: ann_id {ref['ann_id']} {problem}")
+        region = read_region_annotation(annotation, annotation_location, row, self._skip)
         if region is None:
             return
-        self._keep(
-            image,
+        self._add_region(
+            row,
             ref["ref_id"],
             region.box,
-            f"{place}, {at}",
+            f"{location}, {annotation_location}",
             mask=region.mask,
-            name=found.name(annotation, at),
-            phrases=_sentences(ref, place),
+            name=coco_index.get_category_name(annotation, annotation_location),
+            phrases=_read_sentences(ref, location),
         )
 
 
-class _Plain(pickle.Unpickler):
+class _SafeUnpickler(pickle.Unpickler):
     """Unpickles lists, tables, texts and numbers, and nothing that has to be looked up anywhere."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -122,11 +122,11 @@ class _Plain(pickle.Unpickler):
 
 def _read_refs(path: Path) -> list[Any]:
     if path.suffix == ".json":
-        refs = read_json(path)
+        refs = read_dataset_json(path)
     else:
         try:
             with open_regular_file(path) as file:
-                refs = _Plain(file, encoding="latin1").load()  # written by Python 2
+                refs = _SafeUnpickler(file, encoding="latin1").load()  # written by Python 2
         except Exception as error:  # an unpickler may raise anything for damaged data
             raise InputError(
                 f"{path} is no whole pickle of only lists, tables, texts and numbers, and was not read: {error}"
@@ -136,28 +136,28 @@ def _read_refs(path: Path) -> list[Any]:
     return refs
 
 
-def _sentences(ref: dict[str, Any], place: str) -> list[str]:
-    sentences = read_field(ref, "sentences", list, place)
-    places = [f"{place}: sentences[{number}]" for number in range(len(sentences))]
-    sent = [read_field(each, "sent", str, at) for each, at in zip(sentences, places, strict=True)]
-    return read_phrases(sent, "sent", place)
+def _read_sentences(ref: dict[str, Any], location: str) -> list[str]:
+    sentences = read_field(ref, "sentences", list, location)
+    sentence_locations = [f"{location}: sentences[{number}]" for number in range(len(sentences))]
+    texts = [read_field(each, "sent", str, sentence_location) for each, sentence_location in zip(sentences, sentence_locations, strict=True)]
+    return parse_phrases(texts, "sent", location)
 
 
-def _refs(folder: Path, by: str) -> Path:
+def _find_refs_file(folder: Path, by: str) -> Path:
     """The file of the refs as split by `by`."""
     paths = [folder / f"refs({by}){suffix}" for suffix in (".p", ".json")]
     for path in paths:
         if path.is_file():
             return path
-    there = sorted(path.name for path in folder.glob("refs(*).*"))
+    available = sorted(path.name for path in folder.glob("refs(*).*"))
     raise InputError(
-        f"no {paths[0].name} or {paths[1].name} in {folder}; there is: {', '.join(there) or 'no refs file at all'}; "
+        f"no {paths[0].name} or {paths[1].name} in {folder}; there is: {', '.join(available) or 'no refs file at all'}; "
         "give by=unc, google or umd, and root=FOLDER that has them"
     )
 
 
-def _pictures(root: Path, images: str | Path | None) -> Path:
-    paths = [expand_user(images)] if images is not None else [root / name for name in PICTURES]
+def _find_image_folder(root: Path, images: str | Path | None) -> Path:
+    paths = [expand_user(images)] if images is not None else [root / name for name in IMAGE_FOLDERS]
     for path in paths:
         if path.is_dir():
             return path

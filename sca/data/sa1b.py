@@ -8,15 +8,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.coco import read_region
-from sca.data.fields import identified, note_unread_caption, read_json, read_phrases
+from sca.data.coco import read_region_annotation
+from sca.data.fields import iter_identified_records, count_unread_caption, read_dataset_json, parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, check_object, require_size
+from sca.io.validation import read_field, check_object, require_recorded_size
 from sca.io.walk import walk_files
 
-CAPTIONS = ".captions.json"  # what the name of a file of captions ends with
+CAPTIONS_SUFFIX = ".captions.json"  # what the name of a file of captions ends with
 
 
 class Sa1b(TableDataset):
@@ -36,53 +36,53 @@ class Sa1b(TableDataset):
         if split != "train":
             raise InputError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = expand_user(root)
-        below = (path for path in walk_files(root) if path.match("sa_*.json"))
-        there = sorted(below, key=lambda file: (str(file.parent), len(file.name), file.name))  # by number in a folder
-        self.files = [path for path in there if not path.name.endswith(CAPTIONS)]
+        annotation_files = (path for path in walk_files(root) if path.match("sa_*.json"))
+        sorted_files = sorted(annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name))  # by number in a folder
+        self.files = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
             raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
-        named: dict[str, Path] = {}
+        file_by_name: dict[str, Path] = {}
         for file in self.files:
-            if (other := named.setdefault(file.name, file)) != file:
+            if (other := file_by_name.setdefault(file.name, file)) != file:
                 raise InputError(f"{file} is the same picture as {other}; a picture may be there once")
-        self.captions = [path for path in there if path.name.endswith(CAPTIONS)]
-        super().__init__(split, root, [*self.files, *self.captions], max_bad)
+        self.caption_files = [path for path in sorted_files if path.name.endswith(CAPTIONS_SUFFIX)]
+        super().__init__(split, root, [*self.files, *self.caption_files], max_bad)
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         bar.reset(len(self.files))
-        known = set(map(_captions, self.files))
-        for lost in (file for file in self.captions if file not in known):
-            self._skip("captions of no picture", str(lost))
+        expected_caption_files = set(map(_get_captions_file, self.files))
+        for unmatched_file in (file for file in self.caption_files if file not in expected_caption_files):
+            self._skip("captions of no picture", str(unmatched_file))
         yield from self.files
 
-    def _record(self, entry: Any) -> dict[str, Any]:
+    def _build_row(self, entry: Any) -> dict[str, Any]:
         file = entry
-        content = read_json(file)
-        record, place = read_field(content, "image", dict, str(file)), f"{file}: image"
+        content = read_dataset_json(file)
+        record, image_location = read_field(content, "image", dict, str(file)), f"{file}: image"
         folder = file.parent.relative_to(self.images)
-        name = str(folder / read_field(record, "file_name", str, place))
-        image_id = read_field(record, "image_id", int, place)
+        name = str(folder / read_field(record, "file_name", str, image_location))
+        image_id = read_field(record, "image_id", int, image_location)
         if file.stem != f"sa_{image_id}":
-            raise InputError(f"{place}: image_id {image_id} is not that in the name of the file")
-        image = self._image(image_id, name, *require_size(record, place))
-        captions = check_object(read_json(_captions(file)), str(_captions(file))) if _captions(file).is_file() else {}
-        where = f"{file}: annotations"
-        for annotation, at in identified(
-            read_field(content, "annotations", list, str(file)), where, reject=self._reject
+            raise InputError(f"{image_location}: image_id {image_id} is not that in the name of the file")
+        row = self._create_row(image_id, name, *require_recorded_size(record, image_location))
+        captions = check_object(read_dataset_json(_get_captions_file(file)), str(_get_captions_file(file))) if _get_captions_file(file).is_file() else {}
+        list_location = f"{file}: annotations"
+        for annotation, location in iter_identified_records(
+            read_field(content, "annotations", list, str(file)), list_location, reject=self._reject_region
         ):
-            with self._rejecting():
-                beside = captions.pop(str(annotation["id"]), None)
-                if beside is None:
-                    note_unread_caption(annotation, ("caption",), at, self._skip)
-                told = read_phrases(annotation.get("caption"), "caption", at) + read_phrases(beside, "caption", at)
-                shape = {**annotation, "bbox": None} if annotation.get("segmentation") else annotation
-                region = read_region(shape, at, image, self._skip)
+            with self._catch_record_errors():
+                separate_captions = captions.pop(str(annotation["id"]), None)
+                if separate_captions is None:
+                    count_unread_caption(annotation, ("caption",), location, self._skip)
+                phrases = parse_phrases(annotation.get("caption"), "caption", location) + parse_phrases(separate_captions, "caption", location)
+                unboxed_annotation = {**annotation, "bbox": None} if annotation.get("segmentation") else annotation
+                region = read_region_annotation(unboxed_annotation, location, row, self._skip)
                 if region is not None:
-                    self._keep(image, annotation["id"], region.box, at, mask=region.mask, phrases=told)
-        for identity in captions:
-            self._skip("caption of no mask", f"{_captions(file)}: {identity}")
-        return image
+                    self._add_region(row, annotation["id"], region.box, location, mask=region.mask, phrases=phrases)
+        for annotation_id in captions:
+            self._skip("caption of no mask", f"{_get_captions_file(file)}: {annotation_id}")
+        return row
 
 
-def _captions(file: Path) -> Path:
-    return file.with_suffix(CAPTIONS)
+def _get_captions_file(file: Path) -> Path:
+    return file.with_suffix(CAPTIONS_SUFFIX)

@@ -25,21 +25,21 @@ from sca_registry.contracts import Region, Sample
 
 from sca.io.errors import InputError
 
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
-FORMS = ("circle", "square", "triangle", "star", "cross")
-SIZES = ("small", "medium", "large")
+COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
+SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross")
+SIZE_NAMES = ("small", "medium", "large")
 TEXTURES = ("plain", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 
-SPLITS = {"train": 100_000, "val": 500, "test": 500}  # the default number of scenes
-CANVAS = 128  # the side that all lengths below are written for
+DEFAULT_SPLIT_SIZES = {"train": 100_000, "val": 500, "test": 500}  # the default number of scenes
+BASE_IMAGE_SIZE = 128  # the side that all lengths below are written for
 DIAMETERS = {"small": (18, 24), "medium": (32, 40), "large": (50, 64)}  # the longer side of the upright bounding box
-SIZE_SHARES = (0.4, 0.35, 0.25)
-VISIBLE = 0.6  # no shape may lose more than the rest to those drawn over it
-CLEAR = 1.25  # a relation is put into words if one axis outweighs the other by this
-APART = 10  # least distance between two centres, along the better axis
-OVERLAPS = 0.18  # how often a shape is placed so that it covers part of another
-TRIES = 30
+SIZE_PROBABILITIES = (0.4, 0.35, 0.25)
+MIN_VISIBLE_FRACTION = 0.6  # no shape may lose more than the rest to those drawn over it
+MIN_RELATION_RATIO = 1.25  # a relation is put into words if one axis outweighs the other by this
+MIN_CENTER_DISTANCE = 10  # least distance between two centres, along the better axis
+OVERLAP_PROBABILITY = 0.18  # how often a shape is placed so that it covers part of another
+MAX_PLACEMENT_TRIES = 30
 SUPERSAMPLE = 4
 
 HUES = {  # degrees of hue, and the most that a shape may stray from it
@@ -53,28 +53,28 @@ HUES = {  # degrees of hue, and the most that a shape may stray from it
 }
 
 
-def _outlines() -> dict[str, np.ndarray]:
+def _build_outlines() -> dict[str, np.ndarray]:
     """Each form as a polygon (P, 2) about its centre; the longer side of its bounding box is 1, and y points down."""
 
-    def ring(radii: Iterable[float]) -> np.ndarray:
+    def make_ring(radii: Iterable[float]) -> np.ndarray:
         radii = np.asarray(tuple(radii))
         turn = 2 * np.pi * np.arange(len(radii)) / len(radii) - np.pi / 2
         return radii[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
 
-    arm = 0.19
-    corner = np.array([[arm, -0.5], [arm, -arm], [0.5, -arm]])
-    quarter = np.array([[0, 1], [-1, 0]])  # turns row vectors: (x, y) -> (-y, x)
+    arm_half_width = 0.19
+    corner = np.array([[arm_half_width, -0.5], [arm_half_width, -arm_half_width], [0.5, -arm_half_width]])
+    quarter_turn = np.array([[0, 1], [-1, 0]])  # turns row vectors: (x, y) -> (-y, x)
     outlines = {
-        "circle": ring([1] * 64),
+        "circle": make_ring([1] * 64),
         "square": np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]),
-        "triangle": ring([1] * 3),
-        "star": ring([1, 0.48] * 5),
-        "cross": np.concatenate([corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)]),
+        "triangle": make_ring([1] * 3),
+        "star": make_ring([1, 0.48] * 5),
+        "cross": np.concatenate([corner @ np.linalg.matrix_power(quarter_turn, turns) for turns in range(4)]),
     }
     return {form: outline / np.ptp(outline, axis=0).max() for form, outline in outlines.items()}
 
 
-OUTLINES = _outlines()
+OUTLINES = _build_outlines()
 
 
 class Statement(NamedTuple):
@@ -99,22 +99,22 @@ def parse_json_text(text: str) -> Statement | None:
     head, *rest = re.split(rf"\b({'|'.join(RELATIONS)})\b", text, maxsplit=1)
     relation, tail = rest if rest else (None, "")
     statement = Statement(
-        _first(head, SIZES),
-        _first(head, TEXTURES),
-        _first(head, COLOURS),
-        _first(head, FORMS),
+        _find_first_word(head, SIZE_NAMES),
+        _find_first_word(head, TEXTURES),
+        _find_first_word(head, COLORS),
+        _find_first_word(head, SHAPE_NAMES),
         relation,
-        _first(tail, COLOURS),
-        _first(tail, FORMS),
+        _find_first_word(tail, COLORS),
+        _find_first_word(tail, SHAPE_NAMES),
     )
     return statement if any(statement) else None
 
 
-def _first(text: str, words: tuple[str, ...]) -> str | None:
+def _find_first_word(text: str, words: tuple[str, ...]) -> str | None:
     return next((word for word in text.split() if word in words), None)
 
 
-def relation_holds(statement: Statement, region: Region, others: Iterable[Region]) -> bool:
+def is_relation_true(statement: Statement, region: Region, others: Iterable[Region]) -> bool:
     """Whether some other shape of the stated colour and form lies so that `region` is `relation` it.
 
     The direction is that of the larger of the two differences between the centres. `others` may include `region`
@@ -125,29 +125,29 @@ def relation_holds(statement: Statement, region: Region, others: Iterable[Region
         other.id != region.id
         and other.attributes["colour"] == statement.other_colour
         and other.attributes["form"] == statement.other_form
-        and _direction(region, other)[0] == statement.relation
+        and _compute_relation(region, other)[0] == statement.relation
         for other in others
     )
 
 
-def _direction(region: Region, other: Region) -> tuple[str, float]:
+def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
     """Where `region` lies as seen from `other`, and by how much the larger difference outweighs the smaller."""
     (x, y), (other_x, other_y) = region.attributes["centre"], other.attributes["centre"]
-    across, down = x - other_x, y - other_y
-    large, small = max(abs(across), abs(down)), min(abs(across), abs(down))
-    clear = large / small if small else math.inf
-    if abs(across) >= abs(down):
-        return ("left of" if across < 0 else "right of"), clear
-    return ("above" if down < 0 else "below"), clear
+    dx, dy = x - other_x, y - other_y
+    large, small = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    ratio = large / small if small else math.inf
+    if abs(dx) >= abs(dy):
+        return ("left of" if dx < 0 else "right of"), ratio
+    return ("above" if dy < 0 else "below"), ratio
 
 
-class _Shape(NamedTuple):
+class _DrawnShape(NamedTuple):
     """A shape drawn on a patch of its own, before it has a place."""
 
-    facts: dict[str, Any]  # colour, form, size, texture
+    attributes: dict[str, Any]  # colour, form, size, texture
     alpha: np.ndarray  # (h, w) float32: the share of each pixel that it covers
     solid: np.ndarray  # (h, w) bool: pixels it covers by half or more
-    centre: np.ndarray  # (2,) x y from the patch's corner
+    center: np.ndarray  # (2,) x y from the patch's corner
     paint: np.ndarray  # (3,) or (h, w, 3) float32 in 0..255
 
 
@@ -162,13 +162,13 @@ class Scenes:
     """
 
     attributes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "colour": COLOURS,
-        "form": FORMS,
-        "size": SIZES,
+        "colour": COLORS,
+        "form": SHAPE_NAMES,
+        "size": SIZE_NAMES,
         "texture": TEXTURES,
         "relation": RELATIONS,
-        "other_colour": COLOURS,
-        "other_form": FORMS,
+        "other_colour": COLORS,
+        "other_form": SHAPE_NAMES,
     }
     between: ClassVar[tuple[str, ...]] = (
         "relation",
@@ -176,17 +176,17 @@ class Scenes:
         "other_form",
     )  # not to be seen in the shape itself
 
-    def __init__(self, split: str, count: int | None = None, size: int = CANVAS, seed: int = 0):
-        if split not in SPLITS:
-            raise InputError(f"no split {split!r} in scenes; there are: {', '.join(SPLITS)}")
+    def __init__(self, split: str, count: int | None = None, size: int = BASE_IMAGE_SIZE, seed: int = 0):
+        if split not in DEFAULT_SPLIT_SIZES:
+            raise InputError(f"no split {split!r} in scenes; there are: {', '.join(DEFAULT_SPLIT_SIZES)}")
         if size < 32:
             raise InputError(f"scenes of {size} pixels are too small to tell the shapes apart; the least is 32")
         self.split, self.size, self.seed = split, size, seed
-        self.count = SPLITS[split] if count is None else count
-        self._stream = list(SPLITS).index(split)
-        self._scale = size / CANVAS
-        places = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-        self._across, self._down = places[None, :, None], places[:, None, None]  # -0.5..0.5
+        self.count = DEFAULT_SPLIT_SIZES[split] if count is None else count
+        self._split_index = list(DEFAULT_SPLIT_SIZES).index(split)
+        self._scale = size / BASE_IMAGE_SIZE
+        pixel_centers = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+        self._x_grid, self._y_grid = pixel_centers[None, :, None], pixel_centers[:, None, None]  # -0.5..0.5
 
     def __len__(self) -> int:
         return self.count
@@ -194,50 +194,50 @@ class Scenes:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.count:
             raise IndexError(f"scene {index} of {self.count}")
-        random = np.random.default_rng([self.seed, self._stream, int(index)])
-        canvas = self._background(random)
-        owner = np.full((self.size, self.size), -1, dtype=np.int8)  # the topmost shape of each pixel
-        placed = self._place(random, canvas, owner)
+        rng = np.random.default_rng([self.seed, self._split_index, int(index)])
+        canvas = self._draw_background(rng)
+        shape_index_map = np.full((self.size, self.size), -1, dtype=np.int8)  # the topmost shape of each pixel
+        shape_attributes = self._place_shapes(rng, canvas, shape_index_map)
 
-        canvas *= 1 + random.uniform(-0.25, 0.25) * self._across + random.uniform(-0.25, 0.25) * self._down
-        canvas += random.uniform(1, 5) * random.standard_normal(canvas.shape, dtype=np.float32)
+        canvas *= 1 + rng.uniform(-0.25, 0.25) * self._x_grid + rng.uniform(-0.25, 0.25) * self._y_grid
+        canvas += rng.uniform(1, 5) * rng.standard_normal(canvas.shape, dtype=np.float32)
         image = Image.fromarray(np.clip(canvas, 0, 255, out=canvas).astype(np.uint8))
-        image_id = int(index) * len(SPLITS) + self._stream
-        return Sample(image, image_id, _regions(image_id, placed, owner))
+        image_id = int(index) * len(DEFAULT_SPLIT_SIZES) + self._split_index
+        return Sample(image, image_id, _build_regions(image_id, shape_attributes, shape_index_map))
 
-    def _place(self, random: np.random.Generator, canvas: np.ndarray, owner: np.ndarray) -> list[dict[str, Any]]:
+    def _place_shapes(self, rng: np.random.Generator, canvas: np.ndarray, shape_index_map: np.ndarray) -> list[dict[str, Any]]:
         """Draws two to five shapes, later ones over earlier ones, and gives their facts in that order."""
-        placed: list[dict[str, Any]] = []
+        shape_attributes: list[dict[str, Any]] = []
         areas = np.zeros(0, dtype=int)
-        visible = areas
-        wanted = int(random.integers(2, 6))
-        while len(placed) < wanted:
-            shape = self._shape(random)
-            found = self._spot(random, shape, placed, areas, visible, owner)
-            if found is None:
-                if len(placed) >= 2:
+        visible_areas = areas
+        num_shapes = int(rng.integers(2, 6))
+        while len(shape_attributes) < num_shapes:
+            shape = self._draw_shape(rng)
+            position = self._find_position(rng, shape, shape_attributes, areas, visible_areas, shape_index_map)
+            if position is None:
+                if len(shape_attributes) >= 2:
                     break
                 continue
-            left, top, covered = found
+            left, top, covered = position
             height, width = shape.solid.shape
             window = slice(top, top + height), slice(left, left + width)
             alpha = shape.alpha[..., None]
             canvas[window] += alpha * (shape.paint - canvas[window])
-            owner[window][shape.solid] = len(placed)
+            shape_index_map[window][shape.solid] = len(shape_attributes)
             areas = np.append(areas, shape.solid.sum())
-            visible = np.append(visible - covered, areas[-1])
-            x, y = shape.centre + np.array((left, top))
-            placed.append({**shape.facts, "centre": (float(x), float(y))})
-        return [{**facts, "visible": share} for facts, share in zip(placed, (visible / areas).tolist(), strict=True)]
+            visible_areas = np.append(visible_areas - covered, areas[-1])
+            x, y = shape.center + np.array((left, top))
+            shape_attributes.append({**shape.attributes, "centre": (float(x), float(y))})
+        return [{**attributes, "visible": visible_fraction} for attributes, visible_fraction in zip(shape_attributes, (visible_areas / areas).tolist(), strict=True)]
 
-    def _spot(
+    def _find_position(
         self,
-        random: np.random.Generator,
-        shape: _Shape,
-        placed: list[dict[str, Any]],
+        rng: np.random.Generator,
+        shape: _DrawnShape,
+        shape_attributes: list[dict[str, Any]],
         areas: np.ndarray,
-        visible: np.ndarray,
-        owner: np.ndarray,
+        visible_areas: np.ndarray,
+        shape_index_map: np.ndarray,
     ) -> tuple[int, int, np.ndarray] | None:
         """A corner for the shape's patch and how many pixels of each earlier shape it covers there, or None.
 
@@ -245,136 +245,136 @@ class Scenes:
         and covers none of its own colour, whose edge could not be seen.
         """
         height, width = shape.solid.shape
-        centres = np.array([facts["centre"] for facts in placed]).reshape(-1, 2)
-        alike = np.array([facts["colour"] == shape.facts["colour"] for facts in placed], dtype=bool)
-        overlap = random.random() < OVERLAPS
+        centers = np.array([attributes["centre"] for attributes in shape_attributes]).reshape(-1, 2)
+        has_same_color = np.array([attributes["colour"] == shape.attributes["colour"] for attributes in shape_attributes], dtype=bool)
+        should_overlap = rng.random() < OVERLAP_PROBABILITY
         fallback = None
-        corners = random.integers(0, (self.size - width + 1, self.size - height + 1), size=(TRIES, 2))
+        corners = rng.integers(0, (self.size - width + 1, self.size - height + 1), size=(MAX_PLACEMENT_TRIES, 2))
         for left, top in corners.tolist():
-            if (np.abs(centres - shape.centre - (left, top)).max(axis=1) < APART * self._scale).any():
+            if (np.abs(centers - shape.center - (left, top)).max(axis=1) < MIN_CENTER_DISTANCE * self._scale).any():
                 continue
-            under = owner[top : top + height, left : left + width][shape.solid]
-            covered = np.bincount(under + 1, minlength=len(placed) + 1)[1:]
-            if covered[alike].any() or (visible - covered < VISIBLE * areas).any():
+            covered_indices = shape_index_map[top : top + height, left : left + width][shape.solid]
+            covered_areas = np.bincount(covered_indices + 1, minlength=len(shape_attributes) + 1)[1:]
+            if covered_areas[has_same_color].any() or (visible_areas - covered_areas < MIN_VISIBLE_FRACTION * areas).any():
                 continue
-            if not placed or covered.any() == overlap:
-                return left, top, covered
-            fallback = fallback or (left, top, covered)
+            if not shape_attributes or covered_areas.any() == should_overlap:
+                return left, top, covered_areas
+            fallback = fallback or (left, top, covered_areas)
         return fallback
 
-    def _shape(self, random: np.random.Generator) -> _Shape:
-        facts = {
-            "colour": COLOURS[random.integers(len(COLOURS))],
-            "form": FORMS[random.integers(len(FORMS))],
-            "size": SIZES[random.choice(len(SIZES), p=SIZE_SHARES)],
-            "texture": TEXTURES[random.integers(len(TEXTURES))],
+    def _draw_shape(self, rng: np.random.Generator) -> _DrawnShape:
+        attributes = {
+            "colour": COLORS[rng.integers(len(COLORS))],
+            "form": SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))],
+            "size": SIZE_NAMES[rng.choice(len(SIZE_NAMES), p=SIZE_PROBABILITIES)],
+            "texture": TEXTURES[rng.integers(len(TEXTURES))],
         }
-        diameter = random.uniform(*DIAMETERS[facts["size"]]) * self._scale
-        turn = math.radians(random.uniform(-20, 20))
-        spin = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-        outline = diameter * OUTLINES[facts["form"]] @ spin
-        centre = random.random(2) - outline.min(axis=0)
-        outline = outline + centre
+        diameter = rng.uniform(*DIAMETERS[attributes["size"]]) * self._scale
+        angle = math.radians(rng.uniform(-20, 20))
+        rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        outline = diameter * OUTLINES[attributes["form"]] @ rotation
+        center = rng.random(2) - outline.min(axis=0)
+        outline = outline + center
         width, height = np.ceil(outline.max(axis=0)).astype(int).tolist()
-        fine = Image.new("L", (SUPERSAMPLE * width, SUPERSAMPLE * height))
-        ImageDraw.Draw(fine).polygon((SUPERSAMPLE * outline - 0.5).ravel().tolist(), fill=255)
-        coverage = np.asarray(fine.reduce(SUPERSAMPLE))
+        supersampled = Image.new("L", (SUPERSAMPLE * width, SUPERSAMPLE * height))
+        ImageDraw.Draw(supersampled).polygon((SUPERSAMPLE * outline - 0.5).ravel().tolist(), fill=255)
+        coverage = np.asarray(supersampled.reduce(SUPERSAMPLE))
         alpha = coverage.astype(np.float32) / 255
-        paint = self._paint(random, facts, height, width, centre)
-        return _Shape(facts, alpha, coverage >= 128, centre, paint)
+        paint = self._sample_texture(rng, attributes, height, width, center)
+        return _DrawnShape(attributes, alpha, coverage >= 128, center, paint)
 
-    def _paint(
-        self, random: np.random.Generator, facts: dict[str, Any], height: int, width: int, centre: np.ndarray
+    def _sample_texture(
+        self, rng: np.random.Generator, attributes: dict[str, Any], height: int, width: int, center: np.ndarray
     ) -> np.ndarray:
         """(3,) for a plain shape; (height, width, 3) for a texture, in a light and a dark tone of the colour."""
-        base = _colour(random, facts["colour"])
-        if facts["texture"] == "plain":
-            return base
-        light, dark = base + 0.2 * (255 - base), base * 0.45
-        angle = random.uniform(0, math.pi)
-        x = np.arange(width, dtype=np.float32)[None] + np.float32(0.5 - centre[0])
-        y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - centre[1])
+        base_color = _sample_color(rng, attributes["colour"])
+        if attributes["texture"] == "plain":
+            return base_color
+        light, dark = base_color + 0.2 * (255 - base_color), base_color * 0.45
+        angle = rng.uniform(0, math.pi)
+        x = np.arange(width, dtype=np.float32)[None] + np.float32(0.5 - center[0])
+        y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5 - center[1])
         along = (math.cos(angle) * x + math.sin(angle) * y) / self._scale  # pixels of the 128-pixel canvas
-        if facts["texture"] == "striped":
-            wave = np.sin(along * (2 * math.pi / random.uniform(5.5, 6.5)) + random.uniform(0, 2 * math.pi))
-            share = np.clip(0.5 + 1.5 * wave, 0, 1)
+        if attributes["texture"] == "striped":
+            wave = np.sin(along * (2 * math.pi / rng.uniform(5.5, 6.5)) + rng.uniform(0, 2 * math.pi))
+            light_fraction = np.clip(0.5 + 1.5 * wave, 0, 1)
         else:
-            aside = (math.cos(angle) * y - math.sin(angle) * x) / self._scale
-            pitch = random.uniform(6, 7)
-            shift = random.uniform(-1, 1, size=2)  # some dot stays close to the centre of even the smallest shape
+            across = (math.cos(angle) * y - math.sin(angle) * x) / self._scale
+            pitch = rng.uniform(6, 7)
+            shift = rng.uniform(-1, 1, size=2)  # some dot stays close to the centre of even the smallest shape
             squares = [
-                np.square(place - pitch * np.round(place / pitch))
-                for place in (along + np.float32(shift[0]), aside + np.float32(shift[1]))
+                np.square(coordinate - pitch * np.round(coordinate / pitch))
+                for coordinate in (along + np.float32(shift[0]), across + np.float32(shift[1]))
             ]
-            share = np.clip(1.7 + 0.5 - np.sqrt(squares[0] + squares[1]), 0, 1)
-        return light + share[..., None] * (dark - light)
+            light_fraction = np.clip(1.7 + 0.5 - np.sqrt(squares[0] + squares[1]), 0, 1)
+        return light + light_fraction[..., None] * (dark - light)
 
-    def _background(self, random: np.random.Generator) -> np.ndarray:
+    def _draw_background(self, rng: np.random.Generator) -> np.ndarray:
         """(size, size, 3) float32 in 0..255: a gradient, soft clouds, faint checks or faint lines, never vivid."""
-        first, second = (_dull(random) for _ in range(2))
-        kind = random.integers(4)
-        if kind == 0:
-            angle = random.uniform(0, 2 * math.pi)
-            share = 0.5 + 0.7 * (math.cos(angle) * self._across + math.sin(angle) * self._down)
-        elif kind == 1:
-            coarse = Image.fromarray(random.random([random.integers(3, 9)] * 2, dtype=np.float32))
-            share = np.asarray(coarse.resize((self.size, self.size), Image.Resampling.BICUBIC))[..., None]
+        first, second = (_sample_muted_color(rng) for _ in range(2))
+        pattern = rng.integers(4)
+        if pattern == 0:
+            angle = rng.uniform(0, 2 * math.pi)
+            blend = 0.5 + 0.7 * (math.cos(angle) * self._x_grid + math.sin(angle) * self._y_grid)
+        elif pattern == 1:
+            coarse = Image.fromarray(rng.random([rng.integers(3, 9)] * 2, dtype=np.float32))
+            blend = np.asarray(coarse.resize((self.size, self.size), Image.Resampling.BICUBIC))[..., None]
         else:
-            second = first + random.uniform(10, 26) * random.choice((-1, 1))
-            cells = random.uniform(5, 16)
-            turn = random.uniform(0, math.pi)
-            across = math.cos(turn) * self._across + math.sin(turn) * self._down
-            if kind == 2:
-                down = math.cos(turn) * self._down - math.sin(turn) * self._across
-                share = (np.floor(cells * across) + np.floor(cells * down)) % 2
+            second = first + rng.uniform(10, 26) * rng.choice((-1, 1))
+            cells = rng.uniform(5, 16)
+            rotation = rng.uniform(0, math.pi)
+            rotated_x = math.cos(rotation) * self._x_grid + math.sin(rotation) * self._y_grid
+            if pattern == 2:
+                rotated_y = math.cos(rotation) * self._y_grid - math.sin(rotation) * self._x_grid
+                blend = (np.floor(cells * rotated_x) + np.floor(cells * rotated_y)) % 2
             else:
-                share = np.where(cells * across % 1 < random.uniform(0.1, 0.3), 1, 0)
-        return first + np.asarray(share, dtype=np.float32) * (second - first)
+                blend = np.where(cells * rotated_x % 1 < rng.uniform(0.1, 0.3), 1, 0)
+        return first + np.asarray(blend, dtype=np.float32) * (second - first)
 
 
-def _regions(image_id: int, placed: list[dict[str, Any]], owner: np.ndarray) -> tuple[Region, ...]:
+def _build_regions(image_id: int, shape_attributes: list[dict[str, Any]], shape_index_map: np.ndarray) -> tuple[Region, ...]:
     """The truth of one scene, in the order of drawing."""
-    masks = owner.T[None] == np.arange(len(placed), dtype=np.int8)[:, None, None]  # (K, width, height)
+    masks = shape_index_map.T[None] == np.arange(len(shape_attributes), dtype=np.int8)[:, None, None]  # (K, width, height)
     encoded = rle.encode(np.asfortranarray(np.ascontiguousarray(masks).view(np.uint8).T))
-    bare = []
-    for place, (facts, mask, code) in enumerate(zip(placed, masks, encoded, strict=True)):
+    regions = []
+    for index, (attributes, mask, mask_rle) in enumerate(zip(shape_attributes, masks, encoded, strict=True)):
         columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        code = {"size": code["size"], "counts": code["counts"].decode()}
-        bare.append(Region(image_id * 16 + place, box, code, facts["form"], (), facts))
-    return tuple(_told(region, bare) for region in bare)
+        mask_rle = {"size": mask_rle["size"], "counts": mask_rle["counts"].decode()}
+        regions.append(Region(image_id * 16 + index, box, mask_rle, attributes["form"], (), attributes))
+    return tuple(_add_phrases(region, regions) for region in regions)
 
 
-def _told(region: Region, regions: list[Region]) -> Region:
+def _add_phrases(region: Region, regions: list[Region]) -> Region:
     """With its phrases, from the plainest to the most telling: the shape by itself, then in relation to the second
     nearest and to the nearest other shape where that is clear. The last relation is among the attributes, too.
     """
-    facts = dict(region.attributes)
-    alone = f"a {facts['size']} {facts['texture']} {facts['colour']} {facts['form']}"
-    phrases = [alone]
+    attributes = dict(region.attributes)
+    description = f"a {attributes['size']} {attributes['texture']} {attributes['colour']} {attributes['form']}"
+    phrases = [description]
     others = (other for other in regions if other.id != region.id)
-    nearest = sorted(others, key=lambda other: math.dist(facts["centre"], other.attributes["centre"]))[:2]
+    nearest = sorted(others, key=lambda other: math.dist(attributes["centre"], other.attributes["centre"]))[:2]
     for other in reversed(nearest):
-        relation, clear = _direction(region, other)
-        if clear >= CLEAR:
-            colour, form = other.attributes["colour"], other.attributes["form"]
-            phrases.append(f"{alone} {relation} {'an' if colour == 'orange' else 'a'} {colour} {form}")
-            facts |= {"relation": relation, "other_colour": colour, "other_form": form}
-    return replace(region, phrases=tuple(dict.fromkeys(phrases)), attributes=facts)
+        relation, ratio = _compute_relation(region, other)
+        if ratio >= MIN_RELATION_RATIO:
+            color, shape = other.attributes["colour"], other.attributes["form"]
+            phrases.append(f"{description} {relation} {'an' if color == 'orange' else 'a'} {color} {shape}")
+            attributes |= {"relation": relation, "other_colour": color, "other_form": shape}
+    return replace(region, phrases=tuple(dict.fromkeys(phrases)), attributes=attributes)
 
 
-def _colour(random: np.random.Generator, name: str) -> np.ndarray:
+def _sample_color(rng: np.random.Generator, name: str) -> np.ndarray:
     """(3,) float32 in 0..255: the named colour, a little off."""
     if name == "white":
-        hue, saturation, value = random.random(), random.uniform(0, 0.05), random.uniform(0.93, 1)
+        hue, saturation, value = rng.random(), rng.uniform(0, 0.05), rng.uniform(0.93, 1)
     else:
-        middle, spread = HUES[name]
-        hue = (middle + random.uniform(-spread, spread)) % 360 / 360
-        saturation, value = random.uniform(0.8, 1), random.uniform(0.82, 1)
+        mean_hue, spread = HUES[name]
+        hue = (mean_hue + rng.uniform(-spread, spread)) % 360 / 360
+        saturation, value = rng.uniform(0.8, 1), rng.uniform(0.82, 1)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255
 
 
-def _dull(random: np.random.Generator) -> np.ndarray:
+def _sample_muted_color(rng: np.random.Generator) -> np.ndarray:
     """(3,) float32: a greyish tone for the background."""
-    hue, saturation, value = random.random(), random.uniform(0, 0.22), random.uniform(0.25, 0.7)
+    hue, saturation, value = rng.random(), rng.uniform(0, 0.22), rng.uniform(0.25, 0.7)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255

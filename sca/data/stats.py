@@ -8,11 +8,11 @@ from typing import Any
 
 from sca_registry.contracts import Dataset, Region
 
-SIZES = {"small": 32**2, "medium": 96**2}  # areas that these are below, in pixels, as COCO counts them
-COMMON = 10  # how many of the commonest names and phrases are told
+MAX_AREA_BY_SIZE = {"small": 32**2, "medium": 96**2}  # areas that these are below, in pixels, as COCO counts them
+NUM_MOST_COMMON = 10  # how many of the commonest names and phrases are told
 
 
-def stats(dataset: Dataset, pictures: bool = False) -> dict[str, Any]:
+def compute_dataset_stats(dataset: Dataset, check_images: bool = False) -> dict[str, Any]:
     """Numbers of images, regions, phrases and words; how they are spread; the commonest names; what was left out and
     why, with examples. Plain JSON.
 
@@ -21,63 +21,63 @@ def stats(dataset: Dataset, pictures: bool = False) -> dict[str, Any]:
     names: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
     words: set[str] = set()
-    lengths: Counter[int] = Counter()  # words of phrases
-    counts: Counter[int] = Counter()  # regions of images
-    sizes = dict.fromkeys((*SIZES, "large"), 0)
-    masks = without = 0
-    for regions in annotations(dataset, pictures):
-        counts[len(regions)] += 1
+    phrase_lengths: Counter[int] = Counter()  # words of phrases
+    region_counts: Counter[int] = Counter()  # regions of images
+    sizes = dict.fromkeys((*MAX_AREA_BY_SIZE, "large"), 0)
+    num_with_mask = num_without_phrase = 0
+    for regions in annotations(dataset, check_images):
+        region_counts[len(regions)] += 1
         for region in regions:
             x1, y1, x2, y2 = region.box
             area = (x2 - x1) * (y2 - y1)
-            sizes[next((size for size, limit in SIZES.items() if area < limit), "large")] += 1
-            masks += region.mask is not None
-            without += not region.phrases
+            sizes[next((size for size, limit in MAX_AREA_BY_SIZE.items() if area < limit), "large")] += 1
+            num_with_mask += region.mask is not None
+            num_without_phrase += not region.phrases
             names.update([region.name] if region.name else [])
             for phrase in region.phrases:
-                told = phrase.split()
-                lengths[len(told)] += 1
-                words.update(word.lower() for word in told)
+                phrase_words = phrase.split()
+                phrase_lengths[len(phrase_words)] += 1
+                words.update(word.lower() for word in phrase_words)
                 phrases[phrase] += 1
     return {
         "split": getattr(dataset, "split", None),
         "hash": getattr(dataset, "hash", None),
-        "images": counts.total(),
-        "regions": sum(number * times for number, times in counts.items()),
-        "regions_an_image": _spread(counts),
+        "images": region_counts.total(),
+        "regions": sum(number * times for number, times in region_counts.items()),
+        "regions_an_image": _summarize_distribution(region_counts),
         "regions_by_size": sizes,
-        "regions_with_mask": masks,
-        "regions_without_phrase": without,
+        "regions_with_mask": num_with_mask,
+        "regions_without_phrase": num_without_phrase,
         "classes": len(names),
-        "commonest_classes": dict(names.most_common(COMMON)),
+        "commonest_classes": dict(names.most_common(NUM_MOST_COMMON)),
         "phrases": phrases.total(),
         "different_phrases": len(phrases),
-        "commonest_phrases": dict(phrases.most_common(COMMON)),
-        "words": sum(number * times for number, times in lengths.items()),
+        "commonest_phrases": dict(phrases.most_common(NUM_MOST_COMMON)),
+        "words": sum(number * times for number, times in phrase_lengths.items()),
         "different_words": len(words),
-        "words_a_phrase": _spread(lengths),
+        "words_a_phrase": _summarize_distribution(phrase_lengths),
         "skipped": dict(getattr(dataset, "skipped", {})),
         "examples": dict(getattr(dataset, "examples", {})),
     }
 
 
-def annotations(dataset: Dataset, pictures: bool) -> Iterator[tuple[Region, ...]]:
+def annotations(dataset: Dataset, check_images: bool) -> Iterator[tuple[Region, ...]]:
     """The regions of each image."""
-    if not pictures and hasattr(dataset, "annotations_of_all"):
+    if not check_images and hasattr(dataset, "annotations_of_all"):
         return dataset.annotations_of_all()
     samples = iter(dataset) if hasattr(dataset, "__iter__") else map(dataset.__getitem__, range(len(dataset)))
     return (sample.regions for sample in samples)
 
 
-def _spread(counts: Counter[int]) -> dict[str, float] | None:
+def _summarize_distribution(counts: Counter[int]) -> dict[str, float] | None:
     if not counts:
         return None
-    whole = counts.total()
-    mean = sum(number * times for number, times in counts.items()) / whole
-    middle, seen = 0, 0
+    total = counts.total()
+    mean = sum(number * times for number, times in counts.items()) / total
+    median, cumulative = 0, 0
     for number in sorted(counts):
-        seen += counts[number]
-        if 2 * seen >= whole:
-            middle = number
+        cumulative += counts[number]
+        if 2 * cumulative >= total:
+            median = number
             break
-    return {"least": min(counts), "median": middle, "mean": round(mean, 3), "most": max(counts)}
+    return {"least": min(counts), "median": median, "mean": round(mean, 3), "most": max(counts)}

@@ -8,17 +8,17 @@ from textwrap import shorten
 
 from sca_registry.contracts import Dataset
 
-from sca.data.conversion import BAD_IMAGES
+from sca.data.conversion import BAD_IMAGE_REASONS
 from sca.data.fields import EmptyDatasetError
 from sca.io.text import format_count
 
-NOUNS = {
+PLURALS = {
     **{word: f"{word}s" for word in ("image", "region", "phrase", "crowd", "mask", "polygon", "caption", "segment")},
     **{"box": "boxes", "category": "categories", "pixels": "pixels"},
 }  # what is counted: the first of them in a reason
-NOUN = re.compile(rf"\b({'|'.join(NOUNS)})\b")
-SHOWN = 3  # examples of a reason
-WIDTH = 160  # characters of an example at most
+NOUN_PATTERN = re.compile(rf"\b({'|'.join(PLURALS)})\b")
+MAX_EXAMPLES_SHOWN = 3  # examples of a reason
+MAX_EXAMPLE_LENGTH = 160  # characters of an example at most
 
 
 def summarize_dataset(dataset: Dataset) -> str:
@@ -30,22 +30,22 @@ def summarize_dataset(dataset: Dataset) -> str:
     Returns:
         Such as "721 regions, 680 with captions, 11 class names, 39 images; 1 image missing: x.jpg (looked in photos)".
     """
-    about = getattr(dataset, "about", None)
+    metadata = getattr(dataset, "about", None)
     parts = [format_count(len(dataset), "image")]
-    if about is not None:
-        captioned = f"{about['captioned']:,} with captions"
-        names = format_count(len(about["names"]), "class name")
-        parts = [format_count(about["regions"], "region"), captioned, names, *parts]
+    if metadata is not None:
+        captioned = f"{metadata['captioned']:,} with captions"
+        names = format_count(len(metadata["names"]), "class name")
+        parts = [format_count(metadata["regions"], "region"), captioned, names, *parts]
     remarks = getattr(dataset, "remarks", ())
-    return "; ".join([", ".join(parts), *remarks, *_left_out(dataset)])
+    return "; ".join([", ".join(parts), *remarks, *_describe_skipped(dataset)])
 
 
-def count_left_out(dataset: Dataset) -> dict[str, int]:
+def count_skipped(dataset: Dataset) -> dict[str, int]:
     """Count what was left out of a dataset so far, by reason."""
     return {reason: count for reason, count in getattr(dataset, "skipped", {}).items() if count}
 
 
-def check_not_empty(dataset: Dataset, what: str) -> None:
+def check_dataset_not_empty(dataset: Dataset, subject: str) -> None:
     """Check that a dataset has images.
 
     Args:
@@ -56,33 +56,33 @@ def check_not_empty(dataset: Dataset, what: str) -> None:
         EmptyDatasetError: If it has none. One line that says what was left out, and where images were looked for.
     """
     if not len(dataset):
-        left_out = "; ".join([*getattr(dataset, "remarks", ()), *_left_out(dataset)])
-        raise EmptyDatasetError(f"{what} has no image that can be used: {left_out or 'it contains no images'}")
+        skipped = "; ".join([*getattr(dataset, "remarks", ()), *_describe_skipped(dataset)])
+        raise EmptyDatasetError(f"{subject} has no image that can be used: {skipped or 'it contains no images'}")
 
 
-def name_some(names: Iterable[str], total: int) -> str:
+def format_examples(names: Iterable[str], total: int) -> str:
     """The first few of `total` names, each shortened, and how many more there are."""
-    shown = [shorten(name, WIDTH, placeholder="...") for name in names][:SHOWN]
-    more = total - len(shown)
-    return ", ".join(shown) + (f" and {more:,} more" if more > 0 and shown else "")
+    shown = [shorten(name, MAX_EXAMPLE_LENGTH, placeholder="...") for name in names][:MAX_EXAMPLES_SHOWN]
+    num_more = total - len(shown)
+    return ", ".join(shown) + (f" and {num_more:,} more" if num_more > 0 and shown else "")
 
 
-def _left_out(dataset: Dataset) -> list[str]:
+def _describe_skipped(dataset: Dataset) -> list[str]:
     """A phrase for each reason for which something was left out, images first."""
-    skipped = count_left_out(dataset)
+    skipped = count_skipped(dataset)
     examples: Mapping[str, list[str]] = getattr(dataset, "examples", {})
-    ordered = [*(each for each in skipped if each in BAD_IMAGES), *(each for each in skipped if each not in BAD_IMAGES)]
-    found = []
+    ordered = [*(each for each in skipped if each in BAD_IMAGE_REASONS), *(each for each in skipped if each not in BAD_IMAGE_REASONS)]
+    phrases = []
     for reason in ordered:
         total = skipped[reason]
-        named = name_some(_short(dataset, examples.get(reason, ())), total)
-        counted = reason if total == 1 else NOUN.sub(lambda match: NOUNS[match[0]], reason, count=1)
-        place = f" (looked in {dataset.images})" if reason == "image missing" else ""
-        found.append(f"{total:,} {counted}" + (f": {named}" if named else "") + place)
-    return found
+        example_text = format_examples(_shorten_examples(dataset, examples.get(reason, ())), total)
+        reason_text = reason if total == 1 else NOUN_PATTERN.sub(lambda match: PLURALS[match[0]], reason, count=1)
+        folder_text = f" (looked in {dataset.images})" if reason == "image missing" else ""
+        phrases.append(f"{total:,} {reason_text}" + (f": {example_text}" if example_text else "") + folder_text)
+    return phrases
 
 
-def _short(dataset: Dataset, examples: Iterable[str]) -> list[str]:
+def _shorten_examples(dataset: Dataset, examples: Iterable[str]) -> list[str]:
     """Examples without the path of the file that most of them are of."""
     path = str(next(iter(getattr(dataset, "sources", ())), ""))
     return [example.removeprefix(f"{path}: ") for example in examples]

@@ -13,7 +13,7 @@ from sca_registry.contracts import Region, Sample
 from sca.data import fields
 from sca.data.conversion import ConvertedTable
 from sca.io.annotations.shapes import scale_region
-from sca.io.coordinates import compare_sizes
+from sca.io.coordinates import compute_resize_factors
 from sca.io.errors import InputError
 from sca.io.images import open_image
 
@@ -30,12 +30,12 @@ class TableDataset(ConvertedTable):
         return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
-        self._check(index)
+        self._check_index(index)
         for step in range(len(self)):
             sample = self.read((index + step) % len(self))
             if sample is not None:
                 return sample
-        raise fields.EmptyDatasetError(f"no picture in {self.images} can be read; {self._account()}")
+        raise fields.EmptyDatasetError(f"no picture in {self.images} can be read; {self._summarize_skipped()}")
 
     def __iter__(self) -> Iterator[Sample]:
         """Every readable sample once."""
@@ -43,17 +43,17 @@ class TableDataset(ConvertedTable):
 
     def read(self, index: int) -> Sample | None:
         """Exactly this sample; None, and counted in `skipped`, if its picture cannot be used. Raises IndexError."""
-        self._check(index)
+        self._check_index(index)
         row = self._table[int(index)]
         name, size = row["file"], (row["width"], row["height"])
         try:
             image = self._open_image(name)
         except InputError as error:
             return self._skip_image("image unreadable", name, f"{name} ({error})")
-        regions = [_region(region, *size) for region in row["regions"]]
+        regions = [_row_to_region(region, *size) for region in row["regions"]]
         if image.size != size:
             try:
-                scale = compare_sizes(size, image.size)
+                scale = compute_resize_factors(size, image.size)
             except ValueError as error:
                 return self._skip_image("image of another size", name, f"{name} ({error})")
             regions = [scaled for region in regions if (scaled := scale_region(region, scale, image.size)) is not None]
@@ -64,7 +64,7 @@ class TableDataset(ConvertedTable):
     def annotations_of_all(self) -> Iterator[tuple[Region, ...]]:
         """The regions of each image, in order; no picture is opened."""
         for row in self._table:
-            yield tuple(_region(region, row["width"], row["height"]) for region in row["regions"])
+            yield tuple(_row_to_region(region, row["width"], row["height"]) for region in row["regions"])
 
     @cached_property
     def image_ids(self) -> list[int]:
@@ -73,20 +73,20 @@ class TableDataset(ConvertedTable):
 
     def _open_image(self, name: str) -> Image.Image:
         """The picture that a table calls `name`. Raises InputError."""
-        return open_image(self._path(name))
+        return open_image(self._resolve_image_path(name))
 
-    def _check(self, index: int) -> None:
+    def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.sources[0]}")
 
 
-def _region(stored: dict[str, Any], width: int, height: int) -> Region:
-    attributes = json.loads(stored["attributes"])
+def _row_to_region(region_row: dict[str, Any], width: int, height: int) -> Region:
+    attributes = json.loads(region_row["attributes"])
     return Region(
-        stored["id"],
-        tuple(stored["box"]),
-        None if stored["mask"] is None else {"size": [height, width], "counts": stored["mask"]},
-        stored["name"],
-        tuple(stored["phrases"]),
+        region_row["id"],
+        tuple(region_row["box"]),
+        None if region_row["mask"] is None else {"size": [height, width], "counts": region_row["mask"]},
+        region_row["name"],
+        tuple(region_row["phrases"]),
         {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()},
     )

@@ -8,16 +8,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import identified, read_json, read_phrases
-from sca.data.json_stream import stream
+from sca.data.fields import iter_identified_records, read_dataset_json, parse_phrases
+from sca.data.json_stream import iter_list_elements
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.validation import convert_box, read_field, check_object, require_size
+from sca.io.validation import xywh_to_xyxy, read_field, check_object, require_recorded_size
 
-SPLITS = "densecap_splits.json"
-FOLDERS = ("VG_100K", "VG_100K_2")
-SIDES = ("x", "y", "width", "height")
+SPLITS_FILE = "densecap_splits.json"
+IMAGE_FOLDERS = ("VG_100K", "VG_100K_2")
+BOX_FIELDS = ("x", "y", "width", "height")
 
 
 class VisualGenome(TableDataset):
@@ -34,83 +34,83 @@ class VisualGenome(TableDataset):
 
     def __init__(self, split: str, root: str | Path, splits: str | Path | None = None, max_bad: int = 100):
         root = expand_user(root)
-        self.data, self.descriptions = root / "image_data.json", root / "region_descriptions.json"
-        self.splits = root / SPLITS if splits is None else expand_user(splits)
+        self.image_data, self.descriptions = root / "image_data.json", root / "region_descriptions.json"
+        self.splits = root / SPLITS_FILE if splits is None else expand_user(splits)
         if not self.splits.is_file():
             raise InputError(
-                f"no file {self.splits}, which says what is in which split: take info/{SPLITS} of the densecap "
+                f"no file {self.splits}, which says what is in which split: take info/{SPLITS_FILE} of the densecap "
                 f"repository (https://github.com/jcjohnson/densecap) and put it into {root}, or give splits=FILE"
             )
-        for file in (self.data, self.descriptions):
+        for file in (self.image_data, self.descriptions):
             if not file.is_file():
                 raise InputError(f"no Visual Genome in {root}: there is no {file.name}; give root=FOLDER that has it")
-        super().__init__(split, root, [self.descriptions, self.data, self.splits], max_bad, split)
+        super().__init__(split, root, [self.descriptions, self.image_data, self.splits], max_bad, split)
 
-    def _path(self, name: str) -> Path:
-        paths = [self.images / folder / name for folder in FOLDERS]
+    def _resolve_image_path(self, name: str) -> Path:
+        paths = [self.images / folder / name for folder in IMAGE_FOLDERS]
         return next((path for path in paths if path.is_file()), paths[0])
 
-    def _entries(self, bar: tqdm) -> Iterator[Any]:
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """A row without its regions, and of each of them the record, the place and the id."""
-        wanted = self._ids()
-        bar.reset(len(wanted))
-        sizes = {}
-        for record, place in identified(stream(self.data), f"{self.data}: ", "image_id", self._reject_image):
-            if record["image_id"] in wanted:
-                with self._rejecting(self._reject_image):
-                    sizes[record["image_id"]] = require_size(record, place)
-        for image_id in sorted(wanted - sizes.keys()):
+        split_image_ids = self._read_split_image_ids()
+        bar.reset(len(split_image_ids))
+        size_by_image_id = {}
+        for record, location in iter_identified_records(iter_list_elements(self.image_data), f"{self.image_data}: ", "image_id", self._reject_image):
+            if record["image_id"] in split_image_ids:
+                with self._catch_record_errors(self._reject_image):
+                    size_by_image_id[record["image_id"]] = require_recorded_size(record, location)
+        for image_id in sorted(split_image_ids - size_by_image_id.keys()):
             self._skip_image("image without data", f"{image_id}.jpg", str(image_id), stop=False)
-        self._stop_if_too_many()
-        seen: set[int] = set()  # region ids
-        listing = stream(self.descriptions)
-        for described, place in identified(listing, f"{self.descriptions}: ", reject=self._reject_image):
-            image_id = described["id"]
-            if image_id not in wanted:
+        self._check_max_bad()
+        region_ids: set[int] = set()  # region ids
+        described_images = iter_list_elements(self.descriptions)
+        for description, location in iter_identified_records(described_images, f"{self.descriptions}: ", reject=self._reject_image):
+            image_id = description["id"]
+            if image_id not in split_image_ids:
                 continue
-            wanted.remove(image_id)
-            if image_id not in sizes:
+            split_image_ids.remove(image_id)
+            if image_id not in size_by_image_id:
                 continue  # counted already
             regions: list[tuple[dict[str, Any], str, int]] = []
-            with self._rejecting(self._reject_image):
-                for count, region in enumerate(read_field(described, "regions", list, place)):
-                    with self._rejecting():
-                        self._collect(regions, region, f"{place}: regions[{count}]", seen)
-            yield self._image(image_id, f"{image_id}.jpg", *sizes[image_id]), regions
-        for image_id in sorted(wanted & sizes.keys()):
+            with self._catch_record_errors(self._reject_image):
+                for region_index, region in enumerate(read_field(description, "regions", list, location)):
+                    with self._catch_record_errors():
+                        self._append_region(regions, region, f"{location}: regions[{region_index}]", region_ids)
+            yield self._create_row(image_id, f"{image_id}.jpg", *size_by_image_id[image_id]), regions
+        for image_id in sorted(split_image_ids & size_by_image_id.keys()):
             self._skip("image without regions", f"{image_id}.jpg")
 
-    def _record(self, entry: Any) -> dict[str, Any]:
-        image, regions = entry
-        for region, place, identity in regions:
-            with self._rejecting():
-                if region.get("image_id", image["image_id"]) != image["image_id"]:
-                    raise InputError(f"{place}: image_id {region['image_id']!r:.80} is not that of its image")
-                sides = (read_field(region, side, float, place) for side in SIDES)
-                box = convert_box(f"{place}: the box", *sides)
-                phrase = read_phrases(read_field(region, "phrase", str, place), "phrase", place)
-                self._keep(image, identity, box, place, phrases=phrase)
-        return image
+    def _build_row(self, entry: Any) -> dict[str, Any]:
+        row, regions = entry
+        for region, location, region_id in regions:
+            with self._catch_record_errors():
+                if region.get("image_id", row["image_id"]) != row["image_id"]:
+                    raise InputError(f"{location}: image_id {region['image_id']!r:.80} is not that of its image")
+                box_values = (read_field(region, side, float, location) for side in BOX_FIELDS)
+                box = xywh_to_xyxy(f"{location}: the box", *box_values)
+                phrase = parse_phrases(read_field(region, "phrase", str, location), "phrase", location)
+                self._add_region(row, region_id, box, location, phrases=phrase)
+        return row
 
-    def _collect(self, regions: list[tuple[dict[str, Any], str, int]], region: Any, place: str, seen: set[int]) -> None:
+    def _append_region(self, regions: list[tuple[dict[str, Any], str, int]], region: Any, location: str, region_ids: set[int]) -> None:
         """Add a region with its place and id, unless its id is among those that were seen."""
-        identity = read_field(region, "region_id", int, place)
-        place = f"{place} (region_id {identity})"
-        if identity in seen:
-            return self._skip("region id repeated", place)
-        seen.add(identity)
-        regions.append((region, place, identity))
+        region_id = read_field(region, "region_id", int, location)
+        location = f"{location} (region_id {region_id})"
+        if region_id in region_ids:
+            return self._skip("region id repeated", location)
+        region_ids.add(region_id)
+        regions.append((region, location, region_id))
 
-    def _ids(self) -> set[int]:
-        content = check_object(read_json(self.splits), str(self.splits))
+    def _read_split_image_ids(self) -> set[int]:
+        content = check_object(read_dataset_json(self.splits), str(self.splits))
         if self.split not in content:
             raise InputError(f"{self.splits} has no split {self.split!r}; it has: {', '.join(content) or 'none'}")
-        listed = read_field(content, self.split, list, str(self.splits))
-        wanted: set[int] = set()
-        for place, image_id in enumerate(listed):
+        id_list = read_field(content, self.split, list, str(self.splits))
+        image_ids: set[int] = set()
+        for index, image_id in enumerate(id_list):
             if type(image_id) is not int:
-                raise InputError(f"{self.splits}: {self.split}[{place}] must be an image id, not {image_id!r:.80}")
-            if image_id in wanted:
-                self._skip("image id repeated", f"{self.splits}: {self.split}[{place}] (id {image_id})")
-            wanted.add(image_id)
-        return wanted
+                raise InputError(f"{self.splits}: {self.split}[{index}] must be an image id, not {image_id!r:.80}")
+            if image_id in image_ids:
+                self._skip("image id repeated", f"{self.splits}: {self.split}[{index}] (id {image_id})")
+            image_ids.add(image_id)
+        return image_ids

@@ -24,7 +24,7 @@ from sca.inference.automatic import SearchProgress, resolve_everything_options
 from sca.inference.factory import captioner
 from sca.inference.generation import resolve_generation_options
 from sca.io.errors import InputError
-from sca.io.hub import local_path
+from sca.io.hub import resolve_local_path
 from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
@@ -175,7 +175,7 @@ class ModelPool:
 
 def _check_has_no_options(name: str) -> None:
     """Raise ValueError for the name of a model with options, which may trust a checkpoint; a folder has none."""
-    path = local_path(name)
+    path = resolve_local_path(name)
     if (path is None or not path.exists()) and Part.parse(name, "a model").options:
         raise ValueError(f"the model {name!r:.80} has options; enter its name only, or pass it to --model")
 

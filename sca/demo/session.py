@@ -16,8 +16,8 @@ from sca_registry.contracts import Caption, Prompt
 from sca.inference.engine import PredictedMask
 from sca.io import masks
 from sca.io.errors import InputError
-from sca.io.images import inspect_image
-from sca.io.prompts import MAX_POINTS, check
+from sca.io.images import open_image_header
+from sca.io.prompts import MAX_POINTS, check_prompt
 from sca.output.colours import get_region_color
 from sca.output.outline import mask_to_svg_path
 
@@ -39,7 +39,7 @@ class SessionRegion:
         if not self.masks:
             return self.caption
         rle, predicted_iou = self.masks[self.mask_index]
-        box = self.prompt.box or masks.box_of(rle)
+        box = self.prompt.box or masks.mask_to_box(rle)
         return replace(self.caption, mask=rle, iou=predicted_iou, box=box)
 
 
@@ -132,7 +132,7 @@ class Session:
         )
         if len(prompt.points) > MAX_POINTS:
             raise InputError(f"a region has at most {MAX_POINTS} points; begin a new one")
-        region = SessionRegion(check(prompt, *self.image.size))
+        region = SessionRegion(check_prompt(prompt, *self.image.size))
         if self.current_index is None:
             self._record_change((*self.regions, region), len(self.regions))
         else:
@@ -144,7 +144,7 @@ class Session:
         try:
             png_bytes = base64.b64decode(str(data_url).partition(",")[2], validate=True)
             max_pixels = self.image.width * self.image.height
-            with inspect_image(io.BytesIO(png_bytes), "what was painted", max_pixels) as layer:
+            with open_image_header(io.BytesIO(png_bytes), "what was painted", max_pixels) as layer:
                 alpha = np.asarray(layer.convert("RGBA").getchannel("A"))
         except (binascii.Error, InputError, OSError, SyntaxError) as error:
             raise InputError("what was painted did not arrive whole; paint it again") from error
@@ -166,9 +166,9 @@ class Session:
         caption = region.displayed_caption if region.caption is not None else None
         rle, box = (caption.mask, caption.box) if caption else (None, region.prompt.box)
         num_pixels = self.image.width * self.image.height
-        area = masks.area(rle) if rle else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
+        area = masks.compute_mask_area(rle) if rle else (box[2] - box[0]) * (box[3] - box[1]) if box else 0
         return {
-            "path": mask_to_svg_path(masks.decode(rle)) if rle else "",
+            "path": mask_to_svg_path(masks.decode_rle(rle)) if rle else "",
             "box": region.prompt.box and list(region.prompt.box),
             "points": [list(point) for point in region.prompt.points],
             "caption": caption.text if caption else "…",

@@ -15,13 +15,13 @@ from sca_registry.messages import format_choices, suggest_name
 from torch import Tensor, nn
 
 from sca.encoders.timm import IntermediateLayer, resolve_layer, make_image_format
-from sca.io.hub import OPEN_CLIP, fetch, local_file, weight_file
+from sca.io.hub import OPEN_CLIP_PREFIX, fetch_model_folder, find_local_file, fetch_weight_file
 from sca.io.json import read_json
-from sca.io.weight_files import reading
+from sca.io.weight_files import translate_load_errors
 from sca.nn.probe import probe_feature_shape
 
 MINIMAL_TEXT_CONFIG = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
-CONFIG_FILE = f"{OPEN_CLIP}config.json"
+CONFIG_FILE = f"{OPEN_CLIP_PREFIX}config.json"
 
 
 class OpenClipEncoder(nn.Module):
@@ -35,7 +35,7 @@ class OpenClipEncoder(nn.Module):
     """
 
     default_segmenter = "box"
-    file_prefix = OPEN_CLIP  # of the names of its files
+    file_prefix = OPEN_CLIP_PREFIX  # of the names of its files
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class OpenClipEncoder(nn.Module):
             weights, self.file_prefix = _resolve_weights(model, pretrained, pretrained_config)
         if weights is None and (pretrained or not model):
             raise ValueError("there are no weights: give pretrained=TAG or a file, or weights=FOLDER or a hub id")
-        file = weight_file(weights, revision, self.file_prefix) if pretrained else None
-        folder = file.parent if file else None if model else fetch(weights, revision, False, prefix=self.file_prefix)
+        file = fetch_weight_file(weights, revision, self.file_prefix) if pretrained else None
+        folder = file.parent if file else None if model else fetch_model_folder(weights, revision, False, prefix=self.file_prefix)
         preprocessing = {**pretrained_config, **_read_preprocessing(folder)}
-        with reading(weights if pretrained else model or weights):
+        with translate_load_errors(weights if pretrained else model or weights):
             tower = _build_image_tower(model or f"local-dir:{folder}", file, image_size, config, bool(pretrained_config.get("quick_gelu")))
         self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
@@ -127,21 +127,21 @@ def _resolve_weights(model: str | None, pretrained: str, pretrained_config: Mapp
     """The hub id that a tag stands for, or a file; and what the names of its files begin with."""
     import open_clip
 
-    if local_file(pretrained) is not None:
-        return pretrained, OPEN_CLIP
+    if find_local_file(pretrained) is not None:
+        return pretrained, OPEN_CLIP_PREFIX
     tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     if pretrained not in tags:
         problem = f"pretrained={pretrained} is no file here, and open_clip has no such weights of {model!r}"
         raise ValueError(f"{problem}.{suggest_name(pretrained, tags)}{format_choices(tags)}")
     name, _, file = pretrained_config["hf_hub"].rpartition("/")
-    return name, "" if file else OPEN_CLIP
+    return name, "" if file else OPEN_CLIP_PREFIX
 
 
 def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
     """The mean, deviation and interpolation that lie with the weights, where they do."""
     if folder is None or not (folder / CONFIG_FILE).is_file():
         return {}
-    with reading(folder / CONFIG_FILE):
+    with translate_load_errors(folder / CONFIG_FILE):
         preprocessing = read_json(folder / CONFIG_FILE).get("preprocess_cfg", {})
         for field in ("mean", "std"):
             if field in preprocessing and (

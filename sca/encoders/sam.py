@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
-from sca.io.hub import load_pretrained, read_config
+from sca.io.hub import load_pretrained, fetch_pretrained_config
 
 INITIALIZER_RANGE = 0.02  # of random weights; SamVisionConfig has 1e-10, with which all images look the same
 
@@ -84,7 +84,7 @@ def build_sam_config(weights: str | None, revision: str | None, config: Mapping[
     """From the fields given, or else as it lies with the weights. Raises ValueError if there is neither."""
     if config is None and weights is None:
         raise ValueError("there are neither weights nor a config: give weights=facebook/sam-vit-base, or a folder")
-    full_config = SamConfig(**config) if config is not None else read_config(SamConfig, weights, revision)
+    full_config = SamConfig(**config) if config is not None else fetch_pretrained_config(SamConfig, weights, revision)
     full_config.vision_config._attn_implementation = "sdpa"
     full_config.vision_config.initializer_range = INITIALIZER_RANGE
     return full_config

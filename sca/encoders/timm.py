@@ -11,9 +11,9 @@ from sca_registry.contracts import ImageFormat
 from sca_registry.messages import suggest_name
 from torch import Tensor, nn
 
-from sca.io.hub import fetch, local_file, terms_of, weight_file
+from sca.io.hub import fetch_model_folder, find_local_file, list_usage_terms, fetch_weight_file
 from sca.io.json import read_json
-from sca.io.weight_files import reading
+from sca.io.weight_files import translate_load_errors
 from sca.nn.probe import probe_feature_shape
 
 logger = logging.getLogger(__name__)
@@ -63,21 +63,21 @@ class TimmEncoder(nn.Module):
         if weights is None and (pretrained or not model):
             raise ValueError("there are no weights: give weights=FOLDER or a hub id, or another model")
         backbone_options = dict(config or {})
-        if pretrained and pretrained_config and pretrained_config.license in RESTRICTED_LICENSES and not terms_of(weights):
+        if pretrained and pretrained_config and pretrained_config.license in RESTRICTED_LICENSES and not list_usage_terms(weights):
             logger.warning("sca: %s: its licence is %s", weights, pretrained_config.license)
-        file = weight_file(weights, revision) if pretrained else None
-        if not model and local_file(weights) is not None:
+        file = fetch_weight_file(weights, revision) if pretrained else None
+        if not model and find_local_file(weights) is not None:
             raise ValueError(f"which model {weights} is of has to be said: model=NAME")
-        folder_config = _read_folder_config(file.parent if file else fetch(weights, revision, weights=False) if not model else None)
+        folder_config = _read_folder_config(file.parent if file else fetch_model_folder(weights, revision, include_weights=False) if not model else None)
         if model:
             name = model
             backbone_options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False, **folder_config.preprocessing} if file else None
         else:
-            name = f"local-dir:{fetch(weights, revision, weights=pretrained)}"
+            name = f"local-dir:{fetch_model_folder(weights, revision, include_weights=pretrained)}"
             pretrained_config = timm.get_pretrained_cfg(folder_config.architecture) if timm.is_model(folder_config.architecture) else None
         if image_size and pretrained_config and pretrained_config.fixed_input_size:
             backbone_options["img_size"] = image_size
-        with reading(weights if pretrained else model or weights):
+        with translate_load_errors(weights if pretrained else model or weights):
             backbone = timm.create_model(name, pretrained=pretrained, **backbone_options)  # with its head: only so is it strict
             backbone.reset_classifier(0)
         self.source = weights  # also where they are not read
@@ -129,7 +129,7 @@ class _FolderConfig(NamedTuple):
 def _read_folder_config(folder: Path | None) -> _FolderConfig:
     if folder is None or not (folder / "config.json").is_file():
         return _FolderConfig()
-    with reading(folder / "config.json"):
+    with translate_load_errors(folder / "config.json"):
         config = read_json(folder / "config.json")
         preprocessing = {**config, **(config.get("pretrained_cfg") or {})}
         if "num_classes" in config:  # of the weights; pretrained_cfg may have the one of the model they were tuned from

@@ -20,7 +20,7 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.spec import Part, check_generation
 
 from sca.checkpoints.state import hash_weights
-from sca.data.summary import check_not_empty, summarize_dataset
+from sca.data.summary import check_dataset_not_empty, summarize_dataset
 from sca.evaluation.journal import PREDICTIONS_PATTERNS, RESUMABLE_KEYS, PredictionsJournal, Predictions, check_same_runs, read_predictions
 from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
 from sca.evaluation.records import Record
@@ -32,7 +32,7 @@ from sca.inference.engine import Engine
 from sca.inference.factory import captioner as open_captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError, DifferentRunError
-from sca.io.run_folder import RunFolder, existing_paths
+from sca.io.run_folder import RunFolder, iter_existing_paths
 
 if TYPE_CHECKING:
     from sca.io.terminal import Table
@@ -189,7 +189,7 @@ def evaluate(
     prompting = prompting or PromptingOptions()
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external}
     dataset_name, split, dataset_options, built_dataset = _resolve_dataset(dataset, split)
-    check_not_empty(built_dataset, f"{dataset_name} {split}".rstrip())
+    check_dataset_not_empty(built_dataset, f"{dataset_name} {split}".rstrip())
     if proposer is None:
         check_has_truth(built_dataset, dataset_name, prompting.tasks, limit)
         check_metric_needs(metrics or (), built_dataset, prompting.tasks, limit)
@@ -243,7 +243,7 @@ def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bo
             if not overwrite:
                 raise
             is_different_run = True
-        run_folder.begin(run, OUTPUT_PATTERNS, existing_paths(inputs), overwrite=overwrite, loose=RESUMABLE_KEYS)
+        run_folder.begin(run, OUTPUT_PATTERNS, iter_existing_paths(inputs), overwrite=overwrite, ignored_settings=RESUMABLE_KEYS)
         if is_different_run:  # also where the marker is of this run
             run_folder.delete_outputs(PREDICTIONS_PATTERNS)
         yield

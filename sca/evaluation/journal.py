@@ -25,7 +25,7 @@ from sca.evaluation.predictions import PredictedBatch
 from sca.io import journal
 from sca.io.atomic import write_file
 from sca.io.errors import InputError
-from sca.io.json import open_regular_file, parse_lines
+from sca.io.json import open_regular_file, parse_json_lines
 from sca.io.output_patterns import find_outputs
 from sca.io.run_folder import check_same_run
 from sca.io.validation import check_encodable, check_object
@@ -124,7 +124,7 @@ def read_predictions(path: str | Path) -> Predictions:
     records = []
     try:
         with open_regular_file(path, allow_pipe=True) as file:
-            for place, content in parse_lines(file, str(path)):
+            for place, content in parse_json_lines(file, str(path)):
                 if "run" in check_object(content, place):
                     run = content["run"]
                 elif "end" in content:
@@ -149,7 +149,7 @@ def read_run(path: Path) -> Mapping[str, Any] | None:
     Raises:
         InputError: The file was not begun by `sca evaluate`.
     """
-    for entry in journal.read_journal(path, header=HEADER_PREFIX):
+    for entry in journal.read_journal(path, first_line_prefix=HEADER_PREFIX):
         if not isinstance(entry.get("run"), dict):
             raise InputError(f"{path} contains predictions without their run; choose another folder")
         return entry["run"]

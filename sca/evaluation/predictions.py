@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposer, Region, Sample
 
-from sca.data.points import draw_point_prompt
+from sca.data.points import sample_point_prompt
 from sca.inference.batch import caption_requests
 from sca.io import masks
 from sca.io.validation import check_choice, check_range
@@ -276,10 +276,10 @@ def _make_prompt(prompting: PromptingOptions, region: Region) -> Prompt:
     if prompting.prompt == "center":
         return Prompt(points=(((x1 + x2) / 2, (y1 + y2) / 2, 1),))
     if prompting.prompt == "mask" and region.mask is not None:
-        return Prompt(mask=masks.decode(region.mask))
+        return Prompt(mask=masks.decode_rle(region.mask))
     if prompting.prompt in ("random-point", "mask-point"):
         point_region = region if prompting.prompt == "mask-point" else replace(region, mask=None)
-        return draw_point_prompt(point_region, np.random.default_rng([prompting.seed, region.id]))
+        return sample_point_prompt(point_region, np.random.default_rng([prompting.seed, region.id]))
     return Prompt(box=region.box)
 
 
@@ -303,13 +303,13 @@ def _shift_region(region: Region, image_size: tuple[int, int], seed: int) -> Reg
     x, y = (float(value) for value in corners[intersections.argmin()])
     mask = region.mask
     if mask is not None:
-        bitmap = masks.decode(mask)
+        bitmap = masks.decode_rle(mask)
         rows, columns = np.nonzero(bitmap)
         rows, columns = rows + round(y - y1), columns + round(x - x1)
         is_inside_image = (rows >= 0) & (rows < image_size[1]) & (columns >= 0) & (columns < image_size[0])
         bitmap[:] = False
         bitmap[rows[is_inside_image], columns[is_inside_image]] = True
-        mask = masks.encode(bitmap)
+        mask = masks.encode_rle(bitmap)
     return replace(region, box=(x, y, x + x2 - x1, y + y2 - y1), mask=mask)
 
 
@@ -365,6 +365,6 @@ def _make_truth(region: Region) -> dict[str, Any]:
 
 def _compute_area(region: Region) -> float:
     if region.mask is not None:
-        return float(masks.area(region.mask))
+        return float(masks.compute_mask_area(region.mask))
     x1, y1, x2, y2 = region.box
     return float((x2 - x1) * (y2 - y1))

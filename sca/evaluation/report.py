@@ -200,7 +200,7 @@ class _RegionCropper:
         contour_paths = [
             (kind, path)
             for kind, rle in rles.items()
-            if kind in contour_kinds and rle and (path := mask_to_svg_path(masks.decode(rle)))
+            if kind in contour_kinds and rle and (path := mask_to_svg_path(masks.decode_rle(rle)))
         ]
         image_uri = encode_data_uri(image.crop((left, top, right, bottom)), MAX_CROP_SIDE)
         return RegionCrop(_format_region_id(record), image_uri, max(view_box[2:]) <= MAX_SHARP_SIDE, view_box, box, contour_paths)

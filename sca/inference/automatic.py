@@ -23,7 +23,7 @@ from sca.inference.engine import EncodedImages, PredictedMask, MaskEngine
 from sca.inference.generation import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
 from sca.inference.predictor import Predictor
 from sca.inference.requests import check_task
-from sca.io.masks import RLE, area, encode
+from sca.io.masks import RLE, compute_mask_area, encode_rle
 from sca.nn.boxes import compute_box_iou
 from sca.nn.suppression import suppress_overlaps
 
@@ -246,7 +246,7 @@ def _search_windows(
             yield SearchProgress(previously_done, total_points)
     num_pixels = image.width * image.height
     return sorted(
-        (each for each in kept if options.min_area <= area(each.mask) / num_pixels <= options.max_area),
+        (each for each in kept if options.min_area <= compute_mask_area(each.mask) / num_pixels <= options.max_area),
         key=lambda each: -each.predicted_iou,
     )
 
@@ -281,7 +281,7 @@ def _search_window(
                 mask = np.zeros((height, width), bool, order="F")
                 mask[y1:y2, x1:x2] = binary_mask
                 point = points[point_indices[start + row]].tolist()
-                yield Candidate(encode(mask), tuple(boxes[row]), (point[0], point[1]), scores[start + row], window)
+                yield Candidate(encode_rle(mask), tuple(boxes[row]), (point[0], point[1]), scores[start + row], window)
         done = points_done
         yield done
 

@@ -25,7 +25,7 @@ from sca.inference.generation import resolve_generation_options
 from sca.inference.job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
-from sca.io.images import open_image, show
+from sca.io.images import open_image, format_path
 from sca.output.captioned import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # what cannot be used
@@ -100,9 +100,9 @@ class BatchCaptioner:
             try:
                 prompts, problems = self.region_source.list_prompts(path, image.size)
             except InputError as error:
-                yield Failure(path, f"{show(path)}: {error}", UNUSABLE_PROMPTS)
+                yield Failure(path, f"{format_path(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
-            yield from (Failure(path, f"{show(path)}: {problem}", UNUSABLE_PROMPTS, is_entire_image=False) for problem in problems)
+            yield from (Failure(path, f"{format_path(path)}: {problem}", UNUSABLE_PROMPTS, is_entire_image=False) for problem in problems)
             batch.append((path, image, prompts))
             if len(batch) == self.job.batch_size:
                 yield from self._caption_batch(batch, keep_images)
@@ -137,7 +137,7 @@ class BatchCaptioner:
             try:
                 proposals = proposer(image, str(path)) if proposer else None
             except InputError as error:
-                yield Failure(path, f"{show(path)}: {error}", UNUSABLE_PROMPTS)
+                yield Failure(path, f"{format_path(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
             predictor.set_image(image)
             captions = caption_everything(predictor, job.task, options, proposals, **limits, **self._generation)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sca.inference.processor import InputFrame, Processor
 from sca.inference.requests import check_task
-from sca.io.masks import box_of, encode
+from sca.io.masks import mask_to_box, encode_rle
 from sca.language_models.usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -192,7 +192,7 @@ class MaskEngine(ABC):
 
     def _iter_rles(self, logits: Tensor, image_index: Tensor, frames: Sequence[InputFrame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
-        return map(encode, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()]))
+        return map(encode_rle, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()]))
 
 
 class Engine(MaskEngine):
@@ -241,7 +241,7 @@ class Engine(MaskEngine):
             told, usages, codes, ious = self._caption_prompt_batch(encoded, prompts, TASKS.index(task), masks, generation)
             for row, place in enumerate(places):
                 _, prompt, region = flat[place]
-                box = prompt.box or (codes[row] and box_of(codes[row]))
+                box = prompt.box or (codes[row] and mask_to_box(codes[row]))
                 (text, score), *others = told[row]
                 answers[place] = Caption(
                     text, score, box, codes[row], ious[row], prompt, region, tuple(others), usages[row]
@@ -261,7 +261,7 @@ class Engine(MaskEngine):
     ) -> list[Caption]:
         (captions,) = self.caption_batch(encoded, [request], task, masks=False, **generation)
         told = zip(captions, masks, strict=True)
-        return [replace(caption, mask=code, box=box_of(code), iou=iou) for caption, (code, iou) in told]
+        return [replace(caption, mask=code, box=mask_to_box(code), iou=iou) for caption, (code, iou) in told]
 
     def _caption_prompt_batch(
         self, encoded: EncodedImages, prompts: PromptBatch, task_id: int, return_masks: bool, generation: Mapping[str, Any]

@@ -17,7 +17,7 @@ from sca_registry.spec import Part
 from sca.checkpoints.load import load
 from sca.devices import resolve_device
 from sca.inference.engine import Engine
-from sca.io.hub import local_path, suggest_path
+from sca.io.hub import resolve_local_path, suggest_path
 
 NAME_FORMS_HINT = (
     "A folder that `sca train` wrote works too, and so do a hub id, OWNER/NAME, and encoder+captioner, such as "
@@ -48,7 +48,7 @@ def captioner(
     """
     trust_options = {"trust_remote_code": trust_remote_code, "allow_external": allow_external, "revision": revision}
     trust_options = {name: value for name, value in trust_options.items() if value}
-    path = None if isinstance(source, Mapping) else local_path(source)
+    path = None if isinstance(source, Mapping) else resolve_local_path(source)
     if isinstance(source, Mapping):
         part = Part.from_dict(source, "captioner")
     elif isinstance(source, Path) or (path is not None and path.exists()):

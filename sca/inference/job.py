@@ -14,13 +14,13 @@ from sca_registry.spec import Part
 from sca.devices import resolve_device
 from sca.inference.requests import check_task
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.labelme import list_files
+from sca.io.annotations.labelme import list_labelme_files
 from sca.io.errors import InputError
-from sca.io.images import show
-from sca.io.prompt_files import read_prompts
-from sca.io.prompts import check_and_count, mask_files, parse_box, parse_point, parse_region, read_mask
+from sca.io.images import format_path
+from sca.io.prompt_files import read_region_prompts
+from sca.io.prompts import check_and_count_clipping, list_mask_files, parse_box, parse_point, parse_region, read_mask_file
 from sca.io.region_prompts import RegionPrompts
-from sca.io.run_folder import existing_paths
+from sca.io.run_folder import iter_existing_paths
 from sca.io.validation import check_range
 
 
@@ -45,14 +45,14 @@ class SharedPrompts:
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
         """Return what `ListedPrompts.list_prompts` returns."""
-        return [check_and_count(prompt, *size, self.clipped, show(path)) for prompt in self.prompts], []
+        return [check_and_count_clipping(prompt, *size, self.clipped, format_path(path)) for prompt in self.prompts], []
 
 
 class ListedPrompts:
     """The prompts that a file lists for each image."""
 
     def __init__(self, region_prompts: RegionPrompts):
-        self.region_prompts, self.clipped = region_prompts, region_prompts.clipped
+        self.region_prompts, self.clipped = region_prompts, region_prompts.clip_counter
         self.image_keys: Mapping[Path, str] = {}
 
     def match_images(self, paths: Sequence[Path]) -> None:
@@ -61,7 +61,7 @@ class ListedPrompts:
         Raises:
             InputError: A name could mean several images.
         """
-        self.image_keys = self.region_prompts.match(paths)
+        self.image_keys = self.region_prompts.match_images(paths)
 
     def list_prompts(self, path: Path, size: tuple[int, int]) -> tuple[list[Prompt], list[str]]:
         """Return the prompts that fit an image of (width, height), and a line for each that does not.
@@ -71,7 +71,7 @@ class ListedPrompts:
         """
         if path not in self.image_keys:
             raise InputError(f"{self.region_prompts.path} has no regions for it; name it there, or leave the image out")
-        prompts, problems = self.region_prompts.fitting(self.image_keys[path], *size)
+        prompts, problems = self.region_prompts.fit_prompts(self.image_keys[path], *size)
         if problems and not prompts:
             remaining_count = f" (and {len(problems) - 1} more regions)" if len(problems) > 1 else ""
             raise InputError(f"{problems[0]}{remaining_count}")
@@ -151,20 +151,20 @@ class CaptionJob:
         if self.everything:
             return SearchedRegions(self._build_proposer())
         if self.prompts:
-            return ListedPrompts(read_prompts(self.prompts))
+            return ListedPrompts(read_region_prompts(self.prompts))
         shared_prompts = [Prompt(box=parse_box(text)) for text in self.boxes]
         shared_prompts += [Prompt(points=(parse_point(text),)) for text in self.points]
-        shared_prompts += [Prompt(mask=read_mask(path, allow_pipe=True)) for path in self.masks]
+        shared_prompts += [Prompt(mask=read_mask_file(path, allow_pipe=True)) for path in self.masks]
         shared_prompts += [parse_region(text, allow_pipe=True) for text in self.regions]
         return SharedPrompts(shared_prompts)
 
     def list_input_files(self) -> list[Path]:
         """List the files that the regions are read from."""
         prompts = [] if self.prompts is None else [Path(self.prompts)]
-        prompt_files = [file for path in prompts for file in (list_files(path) if path.is_dir() else [path])]
+        prompt_files = [file for path in prompts for file in (list_labelme_files(path) if path.is_dir() else [path])]
         part = self._parse_proposer()
-        proposals = existing_paths(part.options) if part else ()
-        return [*prompt_files, *map(Path, self.masks), *map(Path, mask_files(self.regions)), *proposals]
+        proposals = iter_existing_paths(part.options) if part else ()
+        return [*prompt_files, *map(Path, self.masks), *map(Path, list_mask_files(self.regions)), *proposals]
 
     def load_captioner(self) -> Captioner:
         """Load the captioner; see `sca.captioner` for what it raises."""

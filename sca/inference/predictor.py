@@ -13,7 +13,7 @@ from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, Predi
 from sca.inference.generation import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
 from sca.inference.requests import check_prompts, check_task, collect_prompts
 from sca.io.errors import InputError
-from sca.io.images import take_image
+from sca.io.images import convert_to_rgb
 from sca.io.masks import RLE
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Predictor:
         Raises:
             InputError: An array of another shape or type.
         """
-        self.image = take_image(image)
+        self.image = convert_to_rgb(image)
         self.encoded = self.engine.encode([self.image])
 
     def predict(
@@ -185,7 +185,7 @@ class Predictor:
         upright_images, checked_requests = [], []
         for index, (image, request) in enumerate(zip(images, requests, strict=True)):
             try:
-                upright_images.append(take_image(image))
+                upright_images.append(convert_to_rgb(image))
                 checked_requests.append(check_prompts(request, *upright_images[-1].size))
             except ValueError as error:
                 raise type(error)(f"image {index}: {error}") from error

@@ -10,8 +10,8 @@ import numpy as np
 from sca_registry.contracts import TASKS, Prompt
 
 from sca.io.errors import InputError
-from sca.io.masks import RLE, checked, decode
-from sca.io.prompts import check
+from sca.io.masks import RLE, parse_rle, decode_rle
+from sca.io.prompts import check_prompt
 
 
 def collect_prompts(
@@ -51,7 +51,7 @@ def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Pr
                 raise InputError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
             if isinstance(prompt.mask, Mapping):
                 prompt = replace(prompt, mask=_decode_rle(prompt.mask))
-            checked_prompts.append(check(prompt, width, height))
+            checked_prompts.append(check_prompt(prompt, width, height))
         except InputError as error:
             raise InputError(f"prompt {index}: {error}") from error
     return checked_prompts
@@ -70,7 +70,7 @@ def _check_is_list(name: str, values: Any) -> Sequence[Any]:
 
 def _decode_rle(rle: RLE) -> np.ndarray:
     try:
-        return decode(checked(rle))
+        return decode_rle(parse_rle(rle))
     except ValueError as error:
         raise InputError(f"the mask is unusable: {error}") from error
 

@@ -27,10 +27,10 @@ import sca.inference.factory  # noqa: F401 (what shards are forked from has impo
 from sca.inference.batch import UNUSABLE_IMAGE, UNUSABLE_PROMPTS, BatchCaptioner, Failure
 from sca.inference.job import CaptionJob, ListedPrompts, RegionSource
 from sca.io.atomic import write_file
-from sca.io.images import SUFFIXES, show
+from sca.io.images import IMAGE_SUFFIXES, format_path
 from sca.io.journal import Journal, read_journal
 from sca.io.json import open_regular_file
-from sca.io.output_patterns import exact_pattern
+from sca.io.output_patterns import make_exact_pattern
 from sca.io.run_folder import RunFolder
 from sca.io.text import describe_error
 from sca.launchers.task import Task
@@ -250,14 +250,14 @@ def begin_sharded_run(
         OutputError: The folder must not be written.
         ValueError: The journal is damaged.
     """
-    entries = list(read_journal(folder.path / JOURNAL_NAME)) if folder.run and not overwrite else []
+    entries = list(read_journal(folder.path / JOURNAL_NAME)) if folder.last_run and not overwrite else []
     finished = {str(entry.get("shard")): entry.get("content") for entry in entries}
     problems = {str(entry.get("shard")): _parse_problems(entry.get("problems")) for entry in entries}
     loose_settings = ("images", "shards") if not overwrite and finished.items() <= fingerprints.items() else ()
     outputs = [JOURNAL_NAME, *map(_make_output_pattern, fingerprints)]
-    folder.begin({**settings, "shards": fingerprints}, outputs, inputs, overwrite=overwrite, loose=loose_settings)
+    folder.begin({**settings, "shards": fingerprints}, outputs, inputs, overwrite=overwrite, ignored_settings=loose_settings)
     kept_outputs = set() if overwrite else {JOURNAL_NAME, *map(_make_output_pattern, finished)}
-    folder.delete_outputs(set(folder.run.outputs if folder.run else ()) - kept_outputs)
+    folder.delete_outputs(set(folder.last_run.outputs if folder.last_run else ()) - kept_outputs)
     return {name: problems[name] for name in finished if (folder.path / f"{name}.jsonl").is_file()}
 
 
@@ -273,7 +273,7 @@ def _is_pair(value: Any) -> bool:
 
 def _make_output_pattern(name: str) -> str:
     """The pattern of the file of a shard."""
-    return exact_pattern(f"{name}.jsonl")
+    return make_exact_pattern(f"{name}.jsonl")
 
 
 def _unpack_images(archive: str, folder: str) -> tuple[list[str], list[str]]:
@@ -286,20 +286,20 @@ def _unpack_images(archive: str, folder: str) -> tuple[list[str], list[str]]:
     try:
         with open_regular_file(archive) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
-                if not member.isfile() or Path(member.name).suffix.lower() not in SUFFIXES:
+                if not member.isfile() or Path(member.name).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 try:
                     safe_member = tarfile.data_filter(member, folder)
                     tar.extract(safe_member, folder, filter="data")
                 except (tarfile.FilterError, OSError, ValueError) as error:
                     if isinstance(error, OSError) and error.errno not in FILE_NAME_ERRORS:  # such as a full disk
-                        raise ValueError(f"cannot unpack {show(archive)}: {error.strerror or error}") from error
+                        raise ValueError(f"cannot unpack {format_path(archive)}: {error.strerror or error}") from error
                     reason = " ".join(str(error).split())
-                    problems.append(f"{show(member.name)} of {show(archive)} cannot be unpacked ({reason}); rename it")
+                    problems.append(f"{format_path(member.name)} of {format_path(archive)} cannot be unpacked ({reason}); rename it")
                 else:
                     paths.append(str(Path(folder, safe_member.name)))
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"cannot read {show(archive)}: {error}") from error
+        raise ValueError(f"cannot read {format_path(archive)}: {error}") from error
     if not paths and not problems:
-        raise ValueError(f"{show(archive)} contains no images; looked for {' '.join(SUFFIXES)}")
+        raise ValueError(f"{format_path(archive)} contains no images; looked for {' '.join(IMAGE_SUFFIXES)}")
     return paths, problems

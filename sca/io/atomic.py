@@ -16,12 +16,12 @@ from glob import escape
 from pathlib import Path
 
 from sca.io.errors import InputError, OutputError
-from sca.io.images import show
+from sca.io.images import format_path
 from sca.io.json import open_regular_file
-from sca.io.lock import is_locked, lock
+from sca.io.lock import is_locked, lock_file
 
-DRAFT = ".sca-{}.part"  # the name that a file has while it is written
-RANDOM = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
+DRAFT_NAME = ".sca-{}.part"  # the name that a file has while it is written
+RANDOM_HEX_GLOB = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
 
 
 class AtomicFile:
@@ -40,46 +40,46 @@ class AtomicFile:
 
     def __init__(self, path: Path, visible: bool = False):
         self.path = path
-        with output_errors(path):
-            self.replaces = _check_replaceable(path)
-            self._name = path if visible and not self.replaces else path.with_name(DRAFT.format(secrets.token_hex(8)))
-            self._file = open(self._name, "xb", buffering=0)  # noqa: SIM115 (closed by keep and drop)
-            lock(self._file)  # a draft whose lock can be taken was left by a killed process
+        with translate_output_errors(path):
+            self.replaces_file = _is_replaceable_file(path)
+            self._write_path = path if visible and not self.replaces_file else path.with_name(DRAFT_NAME.format(secrets.token_hex(8)))
+            self._file = open(self._write_path, "xb", buffering=0)  # noqa: SIM115 (closed by keep and drop)
+            lock_file(self._file)  # a draft whose lock can be taken was left by a killed process
 
-    def write(self, piece: str | bytes | memoryview) -> None:
+    def write(self, content: str | bytes | memoryview) -> None:
         """Add a piece; text is encoded as UTF-8."""
         start = self._file.tell()
         try:
-            with output_errors(self.path):
-                write_all(self._file.fileno(), piece.encode() if isinstance(piece, str) else piece)
+            with translate_output_errors(self.path):
+                write_all_bytes(self._file.fileno(), content.encode() if isinstance(content, str) else content)
         except BaseException:
             self._file.truncate(start)
             self._file.seek(start)
             raise
 
-    def keep(self, sync_folder: bool = True) -> None:
+    def commit(self, sync_folder: bool = True) -> None:
         """Sync the file to disk and give it its name.
 
         Args:
             sync_folder: Also sync the name; a caller that writes many files syncs their folder later, once.
         """
         try:
-            with output_errors(self.path):
+            with translate_output_errors(self.path):
                 os.fsync(self._file.fileno())
                 self._file.close()
-                if self._name != self.path:
-                    os.replace(self._name, self.path)
+                if self._write_path != self.path:
+                    os.replace(self._write_path, self.path)
                 if sync_folder:
-                    sync(self.path.parent)
+                    sync_path(self.path.parent)
         except OutputError:
-            self.drop()
+            self.discard()
             raise
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Close the file and remove what was written under the temporary name."""
         self._file.close()
-        if self._name != self.path:
-            self._name.unlink(missing_ok=True)
+        if self._write_path != self.path:
+            self._write_path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str | bytes | memoryview, sync_folder: bool = True) -> None:
@@ -94,20 +94,20 @@ def write_file(path: Path, content: str | bytes | memoryview, sync_folder: bool 
     try:
         file.write(content)
     except BaseException:
-        file.drop()
+        file.discard()
         raise
-    file.keep(sync_folder)
+    file.commit(sync_folder)
 
 
-def write_all(handle: int, content: bytes | memoryview) -> None:
+def write_all_bytes(descriptor: int, content: bytes | memoryview) -> None:
     """Write all bytes to an open file descriptor."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(handle, rest) :]
+    remaining = memoryview(content)
+    while remaining:
+        remaining = remaining[os.write(descriptor, remaining) :]
 
 
 @contextmanager
-def new_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
+def write_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
     """Fill a folder that appears complete under its name, or not at all.
 
     The draft is a hidden folder beside it. An older folder is exchanged in one step where the file system can (Linux,
@@ -120,93 +120,93 @@ def new_folder(folder: Path, replaceable: Iterable[str] = ()) -> Iterator[Path]:
     Raises:
         OutputError: `folder` is a file, contains something else, or cannot be written.
     """
-    check_replaceable(folder, replaceable)
+    check_folder_replaceable(folder, replaceable)
     draft = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
-    previous = previous_folder(folder)
-    with output_errors(folder):
+    previous = get_previous_folder(folder)
+    with translate_output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_draft_folders(folder)
         draft.mkdir()
-        handle = _open_folder(draft)
+        draft_lock = _lock_folder(draft)
         try:
             yield draft
             sync_tree(draft)
-            check_replaceable(folder, replaceable)
+            check_folder_replaceable(folder, replaceable)
             if not folder.exists():
                 os.rename(draft, folder)
-            elif not _exchange(draft, folder):
+            elif not _exchange_folders(draft, folder):
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(folder, previous)
                 os.rename(draft, folder)
                 shutil.rmtree(previous, ignore_errors=True)
-            sync(folder.parent)
+            sync_path(folder.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-            if handle is not None:
-                os.close(handle)
+            if draft_lock is not None:
+                os.close(draft_lock)
 
 
-def previous_folder(folder: Path) -> Path:
+def get_previous_folder(folder: Path) -> Path:
     """Where a kill leaves the older folder on a file system that cannot exchange two folders."""
     return folder.parent / f".{folder.name}.previous"
 
 
-def check_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> None:
+def check_folder_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> None:
     """Raise OutputError unless `folder` is new, empty, or contains nothing but `replaceable` entries."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise OutputError(f"{show(folder)} is not a folder; choose another one")
+        raise OutputError(f"{format_path(folder)} is not a folder; choose another one")
     if not folder.is_dir():
         return
     others = sorted({entry.name for entry in folder.iterdir()} - set(replaceable))
     if others:
-        named = ", ".join(map(show, others[:3])) + (", ..." if len(others) > 3 else "")
-        raise OutputError(f"{show(folder)} is not a new or empty folder: it contains {named}; choose another one")
+        entry_names = ", ".join(map(format_path, others[:3])) + (", ..." if len(others) > 3 else "")
+        raise OutputError(f"{format_path(folder)} is not a new or empty folder: it contains {entry_names}; choose another one")
 
 
 def remove_drafts(folder: Path) -> None:
     """Remove the temporary files of killed processes; those of a running process are locked and stay."""
-    for draft in folder.glob(DRAFT.format(RANDOM)):
+    for draft in folder.glob(DRAFT_NAME.format(RANDOM_HEX_GLOB)):
         with suppress(OSError, InputError), open_regular_file(draft) as file:
             if not is_locked(file):
                 draft.unlink(missing_ok=True)
 
 
-def open_folder(folder: Path) -> None:
+def create_writable_folder(folder: Path) -> None:
     """Make a folder, and check before anything is computed that files can be created in it."""
-    with output_errors(folder):
+    with translate_output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """Flush a file or a folder to disk."""
     if os.name != "posix" and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
     """Flush a folder and everything in it to disk."""
     for path in [*folder.rglob("*"), folder]:
-        sync(path)
+        sync_path(path)
 
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
+def translate_output_errors(path: Path) -> Iterator[None]:
     """Raise the system's reason why `path` cannot be written as one OutputError, with what to do."""
     try:
         yield
     except OutputError:
         raise
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise make_write_error(path, error) from error
 
 
-def unwritable(path: Path | str, error: OSError) -> OutputError:
+def make_write_error(path: Path | str, error: OSError) -> OutputError:
     """Return the error for a path that cannot be written: the system's reason, and what to do."""
     if isinstance(error, PermissionError):
         remedy = "choose a folder that you may write in"
@@ -214,10 +214,10 @@ def unwritable(path: Path | str, error: OSError) -> OutputError:
         remedy = "choose another folder"
     else:
         remedy = "free some space or choose another folder"
-    return OutputError(f"cannot write {show(path)}: {error.strerror or str(error) or type(error).__name__}; {remedy}")
+    return OutputError(f"cannot write {format_path(path)}: {error.strerror or str(error) or type(error).__name__}; {remedy}")
 
 
-def _check_replaceable(path: Path) -> bool:
+def _is_replaceable_file(path: Path) -> bool:
     """Whether a file exists at `path`. Raises OSError for what a rename must not replace: a folder or a device."""
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -232,28 +232,28 @@ def _check_replaceable(path: Path) -> bool:
     return True
 
 
-def _open_folder(folder: Path) -> int | None:
+def _lock_folder(folder: Path) -> int | None:
     """A locked descriptor of a draft folder, by which others see that it is being written; None if impossible."""
     if os.name != "posix":
         return None
-    handle = os.open(folder, os.O_RDONLY)
-    lock(handle)
-    return handle
+    descriptor = os.open(folder, os.O_RDONLY)
+    lock_file(descriptor)
+    return descriptor
 
 
 def _remove_draft_folders(folder: Path) -> None:
     """Remove the draft folders of killed processes."""
-    for draft in folder.parent.glob(f".{escape(folder.name)}.{RANDOM}"):
+    for draft in folder.parent.glob(f".{escape(folder.name)}.{RANDOM_HEX_GLOB}"):
         with suppress(OSError):
-            handle = os.open(draft, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # never blocks on a FIFO
+            descriptor = os.open(draft, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))  # never blocks on a FIFO
             try:
-                if not is_locked(handle):
+                if not is_locked(descriptor):
                     shutil.rmtree(draft, ignore_errors=True)
             finally:
-                os.close(handle)
+                os.close(descriptor)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange_folders(one: Path, other: Path) -> bool:
     """Exchange two folders in one step; False where the system or the file system cannot."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     names = os.fsencode(one), os.fsencode(other)

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Return `SCA_CACHE`, or else `sca` in the user's cache folder."""
-    if chosen := os.environ.get("SCA_CACHE"):
-        return Path(chosen)
+    if configured := os.environ.get("SCA_CACHE"):
+        return Path(configured)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "sca"

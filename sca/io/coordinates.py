@@ -12,7 +12,7 @@ from sca.io.errors import InputError
 
 Box = tuple[float, float, float, float]
 PIXEL_LIMIT = 178_956_970  # as many pixels as an image may have
-OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
+MAX_OVERSHOOT = 0.05  # of a side: boxes of real annotations leave the image by a few pixels, not by more
 
 
 def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int | None:
@@ -29,19 +29,19 @@ def find_normalized_scale(box: Sequence[float], width: int, height: int) -> int 
         return None
     if max(box) <= 1:
         return 1
-    limits = width * (1 + OVERSHOOT), height * (1 + OVERSHOOT)
+    limits = width * (1 + MAX_OVERSHOOT), height * (1 + MAX_OVERSHOOT)
     if max(box[0], box[2]) <= limits[0] and max(box[1], box[3]) <= limits[1]:
         return None
     return next((scale for scale in (100, 1000) if max(box) <= scale), None)
 
 
-def scale_to_pixels(box: Sequence[float], scale: float, width: int, height: int) -> tuple[float, ...]:
+def scale_to_pixels(coordinates: Sequence[float], scale: float, width: int, height: int) -> tuple[float, ...]:
     """Convert coordinates x, y, x, y, ... normalized to 0..`scale` into pixels, with one decimal."""
-    sides = (width, height) * (len(box) // 2)  # of a point or a box
-    return tuple(round(value / scale * side, 1) for value, side in zip(box, sides, strict=True))
+    sides = (width, height) * (len(coordinates) // 2)  # of a point or a box
+    return tuple(round(value / scale * side, 1) for value, side in zip(coordinates, sides, strict=True))
 
 
-def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[float, float]:
+def compute_resize_factors(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[float, float]:
     """Return the factors that turn coordinates of an image of the recorded size into those of the actual one.
 
     Args:
@@ -51,11 +51,11 @@ def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[f
     Raises:
         InputError: The aspect ratios differ by more than rounding a resized side does.
     """
-    factor = max(actual) / max(recorded)
-    rounding = max(1.0, factor)  # a side is whole pixels in both images
-    if any(abs(old * factor - new) > rounding for old, new in zip(recorded, actual, strict=True)):
-        is_turned = recorded == actual[::-1]
-        cause = "it was rotated" if is_turned else "its aspect ratio differs"
+    long_side_scale = max(actual) / max(recorded)
+    rounding = max(1.0, long_side_scale)  # a side is whole pixels in both images
+    if any(abs(old * long_side_scale - new) > rounding for old, new in zip(recorded, actual, strict=True)):
+        is_rotated = recorded == actual[::-1]
+        cause = "it was rotated" if is_rotated else "its aspect ratio differs"
         raise InputError(
             f"the file records {recorded[0]} x {recorded[1]} and the image is {actual[0]} x {actual[1]} "
             f"(width x height): {cause}; use the image that was annotated"
@@ -65,8 +65,8 @@ def compare_sizes(recorded: tuple[int, int], actual: tuple[int, int]) -> tuple[f
 
 def scale_box(box: Box, factors: tuple[float, float]) -> Box:
     """Scale x1, y1, x2, y2 by the factors across and down, see `compare_sizes`."""
-    (x1, y1, x2, y2), (across, down) = box, factors
-    return x1 * across, y1 * down, x2 * across, y2 * down
+    (x1, y1, x2, y2), (x_scale, y_scale) = box, factors
+    return x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
 
 
 def clip_box(box: Sequence[float], width: int, height: int) -> Box | None:

@@ -17,7 +17,7 @@ class OutputError(OSError):
     """What is written cannot be: a folder in use or of another run, a full disk, a file that must not be replaced."""
 
 
-Reject = Callable[[InputError], None]  # receives the error of a record, which is then passed over
+RejectCallback = Callable[[InputError], None]  # receives the error of a record, which is then passed over
 
 
 def raise_error(error: InputError) -> None:

@@ -30,24 +30,24 @@ from huggingface_hub.errors import (
 )
 
 from sca.io.atomic import write_file
-from sca.io.cache import cache_folder
+from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError, LockedError
 from sca.io.json import read_json
-from sca.io.lock import held_lock
+from sca.io.lock import hold_lock
 from sca.io.weight_files import (
-    ADAPTER,
-    OWN,
-    SAFE,
-    SPEC,
-    TOKEN_IDS,
-    check_is_no_pointer,
+    ADAPTER_CONFIG_FILE,
+    NATIVE_WEIGHTS_FILE,
+    SAFETENSORS_FILE,
+    NATIVE_SPEC_FILE,
+    SPECIAL_TOKEN_ID_FIELDS,
+    check_is_not_lfs_pointer,
     check_regular_files,
     read_token_ids,
-    reading,
+    translate_load_errors,
     require_weight_files,
-    some,
-    weight_files,
-    whole,
+    format_first_names,
+    find_weight_files,
+    has_complete_weights,
 )
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound="PreTrainedModel")
 Config = TypeVar("Config", bound="PretrainedConfig")
 
-TIMEOUT = 10  # seconds that the hub has for its first answer
-TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
-OPEN_CLIP = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
-PULLED = "pulled.json"  # commits that `sca pull` took, in the user's cache
-COMMIT = re.compile("[0-9a-f]{40}")
+TIMEOUT_SECONDS = 10  # seconds that the hub has for its first answer
+CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
+OPEN_CLIP_PREFIX = "open_clip_"  # what the names of open_clip's files begin with, beside those of transformers or timm
+PINNED_COMMITS_FILE = "pulled.json"  # commits that `sca pull` took, in the user's cache
+COMMIT_PATTERN = re.compile("[0-9a-f]{40}")
 
 
-def fetch(
-    source: str | Path, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = ""
+def fetch_model_folder(
+    source: str | Path, revision: str | None = None, include_weights: bool = True, include_code: bool = False, prefix: str = ""
 ) -> Path:
     """The folder of pretrained weights: `source` itself if it is one, else the copy of a hub id in the cache, which is
     fetched if it is not there or not whole. weights: False where configurations and tokenizers will do. code: whether
@@ -77,17 +77,17 @@ def fetch(
 
     Raises InputError.
     """
-    folder = local_folder(source)
+    folder = find_local_folder(source)
     if folder is not None:
         check_regular_files(folder)
         return folder
-    revision = revision or pinned(str(source))
-    cached = _cached(str(source), revision, prefix)
-    enough = cached and (whole(cached, prefix) if weights else any(cached.glob("*.json")))
-    return cached if cached and enough else pull(str(source), revision, weights, code, prefix)
+    revision = revision or get_pinned_commit(str(source))
+    cached = _find_cached_folder(str(source), revision, prefix)
+    is_sufficient = cached and (has_complete_weights(cached, prefix) if include_weights else any(cached.glob("*.json")))
+    return cached if cached and is_sufficient else download_model_files(str(source), revision, include_weights, include_code, prefix)
 
 
-def local_path(source: str | Path) -> Path | None:
+def resolve_local_path(source: str | Path) -> Path | None:
     """The path that a name means: a `Path`, or text with a separator, such as ./model or runs/x/model.
 
     A bare name is a name, whatever lies in the working folder; so is a hub id that a card has, OWNER/NAME.
@@ -96,7 +96,7 @@ def local_path(source: str | Path) -> Path | None:
         return source.expanduser()
     if not any(sign in source for sign in {"/", os.sep}) and source not in (".", "..", "~"):
         return None
-    return None if "\0" in source or source in known_sources() else Path(source).expanduser()
+    return None if "\0" in source or source in get_known_sources() else Path(source).expanduser()
 
 
 def suggest_path(name: str) -> str:
@@ -106,34 +106,34 @@ def suggest_path(name: str) -> str:
     hint = f"; what lies here is written ./{name}"
     folder = Path(name)
     try:
-        if (folder / ADAPTER).exists() or weight_files(folder):
+        if (folder / ADAPTER_CONFIG_FILE).exists() or find_weight_files(folder):
             require_weight_files(folder, folder)
     except InputError as error:
         hint += f", but {error}"
     return hint
 
 
-def local_folder(source: str | Path) -> Path | None:
+def find_local_folder(source: str | Path) -> Path | None:
     """The folder that a name means, see `local_path`; None if there is none."""
-    path = local_path(source)
+    path = resolve_local_path(source)
     return path if path is not None and path.is_dir() else None
 
 
-def local_file(source: str | Path) -> Path | None:
+def find_local_file(source: str | Path) -> Path | None:
     """The file that a name means, see `local_path`; None if there is none."""
-    path = local_path(source)
+    path = resolve_local_path(source)
     return path if path is not None and path.is_file() else None
 
 
-def known_sources() -> Mapping[str, str]:
+def get_known_sources() -> Mapping[str, str]:
     """The hub ids and URLs of weights that cards have, each by itself and by the names of its cards."""
     from sca_registry import REGISTRIES
 
-    return _known_sources(tuple((plural, tuple(each.list_names())) for plural, each in REGISTRIES.items()))
+    return _collect_known_sources(tuple((plural, tuple(each.list_names())) for plural, each in REGISTRIES.items()))
 
 
 @functools.cache
-def _known_sources(names: tuple[tuple[str, tuple[str, ...]], ...]) -> Mapping[str, str]:
+def _collect_known_sources(names: tuple[tuple[str, tuple[str, ...]], ...]) -> Mapping[str, str]:
     from sca_registry import REGISTRIES, zoo
 
     cards = [REGISTRIES[plural].get_card(name) for plural, listed in names for name in listed]
@@ -142,34 +142,34 @@ def _known_sources(names: tuple[tuple[str, tuple[str, ...]], ...]) -> Mapping[st
     return weights | {source: source for source in (*weights.values(), *checkpoints)}
 
 
-def pinned(name: str) -> str | None:
+def get_pinned_commit(name: str) -> str | None:
     """The commit of a hub id that `sca pull` took last; None if it never did."""
-    return _pins().get(name)
+    return _read_pinned_commits().get(name)
 
 
-def pin(name: str, folder: Path) -> str | None:
+def pin_commit(name: str, folder: Path) -> str | None:
     """Store which commit of a hub id was pulled into a folder of the cache, for later loads that name no revision.
 
     Returns:
         The commit; None for a folder that is not named by one.
     """
-    commit = commit_of(folder)
-    if commit is not None and _pins().get(name) != commit:
-        file = cache_folder() / PULLED
+    commit = get_folder_commit(folder)
+    if commit is not None and _read_pinned_commits().get(name) != commit:
+        file = get_cache_folder() / PINNED_COMMITS_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         with _wait_for_lock(file):
-            write_file(file, json.dumps({**_pins(), name: commit}, indent=1) + "\n")
+            write_file(file, json.dumps({**_read_pinned_commits(), name: commit}, indent=1) + "\n")
     return commit
 
 
 @contextmanager
 def _wait_for_lock(file: Path) -> Iterator[None]:
     """Hold the lock of a file that other processes change for a moment; LockedError after TIMEOUT seconds."""
-    end = time.monotonic() + TIMEOUT
+    end = time.monotonic() + TIMEOUT_SECONDS
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(held_lock(file.with_name(f".{file.name}.sca-lock"), str(file)))
+                stack.enter_context(hold_lock(file.with_name(f".{file.name}.sca-lock"), str(file)))
                 break
             except LockedError:
                 if time.monotonic() > end:
@@ -178,66 +178,66 @@ def _wait_for_lock(file: Path) -> Iterator[None]:
         yield
 
 
-def commit_of(folder: Path) -> str | None:
+def get_folder_commit(folder: Path) -> str | None:
     """The commit by whose name a folder is stored in the hub's cache; None for any other folder."""
-    return folder.name if COMMIT.fullmatch(folder.name) else None
+    return folder.name if COMMIT_PATTERN.fullmatch(folder.name) else None
 
 
-def _pins() -> dict[str, str]:
+def _read_pinned_commits() -> dict[str, str]:
     try:
-        pins = read_json(cache_folder() / PULLED)
+        pins = read_json(get_cache_folder() / PINNED_COMMITS_FILE)
     except FileNotFoundError:
         return {}
     commits = pins.values() if isinstance(pins, dict) else [pins]
-    if not all(isinstance(commit, str) and COMMIT.fullmatch(commit) for commit in commits):
-        raise InputError(f"{cache_folder() / PULLED} is not a table of commits; delete it and pull again")
+    if not all(isinstance(commit, str) and COMMIT_PATTERN.fullmatch(commit) for commit in commits):
+        raise InputError(f"{get_cache_folder() / PINNED_COMMITS_FILE} is not a table of commits; delete it and pull again")
     return pins
 
 
-def pull(name: str, revision: str | None = None, weights: bool = True, code: bool = False, prefix: str = "") -> Path:
+def download_model_files(name: str, revision: str | None = None, include_weights: bool = True, include_code: bool = False, prefix: str = "") -> Path:
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
     was cut off goes on. The folder in the cache. Raises InputError.
     """
-    for told in terms_of(name):
-        logger.warning("sca: %s", told)
-    with _reaching(name, revision):
-        files = [each.rfilename for each in model_info(name, revision=revision, timeout=TIMEOUT).siblings or ()]
-    wanted = [*TEXTS, *(["*.py"] if code else [])]
-    if weights and SPEC in files:
-        wanted.append(OWN)
-    elif weights:
-        safe = any(file in (prefix + SAFE, f"{prefix}{SAFE}.index.json") for file in files)
-        wanted.append(prefix + ("model*.safetensors*" if safe else "pytorch_model*.bin*"))
-    with _reaching(name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    for usage_terms in list_usage_terms(name):
+        logger.warning("sca: %s", usage_terms)
+    with _translate_hub_errors(name, revision):
+        files = [each.rfilename for each in model_info(name, revision=revision, timeout=TIMEOUT_SECONDS).siblings or ()]
+    patterns = [*CONFIG_PATTERNS, *(["*.py"] if include_code else [])]
+    if include_weights and NATIVE_SPEC_FILE in files:
+        patterns.append(NATIVE_WEIGHTS_FILE)
+    elif include_weights:
+        has_safetensors = any(file in (prefix + SAFETENSORS_FILE, f"{prefix}{SAFETENSORS_FILE}.index.json") for file in files)
+        patterns.append(prefix + ("model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"))
+    with _translate_hub_errors(name, revision):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
-def terms_of(name: str) -> list[str]:
+def list_usage_terms(name: str) -> list[str]:
     """What the cards say of a hub id that a person should know before fetching it."""
     from sca_registry import REGISTRIES
 
     cards = [registry.get_card(part) for registry in REGISTRIES.values() for part in registry.list_names()]
-    found = [card for card in cards if card.terms and card.options.get("weights") == name]
-    return [f"{name} ({card.licence}): {card.terms}" for card in found][:1]
+    matching_cards = [card for card in cards if card.terms and card.options.get("weights") == name]
+    return [f"{name} ({card.licence}): {card.terms}" for card in matching_cards][:1]
 
 
-def weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
+def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
     """The one file that holds the weights: `source` itself if it is a file, else that of a folder or a hub id.
 
     Raises InputError, also where they are in shards.
     """
-    file = local_file(source)
+    file = find_local_file(source)
     if file is not None:
-        check_is_no_pointer(file)
+        check_is_not_lfs_pointer(file)
         return file
-    files = require_weight_files(fetch(source, revision, prefix=prefix), source, prefix)
+    files = require_weight_files(fetch_model_folder(source, revision, prefix=prefix), source, prefix)
     if len(files) > 1:
         raise InputError(f"{source} has its weights in {len(files)} shards, and one file is needed here")
     return files[0]
 
 
 def load_pretrained(
-    cls: type[Model], source: str | Path, revision: str | None = None, elsewhere: Sequence[str] = (), **options: Any
+    cls: type[Model], source: str | Path, revision: str | None = None, ignored_prefixes: Sequence[str] = (), **options: Any
 ) -> Model:
     """`cls.from_pretrained` that leaves nothing at random: every tensor of the model must be among the weights, and
     every weight must have its place, but for those whose name begins with one of `elsewhere`.
@@ -249,98 +249,98 @@ def load_pretrained(
     from transformers import GenerationConfig
 
     options = {"trust_remote_code": False, **options}  # None would ask on the terminal
-    folder = fetch(source, revision, code=options["trust_remote_code"])
+    folder = fetch_model_folder(source, revision, include_code=options["trust_remote_code"])
     require_weight_files(folder, source)
     ids = read_token_ids(folder)
-    with reading(source), quiet():
-        model, found = cls.from_pretrained(
+    with translate_load_errors(source), silence_transformers():
+        model, loading_info = cls.from_pretrained(
             folder, output_loading_info=True, generation_config=GenerationConfig(), **options
         )
     if model.can_generate():
-        known = GenerationConfig.from_model_config(model.config)
-        model.generation_config = GenerationConfig(**{name: getattr(known, name, None) for name in TOKEN_IDS} | ids)
-    unexpected = [name for name in found["unexpected_keys"] if not name.startswith(tuple(elsewhere))]
-    for what, names in (
-        ("lacks", found["missing_keys"]),
-        ("has another shape of", [str(each[0]) for each in found["mismatched_keys"]]),
+        model_defaults = GenerationConfig.from_model_config(model.config)
+        model.generation_config = GenerationConfig(**{name: getattr(model_defaults, name, None) for name in SPECIAL_TOKEN_ID_FIELDS} | ids)
+    unexpected = [name for name in loading_info["unexpected_keys"] if not name.startswith(tuple(ignored_prefixes))]
+    for problem, names in (
+        ("lacks", loading_info["missing_keys"]),
+        ("has another shape of", [str(each[0]) for each in loading_info["mismatched_keys"]]),
         ("has no place for", unexpected),
     ):
         if names:
-            raise InputError(f"{source} does not fit a {cls.__name__}: it {what} {some(sorted(names))}")
+            raise InputError(f"{source} does not fit a {cls.__name__}: it {problem} {format_first_names(sorted(names))}")
     return model
 
 
-def read_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
+def fetch_pretrained_config(cls: type[Config], source: str | Path, revision: str | None = None) -> Config:
     """`cls.from_pretrained` of a configuration. Raises InputError."""
-    folder = fetch(source, revision, weights=False)
-    with reading(f"the configuration of {source}"):
+    folder = fetch_model_folder(source, revision, include_weights=False)
+    with translate_load_errors(f"the configuration of {source}"):
         return cls.from_pretrained(folder, trust_remote_code=False)
 
 
-def fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
+def compute_weights_fingerprint(source: str | Path, revision: str | None = None, prefix: str = "") -> dict[str, Any]:
     """What tells these weights from any others: the commit, if they came from the hub, and a hash of each file.
 
     Raises InputError.
     """
-    alone = local_file(source)
-    folder = alone.parent if alone else fetch(source, revision, prefix=prefix)
+    single_file = find_local_file(source)
+    folder = single_file.parent if single_file else fetch_model_folder(source, revision, prefix=prefix)
     hashes = {}
-    for file in [alone] if alone else weight_files(folder, prefix) or ():
+    for file in [single_file] if single_file else find_weight_files(folder, prefix) or ():
         with file.open("rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    commit = commit_of(folder)
-    written = {"weights": str(source), "revision": revision, "commit": commit, "sha256": hashes}
-    return {key: value for key, value in written.items() if value is not None}
+    commit = get_folder_commit(folder)
+    identity = {"weights": str(source), "revision": revision, "commit": commit, "sha256": hashes}
+    return {key: value for key, value in identity.items() if value is not None}
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """transformers remarks on much that is not a user's business, such as generation from embeddings."""
     from transformers import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, had_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bar:
+        if had_progress_bar:
             logging.enable_progress_bar()
 
 
 @contextmanager
-def _reaching(name: str, revision: str | None) -> Iterator[None]:
+def _translate_hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """Raise the errors of the hub as InputError of one line."""
-    which = repr(name) + (f" at revision {revision!r}" if revision else "")
+    description = repr(name) + (f" at revision {revision!r}" if revision else "")
     try:
         yield
     except (HFValidationError, RepositoryNotFoundError) as error:
         if isinstance(error, GatedRepoError):
             raise InputError(
-                f"{which} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN to your token"
+                f"{description} is gated: accept its terms at https://huggingface.co/{name}, then set HF_TOKEN to your token"
             ) from error
         raise InputError(
-            f"{which} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
+            f"{description} is neither a folder here nor a model on the hub; for a private one set HF_TOKEN to your token"
             f"{suggest_path(name)}"
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"the hub has no {which}") from error
+        raise InputError(f"the hub has no {description}") from error
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{which} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
+            f"{description} is no folder here, and the hub could not be reached ({reason}). Try again with a network, or "
             f"give a folder that has it: weights=FOLDER{suggest_path(name)}"
         ) from error
 
 
-def _cached(name: str, revision: str | None, prefix: str) -> Path | None:
+def _find_cached_folder(name: str, revision: str | None, prefix: str) -> Path | None:
     """The folder of a hub id in the cache, whole or not."""
-    for file in (f"{prefix}config.json", SPEC, "tokenizer.json", "tokenizer_config.json"):
+    for file in (f"{prefix}config.json", NATIVE_SPEC_FILE, "tokenizer.json", "tokenizer_config.json"):
         try:
-            found = try_to_load_from_cache(name, file, revision=revision)
+            cached_path = try_to_load_from_cache(name, file, revision=revision)
         except HFValidationError:  # no hub id at all
             return None
-        if isinstance(found, str):
-            return Path(found).parent
+        if isinstance(cached_path, str):
+            return Path(cached_path).parent
     return None

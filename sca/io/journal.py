@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from sca.io.atomic import output_errors, sync, write_all
+from sca.io.atomic import translate_output_errors, sync_path, write_all_bytes
 from sca.io.errors import InputError, LockedError
-from sca.io.images import show
+from sca.io.images import format_path
 from sca.io.json import open_regular_file, parse_json
-from sca.io.lock import lock
+from sca.io.lock import lock_file
 
 SYNC_SECONDS = 3.0  # a power cut loses at most what was appended within this time
-BLOCK = 2**20  # bytes
-HEADER = b"{"  # of any entry
+BLOCK_BYTES = 2**20  # bytes
+ENTRY_PREFIX = b"{"  # of any entry
 
-Entry = Mapping[str, Any]
+JournalEntry = Mapping[str, Any]
 
 
 class Journal:
@@ -45,56 +45,56 @@ class Journal:
     def __init__(
         self,
         path: Path,
-        completes: Callable[[Entry], bool] | None = None,
-        header: bytes = HEADER,
+        completes_group: Callable[[JournalEntry], bool] | None = None,
+        first_line_prefix: bytes = ENTRY_PREFIX,
         sync_seconds: float = SYNC_SECONDS,
     ):
         self.path, self._sync_seconds = path, sync_seconds
-        created = not path.exists()
-        if not created and not path.is_file():  # a pipe would be waited for
-            raise InputError(f"{show(path)} is not a regular file; choose another folder")
-        with output_errors(path):
+        is_new = not path.exists()
+        if not is_new and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{format_path(path)} is not a regular file; choose another folder")
+        with translate_output_errors(path):
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
-            if not lock(self._file):
+            if not lock_file(self._file):
                 self._file.close()
-                raise LockedError(f"{show(path)} is being written by another process; wait for it")
-            self._size = _decodable_size(self._file, completes)
-            self.dropped = os.fstat(self._file.fileno()).st_size - self._size  # bytes
-            if self.dropped and not self._size and not _is_torn(self._file, header):
+                raise LockedError(f"{format_path(path)} is being written by another process; wait for it")
+            self._size = _find_valid_size(self._file, completes_group)
+            self.dropped_bytes = os.fstat(self._file.fileno()).st_size - self._size  # bytes
+            if self.dropped_bytes and not self._size and not _is_torn_first_line(self._file, first_line_prefix):
                 self._file.close()
-                raise InputError(f"{show(path)} is not a journal; choose another folder, or move the file")
-            if self.dropped:
+                raise InputError(f"{format_path(path)} is not a journal; choose another folder, or move the file")
+            if self.dropped_bytes:
                 self._file.truncate(self._size)
-            self._complete_line()
-            if created:
-                sync(path.parent)
-        self._synced = time.monotonic()
+            self._append_missing_newline()
+            if is_new:
+                sync_path(path.parent)
+        self._last_sync = time.monotonic()
 
     @property
     def is_empty(self) -> bool:
         return self._size == 0
 
-    def append(self, *entries: Entry) -> None:
+    def append(self, *entries: JournalEntry) -> None:
         """Append entries together: all of them, or none and raise `OutputError`."""
         lines = encode_lines(entries)
-        handle = self._file.fileno()
+        descriptor = self._file.fileno()
         try:
-            with output_errors(self.path):
-                write_all(handle, lines)
-                if time.monotonic() - self._synced >= self._sync_seconds:
-                    os.fsync(handle)
-                    self._synced = time.monotonic()
+            with translate_output_errors(self.path):
+                write_all_bytes(descriptor, lines)
+                if time.monotonic() - self._last_sync >= self._sync_seconds:
+                    os.fsync(descriptor)
+                    self._last_sync = time.monotonic()
         except BaseException:
-            os.ftruncate(handle, self._size)
+            os.ftruncate(descriptor, self._size)
             raise
         self._size += len(lines)
 
-    def _complete_line(self) -> None:
+    def _append_missing_newline(self) -> None:
         """Append the newline that the last entry lacks."""
         if self._size:
             self._file.seek(self._size - 1)
             if self._file.read(1) != b"\n":
-                write_all(self._file.fileno(), b"\n")
+                write_all_bytes(self._file.fileno(), b"\n")
                 self._size += 1
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class Journal:
         if self._file.closed:
             return
         try:
-            with output_errors(self.path):
+            with translate_output_errors(self.path):
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
@@ -115,7 +115,7 @@ class Journal:
 
 
 def read_journal(
-    path: Path, completes: Callable[[Entry], bool] | None = None, header: bytes = HEADER
+    path: Path, completes_group: Callable[[JournalEntry], bool] | None = None, first_line_prefix: bytes = ENTRY_PREFIX
 ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a journal, which may be growing, without what cannot be decoded at its end.
 
@@ -132,43 +132,43 @@ def read_journal(
     except FileNotFoundError:
         return
     with file:
-        rest = _decodable_size(file, completes)
+        remaining_bytes = _find_valid_size(file, completes_group)
         file.seek(0)
-        if not rest and os.fstat(file.fileno()).st_size and not _is_torn(file, header):
-            raise InputError(f"{show(path)} is not a journal; choose another folder, or move the file")
+        if not remaining_bytes and os.fstat(file.fileno()).st_size and not _is_torn_first_line(file, first_line_prefix):
+            raise InputError(f"{format_path(path)} is not a journal; choose another folder, or move the file")
         for number, line in enumerate(file, 1):
-            rest -= len(line)
-            if rest < 0:
+            remaining_bytes -= len(line)
+            if remaining_bytes < 0:
                 return
-            entry = _decode(line)
+            entry = _decode_entry(line)
             if entry is None:
-                raise InputError(f"{show(path)}, line {number}, is damaged; remove the line")
+                raise InputError(f"{format_path(path)}, line {number}, is damaged; remove the line")
             yield entry
 
 
-def encode_lines(entries: Iterable[Entry]) -> bytes:
+def encode_lines(entries: Iterable[JournalEntry]) -> bytes:
     """Encode entries as the lines of a journal."""
     return b"".join(f"{json.dumps(entry)}\n".encode() for entry in entries)
 
 
-def _decodable_size(file: IO[bytes], completes: Callable[[Entry], bool] | None) -> int:
+def _find_valid_size(file: IO[bytes], completes_group: Callable[[JournalEntry], bool] | None) -> int:
     """The number of bytes up to the end of the last line that can be decoded and completes a group."""
-    for start, line in _lines_backward(file):
+    for start, line in _iter_lines_backward(file):
         if line.endswith(b"\n") or not start:
-            entry = _decode(line)
-            if entry is not None and (completes is None or completes(entry)):
+            entry = _decode_entry(line)
+            if entry is not None and (completes_group is None or completes_group(entry)):
                 return start + len(line)
     return 0
 
 
-def _lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _iter_lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Yield the start and the content of each line from the last to the first; another process may truncate the file.
 
     Memory-mapped content that is truncated ends the process, so it is read in blocks.
     """
     start, pieces = file.seek(0, os.SEEK_END), []
     while start:
-        end, start = start, max(0, start - BLOCK)
+        end, start = start, max(0, start - BLOCK_BYTES)
         file.seek(start)
         first, *others = file.read(end - start).split(b"\n")
         offset = start + len(first) + sum(len(each) + 1 for each in others)
@@ -181,7 +181,7 @@ def _lines_backward(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     yield 0, b"".join(reversed(pieces))
 
 
-def _is_torn(file: IO[bytes], header: bytes) -> bool:
+def _is_torn_first_line(file: IO[bytes], first_line_prefix: bytes) -> bool:
     """Whether a file without a whole entry is a part of a first one, or zeros in its place.
 
     Several lines are a file of something else, unless they contain zeros, which no text file does.
@@ -189,14 +189,14 @@ def _is_torn(file: IO[bytes], header: bytes) -> bool:
     file.seek(0)
     content = file.read()
     is_other_text = b"\n" in content and b"\0" not in content
-    begins = header.startswith(content.partition(b"\0")[0][: len(header)])
-    return begins and not is_other_text and _decode(content) is None
+    has_prefix = first_line_prefix.startswith(content.partition(b"\0")[0][: len(first_line_prefix)])
+    return has_prefix and not is_other_text and _decode_entry(content) is None
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
+def _decode_entry(line: bytes) -> dict[str, Any] | None:
     """The entry of a line, None if it is not a whole JSON object."""
     try:
-        entry = parse_json(line.decode(), "", surrogates=True)
+        entry = parse_json(line.decode(), "", allow_surrogates=True)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

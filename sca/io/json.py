@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sca.io.errors import InputError, IrregularFileError, Reject, raise_error
+from sca.io.errors import InputError, IrregularFileError, RejectCallback, raise_error
 from sca.io.validation import check_encodable
 
-MAX_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
+MAX_JSON_BYTES = 128 * 2**20  # the largest tokenizer.json in use is 35 MB
 MAX_PIPE_BYTES = 2**30  # of what is read from a pipe as a whole
 MAX_DEPTH = 100  # far below the depth at which copying, comparing or writing a value fails
-LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
-DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
+DESCRIPTOR_PATH_PATTERN = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/self/fd/\d+")
+SURROGATE_ESCAPE_PATTERN = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = False) -> Any:
+def read_json(path: str | Path, max_bytes: int | None = MAX_JSON_BYTES, require_finite: bool = False) -> Any:
     """Read a JSON file.
 
     Args:
@@ -36,10 +36,10 @@ def read_json(path: str | Path, limit: int | None = MAX_BYTES, finite: bool = Fa
         InputError: If it is not a regular file, too large, not UTF-8, not JSON, or nested too deep. One line that names
             the path.
     """
-    return parse_json(read_regular_file(path, limit), str(path), finite)
+    return parse_json(read_regular_file(path, max_bytes), str(path), require_finite)
 
 
-def parse_json(text: str | bytes, place: str, finite: bool = False, surrogates: bool = False) -> Any:
+def parse_json(text: str | bytes, location: str, require_finite: bool = False, allow_surrogates: bool = False) -> Any:
     """Parse JSON text, such as a file or one line of a JSON Lines file.
 
     Args:
@@ -53,20 +53,20 @@ def parse_json(text: str | bytes, place: str, finite: bool = False, surrogates: 
     """
     try:
         text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
-        value = FINITE_DECODER.decode(text) if finite else json.loads(text)
+        value = FINITE_DECODER.decode(text) if require_finite else json.loads(text)
         check_depth(value)
-        if not surrogates and SURROGATE.search(text):
+        if not allow_surrogates and SURROGATE_ESCAPE_PATTERN.search(text):
             check_encodable("it", value)
     except UnicodeDecodeError as error:
-        raise InputError(f"{place} is not UTF-8 text (byte {error.start}); copy it again") from error
+        raise InputError(f"{location} is not UTF-8 text (byte {error.start}); copy it again") from error
     except RecursionError as error:
-        raise InputError(f"{place} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
+        raise InputError(f"{location} is not valid JSON: nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # an integer of thousands of digits is one, too
-        raise InputError(f"{place} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
+        raise InputError(f"{location} is not valid JSON: {str(error).split(';')[0]}; copy it again") from error
     return value
 
 
-def parse_lines(lines: Iterable[bytes], shown: str, reject: Reject = raise_error) -> Iterator[tuple[str, Any]]:
+def parse_json_lines(lines: Iterable[bytes], display_name: str, reject: RejectCallback = raise_error) -> Iterator[tuple[str, Any]]:
     """Yield the values of JSON Lines, each with its place, "FILE, line N"; blank lines are passed over.
 
     Args:
@@ -75,17 +75,17 @@ def parse_lines(lines: Iterable[bytes], shown: str, reject: Reject = raise_error
         reject: Called with the error of each line that is not JSON, which is then passed over; raises it by default.
     """
     for number, line in enumerate(lines, 1):
-        place = f"{shown}, line {number}"
+        location = f"{display_name}, line {number}"
         if line.strip():
             try:
-                value = parse_json(line, place, surrogates=True)
+                value = parse_json(line, location, allow_surrogates=True)
             except InputError as error:
                 reject(error)
             else:
-                yield place, value
+                yield location, value
 
 
-def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bool = False) -> bytes:
+def read_regular_file(path: str | Path, max_bytes: int | None = None, allow_pipe: bool = False) -> bytes:
     """Read a regular file; never block on a FIFO or a device.
 
     Args:
@@ -98,15 +98,15 @@ def read_regular_file(path: str | Path, limit: int | None = None, allow_pipe: bo
         InputError: If it is not a regular file, or too large. One line that names the path.
     """
     with open_regular_file(path, allow_pipe=allow_pipe) as file:
-        content = file.read(-1 if limit is None else limit + 1)
-    if limit is not None and len(content) > limit:
+        content = file.read(-1 if max_bytes is None else max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
         raise InputError(
-            f"{path} is larger than {limit:,} bytes, the limit for a file of its kind; give a smaller file"
+            f"{path} is larger than {max_bytes:,} bytes, the limit for a file of its kind; give a smaller file"
         )
     return content
 
 
-def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool = False) -> BinaryIO:
+def open_regular_file(path: str | Path, require_seekable: bool = False, allow_pipe: bool = False) -> BinaryIO:
     """Open a regular file for reading; never block on a FIFO or a device.
 
     Args:
@@ -121,20 +121,20 @@ def open_regular_file(path: str | Path, seekable: bool = False, allow_pipe: bool
         InputError: If it is a Git LFS pointer, or a pipe to read into memory has more than `MAX_PIPE_BYTES`.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    kind = os.fstat(descriptor).st_mode
-    is_pipe = allow_pipe and stat.S_ISFIFO(kind) and DESCRIPTOR.fullmatch(str(path))
-    if not (stat.S_ISREG(kind) or is_pipe):
+    mode = os.fstat(descriptor).st_mode
+    is_pipe = allow_pipe and stat.S_ISFIFO(mode) and DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))
+    if not (stat.S_ISREG(mode) or is_pipe):
         os.close(descriptor)
         raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(descriptor, True)
-    if stat.S_ISREG(kind) and hasattr(os, "pread") and os.pread(descriptor, len(LFS), 0) == LFS:
+    if stat.S_ISREG(mode) and hasattr(os, "pread") and os.pread(descriptor, len(LFS_POINTER_PREFIX), 0) == LFS_POINTER_PREFIX:
         os.close(descriptor)
         raise InputError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
-    return _buffer(descriptor, path) if seekable and not stat.S_ISREG(kind) else open(descriptor, "rb")
+    return _read_pipe_into_memory(descriptor, path) if require_seekable and not stat.S_ISREG(mode) else open(descriptor, "rb")
 
 
-def _buffer(descriptor: int, path: str | Path) -> BinaryIO:
+def _read_pipe_into_memory(descriptor: int, path: str | Path) -> BinaryIO:
     with open(descriptor, "rb") as file:
         content = file.read(MAX_PIPE_BYTES + 1)
     if len(content) > MAX_PIPE_BYTES:
@@ -142,7 +142,7 @@ def _buffer(descriptor: int, path: str | Path) -> BinaryIO:
     return io.BytesIO(content)
 
 
-def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
+def is_json_lines_file(path: str | Path, file: BinaryIO, key: str) -> bool:
     """Whether a file contains JSON lines: by its suffix or, of a pipe, which has none, by its first line.
 
     Args:
@@ -150,11 +150,11 @@ def is_json_lines(path: str | Path, file: BinaryIO, key: str) -> bool:
         file: The file, opened and seekable; it is left at its start.
         key: A key of every line, which a file that is one JSON value does not have.
     """
-    if not DESCRIPTOR.fullmatch(str(path)):
+    if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path)):
         return is_json_lines_name(path)
     lines = (line for line in file if line.strip())
     try:
-        first = parse_json(next(lines, b""), str(path), surrogates=True)
+        first = parse_json(next(lines, b""), str(path), allow_surrogates=True)
     except InputError:
         first = None
     file.seek(0)

@@ -19,10 +19,10 @@ try:
 except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
-UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
+UNSUPPORTED_ERRNOS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL}
 
 
-def lock(file: IO[Any] | int) -> bool:
+def lock_file(file: IO[Any] | int) -> bool:
     """Take an exclusive lock on an open file without waiting.
 
     Returns:
@@ -35,7 +35,7 @@ def lock(file: IO[Any] | int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED_ERRNOS:
             raise
         warnings.warn(f"no file locks here ({error.strerror}); run one command at a time", stacklevel=2)
     return True
@@ -54,7 +54,7 @@ def is_locked(file: IO[Any] | int) -> bool:
 
 
 @contextmanager
-def held_lock(path: Path, shown: str) -> Iterator[None]:
+def hold_lock(path: Path, display_name: str) -> Iterator[None]:
     """Hold the lock file `path`; it is removed afterwards.
 
     Args:
@@ -68,19 +68,19 @@ def held_lock(path: Path, shown: str) -> Iterator[None]:
     """
     while True:
         file = _open_lock_file(path)
-        if not lock(file):
+        if not lock_file(file):
             file.close()
-            raise LockedError(f"{shown} is being written by another process; wait for it, or choose another folder")
-        if _is_at(file, path):
+            raise LockedError(f"{display_name} is being written by another process; wait for it, or choose another folder")
+        if _is_open_at_path(file, path):
             break
         file.close()  # its last holder has removed it meanwhile
-    _held.add(file)
+    _held_files.add(file)
     try:
         yield
     finally:
         if not file.closed:  # a forked child has closed it
             with suppress(OSError):
-                if _is_at(file, path):
+                if _is_open_at_path(file, path):
                     path.unlink()
             file.close()
 
@@ -92,34 +92,34 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-            raise _irregular(path) from error
+            raise _make_irregular_file_error(path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a FIFO with a reader
         os.close(descriptor)
-        raise _irregular(path)
+        raise _make_irregular_file_error(path)
     return open(descriptor, "ab")
 
 
-def _irregular(path: Path) -> OutputError:
+def _make_irregular_file_error(path: Path) -> OutputError:
     return OutputError(f"{path} is not a regular file; remove it or choose another folder")
 
 
-def _is_at(file: IO[Any], path: Path) -> bool:
+def _is_open_at_path(file: IO[Any], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-_held: weakref.WeakSet[Any] = weakref.WeakSet()
+_held_files: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _release_in_child() -> None:
+def _close_locks_in_child() -> None:
     """A forked worker must not keep the lock of a parent that was killed."""
-    for file in list(_held):
+    for file in list(_held_files):
         if not file.closed:
             file.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_in_child)
+    os.register_at_fork(after_in_child=_close_locks_in_child)

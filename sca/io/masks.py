@@ -17,24 +17,24 @@ from sca.io.coordinates import PIXEL_LIMIT
 from sca.io.errors import InputError
 
 RLE = Mapping[str, Any]
-LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
-SOFT_MAXIMUM = 224  # the least maximum of 8-bit probabilities; labels and instances rarely have as high numbers
+LOSSY_FORMATS = ("JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000")  # formats of images whose masks have values near 0 outside
+MIN_SOFT_MAXIMUM = 224  # the least maximum of 8-bit probabilities; labels and instances rarely have as high numbers
 MAX_LABELS = 16  # different values of a mask that may be labels
-SMOOTH_EDGE = 0.1  # of the pixels inside: the most that smooth edges have, if they have few values
+MAX_SMOOTH_EDGE_FRACTION = 0.1  # of the pixels inside: the most that smooth edges have, if they have few values
 
 
-def encode(mask: np.ndarray) -> dict[str, Any]:
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """(height, width) array -> RLE."""
-    code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def decode(code: RLE) -> np.ndarray:
+def decode_rle(rle: RLE) -> np.ndarray:
     """RLE -> (height, width) bool."""
-    return coco.decode(code).astype(bool)
+    return coco.decode(rle).astype(bool)
 
 
-def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
+def binarize_mask(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
     """Return where a mask is inside, as (height, width) bool.
 
     Args:
@@ -75,18 +75,18 @@ def binarize(values: np.ndarray, is_lossy: bool = False) -> np.ndarray:
 def _binarize_integers(values: np.ndarray, low: int, high: int) -> np.ndarray:
     """Return where probabilities of 0..255, or a mask with smooth edges, are at least half. InputError for others."""
     distinct = np.unique(values)
-    if low >= 0 and SOFT_MAXIMUM <= high <= 255:
+    if low >= 0 and MIN_SOFT_MAXIMUM <= high <= 255:
         between = ((values > 0) & (values < high)).sum()
-        if len(distinct) > MAX_LABELS or between < (values == high).sum() * SMOOTH_EDGE:
+        if len(distinct) > MAX_LABELS or between < (values == high).sum() * MAX_SMOOTH_EDGE_FRACTION:
             return values >= 128
-    shown = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
+    examples = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
     raise InputError(
-        f"{len(distinct)} different integers ({shown}) are neither a mask (0 outside, one value inside) nor "
+        f"{len(distinct)} different integers ({examples}) are neither a mask (0 outside, one value inside) nor "
         "probabilities (0..255); of a label map give one label, `values == LABEL`"
     )
 
 
-def binarize_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
+def binarize_mask_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
     """Return where a mask that is an image is inside, see `binarize`: its alpha channel, or else its colors.
 
     Args:
@@ -101,59 +101,59 @@ def binarize_image(image: Image.Image, is_lossy: bool = False) -> np.ndarray:
     """
     values = np.asarray(image)
     if image.mode not in ("LA", "RGBA"):
-        return binarize(values if values.ndim == 2 else values.max(-1), is_lossy)
+        return binarize_mask(values if values.ndim == 2 else values.max(-1), is_lossy)
     colors, alpha = values[..., :-1].max(-1), values[..., -1]
     if is_lossy or alpha.min() == alpha.max():
-        return binarize(colors, is_lossy) & binarize(alpha)
-    return (colors != 0) & binarize(alpha)
+        return binarize_mask(colors, is_lossy) & binarize_mask(alpha)
+    return (colors != 0) & binarize_mask(alpha)
 
 
-def resize(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
     """Scale a mask (h, w) bool to (height, width) by nearest neighbor."""
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
-def resize_code(code: RLE, width: int, height: int) -> dict[str, Any]:
+def resize_rle(rle: RLE, width: int, height: int) -> dict[str, Any]:
     """Scale an RLE to `width` x `height` pixels, as `resize` does."""
-    return encode(resize(decode(code), width, height))
+    return encode_rle(resize_mask(decode_rle(rle), width, height))
 
 
-def merge(codes: Sequence[RLE]) -> dict[str, Any]:
+def merge_rles(rles: Sequence[RLE]) -> dict[str, Any]:
     """Return the union of RLEs of one size."""
-    code = coco.merge([dict(code) for code in codes])
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+    merged = coco.merge([dict(merged) for merged in rles])
+    return {"size": [int(side) for side in merged["size"]], "counts": merged["counts"].decode("ascii")}
 
 
-def area(mask: np.ndarray | RLE) -> int:
+def compute_mask_area(mask: np.ndarray | RLE) -> int:
     """Pixels inside."""
-    return int(coco.area(_code(mask)))
+    return int(coco.area(_mask_to_rle(mask)))
 
 
-def box_of(mask: np.ndarray | RLE) -> tuple[float, float, float, float] | None:
+def mask_to_box(mask: np.ndarray | RLE) -> tuple[float, float, float, float] | None:
     """The tight box x1 y1 x2 y2, right and lower edge exclusive; None if nothing is inside."""
-    code = _code(mask)
-    if not area(code):
+    rle = _mask_to_rle(mask)
+    if not compute_mask_area(rle):
         return None
-    x, y, width, height = (float(value) for value in coco.toBbox(code))
+    x, y, width, height = (float(value) for value in coco.toBbox(rle))
     return x, y, x + width, y + height
 
 
-def checked(code: Any) -> dict[str, Any]:
+def parse_rle(value: Any) -> dict[str, Any]:
     """An RLE that came from outside, compressed or with `counts` as a list of numbers, as the compressed kind.
 
     InputError when it is no RLE. The runs must fill the mask: pycocotools leaves the rest of it to chance.
     """
-    if not isinstance(code, Mapping) or not {"size", "counts"} <= code.keys():
+    if not isinstance(value, Mapping) or not {"size", "counts"} <= value.keys():
         raise InputError("an RLE is an object with 'size' [height, width] and 'counts'")
-    size, counts = code["size"], code["counts"]
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_count(side) and side > 0 for side in size):
+    size, counts = value["size"], value["counts"]
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_integer(side) and side > 0 for side in size):
         raise InputError(f"'size' of an RLE is [height, width] in whole pixels, not {size!r:.40}")
     height, width = size
     if height * width > PIXEL_LIMIT:
         raise InputError(f"an RLE of {height} x {width} is larger than the {PIXEL_LIMIT:,} pixels an image may have")
     if isinstance(counts, str) and counts.isascii():
-        runs = _runs(counts)
-    elif isinstance(counts, list) and all(_is_count(run) for run in counts):
+        runs = _parse_run_lengths(counts)
+    elif isinstance(counts, list) and all(_is_integer(run) for run in counts):
         runs = counts
     else:
         raise InputError("'counts' of an RLE is a string, or a list of whole numbers")
@@ -164,7 +164,7 @@ def checked(code: Any) -> dict[str, Any]:
     return {"size": [height, width], "counts": counts}
 
 
-def _runs(counts: str) -> list[int]:
+def _parse_run_lengths(counts: str) -> list[int]:
     """The run lengths in a compressed string: from the fourth on as the difference to the run two back."""
     runs: list[int] = []
     value = shift = 0
@@ -184,9 +184,9 @@ def _runs(counts: str) -> list[int]:
     return runs
 
 
-def _is_count(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _code(mask: np.ndarray | RLE) -> RLE:
-    return mask if isinstance(mask, Mapping) else encode(mask)
+def _mask_to_rle(mask: np.ndarray | RLE) -> RLE:
+    return mask if isinstance(mask, Mapping) else encode_rle(mask)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 
 _LOGGER = logging.getLogger("sca")
-_noticed: set[str] = set()
+_warned_keys: set[str] = set()
 
 
-def notice_once(kind: str, message: str) -> None:
+def warn_once(warning_key: str, message: str) -> None:
     """Log a warning, once per process and kind; without a logging configuration it is a line on stderr.
 
     Args:
         kind: Identifies what is remarked on.
         message: One line that names the first input of this kind.
     """
-    if kind not in _noticed:
-        _noticed.add(kind)
+    if warning_key not in _warned_keys:
+        _warned_keys.add(warning_key)
         _LOGGER.warning("%s (shown once)", message)

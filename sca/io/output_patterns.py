@@ -13,30 +13,30 @@ from functools import cache
 from glob import escape, glob
 from pathlib import Path
 
-NUMBER = re.compile(r"(?<!\[)#")
+NUMBER_WILDCARD = re.compile(r"(?<!\[)#")
 
 
 def find_outputs(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The existing files that match patterns, sorted, without what links lead to."""
-    return [path for path in _find(folder, patterns) if path.is_symlink() or not path.is_dir()]
+    return [path for path in _find_matches(folder, patterns) if path.is_symlink() or not path.is_dir()]
 
 
-def find_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
+def find_output_folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The run folder and the existing folders below it that contain files of the patterns, without links."""
     parents = {str(Path(pattern).parent) for pattern in patterns} - {"."}
-    return [folder, *(path for path in _find(folder, parents) if path.is_dir() and not path.is_symlink())]
+    return [folder, *(path for path in _find_matches(folder, parents) if path.is_dir() and not path.is_symlink())]
 
 
-def _find(folder: Path, patterns: Iterable[str]) -> list[Path]:
+def _find_matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The existing files and folders that match patterns, sorted, without what links lead to."""
     patterns = tuple(patterns)
-    names = (glob(NUMBER.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
-    found = {folder / name for each in names for name in each}
-    own = [path for path in sorted(found) if is_one_of(path, folder, patterns)]
-    return [path for path in own if not any(parent.is_symlink() for parent in between(path, folder))]
+    names = (glob(NUMBER_WILDCARD.sub("[0-9]*", each), root_dir=folder, include_hidden=True) for each in patterns)
+    candidates = {folder / name for each in names for name in each}
+    matches = [path for path in sorted(candidates) if is_output(path, folder, patterns)]
+    return [path for path in matches if not any(parent.is_symlink() for parent in iter_parents_between(path, folder))]
 
 
-def between(path: Path, folder: Path) -> Iterator[Path]:
+def iter_parents_between(path: Path, folder: Path) -> Iterator[Path]:
     """The folders between a path and a folder above it, from the inside."""
     for parent in path.parents:
         if parent == folder:
@@ -44,30 +44,30 @@ def between(path: Path, folder: Path) -> Iterator[Path]:
         yield parent
 
 
-def is_one_of(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
+def is_output(path: Path, folder: Path, patterns: Iterable[str]) -> bool:
     """Whether a pattern names a file, part by part as in `Path.glob`."""
-    return _matches_one_of(path.relative_to(folder).parts, patterns)
+    return _matches_any_pattern(path.relative_to(folder).parts, patterns)
 
 
-def _matches_one_of(parts: tuple[str, ...], patterns: Iterable[str]) -> bool:
+def _matches_any_pattern(parts: tuple[str, ...], patterns: Iterable[str]) -> bool:
     return any(
-        len(wanted) == len(parts) and all(map(re.fullmatch, map(_regex, wanted), parts))
-        for wanted in (Path(pattern).parts for pattern in patterns)
+        len(pattern_parts) == len(parts) and all(map(re.fullmatch, map(_translate_to_regex, pattern_parts), parts))
+        for pattern_parts in (Path(pattern).parts for pattern in patterns)
     )
 
 
-def exact_pattern(name: str) -> str:
+def make_exact_pattern(name: str) -> str:
     """The pattern that matches exactly one name."""
     return escape(name).replace("#", "[#]")
 
 
-def is_declared(pattern: str, patterns: Collection[str]) -> bool:
+def is_declared_pattern(pattern: str, patterns: Collection[str]) -> bool:
     """Whether a pattern is one of `patterns`, or an exact name that matches one."""
     path = Path(re.sub(r"\[([*?[#])\]", r"\1", pattern))
-    is_exact = exact_pattern(str(path)) == pattern and not path.is_absolute() and ".." not in path.parts
-    return pattern in patterns or (is_exact and _matches_one_of(path.parts, patterns))
+    is_exact = make_exact_pattern(str(path)) == pattern and not path.is_absolute() and ".." not in path.parts
+    return pattern in patterns or (is_exact and _matches_any_pattern(path.parts, patterns))
 
 
 @cache
-def _regex(pattern: str) -> str:
+def _translate_to_regex(pattern: str) -> str:
     return translate(pattern).replace(re.escape("#"), "[0-9]+")

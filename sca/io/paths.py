@@ -18,7 +18,7 @@ def normalize_name(name: str) -> str:
     return root + "/".join(part for part in name.split("/") if part not in ("", ".")) or "."
 
 
-def relative_path(path: str | Path, folder: str | Path) -> str:
+def make_relative_path(path: str | Path, folder: str | Path) -> str:
     """Return the path of a file relative to a folder, as the system follows it, also where either is below a link."""
     parent, name = os.path.split(path)
     return os.path.join(os.path.relpath(os.path.realpath(parent), os.path.realpath(folder)), name)
@@ -26,9 +26,9 @@ def relative_path(path: str | Path, folder: str | Path) -> str:
 
 def remove_parents(path: Path) -> Path:
     """Return a path without `..`; unchanged where that would lead elsewhere, since a part of it is a link."""
-    short = Path(os.path.normpath(path))
-    is_same = os.path.samefile(short, path) if short.exists() and path.exists() else not path.exists()
-    return short if is_same else path
+    normalized = Path(os.path.normpath(path))
+    is_same = os.path.samefile(normalized, path) if normalized.exists() and path.exists() else not path.exists()
+    return normalized if is_same else path
 
 
 def distinguish_paths(paths: Sequence[str | Path]) -> list[str]:
@@ -37,13 +37,13 @@ def distinguish_paths(paths: Sequence[str | Path]) -> list[str]:
     Equal paths are numbered.
     """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    start = _count_shared(parts)
-    end = _count_shared([each[start:][::-1] for each in parts])
+    start = _count_shared_prefix(parts)
+    end = _count_shared_prefix([each[start:][::-1] for each in parts])
     names = ["/".join(each[start : len(each) - end]) or each[-1] for each in parts]
     return names if len(set(names)) == len(names) else [str(number) for number in range(1, len(names) + 1)]
 
 
-def _count_shared(sequences: Sequence[Sequence[str]]) -> int:
+def _count_shared_prefix(sequences: Sequence[Sequence[str]]) -> int:
     """Return how many elements all sequences begin with."""
     return next(
         (index for index, column in enumerate(zip(*sequences, strict=False)) if len(set(column)) > 1),

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sca.io.annotations import coco, label_studio, labelme
-from sca.io.annotations.annotation import Annotation, Size, SkipCounter
+from sca.io.annotations.annotation import Annotation, ImageSize, SkipCounter
 from sca.io.coordinates import Box
 from sca.io.errors import InputError
-from sca.io.image_names import ImageFiles, find_image, measure_named_image, possible_file_names
-from sca.io.images import show
-from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines, read_regular_file
-from sca.io.prompts import quote, read_field, read_fields
-from sca.io.region_prompts import Entry, RegionPrompts, find_root
-from sca.io.validation import read_id, get_image_name, read_size
+from sca.io.image_names import ImageNameResolver, resolve_image_path, read_named_image_size, list_possible_file_names
+from sca.io.images import format_path
+from sca.io.json import is_json_lines_file, open_regular_file, parse_json, parse_json_lines, read_regular_file
+from sca.io.prompts import quote_value, parse_field, parse_prompt_fields
+from sca.io.region_prompts import RegionPromptEntry, RegionPrompts, get_image_root
+from sca.io.validation import read_id, get_image_name, read_recorded_size
 
 
-def read_prompts(path: str | Path) -> RegionPrompts:
+def read_region_prompts(path: str | Path) -> RegionPrompts:
     """Read a prompts file, which may be a pipe, or a folder of LabelMe files.
 
     A file is JSON lines if its suffix is .jsonl or .ndjson, else COCO, Label Studio or LabelMe JSON. A line is one
@@ -36,90 +36,90 @@ def read_prompts(path: str | Path) -> RegionPrompts:
     Raises:
         InputError: If the file or folder cannot be read, or none of its records.
     """
-    path, skip, problems = Path(path), SkipCounter(), list[str]()
-    read = _read_folder if path.is_dir() else _read_file
+    path, skip_counter, problems = Path(path), SkipCounter(), list[str]()
+    read_entries = _read_labelme_folder if path.is_dir() else _read_prompt_file
     try:
-        entries = read(path, skip, problems)
+        entries = read_entries(path, skip_counter, problems)
     except OSError as error:
-        raise InputError(f"cannot read the prompts {show(path)}: {error.strerror}; check the name") from error
+        raise InputError(f"cannot read the prompts {format_path(path)}: {error.strerror}; check the name") from error
     if problems and not any(entries.values()):
-        more = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
-        raise InputError(f"{problems[0]}{more}")
-    return RegionPrompts(path, _merge_spellings(entries, [find_root(path), Path()]), skip, problems)
+        suffix = f" (and {len(problems) - 1} more records cannot be used)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{suffix}")
+    return RegionPrompts(path, _merge_spellings(entries, [get_image_root(path), Path()]), skip_counter, problems)
 
 
-def _read_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    with open_regular_file(path, seekable=True, allow_pipe=True) as file:
-        if is_json_lines(path, file, "image"):
-            return _lines(file, path, problems)
-        return _regions(parse_json(file.read(), show(path), surrogates=True), path, skip, problems)
+def _read_prompt_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+    with open_regular_file(path, require_seekable=True, allow_pipe=True) as file:
+        if is_json_lines_file(path, file, "image"):
+            return _read_json_lines(file, path, problems)
+        return _parse_json_content(parse_json(file.read(), format_path(path), allow_surrogates=True), path, skip, problems)
 
 
-def _read_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    files = labelme.list_files(folder)
+def _read_labelme_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+    files = labelme.list_labelme_files(folder)
     if not files:
-        raise InputError(f"no .json files in {show(folder)}; a folder of prompts contains LabelMe files")
-    entries: dict[str, list[Entry]] = {}
+        raise InputError(f"no .json files in {format_path(folder)}; a folder of prompts contains LabelMe files")
+    entries: dict[str, list[RegionPromptEntry]] = {}
     for file in files:
-        with _noting(problems):
+        with _collect_problems(problems):
             for name, regions in _read_labelme_file(file, skip, problems).items():
                 entries.setdefault(name, []).extend(regions)
     return entries
 
 
-def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
+def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
     try:
-        content = parse_json(read_regular_file(path), show(path), surrogates=True)
+        content = parse_json(read_regular_file(path), format_path(path), allow_surrogates=True)
         if not isinstance(content, dict) or "shapes" not in content:
-            raise InputError(f"{show(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
-        return _labelme(content, path, skip, problems)
+            raise InputError(f"{format_path(path)} is not a LabelMe file (no 'shapes'); name it by itself, or move it")
+        return _parse_labelme(content, path, skip, problems)
     except OSError as error:
-        raise InputError(f"cannot read {show(path)}: {error.strerror}; copy it again") from error
+        raise InputError(f"cannot read {format_path(path)}: {error.strerror}; copy it again") from error
 
 
-def _merge_spellings(entries: Mapping[str, list[Entry]], roots: Sequence[Path]) -> dict[str, list[Entry]]:
+def _merge_spellings(entries: Mapping[str, list[RegionPromptEntry]], roots: Sequence[Path]) -> dict[str, list[RegionPromptEntry]]:
     """Merge the regions of keys that are spellings of one image file under the first of these keys."""
-    files = ImageFiles(partial(find_image, roots=roots))
-    names = {key: possible_file_names(key) for key in entries}
-    sharing = Counter(name for found in names.values() for name in found)
-    merged: dict[str, list[Entry]] = {}
+    name_resolver = ImageNameResolver(partial(resolve_image_path, roots=roots))
+    file_names_by_key = {key: list_possible_file_names(key) for key in entries}
+    file_name_counts = Counter(name for found in file_names_by_key.values() for name in found)
+    merged: dict[str, list[RegionPromptEntry]] = {}
     for key, regions in entries.items():
-        is_shared = any(sharing[name] > 1 for name in names[key])
-        merged.setdefault(files.unify(key) if is_shared else key, []).extend(regions)
+        is_shared = any(file_name_counts[name] > 1 for name in file_names_by_key[key])
+        merged.setdefault(name_resolver.unify_spelling(key) if is_shared else key, []).extend(regions)
     return merged
 
 
-def _lines(file: BinaryIO, path: Path, problems: list[str]) -> dict[str, list[Entry]]:
-    entries: dict[str, list[Entry]] = {}
-    for where, record in parse_lines(file, show(path), lambda error: problems.append(str(error))):
-        with _noting(problems):
-            image, entry = _line(record, where, path)
+def _read_json_lines(file: BinaryIO, path: Path, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+    entries: dict[str, list[RegionPromptEntry]] = {}
+    for location, record in parse_json_lines(file, format_path(path), lambda error: problems.append(str(error))):
+        with _collect_problems(problems):
+            image, entry = _parse_line(record, location, path)
             entries.setdefault(image, []).append(entry)
     return entries
 
 
-def _line(record: Any, where: str, path: Path) -> tuple[str, Entry]:
+def _parse_line(record: Any, location: str, path: Path) -> tuple[str, RegionPromptEntry]:
     """The image of a line, and its region."""
     if not isinstance(record, dict):
-        raise InputError(f'{where}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
-    image = get_image_name(record, "image", where)
-    box, points, mask = read_fields(record.get("prompt", record), where)
+        raise InputError(f'{location}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
+    image = get_image_name(record, "image", location)
+    box, points, mask = parse_prompt_fields(record.get("prompt", record), location)
     if isinstance(mask, str):
-        mask = read_field(where, "mask", partial(find_image, roots=[path.parent]), mask)
+        mask = parse_field(location, "mask", partial(resolve_image_path, roots=[path.parent]), mask)
         if not mask.is_file():
-            raise InputError(f"{where}, 'mask': there is no file {show(mask)}; name it relative to {show(path)}")
-    return image, Entry(where, box, points, mask, _recorded_size(record, where))
+            raise InputError(f"{location}, 'mask': there is no file {format_path(mask)}; name it relative to {format_path(path)}")
+    return image, RegionPromptEntry(location, box, points, mask, _read_nonzero_size(record, location))
 
 
-def _recorded_size(record: Mapping[str, Any], where: str) -> Size | None:
+def _read_nonzero_size(record: Mapping[str, Any], location: str) -> ImageSize | None:
     """Width and height of the image that a record states; None if it does not, or has 0 in their place."""
     if not record.get("width") or not record.get("height"):
         return None
-    return read_size(record, where)
+    return read_recorded_size(record, location)
 
 
 @contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
+def _collect_problems(problems: list[str]) -> Iterator[None]:
     """Add what is wrong with one record to the problems; the next one is read."""
     try:
         yield
@@ -127,79 +127,79 @@ def _noting(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _regions(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
+def _parse_json_content(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
     if label_studio.is_task(content) or (isinstance(content, list) and content):
-        return _label_studio(content, path, skip, problems)
+        return _parse_label_studio(content, path, skip, problems)
     if isinstance(content, dict) and "shapes" in content:
-        return _labelme(content, path, skip, problems)
-    return _coco(content, path, skip, problems)
+        return _parse_labelme(content, path, skip, problems)
+    return _parse_coco(content, path, skip, problems)
 
 
-def _coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
+def _parse_coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise InputError(
-                f"{show(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
+                f"{format_path(path)}: no list '{name}', which COCO JSON has; for one region a line name the file .jsonl"
             )
-    keys: dict[Any, str] = {}
-    sizes: dict[str, Size | None] = {}
-    entries: dict[str, list[Entry]] = {}
-    for place, image in enumerate(content["images"]):
-        where = f"{show(path)}, images[{place}]"
-        with _noting(problems):
-            number, name = read_id(image, "id", where), get_image_name(image, "file_name", where)
-            if number in keys or name in entries:
-                field = "'id'" if number in keys else "'file_name'"
-                raise InputError(f"{where}, {field}: another image has it too; each image has its own")
-            keys[number], entries[name], sizes[name] = name, [], _recorded_size(image, where)
-    for place, annotation in enumerate(content["annotations"]):
-        where = f"{show(path)}, annotations[{place}]"
-        with _noting(problems):
-            number = read_id(annotation, "image_id", where)
-            if number not in keys:
-                raise InputError(f"{where}, 'image_id': no image has the id {quote(number)}")
-            name = keys[number]
-            entries[name].append(Entry(where, _coco_box(annotation, where, skip), size=sizes[name]))
+    name_by_id: dict[Any, str] = {}
+    size_by_name: dict[str, ImageSize | None] = {}
+    entries: dict[str, list[RegionPromptEntry]] = {}
+    for index, image in enumerate(content["images"]):
+        location = f"{format_path(path)}, images[{index}]"
+        with _collect_problems(problems):
+            image_id, name = read_id(image, "id", location), get_image_name(image, "file_name", location)
+            if image_id in name_by_id or name in entries:
+                field = "'id'" if image_id in name_by_id else "'file_name'"
+                raise InputError(f"{location}, {field}: another image has it too; each image has its own")
+            name_by_id[image_id], entries[name], size_by_name[name] = name, [], _read_nonzero_size(image, location)
+    for index, annotation in enumerate(content["annotations"]):
+        location = f"{format_path(path)}, annotations[{index}]"
+        with _collect_problems(problems):
+            image_id = read_id(annotation, "image_id", location)
+            if image_id not in name_by_id:
+                raise InputError(f"{location}, 'image_id': no image has the id {quote_value(image_id)}")
+            name = name_by_id[image_id]
+            entries[name].append(RegionPromptEntry(location, _read_coco_box(annotation, location, skip), recorded_size=size_by_name[name]))
     return entries
 
 
-def _coco_box(annotation: Mapping[str, Any], where: str, skip: SkipCounter) -> Box:
-    counted: list[tuple[str, str]] = []
-    box = coco.read_annotation(annotation, where, None, None, lambda *part: counted.append(part)).box
+def _read_coco_box(annotation: Mapping[str, Any], location: str, skip: SkipCounter) -> Box:
+    skipped: list[tuple[str, str]] = []
+    box = coco.read_annotation(annotation, location, None, None, lambda *part: skipped.append(part)).box
     if box is not None:
-        for reason, place in counted:
-            skip(reason, place)
+        for reason, skip_location in skipped:
+            skip(reason, skip_location)
         return box
     if annotation.get("segmentation"):
-        raise InputError(f"{where}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
+        raise InputError(f"{location}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
     if annotation.get("bbox"):
-        raise InputError(f"{where}, 'bbox': {quote(annotation['bbox'])} has no area; width and height are above 0")
-    raise InputError(f"{where}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
+        raise InputError(f"{location}, 'bbox': {quote_value(annotation['bbox'])} has no area; width and height are above 0")
+    raise InputError(f"{location}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
 
 
-def _labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    name = get_image_name(content, "imagePath", show(path))
-    image = read_field(show(path), "imagePath", partial(find_image, roots=[path.parent]), name)
-    size = labelme.find_size(content, image, show(path))
-    shapes = labelme.read_shapes(content, size, show(path), skip, lambda error: problems.append(str(error)))
-    return {name: _annotated(shapes, size, skip)}
+def _parse_labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+    name = get_image_name(content, "imagePath", format_path(path))
+    image = parse_field(format_path(path), "imagePath", partial(resolve_image_path, roots=[path.parent]), name)
+    size = labelme.find_image_size(content, image, format_path(path))
+    shapes = labelme.read_annotations(content, size, format_path(path), skip, lambda error: problems.append(str(error)))
+    return {name: _make_entries(shapes, size, skip)}
 
 
-def _label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[Entry]]:
-    entries: dict[str, list[Entry]] = {}
-    measure = partial(measure_named_image, roots=[path.parent, Path()])
-    for image in label_studio.read_tasks(content, show(path), skip, measure, lambda error: problems.append(str(error))):
-        entries.setdefault(image.name, []).extend(_annotated(image.annotations, image.size, skip))
+def _parse_label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+    entries: dict[str, list[RegionPromptEntry]] = {}
+    measure = partial(read_named_image_size, roots=[path.parent, Path()])
+    for image in label_studio.read_tasks(content, format_path(path), skip, measure, lambda error: problems.append(str(error))):
+        entries.setdefault(image.name, []).extend(_make_entries(image.annotations, image.size, skip))
     return entries
 
 
-def _annotated(annotations: Iterable[Annotation], size: Size | None, skip: SkipCounter) -> list[Entry]:
+def _make_entries(annotations: Iterable[Annotation], size: ImageSize | None, skip: SkipCounter) -> list[RegionPromptEntry]:
     """Each region by its box, or by its point where it has none."""
     entries = []
     for each in annotations:
         if each.box or each.point:
             points = () if each.box or not each.point else ((*each.point, 1),)
-            entries.append(Entry(each.place, each.box, points, size=size))
+            entries.append(RegionPromptEntry(each.location, each.box, points, recorded_size=size))
         else:
-            skip("empty mask", each.place)
+            skip("empty mask", each.location)
     return entries

@@ -16,30 +16,30 @@ from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.coordinates import Box, clip_box, find_normalized_scale, scale_to_pixels
 from sca.io.errors import InputError
-from sca.io.images import identify_image, show
+from sca.io.images import open_undecoded, format_path
 from sca.io.json import open_regular_file
-from sca.io.notices import notice_once
+from sca.io.notices import warn_once
 from sca.io.paths import expand_user
 from sca.io.validation import is_finite_number
 
 Point = tuple[float, float, int]
-NPY = b"\x93NUMPY"  # what an array file begins with
+NPY_MAGIC = b"\x93NUMPY"  # what an array file begins with
 MAX_POINTS = 256  # of a prompt that comes over a network: each costs as much as a token of text
 
-_BOX = "a box is 4 numbers x1,y1,x2,y2 in pixels"
-_POINT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
-_MASK = "give an image or a .npy array, not zero inside"
-_REGION = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
+_BOX_FORMAT = "a box is 4 numbers x1,y1,x2,y2 in pixels"
+_POINT_FORMAT = "a point is x,y or x,y,label in pixels, label 1 inside or 0 outside"
+_MASK_FORMAT = "give an image or a .npy array, not zero inside"
+_REGION_FORMAT = "a region is written box=x1,y1,x2,y2;point=x,y,1;point=x,y,0;mask=FILE, each part where wanted"
 
 
 def parse_box(text: str) -> Box:
     """`"x1,y1,x2,y2"`; whether it fits an image is for `check`."""
-    return _box(text.split(","), text)
+    return _parse_box_values(text.split(","), text)
 
 
 def parse_point(text: str) -> Point:
     """`"x,y"`, inside, or `"x,y,label"` with label 1 inside or 0 outside."""
-    return _point(text.split(","), text)
+    return _parse_point_values(text.split(","), text)
 
 
 def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
@@ -58,24 +58,24 @@ def parse_region(text: str, allow_pipe: bool = False) -> Prompt:
             case "point":
                 points.append(parse_point(value))
             case "mask" if mask is None:
-                mask = read_mask(expand_user(value.strip()), allow_pipe)
+                mask = read_mask_file(expand_user(value.strip()), allow_pipe)
             case "box" | "mask" as twice:
-                raise InputError(f"{quote(text)} has two of '{twice}'; a region has at most one")
+                raise InputError(f"{quote_value(text)} has two of '{twice}'; a region has at most one")
             case other:
-                raise InputError(f"{quote(other)} is no part of a region; {_REGION}")
+                raise InputError(f"{quote_value(other)} is no part of a region; {_REGION_FORMAT}")
     prompt = Prompt(box, tuple(points), mask)
     if not prompt:
-        raise InputError(f"{quote(text)} points at nothing; {_REGION}")
+        raise InputError(f"{quote_value(text)} points at nothing; {_REGION_FORMAT}")
     return prompt
 
 
-def mask_files(regions: Iterable[str]) -> list[str]:
+def list_mask_files(regions: Iterable[str]) -> list[str]:
     """List the mask files that regions, as `parse_region` takes them, name."""
     parts = (part.partition("=") for text in regions for part in text.split(";"))
     return [str(expand_user(value.strip())) for name, _, value in parts if name.strip() == "mask"]
 
 
-def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
+def read_mask_file(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
     """Read a mask file.
 
     Args:
@@ -89,41 +89,41 @@ def read_mask(path: str | Path, allow_pipe: bool = False) -> np.ndarray:
         InputError: One line with the file and what to do.
     """
     try:
-        with open_regular_file(path, seekable=True, allow_pipe=allow_pipe) as file:
-            is_array = str(path).lower().endswith(".npy") or file.read(len(NPY)) == NPY
+        with open_regular_file(path, require_seekable=True, allow_pipe=allow_pipe) as file:
+            is_array = str(path).lower().endswith(".npy") or file.read(len(NPY_MAGIC)) == NPY_MAGIC
             file.seek(0)
             if is_array:
                 is_piped = isinstance(file, io.BytesIO)
-                mapped = {} if is_piped else {"mmap_mode": "r"}
-                return masks.binarize(np.load(file if is_piped else path, **mapped, allow_pickle=False))
-            with identify_image(file) as image:
-                return masks.binarize_image(ImageOps.exif_transpose(image), image.format in masks.LOSSY)
+                load_options = {} if is_piped else {"mmap_mode": "r"}
+                return masks.binarize_mask(np.load(file if is_piped else path, **load_options, allow_pickle=False))
+            with open_undecoded(file) as image:
+                return masks.binarize_mask_image(ImageOps.exif_transpose(image), image.format in masks.LOSSY_FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"cannot read the mask {show(path)}: it is no image; {_MASK}") from error
+        raise InputError(f"cannot read the mask {format_path(path)}: it is no image; {_MASK_FORMAT}") from error
     except Exception as error:  # a decoder may raise anything for damaged data
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot read the mask {show(path)}: {reason}; {_MASK}") from error
+        raise InputError(f"cannot read the mask {format_path(path)}: {reason}; {_MASK_FORMAT}") from error
 
 
-def read_prompt(plain: Any, where: str, width: int, height: int) -> Prompt:
+def parse_prompt(value: Any, location: str, width: int, height: int) -> Prompt:
     """`{"box": [x1, y1, x2, y2], "points": [[x, y, label]], "mask": RLE}`, each part where wanted, as a prompt for an
     image of this size (see `check`); messages call it `where`.
     """
-    box, points, mask = read_fields(plain, where)
+    box, points, mask = parse_prompt_fields(value, location)
     if isinstance(mask, str):
-        raise InputError(f"{where}, 'mask': an RLE, not a file's name")
+        raise InputError(f"{location}, 'mask': an RLE, not a file's name")
     if mask is not None and mask["size"] != [height, width]:  # before it is decoded: it may be huge
         raise InputError(
-            f"{where}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
+            f"{location}, 'mask': the mask is {mask['size'][1]} x {mask['size'][0]}, the image {width} x {height} "
             "(width x height); give a mask of the image's size"
         )
     try:
-        return check(Prompt(box, points, None if mask is None else masks.decode(mask)), width, height)
+        return check_prompt(Prompt(box, points, None if mask is None else masks.decode_rle(mask)), width, height)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{location}: {error}") from error
 
 
-def check(prompt: Prompt, width: int, height: int) -> Prompt:
+def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
     """The prompt as plain numbers, its box clipped to the image; `InputError` if it does not fit `width` x `height`.
 
     A box may reach over the edge, since boxes often do by a pixel, but not lie outside. A point lies in
@@ -132,29 +132,29 @@ def check(prompt: Prompt, width: int, height: int) -> Prompt:
     """
     if not prompt:
         raise InputError("the prompt is empty; give a box, a point or a mask")
-    box = None if prompt.box is None else _clipped(_box(prompt.box), width, height)
-    points = tuple(_point(point) for point in prompt.points)
+    box = None if prompt.box is None else _check_and_clip_box(_parse_box_values(prompt.box), width, height)
+    points = tuple(_parse_point_values(point) for point in prompt.points)
     if points and not any(label for _, _, label in points) and prompt.box is None and prompt.mask is None:
         raise InputError("all points have label 0 (outside); add a point with label 1, a box or a mask")
-    _check_points_are_pixels(points, width, height)
+    _check_not_normalized(points, width, height)
     for x, y, label in points:
         if not (0 <= x < width and 0 <= y < height):
             raise InputError(
                 f"the point {x:g},{y:g},{label} is outside the {width} x {height} image; "
                 f"x goes from 0 to below {width}, y from 0 to below {height}"
             )
-    return Prompt(box, points, None if prompt.mask is None else _fitting(prompt.mask, width, height))
+    return Prompt(box, points, None if prompt.mask is None else _check_mask(prompt.mask, width, height))
 
 
-def check_and_count(prompt: Prompt, width: int, height: int, clipped: SkipCounter, place: str) -> Prompt:
+def check_and_count_clipping(prompt: Prompt, width: int, height: int, clip_counter: SkipCounter, location: str) -> Prompt:
     """`check` a prompt, and count its box in `clipped` under `place` if it reached over the edge."""
-    checked = check(prompt, width, height)
-    if prompt.box is not None and checked.box != _box(prompt.box):
-        clipped("box clipped", place)
-    return checked
+    checked_prompt = check_prompt(prompt, width, height)
+    if prompt.box is not None and checked_prompt.box != _parse_box_values(prompt.box):
+        clip_counter("box clipped", location)
+    return checked_prompt
 
 
-def _clipped(box: Box, width: int, height: int) -> Box:
+def _check_and_clip_box(box: Box, width: int, height: int) -> Box:
     x1, y1, x2, y2 = box
     text = ",".join(f"{value:g}" for value in box)
     for low, high, axis in ((x1, x2, "x"), (y1, y2, "y")):
@@ -180,7 +180,7 @@ def _clipped(box: Box, width: int, height: int) -> Box:
     raise InputError(f"the box {text} {problem}; {hint}")
 
 
-def _check_points_are_pixels(points: Sequence[Point], width: int, height: int) -> None:
+def _check_not_normalized(points: Sequence[Point], width: int, height: int) -> None:
     """Refuse points that are all within 0..1 and not at a corner of a pixel: they are normalized."""
     values = [value for x, y, _ in points for value in (x, y)]
     if not values or max(width, height) <= 1 or not 0 <= min(values) <= max(values) <= 1:
@@ -195,74 +195,74 @@ def _check_points_are_pixels(points: Sequence[Point], width: int, height: int) -
     )
 
 
-def _fitting(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+def _check_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
     try:
-        inside = masks.binarize(np.asarray(mask))
+        binary_mask = masks.binarize_mask(np.asarray(mask))
     except ValueError as error:
         raise InputError(f"the mask is unusable: {error}") from error
-    if inside.shape != (height, width):
+    if binary_mask.shape != (height, width):
         raise InputError(
-            f"the mask is {inside.shape[1]} x {inside.shape[0]}, the image {width} x {height} (width x height); "
+            f"the mask is {binary_mask.shape[1]} x {binary_mask.shape[0]}, the image {width} x {height} (width x height); "
             "give a mask of the image's size"
         )
-    if not inside.any():
+    if not binary_mask.any():
         raise InputError("the mask is empty: nothing in it is inside; mark the region with another value")
-    if inside.all():
-        notice_once("whole mask", f"a mask covers the whole {width} x {height} image; outside is 0")
-    return inside
+    if binary_mask.all():
+        warn_once("whole mask", f"a mask covers the whole {width} x {height} image; outside is 0")
+    return binary_mask
 
 
-def read_fields(asked: Any, where: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
+def parse_prompt_fields(value: Any, location: str) -> tuple[Box | None, tuple[Point, ...], dict[str, Any] | str | None]:
     """Return the box, points and mask of a plain prompt; a mask that is text names a file and is returned unchanged.
 
     Raises:
         InputError: A field is malformed, or all are absent; the message begins with `where`.
     """
-    if not isinstance(asked, dict):
-        raise InputError(f"{where}, 'prompt': an object with 'box', 'points' or 'mask', not {quote(asked)}")
-    box, points, mask = (asked.get(name) for name in ("box", "points", "mask"))
+    if not isinstance(value, dict):
+        raise InputError(f"{location}, 'prompt': an object with 'box', 'points' or 'mask', not {quote_value(value)}")
+    box, points, mask = (value.get(name) for name in ("box", "points", "mask"))
     if box is None and not points and mask is None:
-        others = f", only {', '.join(map(quote, asked))}" if asked else ""
-        raise InputError(f"{where}: no 'box', 'points' or 'mask'{others}")
-    box = None if box is None else read_field(where, "box", _box, box)
-    points = () if points is None else read_field(where, "points", _points, points)
+        other_keys = f", only {', '.join(map(quote_value, value))}" if value else ""
+        raise InputError(f"{location}: no 'box', 'points' or 'mask'{other_keys}")
+    box = None if box is None else parse_field(location, "box", _parse_box_values, box)
+    points = () if points is None else parse_field(location, "points", _parse_points, points)
     return (
         box,
         points,
-        mask if mask is None or isinstance(mask, str) else read_field(where, "mask", masks.checked, mask),
+        mask if mask is None or isinstance(mask, str) else parse_field(location, "mask", masks.parse_rle, mask),
     )
 
 
-def _box(values: Any, given: Any = None) -> Box:
-    x1, y1, x2, y2 = _numbers(values, (4,), given, _BOX)
+def _parse_box_values(values: Any, source: Any = None) -> Box:
+    x1, y1, x2, y2 = _parse_numbers(values, (4,), source, _BOX_FORMAT)
     return x1, y1, x2, y2
 
 
-def _point(values: Any, given: Any = None) -> Point:
-    x, y, *label = _numbers(values, (2, 3), given, _POINT)
+def _parse_point_values(values: Any, source: Any = None) -> Point:
+    x, y, *label = _parse_numbers(values, (2, 3), source, _POINT_FORMAT)
     if label not in ([], [0], [1]):
-        raise InputError(f"the label of the point {quote(values if given is None else given)} is not 1 or 0; {_POINT}")
+        raise InputError(f"the label of the point {quote_value(values if source is None else source)} is not 1 or 0; {_POINT_FORMAT}")
     return x, y, int(label[0]) if label else 1
 
 
-def _points(values: Any) -> tuple[Point, ...]:
+def _parse_points(values: Any) -> tuple[Point, ...]:
     if not isinstance(values, list):
-        raise InputError(f"a list of points [[x, y, label]], not {quote(values)}")
-    return tuple(_point(point) for point in values)
+        raise InputError(f"a list of points [[x, y, label]], not {quote_value(values)}")
+    return tuple(_parse_point_values(point) for point in values)
 
 
-def _numbers(values: Any, lengths: tuple[int, ...], given: Any, form: str) -> list[float]:
+def _parse_numbers(values: Any, lengths: tuple[int, ...], source: Any, expected_format: str) -> list[float]:
     """So many finite numbers, or text that writes them on a command line (`given` is then the whole of it)."""
-    given = values if given is None else given
+    source = values if source is None else source
     if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) not in lengths:
-        raise InputError(f"{form}, not {quote(given)}")
-    found = []
+        raise InputError(f"{expected_format}, not {quote_value(source)}")
+    parsed = []
     for value in values:
-        number = _parse_float(value) if isinstance(given, str) else value
+        number = _parse_float(value) if isinstance(source, str) else value
         if not is_finite_number(number):
-            raise InputError(f"{quote(value)} in {quote(given)} is not a finite number; {form}")
-        found.append(float(number))
-    return found
+            raise InputError(f"{quote_value(value)} in {quote_value(source)} is not a finite number; {expected_format}")
+        parsed.append(float(number))
+    return parsed
 
 
 def _parse_float(text: str) -> float:
@@ -273,15 +273,15 @@ def _parse_float(text: str) -> float:
         return math.nan
 
 
-def read_field(where: str, field: str, read: Callable[[Any], Any], value: Any) -> Any:
+def parse_field(location: str, field: str, parse: Callable[[Any], Any], value: Any) -> Any:
     """Return `read(value)`; a ValueError becomes an InputError that names the field."""
     try:
-        return read(value)
+        return parse(value)
     except ValueError as error:
-        raise InputError(f"{where}, '{field}': {error}") from error
+        raise InputError(f"{location}, '{field}': {error}") from error
 
 
-def quote(value: Any) -> str:
+def quote_value(value: Any) -> str:
     """Return a value on one line of at most 60 characters, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,69 +16,69 @@ from typing import Any
 from sca_registry.contracts import Prompt
 
 from sca.io import masks
-from sca.io.annotations.annotation import Size, SkipCounter
-from sca.io.coordinates import Box, compare_sizes, scale_box
+from sca.io.annotations.annotation import ImageSize, SkipCounter
+from sca.io.coordinates import Box, compute_resize_factors, scale_box
 from sca.io.errors import InputError
-from sca.io.image_names import find_image, possible_file_names
-from sca.io.images import show
-from sca.io.notices import notice_once
-from sca.io.prompts import Point, check_and_count, quote, read_mask
+from sca.io.image_names import resolve_image_path, list_possible_file_names
+from sca.io.images import format_path
+from sca.io.notices import warn_once
+from sca.io.prompts import Point, check_and_count_clipping, quote_value, read_mask_file
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegionPromptEntry:
     """One region of a prompts file as small as it was written: masks are decoded when they are asked for."""
 
-    where: str  # the file and the record, for messages
+    location: str  # the file and the record, for messages
     box: Box | None = None
     points: tuple[Point, ...] = ()
     mask: dict[str, Any] | Path | None = None
-    size: Size | None = None  # of the image, where the file records it
+    recorded_size: ImageSize | None = None  # of the image, where the file records it
 
-    def prompt(self) -> Prompt:
+    def build_prompt(self) -> Prompt:
         try:
-            mask = read_mask(self.mask) if isinstance(self.mask, Path) else None
+            mask = read_mask_file(self.mask) if isinstance(self.mask, Path) else None
         except InputError as error:
-            raise InputError(f"{self.where}, 'mask': {error}") from error
-        return Prompt(self.box, self.points, masks.decode(self.mask) if isinstance(self.mask, dict) else mask)
+            raise InputError(f"{self.location}, 'mask': {error}") from error
+        return Prompt(self.box, self.points, masks.decode_rle(self.mask) if isinstance(self.mask, dict) else mask)
 
-    def fitting(self, width: int, height: int, clipped: SkipCounter) -> Prompt:
+    def fit_prompt(self, width: int, height: int, clip_counter: SkipCounter) -> Prompt:
         """The prompt for an image of this size, see `check`; it is scaled if the file records another size.
 
         Counts a box that `check` clips. Raises InputError, which names the record.
         """
-        prompt = self.prompt()
+        prompt = self.build_prompt()
         try:
-            if self.size and self.size != (width, height):
-                prompt = _scale(prompt, self.size, (width, height))
-                notice_once(
+            if self.recorded_size and self.recorded_size != (width, height):
+                prompt = _scale_prompt(prompt, self.recorded_size, (width, height))
+                warn_once(
                     "scaled prompts",
-                    f"{self.where}: the file records an image of {self.size[0]} x {self.size[1]}, and its regions are "
+                    f"{self.location}: the file records an image of {self.recorded_size[0]} x {self.recorded_size[1]}, and its regions are "
                     f"scaled to {width} x {height}",
                 )
-            return check_and_count(prompt, width, height, clipped, self.where)
+            return check_and_count_clipping(prompt, width, height, clip_counter, self.location)
         except ValueError as error:
-            raise InputError(f"{self.where}: {error}") from error
+            raise InputError(f"{self.location}: {error}") from error
 
 
-def _scale(prompt: Prompt, recorded: Size, actual: Size) -> Prompt:
+def _scale_prompt(prompt: Prompt, recorded: ImageSize, actual: ImageSize) -> Prompt:
     """Turn a prompt for an image of the recorded size into one for the same image in its actual size.
 
     Raises ValueError if the aspect ratios differ.
     """
-    across, down = compare_sizes(recorded, actual)
-    box = prompt.box and scale_box(prompt.box, (across, down))
+    x_scale, y_scale = compute_resize_factors(recorded, actual)
+    box = prompt.box and scale_box(prompt.box, (x_scale, y_scale))
     points = tuple(
-        (_scale_inside(x, across, recorded[0], actual[0]), _scale_inside(y, down, recorded[1], actual[1]), label)
+        (_scale_coordinate(x, x_scale, recorded[0], actual[0]), _scale_coordinate(y, y_scale, recorded[1], actual[1]), label)
         for x, y, label in prompt.points
     )
     mask = prompt.mask
     if mask is not None and mask.shape == recorded[::-1]:
-        mask = masks.resize(mask, *actual)
+        mask = masks.resize_mask(mask, *actual)
     return Prompt(box, points, mask)
 
 
-def _scale_inside(value: float, factor: float, recorded: int, actual: int) -> float:
+def _scale_coordinate(value: float, factor: float, recorded: int, actual: int) -> float:
     """Scale a coordinate; one inside the recorded side stays inside the actual one, however it is rounded."""
     scaled = value * factor
     return min(scaled, math.nextafter(actual, 0)) if value < recorded else scaled
@@ -92,13 +92,13 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     problems: a line for each record of which no prompt could be made; it names file, record and field.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, list[Entry]], skip: SkipCounter, problems: Sequence[str] = ()):
-        self.path, self.skip, self.clipped = path, skip, SkipCounter()
+    def __init__(self, path: Path, entries: Mapping[str, list[RegionPromptEntry]], skip_counter: SkipCounter, problems: Sequence[str] = ()):
+        self.path, self.skip_counter, self.clip_counter = path, skip_counter, SkipCounter()
         self._entries = entries
         self.problems = tuple(problems)
 
     def __getitem__(self, key: str) -> list[Prompt]:
-        return [entry.prompt() for entry in self._entries[key]]
+        return [entry.build_prompt() for entry in self._entries[key]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -106,7 +106,7 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def fitting(self, key: str, width: int, height: int) -> tuple[list[Prompt], list[str]]:
+    def fit_prompts(self, key: str, width: int, height: int) -> tuple[list[Prompt], list[str]]:
         """The prompts of an image that fit it, each checked by itself.
 
         Args:
@@ -120,16 +120,16 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         prompts, problems = [], []
         for entry in self._entries[key]:
             try:
-                prompts.append(entry.fitting(width, height, self.clipped))
+                prompts.append(entry.fit_prompt(width, height, self.clip_counter))
             except InputError as error:
                 problems.append(str(error))
         return prompts, problems
 
-    def count(self, key: str) -> int:
+    def count_regions(self, key: str) -> int:
         """How many regions an image has."""
         return len(self._entries[key])
 
-    def match(self, images: Sequence[str | Path]) -> dict[Path, str]:
+    def match_images(self, images: Sequence[str | Path]) -> dict[Path, str]:
         """The key of each image that has one.
 
         A key is a path, relative to the prompts file's folder or else to the working folder, in any spelling that
@@ -137,59 +137,59 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         could mean several keys, or a file name several images or keys.
         """
         paths = [Path(image) for image in images]
-        found = {image: key for image in paths if (key := self._key_of_path(image)) is not None}
-        taken = set(found.values())
-        by_name: dict[str, list[str]] = {}
-        for key, names in self._file_names.items():
-            for name in names if key not in taken else ():
-                by_name.setdefault(name, []).append(key)
-        rest = {image: unicodedata.normalize("NFC", image.name) for image in paths if image not in found}
-        sharing = Counter(rest.values())
-        for image, name in rest.items():
-            named = by_name.get(name, [])
-            if named and (len(named) > 1 or sharing[name] > 1):
-                raise self._ambiguous(f"the file name {quote(image.name)}", named, sharing[name])
-            if named:
-                found[image] = named[0]
-        return {image: found[image] for image in paths if image in found}
+        key_by_image = {image: key for image in paths if (key := self._find_key_by_path(image)) is not None}
+        matched_keys = set(key_by_image.values())
+        keys_by_file_name: dict[str, list[str]] = {}
+        for key, names in self._file_names_by_key.items():
+            for name in names if key not in matched_keys else ():
+                keys_by_file_name.setdefault(name, []).append(key)
+        unmatched_file_names = {image: unicodedata.normalize("NFC", image.name) for image in paths if image not in key_by_image}
+        file_name_counts = Counter(unmatched_file_names.values())
+        for image, name in unmatched_file_names.items():
+            candidate_keys = keys_by_file_name.get(name, [])
+            if candidate_keys and (len(candidate_keys) > 1 or file_name_counts[name] > 1):
+                raise self._make_ambiguity_error(f"the file name {quote_value(image.name)}", candidate_keys, file_name_counts[name])
+            if candidate_keys:
+                key_by_image[image] = candidate_keys[0]
+        return {image: key_by_image[image] for image in paths if image in key_by_image}
 
-    def _key_of_path(self, image: Path) -> str | None:
+    def _find_key_by_path(self, image: Path) -> str | None:
         """The key that is the path of an image: as written, else in another spelling or by a link."""
-        key = self._paths.get(os.path.abspath(image)) if ".." not in image.parts else None
+        key = self._key_by_absolute_path.get(os.path.abspath(image)) if ".." not in image.parts else None
         if key is not None:
             return key
-        keys = self._files.get(os.path.realpath(image), [])
+        keys = self._keys_by_file.get(os.path.realpath(image), [])
         if len(keys) > 1:
-            raise self._ambiguous(f"the image {show(image)}", keys)
+            raise self._make_ambiguity_error(f"the image {format_path(image)}", keys)
         return keys[0] if keys else None
 
-    def _ambiguous(self, what: str, keys: Sequence[str], images: int = 1) -> InputError:
-        several = f"the keys {', '.join(map(quote, keys))}" if len(keys) > 1 else f"{images} images"
+    def _make_ambiguity_error(self, subject: str, keys: Sequence[str], num_images: int = 1) -> InputError:
+        candidates = f"the keys {', '.join(map(quote_value, keys))}" if len(keys) > 1 else f"{num_images} images"
         return InputError(
-            f"{show(self.path)}: {what} could mean {several}; write image paths relative to the prompts file"
+            f"{format_path(self.path)}: {subject} could mean {candidates}; write image paths relative to the prompts file"
         )
 
     @cached_property
-    def _paths(self) -> dict[str, str]:
+    def _key_by_absolute_path(self) -> dict[str, str]:
         """Absolute path -> key; one relative to the prompts file counts before one relative to the working folder."""
         keys = [key for key in self if ".." not in Path(key).parts]
-        return {os.path.abspath(root / key): key for root in (Path(), find_root(self.path)) for key in keys}
+        return {os.path.abspath(root / key): key for root in (Path(), get_image_root(self.path)) for key in keys}
 
     @cached_property
-    def _files(self) -> dict[str, list[str]]:
+    def _keys_by_file(self) -> dict[str, list[str]]:
         """The real path of an existing image -> its keys."""
-        files: dict[str, list[str]] = {}
-        root = find_root(self.path)
+        keys_by_real_path: dict[str, list[str]] = {}
+        root = get_image_root(self.path)
         for key in self:
             with suppress(InputError):  # a URL, or several files: only the file name counts
-                files.setdefault(os.path.realpath(find_image(key, [root, Path()])), []).append(key)
-        return files
+                keys_by_real_path.setdefault(os.path.realpath(resolve_image_path(key, [root, Path()])), []).append(key)
+        return keys_by_real_path
 
     @cached_property
-    def _file_names(self) -> dict[str, set[str]]:
-        return {key: possible_file_names(key) for key in self}
+    def _file_names_by_key(self) -> dict[str, set[str]]:
+        return {key: list_possible_file_names(key) for key in self}
 
 
-def find_root(path: Path) -> Path:
+def get_image_root(path: Path) -> Path:
     """Return the folder that the image names of a prompts file or folder are relative to."""
     return path if path.is_dir() else path.parent

@@ -22,18 +22,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sca.io.atomic import open_folder, output_errors, remove_drafts, write_file
+from sca.io.atomic import create_writable_folder, translate_output_errors, remove_drafts, write_file
 from sca.io.errors import InputError, DifferentRunError, OutputError
-from sca.io.images import show
+from sca.io.images import format_path
 from sca.io.json import read_json
-from sca.io.lock import held_lock
-from sca.io.output_patterns import between, find_folders, find_outputs, is_declared, is_one_of
+from sca.io.lock import hold_lock
+from sca.io.output_patterns import iter_parents_between, find_output_folders, find_outputs, is_declared_pattern, is_output
 
-MARKER, LOCK = "sca-run.json", ".sca-lock"
+MARKER_FILE, LOCK_FILE = "sca-run.json", ".sca-lock"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One kind of run in a folder, as the marker records it.
 
     Args:
@@ -69,25 +69,25 @@ class RunFolder:
 
     def __init__(self, folder: str | Path, kind: str, patterns: Iterable[str] = ()):
         self.path, self.kind, self.patterns = Path(folder), kind, frozenset(patterns)
-        self.moved_to: Path | None = None
-        self._open = ExitStack()
+        self.earlier_run_path: Path | None = None
+        self._exit_stack = ExitStack()
 
     def __enter__(self) -> RunFolder:
-        open_folder(self.path)
-        with output_errors(self.path / LOCK):
-            self._open.enter_context(held_lock(self.path / LOCK, show(self.path)))
-        for folder in find_folders(self.path, self.patterns):
+        create_writable_folder(self.path)
+        with translate_output_errors(self.path / LOCK_FILE):
+            self._exit_stack.enter_context(hold_lock(self.path / LOCK_FILE, format_path(self.path)))
+        for folder in find_output_folders(self.path, self.patterns):
             remove_drafts(folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        self._exit_stack.close()
 
     @property
-    def run(self) -> Run | None:
+    def last_run(self) -> RunRecord | None:
         """The last run of this kind, None if there was none."""
         run = read_runs(self.path).get(self.kind)
-        return run and replace(run, outputs=tuple(each for each in run.outputs if is_declared(each, self.patterns)))
+        return run and replace(run, outputs=tuple(each for each in run.outputs if is_declared_pattern(each, self.patterns)))
 
     def begin(
         self,
@@ -96,9 +96,9 @@ class RunFolder:
         inputs: Iterable[str | Path] = (),
         *,
         overwrite: bool = False,
-        set_aside: bool = False,
-        loose: Iterable[str] = (),
-    ) -> Run | None:
+        rename_earlier: bool = False,
+        ignored_settings: Iterable[str] = (),
+    ) -> RunRecord | None:
         """Check that a run may write here, and mark the folder as its own.
 
         Args:
@@ -117,34 +117,34 @@ class RunFolder:
             OtherRunError: The folder contains a run with other settings.
             OutputError: An output is an input, or was not written by this kind of run.
         """
-        settings, outputs, inputs = _plain(settings), tuple(outputs), tuple(inputs)
-        assert all(is_declared(each, self.patterns) for each in outputs), f"{self.kind} declares other files: {outputs}"
-        earlier = self.run
-        own = earlier.outputs if earlier else ()
-        changed = _changed(earlier.settings, settings, set(loose)) if earlier else []
-        check_not_inputs(find_outputs(self.path, {*outputs, *(own if changed else ())}), inputs, self.path)
-        written = set(find_outputs(self.path, own))
-        foreign = [path for path in find_outputs(self.path, outputs) if path not in written]
-        if foreign:
+        settings, outputs, inputs = _convert_to_json_values(settings), tuple(outputs), tuple(inputs)
+        assert all(is_declared_pattern(each, self.patterns) for each in outputs), f"{self.kind} declares other files: {outputs}"
+        earlier = self.last_run
+        earlier_outputs = earlier.outputs if earlier else ()
+        changes = _describe_changes(earlier.settings, settings, set(ignored_settings)) if earlier else []
+        check_not_inputs(find_outputs(self.path, {*outputs, *(earlier_outputs if changes else ())}), inputs, self.path)
+        earlier_files = set(find_outputs(self.path, earlier_outputs))
+        unknown_files = [path for path in find_outputs(self.path, outputs) if path not in earlier_files]
+        if unknown_files:
             raise OutputError(
-                f"{show(foreign[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
+                f"{format_path(unknown_files[0])} exists and was not written by `sca {self.kind}`; choose another folder, or move it"
             )
-        if changed and not (overwrite or set_aside):
-            raise _other_run(self.path, changed)
-        if changed:
+        if changes and not (overwrite or rename_earlier):
+            raise _make_other_run_error(self.path, changes)
+        if changes:
             if overwrite:
                 self.delete_outputs()
             else:
-                self._set_aside()
-            earlier, own = None, ()
-        self._mark(Run(settings, tuple(dict.fromkeys((*own, *outputs))), False, _version()))
+                self._rename_earlier_run()
+            earlier, earlier_outputs = None, ()
+        self._write_marker(RunRecord(settings, tuple(dict.fromkeys((*earlier_outputs, *outputs))), False, _get_package_version()))
         return earlier
 
     def finish(self) -> None:
         """Record that the run came to its end."""
-        run = self.run
+        run = self.last_run
         assert run is not None, "a run that has not begun"
-        self._mark(Run(run.settings, run.outputs, True, run.version))
+        self._write_marker(RunRecord(run.settings, run.outputs, True, run.version))
 
     def delete_outputs(self, outputs: Iterable[str] | None = None) -> None:
         """Delete the files that the last run of this kind wrote, and folders that are empty afterwards.
@@ -152,28 +152,28 @@ class RunFolder:
         Args:
             outputs: Patterns of a part of these files.
         """
-        own = self.run.outputs if self.run else ()
-        for path in find_outputs(self.path, own if outputs is None else [each for each in outputs if each in own]):
+        earlier_outputs = self.last_run.outputs if self.last_run else ()
+        for path in find_outputs(self.path, earlier_outputs if outputs is None else [each for each in outputs if each in earlier_outputs]):
             path.unlink(missing_ok=True)
-            for parent in between(path, self.path):
+            for parent in iter_parents_between(path, self.path):
                 with suppress(OSError):  # not empty
                     parent.rmdir()
 
-    def _set_aside(self) -> None:
-        free = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
-        self.moved_to = next(path for path in free if not os.path.lexists(path))
-        with output_errors(self.moved_to):
-            os.rename(self.path, self.moved_to)
-            (self.moved_to / LOCK).unlink(missing_ok=True)
-        self._open.close()
+    def _rename_earlier_run(self) -> None:
+        candidates = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
+        self.earlier_run_path = next(path for path in candidates if not os.path.lexists(path))
+        with translate_output_errors(self.earlier_run_path):
+            os.rename(self.path, self.earlier_run_path)
+            (self.earlier_run_path / LOCK_FILE).unlink(missing_ok=True)
+        self._exit_stack.close()
         self.__enter__()
 
-    def _mark(self, run: Run) -> None:
+    def _write_marker(self, run: RunRecord) -> None:
         runs = {kind: asdict(each) for kind, each in {**read_runs(self.path), self.kind: run}.items()}
-        write_file(self.path / MARKER, f"{json.dumps({'format': 1, 'runs': runs}, indent=1, sort_keys=True)}\n")
+        write_file(self.path / MARKER_FILE, f"{json.dumps({'format': 1, 'runs': runs}, indent=1, sort_keys=True)}\n")
 
 
-def check_same_run(path: Path, earlier: Mapping[str, Any], run: Mapping[str, Any], loose: Iterable[str] = ()) -> None:
+def check_same_run(path: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any], ignored_settings: Iterable[str] = ()) -> None:
     """Check that a file is of this run, so that it can be continued.
 
     Args:
@@ -185,33 +185,33 @@ def check_same_run(path: Path, earlier: Mapping[str, Any], run: Mapping[str, Any
     Raises:
         OtherRunError: It is of another run; names what differs.
     """
-    if changed := _changed(earlier, _plain(run), set(loose)):
-        raise _other_run(path, changed)
+    if changes := _describe_changes(earlier, _convert_to_json_values(settings), set(ignored_settings)):
+        raise _make_other_run_error(path, changes)
 
 
-def _other_run(path: Path, changed: Iterable[str]) -> DifferentRunError:
+def _make_other_run_error(path: Path, changes: Iterable[str]) -> DifferentRunError:
     return DifferentRunError(
-        f"{show(path)} contains another run ({'; '.join(changed)}); choose another folder, or replace the run"
+        f"{format_path(path)} contains another run ({'; '.join(changes)}); choose another folder, or replace the run"
     )
 
 
-def read_runs(folder: Path) -> dict[str, Run]:
+def read_runs(folder: Path) -> dict[str, RunRecord]:
     """The runs that the marker of a folder records, by kind.
 
     Raises:
         InputError: The marker is damaged.
     """
-    path = folder / MARKER
+    path = folder / MARKER_FILE
     try:
         runs = read_json(path)["runs"]
         return {
-            kind: Run(dict(run["settings"]), tuple(map(str, run["outputs"])), run["finished"] is True, run["version"])
+            kind: RunRecord(dict(run["settings"]), tuple(map(str, run["outputs"])), run["finished"] is True, run["version"])
             for kind, run in runs.items()
         }
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{show(path)} is damaged; choose another folder, or remove the file") from error
+        raise InputError(f"{format_path(path)} is damaged; choose another folder, or remove the file") from error
 
 
 class OutputFilter:
@@ -224,16 +224,16 @@ class OutputFilter:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        self.skipped: list[Path] = []
+        self.skipped_paths: list[Path] = []
         self._patterns = frozenset(patterns)
-        self._runs = cache(read_runs)
+        self._read_runs = cache(read_runs)
 
     def __call__(self, path: Path) -> bool:
         folders = list(path.parents)[:2]  # an output is in its run folder, or one folder below
-        runs = [(folder, run) for folder in folders for run in self._runs(folder).values()]
-        found = any(is_one_of(path, folder, self._patterns.intersection(run.outputs)) for folder, run in runs)
-        self.skipped += [path] if found else []
-        return found
+        runs = [(folder, run) for folder in folders for run in self._read_runs(folder).values()]
+        is_run_output = any(is_output(path, folder, self._patterns.intersection(run.outputs)) for folder, run in runs)
+        self.skipped_paths += [path] if is_run_output else []
+        return is_run_output
 
 
 def check_not_inputs(
@@ -249,33 +249,33 @@ def check_not_inputs(
     Raises:
         OutputError: An output is an input, contains one, or lies in an input folder below `folder`.
     """
-    existing = [(Path(path), known) for path in outputs if (known := _identity(path))]
+    existing = [(Path(path), file_id) for path in outputs if (file_id := _get_file_id(path))]
     if not existing:
         return
     root = Path(folder).resolve() if folder is not None else None
-    files, above = {}, {}
-    for given in inputs:
-        identity = _identity(given)
+    input_by_file, input_by_parent = {}, {}
+    for input_path in inputs:
+        identity = _get_file_id(input_path)
         if identity is None:
             continue
-        path = Path(given).resolve()
-        files[identity] = given
+        path = Path(input_path).resolve()
+        input_by_file[identity] = input_path
         for parent in path.parents:
-            above.setdefault(str(parent), given)
+            input_by_parent.setdefault(str(parent), input_path)
         if root is not None and root in path.parents and path.is_dir():
-            files[str(path)] = given
+            input_by_file[str(path)] = input_path
     for output, identity in existing:
         path = output.resolve()
-        found = files.get(identity) or above.get(str(path))
-        found = found or next((files[str(each)] for each in path.parents if str(each) in files), None)
-        if found is not None:
+        matching_input = input_by_file.get(identity) or input_by_parent.get(str(path))
+        matching_input = matching_input or next((input_by_file[str(each)] for each in path.parents if str(each) in input_by_file), None)
+        if matching_input is not None:
             raise OutputError(
-                f"{show(output)} would be overwritten and is an input of this command ({show(found)}); choose another "
+                f"{format_path(output)} would be overwritten and is an input of this command ({format_path(matching_input)}); choose another "
                 "output path"
             )
 
 
-def file_hash(path: str | Path) -> str | None:
+def compute_file_hash(path: str | Path) -> str | None:
     """The SHA-256 of a file that a run reads, for its settings; None for a pipe, which can be read only once."""
     if not Path(path).is_file():
         return None
@@ -283,7 +283,7 @@ def file_hash(path: str | Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def existing_paths(values: Any) -> Iterator[Path]:
+def iter_existing_paths(values: Any) -> Iterator[Path]:
     """Those texts in plain settings, at any depth, that name an existing file or folder."""
     if isinstance(values, Mapping):
         values = values.values()
@@ -296,39 +296,39 @@ def existing_paths(values: Any) -> Iterator[Path]:
     elif not isinstance(values, list | tuple):
         return
     for each in values:
-        yield from existing_paths(each)
+        yield from iter_existing_paths(each)
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
+def _get_file_id(path: str | Path) -> tuple[int, int] | None:
     """The device and inode of a file, None if it does not exist."""
     try:
-        found = os.stat(path)
+        file_stat = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return file_stat.st_dev, file_stat.st_ino
 
 
-def _changed(earlier: Mapping[str, Any], settings: Mapping[str, Any], loose: set[str]) -> list[str]:
+def _describe_changes(earlier: Mapping[str, Any], settings: Mapping[str, Any], ignored_settings: set[str]) -> list[str]:
     """A text for every setting that differs."""
-    changed = []
+    changes = []
     for name in {**earlier, **settings}:
-        before, now = earlier.get(name), settings.get(name)
-        if name in loose or before == now:
+        before, after = earlier.get(name), settings.get(name)
+        if name in ignored_settings or before == after:
             continue
-        if isinstance(before, dict) and isinstance(now, dict):  # only what differs
-            before, now = _difference(before, now), _difference(now, before)
-        changed.append(f"{name}: {json.dumps(before)[:80]} there, {json.dumps(now)[:80]} now")
-    return changed
+        if isinstance(before, dict) and isinstance(after, dict):  # only what differs
+            before, after = _select_differences(before, after), _select_differences(after, before)
+        changes.append(f"{name}: {json.dumps(before)[:80]} there, {json.dumps(after)[:80]} now")
+    return changes
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _select_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if name not in other or other[name] != value}
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_to_json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings after a round trip through JSON, such as lists in place of tuples."""
     return json.loads(json.dumps(settings, default=str))
 
 
-def _version() -> str:
+def _get_package_version() -> str:
     return version("segment-caption-anything")

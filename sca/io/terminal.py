@@ -16,7 +16,7 @@ from sca.io.text import escape_terminal
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-DOCUMENT = "\n\t"  # what a text of several lines keeps
+DOCUMENT_WHITESPACE = "\n\t"  # what a text of several lines keeps
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Table:
 
     columns: Sequence[str]
     title: str = ""
-    right: Collection[str] = ()
+    right_aligned: Collection[str] = ()
     notes: Sequence[str] = ()
-    framed: bool = True
+    has_frame: bool = True
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add_row(self, *cells: str) -> None:
@@ -41,21 +41,21 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        def shown(text: str) -> Text:
+        def make_safe_text(text: str) -> Text:
             return Text(escape_terminal(text))
 
-        frame: dict[str, Any] = {} if self.framed else {"box": None, "pad_edge": False}
+        frame: dict[str, Any] = {} if self.has_frame else {"box": None, "pad_edge": False}
         table = RichTable(
-            title=shown(self.title) if self.title else None,
-            caption=Text("\n").join(map(shown, self.notes)) if self.notes else None,
+            title=make_safe_text(self.title) if self.title else None,
+            caption=Text("\n").join(map(make_safe_text, self.notes)) if self.notes else None,
             caption_justify="left",
             show_header=any(self.columns),
             **frame,
         )
         for column in self.columns:
-            table.add_column(shown(column), justify="right" if column in self.right else "left", overflow="fold")
+            table.add_column(make_safe_text(column), justify="right" if column in self.right_aligned else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*map(shown, row))
+            table.add_row(*map(make_safe_text, row))
         return table
 
 
@@ -65,11 +65,11 @@ def guard_terminal() -> None:
     threading.excepthook = _print_thread_traceback
     sys.unraisablehook = _print_unraisable
     warnings.formatwarning = _format_warning
-    logging.setLogRecordFactory(_SafeRecord)
+    logging.setLogRecordFactory(_EscapedLogRecord)
 
 
-def _print_traceback(kind: Any, error: BaseException, trace: Any) -> None:
-    print(_traceback(kind, error, trace), file=sys.stderr, flush=True)
+def _print_traceback(error_type: Any, error: BaseException, trace: Any) -> None:
+    print(_format_traceback(error_type, error, trace), file=sys.stderr, flush=True)
 
 
 def _print_thread_traceback(failure: threading.ExceptHookArgs) -> None:
@@ -86,30 +86,30 @@ def _print_unraisable(failure: sys.UnraisableHookArgs) -> None:
     _print_traceback(failure.exc_type, failure.exc_value, failure.exc_traceback)
 
 
-def _traceback(kind: Any, error: Any, trace: Any) -> str:
-    return escape_terminal("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), DOCUMENT)
+def _format_traceback(error_type: Any, error: Any, trace: Any) -> str:
+    return escape_terminal("".join(traceback.format_exception(error_type, error, trace)).rstrip("\n"), DOCUMENT_WHITESPACE)
 
 
-_plain_warning = warnings.formatwarning
+_original_format_warning = warnings.formatwarning
 
 
-def _format_warning(*warning: Any, **more: Any) -> str:
-    return escape_terminal(_plain_warning(*warning, **more), DOCUMENT)
+def _format_warning(*args: Any, **kwargs: Any) -> str:
+    return escape_terminal(_original_format_warning(*args, **kwargs), DOCUMENT_WHITESPACE)
 
 
-class _SafeRecord(logging.LogRecord):
+class _EscapedLogRecord(logging.LogRecord):
     """A record whose message, arguments and traceback are escaped; formatters may color what they add."""
 
-    def __init__(self, *fields: Any, **more: Any):
-        super().__init__(*fields, **more)
-        self.msg = _logged(self.msg)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.msg = _escape_log_value(self.msg)
         if isinstance(self.args, tuple):
-            self.args = tuple(map(_logged, self.args))
+            self.args = tuple(map(_escape_log_value, self.args))
         elif self.args:
-            self.args = {name: _logged(value) for name, value in self.args.items()}
+            self.args = {name: _escape_log_value(value) for name, value in self.args.items()}
         if self.exc_info and self.exc_info[0]:
-            self.exc_text = _traceback(*self.exc_info)
+            self.exc_text = _format_traceback(*self.exc_info)
 
 
-def _logged(value: Any) -> Any:
-    return value if value is None or hasattr(value, "__float__") else escape_terminal(str(value), DOCUMENT)
+def _escape_log_value(value: Any) -> Any:
+    return value if value is None or hasattr(value, "__float__") else escape_terminal(str(value), DOCUMENT_WHITESPACE)

@@ -8,19 +8,19 @@ import re
 from collections.abc import Iterable
 
 # Control characters (C0, DEL, C1), line separators, bidirectional controls, and halves of surrogate pairs.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
-SHORT = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
-FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # also in full width, which Excel takes as equal
+UNSAFE_PATTERN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+SHORT_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
+FORMULA_START_PATTERN = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # also in full width, which Excel takes as equal
 
 
-def escape_terminal(text: str, keep: str = "") -> str:
+def escape_terminal(text: str, allowed: str = "") -> str:
     r"""Replace what a terminal would act on by visible escapes such as \x1b, \n and \u202e.
 
     Args:
         text: Anything, for example a caption or a file name.
         keep: Characters that stay, such as the newlines of a document.
     """
-    return UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+    return UNSAFE_PATTERN.sub(lambda found: found[0] if found[0] in allowed else _escape_character(found[0]), text)
 
 
 def escape_markdown(text: str) -> str:
@@ -38,19 +38,19 @@ def format_count(number: int, noun: str) -> str:
 
 def format_csv(rows: Iterable[Iterable[object]]) -> str:
     """Return rows as CSV. A spreadsheet takes text that begins like a formula for text; numbers stay numbers."""
-    written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # also text with a lone \r
-    writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
-    return written.getvalue()
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # also text with a lone \r
+    writer.writerows([_escape_formula(cell) for cell in row] for row in rows)
+    return buffer.getvalue()
 
 
-def _escape(character: str) -> str:
+def _escape_character(character: str) -> str:
     code = ord(character)
-    return SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+    return SHORT_ESCAPES.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
-def _csv_cell(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) and not _is_number(cell) else cell
+def _escape_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and FORMULA_START_PATTERN.match(cell) and not _is_number(cell) else cell
 
 
 def _is_number(text: str) -> bool:

@@ -34,14 +34,14 @@ def parse_toml(text: str) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError(f"nested deeper than {MAX_DEPTH} levels") from error
     check_depth(table)
-    _check_plain(table)
+    _check_no_dates(table)
     return table
 
 
-def _check_plain(value: Any) -> None:
+def _check_no_dates(value: Any) -> None:
     """Raise InputError for a date or a time, which nothing that we read takes."""
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
-            _check_plain(each)
+            _check_no_dates(each)
     elif isinstance(value, date | time):
         raise InputError(f"{value.isoformat()} is a date or a time; write text in quotes")

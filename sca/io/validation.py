@@ -18,7 +18,7 @@ from sca_registry.messages import make_unknown_name_error
 from sca.io.coordinates import PIXEL_LIMIT, Box
 from sca.io.errors import InputError
 
-KINDS = {
+TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -42,75 +42,75 @@ def is_finite_number(value: Any) -> bool:
         return False
 
 
-def has_kind(value: Any, kind: type) -> bool:
+def has_type(value: Any, expected_type: type) -> bool:
     """Whether a value is of one of `KINDS`: numbers are finite, and only `bool` takes true and false."""
     checks = {int: is_int64, float: is_finite_number}
-    return checks[kind](value) if kind in checks else isinstance(value, kind)
+    return checks[expected_type](value) if expected_type in checks else isinstance(value, expected_type)
 
 
-def check_type(what: str, value: Any, kind: type, error: type[ValueError] = RegistryError) -> None:
+def check_type(subject: str, value: Any, expected_type: type, error_class: type[ValueError] = RegistryError) -> None:
     """Check that a value is of one of `KINDS`. Raises `error`."""
-    if not has_kind(value, kind):
-        raise error(f"{what} is {value!r:.80}; give {KINDS[kind]}")
+    if not has_type(value, expected_type):
+        raise error_class(f"{subject} is {value!r:.80}; give {TYPE_DESCRIPTIONS[expected_type]}")
 
 
-def check_same_type(what: str, value: Any, default: Any) -> None:
+def check_same_type(subject: str, value: Any, default: Any) -> None:
     """Check that a value has the type of its default. Raises RegistryError."""
-    check_type(what, value, next(kind for kind in KINDS if isinstance(default, kind)))
+    check_type(subject, value, next(kind for kind in TYPE_DESCRIPTIONS if isinstance(default, kind)))
 
 
-def check_list(what: str, values: Any, kind: type, minimum: int = 0) -> None:
+def check_list(subject: str, values: Any, element_type: type, minimum: int = 0) -> None:
     """Check a list of at least `minimum` elements of one type. Raises RegistryError."""
-    valid = isinstance(values, list | tuple) and len(values) >= minimum
-    if not valid or not all(has_kind(value, kind) for value in values):
-        plural = {int: "whole numbers", str: "strings", float: "numbers"}[kind]
+    is_long_enough = isinstance(values, list | tuple) and len(values) >= minimum
+    if not is_long_enough or not all(has_type(value, element_type) for value in values):
+        plural = {int: "whole numbers", str: "strings", float: "numbers"}[element_type]
         count = f"{minimum} or more " if minimum else ""
-        raise RegistryError(f"{what} is {values!r:.80}; give a list of {count}{plural}")
+        raise RegistryError(f"{subject} is {values!r:.80}; give a list of {count}{plural}")
 
 
-def check_range(what: str, value: Any, kind: type, minimum: float = 0, maximum: float = math.inf) -> None:
+def check_range(subject: str, value: Any, expected_type: type, minimum: float = 0, maximum: float = math.inf) -> None:
     """Check a number, `int` or `float`, from `minimum` to `maximum`. Raises RegistryError."""
-    check_type(what, value, kind)
+    check_type(subject, value, expected_type)
     if not minimum <= value <= maximum:
         limits = f", {minimum} or more" if math.isinf(maximum) else f" from {minimum} to {maximum}"
-        raise RegistryError(f"{what} is {value}; give {KINDS[kind]}{limits}")
+        raise RegistryError(f"{subject} is {value}; give {TYPE_DESCRIPTIONS[expected_type]}{limits}")
 
 
-def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(subject: str, value: Any, choices: Iterable[str]) -> None:
     """Check text that is one of several. Raises RegistryError, with the closest and all of them."""
-    check_type(what, value, str)
-    if value not in (known := list(choices)):
-        raise make_unknown_name_error(f"{what} is {value!r}", value, known)
+    check_type(subject, value, str)
+    if value not in (allowed := list(choices)):
+        raise make_unknown_name_error(f"{subject} is {value!r}", value, allowed)
 
 
-def check_keys(what: str, table: Any, known: Collection[str]) -> None:
+def check_keys(subject: str, table: Any, allowed_keys: Collection[str]) -> None:
     """Check a table with no other keys than those known. Raises RegistryError."""
-    check_type(what, table, Mapping)
+    check_type(subject, table, Mapping)
     for key in table:
-        if key not in known:
-            raise make_unknown_name_error(f"{what} has no {key!r}", str(key), known)
+        if key not in allowed_keys:
+            raise make_unknown_name_error(f"{subject} has no {key!r}", str(key), allowed_keys)
 
 
-def check_numbers(what: str, values: Any, form: str) -> None:
+def check_numbers(subject: str, values: Any, expected_format: str) -> None:
     """Check a list of finite numbers, as many as `form` names, such as "x, y". Raises InputError."""
-    count = len(form.split(","))
+    count = len(expected_format.split(","))
     if not isinstance(values, list | tuple) or len(values) != count or not all(map(is_finite_number, values)):
-        raise InputError(f"{what} is {values!r:.80}; give {count} numbers ({form})")
+        raise InputError(f"{subject} is {values!r:.80}; give {count} numbers ({expected_format})")
 
 
-def check_encodable(what: str, value: Any) -> None:
+def check_encodable(subject: str, value: Any) -> None:
     """Check that a JSON value can be written as UTF-8: it may contain half of a surrogate pair. Raises InputError."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise InputError(f"{what} contains {half}, half of a surrogate pair, which is not text; remove it") from error
+        surrogate = ascii(error.object[error.start])
+        raise InputError(f"{subject} contains {surrogate}, half of a surrogate pair, which is not text; remove it") from error
 
 
-def check_name(what: str, value: Any) -> str:
+def check_image_name(subject: str, value: Any) -> str:
     """Return the name of an image, which may contain half of a surrogate pair. Raises InputError."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise InputError(f"{what} is {value!r:.80}; give the file name of an image")
+        raise InputError(f"{subject} is {value!r:.80}; give the file name of an image")
     return value
 
 
@@ -120,52 +120,52 @@ def check_object(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def require(record: Any, key: str, place: str) -> Any:
+def require_key(record: Any, key: str, location: str) -> Any:
     """Return what a JSON object has under a key. Raises InputError if it is something else or lacks the key."""
-    if key not in check_object(record, place):
-        raise InputError(f"{place}: no {key!r}; it has: {', '.join(map(str, record)) or 'nothing'}")
+    if key not in check_object(record, location):
+        raise InputError(f"{location}: no {key!r}; it has: {', '.join(map(str, record)) or 'nothing'}")
     return record[key]
 
 
-def read_field(record: Any, key: str, kind: type, place: str) -> Any:
+def read_field(record: Any, key: str, expected_type: type, location: str) -> Any:
     """Return what a record has under a key: one of `KINDS`, and text that can be encoded. Raises InputError."""
-    value = require(record, key, place)
-    check_type(f"{place}, {key!r}", value, kind, InputError)
-    if kind is str:
-        check_encodable(f"{place}, {key!r}", value)
+    value = require_key(record, key, location)
+    check_type(f"{location}, {key!r}", value, expected_type, InputError)
+    if expected_type is str:
+        check_encodable(f"{location}, {key!r}", value)
     return value
 
 
 def parse_numbers(record: Any, key: str, form: str, place: str) -> Any:
     """Return the list of numbers that a record has under a key, see `check_numbers`."""
-    values = require(record, key, place)
+    values = require_key(record, key, place)
     check_numbers(f"{place}, {key!r}", values, form)
     return values
 
 
 def get_image_name(record: Any, key: str, place: str) -> str:
     """Return the name of an image that a record has under a key, see `check_name`."""
-    return check_name(f"{place}, {key!r}", require(record, key, place))
+    return check_image_name(f"{place}, {key!r}", require_key(record, key, place))
 
 
-def read_id(record: Any, key: str, place: str) -> int | str:
+def read_id(record: Any, key: str, location: str) -> int | str:
     """Return the id that a record has under a key. Raises InputError unless it is a whole number or text."""
-    value = require(record, key, place)
+    value = require_key(record, key, location)
     if not isinstance(value, int | str) or isinstance(value, bool):
-        raise InputError(f"{place}, {key!r} is {value!r:.80}; give a whole number or text")
+        raise InputError(f"{location}, {key!r} is {value!r:.80}; give a whole number or text")
     return value
 
 
-def read_texts(what: str, value: Any) -> list[str]:
+def parse_texts(subject: str, value: Any) -> list[str]:
     """Return the texts in a text or a list of texts. Raises InputError."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{what} is {value!r:.80}; give text, or a list of texts")
+        raise InputError(f"{subject} is {value!r:.80}; give text, or a list of texts")
     return texts
 
 
-def read_size(
-    record: Mapping[str, Any], place: str, keys: tuple[str, str] = ("width", "height")
+def read_recorded_size(
+    record: Mapping[str, Any], location: str, keys: tuple[str, str] = ("width", "height")
 ) -> tuple[int, int] | None:
     """Return the width and height of an image in pixels, None where a record lacks either.
 
@@ -177,23 +177,23 @@ def read_size(
         return None
     if not is_int64(width) or not is_int64(height) or min(width, height) < 1:
         names = " and ".join(map(repr, keys))
-        raise InputError(f"{place}: {names} are {(width, height)!r:.80}; give the size of the image in whole pixels")
+        raise InputError(f"{location}: {names} are {(width, height)!r:.80}; give the size of the image in whole pixels")
     if width * height > PIXEL_LIMIT:
-        raise InputError(f"{place}: the image is {width} x {height}; at most {PIXEL_LIMIT:,} pixels are allowed")
+        raise InputError(f"{location}: the image is {width} x {height}; at most {PIXEL_LIMIT:,} pixels are allowed")
     return width, height
 
 
-def require_size(record: Any, place: str) -> tuple[int, int]:
+def require_recorded_size(record: Any, location: str) -> tuple[int, int]:
     """Return the width and height that a record states. Raises InputError if it lacks either, as `read_size` does."""
     for key in ("width", "height"):
-        check_type(f"{place}, {key!r}", require(record, key, place), int, InputError)
-    size = read_size(record, place)
+        check_type(f"{location}, {key!r}", require_key(record, key, location), int, InputError)
+    size = read_recorded_size(record, location)
     assert size is not None
     return size
 
 
-def convert_box(what: str, x: float, y: float, width: float, height: float) -> Box:
+def xywh_to_xyxy(subject: str, x: float, y: float, width: float, height: float) -> Box:
     """Convert a corner and a size to x1, y1, x2, y2. Raises InputError for a negative size."""
     if min(width, height) < 0:
-        raise InputError(f"{what} has width {width} and height {height}; give none below 0")
+        raise InputError(f"{subject} has width {width} and height {height}; give none below 0")
     return x, y, x + width, y + height

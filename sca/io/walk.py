@@ -10,7 +10,7 @@ from pathlib import Path
 def walk_files(
     folder: str | Path,
     onerror: Callable[[OSError], None] | None = None,
-    enter: Callable[[str], bool] = lambda name: True,
+    should_enter: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Path]:
     """Yield the files below a folder, also those below links to folders; each folder is entered once.
 
@@ -21,17 +21,17 @@ def walk_files(
         onerror: Called with the error of a folder that cannot be listed.
         enter: Whether to enter a subfolder of this name.
     """
-    seen: set[tuple[int, int]] = set()
-    waiting = [str(folder)]
-    while waiting:
+    visited: set[tuple[int, int]] = set()
+    pending_folders = [str(folder)]
+    while pending_folders:
         links: list[str] = []
-        for parent, folders, names in os.walk(waiting.pop(0), onerror=onerror):
-            found = os.stat(parent)
-            if (found.st_dev, found.st_ino) in seen:
+        for parent, folders, names in os.walk(pending_folders.pop(0), onerror=onerror):
+            folder_stat = os.stat(parent)
+            if (folder_stat.st_dev, folder_stat.st_ino) in visited:
                 folders.clear()
                 continue
-            seen.add((found.st_dev, found.st_ino))
-            folders[:] = sorted(name for name in folders if enter(name))
+            visited.add((folder_stat.st_dev, folder_stat.st_ino))
+            folders[:] = sorted(name for name in folders if should_enter(name))
             links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
             yield from (Path(parent, name) for name in names)
-        waiting += links
+        pending_folders += links

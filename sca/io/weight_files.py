@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SAFE, OLD = "model.safetensors", "pytorch_model.bin"
-OWN, SPEC = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
-ADAPTER = "adapter_config.json"  # by which transformers would fetch the weights that it names
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
+SAFETENSORS_FILE, PYTORCH_BIN_FILE = "model.safetensors", "pytorch_model.bin"
+NATIVE_WEIGHTS_FILE, NATIVE_SPEC_FILE = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # by which transformers would fetch the weights that it names
+SPECIAL_TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
 
 
 def check_regular_files(folder: Path) -> None:
@@ -31,22 +31,22 @@ def check_regular_files(folder: Path) -> None:
             raise InputError(f"{path} is not a regular file; remove it or copy the folder again")
 
 
-def whole(folder: Path, prefix: str = "") -> bool:
+def has_complete_weights(folder: Path, prefix: str = "") -> bool:
     """Whether a configuration, or the spec of a checkpoint, and all the weights that it asks for are in the folder."""
-    if (folder / SPEC).is_file():
-        return (folder / OWN).is_file()
-    return (folder / f"{prefix}config.json").is_file() and weight_files(folder, prefix) is not None
+    if (folder / NATIVE_SPEC_FILE).is_file():
+        return (folder / NATIVE_WEIGHTS_FILE).is_file()
+    return (folder / f"{prefix}config.json").is_file() and find_weight_files(folder, prefix) is not None
 
 
-def weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
+def find_weight_files(folder: Path, prefix: str = "") -> list[Path] | None:
     """The files that hold the weights of a folder in transformers' format, in one piece or in shards; None if some are
     not there.
     """
-    for name in (prefix + SAFE, prefix + OLD):
+    for name in (prefix + SAFETENSORS_FILE, prefix + PYTORCH_BIN_FILE):
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
-            shards = [folder / shard for shard in _shards(folder / f"{name}.index.json")]
+            shards = [folder / shard for shard in _read_shard_names(folder / f"{name}.index.json")]
             return shards if all(shard.is_file() for shard in shards) else None
     return None
 
@@ -62,20 +62,20 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
     Raises:
         InputError: Some are missing or Git LFS pointers, or the folder contains an adapter of other weights.
     """
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG_FILE).exists():
         raise InputError(
-            f"{source} is a peft adapter of other weights ({ADAPTER}); merge it first: "
+            f"{source} is a peft adapter of other weights ({ADAPTER_CONFIG_FILE}); merge it first: "
             "load the base with it in peft, call merge_and_unload(), and save the result"
         )
-    files = weight_files(folder, prefix)
+    files = find_weight_files(folder, prefix)
     if files is None:
-        raise InputError(f"{source} has no whole weights: {absent(folder, prefix)}. Copy or download it again")
+        raise InputError(f"{source} has no whole weights: {describe_missing_weights(folder, prefix)}. Copy or download it again")
     for file in files:
-        check_is_no_pointer(file)
+        check_is_not_lfs_pointer(file)
     return files
 
 
-def check_is_no_pointer(file: Path) -> None:
+def check_is_not_lfs_pointer(file: Path) -> None:
     """Raise InputError for a weight file that is a Git LFS pointer."""
     open_regular_file(file).close()
 
@@ -110,9 +110,9 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
     file = folder / "generation_config.json"
     if not file.exists():
         return {}
-    with reading(file):
+    with translate_load_errors(file):
         settings = read_json(file)
-        ids = {name: settings[name] for name in TOKEN_IDS if settings.get(name) is not None}
+        ids = {name: settings[name] for name in SPECIAL_TOKEN_ID_FIELDS if settings.get(name) is not None}
     for name, value in ids.items():
         for token in value if isinstance(value, list) else [value]:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
@@ -121,7 +121,7 @@ def read_token_ids(folder: Path) -> dict[str, int | list[int]]:
 
 
 @contextmanager
-def reading(source: str | Path) -> Iterator[None]:
+def translate_load_errors(source: str | Path) -> Iterator[None]:
     """What libraries raise over weights or figures that do not fit, as one line. Raises InputError."""
     try:
         yield
@@ -132,12 +132,12 @@ def reading(source: str | Path) -> Iterator[None]:
         raise InputError(f"{source} cannot be read: {reason}") from error
 
 
-def some(names: Sequence[str]) -> str:
+def format_first_names(names: Sequence[str]) -> str:
     """The first of many names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
 
 
-def _shards(index: Path) -> list[str]:
+def _read_shard_names(index: Path) -> list[str]:
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(shard).name != shard for shard in shards):
@@ -147,15 +147,15 @@ def _shards(index: Path) -> list[str]:
         raise InputError(f"{index} is not the index of a model in shards ({error!r}): copy it again") from error
 
 
-def absent(folder: Path, prefix: str = "") -> str:
+def describe_missing_weights(folder: Path, prefix: str = "") -> str:
     """What a folder without whole weights lacks."""
-    for name in (prefix + SAFE, prefix + OLD):
+    for name in (prefix + SAFETENSORS_FILE, prefix + PYTORCH_BIN_FILE):
         if (folder / f"{name}.index.json").is_file():
-            shards = [shard for shard in _shards(folder / f"{name}.index.json") if not (folder / shard).is_file()]
-            return f"no {some(shards)}"
-    return f"neither {prefix}{SAFE} nor {prefix}{OLD}"
+            shards = [shard for shard in _read_shard_names(folder / f"{name}.index.json") if not (folder / shard).is_file()]
+            return f"no {format_first_names(shards)}"
+    return f"neither {prefix}{SAFETENSORS_FILE} nor {prefix}{PYTORCH_BIN_FILE}"
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder contains a tokenizer of transformers."""
-    return any((folder / name).is_file() for name in TOKENIZERS)
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

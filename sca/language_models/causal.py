@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from sca.io.hub import quiet
+from sca.io.hub import silence_transformers
 from sca.language_models.greedy import generate_greedy, has_plain_greedy_settings
 from sca.language_models.probe import probe_model
 
@@ -96,7 +96,7 @@ class CausalLanguageModel(nn.Module):
             sequences, scores = generate_greedy(self.model, body, self.lm_head, prefix.to(self.model.dtype), max_steps, pad_token_id, eos_token_ids)
             return GenerationOutput(sequences[:, None], scores[:, None])
         sampling_options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
-        with quiet():
+        with silence_transformers():
             output = self.model.generate(
                 inputs_embeds=prefix.to(self.model.dtype),
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.long),

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sca.devices import DTYPES
-from sca.io.hub import quiet
-from sca.io.weight_files import reading
+from sca.io.hub import silence_transformers
+from sca.io.weight_files import translate_load_errors
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 
 
@@ -25,7 +25,7 @@ class GgufLanguageModel(CausalLanguageModel):
         if not file.is_file():
             raise ValueError(f"there is no GGUF file {weights}: give weights=FILE")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
-        with reading(weights), quiet():
+        with translate_load_errors(weights), silence_transformers():
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **load_options)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         super().__init__(model, TextTokenizer(tokenizer, eos))

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sca.devices import DTYPES
 from sca.io.errors import InputError
-from sca.io.hub import fetch, load_pretrained, quiet, read_config
-from sca.io.weight_files import has_tokenizer, reading
+from sca.io.hub import fetch_model_folder, load_pretrained, silence_transformers, fetch_pretrained_config
+from sca.io.weight_files import has_tokenizer, translate_load_errors
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
 
@@ -56,9 +56,9 @@ class HfLanguageModel(CausalLanguageModel):
             model.tie_weights()  # also where the caller keeps parameters from being initialised
         tokenizer_folder = None
         if tokenizer:
-            tokenizer_folder = fetch(tokenizer, weights=False)
+            tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)
         elif weights and pretrained:
-            tokenizer_folder = fetch(weights, revision)
+            tokenizer_folder = fetch_model_folder(weights, revision)
         super().__init__(model, tokenizer_folder and load_tokenizer(tokenizer_folder, eos, trust_remote_code))
         self.source_tokenizer = self.tokenizer  # one that is given later is not to be had from the source
         self.checkpoint = weights if pretrained else None
@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code
     if not has_tokenizer(folder):
         return None
     try:
-        with reading(f"the tokenizer in {folder}"), quiet():
+        with translate_load_errors(f"the tokenizer in {folder}"), silence_transformers():
             return TextTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), eos_token)
     except InputError as error:
         hint = ""
@@ -96,8 +96,8 @@ def load_tokenizer(folder: Path, eos_token: str | None = None, trust_remote_code
 
 
 def _resolve_model_class(weights: str, revision: str | None, trust_remote_code: bool) -> type:
-    with reading(weights):
-        is_fused = has_fused_attention(fetch(weights, revision, code=trust_remote_code))
+    with translate_load_errors(weights):
+        is_fused = has_fused_attention(fetch_model_folder(weights, revision, include_code=trust_remote_code))
     return FusedPhiForCausalLM if is_fused else AutoModelForCausalLM
 
 
@@ -107,4 +107,4 @@ def make_config(weights: str | None, revision: str | None, config: Mapping[str, 
         return AutoConfig.for_model(**config)
     if weights is None:
         raise ValueError("there are neither weights nor a config: give weights=FOLDER or a hub id")
-    return read_config(AutoConfig, weights, revision)
+    return fetch_pretrained_config(AutoConfig, weights, revision)

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from sca.io.errors import InputError
-from sca.io.hub import quiet
+from sca.io.hub import silence_transformers
 from sca.language_models.greedy import generate_greedy
 from sca.language_models.shrink import shrink_config
 
@@ -132,7 +132,7 @@ def _describe_error(error: Exception) -> str:
 
 @contextmanager
 def _preserve_random_state() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), silence_transformers():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
         yield
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.io.atomic import open_folder
+from sca.io.atomic import create_writable_folder
 from sca.io.errors import OutputError
 from sca.output.coco import CocoWriter
 from sca.output.geojson import GeoJsonWriter
@@ -74,7 +74,7 @@ class MultiFormatWriter:
         if unknown:
             raise ValueError(f"no output format named '{unknown[0]}'; there are: {', '.join(OUTPUT_FORMATS)}")
         folder = Path(folder)
-        open_folder(folder)
+        create_writable_folder(folder)
         self.paths = {name: folder / _FORMAT_INFO[name][0] for name in formats}
         self._writers: list[Writer] = []
         try:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from PIL import Image
 from sca_registry.contracts import Caption
 
-from sca.io.coordinates import compare_sizes
-from sca.io.errors import InputError, Reject, raise_error
-from sca.io.image_names import ImageFiles, find_image
-from sca.io.images import open_image, show
-from sca.io.notices import notice_once
+from sca.io.coordinates import compute_resize_factors
+from sca.io.errors import InputError, RejectCallback, raise_error
+from sca.io.image_names import ImageNameResolver, resolve_image_path
+from sca.io.images import open_image, format_path
+from sca.io.notices import warn_once
 
 
 class ImageSize(NamedTuple):
@@ -49,7 +49,7 @@ class CaptionedImage(NamedTuple):
         Raises:
             InputError: It cannot be opened, or its aspect ratio is not that of `size`.
         """
-        path = find_image(self.image, roots)
+        path = resolve_image_path(self.image, roots)
         image = self.embedded() if self.embedded and not path.exists() else open_image(path)
         return resize_to_recorded(image, self.size, self.image)
 
@@ -68,19 +68,19 @@ def resize_to_recorded(image: Image.Image, size: ImageSize, name: str) -> Image.
     if image.size == size:
         return image
     try:
-        compare_sizes(size, image.size)
+        compute_resize_factors(size, image.size)
     except ValueError as error:
-        raise InputError(f"{show(name)}: {error}") from error
+        raise InputError(f"{format_path(name)}: {error}") from error
     actual = f"{image.width} x {image.height}"
-    notice_once(
+    warn_once(
         "resized images",
-        f"{show(name)} is {actual}, and its captions record {size.width} x {size.height}: it is resized to that",
+        f"{format_path(name)} is {actual}, and its captions record {size.width} x {size.height}: it is resized to that",
     )
     return image.resize(size)
 
 
 def merge_images(
-    captioned: Iterable[CaptionedImage], roots: Sequence[Path], reject: Reject = raise_error
+    captioned: Iterable[CaptionedImage], roots: Sequence[Path], reject: RejectCallback = raise_error
 ) -> dict[str, CaptionedImage]:
     """Merge the captions of each image file, in whatever spelling and however often it occurs.
 
@@ -92,16 +92,16 @@ def merge_images(
     Returns:
         The images by the first names of their files; captions that are added get region numbers of their own.
     """
-    files = ImageFiles(partial(find_image, roots=roots))
+    files = ImageNameResolver(partial(resolve_image_path, roots=roots))
     merged: dict[str, CaptionedImage] = {}
     for each in captioned:
-        name = files.unify(each.image)
+        name = files.unify_spelling(each.image)
         first = merged.setdefault(name, each)
         if first is each:
             continue
         if first.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (first.size, each.size)]
-            reject(InputError(f"{show(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
+            reject(InputError(f"{format_path(each.image)} is {sizes[0]} and {sizes[1]} in one file; give one size"))
             continue
         start = 1 + max((caption.region_id for caption in first.captions), default=-1)
         renumbered = [replace(caption, region=number) for number, caption in enumerate(each.captions, start)]

@@ -14,10 +14,10 @@ from sca.io import masks
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.atomic import AtomicFile
-from sca.io.errors import InputError, Reject
-from sca.io.image_names import measure_named_image
-from sca.io.images import show
-from sca.io.validation import is_int64, read_field, read_id, get_image_name, require_size
+from sca.io.errors import InputError, RejectCallback
+from sca.io.image_names import read_named_image_size
+from sca.io.images import format_path
+from sca.io.validation import is_int64, read_field, read_id, get_image_name, require_recorded_size
 from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import close_document
 from sca.output.jsonl import caption_to_record
@@ -63,14 +63,14 @@ def _make_annotation(annotation_id: int, image_id: int, path: str, image: Image.
     caption_record = caption_to_record(path, image, caption)
     mask, box = caption_record["mask"], caption_record["box"]
     if box is None and mask:
-        box = masks.box_of(mask)
+        box = masks.mask_to_box(mask)
     x1, y1, x2, y2 = box or (0.0, 0.0, 0.0, 0.0)
     return {
         "id": annotation_id,
         "image_id": image_id,
         "category_id": REGION_CATEGORY["id"],
         "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": masks.area(mask) if mask else (x2 - x1) * (y2 - y1),
+        "area": masks.compute_mask_area(mask) if mask else (x2 - x1) * (y2 - y1),
         "segmentation": mask or ([[x1, y1, x2, y1, x2, y2, x1, y2]] if box else []),
         "iscrowd": 0,
         "isbox": int(bool(box and not mask)),
@@ -81,26 +81,26 @@ def _make_annotation(annotation_id: int, image_id: int, path: str, image: Image.
 
 
 def read_coco(
-    content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
+    content: Mapping[str, Any], path: Path, skip: SkipCounter, roots: Sequence[Path], reject: RejectCallback
 ) -> Iterator[CaptionedImage]:
     """Read the images of a COCO file, also where several records name one file."""
     records_by_image_id: dict[Any, list[tuple[str, Any]]] = {}
     info = content.get("info")
     model = info.get("model") if isinstance(info, dict) else None
-    category_names = coco.name_categories(content)
-    for index, each in enumerate(read_field(content, "annotations", list, show(path))):
-        location = f"{show(path)}, annotations[{index}]"
+    category_names = coco.map_category_names(content)
+    for index, each in enumerate(read_field(content, "annotations", list, format_path(path))):
+        location = f"{format_path(path)}, annotations[{index}]"
         try:
             records_by_image_id.setdefault(read_id(each, "image_id", location), []).append((location, each))
         except InputError as error:
             reject(error)
-    for index, image in enumerate(read_field(content, "images", list, show(path))):
-        location, records = f"{show(path)}, images[{index}]", list[tuple[str, Any]]()
+    for index, image in enumerate(read_field(content, "images", list, format_path(path))):
+        location, records = f"{format_path(path)}, images[{index}]", list[tuple[str, Any]]()
         try:
             records = records_by_image_id.pop(read_id(image, "id", location), [])
             file_name = get_image_name(image, "file_name", location)
-            measured_size = None if {"width", "height"} <= image.keys() else measure_named_image(file_name, roots)
-            size = ImageSize(*measured_size) if measured_size else ImageSize(*require_size(image, location))
+            measured_size = None if {"width", "height"} <= image.keys() else read_named_image_size(file_name, roots)
+            size = ImageSize(*measured_size) if measured_size else ImageSize(*require_recorded_size(image, location))
         except InputError as error:
             reject(error)
             for record_location, _ in records:

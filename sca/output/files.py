@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sca.io.atomic import AtomicFile, sync, unwritable, write_file
+from sca.io.atomic import AtomicFile, sync_path, make_write_error, write_file
 
 
 def close_document(file: AtomicFile, end: str, has_images: bool, finished: bool) -> None:
     """Write the end of a document and keep it; without images, an older file of a run that did not finish stays."""
-    if not finished and (file.replaces or not has_images):
-        file.drop()
+    if not finished and (file.replaces_file or not has_images):
+        file.discard()
         return
     try:
         file.write(end)
     except BaseException:
-        file.drop()
+        file.discard()
         raise
-    file.keep()
+    file.commit()
 
 
 class UniqueFileNames:
@@ -51,6 +51,6 @@ class FilePerImage:
 
     def close(self) -> None:
         try:
-            sync(self._folder)
+            sync_path(self._folder)
         except OSError as error:
-            raise unwritable(self._folder, error) from error
+            raise make_write_error(self._folder, error) from error

@@ -12,9 +12,9 @@ from sca_registry.contracts import Caption
 
 from sca.io import masks
 from sca.io.atomic import AtomicFile
-from sca.io.errors import InputError, Reject
-from sca.io.images import show
-from sca.io.validation import read_field, require_size
+from sca.io.errors import InputError, RejectCallback
+from sca.io.images import format_path
+from sca.io.validation import read_field, require_recorded_size
 from sca.output.captioned import ImageSize
 from sca.output.files import close_document
 from sca.output.jsonl import caption_to_record
@@ -52,7 +52,7 @@ class GeoJsonWriter:
 
 
 def _make_geometry(caption_record: dict[str, Any]) -> dict[str, Any]:
-    if caption_record["mask"] and (mask_polygons := mask_to_polygons(masks.decode(caption_record["mask"]))):
+    if caption_record["mask"] and (mask_polygons := mask_to_polygons(masks.decode_rle(caption_record["mask"]))):
         closed_polygons = [[[*ring, ring[0]] for ring in polygon] for polygon in mask_polygons]
         return {"type": "MultiPolygon", "coordinates": closed_polygons}
     if caption_record["box"]:
@@ -62,10 +62,10 @@ def _make_geometry(caption_record: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Point", "coordinates": [x, y]}
 
 
-def read_geojson_records(content: Mapping[str, Any], path: Path, reject: Reject) -> Iterator[tuple[str, Any]]:
+def read_geojson_records(content: Mapping[str, Any], path: Path, reject: RejectCallback) -> Iterator[tuple[str, Any]]:
     """Read the records of a file, each with its place for messages; a MultiPolygon is decoded to a mask."""
-    for index, feature in enumerate(read_field(content, "features", list, show(path))):
-        location = f"{show(path)}, features[{index}]"
+    for index, feature in enumerate(read_field(content, "features", list, format_path(path))):
+        location = f"{format_path(path)}, features[{index}]"
         try:
             record_data = _parse_feature(feature, location)
         except InputError as error:
@@ -78,10 +78,10 @@ def _parse_feature(feature: Any, location: str) -> dict[str, Any]:
     properties = dict(read_field(feature, "properties", dict, location))
     geometry = read_field(feature, "geometry", dict, location)
     if geometry.get("type") == "MultiPolygon":
-        size = ImageSize(*require_size(properties, location))
+        size = ImageSize(*require_recorded_size(properties, location))
         try:
             rings = [ring[:-1] for polygon in geometry["coordinates"] for ring in polygon]
-            properties["mask"] = masks.encode(rings_to_mask(rings, *size))
+            properties["mask"] = masks.encode_rle(rings_to_mask(rings, *size))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{location}: a mask that cannot be read: {error}") from error
     return properties

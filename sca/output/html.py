@@ -57,7 +57,7 @@ class HtmlWriter:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._num_images):
+        if not finished and (self._file.replaces_file or not self._num_images):
             self.drop()
             return
         try:
@@ -65,11 +65,11 @@ class HtmlWriter:
         except BaseException:
             self.drop()
             raise
-        self._file.keep()
+        self._file.commit()
 
     def drop(self) -> None:
         """Remove what was written; an older file stays unchanged."""
-        self._file.drop()
+        self._file.discard()
 
 
 def _caption_to_dict(caption: Caption) -> dict[str, Any]:

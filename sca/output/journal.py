@@ -11,9 +11,9 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io import journal
-from sca.io.atomic import open_folder, output_errors
+from sca.io.atomic import create_writable_folder, translate_output_errors
 from sca.io.errors import OutputError
-from sca.io.images import show
+from sca.io.images import format_path
 from sca.io.run_folder import RunFolder, check_same_run
 from sca.output import OUTPUT_FORMATS, list_output_patterns
 from sca.output.captioned import CaptionedImage
@@ -39,7 +39,7 @@ class CaptionJournal:
     """
 
     def __init__(self, folder: Path, run_options: Mapping[str, str], resume: bool):
-        open_folder(folder)
+        create_writable_folder(folder)
         self._path, self._run_options, self._resume = folder / CAPTION_JOURNAL_NAME, run_options, resume
         self.completed: dict[str, CaptionedImage] = {}
         self._file: journal.Journal | None = None
@@ -66,7 +66,7 @@ class CaptionJournal:
             self._remove()
 
     def _remove(self) -> None:
-        with output_errors(self._path):
+        with translate_output_errors(self._path):
             self._path.unlink(missing_ok=True)
 
     def _open_file(self) -> None:
@@ -82,7 +82,7 @@ class CaptionJournal:
             if line_number == 1:
                 check_same_run(self._path, entry, self._run_options)
             else:
-                image = parse_image(entry, f"{show(self._path)}, line {line_number}")
+                image = parse_image(entry, f"{format_path(self._path)}, line {line_number}")
                 self.completed[image.image] = image
 
 
@@ -117,16 +117,16 @@ def open_caption_journal(
         OtherRunError: It is of a run with other settings.
     """
     with RunFolder(path, "caption", (*list_output_patterns(OUTPUT_FORMATS), CAPTION_JOURNAL_NAME)) as folder:
-        previous_run = folder.run
+        previous_run = folder.last_run
         num_unfinished = count_journal_images(path) if previous_run and not (previous_run.finished or overwrite) else 0
         if num_unfinished and not resume:
             raise OutputError(
-                f"{show(path)} contains an unfinished run with {num_unfinished} images done; continue it with --resume, "
+                f"{format_path(path)} contains an unfinished run with {num_unfinished} images done; continue it with --resume, "
                 "choose another --out, or replace it with --overwrite"
             )
         ignored_settings = ("images",) if resume and num_unfinished else ()
         outputs = (*list_output_patterns(formats), CAPTION_JOURNAL_NAME)
-        previous_run = folder.begin(settings, outputs, inputs, overwrite=overwrite, loose=ignored_settings)
+        previous_run = folder.begin(settings, outputs, inputs, overwrite=overwrite, ignored_settings=ignored_settings)
         caption_journal = CaptionJournal(path, {name: value for name, value in settings.items() if name != "images"}, resume)
         is_finished = False
         try:

@@ -12,17 +12,17 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.io.atomic import AtomicFile, unwritable
+from sca.io.atomic import AtomicFile, make_write_error
 
 
 class Sink(Protocol):
-    replaces: bool
+    replaces_file: bool
 
     def write(self, text: str) -> None: ...
 
-    def keep(self) -> None: ...
+    def commit(self) -> None: ...
 
-    def drop(self) -> None: ...
+    def discard(self) -> None: ...
 
 
 class StreamSink:
@@ -41,7 +41,7 @@ class StreamSink:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise unwritable(getattr(self._stream, "name", "the stream"), error) from error
+            raise make_write_error(getattr(self._stream, "name", "the stream"), error) from error
 
     def keep(self) -> None:
         """All is written already."""
@@ -71,10 +71,10 @@ class JsonlWriter:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if finished or (self._sink and not self._sink.replaces):
-            self._get_sink().keep()
+        if finished or (self._sink and not self._sink.replaces_file):
+            self._get_sink().commit()
         elif self._sink:
-            self._sink.drop()
+            self._sink.discard()
 
     def _get_sink(self) -> Sink:
         if self._sink is None:
@@ -109,7 +109,7 @@ def prompt_to_dict(prompt: Prompt) -> dict[str, Any]:
     if prompt.points:
         prompt_fields["points"] = [[float(x), float(y), int(label)] for x, y, label in prompt.points]
     if prompt.mask is not None:
-        prompt_fields["mask"] = masks.encode(prompt.mask)
+        prompt_fields["mask"] = masks.encode_rle(prompt.mask)
     return prompt_fields
 
 

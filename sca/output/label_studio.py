@@ -18,11 +18,11 @@ from sca_registry.contracts import Caption
 from sca.io import masks
 from sca.io.annotations import label_studio
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.brush import pack
+from sca.io.annotations.brush import encode_brush_rle
 from sca.io.atomic import AtomicFile
-from sca.io.errors import Reject
-from sca.io.image_names import add_image_prefix, measure_named_image
-from sca.io.images import show
+from sca.io.errors import RejectCallback
+from sca.io.image_names import add_image_prefix, read_named_image_size
+from sca.io.images import format_path
 from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import close_document
 from sca.output.jsonl import caption_to_record
@@ -76,7 +76,7 @@ def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -
     }
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
     if caption_record["mask"]:
-        value = {"format": "rle", "rle": pack(masks.decode(caption_record["mask"])), "brushlabels": [REGION_LABEL]}
+        value = {"format": "rle", "rle": encode_brush_rle(masks.decode_rle(caption_record["mask"])), "brushlabels": [REGION_LABEL]}
         shape_result = {**common_fields, "type": "brushlabels", "from_name": "mask", "value": value, **score}
     elif caption_record["box"]:
         x1, y1, x2, y2 = caption_record["box"]
@@ -98,13 +98,13 @@ def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -
 
 
 def read_label_studio(
-    content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject
+    content: Any, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: RejectCallback
 ) -> Iterator[CaptionedImage]:
     """Read the images of Label Studio tasks; an image without a known size is counted."""
-    measure_size = partial(measure_named_image, roots=roots)
-    for image in label_studio.read_tasks(content, show(path), skip, measure_size, reject):
+    measure_size = partial(read_named_image_size, roots=roots)
+    for image in label_studio.read_tasks(content, format_path(path), skip, measure_size, reject):
         size = image.size or measure_size(image.name)
         if size is None:
-            skip("image without regions, whose size is unknown", f"{image.place}, {show(image.name)}")
+            skip("image without regions, whose size is unknown", f"{image.location}, {format_path(image.name)}")
             continue
         yield CaptionedImage(image.name, ImageSize(*size), annotations_to_captions(image.annotations, ImageSize(*size), skip, reject), image.model)

@@ -17,12 +17,12 @@ from sca_registry.contracts import Caption
 from sca.io import masks
 from sca.io.annotations import labelme
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.atomic import open_folder
-from sca.io.errors import InputError, Reject
-from sca.io.image_names import find_image, is_url
-from sca.io.images import show
+from sca.io.atomic import create_writable_folder
+from sca.io.errors import InputError, RejectCallback
+from sca.io.image_names import resolve_image_path, is_url
+from sca.io.images import format_path
 from sca.io.json import parse_json, read_regular_file
-from sca.io.paths import relative_path, remove_parents
+from sca.io.paths import make_relative_path, remove_parents
 from sca.io.validation import get_image_name
 from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import FilePerImage
@@ -41,7 +41,7 @@ class LabelMeWriter:
     """
 
     def __init__(self, folder: Path, model: str | None = None):
-        open_folder(folder)
+        create_writable_folder(folder)
         self._folder, self._model, self._files = folder, model, FilePerImage(folder, ".json")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
@@ -49,7 +49,7 @@ class LabelMeWriter:
             "version": LABELME_VERSION,
             "flags": {},
             "shapes": [_make_shape(path, image, caption) for caption in captions],
-            "imagePath": path if is_url(path) else relative_path(path, self._folder),
+            "imagePath": path if is_url(path) else make_relative_path(path, self._folder),
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,
@@ -73,9 +73,9 @@ def _make_shape(path: str, image: Image.Image, caption: Caption) -> dict[str, An
         "score": caption_record["score"],
         "iou": caption_record["iou"],
     }
-    if caption_record["mask"] and (box := masks.box_of(caption_record["mask"])):
+    if caption_record["mask"] and (box := masks.mask_to_box(caption_record["mask"])):
         x1, y1, x2, y2 = (int(value) for value in box)
-        mask_crop = masks.decode(caption_record["mask"])[y1:y2, x1:x2]
+        mask_crop = masks.decode_rle(caption_record["mask"])[y1:y2, x1:x2]
         points = [[x1, y1], [x2 - 1, y2 - 1]]  # LabelMe counts the last pixel in
         return {**common_fields, "shape_type": "mask", "points": points, "mask": _encode_png(mask_crop)}
     if caption_record["box"]:
@@ -91,10 +91,10 @@ def _encode_png(mask: np.ndarray) -> str:
     return base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Reject) -> Iterator[CaptionedImage]:
+def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: RejectCallback) -> Iterator[CaptionedImage]:
     """Read LabelMe files, one image each."""
     if not paths:
-        raise InputError(f"no .json files in {show(folder)}; a folder is read as LabelMe files")
+        raise InputError(f"no .json files in {format_path(folder)}; a folder is read as LabelMe files")
     for path in paths:
         try:
             image = _read_labelme_image(path, skip, reject)
@@ -104,19 +104,19 @@ def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Rej
             yield image
 
 
-def _read_labelme_image(path: Path, skip: SkipCounter, reject: Reject) -> CaptionedImage:
-    location = show(path)
-    content = parse_json(read_regular_file(path), location, surrogates=True)
+def _read_labelme_image(path: Path, skip: SkipCounter, reject: RejectCallback) -> CaptionedImage:
+    location = format_path(path)
+    content = parse_json(read_regular_file(path), location, allow_surrogates=True)
     name = _resolve_image_name(path, get_image_name(content, "imagePath", location))
-    size = ImageSize(*labelme.find_size(content, Path(name), location))
-    captions = annotations_to_captions(labelme.read_shapes(content, size, location, skip, reject), size, skip, reject)
-    embedded = partial(labelme.open_embedded, content, location) if content.get("imageData") else None
+    size = ImageSize(*labelme.find_image_size(content, Path(name), location))
+    captions = annotations_to_captions(labelme.read_annotations(content, size, location, skip, reject), size, skip, reject)
+    embedded = partial(labelme.open_embedded_image, content, location) if content.get("imageData") else None
     return CaptionedImage(name, size, captions, content.get("model"), embedded)
 
 
 def _resolve_image_name(path: Path, name: str) -> str:
     """The image that a file names relative to its own folder."""
     try:
-        return str(remove_parents(find_image(name, [path.parent])))
+        return str(remove_parents(resolve_image_path(name, [path.parent])))
     except InputError as error:
-        raise InputError(f"{show(path)}, 'imagePath': {error}") from error
+        raise InputError(f"{format_path(path)}, 'imagePath': {error}") from error

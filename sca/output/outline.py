@@ -16,7 +16,7 @@ MAX_OUTLINE_STEPS = 800  # the longest side of a mask's box in steps; a larger m
 
 def mask_to_svg_path(mask: np.ndarray) -> str:
     """(height, width) mask -> path data along the edges of its pixels, in image pixels, for the even-odd rule."""
-    box = masks.box_of(mask)
+    box = masks.mask_to_box(mask)
     if box is None:
         return ""
     left, top, right, bottom = (int(value) for value in box)
@@ -30,7 +30,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[Ring]]:
     A polygon is of the pixels that touch by an edge, and valid as in OGC's simple features: no ring crosses or touches
     itself, outer rings turn from x to y, holes the other way.
     """
-    box = masks.box_of(mask)
+    box = masks.mask_to_box(mask)
     if box is None:
         return []
     rings = (ring for edge in _iter_rings(mask, tuple(int(value) for value in box), 1) for ring in _split_at_touching_corners(edge))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sca.io.errors import OutputError
-from sca.io.images import show
+from sca.io.images import format_path
 from sca.io.run_folder import check_not_inputs
 from sca.output.colours import REGION_COLORS
 
@@ -74,7 +74,7 @@ def check_page_path(path: Path, inputs: Iterable[str | Path]) -> None:
     with path.open("rb") as file:
         is_generated = GENERATOR_TAG.encode() in file.read(4096)
     if not is_generated:
-        raise OutputError(f"{show(path)} exists and is not a page that `sca` wrote; choose another --out")
+        raise OutputError(f"{format_path(path)} exists and is not a page that `sca` wrote; choose another --out")
 
 
 def encode_data_uri(image: Image.Image, max_side: int = MAX_EMBEDDED_SIDE) -> str:

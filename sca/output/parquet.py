@@ -12,7 +12,7 @@ from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, OutputError
-from sca.io.images import show
+from sca.io.images import format_path
 from sca.io.json import parse_json
 from sca.output.jsonl import caption_to_record
 
@@ -62,7 +62,7 @@ class ParquetWriter:
 
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
-        if not finished and (self._file.replaces or not self._num_images):
+        if not finished and (self._file.replaces_file or not self._num_images):
             self._drop()
             return
         try:
@@ -71,11 +71,11 @@ class ParquetWriter:
         except BaseException:
             self._drop()
             raise
-        self._file.keep()
+        self._file.commit()
 
     def _drop(self) -> None:
         self._sink.is_kept = False
-        self._file.drop()
+        self._file.discard()
 
     def _flush(self) -> None:
         import pyarrow
@@ -136,9 +136,9 @@ def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             for row in batch.to_pylist():
                 row_number += 1
-                location = f"{show(path)}, row {row_number}"
+                location = f"{format_path(path)}, row {row_number}"
                 for json_column in ("prompt", "others"):
-                    row[json_column] = None if row.get(json_column) is None else parse_json(row[json_column], location, surrogates=True)
+                    row[json_column] = None if row.get(json_column) is None else parse_json(row[json_column], location, allow_surrogates=True)
                 yield location, row
     except pyarrow.ArrowException as error:
-        raise InputError(f"{show(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error
+        raise InputError(f"{format_path(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error

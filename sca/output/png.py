@@ -54,7 +54,7 @@ def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Imag
     draw_order = sorted(range(len(captions)), key=lambda caption_index: -_compute_caption_area(captions[caption_index]))
     for index in draw_order:
         if mask := captions[index].mask:
-            _draw_mask(canvas, masks.decode(mask), scale, get_region_color(index), line_width)
+            _draw_mask(canvas, masks.decode_rle(mask), scale, get_region_color(index), line_width)
     pen = ImageDraw.Draw(canvas)
     for index in draw_order:
         if (box := captions[index].box) is not None:
@@ -66,7 +66,7 @@ def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Imag
 
 def _draw_mask(canvas: Image.Image, mask: np.ndarray, scale: int, color: tuple[int, int, int], line_width: int) -> None:
     """Lays a colour over the mask, (height, width) of the small picture, and a line along its inner edge."""
-    box = masks.box_of(mask)
+    box = masks.mask_to_box(mask)
     if box is None:
         return
     x1, y1, x2, y2 = (int(value) for value in box)
@@ -134,6 +134,6 @@ def _scale_box(box: Sequence[float], scale: int, canvas_size: tuple[int, int]) -
 
 def _compute_caption_area(caption: Caption) -> float:
     if caption.mask:
-        return masks.area(caption.mask)
+        return masks.compute_mask_area(caption.mask)
     x1, y1, x2, y2 = caption.box or (0, 0, 0, 0)
     return (x2 - x1) * (y2 - y1)

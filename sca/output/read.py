@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 from sca.io.annotations import label_studio, labelme
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.errors import InputError, Reject, raise_error
-from sca.io.images import show
-from sca.io.json import is_json_lines, open_regular_file, parse_json, parse_lines
+from sca.io.errors import InputError, RejectCallback, raise_error
+from sca.io.images import format_path
+from sca.io.json import is_json_lines_file, open_regular_file, parse_json, parse_json_lines
 from sca.output.captioned import CaptionedImage, merge_images
 from sca.output.coco import read_coco
 from sca.output.geojson import read_geojson_records
@@ -31,7 +31,7 @@ def read_captions(
     path: str | Path,
     skip: SkipCounter | None = None,
     roots: Sequence[Path] | None = None,
-    reject: Reject = raise_error,
+    reject: RejectCallback = raise_error,
 ) -> Iterator[CaptionedImage]:
     """Read a file, or a folder of LabelMe files, image by image. Suffix and content decide what it is.
 
@@ -49,25 +49,25 @@ def read_captions(
     roots = (Path(), path.parent) if roots is None else roots
     try:
         if path.is_dir():
-            yield from read_labelme(labelme.list_files(path), path, counter, reject)
+            yield from read_labelme(labelme.list_labelme_files(path), path, counter, reject)
         else:
-            with open_regular_file(path, seekable=True, allow_pipe=True) as file:
+            with open_regular_file(path, require_seekable=True, allow_pipe=True) as file:
                 is_parquet = path.suffix.lower() == ".parquet" or file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
                 file.seek(0)
                 if is_parquet:
                     yield from group_records_by_image(read_parquet_records(file, path), counter, reject)
-                elif is_json_lines(path, file, "image"):
-                    yield from group_records_by_image(parse_lines(file, show(path), reject), counter, reject)
+                elif is_json_lines_file(path, file, "image"):
+                    yield from group_records_by_image(parse_json_lines(file, format_path(path), reject), counter, reject)
                 else:
                     yield from _read_json(file, path, counter, roots, reject)
     except OSError as error:
-        raise InputError(f"cannot read {show(path)}: {error.strerror or error}; check the name") from error
+        raise InputError(f"cannot read {format_path(path)}: {error.strerror or error}; check the name") from error
     if skip is None and (summary := counter.summarize()):
-        warnings.warn(f"{show(path)}: {summary}", stacklevel=2)
+        warnings.warn(f"{format_path(path)}: {summary}", stacklevel=2)
 
 
-def _read_json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: Reject) -> Iterator[CaptionedImage]:
-    content = parse_json(file.read(), show(path), surrogates=True)
+def _read_json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Path], reject: RejectCallback) -> Iterator[CaptionedImage]:
+    content = parse_json(file.read(), format_path(path), allow_surrogates=True)
     if isinstance(content, list) or label_studio.is_task(content):
         yield from merge_images(read_label_studio(content, path, skip, roots, reject), roots, reject).values()
     elif isinstance(content, dict) and content.get("type") == "FeatureCollection":
@@ -78,5 +78,5 @@ def _read_json(file: BinaryIO, path: Path, skip: SkipCounter, roots: Sequence[Pa
         yield from merge_images(read_coco(content, path, skip, roots, reject), roots, reject).values()
     else:
         raise InputError(
-            f"{show(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
+            f"{format_path(path)} is none of JSON lines (.jsonl), COCO, Parquet, GeoJSON, Label Studio and LabelMe files"
         )

@@ -12,9 +12,9 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
 from sca.io.annotations.annotation import Annotation, SkipCounter
-from sca.io.annotations.shapes import fit_box
-from sca.io.errors import InputError, Reject
-from sca.io.prompts import read_prompt
+from sca.io.annotations.shapes import clip_annotated_box
+from sca.io.errors import InputError, RejectCallback
+from sca.io.prompts import parse_prompt
 from sca.io.validation import (
     check_numbers,
     check_type,
@@ -22,8 +22,8 @@ from sca.io.validation import (
     is_int64,
     read_field,
     get_image_name,
-    require,
-    require_size,
+    require_key,
+    require_recorded_size,
 )
 from sca.output.captioned import CaptionedImage, ImageSize
 
@@ -34,13 +34,13 @@ def parse_image(record: Any, location: str) -> CaptionedImage:
     Raises:
         InputError: A field is missing or invalid.
     """
-    size = ImageSize(*require_size(record, location))
+    size = ImageSize(*require_recorded_size(record, location))
     captions = read_field(record, "captions", list, location)
     told = [_parse_caption(each, size, number, location) for number, each in enumerate(captions)]
     return CaptionedImage(get_image_name(record, "image", location), size, told, None)
 
 
-def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: Reject) -> Iterator[CaptionedImage]:
+def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: RejectCallback) -> Iterator[CaptionedImage]:
     """Read images from records; the records of an image follow each other."""
     seen_names: set[str] = set()
     for name, image_records in groupby(_iter_named_records(records, reject), key=lambda record: record[0]):
@@ -50,7 +50,7 @@ def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter
                 raise InputError(f"{location}: {name!r} had records before, with others between; sort them by image")
             seen_names.add(name)
             try:
-                record_size = ImageSize(*require_size(record_data, location))
+                record_size = ImageSize(*require_recorded_size(record_data, location))
                 if record_size != (size or record_size):
                     raise InputError(f"{location}: the image is {record_size.width} x {record_size.height}, and was {size} before")
                 size, model = record_size, record_data.get("model") or model
@@ -63,7 +63,7 @@ def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter
             yield CaptionedImage(name, size, captions, model)
 
 
-def _iter_named_records(records: Iterable[tuple[str, Any]], reject: Reject) -> Iterator[tuple[str, str, Any]]:
+def _iter_named_records(records: Iterable[tuple[str, Any]], reject: RejectCallback) -> Iterator[tuple[str, str, Any]]:
     for location, record in records:
         try:
             name = get_image_name(record, "image", location)
@@ -77,8 +77,8 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
     text = _text(record, location)
     rle, box, prompt_fields = record.get("mask"), record.get("box"), record.get("prompt")
     try:
-        rle = None if rle is None else masks.checked(rle)
-        parsed_prompt = read_prompt(prompt_fields, location, *size) if prompt_fields else Prompt()
+        rle = None if rle is None else masks.parse_rle(rle)
+        parsed_prompt = parse_prompt(prompt_fields, location, *size) if prompt_fields else Prompt()
     except ValueError as error:
         raise InputError(str(error) if str(error).startswith(location) else f"{location}, 'mask': {error}") from error
     if rle is not None and rle["size"] != [size.height, size.width]:
@@ -100,7 +100,7 @@ def _parse_caption(record: Mapping[str, Any], size: ImageSize, default_region_id
 
 def _text(plain: Any, where: str) -> str:
     """A caption, which may contain half of a surrogate pair."""
-    text = require(plain, "caption", where)
+    text = require_key(plain, "caption", where)
     check_type(f"{where}, 'caption'", text, str, InputError)
     return text
 
@@ -113,7 +113,7 @@ def _number(value: Any) -> float:
     return float(value) if is_finite_number(value) else math.nan
 
 
-def annotations_to_captions(annotations: Iterable[Annotation], size: ImageSize, skip: SkipCounter, reject: Reject) -> list[Caption]:
+def annotations_to_captions(annotations: Iterable[Annotation], size: ImageSize, skip: SkipCounter, reject: RejectCallback) -> list[Caption]:
     captions = []
     for index, annotation in enumerate(annotations):
         try:
@@ -130,29 +130,29 @@ def annotation_to_caption(annotation: Annotation, size: ImageSize, region_id: in
         x, y = annotation.point
         if not (0 <= x < size.width and 0 <= y < size.height):
             size_text = f"{size.width} x {size.height}"
-            raise InputError(f"{annotation.place}: the point {x:g}, {y:g} is outside the image of {size_text}")
+            raise InputError(f"{annotation.location}: the point {x:g}, {y:g} is outside the image of {size_text}")
         prompt = Prompt(points=((x, y, 1),))
-    if annotation.unread:
-        skip(annotation.unread, annotation.place)
+    if annotation.unread_caption:
+        skip(annotation.unread_caption, annotation.location)
     if not annotation.texts:
-        skip("region without text", annotation.place)
+        skip("region without text", annotation.location)
     text, *alternatives = annotation.texts or ("",)
     caption = Caption(
         text,
         _number(annotation.score),
         annotation.box,
         annotation.mask,
-        None if annotation.iou is None else _number(annotation.iou),
+        None if annotation.predicted_iou is None else _number(annotation.predicted_iou),
         prompt,
         region_id,
         tuple((alternative, math.nan) for alternative in alternatives),
     )
-    return fit_caption_box(caption, size, annotation.place, skip)
+    return fit_caption_box(caption, size, annotation.location, skip)
 
 
 def fit_caption_box(caption: Caption, size: ImageSize, location: str, skip: SkipCounter) -> Caption | None:
     """Clip the box of a caption to its image; None, and counted, for a box that is normalized or outside."""
     if caption.box is None:
         return caption
-    box = fit_box(caption.box, size, location, skip, caption.mask)
+    box = clip_annotated_box(caption.box, size, location, skip, caption.mask)
     return None if box is None else replace(caption, box=box)

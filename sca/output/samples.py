@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sca_registry.contracts import Caption, Prompt, Region, Sample
 
-from sca.io.atomic import open_folder
+from sca.io.atomic import create_writable_folder
 from sca.output.html import HtmlWriter
 
 
@@ -21,7 +21,7 @@ def write_samples_page(
     seed: int = 0,
 ) -> Path:
     """Write one offline HTML file: each image with its regions, and once more as `augment` changes it."""
-    open_folder(path.parent)
+    create_writable_folder(path.parent)
     page = HtmlWriter(path, title)
     try:
         for sample in samples:

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from sca.io.errors import InputError
-from sca.io.image_names import ImageFiles, find_image
-from sca.io.images import show
+from sca.io.image_names import ImageNameResolver, resolve_image_path
+from sca.io.images import format_path
 from sca.output.captioned import CaptionedImage, ImageSize, merge_images
 from sca.output.html import HtmlWriter
 
@@ -62,13 +62,13 @@ def _pair_images(
     first_images: dict[str, CaptionedImage], second_images: dict[str, CaptionedImage] | None, roots: Sequence[Path]
 ) -> Iterator[tuple[CaptionedImage, CaptionedImage | None]]:
     """The images of the first file, each with that of the second that is the same image file; then the others."""
-    files = ImageFiles(partial(find_image, roots=roots))
-    second_images = second_images and {files.unify(name): each for name, each in second_images.items()}
+    files = ImageNameResolver(partial(resolve_image_path, roots=roots))
+    second_images = second_images and {files.unify_spelling(name): each for name, each in second_images.items()}
     for name, each in first_images.items():
-        counterpart = second_images.pop(files.unify(name), None) if second_images else None
+        counterpart = second_images.pop(files.unify_spelling(name), None) if second_images else None
         if counterpart is not None and counterpart.size != each.size:
             sizes = [f"{size.width} x {size.height}" for size in (each.size, counterpart.size)]
-            raise InputError(f"{show(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
+            raise InputError(f"{format_path(each.image)} is {sizes[0]} in one file and {sizes[1]} in the other")
         yield each, counterpart
     for unmatched in (second_images or {}).values():
         yield unmatched._replace(captions=[]), unmatched

@@ -10,7 +10,7 @@ from sca_registry.contracts import Proposals
 
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.prompt_files import read_prompts
+from sca.io.prompt_files import read_region_prompts
 
 
 class BoxesFromCoco:
@@ -22,16 +22,16 @@ class BoxesFromCoco:
     """
 
     def __init__(self, annotations: str):
-        self.prompt_file = read_prompts(expand_user(annotations))
+        self.prompt_file = read_region_prompts(expand_user(annotations))
         for problem in self.prompt_file.problems:
             warnings.warn(problem, stacklevel=2)
-        if summary := self.prompt_file.skip.summarize():
+        if summary := self.prompt_file.skip_counter.summarize():
             warnings.warn(f"{self.prompt_file.path}: {summary}", stacklevel=2)
         self.path_by_key: dict[str, Path] = {}  # whose each key has been
 
     def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
         path = Path(str(image_id))
-        keys = self.prompt_file.match([path])
+        keys = self.prompt_file.match_images([path])
         if path not in keys:
             raise InputError(f"{self.prompt_file.path} has no regions for {image_id}")
         if self.path_by_key.setdefault(keys[path], path) != path:
@@ -39,9 +39,9 @@ class BoxesFromCoco:
                 f"{self.prompt_file.path}: {keys[path]} could mean {self.path_by_key[keys[path]]} or {path}; write image paths "
                 "relative to the prompts file"
             )
-        clipped_before = self.prompt_file.clipped.skipped.total()
-        prompts, problems = self.prompt_file.fitting(keys[path], *image.size)
-        if num_clipped := self.prompt_file.clipped.skipped.total() - clipped_before:
+        clipped_before = self.prompt_file.clip_counter.counts.total()
+        prompts, problems = self.prompt_file.fit_prompts(keys[path], *image.size)
+        if num_clipped := self.prompt_file.clip_counter.counts.total() - clipped_before:
             warnings.warn(f"{self.prompt_file.path}: {num_clipped} of the boxes for {image_id} are clipped to it", stacklevel=2)
         if problems and not prompts:
             raise InputError(problems[0])

@@ -28,7 +28,7 @@ from sca_registry.spec import DEFAULT_GENERATION
 from sca.inference.automatic import search_everything
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
-from sca.io.masks import box_of
+from sca.io.masks import mask_to_box
 from sca.serve.feature_store import FeatureStore
 from sca.serve.memory import is_out_of_memory, release_memory
 from sca.serve.tickets import (
@@ -337,7 +337,7 @@ class RequestScheduler:
                 mask_fields = {}
                 if ticket.found_masks is not None:
                     rle, predicted_iou = ticket.found_masks[ticket.num_captioned]
-                    mask_fields = {"mask": rle, "box": box_of(rle), "iou": predicted_iou}
+                    mask_fields = {"mask": rle, "box": mask_to_box(rle), "iou": predicted_iou}
                 _send_event(ticket, replace(caption, region=ticket.num_captioned, **mask_fields))
                 ticket.num_captioned += 1
                 self.num_captioned += 1

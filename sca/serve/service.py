@@ -22,8 +22,8 @@ from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
 from sca.inference.generation import resolve_generation_options
-from sca.io.images import decode_image, inspect_image
-from sca.io.prompts import read_prompt
+from sca.io.images import decode_image, open_image_header
+from sca.io.prompts import parse_prompt
 from sca.output.jsonl import caption_to_record
 from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import ServerMetrics
@@ -116,7 +116,7 @@ class CaptionService:
 
         InputError for what is no picture, or has too many pixels.
         """
-        unread_image = await to_thread.run_sync(inspect_image, io.BytesIO(image_bytes), "the image", self.limits.max_pixels)
+        unread_image = await to_thread.run_sync(open_image_header, io.BytesIO(image_bytes), "the image", self.limits.max_pixels)
         pixels = unread_image.width * unread_image.height
         if num_masks * pixels > max(ALWAYS_ALLOWED_MASK_PIXELS, 10 * self.limits.max_pixels):
             raise ApiError(413, f"{num_masks} masks of {unread_image.width} x {unread_image.height} are too many: ask in pieces")
@@ -336,6 +336,6 @@ def _limit_default_options(captioner: Captioner, generation: Mapping[str, Any]) 
 
 def _read_checked_prompts(prompt_inputs: list[PromptIn], size: tuple[int, int], location_format: str) -> list[Any]:
     return [
-        read_prompt(prompt.model_dump(exclude_none=True), location_format.format(place), *size)
+        parse_prompt(prompt.model_dump(exclude_none=True), location_format.format(place), *size)
         for place, prompt in enumerate(prompt_inputs)
     ]

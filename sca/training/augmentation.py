@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from sca_registry.contracts import Region, Sample
 
-from sca.io.masks import area, box_of, decode, encode
+from sca.io.masks import compute_mask_area, mask_to_box, decode_rle, encode_rle
 
 SIDE_PATTERN = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
 PADDING_COLOR = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
@@ -83,7 +83,7 @@ def flip_horizontally(image: Image.Image, regions: list[Region]) -> tuple[Image.
         return replace(
             region,
             box=(image.width - x2, y1, image.width - x1, y2),
-            mask=None if region.mask is None else encode(decode(region.mask)[:, ::-1]),
+            mask=None if region.mask is None else encode_rle(decode_rle(region.mask)[:, ::-1]),
             phrases=tuple(map(_swap_sides, region.phrases)),
             attributes={k: _swap_sides(v) if isinstance(v, str) else v for k, v in region.attributes.items()},
         )
@@ -108,7 +108,7 @@ def _swap_sides(text: str) -> str:
 def _compute_area(region: Region) -> float:
     """Of its mask, or else of its box, in pixels."""
     x1, y1, x2, y2 = region.box
-    return (x2 - x1) * (y2 - y1) if region.mask is None else area(region.mask)
+    return (x2 - x1) * (y2 - y1) if region.mask is None else compute_mask_area(region.mask)
 
 
 def crop_region(region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float) -> Region | None:
@@ -121,11 +121,11 @@ def crop_region(region: Region, window: tuple[int, int, int, int], original_area
     if region.mask is None:
         remaining_fraction = (box[2] - box[0]) * (box[3] - box[1]) / original_area
         return replace(region, box=box) if remaining_fraction >= min_area_fraction else None
-    mask = decode(region.mask)[top:bottom, left:right]
+    mask = decode_rle(region.mask)[top:bottom, left:right]
     if mask.sum() < min_area_fraction * original_area or not mask.any():
         return None
-    rle = encode(mask)
-    return replace(region, box=box_of(rle), mask=rle)
+    rle = encode_rle(mask)
+    return replace(region, box=mask_to_box(rle), mask=rle)
 
 
 def resize_region(region: Region, size: tuple[int, int], new_size: tuple[int, int], frame_size: tuple[int, int]) -> Region | None:
@@ -136,10 +136,10 @@ def resize_region(region: Region, size: tuple[int, int], new_size: tuple[int, in
     scale_x, scale_y = new_size[0] / size[0], new_size[1] / size[1]
     if region.mask is None:
         return replace(region, box=(x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y))
-    mask_image = Image.fromarray(decode(region.mask).astype(np.uint8) * 255)
+    mask_image = Image.fromarray(decode_rle(region.mask).astype(np.uint8) * 255)
     mask = np.zeros((frame_size[1], frame_size[0]), dtype=bool)
     mask[: new_size[1], : new_size[0]] = np.asarray(mask_image.resize(new_size, Image.Resampling.BILINEAR)) > 127
     if not mask.any():
         return None
-    rle = encode(mask)
-    return replace(region, box=box_of(rle), mask=rle)
+    rle = encode_rle(mask)
+    return replace(region, box=mask_to_box(rle), mask=rle)

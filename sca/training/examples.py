@@ -25,9 +25,9 @@ from sca_registry.contracts import (
 )
 from torch import Tensor
 
-from sca.data.points import draw_point
+from sca.data.points import sample_point
 from sca.inference.processor import MASK_PROMPT_LOGIT, Processor
-from sca.io.masks import decode
+from sca.io.masks import decode_rle
 from sca.nn.boxes import rasterize_boxes
 from sca.training.auxiliary import UNKNOWN_LABEL
 from sca.training.phrases import add_template_phrases
@@ -136,8 +136,8 @@ class ExampleStream(torch.utils.data.Dataset):
             samples = (self._sample_text(region, rng, progress) for _ in range(self.sampling_options.captions_per_region))
             texts += [(index, task, text) for task, text in dict.fromkeys(samples)]
             boxes.append(_jitter_box(region.box, self.sampling_options.box_jitter, rng))
-            mask = None if region.mask is None else decode(region.mask)
-            points.append(draw_point(region, mask, rng))
+            mask = None if region.mask is None else decode_rle(region.mask)
+            points.append(sample_point(region, mask, rng))
             masks.append(torch.zeros(mask_size, mask_size) if mask is None else self.processor.compute_coverage(mask, frame))
         scale = torch.tensor(frame.scale)
         labels = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sca.checkpoints.state import hash_tensors
 from sca.inference.processor import Processor
-from sca.io.atomic import output_errors, remove_drafts, write_file
+from sca.io.atomic import translate_output_errors, remove_drafts, write_file
 from sca.io.paths import expand_user
 from sca.model import SegmentCaptioner
 
@@ -85,6 +85,6 @@ def _write_features(path: Path, features: Tensor) -> None:
         raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
     content = io.BytesIO()
     np.save(content, array.numpy())
-    with output_errors(path):
+    with translate_output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content.getbuffer())

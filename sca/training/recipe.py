@@ -287,9 +287,9 @@ def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> t
         if path == ("model",) or (len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping)):
             replaced[path[0]] = value
         elif path == ("data",) and isinstance(value, str):
-            from sca.data.own import recognised
+            from sca.data.own import detect_data_source
 
-            replaced["data"] = {"own": recognised(value)}
+            replaced["data"] = {"own": detect_data_source(value)}
         else:
             remaining.append(assignment)
     return replaced, remaining

@@ -8,7 +8,7 @@ from sca_registry import datasets
 from sca_registry.contracts import Dataset
 from sca_registry.spec import Part
 
-from sca.data.summary import check_not_empty, count_left_out, summarize_dataset
+from sca.data.summary import check_dataset_not_empty, count_skipped, summarize_dataset
 from sca.training.recipe import Recipe, ValidationOptions
 
 
@@ -25,7 +25,7 @@ def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
     datasets_by_name = {}
     for name, source in recipe.data.items():
         dataset = datasets.build(source.dataset.name, source.split, **source.dataset.options)
-        check_not_empty(dataset, f"data.{name} ({source.split})")
+        check_dataset_not_empty(dataset, f"data.{name} ({source.split})")
         datasets_by_name[f"data.{name} ({source.split})"] = dataset
     return datasets_by_name
 
@@ -55,5 +55,5 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
 def report_datasets(datasets_by_name: Mapping[str, Dataset], report: Callable[[str], None], only_skipped: bool = False) -> None:
     """Report one line for each dataset; with `quiet` only for those of which something was left out."""
     for name, dataset in datasets_by_name.items():
-        if not only_skipped or count_left_out(dataset):
+        if not only_skipped or count_skipped(dataset):
             report(f"{name}: {summarize_dataset(dataset)}")

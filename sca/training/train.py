@@ -21,9 +21,9 @@ from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
 from sca.checkpoints.state import hash_weights
 from sca.composition import build
-from sca.data.summary import count_left_out, summarize_dataset
+from sca.data.summary import count_skipped, summarize_dataset
 from sca.inference.processor import Processor
-from sca.io.run_folder import RunFolder, existing_paths
+from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary import AttributeValues
 from sca.training.examples import ExampleStream, ExampleMixture, collate_examples
@@ -101,8 +101,8 @@ def train(
         model = _train_process(recipe, Path(folder), run_folder, resume, quiet, conflict_options, trust_options, report)
         if run_folder is not None:
             run_folder.finish()
-            if run_folder.moved_to is not None:
-                report(f"{folder} contained another run, which is now in {run_folder.moved_to}")
+            if run_folder.earlier_run_path is not None:
+                report(f"{folder} contained another run, which is now in {run_folder.earlier_run_path}")
     return model
 
 
@@ -148,8 +148,8 @@ def _train_process(
     if recipe.train.cache_features:
         fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
     if run_folder is not None:
-        input_paths = existing_paths(recipe.to_dict())
-        run_folder.begin(_collect_run_settings(recipe, model, mixture), OUTPUT_FILES, input_paths, loose=RESULT_NEUTRAL_OPTIONS, **conflict_options)
+        input_paths = iter_existing_paths(recipe.to_dict())
+        run_folder.begin(_collect_run_settings(recipe, model, mixture), OUTPUT_FILES, input_paths, ignored_settings=RESULT_NEUTRAL_OPTIONS, **conflict_options)
         if not resume or get_last_checkpoint(str(folder)) is None:
             run_folder.delete_outputs(RESUME_FILES)
         report_datasets(datasets_by_name, report, quiet)
@@ -157,10 +157,10 @@ def _train_process(
             report(f"validate ({recipe.validate.split}): nothing is validated; {summarize_dataset(validation_dataset)}")
     trainer.accelerator.wait_for_everyone()
     last_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    left_out_before = {name: count_left_out(dataset) for name, dataset in datasets_by_name.items()}
+    left_out_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
     trainer.train(resume_from_checkpoint=last_checkpoint)
     if run_folder is not None:  # images that were found to be damaged when they were opened
-        report_datasets({name: each for name, each in datasets_by_name.items() if count_left_out(each) != left_out_before[name]}, report)
+        report_datasets({name: each for name, each in datasets_by_name.items() if count_skipped(each) != left_out_before[name]}, report)
     tensors = gather_tensors(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
-from sca.io.atomic import sync, sync_tree, unwritable
+from sca.io.atomic import sync_path, sync_tree, make_write_error
 from sca.training.sharding import ShardedModule, gather_tensors, load_full_tensors, shard_parameters, shard_optimizer_state
 
 DRAFT_FOLDER = ".sca-draft"
@@ -150,7 +150,7 @@ class CaptionTrainer(Trainer):
                 raise
             shutil.rmtree(draft, ignore_errors=True)
             reason = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            raise unwritable(draft, reason) from error
+            raise make_write_error(draft, reason) from error
         finally:
             self.args.output_dir = str(output_folder)
         self.accelerator.wait_for_everyone()
@@ -160,7 +160,7 @@ class CaptionTrainer(Trainer):
             for new_checkpoint in _list_checkpoints(draft):
                 shutil.rmtree(output_folder / new_checkpoint.name, ignore_errors=True)  # of a run that was not to be resumed
                 old_checkpoints.discard(new_checkpoint.rename(output_folder / new_checkpoint.name))
-            sync(output_folder)
+            sync_path(output_folder)
             for old_checkpoint in old_checkpoints:
                 shutil.rmtree(old_checkpoint)
             shutil.rmtree(draft)

@@ -9,7 +9,7 @@ import sca
 from sca.captioners.crop import DESCRIPTION_QUESTION, NAME_QUESTION, CropCaptioner
 from sca.captioners.regions import box_to_pixels
 from sca.inference.automatic import caption_everything
-from sca.io.masks import box_of, decode, encode
+from sca.io.masks import mask_to_box, decode_rle, encode_rle
 
 POINTS = [Prompt(points=((20.0, 20.0, 1),)), Prompt(points=((60.0, 45.0, 1), (5.0, 5.0, 0)))]
 
@@ -31,12 +31,12 @@ def test_what_reaches_the_captioner_is_the_tight_box_of_the_best_mask(weights, s
     best = [masks[0] for masks in captioner.segment(captioner.encode([image]), [request])]
     assert len(best) == len(request)
     for question, caption, (mask, iou) in zip(questions, found, best, strict=True):
-        x1, y1, x2, y2 = map(int, box_of(mask))
+        x1, y1, x2, y2 = map(int, mask_to_box(mask))
         assert same(question.image, image.crop((x1, y1, max(x2, x1 + 2), max(y2, y1 + 2))))
         assert question.text is None
         assert caption.mask == mask
         assert caption.predicted_iou == iou
-        assert caption.box == (caption.prompt.box or box_of(mask))
+        assert caption.box == (caption.prompt.box or mask_to_box(mask))
 
 
 def test_without_an_encoder_the_box_is_cut_out_as_it_is(weights, image, prompts, asked):
@@ -44,7 +44,7 @@ def test_without_an_encoder_the_box_is_cut_out_as_it_is(weights, image, prompts,
     windows = [(10, 9, 40, 30), (50, 35, 70, 55), (0, 0, 80, 60), (15, 12, 33, 28)]
     assert all(same(question.image, image.crop(window)) for question, window in zip(asked[0], windows, strict=True))
     assert [caption.box for caption in found[:3]] == [prompt.box for prompt in prompts[:3]]
-    assert [caption.mask for caption in found] == [None, None, None, encode(prompts[3].mask)]
+    assert [caption.mask for caption in found] == [None, None, None, encode_rle(prompts[3].mask)]
     assert found[3].box == (15, 12, 33, 28)
     assert {caption.predicted_iou for caption in found} == {None}
 
@@ -127,5 +127,5 @@ def test_everything_is_found_by_the_encoder_and_its_own_masks_are_cut_out(weight
     found = caption_everything(predictor, options=options, beams=2)
     assert found
     for question, caption in zip(asked[0], found, strict=True):
-        assert same(question.image, image.crop(box_to_pixels(box_of(caption.mask), image.size)))
-        assert decode(caption.mask).shape == (60, 80)
+        assert same(question.image, image.crop(box_to_pixels(mask_to_box(caption.mask), image.size)))
+        assert decode_rle(caption.mask).shape == (60, 80)

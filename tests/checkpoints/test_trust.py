@@ -17,7 +17,7 @@ from sca.checkpoints.load import load, locate_checkpoint
 from sca.checkpoints.native import save
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, resolve_source, confine_spec, is_settable
 from sca.io.errors import InputError
-from sca.io.hub import known_sources, local_folder, local_path, pin, pinned
+from sca.io.hub import get_known_sources, find_local_folder, resolve_local_path, pin_commit, get_pinned_commit
 
 
 @pytest.fixture
@@ -253,12 +253,12 @@ def test_hub_ids_of_cards_are_never_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("facebook/sam-vit-base", "xk-huang/segment-caption-anything-gpt2_large-vg", "gpt2", "runs/model"):
         (tmp_path / name).mkdir(parents=True)
-    assert "facebook/sam-vit-base" in known_sources()
-    assert local_path("gpt2") is None
-    assert local_folder("facebook/sam-vit-base") is None
-    assert local_folder("xk-huang/segment-caption-anything-gpt2_large-vg") is None
-    assert local_folder("./facebook/sam-vit-base").is_dir()
-    assert local_folder("runs/model").is_dir()
+    assert "facebook/sam-vit-base" in get_known_sources()
+    assert resolve_local_path("gpt2") is None
+    assert find_local_folder("facebook/sam-vit-base") is None
+    assert find_local_folder("xk-huang/segment-caption-anything-gpt2_large-vg") is None
+    assert find_local_folder("./facebook/sam-vit-base").is_dir()
+    assert find_local_folder("runs/model").is_dir()
 
 
 def test_locate_reads_the_previous_checkpoint_of_a_killed_save_where_it_is(folder):
@@ -275,10 +275,10 @@ def test_locate_reads_the_previous_checkpoint_of_a_killed_save_where_it_is(folde
 def test_pin_stores_the_commit_that_was_pulled(tmp_path, monkeypatch):
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     commit = "0123456789abcdef0123456789abcdef01234567"
-    assert pinned("owner/model") is None
-    assert pin("owner/model", tmp_path / commit) == commit
-    assert pin("owner/other", tmp_path / "no-commit") is None
-    assert (pinned("owner/model"), pinned("owner/other")) == (commit, None)
+    assert get_pinned_commit("owner/model") is None
+    assert pin_commit("owner/model", tmp_path / commit) == commit
+    assert pin_commit("owner/other", tmp_path / "no-commit") is None
+    assert (get_pinned_commit("owner/model"), get_pinned_commit("owner/other")) == (commit, None)
 
 
 def test_pins_of_concurrent_pulls_are_all_stored(tmp_path, monkeypatch):
@@ -286,8 +286,8 @@ def test_pins_of_concurrent_pulls_are_all_stored(tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     names = [f"owner/model-{number}" for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: pin(name, tmp_path / commit), names))
-    assert [pinned(name) for name in names] == [commit] * len(names)
+        list(pool.map(lambda name: pin_commit(name, tmp_path / commit), names))
+    assert [get_pinned_commit(name) for name in names] == [commit] * len(names)
 
 
 def test_cards_pin_whole_commits_and_drop_them_for_other_weights(lm_folder):

@@ -9,8 +9,8 @@ from sca.checkpoints.native import save
 from sca.io.errors import InputError
 from sca.io.hub import suggest_path
 from sca.io.images import open_image
-from sca.io.prompt_files import read_prompts
-from sca.io.prompts import read_mask
+from sca.io.prompt_files import read_region_prompts
+from sca.io.prompts import read_mask_file
 from sca.language_models.hf import HfLanguageModel
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
@@ -56,10 +56,10 @@ def test_checkpoint_of_pointers_is_refused_with_the_remedy(small, tmp_path):
     ("name", "read", "refusal"),
     [
         ("a.png", open_image, InputError),
-        ("a.png", read_mask, InputError),
-        ("a.npy", read_mask, InputError),
-        ("a.json", read_prompts, InputError),
-        ("a.jsonl", read_prompts, InputError),
+        ("a.png", read_mask_file, InputError),
+        ("a.npy", read_mask_file, InputError),
+        ("a.json", read_region_prompts, InputError),
+        ("a.jsonl", read_region_prompts, InputError),
     ],
 )
 def test_file_of_a_user_that_is_a_pointer_is_refused_with_the_remedy(tmp_path, name, read, refusal):

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from sca.data.export import export
+from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 
 
 @pytest.fixture
 def root(tmp_path):
-    return export({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
+    return export_dataset({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
 
 
 def test_the_command_tells_them_and_what_was_left_out(root, shell):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sca.io.text import UNSAFE
+from sca.io.text import UNSAFE_PATTERN
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eevil\nsca: all good [bold]x[/bold]"
 NAME = HOSTILE.replace("/", "")  # of a file
@@ -19,7 +19,7 @@ def safe(shell):
         result = shell(*arguments)
         assert result.status == status, result
         printed = [*result.out.split("\n"), *result.err]
-        assert not [line for line in printed if UNSAFE.search(line)]
+        assert not [line for line in printed if UNSAFE_PATTERN.search(line)]
         assert not [line for line in printed if line.startswith("sca: all good")]
         assert "Traceback" not in "".join(printed)
         return result.out + "\n".join(result.err)

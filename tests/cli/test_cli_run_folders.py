@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from sca.io.run_folder import MARKER, RunFolder
+from sca.io.run_folder import MARKER_FILE, RunFolder
 
 BOX = ("--box", "4,4,40,40")
 
@@ -191,8 +191,8 @@ def test_caption_interrupted_while_it_repeats_leaves_the_finished_files(captione
         patch.setattr(CaptionJournal, "add", end)
         assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 130
     after = content(here / "out")
-    assert {name: after[name] for name in before if name != MARKER} == {
-        name: text for name, text in before.items() if name != MARKER
+    assert {name: after[name] for name in before if name != MARKER_FILE} == {
+        name: text for name, text in before.items() if name != MARKER_FILE
     }
 
 

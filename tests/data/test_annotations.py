@@ -10,9 +10,9 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.spec import Part
 
-from sca.data.annotations import Annotations
-from sca.data.own import recognised
-from sca.io.masks import decode
+from sca.data.annotations import LabelingToolDataset
+from sca.data.own import detect_data_source
+from sca.io.masks import decode_rle
 
 WIDTH, HEIGHT = 40, 30
 HEAD = {"original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0, "to_name": "image"}
@@ -59,11 +59,11 @@ def test_label_studio_export_is_a_dataset(folder):
     (folder / "export.json").write_text(
         json.dumps([first, second, damaged, task("empty.png"), task("none.png", *box("f", "cat"))])
     )
-    dataset = Annotations("train", file=folder / "export.json")
+    dataset = LabelingToolDataset("train", file=folder / "export.json")
     one, two, three = dataset
     cat, dog = one.regions
     assert (cat.name, cat.phrases, cat.mask, cat.box) == ("cat", ("a cat", "asleep"), None, (10, 15, 30, 21))
-    assert (dog.name, dog.phrases, decode(dog.mask).shape) == ("dog", (), (HEIGHT, WIDTH))
+    assert (dog.name, dog.phrases, decode_rle(dog.mask).shape) == ("dog", (), (HEIGHT, WIDTH))
     assert [region.id for region in (*two.regions, *three.regions)] == [3, 4]
     assert dataset.attributes == {"name": ("cat", "dog", "eye")}
     assert dataset.skipped == {
@@ -80,32 +80,32 @@ def test_label_studio_export_is_a_dataset(folder):
 def test_labelme_folder_is_a_dataset(folder):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]], description=" a cat "), shape("x", [[1, 1]], "point"))
     write_labelme(folder, "1", shape("dog", [[5, 5], [20, 5], [20, 20]], "polygon"), {"label": 3})
-    dataset = Annotations("train", file=folder)
+    dataset = LabelingToolDataset("train", file=folder)
     one, two = dataset
     assert [(region.name, region.phrases, region.box) for region in one.regions] == [
         ("cat", ("a cat",), (5, 5, 20, 20))
     ]
-    assert decode(two.regions[0].mask)[10, 15]
+    assert decode_rle(two.regions[0].mask)[10, 15]
     assert dataset.skipped == {"region without a box or mask": 1, "unusable region": 1}
 
 
 def test_labelme_image_inside_the_file_is_used_where_the_image_is_missing(folder):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]))
-    whole = Annotations("train", file=folder)[0]
+    whole = LabelingToolDataset("train", file=folder)[0]
     content = io.BytesIO((folder / "0.png").read_bytes())
     (folder / "0.png").unlink()
     inside = base64.b64encode(content.getvalue()).decode()
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]), imageData=inside)
-    assert Annotations("train", file=folder)[0].image.tobytes() == whole.image.tobytes()
+    assert LabelingToolDataset("train", file=folder)[0].image.tobytes() == whole.image.tobytes()
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]), imageData="QUJD")
-    dataset = Annotations("train", file=folder)
+    dataset = LabelingToolDataset("train", file=folder)
     assert list(dataset) == []
     assert dataset.skipped == {"image unreadable": 1}
 
 
 def test_image_of_another_size_is_counted(folder):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]), imageWidth=HEIGHT, imageHeight=WIDTH)
-    dataset = Annotations("train", file=folder)
+    dataset = LabelingToolDataset("train", file=folder)
     assert list(dataset) == []
     assert dataset.skipped == {"image of another size": 1}
 
@@ -127,7 +127,7 @@ def test_files_of_labeling_tools_are_recognised_and_split(folder, write):
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / f"{number}.png")
     file = write(folder)
     for path in {file, folder}:
-        table = recognised(path)
+        table = detect_data_source(path)
         options = {key: value for key, value in table.items() if key not in ("names", "augment")}
         part = Part.from_dict(options, "dataset")
         ids = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
@@ -137,28 +137,28 @@ def test_files_of_labeling_tools_are_recognised_and_split(folder, write):
 
 def test_single_labelme_file_and_single_task_are_recognised(folder):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]))
-    assert recognised(folder / "0.json")["name"] == "annotations"
+    assert detect_data_source(folder / "0.json")["name"] == "annotations"
     (folder / "task.json").write_text(json.dumps({"annotations": [], "data": {"image": "0.png"}}))
-    assert recognised(folder / "task.json")["name"] == "annotations"
+    assert detect_data_source(folder / "task.json")["name"] == "annotations"
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "."])
 def test_missing_file_is_named(folder, name):
     with pytest.raises(ValueError, match=r"is neither a \.json file nor a folder of LabelMe files"):
-        Annotations("train", file=folder / name)
+        LabelingToolDataset("train", file=folder / name)
 
 
 def test_annotations_dataset_passes_conformance(folder, conformance):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]), shape("dog", [[5, 5], [20, 5], [20, 20]], "polygon"))
     write_labelme(folder, "1", shape("dog", [[5, 5], [60, 20]]))
-    conformance("dataset", Annotations, file=str(folder))
+    conformance("dataset", LabelingToolDataset, file=str(folder))
 
 
 def test_labelme_without_a_recorded_size_judges_boxes_by_the_present_image(folder):
     write_labelme(folder, "0", shape("cat", [[5, 5], [150, 29]]), imageWidth=None, imageHeight=None)
     for size in ((148, 60), (200, 100)):
         Image.new("RGB", size).save(folder / "0.png")
-        (sample,) = Annotations("train", file=folder)
+        (sample,) = LabelingToolDataset("train", file=folder)
         assert sample.image.size == size
     assert sample.regions[0].box == (5, 5, 150, 29)
 
@@ -168,5 +168,5 @@ def test_label_studio_without_a_recorded_size_measures_the_image(folder):
     (folder / "export.json").write_text(json.dumps([task("0.png", *results)]))
     for scale in (1, 3):
         Image.new("RGB", (WIDTH * scale, HEIGHT * scale)).save(folder / "0.png")
-        (sample,) = Annotations("train", file=folder / "export.json")
+        (sample,) = LabelingToolDataset("train", file=folder / "export.json")
         assert sample.regions[0].box == pytest.approx((10 * scale, 15 * scale, 30 * scale, 21 * scale))

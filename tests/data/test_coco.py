@@ -13,7 +13,7 @@ from sca.data.coco import Coco
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError
-from sca.io.prompt_files import read_prompts
+from sca.io.prompt_files import read_region_prompts
 from sca.output.read import read_captions
 
 WIDTH, HEIGHT = 40, 30
@@ -149,14 +149,14 @@ def test_bad_pictures_are_passed_over_when_found(written):
 def test_regions_of_a_resized_image_are_scaled_to_it(written, factor):
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[4:16, 8:20] = True
-    root = written(content(annotation(1, bbox=[8, 4, 12, 12], segmentation=masks.encode(mask))))
+    root = written(content(annotation(1, bbox=[8, 4, 12, 12], segmentation=masks.encode_rle(mask))))
     size = round(WIDTH * factor), round(HEIGHT * factor)
     Image.new("RGB", size).save(root / "val" / "a.png")
     (sample,) = dataset = Coco("val", root=root)
     (region,) = sample.regions
     assert sample.image.size == size
     assert region.box == pytest.approx([value * factor for value in (8, 4, 20, 16)])
-    assert masks.box_of(region.mask) == pytest.approx(region.box, abs=0.5)
+    assert masks.mask_to_box(region.mask) == pytest.approx(region.box, abs=0.5)
     assert not dataset.skipped
 
 
@@ -314,7 +314,7 @@ def test_coco_readers_agree_on_a_region(written, record, box):
 
 def _read_prompts(path):
     try:
-        return [prompt for prompts in read_prompts(path).values() for prompt in prompts]
+        return [prompt for prompts in read_region_prompts(path).values() for prompt in prompts]
     except InputError:
         return []
 

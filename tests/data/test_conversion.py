@@ -55,7 +55,7 @@ def write(tmp_path):
 @pytest.fixture
 def conversions(monkeypatch):
     """A list with an entry for each time that source files were read."""
-    found, entries = [], Coco._entries
+    found, entries = [], Coco._iter_entries
     monkeypatch.setattr(Coco, "_entries", lambda self, bars: found.append(self) or entries(self, bars))
     return found
 
@@ -195,7 +195,7 @@ def test_a_conversion_that_is_killed_goes_on_where_it_was(write, tmp_path, cache
     whole = Coco("val", root=root)
     shutil.rmtree(cache)
     killed_after(root, tmp_path / "log", entries)
-    converted, record = [], Coco._record
+    converted, record = [], Coco._build_row
     monkeypatch.setattr(Coco, "_record", lambda self, entry: converted.append(entry) or record(self, entry))
     resumed = Coco("val", root=root)
     assert len(converted) == 7 - entries // 2 * 2
@@ -217,7 +217,7 @@ def test_a_beginning_is_worth_nothing_when_its_missing_pictures_are_there(write,
 
 def test_an_interrupt_keeps_what_is_done_and_a_mistake_does_not(write, cache, monkeypatch):
     monkeypatch.setattr("sca.data.conversion.SHARD", 2)
-    root, record = write(), Coco._record
+    root, record = write(), Coco._build_row
     for error, kept in ((KeyboardInterrupt, 1), (RuntimeError, 0)):
 
         def stop(self, entry, error=error):

@@ -43,7 +43,7 @@ def square():
 
 
 def test_everything_is_read_as_it_was_written(write):
-    code = masks.encode(square())
+    code = masks.encode_rle(square())
     polygon = [[3, 4, 9, 4, 9, 12, 3, 12]]
     file = write(
         line(name="dog", mask=code, attributes={"age": 3, "at": [1, 2]}),
@@ -72,13 +72,13 @@ def test_ids_that_are_given_are_kept(write):
 
 
 def test_it_keeps_the_promises_of_a_dataset(write):
-    file = write(line(mask=masks.encode(square())), line(image="photos/2.png"))
+    file = write(line(mask=masks.encode_rle(square())), line(image="photos/2.png"))
     findings = check_part("dataset", "jsonl", split="val", file=str(file))
     assert [finding for finding in findings if not finding.passed] == []
 
 
 def test_what_sca_caption_writes_is_read_as_it_is(write, tmp_path, monkeypatch):
-    code = masks.encode(square())
+    code = masks.encode_rle(square())
     write()
     output = Output(tmp_path / "out.jsonl", model="tiny")
     for number in (1, 2):

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from sca_registry import datasets
 
-from sca.data.export import export
+from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
-from sca.io.masks import box_of, encode
+from sca.io.masks import mask_to_box, encode_rle
 
 SPLITS = {"train": Scenes("train", count=5, size=64)}
 LAYOUTS = {  # by the name of the reader: the format, and the file that messages name
@@ -29,7 +29,7 @@ every_layout = pytest.mark.parametrize("name", LAYOUTS)
 def written(tmp_path, name):
     """A folder in the layout, and its file."""
     format, file = LAYOUTS[name]
-    root = export(SPLITS, tmp_path / "root", format)
+    root = export_dataset(SPLITS, tmp_path / "root", format)
     first = sorted(int(path.stem[3:]) for path in root.glob("sa_*.jpg")) or [""]
     return root, root / file.format(first=first[0])
 
@@ -96,11 +96,11 @@ def a_mask(root, across, down, **given):
     """SA-1B with one picture of 30 x 20 pixels and one mask that fills these of them; its box as it is published."""
     mask = np.zeros((20, 30), bool)
     mask[down, across] = True
-    x1, y1, x2, y2 = box_of(encode(mask))
+    x1, y1, x2, y2 = mask_to_box(encode_rle(mask))
     annotation = {
         "id": 7,
         "bbox": [x1, y1, x2 - 1 - x1, y2 - 1 - y1],
-        "segmentation": encode(mask),
+        "segmentation": encode_rle(mask),
         "caption": "a pole",
     }
     image = {"image_id": 3, "width": 30, "height": 20, "file_name": "sa_3.jpg"}
@@ -114,15 +114,15 @@ def a_mask(root, across, down, **given):
 def test_a_published_box_ends_on_the_last_pixel_and_ours_behind_it(tmp_path, across):
     dataset = a_mask(tmp_path / "sa", across, slice(3, 10))
     (region,) = dataset[0].regions
-    assert region.box == box_of(region.mask) == (across.start, 3, across.stop, 10)
+    assert region.box == mask_to_box(region.mask) == (across.start, 3, across.stop, 10)
     assert not dataset.skipped
-    root = export({"train": dataset}, tmp_path / "again", "sa1b")
+    root = export_dataset({"train": dataset}, tmp_path / "again", "sa1b")
     content = json.loads((root / "sa_3.json").read_text())
     assert content["annotations"][0]["bbox"] == [across.start, 3, across.stop - across.start - 1, 6]
 
 
 def test_a_mask_of_sa1b_without_a_pixel_is_counted(tmp_path):
-    empty = encode(np.zeros((20, 30), bool))
+    empty = encode_rle(np.zeros((20, 30), bool))
     assert a_mask(tmp_path / "sa", slice(2, 9), slice(3, 10), segmentation=empty).skipped == {
         "empty mask": 1,
         "image without regions": 1,

@@ -7,7 +7,7 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.spec import Part
 
-from sca.data.own import recognised
+from sca.data.own import detect_data_source
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def as_coco(folder):
 def test_one_file_is_enough_and_every_picture_is_in_one_split(pictures, write):
     write(pictures)
     for place in (pictures, next(pictures.glob("mine.*"))):
-        table = recognised(place)
+        table = detect_data_source(place)
         table = {key: value for key, value in table.items() if key not in ("names", "augment")}
         part = Part.from_dict(table, "dataset")
         seen = {split: datasets.build(part.name, split, **part.options).image_ids for split in ("train", "val")}
@@ -52,7 +52,7 @@ def test_a_split_counts_only_what_is_left_out_of_its_own_pictures(pictures, writ
     write(pictures)
     (file,) = pictures.glob("mine.*")
     file.write_text(file.read_text().replace("[0, 0, 4, 4]", "[-1, 0, 4, 4]"))
-    table = {key: value for key, value in recognised(file).items() if key not in ("names", "augment")}
+    table = {key: value for key, value in detect_data_source(file).items() if key not in ("names", "augment")}
     part = Part.from_dict(table, "dataset")
     for split in ("train", "val"):
         dataset = datasets.build(part.name, split, **part.options)
@@ -62,21 +62,21 @@ def test_a_split_counts_only_what_is_left_out_of_its_own_pictures(pictures, writ
 def test_splits_that_are_there_are_taken(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train.json").touch()
-    assert recognised(tmp_path)["root"] == str(tmp_path)
+    assert detect_data_source(tmp_path)["root"] == str(tmp_path)
 
 
 def test_what_cannot_be_recognised_is_told(tmp_path):
     with pytest.raises(ValueError, match="there is no such file or folder"):
-        recognised(tmp_path / "nothing")
+        detect_data_source(tmp_path / "nothing")
     with pytest.raises(ValueError, match="and it has none"):
-        recognised(tmp_path)
+        detect_data_source(tmp_path)
     for name in ("a.json", "b.json"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"and it has a\.json, b\.json"):
-        recognised(tmp_path)
+        detect_data_source(tmp_path)
     (tmp_path / "a.csv").touch()
     with pytest.raises(ValueError, match="a folder with one is wanted"):
-        recognised(tmp_path / "a.csv")
+        detect_data_source(tmp_path / "a.csv")
 
 
 def _export(folder, layout):
@@ -118,7 +118,7 @@ def _export(folder, layout):
 )
 def test_exports_of_labeling_tools_are_recognised(tmp_path, layout):
     _export(tmp_path, layout)
-    table = {key: value for key, value in recognised(tmp_path).items() if key not in ("names", "augment")}
+    table = {key: value for key, value in detect_data_source(tmp_path).items() if key not in ("names", "augment")}
     part = Part.from_dict(table, "dataset")
     train, val = (datasets.build(part.name, split, **part.options) for split in ("train", "val"))
     assert (train.skipped, val.skipped) == ({}, {})
@@ -133,7 +133,7 @@ def test_exports_of_labeling_tools_are_recognised(tmp_path, layout):
 def test_own_data_may_be_below_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     _export(tmp_path / "mine", {"result.json": ("images", "images/")})
-    assert recognised("~/mine")["annotations"] == str(tmp_path / "mine/result.json")
+    assert detect_data_source("~/mine")["annotations"] == str(tmp_path / "mine/result.json")
 
 
 @pytest.mark.parametrize("name", ["mine.ndjson", "mine.JSONL", "mine.JSON"])
@@ -143,6 +143,6 @@ def test_own_data_accepts_suffixes_that_other_readers_accept(pictures, name):
     (file,) = pictures.glob("mine.*")
     file.rename(pictures / name)
     for place in (pictures / name, pictures):
-        table = recognised(place)
+        table = detect_data_source(place)
         assert table["name"] == ("jsonl" if is_lines else "coco-json")
         assert table["file" if is_lines else "annotations"] == str(pictures / name)

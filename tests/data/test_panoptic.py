@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sca_registry import datasets
 
-from sca.io.masks import decode
+from sca.io.masks import decode_rle
 
 WIDTH, HEIGHT = 40, 30
 PUBLISHED = ["person", "wall-other-merged", "floor-wood", "door-stuff", "tree-merged", "traffic light"]
@@ -56,8 +56,8 @@ def test_a_segment_is_where_its_colour_is(write):
     assert (thing.id, thing.name, thing.attributes) == (1, "person", {"kind": "thing"})
     assert (stuff.id, stuff.name, stuff.attributes) == (2, "wall", {"kind": "stuff"})
     assert (thing.box, stuff.box) == ((0, 0, 20, HEIGHT), (20, 0, WIDTH, HEIGHT))
-    assert decode(thing.mask)[:, :20].all()
-    assert (decode(thing.mask) ^ decode(stuff.mask)).all()
+    assert decode_rle(thing.mask)[:, :20].all()
+    assert (decode_rle(thing.mask) ^ decode_rle(stuff.mask)).all()
     assert not dataset.skipped
 
 

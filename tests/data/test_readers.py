@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from sca_registry import datasets
 
-from sca.data.export import FORMATS, export
+from sca.data.export import EXPORT_WRITERS, export_dataset
 from sca.data.scenes import Scenes
 from sca.testing.conformance import check_part
 
@@ -98,7 +98,7 @@ class Written:
 
     def __init__(self, name, folder):
         self.name, self.layout = name, LAYOUTS[name]
-        self.root = export(SCENES, folder / "out", self.layout.format)
+        self.root = export_dataset(SCENES, folder / "out", self.layout.format)
         for refs in self.root.glob("refs*.p"):
             write(refs.with_suffix(".json"), pickle.loads(refs.read_bytes()))
             refs.unlink()
@@ -150,7 +150,7 @@ def spoken(dataset):
 
 
 def test_every_format_that_is_written_is_read_here():
-    assert {layout.format for layout in LAYOUTS.values()} == set(FORMATS)
+    assert {layout.format for layout in LAYOUTS.values()} == set(EXPORT_WRITERS)
 
 
 @each()

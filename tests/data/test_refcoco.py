@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from sca_registry import datasets
 
-from sca.data.export import export
+from sca.data.export import export_dataset
 from sca.data.refcoco import RefCoco
 from sca.data.scenes import Scenes
 from sca.testing.conformance import check_part
@@ -128,7 +128,7 @@ def test_it_keeps_the_promises_of_a_dataset(write):
 
 def test_what_was_exported_is_read_back(tmp_path):
     scenes = Scenes("val", count=3, size=SIDE)
-    again = RefCoco("val", root=export(scenes, tmp_path / "out", "refcoco"))
+    again = RefCoco("val", root=export_dataset(scenes, tmp_path / "out", "refcoco"))
     for one, other in zip(scenes, again, strict=True):
         assert [(r.box, r.mask, r.name, r.phrases) for r in one.regions] == [
             (r.box, r.mask, r.name, r.phrases) for r in other.regions

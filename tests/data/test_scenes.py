@@ -11,18 +11,18 @@ from pycocotools import mask as rle
 from sca_registry.contracts import Region
 
 from sca.data.scenes import (
-    COLOURS,
+    COLORS,
     DIAMETERS,
-    FORMS,
+    SHAPE_NAMES,
     RELATIONS,
-    SIZES,
-    SPLITS,
+    SIZE_NAMES,
+    DEFAULT_SPLIT_SIZES,
     TEXTURES,
-    VISIBLE,
+    MIN_VISIBLE_FRACTION,
     Scenes,
     Statement,
     parse_json_text,
-    relation_holds,
+    is_relation_true,
 )
 
 
@@ -48,7 +48,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
 
 
 def test_splits_are_drawn_from_streams_of_their_own_and_share_no_id():
-    parts = [list(Scenes(split, count=40)) for split in SPLITS]
+    parts = [list(Scenes(split, count=40)) for split in DEFAULT_SPLIT_SIZES]
     pixels = {sample.image.tobytes() for part in parts for sample in part}
     images = {sample.image_id for part in parts for sample in part}
     assert len(pixels) == len(images) == 3 * 40
@@ -57,7 +57,7 @@ def test_splits_are_drawn_from_streams_of_their_own_and_share_no_id():
 
 
 def test_each_split_has_its_usual_length_and_ends():
-    assert {split: len(Scenes(split)) for split in SPLITS} == {"train": 100_000, "val": 500, "test": 500}
+    assert {split: len(Scenes(split)) for split in DEFAULT_SPLIT_SIZES} == {"train": 100_000, "val": 500, "test": 500}
     with pytest.raises(IndexError, match="scene 2 of 2"):
         Scenes("val", count=2)[2]
     with pytest.raises(IndexError):
@@ -99,14 +99,14 @@ def test_masks_share_no_pixel(samples):
 def test_two_to_five_shapes_stay_in_sight_and_some_overlap(samples, regions):
     assert {len(sample.regions) for sample in samples} == {2, 3, 4, 5}
     shares = np.array([region.attributes["visible"] for region in regions])
-    assert shares.min() >= VISIBLE
+    assert shares.min() >= MIN_VISIBLE_FRACTION
     assert 0.1 < (shares < 1).mean() < 0.3  # those on top are touched by as many overlaps again
     for region in regions:
         assert 4 < min(region.attributes["centre"]) <= max(region.attributes["centre"]) < 124
 
 
 def test_every_attribute_takes_every_value_about_as_often_as_it_should(regions):
-    for name, values in {"colour": COLOURS, "form": FORMS, "size": SIZES, "texture": TEXTURES}.items():
+    for name, values in {"colour": COLORS, "form": SHAPE_NAMES, "size": SIZE_NAMES, "texture": TEXTURES}.items():
         assert Scenes.attributes[name] == values
         counts = [sum(region.attributes[name] == value for region in regions) for value in values]
         assert sum(counts) == len(regions)
@@ -138,12 +138,12 @@ def test_every_phrase_parses_back_to_the_truth_and_every_relation_holds(samples)
             assert first == truth
             for statement in related:
                 assert statement[:4] == truth[:4]
-                assert relation_holds(statement, region, sample.regions)
+                assert is_relation_true(statement, region, sample.regions)
                 stated.add(statement.relation)
     assert stated == set(RELATIONS)
 
 
-WORDS = SIZES, TEXTURES, COLOURS, FORMS, RELATIONS, COLOURS, FORMS
+WORDS = SIZE_NAMES, TEXTURES, COLORS, SHAPE_NAMES, RELATIONS, COLORS, SHAPE_NAMES
 SAID = st.tuples(*map(st.sampled_from, WORDS)) | st.tuples(*map(st.sampled_from, WORDS[:4]), *[st.none()] * 3)
 
 
@@ -182,7 +182,7 @@ def at(identity, x, y, colour="red", form="star"):
 def test_a_relation_is_judged_by_the_larger_difference_to_a_shape_named_in_full(text, true):
     star = at(1, 50, 50)
     others = [star, at(2, 80, 75, "blue"), at(3, 40, 90, "green")]
-    assert relation_holds(parse_json_text(text), star, others) is true
+    assert is_relation_true(parse_json_text(text), star, others) is true
 
 
 def test_drawing_needs_no_torch():

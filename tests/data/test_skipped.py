@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sca.data.coco import Coco, CocoJson
-from sca.data.conversion import BAD_IMAGE, BAD_REGION
+from sca.data.conversion import UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON
 from sca.data.fields import EmptyDatasetError
 from sca.data.jsonl import Jsonl
 from sca.data.own import choose_split
-from sca.data.summary import check_not_empty, summarize_dataset
+from sca.data.summary import check_dataset_not_empty, summarize_dataset
 
 SIDE = 32
 GOOD = "good"
@@ -78,8 +78,8 @@ def test_jsonl_loses_nothing_good_and_names_every_broken_line(folder, drawn):
     file.write_text("\n".join(lines))
     dataset = Jsonl("train", file)
     assert regions(dataset) == good
-    assert dataset.skipped[BAD_REGION] == len(bad)
-    named = " ".join(dataset.examples.get(BAD_REGION, ()))
+    assert dataset.skipped[UNUSABLE_REGION_REASON] == len(bad)
+    named = " ".join(dataset.examples.get(UNUSABLE_REGION_REASON, ()))
     assert sum(f"{place} " in named or f"{place}:" in named for place in bad) >= min(len(bad), 5)
     assert (f"{len(bad)} unusable region" in summarize_dataset(dataset)) == bool(bad)
     if bad:
@@ -106,8 +106,8 @@ def test_coco_loses_nothing_good_and_names_every_broken_annotation(folder, drawn
     (folder / "all.json").write_text(json.dumps(content))
     dataset = Coco("train", annotations=folder / "all.json", images=folder)
     assert regions(dataset) == good
-    assert dataset.skipped[BAD_REGION] == len(bad)
-    named = " ".join(dataset.examples.get(BAD_REGION, ()))
+    assert dataset.skipped[UNUSABLE_REGION_REASON] == len(bad)
+    named = " ".join(dataset.examples.get(UNUSABLE_REGION_REASON, ()))
     assert sum(place in named for place in bad) >= min(len(bad), 5)
 
 
@@ -136,7 +136,7 @@ def test_an_image_record_that_is_broken_costs_that_image(folder):
     images = [{"id": 0, "file_name": "0.png"}, {"id": 1, "file_name": "1.png", "width": SIDE, "height": SIDE}]
     dataset = coco(folder, [{}, {}], images=images)
     assert dataset.image_ids == [1]
-    assert dataset.skipped == {BAD_IMAGE: 1}
+    assert dataset.skipped == {UNUSABLE_IMAGE_REASON: 1}
     assert "images[0] (id 0): no 'width'" in summarize_dataset(dataset)
 
 
@@ -179,7 +179,7 @@ def test_empty_dataset_error_names_missing_images_and_folder(folder):
     images = [{"id": n, "file_name": f"gone{n}.png", "width": SIDE, "height": SIDE} for n in range(2)]
     dataset = coco(folder, [{}, {}], images=images)
     with pytest.raises(EmptyDatasetError) as caught:
-        check_not_empty(dataset, "data.own (train)")
+        check_dataset_not_empty(dataset, "data.own (train)")
     assert str(caught.value) == (
         f"data.own (train) has no image that can be used: 2 images missing: gone0.png, gone1.png (looked in {folder})"
     )

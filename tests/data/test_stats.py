@@ -5,14 +5,14 @@ import json
 import pytest
 from sca_registry import datasets
 
-from sca.data.export import export
+from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
-from sca.data.stats import stats
+from sca.data.stats import compute_dataset_stats
 
 
 @pytest.fixture
 def root(tmp_path):
-    return export({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
+    return export_dataset({"val": Scenes("val", count=6, size=64)}, tmp_path / "root", "coco")
 
 
 def test_numbers_are_those_of_the_samples_and_no_picture_is_opened(root):
@@ -21,7 +21,7 @@ def test_numbers_are_those_of_the_samples_and_no_picture_is_opened(root):
     dataset = datasets.build("coco", "val", root=root)
     for picture in root.rglob("*.png"):
         picture.write_bytes(b"")
-    for found in (stats(scenes), stats(dataset)):
+    for found in (compute_dataset_stats(scenes), compute_dataset_stats(dataset)):
         assert found["images"] == 6
         assert found["regions"] == found["regions_with_mask"] == len(regions)
         assert found["phrases"] == sum(len(region.phrases) for region in regions)

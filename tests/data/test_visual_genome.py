@@ -8,7 +8,7 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.contracts import Region
 
-from sca.data.export import export
+from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.data.visual_genome import VisualGenome
 from sca.testing.conformance import check_part
@@ -68,7 +68,7 @@ def test_it_keeps_the_promises_of_a_dataset(write):
 
 def test_what_was_exported_is_read_back(tmp_path):
     scenes = Scenes("val", count=3, size=SIDE)
-    again = VisualGenome("val", root=export(scenes, tmp_path / "out", "vg"))
+    again = VisualGenome("val", root=export_dataset(scenes, tmp_path / "out", "vg"))
     for one, other in zip(scenes, again, strict=True):
         told = [(phrase, region.box) for region in one.regions for phrase in region.phrases]
         assert told == [(*region.phrases, region.box) for region in other.regions]

@@ -26,7 +26,7 @@ def write(folder, name, images, regions, words):
                 mask[region : region + 9, region : region + 9] = True
                 line = {"image": str(path), "width": 64, "height": 48, "region": region, "prompt": {}}
                 line |= {"caption": words(image, region), "score": region / regions, "iou": None, "model": name}
-                file.write(json.dumps({**line, "box": masks.box_of(mask), "mask": masks.encode(mask)}) + "\n")
+                file.write(json.dumps({**line, "box": masks.mask_to_box(mask), "mask": masks.encode_rle(mask)}) + "\n")
     return str(folder / name)
 
 
@@ -98,9 +98,9 @@ def show(browser, tmp_path):
 
 
 def make_caption(text, region, mask=None, box=None, points=()):
-    code = None if mask is None else masks.encode(mask)
+    code = None if mask is None else masks.encode_rle(mask)
     prompt = Prompt(box=box, points=points)
-    return Caption(text, 0.5, box if mask is None else masks.box_of(mask), code, 0.75, prompt, region)
+    return Caption(text, 0.5, box if mask is None else masks.mask_to_box(mask), code, 0.75, prompt, region)
 
 
 def squares(count, side=60):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sca_registry.contracts import Caption
 
-from sca.io.masks import encode
+from sca.io.masks import encode_rle
 
 BOX = [0.0, 0.0, 2.0, 2.0]
 
@@ -39,7 +39,7 @@ def rectangle():
     def make(x1, y1, x2, y2, width=10, height=8):
         mask = np.zeros((height, width), bool)
         mask[y1:y2, x1:x2] = True
-        return encode(mask)
+        return encode_rle(mask)
 
     return make
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from sca_registry.contracts import MetricOutput
 
 import sca
-from sca.data.scenes import COLOURS, FORMS, Scenes
+from sca.data.scenes import COLORS, SHAPE_NAMES, Scenes
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 
@@ -63,10 +63,10 @@ def test_who_answers_for_another_region_of_the_dataset_scores_about_chance(scene
         return other.phrases[-1] if task == "caption" else other.name
 
     values = shares(evaluate(teller(scenes, shuffled), scenes, metrics=DRAWN))
-    assert values["attributes/colour"] == pytest.approx(1 / len(COLOURS), abs=0.1)
-    assert values["attributes/form"] == pytest.approx(1 / len(FORMS), abs=0.1)
+    assert values["attributes/colour"] == pytest.approx(1 / len(COLORS), abs=0.1)
+    assert values["attributes/form"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
     assert values["attributes/all"] < 0.05
-    assert values["class/count"] == pytest.approx(1 / len(FORMS), abs=0.1)
+    assert values["class/count"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
     assert values["relations/right"] < 0.15
     assert 0.2 < values["region-sensitivity/caption"] < 0.5
     assert values["region-sensitivity/recognition"] < 0.3

@@ -9,7 +9,7 @@ import sca_registry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sca.data.scenes import COLOURS, FORMS, SIZES, TEXTURES
+from sca.data.scenes import COLORS, SHAPE_NAMES, SIZE_NAMES, TEXTURES
 from sca.evaluation.records import describe_missing_needs, meets_need
 
 NAMES = ("attributes", "class", "mask-iou", "region-sensitivity", "relations")
@@ -215,9 +215,9 @@ def test_recognition_is_compared_by_name_and_apart_from_captions(make_record):
 
 facts = st.fixed_dictionaries(
     {
-        "colour": st.sampled_from(COLOURS[:3]),
-        "form": st.sampled_from(FORMS[:3]),
-        "size": st.sampled_from(SIZES),
+        "colour": st.sampled_from(COLORS[:3]),
+        "form": st.sampled_from(SHAPE_NAMES[:3]),
+        "size": st.sampled_from(SIZE_NAMES),
         "texture": st.sampled_from(TEXTURES),
     }
 )

@@ -12,7 +12,7 @@ from sca_registry.spec import EverythingOptions
 import sca
 from sca.inference.generation import GENERATION_OPTIONS
 from sca.io.errors import InputError
-from sca.io.masks import encode
+from sca.io.masks import encode_rle
 from sca.language_models.usage import count_tokens
 
 BOX = (4, 4, 40, 40)
@@ -40,7 +40,7 @@ def idle(predictor, monkeypatch):
 def test_predict_takes_masks_as_arrays_and_rles_after_boxes_and_points(predictor, scene):
     inside = np.zeros((scene.image.height, scene.image.width), bool)
     inside[10:40, 20:60] = True
-    captions = predictor.predict(masks=[inside, encode(inside)], boxes=np.array([BOX]), points=[(9, 9)])
+    captions = predictor.predict(masks=[inside, encode_rle(inside)], boxes=np.array([BOX]), points=[(9, 9)])
     assert [caption.region for caption in captions] == [0, 1, 2, 3]
     assert captions[0].prompt.box == BOX
     assert captions[1].prompt.points == ((9, 9, 1),)
@@ -53,7 +53,7 @@ def test_caption_array_is_the_mask(predictor, scene):
     (caption,) = predictor.predict(boxes=[BOX])
     assert caption.array.shape == (scene.image.height, scene.image.width)
     assert caption.array.dtype == bool
-    assert encode(caption.array) == caption.mask
+    assert encode_rle(caption.array) == caption.mask
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sca.inference import automatic
 from sca.inference.automatic import caption_everything, find_everything, search_everything
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
-from sca.io.masks import box_of, decode
+from sca.io.masks import mask_to_box, decode_rle
 from sca.proposers.grid import PointGrid
 
 
@@ -47,7 +47,7 @@ def counted(small, monkeypatch):
 def mixed(scene):
     """Prompts of every kind, in no order."""
     first, second, third, *_ = scene.regions
-    (x1, y1, x2, y2), mask = third.box, decode(first.mask)
+    (x1, y1, x2, y2), mask = third.box, decode_rle(first.mask)
     return [
         Prompt(box=first.box),
         Prompt(points=((x1 + 2, y1 + 2, 1),)),
@@ -62,7 +62,7 @@ def mixed(scene):
 def alike(one, other):
     """The same answer, but for the last bits of numbers that were added in another order."""
     close = one.score == pytest.approx(other.score, rel=1e-4) and one.iou == pytest.approx(other.iou, abs=1e-4)
-    differs = (decode(one.mask) != decode(other.mask)).mean()
+    differs = (decode_rle(one.mask) != decode_rle(other.mask)).mean()
     asked = (one.prompt.box, one.prompt.points) == (other.prompt.box, other.prompt.points)
     return close and one.text == other.text and asked and differs < 0.01
 
@@ -134,7 +134,7 @@ def test_all_candidates_for_a_mask_can_be_had_or_the_single_one(counted, scene):
     assert "generate" not in calls
     for masks, caption in zip(three, predictor.predict(prompts), strict=True):
         assert [mask.iou for mask in masks] == sorted((mask.iou for mask in masks), reverse=True)
-        assert (decode(masks[0].mask) != decode(caption.mask)).mean() < 0.01  # logits close to zero fall either way
+        assert (decode_rle(masks[0].mask) != decode_rle(caption.mask)).mean() < 0.01  # logits close to zero fall either way
         assert masks[0].iou == pytest.approx(caption.iou)
 
 
@@ -161,7 +161,7 @@ def test_an_answer_is_in_the_images_own_pixels(counted, scene):
     assert by_box.mask["size"] == [scene.image.height, scene.image.width]
     assert 0 < by_box.score <= 1
     assert 0 <= by_box.iou <= 1
-    assert by_point.box == box_of(by_point.mask)
+    assert by_point.box == mask_to_box(by_point.mask)
     assert by_point.prompt == Prompt(points=((50.0, 50.0, 1),))
 
 
@@ -240,7 +240,7 @@ def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(
     assert len(captions) > 9
     assert [caption.predicted_iou for caption in captions] == sorted((caption.predicted_iou for caption in captions), reverse=True)
     for caption in captions:
-        assert caption.box == caption.prompt.box == box_of(caption.mask)
+        assert caption.box == caption.prompt.box == mask_to_box(caption.mask)
     asked = predictor.predict([caption.prompt for caption in captions])
     assert [caption.text for caption in captions] == [caption.text for caption in asked]
 
@@ -293,7 +293,7 @@ def test_what_is_found_is_captioned_from_what_one_wants(counted, scene, kind, bo
     assert found
     for caption in found:
         assert ((caption.prompt.box is not None), len(caption.prompt.points)) == (box, points)
-        assert caption.box == box_of(caption.mask)
+        assert caption.box == mask_to_box(caption.mask)
         for x, y, label in caption.prompt.points:
             assert 0 <= x < scene.image.width
             assert 0 <= y < scene.image.height
@@ -338,7 +338,7 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     truth = np.zeros((128, 192), bool)
     truth[52:60, 100:116] = truth[4:12, 6:14] = True
     for each in search:
-        assert (decode(each.mask) & truth).sum() > 0.7 * decode(each.mask).sum()
+        assert (decode_rle(each.mask) & truth).sum() > 0.7 * decode_rle(each.mask).sum()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 70), (300, 9), (1, 1)])
@@ -352,7 +352,7 @@ def test_proposals_take_the_place_of_the_grid(counted, scene):
     predictor, calls = counted()
     predictor.set_image(scene.image)
     boxes = [Prompt(box=region.box) for region in scene.regions]
-    mask = Prompt(mask=decode(scene.regions[0].mask))
+    mask = Prompt(mask=decode_rle(scene.regions[0].mask))
     given = Proposals((*boxes, mask), (1.0,) * (len(boxes) + 1), (None,) * (len(boxes) + 1))
     captions = caption_everything(predictor, options=ALL, proposals=given)
     assert [caption.prompt for caption in captions] == [*boxes, mask]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sca.cli import run_command
 from sca.data.scenes import Scenes
-from sca.io.run_folder import LOCK
+from sca.io.run_folder import LOCK_FILE
 from sca.training.recipe import Recipe  # noqa: F401 (imported before forking)
 from sca.training.train import train  # noqa: F401
 
@@ -197,7 +197,7 @@ def try_kind(kind, *counts):
     for way, count in zip(("kills", "disks", "tails", "pairs"), counts, strict=True):
         if count and (way != "tails" or kind in JOURNALS):
             getattr(chaos, way)(count)
-    assert not list(Path().rglob(LOCK))
+    assert not list(Path().rglob(LOCK_FILE))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.coco import bound_segmentation, read_annotation, read_box, read_mask
+from sca.io.annotations.coco import compute_segmentation_box, read_annotation, parse_bbox, parse_segmentation
 from sca.io.errors import InputError
 
 SIZE = 40, 20
@@ -16,13 +16,13 @@ SQUARE = [5, 5, 9, 5, 9, 9, 5, 9]
 
 def read(label="cat", **record):
     skip = SkipCounter()
-    return read_annotation(record, "a.json, annotations[0]", SIZE, label, skip), dict(skip.skipped)
+    return read_annotation(record, "a.json, annotations[0]", SIZE, label, skip), dict(skip.counts)
 
 
 def test_polygons_are_one_mask_with_the_annotations_words():
     found, counted = read(bbox=[5, 5, 20, 4], segmentation=[SQUARE, [20, 5, 25, 5, 25, 9]], caption=["a", "b"])
     assert (found.box, found.texts, counted) == ((5, 5, 25, 9), ("a", "b"), {})
-    inside = masks.decode(found.mask)
+    inside = masks.decode_rle(found.mask)
     assert inside[5:9, 5:9].all()
     assert inside[:, 20:].any()
     assert read(bbox=[5, 5, 20, 4])[0].texts == ("cat",)
@@ -38,7 +38,7 @@ def test_rle_of_either_kind_keeps_its_holes():
     inside = np.zeros(SIZE[::-1], bool)
     inside[5:15, 5:15] = True
     inside[8:12, 8:12] = False
-    code = masks.encode(inside)
+    code = masks.encode_rle(inside)
     flat = inside.ravel(order="F")
     ends = np.flatnonzero(np.diff(np.concatenate(([0], flat, [1 - flat[-1]]))))
     runs = {"size": [20, 40], "counts": np.diff(ends, prepend=0).tolist()}
@@ -59,7 +59,7 @@ def test_coco_reader_ignores_segmentation_with_isbox():
 )
 def test_what_is_not_kept_is_counted(record, reason):
     found, counted = read(**record)
-    assert (found.box, masks.area(found.mask), counted) == ((5, 5, 9, 9), 16, {reason: 1})
+    assert (found.box, masks.compute_mask_area(found.mask), counted) == ((5, 5, 9, 9), 16, {reason: 1})
 
 
 def test_thin_polygon_is_its_box_and_counted():
@@ -101,17 +101,17 @@ def test_polygons_are_filled_as_pycocotools_fills_them(polygons):
     coco = COCO()
     coco.imgs = {1: {"width": SIZE[0], "height": SIZE[1]}}
     expected = coco.annToMask({"image_id": 1, "segmentation": polygons}).astype(bool)
-    assert (masks.decode(read_mask(polygons, SIZE, pytest.fail)) == expected).all()
-    x1, y1, x2, y2 = bound_segmentation(polygons, pytest.fail)
+    assert (masks.decode_rle(parse_segmentation(polygons, SIZE, pytest.fail)) == expected).all()
+    x1, y1, x2, y2 = compute_segmentation_box(polygons, pytest.fail)
     assert (min(x1, x2), min(y1, y2)) == (x1, y1)
 
 
 @settings(deadline=None, max_examples=40)
 @given(inside=arrays.arrays(bool, SIZE[::-1]))
 def test_rle_is_read_exactly(inside):
-    code = masks.encode(inside)
-    assert read_mask(code, SIZE, pytest.fail) == code
-    box = bound_segmentation(code, pytest.fail)
-    assert box == masks.box_of(inside)
+    code = masks.encode_rle(inside)
+    assert parse_segmentation(code, SIZE, pytest.fail) == code
+    box = compute_segmentation_box(code, pytest.fail)
+    assert box == masks.mask_to_box(inside)
     if box:
-        assert read_box([box[0], box[1], box[2] - box[0], box[3] - box[1]], "a.json, 'bbox'") == box
+        assert parse_bbox([box[0], box[1], box[2] - box[0], box[3] - box[1]], "a.json, 'bbox'") == box

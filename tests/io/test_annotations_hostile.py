@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError
-from sca.io.prompt_files import read_prompts
+from sca.io.prompt_files import read_region_prompts
 from sca.output.read import read_captions
 
 HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
@@ -113,10 +113,10 @@ def read_boxes_of_captions(path, problems):
 
 
 def read_boxes_of_prompts(path, problems):
-    prompts = read_prompts(path)
+    prompts = read_region_prompts(path)
     for key in prompts:
         for size in ((40, 30), (80, 60), (30, 40)):
-            fitting, refused = prompts.fitting(key, *size)
+            fitting, refused = prompts.fit_prompts(key, *size)
             problems += refused
             yield from ((prompt.box, size) for prompt in fitting if prompt.box)
     problems += prompts.problems

@@ -38,7 +38,7 @@ def task(*results, data=None, **more):
 def read(*tasks):
     """The images of tasks, and what was counted."""
     skip = SkipCounter()
-    return list(read_tasks(list(tasks), "ls.json", skip, unmeasured)), dict(skip.skipped)
+    return list(read_tasks(list(tasks), "ls.json", skip, unmeasured)), dict(skip.counts)
 
 
 def unmeasured(name):
@@ -78,8 +78,8 @@ def test_rectangle_is_a_box_with_its_texts():
 def test_rotated_rectangle_turns_clockwise_about_its_first_corner():
     found = region(rectangle(x=50, y=25, width=20, height=50, rotation=90))
     assert found.box == (10, 5, 20, 13)  # 8 wide and 10 high around (20, 5), turned to its left
-    assert masks.decode(found.mask)[5:13, 10:20].all()
-    assert masks.area(found.mask) == 80
+    assert masks.decode_rle(found.mask)[5:13, 10:20].all()
+    assert masks.compute_mask_area(found.mask) == 80
 
 
 def test_rectangle_without_rotation_or_with_a_full_turn_stays_a_box():
@@ -90,7 +90,7 @@ def test_rectangle_without_rotation_or_with_a_full_turn_stays_a_box():
 def test_polygon_is_a_mask():
     found = region(result("polygonlabels", value={"points": [[25, 50], [75, 50], [75, 75], [25, 75]]}))
     assert found.box == (10, 10, 30, 15)
-    assert masks.area(found.mask) == 100
+    assert masks.compute_mask_area(found.mask) == 100
 
 
 def test_ellipse_has_its_radii_and_rotation():
@@ -98,7 +98,7 @@ def test_ellipse_has_its_radii_and_rotation():
     flat, upright = (region(result("ellipselabels", value=value | {"rotation": degrees})) for degrees in (0, 90))
     assert flat.box == (10, 6, 30, 14)
     assert upright.box == (16, 0, 24, 20)
-    assert masks.area(flat.mask) == pytest.approx(math.pi * 40, rel=0.05)
+    assert masks.compute_mask_area(flat.mask) == pytest.approx(math.pi * 40, rel=0.05)
 
 
 def test_brush_bitmask_and_closed_vector_are_masks():
@@ -106,12 +106,12 @@ def test_brush_bitmask_and_closed_vector_are_masks():
     inside[3:7, 5:9] = True
     corners = [{"id": str(n), "x": x / WIDTH * 100, "y": y / HEIGHT * 100} for n, (x, y) in enumerate(CORNERS)]
     for shape in (
-        result("brushlabels", value={"format": "rle", "rle": brush.pack(inside)}),
+        result("brushlabels", value={"format": "rle", "rle": brush.encode_brush_rle(inside)}),
         result("bitmasklabels", value={"imageDataURL": png(inside)}),
         result("vectorlabels", value={"vertices": corners, "closed": True}),
     ):
         found = region(shape)
-        assert (masks.decode(found.mask) == inside).all()
+        assert (masks.decode_rle(found.mask) == inside).all()
         assert found.box == (5, 3, 9, 7)
 
 
@@ -133,10 +133,10 @@ def test_keypoint_of_a_region_with_a_box_is_not_its_place():
 def test_label_studio_reader_merges_masks_of_a_region():
     first, second = np.zeros((2, HEIGHT, WIDTH), bool)
     first[3:6, 5:8], second[10:14, 20:24] = True, True
-    shapes = [result("brushlabels", value={"format": "rle", "rle": brush.pack(inside)}) for inside in (first, second)]
+    shapes = [result("brushlabels", value={"format": "rle", "rle": brush.encode_brush_rle(inside)}) for inside in (first, second)]
     square = result("polygonlabels", value={"points": [[0, 0], [10, 0], [10, 20], [0, 20]]})
     found = region(*shapes, square)
-    assert masks.area(found.mask) == 9 + 16 + 16
+    assert masks.compute_mask_area(found.mask) == 9 + 16 + 16
     assert found.box == (0, 0, 24, 14)
 
 
@@ -197,7 +197,7 @@ def test_bitmask_of_a_lossy_image_has_no_ringing():
     assert (np.asarray(Image.open(content)) != 0).sum() > inside.sum() * 1.1
     data = base64.b64encode(content.getvalue()).decode()
     found = region(result("bitmasklabels", value={"imageDataURL": data}))
-    assert (masks.decode(found.mask) != inside).mean() < 0.02
+    assert (masks.decode_rle(found.mask) != inside).mean() < 0.02
 
 
 def test_brush_is_read_with_runs_that_do_not_repeat():
@@ -205,7 +205,7 @@ def test_brush_is_read_with_runs_that_do_not_repeat():
     bits = f"{12:032b}{7:05b}" + "0010" + "0011" + "0111" + "1111" + "0" + "01" + f"{11:04b}" + values
     bits += "0" * (-len(bits) % 8)
     code = [int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)]
-    assert brush.unpack(code, 3, 1).tolist() == [[False, True, True]]
+    assert brush.decode_brush_rle(code, 3, 1).tolist() == [[False, True, True]]
 
 
 def test_labels_of_a_plain_shape_are_its_labels():
@@ -381,7 +381,7 @@ def test_rotated_ellipse_covers_the_pixels_inside(x, y, radius_x, radius_y, rota
 
 def check_filled(found, reach):
     """Pixels more than one pixel inside are in the mask, those more than one outside are not."""
-    inside = masks.decode(found.mask)
+    inside = masks.decode_rle(found.mask)
     assert inside[reach > 1].all()
     assert not inside[reach < -1].any()
-    assert found.box == masks.box_of(inside)
+    assert found.box == masks.mask_to_box(inside)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from sca.io import masks
 from sca.io.annotations import shapes
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.labelme import find_size, open_image_of, read_shapes
+from sca.io.annotations.labelme import find_image_size, open_annotated_image, read_annotations
 from sca.io.errors import InputError
 
 SIZE = 40, 20
@@ -24,7 +24,7 @@ def shape(kind="polygon", points=TRIANGLE, label="cat", **more):
 def read(*records, size=SIZE):
     """The regions of shapes, and what was counted."""
     skip = SkipCounter()
-    return read_shapes({"shapes": list(records)}, size, "a.json", skip), dict(skip.skipped)
+    return read_annotations({"shapes": list(records)}, size, "a.json", skip), dict(skip.counts)
 
 
 def region(*records):
@@ -43,7 +43,7 @@ def png(array):
 def test_polygon_is_drawn_with_its_edge():
     found = region(shape(points=[[2, 3], [5, 3], [5, 6], [2, 6]]))
     assert found.box == (2, 3, 6, 7)  # as LabelMe draws it, the last pixel included
-    assert masks.area(found.mask) == 16
+    assert masks.compute_mask_area(found.mask) == 16
 
 
 @pytest.mark.parametrize("kind", [None, "oriented_rectangle", "rotation"])
@@ -60,14 +60,14 @@ def test_rectangle_is_a_box_between_its_corners():
 def test_circle_has_its_center_and_a_point_on_its_edge():
     found = region(shape("circle", [[20, 10], [23, 14]]))
     assert found.box == (15, 5, 26, 16)
-    assert masks.area(found.mask) == pytest.approx(np.pi * 5.5**2, rel=0.1)
+    assert masks.compute_mask_area(found.mask) == pytest.approx(np.pi * 5.5**2, rel=0.1)
 
 
 def test_mask_is_an_image_at_its_first_point():
     inside = np.array([[True, False, True], [False, True, False]])
     for values in (inside, inside.astype(np.uint8), inside.astype(np.uint8) * 255):
         found = region(shape("mask", [[4, 5], [6, 6]], mask=png(values)))
-        whole = masks.decode(found.mask)
+        whole = masks.decode_rle(found.mask)
         assert (whole[5:7, 4:7] == inside).all()
         assert whole.sum() == 3
 
@@ -89,7 +89,7 @@ def test_labelme_reader_merges_group_id():
     other = shape("rectangle", [[0, 0], [2, 2]], group_id=3, label="dog")
     (cat, dog), counted = read(left, other, right, shape("point", [[2, 2]], group_id=3))
     assert (cat.box, cat.texts) == ((1, 1, 36, 16), ("a cat", "behind a fence"))
-    assert masks.area(cat.mask) == masks.area(region(left).mask) + 36
+    assert masks.compute_mask_area(cat.mask) == masks.compute_mask_area(region(left).mask) + 36
     assert (dog.box, dog.mask) == ((0, 0, 2, 2), None)
     assert counted == {"keypoint": 1}
 
@@ -149,15 +149,15 @@ def test_size_is_that_of_the_file_the_image_or_the_image_inside(tmp_path):
     image.save(data, "PNG")
     inside = {"imageData": base64.b64encode(data.getvalue()).decode()}
     path = tmp_path / "a.png"
-    assert find_size({"imageWidth": 3, "imageHeight": 4}, path, "a.json") == (3, 4)
-    assert find_size(inside | {"imageWidth": 3, "imageHeight": None}, path, "a.json") == (7, 5)
+    assert find_image_size({"imageWidth": 3, "imageHeight": 4}, path, "a.json") == (3, 4)
+    assert find_image_size(inside | {"imageWidth": 3, "imageHeight": None}, path, "a.json") == (7, 5)
     with pytest.raises(InputError, match="no 'imageWidth' and 'imageHeight', and cannot open"):
-        find_size({}, path, "a.json")
+        find_image_size({}, path, "a.json")
     Image.new("RGB", (6, 8)).save(path)
-    assert find_size(inside, path, "a.json") == (6, 8)
+    assert find_image_size(inside, path, "a.json") == (6, 8)
     for wrong in (0, -1, "7", 10**9, True):
         with pytest.raises(InputError, match=r"^a\.json: "):
-            find_size({"imageWidth": wrong, "imageHeight": 10**9}, path, "a.json")
+            find_image_size({"imageWidth": wrong, "imageHeight": 10**9}, path, "a.json")
 
 
 def test_image_inside_is_opened_where_the_file_is_missing_within_limits(tmp_path, monkeypatch):
@@ -167,16 +167,16 @@ def test_image_inside_is_opened_where_the_file_is_missing_within_limits(tmp_path
     Image.new("RGB", (7, 5), "red").save(data, "PNG", exif=exif)
     content = {"imageData": base64.b64encode(data.getvalue()).decode()}
     path = tmp_path / "a.png"
-    assert open_image_of(content, path, "a.json").size == (5, 7)
+    assert open_annotated_image(content, path, "a.json").size == (5, 7)
     for broken in ("", "!", "QUJD", 3):
         with pytest.raises(InputError, match=r"^a\.json, 'imageData'"):
-            open_image_of({"imageData": broken}, path, "a.json")
+            open_annotated_image({"imageData": broken}, path, "a.json")
     monkeypatch.setattr(masks, "PIXEL_LIMIT", 34)
     with pytest.raises(InputError, match="35 pixels"):
-        open_image_of(content, path, "a.json")
+        open_annotated_image(content, path, "a.json")
     monkeypatch.setattr(shapes, "MAX_EMBEDDED_BYTES", 10)
     with pytest.raises(InputError, match="larger than 10 bytes"):
-        open_image_of(content, path, "a.json")
+        open_annotated_image(content, path, "a.json")
 
 
 coordinate = st.floats(-10, 50).map(lambda value: round(value, 2))
@@ -191,8 +191,8 @@ def test_polygon_is_drawn_as_pillow_draws_it(points):
     ImageDraw.Draw(drawn).polygon([tuple(point) for point in points], fill=1, outline=1)
     expected = np.array(drawn, bool)
     if expected.any():
-        assert (masks.decode(found[0].mask) == expected).all()
-        assert found[0].box == masks.box_of(expected)
+        assert (masks.decode_rle(found[0].mask) == expected).all()
+        assert found[0].box == masks.mask_to_box(expected)
     else:
         assert (found, counted) == ([], {"shape covering no pixel": 1})
 
@@ -202,8 +202,8 @@ def test_polygon_is_drawn_as_pillow_draws_it(points):
 def test_groups_are_unions_and_no_shape_is_lost(groups):
     records = [shape(points=points, group_id=group) for points, group in groups]
     found, _ = read(*records)
-    alone = [masks.decode(each.mask) for record in records for each in read(record | {"group_id": None})[0]]
-    together = [masks.decode(each.mask) for each in found]
+    alone = [masks.decode_rle(each.mask) for record in records for each in read(record | {"group_id": None})[0]]
+    together = [masks.decode_rle(each.mask) for each in found]
     union = np.zeros(SIZE[::-1], bool)
     assert (np.logical_or.reduce([*alone, union]) == np.logical_or.reduce([*together, union])).all()
     assert len(found) <= sum(group is None for _, group in groups) + len({group for _, group in groups} - {None})

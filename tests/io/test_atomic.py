@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from sca.io import atomic
-from sca.io.atomic import AtomicFile, new_folder, remove_drafts, write_file
+from sca.io.atomic import AtomicFile, write_folder, remove_drafts, write_file
 from sca.io.errors import OutputError
 
 resource = pytest.importorskip("resource")
@@ -77,7 +77,7 @@ def test_visible_file_grows_hidden_where_an_older_file_exists(tmp_path):
         file = AtomicFile(tmp_path / "lines", visible=True)
         file.write(content)
         assert (tmp_path / "lines").read_text() == shown
-        file.keep()
+        file.commit()
         assert (tmp_path / "lines").read_text() == content
 
 
@@ -88,14 +88,14 @@ def test_remove_drafts_leaves_those_of_running_processes(tmp_path):
     remove_drafts(tmp_path)
     assert len(names(tmp_path)) == 2
     running.write("a")
-    running.keep()
+    running.commit()
     assert names(tmp_path) == [".0123456789abcdef.part", "a.txt"]
 
 
 def test_new_folder_takes_brackets_in_its_name_literally(tmp_path):
     (tmp_path / ".run[1].0123456789abcdef").mkdir()
     (tmp_path / ".run1.0123456789abcdef").mkdir()
-    with new_folder(tmp_path / "run[1]"):
+    with write_folder(tmp_path / "run[1]"):
         pass
     assert names(tmp_path) == [".run1.0123456789abcdef", "run[1]"]
 
@@ -103,8 +103,8 @@ def test_new_folder_takes_brackets_in_its_name_literally(tmp_path):
 def test_new_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
     (tmp_path / ".out.0123456789abcdef").mkdir()
     (tmp_path / ".out.notes").mkdir()
-    with new_folder(tmp_path / "out") as draft:
-        with pytest.raises(OutputError, match="x"), new_folder(tmp_path / "out"):
+    with write_folder(tmp_path / "out") as draft:
+        with pytest.raises(OutputError, match="x"), write_folder(tmp_path / "out"):
             raise OutputError("x")
         assert draft.is_dir()  # of a running process
         (draft / "a").touch()
@@ -114,16 +114,16 @@ def test_new_folder_removes_only_its_own_drafts_of_killed_processes(tmp_path):
 def test_new_folder_replaces_only_what_it_is_told(tmp_path):
     out = tmp_path / "out"
     for number in range(2):
-        with new_folder(out, replaceable=["a"]) as draft:
+        with write_folder(out, replaceable=["a"]) as draft:
             (draft / "a").write_text(str(number))
     assert (out / "a").read_text() == "1"
     (out / "README.md").write_text("mine")
-    with pytest.raises(OutputError, match=r"it contains README\.md"), new_folder(out, replaceable=["a"]) as draft:
+    with pytest.raises(OutputError, match=r"it contains README\.md"), write_folder(out, replaceable=["a"]) as draft:
         pytest.fail("filled in vain")
     (out / "README.md").unlink()
     with (
         pytest.raises(OutputError, match=r"it contains README\.md"),
-        new_folder(out, replaceable=["a"]) as draft,
+        write_folder(out, replaceable=["a"]) as draft,
     ):
         (out / "README.md").write_text("put there meanwhile")
     assert names(out) == ["README.md", "a"]
@@ -135,7 +135,7 @@ def test_new_folder_works_with_and_without_exchange(tmp_path, monkeypatch, excha
     if not exchanges:
         monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     for number in range(3):
-        with new_folder(tmp_path / "out", replaceable=["a"]) as draft:
+        with write_folder(tmp_path / "out", replaceable=["a"]) as draft:
             (draft / "a").write_text(str(number))
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out/a").read_text() == "2"

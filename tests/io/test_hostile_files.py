@@ -18,8 +18,8 @@ from sca.evaluation.journal import read_predictions
 from sca.io.errors import InputError
 from sca.io.images import open_image
 from sca.io.json import read_regular_file
-from sca.io.prompt_files import read_prompts
-from sca.io.prompts import read_mask
+from sca.io.prompt_files import read_region_prompts
+from sca.io.prompts import read_mask_file
 from sca.output.read import read_captions
 from sca.training.recipe import Recipe
 
@@ -37,28 +37,28 @@ def read_dataset(path):
 
 
 def read_index(path):
-    return records.index(path, {"images": ["id"]}, (), "should be COCO")
+    return records.index_json_lists(path, {"images": ["id"]}, (), "should be COCO")
 
 
 READERS = {  # by the name of the file
-    "prompts.json": read_prompts,
-    "prompts.jsonl": read_prompts,
+    "prompts.json": read_region_prompts,
+    "prompts.jsonl": read_region_prompts,
     "captions.json": lambda path: list(read_captions(path)),
     "captions.jsonl": lambda path: list(read_captions(path)),
     "predictions.jsonl": read_predictions,
     "scored.jsonl": score_file,
     "scores.json": _read_scores,
     "lines.jsonl": lambda path: list(records.read_jsonl_records(path)),
-    "list.json": lambda path: list(json_stream.stream(path)),
+    "list.json": lambda path: list(json_stream.iter_list_elements(path)),
     "index.json": read_index,
-    "whole.json": fields.read_json,
+    "whole.json": fields.read_dataset_json,
     "data.jsonl": read_dataset,
     "results.jsonl": lambda path: ResultStore(path.parent).read_rows(),
 }
 OTHERS = {
     "captions.parquet": lambda path: list(read_captions(path)),
-    "mask.png": read_mask,
-    "mask.npy": read_mask,
+    "mask.png": read_mask_file,
+    "mask.npy": read_mask_file,
     "image.png": open_image,
     "recipe.toml": lambda path: Recipe.read(str(path)),
     "sweep.toml": lambda path: Sweep.read(str(path)),
@@ -118,7 +118,7 @@ def test_option_refuses_deep_toml_in_one_line():
 
 
 @pytest.mark.parametrize(
-    "read", [partial(read_regular_file, allow_pipe=True), read_predictions, lambda path: read_prompts(path).match]
+    "read", [partial(read_regular_file, allow_pipe=True), read_predictions, lambda path: read_region_prompts(path).match_images]
 )
 def test_reader_accepts_a_pipe_that_a_shell_opened(limited, read):
     line = b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}'
@@ -154,7 +154,7 @@ def test_name_in_a_file_does_not_read_a_pipe(limited, tmp_path, open_pipe):
     images = [{"id": 1, "file_name": open_pipe}]
     told(partial(open_captioned, content={"images": images, "annotations": []}), tmp_path / "coco.json")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"image": "a.png", "mask": open_pipe}))
-    told(lambda path: read_prompts(path)["a.png"], tmp_path / "prompts.jsonl")
+    told(lambda path: read_region_prompts(path)["a.png"], tmp_path / "prompts.jsonl")
     told(read_regular_file, open_pipe)
     told(open_image, open_pipe)
-    told(read_mask, open_pipe)
+    told(read_mask_file, open_pipe)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.errors import InputError
-from sca.io.image_names import add_image_prefix, find_image, possible_file_names, remove_image_prefix
+from sca.io.image_names import add_image_prefix, resolve_image_path, list_possible_file_names, remove_image_prefix
 from sca.io.paths import distinguish_paths, normalize_name
 
 PARTS = st.text(st.sampled_from("ab é각Å%20 +#&~-"), min_size=1, max_size=6).filter(
@@ -62,7 +62,7 @@ def test_find_image_resolves_every_spelling_or_refuses(stem, others, layout, spe
         name = str(wanted.relative_to(root if short else export)) if layout != "below" or not short else wanted.name
         written = SPELLINGS[spelling](name)
         try:
-            found = find_image(written, [root])
+            found = resolve_image_path(written, [root])
         except InputError:
             assert _is_ambiguous(wanted.stem, others)
             return
@@ -105,17 +105,17 @@ def _make(folder: Path, *names: str) -> Path:
 )
 def test_find_image_prefers_the_literal_name(tmp_path, name, wrong):
     root = _make(tmp_path / "images", name, wrong)
-    assert find_image(name, [root]) == root / name
+    assert resolve_image_path(name, [root]) == root / name
     (root / name).unlink()
-    found = find_image(name, [root])
+    found = resolve_image_path(name, [root])
     assert name in ("~/a.png", "file:/a.png") or found.read_text() == wrong
 
 
 def test_find_image_takes_the_first_root_that_has_the_name(tmp_path):
     first, second = _make(tmp_path / "1", "a.png"), _make(tmp_path / "2", "a.png", "b.png")
-    assert find_image("a.png", [first, second]) == first / "a.png"
-    assert find_image("b.png", [first, second]) == second / "b.png"
-    assert find_image("c.png", [first, second]) == first / "c.png"
+    assert resolve_image_path("a.png", [first, second]) == first / "a.png"
+    assert resolve_image_path("b.png", [first, second]) == second / "b.png"
+    assert resolve_image_path("c.png", [first, second]) == first / "c.png"
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ def test_find_image_takes_the_first_root_that_has_the_name(tmp_path):
 def test_find_image_refuses_a_name_of_two_files_naming_both(tmp_path, name, files):
     root = _make(tmp_path, *files)
     with pytest.raises(InputError) as refused:
-        find_image(name, [root])
+        resolve_image_path(name, [root])
     assert all(str(root / file) in str(refused.value) for file in files)
 
 
 def test_find_image_counts_two_links_to_a_file_once(tmp_path):
     root = _make(tmp_path, "sub/a.png")
     (root / "a.png").symlink_to(root / "sub" / "a.png")
-    assert find_image("/old/sub/a.png", [root]).samefile(root / "sub" / "a.png")
+    assert resolve_image_path("/old/sub/a.png", [root]).samefile(root / "sub" / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_find_image_counts_two_links_to_a_file_once(tmp_path):
 )
 def test_find_image_says_that_a_url_is_one(tmp_path, name):
     with pytest.raises(InputError, match="is a URL, not a file"):
-        find_image(name, [_make(tmp_path, "a.png")])
+        resolve_image_path(name, [_make(tmp_path, "a.png")])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_find_image_says_that_a_url_is_one(tmp_path, name):
 def test_find_image_does_not_leave_the_root_by_decoding(tmp_path, name):
     _make(tmp_path, "secret.png")
     root = _make(tmp_path / "root", "a.png")
-    assert not find_image(name, [root]).is_file() if "\0" not in name else find_image(name, [root])
+    assert not resolve_image_path(name, [root]).is_file() if "\0" not in name else resolve_image_path(name, [root])
 
 
 def test_find_image_follows_links_and_parents(tmp_path):
@@ -162,16 +162,16 @@ def test_find_image_follows_links_and_parents(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "link").symlink_to(store / "deep")
-    assert find_image("link\\a.png", [root]).samefile(store / "deep" / "a.png")
-    assert find_image(normalize_name("./link//../b.png"), [root]).samefile(store / "b.png")
+    assert resolve_image_path("link\\a.png", [root]).samefile(store / "deep" / "a.png")
+    assert resolve_image_path(normalize_name("./link//../b.png"), [root]).samefile(store / "b.png")
 
 
 @pytest.mark.parametrize("name", ["../val/a.png", "..\\val\\a.png", "../a.png", "sub/../../a.png"])
 def test_find_image_keeps_a_leading_parent(tmp_path, name):
     root = _make(tmp_path / "train", "a.png", "val/a.png", "sub/b.png")
-    assert not find_image(name, [root]).is_file()
+    assert not resolve_image_path(name, [root]).is_file()
     _make(tmp_path, "a.png", "val/a.png")
-    assert find_image(name, [root]).resolve() in (tmp_path / "a.png", tmp_path / "val/a.png")
+    assert resolve_image_path(name, [root]).resolve() in (tmp_path / "a.png", tmp_path / "val/a.png")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_find_image_keeps_a_leading_parent(tmp_path, name):
 def test_find_image_notes_a_file_of_another_folder(tmp_path, monkeypatch, caplog, name, is_noted):
     monkeypatch.setattr("sca.io.notices._noticed", set())
     root = _make(tmp_path / "train", "a.png", "sub/b.png", "sub/media/upload/7/e\u0301.png")
-    found = find_image(name, [root])
+    found = resolve_image_path(name, [root])
     assert found.is_file()
     assert [found.name in record.getMessage() for record in caplog.records] == [True] * is_noted
 
@@ -202,19 +202,19 @@ def test_find_image_notes_a_file_of_another_folder(tmp_path, monkeypatch, caplog
 def test_find_image_expands_the_home_directory(tmp_path, monkeypatch):
     home = _make(tmp_path / "home", "data/a.png")
     monkeypatch.setenv("HOME", str(home))
-    assert find_image("~/data/a.png", [tmp_path]) == home / "data" / "a.png"
+    assert resolve_image_path("~/data/a.png", [tmp_path]) == home / "data" / "a.png"
 
 
 def test_find_image_drops_the_prefix_of_an_upload_last(tmp_path):
     root = _make(tmp_path, "x.png", "images/1a2b3c4d-x.png")
-    assert find_image("/data/upload/1/1a2b3c4d-x.png", [root]).name == "1a2b3c4d-x.png"
-    assert find_image("/data/upload/1/99999999-x.png", [root]) == root / "x.png"
+    assert resolve_image_path("/data/upload/1/1a2b3c4d-x.png", [root]).name == "1a2b3c4d-x.png"
+    assert resolve_image_path("/data/upload/1/99999999-x.png", [root]) == root / "x.png"
 
 
 def test_possible_file_names_covers_tools_and_systems():
-    assert possible_file_names("a\\e\u0301.png") >= {"\u00e9.png"}
-    assert possible_file_names("/data/local-files/?d=sub%2Fmy%20x.png") >= {"my x.png"}
-    assert possible_file_names("/data/upload/1/1a2b3c4d-x.png") >= {"1a2b3c4d-x.png", "x.png"}
+    assert list_possible_file_names("a\\e\u0301.png") >= {"\u00e9.png"}
+    assert list_possible_file_names("/data/local-files/?d=sub%2Fmy%20x.png") >= {"my x.png"}
+    assert list_possible_file_names("/data/upload/1/1a2b3c4d-x.png") >= {"1a2b3c4d-x.png", "x.png"}
 
 
 @given(st.lists(PARTS, min_size=1, max_size=3), st.sampled_from(["/data/local-files/?d=", "https://host/x/"]))

@@ -45,7 +45,7 @@ def test_journal_drops_an_undecodable_tail_and_nothing_else(path, tail):
     path.write_bytes(whole + tail)
     assert list(read_journal(path)) == ENTRIES
     with Journal(path) as journal:
-        assert journal.dropped == len(tail)
+        assert journal.dropped_bytes == len(tail)
         journal.append({"number": 50})
     assert path.read_bytes() == whole + b'{"number": 50}\n'
 
@@ -79,7 +79,7 @@ def test_journal_keeps_a_first_line_that_lacks_only_its_newline(tmp_path, conten
     assert list(read_journal(tmp_path / "journal")) == [json.loads(content)]
     with Journal(tmp_path / "journal") as journal:
         assert not journal.is_empty
-        assert journal.dropped == 0
+        assert journal.dropped_bytes == 0
         journal.append({"b": 2})
     assert (tmp_path / "journal").read_bytes() == content + b'\n{"b": 2}\n'
 
@@ -99,7 +99,7 @@ def test_journal_finds_its_end_whatever_the_size_of_a_block(path, monkeypatch, b
     for tail in (b"", b"\0" * 9, b'{"number": 50, "te', b"\n\n[1]\n"):
         path.write_bytes(whole + tail)
         with Journal(path) as journal:
-            assert journal.dropped == len(tail)
+            assert journal.dropped_bytes == len(tail)
         assert list(read_journal(path, lambda entry: entry["number"] == 30)) == ENTRIES[:31]
 
 

@@ -11,15 +11,15 @@ from sca.io.validation import (
     check_encodable,
     check_numbers,
     check_range,
-    convert_box,
+    xywh_to_xyxy,
     is_finite_number,
     is_int64,
     read_field,
     read_id,
     get_image_name,
-    read_size,
-    read_texts,
-    require_size,
+    read_recorded_size,
+    parse_texts,
+    require_recorded_size,
 )
 
 
@@ -57,13 +57,13 @@ def test_check_range_names_the_field_and_its_limits(value):
         (lambda: get_image_name({"b": " "}, "b", "f"), "f, 'b' is ' '; give the file name of an image"),
         (lambda: get_image_name({"b": "a\0"}, "b", "f"), "give the file name of an image"),
         (lambda: read_id({"b": 1.5}, "b", "f"), "f, 'b' is 1.5; give a whole number or text"),
-        (lambda: read_texts("f, 'b'", ["a", 1]), "f, 'b' is ['a', 1]; give text, or a list of texts"),
+        (lambda: parse_texts("f, 'b'", ["a", 1]), "f, 'b' is ['a', 1]; give text, or a list of texts"),
         (lambda: check_numbers("f, 'b'", [1, math.inf], "x, y"), "f, 'b' is [1, inf]; give 2 numbers (x, y)"),
         (lambda: check_encodable("f", {"a": ["\udc80"]}), r"f contains '\udc80', half of a surrogate pair"),
-        (lambda: require_size({"width": 1}, "f"), "f: no 'height'; it has: width"),
-        (lambda: read_size({"width": 0, "height": 1}, "f"), "f: 'width' and 'height' are (0, 1); give the size"),
-        (lambda: read_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
-        (lambda: convert_box("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give none below 0"),
+        (lambda: require_recorded_size({"width": 1}, "f"), "f: no 'height'; it has: width"),
+        (lambda: read_recorded_size({"width": 0, "height": 1}, "f"), "f: 'width' and 'height' are (0, 1); give the size"),
+        (lambda: read_recorded_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
+        (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give none below 0"),
     ],
 )
 def test_a_wrong_value_of_a_record_is_one_line_with_its_place(read, message):
@@ -73,5 +73,5 @@ def test_a_wrong_value_of_a_record_is_one_line_with_its_place(read, message):
 
 
 def test_read_size_returns_none_without_either_side():
-    assert read_size({"width": 3}, "f") is None
-    assert read_size({"w": 3, "h": 4}, "f", ("w", "h")) == (3, 4)
+    assert read_recorded_size({"width": 3}, "f") is None
+    assert read_recorded_size({"w": 3, "h": 4}, "f", ("w", "h")) == (3, 4)

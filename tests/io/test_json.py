@@ -36,7 +36,7 @@ def test_read_json_rejects_content_in_one_line_that_names_the_file(tmp_path, con
     file = tmp_path / "a.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as caught:
-        read_json(file, limit=1000 if isinstance(content, bytes) else None)
+        read_json(file, max_bytes=1000 if isinstance(content, bytes) else None)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -52,12 +52,12 @@ def test_parse_json_accepts_the_deepest_allowed_nesting():
 def test_parse_json_rejects_non_finite_numbers_on_request(number):
     assert isinstance(parse_json(f"[{number}]", "a.json")[0], float)
     with pytest.raises(ValueError, match="not a finite number"):
-        parse_json(f"[{number}]", "a.json", finite=True)
-    assert parse_json("[1.5, 1e300]", "a.json", finite=True) == [1.5, 1e300]
+        parse_json(f"[{number}]", "a.json", require_finite=True)
+    assert parse_json("[1.5, 1e300]", "a.json", require_finite=True) == [1.5, 1e300]
 
 
 def test_parse_json_accepts_half_of_a_surrogate_pair_on_request():
-    assert parse_json('"\\ud83d"', "a.json", surrogates=True) == "\ud83d"
+    assert parse_json('"\\ud83d"', "a.json", allow_surrogates=True) == "\ud83d"
 
 
 def test_read_regular_file_rejects_a_fifo_and_a_folder_without_waiting(tmp_path):

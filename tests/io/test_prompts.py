@@ -12,8 +12,8 @@ from sca_registry.contracts import Prompt
 
 from sca.io import masks
 from sca.io.errors import InputError
-from sca.io.prompt_files import read_prompts
-from sca.io.prompts import check, parse_box, parse_point, parse_region, read_mask
+from sca.io.prompt_files import read_region_prompts
+from sca.io.prompts import check_prompt, parse_box, parse_point, parse_region, read_mask_file
 
 
 def refusal(call, *arguments) -> str:
@@ -93,8 +93,8 @@ def test_any_mask_file_is_inside_where_it_is_not_zero(tmp_path, mode):
 )
 def test_mask_array_is_thresholded_by_what_it_contains(tmp_path, values):
     np.save(tmp_path / "mask.npy", values(disc()))
-    assert (read_mask(tmp_path / "mask.npy") == disc()).all()
-    assert (check(Prompt(mask=values(disc())), 20, 10).mask == disc()).all()
+    assert (read_mask_file(tmp_path / "mask.npy") == disc()).all()
+    assert (check_prompt(Prompt(mask=values(disc())), 20, 10).mask == disc()).all()
 
 
 def soft(inside, low=3, high=253):
@@ -114,7 +114,7 @@ def test_mask_of_eight_bit_probabilities_is_inside_from_half(tmp_path, kind):
         if kind == "alpha":
             image = Image.merge("LA", (Image.new("L", image.size, 255), image))
         image.save(tmp_path / "mask.png")
-    found = read_mask(tmp_path / f"mask.{'npy' if kind == 'npy' else 'png'}")
+    found = read_mask_file(tmp_path / f"mask.{'npy' if kind == 'npy' else 'png'}")
     assert (found == (values >= 128)).all()
     assert 0.02 < found.mean() < 0.1
 
@@ -123,28 +123,28 @@ def test_mask_with_smooth_edges_is_inside_from_half():
     values = np.zeros((64, 64), np.uint8)
     values[10:50, 10:50] = 255
     values[10, 10:50], values[49, 10:50] = 100, 200
-    inside = check(Prompt(mask=values), 64, 64).mask
+    inside = check_prompt(Prompt(mask=values), 64, 64).mask
     assert (inside == (values >= 128)).all()
 
 
 @pytest.mark.parametrize("labels", [(0, 1, 2), (1, 2), (0, 15, 255), (0, 1, 300), (-1, 0, 1), (0, 128, 255)])
 def test_mask_of_several_labels_is_refused_with_what_to_do(tmp_path, labels):
     values = np.resize(np.repeat(labels, 7), (10, 20))
-    assert "values == LABEL" in refusal(check, Prompt(mask=values), 20, 10)
+    assert "values == LABEL" in refusal(check_prompt, Prompt(mask=values), 20, 10)
     np.save(tmp_path / "mask.npy", values)
-    assert "different integers" in refusal(read_mask, tmp_path / "mask.npy")
+    assert "different integers" in refusal(read_mask_file, tmp_path / "mask.npy")
 
 
 def test_points_at_the_edge_of_a_resized_image_stay_inside(tmp_path):
     points = [[99.9, 0, 1], [0, 99.9, 1], [math.nextafter(100, 0), 50, 1]]
     line = {"image": "a", "points": points, "width": 100, "height": 100}
-    prompts = read_prompts(write_lines(tmp_path / "r.jsonl", line))
+    prompts = read_region_prompts(write_lines(tmp_path / "r.jsonl", line))
     for side in (200, 301, 50, 33):
-        (prompt,), problems = prompts.fitting("a", side, side)
+        (prompt,), problems = prompts.fit_prompts("a", side, side)
         assert not problems
         assert prompt.points[0] == pytest.approx((99.9 * side / 100, 0, 1))
     line["points"] = [[100, 50, 1]]
-    _, problems = read_prompts(write_lines(tmp_path / "s.jsonl", line)).fitting("a", 200, 200)
+    _, problems = read_region_prompts(write_lines(tmp_path / "s.jsonl", line)).fit_prompts("a", 200, 200)
     assert "the point 200,100,1 is outside" in problems[0]
 
 
@@ -153,8 +153,8 @@ def test_mask_array_of_unknown_meaning_is_refused(tmp_path, value):
     values = np.where(disc(), value, 0.25)
     np.save(tmp_path / "mask.npy", values)
     words = "NaN" if np.isnan(value) else "neither probabilities"
-    assert words in refusal(check, Prompt(mask=values), 20, 10)
-    assert words in refusal(read_mask, tmp_path / "mask.npy")
+    assert words in refusal(check_prompt, Prompt(mask=values), 20, 10)
+    assert words in refusal(read_mask_file, tmp_path / "mask.npy")
 
 
 def test_mask_of_a_lossy_image_has_no_ringing(tmp_path):
@@ -162,12 +162,12 @@ def test_mask_of_a_lossy_image_has_no_ringing(tmp_path):
     inside[19:45, 13:50] = True
     Image.fromarray(inside).convert("L").save(tmp_path / "mask.jpg", quality=70)
     assert (np.asarray(Image.open(tmp_path / "mask.jpg")) != 0).sum() > inside.sum() * 1.2
-    assert (read_mask(tmp_path / "mask.jpg") != inside).mean() < 0.01
+    assert (read_mask_file(tmp_path / "mask.jpg") != inside).mean() < 0.01
 
 
 def test_mask_of_the_whole_image_is_noticed(caplog, monkeypatch):
     monkeypatch.setattr("sca.io.notices._noticed", set())
-    check(Prompt(mask=np.ones((10, 20), bool)), 20, 10)
+    check_prompt(Prompt(mask=np.ones((10, 20), bool)), 20, 10)
     assert "covers the whole 20 x 10 image" in caplog.text
 
 
@@ -182,7 +182,7 @@ def test_mask_of_the_whole_image_is_noticed(caplog, monkeypatch):
     ],
 )
 def test_normalized_box_is_refused_with_its_pixels(box, width, height, pixels):
-    assert f"write {pixels}" in refusal(check, Prompt(box=box), width, height)
+    assert f"write {pixels}" in refusal(check_prompt, Prompt(box=box), width, height)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_normalized_box_is_refused_with_its_pixels(box, width, height, pixels):
     ],
 )
 def test_box_over_the_edge_is_clipped(box, clipped):
-    assert check(Prompt(box=box), 512, 512).box == clipped
+    assert check_prompt(Prompt(box=box), 512, 512).box == clipped
 
 
 @settings(max_examples=200, deadline=None)
@@ -206,21 +206,21 @@ def test_box_in_pixels_is_unchanged_and_the_same_box_normalized_is_never_taken(d
     x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
     box = (float(x1), float(y1), float(x2), float(y2))
     if max(box) > 1:
-        assert check(Prompt(box=box), width, height).box == box
+        assert check_prompt(Prompt(box=box), width, height).box == box
     shares = x1 / width, y1 / height, x2 / width, y2 / height
-    assert "0..1" in refusal(check, Prompt(box=shares), width, height)
+    assert "0..1" in refusal(check_prompt, Prompt(box=shares), width, height)
 
 
 def test_normalized_point_is_refused_with_its_pixels():
-    assert "write 320,120" in refusal(check, Prompt(points=((0.5, 0.25, 1),)), 640, 480)
-    assert check(Prompt(points=((0, 1, 1),)), 640, 480)
-    assert check(Prompt(points=((0.5, 0.5, 1), (7.5, 3, 0))), 640, 480)
+    assert "write 320,120" in refusal(check_prompt, Prompt(points=((0.5, 0.25, 1),)), 640, 480)
+    assert check_prompt(Prompt(points=((0, 1, 1),)), 640, 480)
+    assert check_prompt(Prompt(points=((0.5, 0.5, 1), (7.5, 3, 0))), 640, 480)
 
 
 def test_region_of_negative_points_only_is_refused():
-    assert "label 0" in refusal(check, Prompt(points=((3, 4, 0), (5, 6, 0))), 20, 10)
-    assert check(Prompt(box=(1, 1, 9, 9), points=((3, 4, 0),)), 20, 10)
-    assert check(Prompt(points=((3, 4, 0), (5, 6, 1))), 20, 10)
+    assert "label 0" in refusal(check_prompt, Prompt(points=((3, 4, 0), (5, 6, 0))), 20, 10)
+    assert check_prompt(Prompt(box=(1, 1, 9, 9), points=((3, 4, 0),)), 20, 10)
+    assert check_prompt(Prompt(points=((3, 4, 0), (5, 6, 1))), 20, 10)
 
 
 def test_a_mask_that_cannot_be_read_is_refused(tmp_path):
@@ -253,44 +253,44 @@ def test_a_mask_that_cannot_be_read_is_refused(tmp_path):
     ],
 )
 def test_a_box_that_does_not_fit_is_refused(box, words):
-    assert words in refusal(check, Prompt(box=box), 20, 10)
+    assert words in refusal(check_prompt, Prompt(box=box), 20, 10)
 
 
 def test_a_reversed_box_is_read_as_sides_in_the_hint():
-    assert "10,20,15,60" in refusal(check, Prompt(box=(10, 20, 5, 40)), 100, 100)
+    assert "10,20,15,60" in refusal(check_prompt, Prompt(box=(10, 20, 5, 40)), 100, 100)
 
 
 def test_a_box_over_the_edge_is_clipped():
-    assert check(Prompt(box=(-1, -1, 20.5, 11)), 20, 10).box == (0, 0, 20, 10)
+    assert check_prompt(Prompt(box=(-1, -1, 20.5, 11)), 20, 10).box == (0, 0, 20, 10)
     inside = Prompt(box=(1.5, 2, 3, 4))
-    assert check(inside, 20, 10) == inside
+    assert check_prompt(inside, 20, 10) == inside
 
 
 def test_numbers_become_plain():
-    prompt = check(Prompt(box=np.array([1, 2, 3, 4], np.float32), points=[np.array([1, 2, 1])]), 20, 10)
+    prompt = check_prompt(Prompt(box=np.array([1, 2, 3, 4], np.float32), points=[np.array([1, 2, 1])]), 20, 10)
     assert prompt == Prompt(box=(1.0, 2.0, 3.0, 4.0), points=((1.0, 2.0, 1),))
     json.dumps([prompt.box, prompt.points])
 
 
 @pytest.mark.parametrize("point", [(20, 1, 1), (1, 10, 1), (-0.1, 1, 0), (1, float("nan"), 1), (1, 2, 2), (1, "2", 1)])
 def test_a_point_that_does_not_fit_is_refused(point):
-    refusal(check, Prompt(points=((1, 1, 1), point)), 20, 10)
+    refusal(check_prompt, Prompt(points=((1, 1, 1), point)), 20, 10)
 
 
 def test_points_reach_to_the_last_pixel():
-    assert check(Prompt(points=((0, 0, 0), (19.9, 9.9, 1))), 20, 10).points[1] == (19.9, 9.9, 1)
+    assert check_prompt(Prompt(points=((0, 0, 0), (19.9, 9.9, 1))), 20, 10).points[1] == (19.9, 9.9, 1)
 
 
 def test_a_mask_must_fit_and_mark_something():
-    assert (check(Prompt(mask=disc().astype(np.uint8) * 255), 20, 10).mask == disc()).all()
-    assert check(Prompt(mask=disc().astype(int)), 20, 10).mask.dtype == bool
-    assert "20 x 10, the image 10 x 20" in refusal(check, Prompt(mask=disc()), 10, 20)
-    assert "empty" in refusal(check, Prompt(mask=np.zeros((10, 20), bool)), 20, 10)
-    assert "shape" in refusal(check, Prompt(mask=np.zeros((2, 10, 20), bool)), 20, 10)
+    assert (check_prompt(Prompt(mask=disc().astype(np.uint8) * 255), 20, 10).mask == disc()).all()
+    assert check_prompt(Prompt(mask=disc().astype(int)), 20, 10).mask.dtype == bool
+    assert "20 x 10, the image 10 x 20" in refusal(check_prompt, Prompt(mask=disc()), 10, 20)
+    assert "empty" in refusal(check_prompt, Prompt(mask=np.zeros((10, 20), bool)), 20, 10)
+    assert "shape" in refusal(check_prompt, Prompt(mask=np.zeros((2, 10, 20), bool)), 20, 10)
 
 
 def test_an_empty_prompt_is_refused():
-    assert "empty" in refusal(check, Prompt(), 20, 10)
+    assert "empty" in refusal(check_prompt, Prompt(), 20, 10)
 
 
 # --- in files
@@ -310,16 +310,16 @@ def test_json_lines_are_read(tmp_path):
         "",
         {"image": "a.jpg", "points": [[1, 2, 0], [3, 4]], "box": None},
         {"image": "b.jpg", "mask": "m.png"},
-        {"image": "b.jpg", "mask": masks.encode(disc())},
+        {"image": "b.jpg", "mask": masks.encode_rle(disc())},
         {"image": "b.jpg", "mask": {"size": [10, 20], "counts": [32, *runs[1:-1], 114]}},
         {"image": "b.jpg", "prompt": {"box": [5, 6, 7, 8]}, "box": [0, 0, 1, 1], "caption": "written by us"},
     )
-    prompts = read_prompts(path)
+    prompts = read_region_prompts(path)
     assert list(prompts) == ["b.jpg", "a.jpg"]
     assert prompts["a.jpg"] == [Prompt(points=((1, 2, 0), (3, 4, 1)))]
     boxed, *masked, again = prompts["b.jpg"]
     assert (boxed.box, again.box) == ((1, 2, 3, 4), (5, 6, 7, 8))
-    assert prompts.count("b.jpg") == 5
+    assert prompts.count_regions("b.jpg") == 5
     assert all((prompt.mask == disc()).all() for prompt in masked)
 
 
@@ -356,7 +356,7 @@ def test_json_lines_are_read(tmp_path):
 )
 def test_a_wrong_line_is_named_and_costs_no_other(tmp_path, record, words):
     path = write_lines(tmp_path / "regions.jsonl", {"image": "a", "box": [1, 2, 3, 4]}, record)
-    prompts = read_prompts(path)
+    prompts = read_region_prompts(path)
     (message,) = prompts.problems
     assert prompts["a"] == [Prompt(box=(1, 2, 3, 4))]
     assert f"{path}, line 2" in message
@@ -370,7 +370,7 @@ def coco(**changes):
         "annotations": [
             {"image_id": 2, "bbox": [1, 2, 3, 4], "segmentation": [[0, 0, 9, 0, 9, 9]]},
             {"image_id": 1, "segmentation": [[5, 1, 9, 1, 9, 8], [4, 2, 6, 2, 6, 3]]},
-            {"image_id": 1, "segmentation": masks.encode(disc())},
+            {"image_id": 1, "segmentation": masks.encode_rle(disc())},
             {"image_id": 1, "segmentation": {"size": [4, 4], "counts": [5, 2, 9]}},
         ],
     } | changes
@@ -378,7 +378,7 @@ def coco(**changes):
 
 def test_coco_is_read_as_boxes(tmp_path):
     path = write_lines(tmp_path / "instances.json", coco())
-    prompts = read_prompts(path)
+    prompts = read_region_prompts(path)
     assert [prompt.box for prompt in prompts["a.jpg"]] == [(4, 1, 9, 8), (3, 2, 9, 6), (1, 1, 2, 3)]
     assert prompts["b.jpg"] == [Prompt(box=(1, 2, 4, 6))]
     assert prompts["c.jpg"] == []
@@ -409,7 +409,7 @@ def test_coco_is_read_as_boxes(tmp_path):
 def test_a_wrong_coco_record_is_named(tmp_path, content, words):
     path = write_lines(tmp_path / "instances.json", content)
     try:
-        message = read_prompts(path).problems[0]
+        message = read_region_prompts(path).problems[0]
     except InputError as error:  # nothing is left
         message = str(error)
     assert str(path) in message
@@ -421,11 +421,11 @@ def test_one_wrong_annotation_takes_no_other_away(tmp_path):
     wrong = [{"image_id": 1, "bbox": [1, 2, 0, 4]}, {"image_id": 1}, 7, {"image_id": 9, "bbox": [1, 2, 3, 4]}]
     outside = {"image_id": 1, "bbox": [90, 90, 5, 5]}
     path = write_lines(tmp_path / "instances.json", coco(annotations=[good, *wrong, outside, good]))
-    prompts = read_prompts(path)
+    prompts = read_region_prompts(path)
     assert len(prompts.problems) == len(wrong)
     for place, problem in enumerate(prompts.problems, 1):
         assert f"annotations[{place}]" in problem
-    fitting, problems = prompts.fitting("a.jpg", 20, 10)
+    fitting, problems = prompts.fit_prompts("a.jpg", 20, 10)
     assert fitting == [Prompt(box=(1, 2, 4, 6))] * 2
     (problem,) = problems
     assert "annotations[5]" in problem
@@ -436,17 +436,17 @@ def test_files_that_are_no_prompts_are_refused(tmp_path):
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.json").touch()
     for name in ("missing.jsonl", "bytes.json", "empty.json", "."):
-        refusal(read_prompts, tmp_path / name)
+        refusal(read_region_prompts, tmp_path / name)
 
 
 def test_a_mask_file_that_cannot_be_read_is_named_with_its_line(tmp_path):
     (tmp_path / "m.png").write_text("text")
-    prompts = read_prompts(write_lines(tmp_path / "regions.jsonl", {"image": "a", "mask": "m.png"}))
+    prompts = read_region_prompts(write_lines(tmp_path / "regions.jsonl", {"image": "a", "mask": "m.png"}))
     assert "line 1, 'mask'" in refusal(prompts.__getitem__, "a")
 
 
 def lines_for(path, *keys):
-    return read_prompts(write_lines(path, *({"image": key, "box": [0, 0, 1, 1]} for key in keys)))
+    return read_region_prompts(write_lines(path, *({"image": key, "box": [0, 0, 1, 1]} for key in keys)))
 
 
 def test_images_are_matched_by_path_and_else_by_name(tmp_path, monkeypatch):
@@ -456,20 +456,20 @@ def test_images_are_matched_by_path_and_else_by_name(tmp_path, monkeypatch):
     keys = ["../pics/a.jpg", "b.jpg", "pics/c.jpg", "C:\\old\\d.jpg", "e.jpg"]
     prompts = lines_for(tmp_path / "lists" / "r.jsonl", *keys)
     pics = [tmp_path / "pics" / name for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "other.jpg")]
-    assert prompts.match(pics) == dict(zip(pics[:4], keys[:4], strict=True))
+    assert prompts.match_images(pics) == dict(zip(pics[:4], keys[:4], strict=True))
 
 
 def test_a_path_settles_what_a_name_does_not(tmp_path):
     prompts = lines_for(tmp_path / "r.jsonl", "x/a.jpg", "y/a.jpg")
     pictures = [tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"]
-    assert list(prompts.match(pictures).values()) == ["x/a.jpg", "y/a.jpg"]
+    assert list(prompts.match_images(pictures).values()) == ["x/a.jpg", "y/a.jpg"]
 
 
 def test_ambiguous_names_are_refused(tmp_path):
     two_keys = lines_for(tmp_path / "r.jsonl", "x/a.jpg", "y/a.jpg")
-    assert "'x/a.jpg', 'y/a.jpg'" in refusal(two_keys.match, [tmp_path / "z" / "a.jpg"])
+    assert "'x/a.jpg', 'y/a.jpg'" in refusal(two_keys.match_images, [tmp_path / "z" / "a.jpg"])
     one_key = lines_for(tmp_path / "s.jsonl", "a.jpg")
-    assert "2 images" in refusal(one_key.match, [tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"])
+    assert "2 images" in refusal(one_key.match_images, [tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"])
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_match_reads_names_in_every_spelling(tmp_path, key, is_there):
     image.parent.mkdir()
     if is_there:
         image.touch()
-    assert lines_for(tmp_path / "r.jsonl", key).match([image]) == {image: key}
+    assert lines_for(tmp_path / "r.jsonl", key).match_images([image]) == {image: key}
 
 
 def test_match_tells_links_to_one_image_apart(tmp_path):
@@ -500,8 +500,8 @@ def test_match_tells_links_to_one_image_apart(tmp_path):
     for image in images:
         image.symlink_to(tmp_path / "blank.png")
     prompts = lines_for(tmp_path / "r.jsonl", "b.png", "a.png")
-    assert prompts.match(images[:2]) == {images[0]: "a.png", images[1]: "b.png"}
-    assert "'b.png', 'a.png'" in refusal(prompts.match, images[2:])
+    assert prompts.match_images(images[:2]) == {images[0]: "a.png", images[1]: "b.png"}
+    assert "'b.png', 'a.png'" in refusal(prompts.match_images, images[2:])
 
 
 @pytest.mark.parametrize("keys", [("im/1.png", "im\\1.png"), ("im\\1.png", "im/1.png"), ("./im/1.png", "im/%31.png")])
@@ -510,8 +510,8 @@ def test_prompts_of_all_spellings_of_a_file_are_merged(tmp_path, keys):
     image.parent.mkdir()
     image.touch()
     prompts = lines_for(tmp_path / "r.jsonl", *keys, "im/2.png", "other/1.png", "/data/val/1.png")
-    assert prompts.match([image]) == {image: keys[0]}
-    assert prompts.count(keys[0]) == 2
+    assert prompts.match_images([image]) == {image: keys[0]}
+    assert prompts.count_regions(keys[0]) == 2
     assert list(prompts) == [keys[0], "im/2.png", "other/1.png", "/data/val/1.png"]
 
 
@@ -527,14 +527,14 @@ def test_match_finds_an_image_below_a_linked_folder(tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store/a.png").touch()
     (tmp_path / "link").symlink_to(tmp_path / "store")
-    assert lines_for(tmp_path / "r.jsonl", "store/a.png").match([tmp_path / "link/a.png"])
+    assert lines_for(tmp_path / "r.jsonl", "store/a.png").match_images([tmp_path / "link/a.png"])
 
 
 def test_prompts_find_mask_files_in_every_spelling(tmp_path):
     (tmp_path / "masks").mkdir()
     np.save(tmp_path / "masks/a b.npy", np.eye(4))
     for name in ("masks\\a b.npy", "masks/a%20b.npy"):
-        prompts = read_prompts(write_lines(tmp_path / "r.jsonl", {"image": "a.png", "mask": name}))
+        prompts = read_region_prompts(write_lines(tmp_path / "r.jsonl", {"image": "a.png", "mask": name}))
         assert prompts["a.png"][0].mask.sum() == 4
 
 
@@ -544,16 +544,16 @@ def test_prompts_for_a_resized_image_are_scaled(tmp_path, factor):
     lines = (
         {"image": "a.png", "box": [2, 4, 10, 8], **size},
         {"image": "a.png", "points": [[3, 5, 1]], **size},
-        {"image": "a.png", "mask": masks.encode(disc()), **size},
+        {"image": "a.png", "mask": masks.encode_rle(disc()), **size},
     )
-    prompts = read_prompts(write_lines(tmp_path / "regions.jsonl", *lines))
+    prompts = read_region_prompts(write_lines(tmp_path / "regions.jsonl", *lines))
     width, height = round(20 * factor), round(10 * factor)
-    (box, point, mask), problems = prompts.fitting("a.png", width, height)
+    (box, point, mask), problems = prompts.fit_prompts("a.png", width, height)
     assert not problems
     assert box.box == tuple(value * factor for value in (2, 4, 10, 8))
     assert point.points[0] == (3 * factor, 5 * factor, 1)
     assert mask.mask.shape == (height, width)
-    assert masks.box_of(mask.mask) == pytest.approx([value * factor for value in (3, 2, 9, 6)], abs=0.5)
+    assert masks.mask_to_box(mask.mask) == pytest.approx([value * factor for value in (3, 2, 9, 6)], abs=0.5)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "coco"])
@@ -564,7 +564,7 @@ def test_prompts_for_an_image_of_another_aspect_are_refused_with_both_sizes(tmp_
         path = tmp_path / "p.json"
         image = {"id": 1, "file_name": "a", "width": 20, "height": 10}
         path.write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1, "bbox": [1, 1, 2, 2]}]}))
-    prompts, (problem,) = read_prompts(path).fitting("a", 10, 20)
+    prompts, (problem,) = read_region_prompts(path).fit_prompts("a", 10, 20)
     assert not prompts
     assert "records 20 x 10 and the image is 10 x 20" in problem
     assert "rotated" in problem
@@ -573,10 +573,10 @@ def test_prompts_for_an_image_of_another_aspect_are_refused_with_both_sizes(tmp_
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.05, 20))
 def test_sizes_of_a_resized_image_agree_whatever_the_rounding(width, height, factor):
-    from sca.io.coordinates import compare_sizes
+    from sca.io.coordinates import compute_resize_factors
 
     actual = max(1, round(width * factor)), max(1, round(height * factor))
-    across, down = compare_sizes((width, height), actual)
+    across, down = compute_resize_factors((width, height), actual)
     assert (round(width * across), round(height * down)) == actual
 
 
@@ -584,7 +584,7 @@ def test_sizes_of_a_resized_image_agree_whatever_the_rounding(width, height, fac
     ("recorded", "actual"), [((20, 10), (10, 20)), ((640, 480), (640, 640)), ((512, 512), (512, 400))]
 )
 def test_sizes_of_another_aspect_disagree(recorded, actual):
-    from sca.io.coordinates import compare_sizes
+    from sca.io.coordinates import compute_resize_factors
 
     with pytest.raises(ValueError, match="the file records"):
-        compare_sizes(recorded, actual)
+        compute_resize_factors(recorded, actual)

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from sca.io.atomic import new_folder
+from sca.io.atomic import write_folder
 from sca.io.errors import InputError, LockedError, OutputError
-from sca.io.output_patterns import exact_pattern, find_outputs
-from sca.io.run_folder import LOCK, MARKER, OutputFilter, RunFolder, check_not_inputs, existing_paths
+from sca.io.output_patterns import make_exact_pattern, find_outputs
+from sca.io.run_folder import LOCK_FILE, MARKER_FILE, OutputFilter, RunFolder, check_not_inputs, iter_existing_paths
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_run_folder_records_what_made_it(tmp_path):
     earlier = run(tmp_path / "out")
     assert earlier.finished
     assert earlier.settings == {"x": 1}
-    assert names(tmp_path / "out") == ["1.part.txt", "a.txt", MARKER]
+    assert names(tmp_path / "out") == ["1.part.txt", "a.txt", MARKER_FILE]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "my.part.txt"])
@@ -76,7 +76,7 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
     (tmp_path / "notes").write_text("precious")
     with RunFolder(tmp_path, "test", PATTERNS) as folder:
         assert folder.begin({"x": 2}, ["b.txt"], overwrite=True) is None
-        assert names(tmp_path) == [LOCK, "notes", MARKER]
+        assert names(tmp_path) == [LOCK_FILE, "notes", MARKER_FILE]
 
 
 def test_overwrite_follows_no_link_out_of_the_folder(tmp_path):
@@ -94,12 +94,12 @@ def test_set_aside_renames_the_folder_of_another_run(tmp_path):
     run(out)
     (tmp_path / "out-1").mkdir()
     with RunFolder(out, "test", PATTERNS) as folder:
-        folder.begin({"x": 2}, ["a.txt"], set_aside=True)
-        assert folder.moved_to == tmp_path / "out-2"
-        assert names(out) == [LOCK, MARKER]
+        folder.begin({"x": 2}, ["a.txt"], rename_earlier=True)
+        assert folder.earlier_run_path == tmp_path / "out-2"
+        assert names(out) == [LOCK_FILE, MARKER_FILE]
         with pytest.raises(LockedError), RunFolder(out, "test", PATTERNS):
             pass
-    assert names(tmp_path / "out-2") == ["1.part.txt", "a.txt", MARKER]
+    assert names(tmp_path / "out-2") == ["1.part.txt", "a.txt", MARKER_FILE]
     assert run(tmp_path / "out-2") is not None
 
 
@@ -117,12 +117,12 @@ def test_one_process_at_a_time(tmp_path):
     with RunFolder(tmp_path, "test", PATTERNS), held:
         run(tmp_path)
     run(tmp_path)
-    assert LOCK not in names(tmp_path)
+    assert LOCK_FILE not in names(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "read fifo", "folder", "link", "dangling link"])
 def test_run_folder_refuses_an_irregular_lock_file_without_waiting(tmp_path, limited, kind):
-    path, reader = tmp_path / "out" / LOCK, None
+    path, reader = tmp_path / "out" / LOCK_FILE, None
     path.parent.mkdir()
     (tmp_path / "mine").write_text("precious")
     if "fifo" in kind:
@@ -137,7 +137,7 @@ def test_run_folder_refuses_an_irregular_lock_file_without_waiting(tmp_path, lim
     if reader is not None:
         os.close(reader)
     assert names(tmp_path) == ["mine", "out"]
-    assert names(tmp_path / "out") == [LOCK]
+    assert names(tmp_path / "out") == [LOCK_FILE]
 
 
 def test_run_folder_does_not_wait_for_fifos_with_the_names_of_drafts(tmp_path, limited):
@@ -145,7 +145,7 @@ def test_run_folder_does_not_wait_for_fifos_with_the_names_of_drafts(tmp_path, l
     for name in names:
         os.mkfifo(tmp_path / name)
     run(tmp_path)
-    with new_folder(tmp_path / "out"):
+    with write_folder(tmp_path / "out"):
         pass
     assert all((tmp_path / name).is_fifo() for name in names)
 
@@ -232,7 +232,7 @@ def test_run_folder_deletes_nothing_that_only_a_marker_claims(tmp_path, pattern)
     for path in mine:
         path.write_text("precious")
     claimed = {"settings": {"x": 0}, "outputs": [pattern.format(tmp=tmp_path)], "finished": True, "version": ""}
-    (out / MARKER).write_text(json.dumps({"format": 1, "runs": {"test": claimed}}))
+    (out / MARKER_FILE).write_text(json.dumps({"format": 1, "runs": {"test": claimed}}))
     run(out, overwrite=True)
     run(out, {"x": 2}, overwrite=True)
     assert all(path.read_text() == "precious" for path in mine)
@@ -252,14 +252,14 @@ def test_exact_pattern_matches_one_name(tmp_path):
     for name in names:
         (tmp_path / name).touch()
     for name in names:
-        assert find_outputs(tmp_path, [exact_pattern(name)]) == [tmp_path / name]
+        assert find_outputs(tmp_path, [make_exact_pattern(name)]) == [tmp_path / name]
     with RunFolder(tmp_path / "out", "test", ["*.txt"]) as folder:
-        folder.begin({}, map(exact_pattern, names))
-        assert set(folder.run.outputs) == set(map(exact_pattern, names))
+        folder.begin({}, map(make_exact_pattern, names))
+        assert set(folder.last_run.outputs) == set(map(make_exact_pattern, names))
 
 
 def test_a_damaged_marker_is_one_line(tmp_path):
-    (tmp_path / MARKER).write_text("{")
+    (tmp_path / MARKER_FILE).write_text("{")
     with pytest.raises(InputError, match="is damaged; choose another folder, or remove the file"):
         run(tmp_path)
 
@@ -269,10 +269,10 @@ def test_output_filter_tells_outputs_from_other_files(tmp_path):
     written = OutputFilter(PATTERNS)
     assert [name for name in ("a.txt", "1.part.txt", "mine.txt") if written(tmp_path / name)] == ["a.txt", "1.part.txt"]
     assert not OutputFilter(["b.txt"])(tmp_path / "a.txt")
-    assert written.skipped == [tmp_path / "a.txt", tmp_path / "1.part.txt"]
+    assert written.skipped_paths == [tmp_path / "a.txt", tmp_path / "1.part.txt"]
 
 
 def test_existing_paths_are_found_at_any_depth(tmp_path):
     (tmp_path / "a").touch()
     settings = {"model": str(tmp_path / "a"), "more": [{"x": tmp_path, "y": "no such", "z": 3}], "long": "x" * 9999}
-    assert list(existing_paths(settings)) == [tmp_path / "a", tmp_path]
+    assert list(iter_existing_paths(settings)) == [tmp_path / "a", tmp_path]

@@ -18,7 +18,7 @@ from rich.console import Console
 import sca.cli
 from sca.io import terminal
 from sca.io.terminal import Table, guard_terminal
-from sca.io.text import UNSAFE, escape_markdown, escape_terminal, format_csv
+from sca.io.text import UNSAFE_PATTERN, escape_markdown, escape_terminal, format_csv
 
 UNSAFE_CHARACTERS = [*map(chr, [*range(32), *range(127, 160)]), *"\u200e\u200f\u2028\u2029\u061c", "\ud800"]
 UNSAFE_CHARACTERS += [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))]
@@ -36,18 +36,18 @@ def test_escape_terminal_keeps_every_other_character_and_is_idempotent():
     text = "C:\\dir — “Grüße” 北京 שלום 👩\u200d👧 \u00a0|[bold]"
     assert escape_terminal(text) == text
     assert escape_terminal(escape_terminal("\x1b]0;x\x07")) == escape_terminal("\x1b]0;x\x07") == r"\x1b]0;x\x07"
-    assert escape_terminal("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
+    assert escape_terminal("a\n\tb\x1b", allowed="\n\t") == "a\n\tb\\x1b"
 
 
 def test_table_shows_markup_and_control_characters_as_text():
     hostile = "[bold red]x[/] [link=http://evil]y[/link] :smile: \x1b[31m\u202e\nz"
-    table = Table((hostile, "b"), hostile, right=("b",), notes=[hostile, "second"])
+    table = Table((hostile, "b"), hostile, right_aligned=("b",), notes=[hostile, "second"])
     table.add_row(hostile, "1.0")
     screen = Console(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
     screen.print(table)
     shown = screen.file.getvalue()
     assert shown.count("[bold red]x[/] [link=http://evil]y[/link] :smile: \\x1b[31m\\u202e\\nz") == 4
-    assert not UNSAFE.search(re.sub("\x1b\\[[0-9;]*m|\n", "", shown)), "rich's own styles aside"
+    assert not UNSAFE_PATTERN.search(re.sub("\x1b\\[[0-9;]*m|\n", "", shown)), "rich's own styles aside"
 
 
 def test_format_csv_makes_formulas_text_and_keeps_numbers():
@@ -91,7 +91,7 @@ def test_guard_terminal_covers_log_records_warnings_and_tracebacks(guarded, caps
         sys.excepthook(type(error), error, error.__traceback__)
     stream.write(warnings.formatwarning("\x1b]0;title\x07", UserWarning, "a\x1b.py", 1, ""))
     shown = stream.getvalue() + capsys.readouterr().err
-    assert not UNSAFE.search(shown.replace("\n", ""))
+    assert not UNSAFE_PATTERN.search(shown.replace("\n", ""))
     assert "\\x1b[1m \\x1b[31m   1.2 3 'a'\n\\u202e\n\\x9b1m\nfailed\nTraceback" in shown
     assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
     assert "UserWarning: \\x1b]0;title\\x07" in shown
@@ -113,7 +113,7 @@ def test_guard_terminal_covers_threads_and_finalizers(guarded, capsys):
     Broken()
     gc.collect()
     shown = capsys.readouterr().err
-    assert not UNSAFE.search(shown.replace("\n", ""))
+    assert not UNSAFE_PATTERN.search(shown.replace("\n", ""))
     assert "Exception in thread \\x1b[31m:\nTraceback" in shown
     assert "Broken.__del__\nTraceback" in shown
     assert shown.count("ValueError: two\nlines \\x1b[2J") == 2
@@ -140,4 +140,4 @@ def test_terminal_module_is_the_only_one_that_prints():
         "evaluate.py": 1,
     }
     assert {name: sum(found == name for found, _ in calls) for name, _ in calls} == allowed, calls
-    assert terminal.DOCUMENT == "\n\t"
+    assert terminal.DOCUMENT_WHITESPACE == "\n\t"

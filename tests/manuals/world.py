@@ -20,7 +20,7 @@ from sca_registry.spec import ModelSpec
 import sca
 from sca.checkpoints.export import write_language_model, write_published_checkpoint
 from sca.composition import build
-from sca.data.export import export
+from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.testing.tiny import tiny_options
 
@@ -151,7 +151,7 @@ def furnish(folder, sam, hub):
         "refer/refcocog": "refcoco",
     }
     for place, layout in layouts.items():
-        export(scenes, folder / place, layout)
+        export_dataset(scenes, folder / place, layout)
     for split in scenes:  # COCO's instances lie beside the panoptic annotations, and have the same pictures
         content = json.loads((folder / "street" / f"{split}.json").read_text())
         for image in content["images"]:

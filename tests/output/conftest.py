@@ -31,10 +31,10 @@ def captions():
     square[20:28, 30:38] = True
     points = Prompt(points=((15.0, 12.0, 1), (1.0, 1.0, 0)))
     return [
-        Caption("a disc", 0.75, masks.box_of(disc), masks.encode(disc), 0.5, points, 0),
+        Caption("a disc", 0.75, masks.mask_to_box(disc), masks.encode_rle(disc), 0.5, points, 0),
         Caption("a box", 0.5, (1.5, 2.0, 10.0, 12.25), None, None, Prompt(box=(1.5, 2.0, 10.0, 12.25)), 1),
         Caption("a point", np.float32(0.25), None, None, None, Prompt(points=((5, 6, 1),)), 2),
-        Caption("a square", 1.0, masks.box_of(square), masks.encode(square), np.float32(1), Prompt(mask=square), 3),
+        Caption("a square", 1.0, masks.mask_to_box(square), masks.encode_rle(square), np.float32(1), Prompt(mask=square), 3),
     ]
 
 

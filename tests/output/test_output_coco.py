@@ -6,7 +6,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from sca.io import masks
-from sca.io.prompt_files import read_prompts
+from sca.io.prompt_files import read_region_prompts
 from sca.output import MultiFormatWriter
 
 
@@ -32,7 +32,7 @@ def test_masks_boxes_and_areas_are_as_coco_has_them(written, captions):
     coco = COCO(str(written))
     disc, box, point, square = coco.imgToAnns[1]
     for annotation, caption in ((disc, captions[0]), (square, captions[3])):
-        mask = masks.decode(caption.mask)
+        mask = masks.decode_rle(caption.mask)
         assert (coco.annToMask(annotation) == mask).all()
         assert annotation["area"] == mask.sum()
         x, y, width, height = annotation["bbox"]
@@ -46,7 +46,7 @@ def test_masks_boxes_and_areas_are_as_coco_has_them(written, captions):
 
 
 def test_a_mask_without_a_box_brings_its_own(tmp_path, picture, captions):
-    nothing = masks.encode(np.zeros((30, 40), bool))
+    nothing = masks.encode_rle(np.zeros((30, 40), bool))
     with MultiFormatWriter(tmp_path, ("coco",)) as writers:
         writers.add("a.png", picture, [replace(captions[0], box=None), replace(captions[0], box=None, mask=nothing)])
     full, empty = json.loads(writers.paths["coco"].read_text())["annotations"]
@@ -55,7 +55,7 @@ def test_a_mask_without_a_box_brings_its_own(tmp_path, picture, captions):
 
 
 def test_the_file_serves_as_prompts(written):
-    prompts = read_prompts(written)
+    prompts = read_region_prompts(written)
     assert [len(prompts[key]) for key in prompts] == [3, 0, 2]
     (problem,) = prompts.problems  # of a region without a box or a mask
     assert "has no area" in problem

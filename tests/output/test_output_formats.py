@@ -10,7 +10,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.io.annotations.brush import pack, unpack
+from sca.io.annotations.brush import encode_brush_rle, decode_brush_rle
 from sca.io.errors import InputError
 from sca.output import OUTPUT_FORMATS, MultiFormatWriter
 from sca.output.outline import rings_to_mask, mask_to_polygons
@@ -79,7 +79,7 @@ def test_masks_of_any_shape_go_through_polygons_and_brushes(seed):
     mask = noise > (0.5, 0.2, 0.8, 0.05, 0.95, 0.99)[seed]
     found = mask_to_polygons(mask)
     assert (rings_to_mask([ring for polygon in found for ring in polygon], 31, 23 + seed) == mask).all()
-    assert (unpack(pack(mask), 31, 23 + seed) == mask).all()
+    assert (decode_brush_rle(encode_brush_rle(mask), 31, 23 + seed) == mask).all()
     assert len(found) == components(mask)
     for outer, *holes in found:
         assert turn(outer) > 0 > max(map(turn, holes), default=-1)
@@ -156,7 +156,7 @@ BROKEN = {
     "a broken mask": ("a.jsonl", json.dumps({**LINE, "mask": {"size": [3, 4], "counts": "z"}}), "line 1, 'mask'"),
     "another mask": (
         "a.jsonl",
-        json.dumps({**LINE, "mask": masks.encode(np.ones((2, 2), bool))}),
+        json.dumps({**LINE, "mask": masks.encode_rle(np.ones((2, 2), bool))}),
         "its size is [2, 2], the image's [3, 4]",
     ),
     "images mixed": (
@@ -219,8 +219,8 @@ def test_label_studio_has_its_own_code_for_masks(picture, captions):
             self.place += count
             return int(self.text[self.place - count : self.place], 2)
 
-    mask = masks.decode(captions[0].mask)
-    bits = Bits(pack(mask))
+    mask = masks.decode_rle(captions[0].mask)
+    bits = Bits(encode_brush_rle(mask))
     count, word = bits.read(32), bits.read(5) + 1
     sizes = [bits.read(4) + 1 for _ in range(4)]
     values = []

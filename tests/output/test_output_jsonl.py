@@ -7,7 +7,7 @@ import pytest
 
 from sca.io import masks
 from sca.io.errors import OutputError
-from sca.io.prompt_files import read_prompts
+from sca.io.prompt_files import read_region_prompts
 from sca.output import MultiFormatWriter
 
 
@@ -34,7 +34,7 @@ def test_a_line_says_what_was_asked_and_what_was_found(tmp_path, picture, captio
     assert (lines[1]["prompt"], lines[1]["mask"], lines[1]["iou"]) == ({"box": [1.5, 2.0, 10.0, 12.25]}, None, None)
     assert lines[2]["box"] is None
     assert lines[3]["prompt"] == {"mask": captions[3].mask}
-    assert masks.decode(lines[3]["mask"]).sum() == 64
+    assert masks.decode_rle(lines[3]["mask"]).sum() == 64
 
 
 def test_hostile_captions_stay_one_ascii_line_each(tmp_path, picture, hostile):
@@ -64,7 +64,7 @@ def test_what_is_not_a_number_is_null(tmp_path, picture, captions):
 def test_what_was_asked_can_be_asked_again(tmp_path, picture, captions):
     with MultiFormatWriter(tmp_path) as writers:
         writers.add("a.png", picture, captions)
-    again = read_prompts(tmp_path / "captions.jsonl")["a.png"]
+    again = read_region_prompts(tmp_path / "captions.jsonl")["a.png"]
     for prompt, caption in zip(again, captions, strict=True):
         assert (prompt.box, prompt.points) == (caption.prompt.box, caption.prompt.points)
     assert (again[3].mask == captions[3].prompt.mask).all()

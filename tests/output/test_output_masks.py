@@ -12,20 +12,20 @@ mask_arrays = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
 @given(mask_arrays)
 def test_a_mask_survives_its_code(mask):
-    code = masks.encode(mask)
-    assert (masks.decode(code) == mask).all()
-    assert masks.area(code) == masks.area(mask) == mask.sum()
-    assert masks.checked(code) == code
+    code = masks.encode_rle(mask)
+    assert (masks.decode_rle(code) == mask).all()
+    assert masks.compute_mask_area(code) == masks.compute_mask_area(mask) == mask.sum()
+    assert masks.parse_rle(code) == code
     rows, columns = np.nonzero(mask)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if mask.any() else None
-    assert masks.box_of(code) == masks.box_of(mask) == box
+    assert masks.mask_to_box(code) == masks.mask_to_box(mask) == box
 
 
 @given(mask_arrays)
 def test_a_code_cut_short_is_refused(mask):
-    code = masks.encode(mask)
+    code = masks.encode_rle(mask)
     with pytest.raises(ValueError, match="counts"):
-        masks.checked({**code, "counts": code["counts"][:-1]})
+        masks.parse_rle({**code, "counts": code["counts"][:-1]})
 
 
 @given(mask_arrays)

@@ -44,7 +44,7 @@ def test_masks_are_tinted_inside_and_nowhere_else():
     """Black under a translucent colour is the dimmed colour, under the contour the colour itself."""
     mask = np.zeros((600, 600), bool)
     mask[200:400, 300:500] = True
-    caption = Caption("x", 1.0, None, masks.encode(mask), 1.0, Prompt(mask=mask), 0)
+    caption = Caption("x", 1.0, None, masks.encode_rle(mask), 1.0, Prompt(mask=mask), 0)
     drawn = np.asarray(draw_captions(Image.new("RGB", (600, 600)), [caption])).astype(int)
     assert np.abs(drawn[300, 400] - np.array(REGION_COLORS[0]) * MASK_OPACITY).max() <= 1
     assert (drawn[200:400, 300] == REGION_COLORS[0]).all(), "the left edge"
@@ -151,7 +151,7 @@ def test_accents_are_legible_or_folded():
 
 
 def test_empty_masks_and_fractional_boxes_are_drawn(picture, captions):
-    empty = replace(captions[0], mask=masks.encode(np.zeros((30, 40), bool)), box=None)
+    empty = replace(captions[0], mask=masks.encode_rle(np.zeros((30, 40), bool)), box=None)
     thin = replace(captions[1], box=(39.9, 29.9, 40.0, 30.0))
     beyond = replace(captions[1], box=(-5.0, -5.0, 60.0, 60.0))
     assert changed(picture, [empty, thin, beyond]).any()

@@ -68,7 +68,7 @@ def read(path):
     """The captions of each image, what was counted, and what was rejected."""
     skip, problems = SkipCounter(), []
     images = list(read_captions(path, skip, [path.parent], lambda error: problems.append(str(error))))
-    return images, dict(skip.skipped), problems
+    return images, dict(skip.counts), problems
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -12,7 +12,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.brush import unpack
+from sca.io.annotations.brush import decode_brush_rle
 from sca.output import MultiFormatWriter
 from sca.output.label_studio import LABELING_CONFIG
 
@@ -45,7 +45,7 @@ def test_other_tools_read_what_is_written_for_them(tmp_path, monkeypatch, pictur
             noise = [rng.random((height, width)) < share for share in (0.02, 0.5, 0.98)]
             full = np.ones((height, width), bool)
             regions = [
-                Caption(f"{n} of {name}", 0.5, masks.box_of(mask), masks.encode(mask), 0.5, Prompt(mask=mask), n)
+                Caption(f"{n} of {name}", 0.5, masks.mask_to_box(mask), masks.encode_rle(mask), 0.5, Prompt(mask=mask), n)
                 for n, mask in enumerate((*noise, full))
             ]
             writers.add(name, drawn, captions if name == "a.png" else regions)
@@ -86,7 +86,7 @@ def test_geometry_is_that_of_the_tools_own_converters(tmp_path, python):
     shapes = list(labelme_shapes(rng, 200))
     groups = [[{**shape, "group_id": 7} for shape in shapes[at : at + 4]] for at in range(0, 40, 4)]
     tasks = label_studio_tasks(rng, 50)
-    drawn = [masks.encode(rng.random((30, 40)) < share) for share in (0, 0.02, 0.5, 0.98, 1)]
+    drawn = [masks.encode_rle(rng.random((30, 40)) < share) for share in (0, 0.02, 0.5, 0.98, 1)]
     content = {"labelme": {"size": [40, 30], "shapes": shapes, "groups": groups}, "label-studio": tasks, "masks": drawn}
     (tmp_path / "shapes.json").write_text(json.dumps(content))
     script = Path(__file__).with_name("tool_geometry.py")
@@ -95,26 +95,26 @@ def test_geometry_is_that_of_the_tools_own_converters(tmp_path, python):
     theirs = json.loads(ran.stdout)
 
     for shape, code in zip(shapes, theirs["labelme"], strict=True):
-        found = labelme.read_shapes({"shapes": [shape]}, (40, 30), "a.json", SkipCounter())
+        found = labelme.read_annotations({"shapes": [shape]}, (40, 30), "a.json", SkipCounter())
         if shape["shape_type"] == "rectangle":  # which is a box, and has the pixels on its edge in LabelMe
             (x1, y1), (x2, y2) = np.sort(shape["points"], axis=0)
             assert found[0].box == (x1, y1, x2, y2)
         else:
-            assert [each.mask for each in found] == ([code] if masks.area(code) else [])
+            assert [each.mask for each in found] == ([code] if masks.compute_mask_area(code) else [])
 
     for group, code in zip(groups, theirs["groups"], strict=True):
-        (found,) = labelme.read_shapes({"shapes": group}, (40, 30), "a.json", SkipCounter())
+        (found,) = labelme.read_annotations({"shapes": group}, (40, 30), "a.json", SkipCounter())
         assert found.mask == code
 
     (image,) = label_studio.read_tasks(tasks, "ls.json", SkipCounter(), lambda name: None)
-    regions = {each.place.rpartition(" ")[2].strip("'"): each for each in image.annotations}
+    regions = {each.location.rpartition(" ")[2].strip("'"): each for each in image.annotations}
     polygons = [each["segmentation"] for each in theirs["label-studio"] if each["segmentation"]]
     assert len(polygons) == len(theirs["corners"]) == 50
     for number, (polygon, corners) in enumerate(zip(polygons, theirs["corners"], strict=True)):
         for name, rings in ((f"p{number}", polygon), (f"r{number}", [[v for corner in corners for v in corner]])):
-            expected = coco.read_mask(rings, (40, 30), pytest.fail)
-            difference = masks.decode(regions[name].mask) ^ masks.decode(expected)
+            expected = coco.parse_segmentation(rings, (40, 30), pytest.fail)
+            difference = masks.decode_rle(regions[name].mask) ^ masks.decode_rle(expected)
             assert difference.sum() <= 1, name  # corners differ in their last digits
 
     for code, brush in zip(drawn, theirs["brushes"], strict=True):
-        assert masks.encode(unpack(brush, 40, 30)) == code
+        assert masks.encode_rle(decode_brush_rle(brush, 40, 30)) == code

@@ -13,7 +13,7 @@ import sca
 from sca.data.scenes import Scenes
 from sca.encoders.sam import SamEncoder
 from sca.inference.automatic import find_everything
-from sca.io.masks import decode
+from sca.io.masks import decode_rle
 from sca.segmenters.sam import SamSegmenter
 
 pytestmark = pytest.mark.all
@@ -189,7 +189,7 @@ def test_everything_equals_the_original_region_by_region(trained, search, nms, s
     assert len(found) == len(expected) > 0
     rest = list(expected)
     for mask in found:
-        inside = decode(mask.rle)
+        inside = decode_rle(mask.rle)
         apart = [
             abs(min(each["predicted_iou"], 1.0) - mask.predicted_iou) * 1e3 + (each["segmentation"] != inside).mean() * 1e3
             for each in rest

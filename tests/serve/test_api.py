@@ -52,7 +52,7 @@ def test_all_kinds_of_prompt_in_one_request(client, tiny, scene, asked):
     plain = [{"points": [[x, y]]}, {"mask": region.mask}, {"box": list(region.box), "points": [[x, y, 1], [1, 1, 0]]}]
     prompts = [
         Prompt(points=((x, y, 1),)),
-        Prompt(mask=masks.decode(region.mask)),
+        Prompt(mask=masks.decode_rle(region.mask)),
         Prompt(region.box, ((x, y, 1), (1, 1, 0))),
     ]
     told = client().post("/v1/captions", json=asked(prompts=plain, captions=2)).json()["regions"]
@@ -185,7 +185,7 @@ WRONG = {
     "outside": ({"prompts": [{"points": [[5000, 1]]}]}, 422, "prompts.0: the point 5000,1,1 is outside the 96 x 96"),
     "huge number": ({"prompts": [{"box": [0, 0, 1e308, 10**400]}]}, 422, "is not a finite number"),
     "mask of another size": (
-        {"prompts": [{"mask": masks.encode(np.ones((20_000, 8_000), bool))}]},
+        {"prompts": [{"mask": masks.encode_rle(np.ones((20_000, 8_000), bool))}]},
         422,
         "prompts.0, 'mask': the mask is 8000 x 20000, the image 96 x 96",
     ),
@@ -277,7 +277,7 @@ def test_what_requests_hold_is_given_back(client, asked, scene):
         assert budget.held == 0
     large = io.BytesIO()
     Image.new("RGB", (2000, 2000)).save(large, "PNG")
-    mask = masks.encode(np.ones((2000, 2000), bool))
+    mask = masks.encode_rle(np.ones((2000, 2000), bool))
     image = base64.b64encode(large.getvalue()).decode()
     with budget.lease() as other:
         other.set(budget.largest)
@@ -303,7 +303,7 @@ def test_large_images_together_wait_for_memory_and_not_for_each_other(client, as
     same, large = client(ServerLimits(timeout=120)), io.BytesIO()
     same.app.state.budget.limit = 64 * 2**20
     Image.new("RGBA", (1000, 1000)).save(large, "PNG")
-    prompt = {"box": [1, 1, 90, 90]} if kind == "box" else {"mask": masks.encode(np.ones((1000, 1000), bool))}
+    prompt = {"box": [1, 1, 90, 90]} if kind == "box" else {"mask": masks.encode_rle(np.ones((1000, 1000), bool))}
     body = asked(image=base64.b64encode(large.getvalue()).decode(), prompts=[prompt], masks=False)
     with ThreadPoolExecutor(14) as pool:
         statuses = list(pool.map(lambda _: same.post("/v1/captions", json=body).status_code, range(14)))

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import Region, Sample
 
-from sca.data.points import draw_point_prompt
-from sca.data.scenes import Scenes, parse_json_text, relation_holds
-from sca.io.masks import area, box_of, decode, encode
+from sca.data.points import sample_point_prompt
+from sca.data.scenes import Scenes, parse_json_text, is_relation_true
+from sca.io.masks import compute_mask_area, mask_to_box, decode_rle, encode_rle
 from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, flip_horizontally
 
 
@@ -27,7 +27,7 @@ def samples(draw):
         pixels[y1:y2, x1:x2] = 50 * (number + 1)
         mask = pixels[..., 0] == 50 * (number + 1)
         box = tuple(map(float, (x1, y1, x2, y2)))
-        regions.append(Region(number, box, encode(mask), "shape", ("left of a right hand", "leftover bright")))
+        regions.append(Region(number, box, encode_rle(mask), "shape", ("left of a right hand", "leftover bright")))
     return Sample(Image.fromarray(pixels), 1, tuple(regions))
 
 
@@ -43,11 +43,11 @@ def test_boxes_and_masks_stay_on_what_they_show(sample, seed):
     changed = augment(sample, np.random.default_rng(seed))
     for region in changed.regions:
         before = sample.regions[region.id]
-        assert (decode(region.mask) == shown(changed, region)).all()
-        assert region.box == box_of(region.mask)
-        assert area(region.mask) >= 0.4 * area(before.mask)
+        assert (decode_rle(region.mask) == shown(changed, region)).all()
+        assert region.box == mask_to_box(region.mask)
+        assert compute_mask_area(region.mask) >= 0.4 * compute_mask_area(before.mask)
     lost = {region.id for region in sample.regions} - {region.id for region in changed.regions}
-    assert all(shown(changed, region).sum() < 0.4 * area(region.mask) for region in sample.regions if region.id in lost)
+    assert all(shown(changed, region).sum() < 0.4 * compute_mask_area(region.mask) for region in sample.regions if region.id in lost)
 
 
 @given(samples())
@@ -79,7 +79,7 @@ def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
         for region in places:
             for phrase in region.phrases[1:]:
                 stated += 1
-                assert relation_holds(parse_json_text(phrase), region, places), phrase
+                assert is_relation_true(parse_json_text(phrase), region, places), phrase
             relation = region.attributes.get("relation")
             assert relation is None or relation in region.phrases[-1]
     assert stated > 20
@@ -115,19 +115,19 @@ def test_large_scale_jitter_takes_boxes_and_masks_along(sample, seed, scale):
     side = max(sample.image.size)
     assert changed.image.size == (side, side)
     for region in changed.regions:
-        mask = decode(region.mask)
+        mask = decode_rle(region.mask)
         assert mask.shape == (side, side)
-        assert region.box == box_of(region.mask)
-        before = area(sample.regions[region.id].mask)
-        assert area(region.mask) <= (2 * scale[1] + 1) ** 2 * before
+        assert region.box == mask_to_box(region.mask)
+        before = compute_mask_area(sample.regions[region.id].mask)
+        assert compute_mask_area(region.mask) <= (2 * scale[1] + 1) ** 2 * before
         x1, y1, x2, y2 = sample.regions[region.id].box
-        inner = decode(region.mask)[1:-1, 1:-1]
+        inner = decode_rle(region.mask)[1:-1, 1:-1]
         if scale[0] >= 1 and min(x2 - x1, y2 - y1) >= 3 and inner.sum() >= 16:  # and not mixed with what is around it
             seen = np.asarray(changed.image)[mask][:, 0].astype(int)
             assert np.abs(seen - 50 * (region.id + 1)).min() <= 2
     if scale == (1.0, 1.0):
         assert len(changed.regions) == len(sample.regions)
-        assert [area(r.mask) for r in changed.regions] == [area(r.mask) for r in sample.regions]
+        assert [compute_mask_area(r.mask) for r in changed.regions] == [compute_mask_area(r.mask) for r in sample.regions]
 
 
 @settings(deadline=None)
@@ -138,7 +138,7 @@ def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it
         x1, y1, x2, y2 = region.box
         assert 0 <= x1 < x2 <= changed.image.width
         assert 0 <= y1 < y2 <= changed.image.height
-        mask = decode(region.mask)
+        mask = decode_rle(region.mask)
         outside = mask.copy()
         outside[int(y1) : int(y2), int(x1) : int(x2)] = False
         assert not outside.any()
@@ -146,7 +146,7 @@ def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it
         across, down = (before[2] - before[0]) * factor, (before[3] - before[1]) * factor
         assert abs(x2 - x1 - across) <= 2 + 0.1 * across  # a picture of a few pixels is scaled by whole ones
         assert abs(y2 - y1 - down) <= 2 + 0.1 * down
-        (x, y, _), *_ = draw_point_prompt(region, np.random.default_rng(seed)).points
+        (x, y, _), *_ = sample_point_prompt(region, np.random.default_rng(seed)).points
         assert mask[int(y), int(x)]
 
 
@@ -154,7 +154,7 @@ def test_what_jitter_shows_whole_has_its_area_scaled_and_points_in_it_stay_on_it
 def test_a_crop_and_jitter_together_keep_no_region_that_lost_most_of_its_area(masked):
     pixels = np.zeros((40, 60), bool)
     pixels[10:30, 20:40] = True
-    region = Region(1, (20.0, 10.0, 40.0, 30.0), encode(pixels) if masked else None, "thing")
+    region = Region(1, (20.0, 10.0, 40.0, 30.0), encode_rle(pixels) if masked else None, "thing")
     sample, kept = Sample(Image.new("RGB", (60, 40)), 1, (region,)), []
     for seed in range(300):
         changed = Augmentation(flip=0.5, crop=0.5, scale=(2.0, 2.0), keep=0.4)(sample, np.random.default_rng(seed))

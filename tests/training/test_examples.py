@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from sca_registry.contracts import CAPTION_TASK_ID, RECOGNITION_TASK_ID, ImageFormat, Region, Sample
 
-from sca.data.scenes import COLOURS, Scenes
+from sca.data.scenes import COLORS, Scenes
 from sca.inference.processor import Processor
-from sca.io.masks import decode
+from sca.io.masks import decode_rle
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
 from sca.training.examples import Example, ExampleStream, ExampleMixture, collate_examples
@@ -75,9 +75,9 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
             text = tokenizer.decode(example.ids[row])
             assert text == region.name if example.task[row] == RECOGNITION_TASK_ID else text in region.phrases
             x, y = map(int, example.points[row, 0].tolist())
-            assert decode(region.mask)[y, x]
+            assert decode_rle(region.mask)[y, x]
             covered = example.masks[row].sum() * (64 / example.masks.shape[-1]) ** 2
-            assert covered == pytest.approx(decode(region.mask).sum(), rel=0.02)
+            assert covered == pytest.approx(decode_rle(region.mask).sum(), rel=0.02)
 
 
 def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, tokenizer):
@@ -144,8 +144,8 @@ def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
 
 def test_attributes_are_labeled_by_their_place_in_the_list(stream):
     dataset = Scenes("train", count=8, size=64)
-    example = stream(dataset=dataset, attributes={"colour": COLOURS, "name": ("square",), "mood": ("sad",)})[0]
-    assert ((example.labels["colour"] >= 0) & (example.labels["colour"] < len(COLOURS))).all()
+    example = stream(dataset=dataset, attributes={"colour": COLORS, "name": ("square",), "mood": ("sad",)})[0]
+    assert ((example.labels["colour"] >= 0) & (example.labels["colour"] < len(COLORS))).all()
     assert set(example.labels["name"].tolist()) <= {0, -100}
     assert set(example.labels["mood"].tolist()) == {-100}
 

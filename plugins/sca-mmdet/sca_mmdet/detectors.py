@@ -13,8 +13,8 @@ import torch
 from sca_registry.messages import suggest_name
 from torch import nn
 
-from sca.io.hub import local_file
-from sca.io.weight_files import reading
+from sca.io.hub import find_local_file
+from sca.io.weight_files import translate_load_errors
 from sca_mmdet.operators import install_operators, check_operators
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
     install_operators()
     from mmengine.config import Config
 
-    path = local_file(name)
+    path = find_local_file(name)
     if path is None:
         config_files = _list_configs()
         if name not in config_files:
@@ -39,7 +39,7 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
                 f"there is no config {name!r}, as a file or among the {len(config_files)} of mmdet.{suggest_name(name, config_files)}"
             )
         path = config_files[name]
-    with reading(path), silence_mmdet():
+    with translate_load_errors(path), silence_mmdet():
         config = Config.fromfile(str(path))
         model = config.get("model")
     if not isinstance(model, dict) or "backbone" not in model:
@@ -51,7 +51,7 @@ def load_mmdet_config(name: str, components: tuple[str, ...] = ()) -> Config:
 def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """The detector, with weights from a file or a URL, or random ones; and what the weights say of themselves."""
     install_operators()
-    with reading(name), silence_mmdet():
+    with translate_load_errors(name), silence_mmdet():
         from mmdet.registry import MODELS
         from mmdet.utils import register_all_modules
 
@@ -59,7 +59,7 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
         detector = MODELS.build(config.model)
     if weights is None:
         return detector.eval(), {}
-    with reading(weights), silence_mmdet():
+    with translate_load_errors(weights), silence_mmdet():
         content = _load_weights(weights)
         detector_tensors = detector.state_dict()
         tensors = {  # besides what only training has a use for

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from sca_registry.contracts import Region, MetricOutput
 
-from sca.data.scenes import Statement, parse_json_text, relation_holds
+from sca.data.scenes import Statement, parse_json_text, is_relation_true
 from sca.evaluation.records import Record, group_by_image, filter_records, collect_region_ids, require_records, compute_nanmean
 
 TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("colour", "form", "centre"))
@@ -32,7 +32,7 @@ class Relations:
             statement = parse_json_text(record["caption"]) or Statement()
             if statement.relation:
                 stated[row] = 1
-                correct[row] = relation_holds(statement, _make_region(record), regions_by_image[record["image_id"]])
+                correct[row] = is_relation_true(statement, _make_region(record), regions_by_image[record["image_id"]])
         per_record = {"relations/right": correct, "relations/stated": stated}
         total = {name: compute_nanmean(values) for name, values in per_record.items()}
         return MetricOutput(total | {"relations/captions": len(scored_records)}, per_record | collect_region_ids(scored_records))

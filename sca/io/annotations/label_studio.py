@@ -11,38 +11,38 @@ import numpy as np
 
 from sca.io import masks
 from sca.io.annotations import brush
-from sca.io.annotations.annotation import AnnotatedImage, Annotation, Size, Skip, find_unread_caption
+from sca.io.annotations.annotation import AnnotatedImage, Annotation, ImageSize, SkipCallback, describe_unread_caption
 from sca.io.annotations.shapes import (
     Points,
-    bound_points,
-    decode_mask,
+    compute_bounding_box,
+    decode_base64_mask,
     fill_polygons,
     rotate_rectangle,
     trace_ellipse,
 )
 from sca.io.coordinates import Box
-from sca.io.errors import InputError, Reject, raise_error
-from sca.io.images import SUFFIXES
+from sca.io.errors import InputError, RejectCallback, raise_error
+from sca.io.images import IMAGE_SUFFIXES
 from sca.io.validation import (
-    check_name,
+    check_image_name,
     check_numbers,
     check_type,
     is_finite_number,
     read_field,
     check_object,
-    read_size,
-    read_texts,
+    read_recorded_size,
+    parse_texts,
 )
 
 Results = Sequence[Mapping[str, Any]]
 Point = tuple[float, float]
-Measure = Callable[[str], Size | None]
-SHAPES = ("rectangle", "polygon", "ellipse", "brush", "bitmask", "keypoint", "vector")
-SEVERAL = "task with several {}, of which one is read"
+MeasureCallback = Callable[[str], ImageSize | None]
+SHAPE_TYPES = ("rectangle", "polygon", "ellipse", "brush", "bitmask", "keypoint", "vector")
+MULTIPLE_RESULTS_REASON = "task with several {}, of which one is read"
 
 
 def read_tasks(
-    content: Any, where: str, skip: Skip, measure: Measure, reject: Reject = raise_error
+    content: Any, display_name: str, skip: SkipCallback, measure: MeasureCallback, reject: RejectCallback = raise_error
 ) -> Iterator[AnnotatedImage]:
     """Read the images of an export, in order.
 
@@ -59,40 +59,40 @@ def read_tasks(
     """
     for number, task in enumerate(content if isinstance(content, list) else [content]):
         try:
-            images = _read_task(task, f"{where}, task {number}", skip, measure, reject)
+            images = _read_task(task, f"{display_name}, task {number}", skip, measure, reject)
         except InputError as error:
             reject(error)
         else:
             yield from images
 
 
-def _read_task(task: Any, place: str, skip: Skip, measure: Measure, reject: Reject) -> list[AnnotatedImage]:
-    if "data" not in check_object(task, place):
-        raise InputError(f"{place}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
-    data = check_object(task["data"], f"{place}, 'data'")
-    chosen = choose_annotation(task, place, skip)
-    results = _read_results(chosen.get("result") or [], f"{place}, 'result'", reject)
-    images = name_images(data, results, place)
-    model = chosen.get("model_version") if isinstance(chosen.get("model_version"), str) else None
-    found = []
+def _read_task(task: Any, location: str, skip: SkipCallback, measure: MeasureCallback, reject: RejectCallback) -> list[AnnotatedImage]:
+    if "data" not in check_object(task, location):
+        raise InputError(f"{location}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
+    data = check_object(task["data"], f"{location}, 'data'")
+    annotation = choose_annotation(task, location, skip)
+    results = _read_results(annotation.get("result") or [], f"{location}, 'result'", reject)
+    images = find_image_names(data, results, location)
+    model = annotation.get("model_version") if isinstance(annotation.get("model_version"), str) else None
+    annotated_images = []
     for (key, index), name in images.items():
-        its = [each for each in results if _is_of(each, key, index, images)]
-        recorded, its = agree_size(its, data, len(images) == 1, place, reject)
-        size = recorded or (measure(name) if any(map(_kind, its)) else None)
-        regions = read_regions(its, size, place, skip, reject)
-        found.append(AnnotatedImage(place, name, size, regions, model, is_size_recorded=recorded is not None))
-    return found
+        image_results = [each for each in results if _belongs_to_image(each, key, index, images)]
+        recorded_size, image_results = resolve_image_size(image_results, data, len(images) == 1, location, reject)
+        size = recorded_size or (measure(name) if any(map(_get_shape_type, image_results)) else None)
+        regions = read_regions(image_results, size, location, skip, reject)
+        annotated_images.append(AnnotatedImage(location, name, size, regions, model, is_size_recorded=recorded_size is not None))
+    return annotated_images
 
 
-def _read_results(results: Any, place: str, reject: Reject) -> list[Mapping[str, Any]]:
-    check_type(place, results, list, InputError)
-    kept = []
+def _read_results(results: Any, location: str, reject: RejectCallback) -> list[Mapping[str, Any]]:
+    check_type(location, results, list, InputError)
+    objects = []
     for number, result in enumerate(results):
         try:
-            kept.append(check_object(result, f"{place}[{number}]"))
+            objects.append(check_object(result, f"{location}[{number}]"))
         except InputError as error:
             reject(error)
-    return kept
+    return objects
 
 
 def is_task(content: Any) -> bool:
@@ -100,31 +100,31 @@ def is_task(content: Any) -> bool:
     return isinstance(content, Mapping) and isinstance(content.get("data"), Mapping)
 
 
-def choose_annotation(task: Mapping[str, Any], place: str, skip: Skip) -> Mapping[str, Any]:
+def choose_annotation(task: Mapping[str, Any], location: str, skip: SkipCallback) -> Mapping[str, Any]:
     """Return the annotation, draft or prediction of a task that counts; empty if there is none."""
-    annotations = _tables(task.get("annotations") or [], f"{place}, 'annotations'")
+    annotations = _check_objects(task.get("annotations") or [], f"{location}, 'annotations'")
     for annotation in annotations:
         if annotation.get("was_cancelled"):
-            skip("cancelled annotation", place)
+            skip("cancelled annotation", location)
     if annotations:
         finished = [each for each in annotations if not each.get("was_cancelled")]
         if len(finished) > 1:
-            skip(SEVERAL.format("annotations"), place)
+            skip(MULTIPLE_RESULTS_REASON.format("annotations"), location)
         finished.sort(key=lambda each: not each.get("ground_truth"))  # the others keep their order
         return finished[0] if finished else {}
-    for kind in ("drafts", "predictions"):
-        listed = task.get(kind)
-        found = (
-            [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
+    for source_key in ("drafts", "predictions"):
+        items = task.get(source_key)
+        candidates = (
+            [each for each in items if isinstance(each, Mapping)] if isinstance(items, list) else []
         )  # or only ids
-        if len(found) > 1:
-            skip(SEVERAL.format(kind), place)
-        if found:
-            return found[0]
+        if len(candidates) > 1:
+            skip(MULTIPLE_RESULTS_REASON.format(source_key), location)
+        if candidates:
+            return candidates[0]
     return {}
 
 
-def name_images(data: Mapping[str, Any], results: Results, place: str) -> dict[tuple[str, int], str]:
+def find_image_names(data: Mapping[str, Any], results: Results, location: str) -> dict[tuple[str, int], str]:
     """Find the images of a task: the key in its data and the place in that key's list -> the name.
 
     The keys are those that the results' `to_name` repeat, or else "image", or else the only one whose value names an
@@ -133,23 +133,23 @@ def name_images(data: Mapping[str, Any], results: Results, place: str) -> dict[t
     Raises:
         InputError: If no key or several could be meant.
     """
-    of_shapes = dict.fromkeys(str(each.get("to_name")) for each in results if _kind(each))
-    keys = [key for key in of_shapes if key in data] or [key for key in data if key == "image"]
-    keys = keys or [key for key, value in data.items() if _names_image(value)]
-    if not keys or (len(keys) > 1 and not set(keys) <= of_shapes.keys()):
-        found = "several values name" if keys else "no value names"
-        raise InputError(f"{place}, 'data': {found} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
+    referenced_keys = dict.fromkeys(str(each.get("to_name")) for each in results if _get_shape_type(each))
+    keys = [key for key in referenced_keys if key in data] or [key for key in data if key == "image"]
+    keys = keys or [key for key, value in data.items() if _is_image_reference(value)]
+    if not keys or (len(keys) > 1 and not set(keys) <= referenced_keys.keys()):
+        problem = "several values name" if keys else "no value names"
+        raise InputError(f"{location}, 'data': {problem} an image; name it 'image' (keys: {', '.join(data) or 'none'})")
     images = {}
     for key in keys:
         values = data[key] if isinstance(data[key], list) else [data[key]]
         for index, name in enumerate(values):
-            images[key, index] = check_name(f"{place}, 'data', {key!r}", name)
+            images[key, index] = check_image_name(f"{location}, 'data', {key!r}", name)
     return images
 
 
-def agree_size(
-    results: Results, data: Mapping[str, Any], is_only: bool, place: str, reject: Reject = raise_error
-) -> tuple[Size | None, Results]:
+def resolve_image_size(
+    results: Results, data: Mapping[str, Any], is_only: bool, location: str, reject: RejectCallback = raise_error
+) -> tuple[ImageSize | None, Results]:
     """Find the size of an image: the one that its first shape records, or else the task's data, as our export does.
 
     Args:
@@ -162,39 +162,39 @@ def agree_size(
     Returns:
         Width and height, None if nothing records them; and the results without the rejected ones.
     """
-    size, kept = None, []
+    size, accepted = None, []
     for number, result in enumerate(results):
         try:
-            recorded = _recorded_size(result, number, size, place)
+            recorded = _read_shape_image_size(result, number, size, location)
         except InputError as error:
             reject(error)
         else:
             size = size or recorded
-            kept.append(result)
+            accepted.append(result)
     if size is None and is_only:
         with suppress(InputError):  # columns of the user's own
-            size = read_size(data, place)
-    return size, kept
+            size = read_recorded_size(data, location)
+    return size, accepted
 
 
-def _recorded_size(result: Mapping[str, Any], number: int, known: Size | None, place: str) -> Size | None:
+def _read_shape_image_size(result: Mapping[str, Any], number: int, previous_size: ImageSize | None, location: str) -> ImageSize | None:
     """Return the size that a shape records; None for one without, and for a result without a shape."""
-    if not _kind(result):
+    if not _get_shape_type(result):
         return None
-    where = f"{place}, {_name_region(result, number)}"
-    size = read_size(result, where, ("original_width", "original_height"))
-    if size and known and size != known:
-        raise InputError(f"{where}: an image of {size[0]} x {size[1]}, and {known[0]} x {known[1]} in a result before")
+    result_location = f"{location}, {_describe_region(result, number)}"
+    size = read_recorded_size(result, result_location, ("original_width", "original_height"))
+    if size and previous_size and size != previous_size:
+        raise InputError(f"{result_location}: an image of {size[0]} x {size[1]}, and {previous_size[0]} x {previous_size[1]} in a result before")
     return size
 
 
-def _name_region(result: Mapping[str, Any], number: int) -> str:
-    identity = result.get("id")
-    return f"region {identity!r}" if isinstance(identity, str) else f"result {number}"
+def _describe_region(result: Mapping[str, Any], number: int) -> str:
+    region_id = result.get("id")
+    return f"region {region_id!r}" if isinstance(region_id, str) else f"result {number}"
 
 
 def read_regions(
-    results: Results, size: Size | None, place: str, skip: Skip, reject: Reject = raise_error
+    results: Results, size: ImageSize | None, location: str, skip: SkipCallback, reject: RejectCallback = raise_error
 ) -> list[Annotation]:
     """Read the regions of one image: results with the same id are one region.
 
@@ -207,182 +207,182 @@ def read_regions(
     """
     regions: dict[Any, list[Mapping[str, Any]]] = {}
     for number, result in enumerate(results):
-        identity = result.get("id")
-        regions.setdefault(identity if isinstance(identity, str) else number, []).append(result)
-    found = []
-    for number, pieces in enumerate(regions.values()):
-        where = f"{place}, {_name_region(pieces[0], number)}"
-        shapes = [piece for piece in pieces if _kind(piece)]
-        for kind in (piece.get("type") for piece in pieces if not _kind(piece)):
-            if kind == "textarea" and not shapes:
-                skip("text without a region", where)
-            elif kind not in ("textarea", "labels"):
-                skip(kind if isinstance(kind, str) else "result without a type", where)
+        region_id = result.get("id")
+        regions.setdefault(region_id if isinstance(region_id, str) else number, []).append(result)
+    annotations = []
+    for number, region_results in enumerate(regions.values()):
+        region_location = f"{location}, {_describe_region(region_results[0], number)}"
+        shapes = [piece for piece in region_results if _get_shape_type(piece)]
+        for result_type in (piece.get("type") for piece in region_results if not _get_shape_type(piece)):
+            if result_type == "textarea" and not shapes:
+                skip("text without a region", region_location)
+            elif result_type not in ("textarea", "labels"):
+                skip(result_type if isinstance(result_type, str) else "result without a type", region_location)
         try:
-            region = _read_region(pieces, shapes, size, where, skip) if shapes else None
+            region = _read_region(region_results, shapes, size, region_location, skip) if shapes else None
         except InputError as error:
             reject(error)
         else:
-            found += [region] if region else []
-    return found
+            annotations += [region] if region else []
+    return annotations
 
 
-def _read_region(pieces: Results, shapes: Results, size: Size | None, place: str, skip: Skip) -> Annotation | None:
+def _read_region(results: Results, shapes: Results, size: ImageSize | None, location: str, skip: SkipCallback) -> Annotation | None:
     if size is None:
-        raise InputError(f"{place}: no 'original_width' and 'original_height', and no image to measure")
-    geometry = _read_geometry(shapes, size, place, skip)
+        raise InputError(f"{location}: no 'original_width' and 'original_height', and no image to measure")
+    geometry = _read_geometry(shapes, size, location, skip)
     if geometry is None:
         return None
-    captions = tuple(text for piece in pieces for text in _texts(piece, place))
-    labels = dict.fromkeys(label for piece in pieces for label in _labels(piece))
-    score = next((piece["score"] for piece in pieces if piece.get("score") is not None), None)
-    notes = [each for piece in pieces for each in (piece, piece.get("meta")) if isinstance(each, Mapping)]
-    unread = next(filter(None, (find_unread_caption(each, ("textarea",)) for each in notes)), None)
-    unread = None if captions else unread
-    return Annotation(place, *geometry, ", ".join(labels) or None, captions, score, unread=unread)
+    captions = tuple(text for piece in results for text in _read_captions(piece, location))
+    labels = dict.fromkeys(label for piece in results for label in _read_labels(piece))
+    score = next((piece["score"] for piece in results if piece.get("score") is not None), None)
+    records = [each for piece in results for each in (piece, piece.get("meta")) if isinstance(each, Mapping)]
+    unread_caption = next(filter(None, (describe_unread_caption(each, ("textarea",)) for each in records)), None)
+    unread_caption = None if captions else unread_caption
+    return Annotation(location, *geometry, ", ".join(labels) or None, captions, score, unread_caption=unread_caption)
 
 
 def _read_geometry(
-    shapes: Results, size: Size, place: str, skip: Skip
+    shapes: Results, size: ImageSize, location: str, skip: SkipCallback
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None] | None:
     """Read the shapes of a region: the union of its masks, its first box, or else its first point. Others are counted,
     except repetitions.
     """
-    boxes, codes, points = dict[Box, None](), list[Mapping[str, Any]](), dict[Point, None]()
-    for piece in shapes:
-        turn = piece.get("image_rotation")
-        if is_finite_number(turn) and turn % 360:
-            skip("region on an image that was turned in Label Studio", place)
-        elif _kind(piece) == "keypoint" and piece.get("parentID"):
-            skip("keypoint", place)
+    boxes, rles, points = dict[Box, None](), list[Mapping[str, Any]](), dict[Point, None]()
+    for result in shapes:
+        rotation = result.get("image_rotation")
+        if is_finite_number(rotation) and rotation % 360:
+            skip("region on an image that was turned in Label Studio", location)
+        elif _get_shape_type(result) == "keypoint" and result.get("parentID"):
+            skip("keypoint", location)
         else:
-            box, mask, point = read_shape(piece, size, place, skip)
+            box, mask, point = read_shape(result, size, location, skip)
             boxes |= {box: None} if box and not mask else {}
-            codes += [mask] if mask else []
+            rles += [mask] if mask else []
             points |= {point: None} if point else {}
-    mask = masks.merge(codes) if codes else None
+    mask = masks.merge_rles(rles) if rles else None
     for _ in list(boxes)[1:]:
-        skip("further box of a region", place)
+        skip("further box of a region", location)
     for _ in list(points)[0 if boxes or mask else 1 :]:
-        skip("keypoint", place)
+        skip("keypoint", location)
     if boxes or mask:
-        return next(iter(boxes), None) or (masks.box_of(mask) if mask else None), mask, None
+        return next(iter(boxes), None) or (masks.mask_to_box(mask) if mask else None), mask, None
     return (None, None, next(iter(points))) if points else None
 
 
 def read_shape(
-    result: Mapping[str, Any], size: Size, place: str, skip: Skip
+    result: Mapping[str, Any], size: ImageSize, location: str, skip: SkipCallback
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
     """Read the box, the mask or the point of a result, in pixels. All are None for what was counted.
 
     Raises:
         InputError: If its value cannot be read.
     """
-    value, kind = check_object(result.get("value"), f"{place}, 'value'"), _kind(result)
+    value, shape_type = check_object(result.get("value"), f"{location}, 'value'"), _get_shape_type(result)
     x_scale, y_scale = size[0] / 100, size[1] / 100
     try:
-        match kind:
+        match shape_type:
             case "rectangle":
-                x, y, width, height = _numbers(value, ("x", "y", "width", "height"))
-                (degrees,) = _numbers({"rotation": 0, **_given(value)}, ("rotation",))
+                x, y, width, height = _read_value_numbers(value, ("x", "y", "width", "height"))
+                (degrees,) = _read_value_numbers({"rotation": 0, **_drop_null_values(value)}, ("rotation",))
                 x1, y1, w, h = x * x_scale, y * y_scale, width * x_scale, height * y_scale
                 if degrees % 360 == 0:
                     return (x1, y1, (x + width) / 100 * size[0], (y + height) / 100 * size[1]), None, None
-                return _filled(rotate_rectangle(x1, y1, w, h, degrees), size, place, skip)
+                return _fill_shape(rotate_rectangle(x1, y1, w, h, degrees), size, location, skip)
             case "ellipse":
-                x, y, radius_x, radius_y = _numbers(value, ("x", "y", "radiusX", "radiusY"))
-                (degrees,) = _numbers({"rotation": 0, **_given(value)}, ("rotation",))
-                around = trace_ellipse(x * x_scale, y * y_scale, radius_x * x_scale, radius_y * y_scale, degrees)
-                return _filled(around, size, place, skip)
+                x, y, radius_x, radius_y = _read_value_numbers(value, ("x", "y", "radiusX", "radiusY"))
+                (degrees,) = _read_value_numbers({"rotation": 0, **_drop_null_values(value)}, ("rotation",))
+                ellipse_points = trace_ellipse(x * x_scale, y * y_scale, radius_x * x_scale, radius_y * y_scale, degrees)
+                return _fill_shape(ellipse_points, size, location, skip)
             case "polygon":
-                corners = [_pair(each) for each in value["points"]]
-                return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
+                corners = [_parse_point(each) for each in value["points"]]
+                return _fill_shape([(x * x_scale, y * y_scale) for x, y in corners], size, location, skip)
             case "vector":
                 vertices = [check_object(each, "a vertex") for each in value["vertices"]]
                 if not value.get("closed") or any(each.get("isBezier") for each in vertices):
-                    skip("open or curved vector", place)
+                    skip("open or curved vector", location)
                     return None, None, None
-                corners = [_numbers(each, ("x", "y")) for each in vertices]
-                return _filled([(x * x_scale, y * y_scale) for x, y in corners], size, place, skip)
+                corners = [_read_value_numbers(each, ("x", "y")) for each in vertices]
+                return _fill_shape([(x * x_scale, y * y_scale) for x, y in corners], size, location, skip)
             case "brush":
-                code = read_field(value, "rle", list, "'value'")
-                return None, masks.encode(brush.unpack(code, *size)), None
+                brush_rle = read_field(value, "rle", list, "'value'")
+                return None, masks.encode_rle(brush.decode_brush_rle(brush_rle, *size)), None
             case "bitmask":
-                inside = decode_mask(value.get("imageDataURL"), "'imageDataURL'", size)
-                if inside.shape != size[::-1]:
-                    raise InputError(f"'imageDataURL' is {inside.shape[1]} x {inside.shape[0]}, the image {size}")
-                return None, masks.encode(np.asarray(inside)), None
+                bitmask = decode_base64_mask(value.get("imageDataURL"), "'imageDataURL'", size)
+                if bitmask.shape != size[::-1]:
+                    raise InputError(f"'imageDataURL' is {bitmask.shape[1]} x {bitmask.shape[0]}, the image {size}")
+                return None, masks.encode_rle(np.asarray(bitmask)), None
             case _:
-                x, y = _numbers(value, ("x", "y"))
+                x, y = _read_value_numbers(value, ("x", "y"))
                 return None, None, (x * x_scale, y * y_scale)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{place}: a {kind} that cannot be read: {reason}") from error
+        raise InputError(f"{location}: a {shape_type} that cannot be read: {reason}") from error
 
 
-def _filled(
-    points: Points, size: Size, place: str, skip: Skip
+def _fill_shape(
+    points: Points, size: ImageSize, location: str, skip: SkipCallback
 ) -> tuple[Box | None, Mapping[str, Any] | None, Point | None]:
     if len(points) < 3:
-        skip("polygon with fewer than three points", place)
+        skip("polygon with fewer than three points", location)
         return None, None, None
     mask = fill_polygons([points], size)
-    if masks.area(mask):
-        return masks.box_of(mask), mask, None
-    skip("shape covering no pixel, read as its box", place)
-    return bound_points(points), None, None
+    if masks.compute_mask_area(mask):
+        return masks.mask_to_box(mask), mask, None
+    skip("shape covering no pixel, read as its box", location)
+    return compute_bounding_box(points), None, None
 
 
-def _kind(result: Mapping[str, Any]) -> str | None:
+def _get_shape_type(result: Mapping[str, Any]) -> str | None:
     """One of SHAPES; None for a result without a shape. `labels` has that of its own value."""
-    kind, value = result.get("type"), result.get("value")
-    if kind == "labels" and isinstance(value, Mapping):
-        by_key = {"rle": "brush", "imageDataURL": "bitmask", "vertices": "vector", "points": "polygon"}
-        by_key |= {"radiusX": "ellipse", "height": "rectangle", "x": "keypoint"}
-        return next((shape for key, shape in by_key.items() if key in value), None)
-    shape = kind.removesuffix("labels") if isinstance(kind, str) else None
-    return shape if shape in SHAPES else None
+    result_type, value = result.get("type"), result.get("value")
+    if result_type == "labels" and isinstance(value, Mapping):
+        shape_type_by_key = {"rle": "brush", "imageDataURL": "bitmask", "vertices": "vector", "points": "polygon"}
+        shape_type_by_key |= {"radiusX": "ellipse", "height": "rectangle", "x": "keypoint"}
+        return next((shape for key, shape in shape_type_by_key.items() if key in value), None)
+    shape = result_type.removesuffix("labels") if isinstance(result_type, str) else None
+    return shape if shape in SHAPE_TYPES else None
 
 
-def _texts(result: Mapping[str, Any], place: str) -> list[str]:
+def _read_captions(result: Mapping[str, Any], location: str) -> list[str]:
     if result.get("type") != "textarea":
         return []
-    value = check_object(result.get("value"), f"{place}, 'value'")
-    return read_texts(f"{place}, 'text'", value.get("text"))
+    value = check_object(result.get("value"), f"{location}, 'value'")
+    return parse_texts(f"{location}, 'text'", value.get("text"))
 
 
-def _labels(result: Mapping[str, Any]) -> list[str]:
-    kind, value = str(result.get("type")), result.get("value")
-    labels = value.get(kind) if kind.endswith("labels") and isinstance(value, Mapping) else None
+def _read_labels(result: Mapping[str, Any]) -> list[str]:
+    result_type, value = str(result.get("type")), result.get("value")
+    labels = value.get(result_type) if result_type.endswith("labels") and isinstance(value, Mapping) else None
     return [label for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
 
 
-def _is_of(result: Mapping[str, Any], key: str, index: int, images: Mapping[tuple[str, int], str]) -> bool:
+def _belongs_to_image(result: Mapping[str, Any], key: str, index: int, images: Mapping[tuple[str, int], str]) -> bool:
     """Whether a result is of this image of its task."""
-    several = len({key for key, _ in images}) > 1
-    place = result.get("item_index") if isinstance(result.get("item_index"), int) else 0
-    return (not several or result.get("to_name") == key) and (place == index or (key, place) not in images)
+    has_several_keys = len({key for key, _ in images}) > 1
+    item_index = result.get("item_index") if isinstance(result.get("item_index"), int) else 0
+    return (not has_several_keys or result.get("to_name") == key) and (item_index == index or (key, item_index) not in images)
 
 
-def _names_image(value: Any) -> bool:
+def _is_image_reference(value: Any) -> bool:
     """Whether a value of a task's data names an image: a path or a URL, whose query may hold the path."""
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, str) and any(part.lower().endswith(SUFFIXES) for part in re.split("[?#&]", first))
+    return isinstance(first, str) and any(part.lower().endswith(IMAGE_SUFFIXES) for part in re.split("[?#&]", first))
 
 
-def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_null_values(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: each for key, each in value.items() if each is not None}
 
 
-def _numbers(value: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
+def _read_value_numbers(value: Mapping[str, Any], keys: Sequence[str]) -> list[float]:
     return [float(read_field(value, key, float, "'value'")) for key in keys]
 
 
-def _pair(value: Any) -> tuple[float, float]:
+def _parse_point(value: Any) -> tuple[float, float]:
     check_numbers("a point", value, "x, y")
     return float(value[0]), float(value[1])
 
 
-def _tables(value: Any, place: str) -> list[Mapping[str, Any]]:
-    check_type(place, value, list, InputError)
-    return [check_object(each, place) for each in value]
+def _check_objects(value: Any, location: str) -> list[Mapping[str, Any]]:
+    check_type(location, value, list, InputError)
+    return [check_object(each, location) for each in value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from sca.io.masks import box_of, decode
+from sca.io.masks import mask_to_box, decode_rle
 from sca.testing.conformance.promises import DoesNotApply, register_check
 from sca.testing.conformance.trials import DatasetHarness
 
@@ -63,10 +63,10 @@ def boxes_contain_masks(harness: DatasetHarness) -> str | None:
     for sample, region in harness.iter_regions():
         if region.mask is not None:
             num_masks += 1
-            height, width = decode(region.mask).shape
+            height, width = decode_rle(region.mask).shape
             if (width, height) != sample.image.size:
                 return f"a mask of {(width, height)} for an image of {sample.image.size}"
-            tight_box = box_of(region.mask)
+            tight_box = mask_to_box(region.mask)
             if tight_box is None:
                 return f"region {region.id} has an empty mask"
             overhang = max(region.box[0] - tight_box[0], region.box[1] - tight_box[1], tight_box[2] - region.box[2])

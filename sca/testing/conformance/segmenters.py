@@ -8,7 +8,7 @@ import torch
 from sca_registry.contracts import SegmenterOutput, Targets
 from torch import Tensor
 
-from sca.io.masks import box_of
+from sca.io.masks import mask_to_box
 from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
 from sca.testing.conformance.promises import DoesNotApply, register_check
 from sca.testing.conformance.trials import GRID_SIZE, NUM_IMAGES, IMAGE_INDEX, MASK_SIZE, IMAGE_SIZE, SegmenterHarness
@@ -60,7 +60,7 @@ def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
             return f"by {prompt_type}: other boxes than were given"
         if prompts.boxes is None and output.boxes is not None and output.masks is not None:
             best_masks = output.masks[torch.arange(len(prompts)), output.scores.argmax(1)] > 0
-            tight_boxes = [box_of(mask.numpy()) or (0, 0, 0, 0) for mask in best_masks]
+            tight_boxes = [mask_to_box(mask.numpy()) or (0, 0, 0, 0) for mask in best_masks]
             if not torch.allclose(output.boxes, torch.tensor(tight_boxes, dtype=torch.float32) * IMAGE_SIZE / MASK_SIZE):
                 return f"by {prompt_type}: boxes that are not tight around the best masks"
     return None

@@ -10,7 +10,7 @@ from sca_registry import get_registry
 from sca_registry.cards import check_name
 from sca_registry.plugins import is_installed
 
-from sca.io.atomic import new_folder
+from sca.io.atomic import write_folder
 
 TEMPLATE_KINDS = ("encoder", "segmenter", "mixer", "language_model", "dataset", "metric", "proposer")
 
@@ -44,7 +44,7 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
         raise ValueError(f"a package {placeholders['DISTRIBUTION']} is installed already: choose another name")
     folder = folder or Path(placeholders["DISTRIBUTION"])
     template_folder = files("sca.testing.scaffold") / "templates"
-    with new_folder(folder) as draft:
+    with write_folder(folder) as draft:
         for template, target in (
             ("pyproject.toml.txt", "pyproject.toml"),
             ("README.md.txt", "README.md"),
