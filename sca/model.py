@@ -122,7 +122,7 @@ class SegmentCaptioner(SegmentationModel):
 
         if not 0 < chunk_size < len(prompts):
             return segment_and_mix(features, prompts)
-        outputs = [checkpoint(segment_and_mix_without_grid, features, prompt_chunk, use_reentrant=False) for prompt_chunk in prompts.chunks(chunk_size)]
+        outputs = [checkpoint(segment_and_mix_without_grid, features, prompt_chunk, use_reentrant=False) for prompt_chunk in prompts.iter_chunks(chunk_size)]
         return concat_segmenter_outputs([regions for regions, _ in outputs]), torch.cat([queries for _, queries in outputs])
 
     def _compute_token_states(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, chunk_size: int) -> Tensor:

@@ -145,7 +145,7 @@ class _CostMeter:
         """What `Predictor` does: images encoded at once, regions in chunks, and texts `ROWS` at a time."""
         model, image_size = self.model.eval(), self.model.encoder.image_format.size
         prompts = _make_prompts(images, regions, image_size)
-        first_chunk, *later_chunks = prompts.chunks(REGION_BATCH_SIZE)
+        first_chunk, *later_chunks = prompts.iter_chunks(REGION_BATCH_SIZE)
         full_chunks = [chunk for chunk in later_chunks if len(chunk) == REGION_BATCH_SIZE]  # one of them stands for all
         chunk_counts = [(first_chunk, 1), *((chunk, len(full_chunks)) for chunk in full_chunks[:1])]
         chunk_counts += [(chunk, 1) for chunk in later_chunks if len(chunk) < REGION_BATCH_SIZE]

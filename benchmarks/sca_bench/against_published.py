@@ -121,7 +121,7 @@ def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]
 def generate_ids(model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions_per_call: int, generate_together: bool) -> Tensor:
     """Word ids (N, T), `regions` at a time through segmenter and mixer; `together`: all at once through the rest."""
     prefixes = []
-    for chunk in prompts.chunks(regions_per_call):
+    for chunk in prompts.iter_chunks(regions_per_call):
         queries = model.mix(model.segment(features, chunk))
         prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))
     if generate_together:

@@ -45,7 +45,7 @@ def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch
     """As `Predictor` goes about it; no caption ends early."""
     features = model.encode(pixels)
     prefixes, prepared_features = [], None
-    for chunk in prompts.chunks(REGION_BATCH_SIZE):
+    for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
         segmenter_output = model.segment(features, chunk)
         prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
         prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared_features), torch.zeros_like(chunk.image_index)))

@@ -47,7 +47,7 @@ def measure_stages(model: SegmentCaptioner, num_images: int, num_regions: int, m
         stage_seconds = dict.fromkeys(STAGES, 0.0)
         features = clock.time_stage(stage_seconds, "encode", lambda: model.encode(pixels))
         prefixes, prepared_features = [], None
-        for chunk in prompts.chunks(REGION_BATCH_SIZE):
+        for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
             segmenter_output = clock.time_stage(stage_seconds, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
             start = clock.read_time()
             prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features

@@ -78,7 +78,7 @@ def _measure_stages(model: SegmentCaptioner, num_regions: int, regions_per_call:
 
         features = time_stage("encode", lambda: model.encode(pixels))
         prefixes = []
-        for chunk in prompts.chunks(regions_per_call):
+        for chunk in prompts.iter_chunks(regions_per_call):
             segmenter_output = time_stage("segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
             queries = time_stage("mix", lambda segmenter_output=segmenter_output: model.mix(segmenter_output, model.prepare_mixer(segmenter_output)))
             prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))

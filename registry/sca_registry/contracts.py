@@ -79,10 +79,10 @@ class PromptBatch(_TensorRows):
     labels: Tensor | None = None  # (N, P) 1 inside, 0 outside, -1 SAM's "not a point"
     masks: Tensor | None = None  # (N, 1, 4h, 4w) logits
 
-    def chunks(self, size: int) -> Iterator[PromptBatch]:
+    def iter_chunks(self, chunk_size: int) -> Iterator[PromptBatch]:
         """At most `size` regions at a time, in order."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
+        for start in range(0, len(self), chunk_size):
+            yield self[start : start + chunk_size]
 
 
 @dataclass
@@ -304,13 +304,13 @@ class LanguageModel(Protocol):
     hidden_size: int
     tokenizer: Tokenizer | None
 
-    def embed_tokens(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """(N, L) ids -> (N, L, E)."""
 
-    def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """(N, S, E), (N, S) -> (N, S, E): the last layer's states."""
 
-    def lm_head(self, states: Tensor) -> Tensor:
+    def lm_head(self, hidden_states: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
 
     def generate(self, prefix: Tensor, max_new_tokens: int, **generation: Any) -> GenerationOutput:

@@ -94,12 +94,12 @@ class RegionCaptioner(MaskEngine):
         self,
         encoded: EncodedImages,
         masks: Sequence[PredictedMask],
-        request: Sequence[Prompt],
+        prompts: Sequence[Prompt],
         task: str = "caption",
         **generation: Any,
     ) -> list[Caption]:
         (image,) = encoded.images
-        regions = [RegionView(0, image, prompt, *mask) for prompt, mask in zip(request, masks, strict=True)]
+        regions = [RegionView(0, image, prompt, *mask) for prompt, mask in zip(prompts, masks, strict=True)]
         return self._build_captions([regions], task, encoded, generation)[0]
 
     def _find_regions(self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]]) -> list[RegionView]:

@@ -19,7 +19,7 @@ from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.paths import expand_user, normalize_name
-from sca.io.validation import read_field, parse_numbers, require_recorded_size
+from sca.io.validation import read_field, read_number_list, require_recorded_size
 
 BOX_FORMAT = "x1, y1, x2, y2"
 TEXT_FIELDS = ("caption", "phrases", "name")
@@ -143,7 +143,7 @@ class Jsonl(TableDataset):
 
     def _add_line(self, row: dict[str, Any], record: dict[str, Any], region_id: int, location: str) -> None:
         mask_value = record.get("mask")
-        box = None if mask_value and record.get("box") is None else parse_numbers(record, "box", BOX_FORMAT, location)
+        box = None if mask_value and record.get("box") is None else read_number_list(record, "box", BOX_FORMAT, location)
         if box and (box[2] < box[0] or box[3] < box[1]):
             raise InputError(f"{location}: box is {box}, whose ends come before its beginnings; it is {BOX_FORMAT}")
         count_unread_caption(record, ("caption", "phrases"), location, self._skip)

@@ -89,7 +89,7 @@ class Statement(NamedTuple):
     other_form: str | None = None
 
 
-def parse_json_text(text: str) -> Statement | None:
+def parse_statement(text: str) -> Statement | None:
     """What `text` states, or None if it names no attribute and no relation.
 
     The exact inverse of the grammar above. Words that do not belong to it are passed over, and of two words of one kind

@@ -296,7 +296,7 @@ def _iter_mask_candidates(
     point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
     labels = torch.ones(len(points), 1, dtype=torch.long)
     prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(engine.device)
-    for chunk_index, chunk in enumerate(prompts.chunks(engine.region_batch_size)):
+    for chunk_index, chunk in enumerate(prompts.iter_chunks(engine.region_batch_size)):
         segmenter_output = engine.model.segment(encoded.features, chunk)
         if segmenter_output.masks is None:
             raise ValueError(

@@ -167,7 +167,7 @@ class MaskEngine(ABC):
         self,
         encoded: EncodedImages,
         masks: Sequence[PredictedMask],
-        request: Sequence[Prompt],
+        prompts: Sequence[Prompt],
         task: str = "caption",
         **generation: Any,
     ) -> list[Caption]:
@@ -186,7 +186,7 @@ class MaskEngine(ABC):
     ) -> Iterator[tuple[list[int], PromptBatch, SegmenterOutput]]:
         """A chunk of regions at a time, with their places in the flattened requests."""
         for indices, prompt_batch in self.processor.group_prompts(requests, encoded.frames):
-            for chunk_index, chunk in enumerate(prompt_batch.to(self.device).chunks(self.region_batch_size)):
+            for chunk_index, chunk in enumerate(prompt_batch.to(self.device).iter_chunks(self.region_batch_size)):
                 chunk_indices = indices[chunk_index * self.region_batch_size : chunk_index * self.region_batch_size + len(chunk)]
                 yield chunk_indices, chunk, self.model.segment(encoded.features, chunk, multimask_output)
 
@@ -235,33 +235,33 @@ class Engine(MaskEngine):
         **generation: Any,
     ) -> list[list[Caption]]:
         check_task(task)
-        flat = [(owner, prompt, region) for owner, r in enumerate(requests) for region, prompt in enumerate(r)]
-        answers: list[Caption | None] = [None] * len(flat)
-        for places, prompts in self.processor.group_prompts(requests, encoded.frames):
-            told, usages, codes, ious = self._caption_prompt_batch(encoded, prompts, TASKS.index(task), masks, generation)
-            for row, place in enumerate(places):
-                _, prompt, region = flat[place]
-                box = prompt.box or (codes[row] and mask_to_box(codes[row]))
-                (text, score), *others = told[row]
-                answers[place] = Caption(
-                    text, score, box, codes[row], ious[row], prompt, region, tuple(others), usages[row]
+        flat_requests = [(image_index, prompt, region_index) for image_index, r in enumerate(requests) for region_index, prompt in enumerate(r)]
+        flat_captions: list[Caption | None] = [None] * len(flat_requests)
+        for indices, prompts in self.processor.group_prompts(requests, encoded.frames):
+            scored_texts, usages, rles, predicted_ious = self._caption_prompt_batch(encoded, prompts, TASKS.index(task), masks, generation)
+            for row, index in enumerate(indices):
+                _, prompt, region_index = flat_requests[index]
+                box = prompt.box or (rles[row] and mask_to_box(rles[row]))
+                (text, score), *alternatives = scored_texts[row]
+                flat_captions[index] = Caption(
+                    text, score, box, rles[row], predicted_ious[row], prompt, region_index, tuple(alternatives), usages[row]
                 )
         captions: list[list[Caption]] = [[] for _ in requests]
-        for (owner, _, _), answer in zip(flat, answers, strict=True):
-            captions[owner].append(answer)
+        for (image_index, _, _), caption in zip(flat_requests, flat_captions, strict=True):
+            captions[image_index].append(caption)
         return captions
 
     def caption_masks(
         self,
         encoded: EncodedImages,
         masks: Sequence[PredictedMask],
-        request: Sequence[Prompt],
+        prompts: Sequence[Prompt],
         task: str = "caption",
         **generation: Any,
     ) -> list[Caption]:
-        (captions,) = self.caption_batch(encoded, [request], task, masks=False, **generation)
-        told = zip(captions, masks, strict=True)
-        return [replace(caption, mask=code, box=mask_to_box(code), iou=iou) for caption, (code, iou) in told]
+        (captions,) = self.caption_batch(encoded, [prompts], task, masks=False, **generation)
+        captions_with_masks = zip(captions, masks, strict=True)
+        return [replace(caption, mask=rle, box=mask_to_box(rle), iou=predicted_iou) for caption, (rle, predicted_iou) in captions_with_masks]
 
     def _caption_prompt_batch(
         self, encoded: EncodedImages, prompts: PromptBatch, task_id: int, return_masks: bool, generation: Mapping[str, Any]
@@ -271,7 +271,7 @@ class Engine(MaskEngine):
         """
         prefixes, rles, predicted_ious = [], [], []
         prepared = None
-        for chunk in prompts.to(self.device).chunks(self.region_batch_size):
+        for chunk in prompts.to(self.device).iter_chunks(self.region_batch_size):
             segmenter_output = self.model.segment(encoded.features, chunk)
             prepared = self.model.prepare_mixer(segmenter_output) if prepared is None else prepared
             task_ids = torch.full((len(chunk),), task_id, device=self.device)

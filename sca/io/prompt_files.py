@@ -18,7 +18,7 @@ from sca.io.images import format_path
 from sca.io.json import is_json_lines_file, open_regular_file, parse_json, parse_json_lines, read_regular_file
 from sca.io.prompts import quote_value, parse_field, parse_prompt_fields
 from sca.io.region_prompts import RegionPromptEntry, RegionPrompts, get_image_root
-from sca.io.validation import read_id, get_image_name, read_recorded_size
+from sca.io.validation import read_id, read_image_name, read_recorded_size
 
 
 def read_region_prompts(path: str | Path) -> RegionPrompts:
@@ -102,7 +102,7 @@ def _parse_line(record: Any, location: str, path: Path) -> tuple[str, RegionProm
     """The image of a line, and its region."""
     if not isinstance(record, dict):
         raise InputError(f'{location}: a line is an object like {{"image": "a.jpg", "box": [x1, y1, x2, y2]}}')
-    image = get_image_name(record, "image", location)
+    image = read_image_name(record, "image", location)
     box, points, mask = parse_prompt_fields(record.get("prompt", record), location)
     if isinstance(mask, str):
         mask = parse_field(location, "mask", partial(resolve_image_path, roots=[path.parent]), mask)
@@ -147,7 +147,7 @@ def _parse_coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]
     for index, image in enumerate(content["images"]):
         location = f"{format_path(path)}, images[{index}]"
         with _collect_problems(problems):
-            image_id, name = read_id(image, "id", location), get_image_name(image, "file_name", location)
+            image_id, name = read_id(image, "id", location), read_image_name(image, "file_name", location)
             if image_id in name_by_id or name in entries:
                 field = "'id'" if image_id in name_by_id else "'file_name'"
                 raise InputError(f"{location}, {field}: another image has it too; each image has its own")
@@ -178,7 +178,7 @@ def _read_coco_box(annotation: Mapping[str, Any], location: str, skip: SkipCount
 
 
 def _parse_labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
-    name = get_image_name(content, "imagePath", format_path(path))
+    name = read_image_name(content, "imagePath", format_path(path))
     image = parse_field(format_path(path), "imagePath", partial(resolve_image_path, roots=[path.parent]), name)
     size = labelme.find_image_size(content, image, format_path(path))
     shapes = labelme.read_annotations(content, size, format_path(path), skip, lambda error: problems.append(str(error)))

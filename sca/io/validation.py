@@ -114,9 +114,9 @@ def check_image_name(subject: str, value: Any) -> str:
     return value
 
 
-def check_object(value: Any, place: str) -> dict[str, Any]:
+def check_object(value: Any, location: str) -> dict[str, Any]:
     """Return a JSON object. Raises InputError for any other value."""
-    check_type(place, value, dict, InputError)
+    check_type(location, value, dict, InputError)
     return value
 
 
@@ -136,16 +136,16 @@ def read_field(record: Any, key: str, expected_type: type, location: str) -> Any
     return value
 
 
-def parse_numbers(record: Any, key: str, form: str, place: str) -> Any:
+def read_number_list(record: Any, key: str, expected_format: str, location: str) -> Any:
     """Return the list of numbers that a record has under a key, see `check_numbers`."""
-    values = require_key(record, key, place)
-    check_numbers(f"{place}, {key!r}", values, form)
+    values = require_key(record, key, location)
+    check_numbers(f"{location}, {key!r}", values, expected_format)
     return values
 
 
-def get_image_name(record: Any, key: str, place: str) -> str:
+def read_image_name(record: Any, key: str, location: str) -> str:
     """Return the name of an image that a record has under a key, see `check_name`."""
-    return check_image_name(f"{place}, {key!r}", require_key(record, key, place))
+    return check_image_name(f"{location}, {key!r}", require_key(record, key, location))
 
 
 def read_id(record: Any, key: str, location: str) -> int | str:

@@ -60,14 +60,14 @@ class CausalLanguageModel(nn.Module):
             )
         self._tokenizer = tokenizer
 
-    def embed_tokens(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids)
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(input_ids)
 
-    def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), mask)
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.structure.compute_hidden_states(self.model, embeddings.to(self.model.dtype), attention_mask)
 
-    def lm_head(self, states: Tensor) -> Tensor:
-        return self.structure.compute_logits(self.model, states)
+    def lm_head(self, hidden_states: Tensor) -> Tensor:
+        return self.structure.compute_logits(self.model, hidden_states)
 
     @torch.no_grad()
     def generate(
@@ -131,20 +131,20 @@ class CausalLanguageModel(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-        kind = self.model.config.model_type
+        model_type = self.model.config.model_type
         layers = self._find_linear_layers()
-        wanted = list(target_modules or KNOWN.get(kind, ()))
-        problem = "" if wanted else f"there are none for {kind!r} unless you name them"
-        for name in wanted:
+        requested = list(target_modules or KNOWN.get(model_type, ()))
+        problem = "" if requested else f"there are none for {model_type!r} unless you name them"
+        for name in requested:
             if name not in layers:
                 problem = f"no layer is called {name!r}"
             elif len(layers[name]) < max(map(len, layers.values())):
                 problem = f"only {len(layers[name])} of {max(map(len, layers.values()))} blocks have a {name!r}"
         if problem:
-            counted = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
-            raise ValueError(f"targets of LoRA: {problem}. The linear layers, and in how many blocks: {counted}")
-        fan = any(isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in wanted)
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, fan_in_fan_out=fan)
+            layer_counts = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
+            raise ValueError(f"targets of LoRA: {problem}. The linear layers, and in how many blocks: {layer_counts}")
+        has_conv1d = any(isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=requested, fan_in_fan_out=has_conv1d)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         inject_adapter_in_model(config, self.model)  # freezes all but the adapters
         for parameter in trained:

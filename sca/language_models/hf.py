@@ -65,19 +65,19 @@ class HfLanguageModel(CausalLanguageModel):
         self.revision = revision
         self.checkpointing = checkpointing
 
-    def hidden_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return super().hidden_states(embeddings, mask)
+            return super().hidden_states(embeddings, attention_mask)
         layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        modes = [layer.training for layer in layers]
+        training_modes = [layer.training for layer in layers]
         for layer in layers:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             layer.gradient_checkpointing = True
             layer.training = True  # transformers checkpoints only what trains; what lies in the layer stays as it is
         try:
-            return super().hidden_states(embeddings, mask)
+            return super().hidden_states(embeddings, attention_mask)
         finally:
-            for layer, mode in zip(layers, modes, strict=True):
+            for layer, mode in zip(layers, training_modes, strict=True):
                 layer.gradient_checkpointing, layer.training = False, mode
 
 

@@ -17,7 +17,7 @@ from sca.io.atomic import AtomicFile
 from sca.io.errors import InputError, RejectCallback
 from sca.io.image_names import read_named_image_size
 from sca.io.images import format_path
-from sca.io.validation import is_int64, read_field, read_id, get_image_name, require_recorded_size
+from sca.io.validation import is_int64, read_field, read_id, read_image_name, require_recorded_size
 from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import close_document
 from sca.output.jsonl import caption_to_record
@@ -98,7 +98,7 @@ def read_coco(
         location, records = f"{format_path(path)}, images[{index}]", list[tuple[str, Any]]()
         try:
             records = records_by_image_id.pop(read_id(image, "id", location), [])
-            file_name = get_image_name(image, "file_name", location)
+            file_name = read_image_name(image, "file_name", location)
             measured_size = None if {"width", "height"} <= image.keys() else read_named_image_size(file_name, roots)
             size = ImageSize(*measured_size) if measured_size else ImageSize(*require_recorded_size(image, location))
         except InputError as error:

@@ -58,16 +58,16 @@ class HtmlWriter:
     def close(self, finished: bool = True) -> None:
         """Keep the images that are done. A run that did not finish leaves an older file unchanged."""
         if not finished and (self._file.replaces_file or not self._num_images):
-            self.drop()
+            self.discard()
             return
         try:
             self._file.write(self._end)
         except BaseException:
-            self.drop()
+            self.discard()
             raise
         self._file.commit()
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Remove what was written; an older file stays unchanged."""
         self._file.discard()
 

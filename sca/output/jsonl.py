@@ -28,7 +28,7 @@ class Sink(Protocol):
 class StreamSink:
     """A text stream, standard output say, that is not ours to close; what is written is flushed."""
 
-    replaces = False
+    replaces_file = False
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -43,10 +43,10 @@ class StreamSink:
         except OSError as error:
             raise make_write_error(getattr(self._stream, "name", "the stream"), error) from error
 
-    def keep(self) -> None:
+    def commit(self) -> None:
         """All is written already."""
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """What is written stays."""
 
 

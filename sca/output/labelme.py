@@ -23,7 +23,7 @@ from sca.io.image_names import resolve_image_path, is_url
 from sca.io.images import format_path
 from sca.io.json import parse_json, read_regular_file
 from sca.io.paths import make_relative_path, remove_parents
-from sca.io.validation import get_image_name
+from sca.io.validation import read_image_name
 from sca.output.captioned import CaptionedImage, ImageSize
 from sca.output.files import FilePerImage
 from sca.output.jsonl import caption_to_record
@@ -107,7 +107,7 @@ def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: Rej
 def _read_labelme_image(path: Path, skip: SkipCounter, reject: RejectCallback) -> CaptionedImage:
     location = format_path(path)
     content = parse_json(read_regular_file(path), location, allow_surrogates=True)
-    name = _resolve_image_name(path, get_image_name(content, "imagePath", location))
+    name = _resolve_image_name(path, read_image_name(content, "imagePath", location))
     size = ImageSize(*labelme.find_image_size(content, Path(name), location))
     captions = annotations_to_captions(labelme.read_annotations(content, size, location, skip, reject), size, skip, reject)
     embedded = partial(labelme.open_embedded_image, content, location) if content.get("imageData") else None

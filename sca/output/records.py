@@ -21,7 +21,7 @@ from sca.io.validation import (
     is_finite_number,
     is_int64,
     read_field,
-    get_image_name,
+    read_image_name,
     require_key,
     require_recorded_size,
 )
@@ -37,7 +37,7 @@ def parse_image(record: Any, location: str) -> CaptionedImage:
     size = ImageSize(*require_recorded_size(record, location))
     captions = read_field(record, "captions", list, location)
     told = [_parse_caption(each, size, number, location) for number, each in enumerate(captions)]
-    return CaptionedImage(get_image_name(record, "image", location), size, told, None)
+    return CaptionedImage(read_image_name(record, "image", location), size, told, None)
 
 
 def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: RejectCallback) -> Iterator[CaptionedImage]:
@@ -66,7 +66,7 @@ def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter
 def _iter_named_records(records: Iterable[tuple[str, Any]], reject: RejectCallback) -> Iterator[tuple[str, str, Any]]:
     for location, record in records:
         try:
-            name = get_image_name(record, "image", location)
+            name = read_image_name(record, "image", location)
         except InputError as error:
             reject(error)
         else:

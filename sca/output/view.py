@@ -43,7 +43,7 @@ def write_viewer(
             page.add(captioned_image.image, _open_image(captioned_image, roots, problems), captioned_image.captions, other_captions)
             count += len(captioned_image.captions) + len(other_captions or ())
     except BaseException:
-        page.drop()
+        page.discard()
         raise
     page.close()
     return count, problems

@@ -21,7 +21,7 @@ from sca.data.scenes import (
     MIN_VISIBLE_FRACTION,
     Scenes,
     Statement,
-    parse_json_text,
+    parse_statement,
     is_relation_true,
 )
 
@@ -133,7 +133,7 @@ def test_every_phrase_parses_back_to_the_truth_and_every_relation_holds(samples)
             facts = region.attributes
             assert region.name == facts["form"]
             assert 1 <= len(set(region.phrases)) == len(region.phrases) <= 3
-            first, *related = map(parse_json_text, region.phrases)
+            first, *related = map(parse_statement, region.phrases)
             truth = Statement(facts["size"], facts["texture"], facts["colour"], facts["form"])
             assert first == truth
             for statement in related:
@@ -154,12 +154,12 @@ def test_parse_finds_what_is_there_and_only_that(said, silent):
         kept = kept._replace(other_colour=None, other_form=None)
     one, other = (" ".join(filter(None, words)) for words in (kept[:4], kept[5:]))
     text = f"An odd {one}, {kept.relation or ''} the   {other.upper()}!"
-    assert parse_json_text(text) == (kept if any(kept) else None)
+    assert parse_statement(text) == (kept if any(kept) else None)
 
 
 @given(st.text())
 def test_parse_never_raises(text):
-    assert parse_json_text(text) is None or any(parse_json_text(text))
+    assert parse_statement(text) is None or any(parse_statement(text))
 
 
 def at(identity, x, y, colour="red", form="star"):
@@ -182,7 +182,7 @@ def at(identity, x, y, colour="red", form="star"):
 def test_a_relation_is_judged_by_the_larger_difference_to_a_shape_named_in_full(text, true):
     star = at(1, 50, 50)
     others = [star, at(2, 80, 75, "blue"), at(3, 40, 90, "green")]
-    assert is_relation_true(parse_json_text(text), star, others) is true
+    assert is_relation_true(parse_statement(text), star, others) is true
 
 
 def test_drawing_needs_no_torch():
@@ -192,7 +192,7 @@ def test_drawing_needs_no_torch():
 
 def test_the_last_phrase_is_the_most_telling_and_its_relation_is_among_the_attributes(regions):
     for region in regions:
-        last = parse_json_text(region.phrases[-1])
+        last = parse_statement(region.phrases[-1])
         stated = {name: region.attributes.get(name) for name in ("relation", "other_colour", "other_form")}
         assert stated == {"relation": last.relation, "other_colour": last.other_colour, "other_form": last.other_form}
-        assert parse_json_text(region.phrases[0]).relation is None
+        assert parse_statement(region.phrases[0]).relation is None

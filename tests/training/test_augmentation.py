@@ -8,7 +8,7 @@ from PIL import Image
 from sca_registry.contracts import Region, Sample
 
 from sca.data.points import sample_point_prompt
-from sca.data.scenes import Scenes, parse_json_text, is_relation_true
+from sca.data.scenes import Scenes, parse_statement, is_relation_true
 from sca.io.masks import compute_mask_area, mask_to_box, decode_rle, encode_rle
 from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, flip_horizontally
 
@@ -79,7 +79,7 @@ def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
         for region in places:
             for phrase in region.phrases[1:]:
                 stated += 1
-                assert is_relation_true(parse_json_text(phrase), region, places), phrase
+                assert is_relation_true(parse_statement(phrase), region, places), phrase
             relation = region.attributes.get("relation")
             assert relation is None or relation in region.phrases[-1]
     assert stated > 20

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
-from sca.data.scenes import Statement, parse_json_text
+from sca.data.scenes import Statement, parse_statement
 from sca.evaluation.records import Record, collect_region_ids, require_records
 
 ATTRIBUTES = ("colour", "form", "size", "texture")
@@ -25,7 +25,7 @@ class Attributes:
         scored_records = require_records(records, self.needs, "attributes")
         correct = {attribute: np.zeros(len(scored_records)) for attribute in ATTRIBUTES}
         for row, record in enumerate(scored_records):
-            statement = parse_json_text(record["caption"]) or Statement()
+            statement = parse_statement(record["caption"]) or Statement()
             for attribute in ATTRIBUTES:
                 correct[attribute][row] = getattr(statement, attribute) == record["truth"]["attributes"][attribute]
         per_record = {"attributes/all": np.minimum.reduce([*correct.values()])}

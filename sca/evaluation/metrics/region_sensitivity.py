@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 from sca_registry.contracts import TASKS, MetricOutput
 
-from sca.data.scenes import Statement, parse_json_text
+from sca.data.scenes import Statement, parse_statement
 from sca.evaluation.metrics.attributes import ATTRIBUTES
 from sca.evaluation.records import Record, group_by_image, filter_records, normalize_text, collect_region_ids, require_records, compute_nanmean
 from sca.evaluation.texts import WORD_PATTERN
@@ -124,7 +124,7 @@ def _get_true_attributes(record: Record, task: str) -> tuple[str, ...]:
 def _parse_stated_attributes(record: Record, task: str) -> tuple[str, ...]:
     if task == "recognition":
         return (normalize_text(record["caption"]),)
-    statement = parse_json_text(record["caption"]) or Statement()
+    statement = parse_statement(record["caption"]) or Statement()
     return tuple(getattr(statement, fact) or "" for fact in ATTRIBUTES)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from sca_registry.contracts import Region, MetricOutput
 
-from sca.data.scenes import Statement, parse_json_text, is_relation_true
+from sca.data.scenes import Statement, parse_statement, is_relation_true
 from sca.evaluation.records import Record, group_by_image, filter_records, collect_region_ids, require_records, compute_nanmean
 
 TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("colour", "form", "centre"))
@@ -29,7 +29,7 @@ class Relations:
         }
         stated, correct = np.zeros(len(scored_records)), np.full(len(scored_records), np.nan)
         for row, record in enumerate(scored_records):
-            statement = parse_json_text(record["caption"]) or Statement()
+            statement = parse_statement(record["caption"]) or Statement()
             if statement.relation:
                 stated[row] = 1
                 correct[row] = is_relation_true(statement, _make_region(record), regions_by_image[record["image_id"]])
