@@ -64,7 +64,7 @@ results: core
 
 # The table of combinations to choose from, as planned.
 choice: dev
-	$(BIN)/python tools/choice_table.py
+	$(BIN)/python tools/model_table.py
 
 core: GROUP =
 dev: GROUP = dev

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from sca_registry.spec import EverythingOptions as EverythingOptions
     from sca_registry.spec import ModelSpec as ModelSpec
 
+    from sca.builder import build as build
+    from sca.builder import compose as compose
     from sca.checkpoints.load import load as load
     from sca.checkpoints.native import save as save
-    from sca.composition import build as build
-    from sca.composition import compose as compose
     from sca.evaluation.evaluate import evaluate as evaluate
     from sca.inference.automatic import caption_everything as caption_everything
     from sca.inference.factory import captioner as captioner
@@ -37,10 +37,10 @@ _LAZY_IMPORTS = {
     "Processor": "sca.inference.processor",
     "Prompt": "sca_registry.contracts",
     "SegmentCaptioner": "sca.model",
-    "build": "sca.composition",
+    "build": "sca.builder",
     "caption_everything": "sca.inference.automatic",
     "captioner": "sca.inference.factory",
-    "compose": "sca.composition",
+    "compose": "sca.builder",
     "evaluate": "sca.evaluation.evaluate",
     "load": "sca.checkpoints.load",
     "open_image": "sca.io.images",

@@ -31,7 +31,9 @@ def resolve_device(name: str | torch.device, allow_meta: bool = False) -> torch.
     except (RuntimeError, AssertionError, TypeError) as error:  # for a wrong name, an absent device, another type
         reason = shorten(str(error).rstrip("."), 80, placeholder=" ...")
         hint = " Did you mean 'cuda'?" if str(name).startswith("gpu") else ""
-        raise ValueError(f"device {str(name)!r} is not available ({reason}).{hint} Try one of: {DEVICE_EXAMPLES}") from error
+        raise ValueError(
+            f"device {str(name)!r} is not available ({reason}).{hint} Try one of: {DEVICE_EXAMPLES}"
+        ) from error
     return device
 
 
@@ -46,7 +48,7 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
     if name is not None and name not in DTYPES:
-        from sca_registry.messages import make_unknown_name_error
+        from sca_registry.errors import make_unknown_name_error
 
         raise make_unknown_name_error(f"no dtype {str(name)!r}", str(name), DTYPES)
     return None if name is None else getattr(torch, str(name))

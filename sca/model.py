@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sca_registry import RegistryError
-from sca_registry.contracts import Batch, Encoder, GenerationOutput, LanguageModel, Mixer, ModelOutput, PromptBatch, SegmenterOutput, Segmenter
+from sca_registry.contracts import (
+    Batch,
+    Encoder,
+    GenerationOutput,
+    LanguageModel,
+    Mixer,
+    ModelOutput,
+    PromptBatch,
+    Segmenter,
+    SegmenterOutput,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sca.nn.projection import Projection
-from sca.nn.regions import concat_segmenter_outputs
+from sca.nn.region_rows import concat_segmenter_outputs
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
@@ -91,7 +101,9 @@ class SegmentCaptioner(SegmentationModel):
         """(N, Q, D) and (N,) task ids -> (N, K, E)."""
         return torch.cat((self.task_tokens[task_ids], self.projection(queries)), dim=1)
 
-    def forward(self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0) -> ModelOutput:
+    def forward(
+        self, batch: Batch, loss_weights: Mapping[str, float] | None = None, chunk_size: int = 0
+    ) -> ModelOutput:
         """Losses by name, and their sum weighted by `weights` (1 where it is silent).
 
         chunk: at most so many regions, and as many texts, are worked on at a time, and what a chunk computed is let go
@@ -102,14 +114,20 @@ class SegmentCaptioner(SegmentationModel):
         losses, logits = {}, None
         if batch.input_ids is not None:
             caption_queries = queries if batch.region_index is None else queries[batch.region_index]  # (M, Q, D)
-            hidden_states = self._compute_token_states(self.build_prefix(caption_queries, batch.task_ids), batch.input_ids, batch.attention_mask, chunk_size)
-            losses["caption"], logits = compute_caption_loss(self.language_model, hidden_states, batch.input_ids[batch.attention_mask.bool()])
+            hidden_states = self._compute_token_states(
+                self.build_prefix(caption_queries, batch.task_ids), batch.input_ids, batch.attention_mask, chunk_size
+            )
+            losses["caption"], logits = compute_caption_loss(
+                self.language_model, hidden_states, batch.input_ids[batch.attention_mask.bool()]
+            )
         if batch.targets is not None and hasattr(self.segmenter, "loss"):
             losses |= self.segmenter.loss(regions, batch.targets)
         loss = sum((loss_weights or {}).get(name, 1.0) * value for name, value in losses.items()) if losses else None
         return ModelOutput(loss, losses, logits, regions, queries)
 
-    def _segment_and_mix(self, features: Tensor, prompts: PromptBatch, chunk_size: int) -> tuple[SegmenterOutput, Tensor]:
+    def _segment_and_mix(
+        self, features: Tensor, prompts: PromptBatch, chunk_size: int
+    ) -> tuple[SegmenterOutput, Tensor]:
         """Regions and their queries; those that were looked at in chunks have no grids."""
 
         def segment_and_mix(features: Tensor, prompt_chunk: PromptBatch) -> tuple[SegmenterOutput, Tensor]:
@@ -122,10 +140,17 @@ class SegmentCaptioner(SegmentationModel):
 
         if not 0 < chunk_size < len(prompts):
             return segment_and_mix(features, prompts)
-        outputs = [checkpoint(segment_and_mix_without_grid, features, prompt_chunk, use_reentrant=False) for prompt_chunk in prompts.iter_chunks(chunk_size)]
-        return concat_segmenter_outputs([regions for regions, _ in outputs]), torch.cat([queries for _, queries in outputs])
+        outputs = [
+            checkpoint(segment_and_mix_without_grid, features, prompt_chunk, use_reentrant=False)
+            for prompt_chunk in prompts.iter_chunks(chunk_size)
+        ]
+        return concat_segmenter_outputs([regions for regions, _ in outputs]), torch.cat(
+            [queries for _, queries in outputs]
+        )
 
-    def _compute_token_states(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, chunk_size: int) -> Tensor:
+    def _compute_token_states(
+        self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor, chunk_size: int
+    ) -> Tensor:
         """(M, K, E) and (M, L) -> (W, E), for each word and end the state that predicts it, texts in order.
 
         Tensors are arguments of what is computed anew: of their devices alone `checkpoint` keeps the random numbers.
@@ -137,18 +162,26 @@ class SegmentCaptioner(SegmentationModel):
         if not 0 < chunk_size < len(input_ids):
             return select_token_states(prefix, input_ids, attention_mask)
         chunks = zip(*(each.split(chunk_size) for each in (prefix, input_ids, attention_mask)), strict=True)
-        return torch.cat([checkpoint(select_token_states, *chunk_inputs, use_reentrant=False) for chunk_inputs in chunks])
+        return torch.cat(
+            [checkpoint(select_token_states, *chunk_inputs, use_reentrant=False) for chunk_inputs in chunks]
+        )
 
     def compute_caption_states(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(M, K, E) and (M, L) -> (M, L, E): state i predicts `ids[:, i]`, the first being the prefix's last."""
-        token_embeddings = self.language_model.embed_tokens(input_ids[:, :-1])  # what follows the last word is not asked
+        token_embeddings = self.language_model.embed_tokens(
+            input_ids[:, :-1]
+        )  # what follows the last word is not asked
         full_attention_mask = torch.cat((attention_mask.new_ones(prefix.shape[:2]), attention_mask[:, :-1]), dim=1)
-        hidden_states = self.language_model.hidden_states(torch.cat((prefix, token_embeddings.to(prefix.dtype)), dim=1), full_attention_mask)
+        hidden_states = self.language_model.hidden_states(
+            torch.cat((prefix, token_embeddings.to(prefix.dtype)), dim=1), full_attention_mask
+        )
         return hidden_states[:, prefix.shape[1] - 1 :]
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: PromptBatch, task_ids: Tensor, **generation: Any) -> GenerationOutput:
-        return self.generate_from_prefix(self.build_prefix(self.mix(self.segment(features, prompts)), task_ids), **generation)
+        return self.generate_from_prefix(
+            self.build_prefix(self.mix(self.segment(features, prompts)), task_ids), **generation
+        )
 
     @torch.no_grad()
     def generate_from_prefix(self, prefix: Tensor, **generation: Any) -> GenerationOutput:
@@ -165,10 +198,14 @@ class SegmentCaptioner(SegmentationModel):
         """
         options = {**self.spec.generation, **generation}
         seed = options.pop("seed", None)
-        sequences_per_row = max(1, *(count for name in ("beams", "captions") if isinstance(count := options.get(name, 1), int)))
+        sequences_per_row = max(
+            1, *(count for name in ("beams", "captions") if isinstance(count := options.get(name, 1), int))
+        )
         rows_per_chunk = max(1, MAX_SEQUENCES_PER_CALL // sequences_per_row) if seed is None else 1
         chunks = prefix.split(rows_per_chunk) if len(prefix) else (prefix,)
-        generated = _concat_generated([self._generate_chunk(chunk, seed, options) for chunk in chunks], self._pad_token_id)
+        generated = _concat_generated(
+            [self._generate_chunk(chunk, seed, options) for chunk in chunks], self._pad_token_id
+        )
         check_finite_scores(generated.scores, f"language model {self._get_component_name('language_model')!r}")
         return generated
 
@@ -224,7 +261,9 @@ class SegmentCaptioner(SegmentationModel):
             count, is_trainable = sum(p.numel() for p in parameters), any(p.requires_grad for p in parameters)
             lines.append(f"{group:<15}{count:>15,}  {'trains' if is_trainable else 'frozen'}")
         num_trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return "\n".join([*lines, f"{'in all':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} train"])
+        return "\n".join(
+            [*lines, f"{'in all':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} train"]
+        )
 
 
 def check_finite_scores(scores: Tensor, subject: str) -> None:
@@ -240,7 +279,9 @@ def _concat_generated(outputs: Sequence[GenerationOutput], pad_token_id: int) ->
     if len(outputs) == 1:
         return outputs[0]
     max_length = max(output.sequences.shape[2] for output in outputs)
-    sequences = [F.pad(output.sequences, (0, max_length - output.sequences.shape[2]), value=pad_token_id) for output in outputs]
+    sequences = [
+        F.pad(output.sequences, (0, max_length - output.sequences.shape[2]), value=pad_token_id) for output in outputs
+    ]
     return GenerationOutput(torch.cat(sequences), torch.cat([output.scores for output in outputs]))
 
 

@@ -20,15 +20,17 @@ from sca_registry.spec import ModelSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from sca.builder import build, resolve_parts
 from sca.checkpoints.state import list_stored_tensors
-from sca.composition import build, resolve_parts
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import MAX_SEQUENCES_PER_CALL, SegmentCaptioner
 from sca.nn.two_way import TwoWayTransformer
 from sca.plan_cache import GIB, MAX_PLANNED_REGIONS, Plan, resolve_gpu_memory
 from sca.stage_costs import CONSTANT_TYPES, CallCost, MemoryTracker, StageMeter
 
-USABLE_MEMORY_FRACTION = 0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
+USABLE_MEMORY_FRACTION = (
+    0.92  # the share of a GPU's memory that is planned with: contexts, workspaces and fragments need the rest
+)
 LAYER_INDEX_ATTRIBUTE = "layer_idx"  # transformers' name for the index of a layer in a cache
 
 
@@ -69,7 +71,11 @@ def plan_model(
         raise ValueError(
             f"a part of this model decides by what its tensors hold ({error}): only a run shows what it costs"
         ) from error
-    max_regions = None if memory_budget is None else _find_max_regions(lambda count: max(measure(images, count, words)[1].values()), memory_budget)
+    max_regions = (
+        None
+        if memory_budget is None
+        else _find_max_regions(lambda count: max(measure(images, count, words)[1].values()), memory_budget)
+    )
     return Plan(
         model="+".join(part.name for part in (spec.encoder, spec.mixer, spec.language_model)),
         images=images,
@@ -96,7 +102,9 @@ def _set_checkpoint_sources(model: SegmentCaptioner, spec: ModelSpec) -> None:
         part, component = resolved_parts[kind], getattr(model, kind)
         options = {**get_registry(kind).get_card(part.name).options, **part.options}
         if hasattr(component, "checkpoint") and options.get("pretrained", True):
-            is_bundled = kind == "segmenter" and part.name == model.encoder.default_segmenter  # with the encoder's weights
+            is_bundled = (
+                kind == "segmenter" and part.name == model.encoder.default_segmenter
+            )  # with the encoder's weights
             source = getattr(component, "source", None) or options.get("weights")
             component.checkpoint = source or (model.encoder.checkpoint if is_bundled else None)
 
@@ -116,7 +124,9 @@ def _compute_layer_signature(layer: nn.Module) -> tuple:
     signature = []
     for name, module in layer.named_modules():
         attributes = {
-            key: value if isinstance(value, CONSTANT_TYPES) else id(value)  # an object that both share, such as a config
+            key: value
+            if isinstance(value, CONSTANT_TYPES)
+            else id(value)  # an object that both share, such as a config
             for key, value in vars(module).items()
             if key != LAYER_INDEX_ATTRIBUTE and (isinstance(value, CONSTANT_TYPES) or not key.startswith("_"))
         }
@@ -127,7 +137,10 @@ def _compute_layer_signature(layer: nn.Module) -> tuple:
 
 
 def _find_layer_index(layer: nn.Module) -> int | None:
-    return next((vars(module)[LAYER_INDEX_ATTRIBUTE] for module in layer.modules() if LAYER_INDEX_ATTRIBUTE in vars(module)), None)
+    return next(
+        (vars(module)[LAYER_INDEX_ATTRIBUTE] for module in layer.modules() if LAYER_INDEX_ATTRIBUTE in vars(module)),
+        None,
+    )
 
 
 class _CostMeter:
@@ -166,7 +179,9 @@ class _CostMeter:
                     segmenter_output = model.segment(features, chunk)
                 with stages("mix", times):
                     prepared = model.prepare_mixer(segmenter_output) if prepared is None else prepared
-                    prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared), torch.zeros_like(chunk.image_index)))
+                    prefixes.append(
+                        model.build_prefix(model.mix(segmenter_output, prepared), torch.zeros_like(chunk.image_index))
+                    )
                 del segmenter_output
             prefix = torch.cat(prefixes)
             del prefixes, prepared
@@ -185,11 +200,17 @@ class _CostMeter:
                 language_model.lm_head(language_model.hidden_states(prefix, prefix.new_ones(rows, length))[:, -1])
             with stages("decode"):
                 padded_prefix = torch.cat((prefix, prefix.new_zeros(rows, num_tokens - 1, prefix.shape[2])), dim=1)
-                language_model.lm_head(language_model.hidden_states(padded_prefix, padded_prefix.new_ones(padded_prefix.shape[:2])))
+                language_model.lm_head(
+                    language_model.hidden_states(padded_prefix, padded_prefix.new_ones(padded_prefix.shape[:2]))
+                )
             return
 
         causal_model = language_model.model
-        logits_options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(causal_model).forward).parameters else {}
+        logits_options = (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in inspect.signature(type(causal_model).forward).parameters
+            else {}
+        )
 
         def run_model(cache: Any = None, positions: int = length, **inputs: Tensor) -> Any:
             mask = torch.ones(rows, positions, dtype=torch.long)
@@ -211,7 +232,9 @@ class _CostMeter:
             run_model(cache, length + num_tokens - 1, input_ids=token)
         stages.flops["decode"] = (stages.flops["decode"] + first_step_flops[0]) * (num_tokens - 1) // 2
 
-    def measure_training_step(self, images: int, regions: int, num_tokens: int) -> tuple[dict[str, int], dict[str, int]]:
+    def measure_training_step(
+        self, images: int, regions: int, num_tokens: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
         """A step of training with one text a region: forward, backward, and what AdamW keeps."""
         model, image_size = self.model.train(), self.model.encoder.image_format.size
         rows = images * regions
@@ -250,14 +273,18 @@ class _CostMeter:
                         if id(tensor) not in empty_tensors:
                             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
                             is_parameter = isinstance(tensor, nn.Parameter)
-                            empty_tensors[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                            empty_tensors[id(tensor)] = (
+                                nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                            )
                         tensors[name] = empty_tensors[id(tensor)]
 
 
 def _make_prompts(images: int, regions: int, image_size: int) -> PromptBatch:
     """Boxes of a third of an image's side. They have content, as what is asked for always does."""
     image_index = torch.arange(images).repeat_interleave(regions)
-    return PromptBatch(image_index, boxes=torch.tensor([[0.0, 0.0, image_size / 3, image_size / 3]]).repeat(len(image_index), 1))
+    return PromptBatch(
+        image_index, boxes=torch.tensor([[0.0, 0.0, image_size / 3, image_size / 3]]).repeat(len(image_index), 1)
+    )
 
 
 def _find_max_regions(measure_memory: Callable[[int], int], memory_budget: int) -> int | None:
@@ -266,7 +293,10 @@ def _find_max_regions(measure_memory: Callable[[int], int], memory_budget: int) 
     The result fits; the largest count that fits is at most 2 %, or 1, higher. Memory grows with regions in pieces that
     are straight, so that a guess between two counts that are near each other is mostly a good one.
     """
-    low, high = (1, measure_memory(1)), (MAX_PLANNED_REGIONS, measure_memory(MAX_PLANNED_REGIONS))  # counts and what they need
+    low, high = (
+        (1, measure_memory(1)),
+        (MAX_PLANNED_REGIONS, measure_memory(MAX_PLANNED_REGIONS)),
+    )  # counts and what they need
     if high[1] <= memory_budget:
         return None
     if low[1] > memory_budget:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sca_registry import get_registry
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.plugins import BUILTIN_DISTRIBUTION, is_installed
 from sca_registry.spec import ModelSpec
 
@@ -108,7 +108,9 @@ def compute_plan_key(spec: ModelSpec, settings: Mapping[str, Any]) -> str | None
     parts = {kind: part for kind, part in {**parts, "language_model": spec.language_model}.items() if part}
     if any(FILE_OPTIONS & part.options.keys() for part in parts.values()):
         return None
-    entries = [entry for kind, part in parts.items() for entry in get_registry(kind).list_entries() if entry.name == part.name]
+    entries = [
+        entry for kind, part in parts.items() for entry in get_registry(kind).list_entries() if entry.name == part.name
+    ]
     if len(entries) < len(parts):  # unknown names, which building explains
         return None
     packages = {BUILTIN_DISTRIBUTION, "torch", "transformers", "peft", *(entry.distribution for entry in entries)}

@@ -132,22 +132,30 @@ def install_stubs(site: Path) -> None:
 
 def compile_stubs(torchvision: Path, torch_libraries: Path, folder: Path) -> None:
     """Compile one library for the CUDA runtime, whose names carry a version, and one for torch's CUDA libraries."""
-    torch_symbols = {name for library in torch_libraries.glob("*.so") for name, _ in _iter_symbols(library, "--defined-only")}
+    torch_symbols = {
+        name for library in torch_libraries.glob("*.so") for name, _ in _iter_symbols(library, "--defined-only")
+    }
     runtime_versions, torch_cuda_symbols = {}, set()
     for library in torchvision.glob("_C*.so"):
         for name, version in _iter_symbols(library, "--undefined-only"):
             if version.startswith("libcudart"):
                 runtime_versions[name] = version
-            elif not version and name not in torch_symbols and ("cuda" in name.lower() or name.startswith("aoti_torch")):
+            elif (
+                not version and name not in torch_symbols and ("cuda" in name.lower() or name.startswith("aoti_torch"))
+            ):
                 torch_cuda_symbols.add(name)
     versions = set(runtime_versions.values())
     if len(versions) != 1:
         raise ValueError(f"its operators name {len(versions)} versions of the CUDA runtime, not one")
     (soname,) = versions
     _compile_library(folder / "libtorch_cuda.so", ["int torchvision_stub;"])
-    _compile_library(folder / "libc10_cuda.so", ["#include <stdlib.h>", *map(_format_aborting_stub, sorted(torch_cuda_symbols))])
+    _compile_library(
+        folder / "libc10_cuda.so", ["#include <stdlib.h>", *map(_format_aborting_stub, sorted(torch_cuda_symbols))]
+    )
     names = sorted(set(runtime_versions) - {REGISTER_SYMBOL})
-    stub_definitions = [f"int {name}(void) {{ return {0 if name.startswith('__cuda') else CUDA_ERROR_NO_DEVICE}; }}" for name in names]
+    stub_definitions = [
+        f"int {name}(void) {{ return {0 if name.startswith('__cuda') else CUDA_ERROR_NO_DEVICE}; }}" for name in names
+    ]
     register_definition = f"void *{REGISTER_SYMBOL}(void *binary) {{ static void *handle[4]; return handle; }}"
     _compile_library(folder / soname, [register_definition, *stub_definitions], version=soname)
 

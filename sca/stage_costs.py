@@ -138,7 +138,9 @@ class StageMeter:
         self.flops[stage] = self.flops.get(stage, 0) + times * flops[0]
         self.memory[stage] = max(self.memory.get(stage, 0), self.tracker.peak_bytes)
 
-    def count_once(self, function: Callable[..., Any], cost_key: Any, layer_index: int | None = None) -> Callable[..., Any]:
+    def count_once(
+        self, function: Callable[..., Any], cost_key: Any, layer_index: int | None = None
+    ) -> Callable[..., Any]:
         """Wrap a function so that of all alike calls with the same shapes only the first runs.
 
         Args:
@@ -158,18 +160,33 @@ class StageMeter:
             if len(tensors) + len(constants) + len(caches) < len(leaves) or len(caches) > (layer_index is not None):
                 return function(*args, **kwargs)
             shapes = tuple(map(_get_metadata, tensors))
-            key = (cost_key, str(structure), shapes, tuple(constants), *(cache.get_seq_length(layer_index) for cache in caches))
+            key = (
+                cost_key,
+                str(structure),
+                shapes,
+                tuple(constants),
+                *(cache.get_seq_length(layer_index) for cache in caches),
+            )
             if key in self.cached_costs:
                 return self._repeat_cost(self.cached_costs[key], caches, layer_index)
-            flops_before, bytes_before, previous_peak = self.flop_counter.get_total_flops() + self.repeated_flops, self.tracker.current_bytes, self.tracker.peak_bytes
+            flops_before, bytes_before, previous_peak = (
+                self.flop_counter.get_total_flops() + self.repeated_flops,
+                self.tracker.current_bytes,
+                self.tracker.peak_bytes,
+            )
             self.tracker.peak_bytes = bytes_before
             with _record_cache_updates(caches) as cache_updates:
                 result = function(*args, **kwargs)
-            flops, extra_bytes = self.flop_counter.get_total_flops() + self.repeated_flops - flops_before, self.tracker.peak_bytes - bytes_before
+            flops, extra_bytes = (
+                self.flop_counter.get_total_flops() + self.repeated_flops - flops_before,
+                self.tracker.peak_bytes - bytes_before,
+            )
             self.tracker.peak_bytes = max(previous_peak, self.tracker.peak_bytes)
             results, result_structure = tree_flatten(result)
             if all(isinstance(each, Tensor) and _has_own_storage(each, tensors) for each in results):
-                self.cached_costs[key] = CallCost(flops, extra_bytes, result_structure, [*map(_get_metadata, results)], cache_updates)
+                self.cached_costs[key] = CallCost(
+                    flops, extra_bytes, result_structure, [*map(_get_metadata, results)], cache_updates
+                )
             return result
 
         return run_or_repeat

@@ -42,7 +42,7 @@ def small():
     """Builds a model of 64 pixels and width 32 with random weights, always the same; fields of the spec change it."""
     from sca_registry.spec import ModelSpec
 
-    from sca.composition import build
+    from sca.builder import build
 
     def make(seed=0, **fields):
         torch.manual_seed(seed)

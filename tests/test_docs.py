@@ -27,7 +27,7 @@ def test_every_page_is_there_and_every_chapter_of_the_readme_on_one(site):
     whole = "".join(site.values())
     for title in re.findall(r"^### (.+)$|^## (.+)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE):
         name = next(filter(None, title))
-        if name not in ("What is where", "Licence and citation"):
+        if name not in ("What is where", "License and citation"):
             assert f">{name}<" in whole, name
     for name in ("sca caption", "sam-vit-b", "Predictor", "Mixer"):
         assert name in whole

@@ -47,7 +47,7 @@ def client(model):
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     from starlette.testclient import TestClient
 
-    from sca.serve.hosted import ServerConfig
+    from sca.serve.config import ServerConfig
 
     app = ServerConfig("sca-tiny").create_app(Engine(model))
     with TestClient(app, base_url="http://localhost") as client:

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from sca.launchers.interrupts import accept_interrupts, block_interrupts, kill_process_tree
+from sca.launchers.signals import accept_interrupts, block_interrupts, kill_process_tree
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 

@@ -129,7 +129,7 @@ def test_results_become_a_table_between_the_markers(tmp_path):
     for _ in range(2):
         results_table.main(str(page), str(tmp_path))
     head, rule, first, second = page.read_text("utf-8").splitlines()[2:-2]
-    assert head.endswith("| size, texture, colour and form all right | class right, by area | mask IoU |")
+    assert head.endswith("| size, texture, color and form all right | class right, by area | mask IoU |")
     assert rule.count("|") == head.count("|")
     assert first == "| m | 3 of d test | box | 7 | 50.0 % | – | 0.876 |"
     assert second == "| n | 3 of d test | box | 7 | – | 25.0 % | – |"

@@ -53,11 +53,18 @@ def on_files(files, config):
 def make_pages():
     """Every generated page by its name."""
     readme_chapters = split_chapters((ROOT / "README.md").read_text("utf-8"))
-    content_by_page = {page: "\n".join(readme_chapters[title] for title in titles) for page, titles in README_CHAPTERS.items()}
+    content_by_page = {
+        page: "\n".join(readme_chapters[title] for title in titles) for page, titles in README_CHAPTERS.items()
+    }
     for page, (title, manual) in MANUALS.items():
         content_by_page[page] = f"{readme_chapters[title]}\n{lower_headings((ROOT / manual).read_text('utf-8'))}"
     content_by_page |= {page: (ROOT / path).read_text("utf-8") for page, path in COPIED_FILES.items()}
-    content_by_page |= {"commands.md": render_commands(), "parts.md": render_parts(), "api.md": render_api(), "contracts.md": render_contracts()}
+    content_by_page |= {
+        "commands.md": render_commands(),
+        "parts.md": render_parts(),
+        "api.md": render_api(),
+        "contracts.md": render_contracts(),
+    }
     return {page: rewrite_links(raise_headings(content)) for page, content in content_by_page.items()}
 
 
@@ -79,7 +86,8 @@ def lower_headings(text):
     """The headings of a manual a level down, below those of the page that it ends."""
     pieces = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(
-        re.sub(r"^#", "##", piece, flags=re.MULTILINE) if index % 2 == 0 else piece for index, piece in enumerate(pieces)
+        re.sub(r"^#", "##", piece, flags=re.MULTILINE) if index % 2 == 0 else piece
+        for index, piece in enumerate(pieces)
     )
 
 
@@ -124,13 +132,13 @@ def render_parts():
         lines += [
             f"## {kind.replace('_', ' ')}",
             "",
-            "| name | what it is | source | licence |",
+            "| name | what it is | source | license |",
             "| --- | --- | --- | --- |",
         ]
         for name in get_registry(kind).list_names():
             entry = get_registry(kind).load_entry(name)
             if entry.distribution == "segment-caption-anything":
-                cells = (f"`{name}`", entry.summary, entry.source, entry.licence)
+                cells = (f"`{name}`", entry.summary, entry.source, entry.license)
                 lines.append(f"| {' | '.join((cell or '').replace('|', '/') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from sca.io.text import escape_markdown
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMN_TITLES = {
-    "attributes/all": "size, texture, colour and form all right",
+    "attributes/all": "size, texture, color and form all right",
     "relations/right": "stated places right",
     "class/count": "class right, by regions",
     "class/area": "class right, by area",

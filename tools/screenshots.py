@@ -54,7 +54,9 @@ def take_demo_screenshot(browser):
 def take_view_screenshot(browser):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [*SCA_COMMAND, "data", "export", "scenes", "scenes", "--split", "test", "--limit", "4"], cwd=folder, check=True
+            [*SCA_COMMAND, "data", "export", "scenes", "scenes", "--split", "test", "--limit", "4"],
+            cwd=folder,
+            check=True,
         )
         caption = ["caption", "scenes/test", "--everything", "--out", "out", "--quiet"]
         subprocess.run([*SCA_COMMAND, *caption], cwd=folder, check=True)

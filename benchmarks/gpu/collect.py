@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     rows_path = args.results / "rows.jsonl"
     try:
-        rows = merge_rows(read_rows(rows_path) if rows_path.is_file() else [], *(read_rows(file) for file in find_jsonl_files(args.paths)))
+        rows = merge_rows(
+            read_rows(rows_path) if rows_path.is_file() else [],
+            *(read_rows(file) for file in find_jsonl_files(args.paths)),
+        )
         pages = {args.guide: render_tables(rows), args.readme: render_headline(rows)}
         args.results.mkdir(parents=True, exist_ok=True)
         if rows:
@@ -113,7 +116,9 @@ def render_tables(rows: Sequence[ResultRow]) -> str:
     """Return every table in Markdown, device by device."""
     if not rows:
         return "No GPU run is recorded yet."
-    return "\n\n".join(_render_device(device, [row for row in rows if _get_device(row) == device]) for device in _list_devices(rows))
+    return "\n\n".join(
+        _render_device(device, [row for row in rows if _get_device(row) == device]) for device in _list_devices(rows)
+    )
 
 
 def render_headline(rows: Sequence[ResultRow]) -> str:
@@ -185,7 +190,11 @@ def _shorten_reason(reason: str) -> str:
 
 def _make_golden_cells(row: ResultRow) -> list[list[str]]:
     return [
-        [f"{name}, {row['config']['dtype']}{_format_tf32(row)}", f"{max(_list_differences(each)):.1e}", f"{each['ids']:.1%}"]
+        [
+            f"{name}, {row['config']['dtype']}{_format_tf32(row)}",
+            f"{max(_list_differences(each)):.1e}",
+            f"{each['ids']:.1%}",
+        ]
         for name, each in row.get("golden", {}).items()
     ]
 
@@ -247,7 +256,12 @@ def _make_step_cells(row: ResultRow) -> list[list[str]]:
     training_step, cached_step = row["training_step"], row.get("training_step_cached")
     cells = [f"{1e3 * training_step['median']:,.1f}", f"{1e3 * cached_step['median']:,.1f}" if cached_step else ""]
     return [
-        [row["label"], f"{row['parameters']['trainable'] / 1e6:.1f}", *cells, _format_gib(row["memory"].get("training"))]
+        [
+            row["label"],
+            f"{row['parameters']['trainable'] / 1e6:.1f}",
+            *cells,
+            _format_gib(row["memory"].get("training")),
+        ]
     ]
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from sca_bench.decoding import DECODING_METHODS
-from sca_bench.memory import FULL_SIZE_MODELS
-from sca_bench.sweep import PART_KINDS, SweepRow, Sweep
+from sca_bench.plan_accuracy import FULL_SIZE_MODELS
+from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
 
-from sca.launchers.child import LOG_FILE
 from sca.launchers.local import Local
-from sca.launchers.task import TaskOutcome, Task
+from sca.launchers.task import Task, TaskOutcome
+from sca.launchers.worker import LOG_FILE
 from sca.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,27 +72,47 @@ def main() -> None:
     device = describe_device(args.device)
     (args.out / "device.txt").write_text(describe_environment(args.device), "utf-8")
     final_keys = read_final_keys(args.inputs / "rows", device) | read_final_keys(args.out, device)
-    all_measurements = [each for each in iter_measurements(args.device, args.golden) if each.part in args.only or not args.only]
+    all_measurements = [
+        each for each in iter_measurements(args.device, args.golden) if each.part in args.only or not args.only
+    ]
     missing = [each for each in all_measurements if each.key not in final_keys]
-    print(f"{len(all_measurements)} rows on {device}: {len(all_measurements) - len(missing)} known, {len(missing)} to measure", flush=True)
+    print(
+        f"{len(all_measurements)} rows on {device}: {len(all_measurements) - len(missing)} known, {len(missing)} to measure",
+        flush=True,
+    )
     deadline = args.started + args.seconds - SHUTDOWN_SECONDS
     rows = run_measurements(missing, deadline, args.out, read_commit(args.inputs))
     num_failed = sum(row["state"] not in FINAL_STATES for row in rows)
     print(f"{len(rows)} rows measured, {num_failed} of them failed; {len(missing) - len(rows)} left for another run")
 
 
-def run_measurements(missing: list[Measurement], deadline: float, out: Path, commit: str | None) -> list[dict[str, Any]]:
+def run_measurements(
+    missing: list[Measurement], deadline: float, out: Path, commit: str | None
+) -> list[dict[str, Any]]:
     """Make rows until the deadline (Unix time) and append each to `out/rows.jsonl` as soon as it is made."""
     rows = []
     by_key = {measurement.key: measurement for measurement in missing}
     with tempfile.TemporaryDirectory(prefix="sca-gpu-") as scratch, open(out / "rows.jsonl", "ab", buffering=0) as file:
         tasks = [
-            Task(measurement.key, measurement.job, measurement.config, f"{scratch}/{measurement.key}", MEASUREMENT_TIMEOUT, deadline=deadline)
+            Task(
+                measurement.key,
+                measurement.job,
+                measurement.config,
+                f"{scratch}/{measurement.key}",
+                MEASUREMENT_TIMEOUT,
+                deadline=deadline,
+            )
             for measurement in missing
         ]
         for task, result in add_killed_outcomes(Local(workers=1).map(tasks), tasks, deadline):
             measurement = by_key[task.key]
-            row = {"key": measurement.key, "part": measurement.part, "label": measurement.label, "job": measurement.job, "config": measurement.config}
+            row = {
+                "key": measurement.key,
+                "part": measurement.part,
+                "label": measurement.label,
+                "job": measurement.job,
+                "config": measurement.config,
+            }
             row |= result
             row.setdefault("environment", {"device": describe_device(task.config["device"])})
             if commit:
@@ -107,7 +127,9 @@ def run_measurements(missing: list[Measurement], deadline: float, out: Path, com
     return rows
 
 
-def add_killed_outcomes(outcomes: Iterable[TaskOutcome], tasks: Iterable[Task], deadline: float) -> Iterator[TaskOutcome]:
+def add_killed_outcomes(
+    outcomes: Iterable[TaskOutcome], tasks: Iterable[Task], deadline: float
+) -> Iterator[TaskOutcome]:
     """Yield outcomes, then a `killed` one for each task without an outcome, unless the deadline cut it."""
     pending = {task.key: task for task in tasks}
     for outcome in outcomes:
@@ -160,7 +182,7 @@ def iter_published_comparisons(device: str, use_tiny_models: bool) -> Iterator[M
     label = "tiny" if use_tiny_models else "sam-vit-b+query+gpt2-large, bfloat16"
     for part in ("captions", "resampler", "tiny") if use_tiny_models else ("captions", "training", "resampler", "tiny"):
         yield Measurement(
-            "published", f"{part}: {label}", "sca_bench.against_published:work", {**config, "parts": [part]}
+            "published", f"{part}: {label}", "sca_bench.published_comparison:work", {**config, "parts": [part]}
         )
 
 
@@ -199,7 +221,7 @@ def iter_plan_measurements(device: str, use_tiny_models: bool) -> Iterator[Measu
         for model in models:
             config = {"model": model, **sizes, "train": train, "device": device, "dtype": "bfloat16"}
             label = f"{model}, {'training' if train else 'captioning'}"
-            yield Measurement("plan", label, "sca_bench.memory:work", config)
+            yield Measurement("plan", label, "sca_bench.plan_accuracy:work", config)
 
 
 def iter_decoding_measurements(device: str, use_tiny_models: bool) -> Iterator[Measurement]:
@@ -211,7 +233,13 @@ def iter_decoding_measurements(device: str, use_tiny_models: bool) -> Iterator[M
                 continue  # compilation takes a minute a shape
             if method in ("cuda graph", "torch.compile") and device == "cpu":
                 continue  # there are no graphs, and compilation takes longer than everything else
-            config = {"language_model": language_model, "way": method, "rows": num_rows, "prefix": 14, "steps": MAX_NEW_TOKENS}
+            config = {
+                "language_model": language_model,
+                "way": method,
+                "rows": num_rows,
+                "prefix": 14,
+                "steps": MAX_NEW_TOKENS,
+            }
             config |= {"repeats": 1 if use_tiny_models else 5, "device": device, "dtype": "bfloat16"}
             yield Measurement("decoding", f"{num_rows} rows, {method}", "sca_bench.decoding:work", config)
 

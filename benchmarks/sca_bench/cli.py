@@ -47,9 +47,9 @@ def run(
 
     Exit status 1 if rows are missing at the end.
     """
-    from sca.cli.options import print_stderr, parse_part_options, check_option_choice
+    from sca.cli.options import check_option_choice, parse_part_options, print_stderr
+    from sca_bench.row_states import ROW_STATES
     from sca_bench.runner import run_sweep as make
-    from sca_bench.states import ROW_STATES
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
     for state in retry or ():
@@ -65,7 +65,16 @@ def run(
     loaded_sweep = Sweep.read(sweep, device)
     retry_states = tuple(retry or ())
     sweep_status = make(
-        loaded_sweep, _get_results_folder(loaded_sweep.name, out), launcher, launcher_options, timeout, retry_states, force, log, budget_seconds=seconds, order=order
+        loaded_sweep,
+        _get_results_folder(loaded_sweep.name, out),
+        launcher,
+        launcher_options,
+        timeout,
+        retry_states,
+        force,
+        log,
+        budget_seconds=seconds,
+        order=order,
     )
     _print_status(sweep_status)
     raise typer.Exit(1 if sweep_status.missing else 0)
@@ -119,7 +128,7 @@ def report(
     from sca.cli.options import print_stderr
     from sca.io.atomic import create_writable_folder, write_file
     from sca.io.run_folder import check_not_inputs
-    from sca.output.page import check_page_path
+    from sca.output.html_page import check_page_path
     from sca_bench import report as reports
     from sca_bench.store import ResultStore
 
@@ -178,7 +187,13 @@ def published(
 
     from sca.cli.options import check_option_choice
     from sca.io.atomic import write_file
-    from sca_bench.against_published import ComparisonSettings, choose_parts, run_comparisons, print_table, convert_row_to_dict
+    from sca_bench.published_comparison import (
+        ComparisonSettings,
+        choose_parts,
+        convert_row_to_dict,
+        print_table,
+        run_comparisons,
+    )
     from sca_bench.worker import collect_environment
 
     resolve_device(device)

@@ -50,7 +50,9 @@ def get_untrained_options(name: str) -> dict[str, bool]:
 
 
 @torch.inference_mode()
-def measure_method(language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, repeats: int) -> dict[str, Any]:
+def measure_method(
+    language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, repeats: int
+) -> dict[str, Any]:
     """Time the decoding of `steps` tokens for each row of a prefix.
 
     Returns:

@@ -31,7 +31,9 @@ class SweepDiff:
 
     def format_lines(self) -> list[str]:
         """What is to be printed, a line each."""
-        output_lines = [f"{self.num_rows} rows in both, {self.num_unmatched[0]} only in the first, {self.num_unmatched[1]} only in the second"]
+        output_lines = [
+            f"{self.num_rows} rows in both, {self.num_unmatched[0]} only in the first, {self.num_unmatched[1]} only in the second"
+        ]
         if self.num_timings:
             output_lines.append(
                 f"{self.num_timings} timings: {self.share_inside:.1%} of the second's medians lie between the first's least and "
@@ -57,7 +59,9 @@ def diff_rows(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, 
                 ratios.append(after[name]["median"] / before[name]["median"])
         pairs = _pair_scores(first_row, second_row)
         change_lines += [
-            f"{first_row['label']}: {name} {_format_change(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]
+            f"{first_row['label']}: {name} {_format_change(*pair)}"
+            for name, pair in pairs.items()
+            if pair[0] != pair[1]
         ]
         for name, pair in pairs.items():
             scores.setdefault(name, []).append(pair)

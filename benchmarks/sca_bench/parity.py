@@ -62,7 +62,9 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
     """
     model = sca.load(folder).to(device=device, dtype=dtype)
     recorded = {name: value.to(device) for name, value in load_file(folder / "golden.safetensors").items()}
-    inputs = {name: value.flatten(0, 1) for name, value in recorded.items() if name.startswith(("input_", "attention_"))}
+    inputs = {
+        name: value.flatten(0, 1) for name, value in recorded.items() if name.startswith(("input_", "attention_"))
+    }
     num_images, num_regions = recorded["input_boxes"].shape[:2]
     image_index = torch.arange(num_images, device=device).repeat_interleave(num_regions)
     prompts_by_type = {
@@ -80,7 +82,9 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
     for prompt_type, prompts in prompts_by_type.items():
         for task_id, task in enumerate(TASKS):
             task_ids = torch.full_like(image_index, task_id)
-            batch = Batch(prompts, task_ids, pixels, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            batch = Batch(
+                prompts, task_ids, pixels, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            )
             output, name = model(batch), f"{prompt_type}.{task}"
             record_difference("scores", output.regions.scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
             record_difference("masks", output.regions.masks, recorded[f"{name}.pred_masks"].flatten(0, 1))
@@ -88,8 +92,12 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
             record_difference("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.attention_mask.bool()])
             record_difference("loss", output.loss, recorded[f"{name}.loss"])
             for num_beams in RECORDED_NUM_BEAMS:
-                ids = model.generate(features, prompts, task_ids, beams=num_beams, max_new_tokens=RECORDED_MAX_NEW_TOKENS).sequences[:, 0]
-                recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[:, 1:]  # without the placeholder
+                ids = model.generate(
+                    features, prompts, task_ids, beams=num_beams, max_new_tokens=RECORDED_MAX_NEW_TOKENS
+                ).sequences[:, 0]
+                recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[
+                    :, 1:
+                ]  # without the placeholder
                 is_same += compare_captions(ids, recorded_ids, model.language_model.model.config.eos_token_id)
     return {name: max(values) for name, values in differences.items()} | {"ids": sum(is_same) / len(is_same)}
 
@@ -125,7 +133,9 @@ def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str
         tested_masks, tested_ids = _predict_masks_and_ids(tested_model, pixels.to(device, dtype), prompts.to(device))
         tested_masks, tested_ids = tested_masks.cpu(), tested_ids.cpu()
         width = max(ids.shape[1], tested_ids.shape[1])
-        is_same += compare_captions(_pad_ids(ids, width, eos_token_id), _pad_ids(tested_ids, width, eos_token_id), eos_token_id)
+        is_same += compare_captions(
+            _pad_ids(ids, width, eos_token_id), _pad_ids(tested_ids, width, eos_token_id), eos_token_id
+        )
         is_finite &= bool(tested_masks.isfinite().all())
         intersection, union = (masks > 0) & (tested_masks > 0), (masks > 0) | (tested_masks > 0)
         ious += ((intersection.sum((1, 2)) + 1e-9) / (union.sum((1, 2)) + 1e-9)).tolist()

@@ -7,10 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sca.io.text import escape_markdown, format_csv
-from sca.output.colours import REGION_COLORS
-from sca.output.page import render_template
-from sca_bench.states import ROW_STATES
-from sca_bench.summary import CombinationSummary, find_varying_settings, find_shared_parts, find_pareto_front, summarize_rows, choose_quality_score
+from sca.output.colors import REGION_COLORS
+from sca.output.html_page import render_template
+from sca_bench.row_states import ROW_STATES
+from sca_bench.summary import (
+    CombinationSummary,
+    choose_quality_score,
+    find_pareto_front,
+    find_shared_parts,
+    find_varying_settings,
+    summarize_rows,
+)
 from sca_bench.timing import STAGES
 
 CHART_WIDTH, CHART_HEIGHT, CHART_MARGIN = 560, 320, 48  # of a picture, pixels
@@ -53,7 +60,11 @@ def render_sweep_page(rows: Sequence[Mapping[str, Any]], title: str, score_name:
     summaries = summarize_rows(rows, score_name)
     text_columns, numeric_columns = _build_columns(summaries, score_name)
     quality_note = f"quality: {score_name}" if score_name else "without scores"
-    charts = (_build_speed_chart(summaries, score_name), _build_memory_chart(summaries, score_name), _build_throughput_chart(summaries))
+    charts = (
+        _build_speed_chart(summaries, score_name),
+        _build_memory_chart(summaries, score_name),
+        _build_throughput_chart(summaries),
+    )
     return render_template(
         "sweep.html",
         "sca_bench",
@@ -77,14 +88,23 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], score_name: str | None = 
     """A table, and below it what was not made."""
     score_name = score_name or choose_quality_score(rows)
     text_columns, numeric_columns = _build_columns(summarize_rows(rows, score_name), score_name)
-    markdown_lines = [_render_table_row([*text_columns, *numeric_columns]), f"|{' --- |' * len(text_columns)}{' ---: |' * len(numeric_columns)}"]
-    markdown_lines += [_render_table_row(cells) for cells in zip(*text_columns.values(), *numeric_columns.values(), strict=True)]
+    markdown_lines = [
+        _render_table_row([*text_columns, *numeric_columns]),
+        f"|{' --- |' * len(text_columns)}{' ---: |' * len(numeric_columns)}",
+    ]
+    markdown_lines += [
+        _render_table_row(cells) for cells in zip(*text_columns.values(), *numeric_columns.values(), strict=True)
+    ]
     unfinished = [
         f"- {escape_markdown(row['label'])}: {escape_markdown(row['state'])}. {escape_markdown(row['reason'])}"
         for row in _list_unfinished_rows(rows)
     ]
     score_note = f"Score: {escape_markdown(score_name)}; " if score_name else ""
-    markdown_lines += [*_render_speed_table(summarize_rows(rows, score_name)), "", f"{score_note}{escape_markdown(_describe_environments(rows))}."]
+    markdown_lines += [
+        *_render_speed_table(summarize_rows(rows, score_name)),
+        "",
+        f"{score_note}{escape_markdown(_describe_environments(rows))}.",
+    ]
     return "\n".join([*markdown_lines, *([""] if unfinished else []), *unfinished]) + "\n"
 
 
@@ -92,13 +112,21 @@ def _render_table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 
-def _build_columns(summaries: Sequence[CombinationSummary], score_name: str | None) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _build_columns(
+    summaries: Sequence[CombinationSummary], score_name: str | None
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the columns of text and of figures of a table, by their headings.
 
     Text is what combinations differ in, figures are `FIGURES` and every score but the one that counts as quality.
     """
-    text_columns = find_varying_settings([summary.config for summary in summaries]) or {"combination": [summary.label for summary in summaries]}
-    numeric_columns = dict(zip(NUMERIC_COLUMNS, map(list, zip(*map(_format_numeric_cells, summaries), strict=True)), strict=True)) if summaries else {}
+    text_columns = find_varying_settings([summary.config for summary in summaries]) or {
+        "combination": [summary.label for summary in summaries]
+    }
+    numeric_columns = (
+        dict(zip(NUMERIC_COLUMNS, map(list, zip(*map(_format_numeric_cells, summaries), strict=True)), strict=True))
+        if summaries
+        else {}
+    )
     names = dict.fromkeys(name for summary in summaries for name in summary.scores if name != score_name)
     numeric_columns |= {name: [_format_score(summary.scores.get(name)) for summary in summaries] for name in names}
     return text_columns, numeric_columns or {name: [] for name in NUMERIC_COLUMNS}
@@ -116,7 +144,9 @@ def _render_speed_table(summaries: Sequence[CombinationSummary]) -> list[str]:
     region_counts = sorted({num_regions for summary in timed_summaries for num_regions in summary.regions_per_second})
     headings = [*(f"at {num_regions}" for num_regions in region_counts), *(f"{stage}, ms" for stage in STAGES)]
     markdown_lines = ["", "Regions a second by regions an image, and the stages at the most of them:", ""]
-    axes = find_varying_settings([summary.config for summary in timed_summaries]) or {"combination": [summary.label for summary in timed_summaries]}
+    axes = find_varying_settings([summary.config for summary in timed_summaries]) or {
+        "combination": [summary.label for summary in timed_summaries]
+    }
     markdown_lines += [_render_table_row([*axes, *headings]), f"|{' --- |' * len(axes)}{' ---: |' * len(headings)}"]
     for summary, axis_values in zip(timed_summaries, zip(*axes.values(), strict=True), strict=True):
         speeds = [_format_in_unit(summary.regions_per_second.get(num_regions), 1) for num_regions in region_counts]
@@ -172,13 +202,19 @@ def _format_numeric_cells(summary: CombinationSummary) -> list[str]:
 def _find_below_best(summaries: Sequence[CombinationSummary]) -> set[int]:
     """Indices of what is clearly below the best, by intervals that do not meet."""
     best_low = next((summary.low for summary in summaries if summary.low is not None), None)
-    return {index for index, summary in enumerate(summaries) if best_low is not None and summary.high is not None and summary.high < best_low}
+    return {
+        index
+        for index, summary in enumerate(summaries)
+        if best_low is not None and summary.high is not None and summary.high < best_low
+    }
 
 
 def _build_speed_chart(summaries: Sequence[CombinationSummary], score_name: str | None) -> Chart | None:
     points = [(index, summary.max_regions_per_second, summary.quality) for index, summary in enumerate(summaries)]
     plotted = [(n, math.log10(x), y) for n, x, y in points if x and y is not None]
-    return _build_scatter_chart(plotted, "regions a second (log)", str(score_name), "quality and speed", lambda x: f"{10**x:.3g}")
+    return _build_scatter_chart(
+        plotted, "regions a second (log)", str(score_name), "quality and speed", lambda x: f"{10**x:.3g}"
+    )
 
 
 def _build_memory_chart(summaries: Sequence[CombinationSummary], score_name: str | None) -> Chart | None:
@@ -213,7 +249,11 @@ def _build_scatter_chart(
 
 
 def _build_throughput_chart(summaries: Sequence[CombinationSummary]) -> Chart | None:
-    curves = [(index, summary.regions_per_second) for index, summary in enumerate(summaries) if len(summary.regions_per_second) > 1]
+    curves = [
+        (index, summary.regions_per_second)
+        for index, summary in enumerate(summaries)
+        if len(summary.regions_per_second) > 1
+    ]
     if not curves:
         return None
     log_points = [(math.log10(x), math.log10(y)) for _, curve in curves for x, y in curve.items()]
@@ -238,7 +278,9 @@ def _build_stage_bars(summaries: Sequence[CombinationSummary]) -> StageBars | No
     return StageBars(stage_rows, STAGES, max(sum(stages.values()) for _, stages in stage_rows)) if stage_rows else None
 
 
-def _make_axis_scale(values: Sequence[float], start: float, end: float) -> tuple[Callable[[float], float], float, float]:
+def _make_axis_scale(
+    values: Sequence[float], start: float, end: float
+) -> tuple[Callable[[float], float], float, float]:
     low, high = min(values), max(values)
     value_range = (high - low) or 1.0
     return (lambda value: start + (value - low) / value_range * (end - start)), low, high
@@ -259,7 +301,11 @@ def _describe_environments(rows: Sequence[Mapping[str, Any]]) -> str:
         if (each := row.get("environment"))
     }
     shared_parts = find_shared_parts([row["config"] for row in rows])
-    shared_text = f"in every row: {', '.join(f'{name} {value}' for name, value in shared_parts.items())}; " if shared_parts else ""
+    shared_text = (
+        f"in every row: {', '.join(f'{name} {value}' for name, value in shared_parts.items())}; "
+        if shared_parts
+        else ""
+    )
     return shared_text + ("; ".join(sorted(environments)) or "nothing was made")
 
 

@@ -58,7 +58,9 @@ def run_sweep(
             report(line)
         rows = {row.key: row for row in sweep.list_rows(order)}
         if retry_states:
-            store.remove_rows({row["key"] for row in store.read_rows() if row["state"] in retry_states and row["key"] in rows})
+            store.remove_rows(
+                {row["key"] for row in store.read_rows() if row["state"] in retry_states and row["key"] in rows}
+            )
         finished_keys = {row["key"] for row in store.read_rows()}
         missing = [row for key, row in rows.items() if key not in finished_keys]
         if missing:
@@ -81,13 +83,21 @@ def run_sweep(
             report(f"{len(finished_keys & rows.keys())} of {len(rows)} rows are there already")
         for number, (task, result) in enumerate(built_launcher.map(tasks), 1):
             row = rows[task.key]
-            store.append({"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **result})
-            more = f" ({result['reason']:.200})" if result["reason"] else f" in {result['seconds'].get('process', 0):.1f} s"
+            store.append(
+                {"key": task.key, "label": row.label, "sweep": sweep.name, "config": dict(row.config), **result}
+            )
+            more = (
+                f" ({result['reason']:.200})"
+                if result["reason"]
+                else f" in {result['seconds'].get('process', 0):.1f} s"
+            )
             report(f"{number} of {len(tasks)}: {row.label}: {result['state']}{more}")
             if "whole" in result["seconds"]:
                 overhead_seconds.append(result["seconds"]["process"] - result["seconds"]["whole"])
         if overhead_seconds:
-            report(f"a row took {median(overhead_seconds):.2f} s beyond its own work (the median of {len(overhead_seconds)})")
+            report(
+                f"a row took {median(overhead_seconds):.2f} s beyond its own work (the median of {len(overhead_seconds)})"
+            )
     return read_sweep_status(sweep, folder)
 
 

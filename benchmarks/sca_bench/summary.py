@@ -43,16 +43,25 @@ class CombinationSummary:
         """Of rows that differ in their seeds alone; those that were not made count for nothing."""
         first = rows[0]
         scores = [
-            each for row in rows for each in row.get("scores") or () if (each["name"], each["control"]) == (score_name, None)
+            each
+            for row in rows
+            for each in row.get("scores") or ()
+            if (each["name"], each["control"]) == (score_name, None)
         ]
         values = [each["value"] for each in scores if each["value"] is not None]
         bounds = [(each["low"], each["high"]) for each in scores if each["low"] is not None]
         throughput_curves = [row["curve"] for row in rows if row.get("curve")]
         region_counts = sorted({point["regions"] for curve in throughput_curves for point in curve})
-        largest_points = [point for curve in throughput_curves for point in curve if point["regions"] == region_counts[-1]]
-        smallest_points = [point for curve in throughput_curves for point in curve if point["regions"] == region_counts[0]]
+        largest_points = [
+            point for curve in throughput_curves for point in curve if point["regions"] == region_counts[-1]
+        ]
+        smallest_points = [
+            point for curve in throughput_curves for point in curve if point["regions"] == region_counts[0]
+        ]
         step_seconds = [row["training_step"]["median"] for row in rows if row.get("training_step")]
-        memory_bytes = [row["memory"].get("answering") or row["memory"].get("planned") for row in rows if row.get("memory")]
+        memory_bytes = [
+            row["memory"].get("answering") or row["memory"].get("planned") for row in rows if row.get("memory")
+        ]
         memory_bytes = [each for each in memory_bytes if each is not None]
         parameters = first.get("parameters") or {}
         return cls(
@@ -67,14 +76,18 @@ class CombinationSummary:
             seeds=tuple(values),
             scores=_average_scores(rows),
             curve={
-                regions: median(p["regions_per_second"] for curve in throughput_curves for p in curve if p["regions"] == regions)
+                regions: median(
+                    p["regions_per_second"] for curve in throughput_curves for p in curve if p["regions"] == regions
+                )
                 for regions in region_counts
             },
             stages={
                 stage: median(point["stages"][stage]["median"] for point in largest_points)
                 for stage in (largest_points[0]["stages"] if largest_points else ())
             },
-            first_caption=median(point["first_caption"]["median"] for point in smallest_points) if smallest_points else None,
+            first_caption=median(point["first_caption"]["median"] for point in smallest_points)
+            if smallest_points
+            else None,
             training_step=median(step_seconds) if step_seconds else None,
             memory=max(memory_bytes) if memory_bytes else None,
             command=f"sca bench row {shlex.quote(json.dumps(first['config'], sort_keys=True))}",
@@ -98,7 +111,10 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]], score_name: str | None) ->
         if row["state"] == "done":
             config = {key: value for key, value in row["config"].items() if key != "seed"}
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(row)
-    summaries = [CombinationSummary.from_rows(sorted(each, key=lambda row: row["config"]["seed"]), score_name) for each in groups.values()]
+    summaries = [
+        CombinationSummary.from_rows(sorted(each, key=lambda row: row["config"]["seed"]), score_name)
+        for each in groups.values()
+    ]
     return sorted(summaries, key=lambda line: (-(line.quality if line.quality is not None else -1), line.label))
 
 

@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from sca_registry import RegistryError, get_registry
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.overrides import SHORTHAND_KEYS
 from sca_registry.spec import ModelSpec, Part, check_generation
 
@@ -182,7 +182,9 @@ class Sweep:
 
 
 def list_sweeps() -> list[str]:
-    return sorted(file.name.removesuffix(".toml") for file in _get_sweeps_folder().iterdir() if file.name.endswith(".toml"))
+    return sorted(
+        file.name.removesuffix(".toml") for file in _get_sweeps_folder().iterdir() if file.name.endswith(".toml")
+    )
 
 
 def _read_sweep_text(name: str) -> tuple[str, str]:

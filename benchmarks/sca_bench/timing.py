@@ -1,4 +1,4 @@
-"""How long the stages of a model take: with warm-up, synchronisation, and the spread of several repeats."""
+"""How long the stages of a model take: with warm-up, synchronization, and the spread of several repeats."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: in
     corners = torch.rand(num_images * num_regions, 2, generator=generator) * size / 2
     image_index = torch.arange(num_images).repeat_interleave(num_regions)
     prompts = PromptBatch(image_index, boxes=torch.cat((corners, corners + size / 3), dim=1))
-    return torch.randn(num_images, 3, size, size, generator=generator).to(reference_tensor), prompts.to(reference_tensor.device)
+    return torch.randn(num_images, 3, size, size, generator=generator).to(reference_tensor), prompts.to(
+        reference_tensor.device
+    )
 
 
 @torch.inference_mode()
-def measure_stages(model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, repeats: int) -> dict[str, Any]:
+def measure_stages(
+    model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, repeats: int
+) -> dict[str, Any]:
     """Seconds by stage for `images` with `regions` each, and what they make together.
 
     encode, segment and mix are those of `Predictor`, `REGIONS` at a time; prefill is what the language model does up
@@ -48,10 +52,16 @@ def measure_stages(model: SegmentCaptioner, num_images: int, num_regions: int, m
         features = clock.time_stage(stage_seconds, "encode", lambda: model.encode(pixels))
         prefixes, prepared_features = [], None
         for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
-            segmenter_output = clock.time_stage(stage_seconds, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
+            segmenter_output = clock.time_stage(
+                stage_seconds, "segment", lambda chunk=chunk, features=features: model.segment(features, chunk)
+            )
             start = clock.read_time()
-            prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
-            prefixes.append(model.build_prefix(model.mix(segmenter_output, prepared_features), torch.ones_like(chunk.image_index)))
+            prepared_features = (
+                model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
+            )
+            prefixes.append(
+                model.build_prefix(model.mix(segmenter_output, prepared_features), torch.ones_like(chunk.image_index))
+            )
             stage_seconds["mix"] += clock.read_time() - start
             del segmenter_output
         prefix = torch.cat(prefixes)
@@ -78,7 +88,12 @@ def measure_stages(model: SegmentCaptioner, num_images: int, num_regions: int, m
 
 
 def measure_training_step(
-    model: SegmentCaptioner, num_images: int, num_regions: int, num_tokens: int, repeats: int, use_cached_features: bool = False
+    model: SegmentCaptioner,
+    num_images: int,
+    num_regions: int,
+    num_tokens: int,
+    repeats: int,
+    use_cached_features: bool = False,
 ) -> dict[str, Any]:
     """Seconds of a step: forward, backward and AdamW over what trains, with one text a region.
 
@@ -109,7 +124,9 @@ def make_training_batch(model: SegmentCaptioner, pixels: Tensor, prompts: Prompt
     num_regions, device = len(prompts), pixels.device
     input_ids = torch.ones(num_regions, num_tokens, dtype=torch.long, device=device)
     task_ids = torch.ones(num_regions, dtype=torch.long, device=device)
-    batch = Batch(prompts=prompts, task_ids=task_ids, pixel_values=pixels, input_ids=input_ids, attention_mask=input_ids)
+    batch = Batch(
+        prompts=prompts, task_ids=task_ids, pixel_values=pixels, input_ids=input_ids, attention_mask=input_ids
+    )
     if hasattr(model.segmenter, "loss"):
         side = 4 * pixels.shape[-1] // model.encoder.stride
         masks = torch.rand(num_regions, side, side, device=device)

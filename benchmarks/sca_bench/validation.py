@@ -11,10 +11,10 @@ from sca_registry.spec import ModelSpec, Part, check_generation
 
 from sca.data.summary import check_dataset_not_empty
 from sca.evaluation.predictions import PromptingOptions
-from sca.evaluation.requirements import check_metric_needs, check_has_truth
+from sca.evaluation.requirements import check_has_truth, check_metric_needs
 from sca.evaluation.scoring import check_metrics
-from sca.training.sources import open_training_datasets, open_validation_dataset
-from sca_bench.sweep import PART_KINDS, SweepRow, Sweep
+from sca.training.datasets import open_training_datasets, open_validation_dataset
+from sca_bench.sweep import PART_KINDS, Sweep, SweepRow
 
 
 def check_rows(sweep: Sweep, rows: Iterable[SweepRow]) -> None:
@@ -48,7 +48,9 @@ def _check_evaluation(sweep: Sweep) -> None:
     evaluation = sweep.evaluate
     if evaluation is None:
         return
-    prompting = PromptingOptions(**{key: evaluation[key] for key in ("prompt", "tasks", "generation") if key in evaluation})
+    prompting = PromptingOptions(
+        **{key: evaluation[key] for key in ("prompt", "tasks", "generation") if key in evaluation}
+    )
     check_metrics(evaluation.get("metrics"), None)
     part, split = Part.from_dict(evaluation["dataset"], "dataset of evaluate"), evaluation.get("split", "val")
     dataset, dataset_name = datasets.build(part.name, split, **part.options), f"evaluate.dataset ({split})"

@@ -31,7 +31,7 @@ from sca_registry.spec import ModelSpec
 
 import sca.evaluation.evaluate
 import sca.training.train  # noqa: F401 (and transformers with it)
-from sca.composition import build
+from sca.builder import build
 from sca.plan import plan_model
 from sca_bench.sweep import PART_KINDS, SweepRow
 from sca_bench.timing import measure_stages, measure_training_step
@@ -137,7 +137,9 @@ def _add_plan(row: dict[str, Any], spec: ModelSpec, config: Mapping[str, Any]) -
     captioning_plan = plan_model(spec, num_images, num_regions, max_new_tokens, dtype=dtype)
     peak = captioning_plan.peak
     if measure_options.get("training"):
-        peak = max(peak, plan_model(spec, num_images, min(MAX_TRAINING_REGIONS, num_regions), max_new_tokens, train=True).peak)
+        peak = max(
+            peak, plan_model(spec, num_images, min(MAX_TRAINING_REGIONS, num_regions), max_new_tokens, train=True).peak
+        )
     num_parameters = sum(captioning_plan.parameters.values())
     row["parameters"] = {**captioning_plan.parameters, "whole": num_parameters, "trainable": captioning_plan.trainable}
     row["flops"] = {**captioning_plan.flops, "images": num_images, "regions": num_regions, "words": max_new_tokens}
@@ -166,7 +168,9 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
     from sca.evaluation.evaluate import evaluate
     from sca.evaluation.predictions import PromptingOptions
 
-    prompting_options = {key: evaluate_options[key] for key in ("prompt", "tasks", "generation") if key in evaluate_options}
+    prompting_options = {
+        key: evaluate_options[key] for key in ("prompt", "tasks", "generation") if key in evaluate_options
+    }
     report = evaluate(
         model,
         evaluate_options["dataset"],
@@ -180,12 +184,19 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
 
 
 def _add_measurements(row: dict[str, Any], model: Any, measure_options: Mapping[str, Any]) -> None:
-    num_images, max_new_tokens, repeats = measure_options.get("images", 1), measure_options.get("words", 16), measure_options.get("repeats", 5)
+    num_images, max_new_tokens, repeats = (
+        measure_options.get("images", 1),
+        measure_options.get("words", 16),
+        measure_options.get("repeats", 5),
+    )
     region_counts, memory = measure_options.get("regions", [1]), row.setdefault("memory", {})
     device = model.task_tokens.device
     if measure_options.get("training"):  # in float32, as models train, with autocast where the sweep computes in less
         step_sizes = (num_images, min(MAX_TRAINING_REGIONS, max(region_counts)), max_new_tokens, repeats)
-        with _record_peak_memory(memory, "training", device), torch.autocast(device.type, **_get_autocast_options(measure_options)):
+        with (
+            _record_peak_memory(memory, "training", device),
+            torch.autocast(device.type, **_get_autocast_options(measure_options)),
+        ):
             row["training_step"] = measure_training_step(model, *step_sizes)
         if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
             with torch.autocast(device.type, **_get_autocast_options(measure_options)):

@@ -89,7 +89,9 @@ def describe_measurements(measurements: dict[str, Any]) -> Iterator[str]:
         )
     yield f"p99 beside the heavy client: {measurements['ratio']:.1f} times as long"
     yield f"the heavy client: {measurements['heavy']}"
-    yield "memory of the server, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items())
+    yield "memory of the server, MiB: " + ", ".join(
+        f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items()
+    )
 
 
 def _run_heavy_client(server: Any, stop: threading.Event, statuses: dict[str, Counter[Any]]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_bench.against_published import PUBLISHED_REGIONS_PER_CALL, use_published_procedure
+from sca_bench.published_comparison import PUBLISHED_REGIONS_PER_CALL, use_published_procedure
 from sca_bench.timing import STAGES, make_random_inputs
 
 import sca
@@ -44,20 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     our_seconds = _measure_stages(model, args.regions, REGION_BATCH_SIZE, args.repeats)
     flops = plan_model(model.spec, 1, args.regions, MAX_NEW_TOKENS).flops
     num_bytes = _count_stage_bytes(model, args.regions)
-    print(f"a matrix product makes {flops_per_second / 1e9:.0f} GFLOP/s here, a copy {bytes_per_second / 1e9:.1f} GB/s\n")
+    print(
+        f"a matrix product makes {flops_per_second / 1e9:.0f} GFLOP/s here, a copy {bytes_per_second / 1e9:.1f} GB/s\n"
+    )
     print("| stage | published, s | ours, s | arithmetic, s | bytes, s | ours : higher floor |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for stage in STAGES:
         floors = flops[stage] / flops_per_second, num_bytes[stage] / bytes_per_second
-        rows.append({"stage": stage, "published": published_seconds[stage], "ours": our_seconds[stage], "floors": floors})
+        rows.append(
+            {"stage": stage, "published": published_seconds[stage], "ours": our_seconds[stage], "floors": floors}
+        )
         cells = f"{published_seconds[stage]:.3g} | {our_seconds[stage]:.3g} | {floors[0]:.3g} | {floors[1]:.3g}"
         print(f"| {stage} | {cells} | {our_seconds[stage] / max(floors):.1f} |")
     if args.out:
         from sca_bench.worker import collect_environment
 
         options = {name: value for name, value in vars(args).items() if name != "out"}
-        measurements = {**options, "flops_per_second": flops_per_second, "bytes_per_second": bytes_per_second, "rows": rows}
+        measurements = {
+            **options,
+            "flops_per_second": flops_per_second,
+            "bytes_per_second": bytes_per_second,
+            "rows": rows,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_file(args.out, f"{json.dumps({**measurements, 'environment': collect_environment('cpu')}, indent=1)}\n")
 
@@ -79,8 +88,15 @@ def _measure_stages(model: SegmentCaptioner, num_regions: int, regions_per_call:
         features = time_stage("encode", lambda: model.encode(pixels))
         prefixes = []
         for chunk in prompts.iter_chunks(regions_per_call):
-            segmenter_output = time_stage("segment", lambda chunk=chunk, features=features: model.segment(features, chunk))
-            queries = time_stage("mix", lambda segmenter_output=segmenter_output: model.mix(segmenter_output, model.prepare_mixer(segmenter_output)))
+            segmenter_output = time_stage(
+                "segment", lambda chunk=chunk, features=features: model.segment(features, chunk)
+            )
+            queries = time_stage(
+                "mix",
+                lambda segmenter_output=segmenter_output: model.mix(
+                    segmenter_output, model.prepare_mixer(segmenter_output)
+                ),
+            )
             prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))
         for prefix in prefixes:
             time_stage("prefill", lambda prefix=prefix: generate(prefix, max_new_tokens=1))

@@ -23,21 +23,28 @@ from two_stages import FEW, MANY, METRICS, WAYS
 SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
 
 
-def compute_differences(folders: Mapping[tuple[str, int], Path], other_method: str, seeds: Sequence[int]) -> dict[str, list[float]]:
+def compute_differences(
+    folders: Mapping[tuple[str, int], Path], other_method: str, seeds: Sequence[int]
+) -> dict[str, list[float]]:
     """What the first way scores above another, mean over seeds, with the interval."""
+    from sca.evaluation.bootstrap import bootstrap_scores, compute_interval
     from sca.evaluation.comparison import collect_bootstrap_inputs
     from sca.evaluation.evaluate import score_file
-    from sca.evaluation.intervals import compute_interval, bootstrap_scores
 
     differences_by_score = {}
     reports = {key: score_file(folder / "predictions.jsonl", METRICS) for key, folder in folders.items()}
     for name in SCORE_LABELS:
         values = [reports[WAYS[0], seed].scores[name] - reports[other_method, seed].scores[name] for seed in seeds]
         resampled_differences = [
-            bootstrap_scores(*collect_bootstrap_inputs(reports[WAYS[0], seed])[name]) - bootstrap_scores(*collect_bootstrap_inputs(reports[other_method, seed])[name])
+            bootstrap_scores(*collect_bootstrap_inputs(reports[WAYS[0], seed])[name])
+            - bootstrap_scores(*collect_bootstrap_inputs(reports[other_method, seed])[name])
             for seed in seeds
         ]
-        differences_by_score[name] = [float(np.mean(values)), *compute_interval(np.mean(resampled_differences, axis=0)), *values]
+        differences_by_score[name] = [
+            float(np.mean(values)),
+            *compute_interval(np.mean(resampled_differences, axis=0)),
+            *values,
+        ]
     return differences_by_score
 
 
@@ -63,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = range(args.seeds)
     steps = {"first": args.first, "second": args.second, "scenes": args.scenes, "few": args.few}
     with TemporaryDirectory() as temporary_folder:
-        folders = {(method, seed): Path(temporary_folder, f"{WAYS.index(method)}-{seed}") for method in WAYS for seed in seeds}
+        folders = {
+            (method, seed): Path(temporary_folder, f"{WAYS.index(method)}-{seed}") for method in WAYS for seed in seeds
+        }
         tasks = []
         for (method, seed), folder in folders.items():
             folder.mkdir()
@@ -78,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = {
             **steps,
             "many": MANY,
-            "scores": {method: [{name: scores_by_run[method, seed][name] for name in SCORE_LABELS} for seed in seeds] for method in WAYS},
+            "scores": {
+                method: [{name: scores_by_run[method, seed][name] for name in SCORE_LABELS} for seed in seeds]
+                for method in WAYS
+            },
             "differences": {method: compute_differences(folders, method, seeds) for method in WAYS[1:]},
             "environment": collect_environment("cpu"),
         }
@@ -92,9 +104,14 @@ def render_results(results: Mapping[str, Any]) -> str:
     """Markdown: the mean of each score by way, and what the first way has above the others."""
     rows = [f"| | {' | '.join(SCORE_LABELS.values())} |", "| --- |" + " ---: |" * len(SCORE_LABELS)]
     for method, scores in results["scores"].items():
-        rows.append(f"| {method} | {' | '.join(f'{np.mean([each[name] for each in scores]):.3f}' for name in SCORE_LABELS)} |")
+        rows.append(
+            f"| {method} | {' | '.join(f'{np.mean([each[name] for each in scores]):.3f}' for name in SCORE_LABELS)} |"
+        )
     for method, differences in results["differences"].items():
-        cells = (f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high, *_ in (differences[name] for name in SCORE_LABELS))
+        cells = (
+            f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            for mean, low, high, *_ in (differences[name] for name in SCORE_LABELS)
+        )
         rows.append(f"| the first above: {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

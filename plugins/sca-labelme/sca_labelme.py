@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from sca_registry.contracts import Region, Sample, MetricOutput
+from sca_registry.contracts import MetricOutput, Region, Sample
 
 from sca.io.annotations import labelme
 from sca.io.annotations.annotation import Annotation, SkipCounter
@@ -44,7 +44,9 @@ class LabelMe:
         for file in self.files:
             content, image = _read_file(file)
             size = labelme.find_image_size(content, image, str(file))
-            shapes = labelme.read_annotations(content, size, str(file), skip, lambda error: skip(BAD_REGION_REASON, str(error)))
+            shapes = labelme.read_annotations(
+                content, size, str(file), skip, lambda error: skip(BAD_REGION_REASON, str(error))
+            )
             regions = [_shape_to_region(shape, size, next(ids), skip) for shape in shapes]
             self.image_paths.append(image)
             self.image_sizes.append(size)
@@ -58,7 +60,11 @@ class LabelMe:
             raise IndexError(index)
         file, path, size = self.files[index], self.image_paths[index], self.image_sizes[index]
         try:
-            image = open_image(path) if path.exists() else labelme.open_annotated_image(_read_file(file)[0], path, str(file))
+            image = (
+                open_image(path)
+                if path.exists()
+                else labelme.open_annotated_image(_read_file(file)[0], path, str(file))
+            )
             factors = compute_resize_factors(size, image.size)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sca_mmdet.detectors import build_detector, load_mmdet_config
 from sca_mmdet.encoder import MmdetEncoder
-from sca_mmdet.operators import nms, install_operators, roi_align_backward, softnms
+from sca_mmdet.operators import install_operators, nms, roi_align_backward, softnms
 from sca_mmdet.proposer import MmdetProposer
 
 pytest_plugins = ["sca.testing.pytest"]  # the fixture `conformance`

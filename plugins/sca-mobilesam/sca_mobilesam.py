@@ -48,7 +48,7 @@ UNUSED_PREFIXES = ("norm_head.", "head.")  # of the classifier that TinyViT was
 
 
 class MobileSamEncoder(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, 256, S/16, S/16): TinyViT-5M, the last stage at stride 1, and SAM's neck.
+    """(B, 3, S, S) normalized pixels -> (B, 256, S/16, S/16): TinyViT-5M, the last stage at stride 1, and SAM's neck.
 
     weights: the file mobile_sam.pt; with `pretrained=False` they are random. size: S, a multiple of 16.
     """
@@ -125,7 +125,10 @@ def _load_tensors(component: nn.Module, file: str, prefix: str | tuple[str, ...]
         name: tensor for name, tensor in component_tensors.items() if name.endswith("num_batches_tracked")
     }  # without use here
     tensors = {**counters, **tensors}
-    missing, unexpected = sorted(component_tensors.keys() - tensors.keys()), sorted(tensors.keys() - component_tensors.keys())
+    missing, unexpected = (
+        sorted(component_tensors.keys() - tensors.keys()),
+        sorted(tensors.keys() - component_tensors.keys()),
+    )
     if missing or unexpected:
         problem = f"it lacks {missing[0]}" if missing else f"it has no place for {unexpected[0]}"
         raise InputError(

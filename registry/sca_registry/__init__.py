@@ -1,8 +1,8 @@
 """What can be named, and what each kind of part must do. Imports no torch."""
 
-from sca_registry.messages import RegistryError
+from sca_registry.errors import RegistryError
 from sca_registry.plugins import refresh_plugins
-from sca_registry.registry import REGISTRIES, RegistryEntry, Registry, get_registry
+from sca_registry.registry import REGISTRIES, Registry, RegistryEntry, get_registry
 
 encoders = REGISTRIES["encoders"]
 segmenters = REGISTRIES["segmenters"]
@@ -16,18 +16,18 @@ launchers = REGISTRIES["launchers"]
 
 __all__ = [
     "REGISTRIES",
-    "RegistryEntry",
     "Registry",
+    "RegistryEntry",
     "RegistryError",
     "captioners",
     "datasets",
     "encoders",
+    "get_registry",
     "language_models",
     "launchers",
     "metrics",
     "mixers",
     "proposers",
     "refresh_plugins",
-    "get_registry",
     "segmenters",
 ]

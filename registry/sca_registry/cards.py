@@ -6,7 +6,7 @@ One file for each kind of part, one table for each name:
     factory = "sca.mixers.query:QueryMixer"
     summary = "Learned queries in a two-way transformer."
     source = "SCA, arXiv 2312.00869"
-    licence = "Apache-2.0"
+    license = "Apache-2.0"
 
 `factory` is required; the other fields are those of `Card`.
 """
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sca_registry.messages import RegistryError, make_unknown_name_error
+from sca_registry.errors import RegistryError, make_unknown_name_error
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 FACTORY_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -34,7 +34,7 @@ class Card:
     options: Mapping[str, Any] = field(default_factory=dict)  # given to the factory unless the caller says otherwise
     summary: str = ""
     source: str = ""  # a paper, or a hub id and its revision
-    licence: str = ""
+    license: str = ""
     terms: str = ""  # what a person should know before the weights are fetched: not for commercial use, gated
     parameters: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  # an option too: what building without weights has to know
@@ -54,7 +54,9 @@ class Card:
 
 PROVIDED_OUTPUTS = ("masks", "boxes", "grid")  # what parts give and need
 TOML_TYPES = {"str": str, "int": int, "Mapping": dict, "tuple": list}  # how values of fields are written
-FIELD_TYPES = {each.name: TOML_TYPES[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"}
+FIELD_TYPES = {
+    each.name: TOML_TYPES[re.split(r"\W", str(each.type))[0]] for each in fields(Card) if each.name != "name"
+}
 
 
 def parse_cards(text: str) -> dict[str, Card | RegistryError]:
@@ -111,10 +113,16 @@ def _parse_card(name: str, table: Any) -> Card:
         if key not in FIELD_TYPES:
             raise make_unknown_name_error(f"the card {name!r} has an unknown field {key!r}", key, FIELD_TYPES)
         if not isinstance(value, FIELD_TYPES[key]):
-            raise RegistryError(f"{key} of the card {name!r} is {value!r} and should be of type {FIELD_TYPES[key].__name__}")
+            raise RegistryError(
+                f"{key} of the card {name!r} is {value!r} and should be of type {FIELD_TYPES[key].__name__}"
+            )
     check_factory(table["factory"])
     for output_name in (*table.get("needs", ()), *table.get("gives", ())):
         if output_name not in PROVIDED_OUTPUTS:
-            raise make_unknown_name_error(f"the card {name!r} needs or gives {output_name!r}, which nothing is called", str(output_name), PROVIDED_OUTPUTS)
+            raise make_unknown_name_error(
+                f"the card {name!r} needs or gives {output_name!r}, which nothing is called",
+                str(output_name),
+                PROVIDED_OUTPUTS,
+            )
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     return Card(name, **values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sca_registry.messages import RegistryError
+from sca_registry.errors import RegistryError
 from sca_registry.overrides import MODEL_PARTS
 from sca_registry.registry import get_registry
 from sca_registry.spec import ModelSpec, Part
@@ -40,11 +40,21 @@ def _check_fit(upstream_kind: str, upstream: Part, kind: str, part: Part) -> Non
     missing = [output_name for output_name in required if output_name not in provided]
     if not missing:
         return
-    provider_names = [name for name in get_registry(upstream_kind).list_names() if set(required) <= set(get_registry(upstream_kind).get_card(name).gives or ())]
+    provider_names = [
+        name
+        for name in get_registry(upstream_kind).list_names()
+        if set(required) <= set(get_registry(upstream_kind).get_card(name).gives or ())
+    ]
     other_cards = [get_registry(kind).get_card(name) for name in get_registry(kind).list_names() if name != part.name]
-    compatible_names = [card.name for card in other_cards if card.needs is not None and set(card.needs) <= set(provided)]
+    compatible_names = [
+        card.name for card in other_cards if card.needs is not None and set(card.needs) <= set(provided)
+    ]
     switched_off_options = [f"{kind}.{option}=false" for option in _list_enabled_options(kind, part)]
-    fixes = [f"{upstream_kind}={name}" for name in provider_names] + switched_off_options + [f"{kind}={name}" for name in compatible_names]
+    fixes = (
+        [f"{upstream_kind}={name}" for name in provider_names]
+        + switched_off_options
+        + [f"{kind}={name}" for name in compatible_names]
+    )
     raise RegistryError(
         f"{kind} {part.name!r} needs {' and '.join(missing)}, and {upstream_kind} {upstream.name!r} gives "
         f"{' and '.join(provided) or 'none of that'}." + (f" Choose {' or '.join(fixes)}." if fixes else "")
@@ -55,7 +65,10 @@ def _list_needs(kind: str, part: Part) -> list[str]:
     """What a part needs with the options that it has."""
     option_needs = get_registry(kind).get_card(part.name).needs_with
     base_needs = get_registry(kind).get_declared(part.name, "needs") or ()
-    return [*base_needs, *(output_name for option in _list_enabled_options(kind, part) for output_name in option_needs[option])]
+    return [
+        *base_needs,
+        *(output_name for option in _list_enabled_options(kind, part) for output_name in option_needs[option]),
+    ]
 
 
 def _list_enabled_options(kind: str, part: Part) -> list[str]:

@@ -29,7 +29,7 @@ class ImageFormat:
     """How an encoder wants its pictures.
 
     `mean` and `std` are for channel values in 0..1. `fit="pad"` scales the longest side to `size` and fills right and
-    below with zeros after normalising; `fit="stretch"` scales both sides to `size`.
+    below with zeros after normalizing; `fit="stretch"` scales both sides to `size`.
     """
 
     size: int
@@ -189,7 +189,9 @@ class Caption:
     predicted_iou: float | None  # predicted by the segmenter for this mask
     prompt: Prompt
     region_id: int  # the prompt's place in the request
-    alternatives: tuple[tuple[str, float], ...] = ()  # further captions that were asked for, and their scores, best first
+    alternatives: tuple[
+        tuple[str, float], ...
+    ] = ()  # further captions that were asked for, and their scores, best first
     usage: TokenUsage | None = None  # None where no language model wrote the captions, or its tokens are not counted
 
     @property

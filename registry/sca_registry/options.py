@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from sca_registry.messages import RegistryError, format_choices, suggest_name
+from sca_registry.errors import RegistryError, format_choices, suggest_name
 
 TEXT_TYPES = ("str", "Path", "PathLike", "PathLike[str]", "StrPath")
 OPTIONAL_PATTERN = re.compile(r"^Optional\[(.*)\]$")
@@ -72,7 +72,9 @@ def check_options(subject: str, factory: Callable[..., Any], num_positional: int
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
         for option in options:
             if option not in defaults:
-                raise RegistryError(f"{subject} has no option {option!r}.{suggest_name(option, defaults)}{_format_options(defaults)}")
+                raise RegistryError(
+                    f"{subject} has no option {option!r}.{suggest_name(option, defaults)}{_format_options(defaults)}"
+                )
     for option, default in defaults.items():
         if default is REQUIRED and option not in options:
             raise RegistryError(f"{subject} needs the option {option!r}.{_format_options(defaults)}")
@@ -87,7 +89,9 @@ def _check_value(subject: str, parameter: Parameter, value: Any) -> None:
     if not type_names <= TYPE_DESCRIPTIONS.keys() or value is parameter.default:
         return
     if not any(_is_of_type(name, value) for name in type_names):
-        expected = " or ".join(dict.fromkeys(description for name, description in TYPE_DESCRIPTIONS.items() if name in type_names))
+        expected = " or ".join(
+            dict.fromkeys(description for name, description in TYPE_DESCRIPTIONS.items() if name in type_names)
+        )
         raise RegistryError(f"{subject}: {parameter.name} is {value!r:.80}; give {expected}")
 
 
@@ -110,9 +114,13 @@ def _get_parameters(factory: Callable[..., Any]) -> list[Parameter] | None:
 
 def _filter_option_parameters(parameters: list[Parameter], num_positional: int) -> list[Parameter]:
     option_kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][:num_positional]
+    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)][
+        :num_positional
+    ]
     return [parameter for parameter in parameters if parameter.kind in option_kinds and parameter not in positional]
 
 
 def _format_options(defaults: dict[str, Any]) -> str:
-    return format_choices([name if default is REQUIRED else f"{name}={default!r}" for name, default in defaults.items()])
+    return format_choices(
+        [name if default is REQUIRED else f"{name}={default!r}" for name, default in defaults.items()]
+    )

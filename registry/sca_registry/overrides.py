@@ -18,11 +18,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sca_registry.messages import RegistryError, make_unknown_name_error
+from sca_registry.errors import RegistryError, make_unknown_name_error
 
 MODEL_PARTS = ("encoder", "segmenter", "mixer", "language_model")
 MODEL_FIELDS = (*MODEL_PARTS, "projection", "task_tokens", "trainable", "lora", "generation", "everything")
-SHORTHAND_KEYS = {"projection": "kind", "lora": "rank"}  # what a lone value stands for; elsewhere it is the `name` of a part
+SHORTHAND_KEYS = {
+    "projection": "kind",
+    "lora": "rank",
+}  # what a lone value stands for; elsewhere it is the `name` of a part
 
 KEY_PATTERN = re.compile(r"[^\W\d][\w-]*", re.ASCII)
 BARE_STRING_PATTERN = re.compile(r"""[^\W\d][^\s"'\[\]{}=#,]*|[/~.][^\s"'\[\]{}=#,]*""")
@@ -107,7 +110,9 @@ def _parse_value(text: str, assignment: str, is_text: Callable[[], bool]) -> Any
     )
 
 
-def _set_value(table: dict[str, Any], parents: tuple[str, ...], path: tuple[str, ...], text: str, assignment: str) -> None:
+def _set_value(
+    table: dict[str, Any], parents: tuple[str, ...], path: tuple[str, ...], text: str, assignment: str
+) -> None:
     """Sets what `path` leads to from `table`, which lies under the keys `above`."""
     fields = MODEL_FIELDS if parents == ("model",) else tuple(table)
     key = _normalize_key(path[0], fields)
@@ -130,7 +135,9 @@ def _is_text_key(table: Mapping[str, Any], parents: tuple[str, ...], key: str) -
 
     name = table.get("name")
     if isinstance(name, str):
-        return get_registry(parents[-1] if parents and parents[-1] in MODEL_PARTS else "dataset").is_text_option(name, key)
+        return get_registry(parents[-1] if parents and parents[-1] in MODEL_PARTS else "dataset").is_text_option(
+            name, key
+        )
     return isinstance(table.get(key), str) and parents[:1] != ("model",)
 
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sca_registry.cards import Card, read_builtin_cards, check_factory, check_name, parse_cards
-from sca_registry.messages import RegistryError
+from sca_registry.cards import Card, check_factory, check_name, parse_cards, read_builtin_cards
+from sca_registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from email.message import Message
@@ -80,7 +80,13 @@ def find_plugin_offers(group: str) -> tuple[Offer, ...]:
 def refresh_plugins() -> None:
     """Forgets what was read of installed distributions: those installed since then are seen from now on."""
     importlib.invalidate_caches()
-    for cached_function in (get_builtin_offers, find_plugin_offers, is_extra_installed, _get_builtin_origin, _find_distributions):
+    for cached_function in (
+        get_builtin_offers,
+        find_plugin_offers,
+        is_extra_installed,
+        _get_builtin_origin,
+        _find_distributions,
+    ):
         cached_function.cache_clear()
 
 
@@ -172,7 +178,7 @@ def _iter_offers(distribution: Distribution, group: str) -> Iterator[Offer]:
 def _read_entry_point(entry_point: EntryPoint, origin: Origin) -> list[Offer]:
     """One name, or the names of a card file. What is wrong with the file is held against the label that named it."""
     name, value = entry_point.name, re.sub(r"\s|\[.*\]", "", entry_point.value)
-    label_card = Card(name, value, summary=origin.summary, licence=origin.license)
+    label_card = Card(name, value, summary=origin.summary, license=origin.license)
     try:
         if value.endswith(".toml"):
             cards = parse_cards(_find_card_file(value).read_text("utf-8"))

@@ -24,11 +24,18 @@ from typing import Any, NoReturn, TypeVar
 import catalogue
 
 from sca_registry.cards import Card, check_name
+from sca_registry.component_states import ComponentState, classify_failure, infer_state, is_memory_error
 from sca_registry.contracts import COMPONENT_KINDS, ComponentKind
-from sca_registry.messages import RegistryError, format_choices, suggest_name, make_unknown_name_error
+from sca_registry.errors import RegistryError, format_choices, make_unknown_name_error, suggest_name
 from sca_registry.options import check_options, get_factory_options, is_text_option
-from sca_registry.plugins import BUILTIN_DISTRIBUTION, Offer, Origin, get_builtin_offers, find_plugin_offers, is_same_distribution
-from sca_registry.states import ComponentState, classify_failure, is_memory_error, infer_state
+from sca_registry.plugins import (
+    BUILTIN_DISTRIBUTION,
+    Offer,
+    Origin,
+    find_plugin_offers,
+    get_builtin_offers,
+    is_same_distribution,
+)
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -47,7 +54,7 @@ class RegistryEntry:
     kind: str
     summary: str
     source: str
-    licence: str
+    license: str
     terms: str
     parameters: int | None
     extra: str
@@ -87,7 +94,11 @@ class Registry(catalogue.Registry):
                 raise RegistryError(
                     f"{self._singular} {name!r} cannot be {factory!r}: a factory is called, and that cannot be"
                 )
-            conflicts = [f"{BUILTIN_DISTRIBUTION} ({offer.card.factory})" for offer in self._get_builtin_offers() if offer.card.name == name]
+            conflicts = [
+                f"{BUILTIN_DISTRIBUTION} ({offer.card.factory})"
+                for offer in self._get_builtin_offers()
+                if offer.card.name == name
+            ]
             previous = self._get_registered().get(name)
             if previous is not None and not _is_redefinition(previous, factory):
                 conflicts.append(_describe_location(previous))
@@ -111,8 +122,14 @@ class Registry(catalogue.Registry):
 
     def list_entries(self) -> list[RegistryEntry]:
         """Return the metadata of every name, sorted; broken ones and those that cannot be names included."""
-        named_offers = [*self._get_offers_by_name().items(), *((offer.card.name, offer) for offer in self._list_offers() if _has_invalid_name(offer))]
-        entries = [self._make_entry(name, offer, offer.card.default_options, infer_state(offer)) for name, offer in named_offers]
+        named_offers = [
+            *self._get_offers_by_name().items(),
+            *((offer.card.name, offer) for offer in self._list_offers() if _has_invalid_name(offer)),
+        ]
+        entries = [
+            self._make_entry(name, offer, offer.card.default_options, infer_state(offer))
+            for name, offer in named_offers
+        ]
         return sorted(entries, key=lambda entry: entry.name)
 
     def get_card(self, name: str) -> Card:
@@ -173,29 +190,44 @@ class Registry(catalogue.Registry):
         Raises RegistryError like `get`, for an option that the factory does not take, for whatever stops the
         construction, and for a result without the attributes that the contract of this kind asks for.
         """
-        assert len(upstream) == self._num_positional, f"build({name!r}, ...) takes {self._num_positional} argument(s) and options"
+        assert len(upstream) == self._num_positional, (
+            f"build({name!r}, ...) takes {self._num_positional} argument(s) and options"
+        )
         offer = self._resolve_offer(name)
         card = offer.card
         default_options: Mapping[str, Any] = card.default_options
         if "weights" in options and options["weights"] != card.options.get("weights"):
-            default_options = {key: value for key, value in card.options.items() if key != "revision"}  # of its own weights
+            default_options = {
+                key: value for key, value in card.options.items() if key != "revision"
+            }  # of its own weights
         factory = _bind_options(self._load_factory(offer), default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
         try:
             part = factory(*upstream, **options)
-            missing = [attribute for attribute in _list_protocol_members(self.kind.protocol) if not hasattr(part, attribute)]
+            missing = [
+                attribute for attribute in _list_protocol_members(self.kind.protocol) if not hasattr(part, attribute)
+            ]
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # other people's code: whatever it raises is the failure of this one name
             if isinstance(error, ValueError) and (upstream or options):  # so a factory refuses what it was given
                 raise RegistryError(f"{self._describe_offer(offer)} cannot be built: {error}") from error
             option_text = ", ".join(f"{option}={value!r}" for option, value in options.items())
-            is_component_fault = not (options or offer.is_builtin or is_memory_error(error))  # else it says nothing of the part by itself
-            self._raise_failure(offer, f"cannot be built with {option_text}" if option_text else "cannot be built", error, is_component_fault)
+            is_component_fault = not (
+                options or offer.is_builtin or is_memory_error(error)
+            )  # else it says nothing of the part by itself
+            self._raise_failure(
+                offer,
+                f"cannot be built with {option_text}" if option_text else "cannot be built",
+                error,
+                is_component_fault,
+            )
         if missing:
             problem = f"built a {type(part).__name__} without {', '.join(missing)}"
             protocol_name = f"sca_registry.contracts.{self.kind.protocol.__name__}"
-            raise RegistryError(f"{self._describe_offer(offer)} {problem}: see {protocol_name} for what {self.kind.plural} have")
+            raise RegistryError(
+                f"{self._describe_offer(offer)} {problem}: see {protocol_name} for what {self.kind.plural} have"
+            )
         return part
 
     def check(self, name: str, **options: Any) -> None:
@@ -294,7 +326,9 @@ class Registry(catalogue.Registry):
         distribution, _, short_name = str(name).rpartition(":")
         offers = self._get_offers_by_name().values()
         return [
-            offer for offer in offers if offer.card.name == short_name and is_same_distribution(offer.origin.name, distribution)
+            offer
+            for offer in offers
+            if offer.card.name == short_name and is_same_distribution(offer.origin.name, distribution)
         ]
 
     def _resolve_offer(self, name: str) -> Offer:
@@ -302,9 +336,13 @@ class Registry(catalogue.Registry):
         matches = [offers_by_name[name]] if name in offers_by_name else self._find_qualified_offers(name)
         if len(matches) == 1:
             return matches[0]
-        qualified_names = [repr(qualified_name) for qualified_name, offer in offers_by_name.items() if offer.card.name == name]
+        qualified_names = [
+            repr(qualified_name) for qualified_name, offer in offers_by_name.items() if offer.card.name == name
+        ]
         if len(qualified_names) > 1:
-            raise RegistryError(f"{len(qualified_names)} {self._plural} are named {name!r}. Say which: {' or '.join(qualified_names)}")
+            raise RegistryError(
+                f"{len(qualified_names)} {self._plural} are named {name!r}. Say which: {' or '.join(qualified_names)}"
+            )
         raise RegistryError(
             f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), offers_by_name)}{format_choices(sorted(offers_by_name))}  "
             f"A plugin adds one with an entry point in {self.kind.entry_point_group!r}."
@@ -339,12 +377,16 @@ class Registry(catalogue.Registry):
             self._raise_failure(offer, "is broken", error)
         return factory
 
-    def _raise_failure(self, offer: Offer, problem: str, error: BaseException, is_component_fault: bool = True) -> NoReturn:
+    def _raise_failure(
+        self, offer: Offer, problem: str, error: BaseException, is_component_fault: bool = True
+    ) -> NoReturn:
         """Raise what the user reads, with a remedy if the failure is the component's own."""
         state = classify_failure(offer, error)
         if state.name != "broken":
             raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}") from error
-        raise RegistryError(f"{self._describe_offer(offer)} {problem}: {state.reason}.{_suggest_remedy(offer) if is_component_fault else ''}") from error
+        raise RegistryError(
+            f"{self._describe_offer(offer)} {problem}: {state.reason}.{_suggest_remedy(offer) if is_component_fault else ''}"
+        ) from error
 
     # --- words --------------------------------------------------------------------------------------------------------
 
@@ -355,7 +397,7 @@ class Registry(catalogue.Registry):
             kind=self.kind.singular,
             summary=card.summary,
             source=card.source,
-            licence=card.licence,
+            license=card.license,
             terms=card.terms,
             parameters=card.parameters,
             extra=card.extra,
@@ -424,7 +466,9 @@ def _has_invalid_name(offer: Offer) -> bool:
 def _suggest_remedy(offer: Offer) -> str:
     if offer.is_builtin:  # then a package that it imports is broken, and another version of this one would not help
         return " Run `sca doctor` to find the cause."
-    if offer.registered_factory or "pip install" in offer.problem:  # code has no package; a fault may include the remedy
+    if (
+        offer.registered_factory or "pip install" in offer.problem
+    ):  # code has no package; a fault may include the remedy
         return ""
     return f" Try: pip install -U {offer.origin.name}"
 

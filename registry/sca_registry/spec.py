@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from sca_registry.messages import RegistryError, make_unknown_name_error
+from sca_registry.errors import RegistryError, make_unknown_name_error
 from sca_registry.options import check_options
 from sca_registry.overrides import MODEL_PARTS, apply_overrides, parse_assignments
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
@@ -20,7 +20,12 @@ ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part 
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"kind": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
-PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}  # its names
+PEFT_OPTION_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+}  # its names
 DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
 DEFAULT_GENERATION = {"max_new_tokens": 20, "beams": 1}
@@ -46,7 +51,9 @@ class Part:
         table = {"name": data} if isinstance(data, str) else data
         if callable(data):
             description = getattr(data, "__qualname__", f"of type {type(data).__name__}")
-            raise RegistryError(f"the {subject} is {description}: give its name{_suggest_registered_name(subject, data)}")
+            raise RegistryError(
+                f"the {subject} is {description}: give its name{_suggest_registered_name(subject, data)}"
+            )
         if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
             raise RegistryError(f"the {subject} is {data!r}: give a name, or a table with a name and options")
         return cls(table["name"], {option: value for option, value in table.items() if option != "name"})
@@ -208,7 +215,9 @@ def _complete_generation(value: Any) -> dict[str, Any]:
     return options
 
 
-def check_generation(subject: str, options: Any, generate_method: Callable[..., Any] | None = None, num_positional: int = 1) -> None:
+def check_generation(
+    subject: str, options: Any, generate_method: Callable[..., Any] | None = None, num_positional: int = 1
+) -> None:
     """Check options of generation.
 
     Args:
@@ -254,10 +263,19 @@ def _complete_everything(value: Any) -> dict[str, Any]:
             raise make_unknown_name_error(f"everything has no {key!r}", key, defaults)
         if key == "caption_from":
             if setting not in CAPTION_FROM_CHOICES:
-                raise make_unknown_name_error(f"everything.caption_from is {setting!r}", str(setting), CAPTION_FROM_CHOICES)
+                raise make_unknown_name_error(
+                    f"everything.caption_from is {setting!r}", str(setting), CAPTION_FROM_CHOICES
+                )
         else:
             maximum = MAX_CROP_LAYERS if key == "crops" else math.inf
-            _check_number("everything", key, setting, is_integer=key in ("points", "crops"), minimum=key == "points", maximum=maximum)
+            _check_number(
+                "everything",
+                key,
+                setting,
+                is_integer=key in ("points", "crops"),
+                minimum=key == "points",
+                maximum=maximum,
+            )
     if not options.get("crop_overlap", 0) < 1:
         raise RegistryError(f"everything.crop_overlap is {options['crop_overlap']}: give a share of the image, below 1")
     completed = defaults | options
@@ -271,7 +289,9 @@ def _complete_everything(value: Any) -> dict[str, Any]:
 
 def _check_number(subject: str, key: str, value: Any, is_integer: bool, minimum: float, maximum: float) -> None:
     expected = f"a {'whole ' if is_integer else ''}number"
-    is_valid = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool) and value != math.inf
+    is_valid = (
+        isinstance(value, int if is_integer else int | float) and not isinstance(value, bool) and value != math.inf
+    )
     if not (is_valid and value >= minimum):
         raise RegistryError(f"{subject}.{key} is {value!r}: give {expected}, {minimum:g} or more")
     if value > maximum:
@@ -284,7 +304,9 @@ def _complete_projection(value: Any) -> dict[str, str]:
         if key not in PROJECTION_CHOICES:
             raise make_unknown_name_error(f"a projection has no {key!r}", key, PROJECTION_CHOICES)
         if setting not in PROJECTION_CHOICES[key]:
-            raise make_unknown_name_error(f"no {key} of a projection is called {setting!r}", str(setting), PROJECTION_CHOICES[key])
+            raise make_unknown_name_error(
+                f"no {key} of a projection is called {setting!r}", str(setting), PROJECTION_CHOICES[key]
+            )
     return DEFAULT_PROJECTION | projection
 
 
@@ -292,7 +314,9 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
     if not value:  # None, 0, false, or an empty table
         return None
     if not isinstance(value, int | Mapping):
-        raise RegistryError(f"lora is {value!r:.80}: give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}")
+        raise RegistryError(
+            f"lora is {value!r:.80}: give a rank, such as lora=8, or a table of {', '.join(DEFAULT_LORA)}"
+        )
     options = {"rank": value} if isinstance(value, int) else dict(value)
     for key in options:
         if key not in DEFAULT_LORA:
@@ -304,7 +328,10 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
     for key, maximum in (("alpha", math.inf), ("dropout", 1)):
         _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)
     target_modules = completed["targets"]
-    if not (target_modules is None or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))):
+    if not (
+        target_modules is None
+        or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))
+    ):
         raise RegistryError(f"lora.targets is {target_modules!r}: give a list of names of layers")
     return completed
 

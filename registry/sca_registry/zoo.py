@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 
 PHOTOGRAPH_DOMAIN = "photographs"  # the domain of the models that describe photographs of anything
 
@@ -18,7 +18,7 @@ class ZooEntry:
     name: str
     summary: str
     parameters: int
-    licence: str
+    license: str
     source: str
     checkpoint: str  # "package:folder/inside", or a hub id
     trained_on: str

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
-from sca.captioners.regions import RegionCaptioner, ScoredText, RegionView, crop_image, resolve_generation_options
+from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextInput, ImageTextModel
+from sca.captioners.region_captioner import (
+    RegionCaptioner,
+    RegionView,
+    ScoredText,
+    crop_image,
+    resolve_generation_options,
+)
 from sca.inference.engine import EncodedImages
 
 NAME_QUESTION = "Question: what is the thing that is not white? Answer:"
@@ -53,13 +59,20 @@ class CropCaptioner(RegionCaptioner):
     def facts(self) -> dict[str, Any]:
         return {"captioner": "crop", **self.fact_options, **self.image_text_model.facts}
 
-    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any) -> list[ScoredText]:
+    def caption_regions(
+        self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
+    ) -> list[ScoredText]:
         """The task makes no difference: a captioner of pictures knows one."""
         generation_options = resolve_generation_options(generation)
         texts: list[str | None] = [None] * len(regions)
         if self.vcot:
-            masked_inputs = [ImageTextInput(crop_image(view, view.tight_box, white_background=True), NAME_QUESTION) for view in regions]
+            masked_inputs = [
+                ImageTextInput(crop_image(view, view.tight_box, white_background=True), NAME_QUESTION)
+                for view in regions
+            ]
             answers = self.image_text_model.generate_texts(masked_inputs, **generation_options)
             texts = [DESCRIPTION_QUESTION.format(answer=answer or FALLBACK_ANSWER) for answer, *_ in answers]
         crops = [crop_image(view, view.tight_box) for view in regions]
-        return self.image_text_model.generate_texts([ImageTextInput(*each) for each in zip(crops, texts, strict=True)], **generation_options)
+        return self.image_text_model.generate_texts(
+            [ImageTextInput(*each) for each in zip(crops, texts, strict=True)], **generation_options
+        )

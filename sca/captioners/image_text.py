@@ -12,11 +12,11 @@ from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from sca.captioners.regions import ScoredText
-from sca.captioners.untrained import build_untrained_processor
+from sca.captioners.region_captioner import ScoredText
+from sca.captioners.untrained_processors import build_untrained_processor
 from sca.devices import resolve_dtype
 from sca.io.errors import InputError
-from sca.io.hub import fetch_model_folder, compute_weights_fingerprint, load_pretrained, silence_transformers
+from sca.io.hub import compute_weights_fingerprint, fetch_model_folder, load_pretrained, silence_transformers
 from sca.io.weight_files import translate_load_errors
 from sca.language_models.causal import extract_new_tokens
 from sca.language_models.hf import make_config
@@ -92,7 +92,7 @@ class ImageTextModel:
     def generate_texts(self, inputs: Sequence[ImageTextInput], num_beams: int, max_new_tokens: int) -> list[ScoredText]:
         """An answer for each question, and how sure the model was: exp of the mean log-probability of a token.
 
-        Only what has the same shape goes together, so nothing is padded and no answer depends on its neighbours.
+        Only what has the same shape goes together, so nothing is padded and no answer depends on its neighbors.
         """
         texts = [ScoredText("", 0.0)] * len(inputs)
         for start in range(0, len(inputs), self.batch_size):
@@ -103,8 +103,12 @@ class ImageTextModel:
                 rows_by_shape.setdefault(shape, []).append((index, processed))
             for rows in rows_by_shape.values():
                 indices, processed_rows = zip(*rows, strict=True)
-                batch_inputs = {name: torch.cat([processed[name] for processed in processed_rows]) for name in processed_rows[0]}
-                for index, text in zip(indices, self._generate_batch(batch_inputs, num_beams, max_new_tokens), strict=True):
+                batch_inputs = {
+                    name: torch.cat([processed[name] for processed in processed_rows]) for name in processed_rows[0]
+                }
+                for index, text in zip(
+                    indices, self._generate_batch(batch_inputs, num_beams, max_new_tokens), strict=True
+                ):
                     texts[index] = text
         return texts
 
@@ -145,7 +149,12 @@ class ImageTextModel:
         configs = [getattr(module, "generation_config", None) for module in self.model.modules()]
         token_ids = [getattr(config, "eos_token_id", None) for config in configs]
         token_ids.append(getattr(self.model.config.get_text_config(decoder=True), "sep_token_id", None))
-        eos_token_ids = [token_id for each in token_ids for token_id in (each if isinstance(each, list) else [each]) if token_id is not None]
+        eos_token_ids = [
+            token_id
+            for each in token_ids
+            for token_id in (each if isinstance(each, list) else [each])
+            if token_id is not None
+        ]
         return sorted(set(eos_token_ids)) or [self.tokenizer.eos_token_id]
 
 
@@ -156,7 +165,11 @@ def load_processor(folder: Path) -> Any:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except InputError as error:
-        hint = f". It needs: pip install '{BUILTIN_DISTRIBUTION}[baselines]'" if "torchvision" in str(error).lower() else ""
+        hint = (
+            f". It needs: pip install '{BUILTIN_DISTRIBUTION}[baselines]'"
+            if "torchvision" in str(error).lower()
+            else ""
+        )
         raise InputError(f"{error}{hint}") from error
     processor.image_processor = image_processor
     return processor

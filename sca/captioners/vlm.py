@@ -8,11 +8,19 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 from sca_registry.contracts import TASKS
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from transformers.models.kosmos2.processing_kosmos2 import coordinate_to_patch_index
 
-from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextModel, ImageTextInput
-from sca.captioners.regions import Box, RegionCaptioner, ScoredText, RegionView, crop_image, resolve_generation_options, box_to_pixels
+from sca.captioners.image_text import CAPTION_ONLY_MODELS, ImageTextInput, ImageTextModel
+from sca.captioners.region_captioner import (
+    Box,
+    RegionCaptioner,
+    RegionView,
+    ScoredText,
+    box_to_pixels,
+    crop_image,
+    resolve_generation_options,
+)
 from sca.inference.engine import EncodedImages
 
 BOX_COLOR = (255, 0, 0)
@@ -64,7 +72,9 @@ class VisionLanguageModel(RegionCaptioner):
         self.image_text_model = ImageTextModel(weights, revision, pretrained, config, device, dtype, batch_size)
         model_type = self.image_text_model.model_type
         if model_type in CAPTION_ONLY_MODELS:
-            raise ValueError(f"a {model_type!r} model answers no questions: caption crops with it, as crop-captioner does")
+            raise ValueError(
+                f"a {model_type!r} model answers no questions: caption crops with it, as crop-captioner does"
+            )
         if show == "region-tokens" and model_type not in REGION_TOKEN_FORMATTERS:
             raise ValueError(
                 f"a {model_type!r} model has no words for places; {' and '.join(map(repr, REGION_TOKEN_FORMATTERS))} have. Take "
@@ -73,14 +83,18 @@ class VisionLanguageModel(RegionCaptioner):
         if show == "region-tokens" and question is not None:
             raise ValueError("region tokens come with a question of their own: leave out question, or take show=crop")
         self.region_format = show
-        self.task_questions = (question, question) if question else MODEL_QUESTIONS.get((model_type, show)) or QUESTIONS.get(show)
+        self.task_questions = (
+            (question, question) if question else MODEL_QUESTIONS.get((model_type, show)) or QUESTIONS.get(show)
+        )
         self.fact_options = {"encoder": encoder, "show": show, "question": question}
 
     @property
     def facts(self) -> dict[str, Any]:
         return {"captioner": "vlm", **self.fact_options, **self.image_text_model.facts}
 
-    def caption_regions(self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any) -> list[ScoredText]:
+    def caption_regions(
+        self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
+    ) -> list[ScoredText]:
         inputs = [self._build_input(view, TASKS.index(task)) for view in regions]
         texts = self.image_text_model.generate_texts(inputs, **resolve_generation_options(generation))
         return [text._replace(text=" ".join(TAG_PATTERN.sub(" ", text.text).split())) for text in texts]
@@ -88,7 +102,9 @@ class VisionLanguageModel(RegionCaptioner):
     def _build_input(self, view: RegionView, task_index: int) -> ImageTextInput:
         box = view.prompt.box or view.tight_box
         if self.region_format == "region-tokens":
-            return ImageTextInput(view.image, REGION_TOKEN_FORMATTERS[self.image_text_model.model_type](box, view.image.size, task_index))
+            return ImageTextInput(
+                view.image, REGION_TOKEN_FORMATTERS[self.image_text_model.model_type](box, view.image.size, task_index)
+            )
         image = crop_image(view, box) if self.region_format == "crop" else draw_box(view.image, box)
         return ImageTextInput(image, self.task_questions[task_index])
 
@@ -120,4 +136,7 @@ def _format_kosmos2_tokens(box: Box, image_size: tuple[int, int], task_index: in
     return f"<grounding><phrase> It</phrase><object>{tokens}</object> is"
 
 
-REGION_TOKEN_FORMATTERS: dict[str, Callable[[Box, tuple[int, int], int], str]] = {"florence2": _format_florence2_tokens, "kosmos-2": _format_kosmos2_tokens}
+REGION_TOKEN_FORMATTERS: dict[str, Callable[[Box, tuple[int, int], int], str]] = {
+    "florence2": _format_florence2_tokens,
+    "kosmos-2": _format_kosmos2_tokens,
+}

@@ -14,9 +14,9 @@ from sca_registry import get_registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
-from sca.checkpoints.published import SPECIAL_TOKEN_FIELDS, FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES
+from sca.builder import build
+from sca.checkpoints.published import FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES, SPECIAL_TOKEN_FIELDS
 from sca.checkpoints.state import list_stored_tensors
-from sca.composition import build
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
@@ -56,7 +56,9 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     causal_model = copy.deepcopy(model.language_model.model)
-    lora_layers = [(name, module) for name, module in causal_model.named_modules() if isinstance(module, BaseTunerLayer)]
+    lora_layers = [
+        (name, module) for name, module in causal_model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     for name, module in lora_layers:
         module.merge()
         parent, _, attribute = name.rpartition(".")
@@ -74,13 +76,18 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
 
     Raises InputError if the source's weights are not those of the model, naming the first that differ.
     """
-    changed_parts = {kind: Part(part.name, _select_usage_options(model.spec, kind) | dict(part.options)) for kind, part in parts.items()}
+    changed_parts = {
+        kind: Part(part.name, _select_usage_options(model.spec, kind) | dict(part.options))
+        for kind, part in parts.items()
+    }
     if "encoder" in parts:
         changed_parts["segmenter"] = Part("sam", _select_usage_options(model.spec, "segmenter"))
     sourced_model = build(replace(model.spec, **changed_parts))
     tensors, source_tensors = model.state_dict(), sourced_model.state_dict()
     sourced_names = source_tensors.keys() - list_stored_tensors(sourced_model)
-    differing_names = sorted(name for name in sourced_names if name not in tensors or not torch.equal(tensors[name], source_tensors[name]))
+    differing_names = sorted(
+        name for name in sourced_names if name not in tensors or not torch.equal(tensors[name], source_tensors[name])
+    )
     if differing_names:
         raise InputError(
             f"the weights of {' and '.join(part.name for part in parts.values())} are others than the model's: "
@@ -94,7 +101,9 @@ def attach_sources(model: SegmentCaptioner, **parts: Part) -> SegmentCaptioner:
 def _select_usage_options(spec: ModelSpec, kind: str) -> dict[str, Any]:
     """The options of a part that say how it is used rather than what it is made of."""
     part = getattr(spec, kind)
-    return {name: part.options[name] for name in USAGE_OPTIONS.get(kind, ()) if part is not None and name in part.options}
+    return {
+        name: part.options[name] for name in USAGE_OPTIONS.get(kind, ()) if part is not None and name in part.options
+    }
 
 
 def _find_unpublishable(model: SegmentCaptioner) -> str | None:
@@ -123,7 +132,9 @@ def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
     decoder_config, prompt_encoder = model.segmenter.decoder.config, model.segmenter.prompt_encoder
     image_size, grid_size, mixer = model.segmenter.size, model.segmenter.grid, model.mixer
     return {
-        "architectures": [next(name for name, mixer_name in MIXER_BY_ARCHITECTURE.items() if mixer_name == model.spec.mixer.name)],
+        "architectures": [
+            next(name for name, mixer_name in MIXER_BY_ARCHITECTURE.items() if mixer_name == model.spec.mixer.name)
+        ],
         "model_type": "sca",
         "num_task_tokens": model.task_tokens.shape[1],
         "use_decoder_only_language_model": True,
@@ -149,7 +160,10 @@ def _build_published_config(model: SegmentCaptioner) -> dict[str, Any]:
             "additional_num_hidden_layers": len(mixer.transformer.layers),
             "num_caption_tokens": mixer.num_queries,
         },
-        "text_config": {"_name_or_path": _get_language_model_source(model), **model.language_model.model.config.to_dict()},
+        "text_config": {
+            "_name_or_path": _get_language_model_source(model),
+            **model.language_model.model.config.to_dict(),
+        },
     }
 
 
@@ -161,4 +175,6 @@ def _get_language_model_source(model: SegmentCaptioner) -> str:
 
 def _to_published_name(name: str) -> str:
     prefixes = sorted(NAME_PREFIXES, key=lambda pair: -len(pair[1]))  # the most particular first
-    return next((published + name.removeprefix(native) for published, native in prefixes if name.startswith(native)), name)
+    return next(
+        (published + name.removeprefix(native) for published, native in prefixes if name.startswith(native)), name
+    )

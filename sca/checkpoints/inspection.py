@@ -81,7 +81,7 @@ def count_parameters(spec: ModelSpec) -> dict[str, Any]:
     """Return the number of parameters, or why the model cannot be built here; nothing is allocated."""
     from sca_registry import RegistryError
 
-    from sca.composition import build
+    from sca.builder import build
 
     try:
         parameters = list(build(spec, "meta").parameters())

@@ -10,15 +10,15 @@ from textwrap import shorten
 
 import torch
 from sca_registry import zoo
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import ModelSpec
 
+from sca.builder import build
 from sca.checkpoints.layout import CONFIG_FILE, ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE, is_published_checkpoint
 from sca.checkpoints.native import load_native_checkpoint, read_spec, wrap_spec_errors
 from sca.checkpoints.published import load_published_checkpoint, read_published_spec
 from sca.checkpoints.state import check_finite_weights
 from sca.checkpoints.trust import NO_TRUST, Trust, check_file, check_folder, confine_spec, resolve_real_root
-from sca.composition import build
 from sca.devices import resolve_device, resolve_dtype
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
@@ -111,7 +111,9 @@ def open_checkpoint(
         root = resolve_real_root(folder)
         for name in (CONFIG_FILE, SPEC_FILE, ORIGIN_FILE):
             check_file(folder / name, root, file_trust)
-        spec = None if is_published_checkpoint(folder) else read_spec(folder)  # so that no other folder is looked through
+        spec = (
+            None if is_published_checkpoint(folder) else read_spec(folder)
+        )  # so that no other folder is looked through
         check_folder(folder, file_trust)
         if spec is not None:
             with wrap_spec_errors(folder):
@@ -145,10 +147,19 @@ def _shorten_errors(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a RecursionError is a RuntimeError
         message = str(error) or type(error).__name__
-        if isinstance(error, InputError) and str(folder) in message and len(message) <= MAX_MESSAGE_LENGTH and message.isprintable():
+        if (
+            isinstance(error, InputError)
+            and str(folder) in message
+            and len(message) <= MAX_MESSAGE_LENGTH
+            and message.isprintable()
+        ):
             raise
         line = "".join(character if character.isprintable() else " " for character in message)
-        reason = shorten(line, MAX_MESSAGE_LENGTH, placeholder=" ...") if " " in line[:MAX_MESSAGE_LENGTH] else line[:MAX_MESSAGE_LENGTH]
+        reason = (
+            shorten(line, MAX_MESSAGE_LENGTH, placeholder=" ...")
+            if " " in line[:MAX_MESSAGE_LENGTH]
+            else line[:MAX_MESSAGE_LENGTH]
+        )
         raise InputError(reason if str(folder) in reason else f"{folder}: {reason}") from error
 
 
@@ -177,7 +188,9 @@ def locate_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         return fetch_model_folder(source, revision)
     if isinstance(source, str) and "+" in source and "/" not in source:
         raise InputError(_describe_composition(source))
-    reason = make_unknown_name_error(f"no model named {str(source)!r}, and no folder there", str(source), zoo.list_names())
+    reason = make_unknown_name_error(
+        f"no model named {str(source)!r}, and no folder there", str(source), zoo.list_names()
+    )
     hint = "" if isinstance(source, Path) else suggest_path(source)
     raise InputError(f"{reason} A folder that `sca train` wrote works too, and so does a hub id, OWNER/NAME{hint}.")
 

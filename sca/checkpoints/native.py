@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
+from safetensors.torch import save as serialize
 from sca_registry import RegistryError, get_registry
 from sca_registry.spec import ModelSpec, Part
 from torch import Tensor
 
+from sca.builder import build, resolve_parts
 from sca.checkpoints.layout import ORIGIN_FILE, SPEC_FILE, WEIGHTS_FILE
-from sca.checkpoints.state import BuildSizeLimit, assign_tensors, list_stored_tensors, hash_tensors, hash_weights
+from sca.checkpoints.state import BuildSizeLimit, assign_tensors, hash_tensors, hash_weights, list_stored_tensors
 from sca.checkpoints.trust import TrustError, is_settable
-from sca.composition import build, resolve_parts
 from sca.devices import resolve_dtype
 from sca.io.atomic import check_folder_replaceable, write_folder
 from sca.io.errors import InputError, OutputError
@@ -40,9 +40,16 @@ from sca.model import SegmentCaptioner
 
 MAX_SPEC_BYTES = 2**20  # of a spec at most
 # A distribution and its version as PEP 508 and PEP 440 write them: no URL, no option.
-PACKAGE_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE)
+PACKAGE_PATTERN = re.compile(
+    r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?==[a-z0-9][a-z0-9.+!_-]{0,49}", re.ASCII | re.IGNORECASE
+)
 MODULE_PATTERN = re.compile(r"[a-z_][\w.]{0,99}", re.ASCII | re.IGNORECASE)
-CHECKPOINT_CONTENT = (SPEC_FILE, WEIGHTS_FILE, ORIGIN_FILE, "tokenizer")  # all that `save` writes, and so all that it replaces
+CHECKPOINT_CONTENT = (
+    SPEC_FILE,
+    WEIGHTS_FILE,
+    ORIGIN_FILE,
+    "tokenizer",
+)  # all that `save` writes, and so all that it replaces
 
 
 def save(
@@ -141,7 +148,7 @@ def _write_checkpoint(
             if names_by_pointer.setdefault(tensor.data_ptr(), name) != name:
                 tensor = tensor.clone()  # tied weights are written twice
             tensors[name] = tensor.contiguous()
-    (folder / WEIGHTS_FILE).write_bytes(serialise(tensors, metadata={"format": "pt"}))
+    (folder / WEIGHTS_FILE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
     _write_json(folder / SPEC_FILE, resolve_spec(model).to_dict())
     _write_json(folder / ORIGIN_FILE, collect_origin(model))
     tokenizer = model.language_model.tokenizer
@@ -159,7 +166,10 @@ def resolve_spec(model: SegmentCaptioner) -> ModelSpec:
     resolved_parts = resolve_parts(model.spec, model.encoder)
     return replace(
         model.spec,
-        **{kind: Part(part.name, {**_get_settable_defaults(kind, part), **part.options}) for kind, part in resolved_parts.items()},
+        **{
+            kind: Part(part.name, {**_get_settable_defaults(kind, part), **part.options})
+            for kind, part in resolved_parts.items()
+        },
     )
 
 
@@ -183,11 +193,15 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
         part_origins[kind] = {"name": part.name, "distribution": entry.distribution, "version": entry.version}
         component = getattr(model, kind)
         source = getattr(component, "checkpoint", None)
-        if source == get_registry(kind).get_card(part.name).options.get("weights"):  # else the card speaks of other weights
-            part_origins[kind] |= {"licence": entry.licence} if entry.licence else {}
+        if source == get_registry(kind).get_card(part.name).options.get(
+            "weights"
+        ):  # else the card speaks of other weights
+            part_origins[kind] |= {"license": entry.license} if entry.license else {}
         if source:
             try:
-                part_origins[kind] |= compute_weights_fingerprint(source, getattr(component, "revision", None), getattr(component, "prefix", ""))
+                part_origins[kind] |= compute_weights_fingerprint(
+                    source, getattr(component, "revision", None), getattr(component, "prefix", "")
+                )
             except InputError:  # weights that have gone meanwhile, or that a part finds in a way of its own
                 part_origins[kind] |= {"weights": str(source)}
     commit = _read_commit()
@@ -212,7 +226,9 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         table = read_json(folder / SPEC_FILE, MAX_SPEC_BYTES, require_finite=True)
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote") from error
+        raise InputError(
+            f"{folder} has no {SPEC_FILE}, so it is not a model that `sca train` or sca.save wrote"
+        ) from error
     try:
         return ModelSpec.from_dict(check_object(table, str(folder / SPEC_FILE)))
     except RegistryError as error:
@@ -223,7 +239,9 @@ def _describe_missing_packages(folder: Path) -> str:
     """What a checkpoint claims to need for the parts that have no name here; anyone may have written that claim."""
     try:
         part_origins = read_json(folder / ORIGIN_FILE)["parts"]
-        missing_origins = [part_origin for kind, part_origin in part_origins.items() if part_origin["name"] not in get_registry(kind)]
+        missing_origins = [
+            part_origin for kind, part_origin in part_origins.items() if part_origin["name"] not in get_registry(kind)
+        ]
         packages = {f"{part_origin['distribution']}=={part_origin['version']}" for part_origin in missing_origins}
         modules = sorted({part_origin["distribution"] for part_origin in missing_origins if not part_origin["version"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # absent, or not as we write it

@@ -14,26 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import ModelSpec
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.initialization import no_init_weights
 
+from sca.builder import build
 from sca.checkpoints.layout import find_tokenizer_source
 from sca.checkpoints.state import BuildSizeLimit, assign_tensors
 from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, confine_spec
-from sca.composition import build
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder
 from sca.io.json import read_json
-from sca.io.weight_files import has_tokenizer, read_tensors, require_weight_files, find_weight_files
+from sca.io.weight_files import find_weight_files, has_tokenizer, read_tensors, require_weight_files
 from sca.language_models.causal import TextTokenizer
 from sca.language_models.hf import load_tokenizer
 from sca.language_models.phi import split_fused_attention
 from sca.model import SegmentCaptioner
 
-MIXER_BY_ARCHITECTURE = {"ScaMultitaskV2Model": "query", "ScaMultitaskSplitMixerModel": "split"}  # by the published architecture
+MIXER_BY_ARCHITECTURE = {
+    "ScaMultitaskV2Model": "query",
+    "ScaMultitaskSplitMixerModel": "split",
+}  # by the published architecture
 FIXED_CONFIG = {  # figures that the published checkpoints share and our modules have no option for
     "hidden_act": "relu",
     "attention_downsample_rate": 2,
@@ -77,7 +80,12 @@ def load_published_checkpoint(folder: Path, trust: Trust = NO_TRUST) -> SegmentC
     for name, model_tensor in model_tensors.items():
         if name not in tensors:  # of tensors that are one, the published files hold one
             tied_name = next(
-                (other for other in tensors if other in model_tensors and model_tensors[other].data_ptr() == model_tensor.data_ptr()), None
+                (
+                    other
+                    for other in tensors
+                    if other in model_tensors and model_tensors[other].data_ptr() == model_tensor.data_ptr()
+                ),
+                None,
             )
             if tied_name:
                 tensors[name] = tensors[tied_name]
@@ -101,7 +109,9 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
     try:
         (architecture,) = config["architectures"]
         if architecture not in MIXER_BY_ARCHITECTURE:
-            raise InputError(f"{folder}: {make_unknown_name_error(f'no model is called {architecture!r}', architecture, MIXER_BY_ARCHITECTURE)}")
+            raise InputError(
+                f"{folder}: {make_unknown_name_error(f'no model is called {architecture!r}', architecture, MIXER_BY_ARCHITECTURE)}"
+            )
         vision_config, prompt_encoder_config, decoder_config = (
             config[part] for part in ("vision_config", "prompt_encoder_config", "mask_caption_decoder_config")
         )
@@ -111,7 +121,10 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
         num_heads, mlp_dim = decoder_config["num_attention_heads"], decoder_config["mlp_dim"]
         return ModelSpec.from_dict(
             {
-                "encoder": {"name": "sam", "config": {"vision_config": _select_non_defaults(SamVisionConfig(**vision_config))}},
+                "encoder": {
+                    "name": "sam",
+                    "config": {"vision_config": _select_non_defaults(SamVisionConfig(**vision_config))},
+                },
                 "segmenter": {
                     "name": "sam",
                     "depth": decoder_config["num_hidden_layers"],
@@ -140,7 +153,10 @@ def parse_published_config(config: Mapping[str, Any], folder: Path) -> ModelSpec
 
 def _read_language_model_config(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration, with the ends that generation used."""
-    changed_fields = {"model_type": text_config["model_type"], **_select_non_defaults(AutoConfig.for_model(**text_config))}
+    changed_fields = {
+        "model_type": text_config["model_type"],
+        **_select_non_defaults(AutoConfig.for_model(**text_config)),
+    }
     try:
         special_tokens = read_json(folder / "generation_config.json")
     except FileNotFoundError:
@@ -178,4 +194,7 @@ def _read_published_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _to_native_name(name: str) -> str:
-    return next((native + name.removeprefix(published) for published, native in NAME_PREFIXES if name.startswith(published)), name)
+    return next(
+        (native + name.removeprefix(published) for published, native in NAME_PREFIXES if name.startswith(published)),
+        name,
+    )

@@ -37,7 +37,7 @@ def push_checkpoint(
     """Writes a checkpoint (a folder, or a name of the zoo) to a hub under `name`, OWNER/NAME, and gives its address.
 
     scores: files `scores.json` of `sca evaluate`, whose figures the card repeats with their protocols. trained_on,
-    licence: what the card is to say of the data and the terms. `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.
+    license: what the card is to say of the data and the terms. `HF_TOKEN` and `HF_ENDPOINT` have their usual meaning.
 
     InputError for what is no checkpoint, OutputError for what the hub refuses.
     """
@@ -131,7 +131,7 @@ def render_card(
             *_render_parts(spec, origin),
             *(["## Trained on", "", trained_on, ""] if trained_on else []),
             *_render_scores(score_files),
-            "## Licence",
+            "## License",
             "",
             license or "Not stated. The parts above keep theirs.",
             "",
@@ -165,7 +165,7 @@ def _render_metadata(repo_id: str, score_files: Sequence[Mapping[str, Any]], lic
 
 
 def _render_parts(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
-    lines = ["## Parts", "", "| part | name | weights | licence |", "| --- | --- | --- | --- |"]
+    lines = ["## Parts", "", "| part | name | weights | license |", "| --- | --- | --- | --- |"]
     part_origins = origin.get("parts")
     for kind in ("encoder", "segmenter", "mixer", "language_model"):
         part = getattr(spec, kind)
@@ -173,7 +173,9 @@ def _render_parts(spec: ModelSpec, origin: Mapping[str, Any]) -> list[str]:
         part_origin = part_origin if isinstance(part_origin, dict) else {}
         if part is not None or part_origin:
             name = part_origin.get("name") or (part.name if part is not None else "")
-            lines.append(_format_table_row(kind.replace("_", " "), name, part_origin.get("weights"), part_origin.get("licence")))
+            lines.append(
+                _format_table_row(kind.replace("_", " "), name, part_origin.get("weights"), part_origin.get("license"))
+            )
     if origin.get("written_by"):
         lines += ["", f"Written by {escape_markdown(str(origin['written_by']))}."]
     return [*lines, ""]

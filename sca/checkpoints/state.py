@@ -21,7 +21,12 @@ from sca.io.hub import resolve_local_path
 from sca.io.weight_files import format_first_names
 from sca.model import SegmentCaptioner
 
-COMPARABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of which torch finds the least and the greatest
+COMPARABLE_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)  # of which torch finds the least and the greatest
 MAX_EXPANSION = 8  # bytes in memory for a byte of the file: float64 for an 8-bit format
 EXTRA_BYTES = 2**28  # bytes of frozen codes, tied weights and what is tried out, which files need not hold
 MAX_DOWNLOAD_BYTES = 2**37  # bytes of weights that are fetched
@@ -30,9 +35,13 @@ MAX_DOWNLOAD_BYTES = 2**37  # bytes of weights that are fetched
 def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
     """Raise InputError, opening with `subject`, for NaN in a tensor of a model or infinity in a parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    non_finite_names = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)]
+    non_finite_names = [
+        name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)
+    ]
     if non_finite_names:
-        raise InputError(f"{subject} has NaN or infinite weights: {format_first_names(non_finite_names)}; copy or train it again")
+        raise InputError(
+            f"{subject} has NaN or infinite weights: {format_first_names(non_finite_names)}; copy or train it again"
+        )
 
 
 def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
@@ -88,17 +97,25 @@ def _list_source_sizes(kind: str, part: Part) -> list[int]:
     path = resolve_local_path(str(options["weights"])) if options.get("weights") else None
     if path is not None and path.exists():
         return [file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
-    return [MAX_DOWNLOAD_BYTES] if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained")) else []
+    return (
+        [MAX_DOWNLOAD_BYTES]
+        if any(options.get(name) not in (None, True, False) for name in ("weights", "pretrained"))
+        else []
+    )
 
 
-def assign_tensors(model: SegmentCaptioner, tensors: dict[str, Tensor], expected: set[str], location: Path, config_name: str) -> None:
+def assign_tensors(
+    model: SegmentCaptioner, tensors: dict[str, Tensor], expected: set[str], location: Path, config_name: str
+) -> None:
     """Gives a model the tensors that were found `where`, if they are those that are expected.
 
     Raises InputError that names what is missing, unexpected or of another shape than `asked_by` says.
     """
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:
-        raise InputError(f"{location} does not fit its {config_name}: missing {format_first_names(missing)}; unexpected {format_first_names(unexpected)}")
+        raise InputError(
+            f"{location} does not fit its {config_name}: missing {format_first_names(missing)}; unexpected {format_first_names(unexpected)}"
+        )
     model_tensors = model.state_dict()
     for name, tensor in tensors.items():
         if model_tensors[name].shape != tensor.shape:

@@ -182,10 +182,14 @@ def _check_configuration(content: Any, subject: object, trust: Trust) -> None:
         is_kernel = "_implementation" in key and any(text not in SAFE_IMPLEMENTATIONS for text in _iter_texts(value))
         is_remote = key.endswith(REMOTE_KEYS) and isinstance(value, str) and _is_reference(value)
         if (is_kernel or is_remote) and not trust.remote_code:
-            raise TrustError(f"{subject} sets {key}={_shorten_value(value)}, which can fetch and run code; {CODE_REMEDY}")
+            raise TrustError(
+                f"{subject} sets {key}={_shorten_value(value)}, which can fetch and run code; {CODE_REMEDY}"
+            )
         is_file = key.endswith("_file") and key != "special_tokens_map_file"
         if is_file and isinstance(value, str) and _is_reference(value) and not trust.external:
-            raise TrustError(f"{subject} sets {key}={_shorten_value(value)}, a file outside its folder; {EXTERNAL_REMEDY}")
+            raise TrustError(
+                f"{subject} sets {key}={_shorten_value(value)}, a file outside its folder; {EXTERNAL_REMEDY}"
+            )
 
 
 def _check_numbers(content: Any) -> None:
@@ -213,7 +217,9 @@ def _is_plain_name(value: Any) -> bool:
 
 def _is_reference(text: str) -> bool:
     """Whether text looks like a path, a hub id or a URL, and not like a name or a token."""
-    return not TOKEN_PATTERN.fullmatch(text) and (text.startswith("~") or any(character in text for character in "/\\:\0"))
+    return not TOKEN_PATTERN.fullmatch(text) and (
+        text.startswith("~") or any(character in text for character in "/\\:\0")
+    )
 
 
 def _find_inside(name: str, folder: Path) -> Path | None:

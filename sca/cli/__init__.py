@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from sca.cli import caption, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train, weights
-from sca.cli.commands import CommandGroup
 from sca.cli.options import print_stderr
+from sca.cli.plugin_commands import CommandGroup
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
 from sca.io.text import describe_error
@@ -51,14 +51,17 @@ app.command("doctor")(plugins.doctor)
 app.add_typer(plugins.app, name="plugin")
 app.add_typer(data.app, name="data")
 
-HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")  # which a shell leaves in --out=~/x, and a program in every argument
+HOME_PATTERN = re.compile(
+    r"^(--[\w-]+=|)(~(?=/|$))"
+)  # which a shell leaves in --out=~/x, and a program in every argument
 UsageError: Any = typer.BadParameter.__base__
 
 
 @app.callback()
 def _define_app_options(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=listing.print_version, is_eager=True)
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=listing.print_version, is_eager=True),
     ] = False,
 ) -> None:
     pass

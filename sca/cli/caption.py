@@ -21,11 +21,11 @@ from sca.cli.options import (
     ModelName,
     Seed,
     TrustRemoteCode,
-    check_pipes,
-    print_stderr,
-    parse_input_path,
-    print_table,
     check_option_choice,
+    check_pipes,
+    parse_input_path,
+    print_stderr,
+    print_table,
 )
 from sca.io import terminal
 from sca.io.text import format_count
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from sca_registry.contracts import Caption, Launcher
 
-    from sca.inference.batch import Failure, CaptionResults
+    from sca.inference.batch import CaptionResults, Failure
     from sca.inference.job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
 
@@ -107,7 +107,9 @@ def caption(
     max_regions: Annotated[
         int | None, typer.Option(help="With --everything: maximum regions per image, best first.", min=1)
     ] = None,
-    caption_from: Annotated[str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM_CHOICES)}")] = None,
+    caption_from: Annotated[
+        str | None, typer.Option(help=f"with --everything: {', '.join(CAPTION_FROM_CHOICES)}")
+    ] = None,
     proposer: Annotated[
         str | None, typer.Option(help="with --everything: 'NAME [key=value]...' in place of the grid of points")
     ] = None,
@@ -141,10 +143,18 @@ def caption(
     check_option_choice("task", task, TASKS)
     if caption_from:
         check_option_choice("prompt to caption from", caption_from, CAPTION_FROM_CHOICES)
-    search_options = {"points": points, "iou": iou, "stability": stability, "nms": nms, "mask_nms_thresh": mask_nms_thresh}
+    search_options = {
+        "points": points,
+        "iou": iou,
+        "stability": stability,
+        "nms": nms,
+        "mask_nms_thresh": mask_nms_thresh,
+    }
     search_options |= {"area": area, "crops": crops, "caption_from": caption_from}
     listed = bool(box or point or mask or region)
-    _check_region_options(listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions})
+    _check_region_options(
+        listed, bool(prompts), everything, search_options | {"proposer": proposer, "max_regions": max_regions}
+    )
     if proposer and (points is not None or crops is not None):
         raise ValueError("--proposer takes the place of the grid and its crops: leave out --points and --crops")
     if temperature is not None and not sample:
@@ -229,7 +239,7 @@ def _caption_locally(
     from sca.inference.batch import BatchCaptioner, Failure
     from sca.io.images import format_path
     from sca.output import DRAWN_FORMATS, MultiFormatWriter
-    from sca.output.journal import open_caption_journal
+    from sca.output.caption_journal import open_caption_journal
 
     out, quiet, model = options["out"], options["quiet"], options["model"]
     captioner = BatchCaptioner(job, region_source)
@@ -240,12 +250,16 @@ def _caption_locally(
         elif out:
             settings = {"images": options["images"], **_collect_settings(options, input_files)}
             journal_options = {"resume": options["resume"], "overwrite": options["overwrite"]}
-            journal = outputs.enter_context(open_caption_journal(Path(out), settings, formats, [*paths, *input_files], **journal_options))
+            journal = outputs.enter_context(
+                open_caption_journal(Path(out), settings, formats, [*paths, *input_files], **journal_options)
+            )
             writers = outputs.enter_context(MultiFormatWriter(out, formats, model, options["image_prefix"]))
         table = None if out == "-" or (quiet and out) else outputs.enter_context(CaptionTable())
         progress_bars = outputs.enter_context(ProgressBars(len(paths), quiet))  # closed before the table is printed
         needs_images = bool(set(formats) & set(DRAWN_FORMATS))
-        results = captioner.caption_images(paths, journal.completed if journal else None, needs_images, progress_bars.show_search)
+        results = captioner.caption_images(
+            paths, journal.completed if journal else None, needs_images, progress_bars.show_search
+        )
         num_done = 0
         for result in progress_bars.track_results(results):
             if isinstance(result, Failure):
@@ -256,7 +270,9 @@ def _caption_locally(
             if journal:
                 journal.add(str(result.path), result.image, result.captions)
             if job.everything and not result.captions and not quiet:
-                print_stderr(f"nothing found in {format_path(result.path)}; lower --iou or --stability, or raise --points")
+                print_stderr(
+                    f"nothing found in {format_path(result.path)}; lower --iou or --stability, or raise --points"
+                )
             num_done += 1
         if not num_done:  # older files stay as they are
             raise typer.Exit(failures.status)
@@ -273,7 +289,7 @@ def _caption_locally(
 
 def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[str]]:
     """Find images, without those that `sca` drew; return a line for each name that leads to none."""
-    from sca.io.images import find_images, is_irregular_file, format_path
+    from sca.io.images import find_images, format_path, is_irregular_file
     from sca.io.run_folder import OutputFilter
     from sca.output import OUTPUT_FORMATS, list_output_patterns
 
@@ -286,7 +302,9 @@ def _find_images(names: Sequence[str], quiet: bool) -> tuple[list[Path], list[st
 
     paths, problems = find_images(names, is_excluded)
     if output_filter.skipped_paths and not quiet:
-        print_stderr(f"skipped {len(output_filter.skipped_paths)} images that `sca` wrote, such as {format_path(output_filter.skipped_paths[0])}")
+        print_stderr(
+            f"skipped {len(output_filter.skipped_paths)} images that `sca` wrote, such as {format_path(output_filter.skipped_paths[0])}"
+        )
     for path in irregular if not quiet else ():
         print_stderr(f"skipped {format_path(path)}, which is a pipe or a device, not an image file")
     return paths, problems
@@ -301,7 +319,12 @@ def _build_launcher(text: str) -> Launcher:
 
 
 def _caption_shards(
-    run: ShardedRun, job: CaptionJob, launcher: Launcher, region_source: RegionSource, failures: FailureReporter, quiet: bool
+    run: ShardedRun,
+    job: CaptionJob,
+    launcher: Launcher,
+    region_source: RegionSource,
+    failures: FailureReporter,
+    quiet: bool,
 ) -> None:
     """Caption the missing shards of a run and report what becomes of each."""
     missing = run.missing_names
@@ -310,7 +333,9 @@ def _caption_shards(
     for name, problems in run.finished.items():
         failures.report_shard(name, problems)
     if any(run.finished.values()):
-        print_stderr("images with problems are not captioned again; after fixing them, use another --out or --overwrite")
+        print_stderr(
+            "images with problems are not captioned again; after fixing them, use another --out or --overwrite"
+        )
     for index, result in enumerate(run.caption_shards(job, launcher, region_source), 1):
         failures.report_shard(result.name, result.problems)
         if result.path is None:
@@ -420,7 +445,9 @@ def _report_prompts(region_source: RegionSource, failures: FailureReporter, quie
         return
     prompts_file = region_source.region_prompts
     if not quiet:
-        unusable = f"; {format_count(len(prompts_file.problems), 'record')} cannot be used" if prompts_file.problems else ""
+        unusable = (
+            f"; {format_count(len(prompts_file.problems), 'record')} cannot be used" if prompts_file.problems else ""
+        )
         counts = f"{format_count(sum(map(prompts_file.count_regions, prompts_file)), 'region')}, {format_count(len(prompts_file), 'image')}"
         print_stderr(f"{format_path(prompts_file.path)}: {counts}{unusable}")
         if summary := prompts_file.skip_counter.summarize():
@@ -515,6 +542,10 @@ def _collect_settings(command_options: Mapping[str, Any], input_files: Iterable[
     """What determines the captions of an image: the options of a command, and the content of the files it reads."""
     from sca.io.run_folder import compute_file_hash
 
-    recorded = {name: value for name, value in command_options.items() if name not in UNRECORDED_OPTIONS and value not in (None, [], ())}
+    recorded = {
+        name: value
+        for name, value in command_options.items()
+        if name not in UNRECORDED_OPTIONS and value not in (None, [], ())
+    }
     options = {name: str(value) for name, value in recorded.items() if value is not False}
     return {**options, "files": {str(path): compute_file_hash(path) for path in input_files}}

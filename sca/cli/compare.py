@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli.evaluate import split_names, parse_evaluation_options
-from sca.cli.options import AsJson, Metrics, check_pipes, print_stderr, parse_input_path, print_json, print_table
+from sca.cli.evaluate import parse_evaluation_options, split_names
+from sca.cli.options import AsJson, Metrics, check_pipes, parse_input_path, print_json, print_stderr, print_table
 
 SORT_BY_HELP = "the score that regions are ranked by (default: the most telling there is)"
 METRIC_OPTIONS_HELP = "references=first, tokenizer=plain, semantic.model=FOLDER, ..."
@@ -28,7 +28,7 @@ def compare(
 ) -> None:
     """How much better the second run is than the first, with intervals of the paired differences."""
     from sca.evaluation.comparison import compare_runs as run
-    from sca.output.page import check_page_path
+    from sca.output.html_page import check_page_path
 
     check_pipes([first, second])
     if out:
@@ -60,7 +60,7 @@ def report(
     """A page of runs on the same regions: scores, how they are spread, best and worst regions, models side by side."""
     from sca.evaluation.evaluate import score_file
     from sca.evaluation.report import render_report
-    from sca.output.page import check_page_path
+    from sca.output.html_page import check_page_path
 
     options = [argument for argument in arguments if ASSIGNMENT_PATTERN.match(argument)]
     predictions = [parse_input_path(argument) for argument in arguments if argument not in options]
@@ -75,7 +75,7 @@ def report(
 
 def _parse_metric_options(options: Sequence[str]) -> dict[str, Any]:
     """Read the `key=value` options of scores; no dataset, proposer or model has options here."""
-    from sca_registry.messages import make_unknown_name_error
+    from sca_registry.errors import make_unknown_name_error
 
     for option in options:
         if Path(option).exists():

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import OUTPUT_FORMATS_HELP, ImagePrefix, check_pipes, print_stderr, parse_input_path, check_option_choice
+from sca.cli.options import (
+    OUTPUT_FORMATS_HELP,
+    ImagePrefix,
+    check_option_choice,
+    check_pipes,
+    parse_input_path,
+    print_stderr,
+)
 from sca.io.json import DESCRIPTOR_PATH_PATTERN
 from sca.io.text import format_count
 
@@ -25,7 +32,8 @@ def convert(
     captions: Annotated[
         Path,
         typer.Argument(
-            parser=parse_input_path, help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files"
+            parser=parse_input_path,
+            help="JSON lines, COCO, Parquet, GeoJSON, Label Studio; or a folder of LabelMe files",
         ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write to")],
@@ -40,7 +48,7 @@ def convert(
     from sca.io.image_names import make_relative_image_name
     from sca.io.images import format_path
     from sca.io.run_folder import RunFolder
-    from sca.output import DRAWN_FORMATS, OUTPUT_FORMATS, LABEL_STUDIO, MultiFormatWriter, list_output_patterns
+    from sca.output import DRAWN_FORMATS, LABEL_STUDIO, OUTPUT_FORMATS, MultiFormatWriter, list_output_patterns
 
     formats = [name.strip() for name in format.split(",")]
     for name in formats:
@@ -92,15 +100,22 @@ def view(
     """Writes one page to browse regions: search captions, filter by score, compare two files side by side."""
     from sca.io.annotations.annotation import SkipCounter
     from sca.io.atomic import create_writable_folder
-    from sca.output.page import check_page_path
-    from sca.output.view import write_viewer
+    from sca.output.html_page import check_page_path
+    from sca.output.viewer import write_viewer
 
     files = [path for path in (captions, other) if path]
     check_pipes(files)
     create_writable_folder(out.parent)
     check_page_path(out, files)
-    skip, roots, names, rejections = SkipCounter(), _list_image_roots(images, files), tuple(map(str, files)), RejectionReporter()
-    first_images, *other_images = (_read_captioned_images(path, skip, roots, image_prefix, rejections, is_written=True) for path in files)
+    skip, roots, names, rejections = (
+        SkipCounter(),
+        _list_image_roots(images, files),
+        tuple(map(str, files)),
+        RejectionReporter(),
+    )
+    first_images, *other_images = (
+        _read_captioned_images(path, skip, roots, image_prefix, rejections, is_written=True) for path in files
+    )
     num_regions, problems = write_viewer(out, first_images, other_images[0] if other_images else None, roots, names)
     for problem in problems[:10]:
         print_stderr(problem)
@@ -141,7 +156,7 @@ def _read_captioned_images(
     """Captions, their images named without the prefix; a prefix that is neither there nor `is_written` is a remark."""
     from sca.io.image_names import remove_image_prefix
     from sca.io.images import format_path
-    from sca.output.read import read_captions
+    from sca.output.reader import read_captions
 
     is_used = not image_prefix or is_written
     for captioned in read_captions(path, skip, roots, rejections):
@@ -154,5 +169,7 @@ def _read_captioned_images(
 
 def _list_image_roots(images: Path | None, captions: Iterable[Path]) -> list[Path]:
     """The folders that images may be named in."""
-    caption_folders = [path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))]
+    caption_folders = [
+        path if path.is_dir() else path.parent for path in captions if not DESCRIPTOR_PATH_PATTERN.fullmatch(str(path))
+    ]
     return [images] if images else list(dict.fromkeys([Path(), *caption_folders]))

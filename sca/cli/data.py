@@ -31,7 +31,7 @@ def export(
     """Writes a dataset in the layout that a public one is published in."""
     from sca_registry import datasets
 
-    from sca.cli.options import print_line, parse_part_options, check_option_choice
+    from sca.cli.options import check_option_choice, parse_part_options, print_line
     from sca.data.export import EXPORT_WRITERS
     from sca.data.export import export_dataset as write
     from sca.io.atomic import check_folder_replaceable
@@ -90,7 +90,7 @@ def stats(
     """Counts images, regions, phrases and words, and tells what was left out and why."""
     from sca_registry import datasets
 
-    from sca.cli.options import print_json, print_table, parse_part_options
+    from sca.cli.options import parse_part_options, print_json, print_table
     from sca.data.stats import compute_dataset_stats as counted
     from sca.io.terminal import Table
 
@@ -131,10 +131,10 @@ def view(
     from sca_registry import datasets
     from sca_registry.overrides import parse_assignment
 
-    from sca.cli.options import print_line, parse_part_options
+    from sca.cli.options import parse_part_options, print_line
     from sca.io.run_folder import iter_existing_paths
-    from sca.output.page import check_page_path
-    from sca.output.samples import write_samples_page
+    from sca.output.dataset_page import write_samples_page
+    from sca.output.html_page import check_page_path
     from sca.training.recipe import parse_augmentation
 
     augmentation = parse_augmentation(parse_assignment(f"augment={augment}")[1], "--augment") if augment else None
@@ -145,4 +145,6 @@ def view(
         _report_splits(dataset, {split: built_dataset})
         indices = sorted(random.Random(seed).sample(range(len(built_dataset)), min(limit, len(built_dataset))))
         title = f"{dataset} {split}: {len(indices)} of {len(built_dataset)} images"
-        print_line(f"wrote {write_samples_page((built_dataset[index] for index in indices), out, title, augmentation, seed)}")
+        print_line(
+            f"wrote {write_samples_page((built_dataset[index] for index in indices), out, title, augmentation, seed)}"
+        )

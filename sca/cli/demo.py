@@ -45,17 +45,19 @@ def demo(
 
     from sca_registry import RegistryError, zoo
 
-    from sca.serve.keys import read_keys
-    from sca.serve.listening import is_loopback
+    from sca.serve.api_keys import read_keys
     from sca.serve.root_path import check_root_path
+    from sca.serve.sockets import is_loopback
 
     if importlib.util.find_spec("gradio") is None:
         raise RegistryError("the demo needs gradio: pip install 'segment-caption-anything[demo]'")
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    from sca.demo.run import run_demo
+    from sca.demo.launch import run_demo
 
     names = model or ["sca-tiny"]
-    trust_options_by_model = {name: {"trust_remote_code": trust_remote_code, "allow_external": allow_external} for name in names}
+    trust_options_by_model = {
+        name: {"trust_remote_code": trust_remote_code, "allow_external": allow_external} for name in names
+    }
     keys = read_keys(api_key_file) if api_key_file else ()
     if is_loopback(host):
         names = list(dict.fromkeys((*names, *zoo.list_names())))

@@ -15,11 +15,11 @@ from sca.cli.options import (
     Device,
     Metrics,
     TrustRemoteCode,
-    print_stderr,
+    check_option_choice,
     parse_input_path,
     print_json,
+    print_stderr,
     print_table,
-    check_option_choice,
 )
 from sca.devices import resolve_device
 
@@ -40,7 +40,7 @@ def evaluate(
     prompt: Annotated[str | None, typer.Option(help="box, center, random-point, mask-point or mask")] = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="ask once more, misleadingly: wrong-region, colour-swap or shuffled-mask; may be repeated"),
+        typer.Option(help="ask once more, misleadingly: wrong-region, color-swap or shuffled-mask; may be repeated"),
     ] = None,
     proposer: Annotated[str | None, typer.Option(help="dense captioning: what finds the regions (grid, ...)")] = None,
     metrics: Metrics = None,
@@ -81,7 +81,16 @@ def evaluate(
     if _is_protocol(dataset):
         protocol = protocols.read_protocol(dataset)
         reports = _evaluate_protocol(
-            model, protocol, parsed_options, metric_names, (split, prompt, proposer), control or (), seed, out, quiet, run_options
+            model,
+            protocol,
+            parsed_options,
+            metric_names,
+            (split, prompt, proposer),
+            control or (),
+            seed,
+            out,
+            quiet,
+            run_options,
         )
     else:
         from sca.evaluation.predictions import PromptingOptions
@@ -91,7 +100,20 @@ def evaluate(
         )
         dataset_table = {"name": dataset, **parsed_options["dataset"]}
         proposer_table = {"name": proposer, **parsed_options["proposer"]} if proposer else None
-        reports = [_evaluate_with_progress(model, dataset_table, split or "val", prompting, proposer_table, metric_names, parsed_options["scores"], out, quiet, run_options)]
+        reports = [
+            _evaluate_with_progress(
+                model,
+                dataset_table,
+                split or "val",
+                prompting,
+                proposer_table,
+                metric_names,
+                parsed_options["scores"],
+                out,
+                quiet,
+                run_options,
+            )
+        ]
         protocol = None
     reports = [report for report in reports if report is not None]  # only one of several processes has them
     if as_json and reports:
@@ -102,12 +124,15 @@ def evaluate(
             print_table(report.build_table())
             if protocol and protocol.runs[index].columns:
                 protocol_run = protocol.runs[index]
-                print_table(protocols.build_comparison_table(protocol_run, report.run["model"], report.scores, protocol.source))
+                print_table(
+                    protocols.build_comparison_table(protocol_run, report.run["model"], report.scores, protocol.source)
+                )
 
 
 def score(
     predictions: Annotated[
-        Path, typer.Argument(parser=parse_input_path, help="predictions.jsonl, or the folder of it; - is standard input")
+        Path,
+        typer.Argument(parser=parse_input_path, help="predictions.jsonl, or the folder of it; - is standard input"),
     ],
     options: Annotated[
         list[str] | None,
@@ -131,7 +156,9 @@ def score(
     if parsed_options["dataset"] and dataset is None:
         raise ValueError(f"{', '.join(parsed_options['dataset'])}: options of a dataset, and no --dataset is named")
     expected_dataset = {"name": dataset, **parsed_options["dataset"]} if dataset else None
-    report = score_file(predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split)
+    report = score_file(
+        predictions, metrics and split_names(metrics), parsed_options["scores"], expected_dataset, split
+    )
     if as_json:
         print_json(report.to_dict())
     else:
@@ -208,7 +235,20 @@ def _evaluate_protocol(
         proposer_table = {"name": proposer_name, **parsed_options["proposer"]} if proposer_name else None
         dataset_table = {"name": protocol_run.dataset, **protocol_run.options, **parsed_options["dataset"]}
         folder = out and out / protocol_run.name
-        reports.append(_evaluate_with_progress(model, dataset_table, protocol_run.split, prompting, proposer_table, metric_names, metric_options, folder, quiet, run_options))
+        reports.append(
+            _evaluate_with_progress(
+                model,
+                dataset_table,
+                protocol_run.split,
+                prompting,
+                proposer_table,
+                metric_names,
+                metric_options,
+                folder,
+                quiet,
+                run_options,
+            )
+        )
     return reports
 
 
@@ -264,7 +304,7 @@ def _is_protocol(name: str) -> bool:
     if name in protocol.list_protocols():
         return True
     if name not in sca_registry.datasets.list_names() and ":" not in name:
-        from sca_registry.messages import make_unknown_name_error
+        from sca_registry.errors import make_unknown_name_error
 
         known = [*sca_registry.datasets.list_names(), *protocol.list_protocols()]
         raise make_unknown_name_error(f"no dataset or protocol {name!r}", name, known)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from sca_registry import REGISTRIES, get_registry
 
-from sca.cli.options import print_stderr, print_document, print_json, print_line, print_table, check_option_choice
+from sca.cli.options import check_option_choice, print_document, print_json, print_line, print_stderr, print_table
 from sca.io.terminal import Table
 
 COMPONENT_STATES = ("ok", "unchecked", "broken", "needs extra")
@@ -49,7 +49,7 @@ def _build_table(rows: Sequence[Mapping[str, Any]], long: bool) -> Table:
         "parameters": lambda row: f"{row['parameters']:,}" if row["parameters"] else "",
         "domain": lambda row: row.get("domain", ""),
         "state": lambda row: row["state"] + (f": {row['reason']}" if row["reason"] else ""),
-        "license": lambda row: row["licence"],
+        "license": lambda row: row["license"],
         "from": lambda row: f"{row['distribution']} {row['version']}",
         "summary": lambda row: row["summary"],
     }
@@ -113,9 +113,12 @@ def print_version(is_requested: bool) -> None:
 def _resolve_kind(name: str) -> str:
     """The plural of a kind. Raises RegistryError, with the closest, for a word that is none."""
     from sca_registry.contracts import COMPONENT_KINDS
-    from sca_registry.messages import make_unknown_name_error
+    from sca_registry.errors import make_unknown_name_error
 
-    plurals = {kind.singular: plural for plural, kind in COMPONENT_KINDS.items()} | {"model": "models", "recipe": "recipes"}
+    plurals = {kind.singular: plural for plural, kind in COMPONENT_KINDS.items()} | {
+        "model": "models",
+        "recipe": "recipes",
+    }
     normalized = name.lower().replace("-", "_")
     if plurals.get(normalized, normalized) not in plurals.values():
         raise make_unknown_name_error(f"no kind of thing is called {name!r}", name, plurals.values())
@@ -127,17 +130,32 @@ def _collect_rows(kind: str) -> list[dict[str, Any]]:
 
     if kind == "models":
         return [_describe_zoo_model(name) for name in zoo.list_names()]
-    return _describe_recipes() if kind == "recipes" else [_entry_to_dict(entry) for entry in get_registry(kind).list_entries()]
+    return (
+        _describe_recipes()
+        if kind == "recipes"
+        else [_entry_to_dict(entry) for entry in get_registry(kind).list_entries()]
+    )
 
 
 def _describe_part(kind: str, name: str) -> dict[str, Any]:
     """The facts of a part; one of this package is read and not imported, a plugin is tried."""
     from sca_registry.plugins import BUILTIN_DISTRIBUTION
-    from sca_registry.source import read_source_options
+    from sca_registry.static_options import read_source_options
 
     part_registry = get_registry(kind)
-    entry = next((each for each in part_registry.list_entries() if each.name == name and each.distribution == BUILTIN_DISTRIBUTION), None)
-    options = read_source_options(entry.factory, bool(part_registry.kind.upstream_kind or part_registry.kind.first_argument)) if entry else None
+    entry = next(
+        (
+            each
+            for each in part_registry.list_entries()
+            if each.name == name and each.distribution == BUILTIN_DISTRIBUTION
+        ),
+        None,
+    )
+    options = (
+        read_source_options(entry.factory, bool(part_registry.kind.upstream_kind or part_registry.kind.first_argument))
+        if entry
+        else None
+    )
     if entry is None or options is None:
         return _entry_to_dict(part_registry.load_entry(name))
     return _entry_to_dict(entry) | {"options": options | dict(entry.options)}
@@ -174,7 +192,9 @@ def _describe_model(name: str) -> dict[str, Any]:
         from sca.io.json import read_json
 
         spec_path = (folder := zoo.get_entry(name).folder) and folder / "spec.json"
-        return _describe_zoo_model(name) | (describe_spec(ModelSpec.from_dict(read_json(spec_path))) if spec_path and spec_path.is_file() else {})
+        return _describe_zoo_model(name) | (
+            describe_spec(ModelSpec.from_dict(read_json(spec_path))) if spec_path and spec_path.is_file() else {}
+        )
     from sca.io.hub import find_local_folder, suggest_path
 
     folder = find_local_folder(name)
@@ -202,7 +222,7 @@ def _describe_recipes() -> list[dict[str, Any]]:
             "kind": "recipe",
             "summary": table.get("summary", ""),
             "source": table.get("source", ""),
-            "licence": "Apache-2.0",
+            "license": "Apache-2.0",
             "parameters": None,
             **_get_builtin_facts(),
         }

@@ -75,7 +75,7 @@ def check_pipes(paths: Sequence[str | Path]) -> None:
 def check_option_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Raises RegistryError, with the closest choice, unless the value is one of them."""
     if value not in choices:
-        from sca_registry.messages import make_unknown_name_error
+        from sca_registry.errors import make_unknown_name_error
 
         raise make_unknown_name_error(f"no {option} {value!r}", value, choices)
 
@@ -116,7 +116,10 @@ def print_document(text: str) -> None:
 def print_json(value: Any) -> None:
     r"""Print JSON on standard output: the exact value, with \u escapes for what a terminal would act on."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    print(re.sub(UNSAFE_PATTERN, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text), flush=True)
+    print(
+        re.sub(UNSAFE_PATTERN, lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text),
+        flush=True,
+    )
 
 
 def print_table(table: Table) -> None:

@@ -96,7 +96,7 @@ def _load_or_compute_plan(
 def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> ModelSpec:
     """The spec of what was named. Raises RegistryError for what is none of these."""
     from sca_registry import zoo
-    from sca_registry.messages import make_unknown_name_error
+    from sca_registry.errors import make_unknown_name_error
     from sca_registry.spec import ModelSpec
 
     if "+" in model:
@@ -134,13 +134,21 @@ def _print_plan(model_plan: Plan) -> None:
     for part, count in model_plan.parameters.items():
         print_line(f"{part:<16}{count:>15,}")
     print_line(f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable:,} train")
-    print_line(f"{'in float32':<16}{_format_bytes(model_plan.weights):>15}  a checkpoint of it {_format_bytes(model_plan.checkpoint)}")
+    print_line(
+        f"{'in float32':<16}{_format_bytes(model_plan.weights):>15}  a checkpoint of it {_format_bytes(model_plan.checkpoint)}"
+    )
     if model_plan.room is not None:
         max_regions = model_plan.most_regions
         fits = "fits" if model_plan.fits else "does not fit"
-        limit_text = f"{MAX_PLANNED_REGIONS:,} regions an image do, too" if max_regions is None else f"up to {max_regions:,} regions an image do"
+        limit_text = (
+            f"{MAX_PLANNED_REGIONS:,} regions an image do, too"
+            if max_regions is None
+            else f"up to {max_regions:,} regions an image do"
+        )
         region_text = limit_text if max_regions != 0 else "not one region does"
-        print_line(f"{model_plan.gpu:<16}{_format_bytes(model_plan.room):>15}  to plan with: this {fits}; {region_text}")
+        print_line(
+            f"{model_plan.gpu:<16}{_format_bytes(model_plan.room):>15}  to plan with: this {fits}; {region_text}"
+        )
 
 
 def _format_bytes(count: int) -> str:

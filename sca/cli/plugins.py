@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sca.cli.options import print_stderr, print_line, parse_part_options
+from sca.cli.options import parse_part_options, print_line, print_stderr
 from sca.io.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ def _print_packages(entries: Sequence[RegistryEntry]) -> None:
     for package, package_entries in packages.items():
         print_line("")
         print_line(package)
-        working_entries = [entry for entry in package_entries if entry.distribution == BUILTIN_DISTRIBUTION and entry.state == "ok"]
+        working_entries = [
+            entry for entry in package_entries if entry.distribution == BUILTIN_DISTRIBUTION and entry.state == "ok"
+        ]
         for kind, count in Counter(entry.kind for entry in working_entries).items():
             print_line(f"  {f'{count} of kind {kind}':<34}ok")
         for entry in package_entries:
@@ -159,9 +161,9 @@ def _find_unknown_groups() -> list[str]:
     from importlib.metadata import distributions
 
     from sca_registry.contracts import COMPONENT_KINDS
-    from sca_registry.messages import suggest_name
+    from sca_registry.errors import suggest_name
 
-    from sca.cli.commands import COMMAND_GROUP
+    from sca.cli.plugin_commands import COMMAND_GROUP
 
     known_groups = {f"sca_{kind}" for kind in COMPONENT_KINDS} | {"sca_api", COMMAND_GROUP}
     return [
@@ -176,9 +178,11 @@ def _find_unknown_groups() -> list[str]:
 def _find_command_problems() -> list[str]:
     """Find the commands of plugins that cannot be used; nothing is imported."""
     from sca.cli import app
-    from sca.cli.commands import find_plugin_commands, find_command_problem
+    from sca.cli.plugin_commands import find_command_problem, find_plugin_commands
 
-    builtin_commands = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    builtin_commands = {command.name for command in app.registered_commands} | {
+        group.name for group in app.registered_groups
+    }
     problems = []
     for name, offers in find_plugin_commands().items():
         if name in builtin_commands:

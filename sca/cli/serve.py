@@ -55,10 +55,10 @@ def serve(
 
     from sca.launchers.local import Local
     from sca.launchers.ray import Ray
-    from sca.serve.hosted import ServerConfig
-    from sca.serve.keys import read_keys
-    from sca.serve.listening import is_loopback
+    from sca.serve.api_keys import read_keys
+    from sca.serve.config import ServerConfig
     from sca.serve.root_path import check_root_path
+    from sca.serve.sockets import is_loopback
 
     part = Part.parse(launcher, "--launcher", "launchers")
     built_launcher = sca_registry.launchers.build(part.name, **part.options)
@@ -96,7 +96,7 @@ def serve(
             print_stderr(f"anyone who reaches {host} can use this server; pass --api-key-file FILE to require a key")
 
     if isinstance(built_launcher, Ray):
-        from sca.serve.cluster import serve_on_ray
+        from sca.serve.ray_server import serve_on_ray
 
         serve_on_ray(server_config, host, port, replicas, report_ready, built_launcher.address, built_launcher.cores)
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sca.cli.options import AllowExternal, TrustRemoteCode, print_stderr, print_document, print_line
+from sca.cli.options import AllowExternal, TrustRemoteCode, print_document, print_line, print_stderr
 
 
 def train(
@@ -35,14 +35,16 @@ def train(
     import torch
 
     from sca.training.processes import join_processes, run_processes
-    from sca.training.train import compute_regions_per_process, check_recipe, compute_images_per_process
+    from sca.training.train import check_recipe, compute_images_per_process, compute_regions_per_process
     from sca.training.train import train as run
 
     num_processes = torch.cuda.device_count() or loaded_recipe.train.num_processes
     if num_processes > 1 and "RANK" not in os.environ:
         compute_images_per_process(loaded_recipe.train, num_processes)
         compute_regions_per_process(loaded_recipe.train, num_processes)
-        check_recipe(loaded_recipe, **trust_options)  # so that mistakes are reported once, and before anything is started
+        check_recipe(
+            loaded_recipe, **trust_options
+        )  # so that mistakes are reported once, and before anything is started
         flag_values = {"--quiet": quiet, "--trust-remote-code": trust_remote_code, "--allow-external": allow_external}
         flag_values |= {"--overwrite": overwrite}
         options = ["--resume" if resume else "--no-resume", *(flag for flag, is_set in flag_values.items() if is_set)]
@@ -51,7 +53,9 @@ def train(
     is_main_process = os.environ.get("RANK", "0") == "0"
     conflict_options = {"overwrite": overwrite, "set_aside": out is None and not overwrite}
     with join_processes():
-        model = run(loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options)
+        model = run(
+            loaded_recipe, folder, resume=resume, quiet=quiet, report=print_stderr, **conflict_options, **trust_options
+        )
     if is_main_process:
         print_document(model.summarize_parameters())
         model_folder = os.path.join(folder, "model")  # with a separator, also of "."

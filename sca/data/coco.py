@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import iter_identified_records, parse_phrases
-from sca.data.own import make_hold_out_key, choose_split, resolve_split_path
-from sca.data.records import RecordIndex, group_indices_by_owner, index_json_lists
+from sca.data.custom import choose_split, make_hold_out_key, resolve_split_path
+from sca.data.record_index import RecordIndex, group_indices_by_owner, index_json_lists
+from sca.data.record_parsing import iter_identified_records, parse_phrases
 from sca.data.table import TableDataset
 from sca.io.annotations import coco
 from sca.io.annotations.annotation import Annotation, SkipCallback
@@ -51,10 +51,19 @@ class CocoIndex(NamedTuple):
         """
         lists: Mapping[str, Sequence[str]] = {"images": ("id",), "annotations": keys}
         categories = ("categories",)
-        indexes, lists_in_memory = index_json_lists(path, lists, categories if requires_categories else (), EXPECTED_CONTENT, reject, () if requires_categories else categories)
+        indexes, lists_in_memory = index_json_lists(
+            path,
+            lists,
+            categories if requires_categories else (),
+            EXPECTED_CONTENT,
+            reject,
+            () if requires_categories else categories,
+        )
         reject_category = (reject or {}).get("categories")
         names, things = {}, set()
-        for record, location in iter_identified_records(lists_in_memory.get("categories", []), f"{path}: categories", reject=reject_category):
+        for record, location in iter_identified_records(
+            lists_in_memory.get("categories", []), f"{path}: categories", reject=reject_category
+        ):
             try:
                 names[record["id"]] = coco.clean_category_name(read_field(record, "name", str, location))
             except ValueError as error:
@@ -64,7 +73,9 @@ class CocoIndex(NamedTuple):
                 reject_category(error)
             if record.get("isthing"):
                 things.add(record["id"])
-        images, annotations = (indexes[key].check_unique_ids((reject or {}).get(key)) for key in ("images", "annotations"))
+        images, annotations = (
+            indexes[key].check_unique_ids((reject or {}).get(key)) for key in ("images", "annotations")
+        )
         return cls(images, annotations, names, things, "categories" in lists_in_memory)
 
     def read_image_record(self, number: int) -> tuple[int, str, int, int]:
@@ -120,7 +131,9 @@ class Coco(TableDataset):
         bar.reset(len(coco_index.images))
         if self.has_class_names:
             self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
-        image_indices = coco_index.annotations.resolve_references("image_id", coco_index.images, "the images", self._reject_region)
+        image_indices = coco_index.annotations.resolve_references(
+            "image_id", coco_index.images, "the images", self._reject_region
+        )
         for image_index, annotation_indices in group_indices_by_owner(image_indices, len(coco_index.images)):
             if image_index not in coco_index.images.duplicates:
                 yield coco_index, image_index, annotation_indices
@@ -132,12 +145,16 @@ class Coco(TableDataset):
         self._add_annotations(row, [coco_index.annotations[each] for each in annotation_indices], coco_index)
         return row
 
-    def _add_annotations(self, row: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], coco_index: CocoIndex) -> None:
+    def _add_annotations(
+        self, row: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], coco_index: CocoIndex
+    ) -> None:
         for record, location in annotations:
             with self._catch_record_errors():
                 self._add_annotation(row, record, location, coco_index)
 
-    def _add_annotation(self, row: dict[str, Any], record: dict[str, Any], location: str, coco_index: CocoIndex) -> None:
+    def _add_annotation(
+        self, row: dict[str, Any], record: dict[str, Any], location: str, coco_index: CocoIndex
+    ) -> None:
         name = self._get_region_name(record, location, coco_index) if self.has_class_names else None
         if record.get("iscrowd"):
             return self._skip("crowd", location)
@@ -225,7 +242,9 @@ class CocoCaptions(Coco):
     layouts = (("annotations/captions_{split}2017.json", "{split}2017"), ("captions_{split}.json", "{split}"))
     has_class_names = False
 
-    def _add_annotations(self, row: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], coco_index: CocoIndex) -> None:
+    def _add_annotations(
+        self, row: dict[str, Any], annotations: list[tuple[dict[str, Any], str]], coco_index: CocoIndex
+    ) -> None:
         phrases: list[str] = []
         for record, location in annotations:
             with self._catch_record_errors():
@@ -263,18 +282,24 @@ class CocoJson(Coco):
                 entry_by_name[name] = coco_index, image_index, annotation_indices
             elif self._has_same_size(record, location, coco_index.images[entry_by_name[name][1]][0]):
                 entry_by_name[name][2].extend(annotation_indices)
-        split_names, self.remarks = choose_split(map(name_resolver.identify_file, entry_by_name), self.split, self.hold_out)
+        split_names, self.remarks = choose_split(
+            map(name_resolver.identify_file, entry_by_name), self.split, self.hold_out
+        )
         return (entry for name, entry in entry_by_name.items() if name_resolver.identify_file(name) in split_names)
 
     def _has_same_size(self, record: dict[str, Any], location: str, first_record: dict[str, Any]) -> bool:
         """Whether two records of one image file state the same size; the second one is rejected otherwise."""
         sizes = [(each.get("width"), each.get("height")) for each in (first_record, record)]
         if sizes[0] != sizes[1]:
-            self._reject_image(f"{location}: width and height are {sizes[1]}, and {sizes[0]} in a record of the same file")
+            self._reject_image(
+                f"{location}: width and height are {sizes[1]}, and {sizes[0]} in a record of the same file"
+            )
         return sizes[0] == sizes[1]
 
 
-def read_region_annotation(record: dict[str, Any], location: str, row: dict[str, Any], skip: SkipCallback) -> Annotation | None:
+def read_region_annotation(
+    record: dict[str, Any], location: str, row: dict[str, Any], skip: SkipCallback
+) -> Annotation | None:
     """Read an annotation of an image, which is a row of the table.
 
     Returns:

@@ -47,10 +47,14 @@ class CocoPanoptic(TableDataset):
         coco_index = CocoIndex.read(
             self.annotations, ("image_id",), reject=self._get_reject_callbacks() | {"annotations": self._reject_image}
         )
-        coco_index = coco_index._replace(names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()})
+        coco_index = coco_index._replace(
+            names={number: _strip_stuff_suffixes(name) for number, name in coco_index.category_names.items()}
+        )
         self.attributes = {"name": tuple(dict.fromkeys(filter(None, coco_index.category_names.values())))}
         bar.reset(len(coco_index.annotations))
-        image_indices = coco_index.annotations.resolve_references("image_id", coco_index.images, "the images", self._reject_image)
+        image_indices = coco_index.annotations.resolve_references(
+            "image_id", coco_index.images, "the images", self._reject_image
+        )
         segments_before = 0
         for number, image_index in enumerate(image_indices.tolist()):
             record, location = coco_index.annotations[number]
@@ -81,7 +85,9 @@ class CocoPanoptic(TableDataset):
                     self._skip("crowd", segment_location)
                 else:
                     kind = "thing" if segment["category_id"] in coco_index.things else "stuff"
-                    self._add_segment(row, segments_before + n + 1, segment_ids == segment_id, segment_location, name, kind)
+                    self._add_segment(
+                        row, segments_before + n + 1, segment_ids == segment_id, segment_location, name, kind
+                    )
         for segment_id in np.setdiff1d(segment_ids, list(known_ids)).tolist():
             self._skip("pixels of no segment", f"{location}: {segment_id}")
         return row

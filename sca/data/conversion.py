@@ -38,7 +38,7 @@ from sca.io.annotations.shapes import clip_annotated_box
 from sca.io.atomic import sync_path, write_file
 from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError, OutputError
-from sca.io.image_names import resolve_image_path, is_url
+from sca.io.image_names import is_url, resolve_image_path
 from sca.io.images import read_image_file_size
 from sca.io.masks import RLE, mask_to_box
 
@@ -82,9 +82,13 @@ class ConvertedTable:
         self._skip = SkipCounter()
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.remarks: list[str] = []
-        self._bad_image_stamps: dict[str, list[int] | None] = {}  # images that cannot be used, each with its file's stamp
+        self._bad_image_stamps: dict[
+            str, list[int] | None
+        ] = {}  # images that cannot be used, each with its file's stamp
         self._empty_image_sizes: dict[str, tuple[list[int], int, int]] = {}  # images without regions: stamp and size
-        self._name_by_path_hash: dict[int, str | None] = {}  # hash of a file's path -> its name, None if it is as written
+        self._name_by_path_hash: dict[
+            int, str | None
+        ] = {}  # hash of a file's path -> its name, None if it is as written
         folders = {folder: os.path.realpath(folder) for folder in {source.parent for source in self.sources}}
         paths = [f"{folders[source.parent]}/{source.name}" for source in self.sources]
         source_identity = [selection_key, os.path.realpath(images), *paths]
@@ -211,7 +215,9 @@ class ConvertedTable:
     def _summarize_skipped(self, *reasons: str) -> str:
         reasons = reasons or (*BAD_IMAGE_REASONS, UNUSABLE_IMAGE_REASON)
         examples_by_reason = {reason: self.examples[reason] for reason in reasons if self.skipped[reason]}
-        return "; ".join(f"{reason}: {self.skipped[reason]}, such as {', '.join(e)}" for reason, e in examples_by_reason.items())
+        return "; ".join(
+            f"{reason}: {self.skipped[reason]}, such as {', '.join(e)}" for reason, e in examples_by_reason.items()
+        )
 
     # the store
 
@@ -302,7 +308,9 @@ class ConvertedTable:
                     metadata["entries"] += 1
                     if (record := self._try_build_row(entry)) is not None:
                         writer.write(record)
-                        metadata["hash"] = hashlib.sha256(metadata["hash"].encode() + _encode_row_content(record)).hexdigest()
+                        metadata["hash"] = hashlib.sha256(
+                            metadata["hash"].encode() + _encode_row_content(record)
+                        ).hexdigest()
                         metadata["images"] += 1
                         metadata["regions"] += len(record["regions"])
                         metadata["captioned"] += sum(bool(region["phrases"]) for region in record["regions"])

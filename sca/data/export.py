@@ -16,15 +16,32 @@ from typing import Any
 
 from sca_registry.contracts import Dataset, Sample
 
-from sca.data.export_coco import write_coco_captions, write_coco, write_grit, write_objects365, write_coco_panoptic, write_v3det
-from sca.data.export_records import UniqueIds, make_annotation_record, make_image_record, save_image, get_region_texts, write_instances, write_json
-from sca.data.fields import EmptyDatasetError
+from sca.data.export_coco import (
+    write_coco,
+    write_coco_captions,
+    write_coco_panoptic,
+    write_grit,
+    write_objects365,
+    write_v3det,
+)
+from sca.data.export_records import (
+    UniqueIds,
+    get_region_texts,
+    make_annotation_record,
+    make_image_record,
+    save_image,
+    write_instances,
+    write_json,
+)
+from sca.data.record_parsing import EmptyDatasetError
 from sca.data.summary import summarize_dataset
 from sca.io.atomic import write_folder
 from sca.io.masks import mask_to_box
 
 
-def export_dataset(dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, max_images: int | None = None) -> Path:
+def export_dataset(
+    dataset: Dataset | Mapping[str, Dataset], folder: str | Path, format: str, max_images: int | None = None
+) -> Path:
     """Writes `dataset`, or several as {split: dataset}, to `folder` and gives its path.
 
     A dataset by itself is written as the split that it says it is, else as "train". `limit` keeps the first so many
@@ -53,13 +70,17 @@ def export_dataset(dataset: Dataset | Mapping[str, Dataset], folder: str | Path,
     splits = dataset if isinstance(dataset, Mapping) else {getattr(dataset, "split", "train"): dataset}
     counts: Counter[str] = Counter()
     with write_folder(folder) as draft:
-        EXPORT_WRITERS[format]({name: _iter_and_count_samples(part, name, counts, max_images) for name, part in splits.items()}, draft)
+        EXPORT_WRITERS[format](
+            {name: _iter_and_count_samples(part, name, counts, max_images) for name, part in splits.items()}, draft
+        )
         if not counts:
             raise EmptyDatasetError(f"no sample can be read; {'; '.join(map(summarize_dataset, splits.values()))}")
     return folder
 
 
-def _iter_and_count_samples(dataset: Dataset, split: str, counts: Counter[str], max_images: int | None) -> Iterator[Sample]:
+def _iter_and_count_samples(
+    dataset: Dataset, split: str, counts: Counter[str], max_images: int | None
+) -> Iterator[Sample]:
     is_iterable = hasattr(dataset, "__iter__")  # it knows best which samples to pass over
     samples = iter(dataset) if is_iterable else map(dataset.__getitem__, range(len(dataset)))
     for sample in islice(samples, max_images):
@@ -140,7 +161,8 @@ def _write_refcoco(splits: Mapping[str, Iterator[Sample]], folder: Path) -> None
                         "file_name": f"{sample.image_id:012d}_{region_index}.png",
                         "sent_ids": list(sentence_ids),
                         "sentences": [
-                            _make_sentence_record(raw, sent_id) for raw, sent_id in zip(region.phrases, sentence_ids, strict=True)
+                            _make_sentence_record(raw, sent_id)
+                            for raw, sent_id in zip(region.phrases, sentence_ids, strict=True)
                         ],
                     }
                 )

@@ -13,10 +13,10 @@ from sca_registry.contracts import Sample
 from sca.data.export_records import (
     UNNAMED_CATEGORY,
     UniqueIds,
+    get_region_texts,
     make_annotation_record,
     make_image_record,
     save_image,
-    get_region_texts,
     write_instances,
     write_json,
 )
@@ -37,7 +37,14 @@ def write_v3det(splits: Splits, folder: Path) -> None:
     _write_coco_layout(splits, folder, "annotations/v3det_2023_v1_{split}.json", "images/{split}", "images/{split}/")
 
 
-def _write_coco_layout(splits: Splits, folder: Path, annotation_pattern: str, image_folder_pattern: str, file_name_prefix: str = "", include_captions: bool = False) -> None:
+def _write_coco_layout(
+    splits: Splits,
+    folder: Path,
+    annotation_pattern: str,
+    image_folder_pattern: str,
+    file_name_prefix: str = "",
+    include_captions: bool = False,
+) -> None:
     """`annotations` and `pictures` are where they lie, `prefix` what file names begin with; if `told`, captions and
     attributes are written.
     """
@@ -79,7 +86,10 @@ def write_grit(splits: Splits, folder: Path) -> None:
             for region in sample.regions:
                 for phrase in get_region_texts(region):
                     annotation_id += 1
-                    record = make_annotation_record(region, sample.image_id, {}) | {"id": annotation_id, "segmentation": []}
+                    record = make_annotation_record(region, sample.image_id, {}) | {
+                        "id": annotation_id,
+                        "segmentation": [],
+                    }
                     regions.append(record | {"caption": phrase.lower()})
         write_instances(folder / f"{split}.json", images, regions, {"object": 1})
 
@@ -99,7 +109,9 @@ def write_coco_captions(splits: Splits, folder: Path) -> None:
                 caption_id += 1
                 caption_records.append({"id": caption_id, "image_id": sample.image_id, "caption": phrase})
         (folder / f"{split}2017").mkdir(exist_ok=True)
-        write_json(folder / f"annotations/captions_{split}2017.json", {"images": images, "annotations": caption_records})
+        write_json(
+            folder / f"annotations/captions_{split}2017.json", {"images": images, "annotations": caption_records}
+        )
 
 
 def write_coco_panoptic(splits: Splits, folder: Path) -> None:
@@ -126,7 +138,9 @@ def _write_segments(sample: Sample, path: Path, categories: dict[str, int]) -> d
     """Writes the PNG of an image, larger regions below smaller ones, and gives its annotation."""
     width, height = sample.image.size
     segment_ids, segments_info = np.zeros((height, width), dtype=np.int64), []
-    masked_regions = sorted((region for region in sample.regions if region.mask), key=lambda region: -compute_mask_area(region.mask))
+    masked_regions = sorted(
+        (region for region in sample.regions if region.mask), key=lambda region: -compute_mask_area(region.mask)
+    )
     for number, region in enumerate(masked_regions, start=1):
         segment_ids[decode_rle(region.mask)] = number
         category = categories.setdefault(region.name or UNNAMED_CATEGORY, len(categories) + 1)

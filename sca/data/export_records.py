@@ -30,7 +30,9 @@ class UniqueIds:
 
 def register_id(record_type: str, record_id: int, split: str, split_by_id: dict[int, str]) -> None:
     if record_id in split_by_id:
-        raise InputError(f"{record_type} id {record_id} of split {split!r} was there before, in split {split_by_id[record_id]!r}")
+        raise InputError(
+            f"{record_type} id {record_id} of split {split!r} was there before, in split {split_by_id[record_id]!r}"
+        )
     split_by_id[record_id] = split
 
 
@@ -64,7 +66,9 @@ def make_annotation_record(region: Region, image_id: int, categories: dict[str, 
 
 def write_instances(path: Path, images: list, annotations: list, categories: Mapping[str, int]) -> None:
     category_records = [{"id": number, "name": name, "supercategory": name} for name, number in categories.items()]
-    write_json(path, {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": category_records})
+    write_json(
+        path, {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": category_records}
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import make_truncation_error, make_read_error
+from sca.data.record_parsing import make_read_error, make_truncation_error
 from sca.io.errors import InputError
 from sca.io.json import check_depth, open_regular_file
 from sca.io.text import escape_terminal
@@ -133,7 +133,9 @@ class _JsonWindow:
         return value, start, start + len(raw_value)
 
     def make_error(self, problem: str) -> InputError:
-        return make_truncation_error(self._path, problem, self._window_start + self._position, self._window_start + len(self._text))
+        return make_truncation_error(
+            self._path, problem, self._window_start + self._position, self._window_start + len(self._text)
+        )
 
     def _read_chunk(self) -> bool:
         """Whether there was more; of one long value twice as much each time."""

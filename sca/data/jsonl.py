@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data import fields
-from sca.data.fields import count_unread_caption, parse_phrases
-from sca.data.own import make_hold_out_key, choose_split, resolve_split_path
-from sca.data.records import LineIndex, group_indices_by_owner, read_jsonl_records
+from sca.data import record_parsing
+from sca.data.custom import choose_split, make_hold_out_key, resolve_split_path
+from sca.data.record_index import LineIndex, group_indices_by_owner, read_jsonl_records
+from sca.data.record_parsing import count_unread_caption, parse_phrases
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.image_names import ImageNameResolver, resolve_image_path
@@ -85,9 +85,13 @@ class Jsonl(TableDataset):
                 location = f"{location} (id {region_id})"
                 name = name_resolver.unify_spelling(normalize_name(read_field(record, "image", str, location)))
                 previous_image_id = images[name][1] if name in images else len(images)
-                image_id = read_field(record, "image_id", int, location) if is_key_expected["image_id"] else previous_image_id
+                image_id = (
+                    read_field(record, "image_id", int, location) if is_key_expected["image_id"] else previous_image_id
+                )
                 if name_by_image_id.get(image_id, name) != name:
-                    raise InputError(f"{location}: image_id {image_id} was given before, to {name_by_image_id[image_id]}")
+                    raise InputError(
+                        f"{location}: image_id {image_id} was given before, to {name_by_image_id[image_id]}"
+                    )
                 if previous_image_id != image_id and name in images:
                     raise InputError(
                         f"{location}: image_id {image_id} is another than before, {previous_image_id}, for the same image"
@@ -103,14 +107,18 @@ class Jsonl(TableDataset):
         self.attributes = {"name": tuple(sorted(class_names))} if class_names else {}
         bar.reset(len(images))
         split_names, self.remarks = choose_split(map(name_resolver.identify_file, images), self.split, self.hold_out)
-        for (name, (_, image_id)), (_, lines) in zip(images.items(), group_indices_by_owner(image_indices, len(images)), strict=True):
+        for (name, (_, image_id)), (_, lines) in zip(
+            images.items(), group_indices_by_owner(image_indices, len(images)), strict=True
+        ):
             if name_resolver.identify_file(name) in split_names:
                 yield line_index, name, image_id, lines
 
     def _build_row(self, entry: Any) -> dict[str, Any] | None:
         line_index, name, image_id, indices = entry
         lines = list(self._iter_lines_of_same_size([(number, *line_index[number]) for number in indices]))
-        recorded_size = next((require_recorded_size(record, location) for _, record, location in lines if "width" in record), None)
+        recorded_size = next(
+            (require_recorded_size(record, location) for _, record, location in lines if "width" in record), None
+        )
         size = recorded_size or self._measure_image_file(name)
         if not size:
             return None
@@ -120,12 +128,16 @@ class Jsonl(TableDataset):
                 self._add_line(row, record, line_index.columns["id"][number], location)
         return row
 
-    def _iter_lines_of_same_size(self, lines: list[tuple[int, dict[str, Any], str]]) -> Iterator[tuple[int, dict[str, Any], str]]:
+    def _iter_lines_of_same_size(
+        self, lines: list[tuple[int, dict[str, Any], str]]
+    ) -> Iterator[tuple[int, dict[str, Any], str]]:
         """The lines of an image that record the size of the first that records one; the others are rejected."""
         first_size: tuple[int, int] | None = None
         for number, record, location in lines:
             with self._catch_record_errors():
-                size = require_recorded_size(record, location) if "width" in record or "height" in record else first_size
+                size = (
+                    require_recorded_size(record, location) if "width" in record or "height" in record else first_size
+                )
                 if first_size and size != first_size:
                     raise InputError(f"{location}: width and height are {size}, and {first_size} on a line before")
                 first_size = size
@@ -143,7 +155,9 @@ class Jsonl(TableDataset):
 
     def _add_line(self, row: dict[str, Any], record: dict[str, Any], region_id: int, location: str) -> None:
         mask_value = record.get("mask")
-        box = None if mask_value and record.get("box") is None else read_number_list(record, "box", BOX_FORMAT, location)
+        box = (
+            None if mask_value and record.get("box") is None else read_number_list(record, "box", BOX_FORMAT, location)
+        )
         if box and (box[2] < box[0] or box[3] < box[1]):
             raise InputError(f"{location}: box is {box}, whose ends come before its beginnings; it is {BOX_FORMAT}")
         count_unread_caption(record, ("caption", "phrases"), location, self._skip)
@@ -153,7 +167,7 @@ class Jsonl(TableDataset):
                 f"{location}: give a caption or phrases, a name, or both; there is {' and '.join(text_fields) or 'none'}"
             )
         phrase_field = next((key for key in ("caption", "phrases") if key in text_fields), "caption")
-        mask = fields.parse_mask(mask_value, "mask", row["width"], row["height"], location, self._skip)
+        mask = record_parsing.parse_mask(mask_value, "mask", row["width"], row["height"], location, self._skip)
         if box is None and mask is None:
             return  # an empty mask, counted
         self._add_region(

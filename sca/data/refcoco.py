@@ -13,14 +13,18 @@ from typing import Any, NoReturn
 from tqdm.auto import tqdm
 
 from sca.data.coco import CocoIndex, read_region_annotation
-from sca.data.fields import iter_identified_records, read_dataset_json, parse_phrases
+from sca.data.record_parsing import iter_identified_records, parse_phrases, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.json import open_regular_file
 from sca.io.paths import expand_user
 from sca.io.validation import read_field
 
-DEFAULT_SPLIT_AUTHORS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # who split the collection, where nobody says
+DEFAULT_SPLIT_AUTHORS = {
+    "refcoco": "unc",
+    "refcoco+": "unc",
+    "refcocog": "umd",
+}  # who split the collection, where nobody says
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "train2014", "images")
 
 
@@ -51,7 +55,10 @@ class RefCoco(TableDataset):
             raise InputError(f"no collection {collection!r}; there are: {', '.join(DEFAULT_SPLIT_AUTHORS)}")
         root = expand_user(root)
         folder = root / collection if (root / collection).is_dir() else root
-        self.refs_file, self.instances_file = _find_refs_file(folder, by or DEFAULT_SPLIT_AUTHORS[collection]), folder / "instances.json"
+        self.refs_file, self.instances_file = (
+            _find_refs_file(folder, by or DEFAULT_SPLIT_AUTHORS[collection]),
+            folder / "instances.json",
+        )
         if not self.instances_file.is_file():
             raise InputError(f"there is no instances.json beside {self.refs_file}")
         super().__init__(split, _find_image_folder(root, images), [self.refs_file, self.instances_file], max_bad, split)
@@ -59,7 +66,9 @@ class RefCoco(TableDataset):
     def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
         """The index, the number of an image, and its refs with their places and the numbers of their annotations."""
         refs = []
-        for record, location in iter_identified_records(_read_refs(self.refs_file), f"{self.refs_file}: ", "ref_id", self._reject_region):
+        for record, location in iter_identified_records(
+            _read_refs(self.refs_file), f"{self.refs_file}: ", "ref_id", self._reject_region
+        ):
             with self._catch_record_errors():
                 refs.append((record, location, read_field(record, "split", str, location)))
         if all(split != self.split for *_, split in refs):
@@ -71,14 +80,25 @@ class RefCoco(TableDataset):
         split_refs = []
         for ref, location in ((ref, location) for ref, location, split in refs if split == self.split):
             with self._catch_record_errors():
-                split_refs.append((ref, location, *(read_field(ref, key, int, location) for key in ("image_id", "ann_id"))))
+                split_refs.append(
+                    (ref, location, *(read_field(ref, key, int, location) for key in ("image_id", "ann_id")))
+                )
         refs_by_image: dict[int, list[Any]] = {}
-        target_indices = coco_index.images.find_indices([each[2] for each in split_refs]), coco_index.annotations.find_indices([each[3] for each in split_refs])
-        for (ref, location, *_), image, annotation in zip(split_refs, *(each.tolist() for each in target_indices), strict=True):
+        target_indices = (
+            coco_index.images.find_indices([each[2] for each in split_refs]),
+            coco_index.annotations.find_indices([each[3] for each in split_refs]),
+        )
+        for (ref, location, *_), image, annotation in zip(
+            split_refs, *(each.tolist() for each in target_indices), strict=True
+        ):
             if image < 0:
-                self._reject_region(f"{location}: image_id {ref['image_id']} is not among the images of {self.instances_file}")
+                self._reject_region(
+                    f"{location}: image_id {ref['image_id']} is not among the images of {self.instances_file}"
+                )
             elif annotation < 0:
-                self._reject_region(f"{location}: ann_id {ref['ann_id']} is not among the annotations of {self.instances_file}")
+                self._reject_region(
+                    f"{location}: ann_id {ref['ann_id']} is not among the annotations of {self.instances_file}"
+                )
             else:
                 refs_by_image.setdefault(image, []).append((ref, location, annotation))
         bar.reset(len(refs_by_image))
@@ -94,7 +114,13 @@ class RefCoco(TableDataset):
         return row
 
     def _add_ref(
-        self, row: dict[str, Any], ref: dict[str, Any], location: str, annotation: dict[str, Any], annotation_location: str, coco_index: CocoIndex
+        self,
+        row: dict[str, Any],
+        ref: dict[str, Any],
+        location: str,
+        annotation: dict[str, Any],
+        annotation_location: str,
+        coco_index: CocoIndex,
     ) -> None:
         if annotation["image_id"] != ref["image_id"]:
             problem = f"is of image {annotation['image_id']}, not of {ref['image_id']}"
@@ -139,7 +165,10 @@ def _read_refs(path: Path) -> list[Any]:
 def _read_sentences(ref: dict[str, Any], location: str) -> list[str]:
     sentences = read_field(ref, "sentences", list, location)
     sentence_locations = [f"{location}: sentences[{number}]" for number in range(len(sentences))]
-    texts = [read_field(each, "sent", str, sentence_location) for each, sentence_location in zip(sentences, sentence_locations, strict=True)]
+    texts = [
+        read_field(each, "sent", str, sentence_location)
+        for each, sentence_location in zip(sentences, sentence_locations, strict=True)
+    ]
     return parse_phrases(texts, "sent", location)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sca.data.coco import read_region_annotation
-from sca.data.fields import iter_identified_records, count_unread_caption, read_dataset_json, parse_phrases
+from sca.data.record_parsing import count_unread_caption, iter_identified_records, parse_phrases, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
+from sca.io.file_walk import walk_files
 from sca.io.paths import expand_user
-from sca.io.validation import read_field, check_object, require_recorded_size
-from sca.io.walk import walk_files
+from sca.io.validation import check_object, read_field, require_recorded_size
 
 CAPTIONS_SUFFIX = ".captions.json"  # what the name of a file of captions ends with
 
@@ -37,7 +37,9 @@ class Sa1b(TableDataset):
             raise InputError(f"SA-1B has one split, train, and {split!r} was asked for")
         root = expand_user(root)
         annotation_files = (path for path in walk_files(root) if path.match("sa_*.json"))
-        sorted_files = sorted(annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name))  # by number in a folder
+        sorted_files = sorted(
+            annotation_files, key=lambda file: (str(file.parent), len(file.name), file.name)
+        )  # by number in a folder
         self.files = [path for path in sorted_files if not path.name.endswith(CAPTIONS_SUFFIX)]
         if not self.files:
             raise InputError(f"no SA-1B in {root}: there is no sa_*.json; give root=FOLDER that has them")
@@ -65,7 +67,11 @@ class Sa1b(TableDataset):
         if file.stem != f"sa_{image_id}":
             raise InputError(f"{image_location}: image_id {image_id} is not that in the name of the file")
         row = self._create_row(image_id, name, *require_recorded_size(record, image_location))
-        captions = check_object(read_dataset_json(_get_captions_file(file)), str(_get_captions_file(file))) if _get_captions_file(file).is_file() else {}
+        captions = (
+            check_object(read_dataset_json(_get_captions_file(file)), str(_get_captions_file(file)))
+            if _get_captions_file(file).is_file()
+            else {}
+        )
         list_location = f"{file}: annotations"
         for annotation, location in iter_identified_records(
             read_field(content, "annotations", list, str(file)), list_location, reject=self._reject_region
@@ -74,7 +80,9 @@ class Sa1b(TableDataset):
                 separate_captions = captions.pop(str(annotation["id"]), None)
                 if separate_captions is None:
                     count_unread_caption(annotation, ("caption",), location, self._skip)
-                phrases = parse_phrases(annotation.get("caption"), "caption", location) + parse_phrases(separate_captions, "caption", location)
+                phrases = parse_phrases(annotation.get("caption"), "caption", location) + parse_phrases(
+                    separate_captions, "caption", location
+                )
                 unboxed_annotation = {**annotation, "bbox": None} if annotation.get("segmentation") else annotation
                 region = read_region_annotation(unboxed_annotation, location, row, self._skip)
                 if region is not None:

@@ -1,9 +1,9 @@
 """Drawn scenes with exact truth: what a model can learn, and be measured by, with nothing downloaded.
 
-A scene is two to five shapes on a varied background. Each shape has a size, a texture, a colour and a form; each region
+A scene is two to five shapes on a varied background. Each shape has a size, a texture, a color and a form; each region
 carries its visible mask, its box, its form as the name, and phrases of one fixed grammar:
 
-    a SIZE TEXTURE COLOUR FORM [RELATION a COLOUR FORM]        a small striped red circle left of a blue square
+    a SIZE TEXTURE COLOR FORM [RELATION a COLOR FORM]        a small striped red circle left of a blue square
 
 `parse` takes a phrase apart again and `relation_holds` says whether the place it states is true, so a caption can be
 scored by what it says rather than by how it is worded. Nothing here imports torch.
@@ -37,7 +37,7 @@ DIAMETERS = {"small": (18, 24), "medium": (32, 40), "large": (50, 64)}  # the lo
 SIZE_PROBABILITIES = (0.4, 0.35, 0.25)
 MIN_VISIBLE_FRACTION = 0.6  # no shape may lose more than the rest to those drawn over it
 MIN_RELATION_RATIO = 1.25  # a relation is put into words if one axis outweighs the other by this
-MIN_CENTER_DISTANCE = 10  # least distance between two centres, along the better axis
+MIN_CENTER_DISTANCE = 10  # least distance between two centers, along the better axis
 OVERLAP_PROBABILITY = 0.18  # how often a shape is placed so that it covers part of another
 MAX_PLACEMENT_TRIES = 30
 SUPERSAMPLE = 4
@@ -54,7 +54,7 @@ HUES = {  # degrees of hue, and the most that a shape may stray from it
 
 
 def _build_outlines() -> dict[str, np.ndarray]:
-    """Each form as a polygon (P, 2) about its centre; the longer side of its bounding box is 1, and y points down."""
+    """Each form as a polygon (P, 2) about its center; the longer side of its bounding box is 1, and y points down."""
 
     def make_ring(radii: Iterable[float]) -> np.ndarray:
         radii = np.asarray(tuple(radii))
@@ -82,10 +82,10 @@ class Statement(NamedTuple):
 
     size: str | None = None
     texture: str | None = None
-    colour: str | None = None
+    color: str | None = None
     form: str | None = None
     relation: str | None = None
-    other_colour: str | None = None
+    other_color: str | None = None
     other_form: str | None = None
 
 
@@ -115,15 +115,15 @@ def _find_first_word(text: str, words: tuple[str, ...]) -> str | None:
 
 
 def is_relation_true(statement: Statement, region: Region, others: Iterable[Region]) -> bool:
-    """Whether some other shape of the stated colour and form lies so that `region` is `relation` it.
+    """Whether some other shape of the stated color and form lies so that `region` is `relation` it.
 
-    The direction is that of the larger of the two differences between the centres. `others` may include `region`
+    The direction is that of the larger of the two differences between the centers. `others` may include `region`
     itself, which is passed over. A statement without a relation, or with no full name for the other shape, says nothing
     that could hold: False.
     """
     return statement.relation is not None and any(
         other.id != region.id
-        and other.attributes["colour"] == statement.other_colour
+        and other.attributes["color"] == statement.other_color
         and other.attributes["form"] == statement.other_form
         and _compute_relation(region, other)[0] == statement.relation
         for other in others
@@ -132,7 +132,7 @@ def is_relation_true(statement: Statement, region: Region, others: Iterable[Regi
 
 def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
     """Where `region` lies as seen from `other`, and by how much the larger difference outweighs the smaller."""
-    (x, y), (other_x, other_y) = region.attributes["centre"], other.attributes["centre"]
+    (x, y), (other_x, other_y) = region.attributes["center"], other.attributes["center"]
     dx, dy = x - other_x, y - other_y
     large, small = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
     ratio = large / small if small else math.inf
@@ -144,7 +144,7 @@ def _compute_relation(region: Region, other: Region) -> tuple[str, float]:
 class _DrawnShape(NamedTuple):
     """A shape drawn on a patch of its own, before it has a place."""
 
-    attributes: dict[str, Any]  # colour, form, size, texture
+    attributes: dict[str, Any]  # color, form, size, texture
     alpha: np.ndarray  # (h, w) float32: the share of each pixel that it covers
     solid: np.ndarray  # (h, w) bool: pixels it covers by half or more
     center: np.ndarray  # (2,) x y from the patch's corner
@@ -156,23 +156,23 @@ class Scenes:
 
     `size` is the side of the square picture in pixels (every length grows with it) and `count` the number of scenes
     (by default 100,000 to train, 500 each in val and test). Splits draw from separate random streams. Image and region
-    ids are unique over all splits. Each region's `attributes` are its colour, form, size, texture, `centre` (x, y),
+    ids are unique over all splits. Each region's `attributes` are its color, form, size, texture, `center` (x, y),
     `visible`, the share of it that no other shape covers, and, where its most telling phrase states one, the `relation`
-    with `other_colour` and `other_form`.
+    with `other_color` and `other_form`.
     """
 
     attributes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "colour": COLORS,
+        "color": COLORS,
         "form": SHAPE_NAMES,
         "size": SIZE_NAMES,
         "texture": TEXTURES,
         "relation": RELATIONS,
-        "other_colour": COLORS,
+        "other_color": COLORS,
         "other_form": SHAPE_NAMES,
     }
     between: ClassVar[tuple[str, ...]] = (
         "relation",
-        "other_colour",
+        "other_color",
         "other_form",
     )  # not to be seen in the shape itself
 
@@ -205,7 +205,9 @@ class Scenes:
         image_id = int(index) * len(DEFAULT_SPLIT_SIZES) + self._split_index
         return Sample(image, image_id, _build_regions(image_id, shape_attributes, shape_index_map))
 
-    def _place_shapes(self, rng: np.random.Generator, canvas: np.ndarray, shape_index_map: np.ndarray) -> list[dict[str, Any]]:
+    def _place_shapes(
+        self, rng: np.random.Generator, canvas: np.ndarray, shape_index_map: np.ndarray
+    ) -> list[dict[str, Any]]:
         """Draws two to five shapes, later ones over earlier ones, and gives their facts in that order."""
         shape_attributes: list[dict[str, Any]] = []
         areas = np.zeros(0, dtype=int)
@@ -227,8 +229,11 @@ class Scenes:
             areas = np.append(areas, shape.solid.sum())
             visible_areas = np.append(visible_areas - covered, areas[-1])
             x, y = shape.center + np.array((left, top))
-            shape_attributes.append({**shape.attributes, "centre": (float(x), float(y))})
-        return [{**attributes, "visible": visible_fraction} for attributes, visible_fraction in zip(shape_attributes, (visible_areas / areas).tolist(), strict=True)]
+            shape_attributes.append({**shape.attributes, "center": (float(x), float(y))})
+        return [
+            {**attributes, "visible": visible_fraction}
+            for attributes, visible_fraction in zip(shape_attributes, (visible_areas / areas).tolist(), strict=True)
+        ]
 
     def _find_position(
         self,
@@ -241,12 +246,14 @@ class Scenes:
     ) -> tuple[int, int, np.ndarray] | None:
         """A corner for the shape's patch and how many pixels of each earlier shape it covers there, or None.
 
-        It lies wholly on the canvas, leaves enough of every earlier shape in sight, keeps its centre away from theirs
-        and covers none of its own colour, whose edge could not be seen.
+        It lies wholly on the canvas, leaves enough of every earlier shape in sight, keeps its center away from theirs
+        and covers none of its own color, whose edge could not be seen.
         """
         height, width = shape.solid.shape
-        centers = np.array([attributes["centre"] for attributes in shape_attributes]).reshape(-1, 2)
-        has_same_color = np.array([attributes["colour"] == shape.attributes["colour"] for attributes in shape_attributes], dtype=bool)
+        centers = np.array([attributes["center"] for attributes in shape_attributes]).reshape(-1, 2)
+        has_same_color = np.array(
+            [attributes["color"] == shape.attributes["color"] for attributes in shape_attributes], dtype=bool
+        )
         should_overlap = rng.random() < OVERLAP_PROBABILITY
         fallback = None
         corners = rng.integers(0, (self.size - width + 1, self.size - height + 1), size=(MAX_PLACEMENT_TRIES, 2))
@@ -255,7 +262,10 @@ class Scenes:
                 continue
             covered_indices = shape_index_map[top : top + height, left : left + width][shape.solid]
             covered_areas = np.bincount(covered_indices + 1, minlength=len(shape_attributes) + 1)[1:]
-            if covered_areas[has_same_color].any() or (visible_areas - covered_areas < MIN_VISIBLE_FRACTION * areas).any():
+            if (
+                covered_areas[has_same_color].any()
+                or (visible_areas - covered_areas < MIN_VISIBLE_FRACTION * areas).any()
+            ):
                 continue
             if not shape_attributes or covered_areas.any() == should_overlap:
                 return left, top, covered_areas
@@ -264,7 +274,7 @@ class Scenes:
 
     def _draw_shape(self, rng: np.random.Generator) -> _DrawnShape:
         attributes = {
-            "colour": COLORS[rng.integers(len(COLORS))],
+            "color": COLORS[rng.integers(len(COLORS))],
             "form": SHAPE_NAMES[rng.integers(len(SHAPE_NAMES))],
             "size": SIZE_NAMES[rng.choice(len(SIZE_NAMES), p=SIZE_PROBABILITIES)],
             "texture": TEXTURES[rng.integers(len(TEXTURES))],
@@ -286,8 +296,8 @@ class Scenes:
     def _sample_texture(
         self, rng: np.random.Generator, attributes: dict[str, Any], height: int, width: int, center: np.ndarray
     ) -> np.ndarray:
-        """(3,) for a plain shape; (height, width, 3) for a texture, in a light and a dark tone of the colour."""
-        base_color = _sample_color(rng, attributes["colour"])
+        """(3,) for a plain shape; (height, width, 3) for a texture, in a light and a dark tone of the color."""
+        base_color = _sample_color(rng, attributes["color"])
         if attributes["texture"] == "plain":
             return base_color
         light, dark = base_color + 0.2 * (255 - base_color), base_color * 0.45
@@ -301,7 +311,7 @@ class Scenes:
         else:
             across = (math.cos(angle) * y - math.sin(angle) * x) / self._scale
             pitch = rng.uniform(6, 7)
-            shift = rng.uniform(-1, 1, size=2)  # some dot stays close to the centre of even the smallest shape
+            shift = rng.uniform(-1, 1, size=2)  # some dot stays close to the center of even the smallest shape
             squares = [
                 np.square(coordinate - pitch * np.round(coordinate / pitch))
                 for coordinate in (along + np.float32(shift[0]), across + np.float32(shift[1]))
@@ -332,9 +342,13 @@ class Scenes:
         return first + np.asarray(blend, dtype=np.float32) * (second - first)
 
 
-def _build_regions(image_id: int, shape_attributes: list[dict[str, Any]], shape_index_map: np.ndarray) -> tuple[Region, ...]:
+def _build_regions(
+    image_id: int, shape_attributes: list[dict[str, Any]], shape_index_map: np.ndarray
+) -> tuple[Region, ...]:
     """The truth of one scene, in the order of drawing."""
-    masks = shape_index_map.T[None] == np.arange(len(shape_attributes), dtype=np.int8)[:, None, None]  # (K, width, height)
+    masks = (
+        shape_index_map.T[None] == np.arange(len(shape_attributes), dtype=np.int8)[:, None, None]
+    )  # (K, width, height)
     encoded = rle.encode(np.asfortranarray(np.ascontiguousarray(masks).view(np.uint8).T))
     regions = []
     for index, (attributes, mask, mask_rle) in enumerate(zip(shape_attributes, masks, encoded, strict=True)):
@@ -350,21 +364,21 @@ def _add_phrases(region: Region, regions: list[Region]) -> Region:
     nearest and to the nearest other shape where that is clear. The last relation is among the attributes, too.
     """
     attributes = dict(region.attributes)
-    description = f"a {attributes['size']} {attributes['texture']} {attributes['colour']} {attributes['form']}"
+    description = f"a {attributes['size']} {attributes['texture']} {attributes['color']} {attributes['form']}"
     phrases = [description]
     others = (other for other in regions if other.id != region.id)
-    nearest = sorted(others, key=lambda other: math.dist(attributes["centre"], other.attributes["centre"]))[:2]
+    nearest = sorted(others, key=lambda other: math.dist(attributes["center"], other.attributes["center"]))[:2]
     for other in reversed(nearest):
         relation, ratio = _compute_relation(region, other)
         if ratio >= MIN_RELATION_RATIO:
-            color, shape = other.attributes["colour"], other.attributes["form"]
+            color, shape = other.attributes["color"], other.attributes["form"]
             phrases.append(f"{description} {relation} {'an' if color == 'orange' else 'a'} {color} {shape}")
-            attributes |= {"relation": relation, "other_colour": color, "other_form": shape}
+            attributes |= {"relation": relation, "other_color": color, "other_form": shape}
     return replace(region, phrases=tuple(dict.fromkeys(phrases)), attributes=attributes)
 
 
 def _sample_color(rng: np.random.Generator, name: str) -> np.ndarray:
-    """(3,) float32 in 0..255: the named colour, a little off."""
+    """(3,) float32 in 0..255: the named color, a little off."""
     if name == "white":
         hue, saturation, value = rng.random(), rng.uniform(0, 0.05), rng.uniform(0.93, 1)
     else:
@@ -375,6 +389,6 @@ def _sample_color(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def _sample_muted_color(rng: np.random.Generator) -> np.ndarray:
-    """(3,) float32: a greyish tone for the background."""
+    """(3,) float32: a grayish tone for the background."""
     hue, saturation, value = rng.random(), rng.uniform(0, 0.22), rng.uniform(0.25, 0.7)
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255

@@ -9,7 +9,7 @@ from textwrap import shorten
 from sca_registry.contracts import Dataset
 
 from sca.data.conversion import BAD_IMAGE_REASONS
-from sca.data.fields import EmptyDatasetError
+from sca.data.record_parsing import EmptyDatasetError
 from sca.io.text import format_count
 
 PLURALS = {
@@ -71,7 +71,10 @@ def _describe_skipped(dataset: Dataset) -> list[str]:
     """A phrase for each reason for which something was left out, images first."""
     skipped = count_skipped(dataset)
     examples: Mapping[str, list[str]] = getattr(dataset, "examples", {})
-    ordered = [*(each for each in skipped if each in BAD_IMAGE_REASONS), *(each for each in skipped if each not in BAD_IMAGE_REASONS)]
+    ordered = [
+        *(each for each in skipped if each in BAD_IMAGE_REASONS),
+        *(each for each in skipped if each not in BAD_IMAGE_REASONS),
+    ]
     phrases = []
     for reason in ordered:
         total = skipped[reason]

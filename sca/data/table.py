@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from sca_registry.contracts import Region, Sample
 
-from sca.data import fields
+from sca.data import record_parsing
 from sca.data.conversion import ConvertedTable
 from sca.io.annotations.shapes import scale_region
 from sca.io.coordinates import compute_resize_factors
@@ -35,7 +35,7 @@ class TableDataset(ConvertedTable):
             sample = self.read((index + step) % len(self))
             if sample is not None:
                 return sample
-        raise fields.EmptyDatasetError(f"no picture in {self.images} can be read; {self._summarize_skipped()}")
+        raise record_parsing.EmptyDatasetError(f"no picture in {self.images} can be read; {self._summarize_skipped()}")
 
     def __iter__(self) -> Iterator[Sample]:
         """Every readable sample once."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sca.data.fields import iter_identified_records, read_dataset_json, parse_phrases
 from sca.data.json_stream import iter_list_elements
+from sca.data.record_parsing import iter_identified_records, parse_phrases, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.validation import xywh_to_xyxy, read_field, check_object, require_recorded_size
+from sca.io.validation import check_object, read_field, require_recorded_size, xywh_to_xyxy
 
 SPLITS_FILE = "densecap_splits.json"
 IMAGE_FOLDERS = ("VG_100K", "VG_100K_2")
@@ -55,7 +55,9 @@ class VisualGenome(TableDataset):
         split_image_ids = self._read_split_image_ids()
         bar.reset(len(split_image_ids))
         size_by_image_id = {}
-        for record, location in iter_identified_records(iter_list_elements(self.image_data), f"{self.image_data}: ", "image_id", self._reject_image):
+        for record, location in iter_identified_records(
+            iter_list_elements(self.image_data), f"{self.image_data}: ", "image_id", self._reject_image
+        ):
             if record["image_id"] in split_image_ids:
                 with self._catch_record_errors(self._reject_image):
                     size_by_image_id[record["image_id"]] = require_recorded_size(record, location)
@@ -64,7 +66,9 @@ class VisualGenome(TableDataset):
         self._check_max_bad()
         region_ids: set[int] = set()  # region ids
         described_images = iter_list_elements(self.descriptions)
-        for description, location in iter_identified_records(described_images, f"{self.descriptions}: ", reject=self._reject_image):
+        for description, location in iter_identified_records(
+            described_images, f"{self.descriptions}: ", reject=self._reject_image
+        ):
             image_id = description["id"]
             if image_id not in split_image_ids:
                 continue
@@ -92,7 +96,9 @@ class VisualGenome(TableDataset):
                 self._add_region(row, region_id, box, location, phrases=phrase)
         return row
 
-    def _append_region(self, regions: list[tuple[dict[str, Any], str, int]], region: Any, location: str, region_ids: set[int]) -> None:
+    def _append_region(
+        self, regions: list[tuple[dict[str, Any], str, int]], region: Any, location: str, region_ids: set[int]
+    ) -> None:
         """Add a region with its place and id, unless its id is among those that were seen."""
         region_id = read_field(region, "region_id", int, location)
         location = f"{location} (region_id {region_id})"

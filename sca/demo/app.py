@@ -22,16 +22,16 @@ from sca.checkpoints.trust import Trust
 from sca.demo.session import Session
 from sca.inference.automatic import SearchProgress, resolve_everything_options
 from sca.inference.factory import captioner
-from sca.inference.generation import resolve_generation_options
+from sca.inference.generation_options import resolve_generation_options
 from sca.io.errors import InputError
 from sca.io.hub import resolve_local_path
 from sca.io.images import read_image
 from sca.io.masks import PIXEL_LIMIT
 from sca.io.text import escape_markdown
 from sca.output import MultiFormatWriter
-from sca.output.page import encode_data_uri
+from sca.output.html_page import encode_data_uri
 from sca.serve.scheduler import RequestScheduler
-from sca.serve.tickets import CandidateMasks, RequestDone, InferenceRequest, SchedulerError
+from sca.serve.tickets import CandidateMasks, InferenceRequest, RequestDone, SchedulerError
 
 MAX_LOADED_MODELS = 2  # models that are kept in memory
 RESPONSE_TIMEOUT_SECONDS = 300.0  # that an answer may take
@@ -132,7 +132,9 @@ class ModelPool:
             generation = getattr(loaded_scheduler.captioner, "generation", DEFAULT_GENERATION)
             return SliderValues.from_settings(generation, resolve_everything_options(loaded_scheduler.captioner, {}))
         trust_options = self.trust_options.get(name, {})
-        spec = read_local_spec(name, Trust(trust_options.get("trust_remote_code", False), trust_options.get("allow_external", False)))
+        spec = read_local_spec(
+            name, Trust(trust_options.get("trust_remote_code", False), trust_options.get("allow_external", False))
+        )
         return SliderValues() if spec is None else SliderValues.from_settings(spec.generation, spec.everything_options)
 
     def close(self) -> None:
@@ -168,7 +170,9 @@ class ModelPool:
         """All but the last `HELD`, as far as nobody uses them."""
         with self._lock:
             idle_names = [name for name in self._schedulers if not self._num_users[name]]
-            schedulers = [self._schedulers.pop(name) for name in idle_names[: max(0, len(self._schedulers) - MAX_LOADED_MODELS)]]
+            schedulers = [
+                self._schedulers.pop(name) for name in idle_names[: max(0, len(self._schedulers) - MAX_LOADED_MODELS)]
+            ]
         for scheduler in schedulers:
             scheduler.close()
 
@@ -208,7 +212,14 @@ def build_page(
                 elem_id="model",
             )
             task = gr.Radio(list(TASKS), value="caption", label="Task", elem_id="task")
-            beams = gr.Slider(1, max(SLIDER_MAXIMA.num_beams, initial_values.num_beams), initial_values.num_beams, step=1, label="Beams", elem_id="beams")
+            beams = gr.Slider(
+                1,
+                max(SLIDER_MAXIMA.num_beams, initial_values.num_beams),
+                initial_values.num_beams,
+                step=1,
+                label="Beams",
+                elem_id="beams",
+            )
         note = gr.Markdown(_describe_model_domain(model_names[0]), elem_id="note")
         with gr.Row():
             upload = gr.UploadButton("Open a picture", file_types=["image"], elem_id="open", scale=1)
@@ -235,7 +246,14 @@ def build_page(
                     label="Points along each side",
                     elem_id="points",
                 )
-                iou = gr.Slider(0, 1, initial_values.pred_iou_thresh, step=0.01, label="Least predicted IoU of a mask", elem_id="iou")
+                iou = gr.Slider(
+                    0,
+                    1,
+                    initial_values.pred_iou_thresh,
+                    step=0.01,
+                    label="Least predicted IoU of a mask",
+                    elem_id="iou",
+                )
                 with gr.Column():
                     find_button = gr.Button("Find everything", variant="primary", elem_id="find")
                     cancel_button = gr.Button("Cancel", elem_id="cancel")
@@ -270,15 +288,30 @@ def build_page(
         session_outputs = [session, canvas, status]
         sliders = [beams, points, iou]
         event_options = {"show_progress": "hidden", "api_visibility": "private"}
-        decoding_options = {"concurrency_limit": 1, "concurrency_id": "decode"}  # an image at a time, so that memory suffices
-        upload.upload(lambda path: _start_session(path, path, max_pixels), upload, session_outputs, **event_options, **decoding_options)
+        decoding_options = {
+            "concurrency_limit": 1,
+            "concurrency_id": "decode",
+        }  # an image at a time, so that memory suffices
+        upload.upload(
+            lambda path: _start_session(path, path, max_pixels),
+            upload,
+            session_outputs,
+            **event_options,
+            **decoding_options,
+        )
         gallery.select(open_example, None, session_outputs, **event_options, **decoding_options)
         request_inputs = [session, model, initial_state, task]
-        canvas_event = canvas.input(handle_canvas_event, [*request_inputs, beams], session_outputs, **event_options, concurrency_limit=None)
-        find_event = find_button.click(handle_find, [*request_inputs, *sliders], session_outputs, **event_options, concurrency_limit=None)
+        canvas_event = canvas.input(
+            handle_canvas_event, [*request_inputs, beams], session_outputs, **event_options, concurrency_limit=None
+        )
+        find_event = find_button.click(
+            handle_find, [*request_inputs, *sliders], session_outputs, **event_options, concurrency_limit=None
+        )
         model.change(handle_model_change, model, [note, initial_state, *sliders], **event_options)
         for event in (canvas_event, find_event):  # by then the model is loaded, so that its own values are known
-            event.success(handle_model_loaded, [model, initial_state, *sliders], [initial_state, *sliders], **event_options)
+            event.success(
+                handle_model_loaded, [model, initial_state, *sliders], [initial_state, *sliders], **event_options
+            )
         cancel_button.click(lambda: "cancelled; what was found stays", None, status, cancels=[find_event, canvas_event])
         save_button.click(_write_download_files, [session, model], download_files, api_visibility="private")
     return blocks
@@ -326,7 +359,13 @@ def _refresh_sliders(models: ModelPool, name: str, initial: SliderValues, values
 
 
 def _caption_prompted_region(
-    models: ModelPool, canvas_event: Any, session: Session | None, model: str, initial: SliderValues, task: str, num_beams: int
+    models: ModelPool,
+    canvas_event: Any,
+    session: Session | None,
+    model: str,
+    initial: SliderValues,
+    task: str,
+    num_beams: int,
 ) -> Iterator[tuple[Session, Any, str]]:
     """Shows what was pointed at, then the answer."""
     if session is None:
@@ -345,7 +384,9 @@ def _caption_prompted_region(
                 session.image,
                 [prompt],
                 task=task,
-                generation=resolve_generation_options(scheduler.captioner, num_beams=None if num_beams == initial.num_beams else int(num_beams)),
+                generation=resolve_generation_options(
+                    scheduler.captioner, num_beams=None if num_beams == initial.num_beams else int(num_beams)
+                ),
                 return_candidates=scheduler.can_find_regions,
                 timeout=RESPONSE_TIMEOUT_SECONDS,
             )
@@ -380,7 +421,9 @@ def _caption_everything(
             changes = SliderValues(int(num_beams), int(points_per_side), float(pred_iou_thresh)).find_changes(initial)
             generation = resolve_generation_options(scheduler.captioner, num_beams=changes.pop("beams"))
             options = resolve_everything_options(scheduler.captioner, changes)
-            inference_request = InferenceRequest(session.image, (), options, task, generation, timeout=RESPONSE_TIMEOUT_SECONDS)
+            inference_request = InferenceRequest(
+                session.image, (), options, task, generation, timeout=RESPONSE_TIMEOUT_SECONDS
+            )
             session.clear_regions()
             yield session, session.to_canvas_value(), "looking for regions"
             num_unshown = 0

@@ -1,6 +1,6 @@
 // The picture with its regions, and the tools to point with. Runs in gradio's HTML component: `element`, `props`,
 // `trigger` and `watch` are given. What the person does is told by trigger("input", {action, ...}); what is shown is
-// props.value: {size: [width, height], regions: [{path, box, points, caption, score, iou, share, colour, masks}], current}.
+// props.value: {size: [width, height], regions: [{path, box, points, caption, score, iou, share, color, masks}], current}.
 const NS = "http://www.w3.org/2000/svg";
 const find = (name) => element.querySelector(name);
 const made = (name, attributes) => {
@@ -44,7 +44,7 @@ function draw() {
 }
 
 function shape(region, number) {
-  const group = made("g", {class: "region", "data-region": number, style: `--colour: ${region.colour}`});
+  const group = made("g", {class: "region", "data-region": number, style: `--color: ${region.color}`});
   if (region.path) group.append(made("path", {class: "mask", d: region.path}));
   if (region.box) {
     const [x1, y1, x2, y2] = region.box;
@@ -60,7 +60,7 @@ function shape(region, number) {
 function item(region, number, current) {
   const node = document.createElement("li");
   node.dataset.region = number;
-  node.style.setProperty("--colour", region.colour);
+  node.style.setProperty("--color", region.color);
   node.tabIndex = 0;
   if (current) node.setAttribute("aria-current", "true");
   const words = document.createElement("span");

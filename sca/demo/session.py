@@ -18,8 +18,8 @@ from sca.io import masks
 from sca.io.errors import InputError
 from sca.io.images import open_image_header
 from sca.io.prompts import MAX_POINTS, check_prompt
-from sca.output.colours import get_region_color
-from sca.output.outline import mask_to_svg_path
+from sca.output.colors import get_region_color
+from sca.output.contours import mask_to_svg_path
 
 MAX_UNDO_STEPS = 100  # that can be undone
 
@@ -86,7 +86,9 @@ class Session:
 
         def set_caption(regions: tuple[SessionRegion, ...]) -> tuple[SessionRegion, ...]:
             return tuple(
-                SessionRegion(prompt, replace(caption, region=region_index), mask_candidates) if region.prompt is prompt else region
+                SessionRegion(prompt, replace(caption, region=region_index), mask_candidates)
+                if region.prompt is prompt
+                else region
                 for region_index, region in enumerate(regions)
             )
 
@@ -128,7 +130,9 @@ class Session:
         """Adds to the current region, or begins one."""
         previous_prompt = Prompt() if self.current_index is None else self.regions[self.current_index].prompt
         prompt = Prompt(
-            previous_prompt.box if box is None else box, previous_prompt.points + points, previous_prompt.mask if mask is None else mask
+            previous_prompt.box if box is None else box,
+            previous_prompt.points + points,
+            previous_prompt.mask if mask is None else mask,
         )
         if len(prompt.points) > MAX_POINTS:
             raise InputError(f"a region has at most {MAX_POINTS} points; begin a new one")
@@ -175,7 +179,7 @@ class Session:
             "score": None if caption is None or np.isnan(caption.score) else float(caption.score),
             "iou": None if caption is None or caption.predicted_iou is None else float(caption.predicted_iou),
             "share": area / num_pixels,
-            "colour": f"rgb{get_region_color(region_index)}",
+            "color": f"rgb{get_region_color(region_index)}",
             "masks": [{"iou": float(mask.predicted_iou)} for mask in region.masks],
             "chosen": region.mask_index,
         }

@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_registry.messages import format_choices, suggest_name
+from sca_registry.errors import format_choices, suggest_name
 from torch import Tensor, nn
 
-from sca.encoders.timm import IntermediateLayer, resolve_layer, make_image_format
-from sca.io.hub import OPEN_CLIP_PREFIX, fetch_model_folder, find_local_file, fetch_weight_file
+from sca.encoders.timm import IntermediateLayer, make_image_format, resolve_layer
+from sca.io.hub import OPEN_CLIP_PREFIX, fetch_model_folder, fetch_weight_file, find_local_file
 from sca.io.json import read_json
 from sca.io.weight_files import translate_load_errors
-from sca.nn.probe import probe_feature_shape
+from sca.nn.feature_shape import probe_feature_shape
 
 MINIMAL_TEXT_CONFIG = {"width": 1, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
 CONFIG_FILE = f"{OPEN_CLIP_PREFIX}config.json"
 
 
 class OpenClipEncoder(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, C, S/stride, S/stride): what one layer of a CLIP's image tower gives.
+    """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): what one layer of a CLIP's image tower gives.
 
     model: its name in open_clip; None for what the folder says. weights: a hub id, at a revision, or a folder in
     open_clip's format. pretrained: True for those weights, False for random ones, or instead of weights a tag that
     open_clip knows for the model, or a file. size: S (default: the tower's own); position embeddings are resized.
-    layer: which block, from 0 or from the end (-1: the last; that of a plain ViT is normalised). fit: "pad" or
+    layer: which block, from 0 or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or
     "stretch", see `ImageFormat`. config: fields of the tower's `vision_cfg` that differ.
     """
 
@@ -57,10 +57,18 @@ class OpenClipEncoder(nn.Module):
         if weights is None and (pretrained or not model):
             raise ValueError("there are no weights: give pretrained=TAG or a file, or weights=FOLDER or a hub id")
         file = fetch_weight_file(weights, revision, self.file_prefix) if pretrained else None
-        folder = file.parent if file else None if model else fetch_model_folder(weights, revision, False, prefix=self.file_prefix)
+        folder = (
+            file.parent
+            if file
+            else None
+            if model
+            else fetch_model_folder(weights, revision, False, prefix=self.file_prefix)
+        )
         preprocessing = {**pretrained_config, **_read_preprocessing(folder)}
         with translate_load_errors(weights if pretrained else model or weights):
-            tower = _build_image_tower(model or f"local-dir:{folder}", file, image_size, config, bool(pretrained_config.get("quick_gelu")))
+            tower = _build_image_tower(
+                model or f"local-dir:{folder}", file, image_size, config, bool(pretrained_config.get("quick_gelu"))
+            )
         self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
         self.revision = revision
@@ -92,7 +100,9 @@ class TowerLayer(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         options = {"indices": [self.layer_index], "stop_early": True, "normalize_intermediates": self.is_last}
-        return self.tower.forward_intermediates(pixel_values, intermediates_only=True, **options)["image_intermediates"][0]
+        return self.tower.forward_intermediates(pixel_values, intermediates_only=True, **options)[
+            "image_intermediates"
+        ][0]
 
 
 def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weights: str | None) -> dict[str, Any]:
@@ -113,13 +123,17 @@ def _resolve_pretrained_config(model: str | None, pretrained: bool | str, weight
     if open_clip.get_model_config(model) is None:
         hint = suggest_name(model, open_clip.list_models())
         raise ValueError(f"open_clip has no model {model!r}.{hint} open_clip.list_models() gives them all")
-    configs_by_tag = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
+    configs_by_tag = {
+        tag: open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)
+    }
     if isinstance(pretrained, str) and pretrained in configs_by_tag:
         return configs_by_tag[pretrained]
     matches = [each for each in configs_by_tag.values() if weights and each["hf_hub"].rstrip("/") == weights]
     if matches:
         return matches[0]
-    family_config = next(iter(configs_by_tag.values()), defaults)  # a family's pictures are prepared alike, but not every one has its GELU
+    family_config = next(
+        iter(configs_by_tag.values()), defaults
+    )  # a family's pictures are prepared alike, but not every one has its GELU
     return {**family_config, "quick_gelu": False}
 
 
@@ -145,7 +159,8 @@ def _read_preprocessing(folder: Path | None) -> dict[str, Any]:
         preprocessing = read_json(folder / CONFIG_FILE).get("preprocess_cfg", {})
         for field in ("mean", "std"):
             if field in preprocessing and (
-                len(preprocessing[field]) != 3 or not all(isinstance(each, float | int) for each in preprocessing[field])
+                len(preprocessing[field]) != 3
+                or not all(isinstance(each, float | int) for each in preprocessing[field])
             ):
                 raise ValueError(f"{field} of preprocess_cfg is {preprocessing[field]!r}, and three numbers are needed")
         return preprocessing

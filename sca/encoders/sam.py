@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
-from sca.io.hub import load_pretrained, fetch_pretrained_config
+from sca.io.hub import fetch_pretrained_config, load_pretrained
 
 INITIALIZER_RANGE = 0.02  # of random weights; SamVisionConfig has 1e-10, with which all images look the same
 
 
 class SamEncoder(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, 256, S/16, S/16): a ViT with windowed attention and SAM's neck.
+    """(B, 3, S, S) normalized pixels -> (B, 256, S/16, S/16): a ViT with windowed attention and SAM's neck.
 
     weights: a hub id, at a revision, or a folder in the same format. config: fields of transformers' `SamConfig` that
     differ from ViT-B's; with `pretrained=False` it is built with random weights from them, or from the configuration
@@ -39,7 +39,9 @@ class SamEncoder(nn.Module):
         self.revision = revision
         if self.checkpoint:
             other_modules = ("mask_decoder.", "prompt_encoder.", "shared_image_embedding.")
-            self.vision = load_pretrained(SamVisionModel, weights, revision, other_modules, dtype="float32").vision_encoder
+            self.vision = load_pretrained(
+                SamVisionModel, weights, revision, other_modules, dtype="float32"
+            ).vision_encoder
         else:
             self.vision = SamVisionEncoder(build_sam_config(weights, revision, config).vision_config)
         for layer in self.vision.layers:

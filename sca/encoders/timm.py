@@ -8,26 +8,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sca_registry.contracts import ImageFormat
-from sca_registry.messages import suggest_name
+from sca_registry.errors import suggest_name
 from torch import Tensor, nn
 
-from sca.io.hub import fetch_model_folder, find_local_file, list_usage_terms, fetch_weight_file
+from sca.io.hub import fetch_model_folder, fetch_weight_file, find_local_file, list_usage_terms
 from sca.io.json import read_json
 from sca.io.weight_files import translate_load_errors
-from sca.nn.probe import probe_feature_shape
+from sca.nn.feature_shape import probe_feature_shape
 
 logger = logging.getLogger(__name__)
 
-RESTRICTED_LICENSES = ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "dinov3-license", "apple-amlr", "fair-noncommercial-research-license")
+RESTRICTED_LICENSES = (
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "dinov3-license",
+    "apple-amlr",
+    "fair-noncommercial-research-license",
+)
 
 
 class TimmEncoder(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, C, S/stride, S/stride): what one layer of a backbone gives.
+    """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): what one layer of a backbone gives.
 
     model: its name in timm, whose tag (the part behind the dot) says which weights, mean and deviation; None for what
     the folder says. weights: a hub id, at a revision, or a folder in timm's format, or a file; None for those that timm
     names. size: S (default: the backbone's own); position embeddings are resized. layer: which block or stage, from 0
-    or from the end (-1: the last; that of a plain ViT is normalised). fit: "pad" or "stretch", see `ImageFormat`.
+    or from the end (-1: the last; that of a plain ViT is normalized). fit: "pad" or "stretch", see `ImageFormat`.
     config: arguments of the backbone that differ. pretrained: False for random weights.
     """
 
@@ -63,29 +69,49 @@ class TimmEncoder(nn.Module):
         if weights is None and (pretrained or not model):
             raise ValueError("there are no weights: give weights=FOLDER or a hub id, or another model")
         backbone_options = dict(config or {})
-        if pretrained and pretrained_config and pretrained_config.license in RESTRICTED_LICENSES and not list_usage_terms(weights):
-            logger.warning("sca: %s: its licence is %s", weights, pretrained_config.license)
+        if (
+            pretrained
+            and pretrained_config
+            and pretrained_config.license in RESTRICTED_LICENSES
+            and not list_usage_terms(weights)
+        ):
+            logger.warning("sca: %s: its license is %s", weights, pretrained_config.license)
         file = fetch_weight_file(weights, revision) if pretrained else None
         if not model and find_local_file(weights) is not None:
             raise ValueError(f"which model {weights} is of has to be said: model=NAME")
-        folder_config = _read_folder_config(file.parent if file else fetch_model_folder(weights, revision, include_weights=False) if not model else None)
+        folder_config = _read_folder_config(
+            file.parent if file else fetch_model_folder(weights, revision, include_weights=False) if not model else None
+        )
         if model:
             name = model
-            backbone_options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False, **folder_config.preprocessing} if file else None
+            backbone_options["pretrained_cfg_overlay"] = (
+                {"file": str(file), "custom_load": False, **folder_config.preprocessing} if file else None
+            )
         else:
             name = f"local-dir:{fetch_model_folder(weights, revision, include_weights=pretrained)}"
-            pretrained_config = timm.get_pretrained_cfg(folder_config.architecture) if timm.is_model(folder_config.architecture) else None
+            pretrained_config = (
+                timm.get_pretrained_cfg(folder_config.architecture)
+                if timm.is_model(folder_config.architecture)
+                else None
+            )
         if image_size and pretrained_config and pretrained_config.fixed_input_size:
             backbone_options["img_size"] = image_size
         with translate_load_errors(weights if pretrained else model or weights):
-            backbone = timm.create_model(name, pretrained=pretrained, **backbone_options)  # with its head: only so is it strict
+            backbone = timm.create_model(
+                name, pretrained=pretrained, **backbone_options
+            )  # with its head: only so is it strict
             backbone.reset_classifier(0)
         self.source = weights  # also where they are not read
         self.checkpoint = weights if pretrained else None
         self.revision = revision
         self.backbone = IntermediateLayer(backbone, layer)
         preprocessing = backbone.pretrained_cfg
-        image_size = image_size or backbone_options.get("img_size") or (not model and folder_config.image_size) or preprocessing["input_size"][-1]
+        image_size = (
+            image_size
+            or backbone_options.get("img_size")
+            or (not model and folder_config.image_size)
+            or preprocessing["input_size"][-1]
+        )
         self.image_format = make_image_format(image_size, preprocessing, fit)
         self.channels, self.stride = probe_feature_shape(self.backbone, self.image_format.size, self.backbone.stride)
 
@@ -105,7 +131,9 @@ class IntermediateLayer(nn.Module):
         if not hasattr(backbone, "forward_intermediates"):
             raise ValueError(f"{name} gives nothing but its last output: choose another backbone")
         self.layer_index, is_last = resolve_layer(layer, len(backbone.feature_info), name)
-        self.normalize = is_last and len({info["reduction"] for info in backbone.feature_info}) == 1  # only a plain ViT's
+        self.normalize = (
+            is_last and len({info["reduction"] for info in backbone.feature_info}) == 1
+        )  # only a plain ViT's
         self.stride = backbone.feature_info[self.layer_index]["reduction"]
         self.network = backbone.eval()
         if hasattr(backbone, "prune_intermediate_layers"):
@@ -123,7 +151,9 @@ class _FolderConfig(NamedTuple):
 
     architecture: str = ""
     preprocessing: Mapping[str, Any] = {}  # mean, std, interpolation, num_classes
-    image_size: int | None = None  # what the model was built with; timm before 1.0.31 may write another input_size beside it
+    image_size: int | None = (
+        None  # what the model was built with; timm before 1.0.31 may write another input_size beside it
+    )
 
 
 def _read_folder_config(folder: Path | None) -> _FolderConfig:
@@ -134,9 +164,13 @@ def _read_folder_config(folder: Path | None) -> _FolderConfig:
         preprocessing = {**config, **(config.get("pretrained_cfg") or {})}
         if "num_classes" in config:  # of the weights; pretrained_cfg may have the one of the model they were tuned from
             preprocessing["num_classes"] = config["num_classes"]
-        fields = {key: preprocessing[key] for key in ("mean", "std", "interpolation", "num_classes") if key in preprocessing}
+        fields = {
+            key: preprocessing[key] for key in ("mean", "std", "interpolation", "num_classes") if key in preprocessing
+        }
         image_size = (config.get("model_args") or {}).get("img_size")
-        return _FolderConfig(str(config.get("architecture", "")), fields, image_size[-1] if isinstance(image_size, list) else image_size)
+        return _FolderConfig(
+            str(config.get("architecture", "")), fields, image_size[-1] if isinstance(image_size, list) else image_size
+        )
 
 
 def make_image_format(size: int, preprocessing: Mapping[str, Any], fit: str) -> ImageFormat:

@@ -10,7 +10,7 @@ from transformers.models.sam.modeling_sam import SamVisionNeck
 
 
 class TinyVit(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, channels, S/8, S/8) features.
+    """(B, 3, S, S) normalized pixels -> (B, channels, S/8, S/8) features.
 
     The stem of strided convolutions makes a transformer of this size learn fast ("Early convolutions help transformers
     see better", arXiv 2106.14881); blocks are pre-norm (ViT, arXiv 2010.11929), the neck is SAM's (arXiv 2304.02643).
@@ -49,7 +49,9 @@ class TinyVit(nn.Module):
         grid_size = image_size // self.stride
         self.position = nn.Parameter(torch.zeros(1, grid_size * grid_size, hidden_size))
         nn.init.normal_(self.position, std=0.02)
-        layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            hidden_size, num_heads, 4 * hidden_size, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
         for parameter in self.transformer.parameters():  # the layers are copies of one: draw each anew
             if parameter.dim() > 1:
@@ -78,4 +80,8 @@ class ConvolutionBlock(nn.Module):
 
 
 def _make_convolution_layers(in_channels: int, out_channels: int, stride: int = 2) -> tuple[nn.Module, ...]:
-    return (nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.GELU())
+    return (
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.GELU(),
+    )

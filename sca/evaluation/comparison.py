@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
+from sca.evaluation.bootstrap import MIN_IMAGES, bootstrap_scores, compute_interval, has_enough_images
 from sca.evaluation.evaluate import EvaluationReport, score_file
-from sca.evaluation.intervals import MIN_IMAGES, has_enough_images, compute_interval, bootstrap_scores
-from sca.evaluation.journal import hash_truth
+from sca.evaluation.predictions_file import hash_truth
 from sca.evaluation.records import Record
 from sca.evaluation.scoring import get_bootstrap_inputs
 from sca.io.errors import InputError
@@ -77,7 +77,9 @@ class RunComparison:
 
         notes = ["* the interval of the difference does not hold 0", *self.remarks]
         numeric_columns = (self.first.name, self.second.name, "difference", "95 % interval")
-        table = Table(("score", *numeric_columns), f"{self.first.title}  →  {self.second.title}", numeric_columns, notes)
+        table = Table(
+            ("score", *numeric_columns), f"{self.first.title}  →  {self.second.title}", numeric_columns, notes
+        )
         for each in self.differences:
             interval, star = "", ""
             if each.low is not None and each.high is not None:
@@ -105,21 +107,34 @@ def compare_runs(
     """
     reports = label_reports([score_file(path, metrics, metric_options) for path in (first, second)])
     _check_same_regions(reports, (str(first), str(second)))
-    share_scores = [{name: value for name, value in report.scores.items() if isinstance(value, float)} for report in reports]
+    share_scores = [
+        {name: value for name, value in report.scores.items() if isinstance(value, float)} for report in reports
+    ]
     bootstrap_inputs = [collect_bootstrap_inputs(report) for report in reports]
     differences = []
     for name in (name for name in share_scores[0] if name in share_scores[1]):
         values = [share[name] for share in share_scores]
         bounds = None
         if all(name in each for each in bootstrap_inputs):
-            (first_statistics, first_groups), (second_statistics, second_groups) = (each[name] for each in bootstrap_inputs)
-            has_same_images = np.array_equal(np.unique(first_groups), np.unique(second_groups))  # then the same draws are the same images
+            (first_statistics, first_groups), (second_statistics, second_groups) = (
+                each[name] for each in bootstrap_inputs
+            )
+            has_same_images = np.array_equal(
+                np.unique(first_groups), np.unique(second_groups)
+            )  # then the same draws are the same images
             if has_same_images and has_enough_images(first_groups):
-                bounds = compute_interval(bootstrap_scores(second_statistics, second_groups) - bootstrap_scores(first_statistics, first_groups))
+                bounds = compute_interval(
+                    bootstrap_scores(second_statistics, second_groups)
+                    - bootstrap_scores(first_statistics, first_groups)
+                )
         differences.append(ScoreDifference(name, *values, values[1] - values[0], *(bounds or (None, None))))
     region_outputs = [collect_region_outputs(report) for report in reports]
     sort_by = choose_score(sort_by, [name for name in region_outputs[0] if name in region_outputs[1]])
-    changes = _collect_changes(reports, [get_region_scores(each[sort_by], sort_by) for each in region_outputs], sort_by) if sort_by else []
+    changes = (
+        _collect_changes(reports, [get_region_scores(each[sort_by], sort_by) for each in region_outputs], sort_by)
+        if sort_by
+        else []
+    )
     return RunComparison(*reports, tuple(differences), _describe_run_differences(reports), sort_by, changes)
 
 
@@ -152,7 +167,8 @@ def collect_region_outputs(report: EvaluationReport) -> dict[str, MetricOutput]:
             if len(np.unique(region_keys, axis=1)[0]) == region_keys.shape[1]:
                 outputs |= {name: output for name, v in output.values.items() if name in output.per_record and v == v}
     return {
-        name: outputs[name] for name in (*(n for n in SCORE_PRIORITY if n in outputs), *(n for n in outputs if n not in SCORE_PRIORITY))
+        name: outputs[name]
+        for name in (*(n for n in SCORE_PRIORITY if n in outputs), *(n for n in outputs if n not in SCORE_PRIORITY))
     }
 
 
@@ -179,7 +195,9 @@ def _check_same_regions(reports: Sequence[EvaluationReport], paths: Sequence[str
     record_keys = [
         {(r["image_id"], r["region_id"], r["task"]) for r in each.records if r["control"] is None} for each in reports
     ]
-    for name, unmatched_keys in zip(paths, (record_keys[0] - record_keys[1], record_keys[1] - record_keys[0]), strict=True):
+    for name, unmatched_keys in zip(
+        paths, (record_keys[0] - record_keys[1], record_keys[1] - record_keys[0]), strict=True
+    ):
         if unmatched_keys:
             image, region, task = min(unmatched_keys, key=str)
             raise InputError(
@@ -211,7 +229,9 @@ def collect_bootstrap_inputs(report: EvaluationReport) -> dict[str, Any]:
     }
 
 
-def _collect_changes(reports: Sequence[EvaluationReport], values: Sequence[Mapping[tuple[int, int], float]], score_name: str) -> list[RegionChange]:
+def _collect_changes(
+    reports: Sequence[EvaluationReport], values: Sequence[Mapping[tuple[int, int], float]], score_name: str
+) -> list[RegionChange]:
     """Regions with another value, the greatest gain first."""
     scored_records = [find_scored_records(report, score_name) for report in reports]
     changes = [

@@ -21,17 +21,24 @@ from sca_registry.spec import Part, check_generation
 
 from sca.checkpoints.state import hash_weights
 from sca.data.summary import check_dataset_not_empty, summarize_dataset
-from sca.evaluation.journal import PREDICTIONS_PATTERNS, RESUMABLE_KEYS, PredictionsJournal, Predictions, check_same_runs, read_predictions
 from sca.evaluation.predictions import DenseCaptioningOptions, PromptingOptions, predict_dataset
+from sca.evaluation.predictions_file import (
+    PREDICTIONS_PATTERNS,
+    RESUMABLE_KEYS,
+    Predictions,
+    PredictionsJournal,
+    check_same_runs,
+    read_predictions,
+)
 from sca.evaluation.records import Record
-from sca.evaluation.requirements import check_metric_needs, check_has_truth, describe_missing_truth
+from sca.evaluation.requirements import check_has_truth, check_metric_needs, describe_missing_truth
 from sca.evaluation.scoring import ImageLoader, ScoringResult, check_metrics, count_regions, score_records
-from sca.evaluation.soundness import check_predictions, check_dataset_regions, fill_defaults
+from sca.evaluation.validation import check_dataset_regions, check_predictions, fill_defaults
 from sca.inference.automatic import SEARCH_VERSION
 from sca.inference.engine import Engine
 from sca.inference.factory import captioner as open_captioner
 from sca.inference.predictor import Predictor
-from sca.io.errors import InputError, DifferentRunError
+from sca.io.errors import DifferentRunError, InputError
 from sca.io.run_folder import RunFolder, iter_existing_paths
 
 if TYPE_CHECKING:
@@ -221,15 +228,23 @@ def evaluate(
     }
     with ExitStack() as stack:
         if folder is not None and not rank:
-            stack.enter_context(_hold_predictions_folder(Path(folder), run, overwrite, [model, dataset_options, proposer, metric_options]))
+            stack.enter_context(
+                _hold_predictions_folder(
+                    Path(folder), run, overwrite, [model, dataset_options, proposer, metric_options]
+                )
+            )
         if report is not None and not rank:
             report(f"{dataset_name} {split}: {summarize_dataset(built_dataset)}")
-        predictions = _collect_predictions(captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress)
+        predictions = _collect_predictions(
+            captioner, built_dataset, prompting_options, run, folder, (rank, num_processes, wait), progress
+        )
     if predictions is None:
         return None
     if not predictions.records:
         raise ValueError(describe_missing_truth(built_dataset, dataset_name, prompting.tasks))
-    return _build_report(predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start)
+    return _build_report(
+        predictions, "the predictions", metrics, metric_options, _make_image_loader(built_dataset), start
+    )
 
 
 @contextmanager
@@ -243,7 +258,9 @@ def _hold_predictions_folder(folder: Path, run: Mapping[str, Any], overwrite: bo
             if not overwrite:
                 raise
             is_different_run = True
-        run_folder.begin(run, OUTPUT_PATTERNS, iter_existing_paths(inputs), overwrite=overwrite, ignored_settings=RESUMABLE_KEYS)
+        run_folder.begin(
+            run, OUTPUT_PATTERNS, iter_existing_paths(inputs), overwrite=overwrite, ignored_settings=RESUMABLE_KEYS
+        )
         if is_different_run:  # also where the marker is of this run
             run_folder.delete_outputs(PREDICTIONS_PATTERNS)
         yield
@@ -297,10 +314,17 @@ def score_file(
     predictions = read_predictions(path)
     if dataset is not None:
         built_dataset = _resolve_dataset(dataset, split)[-1]
-        samples = filter(None, (getattr(built_dataset, "read", built_dataset.__getitem__)(place) for place in range(len(built_dataset))))
-        region_keys = ((sample.image_id, region.id) for sample in samples for region in sample.regions if _has_any_truth(region))
+        samples = filter(
+            None,
+            (getattr(built_dataset, "read", built_dataset.__getitem__)(place) for place in range(len(built_dataset))),
+        )
+        region_keys = (
+            (sample.image_id, region.id) for sample in samples for region in sample.regions if _has_any_truth(region)
+        )
         check_dataset_regions(predictions, region_keys, str(path))
-    report = _build_report(predictions, str(path), metrics, metric_options, make_run_image_loader(predictions.run), start)
+    report = _build_report(
+        predictions, str(path), metrics, metric_options, make_run_image_loader(predictions.run), start
+    )
     return replace(report, path=Path(path))
 
 
@@ -358,7 +382,9 @@ def _build_report(
     run = {**predictions.run, "truth": predictions.end.get("truth")} if predictions.run else {}
     scoring = score_records(predictions.records, metrics, metric_options, run, load_image)
     seconds = time.perf_counter() - start
-    return EvaluationReport(predictions.run, predictions.end, scoring, remarks, seconds, predictions.records, load_image)
+    return EvaluationReport(
+        predictions.run, predictions.end, scoring, remarks, seconds, predictions.records, load_image
+    )
 
 
 def _resolve_captioner(model: Any, device: str, trust_options: Mapping[str, bool]) -> tuple[str, Captioner]:

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Captioner, Dataset, Prompt, Proposer, Region, Sample
 
-from sca.data.points import sample_point_prompt
+from sca.data.point_prompts import sample_point_prompt
 from sca.inference.batch import caption_requests
 from sca.io import masks
 from sca.io.validation import check_choice, check_range
@@ -44,7 +44,7 @@ PROMPT_TYPES = {
 }
 CONTROLS = {
     "wrong-region": "asked for another region of the image, which is called and described otherwise",
-    "colour-swap": "red is shown as green, green as blue and blue as red",
+    "color-swap": "red is shown as green, green as blue and blue as red",
     "shuffled-mask": "asked for the region's box and mask moved to another place of the image",
 }
 NUM_CANDIDATE_SHIFTS = 16  # are drawn for a region that is moved; the one that overlaps its own least is taken
@@ -92,16 +92,25 @@ class PromptingOptions:
     def predict_records(self, captioner: Captioner, samples: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
         """The records of images, given with their places in the dataset: those of one image together, in its order."""
         encoded_images = _EncodedImages(captioner, [sample.image for _, sample in samples])
-        true_prompts = [_make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)]
+        true_prompts = [
+            _make_prompts(self, sample, encoded_images, position) for position, (_, sample) in enumerate(samples)
+        ]
         records: list[list[dict[str, Any]]] = [[] for _ in samples]
         for control in (None, *self.controls):
-            control_prompts = [self._apply_control(control, sample, prompts) for (_, sample), prompts in zip(samples, true_prompts, strict=True)]
+            control_prompts = [
+                self._apply_control(control, sample, prompts)
+                for (_, sample), prompts in zip(samples, true_prompts, strict=True)
+            ]
             control_images = encoded_images
-            if control == "colour-swap":
+            if control == "color-swap":
                 control_images = _EncodedImages(captioner, [_swap_colors(sample.image) for _, sample in samples])
             for task in self.tasks:
                 requests = [
-                    {region.id: prompts[region.id] for region in sample.regions if _should_caption(region, task, prompts)}
+                    {
+                        region.id: prompts[region.id]
+                        for region in sample.regions
+                        if _should_caption(region, task, prompts)
+                    }
                     for (_, sample), prompts in zip(samples, control_prompts, strict=True)
                 ]
                 captions = control_images.caption_regions(requests, task, self.generation)
@@ -110,11 +119,15 @@ class PromptingOptions:
                         if region.id in captions[position]:
                             caption = captions[position][region.id]
                             records[position].append(_make_record(index, sample, region, task, control, caption))
-        return [each for position, (_, sample) in enumerate(samples) for each in _sort_records(records[position], sample)]
+        return [
+            each for position, (_, sample) in enumerate(samples) for each in _sort_records(records[position], sample)
+        ]
 
     def _apply_control(self, control: str | None, sample: Sample, prompts: PromptsByRegion) -> PromptsByRegion:
         if control == "wrong-region":
-            other_regions = {region.id: _find_different_region(region, sample.regions, prompts) for region in sample.regions}
+            other_regions = {
+                region.id: _find_different_region(region, sample.regions, prompts) for region in sample.regions
+            }
             return {region: prompts[other.id] for region, other in other_regions.items() if other is not None}
         if control == "shuffled-mask":
             shifted_regions = [_shift_region(region, sample.image.size, self.seed) for region in sample.regions]
@@ -141,7 +154,9 @@ class DenseCaptioningOptions:
         proposed = self.proposer(sample.image, sample.image_id)
         if any(prompt.box is None and prompt.mask is None for prompt in proposed.prompts):
             captions = _caption_point_proposals(captioner, sample.image, proposed, self.generation)
-            scores = [caption.predicted_iou if caption.predicted_iou is not None else caption.score for caption in captions]
+            scores = [
+                caption.predicted_iou if caption.predicted_iou is not None else caption.score for caption in captions
+            ]
         else:
             captions = captioner.caption(sample.image, proposed.prompts, **self.generation) if proposed.prompts else []
             scores = list(proposed.scores)
@@ -177,7 +192,9 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], limit: int | None = No
     if hasattr(dataset, "annotations_of_all"):
         for regions in islice(dataset.annotations_of_all(), limit):
             for region in regions:
-                yield from ({"task": task, "truth": _make_truth(region)} for task in tasks if _has_truth_for_task(region, task))
+                yield from (
+                    {"task": task, "truth": _make_truth(region)} for task in tasks if _has_truth_for_task(region, task)
+                )
 
 
 def predict_dataset(
@@ -201,7 +218,9 @@ def predict_dataset(
             check_range(name, number, int, 1)
     num_images = len(dataset) if limit is None else min(limit, len(dataset))
     batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
-    return _iter_predicted_batches(captioner, dataset, prompting or PromptingOptions(), batches, skip or (lambda _: False), progress)
+    return _iter_predicted_batches(
+        captioner, dataset, prompting or PromptingOptions(), batches, skip or (lambda _: False), progress
+    )
 
 
 def _iter_predicted_batches(
@@ -229,11 +248,16 @@ class _EncodedImages:
         self.captioner, self.images = captioner, images
         self.encoded = captioner.encode(images) if hasattr(captioner, "encode") else None
 
-    def caption_regions(self, requests: Sequence[PromptsByRegion], task: str, generation: Mapping[str, Any]) -> list[dict[int, Caption]]:
+    def caption_regions(
+        self, requests: Sequence[PromptsByRegion], task: str, generation: Mapping[str, Any]
+    ) -> list[dict[int, Caption]]:
         """For each image the answers by region."""
         prompts = [list(request.values()) for request in requests]
         captions = caption_requests(self.captioner, self.images, prompts, task, self.encoded, **generation)
-        return [dict(zip(request, image_captions, strict=True)) for request, image_captions in zip(requests, captions, strict=True)]
+        return [
+            dict(zip(request, image_captions, strict=True))
+            for request, image_captions in zip(requests, captions, strict=True)
+        ]
 
     def predict_masks(self, index: int, boxes: Mapping[int, Prompt]) -> dict[int, dict[str, Any]]:
         """The captioner's own masks for boxes of one image. ValueError if it gives none."""
@@ -257,7 +281,9 @@ def _has_truth_for_task(region: Region, task: str) -> bool:
     return bool(region.phrases if task == "caption" else region.name)
 
 
-def _make_prompts(prompting: PromptingOptions, sample: Sample, encoded_images: _EncodedImages, index: int) -> PromptsByRegion:
+def _make_prompts(
+    prompting: PromptingOptions, sample: Sample, encoded_images: _EncodedImages, index: int
+) -> PromptsByRegion:
     """What is asked of every region of an image that has some truth."""
     regions = [
         region
@@ -287,7 +313,9 @@ def _find_different_region(region: Region, regions: Sequence[Region], prompts: P
     """The next region of the image that is called something else and told of otherwise, if there is one."""
     index = regions.index(region)
     for other in (*regions[index + 1 :], *regions[:index]):
-        has_same_truth = bool(set(other.phrases) & set(region.phrases)) or (region.name is not None and other.name == region.name)
+        has_same_truth = bool(set(other.phrases) & set(region.phrases)) or (
+            region.name is not None and other.name == region.name
+        )
         if other.id in prompts and not has_same_truth:
             return other
     return None
@@ -318,7 +346,9 @@ def _swap_colors(image: Image.Image) -> Image.Image:
     return Image.merge("RGB", (blue, red, green))
 
 
-def _caption_point_proposals(captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]) -> list[Caption]:
+def _caption_point_proposals(
+    captioner: Any, image: Image.Image, proposals: Any, generation: Mapping[str, Any]
+) -> list[Caption]:
     from sca.inference.automatic import caption_everything
     from sca.inference.engine import MaskEngine
     from sca.inference.predictor import Predictor

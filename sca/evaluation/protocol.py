@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError, metrics
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 
 from sca.evaluation.predictions import PromptingOptions
 
@@ -58,7 +58,11 @@ class EvaluationProtocol:
 
 
 def list_protocols() -> list[str]:
-    return sorted(file.name.removesuffix(TOML_SUFFIX) for file in _get_protocols_folder().iterdir() if file.name.endswith(TOML_SUFFIX))
+    return sorted(
+        file.name.removesuffix(TOML_SUFFIX)
+        for file in _get_protocols_folder().iterdir()
+        if file.name.endswith(TOML_SUFFIX)
+    )
 
 
 def read_protocol(name: str) -> EvaluationProtocol:

@@ -1,6 +1,6 @@
 """What metrics ask of records: who has what is needed, and words for what is not there.
 
-A need is a path into a record, `mask` or `truth.attributes.colour`, met by any value but None and an empty list; or a
+A need is a path into a record, `mask` or `truth.attributes.color`, met by any value but None and an empty list; or a
 path and the text that must stand there, `task=caption`; or several of these, one of which will do: `truth.name or
 task=caption`.
 """

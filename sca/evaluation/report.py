@@ -10,11 +10,19 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.comparison import RunComparison, RegionChange, find_scored_records, choose_score, collect_region_outputs, label_reports, get_region_scores
+from sca.evaluation.comparison import (
+    RegionChange,
+    RunComparison,
+    choose_score,
+    collect_region_outputs,
+    find_scored_records,
+    get_region_scores,
+    label_reports,
+)
 from sca.evaluation.evaluate import EvaluationReport
 from sca.io import masks
-from sca.output.outline import mask_to_svg_path
-from sca.output.page import MAX_SHARP_SIDE, encode_data_uri, render_template
+from sca.output.contours import mask_to_svg_path
+from sca.output.html_page import MAX_SHARP_SIDE, encode_data_uri, render_template
 
 REGIONS_PER_GROUP = 8  # regions of each kind
 FIGURE_COLUMNS = 6  # regions of the figure
@@ -62,7 +70,9 @@ def render_report(reports: Sequence[EvaluationReport], sort_by: str | None = Non
     """
     reports = label_reports(reports)
     region_outputs = [collect_region_outputs(report) for report in reports]
-    sort_by = choose_score(sort_by, [name for name in region_outputs[0] if all(name in each for each in region_outputs)])
+    sort_by = choose_score(
+        sort_by, [name for name in region_outputs[0] if all(name in each for each in region_outputs)]
+    )
     headings, rows = _build_score_table(reports)
     report_outputs = list(zip(reports, region_outputs, strict=True))
     return render_template(
@@ -111,7 +121,9 @@ def render_comparison(comparison: RunComparison) -> str:
 
 def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], list[list[str]]]:
     """The headings and rows of the table of scores."""
-    score_names = dict.fromkeys(each.name for report in reports for each in report.scoring.scores if each.control is None)
+    score_names = dict.fromkeys(
+        each.name for report in reports for each in report.scoring.scores if each.control is None
+    )
     columns = [(report, None) for report in reports]
     columns += [(r, c) for r in reports for c in dict.fromkeys(s.control for s in r.scoring.scores if s.control)]
     scores_by_column = [{each.name: each for each in r.scoring.scores if each.control == c} for r, c in columns]
@@ -120,7 +132,9 @@ def _build_score_table(reports: Sequence[EvaluationReport]) -> tuple[list[str], 
         cells = [name]
         for scores in scores_by_column:
             each = scores.get(name)
-            cells.append("" if each is None else f"{_format_score(each.value)} {_format_interval(each.low, each.high)}".rstrip())
+            cells.append(
+                "" if each is None else f"{_format_score(each.value)} {_format_interval(each.low, each.high)}".rstrip()
+            )
         rows.append(cells)
     return ["score", *(f"{report.name}{f', {control}' if control else ''}" for report, control in columns)], rows
 
@@ -130,7 +144,9 @@ def _collect_remarks(reports: Sequence[EvaluationReport]) -> list[str]:
     return list(dict.fromkeys([*lines, *reports[0].scoring.summarize_skipped_metrics()]))
 
 
-def _iter_histograms(report_outputs: Sequence[tuple[EvaluationReport, Mapping[str, MetricOutput]]]) -> Iterable[ScoreHistogram]:
+def _iter_histograms(
+    report_outputs: Sequence[tuple[EvaluationReport, Mapping[str, MetricOutput]]],
+) -> Iterable[ScoreHistogram]:
     for name in report_outputs[0][1]:
         for report, outputs in report_outputs:
             values = np.array(list(get_region_scores(outputs[name], name).values())) if name in outputs else np.empty(0)
@@ -150,24 +166,48 @@ def _build_figure(reports: Sequence[EvaluationReport], score_name: str, seed: in
         (report.name, [(cropper.make_crop(records[key], ("mask",)), records[key]["caption"]) for key in sampled_keys])
         for report, records in zip(reports, records_by_report, strict=True)
     ]
-    rows.append(("true", [(cropper.make_crop(records_by_report[0][key], ("true",)), _format_ground_truth(records_by_report[0][key])) for key in sampled_keys]))
+    rows.append(
+        (
+            "true",
+            [
+                (
+                    cropper.make_crop(records_by_report[0][key], ("true",)),
+                    _format_ground_truth(records_by_report[0][key]),
+                )
+                for key in sampled_keys
+            ],
+        )
+    )
     return {"rows": rows, "problem": cropper.problem}
 
 
-def _build_ranking(report: EvaluationReport, outputs: Mapping[str, MetricOutput], score_name: str, seed: int) -> dict[str, Any]:
+def _build_ranking(
+    report: EvaluationReport, outputs: Mapping[str, MetricOutput], score_name: str, seed: int
+) -> dict[str, Any]:
     """The best, the worst and some other regions of a run."""
     region_scores, records = get_region_scores(outputs[score_name], score_name), find_scored_records(report, score_name)
     ranked_keys = sorted(region_scores, key=lambda key: region_scores[key])
     sampled_keys = random.Random(seed).sample(ranked_keys, min(REGIONS_PER_GROUP, len(ranked_keys)))
     cropper = _RegionCropper(report)
     groups = []
-    for heading, keys in (("best", ranked_keys[::-1][:REGIONS_PER_GROUP]), ("worst", ranked_keys[:REGIONS_PER_GROUP]), ("at random", sampled_keys)):
-        groups.append((heading, [_make_card(cropper, records[key], f"{score_name} {region_scores[key]:.3f}") for key in keys]))
+    for heading, keys in (
+        ("best", ranked_keys[::-1][:REGIONS_PER_GROUP]),
+        ("worst", ranked_keys[:REGIONS_PER_GROUP]),
+        ("at random", sampled_keys),
+    ):
+        groups.append(
+            (heading, [_make_card(cropper, records[key], f"{score_name} {region_scores[key]:.3f}") for key in keys])
+        )
     return {"title": f"{report.title}, by {score_name}", "groups": groups, "problem": cropper.problem}
 
 
 def _make_card(cropper: _RegionCropper, record: Mapping[str, Any], score_text: str) -> RegionCard:
-    return RegionCard(cropper.make_crop(record), [("", record["caption"])], _format_ground_truth(record), f"{score_text}, {_format_region_id(record)}")
+    return RegionCard(
+        cropper.make_crop(record),
+        [("", record["caption"])],
+        _format_ground_truth(record),
+        f"{score_text}, {_format_region_id(record)}",
+    )
 
 
 def _make_change_card(cropper: _RegionCropper, comparison: RunComparison, change: RegionChange) -> RegionCard:
@@ -176,7 +216,9 @@ def _make_change_card(cropper: _RegionCropper, comparison: RunComparison, change
         (f"{report.name}, {value:.3f}", record["caption"])
         for report, record, value in zip(reports, records, change.values, strict=True)
     ]
-    return RegionCard(cropper.make_crop(change.first), captions, _format_ground_truth(change.first), _format_region_id(change.first))
+    return RegionCard(
+        cropper.make_crop(change.first), captions, _format_ground_truth(change.first), _format_region_id(change.first)
+    )
 
 
 class _RegionCropper:
@@ -186,7 +228,9 @@ class _RegionCropper:
         self.load_image: Callable[[Any], Image.Image] | None = report.load_image
         self.problem = "" if report.load_image else "the predictions do not say where the pictures are"
 
-    def make_crop(self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")) -> RegionCrop | None:
+    def make_crop(
+        self, record: Mapping[str, Any], contour_kinds: Sequence[str] = ("mask", "true")
+    ) -> RegionCrop | None:
         """The surroundings of a region: its true box, and contours: of the predicted "mask", of the "true" one."""
         image, box = self._open_image(record), record["truth"]["box"]
         if image is None or box is None:
@@ -203,7 +247,9 @@ class _RegionCropper:
             if kind in contour_kinds and rle and (path := mask_to_svg_path(masks.decode_rle(rle)))
         ]
         image_uri = encode_data_uri(image.crop((left, top, right, bottom)), MAX_CROP_SIDE)
-        return RegionCrop(_format_region_id(record), image_uri, max(view_box[2:]) <= MAX_SHARP_SIDE, view_box, box, contour_paths)
+        return RegionCrop(
+            _format_region_id(record), image_uri, max(view_box[2:]) <= MAX_SHARP_SIDE, view_box, box, contour_paths
+        )
 
     def _open_image(self, record: Mapping[str, Any]) -> Image.Image | None:
         if self.load_image is None or self.problem:

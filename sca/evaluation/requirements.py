@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import sca_registry
 from sca_registry import RegistryError
 from sca_registry.contracts import Dataset
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 
 from sca.data.summary import summarize_dataset
 from sca.evaluation.predictions import PromptingOptions, draft_records
@@ -16,7 +16,9 @@ from sca.evaluation.records import describe_missing_needs, meets_need
 from sca.evaluation.scoring import check_metrics
 
 
-def check_has_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None) -> None:
+def check_has_truth(
+    dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, limit: int | None = None
+) -> None:
     """Check that a dataset has a region with the truth that a task asks for.
 
     Args:
@@ -60,7 +62,9 @@ def check_metric_needs(
             raise ValueError(f"metric {name!r}: {reason}; choose other metrics or other data")
 
 
-def check_best_scores(score_names: Sequence[str], metrics: Sequence[str] | None, dataset: Dataset, limit: int | None = None) -> None:
+def check_best_scores(
+    score_names: Sequence[str], metrics: Sequence[str] | None, dataset: Dataset, limit: int | None = None
+) -> None:
     """Check that the scores of `validate.best` exist and that at least one can be computed on a dataset.
 
     Args:
@@ -73,7 +77,10 @@ def check_best_scores(score_names: Sequence[str], metrics: Sequence[str] | None,
         RegistryError: A score that no metric has, or none that can be computed.
     """
     score_patterns = {name: _get_score_patterns(name) for name in sca_registry.metrics.list_names()}
-    metrics_by_score = {each: [name for name, patterns in score_patterns.items() if patterns is None or _matches_any(each, patterns)] for each in score_names}
+    metrics_by_score = {
+        each: [name for name, patterns in score_patterns.items() if patterns is None or _matches_any(each, patterns)]
+        for each in score_names
+    }
     for each, matches in metrics_by_score.items():
         if not matches:
             known_scores = [score for patterns in score_patterns.values() for score in patterns or ()]
@@ -112,7 +119,9 @@ def _find_metric_problem(metric: str, dataset: Dataset, limit: int | None) -> st
 
 def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], limit: int | None) -> str | None:
     """Why no record of a dataset can meet the needs of a metric; None if one can, or if that cannot be known yet."""
-    dataset_needs = [need for need in sca_registry.metrics.get_declared(metric, "needs") or () if _is_dataset_need(need)]
+    dataset_needs = [
+        need for need in sca_registry.metrics.get_declared(metric, "needs") or () if _is_dataset_need(need)
+    ]
     if next(draft_records(dataset, tasks, limit), None) is None:
         return None
     if any(all(meets_need(record, need) for need in dataset_needs) for record in draft_records(dataset, tasks, limit)):

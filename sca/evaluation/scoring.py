@@ -15,10 +15,17 @@ from PIL import Image
 from sca_registry.contracts import Metric, MetricOutput
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
-from sca.evaluation.intervals import MIN_IMAGES, ScoreStatistics, has_enough_images, compute_interval, make_mean_statistics, bootstrap_scores
+from sca.evaluation.bootstrap import (
+    MIN_IMAGES,
+    ScoreStatistics,
+    bootstrap_scores,
+    compute_interval,
+    has_enough_images,
+    make_mean_statistics,
+)
 from sca.evaluation.predictions import CONTROLS
 from sca.evaluation.records import Record, describe_missing_needs, filter_records
-from sca.evaluation.texts import choose_default_tokenizer
+from sca.evaluation.tokenization import choose_default_tokenizer
 
 SHARED_OPTIONS = ("references", "tokenizer")  # options that go to every metric that has them
 REGION_KEYS = ("image_id", "region_id")
@@ -30,8 +37,8 @@ ImageLoader = Callable[[Record], Image.Image]
 class Score:
     """One number, and what it has to be compared with.
 
-    name: such as "attributes/colour". value: a share (NaN where nothing was there to be counted) or a count. low, high:
-    the 95 % interval over the choice of images, where there is one. n: how many judgements it is made of. control: what
+    name: such as "attributes/color". value: a share (NaN where nothing was there to be counted) or a count. low, high:
+    the 95 % interval over the choice of images, where there is one. n: how many judgments it is made of. control: what
     was done to mislead, if something was. references, tokenizer: where the metric takes them. implementation: whose
     code, with its version. protocol: short for all that two scores must have in common to be compared, the model aside.
     note: why the value is not a number, or why it has no interval; empty otherwise.
@@ -96,7 +103,11 @@ def score_records(
     skipped_metrics: dict[str, str] = {}
     outputs: dict[tuple[str, str | None], MetricOutput] = {}
     recorded_controls = dict.fromkeys(each for record in records if (each := record.get("control")) is not None)
-    controls = [None, *(each for each in CONTROLS if each in recorded_controls), *(each for each in recorded_controls if each not in CONTROLS)]
+    controls = [
+        None,
+        *(each for each in CONTROLS if each in recorded_controls),
+        *(each for each in recorded_controls if each not in CONTROLS),
+    ]
     for name in sca_registry.metrics.list_names() if metrics is None else dict.fromkeys(metrics):
         try:
             metric, shared_options = _build_metric(name, metric_options)
@@ -107,7 +118,9 @@ def score_records(
             continue
         scores_controls = getattr(metric, "whole", False)
         for control in [None] if scores_controls else controls:
-            scored_records = records if scores_controls else [record for record in records if record.get("control") == control]
+            scored_records = (
+                records if scores_controls else [record for record in records if record.get("control") == control]
+            )
             taken_names = [each.name for each in scores if each.control == control]
             reason = _find_missing_inputs(metric, scored_records, load_image)
             if reason is None:
@@ -167,9 +180,9 @@ def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[s
     for key in metric_options:
         metric, _, option = key.partition(".")
         if option and metric not in names:
-            raise sca_registry.messages.unknown(f"no metric {metric!r} for {key}", metric, names)
+            raise sca_registry.errors.unknown(f"no metric {metric!r} for {key}", metric, names)
         if not option and key not in SHARED_OPTIONS:
-            raise sca_registry.messages.unknown(f"scores have no option {key!r}", key, SHARED_OPTIONS)
+            raise sca_registry.errors.unknown(f"scores have no option {key!r}", key, SHARED_OPTIONS)
         if option and metrics is not None and metric not in metrics:
             raise sca_registry.RegistryError(f"{key} is given, and {metric!r} is not among the metrics")
     return metric_options
@@ -178,8 +191,12 @@ def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[s
 def _build_metric(name: str, metric_options: Mapping[str, Any]) -> tuple[Metric, dict[str, Any]]:
     """A metric, and what it was given of the options that all share."""
     accepted_options = sca_registry.metrics.load_entry(name).options
-    shared_options = {key: value for key, value in metric_options.items() if key in SHARED_OPTIONS and key in accepted_options}
-    own_options = {key.partition(".")[2]: value for key, value in metric_options.items() if key.partition(".")[0] == name != key}
+    shared_options = {
+        key: value for key, value in metric_options.items() if key in SHARED_OPTIONS and key in accepted_options
+    }
+    own_options = {
+        key.partition(".")[2]: value for key, value in metric_options.items() if key.partition(".")[0] == name != key
+    }
     if "tokenizer" in accepted_options and not shared_options.get("tokenizer"):
         shared_options["tokenizer"] = choose_default_tokenizer()
     if "references" in accepted_options:
@@ -194,7 +211,9 @@ def _find_missing_inputs(metric: Metric, records: Sequence[Record], load_image: 
     return describe_missing_needs(records, [need for need in metric.needs if need != "image"])
 
 
-def _compute_metric(metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]) -> MetricOutput:
+def _compute_metric(
+    metric: Metric, records: Sequence[Record], load_image: ImageLoader | None, taken_names: Sequence[str]
+) -> MetricOutput:
     """What a metric gives. Raises TypeError or ValueError for what is no `Scores`, or has another metric's names."""
     output = metric(records, load_image) if "image" in metric.needs else metric(records)
     if not isinstance(output, MetricOutput):
@@ -207,19 +226,32 @@ def _compute_metric(metric: Metric, records: Sequence[Record], load_image: Image
 
 
 def _make_scores(
-    name: str, control: str | None, metric: Metric, output: MetricOutput, shared_options: Mapping[str, Any], run: Mapping[str, Any]
+    name: str,
+    control: str | None,
+    metric: Metric,
+    output: MetricOutput,
+    shared_options: Mapping[str, Any],
+    run: Mapping[str, Any],
 ) -> list[Score]:
     entry = sca_registry.metrics.load_entry(name)
     default_implementation = "sca" if entry.distribution == BUILTIN_DISTRIBUTION else entry.distribution
     implementation = getattr(metric, "implementation", default_implementation)
-    implementation = f"{implementation} {entry.version}".rstrip() if implementation == default_implementation else implementation
+    implementation = (
+        f"{implementation} {entry.version}".rstrip() if implementation == default_implementation else implementation
+    )
     run_facts = {key: run.get(key) for key in ("dataset", "split", "truth", "prompt", "seed", "generation", "proposer")}
     run_facts |= {"search": run["search"]} if "search" in run else {}
     protocol = compute_protocol_id(run_facts, name, control, shared_options, implementation)
     bootstrap_inputs = get_bootstrap_inputs(output)
     enough_images = {key: has_enough_images(groups) for key, (_, groups) in bootstrap_inputs.items()}
-    intervals = {key: compute_interval(bootstrap_scores(*inputs)) for key, inputs in bootstrap_inputs.items() if enough_images[key]}
-    notes = {key: f"no interval over fewer than {MIN_IMAGES} images" for key in bootstrap_inputs if not enough_images[key]}
+    intervals = {
+        key: compute_interval(bootstrap_scores(*inputs))
+        for key, inputs in bootstrap_inputs.items()
+        if enough_images[key]
+    }
+    notes = {
+        key: f"no interval over fewer than {MIN_IMAGES} images" for key in bootstrap_inputs if not enough_images[key]
+    }
     notes |= output.notes or {}
     counts = {key: _count_judgments(output, key) for key in output.values}
     return [
@@ -242,7 +274,7 @@ def _make_scores(
 
 
 def _count_judgments(output: MetricOutput, name: str) -> int:
-    """How many judgements a score is made of."""
+    """How many judgments a score is made of."""
     if output.per_record and name in output.per_record:
         return int((~np.isnan(np.asarray(output.per_record[name], dtype=float))).sum())
     return len(output.per_record["image_id"]) if output.per_record and "image_id" in output.per_record else 0

@@ -19,13 +19,13 @@ from sca_registry.contracts import Caption, Prompt, PromptBatch, Proposals
 from sca_registry.spec import EverythingOptions, make_everything_options
 from torch import Tensor
 
-from sca.inference.engine import EncodedImages, PredictedMask, MaskEngine
-from sca.inference.generation import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
+from sca.inference.engine import EncodedImages, MaskEngine, PredictedMask
+from sca.inference.generation_options import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
 from sca.inference.predictor import Predictor
-from sca.inference.requests import check_task
+from sca.inference.prompt_arguments import check_task
 from sca.io.masks import RLE, compute_mask_area, encode_rle
 from sca.nn.boxes import compute_box_iou
-from sca.nn.suppression import suppress_overlaps
+from sca.nn.nms import suppress_overlaps
 
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2, image pixels
 EVERYTHING_ARGUMENTS = ("task", "options", "proposals", "progress", "max_regions")  # of `caption_everything`
@@ -101,7 +101,12 @@ def caption_everything(
         ValueError: A value out of range.
     """
     default_fields = vars(EverythingOptions())
-    reject_unknown_arguments("caption_everything", kwargs.keys() - {*default_fields, *GENERATION_OPTIONS}, (*EVERYTHING_ARGUMENTS, *default_fields, *GENERATION_OPTIONS), SAM_OPTION_NAMES)
+    reject_unknown_arguments(
+        "caption_everything",
+        kwargs.keys() - {*default_fields, *GENERATION_OPTIONS},
+        (*EVERYTHING_ARGUMENTS, *default_fields, *GENERATION_OPTIONS),
+        SAM_OPTION_NAMES,
+    )
     check_task(task)
     if max_regions is not None and (not isinstance(max_regions, int) or max_regions < 1):
         raise ValueError(f"max_regions is {max_regions!r}; give a whole number, 1 or more")
@@ -114,7 +119,9 @@ def caption_everything(
         raise ValueError(f"predictor is of type {type(predictor).__name__}; give sca.Predictor(...) with an image set")
     engine, encoded = predictor.engine, predictor.encoded
     options = make_everything_options({**vars(options or engine.everything), **overrides}) if overrides else options
-    generation = resolve_generation_options(engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}})
+    generation = resolve_generation_options(
+        engine, **{name: kwargs[name] for name in kwargs.keys() & {*GENERATION_OPTIONS}}
+    )
     if encoded is None:
         raise ValueError("there is no image yet: call set_image(image) first")
     masks, prompts = find_everything(engine, encoded, options, proposals, progress)
@@ -236,7 +243,9 @@ def _search_windows(
         for index in _suppress_overlaps(candidates, torch.tensor([each.predicted_iou for each in candidates]), options):
             kept.append(candidates[index])
             if max_found_regions is not None and len(kept) > max_found_regions:
-                raise ValueError(f"more than {max_found_regions:,} regions were found; raise iou or stability, lower nms")
+                raise ValueError(
+                    f"more than {max_found_regions:,} regions were found; raise iou or stability, lower nms"
+                )
             yield SearchProgress(previously_done, total_points)
     if len(windows) > 1:  # of what several windows show, the closest look stays
         negative_areas = torch.tensor([-float((w[2] - w[0]) * (w[3] - w[1])) for w in (each.window for each in kept)])
@@ -266,15 +275,23 @@ def _search_window(
     x1, y1, x2, y2 = window
     width, height = image_size
     done = 0
-    for points_done, masks, scores, point_indices in _iter_mask_candidates(engine, encoded, points - torch.tensor(window[:2]), options):
+    for points_done, masks, scores, point_indices in _iter_mask_candidates(
+        engine, encoded, points - torch.tensor(window[:2]), options
+    ):
         for start in range(0, len(masks), MASKS_PER_CHUNK):
             yield done
             chunk = slice(start, start + MASKS_PER_CHUNK)
-            stability, boxes = engine.processor.compute_stability_and_boxes(masks[chunk], frame, options.stability_score_offset)
-            is_kept = (boxes > 0).any(1) & ((stability >= options.stability_score_thresh) | (options.stability_score_thresh <= 0))
+            stability, boxes = engine.processor.compute_stability_and_boxes(
+                masks[chunk], frame, options.stability_score_offset
+            )
+            is_kept = (boxes > 0).any(1) & (
+                (stability >= options.stability_score_thresh) | (options.stability_score_thresh <= 0)
+            )
             boxes = (boxes + torch.tensor((x1, y1) * 2, device=boxes.device)).tolist()
             kept_rows = [
-                row for row, keep in enumerate(is_kept.tolist()) if keep and not _is_cut_off(boxes[row], window, image_size)
+                row
+                for row, keep in enumerate(is_kept.tolist())
+                if keep and not _is_cut_off(boxes[row], window, image_size)
             ]
             binary_masks = engine.processor.iter_binary_masks(masks[chunk][kept_rows], [frame] * len(kept_rows))
             for row, binary_mask in zip(kept_rows, binary_masks, strict=True):
@@ -295,7 +312,9 @@ def _iter_mask_candidates(
     (frame,) = encoded.frames
     point_coords = (points * torch.tensor(frame.scale))[:, None]  # (P, 1, 2), input frame
     labels = torch.ones(len(points), 1, dtype=torch.long)
-    prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(engine.device)
+    prompts = PromptBatch(torch.zeros(len(points), dtype=torch.long), points=point_coords, labels=labels).to(
+        engine.device
+    )
     for chunk_index, chunk in enumerate(prompts.iter_chunks(engine.region_batch_size)):
         segmenter_output = engine.model.segment(encoded.features, chunk)
         if segmenter_output.masks is None:
@@ -342,8 +361,12 @@ def _make_crops(width: int, height: int, layers: int, overlap_ratio: float) -> l
     for layer in range(1, layers + 1):
         crops_per_side = 2**layer
         overlap_pixels = int(overlap_ratio * min(width, height) * 2 / crops_per_side)
-        crop_width, crop_height = (math.ceil((overlap_pixels * (crops_per_side - 1) + side) / crops_per_side) for side in (width, height))
-        grid_cells = product(range(crops_per_side), repeat=2)  # in SAM's order, which decides between equally good masks
+        crop_width, crop_height = (
+            math.ceil((overlap_pixels * (crops_per_side - 1) + side) / crops_per_side) for side in (width, height)
+        )
+        grid_cells = product(
+            range(crops_per_side), repeat=2
+        )  # in SAM's order, which decides between equally good masks
         origins = [((crop_width - overlap_pixels) * i, (crop_height - overlap_pixels) * j) for i, j in grid_cells]
         windows += [(x, y, min(x + crop_width, width), min(y + crop_height, height)) for x, y in origins]
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in windows if x1 < x2 and y1 < y2]  # narrow images have fewer
@@ -355,5 +378,6 @@ def _is_cut_off(box: Sequence[float], window: Window, image_size: tuple[int, int
     inclusive_box = (x1, y1, x2 - 1, y2 - 1)  # SAM's boxes end at the last pixel
     limits = (0, 0, *image_size)
     return any(
-        abs(at - edge) <= CROP_EDGE_TOLERANCE and abs(at - limit) > CROP_EDGE_TOLERANCE for at, edge, limit in zip(inclusive_box, window, limits, strict=True)
+        abs(at - edge) <= CROP_EDGE_TOLERANCE and abs(at - limit) > CROP_EDGE_TOLERANCE
+        for at, edge, limit in zip(inclusive_box, window, limits, strict=True)
     )

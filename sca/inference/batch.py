@@ -21,11 +21,11 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 
 from sca.inference.automatic import caption_everything, resolve_everything_options
 from sca.inference.engine import MaskEngine
-from sca.inference.generation import resolve_generation_options
+from sca.inference.generation_options import resolve_generation_options
 from sca.inference.job import CaptionJob, RegionSource, SearchedRegions
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
-from sca.io.images import open_image, format_path
+from sca.io.images import format_path, open_image
 from sca.output.captioned import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # what cannot be used
@@ -67,7 +67,9 @@ class BatchCaptioner:
     def __init__(self, job: CaptionJob, region_source: RegionSource):
         self.job, self.region_source, self.captioner = job, region_source, job.load_captioner()
         self._generation = resolve_generation_options(self.captioner, **job.generation_options)
-        self._engine = _check_can_search(self.captioner, job.model) if isinstance(region_source, SearchedRegions) else None
+        self._engine = (
+            _check_can_search(self.captioner, job.model) if isinstance(region_source, SearchedRegions) else None
+        )
 
     def caption_images(
         self,
@@ -102,7 +104,10 @@ class BatchCaptioner:
             except InputError as error:
                 yield Failure(path, f"{format_path(path)}: {error}", UNUSABLE_PROMPTS)
                 continue
-            yield from (Failure(path, f"{format_path(path)}: {problem}", UNUSABLE_PROMPTS, is_entire_image=False) for problem in problems)
+            yield from (
+                Failure(path, f"{format_path(path)}: {problem}", UNUSABLE_PROMPTS, is_entire_image=False)
+                for problem in problems
+            )
             batch.append((path, image, prompts))
             if len(batch) == self.job.batch_size:
                 yield from self._caption_batch(batch, keep_images)
@@ -121,7 +126,11 @@ class BatchCaptioner:
         yield from map(ImageCaptions, paths, images, captions)
 
     def _caption_everything(
-        self, engine: MaskEngine, opened_images: OpenedImages, keep_images: bool, progress: Callable[[int, int], None] | None
+        self,
+        engine: MaskEngine,
+        opened_images: OpenedImages,
+        keep_images: bool,
+        progress: Callable[[int, int], None] | None,
     ) -> CaptionResults:
         job, proposer = self.job, self.region_source.proposer
         options, predictor = resolve_everything_options(engine, job.search_options), Predictor(engine)
@@ -160,12 +169,14 @@ def caption_requests(
         requests: For each image its prompts, which fit it.
         task: "caption" or "recognition".
         encoded: What `captioner.encode` returned for the images, if it was called before.
-        **generation: As returned by `sca.inference.generation.settle_generation`.
+        **generation: As returned by `sca.inference.generation_options.settle_generation`.
     """
     if hasattr(captioner, "answer"):
         return captioner.answer(captioner.encode(images) if encoded is None else encoded, requests, task, **generation)
     image_requests = zip(images, requests, strict=True)
-    return [captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests]
+    return [
+        captioner.caption(image, request, task, **generation) if request else [] for image, request in image_requests
+    ]
 
 
 def _open_images(paths: Iterable[Path], captioned: Mapping[str, CaptionedImage]) -> OpenedImages:

@@ -15,8 +15,8 @@ from sca_registry.spec import EverythingOptions
 from torch import Tensor
 
 from sca.inference.processor import InputFrame, Processor
-from sca.inference.requests import check_task
-from sca.io.masks import mask_to_box, encode_rle
+from sca.inference.prompt_arguments import check_task
+from sca.io.masks import encode_rle, mask_to_box
 from sca.language_models.usage import count_tokens
 from sca.model import NON_FINITE_HINT, SegmentCaptioner
 from sca.nn.masks import select_best_masks
@@ -112,7 +112,9 @@ class MaskEngine(ABC):
         return masks_by_prompt
 
     @torch.inference_mode()
-    def predict_best_masks(self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]]) -> list[PredictedMask | None]:
+    def predict_best_masks(
+        self, encoded: EncodedImages, requests: Sequence[Sequence[Prompt]]
+    ) -> list[PredictedMask | None]:
         """Predict the best mask of each prompt.
 
         Args:
@@ -156,7 +158,7 @@ class MaskEngine(ABC):
             requests: For each of the B images its prompts, which fit it.
             task: "caption" or "recognition".
             masks: Compute full-size masks. Without them a caption of a point or a mask may have no box either.
-            **generation: As returned by `sca.inference.generation.settle_generation`.
+            **generation: As returned by `sca.inference.generation_options.settle_generation`.
 
         Returns:
             For each image its captions, in the order of its prompts.
@@ -187,12 +189,16 @@ class MaskEngine(ABC):
         """A chunk of regions at a time, with their places in the flattened requests."""
         for indices, prompt_batch in self.processor.group_prompts(requests, encoded.frames):
             for chunk_index, chunk in enumerate(prompt_batch.to(self.device).iter_chunks(self.region_batch_size)):
-                chunk_indices = indices[chunk_index * self.region_batch_size : chunk_index * self.region_batch_size + len(chunk)]
+                chunk_indices = indices[
+                    chunk_index * self.region_batch_size : chunk_index * self.region_batch_size + len(chunk)
+                ]
                 yield chunk_indices, chunk, self.model.segment(encoded.features, chunk, multimask_output)
 
     def _iter_rles(self, logits: Tensor, image_index: Tensor, frames: Sequence[InputFrame]) -> Iterator[dict[str, Any]]:
         """(N, 4h, 4w) logits -> RLE in image pixels, one at a time: full-size masks of many regions are large."""
-        return map(encode_rle, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()]))
+        return map(
+            encode_rle, self.processor.iter_binary_masks(logits, [frames[image] for image in image_index.tolist()])
+        )
 
 
 class Engine(MaskEngine):
@@ -235,16 +241,30 @@ class Engine(MaskEngine):
         **generation: Any,
     ) -> list[list[Caption]]:
         check_task(task)
-        flat_requests = [(image_index, prompt, region_index) for image_index, r in enumerate(requests) for region_index, prompt in enumerate(r)]
+        flat_requests = [
+            (image_index, prompt, region_index)
+            for image_index, r in enumerate(requests)
+            for region_index, prompt in enumerate(r)
+        ]
         flat_captions: list[Caption | None] = [None] * len(flat_requests)
         for indices, prompts in self.processor.group_prompts(requests, encoded.frames):
-            scored_texts, usages, rles, predicted_ious = self._caption_prompt_batch(encoded, prompts, TASKS.index(task), masks, generation)
+            scored_texts, usages, rles, predicted_ious = self._caption_prompt_batch(
+                encoded, prompts, TASKS.index(task), masks, generation
+            )
             for row, index in enumerate(indices):
                 _, prompt, region_index = flat_requests[index]
                 box = prompt.box or (rles[row] and mask_to_box(rles[row]))
                 (text, score), *alternatives = scored_texts[row]
                 flat_captions[index] = Caption(
-                    text, score, box, rles[row], predicted_ious[row], prompt, region_index, tuple(alternatives), usages[row]
+                    text,
+                    score,
+                    box,
+                    rles[row],
+                    predicted_ious[row],
+                    prompt,
+                    region_index,
+                    tuple(alternatives),
+                    usages[row],
                 )
         captions: list[list[Caption]] = [[] for _ in requests]
         for (image_index, _, _), caption in zip(flat_requests, flat_captions, strict=True):
@@ -261,10 +281,18 @@ class Engine(MaskEngine):
     ) -> list[Caption]:
         (captions,) = self.caption_batch(encoded, [prompts], task, masks=False, **generation)
         captions_with_masks = zip(captions, masks, strict=True)
-        return [replace(caption, mask=rle, box=mask_to_box(rle), iou=predicted_iou) for caption, (rle, predicted_iou) in captions_with_masks]
+        return [
+            replace(caption, mask=rle, box=mask_to_box(rle), iou=predicted_iou)
+            for caption, (rle, predicted_iou) in captions_with_masks
+        ]
 
     def _caption_prompt_batch(
-        self, encoded: EncodedImages, prompts: PromptBatch, task_id: int, return_masks: bool, generation: Mapping[str, Any]
+        self,
+        encoded: EncodedImages,
+        prompts: PromptBatch,
+        task_id: int,
+        return_masks: bool,
+        generation: Mapping[str, Any],
     ) -> tuple[list[list[tuple[str, float]]], list[TokenUsage], list[Any], list[Any]]:
         """Texts with their scores, tokens, mask (RLE) and predicted IoU of each row of homogeneous prompts; the last
         two may be None.
@@ -287,7 +315,9 @@ class Engine(MaskEngine):
         no_values = [None] * len(prompts)
         scores = generated.scores.exp().tolist()
         sequences = generated.sequences.tolist()
-        scored_texts = [list(zip(self._decode_texts(rows), each, strict=True)) for rows, each in zip(sequences, scores, strict=True)]
+        scored_texts = [
+            list(zip(self._decode_texts(rows), each, strict=True)) for rows, each in zip(sequences, scores, strict=True)
+        ]
         tokenizer = self.model.language_model.tokenizer
         usages = [count_tokens(prefix.shape[1], rows, [tokenizer.eos_token_id]) for rows in sequences]
         return scored_texts, usages, rles or no_values, predicted_ious or no_values

@@ -11,7 +11,7 @@ import sca_registry
 import torch
 from sca_registry import RegistryError, zoo
 from sca_registry.contracts import Captioner
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.spec import Part
 
 from sca.checkpoints.load import load
@@ -69,7 +69,9 @@ def captioner(
         return _build_captioner(name, device, options)
     if len(names) == 2:
         known_names = sca_registry.captioners.list_names()
-        raise make_unknown_name_error(f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names)
+        raise make_unknown_name_error(
+            f"{part.name!r} is encoder+captioner, and no captioner is named {name!r}", name, known_names
+        )
     if name in zoo.list_names() or "/" in name or os.sep in name:
         return _load_engine(name, device, trust_options, **options)
     known_names = [*zoo.list_names(), *sca_registry.captioners.list_names()]
@@ -79,12 +81,18 @@ def captioner(
 
 def _build_captioner(name: str, device: str | torch.device, options: Mapping[str, Any]) -> Captioner:
     option_names = sca_registry.captioners.load_entry(name).options
-    device_options = {"device": str(resolve_device(device))} if "device" in option_names else {}  # what looks at nothing runs nowhere
+    device_options = (
+        {"device": str(resolve_device(device))} if "device" in option_names else {}
+    )  # what looks at nothing runs nowhere
     return sca_registry.captioners.build(name, **device_options, **options)
 
 
-def _load_engine(source: str | Path, device: str | torch.device, trust_options: Mapping[str, Any], **options: Any) -> Engine:
+def _load_engine(
+    source: str | Path, device: str | torch.device, trust_options: Mapping[str, Any], **options: Any
+) -> Engine:
     for option in options:
         if option not in ("dtype", "regions"):
-            raise make_unknown_name_error(f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions"))
+            raise make_unknown_name_error(
+                f"the model {str(source)!r} has no option {option!r}", option, ("dtype", "regions")
+            )
     return Engine(load(source, device, options.pop("dtype", None), **trust_options), **options)

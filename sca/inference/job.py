@@ -12,13 +12,20 @@ from sca_registry.contracts import Captioner, Prompt, Proposer
 from sca_registry.spec import Part
 
 from sca.devices import resolve_device
-from sca.inference.requests import check_task
+from sca.inference.prompt_arguments import check_task
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.labelme import list_labelme_files
 from sca.io.errors import InputError
 from sca.io.images import format_path
 from sca.io.prompt_files import read_region_prompts
-from sca.io.prompts import check_and_count_clipping, list_mask_files, parse_box, parse_point, parse_region, read_mask_file
+from sca.io.prompts import (
+    check_and_count_clipping,
+    list_mask_files,
+    parse_box,
+    parse_point,
+    parse_region,
+    read_mask_file,
+)
 from sca.io.region_prompts import RegionPrompts
 from sca.io.run_folder import iter_existing_paths
 from sca.io.validation import check_range

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
-from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, PredictedMask, MaskEngine
-from sca.inference.generation import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
-from sca.inference.requests import check_prompts, check_task, collect_prompts
+from sca.inference.engine import REGION_BATCH_SIZE, EncodedImages, Engine, MaskEngine, PredictedMask
+from sca.inference.generation_options import GENERATION_OPTIONS, reject_unknown_arguments, resolve_generation_options
+from sca.inference.prompt_arguments import check_prompts, check_task, collect_prompts
 from sca.io.errors import InputError
 from sca.io.images import convert_to_rgb
 from sca.io.masks import RLE
@@ -83,7 +83,7 @@ class Predictor:
         """Caption regions of the image that is set: each prompt, then each box, each point and each mask.
 
         Coordinates are pixels of the upright image: x to the right, y down. Options of generation that are None are the
-        model's own; see `sca.inference.generation.settle_generation`.
+        model's own; see `sca.inference.generation_options.settle_generation`.
 
         Args:
             prompts: Regions with any combination of a box, points and a mask.
@@ -176,7 +176,9 @@ class Predictor:
             TypeError: An unknown keyword; names the closest one.
             ValueError: What `predict` refuses, with the image's index, or another number of requests than of images.
         """
-        reject_unknown_arguments("predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS))
+        reject_unknown_arguments(
+            "predict_batch", unknown_arguments, ("images", "requests", "task", *GENERATION_OPTIONS)
+        )
         check_task(task)
         if not isinstance(images, Sequence | np.ndarray) or not isinstance(requests, Sequence):
             raise ValueError("images and requests are lists: one list of prompts for each image")
@@ -204,7 +206,9 @@ class Predictor:
         results: list[list[Caption]] = []
         for start in range(0, len(upright_images), ENCODE_BATCH_SIZE):
             batch = slice(start, start + ENCODE_BATCH_SIZE)
-            results += self.engine.caption_batch(self.engine.encode(upright_images[batch]), checked_requests[batch], task, **generation)
+            results += self.engine.caption_batch(
+                self.engine.encode(upright_images[batch]), checked_requests[batch], task, **generation
+            )
         return results
 
     def _collect_prompts(

@@ -67,7 +67,7 @@ class Processor:
         return InputFrame(width, height, (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))))
 
     def preprocess_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> (B, 3, S, S), normalised; what a padded picture does not fill is zero."""
+        """RGB pictures -> (B, 3, S, S), normalized; what a padded picture does not fill is zero."""
         frame_size = self.image_format.size
         batch = np.zeros((len(images), 3, frame_size, frame_size), dtype=np.float32)
         for padded_image, image in zip(batch, images, strict=True):
@@ -80,7 +80,9 @@ class Processor:
             padded_image[:, :height, :width] = values.transpose(2, 0, 1)
         return torch.from_numpy(batch)
 
-    def group_prompts(self, requests: Sequence[Sequence[Prompt]], frames: Sequence[InputFrame]) -> list[tuple[list[int], PromptBatch]]:
+    def group_prompts(
+        self, requests: Sequence[Sequence[Prompt]], frames: Sequence[InputFrame]
+    ) -> list[tuple[list[int], PromptBatch]]:
         """Requests of B images -> homogeneous buckets, each with the place of its rows in the flattened request."""
         buckets: dict[tuple, list[tuple[int, int, Prompt]]] = {}
         index = 0
@@ -89,7 +91,10 @@ class Processor:
                 prompt_type = (prompt.box is not None, len(prompt.points), prompt.mask is not None)
                 buckets.setdefault(prompt_type, []).append((index, image_index, prompt))
                 index += 1
-        return [([index for index, _, _ in entries], self._make_prompt_batch(entries, frames)) for entries in buckets.values()]
+        return [
+            ([index for index, _, _ in entries], self._make_prompt_batch(entries, frames))
+            for entries in buckets.values()
+        ]
 
     def _make_prompt_batch(self, entries: list[tuple[int, int, Prompt]], frames: Sequence[InputFrame]) -> PromptBatch:
         first_prompt = entries[0][2]
@@ -152,7 +157,9 @@ class Processor:
             rows = range(start, min(start + masks_per_copy, len(frames)))
             flat_masks = [binarize_row(row) for row in rows]
             pixels = torch.cat(flat_masks).cpu().numpy()
-            for row, flat_mask in zip(rows, np.split(pixels, np.cumsum([len(flat_mask) for flat_mask in flat_masks])[:-1]), strict=True):
+            for row, flat_mask in zip(
+                rows, np.split(pixels, np.cumsum([len(flat_mask) for flat_mask in flat_masks])[:-1]), strict=True
+            ):
                 y, x = windows[row]
                 mask = np.zeros((frames[row].width, frames[row].height), dtype=bool)
                 mask[x, y] = flat_mask.reshape(x.stop - x.start, y.stop - y.start)
@@ -190,31 +197,42 @@ class Processor:
             if len(self._upscalings) >= MAX_CACHED_FRAMES:
                 self._upscalings.clear()
             axis_lengths = frame.content_size[::-1], (frame.height, frame.width)
-            self._upscalings[frame, device] = tuple(self._compute_upscaling(*each, device) for each in zip(*axis_lengths, strict=True))
+            self._upscalings[frame, device] = tuple(
+                self._compute_upscaling(*each, device) for each in zip(*axis_lengths, strict=True)
+            )
         return self._upscalings[frame, device]
 
     def _compute_upscaling(self, content_length: int, length: int, device: torch.device) -> AxisUpscaling:
         """One side of a mask, of which `used` of S pixels are the image, stretched to `length` pixels."""
         identity = torch.eye(4 * self.grid_size)[None, None]
-        upscaled = F.interpolate(identity, (self.image_format.size, len(identity[0, 0])), mode="bilinear", align_corners=False)
-        weights = F.interpolate(upscaled[..., :content_length, :], (length, len(identity[0, 0])), mode="bilinear", align_corners=False)
+        upscaled = F.interpolate(
+            identity, (self.image_format.size, len(identity[0, 0])), mode="bilinear", align_corners=False
+        )
+        weights = F.interpolate(
+            upscaled[..., :content_length, :], (length, len(identity[0, 0])), mode="bilinear", align_corners=False
+        )
         weights = weights[0, 0]
         has_weight = weights != 0
         first, last = has_weight.int().argmax(0), length - has_weight.flip(0).int().argmax(0)
         return AxisUpscaling(weights.to(device), first.tolist(), last.tolist())
 
 
-def _compute_pixel_windows(is_above: Tensor, upscalings: Sequence[tuple[AxisUpscaling, AxisUpscaling]]) -> list[tuple[slice, slice]]:
+def _compute_pixel_windows(
+    is_above: Tensor, upscalings: Sequence[tuple[AxisUpscaling, AxisUpscaling]]
+) -> list[tuple[slice, slice]]:
     """Rows and columns of pixels that the true cells of (N, 4h, 4w) masks have a say in; no other pixel is above the
     level that those cells are above.
     """
     is_hit = torch.stack((is_above.any(2), is_above.any(1)), dim=1).cpu().numpy()  # (N, 2, 4h): rows, columns
     return [
-        (_compute_pixel_span(down, rows), _compute_pixel_span(across, columns)) for (down, across), (rows, columns) in zip(upscalings, is_hit, strict=True)
+        (_compute_pixel_span(down, rows), _compute_pixel_span(across, columns))
+        for (down, across), (rows, columns) in zip(upscalings, is_hit, strict=True)
     ]
 
 
-def _upscale_window(logits: Tensor, upscalings: tuple[AxisUpscaling, AxisUpscaling], window: tuple[slice, slice]) -> Tensor:
+def _upscale_window(
+    logits: Tensor, upscalings: tuple[AxisUpscaling, AxisUpscaling], window: tuple[slice, slice]
+) -> Tensor:
     """(4h, 4w) logits stretched to the pixels of a window: (columns, rows)."""
     (down, across), (y, x) = upscalings, window
     return across.weights[x] @ logits.float().T @ down.weights[y].T

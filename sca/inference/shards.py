@@ -80,7 +80,9 @@ def open_sharded_run(
     """
     fingerprints = {name: _compute_fingerprint(content) for name, content in shards.items()}
     with RunFolder(folder, RUN_KIND, OUTPUT_PATTERNS) as run_folder:
-        yield ShardedRun(run_folder, shards, fingerprints, begin_sharded_run(run_folder, settings, fingerprints, inputs, overwrite))
+        yield ShardedRun(
+            run_folder, shards, fingerprints, begin_sharded_run(run_folder, settings, fingerprints, inputs, overwrite)
+        )
 
 
 class ShardedRun:
@@ -120,7 +122,11 @@ class ShardedRun:
                     {
                         "job": job_fields,
                         "content": content,
-                        "keys": {path: image_keys[Path(path)] for path in content.get("images", ()) if Path(path) in image_keys},
+                        "keys": {
+                            path: image_keys[Path(path)]
+                            for path in content.get("images", ())
+                            if Path(path) in image_keys
+                        },
                         "folder": os.getcwd(),
                         "device": job.device,
                     },
@@ -165,7 +171,9 @@ def caption_shard(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     text = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="sca-") as unpack_folder:
         try:
-            image_paths, unpack_problems = _unpack_images(content["tar"], unpack_folder) if "tar" in content else (content["images"], [])
+            image_paths, unpack_problems = (
+                _unpack_images(content["tar"], unpack_folder) if "tar" in content else (content["images"], [])
+            )
             problems = [(line, UNUSABLE_IMAGE) for line in unpack_problems]
             keys = None if "tar" in content else {Path(path): key for path, key in config["keys"].items()}
             problems += _write_captions(job, [Path(name) for name in image_paths], keys, text) if image_paths else []
@@ -206,9 +214,13 @@ def name_shards(archives: Iterable[str], paths: Sequence[Path], size: int) -> di
     for archive in sorted(archives):
         name = Path(archive).stem
         if name in archives_by_name:
-            raise ValueError(f"{archive} and {archives_by_name[name]} would both be {name}.jsonl: caption them into two folders")
+            raise ValueError(
+                f"{archive} and {archives_by_name[name]} would both be {name}.jsonl: caption them into two folders"
+            )
         archives_by_name[name] = archive
-    shards: dict[str, ShardContent] = {name: {"tar": os.path.abspath(archive)} for name, archive in archives_by_name.items()}
+    shards: dict[str, ShardContent] = {
+        name: {"tar": os.path.abspath(archive)} for name, archive in archives_by_name.items()
+    }
     free_names = (name for number in count() if (name := f"shard-{number:05d}") not in archives_by_name)
     for start in range(0, len(paths), size):
         shards[next(free_names)] = {"images": [str(path) for path in paths[start : start + size]]}
@@ -255,7 +267,9 @@ def begin_sharded_run(
     problems = {str(entry.get("shard")): _parse_problems(entry.get("problems")) for entry in entries}
     loose_settings = ("images", "shards") if not overwrite and finished.items() <= fingerprints.items() else ()
     outputs = [JOURNAL_NAME, *map(_make_output_pattern, fingerprints)]
-    folder.begin({**settings, "shards": fingerprints}, outputs, inputs, overwrite=overwrite, ignored_settings=loose_settings)
+    folder.begin(
+        {**settings, "shards": fingerprints}, outputs, inputs, overwrite=overwrite, ignored_settings=loose_settings
+    )
     kept_outputs = set() if overwrite else {JOURNAL_NAME, *map(_make_output_pattern, finished)}
     folder.delete_outputs(set(folder.last_run.outputs if folder.last_run else ()) - kept_outputs)
     return {name: problems[name] for name in finished if (folder.path / f"{name}.jsonl").is_file()}
@@ -295,7 +309,9 @@ def _unpack_images(archive: str, folder: str) -> tuple[list[str], list[str]]:
                     if isinstance(error, OSError) and error.errno not in FILE_NAME_ERRORS:  # such as a full disk
                         raise ValueError(f"cannot unpack {format_path(archive)}: {error.strerror or error}") from error
                     reason = " ".join(str(error).split())
-                    problems.append(f"{format_path(member.name)} of {format_path(archive)} cannot be unpacked ({reason}); rename it")
+                    problems.append(
+                        f"{format_path(member.name)} of {format_path(archive)} cannot be unpacked ({reason}); rename it"
+                    )
                 else:
                     paths.append(str(Path(folder, safe_member.name)))
     except (OSError, tarfile.TarError) as error:

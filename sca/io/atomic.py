@@ -16,9 +16,9 @@ from glob import escape
 from pathlib import Path
 
 from sca.io.errors import InputError, OutputError
+from sca.io.file_lock import is_locked, lock_file
 from sca.io.images import format_path
 from sca.io.json import open_regular_file
-from sca.io.lock import is_locked, lock_file
 
 DRAFT_NAME = ".sca-{}.part"  # the name that a file has while it is written
 RANDOM_HEX_GLOB = "[0-9a-f]" * 16  # matches `secrets.token_hex(8)`
@@ -42,7 +42,9 @@ class AtomicFile:
         self.path = path
         with translate_output_errors(path):
             self.replaces_file = _is_replaceable_file(path)
-            self._write_path = path if visible and not self.replaces_file else path.with_name(DRAFT_NAME.format(secrets.token_hex(8)))
+            self._write_path = (
+                path if visible and not self.replaces_file else path.with_name(DRAFT_NAME.format(secrets.token_hex(8)))
+            )
             self._file = open(self._write_path, "xb", buffering=0)  # noqa: SIM115 (closed by keep and drop)
             lock_file(self._file)  # a draft whose lock can be taken was left by a killed process
 
@@ -160,7 +162,9 @@ def check_folder_replaceable(folder: Path, replaceable: Iterable[str] = ()) -> N
     others = sorted({entry.name for entry in folder.iterdir()} - set(replaceable))
     if others:
         entry_names = ", ".join(map(format_path, others[:3])) + (", ..." if len(others) > 3 else "")
-        raise OutputError(f"{format_path(folder)} is not a new or empty folder: it contains {entry_names}; choose another one")
+        raise OutputError(
+            f"{format_path(folder)} is not a new or empty folder: it contains {entry_names}; choose another one"
+        )
 
 
 def remove_drafts(folder: Path) -> None:
@@ -214,7 +218,9 @@ def make_write_error(path: Path | str, error: OSError) -> OutputError:
         remedy = "choose another folder"
     else:
         remedy = "free some space or choose another folder"
-    return OutputError(f"cannot write {format_path(path)}: {error.strerror or str(error) or type(error).__name__}; {remedy}")
+    return OutputError(
+        f"cannot write {format_path(path)}: {error.strerror or str(error) or type(error).__name__}; {remedy}"
+    )
 
 
 def _is_replaceable_file(path: Path) -> bool:

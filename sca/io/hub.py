@@ -32,22 +32,22 @@ from huggingface_hub.errors import (
 from sca.io.atomic import write_file
 from sca.io.cache import get_cache_folder
 from sca.io.errors import InputError, LockedError
+from sca.io.file_lock import hold_lock
 from sca.io.json import read_json
-from sca.io.lock import hold_lock
 from sca.io.weight_files import (
     ADAPTER_CONFIG_FILE,
+    NATIVE_SPEC_FILE,
     NATIVE_WEIGHTS_FILE,
     SAFETENSORS_FILE,
-    NATIVE_SPEC_FILE,
     SPECIAL_TOKEN_ID_FIELDS,
     check_is_not_lfs_pointer,
     check_regular_files,
-    read_token_ids,
-    translate_load_errors,
-    require_weight_files,
-    format_first_names,
     find_weight_files,
+    format_first_names,
     has_complete_weights,
+    read_token_ids,
+    require_weight_files,
+    translate_load_errors,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +68,11 @@ COMMIT_PATTERN = re.compile("[0-9a-f]{40}")
 
 
 def fetch_model_folder(
-    source: str | Path, revision: str | None = None, include_weights: bool = True, include_code: bool = False, prefix: str = ""
+    source: str | Path,
+    revision: str | None = None,
+    include_weights: bool = True,
+    include_code: bool = False,
+    prefix: str = "",
 ) -> Path:
     """The folder of pretrained weights: `source` itself if it is one, else the copy of a hub id in the cache, which is
     fetched if it is not there or not whole. weights: False where configurations and tokenizers will do. code: whether
@@ -84,7 +88,11 @@ def fetch_model_folder(
     revision = revision or get_pinned_commit(str(source))
     cached = _find_cached_folder(str(source), revision, prefix)
     is_sufficient = cached and (has_complete_weights(cached, prefix) if include_weights else any(cached.glob("*.json")))
-    return cached if cached and is_sufficient else download_model_files(str(source), revision, include_weights, include_code, prefix)
+    return (
+        cached
+        if cached and is_sufficient
+        else download_model_files(str(source), revision, include_weights, include_code, prefix)
+    )
 
 
 def resolve_local_path(source: str | Path) -> Path | None:
@@ -190,11 +198,15 @@ def _read_pinned_commits() -> dict[str, str]:
         return {}
     commits = pins.values() if isinstance(pins, dict) else [pins]
     if not all(isinstance(commit, str) and COMMIT_PATTERN.fullmatch(commit) for commit in commits):
-        raise InputError(f"{get_cache_folder() / PINNED_COMMITS_FILE} is not a table of commits; delete it and pull again")
+        raise InputError(
+            f"{get_cache_folder() / PINNED_COMMITS_FILE} is not a table of commits; delete it and pull again"
+        )
     return pins
 
 
-def download_model_files(name: str, revision: str | None = None, include_weights: bool = True, include_code: bool = False, prefix: str = "") -> Path:
+def download_model_files(
+    name: str, revision: str | None = None, include_weights: bool = True, include_code: bool = False, prefix: str = ""
+) -> Path:
     """Fetches the newest files of a hub id, with a progress bar; what is here already is not fetched again, and what
     was cut off goes on. The folder in the cache. Raises InputError.
     """
@@ -206,7 +218,9 @@ def download_model_files(name: str, revision: str | None = None, include_weights
     if include_weights and NATIVE_SPEC_FILE in files:
         patterns.append(NATIVE_WEIGHTS_FILE)
     elif include_weights:
-        has_safetensors = any(file in (prefix + SAFETENSORS_FILE, f"{prefix}{SAFETENSORS_FILE}.index.json") for file in files)
+        has_safetensors = any(
+            file in (prefix + SAFETENSORS_FILE, f"{prefix}{SAFETENSORS_FILE}.index.json") for file in files
+        )
         patterns.append(prefix + ("model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"))
     with _translate_hub_errors(name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -218,7 +232,7 @@ def list_usage_terms(name: str) -> list[str]:
 
     cards = [registry.get_card(part) for registry in REGISTRIES.values() for part in registry.list_names()]
     matching_cards = [card for card in cards if card.terms and card.options.get("weights") == name]
-    return [f"{name} ({card.licence}): {card.terms}" for card in matching_cards][:1]
+    return [f"{name} ({card.license}): {card.terms}" for card in matching_cards][:1]
 
 
 def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: str = "") -> Path:
@@ -237,7 +251,11 @@ def fetch_weight_file(source: str | Path, revision: str | None = None, prefix: s
 
 
 def load_pretrained(
-    cls: type[Model], source: str | Path, revision: str | None = None, ignored_prefixes: Sequence[str] = (), **options: Any
+    cls: type[Model],
+    source: str | Path,
+    revision: str | None = None,
+    ignored_prefixes: Sequence[str] = (),
+    **options: Any,
 ) -> Model:
     """`cls.from_pretrained` that leaves nothing at random: every tensor of the model must be among the weights, and
     every weight must have its place, but for those whose name begins with one of `elsewhere`.
@@ -258,7 +276,9 @@ def load_pretrained(
         )
     if model.can_generate():
         model_defaults = GenerationConfig.from_model_config(model.config)
-        model.generation_config = GenerationConfig(**{name: getattr(model_defaults, name, None) for name in SPECIAL_TOKEN_ID_FIELDS} | ids)
+        model.generation_config = GenerationConfig(
+            **{name: getattr(model_defaults, name, None) for name in SPECIAL_TOKEN_ID_FIELDS} | ids
+        )
     unexpected = [name for name in loading_info["unexpected_keys"] if not name.startswith(tuple(ignored_prefixes))]
     for problem, names in (
         ("lacks", loading_info["missing_keys"]),
@@ -266,7 +286,9 @@ def load_pretrained(
         ("has no place for", unexpected),
     ):
         if names:
-            raise InputError(f"{source} does not fit a {cls.__name__}: it {problem} {format_first_names(sorted(names))}")
+            raise InputError(
+                f"{source} does not fit a {cls.__name__}: it {problem} {format_first_names(sorted(names))}"
+            )
     return model
 
 

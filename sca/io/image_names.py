@@ -18,13 +18,15 @@ from urllib.parse import quote, unquote
 
 from sca.io.errors import InputError
 from sca.io.images import read_image_file_size
-from sca.io.notices import warn_once
+from sca.io.warnings_once import warn_once
 
 URL_PATTERN = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:\w+/", re.IGNORECASE)  # a drive, C:/, is one letter
 FILE_URL_PATTERN = re.compile(r"file://[^/\\]*(?=[/\\])", re.IGNORECASE)
 DRIVE_PATTERN = re.compile(r"[a-z]:(?=/)|//", re.IGNORECASE)  # C:/ or a network share
 LOCAL_FILES_PREFIX = "/data/local-files/?d="  # Label Studio's URL of a file in its document root
-UPLOAD_FOLDER_PATTERN = re.compile(r"(?:/data|[./\w-]*/media)/upload/\d+/")  # of Label Studio: in tasks and in COCO exports
+UPLOAD_FOLDER_PATTERN = re.compile(
+    r"(?:/data|[./\w-]*/media)/upload/\d+/"
+)  # of Label Studio: in tasks and in COCO exports
 UPLOAD_PREFIX_PATTERN = re.compile(r"[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
 EXPORT_IMAGE_FOLDER = "images"  # where exports of labeling tools store images, beside the annotations or below them
 
@@ -78,7 +80,9 @@ class ImageNameResolver:
 
     def __init__(self, locate: Callable[[str], Path]):
         self._locate = locate
-        self._resolved_names: dict[str, tuple[str, str]] = {}  # name -> first name with the same meaning, and of the same file
+        self._resolved_names: dict[
+            str, tuple[str, str]
+        ] = {}  # name -> first name with the same meaning, and of the same file
         self._name_by_path: dict[str, str] = {}
         self._name_by_file: dict[str, str] = {}
 
@@ -141,7 +145,9 @@ def list_possible_file_names(name: str) -> set[str]:
     """Return the file names, without folders and composed (NFC), that a written name could mean."""
     name = re.split("[?#]", name)[0] if is_url(name) else name
     file_names = {split_path_parts(form.path)[-1] for form in _iter_spellings(name) if split_path_parts(form.path)}
-    file_names |= {UPLOAD_PREFIX_PATTERN.sub("", each, count=1) for each in file_names} if _has_upload_prefix(name) else set()
+    file_names |= (
+        {UPLOAD_PREFIX_PATTERN.sub("", each, count=1) for each in file_names} if _has_upload_prefix(name) else set()
+    )
     return {unicodedata.normalize("NFC", each) for each in file_names} | {re.split(r"[\\/]", name)[-1]}
 
 
@@ -159,7 +165,9 @@ def add_image_prefix(path: str, prefix: str) -> str:
         return path
     parts = split_path_parts(path)
     if ".." in parts:
-        raise ValueError(f"{_shorten_name(path)} leaves the folder that the image prefix serves; name images without '..'")
+        raise ValueError(
+            f"{_shorten_name(path)} leaves the folder that the image prefix serves; name images without '..'"
+        )
     return prefix + quote("/".join(parts), safe="/", errors="surrogateescape")
 
 
@@ -195,7 +203,10 @@ def _iter_interpretations(name: str) -> Iterator[tuple[list[_NameInterpretation]
     yield spellings, _iter_paths_in_root
     yield spellings, _iter_paths_in_other_folders
     if _has_upload_prefix(name):
-        stripped = [form._replace(path=re.sub(rf"{UPLOAD_PREFIX_PATTERN.pattern}(?=[^/]*$)", "", form.path)) for form in spellings]
+        stripped = [
+            form._replace(path=re.sub(rf"{UPLOAD_PREFIX_PATTERN.pattern}(?=[^/]*$)", "", form.path))
+            for form in spellings
+        ]
         yield stripped, _iter_paths_in_root
         yield stripped, _iter_paths_in_other_folders
 
@@ -205,7 +216,9 @@ def _iter_spellings(name: str) -> Iterator[_NameInterpretation]:
     if name.startswith(LOCAL_FILES_PREFIX):
         value = name.removeprefix(LOCAL_FILES_PREFIX)
         for path in (value, unquote(value), unquote(value.partition("&")[0])):
-            yield _NameInterpretation(f"/{_replace_backslashes(path)}", is_confined=True)  # from its document root, perhaps not ours
+            yield _NameInterpretation(
+                f"/{_replace_backslashes(path)}", is_confined=True
+            )  # from its document root, perhaps not ours
     elif upload := UPLOAD_FOLDER_PATTERN.match(name):
         if not name.startswith("/"):
             yield _NameInterpretation(name)
@@ -260,7 +273,9 @@ def _iter_paths_in_other_folders(interpretation: _NameInterpretation, root: Path
     parts, root_parts = split_path_parts(interpretation.path), Path(os.path.abspath(root)).parts
     for count in range(len(parts)):
         remaining_parts = parts[count:]
-        if ".." not in remaining_parts and (count == 0 or interpretation.is_absolute or _are_equal_parts(parts[:count], root_parts[-count:])):
+        if ".." not in remaining_parts and (
+            count == 0 or interpretation.is_absolute or _are_equal_parts(parts[:count], root_parts[-count:])
+        ):
             yield root.joinpath(*remaining_parts)
             yield root.joinpath(EXPORT_IMAGE_FOLDER, *remaining_parts)
 
@@ -268,7 +283,9 @@ def _iter_paths_in_other_folders(interpretation: _NameInterpretation, root: Path
 def _warn_about_substitute(name: str, interpretations: Iterable[_NameInterpretation], substitute: Path) -> None:
     """Report a file that shares no folder with the absolute name that leads to it: only their file names agree."""
     folders = {part for form in interpretations if form.is_absolute for part in split_path_parts(form.path)[-2:-1]}
-    if folders and not any(_are_equal_parts([Path(os.path.abspath(substitute)).parent.name], [folder]) for folder in folders):
+    if folders and not any(
+        _are_equal_parts([Path(os.path.abspath(substitute)).parent.name], [folder]) for folder in folders
+    ):
         warn_once(
             "image of another folder",
             f"{_shorten_name(name)} does not exist; {substitute}, which has the same file name, is used instead",

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from sca.io.errors import ImageMemoryError, InputError, IrregularFileError, TooLargeError
+from sca.io.file_walk import walk_files
 from sca.io.json import open_regular_file
 from sca.io.masks import PIXEL_LIMIT
-from sca.io.notices import warn_once
 from sca.io.validation import is_finite_number
-from sca.io.walk import walk_files
+from sca.io.warnings_once import warn_once
 
 IMAGE_FORMATS = {  # that are read, by Pillow's names, and the suffixes that folders are searched for
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -122,7 +122,9 @@ def open_image_header(file: BinaryIO, display_name: str, max_pixels: int | None 
                 f"{pixel_limit:,} are allowed; scale it down"
             )
         if max_pixels is not None and any(tile[0] in Image.DECODERS for tile in image.tile):
-            raise InputError(f"{display_name} uses a rare variant of {image.format} that decodes slowly; convert it to PNG")
+            raise InputError(
+                f"{display_name} uses a rare variant of {image.format} that decodes slowly; convert it to PNG"
+            )
         return image
 
 
@@ -283,7 +285,8 @@ def _scale_gray(values: np.ndarray, recorded_range: tuple[float, float] | None, 
         black, white = low, high
     if (black, white) not in STANDARD_RANGES:
         warn_once(
-            f"gray {white if black == 0 else 'own range'}", f"{display_name}: gray values are scaled from {black:g}..{white:g}"
+            f"gray {white if black == 0 else 'own range'}",
+            f"{display_name}: gray values are scaled from {black:g}..{white:g}",
         )
     scaled = (np.where(finite, values, low).astype(np.float64) - black) * (255 / ((white - black) or 1))
     return np.rint(scaled.clip(0, 255)).astype(np.uint8)
@@ -322,7 +325,9 @@ def _list_argument_images(path: Path, problems: list[str]) -> list[Path]:
         if not matches:
             raise InputError(f"nothing matches the pattern {format_path(path)}; check the folder and the suffix")
         images = [
-            match for match in matches if (match.is_file() or is_irregular_file(match)) and match.suffix.lower() in IMAGE_SUFFIXES
+            match
+            for match in matches
+            if (match.is_file() or is_irregular_file(match)) and match.suffix.lower() in IMAGE_SUFFIXES
         ]
         if "**" not in str(path):
             images += [image for match in matches if match.is_dir() for image in _list_folder_images(match, problems)]

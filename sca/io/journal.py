@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from sca.io.atomic import translate_output_errors, sync_path, write_all_bytes
+from sca.io.atomic import sync_path, translate_output_errors, write_all_bytes
 from sca.io.errors import InputError, LockedError
+from sca.io.file_lock import lock_file
 from sca.io.images import format_path
 from sca.io.json import open_regular_file, parse_json
-from sca.io.lock import lock_file
 
 SYNC_SECONDS = 3.0  # a power cut loses at most what was appended within this time
 BLOCK_BYTES = 2**20  # bytes

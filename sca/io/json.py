@@ -66,7 +66,9 @@ def parse_json(text: str | bytes, location: str, require_finite: bool = False, a
     return value
 
 
-def parse_json_lines(lines: Iterable[bytes], display_name: str, reject: RejectCallback = raise_error) -> Iterator[tuple[str, Any]]:
+def parse_json_lines(
+    lines: Iterable[bytes], display_name: str, reject: RejectCallback = raise_error
+) -> Iterator[tuple[str, Any]]:
     """Yield the values of JSON Lines, each with its place, "FILE, line N"; blank lines are passed over.
 
     Args:
@@ -128,10 +130,18 @@ def open_regular_file(path: str | Path, require_seekable: bool = False, allow_pi
         raise IrregularFileError(f"{path} is not a regular file; give a file that contains the data itself")
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(descriptor, True)
-    if stat.S_ISREG(mode) and hasattr(os, "pread") and os.pread(descriptor, len(LFS_POINTER_PREFIX), 0) == LFS_POINTER_PREFIX:
+    if (
+        stat.S_ISREG(mode)
+        and hasattr(os, "pread")
+        and os.pread(descriptor, len(LFS_POINTER_PREFIX), 0) == LFS_POINTER_PREFIX
+    ):
         os.close(descriptor)
         raise InputError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
-    return _read_pipe_into_memory(descriptor, path) if require_seekable and not stat.S_ISREG(mode) else open(descriptor, "rb")
+    return (
+        _read_pipe_into_memory(descriptor, path)
+        if require_seekable and not stat.S_ISREG(mode)
+        else open(descriptor, "rb")
+    )
 
 
 def _read_pipe_into_memory(descriptor: int, path: str | Path) -> BinaryIO:

@@ -13,10 +13,10 @@ from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import Annotation, ImageSize, SkipCounter
 from sca.io.coordinates import Box
 from sca.io.errors import InputError
-from sca.io.image_names import ImageNameResolver, resolve_image_path, read_named_image_size, list_possible_file_names
+from sca.io.image_names import ImageNameResolver, list_possible_file_names, read_named_image_size, resolve_image_path
 from sca.io.images import format_path
 from sca.io.json import is_json_lines_file, open_regular_file, parse_json, parse_json_lines, read_regular_file
-from sca.io.prompts import quote_value, parse_field, parse_prompt_fields
+from sca.io.prompts import parse_field, parse_prompt_fields, quote_value
 from sca.io.region_prompts import RegionPromptEntry, RegionPrompts, get_image_root
 from sca.io.validation import read_id, read_image_name, read_recorded_size
 
@@ -52,7 +52,9 @@ def _read_prompt_file(path: Path, skip: SkipCounter, problems: list[str]) -> dic
     with open_regular_file(path, require_seekable=True, allow_pipe=True) as file:
         if is_json_lines_file(path, file, "image"):
             return _read_json_lines(file, path, problems)
-        return _parse_json_content(parse_json(file.read(), format_path(path), allow_surrogates=True), path, skip, problems)
+        return _parse_json_content(
+            parse_json(file.read(), format_path(path), allow_surrogates=True), path, skip, problems
+        )
 
 
 def _read_labelme_folder(folder: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
@@ -77,7 +79,9 @@ def _read_labelme_file(path: Path, skip: SkipCounter, problems: list[str]) -> di
         raise InputError(f"cannot read {format_path(path)}: {error.strerror}; copy it again") from error
 
 
-def _merge_spellings(entries: Mapping[str, list[RegionPromptEntry]], roots: Sequence[Path]) -> dict[str, list[RegionPromptEntry]]:
+def _merge_spellings(
+    entries: Mapping[str, list[RegionPromptEntry]], roots: Sequence[Path]
+) -> dict[str, list[RegionPromptEntry]]:
     """Merge the regions of keys that are spellings of one image file under the first of these keys."""
     name_resolver = ImageNameResolver(partial(resolve_image_path, roots=roots))
     file_names_by_key = {key: list_possible_file_names(key) for key in entries}
@@ -107,7 +111,9 @@ def _parse_line(record: Any, location: str, path: Path) -> tuple[str, RegionProm
     if isinstance(mask, str):
         mask = parse_field(location, "mask", partial(resolve_image_path, roots=[path.parent]), mask)
         if not mask.is_file():
-            raise InputError(f"{location}, 'mask': there is no file {format_path(mask)}; name it relative to {format_path(path)}")
+            raise InputError(
+                f"{location}, 'mask': there is no file {format_path(mask)}; name it relative to {format_path(path)}"
+            )
     return image, RegionPromptEntry(location, box, points, mask, _read_nonzero_size(record, location))
 
 
@@ -127,7 +133,9 @@ def _collect_problems(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _parse_json_content(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+def _parse_json_content(
+    content: Any, path: Path, skip: SkipCounter, problems: list[str]
+) -> dict[str, list[RegionPromptEntry]]:
     if label_studio.is_task(content) or (isinstance(content, list) and content):
         return _parse_label_studio(content, path, skip, problems)
     if isinstance(content, dict) and "shapes" in content:
@@ -159,7 +167,11 @@ def _parse_coco(content: Any, path: Path, skip: SkipCounter, problems: list[str]
             if image_id not in name_by_id:
                 raise InputError(f"{location}, 'image_id': no image has the id {quote_value(image_id)}")
             name = name_by_id[image_id]
-            entries[name].append(RegionPromptEntry(location, _read_coco_box(annotation, location, skip), recorded_size=size_by_name[name]))
+            entries[name].append(
+                RegionPromptEntry(
+                    location, _read_coco_box(annotation, location, skip), recorded_size=size_by_name[name]
+                )
+            )
     return entries
 
 
@@ -173,11 +185,15 @@ def _read_coco_box(annotation: Mapping[str, Any], location: str, skip: SkipCount
     if annotation.get("segmentation"):
         raise InputError(f"{location}, 'segmentation': it is empty; remove the annotation or give a 'bbox'")
     if annotation.get("bbox"):
-        raise InputError(f"{location}, 'bbox': {quote_value(annotation['bbox'])} has no area; width and height are above 0")
+        raise InputError(
+            f"{location}, 'bbox': {quote_value(annotation['bbox'])} has no area; width and height are above 0"
+        )
     raise InputError(f"{location}: neither 'bbox' nor 'segmentation'; an annotation needs one to be a prompt")
 
 
-def _parse_labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+def _parse_labelme(
+    content: Mapping[str, Any], path: Path, skip: SkipCounter, problems: list[str]
+) -> dict[str, list[RegionPromptEntry]]:
     name = read_image_name(content, "imagePath", format_path(path))
     image = parse_field(format_path(path), "imagePath", partial(resolve_image_path, roots=[path.parent]), name)
     size = labelme.find_image_size(content, image, format_path(path))
@@ -185,15 +201,21 @@ def _parse_labelme(content: Mapping[str, Any], path: Path, skip: SkipCounter, pr
     return {name: _make_entries(shapes, size, skip)}
 
 
-def _parse_label_studio(content: Any, path: Path, skip: SkipCounter, problems: list[str]) -> dict[str, list[RegionPromptEntry]]:
+def _parse_label_studio(
+    content: Any, path: Path, skip: SkipCounter, problems: list[str]
+) -> dict[str, list[RegionPromptEntry]]:
     entries: dict[str, list[RegionPromptEntry]] = {}
     measure = partial(read_named_image_size, roots=[path.parent, Path()])
-    for image in label_studio.read_tasks(content, format_path(path), skip, measure, lambda error: problems.append(str(error))):
+    for image in label_studio.read_tasks(
+        content, format_path(path), skip, measure, lambda error: problems.append(str(error))
+    ):
         entries.setdefault(image.name, []).extend(_make_entries(image.annotations, image.size, skip))
     return entries
 
 
-def _make_entries(annotations: Iterable[Annotation], size: ImageSize | None, skip: SkipCounter) -> list[RegionPromptEntry]:
+def _make_entries(
+    annotations: Iterable[Annotation], size: ImageSize | None, skip: SkipCounter
+) -> list[RegionPromptEntry]:
     """Each region by its box, or by its point where it has none."""
     entries = []
     for each in annotations:

@@ -16,11 +16,11 @@ from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.coordinates import Box, clip_box, find_normalized_scale, scale_to_pixels
 from sca.io.errors import InputError
-from sca.io.images import open_undecoded, format_path
+from sca.io.images import format_path, open_undecoded
 from sca.io.json import open_regular_file
-from sca.io.notices import warn_once
 from sca.io.paths import expand_user
 from sca.io.validation import is_finite_number
+from sca.io.warnings_once import warn_once
 
 Point = tuple[float, float, int]
 NPY_MAGIC = b"\x93NUMPY"  # what an array file begins with
@@ -146,7 +146,9 @@ def check_prompt(prompt: Prompt, width: int, height: int) -> Prompt:
     return Prompt(box, points, None if prompt.mask is None else _check_mask(prompt.mask, width, height))
 
 
-def check_and_count_clipping(prompt: Prompt, width: int, height: int, clip_counter: SkipCounter, location: str) -> Prompt:
+def check_and_count_clipping(
+    prompt: Prompt, width: int, height: int, clip_counter: SkipCounter, location: str
+) -> Prompt:
     """`check` a prompt, and count its box in `clipped` under `place` if it reached over the edge."""
     checked_prompt = check_prompt(prompt, width, height)
     if prompt.box is not None and checked_prompt.box != _parse_box_values(prompt.box):
@@ -241,7 +243,9 @@ def _parse_box_values(values: Any, source: Any = None) -> Box:
 def _parse_point_values(values: Any, source: Any = None) -> Point:
     x, y, *label = _parse_numbers(values, (2, 3), source, _POINT_FORMAT)
     if label not in ([], [0], [1]):
-        raise InputError(f"the label of the point {quote_value(values if source is None else source)} is not 1 or 0; {_POINT_FORMAT}")
+        raise InputError(
+            f"the label of the point {quote_value(values if source is None else source)} is not 1 or 0; {_POINT_FORMAT}"
+        )
     return x, y, int(label[0]) if label else 1
 
 

@@ -19,10 +19,10 @@ from sca.io import masks
 from sca.io.annotations.annotation import ImageSize, SkipCounter
 from sca.io.coordinates import Box, compute_resize_factors, scale_box
 from sca.io.errors import InputError
-from sca.io.image_names import resolve_image_path, list_possible_file_names
+from sca.io.image_names import list_possible_file_names, resolve_image_path
 from sca.io.images import format_path
-from sca.io.notices import warn_once
 from sca.io.prompts import Point, check_and_count_clipping, quote_value, read_mask_file
+from sca.io.warnings_once import warn_once
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ def _scale_prompt(prompt: Prompt, recorded: ImageSize, actual: ImageSize) -> Pro
     x_scale, y_scale = compute_resize_factors(recorded, actual)
     box = prompt.box and scale_box(prompt.box, (x_scale, y_scale))
     points = tuple(
-        (_scale_coordinate(x, x_scale, recorded[0], actual[0]), _scale_coordinate(y, y_scale, recorded[1], actual[1]), label)
+        (
+            _scale_coordinate(x, x_scale, recorded[0], actual[0]),
+            _scale_coordinate(y, y_scale, recorded[1], actual[1]),
+            label,
+        )
         for x, y, label in prompt.points
     )
     mask = prompt.mask
@@ -92,7 +96,13 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
     problems: a line for each record of which no prompt could be made; it names file, record and field.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, list[RegionPromptEntry]], skip_counter: SkipCounter, problems: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, list[RegionPromptEntry]],
+        skip_counter: SkipCounter,
+        problems: Sequence[str] = (),
+    ):
         self.path, self.skip_counter, self.clip_counter = path, skip_counter, SkipCounter()
         self._entries = entries
         self.problems = tuple(problems)
@@ -143,12 +153,16 @@ class RegionPrompts(Mapping[str, list[Prompt]]):
         for key, names in self._file_names_by_key.items():
             for name in names if key not in matched_keys else ():
                 keys_by_file_name.setdefault(name, []).append(key)
-        unmatched_file_names = {image: unicodedata.normalize("NFC", image.name) for image in paths if image not in key_by_image}
+        unmatched_file_names = {
+            image: unicodedata.normalize("NFC", image.name) for image in paths if image not in key_by_image
+        }
         file_name_counts = Counter(unmatched_file_names.values())
         for image, name in unmatched_file_names.items():
             candidate_keys = keys_by_file_name.get(name, [])
             if candidate_keys and (len(candidate_keys) > 1 or file_name_counts[name] > 1):
-                raise self._make_ambiguity_error(f"the file name {quote_value(image.name)}", candidate_keys, file_name_counts[name])
+                raise self._make_ambiguity_error(
+                    f"the file name {quote_value(image.name)}", candidate_keys, file_name_counts[name]
+                )
             if candidate_keys:
                 key_by_image[image] = candidate_keys[0]
         return {image: key_by_image[image] for image in paths if image in key_by_image}

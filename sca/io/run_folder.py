@@ -22,12 +22,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sca.io.atomic import create_writable_folder, translate_output_errors, remove_drafts, write_file
-from sca.io.errors import InputError, DifferentRunError, OutputError
+from sca.io.atomic import create_writable_folder, remove_drafts, translate_output_errors, write_file
+from sca.io.errors import DifferentRunError, InputError, OutputError
+from sca.io.file_lock import hold_lock
 from sca.io.images import format_path
 from sca.io.json import read_json
-from sca.io.lock import hold_lock
-from sca.io.output_patterns import iter_parents_between, find_output_folders, find_outputs, is_declared_pattern, is_output
+from sca.io.output_patterns import (
+    find_output_folders,
+    find_outputs,
+    is_declared_pattern,
+    is_output,
+    iter_parents_between,
+)
 
 MARKER_FILE, LOCK_FILE = "sca-run.json", ".sca-lock"
 
@@ -87,7 +93,9 @@ class RunFolder:
     def last_run(self) -> RunRecord | None:
         """The last run of this kind, None if there was none."""
         run = read_runs(self.path).get(self.kind)
-        return run and replace(run, outputs=tuple(each for each in run.outputs if is_declared_pattern(each, self.patterns)))
+        return run and replace(
+            run, outputs=tuple(each for each in run.outputs if is_declared_pattern(each, self.patterns))
+        )
 
     def begin(
         self,
@@ -118,7 +126,9 @@ class RunFolder:
             OutputError: An output is an input, or was not written by this kind of run.
         """
         settings, outputs, inputs = _convert_to_json_values(settings), tuple(outputs), tuple(inputs)
-        assert all(is_declared_pattern(each, self.patterns) for each in outputs), f"{self.kind} declares other files: {outputs}"
+        assert all(is_declared_pattern(each, self.patterns) for each in outputs), (
+            f"{self.kind} declares other files: {outputs}"
+        )
         earlier = self.last_run
         earlier_outputs = earlier.outputs if earlier else ()
         changes = _describe_changes(earlier.settings, settings, set(ignored_settings)) if earlier else []
@@ -137,7 +147,9 @@ class RunFolder:
             else:
                 self._rename_earlier_run()
             earlier, earlier_outputs = None, ()
-        self._write_marker(RunRecord(settings, tuple(dict.fromkeys((*earlier_outputs, *outputs))), False, _get_package_version()))
+        self._write_marker(
+            RunRecord(settings, tuple(dict.fromkeys((*earlier_outputs, *outputs))), False, _get_package_version())
+        )
         return earlier
 
     def finish(self) -> None:
@@ -153,7 +165,9 @@ class RunFolder:
             outputs: Patterns of a part of these files.
         """
         earlier_outputs = self.last_run.outputs if self.last_run else ()
-        for path in find_outputs(self.path, earlier_outputs if outputs is None else [each for each in outputs if each in earlier_outputs]):
+        for path in find_outputs(
+            self.path, earlier_outputs if outputs is None else [each for each in outputs if each in earlier_outputs]
+        ):
             path.unlink(missing_ok=True)
             for parent in iter_parents_between(path, self.path):
                 with suppress(OSError):  # not empty
@@ -173,7 +187,9 @@ class RunFolder:
         write_file(self.path / MARKER_FILE, f"{json.dumps({'format': 1, 'runs': runs}, indent=1, sort_keys=True)}\n")
 
 
-def check_same_run(path: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any], ignored_settings: Iterable[str] = ()) -> None:
+def check_same_run(
+    path: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any], ignored_settings: Iterable[str] = ()
+) -> None:
     """Check that a file is of this run, so that it can be continued.
 
     Args:
@@ -205,7 +221,9 @@ def read_runs(folder: Path) -> dict[str, RunRecord]:
     try:
         runs = read_json(path)["runs"]
         return {
-            kind: RunRecord(dict(run["settings"]), tuple(map(str, run["outputs"])), run["finished"] is True, run["version"])
+            kind: RunRecord(
+                dict(run["settings"]), tuple(map(str, run["outputs"])), run["finished"] is True, run["version"]
+            )
             for kind, run in runs.items()
         }
     except (FileNotFoundError, NotADirectoryError):
@@ -267,7 +285,9 @@ def check_not_inputs(
     for output, identity in existing:
         path = output.resolve()
         matching_input = input_by_file.get(identity) or input_by_parent.get(str(path))
-        matching_input = matching_input or next((input_by_file[str(each)] for each in path.parents if str(each) in input_by_file), None)
+        matching_input = matching_input or next(
+            (input_by_file[str(each)] for each in path.parents if str(each) in input_by_file), None
+        )
         if matching_input is not None:
             raise OutputError(
                 f"{format_path(output)} would be overwritten and is an input of this command ({format_path(matching_input)}); choose another "

@@ -53,7 +53,9 @@ class Table:
             **frame,
         )
         for column in self.columns:
-            table.add_column(make_safe_text(column), justify="right" if column in self.right_aligned else "left", overflow="fold")
+            table.add_column(
+                make_safe_text(column), justify="right" if column in self.right_aligned else "left", overflow="fold"
+            )
         for row in self.rows:
             table.add_row(*map(make_safe_text, row))
         return table
@@ -87,7 +89,9 @@ def _print_unraisable(failure: sys.UnraisableHookArgs) -> None:
 
 
 def _format_traceback(error_type: Any, error: Any, trace: Any) -> str:
-    return escape_terminal("".join(traceback.format_exception(error_type, error, trace)).rstrip("\n"), DOCUMENT_WHITESPACE)
+    return escape_terminal(
+        "".join(traceback.format_exception(error_type, error, trace)).rstrip("\n"), DOCUMENT_WHITESPACE
+    )
 
 
 _original_format_warning = warnings.formatwarning

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 # Control characters (C0, DEL, C1), line separators, bidirectional controls, and halves of surrogate pairs.
 UNSAFE_PATTERN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 SHORT_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
-FORMULA_START_PATTERN = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")  # also in full width, which Excel takes as equal
+FORMULA_START_PATTERN = re.compile(
+    r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]"
+)  # also in full width, which Excel takes as equal
 
 
 def escape_terminal(text: str, allowed: str = "") -> str:

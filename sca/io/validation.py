@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sca_registry import RegistryError
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 
 from sca.io.coordinates import PIXEL_LIMIT, Box
 from sca.io.errors import InputError
@@ -104,7 +104,9 @@ def check_encodable(subject: str, value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         surrogate = ascii(error.object[error.start])
-        raise InputError(f"{subject} contains {surrogate}, half of a surrogate pair, which is not text; remove it") from error
+        raise InputError(
+            f"{subject} contains {surrogate}, half of a surrogate pair, which is not text; remove it"
+        ) from error
 
 
 def check_image_name(subject: str, value: Any) -> str:

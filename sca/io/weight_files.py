@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 SAFETENSORS_FILE, PYTORCH_BIN_FILE = "model.safetensors", "pytorch_model.bin"
 NATIVE_WEIGHTS_FILE, NATIVE_SPEC_FILE = "weights.safetensors", "spec.json"  # of a checkpoint in our own layout
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # by which transformers would fetch the weights that it names
-SPECIAL_TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+SPECIAL_TOKEN_ID_FIELDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # any of which makes a tokenizer
 
 
@@ -69,7 +75,9 @@ def require_weight_files(folder: Path, source: str | Path, prefix: str = "") -> 
         )
     files = find_weight_files(folder, prefix)
     if files is None:
-        raise InputError(f"{source} has no whole weights: {describe_missing_weights(folder, prefix)}. Copy or download it again")
+        raise InputError(
+            f"{source} has no whole weights: {describe_missing_weights(folder, prefix)}. Copy or download it again"
+        )
     for file in files:
         check_is_not_lfs_pointer(file)
     return files
@@ -151,7 +159,9 @@ def describe_missing_weights(folder: Path, prefix: str = "") -> str:
     """What a folder without whole weights lacks."""
     for name in (prefix + SAFETENSORS_FILE, prefix + PYTORCH_BIN_FILE):
         if (folder / f"{name}.index.json").is_file():
-            shards = [shard for shard in _read_shard_names(folder / f"{name}.index.json") if not (folder / shard).is_file()]
+            shards = [
+                shard for shard in _read_shard_names(folder / f"{name}.index.json") if not (folder / shard).is_file()
+            ]
             return f"no {format_first_names(shards)}"
     return f"neither {prefix}{SAFETENSORS_FILE} nor {prefix}{PYTORCH_BIN_FILE}"
 

@@ -16,7 +16,11 @@ from sca.io.hub import silence_transformers
 from sca.language_models.greedy import generate_greedy, has_plain_greedy_settings
 from sca.language_models.probe import probe_model
 
-POSITION_LIMIT_FIELDS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call them
+POSITION_LIMIT_FIELDS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "max_seq_len",
+)  # what configurations call them
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -37,7 +41,9 @@ class CausalLanguageModel(nn.Module):
         self.model = model
         if model.can_generate():
             special_tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKEN_FIELDS}
-            model.generation_config = GenerationConfig(**special_tokens)  # and no other setting that came with the model
+            model.generation_config = GenerationConfig(
+                **special_tokens
+            )  # and no other setting that came with the model
         self.structure = probe_model(model)
         self.tokenizer = tokenizer
         self.hidden_size = model.get_input_embeddings().embedding_dim
@@ -87,13 +93,17 @@ class CausalLanguageModel(nn.Module):
         if num_captions < 1:
             raise ValueError(f"{num_captions} captions a region: ask for 1 or more")
         if num_captions > 1 and not do_sample and num_captions > num_beams:
-            raise ValueError(f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}, or sample=true")
+            raise ValueError(
+                f"captions={num_captions} needs beams={num_captions} or more, not {num_beams}, or sample=true"
+            )
         pad_token_id, eos_token_ids = self._resolve_special_tokens()
         max_length = self.max_positions or prefix.shape[1] + max_new_tokens
         max_steps = min(max_new_tokens, max_length - prefix.shape[1])
         if num_beams == num_captions == 1 and not do_sample and len(prefix) and max_steps > 0 and self.has_greedy_loop:
             body = self.model.get_submodule(self.structure.body_name)
-            sequences, scores = generate_greedy(self.model, body, self.lm_head, prefix.to(self.model.dtype), max_steps, pad_token_id, eos_token_ids)
+            sequences, scores = generate_greedy(
+                self.model, body, self.lm_head, prefix.to(self.model.dtype), max_steps, pad_token_id, eos_token_ids
+            )
             return GenerationOutput(sequences[:, None], scores[:, None])
         sampling_options = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
         with silence_transformers():
@@ -122,7 +132,9 @@ class CausalLanguageModel(nn.Module):
         """Whether `greedy` generates what transformers does, with fewer operations."""
         return self.structure.has_greedy_loop and has_plain_greedy_settings(self.model)
 
-    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None) -> None:
+    def add_lora(
+        self, rank: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] | None = None
+    ) -> None:
         """LoRA (arXiv 2106.09685) by peft, on the linear layers named `targets` in every block of the model, or on
         those that peft knows for the architecture. What trained before goes on training.
 
@@ -143,8 +155,12 @@ class CausalLanguageModel(nn.Module):
         if problem:
             layer_counts = ", ".join(f"{name} ({len(blocks)})" for name, blocks in sorted(layers.items()))
             raise ValueError(f"targets of LoRA: {problem}. The linear layers, and in how many blocks: {layer_counts}")
-        has_conv1d = any(isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested)
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=requested, fan_in_fan_out=has_conv1d)
+        has_conv1d = any(
+            isinstance(m, Conv1D) for name, m in self.model.named_modules() if name.split(".")[-1] in requested
+        )
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=requested, fan_in_fan_out=has_conv1d
+        )
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         inject_adapter_in_model(config, self.model)  # freezes all but the adapters
         for parameter in trained:
@@ -168,7 +184,13 @@ class CausalLanguageModel(nn.Module):
         """What fills up a row, and what ends a text: the tokenizer's, or else the model's own."""
         eos_token_id = self.tokenizer.eos_token_id if self.tokenizer else self.model.generation_config.eos_token_id
         pad_token_id = self.tokenizer.pad_token_id if self.tokenizer else self.model.generation_config.pad_token_id
-        eos_token_ids = [] if eos_token_id is None else list(eos_token_id) if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+        eos_token_ids = (
+            []
+            if eos_token_id is None
+            else list(eos_token_id)
+            if isinstance(eos_token_id, list | tuple)
+            else [eos_token_id]
+        )
         return (eos_token_ids or [0])[0] if pad_token_id is None else pad_token_id, eos_token_ids
 
 

@@ -55,7 +55,9 @@ def generate_greedy(
         lengths[active_rows] += 1
         if step + 1 == max_steps:
             break
-        unfinished = (~torch.isin(tokens, eos_tensor)).nonzero().squeeze(1)  # the one thing in a step that the host waits for
+        unfinished = (
+            (~torch.isin(tokens, eos_tensor)).nonzero().squeeze(1)
+        )  # the one thing in a step that the host waits for
         if not len(unfinished):
             break
         if len(unfinished) < len(active_rows):

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sca.devices import DTYPES
 from sca.io.errors import InputError
-from sca.io.hub import fetch_model_folder, load_pretrained, silence_transformers, fetch_pretrained_config
+from sca.io.hub import fetch_model_folder, fetch_pretrained_config, load_pretrained, silence_transformers
 from sca.io.weight_files import has_tokenizer, translate_load_errors
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
@@ -50,10 +50,12 @@ class HfLanguageModel(CausalLanguageModel):
             raise ValueError(f"trust_remote_code is {trust_remote_code!r}; choose true or false")
         load_options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
-            model = load_pretrained(_resolve_model_class(weights, revision, trust_remote_code), weights, revision, **load_options)
+            model = load_pretrained(
+                _resolve_model_class(weights, revision, trust_remote_code), weights, revision, **load_options
+            )
         else:
             model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **load_options)
-            model.tie_weights()  # also where the caller keeps parameters from being initialised
+            model.tie_weights()  # also where the caller keeps parameters from being initialized
         tokenizer_folder = None
         if tokenizer:
             tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 from sca.io.json import read_json
-from sca.io.weight_files import read_tensor_names, read_tensors, find_weight_files
+from sca.io.weight_files import find_weight_files, read_tensor_names, read_tensors
 
 FUSED_PATTERN = re.compile(r"(.*\bself_attn\.)query_key_value\.(weight|bias)")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -28,7 +28,9 @@ class FusedPhiForCausalLM(PhiForCausalLM):
     @classmethod
     def from_pretrained(cls, folder: Path, **options: Any) -> Any:
         config = PhiConfig.from_pretrained(folder)
-        tensors = {name: tensor for file in find_weight_files(folder) or () for name, tensor in read_tensors(file).items()}
+        tensors = {
+            name: tensor for file in find_weight_files(folder) or () for name, tensor in read_tensors(file).items()
+        }
         tensors = split_fused_attention(tensors, config)
         return PhiForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **options)
 
@@ -40,7 +42,9 @@ def has_fused_attention(folder: Path) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError):  # no configuration; loading it says so
         return False
-    return any(FUSED_PATTERN.fullmatch(name) for file in find_weight_files(folder) or () for name in read_tensor_names(file))
+    return any(
+        FUSED_PATTERN.fullmatch(name) for file in find_weight_files(folder) or () for name in read_tensor_names(file)
+    )
 
 
 def split_fused_attention(tensors: Mapping[str, Tensor], config: PhiConfig) -> dict[str, Tensor]:

@@ -188,13 +188,17 @@ def _examine_in_eval_mode(model: PreTrainedModel) -> ModelStructure:
     if _is_different(structure.compute_logits(model, states), logits, tolerance):
         raise UnsupportedModelError(f"does not compute its logits from the states of its {structure.body_name!r} alone")
     attention_mask[2, -2:] = 0
-    if _is_different(structure.compute_hidden_states(model, embeddings, attention_mask)[2, :-2], states[2, :-2], tolerance):
+    if _is_different(
+        structure.compute_hidden_states(model, embeddings, attention_mask)[2, :-2], states[2, :-2], tolerance
+    ):
         raise UnsupportedModelError("returns different hidden states when the input is right-padded")
     mixed_embeddings = (embeddings + embeddings.roll(1, 0)) / 2  # of no token
     return _examine_generation(model, structure, mixed_embeddings, tolerance)
 
 
-def _examine_generation(model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, tolerance: float) -> ModelStructure:
+def _examine_generation(
+    model: PreTrainedModel, structure: ModelStructure, prefix: Tensor, tolerance: float
+) -> ModelStructure:
     """Compare the model's own greedy `generate` with the likeliest token after token, and `greedy` with both."""
     generated = model.generate(
         inputs_embeds=prefix,
@@ -205,12 +209,16 @@ def _examine_generation(model: PreTrainedModel, structure: ModelStructure, prefi
     )
     sequences = generated.sequences[:, -PROBE_STEPS:]  # (N, T)
     inputs = torch.cat((prefix, model.get_input_embeddings()(sequences)), dim=1)
-    states = structure.compute_hidden_states(model, inputs, torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device))
+    states = structure.compute_hidden_states(
+        model, inputs, torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+    )
     logits = structure.compute_logits(model, states[:, -PROBE_STEPS - 1 : -1])  # (N, T, V)
     if _is_different(torch.stack(generated.logits, dim=1), logits, tolerance):
         raise UnsupportedModelError("generates different logits with its cache than without")
     log_probs = logits.float().log_softmax(dim=2).gather(2, sequences[..., None])[..., 0]  # (N, T)
-    return replace(structure, has_greedy_loop=_can_use_greedy_loop(model, structure, prefix, sequences, log_probs, tolerance))
+    return replace(
+        structure, has_greedy_loop=_can_use_greedy_loop(model, structure, prefix, sequences, log_probs, tolerance)
+    )
 
 
 def _can_use_greedy_loop(
@@ -228,7 +236,9 @@ def _can_use_greedy_loop(
     except Exception:  # a cache of another kind, in anyone's code
         return False
     expected = (log_probs * is_counted).sum(1) / is_counted.sum(1)
-    return torch.equal(sequences, ids.masked_fill(~is_counted, -1)) and not _is_different(scores, expected, 10 * tolerance)
+    return torch.equal(sequences, ids.masked_fill(~is_counted, -1)) and not _is_different(
+        scores, expected, 10 * tolerance
+    )
 
 
 def _find_early_end_token(ids: Tensor) -> int | None:
@@ -268,7 +278,9 @@ def _sample_token_ids(model: PreTrainedModel) -> Tensor:
     special_ids = {token for value in fields.values() for token in (value if isinstance(value, list) else [value])}
     num_ids = min(model.get_input_embeddings().num_embeddings, 1000)
     ordinary_ids = torch.tensor([token for token in range(num_ids) if token not in special_ids], device=model.device)
-    return ordinary_ids[torch.randint(len(ordinary_ids), (PROBE_BATCH_SIZE, PROBE_LENGTH), device="cpu").to(model.device)]
+    return ordinary_ids[
+        torch.randint(len(ordinary_ids), (PROBE_BATCH_SIZE, PROBE_LENGTH), device="cpu").to(model.device)
+    ]
 
 
 def _is_different(actual: Tensor, expected: Tensor, tolerance: float) -> bool:

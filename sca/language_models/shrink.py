@@ -31,7 +31,10 @@ SIZE_LIMITS = (  # by the names of fields: the first pattern that matches a whol
     (r"mamba_d_state|ssm_state_size|state_size|mamba_chunk_size|chunk_size|block_size|index_block_size", 8),
     (r"mamba_dt_rank|time_step_rank|(\w+_)?(rank|lowrank)|d_rel", 8),
     (r"(\w+_)?(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size)(_mlp)?|dim_ff|dff|d_inner", 48),
-    (r"(\w+_)?hidden_size|n_embd|d_model|dim_model_base|emb(edding)?_dim|lru_width|word_embed_proj_dim", TINY_HIDDEN_SIZE),
+    (
+        r"(\w+_)?hidden_size|n_embd|d_model|dim_model_base|emb(edding)?_dim|lru_width|word_embed_proj_dim",
+        TINY_HIDDEN_SIZE,
+    ),
     (r"(\w+_)?embedding_size|(\w+_)?embed_dim", TINY_HIDDEN_SIZE),
     (r"n(um)?_group|num_expert_group|topk_group", 1),
     (r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k", 2),

@@ -17,9 +17,13 @@ class TinyGpt2(CausalLanguageModel):
     The tokenizer is byte-level BPE: it can spell any text, and the words of the data it was made from are one id each.
     """
 
-    def __init__(self, hidden_size: int = 128, depth: int = 2, num_heads: int = 4, max_positions: int = 96, dropout: float = 0.0):
+    def __init__(
+        self, hidden_size: int = 128, depth: int = 2, num_heads: int = 4, max_positions: int = 96, dropout: float = 0.0
+    ):
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"), eos_token=END_TOKEN, pad_token=END_TOKEN
+            tokenizer_file=str(files("sca.language_models") / "tiny_tokenizer.json"),
+            eos_token=END_TOKEN,
+            pad_token=END_TOKEN,
         )
         config = GPT2Config(
             vocab_size=len(tokenizer),

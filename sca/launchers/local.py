@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sca.io.atomic import remove_drafts
-from sca.launchers.child import LOG_FILE, RESULT_FILE, run_task
-from sca.launchers.interrupts import block_interrupts
-from sca.launchers.task import TaskOutcome, Task
+from sca.launchers.signals import block_interrupts
+from sca.launchers.task import Task, TaskOutcome
+from sca.launchers.worker import LOG_FILE, RESULT_FILE, run_task
 
 MAX_KILLS = 3  # times that a process may be killed from outside before its task is left for another run
 
@@ -37,7 +37,7 @@ class Local:
         """Outcomes as they come. A process that was killed from outside is started again, at most `KILLED` times."""
         context = get_context("forkserver")
         module_names = dict.fromkeys(task.function.partition(":")[0] for task in tasks)
-        context.set_forkserver_preload(["sca.launchers.child", *module_names])
+        context.set_forkserver_preload(["sca.launchers.worker", *module_names])
         waiting, running = deque(tasks), {}
         num_kills: dict[str, int] = {}
         devices = _list_gpus(tasks)
@@ -126,8 +126,12 @@ def _collect_outcome(process: Any, task: Task, is_overdue: bool, elapsed: float)
     if exit_code in (-signal.SIGKILL, -signal.SIGTERM, 255):  # 255: the process that it was forked from is gone
         return None
     if exit_code is not None and exit_code < 0:
-        return TaskOutcome(task, _make_failure_result("crashed", f"ended by {signal.Signals(-exit_code).name}", elapsed))
-    return TaskOutcome(task, _make_failure_result("crashed", f"ended with status {exit_code}: {_read_last_log_line(task)}", elapsed))
+        return TaskOutcome(
+            task, _make_failure_result("crashed", f"ended by {signal.Signals(-exit_code).name}", elapsed)
+        )
+    return TaskOutcome(
+        task, _make_failure_result("crashed", f"ended with status {exit_code}: {_read_last_log_line(task)}", elapsed)
+    )
 
 
 def _read_last_log_line(task: Task) -> str:

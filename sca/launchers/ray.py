@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sca.launchers.child import LOG_FILE
 from sca.launchers.local import Local
-from sca.launchers.task import TaskOutcome, Task
+from sca.launchers.task import Task, TaskOutcome
+from sca.launchers.worker import LOG_FILE
 
 MAX_RETRIES = 3  # of a task whose node was lost
 
@@ -36,9 +36,9 @@ class Ray:
         try:
             run_remotely = ray.remote(max_retries=MAX_RETRIES)(_run_on_node)
             tasks_by_reference = {
-                run_remotely.options(num_cpus=self.cores, num_gpus=task.num_gpus, memory=int(task.memory_gib * 2**30) or None).remote(
-                    task
-                ): task
+                run_remotely.options(
+                    num_cpus=self.cores, num_gpus=task.num_gpus, memory=int(task.memory_gib * 2**30) or None
+                ).remote(task): task
                 for task in tasks
             }
             while tasks_by_reference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Segmenter
+from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
 from sca.nn.two_way import TwoWayTransformer, init_weights
@@ -17,7 +17,9 @@ class MaskTokenMixer(nn.Module):
 
     uses_grid = True
 
-    def __init__(self, segmenter: Segmenter, num_masks: int = 3, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048):
+    def __init__(
+        self, segmenter: Segmenter, num_masks: int = 3, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048
+    ):
         super().__init__()
         self.hidden_size = segmenter.channels
         self.num_queries = num_masks
@@ -27,7 +29,9 @@ class MaskTokenMixer(nn.Module):
     def forward(self, regions: SegmenterOutput) -> Tensor:
         queries = regions.mask_tokens  # (N, M, D)
         if queries.shape[1] != self.num_queries:
-            raise ValueError(f"the mixer 'mask-tokens' was built for {self.num_queries} masks and got {queries.shape[1]}")
+            raise ValueError(
+                f"the mixer 'mask-tokens' was built for {self.num_queries} masks and got {queries.shape[1]}"
+            )
         tokens, _ = self.transformer(
             torch.cat((queries, regions.tokens), dim=1), regions.grid, regions.positional_encoding, grids=False
         )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Segmenter
+from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
-from sca.nn.masks import select_best_masks, pool_under_masks, masks_to_boxes
+from sca.nn.masks import masks_to_boxes, pool_under_masks, select_best_masks
 
 
 class MaskedPoolMixer(nn.Module):
     """Features averaged under each region's best mask, as in the mask pooling of Osprey (arXiv 2312.10032), together
-    with the centre, sides and area of the mask, through two layers to Q queries: (N, Q, D).
+    with the center, sides and area of the mask, through two layers to Q queries: (N, Q, D).
 
     queries: Q. mlp: width of the layer between.
     """
@@ -25,14 +25,21 @@ class MaskedPoolMixer(nn.Module):
         self.norm = nn.LayerNorm(self.hidden_size)
         self.geometry = nn.Linear(5, self.hidden_size)
         self.layers = nn.Sequential(
-            nn.LayerNorm(self.hidden_size), nn.Linear(self.hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, num_queries * self.hidden_size)
+            nn.LayerNorm(self.hidden_size),
+            nn.Linear(self.hidden_size, mlp_dim),
+            nn.GELU(),
+            nn.Linear(mlp_dim, num_queries * self.hidden_size),
         )
 
     def forward(self, regions: SegmenterOutput) -> Tensor:
         best_logits = select_best_masks(regions.masks, regions.iou_scores)  # (N, 4h, 4w)
         probabilities = best_logits.sigmoid()
         pooled = pool_under_masks(regions.image_embeddings, regions.image_index, probabilities)
-        x1, y1, x2, y2 = (masks_to_boxes(best_logits > 0) / best_logits.shape[-1]).unbind(1)  # shares of the frame's side
-        box_features = torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, probabilities.mean((1, 2)).float()), dim=1)
+        x1, y1, x2, y2 = (masks_to_boxes(best_logits > 0) / best_logits.shape[-1]).unbind(
+            1
+        )  # shares of the frame's side
+        box_features = torch.stack(
+            ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, probabilities.mean((1, 2)).float()), dim=1
+        )
         region_features = self.norm(pooled) + self.geometry(box_features.to(pooled.dtype))
         return self.layers(region_features).unflatten(1, (self.num_queries, self.hidden_size))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Segmenter
+from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
-from sca.nn.masks import select_best_masks, pool_under_masks
+from sca.nn.masks import pool_under_masks, select_best_masks
 from sca.nn.two_way import TwoWayTransformer, init_weights
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Segmenter
+from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sca.nn.regions import iter_rows_by_image
+from sca.nn.region_rows import iter_rows_by_image
 from sca.nn.two_way import init_weights
 
 ImageKeysValues = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, heads, h w, D / heads)
@@ -23,7 +23,9 @@ class ResamplerMixer(nn.Module):
 
     uses_grid = False
 
-    def __init__(self, segmenter: Segmenter, num_queries: int = 8, depth: int = 6, num_heads: int = 8, mlp_dim: int = 2048):
+    def __init__(
+        self, segmenter: Segmenter, num_queries: int = 8, depth: int = 6, num_heads: int = 8, mlp_dim: int = 2048
+    ):
         super().__init__()
         self.hidden_size = segmenter.channels
         if self.hidden_size % num_heads:
@@ -44,7 +46,9 @@ class ResamplerMixer(nn.Module):
         queries = self.tokens.weight.expand(len(regions), -1, -1)  # (N, Q, D)
         tokens = torch.cat((queries, regions.tokens), dim=1)
         for layer_number, (layer, (keys, values)) in enumerate(zip(self.layers, prepared, strict=True), 1):
-            tokens = layer(tokens, regions.image_index, keys, values, self.num_queries, last=layer_number == len(self.layers))
+            tokens = layer(
+                tokens, regions.image_index, keys, values, self.num_queries, last=layer_number == len(self.layers)
+            )
         return self.norm(tokens)
 
 
@@ -56,7 +60,9 @@ class ResamplerLayer(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_dim: int):
         super().__init__()
         self.num_heads = num_heads
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))  # of tokens, of tokens, of the image, of both
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(hidden_size) for _ in range(4)
+        )  # of tokens, of tokens, of the image, of both
         self.among = nn.Linear(hidden_size, 3 * hidden_size)
         self.gathered = nn.Linear(hidden_size, hidden_size)
         self.query = nn.Linear(hidden_size, hidden_size)
@@ -68,7 +74,9 @@ class ResamplerLayer(nn.Module):
     def project_image(self, image_embeddings: Tensor, positional_encoding: Tensor) -> tuple[Tensor, Tensor]:
         cells = self.norms[2](image_embeddings.flatten(2).transpose(1, 2))  # (B, h w, D)
         keys = self.key(cells + positional_encoding.flatten(1).T)
-        return self._split_heads(keys).contiguous(), self._split_heads(self.value(cells)).contiguous()  # they are read many times
+        return self._split_heads(keys).contiguous(), self._split_heads(
+            self.value(cells)
+        ).contiguous()  # they are read many times
 
     def forward(
         self, tokens: Tensor, image_index: Tensor, keys: Tensor, values: Tensor, num_queries: int, is_last: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sca_registry.contracts import SegmenterOutput, Segmenter
+from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
 from sca.nn.roi_align import roi_align
@@ -26,5 +26,7 @@ class RoiPoolMixer(nn.Module):
         if regions.boxes is None:
             raise ValueError("the mixer 'roi-pool' needs boxes: ask with boxes, or use segmenter=sam, which finds them")
         scale = regions.image_embeddings.shape[-1] / regions.image_size
-        pooled = roi_align(regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size)  # (N, D, size, size)
+        pooled = roi_align(
+            regions.image_embeddings, regions.image_index, regions.boxes * scale, self.output_size
+        )  # (N, D, size, size)
         return pooled.flatten(2).transpose(1, 2)

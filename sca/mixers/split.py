@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import SegmenterOutput, Segmenter
+from sca_registry.contracts import Segmenter, SegmenterOutput
 from torch import Tensor, nn
 
 from sca.nn.two_way import TwoWayTransformer, init_weights
@@ -18,7 +18,9 @@ class SplitMixer(nn.Module):
 
     uses_grid = False
 
-    def __init__(self, segmenter: Segmenter, num_queries: int = 8, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048):
+    def __init__(
+        self, segmenter: Segmenter, num_queries: int = 8, depth: int = 12, num_heads: int = 8, mlp_dim: int = 2048
+    ):
         super().__init__()
         self.hidden_size = segmenter.channels
         self.num_queries = num_queries

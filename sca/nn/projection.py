@@ -15,7 +15,12 @@ class Projection(nn.Sequential):
         layers: list[nn.Module] = [nn.LayerNorm(in_features)] if norm in ("pre", "both") else []
         layers.append(nn.Linear(in_features, out_features))
         if kind == "mlp":
-            layers += [nn.GELU(), nn.Linear(out_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)]
+            layers += [
+                nn.GELU(),
+                nn.Linear(out_features, out_features),
+                nn.GELU(),
+                nn.Linear(out_features, out_features),
+            ]
         if norm in ("post", "both"):
             layers.append(nn.LayerNorm(out_features))
         super().__init__(*layers)

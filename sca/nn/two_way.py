@@ -20,13 +20,20 @@ GridProjection = tuple[Tensor, Tensor]
 class TwoWayTransformer(SamTwoWayTransformer):
     """Takes and gives regions in rows: tokens (N, T, D) and a grid (N, D, h, w) with its position code (D, h, w)."""
 
-    max_elements_per_chunk = 2**20  # numbers of the grids that go through all layers at a time on a CPU when nothing is learned
+    max_elements_per_chunk = (
+        2**20
+    )  # numbers of the grids that go through all layers at a time on a CPU when nothing is learned
 
     def __init__(self, hidden_size: int, depth: int, num_heads: int = 8, mlp_dim: int = 2048):
         super().__init__(build_decoder_config(hidden_size, depth, num_heads, mlp_dim))
 
     def forward(
-        self, tokens: Tensor, grid: Tensor, positional_encoding: Tensor, image_index: Tensor | None = None, return_grids: bool = True
+        self,
+        tokens: Tensor,
+        grid: Tensor,
+        positional_encoding: Tensor,
+        image_index: Tensor | None = None,
+        return_grids: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """owner: (N,) where the grid is that of images, (B, D, h, w): the one that each region begins with. grids:
         whether what becomes of the grids is wanted, too.
@@ -44,7 +51,9 @@ class TwoWayTransformer(SamTwoWayTransformer):
             chunk = slice(start, start + max(chunk_size, 1))
             rows = chunk if image_index is None else image_index[chunk]
             first_projected = None if shared_projected is None else _select_rows(shared_projected, rows)
-            queries, keys = self._forward_chunk(tokens[chunk], _select_rows(cells, rows), first_projected, projections, final_projection)
+            queries, keys = self._forward_chunk(
+                tokens[chunk], _select_rows(cells, rows), first_projected, projections, final_projection
+            )
             token_chunks.append(queries)
             if return_grids:
                 grid_chunks.append(keys)
@@ -56,7 +65,12 @@ class TwoWayTransformer(SamTwoWayTransformer):
         return torch.cat(token_chunks), keys.transpose(1, 2).unflatten(2, grid.shape[-2:])
 
     def _forward_chunk(
-        self, tokens: Tensor, cells: Tensor, first_projected: Tensor | None, projections: list[GridProjection], final_projection: GridProjection
+        self,
+        tokens: Tensor,
+        cells: Tensor,
+        first_projected: Tensor | None,
+        projections: list[GridProjection],
+        final_projection: GridProjection,
     ) -> tuple[Tensor, Tensor]:
         """All layers for a few regions; `first`: what the first layer asks of their grids, if that is known."""
         queries = tokens
@@ -87,13 +101,22 @@ def _select_rows(values: Tensor, rows: Tensor | slice) -> Tensor:
     return values[rows]
 
 
-def _update_tokens(layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _update_tokens(
+    layer: SamTwoWayAttentionBlock, queries: Tensor, tokens: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     """Tokens (N, T, D) look at one another, then at the projected grid."""
     self_attention, cross_attention = layer.self_attn, layer.cross_attn_token_to_image
     self_queries = queries if layer.skip_first_layer_pe else queries + tokens
-    attended = _compute_attention(self_attention, self_attention.q_proj(self_queries), self_attention.k_proj(self_queries), self_attention.v_proj(queries))
+    attended = _compute_attention(
+        self_attention,
+        self_attention.q_proj(self_queries),
+        self_attention.k_proj(self_queries),
+        self_attention.v_proj(queries),
+    )
     queries = layer.layer_norm1(attended if layer.skip_first_layer_pe else queries + attended)
-    queries = layer.layer_norm2(queries + _compute_attention(cross_attention, cross_attention.q_proj(queries + tokens), keys, values))
+    queries = layer.layer_norm2(
+        queries + _compute_attention(cross_attention, cross_attention.q_proj(queries + tokens), keys, values)
+    )
     return layer.layer_norm3(queries + layer.mlp(queries))
 
 
@@ -115,9 +138,13 @@ def _update_cells(attention: SamAttention, cells: Tensor, cell_queries: Tensor, 
     num_heads, inner_size = attention.num_attention_heads, cell_queries.shape[-1]
     head_shape = (num_heads, inner_size // num_heads)
     keys = attention.k_proj(keys).unflatten(2, head_shape).transpose(1, 2) * head_shape[1] ** -0.5  # (N, heads, T, d)
-    attention_weights = torch.softmax(keys @ cell_queries.unflatten(2, head_shape).permute(0, 2, 3, 1), dim=2)  # (N, heads, T, P)
+    attention_weights = torch.softmax(
+        keys @ cell_queries.unflatten(2, head_shape).permute(0, 2, 3, 1), dim=2
+    )  # (N, heads, T, P)
     out_proj = attention.out_proj
-    values = attention.v_proj(values).unflatten(2, head_shape).transpose(1, 2) @ out_proj.weight.T.unflatten(0, head_shape)
+    values = attention.v_proj(values).unflatten(2, head_shape).transpose(1, 2) @ out_proj.weight.T.unflatten(
+        0, head_shape
+    )
     values = values + out_proj.bias / num_heads  # (N, heads, T, D); the shares of a head add up to 1
     return torch.baddbmm(cells, attention_weights.flatten(1, 2).transpose(1, 2), values.flatten(1, 2))
 
@@ -142,9 +169,13 @@ def _build_key_value_projection(attention: SamAttention, positions: Tensor) -> G
     return torch.cat((attention.k_proj.weight, attention.v_proj.weight)), bias
 
 
-def build_decoder_config(hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: int) -> SamMaskDecoderConfig:
+def build_decoder_config(
+    hidden_size: int, depth: int, num_heads: int, mlp_dim: int, **options: int
+) -> SamMaskDecoderConfig:
     if hidden_size % (2 * num_heads):
-        raise ValueError(f"width {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it")
+        raise ValueError(
+            f"width {hidden_size} must be a multiple of twice the {num_heads} heads: cross-attention halves it"
+        )
     config = SamMaskDecoderConfig(
         hidden_size=hidden_size, num_hidden_layers=depth, num_attention_heads=num_heads, mlp_dim=mlp_dim, **options
     )

@@ -29,7 +29,7 @@ from sca.output.labelme import LabelMeWriter
 from sca.output.parquet import ParquetWriter
 from sca.output.png import PngWriter
 
-__all__ = ["OUTPUT_FORMATS", "OutputError", "MultiFormatWriter", "list_output_patterns"]
+__all__ = ["OUTPUT_FORMATS", "MultiFormatWriter", "OutputError", "list_output_patterns"]
 
 
 class Writer(Protocol):

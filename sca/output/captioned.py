@@ -14,8 +14,8 @@ from sca_registry.contracts import Caption
 from sca.io.coordinates import compute_resize_factors
 from sca.io.errors import InputError, RejectCallback, raise_error
 from sca.io.image_names import ImageNameResolver, resolve_image_path
-from sca.io.images import open_image, format_path
-from sca.io.notices import warn_once
+from sca.io.images import format_path, open_image
+from sca.io.warnings_once import warn_once
 
 
 class ImageSize(NamedTuple):

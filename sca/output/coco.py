@@ -19,7 +19,7 @@ from sca.io.image_names import read_named_image_size
 from sca.io.images import format_path
 from sca.io.validation import is_int64, read_field, read_id, read_image_name, require_recorded_size
 from sca.output.captioned import CaptionedImage, ImageSize
-from sca.output.files import close_document
+from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotation_to_caption
 
@@ -59,7 +59,9 @@ class CocoWriter:
         close_document(self._file, end, bool(self._images), finished)
 
 
-def _make_annotation(annotation_id: int, image_id: int, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
+def _make_annotation(
+    annotation_id: int, image_id: int, path: str, image: Image.Image, caption: Caption
+) -> dict[str, Any]:
     caption_record = caption_to_record(path, image, caption)
     mask, box = caption_record["mask"], caption_record["box"]
     if box is None and mask:
@@ -109,11 +111,15 @@ def read_coco(
         captions = []
         for record_location, each in records:
             try:
-                annotation = coco.read_annotation(each, record_location, size, category_names.get(str(each.get("category_id"))), skip)
+                annotation = coco.read_annotation(
+                    each, record_location, size, category_names.get(str(each.get("category_id"))), skip
+                )
                 region = each["region"] if is_int64(each.get("region")) else len(captions)
                 captions += [caption] if (caption := annotation_to_caption(annotation, size, region, skip)) else []
             except InputError as error:
                 reject(error)
         yield CaptionedImage(file_name, size, captions, model)
     for record_location, _ in (each for records in records_by_image_id.values() for each in records):
-        reject(InputError(f"{record_location}, 'image_id': no image has this id; add the image or remove the annotation"))
+        reject(
+            InputError(f"{record_location}, 'image_id': no image has this id; add the image or remove the annotation")
+        )

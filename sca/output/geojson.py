@@ -16,9 +16,9 @@ from sca.io.errors import InputError, RejectCallback
 from sca.io.images import format_path
 from sca.io.validation import read_field, require_recorded_size
 from sca.output.captioned import ImageSize
-from sca.output.files import close_document
+from sca.output.contours import mask_to_polygons, rings_to_mask
+from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
-from sca.output.outline import rings_to_mask, mask_to_polygons
 
 PROPERTY_NAMES = ("image", "width", "height", "region", "prompt", "box", "caption", "score", "iou", "others")
 
@@ -48,7 +48,11 @@ class GeoJsonWriter:
     def _make_feature(self, path: str, image: Image.Image, caption: Caption) -> dict[str, Any]:
         caption_record = caption_to_record(path, image, caption)
         properties = {name: caption_record[name] for name in PROPERTY_NAMES if name in caption_record}
-        return {"type": "Feature", "geometry": _make_geometry(caption_record), "properties": {**properties, "model": self._model}}
+        return {
+            "type": "Feature",
+            "geometry": _make_geometry(caption_record),
+            "properties": {**properties, "model": self._model},
+        }
 
 
 def _make_geometry(caption_record: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from sca_registry.contracts import Caption
 
 from sca.io.atomic import AtomicFile
-from sca.output.page import MAX_SHARP_SIDE, encode_data_uri, replace_unprintable, render_template
+from sca.output.html_page import MAX_SHARP_SIDE, encode_data_uri, render_template, replace_unprintable
 
 
 class HtmlWriter:
@@ -31,7 +31,11 @@ class HtmlWriter:
         self._file.write(start)
 
     def add(
-        self, path: str, image: Image.Image | Any, captions: Sequence[Caption], other_captions: Sequence[Caption] | None = None
+        self,
+        path: str,
+        image: Image.Image | Any,
+        captions: Sequence[Caption],
+        other_captions: Sequence[Caption] | None = None,
     ) -> None:
         """Write an image.
 
@@ -41,7 +45,9 @@ class HtmlWriter:
             captions: Its captions.
             other: The captions to compare with; those of one region have the same place in both lists.
         """
-        caption_lists = {"regions": captions} if other_captions is None else {"regions": captions, "other": other_captions}
+        caption_lists = (
+            {"regions": captions} if other_captions is None else {"regions": captions, "other": other_captions}
+        )
         has_pixels = isinstance(image, Image.Image)
         section_html = render_template(
             "image.html",

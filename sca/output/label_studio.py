@@ -18,13 +18,13 @@ from sca_registry.contracts import Caption
 from sca.io import masks
 from sca.io.annotations import label_studio
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.brush import encode_brush_rle
+from sca.io.annotations.brush_rle import encode_brush_rle
 from sca.io.atomic import AtomicFile
 from sca.io.errors import RejectCallback
 from sca.io.image_names import add_image_prefix, read_named_image_size
 from sca.io.images import format_path
 from sca.output.captioned import CaptionedImage, ImageSize
-from sca.output.files import close_document
+from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotations_to_captions
 
@@ -53,7 +53,9 @@ class LabelStudioWriter:
         self._file.write("[")
 
     def add(self, path: str, image: Image.Image, captions: Sequence[Caption]) -> None:
-        results = [result for index, caption in enumerate(captions) for result in _make_results(index, path, image, caption)]
+        results = [
+            result for index, caption in enumerate(captions) for result in _make_results(index, path, image, caption)
+        ]
         data = {"image": add_image_prefix(path, self._image_prefix), "width": image.width, "height": image.height}
         task = {"data": data, "predictions": [{"model_version": self._model or "", "result": results}]}
         self._file.write((",\n" if self._num_images else "\n") + json.dumps(task, allow_nan=False))
@@ -76,7 +78,11 @@ def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -
     }
     score = {} if caption_record["score"] is None else {"score": caption_record["score"]}
     if caption_record["mask"]:
-        value = {"format": "rle", "rle": encode_brush_rle(masks.decode_rle(caption_record["mask"])), "brushlabels": [REGION_LABEL]}
+        value = {
+            "format": "rle",
+            "rle": encode_brush_rle(masks.decode_rle(caption_record["mask"])),
+            "brushlabels": [REGION_LABEL],
+        }
         shape_result = {**common_fields, "type": "brushlabels", "from_name": "mask", "value": value, **score}
     elif caption_record["box"]:
         x1, y1, x2, y2 = caption_record["box"]
@@ -91,9 +97,19 @@ def _make_results(index: int, path: str, image: Image.Image, caption: Caption) -
         shape_result = {**common_fields, "type": "rectanglelabels", "from_name": "box", "value": value, **score}
     else:
         x, y, _ = caption_record["prompt"]["points"][0] if caption_record["prompt"].get("points") else (0, 0, 1)
-        value = {"x": 100 * x / width, "y": 100 * y / height, "width": KEYPOINT_WIDTH_PERCENT, "keypointlabels": [REGION_LABEL]}
+        value = {
+            "x": 100 * x / width,
+            "y": 100 * y / height,
+            "width": KEYPOINT_WIDTH_PERCENT,
+            "keypointlabels": [REGION_LABEL],
+        }
         shape_result = {**common_fields, "type": "keypointlabels", "from_name": "point", "value": value, **score}
-    text_result = {**common_fields, "type": "textarea", "from_name": "caption", "value": {"text": [caption_record["caption"]]}}
+    text_result = {
+        **common_fields,
+        "type": "textarea",
+        "from_name": "caption",
+        "value": {"text": [caption_record["caption"]]},
+    }
     return [shape_result, text_result]
 
 
@@ -107,4 +123,9 @@ def read_label_studio(
         if size is None:
             skip("image without regions, whose size is unknown", f"{image.location}, {format_path(image.name)}")
             continue
-        yield CaptionedImage(image.name, ImageSize(*size), annotations_to_captions(image.annotations, ImageSize(*size), skip, reject), image.model)
+        yield CaptionedImage(
+            image.name,
+            ImageSize(*size),
+            annotations_to_captions(image.annotations, ImageSize(*size), skip, reject),
+            image.model,
+        )

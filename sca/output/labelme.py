@@ -19,13 +19,13 @@ from sca.io.annotations import labelme
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.atomic import create_writable_folder
 from sca.io.errors import InputError, RejectCallback
-from sca.io.image_names import resolve_image_path, is_url
+from sca.io.image_names import is_url, resolve_image_path
 from sca.io.images import format_path
 from sca.io.json import parse_json, read_regular_file
 from sca.io.paths import make_relative_path, remove_parents
 from sca.io.validation import read_image_name
 from sca.output.captioned import CaptionedImage, ImageSize
-from sca.output.files import FilePerImage
+from sca.output.image_files import FilePerImage
 from sca.output.jsonl import caption_to_record
 from sca.output.records import annotations_to_captions
 
@@ -91,7 +91,9 @@ def _encode_png(mask: np.ndarray) -> str:
     return base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def read_labelme(paths: list[Path], folder: Path, skip: SkipCounter, reject: RejectCallback) -> Iterator[CaptionedImage]:
+def read_labelme(
+    paths: list[Path], folder: Path, skip: SkipCounter, reject: RejectCallback
+) -> Iterator[CaptionedImage]:
     """Read LabelMe files, one image each."""
     if not paths:
         raise InputError(f"no .json files in {format_path(folder)}; a folder is read as LabelMe files")
@@ -109,7 +111,9 @@ def _read_labelme_image(path: Path, skip: SkipCounter, reject: RejectCallback) -
     content = parse_json(read_regular_file(path), location, allow_surrogates=True)
     name = _resolve_image_name(path, read_image_name(content, "imagePath", location))
     size = ImageSize(*labelme.find_image_size(content, Path(name), location))
-    captions = annotations_to_captions(labelme.read_annotations(content, size, location, skip, reject), size, skip, reject)
+    captions = annotations_to_captions(
+        labelme.read_annotations(content, size, location, skip, reject), size, skip, reject
+    )
     embedded = partial(labelme.open_embedded_image, content, location) if content.get("imageData") else None
     return CaptionedImage(name, size, captions, content.get("model"), embedded)
 

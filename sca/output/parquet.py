@@ -55,7 +55,13 @@ class ParquetWriter:
             caption_record = {**caption_to_record(path, image, caption), "model": self._model}
             caption_record["prompt"] = json.dumps(caption_record["prompt"])
             caption_record["others"] = json.dumps(caption_record["others"]) if "others" in caption_record else None
-            self._rows.append({**caption_record, "image": _replace_surrogates(path), "caption": _replace_surrogates(caption_record["caption"])})
+            self._rows.append(
+                {
+                    **caption_record,
+                    "image": _replace_surrogates(path),
+                    "caption": _replace_surrogates(caption_record["caption"]),
+                }
+            )
         self._num_images += 1
         if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()
@@ -138,7 +144,11 @@ def read_parquet_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]
                 row_number += 1
                 location = f"{format_path(path)}, row {row_number}"
                 for json_column in ("prompt", "others"):
-                    row[json_column] = None if row.get(json_column) is None else parse_json(row[json_column], location, allow_surrogates=True)
+                    row[json_column] = (
+                        None
+                        if row.get(json_column) is None
+                        else parse_json(row[json_column], location, allow_surrogates=True)
+                    )
                 yield location, row
     except pyarrow.ArrowException as error:
         raise InputError(f"{format_path(path)} is not a whole Parquet file: {' '.join(str(error).split())}") from error

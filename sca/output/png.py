@@ -12,12 +12,15 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption
 
 from sca.io import masks
-from sca.output.colours import INSIDE_COLOR, OUTSIDE_COLOR, get_region_color, choose_text_color
-from sca.output.files import FilePerImage
-from sca.output.labels import LabelBlock, LabelPlacer
+from sca.output.colors import INSIDE_COLOR, OUTSIDE_COLOR, choose_text_color, get_region_color
+from sca.output.image_files import FilePerImage
+from sca.output.label_layout import LabelBlock, LabelPlacer
 
 MIN_ENLARGED_SIDE = 512  # the longest side of a small picture is brought to this or more, in pixels
-MIN_CANVAS_SIZE = (320, 96)  # width and height that leave room for words; a smaller picture gets a margin right and below
+MIN_CANVAS_SIZE = (
+    320,
+    96,
+)  # width and height that leave room for words; a smaller picture gets a margin right and below
 MARGIN_COLOR = (128, 128, 128)
 MASK_OPACITY = 0.3
 
@@ -45,7 +48,9 @@ def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Imag
     enlarged = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     canvas = enlarged
     if enlarged.width < MIN_CANVAS_SIZE[0] or enlarged.height < MIN_CANVAS_SIZE[1]:
-        canvas = Image.new("RGB", (max(enlarged.width, MIN_CANVAS_SIZE[0]), max(enlarged.height, MIN_CANVAS_SIZE[1])), MARGIN_COLOR)
+        canvas = Image.new(
+            "RGB", (max(enlarged.width, MIN_CANVAS_SIZE[0]), max(enlarged.height, MIN_CANVAS_SIZE[1])), MARGIN_COLOR
+        )
         canvas.paste(enlarged)
     reference_size = min(max(enlarged.size), 4 * min(canvas.size))  # what words and lines are measured by
     font_size = min(max(14, round(reference_size / 45)), 64)
@@ -65,7 +70,7 @@ def draw_captions(image: Image.Image, captions: Sequence[Caption]) -> Image.Imag
 
 
 def _draw_mask(canvas: Image.Image, mask: np.ndarray, scale: int, color: tuple[int, int, int], line_width: int) -> None:
-    """Lays a colour over the mask, (height, width) of the small picture, and a line along its inner edge."""
+    """Lays a color over the mask, (height, width) of the small picture, and a line along its inner edge."""
     box = masks.mask_to_box(mask)
     if box is None:
         return
@@ -73,7 +78,9 @@ def _draw_mask(canvas: Image.Image, mask: np.ndarray, scale: int, color: tuple[i
     mask_pixels = np.pad(mask[y1:y2, x1:x2].repeat(scale, 0).repeat(scale, 1), line_width)
     interior = mask_pixels
     for _ in range(line_width):
-        interior = interior[1:-1, 1:-1] & interior[:-2, 1:-1] & interior[2:, 1:-1] & interior[1:-1, :-2] & interior[1:-1, 2:]
+        interior = (
+            interior[1:-1, 1:-1] & interior[:-2, 1:-1] & interior[2:, 1:-1] & interior[1:-1, :-2] & interior[1:-1, 2:]
+        )
     mask_pixels = mask_pixels[line_width:-line_width, line_width:-line_width]
     opacity = np.where(interior, MASK_OPACITY, mask_pixels.astype(np.float32))[..., None]
     canvas_box = (x1 * scale, y1 * scale, x2 * scale, y2 * scale)
@@ -88,11 +95,18 @@ def _draw_point(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fil
 
 
 def _draw_labels(
-    canvas: Image.Image, pen: ImageDraw.ImageDraw, captions: Sequence[Caption], scale: int, font_size: int, line_width: int
+    canvas: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    captions: Sequence[Caption],
+    scale: int,
+    font_size: int,
+    line_width: int,
 ) -> None:
     """Points and captions, the smallest region's placed first; a line leads from a label to a region elsewhere."""
     max_label_width = min(canvas.width, max(MIN_CANVAS_SIZE[0], round(canvas.width * 0.4)))
-    point_boxes = [_get_box_around_point(point, scale, 4 * line_width) for caption in captions for point in caption.prompt.points]
+    point_boxes = [
+        _get_box_around_point(point, scale, 4 * line_width) for caption in captions for point in caption.prompt.points
+    ]
     region_boxes = [_get_region_box(caption, scale, 4 * line_width, canvas.size) for caption in captions]
     placer = LabelPlacer(canvas.size, point_boxes, region_boxes)
     labels = []
@@ -101,17 +115,26 @@ def _draw_labels(
         label_box = placer.place_label(block.size, region_boxes[index])
         labels.append((index, block, region_boxes[index], label_box))
     for index, _, region_box, label_box in labels:
-        if label_box[0] > region_box[2] or label_box[2] < region_box[0] or label_box[1] > region_box[3] or label_box[3] < region_box[1]:
+        if (
+            label_box[0] > region_box[2]
+            or label_box[2] < region_box[0]
+            or label_box[1] > region_box[3]
+            or label_box[3] < region_box[1]
+        ):
             ends = [((a[0] + a[2]) / 2, (a[1] + a[3]) / 2) for a in (region_box, label_box)]
             pen.line(ends, fill=get_region_color(index), width=line_width)
     for caption in captions:
         for x, y, label in caption.prompt.points:
-            _draw_point(pen, (x + 0.5) * scale, (y + 0.5) * scale, 2.5 * line_width, INSIDE_COLOR if label else OUTSIDE_COLOR)
+            _draw_point(
+                pen, (x + 0.5) * scale, (y + 0.5) * scale, 2.5 * line_width, INSIDE_COLOR if label else OUTSIDE_COLOR
+            )
     for index, block, _, label_box in labels:
         block.draw(pen, label_box[0], label_box[1], choose_text_color(get_region_color(index)), get_region_color(index))
 
 
-def _get_region_box(caption: Caption, scale: int, radius: int, canvas_size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _get_region_box(
+    caption: Caption, scale: int, radius: int, canvas_size: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """The rectangle of the canvas that a caption speaks of."""
     if caption.box is not None:
         return _scale_box(caption.box, scale, canvas_size)

@@ -40,7 +40,9 @@ def parse_image(record: Any, location: str) -> CaptionedImage:
     return CaptionedImage(read_image_name(record, "image", location), size, told, None)
 
 
-def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: RejectCallback) -> Iterator[CaptionedImage]:
+def group_records_by_image(
+    records: Iterable[tuple[str, Any]], skip: SkipCounter, reject: RejectCallback
+) -> Iterator[CaptionedImage]:
     """Read images from records; the records of an image follow each other."""
     seen_names: set[str] = set()
     for name, image_records in groupby(_iter_named_records(records, reject), key=lambda record: record[0]):
@@ -52,9 +54,13 @@ def group_records_by_image(records: Iterable[tuple[str, Any]], skip: SkipCounter
             try:
                 record_size = ImageSize(*require_recorded_size(record_data, location))
                 if record_size != (size or record_size):
-                    raise InputError(f"{location}: the image is {record_size.width} x {record_size.height}, and was {size} before")
+                    raise InputError(
+                        f"{location}: the image is {record_size.width} x {record_size.height}, and was {size} before"
+                    )
                 size, model = record_size, record_data.get("model") or model
-                caption = fit_caption_box(_parse_caption(record_data, size, len(captions), location), size, location, skip)
+                caption = fit_caption_box(
+                    _parse_caption(record_data, size, len(captions), location), size, location, skip
+                )
             except InputError as error:
                 reject(error)
             else:
@@ -113,7 +119,9 @@ def _number(value: Any) -> float:
     return float(value) if is_finite_number(value) else math.nan
 
 
-def annotations_to_captions(annotations: Iterable[Annotation], size: ImageSize, skip: SkipCounter, reject: RejectCallback) -> list[Caption]:
+def annotations_to_captions(
+    annotations: Iterable[Annotation], size: ImageSize, skip: SkipCounter, reject: RejectCallback
+) -> list[Caption]:
     captions = []
     for index, annotation in enumerate(annotations):
         try:

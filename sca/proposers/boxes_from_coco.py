@@ -42,7 +42,9 @@ class BoxesFromCoco:
         clipped_before = self.prompt_file.clip_counter.counts.total()
         prompts, problems = self.prompt_file.fit_prompts(keys[path], *image.size)
         if num_clipped := self.prompt_file.clip_counter.counts.total() - clipped_before:
-            warnings.warn(f"{self.prompt_file.path}: {num_clipped} of the boxes for {image_id} are clipped to it", stacklevel=2)
+            warnings.warn(
+                f"{self.prompt_file.path}: {num_clipped} of the boxes for {image_id} are clipped to it", stacklevel=2
+            )
         if problems and not prompts:
             raise InputError(problems[0])
         for problem in problems:

@@ -32,7 +32,9 @@ class BoxSegmenter(nn.Module):
         image_embeddings = self.neck(features)
         tokens = []
         if prompts.points is not None:
-            tokens.append(self.encode_coordinates(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0)))
+            tokens.append(
+                self.encode_coordinates(prompts.points + 0.5) + self.kinds(prompts.labels.long().clamp(min=0))
+            )
         if prompts.boxes is not None:
             corners = prompts.boxes.unflatten(1, (2, 2))  # (N, 2, 2), input frame
             tokens.append(self.encode_coordinates(corners + 0.5) + self.kinds.weight[2:])
@@ -54,6 +56,8 @@ class BoxSegmenter(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
     def compute_positional_encoding(self) -> Tensor:
-        centers = (torch.arange(self.grid_size, device=self.frequencies.device) + 0.5) * (self.image_size / self.grid_size)
+        centers = (torch.arange(self.grid_size, device=self.frequencies.device) + 0.5) * (
+            self.image_size / self.grid_size
+        )
         y, x = torch.meshgrid(centers, centers, indexing="ij")
         return self.encode_coordinates(torch.stack((x, y), dim=-1)).permute(2, 0, 1)

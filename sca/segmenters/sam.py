@@ -21,7 +21,7 @@ from transformers.models.sam.modeling_sam import (
 
 from sca.io.hub import load_pretrained
 from sca.nn.boxes import rasterize_boxes
-from sca.nn.masks import select_best_masks, masks_to_boxes
+from sca.nn.masks import masks_to_boxes, select_best_masks
 from sca.nn.two_way import TwoWayTransformer, build_decoder_config
 
 SAM_HIDDEN_SIZE = 256  # D of all that are published
@@ -69,14 +69,26 @@ class SamSegmenter(nn.Module):
         else:
             channels = hidden_size or (SAM_HIDDEN_SIZE if weights else min(encoder.channels, SAM_HIDDEN_SIZE))
             mask_decoder_config = build_decoder_config(
-                channels, depth, num_heads, mlp_dim, iou_head_depth=iou_head_depth, iou_head_hidden_dim=iou_head_hidden_size or channels
+                channels,
+                depth,
+                num_heads,
+                mlp_dim,
+                iou_head_depth=iou_head_depth,
+                iou_head_hidden_dim=iou_head_hidden_size or channels,
             )
             prompt_encoder_config = SamPromptEncoderConfig(
-                hidden_size=channels, image_size=self.image_size, patch_size=encoder.stride, mask_input_channels=mask_input_channels
+                hidden_size=channels,
+                image_size=self.image_size,
+                patch_size=encoder.stride,
+                mask_input_channels=mask_input_channels,
             )
             vision_config = SamVisionConfig(hidden_size=POSITION_FREQUENCY_SCALE, num_pos_feats=channels // 2)
             self.prompt_encoder, self.decoder = _build_prompt_and_mask_modules(
-                SamConfig(vision_config=vision_config, prompt_encoder_config=prompt_encoder_config, mask_decoder_config=mask_decoder_config)
+                SamConfig(
+                    vision_config=vision_config,
+                    prompt_encoder_config=prompt_encoder_config,
+                    mask_decoder_config=mask_decoder_config,
+                )
             )
         self.channels = self.decoder.hidden_size
         self.prompt_encoder.input_image_size = self.image_size
@@ -90,11 +102,17 @@ class SamSegmenter(nn.Module):
         image_embeddings = self.neck(features)  # (B, D, h, w)
         prompt_tokens, dense_embeddings = self.embed_prompts(prompts)
         positional_encoding = self.compute_positional_encoding()
-        is_grid_shared = dense_embeddings.dim() == 3  # no region has drawn into its grid yet: one for each image will do
-        grid = (image_embeddings if is_grid_shared else image_embeddings[prompts.image_index]) + dense_embeddings  # (B or N, D, h, w)
+        is_grid_shared = (
+            dense_embeddings.dim() == 3
+        )  # no region has drawn into its grid yet: one for each image will do
+        grid = (
+            image_embeddings if is_grid_shared else image_embeddings[prompts.image_index]
+        ) + dense_embeddings  # (B or N, D, h, w)
         output_tokens = torch.cat((self.decoder.iou_token.weight, self.decoder.mask_tokens.weight))  # (1 + M + 1, D)
         tokens = torch.cat((output_tokens.expand(len(prompts), -1, -1), prompt_tokens), dim=1)
-        tokens, grid = self.decoder.transformer(tokens, grid, positional_encoding, prompts.image_index if is_grid_shared else None)
+        tokens, grid = self.decoder.transformer(
+            tokens, grid, positional_encoding, prompts.image_index if is_grid_shared else None
+        )
         masks, iou_scores = self.decode_masks(tokens, grid)
         selected = slice(1, None) if multimask_output else slice(0, 1)
         masks, iou_scores = masks[:, selected], iou_scores[:, selected]
@@ -119,10 +137,19 @@ class SamSegmenter(nn.Module):
         def add_point_dimension(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.unsqueeze(1)
 
-        masks = draw_prompts(prompts, 4 * self.grid_size, self.image_size) if self.box_masks and prompts.masks is None else prompts.masks
+        masks = (
+            draw_prompts(prompts, 4 * self.grid_size, self.image_size)
+            if self.box_masks and prompts.masks is None
+            else prompts.masks
+        )
         if masks is not None:
             masks = masks.to(self.prompt_encoder.no_mask_embed.weight.dtype)
-        tokens, dense_embeddings = self.prompt_encoder(add_point_dimension(prompts.points), add_point_dimension(prompts.labels), add_point_dimension(prompts.boxes), masks)
+        tokens, dense_embeddings = self.prompt_encoder(
+            add_point_dimension(prompts.points),
+            add_point_dimension(prompts.labels),
+            add_point_dimension(prompts.boxes),
+            masks,
+        )
         if tokens is None:  # a mask alone has no tokens
             tokens = dense_embeddings.new_zeros(len(prompts), 1, 0, self.channels)
         if masks is None:
@@ -130,7 +157,7 @@ class SamSegmenter(nn.Module):
         return tokens.squeeze(1), dense_embeddings
 
     def compute_positional_encoding(self) -> Tensor:
-        """The random-Fourier code of each cell's centre, (D, h, w)."""
+        """The random-Fourier code of each cell's center, (D, h, w)."""
         embedding = self.prompt_encoder.shared_embedding
         centers = (torch.arange(self.grid_size, device=embedding.positional_embedding.device) + 0.5) / self.grid_size
         y, x = torch.meshgrid(centers, centers, indexing="ij")
@@ -175,7 +202,9 @@ class SamSegmenter(nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target_masks, reduction="none")
         target_probability = probabilities * target_masks + (1 - probabilities) * (1 - target_masks)
         class_weights = 0.25 * target_masks + 0.75 * (1 - target_masks)
-        focal = (class_weights * (1 - target_probability).square() * cross_entropy * valid_pixels).sum((2, 3)) / num_valid  # (N, M)
+        focal = (class_weights * (1 - target_probability).square() * cross_entropy * valid_pixels).sum(
+            (2, 3)
+        ) / num_valid  # (N, M)
         probabilities = probabilities * valid_pixels
         total_area = probabilities.sum((2, 3)) + (target_masks * valid_pixels).sum((2, 3))
         dice = 1 - (2 * (probabilities * target_masks).sum((2, 3)) + 1) / (total_area + 1)
@@ -204,7 +233,10 @@ def _build_prompt_and_mask_modules(config: SamConfig) -> tuple[SamPromptEncoder,
     mask_decoder_config = config.mask_decoder_config
     decoder = SamMaskDecoder(mask_decoder_config)
     decoder.transformer = TwoWayTransformer(
-        mask_decoder_config.hidden_size, mask_decoder_config.num_hidden_layers, mask_decoder_config.num_attention_heads, mask_decoder_config.mlp_dim
+        mask_decoder_config.hidden_size,
+        mask_decoder_config.num_hidden_layers,
+        mask_decoder_config.num_attention_heads,
+        mask_decoder_config.mlp_dim,
     )
     return SamPromptEncoder(config), decoder
 

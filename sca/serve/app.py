@@ -25,16 +25,32 @@ from starlette.requests import ClientDisconnect
 
 from sca.inference.automatic import SearchProgress
 from sca.io.errors import InputError
-from sca.serve.access import HostCheckMiddleware, KeyCheckMiddleware
-from sca.serve.body import RequestLimitMiddleware
+from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
 from sca.serve.chat import add_chat_routes
+from sca.serve.errors import ApiError, make_error_response, to_api_error
 from sca.serve.memory import BudgetError, release_memory
-from sca.serve.problems import ApiError, make_error_response, to_api_error
+from sca.serve.request_body import RequestLimitMiddleware
 from sca.serve.root_path import RootPathMiddleware
 from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
-from sca.serve.schema import CaptionResponse, CaptionRequest, JsonCaptionRequest, HealthResponse, ServerLimits, add_body_schema
-from sca.serve.service import EVENT_STREAM_MEDIA_TYPE, JSON_MEDIA_TYPE, ERROR_RESPONSES, CaptionService, get_media_type, count_mask_prompts, decode_base64, caption_to_dict
-from sca.serve.tickets import RequestDone, RequestEvent, RegionsFound, InferenceRequest, SchedulerError
+from sca.serve.schema import (
+    CaptionRequest,
+    CaptionResponse,
+    HealthResponse,
+    JsonCaptionRequest,
+    ServerLimits,
+    add_body_schema,
+)
+from sca.serve.service import (
+    ERROR_RESPONSES,
+    EVENT_STREAM_MEDIA_TYPE,
+    JSON_MEDIA_TYPE,
+    CaptionService,
+    caption_to_dict,
+    count_mask_prompts,
+    decode_base64,
+    get_media_type,
+)
+from sca.serve.tickets import InferenceRequest, RegionsFound, RequestDone, RequestEvent, SchedulerError
 
 TRIM_INTERVAL = 10.0  # seconds between two times that freed memory goes back to the system
 KEEPALIVE_INTERVAL = 10.0  # seconds without an event after which a stream says that it lives
@@ -80,7 +96,9 @@ def create_app(
     if api_keys:
         app.add_middleware(KeyCheckMiddleware, keys=api_keys)
     if allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     if allowed_hosts is not None:
         app.add_middleware(HostCheckMiddleware, hosts=allowed_hosts)
     app.add_middleware(RequestLimitMiddleware, limits=limits, budget=service.budget)
@@ -115,7 +133,10 @@ def _add_caption_route(app: FastAPI, service: CaptionService) -> None:
             },
         },
     }
-    stream_content = {"description": "events `found`, `searched`, `region`, `done`, `error`", "schema": {"type": "string"}}
+    stream_content = {
+        "description": "events `found`, `searched`, `region`, `done`, `error`",
+        "schema": {"type": "string"},
+    }
 
     @app.post(
         "/v1/captions",
@@ -173,7 +194,11 @@ def _add_info_routes(app: FastAPI, service: CaptionService) -> None:
 async def _stream_response(service: CaptionService, request: Request, inference_request: InferenceRequest) -> Response:
     events = service.iter_events(request, inference_request)
     first_event = await anext(events, None)  # what is wrong from the start has a status of its own
-    header = {"model": service.model_name, "width": inference_request.image.width, "height": inference_request.image.height}
+    header = {
+        "model": service.model_name,
+        "width": inference_request.image.width,
+        "height": inference_request.image.height,
+    }
 
     async def encode_events() -> AsyncIterator[bytes]:
         event, last_sent = first_event, time.monotonic()

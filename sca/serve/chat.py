@@ -21,9 +21,25 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from sca_registry.contracts import Caption, Prompt
 
 from sca.serve.conversation import ChatMessage, check_message_parts, find_image_url, find_text_region, split_turns
-from sca.serve.problems import ApiError
-from sca.serve.schema import MAX_BEAMS, MAX_NEW_TOKENS, MAX_SEED, MIN_SEED, CaptionRequest, ErrorResponse, PromptIn, add_body_schema
-from sca.serve.service import EVENT_STREAM_MEDIA_TYPE, ERROR_RESPONSES, CaptionService, count_mask_prompts, decode_base64, caption_to_dict
+from sca.serve.errors import ApiError
+from sca.serve.schema import (
+    MAX_BEAMS,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MIN_SEED,
+    CaptionRequest,
+    ErrorResponse,
+    PromptIn,
+    add_body_schema,
+)
+from sca.serve.service import (
+    ERROR_RESPONSES,
+    EVENT_STREAM_MEDIA_TYPE,
+    CaptionService,
+    caption_to_dict,
+    count_mask_prompts,
+    decode_base64,
+)
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256  # texts that end a caption, and characters of each
 IGNORED_FIELDS = {  # fields that do not affect the response
@@ -49,7 +65,9 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {  # values with which a field that
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
-MODEL_NOT_FOUND_RESPONSE: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "description": "no such model"}}
+MODEL_NOT_FOUND_RESPONSE: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorResponse, "description": "no such model"}
+}
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -92,7 +110,11 @@ class ChatRequest(PromptIn):
             ApiError: For a field that cannot be honored, by its name.
         """
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name not in IGNORED_FIELDS and not _is_neutral(value, NEUTRAL_VALUES.get(name, ())):
+            if (
+                value is not None
+                and name not in IGNORED_FIELDS
+                and not _is_neutral(value, NEUTRAL_VALUES.get(name, ()))
+            ):
                 raise ApiError(
                     422,
                     f"the field {name[:40]!r} is not supported; leave it out",
@@ -167,7 +189,9 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_info]}
 
-    @app.get("/v1/models/{name:path}", summary="The model that answers, by its name", responses=MODEL_NOT_FOUND_RESPONSE)
+    @app.get(
+        "/v1/models/{name:path}", summary="The model that answers, by its name", responses=MODEL_NOT_FOUND_RESPONSE
+    )
     async def model(name: str) -> dict[str, Any]:
         check_model_name(name)
         return model_info
@@ -195,16 +219,23 @@ def add_chat_routes(app: FastAPI, service: CaptionService) -> None:
             if caption_request.prompts[0].model_dump(exclude_none=True)
             else [Prompt(box=(0.0, 0.0, *map(float, image.size)))]
         )
-        inference_request = await service.make_inference_request(request, caption_request, image, full_image_prompts, "the region")
+        inference_request = await service.make_inference_request(
+            request, caption_request, image, full_image_prompts, "the region"
+        )
         captions = await service.collect_captions(request, inference_request)
         if not captions:
             return Response(status_code=499)  # to nobody: the client has left
         (caption,) = captions
-        choices, usage = make_choices(caption, chat_request.num_choices, chat_request.stop_texts), count_usage(caption, chat_request.num_choices)
+        choices, usage = (
+            make_choices(caption, chat_request.num_choices, chat_request.stop_texts),
+            count_usage(caption, chat_request.num_choices),
+        )
         header = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model_name}
         if chat_request.stream:
             has_usage = chat_request.stream_options is not None and chat_request.stream_options.include_usage
-            return StreamingResponse(_iter_chunks(header, choices, usage if has_usage else None), media_type=EVENT_STREAM_MEDIA_TYPE)
+            return StreamingResponse(
+                _iter_chunks(header, choices, usage if has_usage else None), media_type=EVENT_STREAM_MEDIA_TYPE
+            )
         response = {
             **header,
             "object": "chat.completion",
@@ -247,7 +278,11 @@ def count_usage(caption: Caption, num_choices: int) -> dict[str, int]:
     """Count the tokens that the language model read for a region and wrote for its choices; 0 without one."""
     prompt_tokens = caption.usage.prompt_tokens if caption.usage else 0
     completion_tokens = sum(caption.usage.completion_tokens[:num_choices]) if caption.usage else 0
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def _is_neutral(value: Any, neutral_values: Sequence[Any]) -> bool:
@@ -255,7 +290,9 @@ def _is_neutral(value: Any, neutral_values: Sequence[Any]) -> bool:
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral_values)
 
 
-def _iter_chunks(header: dict[str, Any], choices: Sequence[ChatChoice], usage: dict[str, int] | None) -> Iterator[bytes]:
+def _iter_chunks(
+    header: dict[str, Any], choices: Sequence[ChatChoice], usage: dict[str, int] | None
+) -> Iterator[bytes]:
     """The events of a streamed answer. usage: sent in a chunk of its own at the end; None if it is not wanted."""
     header = {**header, "object": "chat.completion.chunk"}
     empty_usage = {} if usage is None else {"usage": None}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from sca.io.errors import InputError
-from sca.serve.problems import ApiError
+from sca.serve.errors import ApiError
 from sca.serve.schema import PromptIn
 from sca.serve.text_region import find_region
 
@@ -157,7 +157,9 @@ def find_text_region(turns: Sequence[Sequence[ChatMessage]], url: str) -> Prompt
         region = find_region(text)
         if region is not None:
             return PromptIn(box=region.box, points=list(region.points) or None)
-    other_messages = [message for turn in relevant_turns for message in turn if message.role in ("assistant", "tool", "function")]
+    other_messages = [
+        message for turn in relevant_turns for message in turn if message.role in ("assistant", "tool", "function")
+    ]
     other_messages += [message for turn in turns for message in turn if message.role in ("system", "developer")]
     for message in other_messages:
         num_searched = _add_searched_length(num_searched, message.text)

@@ -39,11 +39,19 @@ class ByteBudget:
         max_total_bytes = self.max_bytes if self.is_small_request(num_bytes) else self.max_request_bytes
 
         def can_resize() -> bool:
-            return lease.has_ended or num_bytes <= lease.leased_bytes or self.leased_bytes + num_bytes - lease.leased_bytes <= max_total_bytes
+            return (
+                lease.has_ended
+                or num_bytes <= lease.leased_bytes
+                or self.leased_bytes + num_bytes - lease.leased_bytes <= max_total_bytes
+            )
 
         with self._freed:
-            if not can_resize() and (num_bytes > max_total_bytes or not self._freed.wait_for(can_resize, max(0.0, timeout))):
-                raise BudgetError(f"{self.leased_bytes >> 20} MiB of {self.max_bytes >> 20} are in use: try again later")
+            if not can_resize() and (
+                num_bytes > max_total_bytes or not self._freed.wait_for(can_resize, max(0.0, timeout))
+            ):
+                raise BudgetError(
+                    f"{self.leased_bytes >> 20} MiB of {self.max_bytes >> 20} are in use: try again later"
+                )
             if lease.has_ended:  # by a request that went while its work went on
                 return
             self.leased_bytes += num_bytes - lease.leased_bytes

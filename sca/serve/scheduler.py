@@ -32,18 +32,18 @@ from sca.io.masks import mask_to_box
 from sca.serve.feature_store import FeatureStore
 from sca.serve.memory import is_out_of_memory, release_memory
 from sca.serve.tickets import (
-    QueueFullError,
     CandidateMasks,
-    UnsupportedRequestError,
-    SchedulerClosedError,
+    DeadlineExceededError,
+    InferenceRequest,
+    InsufficientMemoryError,
+    QueueFullError,
+    RegionsFound,
     RequestDone,
     RequestEvent,
-    RegionsFound,
-    DeadlineExceededError,
-    InsufficientMemoryError,
-    InferenceRequest,
+    SchedulerClosedError,
     SchedulerError,
     Ticket,
+    UnsupportedRequestError,
 )
 
 log = logging.getLogger("sca.serve")
@@ -79,7 +79,12 @@ class RequestScheduler:
         max_queue: int = 10_000,
         max_found_regions: int | None = None,
     ):
-        self.captioner, self.max_regions_per_turn, self.max_images_per_encode, self.max_queue = captioner, max_regions_per_turn, max_images_per_encode, max_queue
+        self.captioner, self.max_regions_per_turn, self.max_images_per_encode, self.max_queue = (
+            captioner,
+            max_regions_per_turn,
+            max_images_per_encode,
+            max_queue,
+        )
         self.max_found_regions = max_found_regions
         self.feature_store = FeatureStore(feature_cache_bytes)
         self.num_turns = self.num_captioned = 0
@@ -123,7 +128,9 @@ class RequestScheduler:
             if self.state != "ok":
                 raise self._make_closed_error()
             ticket_size, num_queued = ticket.queue_size, self._count_queued()
-            if num_queued + ticket_size > (self.max_queue if ticket_size <= SHORT_REQUEST_REGIONS else self.max_queue * 3 // 4):
+            if num_queued + ticket_size > (
+                self.max_queue if ticket_size <= SHORT_REQUEST_REGIONS else self.max_queue * 3 // 4
+            ):
                 raise QueueFullError(f"{num_queued} regions wait, and at most {self.max_queue} may: try again later")
             self._tickets.append(ticket)
             self._condition.notify_all()
@@ -156,7 +163,9 @@ class RequestScheduler:
         """Stop after the turn that is being made, and wait for it for at most `seconds`; all others get ClosedError."""
         with self._condition:
             self._is_closed = True
-            waiting_tickets = [ticket for ticket in self._tickets if not any(ticket is each for each in self._current_turn)]
+            waiting_tickets = [
+                ticket for ticket in self._tickets if not any(ticket is each for each in self._current_turn)
+            ]
             self._condition.notify_all()
         for ticket in waiting_tickets:
             _fail_ticket(ticket, self._make_closed_error())
@@ -190,7 +199,9 @@ class RequestScheduler:
         has_worked = False
         while True:
             with self._condition:
-                has_work = self._condition.wait_for(lambda: self._tickets or self._is_closed, 1.0 if has_worked else None)
+                has_work = self._condition.wait_for(
+                    lambda: self._tickets or self._is_closed, 1.0 if has_worked else None
+                )
                 if self._is_closed:
                     return
                 self._current_turn = turn = self._select_turn() if has_work else []
@@ -203,7 +214,9 @@ class RequestScheduler:
                 has_worked = True
             with self._condition:  # who has something left waits at the end, and others have their turn
                 turn_ids = set(map(id, turn))
-                unfinished = [each for each in turn if not each.is_cancelled and (each.num_remaining or each.needs_search)]
+                unfinished = [
+                    each for each in turn if not each.is_cancelled and (each.num_remaining or each.needs_search)
+                ]
                 self._tickets = deque(each for each in self._tickets if id(each) not in turn_ids)
                 self._tickets.extend(unfinished)
                 self._current_turn = []
@@ -213,32 +226,46 @@ class RequestScheduler:
         now = time.monotonic()
         for ticket in [each for each in self._tickets if each.is_cancelled or each.deadline < now]:
             self._tickets.remove(ticket)
-            _fail_ticket(ticket, DeadlineExceededError(f"no answer in {ticket.request.timeout:g} s: ask for less, or later"))
+            _fail_ticket(
+                ticket, DeadlineExceededError(f"no answer in {ticket.request.timeout:g} s: ask for less, or later")
+            )
         num_running_searches = sum(each.search_steps is not None for each in self._tickets)
-        ready_tickets = [each for each in self._tickets if not each.needs_search or each.search_steps is not None or num_running_searches < MAX_CONCURRENT_SEARCHES]
+        ready_tickets = [
+            each
+            for each in self._tickets
+            if not each.needs_search or each.search_steps is not None or num_running_searches < MAX_CONCURRENT_SEARCHES
+        ]
         if not ready_tickets:
             return []
         first = self._select_first_ticket(ready_tickets)
         if first.needs_search:
             turn = [first]
         else:
-            num_selected_by_client: Counter[str] = Counter()  # of several tickets of a client, one comes before the second of another
+            num_selected_by_client: Counter[str] = (
+                Counter()
+            )  # of several tickets of a client, one comes before the second of another
             ranked_tickets = []
             for each in ready_tickets:
                 if each is not first and not each.needs_search and each.batch_key == first.batch_key:
                     ranked_tickets.append((num_selected_by_client[each.request.client_id], each))
                     num_selected_by_client[each.request.client_id] += 1
-            turn = [first, *(each for _, each in sorted(ranked_tickets, key=lambda pair: pair[0]))][: self.max_regions_per_turn]
+            turn = [first, *(each for _, each in sorted(ranked_tickets, key=lambda pair: pair[0]))][
+                : self.max_regions_per_turn
+            ]
         self.num_turns += 1
         waiting_clients = {each.request.client_id for each in self._tickets}
-        self._last_turn_by_client = {client: last for client, last in self._last_turn_by_client.items() if client in waiting_clients}
+        self._last_turn_by_client = {
+            client: last for client, last in self._last_turn_by_client.items() if client in waiting_clients
+        }
         for each in turn:
             self._last_turn_by_client[each.request.client_id] = self.num_turns
         return turn
 
     def _select_first_ticket(self, ready_tickets: Sequence[Ticket]) -> Ticket:
         """Who is next: new tickets and others alternate, and among these the client who has waited longest."""
-        new_tickets, served_tickets = ([each for each in ready_tickets if bool(each.num_turns) is had] for had in (False, True))
+        new_tickets, served_tickets = (
+            [each for each in ready_tickets if bool(each.num_turns) is had] for had in (False, True)
+        )
         eligible_tickets = (served_tickets if self._last_turn_was_new else new_tickets) or served_tickets or new_tickets
         self._last_turn_was_new = eligible_tickets is new_tickets
         return min(eligible_tickets, key=lambda each: self._last_turn_by_client.get(each.request.client_id, -1))
@@ -285,7 +312,9 @@ class RequestScheduler:
         """How many regions of each ticket are answered in a turn: one of each after another, up to what a turn may
         cost.
         """
-        has_other_tickets = any(not each.is_cancelled for each in self._tickets if not any(each is one for one in tickets))
+        has_other_tickets = any(
+            not each.is_cancelled for each in self._tickets if not any(each is one for one in tickets)
+        )
         budget_left = self.max_regions_per_turn / (CROWDED_TURN_DIVISOR if has_other_tickets else 1)
         cost_functions = [self._make_cost_function(ticket) for ticket in tickets]
         region_counts = [0] * len(tickets)
@@ -306,7 +335,9 @@ class RequestScheduler:
         default_options = getattr(self.captioner, "generation", DEFAULT_GENERATION)
         options = {**default_options, **ticket.request.generation}
         num_captions = max(options["beams"], options.get("captions", 1))
-        token_cost = num_captions * options["max_new_tokens"] / (default_options["beams"] * default_options["max_new_tokens"])
+        token_cost = (
+            num_captions * options["max_new_tokens"] / (default_options["beams"] * default_options["max_new_tokens"])
+        )
         if options.get("seed") is not None:  # such regions are captioned one at a time
             token_cost = max(token_cost, self.max_regions_per_turn)
         cost_per_mask = ticket.request.image.width * ticket.request.image.height / MASK_PIXELS_PER_REGION_COST
@@ -366,7 +397,11 @@ class RequestScheduler:
         images = [ticket.request.image for ticket in turn]
         if encoded_tickets[0].features is None:
             return EncodedImages(images, None, ())
-        features = encoded_tickets[0].features if len(encoded_tickets) == 1 else torch.cat([encoded.features for encoded in encoded_tickets])
+        features = (
+            encoded_tickets[0].features
+            if len(encoded_tickets) == 1
+            else torch.cat([encoded.features for encoded in encoded_tickets])
+        )
         return EncodedImages(images, features, [frame for encoded in encoded_tickets for frame in encoded.frames])
 
 

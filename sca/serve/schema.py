@@ -21,7 +21,13 @@ MAX_POINTS_PER_SIDE, MAX_CROP_LAYERS = 64, 2  # points along each side of the gr
 _NUMBER = {"type": "number"}
 _BOX = {"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4, "description": "x1, y1, x2, y2"}
 _NON_NEGATIVE_INTEGER = {"type": "integer", "minimum": 0}
-_SIZE = {"type": "array", "items": _NON_NEGATIVE_INTEGER, "minItems": 2, "maxItems": 2, "description": "height, width: the image's"}
+_SIZE = {
+    "type": "array",
+    "items": _NON_NEGATIVE_INTEGER,
+    "minItems": 2,
+    "maxItems": 2,
+    "description": "height, width: the image's",
+}
 _COUNTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": _NON_NEGATIVE_INTEGER}]}
 _RLE = {"type": "object", "properties": {"size": _SIZE, "counts": _COUNTS}, "required": ["size", "counts"]}
 _POINT = {
@@ -94,7 +100,9 @@ class PromptIn(StrictModel):
 class EverythingIn(StrictModel):
     """How everything is looked for; what is left out is the model's own."""
 
-    points_per_side: Annotated[int | None, Field(ge=1, le=MAX_POINTS_PER_SIDE, description="along each side of the grid")] = None
+    points_per_side: Annotated[
+        int | None, Field(ge=1, le=MAX_POINTS_PER_SIDE, description="along each side of the grid")
+    ] = None
     pred_iou_thresh: Annotated[float | None, Field(ge=0, le=1, description="least predicted IoU of a mask")] = None
     stability_score_thresh: Annotated[float | None, Field(ge=0, le=1, description="least stability of a mask")] = None
     box_nms_thresh: Annotated[float | None, Field(ge=0, le=1, description="of two that overlap more, one stays")] = None
@@ -102,7 +110,9 @@ class EverythingIn(StrictModel):
         float | None, Field(ge=0, le=1, description="IoU threshold for suppressing masks; 1 for none")
     ] = None
     min_area: Annotated[float | None, Field(ge=0, le=1, description="least share of the image")] = None
-    crop_n_layers: Annotated[int | None, Field(ge=0, le=MAX_CROP_LAYERS, description="layers of crops to look at, too")] = None
+    crop_n_layers: Annotated[
+        int | None, Field(ge=0, le=MAX_CROP_LAYERS, description="layers of crops to look at, too")
+    ] = None
     caption_from: Literal["box-and-point", "box", "point"] | None = None
     max_regions: Annotated[int | None, Field(ge=1, description="maximum regions, best first")] = None
 
@@ -114,7 +124,9 @@ class CaptionRequest(StrictModel):
     everything: StrictBool | EverythingIn = False
     task: Literal["caption", "recognition"] = "caption"
     num_beams: Annotated[int | None, Field(ge=1, le=MAX_BEAMS)] = None
-    num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="so many a region, the best first")] = None
+    num_captions: Annotated[int | None, Field(ge=1, le=MAX_BEAMS, description="so many a region, the best first")] = (
+        None
+    )
     max_new_tokens: Annotated[int | None, Field(ge=1, le=MAX_NEW_TOKENS)] = None
     do_sample: StrictBool = False
     temperature: Annotated[float | None, Field(ge=0.01, le=100, description="with `sample`")] = None

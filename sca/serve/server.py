@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sca.serve.hosted import ServerConfig
-from sca.serve.listening import bind_socket
+from sca.serve.config import ServerConfig
 from sca.serve.scheduler import RequestScheduler
+from sca.serve.sockets import bind_socket
 
 HEADER_TIMEOUT_SECONDS = 10.0  # in which the head of a request has to be there, at most
 SHUTDOWN_TIMEOUT_SECONDS = 5.0  # that requests have when the server ends

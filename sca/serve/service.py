@@ -21,34 +21,44 @@ from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import DEFAULT_GENERATION
 
 from sca.inference.automatic import resolve_everything_options
-from sca.inference.generation import resolve_generation_options
+from sca.inference.generation_options import resolve_generation_options
 from sca.io.images import decode_image, open_image_header
 from sca.io.prompts import parse_prompt
 from sca.output.jsonl import caption_to_record
+from sca.serve.errors import ApiError
 from sca.serve.memory import BudgetError, ByteBudget
 from sca.serve.metrics import ServerMetrics
-from sca.serve.problems import ApiError
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import (
     MAX_BEAMS,
     MAX_CROP_LAYERS,
-    MAX_POINTS_PER_SIDE,
     MAX_NEW_TOKENS,
+    MAX_POINTS_PER_SIDE,
     CaptionRequest,
-    EverythingIn,
-    ServerLimits,
     ErrorResponse,
+    EverythingIn,
     PromptIn,
     RegionOut,
+    ServerLimits,
 )
-from sca.serve.tickets import RequestDone, RequestEvent, DeadlineExceededError, InsufficientMemoryError, InferenceRequest, SchedulerError
+from sca.serve.tickets import (
+    DeadlineExceededError,
+    InferenceRequest,
+    InsufficientMemoryError,
+    RequestDone,
+    RequestEvent,
+    SchedulerError,
+)
 
 BodyModel = TypeVar("Parsed", bound=BaseModel)
 POLL_INTERVAL = 0.5  # seconds between two looks at whether a client is still there
 ALWAYS_ALLOWED_MASK_PIXELS = 64 * 2**20  # pixels of masks that a request may always have
 JSON_MEDIA_TYPE = "application/json"
 EVENT_STREAM_MEDIA_TYPE = "text/event-stream"
-DECODING_BYTES_PER_PIXEL, DECODED_BYTES_PER_PIXEL = 13, 4  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
+DECODING_BYTES_PER_PIXEL, DECODED_BYTES_PER_PIXEL = (
+    13,
+    4,
+)  # bytes of a pixel while an image is decoded, with transparency and a turn, and afterwards
 MAX_DATA_URL_HEADER = 1000  # characters of a data: URL before its comma
 URL_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
 URLSAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the one for URLs
@@ -108,7 +118,9 @@ class CaptionService:
         """ApiError for more values than are allowed, which take much more memory than their text."""
         separators = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
         if sum(body.count(each) for each in separators) > self.limits.max_json_values:
-            raise ApiError(413, f"the request has more than the {self.limits.max_json_values:,} values that are allowed")
+            raise ApiError(
+                413, f"the request has more than the {self.limits.max_json_values:,} values that are allowed"
+            )
         return model.model_validate_json(body)
 
     async def decode_request_image(self, request: Request, image_bytes: bytes, num_masks: int = 0) -> Image.Image:
@@ -116,10 +128,14 @@ class CaptionService:
 
         InputError for what is no picture, or has too many pixels.
         """
-        unread_image = await to_thread.run_sync(open_image_header, io.BytesIO(image_bytes), "the image", self.limits.max_pixels)
+        unread_image = await to_thread.run_sync(
+            open_image_header, io.BytesIO(image_bytes), "the image", self.limits.max_pixels
+        )
         pixels = unread_image.width * unread_image.height
         if num_masks * pixels > max(ALWAYS_ALLOWED_MASK_PIXELS, 10 * self.limits.max_pixels):
-            raise ApiError(413, f"{num_masks} masks of {unread_image.width} x {unread_image.height} are too many: ask in pieces")
+            raise ApiError(
+                413, f"{num_masks} masks of {unread_image.width} x {unread_image.height} are too many: ask in pieces"
+            )
         lease = request.state.lease
         deadline = self.get_deadline(request)
         monotonic_deadline = time.monotonic() + deadline - asyncio.get_running_loop().time()
@@ -134,7 +150,9 @@ class CaptionService:
             lease.set((DECODED_BYTES_PER_PIXEL + num_masks) * pixels)
             return image
 
-        pool = self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool  # what is large waits for what is large
+        pool = (
+            self._small_image_pool if self.budget.is_small_request(needed_bytes) else self._large_image_pool
+        )  # what is large waits for what is large
         return await self._run_in_pool(pool, deadline, decode_with_lease)
 
     async def _run_in_pool(self, pool: Executor, deadline: float, function: Callable[[], Any]) -> Any:
@@ -151,12 +169,17 @@ class CaptionService:
             problem = "both prompts and everything" if caption_request.prompts else "neither prompts nor everything"
             raise ApiError(422, f"{problem}: give prompts, or everything=true to have the regions found")
         if len(caption_request.prompts) > self.limits.max_prompts:
-            raise ApiError(413, f"{len(caption_request.prompts):,} prompts, and {self.limits.max_prompts:,} are allowed")
+            raise ApiError(
+                413, f"{len(caption_request.prompts):,} prompts, and {self.limits.max_prompts:,} are allowed"
+            )
         point_counts = [len(prompt.points) for prompt in caption_request.prompts if isinstance(prompt.points, list)]
         if point_counts and max(point_counts) > self.limits.max_points:
             raise ApiError(413, f"a prompt of {max(point_counts):,} points, and {self.limits.max_points:,} are allowed")
         if sum(point_counts) > self.limits.max_points_per_request:
-            raise ApiError(413, f"{sum(point_counts):,} points, and {self.limits.max_points_per_request:,} are allowed in all prompts")
+            raise ApiError(
+                413,
+                f"{sum(point_counts):,} points, and {self.limits.max_points_per_request:,} are allowed in all prompts",
+            )
         for name in ("temperature", "top_p"):
             if getattr(caption_request, name) is not None and not caption_request.do_sample:
                 raise ApiError(422, f"{name} can only be used with sample=true", param=name)
@@ -201,16 +224,28 @@ class CaptionService:
         generation |= _limit_default_options(captioner, generation)
         everything = max_regions = None
         if caption_request.everything:
-            everything_fields = caption_request.everything if isinstance(caption_request.everything, EverythingIn) else EverythingIn()
+            everything_fields = (
+                caption_request.everything if isinstance(caption_request.everything, EverythingIn) else EverythingIn()
+            )
             max_regions = everything_fields.max_regions
-            search_options = resolve_everything_options(captioner, everything_fields.model_dump(exclude={"max_regions"}))
-            everything = replace(search_options, points=min(search_options.points_per_side, MAX_POINTS_PER_SIDE), crops=min(search_options.crop_n_layers, MAX_CROP_LAYERS))
+            search_options = resolve_everything_options(
+                captioner, everything_fields.model_dump(exclude={"max_regions"})
+            )
+            everything = replace(
+                search_options,
+                points=min(search_options.points_per_side, MAX_POINTS_PER_SIDE),
+                crops=min(search_options.crop_n_layers, MAX_CROP_LAYERS),
+            )
         elif prompts is None:
             if count_mask_prompts(caption_request):
-                read_checked_prompts = partial(_read_checked_prompts, caption_request.prompts, image.size, location_format)
+                read_checked_prompts = partial(
+                    _read_checked_prompts, caption_request.prompts, image.size, location_format
+                )
                 prompts = await self._run_in_pool(self._mask_pool, self.get_deadline(request), read_checked_prompts)
             else:
-                prompts = await to_thread.run_sync(_read_checked_prompts, caption_request.prompts, image.size, location_format)
+                prompts = await to_thread.run_sync(
+                    _read_checked_prompts, caption_request.prompts, image.size, location_format
+                )
         return InferenceRequest(
             image,
             prompts or (),
@@ -223,7 +258,9 @@ class CaptionService:
             max_regions=max_regions,
         )
 
-    async def iter_events(self, request: Request, inference_request: InferenceRequest) -> AsyncIterator[RequestEvent | None]:
+    async def iter_events(
+        self, request: Request, inference_request: InferenceRequest
+    ) -> AsyncIterator[RequestEvent | None]:
         """Yield the events of a question, and None every `POLL` seconds without one.
 
         Whoever leaves, or has no more time, is not computed for. An event is part of the request's memory until it is

@@ -26,7 +26,9 @@ _EDGE_NAMES = (
     r"[xy](?:_?(?:min|max|[0-2]))?|c_?[xy]|[xy]_?c(?:ent(?:er|re))?|cent(?:er|re)_?[xy]|left|top|right|bottom"
     r"|width|height|[wh]|label"
 )
-_NAMED_NUMBER = re.compile(rf"(?<![\w.])({_EDGE_NAMES})[\"'`]?(\s*[:=]\s*|\s+(?:is\s+|at\s+)?)[\"'`]?({_NUMBER_WITH_UNIT})")
+_NAMED_NUMBER = re.compile(
+    rf"(?<![\w.])({_EDGE_NAMES})[\"'`]?(\s*[:=]\s*|\s+(?:is\s+|at\s+)?)[\"'`]?({_NUMBER_WITH_UNIT})"
+)
 _NAMED_NUMBER_SEPARATOR = re.compile(rf"(?:{_SEPARATOR}|[-\N{{BULLET}}])*+")
 _WORD = re.compile(r"[^\W\d][\w-]*")
 
@@ -35,7 +37,9 @@ _LOCATION_WORD = re.compile(
     r"at|xy|co-?ordinates?|coords?|pos(?:itions?)?|loc(?:ations?)?|regions?|areas?|crops?|windows?|zones?"
     r"|bounds|selections?"
 )
-_BOX_WORD = re.compile(r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)")
+_BOX_WORD = re.compile(
+    r"(?:.*[_-])?(?:b?box(?:es)?|bounding-?box(?:es)?|rect(?:angle)?s?|rois?|xyxy|ltrb)(?:[_-].*|\d?d?)"
+)
 _POINT_WORD = re.compile(r"(?:.*[_-])?(?:(?:key)?points?|pts?|clicks?|pixels?)(?:[_-].*|\d?d?)")
 _SIZE_WORD = re.compile(r"(?:.*[_-])?(?:sizes?|resolutions?|dimensions?|shapes?)")
 _OTHER_ORDER_WORD = re.compile(  # names of numbers that are not x1, y1, x2, y2
@@ -75,7 +79,9 @@ _ASCII_SIGNS |= str.maketrans(
 )
 _NAME_WITHOUT_SPACE = re.compile(r"(?<!\w)(b?box|point|region)(?=\d+\s*[,;])")  # to its first number
 _ESCAPE_SEQUENCE = re.compile(r"\\[nrt\"']")  # of a text in JSON that is in JSON again
-_ASSIGNED_VALUE = re.compile(r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})")
+_ASSIGNED_VALUE = re.compile(
+    r"(?<!\w)(?:b?box(?:_2d)?|point(?:_2d)?)[\"'`]?\s*[:=][\s\"'`(\[{<|>]*([^\s\"'`)\]}>|]{1,40})"
+)
 MAX_NUMBERS = 2048  # of a text; a region has at most 256 points of 3 numbers
 _MAX_NAME_DISTANCE = 60  # characters before numbers in which the word is that names them
 
@@ -193,7 +199,9 @@ def _parse_named_values(text: str) -> Iterator[_RegionMention]:
         else:
             unread_matches += [match for match in matches if _normalize_edge_name(match[1]) not in ("w", "h", "label")]
     if len(unread_matches) > 2 or sum(bool(match[2].strip(" isat\n\t")) for match in unread_matches) > 1:
-        raise InputError(f"the text {_shorten_text(' '.join(each[0] for each in unread_matches))} is not a region; {_BOX_HINT}")
+        raise InputError(
+            f"the text {_shorten_text(' '.join(each[0] for each in unread_matches))} is not a region; {_BOX_HINT}"
+        )
 
 
 def _iter_named_groups(text: str) -> Iterator[list[re.Match[str]]]:
@@ -222,7 +230,9 @@ def _values_to_mention(values: dict[str, str], start: int, end: int) -> _RegionM
     """A box or a point of named values; None for other names."""
     names = frozenset(values)
     if names == {"x", "y"} or names == {"x", "y", "label"}:
-        return _RegionMention(start, end, None, (_numbers_to_point([values[name] for name in ("x", "y", "label") if name in names]),))
+        return _RegionMention(
+            start, end, None, (_numbers_to_point([values[name] for name in ("x", "y", "label") if name in names]),)
+        )
     if names == {"x0", "y0", "x1", "y1"}:
         return _RegionMention(start, end, _numbers_to_box([values[name] for name in ("x0", "y0", "x1", "y1")]), ())
     if names == {"x1", "y1", "x2", "y2"}:
@@ -264,7 +274,9 @@ def _split_runs(text: str, match: re.Match[str]) -> Iterator[_NumberRun]:
         is_new_group = bool(re.search(r"[()\[\]{}]", separator))
         depth = max(0, depth - len(re.findall(r"[)\]}]", separator))) + len(re.findall(r"[([{]", separator))
         is_comma = bool(re.search(r"[,;|/]", separator))
-        leaves_group = (depth > 0) != bool(run.groups) and not (is_comma and run.groups and _has_region_name(text, run.start))
+        leaves_group = (depth > 0) != bool(run.groups) and not (
+            is_comma and run.groups and _has_region_name(text, run.start)
+        )
         if leaves_group or (has_commas and not is_new_group and depth == 0 and separator.isspace()):
             yield run
             run, has_commas = _NumberRun(token.end(), token.end()), False
@@ -290,7 +302,9 @@ def _find_name(text: str, start: int, end: int) -> tuple[str, int]:
         if _LOCATION_WORD.fullmatch(word):
             name, name_start = name or word, match.start() if not name else name_start
         elif word not in _CONNECTING_WORDS:
-            is_region_word = _BOX_WORD.fullmatch(word) or _POINT_WORD.fullmatch(word) or _OTHER_ORDER_WORD.fullmatch(word)
+            is_region_word = (
+                _BOX_WORD.fullmatch(word) or _POINT_WORD.fullmatch(word) or _OTHER_ORDER_WORD.fullmatch(word)
+            )
             if is_region_word or (not name and _SIZE_WORD.fullmatch(word)):
                 return word, match.start()
             break
@@ -310,7 +324,11 @@ def _parse_run(text: str, run: _NumberRun, search_start: int, reject_bare: bool)
         return None
     if _SIZE_WORD.fullmatch(name) and num_numbers < 4:
         return None
-    if is_point and not run.groups and _is_count_of_others(text[max(0, name_start - _MAX_NAME_DISTANCE) : name_start], num_numbers):
+    if (
+        is_point
+        and not run.groups
+        and _is_count_of_others(text[max(0, name_start - _MAX_NAME_DISTANCE) : name_start], num_numbers)
+    ):
         return None
     is_bare = not (is_box or is_point or _OTHER_ORDER_WORD.fullmatch(name)) and _is_bare(text, run, name)
     if is_bare and not _is_alone(text, run):
@@ -355,7 +373,11 @@ def _is_bare(text: str, run: _NumberRun, name: str) -> bool:
     numbers = text[run.start : run.end]
     if name in ("", "at") and re.search(r"\d/\d", numbers):  # a date
         return True
-    if name or _parse_edge_order(text[max(0, run.start - _MAX_NAME_DISTANCE) : run.start]) or _CORNER_PAIR.fullmatch(numbers):
+    if (
+        name
+        or _parse_edge_order(text[max(0, run.start - _MAX_NAME_DISTANCE) : run.start])
+        or _CORNER_PAIR.fullmatch(numbers)
+    ):
         return False
     return max(map(len, run.groups), default=0) < 2
 

@@ -96,7 +96,9 @@ class Ticket:
         self.prompts = list(request.prompts)
         self.found_masks: list[PredictedMask] | None = None  # of what was found
         self.needs_search = request.everything is not None
-        self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = None  # of a search that runs
+        self.search_steps: Generator[SearchProgress, None, tuple[list[PredictedMask], list[Prompt]]] | None = (
+            None  # of a search that runs
+        )
         self.search_progress: SearchProgress | None = None
         self.num_turns = self.num_captioned = 0
         self.deadline = time.monotonic() + request.timeout

@@ -30,7 +30,7 @@ def try_parts(entries: Sequence[RegistryEntry], timeout: float) -> list[Registry
         for number, entry in enumerate(entries):
             if entry.state == "unchecked":
                 config = {"kind": entry.kind, "name": entry.name, "device": "cpu"}
-                job = "sca.testing.conformance.verdict:try_part"
+                job = "sca.testing.conformance.plugin_check:try_part"
                 tasks.append(Task(str(number), job, config, f"{scratch}/{number}", timeout))
         made = {outcome.task.key: outcome.result for outcome in Local(os.cpu_count() or 1).map(tasks)}
     return [_add_findings(entry, made.get(str(number))) for number, entry in enumerate(entries)]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from sca_registry.contracts import Region, Sample
 
-from sca.io.masks import compute_mask_area, mask_to_box, decode_rle, encode_rle
+from sca.io.masks import compute_mask_area, decode_rle, encode_rle, mask_to_box
 
 SIDE_PATTERN = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
 PADDING_COLOR = (124, 116, 104)  # the mean of ImageNet, about zero for most encoders
@@ -23,7 +23,7 @@ class Augmentation:
     the regions of a flipped picture whose words or attributes name one. crop: least share of each side that a random
     crop keeps. scale: least and greatest factor of large-scale jitter (arXiv 2012.07177), after which the picture is a
     square of its longer side: cut at random where it has grown, padded at the right and below where it has shrunk.
-    colour: how far brightness, contrast and saturation stray from 1. keep: a region that lost more than `1 - keep` of
+    color: how far brightness, contrast and saturation stray from 1. keep: a region that lost more than `1 - keep` of
     its area is dropped.
     """
 
@@ -31,7 +31,7 @@ class Augmentation:
     sides: str = "swap"
     crop: float = 1.0
     scale: Sequence[float] = ()
-    colour: float = 0.0
+    color: float = 0.0
     keep: float = 0.4
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -43,9 +43,9 @@ class Augmentation:
             if self.sides == "drop":
                 regions = [region for region in regions if not has_side_word(region)]
             image, regions = flip_horizontally(image, regions)
-        if self.colour:
+        if self.color:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                image = enhance(image).enhance(rng.uniform(1 - self.colour, 1 + self.colour))
+                image = enhance(image).enhance(rng.uniform(1 - self.color, 1 + self.color))
         if self.scale:
             image, regions = self._jitter_scale(image, regions, original_areas, rng)
         return Sample(image, sample.image_id, tuple(regions))
@@ -71,7 +71,11 @@ class Augmentation:
         canvas = Image.new("RGB", (side, side), PADDING_COLOR)
         canvas.paste(image.crop(window).resize(size, Image.Resampling.BILINEAR))
         cropped_regions = [crop_region(region, window, original_areas[region.id], self.keep) for region in regions]
-        resized_regions = [resize_region(region, (width, height), size, (side, side)) for region in cropped_regions if region is not None]
+        resized_regions = [
+            resize_region(region, (width, height), size, (side, side))
+            for region in cropped_regions
+            if region is not None
+        ]
         return canvas, [region for region in resized_regions if region is not None]
 
 
@@ -111,7 +115,9 @@ def _compute_area(region: Region) -> float:
     return (x2 - x1) * (y2 - y1) if region.mask is None else compute_mask_area(region.mask)
 
 
-def crop_region(region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float) -> Region | None:
+def crop_region(
+    region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float
+) -> Region | None:
     """The region as seen through a window x1 y1 x2 y2, or None if less than `keep` of its `whole` area is left."""
     left, top, right, bottom = window
     x1, y1, x2, y2 = region.box
@@ -128,7 +134,9 @@ def crop_region(region: Region, window: tuple[int, int, int, int], original_area
     return replace(region, box=mask_to_box(rle), mask=rle)
 
 
-def resize_region(region: Region, size: tuple[int, int], new_size: tuple[int, int], frame_size: tuple[int, int]) -> Region | None:
+def resize_region(
+    region: Region, size: tuple[int, int], new_size: tuple[int, int], frame_size: tuple[int, int]
+) -> Region | None:
     """The region of a picture of `size` (width, height) that is resized to `new` and lies in the corner of a `frame`;
     None if its mask is left without a pixel.
     """

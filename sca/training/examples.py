@@ -25,16 +25,16 @@ from sca_registry.contracts import (
 )
 from torch import Tensor
 
-from sca.data.points import sample_point
+from sca.data.point_prompts import sample_point
 from sca.inference.processor import MASK_PROMPT_LOGIT, Processor
 from sca.io.masks import decode_rle
 from sca.nn.boxes import rasterize_boxes
-from sca.training.auxiliary import UNKNOWN_LABEL
-from sca.training.phrases import add_template_phrases
+from sca.training.auxiliary_losses import UNKNOWN_LABEL
 from sca.training.recipe import SamplingOptions
+from sca.training.template_phrases import add_template_phrases
 
 if TYPE_CHECKING:
-    from sca.training.features import FeatureCache
+    from sca.training.feature_cache import FeatureCache
 
 AugmentFunction = Callable[[Sample, np.random.Generator], Sample]
 
@@ -114,7 +114,11 @@ class ExampleStream(torch.utils.data.Dataset):
 
     def get_sample_indices(self, count: int) -> set[int]:
         """The samples that have their turn in the first `places`."""
-        return set(range(len(self.dataset))) if count >= len(self.dataset) else set(map(self.get_sample_index, range(count)))
+        return (
+            set(range(len(self.dataset)))
+            if count >= len(self.dataset)
+            else set(map(self.get_sample_index, range(count)))
+        )
 
     def __getitem__(self, position: int) -> Example:
         rng = np.random.default_rng([self.seed, 1, position])
@@ -133,12 +137,16 @@ class ExampleStream(torch.utils.data.Dataset):
         mask_size, image_size = 4 * self.processor.grid_size, self.processor.image_format.size
         texts, boxes, points, masks = [], [], [], []
         for index, region in enumerate(regions):
-            samples = (self._sample_text(region, rng, progress) for _ in range(self.sampling_options.captions_per_region))
+            samples = (
+                self._sample_text(region, rng, progress) for _ in range(self.sampling_options.captions_per_region)
+            )
             texts += [(index, task, text) for task, text in dict.fromkeys(samples)]
             boxes.append(_jitter_box(region.box, self.sampling_options.box_jitter, rng))
             mask = None if region.mask is None else decode_rle(region.mask)
             points.append(sample_point(region, mask, rng))
-            masks.append(torch.zeros(mask_size, mask_size) if mask is None else self.processor.compute_coverage(mask, frame))
+            masks.append(
+                torch.zeros(mask_size, mask_size) if mask is None else self.processor.compute_coverage(mask, frame)
+            )
         scale = torch.tensor(frame.scale)
         labels = {
             name: torch.tensor([_get_label(values, _get_attribute(r, name)) for r in regions], dtype=torch.long)
@@ -164,7 +172,9 @@ class ExampleStream(torch.utils.data.Dataset):
         options = self.sampling_options
         use_class_name = progress < options.class_name_warmup or rng.random() < options.class_name_prob
         if region.name and (use_class_name or not region.phrases):
-            as_caption = self.class_name_task == "caption" or (self.class_name_task == "both" and not region.phrases and rng.random() < 0.5)
+            as_caption = self.class_name_task == "caption" or (
+                self.class_name_task == "both" and not region.phrases and rng.random() < 0.5
+            )
             return CAPTION_TASK_ID if as_caption else RECOGNITION_TASK_ID, region.name
         if progress < options.class_name_warmup + options.short_caption_warmup:
             return CAPTION_TASK_ID, region.phrases[0]
@@ -196,12 +206,18 @@ class ExampleMixture(torch.utils.data.Dataset):
             self._stream_positions[is_selected] = np.arange(is_selected.sum())
         kinds, probabilities = zip(*(prompt_shares or {"box": 1.0}).items(), strict=True)
         rng = np.random.default_rng([seed, 3])
-        self._prompt_kinds = rng.choice(kinds, size=-(-length // examples_per_step), p=np.asarray(probabilities) / sum(probabilities))
+        self._prompt_kinds = rng.choice(
+            kinds, size=-(-length // examples_per_step), p=np.asarray(probabilities) / sum(probabilities)
+        )
 
     def list_samples(self) -> list[tuple[Dataset, int]]:
         """Each sample that is drawn, once: a dataset and the place in it."""
         lengths = np.bincount(self._stream_indices, minlength=len(self.streams))
-        sampled = [(s, index) for s, n in zip(self.streams, lengths, strict=True) for index in sorted(s.get_sample_indices(int(n)))]
+        sampled = [
+            (s, index)
+            for s, n in zip(self.streams, lengths, strict=True)
+            for index in sorted(s.get_sample_indices(int(n)))
+        ]
         return [(stream.dataset, index) for stream, index in sampled]
 
     def __len__(self) -> int:
@@ -236,7 +252,9 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
         task_ids=torch.cat([example.task_ids for example in examples]),
         input_ids=input_ids,
         attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-        region_index=torch.cat([example.region_index + first for example, first in zip(examples, region_offsets, strict=True)]),
+        region_index=torch.cat(
+            [example.region_index + first for example, first in zip(examples, region_offsets, strict=True)]
+        ),
         targets=targets,
         extra={name: torch.cat([example.labels[name] for example in examples]) for name in examples[0].labels},
     )

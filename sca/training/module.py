@@ -6,24 +6,32 @@ from collections.abc import Mapping
 
 from sca_registry import RegistryError
 from sca_registry.contracts import Batch
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from torch import Tensor, nn
 
 from sca.model import SegmentCaptioner
-from sca.training.auxiliary import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
+from sca.training.auxiliary_losses import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.recipe import TrainOptions
 
 
 class TrainingModule(nn.Module):
     """A model together with the weights of its losses and the heads that exist only while training."""
 
-    def __init__(self, model: SegmentCaptioner, loss_weights: Mapping[str, float], attributes: AttributeValues, chunk_size: int = 0):
+    def __init__(
+        self,
+        model: SegmentCaptioner,
+        loss_weights: Mapping[str, float],
+        attributes: AttributeValues,
+        chunk_size: int = 0,
+    ):
         super().__init__()
         self.model = model
         self.loss_weights = dict(loss_weights)
         self.chunk_size = chunk_size
         for loss in ("attributes", "features"):
-            if loss_weights.get(loss) and not (attributes.region_attributes or (loss == "attributes" and attributes.relation_attributes)):
+            if loss_weights.get(loss) and not (
+                attributes.region_attributes or (loss == "attributes" and attributes.relation_attributes)
+            ):
                 raise RegistryError(f"loss.{loss} names attributes, and the data has none: set loss.{loss}=0")
         self.heads = nn.ModuleDict()
         if loss_weights.get("attributes"):
@@ -43,7 +51,9 @@ class TrainingModule(nn.Module):
             losses["attributes"] = self.heads["attributes"](output.queries, batch.extra)
         if "features" in self.heads:
             features = pool_ground_truth_features(output.regions, batch.targets)
-            masked_labels = {name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL) for name, labels in batch.extra.items()}
+            masked_labels = {
+                name: labels.masked_fill(~batch.targets.has_mask, UNKNOWN_LABEL) for name, labels in batch.extra.items()
+            }
             losses["features"] = self.heads["features"](features, masked_labels)
         if loss_scales is not None:
             losses = {name: value * loss_scales.get(name, loss_scales["regions"]) for name, value in losses.items()}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sca.launchers.interrupts import block_interrupts, kill_process_tree
+from sca.launchers.signals import block_interrupts, kill_process_tree
 
 STORE_VARIABLE = "SCA_PROCESS_STORE"  # the file where the processes of one run meet
 LOOPBACK_INTERFACES = ("lo", "lo0")  # Linux; macOS and BSD

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sca_registry import RegistryError
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.overrides import apply_overrides, parse_assignment
 from sca_registry.spec import ModelSpec, Part
 
@@ -41,9 +41,24 @@ PHRASE_MODES = ("given", "rule")
 SIDE_MODES = ("swap", "drop")
 CLASS_NAME_TASKS = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
-POSITIVE_COUNT_OPTIONS = ("steps", "images", "accumulate", "texts", "regions", "words", "processes", "save")  # of at least one
+POSITIVE_COUNT_OPTIONS = (
+    "steps",
+    "images",
+    "accumulate",
+    "texts",
+    "regions",
+    "words",
+    "processes",
+    "save",
+)  # of at least one
 COUNT_OPTIONS = ("budget", "chunk", "warmup", "workers", "seed")  # counts that may be 0
-NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "clip", "jitter")  # numbers that are not negative
+NON_NEGATIVE_OPTIONS = (
+    "learning_rate",
+    "adam_beta2",
+    "weight_decay",
+    "clip",
+    "jitter",
+)  # numbers that are not negative
 MAX_SEED = 2**32 - 1  # that NumPy takes
 FRACTION_OPTIONS = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
 
@@ -75,7 +90,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(SamplingOptions):
-    """steps: optimiser steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
+    """steps: optimizer steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
     most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit.
     learning_rate: the peak, after `warmup` steps (at most `steps` - 1) and before a cosine to zero. rates: factors of
     it by what trains (`spec.trainable`, and `heads`), 1 where nothing is said. chunk: regions that are worked on at
@@ -246,12 +261,16 @@ class Recipe:
             raise RegistryError(
                 f"the recipe {name} has no data: give data=PATH of your own, or a table [data.NAME] with name = '...'"
             )
-        data = {key: DataSource.from_dict(validate_table, f"data.{key}") for key, validate_table in merged["data"].items()}
+        data = {
+            key: DataSource.from_dict(validate_table, f"data.{key}") for key, validate_table in merged["data"].items()
+        }
         source = next(iter(data.values()))
         validation, model = None, merged["model"]
         if "validate" in table or validate_assignments:
             validate_table = ValidationOptions(dataset=source.dataset.to_dict()).to_dict() | table.get("validate", {})
-            validation = ValidationOptions.from_dict(apply_overrides({"validate": validate_table}, validate_assignments)["validate"], source)
+            validation = ValidationOptions.from_dict(
+                apply_overrides({"validate": validate_table}, validate_assignments)["validate"], source
+            )
         return cls(
             name,
             model if isinstance(model, str) else _read_model(model),
@@ -287,7 +306,7 @@ def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> t
         if path == ("model",) or (len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping)):
             replaced[path[0]] = value
         elif path == ("data",) and isinstance(value, str):
-            from sca.data.own import detect_data_source
+            from sca.data.custom import detect_data_source
 
             replaced["data"] = {"own": detect_data_source(value)}
         else:
@@ -375,7 +394,9 @@ def parse_augmentation(table: Any, location: str) -> Augmentation:
         elif key == "scale":
             check_list(f"{location}.scale", value, float)
             if value and not (len(value) == 2 and 0 < value[0] <= value[1]):
-                raise RegistryError(f"{location}.scale is {value!r}; give the least and the greatest factor, [0.1, 2.0]")
+                raise RegistryError(
+                    f"{location}.scale is {value!r}; give the least and the greatest factor, [0.1, 2.0]"
+                )
         else:
             check_range(f"{location}.{key}", value, float, 0, 1)
     return Augmentation(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})

@@ -1,4 +1,4 @@
-"""Training over processes that each keep a part of what trains, of its gradients and of its optimiser's state.
+"""Training over processes that each keep a part of what trains, of its gradients and of its optimizer's state.
 
 This is torch's fully_shard (FSDP2; arXiv 2304.11277). Frozen parameters stay whole in every process and nothing of them
 travels. All that trains is gathered at once for a step: it is small, being what SCA adds to frozen models.
@@ -33,7 +33,9 @@ def shard_parameters(module: nn.Module) -> None:
 
     frozen_parameters = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fully_shard(module, mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)), ignored_params=frozen_parameters)
+    fully_shard(
+        module, mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)), ignored_params=frozen_parameters
+    )
 
 
 def gather_tensors(tree: Any) -> Any:
@@ -43,11 +45,15 @@ def gather_tensors(tree: Any) -> Any:
 
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor cut up like another one, if that is."""
-    return distribute_tensor(tensor, reference.device_mesh, reference.placements) if isinstance(reference, DTensor) else tensor
+    return (
+        distribute_tensor(tensor, reference.device_mesh, reference.placements)
+        if isinstance(reference, DTensor)
+        else tensor
+    )
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Cuts up what was loaded into an optimiser like its parameters."""
+    """Cuts up what was loaded into an optimizer like its parameters."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and not isinstance(value, DTensor):
@@ -57,5 +63,8 @@ def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 def load_full_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Loads whole tensors by name; gives the names that are missing and those that are not known."""
     module_tensors = module.state_dict()
-    sharded_tensors = {name: shard_like(tensor, module_tensors[name]) if name in module_tensors else tensor for name, tensor in tensors.items()}
+    sharded_tensors = {
+        name: shard_like(tensor, module_tensors[name]) if name in module_tensors else tensor
+        for name, tensor in tensors.items()
+    }
     return module.load_state_dict(sharded_tensors, strict=False)

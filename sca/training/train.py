@@ -12,27 +12,27 @@ from typing import Any
 import torch
 from sca_registry import RegistryError, language_models
 from sca_registry.contracts import Dataset
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from sca.builder import build
 from sca.checkpoints.load import load, load_without_weights
 from sca.checkpoints.native import check_writable, save
 from sca.checkpoints.state import hash_weights
-from sca.composition import build
 from sca.data.summary import count_skipped, summarize_dataset
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.model import SegmentCaptioner
-from sca.training.auxiliary import AttributeValues
-from sca.training.examples import ExampleStream, ExampleMixture, collate_examples
-from sca.training.features import FeatureCache
+from sca.training.auxiliary_losses import AttributeValues
+from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
+from sca.training.examples import ExampleMixture, ExampleStream, collate_examples
+from sca.training.feature_cache import FeatureCache
 from sca.training.log import TrainingLog
 from sca.training.module import TrainingModule, check_lr_multipliers
 from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, Recipe, TrainOptions
 from sca.training.sharding import gather_tensors
-from sca.training.sources import open_training_datasets, open_validation_dataset, report_datasets
 from sca.training.trainer import CaptionTrainer
 from sca.training.validation import ValidationCallback
 
@@ -136,7 +136,9 @@ def _train_process(
         model=training_module,
         args=_build_training_arguments(recipe, folder, images_per_process),
         train_dataset=mixture,
-        data_collator=lambda examples: {"batch": collate_examples(examples, model.language_model.tokenizer.pad_token_id, max_regions)},
+        data_collator=lambda examples: {
+            "batch": collate_examples(examples, model.language_model.tokenizer.pad_token_id, max_regions)
+        },
         lr_multipliers=recipe.train.lr_multipliers,
         sharded=sharded,
     )
@@ -149,7 +151,13 @@ def _train_process(
         fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
     if run_folder is not None:
         input_paths = iter_existing_paths(recipe.to_dict())
-        run_folder.begin(_collect_run_settings(recipe, model, mixture), OUTPUT_FILES, input_paths, ignored_settings=RESULT_NEUTRAL_OPTIONS, **conflict_options)
+        run_folder.begin(
+            _collect_run_settings(recipe, model, mixture),
+            OUTPUT_FILES,
+            input_paths,
+            ignored_settings=RESULT_NEUTRAL_OPTIONS,
+            **conflict_options,
+        )
         if not resume or get_last_checkpoint(str(folder)) is None:
             run_folder.delete_outputs(RESUME_FILES)
         report_datasets(datasets_by_name, report, quiet)
@@ -160,7 +168,10 @@ def _train_process(
     left_out_before = {name: count_skipped(dataset) for name, dataset in datasets_by_name.items()}
     trainer.train(resume_from_checkpoint=last_checkpoint)
     if run_folder is not None:  # images that were found to be damaged when they were opened
-        report_datasets({name: each for name, each in datasets_by_name.items() if count_skipped(each) != left_out_before[name]}, report)
+        report_datasets(
+            {name: each for name, each in datasets_by_name.items() if count_skipped(each) != left_out_before[name]},
+            report,
+        )
     tensors = gather_tensors(model.eval().state_dict())
     if trainer.is_world_process_zero():
         save(model, folder / "model", tensors=tensors)
@@ -275,7 +286,9 @@ def _check_readable(name: str, dataset: Dataset) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _collect_datasets_by_name(recipe: Recipe, mixture: ExampleMixture, validation_dataset: Dataset | None) -> dict[str, Dataset]:
+def _collect_datasets_by_name(
+    recipe: Recipe, mixture: ExampleMixture, validation_dataset: Dataset | None
+) -> dict[str, Dataset]:
     """The datasets of a run that have images, by what messages call them."""
     names = [f"data.{name} ({source.split})" for name, source in recipe.data.items()]
     datasets_by_name = dict(zip(names, (each.dataset for each in mixture.streams), strict=True))
@@ -305,7 +318,9 @@ def fill_feature_cache(model: SegmentCaptioner, mixture: ExampleMixture, trainer
     """Encodes the pictures that the stream will draw and whose features are not there, each process its share."""
     samples = mixture.list_samples()
     process_samples = samples[trainer.args.process_index :: trainer.args.world_size]
-    bar = tqdm(total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None)
+    bar = tqdm(
+        total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None
+    )
     cache = mixture.streams[0].cache
     cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
     bar.close()
@@ -340,7 +355,9 @@ def _build_training_arguments(recipe: Recipe, folder: Path, images_per_process: 
     )
 
 
-def _build_mixture(recipe: Recipe, model: SegmentCaptioner, datasets: Sequence[Dataset]) -> tuple[ExampleMixture, AttributeValues]:
+def _build_mixture(
+    recipe: Recipe, model: SegmentCaptioner, datasets: Sequence[Dataset]
+) -> tuple[ExampleMixture, AttributeValues]:
     """The examples of all data of a recipe, and the attributes that its auxiliary losses name."""
     options = recipe.train
     sources = recipe.data.values()
@@ -380,7 +397,9 @@ def _resolve_reporters(names: str) -> list[str]:
     requested = [name.strip() for name in names.split(",")]
     for name in requested:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise make_unknown_name_error(f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK)
+            raise make_unknown_name_error(
+                f"train.report_to={names!r}: nothing is called {name!r}", name, INTEGRATION_TO_CALLBACK
+            )
         if name not in installed:
             raise RegistryError(f"train.report_to={names!r}: {name} is not installed: pip install {name}")
     return requested

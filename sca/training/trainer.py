@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
-from sca.io.atomic import sync_path, sync_tree, make_write_error
-from sca.training.sharding import ShardedModule, gather_tensors, load_full_tensors, shard_parameters, shard_optimizer_state
+from sca.io.atomic import make_write_error, sync_path, sync_tree
+from sca.training.sharding import (
+    ShardedModule,
+    gather_tensors,
+    load_full_tensors,
+    shard_optimizer_state,
+    shard_parameters,
+)
 
 DRAFT_FOLDER = ".sca-draft"
 MODULE_FILE = "training_module.pt"  # of a checkpoint: what trains, and buffers
@@ -27,7 +33,12 @@ MODULE_FILE = "training_module.pt"  # of a checkpoint: what trains, and buffers
 def count_loss_terms(batch: Batch) -> dict[str, int]:
     """How many things each loss of a batch is the mean of; "regions" for those that are not named."""
     num_masks = int(batch.targets.has_mask.sum())
-    return {"caption": int(batch.attention_mask.sum()), "mask": num_masks, "iou": num_masks, "regions": len(batch.prompts)}
+    return {
+        "caption": int(batch.attention_mask.sum()),
+        "mask": num_masks,
+        "iou": num_masks,
+        "regions": len(batch.prompts),
+    }
 
 
 class CaptionTrainer(Trainer):
@@ -158,7 +169,9 @@ class CaptionTrainer(Trainer):
             sync_tree(draft)
             old_checkpoints = set(_list_checkpoints(output_folder))
             for new_checkpoint in _list_checkpoints(draft):
-                shutil.rmtree(output_folder / new_checkpoint.name, ignore_errors=True)  # of a run that was not to be resumed
+                shutil.rmtree(
+                    output_folder / new_checkpoint.name, ignore_errors=True
+                )  # of a run that was not to be resumed
                 old_checkpoints.discard(new_checkpoint.rename(output_folder / new_checkpoint.name))
             sync_path(output_folder)
             for old_checkpoint in old_checkpoints:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from sca_registry.contracts import Dataset
-from sca_registry.messages import make_unknown_name_error
+from sca_registry.errors import make_unknown_name_error
 from transformers import TrainerCallback
 
 from sca.checkpoints.native import save
@@ -79,7 +79,9 @@ class ValidationCallback(TrainerCallback):
     def _record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         scored_metrics = [name for name in self.options.best if name in scores]
         if not scored_metrics:
-            raise make_unknown_name_error(f"validate.best is {list(self.options.best)}, and none was scored", "", scores)
+            raise make_unknown_name_error(
+                f"validate.best is {list(self.options.best)}, and none was scored", "", scores
+            )
         metric = next((name for name in scored_metrics if math.isfinite(scores[name])), None)
         self._report_unusable_metrics(scored_metrics, metric)
         best_file = self.folder / "best.json"

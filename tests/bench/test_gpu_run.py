@@ -17,7 +17,7 @@ from sca_registry import get_registry
 
 from markers import read_between, replace_between
 from sca.launchers.local import Local
-from sca.launchers.task import TaskOutcome, Task
+from sca.launchers.task import Task, TaskOutcome
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/data/golden"

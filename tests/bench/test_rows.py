@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import sca_registry
-from sca_bench.sweep import SweepRow, Sweep
+from sca_bench.sweep import Sweep, SweepRow
 
 from sca.launchers.local import Local
 from sca.launchers.task import Task

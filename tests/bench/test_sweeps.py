@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from sca_bench import report
 from sca_bench.diff import diff_rows
-from sca_bench.runner import run_sweep, read_sweep_status
+from sca_bench.runner import read_sweep_status, run_sweep
 from sca_bench.store import ResultStore
 from sca_bench.summary import find_pareto_front, summarize_rows
 from sca_bench.sweep import SECTION_KEYS, Sweep, list_sweeps
@@ -242,7 +242,7 @@ def test_run_checks_every_row_before_the_first(sweep, tmp_path, old, new, said):
 
 
 def test_run_rejects_a_missing_extra_before_the_first_row(sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr("sca_registry.states.extra_installed", lambda distribution, extra: False)
+    monkeypatch.setattr("sca_registry.component_states.extra_installed", lambda distribution, extra: False)
     for text in (
         SMALL.replace('encoder = { name = "tiny-vit"', 'encoder = { name = "timm"'),
         SMALL.replace("[axes]", '[evaluate]\ndataset = "scenes"\nmetrics = ["meteor"]\n[axes]'),
@@ -283,7 +283,9 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(sweep, tmp_path):
     assert "ended in the middle of a line" in told[0]
     assert found.missing == []
     assert len(ResultStore(tmp_path / "out").read_rows()) == 2
-    found = run_sweep(sweep(), tmp_path / "out", launcher_options={"workers": 1}, retry_states=("impossible",), report=told.append)
+    found = run_sweep(
+        sweep(), tmp_path / "out", launcher_options={"workers": 1}, retry_states=("impossible",), report=told.append
+    )
     assert found.state_counts == {"done": 1, "impossible": 1}
 
 

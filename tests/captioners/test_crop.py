@@ -7,9 +7,9 @@ from sca_registry.spec import EverythingOptions
 
 import sca
 from sca.captioners.crop import DESCRIPTION_QUESTION, NAME_QUESTION, CropCaptioner
-from sca.captioners.regions import box_to_pixels
+from sca.captioners.region_captioner import box_to_pixels
 from sca.inference.automatic import caption_everything
-from sca.io.masks import mask_to_box, decode_rle, encode_rle
+from sca.io.masks import decode_rle, encode_rle, mask_to_box
 
 POINTS = [Prompt(points=((20.0, 20.0, 1),)), Prompt(points=((60.0, 45.0, 1), (5.0, 5.0, 0)))]
 

@@ -58,7 +58,7 @@ def test_what_looks_at_nothing_needs_no_device():
         ("sam-vit-c+blip-base", "no encoders named 'sam-vit-c'. Did you mean 'sam-vit-"),
         ("sam-vit-b+query+gpt2", "nothing before it is trained: give the checkpoint"),
         ("sam-vit-b+most-frequent dataset=scenes", "no option 'encoder'"),
-        ("nearest-neighbour dataset=scenes", "needs the option 'encoder'"),
+        ("nearest-neighbor dataset=scenes", "needs the option 'encoder'"),
         ("blip-base vcott=true", "no option 'vcott'. Did you mean 'vcot'"),
         ("sca-tiny vcot=true", "the model 'sca-tiny' has no option 'vcot'"),
         ("sca-tiny dtype=float33", "no dtype 'float33'. Did you mean 'float32'"),
@@ -92,7 +92,7 @@ def test_every_card_says_where_it_comes_from_and_on_what_terms():
         card = sca_registry.captioners.get_card(name)
         assert card.summary.endswith(".")
         assert card.source
-        assert card.licence
+        assert card.license
         assert bool(card.terms) == ("opt" in name or name == "qwen2.5-vl-3b")
 
 

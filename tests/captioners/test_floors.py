@@ -6,7 +6,7 @@ import pytest
 from sca_registry.contracts import Prompt
 
 import sca
-from sca.captioners.floors import MostFrequent, NearestNeighbor
+from sca.captioners.baselines import MostFrequent, NearestNeighbor
 from sca.data.scenes import Scenes
 
 COUNT = 12
@@ -43,7 +43,7 @@ def test_only_the_first_images_are_read(training):
     assert len(list(MostFrequent(**SCENES, limit=0).training_regions.iter_samples())) == COUNT
 
 
-def test_a_region_of_training_is_its_own_nearest_neighbour(training):
+def test_a_region_of_training_is_its_own_nearest_neighbor(training):
     captioner = NearestNeighbor(TINY, **SCENES)
     for sample in training[:3]:
         for region, caption in zip(sample.regions, captioner.caption(sample.image, boxes(sample)), strict=True):
@@ -54,7 +54,7 @@ def test_a_region_of_training_is_its_own_nearest_neighbour(training):
         assert names == [region.name for region in sample.regions]
 
 
-def test_neighbours_are_the_same_each_time_and_images_together_are_as_alone(training):
+def test_neighbors_are_the_same_each_time_and_images_together_are_as_alone(training):
     test = Scenes("test", count=4, size=64)
     samples = [test[place] for place in range(4)]
     requests = [boxes(sample) for sample in samples]
@@ -67,10 +67,10 @@ def test_neighbours_are_the_same_each_time_and_images_together_are_as_alone(trai
     assert all(-1 <= caption.score < 1 for captions in together for caption in captions)
 
 
-def test_points_have_neighbours_where_the_encoder_finds_masks(training):
-    captioner = sca.captioner("sca-tiny+nearest-neighbour", **SCENES)
+def test_points_have_neighbors_where_the_encoder_finds_masks(training):
+    captioner = sca.captioner("sca-tiny+nearest-neighbor", **SCENES)
     sample = training[0]
-    points = [Prompt(points=((*region.attributes["centre"], 1),)) for region in sample.regions]
+    points = [Prompt(points=((*region.attributes["center"], 1),)) for region in sample.regions]
     found = captioner.caption(sample.image, points, "recognition")
     assert [caption.text for caption in found] == [region.name for region in sample.regions]
     assert all(caption.mask for caption in found)

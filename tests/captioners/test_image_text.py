@@ -9,7 +9,7 @@ from sca_registry.contracts import TokenUsage
 
 import sca
 from sca.captioners.crop import CropCaptioner
-from sca.captioners.image_text import ImageTextModel, ImageTextInput
+from sca.captioners.image_text import ImageTextInput, ImageTextModel
 from sca.io.errors import InputError
 from sca.testing.tiny import tiny_options
 

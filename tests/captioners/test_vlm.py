@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sca.captioners.regions import RegionView
+from sca.captioners.region_captioner import RegionView
 from sca.captioners.vlm import QUESTIONS, VisionLanguageModel, draw_box
 
 
@@ -22,7 +22,9 @@ def test_florence_is_told_the_place_in_thousandths_and_the_task_by_its_own_word(
     ]
     assert asked[1][0].text == "<REGION_TO_CATEGORY><loc_0><loc_0><loc_999><loc_999>"
     assert all(question.image is image for call in asked for question in call)
-    places = captioner.image_text_model.processor(images=image, text=asked[0][0].text, return_tensors="pt")["input_ids"][0]
+    places = captioner.image_text_model.processor(images=image, text=asked[0][0].text, return_tensors="pt")[
+        "input_ids"
+    ][0]
     assert "<loc_625>" in captioner.image_text_model.tokenizer.convert_ids_to_tokens(places)
 
 
@@ -70,7 +72,9 @@ def test_a_question_goes_through_the_chat_template_and_pictures_of_other_sizes_d
     alone = [captioner.caption(image, [prompt], max_new_tokens=4, beams=2)[0].text for prompt in prompts]
     assert texts(together) == alone
     assert len(set(alone)) > 1
-    inputs = captioner.image_text_model._process_input(captioner._build_input(RegionView(0, image, prompts[0], None, None), 1))
+    inputs = captioner.image_text_model._process_input(
+        captioner._build_input(RegionView(0, image, prompts[0], None, None), 1)
+    )
     words = captioner.image_text_model.tokenizer.decode(inputs["input_ids"][0])
     assert "Which thing is this?" in words
     assert words.count("<|vision_start|>") == 1

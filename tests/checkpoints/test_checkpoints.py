@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import sca
 from sca.checkpoints.layout import SPEC_FILE, WEIGHTS_FILE
 from sca.checkpoints.load import load
-from sca.checkpoints.native import is_saved, collect_origin, resolve_spec, save
+from sca.checkpoints.native import collect_origin, is_saved, resolve_spec, save
 from sca.checkpoints.state import list_stored_tensors
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError, OutputError
@@ -270,7 +270,7 @@ import os, random, signal, sys, time
 import torch
 from conftest import PARTS
 from sca_registry.spec import ModelSpec
-from sca.composition import build
+from sca.builder import build
 from sca import load, save
 
 folder, kills = sys.argv[1], int(sys.argv[2])

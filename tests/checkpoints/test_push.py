@@ -9,7 +9,7 @@ import pytest
 from sca_registry import zoo
 
 import sca.checkpoints.push
-from sca.checkpoints.push import render_card, push_checkpoint
+from sca.checkpoints.push import push_checkpoint, render_card
 from sca.io.errors import InputError
 
 HOSTILE = "x | y\n# Head\n<script>alert(1)</script> [link](javascript:x) ![](http://evil/a.png) `\x1b[31m` @all"
@@ -109,7 +109,7 @@ def test_push_follows_links_within_a_repository_of_the_hub_cache(model, uploaded
 
 
 def test_card_shows_the_text_of_a_stranger_as_text(model, tmp_path):
-    part = {"name": HOSTILE, "weights": HOSTILE, "licence": HOSTILE}
+    part = {"name": HOSTILE, "weights": HOSTILE, "license": HOSTILE}
     origin = {"written_by": HOSTILE, "parts": {"encoder": part, "mixer": HOSTILE}}
     (model / "origin.json").write_text(json.dumps(origin))
     row = {"name": HOSTILE, "value": 0.5, "control": None, "protocol": HOSTILE}

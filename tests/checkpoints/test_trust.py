@@ -15,9 +15,9 @@ import sca
 from sca.checkpoints.layout import WEIGHTS_FILE
 from sca.checkpoints.load import load, locate_checkpoint
 from sca.checkpoints.native import save
-from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, resolve_source, confine_spec, is_settable
+from sca.checkpoints.trust import NO_TRUST, Trust, TrustError, check_folder, confine_spec, is_settable, resolve_source
 from sca.io.errors import InputError
-from sca.io.hub import get_known_sources, find_local_folder, resolve_local_path, pin_commit, get_pinned_commit
+from sca.io.hub import find_local_folder, get_known_sources, get_pinned_commit, pin_commit, resolve_local_path
 
 
 @pytest.fixture

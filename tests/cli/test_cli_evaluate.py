@@ -67,9 +67,9 @@ def test_predictions_are_scored_again_without_the_model(evaluated, shell):
 
 
 def test_controls_stand_in_columns_of_their_own(evaluated):
-    result = evaluated("--control", "wrong-region", "--control", "colour-swap", "--metrics", "attributes")
+    result = evaluated("--control", "wrong-region", "--control", "color-swap", "--metrics", "attributes")
     (headings,) = [line for line in result.out.splitlines() if "95 % interval" in line]
-    assert headings.index("wrong-region") < headings.index("colour-swap")
+    assert headings.index("wrong-region") < headings.index("color-swap")
 
 
 def test_two_runs_are_compared_and_shown_on_pages(evaluated, shell, here):

@@ -25,7 +25,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_files(shell, checkpoint, pictu
     (here / "photos/004x.png").write_bytes(b"none")
     asked = ("caption", "photos", *BOXES, "--model", checkpoint, "--batch", 3, "--format", formats, "--quiet")
     assert shell(*asked, "--out", "whole").status == 1
-    from sca.output.journal import CaptionJournal
+    from sca.output.caption_journal import CaptionJournal
 
     add, count = CaptionJournal.add, [0]
 
@@ -62,7 +62,7 @@ def test_everything_is_resumed_too(shell, checkpoint, pictures, here, monkeypatc
 
     repeat, used = batch._reuse_captions, []
     monkeypatch.setattr(batch, "_repeat", lambda path, *rest: (used.append(path), repeat(path, *rest))[1])
-    from sca.output.journal import CaptionJournal
+    from sca.output.caption_journal import CaptionJournal
 
     close = CaptionJournal.close
     monkeypatch.setattr(CaptionJournal, "close", lambda self, finished: close(self, False))

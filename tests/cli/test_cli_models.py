@@ -74,7 +74,7 @@ def test_a_spec_that_is_none_is_refused_with_its_file(broken, content):
         ({"task_tokens": 3}, "task_tokens is (2, 2, 128)"),
         ({"segmenter": {"name": "box"}}, "Choose segmenter=sam"),
         ({"generation": {"beans": 3}}, "Did you mean 'beams'?"),
-        ({"colour": "red"}, "a model has no 'colour'"),
+        ({"color": "red"}, "a model has no 'color'"),
     ],
     ids=str,
 )

@@ -72,7 +72,7 @@ def test_a_listing_has_what_a_chooser_wants(shell):
         rows = json.loads(shell("list", kind, "--json").out)
         assert rows
         for row in rows:
-            facts = {"name", "summary", "source", "licence", "parameters", "distribution", "version", "state"}
+            facts = {"name", "summary", "source", "license", "parameters", "distribution", "version", "state"}
             assert facts <= row.keys()
             assert row["state"] == "ok" or row["reason"].startswith("pip install 'segment-caption-anything[")
             assert row["summary"]

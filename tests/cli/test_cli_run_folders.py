@@ -26,7 +26,7 @@ def captioned(shell, checkpoint, picture, here):
 @pytest.fixture
 def interrupted(captioned, here, monkeypatch):
     """A folder out whose run was ended after two images."""
-    from sca.output.journal import CaptionJournal
+    from sca.output.caption_journal import CaptionJournal
 
     add, count = CaptionJournal.add, []
 
@@ -182,7 +182,7 @@ def test_caption_interrupted_while_it_repeats_leaves_the_finished_files(captione
     formats = "jsonl,coco,html,geojson,label-studio,parquet"
     assert captioned("--out", "out", "--format", formats, "--batch", 1).status == 0
     before = content(here / "out")
-    from sca.output.journal import CaptionJournal
+    from sca.output.caption_journal import CaptionJournal
 
     def end(self, *rest):
         raise KeyboardInterrupt

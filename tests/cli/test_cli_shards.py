@@ -103,7 +103,7 @@ SETTINGS = {"images": ["x"], "words": "2"}
 
 def begin(folder, contents, done=(), settings=SETTINGS, inputs=(), overwrite=False):
     """Begin a run of shards, and finish some of them."""
-    from sca.inference.shards import JOURNAL_NAME, RUN_KIND, OUTPUT_PATTERNS, begin_sharded_run
+    from sca.inference.shards import JOURNAL_NAME, OUTPUT_PATTERNS, RUN_KIND, begin_sharded_run
     from sca.io.journal import Journal
     from sca.io.run_folder import RunFolder
 
@@ -180,7 +180,10 @@ def test_shard_numbers_are_names_that_no_archive_has(tmp_path):
     archive.write_bytes(b"one")
     one = _compute_fingerprint(shards["shard-00000"])
     archive.write_bytes(b"three")
-    assert len({absent, one, _compute_fingerprint(shards["shard-00000"]), _compute_fingerprint(shards["shard-00001"])}) == 4
+    assert (
+        len({absent, one, _compute_fingerprint(shards["shard-00000"]), _compute_fingerprint(shards["shard-00001"])})
+        == 4
+    )
 
 
 @pytest.mark.parametrize(("number", "is_of_image"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EISDIR, True)])

@@ -14,7 +14,16 @@ import sca_registry
 import torch
 from PIL import Image
 from sca_registry import REGISTRIES, RegistryError
-from sca_registry.contracts import COMPONENT_KINDS, Caption, ImageFormat, Prompt, Proposals, Region, Sample, MetricOutput
+from sca_registry.contracts import (
+    COMPONENT_KINDS,
+    Caption,
+    ImageFormat,
+    MetricOutput,
+    Prompt,
+    Proposals,
+    Region,
+    Sample,
+)
 from tiny import FAMILIES, OTHERS, tiny
 from torch import nn
 
@@ -152,7 +161,7 @@ class Padded(Encoder):
         self.layer = nn.Conv2d(3, 8, 8, 8, padding=4)
 
 
-class Neighbourly(Encoder):
+class Neighborly(Encoder):
     def forward(self, pixels):
         return self.layer(pixels) + pixels.mean()
 
@@ -538,7 +547,7 @@ MUTANTS = [
     ("encoder", NamelessEncoder, "attributes"),
     ("encoder", OddSize, "image-format"),
     ("encoder", Padded, "output-shape"),
-    ("encoder", Neighbourly, "alone-as-together"),
+    ("encoder", Neighborly, "alone-as-together"),
     ("encoder", Ordered, "order-is-free"),
     ("encoder", Restless, "eval-is-deterministic"),
     ("encoder", Learning, "eval-changes-nothing"),
@@ -553,7 +562,7 @@ MUTANTS = [
     ("segmenter", Boastful, "gives-what-it-says"),
     ("segmenter", ManyMasks, "one-mask-when-asked"),
     ("encoder", Loud, "the-process-is-left-alone"),
-    ("encoder", Stubborn, "options-are-honoured"),
+    ("encoder", Stubborn, "options-are-honored"),
     ("encoder", Settled, "the-process-is-left-alone"),
     ("mixer", Batched, "alone-as-together-in-training"),
     ("metric", Unnamed, "needs-are-paths"),
@@ -614,7 +623,7 @@ def test_plugin_that_prints_when_it_is_imported_breaks_its_promise(tmp_path, mon
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[sca_metrics]\nloud = loud_metric:Loud\n")
     (tmp_path / "loud_metric.py").write_text(
-        "print('hello')\nfrom sca.evaluation.metrics.classes import Classes as Loud\n"
+        "print('hello')\nfrom sca.evaluation.metrics.class_accuracy import Classes as Loud\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -54,4 +54,4 @@ def test_there_are_as_many_names_as_promised_each_with_its_terms():
             card = registry.get_card(name)
             assert card.summary.endswith(".")
             assert card.source
-            assert card.licence
+            assert card.license

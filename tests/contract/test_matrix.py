@@ -95,12 +95,12 @@ def test_a_combination_learns_and_comes_back_from_disk(
     groups = ("mixer", "projection", "task_tokens")
     assert all(name.split(".")[0] in groups or "lora_" in name or ".neck." in name for name in trained)
     model.train()
-    optimiser = torch.optim.AdamW(trained.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     first = model(batch).loss
     first.backward()
     without = [name for name, p in trained.items() if p.grad is None and not (lora and "lora_A" in name)]
     assert not without
-    optimiser.step()
+    optimizer.step()
     model.eval()
     with torch.no_grad():
         after = model(batch)

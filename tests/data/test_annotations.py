@@ -10,8 +10,8 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.spec import Part
 
-from sca.data.annotations import LabelingToolDataset
-from sca.data.own import detect_data_source
+from sca.data.custom import detect_data_source
+from sca.data.labeling_tools import LabelingToolDataset
 from sca.io.masks import decode_rle
 
 WIDTH, HEIGHT = 40, 30
@@ -122,7 +122,7 @@ def as_labelme(folder):
 
 
 @pytest.mark.parametrize("write", [as_label_studio, as_labelme])
-def test_files_of_labeling_tools_are_recognised_and_split(folder, write):
+def test_files_of_labeling_tools_are_recognized_and_split(folder, write):
     for number in range(3, 20):
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / f"{number}.png")
     file = write(folder)
@@ -135,7 +135,7 @@ def test_files_of_labeling_tools_are_recognised_and_split(folder, write):
         assert ids["val"]
 
 
-def test_single_labelme_file_and_single_task_are_recognised(folder):
+def test_single_labelme_file_and_single_task_are_recognized(folder):
     write_labelme(folder, "0", shape("cat", [[5, 5], [20, 20]]))
     assert detect_data_source(folder / "0.json")["name"] == "annotations"
     (folder / "task.json").write_text(json.dumps({"annotations": [], "data": {"image": "0.png"}}))

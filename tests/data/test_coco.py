@@ -14,7 +14,7 @@ from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError
 from sca.io.prompt_files import read_region_prompts
-from sca.output.read import read_captions
+from sca.output.reader import read_captions
 
 WIDTH, HEIGHT = 40, 30
 

@@ -15,7 +15,7 @@ from sca_registry.contracts import Region, Sample
 
 from sca.data.coco import Coco
 from sca.data.export import EXPORT_WRITERS, export_dataset
-from sca.data.fields import EmptyDatasetError
+from sca.data.record_parsing import EmptyDatasetError
 from sca.data.scenes import Scenes
 from sca.io.errors import OutputError
 from sca.io.masks import encode_rle

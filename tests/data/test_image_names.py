@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry import datasets
 
-from sca.data.annotations import LabelingToolDataset
 from sca.data.coco import CocoJson
 from sca.data.jsonl import Jsonl
+from sca.data.labeling_tools import LabelingToolDataset
 from sca.data.sa1b import Sa1b
 
 NAMES = st.text(st.sampled_from("ab é각Å +#&-"), min_size=1, max_size=5).filter(lambda name: name.strip() == name)
@@ -141,7 +141,9 @@ def _write_tasks(path: Path, *names: str) -> Path:
 READERS = {
     "jsonl": lambda folder, split, *names: Jsonl(split, _write_lines(folder / "a.jsonl", *names), hold_out=0.3),
     "coco": lambda folder, split, *names: CocoJson(split, _write_coco(folder / "a.json", *names), folder, hold_out=0.3),
-    "tasks": lambda folder, split, *names: LabelingToolDataset(split, _write_tasks(folder / "a.json", *names), hold_out=0.3),
+    "tasks": lambda folder, split, *names: LabelingToolDataset(
+        split, _write_tasks(folder / "a.json", *names), hold_out=0.3
+    ),
 }
 
 

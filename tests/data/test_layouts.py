@@ -10,7 +10,7 @@ from sca_registry import datasets
 
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
-from sca.io.masks import mask_to_box, encode_rle
+from sca.io.masks import encode_rle, mask_to_box
 
 SPLITS = {"train": Scenes("train", count=5, size=64)}
 LAYOUTS = {  # by the name of the reader: the format, and the file that messages name

@@ -1,4 +1,4 @@
-"""A person's own pictures are recognised, and some are kept from training."""
+"""A person's own pictures are recognized, and some are kept from training."""
 
 import json
 
@@ -7,7 +7,7 @@ from PIL import Image
 from sca_registry import datasets
 from sca_registry.spec import Part
 
-from sca.data.own import detect_data_source
+from sca.data.custom import detect_data_source
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_splits_that_are_there_are_taken(tmp_path):
     assert detect_data_source(tmp_path)["root"] == str(tmp_path)
 
 
-def test_what_cannot_be_recognised_is_told(tmp_path):
+def test_what_cannot_be_recognized_is_told(tmp_path):
     with pytest.raises(ValueError, match="there is no such file or folder"):
         detect_data_source(tmp_path / "nothing")
     with pytest.raises(ValueError, match="and it has none"):
@@ -116,7 +116,7 @@ def _export(folder, layout):
         {"train/_annotations.coco.json": ("train", "")},
     ],
 )
-def test_exports_of_labeling_tools_are_recognised(tmp_path, layout):
+def test_exports_of_labeling_tools_are_recognized(tmp_path, layout):
     _export(tmp_path, layout)
     table = {key: value for key, value in detect_data_source(tmp_path).items() if key not in ("names", "augment")}
     part = Part.from_dict(table, "dataset")

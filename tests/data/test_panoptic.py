@@ -1,4 +1,4 @@
-"""COCO panoptic: a segment is where the picture of masks has its colour, and what does not fit is counted."""
+"""COCO panoptic: a segment is where the picture of masks has its color, and what does not fit is counted."""
 
 import json
 
@@ -15,16 +15,16 @@ PUBLISHED = ["person", "wall-other-merged", "floor-wood", "door-stuff", "tree-me
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a picture whose left half is of one colour and whose right half is of another, and opens it."""
+    """Writes a picture whose left half is of one color and whose right half is of another, and opens it."""
     monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "coco"
 
-    def write(*segments, colours=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1, max_bad=100):
+    def write(*segments, colors=((1, 2, 3), (200, 0, 0)), size=(WIDTH, HEIGHT), images=1, max_bad=100):
         (root / "annotations" / "panoptic_val2017").mkdir(parents=True, exist_ok=True)
         (root / "val2017").mkdir(exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT)).save(root / "val2017" / "1.jpg")
         pixels = np.zeros((size[1], size[0], 3), np.uint8)
-        pixels[:, : size[0] // 2], pixels[:, size[0] // 2 :] = colours
+        pixels[:, : size[0] // 2], pixels[:, size[0] // 2 :] = colors
         Image.fromarray(pixels).save(root / "annotations" / "panoptic_val2017" / "1.png")
         content = {
             "images": [
@@ -50,7 +50,7 @@ def segment(identity, category=0, **changes):
 LEFT, RIGHT = 1 + 2 * 256 + 3 * 65536, 200
 
 
-def test_a_segment_is_where_its_colour_is(write):
+def test_a_segment_is_where_its_color_is(write):
     dataset = write(segment(LEFT), segment(RIGHT, 1))
     thing, stuff = dataset[0].regions
     assert (thing.id, thing.name, thing.attributes) == (1, "person", {"kind": "thing"})
@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_counted(write):
     dataset = write(segment(LEFT))
     assert dataset.skipped == {"pixels of no segment": 1}
     assert ": 200" in dataset.examples["pixels of no segment"][0]
-    assert not write(segment(LEFT), colours=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
+    assert not write(segment(LEFT), colors=((1, 2, 3), (0, 0, 0))).skipped  # black is of nothing
 
 
 def test_a_picture_of_masks_that_cannot_be_used_makes_a_bad_image(write):

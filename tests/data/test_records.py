@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sca.data.json_stream import LIST_START, iter_members, iter_list_elements
-from sca.data.records import LineIndex, group_indices_by_owner, index_json_lists, read_jsonl_records
+from sca.data.json_stream import LIST_START, iter_list_elements, iter_members
+from sca.data.record_index import LineIndex, group_indices_by_owner, index_json_lists, read_jsonl_records
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

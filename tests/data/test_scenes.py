@@ -12,17 +12,17 @@ from sca_registry.contracts import Region
 
 from sca.data.scenes import (
     COLORS,
-    DIAMETERS,
-    SHAPE_NAMES,
-    RELATIONS,
-    SIZE_NAMES,
     DEFAULT_SPLIT_SIZES,
-    TEXTURES,
+    DIAMETERS,
     MIN_VISIBLE_FRACTION,
+    RELATIONS,
+    SHAPE_NAMES,
+    SIZE_NAMES,
+    TEXTURES,
     Scenes,
     Statement,
-    parse_statement,
     is_relation_true,
+    parse_statement,
 )
 
 
@@ -102,18 +102,18 @@ def test_two_to_five_shapes_stay_in_sight_and_some_overlap(samples, regions):
     assert shares.min() >= MIN_VISIBLE_FRACTION
     assert 0.1 < (shares < 1).mean() < 0.3  # those on top are touched by as many overlaps again
     for region in regions:
-        assert 4 < min(region.attributes["centre"]) <= max(region.attributes["centre"]) < 124
+        assert 4 < min(region.attributes["center"]) <= max(region.attributes["center"]) < 124
 
 
 def test_every_attribute_takes_every_value_about_as_often_as_it_should(regions):
-    for name, values in {"colour": COLORS, "form": SHAPE_NAMES, "size": SIZE_NAMES, "texture": TEXTURES}.items():
+    for name, values in {"color": COLORS, "form": SHAPE_NAMES, "size": SIZE_NAMES, "texture": TEXTURES}.items():
         assert Scenes.attributes[name] == values
         counts = [sum(region.attributes[name] == value for region in regions) for value in values]
         assert sum(counts) == len(regions)
         assert min(counts) > 0.6 * len(regions) / len(values)
 
 
-def test_a_shape_shows_its_colour_and_a_texture_shows_two_tones(samples):
+def test_a_shape_shows_its_color_and_a_texture_shows_two_tones(samples):
     plain, textured = [], []
     for sample in samples:
         pixels = np.asarray(sample.image, dtype=float)
@@ -121,8 +121,8 @@ def test_a_shape_shows_its_colour_and_a_texture_shows_two_tones(samples):
             inside = pixels[rle.decode(region.mask).astype(bool)]
             spread = np.ptp(np.percentile(inside.max(axis=1), [20, 95]))
             (plain if region.attributes["texture"] == "plain" else textured).append(spread)
-            if region.attributes["colour"] in ("red", "green", "blue"):
-                assert inside.mean(axis=0).argmax() == ("red", "green", "blue").index(region.attributes["colour"])
+            if region.attributes["color"] in ("red", "green", "blue"):
+                assert inside.mean(axis=0).argmax() == ("red", "green", "blue").index(region.attributes["color"])
     assert np.median(textured) > 3 * np.median(plain)
 
 
@@ -134,7 +134,7 @@ def test_every_phrase_parses_back_to_the_truth_and_every_relation_holds(samples)
             assert region.name == facts["form"]
             assert 1 <= len(set(region.phrases)) == len(region.phrases) <= 3
             first, *related = map(parse_statement, region.phrases)
-            truth = Statement(facts["size"], facts["texture"], facts["colour"], facts["form"])
+            truth = Statement(facts["size"], facts["texture"], facts["color"], facts["form"])
             assert first == truth
             for statement in related:
                 assert statement[:4] == truth[:4]
@@ -151,7 +151,7 @@ SAID = st.tuples(*map(st.sampled_from, WORDS)) | st.tuples(*map(st.sampled_from,
 def test_parse_finds_what_is_there_and_only_that(said, silent):
     kept = Statement(*(None if place in silent else word for place, word in enumerate(said)))
     if kept.relation is None:
-        kept = kept._replace(other_colour=None, other_form=None)
+        kept = kept._replace(other_color=None, other_form=None)
     one, other = (" ".join(filter(None, words)) for words in (kept[:4], kept[5:]))
     text = f"An odd {one}, {kept.relation or ''} the   {other.upper()}!"
     assert parse_statement(text) == (kept if any(kept) else None)
@@ -162,8 +162,8 @@ def test_parse_never_raises(text):
     assert parse_statement(text) is None or any(parse_statement(text))
 
 
-def at(identity, x, y, colour="red", form="star"):
-    return Region(identity, (0, 0, 1, 1), attributes={"colour": colour, "form": form, "centre": (x, y)})
+def at(identity, x, y, color="red", form="star"):
+    return Region(identity, (0, 0, 1, 1), attributes={"color": color, "form": form, "center": (x, y)})
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def at(identity, x, y, colour="red", form="star"):
         ("a star right of a blue star", False),
         ("a star above a blue star", False),  # the larger difference decides
         ("a star above a green star", True),
-        ("a star left of a red star", False),  # it is no neighbour of itself
+        ("a star left of a red star", False),  # it is no neighbor of itself
         ("a star left of a blue circle", False),
         ("a star left of a star", False),  # which one is not said
         ("a star", False),
@@ -193,6 +193,6 @@ def test_drawing_needs_no_torch():
 def test_the_last_phrase_is_the_most_telling_and_its_relation_is_among_the_attributes(regions):
     for region in regions:
         last = parse_statement(region.phrases[-1])
-        stated = {name: region.attributes.get(name) for name in ("relation", "other_colour", "other_form")}
-        assert stated == {"relation": last.relation, "other_colour": last.other_colour, "other_form": last.other_form}
+        stated = {name: region.attributes.get(name) for name in ("relation", "other_color", "other_form")}
+        assert stated == {"relation": last.relation, "other_color": last.other_color, "other_form": last.other_form}
         assert parse_statement(region.phrases[0]).relation is None

@@ -9,9 +9,9 @@ from PIL import Image
 
 from sca.data.coco import Coco, CocoJson
 from sca.data.conversion import UNUSABLE_IMAGE_REASON, UNUSABLE_REGION_REASON
-from sca.data.fields import EmptyDatasetError
+from sca.data.custom import choose_split
 from sca.data.jsonl import Jsonl
-from sca.data.own import choose_split
+from sca.data.record_parsing import EmptyDatasetError
 from sca.data.summary import check_dataset_not_empty, summarize_dataset
 
 SIDE = 32

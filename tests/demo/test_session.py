@@ -15,14 +15,24 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 import gradio as gr
 
 from sca.data.scenes import Scenes
-from sca.demo.app import MAX_LOADED_MODELS, SliderValues, ModelPool, _caption_everything, _start_session, _caption_prompted_region, _refresh_sliders, _select_model, build_page
+from sca.demo.app import (
+    MAX_LOADED_MODELS,
+    ModelPool,
+    SliderValues,
+    _caption_everything,
+    _caption_prompted_region,
+    _refresh_sliders,
+    _select_model,
+    _start_session,
+    build_page,
+)
 from sca.demo.session import Session
 from sca.inference.automatic import caption_everything, resolve_everything_options
 from sca.inference.factory import captioner
 from sca.inference.predictor import Predictor
 from sca.io.errors import InputError
 from sca.io.prompts import MAX_POINTS
-from sca.serve.tickets import SchedulerClosedError, RequestDone, InferenceRequest
+from sca.serve.tickets import InferenceRequest, RequestDone, SchedulerClosedError
 
 
 @pytest.fixture
@@ -177,7 +187,9 @@ def test_models_named_on_the_command_line_alone_may_do_what_was_agreed(monkeypat
     asked = []
     monkeypatch.setattr(app, "captioner", lambda name, device, **options: asked.append((name, options)) or object())
     monkeypatch.setattr(app, "RequestScheduler", lambda captioner: type("Idle", (), {"close": lambda self: None})())
-    models = ModelPool("cpu", None, ["./mine"], allow_any_model=True, trust_options={"./mine": {"allow_external": True}})
+    models = ModelPool(
+        "cpu", None, ["./mine"], allow_any_model=True, trust_options={"./mine": {"allow_external": True}}
+    )
     for name in ("./mine", "./of-a-stranger"):
         with models.scheduler(name):
             pass
@@ -219,7 +231,9 @@ def test_sliders_and_note_follow_the_model():
 def test_a_slider_that_nobody_moved_leaves_its_value_to_the_model(models):
     models, (name, *_) = models
     scene = Scenes("test", count=1, size=128, seed=29)[0].image
-    shown = SliderValues(points_per_side=7, pred_iou_thresh=0.99)  # as of a model whose values were not known when it was chosen
+    shown = SliderValues(
+        points_per_side=7, pred_iou_thresh=0.99
+    )  # as of a model whose values were not known when it was chosen
     session = Session(scene, "a.png")
     *_, status = list(_caption_everything(models, session, name, shown, "caption", *shown))[-1]
     own = Predictor(captioner(name))

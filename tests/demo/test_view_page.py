@@ -10,7 +10,7 @@ from sca_registry.contracts import Caption, Prompt
 
 from sca.cli import run_command
 from sca.io import masks
-from sca.output.colours import REGION_COLORS
+from sca.output.colors import REGION_COLORS
 from sca.output.html import HtmlWriter
 
 

@@ -12,10 +12,10 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from sca.evaluation.intervals import ScoreStatistics, bootstrap_scores
+from sca.evaluation.bootstrap import ScoreStatistics, bootstrap_scores
 from sca.evaluation.metrics.meteor import METEOR_PROGRAM, align_captions
 from sca.evaluation.scoring import get_bootstrap_inputs
-from sca.evaluation.texts import PUNCTUATION, find_java_problem, tokenize_pairs, tokenize_texts
+from sca.evaluation.tokenization import PUNCTUATION, find_java_problem, tokenize_pairs, tokenize_texts
 
 WORDS = """
 a the red blue small large man woman dog dogs running runs sitting on in of with car street grass sky tree trees's
@@ -50,7 +50,7 @@ def records(request):
 
 @pytest.fixture(scope="module")
 def reference(records):
-    """What pycocoevalcap makes of them: tokenised captions and references."""
+    """What pycocoevalcap makes of them: tokenized captions and references."""
     captions = {r["region_id"]: [{"caption": r["caption"]}] for r in records}
     references = {r["region_id"]: [{"caption": each} for each in r["truth"]["phrases"]] for r in records}
     tokenizer = PTBTokenizer()

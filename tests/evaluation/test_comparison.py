@@ -20,12 +20,12 @@ DRAWN = ["attributes", "class", "mask-iou"]
 
 @pytest.fixture(scope="module")
 def runs(teller, tmp_path_factory):
-    """A run that knows all, and one that has every third colour wrong; both of scenes that can be drawn again."""
+    """A run that knows all, and one that has every third color wrong; both of scenes that can be drawn again."""
     dataset = Scenes("val", count=20)
 
     def wrong(region, _, task):
         said = region.phrases[-1] if task == "caption" else region.name
-        return said.replace(region.attributes["colour"], "<b>plaid</b>") if region.id % 3 == 0 else said
+        return said.replace(region.attributes["color"], "<b>plaid</b>") if region.id % 3 == 0 else said
 
     folders = []
     for name, say in (("right", None), ("wrong", wrong)):
@@ -38,10 +38,10 @@ def runs(teller, tmp_path_factory):
 def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     right, wrong = runs
     comparison = compare_runs(wrong, right, DRAWN)
-    colour = next(each for each in comparison.differences if each.name == "attributes/colour")
-    assert colour.second == 1
-    assert colour.difference == pytest.approx(1 - colour.first)
-    assert 0 < colour.low < colour.difference < colour.high < 1
+    color = next(each for each in comparison.differences if each.name == "attributes/color")
+    assert color.second == 1
+    assert color.difference == pytest.approx(1 - color.first)
+    assert 0 < color.low < color.difference < color.high < 1
     size = next(each for each in comparison.differences if each.name == "attributes/size")
     assert (size.difference, size.low, size.high) == (0, 0, 0)
     assert comparison.sorted_by == "attributes/all"
@@ -50,7 +50,7 @@ def test_differences_come_with_intervals_and_the_answers_that_changed(runs):
     assert all(each.first["region_id"] % 3 == 0 for each in comparison.changes)
     screen = Console(file=io.StringIO(), width=150)
     screen.print(comparison.build_table())
-    assert re.search(r"attributes/colour .* \+0\.\d+ \*", screen.file.getvalue())
+    assert re.search(r"attributes/color .* \+0\.\d+ \*", screen.file.getvalue())
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
 
 
@@ -125,7 +125,7 @@ def test_pages_are_whole_and_load_nothing(runs):
 def test_a_report_has_scores_their_spread_the_best_the_worst_and_models_side_by_side(runs):
     page = pages(runs)["report"]
     for words in (
-        "attributes/colour",
+        "attributes/color",
         "[",
         "best",
         "worst",

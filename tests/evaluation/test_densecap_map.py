@@ -5,8 +5,16 @@ import pytest
 import sca_registry
 
 from sca.evaluation.metrics import densecap_map
-from sca.evaluation.metrics.densecap_map import CAPTION_THRESHOLDS, IOU_THRESHOLDS, DenseCapMap, match_proposals, compute_mean_precision, merge_true_boxes, compute_pixel_ious
-from sca.evaluation.texts import find_java_problem
+from sca.evaluation.metrics.densecap_map import (
+    CAPTION_THRESHOLDS,
+    IOU_THRESHOLDS,
+    DenseCapMap,
+    compute_mean_precision,
+    compute_pixel_ious,
+    match_proposals,
+    merge_true_boxes,
+)
+from sca.evaluation.tokenization import find_java_problem
 
 FAR = [500, 500, 509, 509]
 
@@ -57,7 +65,9 @@ def test_an_overlap_at_the_threshold_is_not_above_it():
 
 
 def test_boxes_that_are_nearly_the_same_are_one_with_the_phrases_of_both():
-    boxes, phrases = merge_true_boxes(np.array([[0, 0, 9, 9], [0, 0, 9, 8], [50, 50, 59, 59]], float), [["a"], ["b"], ["c"]])
+    boxes, phrases = merge_true_boxes(
+        np.array([[0, 0, 9, 9], [0, 0, 9, 8], [50, 50, 59, 59]], float), [["a"], ["b"], ["c"]]
+    )
     assert boxes.tolist() == [[0, 0, 9, 8.5], [50, 50, 59, 59]]
     assert phrases == [["a", "b"], ["c"]]
 

@@ -63,7 +63,7 @@ def test_who_answers_for_another_region_of_the_dataset_scores_about_chance(scene
         return other.phrases[-1] if task == "caption" else other.name
 
     values = shares(evaluate(teller(scenes, shuffled), scenes, metrics=DRAWN))
-    assert values["attributes/colour"] == pytest.approx(1 / len(COLORS), abs=0.1)
+    assert values["attributes/color"] == pytest.approx(1 / len(COLORS), abs=0.1)
     assert values["attributes/form"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
     assert values["attributes/all"] < 0.05
     assert values["class/count"] == pytest.approx(1 / len(SHAPE_NAMES), abs=0.1)
@@ -154,12 +154,16 @@ def test_a_metric_that_somebody_registers_is_computed_with_the_others(teller, mo
         needs = ("caption",)
 
         def __call__(self, records):
-            return MetricOutput({"words/mean": sum(len(record["caption"].split()) for record in records) / len(records)})
+            return MetricOutput(
+                {"words/mean": sum(len(record["caption"].split()) for record in records) / len(records)}
+            )
 
     monkeypatch.setattr(catalogue, "REGISTRY", dict(catalogue.REGISTRY))  # so that the name is gone after the test
     sca_registry.metrics("words")(Words)
     dataset = Scenes("val", count=2)
-    assert evaluate(teller(dataset), dataset, prompting=PromptingOptions(tasks=["recognition"])).scores["words/mean"] == 1
+    assert (
+        evaluate(teller(dataset), dataset, prompting=PromptingOptions(tasks=["recognition"])).scores["words/mean"] == 1
+    )
 
 
 def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
@@ -169,7 +173,9 @@ def test_a_dataset_without_anything_to_ask_for_is_refused(teller):
 
 def test_report_table_counts_metrics_left_out_in_one_line(teller):
     dataset = Scenes("val", count=2)
-    report = evaluate(teller(dataset, lambda region, *_: region.name), dataset, prompting=PromptingOptions(tasks=["caption"]))
+    report = evaluate(
+        teller(dataset, lambda region, *_: region.name), dataset, prompting=PromptingOptions(tasks=["caption"])
+    )
     screen = Console(file=io.StringIO(), width=100)
     screen.print(report.build_table())
     shown = screen.file.getvalue()

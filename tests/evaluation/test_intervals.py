@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from sca.evaluation.bootstrap import bootstrap_scores, compute_interval, make_mean_statistics
 from sca.evaluation.comparison import compare_runs
 from sca.evaluation.evaluate import score_file
-from sca.evaluation.intervals import compute_interval, make_mean_statistics, bootstrap_scores
 from sca.evaluation.scoring import score_records
 
 DRAWS = [
@@ -24,7 +24,9 @@ def test_nineteen_of_twenty_intervals_hold_the_mean(draw, mean, times):
     held = 0
     for number in range(times):
         values = draw(np.random.default_rng([7, number]))
-        low, high = compute_interval(bootstrap_scores(make_mean_statistics(values), np.arange(len(values)), seed=number))
+        low, high = compute_interval(
+            bootstrap_scores(make_mean_statistics(values), np.arange(len(values)), seed=number)
+        )
         held += low <= mean <= high
     margin = 0.02 if times == 1000 else 0.06
     assert 0.95 - margin <= held / times <= 0.95 + margin
@@ -43,7 +45,9 @@ def test_regions_of_one_image_are_drawn_together(times):
 
 def test_the_same_seed_draws_the_same_images_for_two_models():
     values, groups = np.random.default_rng(0).random(50), np.arange(50) // 2
-    first, second = (bootstrap_scores(make_mean_statistics(each), groups, num_resamples=200) for each in (values, values + 0.25))
+    first, second = (
+        bootstrap_scores(make_mean_statistics(each), groups, num_resamples=200) for each in (values, values + 0.25)
+    )
     assert np.allclose(second - first, 0.25)
 
 

@@ -13,10 +13,10 @@ import pytest
 from sca.data.scenes import Scenes
 from sca.evaluation import evaluate as evaluation
 from sca.evaluation.evaluate import evaluate, score_file
-from sca.evaluation.journal import PREDICTIONS_NAME, read_predictions
 from sca.evaluation.predictions import PromptingOptions
+from sca.evaluation.predictions_file import PREDICTIONS_NAME, read_predictions
 from sca.io import journal
-from sca.io.errors import InputError, DifferentRunError, OutputError
+from sca.io.errors import DifferentRunError, InputError, OutputError
 
 RUN = """
 import sys
@@ -55,7 +55,9 @@ def test_answers_are_on_disk_before_the_next_batch_is_asked(teller, dataset, tmp
 
     class Watches(type(teller(dataset))):
         def caption(self, image, prompts, task="caption"):
-            seen.append(sum(line.startswith('{"index"') for line in (tmp_path / PREDICTIONS_NAME).read_text().splitlines()))
+            seen.append(
+                sum(line.startswith('{"index"') for line in (tmp_path / PREDICTIONS_NAME).read_text().splitlines())
+            )
             return super().describe(image, prompts, task)
 
     evaluate(Watches(dataset), dataset, batch_size=1, folder=tmp_path, metrics=["class"])

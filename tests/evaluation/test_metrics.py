@@ -13,9 +13,9 @@ from sca.data.scenes import COLORS, SHAPE_NAMES, SIZE_NAMES, TEXTURES
 from sca.evaluation.records import describe_missing_needs, meets_need
 
 NAMES = ("attributes", "class", "mask-iou", "region-sensitivity", "relations")
-CIRCLE = {"colour": "red", "form": "circle", "size": "small", "texture": "plain", "centre": [10.0, 50.0]}
-SQUARE = {"colour": "blue", "form": "square", "size": "large", "texture": "plain", "centre": [90.0, 60.0]}
-STAR = {"colour": "red", "form": "star", "size": "small", "texture": "dotted", "centre": [12.0, 90.0]}
+CIRCLE = {"color": "red", "form": "circle", "size": "small", "texture": "plain", "center": [10.0, 50.0]}
+SQUARE = {"color": "blue", "form": "square", "size": "large", "texture": "plain", "center": [90.0, 60.0]}
+STAR = {"color": "red", "form": "star", "size": "small", "texture": "dotted", "center": [12.0, 90.0]}
 
 
 def total(name, records):
@@ -34,7 +34,7 @@ def test_each_attribute_is_counted_alone_and_all_four_together(make_record):
     ]
     assert total("attributes", records) == {
         "attributes/all": 0.25,
-        "attributes/colour": 0.75,
+        "attributes/color": 0.75,
         "attributes/form": 0.5,
         "attributes/size": 0.5,
         "attributes/texture": 0.5,
@@ -75,8 +75,8 @@ def test_a_relation_is_right_if_such_a_shape_lies_there(make_record):
 
 def test_a_relation_to_a_shape_of_another_image_or_to_itself_does_not_hold(make_record):
     records = scene(make_record, "left of a green cross", "right of a blue square", "below a red circle")
-    records.append(make_record("", image=2, region=9, attributes=CIRCLE | {"colour": "green", "form": "cross"}))
-    records[-1]["truth"]["attributes"] |= {"centre": [99.0, 50.0]}
+    records.append(make_record("", image=2, region=9, attributes=CIRCLE | {"color": "green", "form": "cross"}))
+    records[-1]["truth"]["attributes"] |= {"center": [99.0, 50.0]}
     assert total("relations", records)["relations/right"] == pytest.approx(1 / 3)
 
 
@@ -168,7 +168,7 @@ def test_masks_of_two_sizes_are_refused(make_record, rectangle):
 def test_an_answer_follows_if_it_is_more_about_its_own_region_than_about_the_other(make_record):
     records = [
         make_record("a small plain red circle", region=1, attributes=CIRCLE),
-        make_record("a large plain red circle", region=2, attributes=SQUARE),  # size is its own; colour, form are not
+        make_record("a large plain red circle", region=2, attributes=SQUARE),  # size is its own; color, form are not
     ]
     scores = total("region-sensitivity", records)
     assert scores == {"region-sensitivity/caption": 0.5, "region-sensitivity/caption/pairs": 2}
@@ -176,7 +176,7 @@ def test_an_answer_follows_if_it_is_more_about_its_own_region_than_about_the_oth
 
 def test_a_tie_is_not_followed(make_record):
     records = [
-        make_record("a large red thing", region=1, attributes=CIRCLE),  # its colour, the other's size
+        make_record("a large red thing", region=1, attributes=CIRCLE),  # its color, the other's size
         make_record("a large blue square", region=2, attributes=SQUARE),
     ]
     assert total("region-sensitivity", records)["region-sensitivity/caption"] == 0.5
@@ -193,7 +193,7 @@ def test_only_the_facts_that_differ_are_compared(make_record):
 def test_regions_that_are_alike_or_in_two_images_are_no_pair(make_record):
     records = [
         make_record("a circle", image=1, region=1, attributes=CIRCLE),
-        make_record("a circle", image=1, region=2, attributes=CIRCLE | {"centre": [1.0, 1.0]}),
+        make_record("a circle", image=1, region=2, attributes=CIRCLE | {"center": [1.0, 1.0]}),
         make_record("a square", image=2, region=3, attributes=SQUARE),
     ]
     scores = total("region-sensitivity", records)
@@ -215,7 +215,7 @@ def test_recognition_is_compared_by_name_and_apart_from_captions(make_record):
 
 facts = st.fixed_dictionaries(
     {
-        "colour": st.sampled_from(COLORS[:3]),
+        "color": st.sampled_from(COLORS[:3]),
         "form": st.sampled_from(SHAPE_NAMES[:3]),
         "size": st.sampled_from(SIZE_NAMES),
         "texture": st.sampled_from(TEXTURES),
@@ -225,7 +225,7 @@ facts = st.fixed_dictionaries(
 
 @given(st.lists(facts, min_size=2, max_size=5), facts)
 def test_an_answer_that_ignores_the_prompt_never_follows_more_than_half(make_record, truths, said):
-    text = "a {size} {texture} {colour} {form}".format(**said)
+    text = "a {size} {texture} {color} {form}".format(**said)
     records = [make_record(text, region=i, attributes=truth) for i, truth in enumerate(truths)]
     assert not total("region-sensitivity", records)["region-sensitivity/caption"] > 0.5
 
@@ -246,7 +246,7 @@ def test_a_metric_that_lacks_something_says_what(make_record, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_single_judgements_add_up_to_the_total(make_record, rectangle, name):
+def test_single_judgments_add_up_to_the_total(make_record, rectangle, name):
     mask = rectangle(0, 0, 4, 4)
     texts = "a small plain red circle left of a blue square", "a red star above a red circle", "a red star"
     records = [
@@ -269,9 +269,12 @@ def test_needs_are_paths_values_and_choices(make_record):
     record = make_record("", attributes=CIRCLE)
     assert meets_need(record, "caption")  # said nothing, but was asked
     assert not meets_need(record, "mask")
-    assert meets_need(record, "truth.attributes.colour")
-    assert not meets_need(record, "truth.attributes.colour.red")
+    assert meets_need(record, "truth.attributes.color")
+    assert not meets_need(record, "truth.attributes.color.red")
     assert meets_need(record, "task=caption")
     assert not meets_need(record, "task=recognition")
     assert meets_need(record, "mask or task=caption")
-    assert describe_missing_needs([record, make_record(name="car", task="recognition")], ("task=caption", "truth.name")) is not None
+    assert (
+        describe_missing_needs([record, make_record(name="car", task="recognition")], ("task=caption", "truth.name"))
+        is not None
+    )

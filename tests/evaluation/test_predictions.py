@@ -46,7 +46,7 @@ def sample(number, *regions):
 
 BARE = Region(1, (1.0, 1.0, 4.0, 3.0))
 NAMED = Region(2, (1.0, 1.0, 5.0, 3.0), name="car")
-TOLD = Region(3, (1.0, 1.0, 6.0, 3.0), phrases=("a car",), attributes={"centre": (1.0, 2.0)})
+TOLD = Region(3, (1.0, 1.0, 6.0, 3.0), phrases=("a car",), attributes={"center": (1.0, 2.0)})
 BOTH = Region(4, (1.0, 1.0, 7.0, 3.0), name="car", phrases=("a car", "the car"))
 
 
@@ -58,7 +58,7 @@ def test_a_record_comes_back_from_json_as_it_was():
     record, region = records[0], dataset[0].regions[0]
     assert (record["image_id"], record["region_id"]) == (dataset[0].image_id, region.id)
     assert record["truth"]["phrases"] == list(region.phrases)
-    assert record["truth"]["attributes"]["centre"] == list(region.attributes["centre"])
+    assert record["truth"]["attributes"]["center"] == list(region.attributes["center"])
     assert record["truth"]["area"] == masks.compute_mask_area(region.mask)
 
 
@@ -171,7 +171,7 @@ def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
         for record in misled:
             own = usual[record["region_id"], record["task"]]
             assert record["truth"] == own["truth"]
-            if control == "colour-swap":
+            if control == "color-swap":
                 assert record["prompt"] == own["prompt"]
             else:
                 assert record["prompt"] != own["prompt"]
@@ -186,7 +186,7 @@ def test_controls_ask_the_same_regions_once_more_and_keep_their_truth():
                 assert max(x2, y2) <= scene[0].image.width
 
 
-def test_colours_are_swapped_in_what_is_shown_and_in_nothing_else():
+def test_colors_are_swapped_in_what_is_shown_and_in_nothing_else():
     seen = []
 
     class Looks(Echo):
@@ -195,7 +195,7 @@ def test_colours_are_swapped_in_what_is_shown_and_in_nothing_else():
             return images
 
     image = Image.new("RGB", (10, 8), (1, 2, 3))
-    asked(Looks(), [Sample(image, 1, (TOLD,))], PromptingOptions(controls=("colour-swap",)))
+    asked(Looks(), [Sample(image, 1, (TOLD,))], PromptingOptions(controls=("color-swap",)))
     assert seen == [(1, 2, 3), (3, 1, 2)]
 
 
@@ -226,7 +226,11 @@ def test_a_picture_that_cannot_be_read_is_counted_and_the_others_are_asked():
 
 
 def test_what_is_done_is_left_out_and_the_rest_stays_in_its_batch():
-    found = list(predict_dataset(Echo(), [sample(i, TOLD) for i in range(6)], batch_size=2, skip=lambda place: place in (0, 1, 4)))
+    found = list(
+        predict_dataset(
+            Echo(), [sample(i, TOLD) for i in range(6)], batch_size=2, skip=lambda place: place in (0, 1, 4)
+        )
+    )
     assert [list(each.indices) for each in found] == [[2, 3], [5]]
 
 

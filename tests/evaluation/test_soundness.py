@@ -6,7 +6,7 @@ import pytest
 
 from sca.data.scenes import Scenes
 from sca.evaluation.evaluate import evaluate, make_run_image_loader, score_file
-from sca.evaluation.journal import PREDICTIONS_NAME
+from sca.evaluation.predictions_file import PREDICTIONS_NAME
 from sca.io.errors import InputError
 
 GOOD = {"image_id": 1, "region_id": 1, "caption": "a dog", "references": ["a dog", "the dog"]}
@@ -97,4 +97,6 @@ def test_predictions_can_be_held_against_a_dataset(run, made):
 
 def test_pictures_of_another_version_of_the_data_are_not_looked_at():
     with pytest.raises(InputError, match="is not the one that was asked about"):
-        make_run_image_loader({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})({"index": 0})
+        make_run_image_loader({"dataset": "scenes", "split": "val", "options": {"count": 1}, "data": "0123"})(
+            {"index": 0}
+        )

@@ -54,7 +54,9 @@ def test_regions_of_a_file_that_do_not_fit_are_failures_of_their_image(paths, tm
 
 @pytest.mark.parametrize("keeps_images", [False, True])
 def test_images_that_are_done_are_repeated_and_opened_only_if_wanted(paths, keeps_images):
-    known = CaptionedImage(str(paths[0]), ImageSize(64, 48), [Caption("known", 0.5, None, None, None, Prompt(), 0)], None)
+    known = CaptionedImage(
+        str(paths[0]), ImageSize(64, 48), [Caption("known", 0.5, None, None, None, Prompt(), 0)], None
+    )
     job = CaptionJob("sca-tiny", boxes=["20,20,40,40"], batch_size=1)
     first, second = caption(job, paths[:2], done={str(paths[0]): known}, keeps_images=keeps_images)
     assert first.captions == known.captions

@@ -10,7 +10,7 @@ from sca_registry.contracts import Prompt
 from sca_registry.spec import EverythingOptions
 
 import sca
-from sca.inference.generation import GENERATION_OPTIONS
+from sca.inference.generation_options import GENERATION_OPTIONS
 from sca.io.errors import InputError
 from sca.io.masks import encode_rle
 from sca.language_models.usage import count_tokens

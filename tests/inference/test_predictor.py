@@ -13,7 +13,7 @@ from sca.inference import automatic
 from sca.inference.automatic import caption_everything, find_everything, search_everything
 from sca.inference.engine import Engine
 from sca.inference.predictor import Predictor
-from sca.io.masks import mask_to_box, decode_rle
+from sca.io.masks import decode_rle, mask_to_box
 from sca.proposers.grid import PointGrid
 
 
@@ -134,7 +134,9 @@ def test_all_candidates_for_a_mask_can_be_had_or_the_single_one(counted, scene):
     assert "generate" not in calls
     for masks, caption in zip(three, predictor.predict(prompts), strict=True):
         assert [mask.iou for mask in masks] == sorted((mask.iou for mask in masks), reverse=True)
-        assert (decode_rle(masks[0].mask) != decode_rle(caption.mask)).mean() < 0.01  # logits close to zero fall either way
+        assert (
+            decode_rle(masks[0].mask) != decode_rle(caption.mask)
+        ).mean() < 0.01  # logits close to zero fall either way
         assert masks[0].iou == pytest.approx(caption.iou)
 
 
@@ -208,7 +210,9 @@ def finished(search):
 # --- everything -----------------------------------------------------------------------------------------------------
 
 ANY = EverythingOptions(points_per_side=6, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=0.5)
-ALL = EverythingOptions(points_per_side=3, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=1.0)  # all three masks of nine points
+ALL = EverythingOptions(
+    points_per_side=3, pred_iou_thresh=-10.0, stability_score_thresh=0.0, box_nms_thresh=1.0
+)  # all three masks of nine points
 
 
 def test_everything_encodes_once_and_writes_captions_for_the_survivors_only(counted, scene):
@@ -238,7 +242,9 @@ def test_what_everything_finds_is_told_with_the_mask_it_was_found_by_best_first(
     predictor.set_image(scene.image)
     captions = caption_everything(predictor, options=ALL)
     assert len(captions) > 9
-    assert [caption.predicted_iou for caption in captions] == sorted((caption.predicted_iou for caption in captions), reverse=True)
+    assert [caption.predicted_iou for caption in captions] == sorted(
+        (caption.predicted_iou for caption in captions), reverse=True
+    )
     for caption in captions:
         assert caption.box == caption.prompt.box == mask_to_box(caption.mask)
     asked = predictor.predict([caption.prompt for caption in captions])
@@ -330,7 +336,15 @@ def test_crops_are_looked_at_too_and_speak_in_the_images_own_pixels(counted):
     predictor.model.segmenter = Bright()
     predictor.set_image(pixels)
     del calls["encode"][:]
-    options = EverythingOptions(points_per_side=24, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.5, crop_n_layers=1, crop_overlap_ratio=0.34, caption_from="box")
+    options = EverythingOptions(
+        points_per_side=24,
+        pred_iou_thresh=0.0,
+        stability_score_thresh=0.0,
+        box_nms_thresh=0.5,
+        crop_n_layers=1,
+        crop_overlap_ratio=0.34,
+        caption_from="box",
+    )
     search = finished(automatic._search_windows(predictor.engine, predictor.encoded, options))
     assert calls["encode"] == [1] * 4
     small = [each for each in search if each.window != (0, 0, 192, 128)]

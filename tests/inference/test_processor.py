@@ -28,7 +28,9 @@ def test_pixels_and_frames_are_those_of_the_published_processor_of_sam(width, he
     )(picture(width, height), return_tensors="pt")
     processor = Processor(ImageFormat(size=64), 8)
     assert torch.equal(processor.preprocess_images([picture(width, height)]), theirs["pixel_values"])
-    assert processor.compute_frame(width, height).content_size[::-1] == tuple(theirs["reshaped_input_sizes"][0].tolist())
+    assert processor.compute_frame(width, height).content_size[::-1] == tuple(
+        theirs["reshaped_input_sizes"][0].tolist()
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 50), (50, 90), (64, 64), (33, 7), (301, 200), (63, 64)])
@@ -73,7 +75,7 @@ def test_a_padded_picture_is_zero_right_and_below_and_a_stretched_one_fills_the_
     assert stretched.compute_frame(80, 40).scale == (64 / 80, 64 / 40)
 
 
-def test_channels_are_normalised_and_come_in_the_order_that_is_asked_for():
+def test_channels_are_normalized_and_come_in_the_order_that_is_asked_for():
     image = Image.new("RGB", (8, 8), (255, 51, 0))
     rgb = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
     bgr = ImageFormat(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), order="bgr")
@@ -121,7 +123,10 @@ def test_a_mask_goes_into_the_frame_and_comes_back(width, height, fit, data):
     assert logits.shape == (1, 32, 32)
     back = (processor.postprocess_masks(logits[None], frame)[0, 0] > 0).numpy()
     assert back.shape == mask.shape
-    across, down = 2 * width / (frame.content_size[0] / 2), 2 * height / (frame.content_size[1] / 2)  # two cells in image pixels
+    across, down = (
+        2 * width / (frame.content_size[0] / 2),
+        2 * height / (frame.content_size[1] / 2),
+    )  # two cells in image pixels
     y, x = np.nonzero(back != mask)
     on_column = np.minimum(abs(x + 0.5 - x1), abs(x + 0.5 - x2)) <= across
     on_row = np.minimum(abs(y + 0.5 - y1), abs(y + 0.5 - y2)) <= down
@@ -136,7 +141,9 @@ def test_coverage_is_the_share_of_each_cell_that_the_mask_covers():
     expected = torch.zeros(8, 8)
     expected[0, 0], expected[0, 1] = 1.0, 0.5
     assert torch.allclose(covered, expected, atol=1 / 255)
-    assert torch.equal(processor.compute_valid_cells(processor.compute_frame(32, 16)), torch.arange(8)[:, None].expand(8, 8) < 4)
+    assert torch.equal(
+        processor.compute_valid_cells(processor.compute_frame(32, 16)), torch.arange(8)[:, None].expand(8, 8) < 4
+    )
 
 
 @given(st.lists(st.lists(st.sampled_from(["box", "point", "points", "mask", "both"]), max_size=5), max_size=4))

@@ -7,7 +7,7 @@ from pycocotools.coco import COCO
 
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.coco import compute_segmentation_box, read_annotation, parse_bbox, parse_segmentation
+from sca.io.annotations.coco import compute_segmentation_box, parse_bbox, parse_segmentation, read_annotation
 from sca.io.errors import InputError
 
 SIZE = 40, 20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.errors import InputError
 from sca.io.prompt_files import read_region_prompts
-from sca.output.read import read_captions
+from sca.output.reader import read_captions
 
 HEAD = {"original_width": 40, "original_height": 30, "image_rotation": 0, "to_name": "image", "id": "a", "score": 0.5}
 VALUES = {

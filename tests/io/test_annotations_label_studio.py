@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sca.io import masks
-from sca.io.annotations import brush
+from sca.io.annotations import brush_rle
 from sca.io.annotations.annotation import SkipCounter
 from sca.io.annotations.label_studio import is_task, read_tasks
 from sca.io.errors import InputError
@@ -106,7 +106,7 @@ def test_brush_bitmask_and_closed_vector_are_masks():
     inside[3:7, 5:9] = True
     corners = [{"id": str(n), "x": x / WIDTH * 100, "y": y / HEIGHT * 100} for n, (x, y) in enumerate(CORNERS)]
     for shape in (
-        result("brushlabels", value={"format": "rle", "rle": brush.encode_brush_rle(inside)}),
+        result("brushlabels", value={"format": "rle", "rle": brush_rle.encode_brush_rle(inside)}),
         result("bitmasklabels", value={"imageDataURL": png(inside)}),
         result("vectorlabels", value={"vertices": corners, "closed": True}),
     ):
@@ -133,7 +133,10 @@ def test_keypoint_of_a_region_with_a_box_is_not_its_place():
 def test_label_studio_reader_merges_masks_of_a_region():
     first, second = np.zeros((2, HEIGHT, WIDTH), bool)
     first[3:6, 5:8], second[10:14, 20:24] = True, True
-    shapes = [result("brushlabels", value={"format": "rle", "rle": brush.encode_brush_rle(inside)}) for inside in (first, second)]
+    shapes = [
+        result("brushlabels", value={"format": "rle", "rle": brush_rle.encode_brush_rle(inside)})
+        for inside in (first, second)
+    ]
     square = result("polygonlabels", value={"points": [[0, 0], [10, 0], [10, 20], [0, 20]]})
     found = region(*shapes, square)
     assert masks.compute_mask_area(found.mask) == 9 + 16 + 16
@@ -205,7 +208,7 @@ def test_brush_is_read_with_runs_that_do_not_repeat():
     bits = f"{12:032b}{7:05b}" + "0010" + "0011" + "0111" + "1111" + "0" + "01" + f"{11:04b}" + values
     bits += "0" * (-len(bits) % 8)
     code = [int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)]
-    assert brush.decode_brush_rle(code, 3, 1).tolist() == [[False, True, True]]
+    assert brush_rle.decode_brush_rle(code, 3, 1).tolist() == [[False, True, True]]
 
 
 def test_labels_of_a_plain_shape_are_its_labels():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from sca.io import atomic
-from sca.io.atomic import AtomicFile, write_folder, remove_drafts, write_file
+from sca.io.atomic import AtomicFile, remove_drafts, write_file, write_folder
 from sca.io.errors import OutputError
 
 resource = pytest.importorskip("resource")

@@ -14,13 +14,13 @@ from sca_registry.overrides import parse_assignments
 from sca.checkpoints.push import _read_scores
 from sca.data import fields, json_stream, records
 from sca.evaluation.evaluate import score_file
-from sca.evaluation.journal import read_predictions
+from sca.evaluation.predictions_file import read_predictions
 from sca.io.errors import InputError
 from sca.io.images import open_image
 from sca.io.json import read_regular_file
 from sca.io.prompt_files import read_region_prompts
 from sca.io.prompts import read_mask_file
-from sca.output.read import read_captions
+from sca.output.reader import read_captions
 from sca.training.recipe import Recipe
 
 DEEP_JSON = {
@@ -118,7 +118,12 @@ def test_option_refuses_deep_toml_in_one_line():
 
 
 @pytest.mark.parametrize(
-    "read", [partial(read_regular_file, allow_pipe=True), read_predictions, lambda path: read_region_prompts(path).match_images]
+    "read",
+    [
+        partial(read_regular_file, allow_pipe=True),
+        read_predictions,
+        lambda path: read_region_prompts(path).match_images,
+    ],
 )
 def test_reader_accepts_a_pipe_that_a_shell_opened(limited, read):
     line = b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}'

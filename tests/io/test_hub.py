@@ -222,7 +222,7 @@ def test_a_model_is_pushed_with_a_card_and_read_back_by_its_name(shell, hub, tmp
         "me/tiny",
         "--scores",
         "scores.json",
-        "--licence",
+        "--license",
         "Apache-2.0",
         "--trained-on",
         "drawn scenes",

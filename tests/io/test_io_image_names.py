@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sca.io.errors import InputError
-from sca.io.image_names import add_image_prefix, resolve_image_path, list_possible_file_names, remove_image_prefix
+from sca.io.image_names import add_image_prefix, list_possible_file_names, remove_image_prefix, resolve_image_path
 from sca.io.paths import distinguish_paths, normalize_name
 
 PARTS = st.text(st.sampled_from("ab é각Å%20 +#&~-"), min_size=1, max_size=6).filter(
@@ -192,7 +192,7 @@ def test_find_image_keeps_a_leading_parent(tmp_path, name):
     ],
 )
 def test_find_image_notes_a_file_of_another_folder(tmp_path, monkeypatch, caplog, name, is_noted):
-    monkeypatch.setattr("sca.io.notices._noticed", set())
+    monkeypatch.setattr("sca.io.warnings_once._noticed", set())
     root = _make(tmp_path / "train", "a.png", "sub/b.png", "sub/media/upload/7/e\u0301.png")
     found = resolve_image_path(name, [root])
     assert found.is_file()

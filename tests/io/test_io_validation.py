@@ -11,15 +11,15 @@ from sca.io.validation import (
     check_encodable,
     check_numbers,
     check_range,
-    xywh_to_xyxy,
     is_finite_number,
     is_int64,
+    parse_texts,
     read_field,
     read_id,
     read_image_name,
     read_recorded_size,
-    parse_texts,
     require_recorded_size,
+    xywh_to_xyxy,
 )
 
 
@@ -61,7 +61,10 @@ def test_check_range_names_the_field_and_its_limits(value):
         (lambda: check_numbers("f, 'b'", [1, math.inf], "x, y"), "f, 'b' is [1, inf]; give 2 numbers (x, y)"),
         (lambda: check_encodable("f", {"a": ["\udc80"]}), r"f contains '\udc80', half of a surrogate pair"),
         (lambda: require_recorded_size({"width": 1}, "f"), "f: no 'height'; it has: width"),
-        (lambda: read_recorded_size({"width": 0, "height": 1}, "f"), "f: 'width' and 'height' are (0, 1); give the size"),
+        (
+            lambda: read_recorded_size({"width": 0, "height": 1}, "f"),
+            "f: 'width' and 'height' are (0, 1); give the size",
+        ),
         (lambda: read_recorded_size({"width": 10**5, "height": 10**5}, "f"), "at most 178,956,970 pixels are allowed"),
         (lambda: xywh_to_xyxy("f, 'b'", 0, 0, -1, 1), "f, 'b' has width -1 and height 1; give none below 0"),
     ],

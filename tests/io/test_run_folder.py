@@ -9,7 +9,7 @@ import pytest
 
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError, LockedError, OutputError
-from sca.io.output_patterns import make_exact_pattern, find_outputs
+from sca.io.output_patterns import find_outputs, make_exact_pattern
 from sca.io.run_folder import LOCK_FILE, MARKER_FILE, OutputFilter, RunFolder, check_not_inputs, iter_existing_paths
 
 

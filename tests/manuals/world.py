@@ -18,8 +18,8 @@ from PIL import Image
 from sca_registry.spec import ModelSpec
 
 import sca
+from sca.builder import build
 from sca.checkpoints.export import write_language_model, write_published_checkpoint
-from sca.composition import build
 from sca.data.export import export_dataset
 from sca.data.scenes import Scenes
 from sca.testing.tiny import tiny_options
@@ -180,7 +180,9 @@ def stock(hub, sam, folder):
     parts = {"encoder": {"name": "sam", "weights": str(sam)}, "language_model": {"name": "hf", "weights": str(words)}}
     mixer = {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48}
     published = build(ModelSpec.from_dict({**parts, "mixer": mixer, "task_tokens": 2}))
-    hub.models["xk-huang/segment-caption-anything-gpt2_large-vg"] = write_published_checkpoint(published, folder / "published")
+    hub.models["xk-huang/segment-caption-anything-gpt2_large-vg"] = write_published_checkpoint(
+        published, folder / "published"
+    )
     hub.models["openai-community/gpt2-large"] = words
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam

@@ -79,9 +79,14 @@ def check_equals_its_model(name, **fields):
     language_model = CausalLanguageModel(model, None)
     ids = torch.randint(5, 60, (ROWS, PREFIX))
     prefix = torch.randn(ROWS, PREFIX, language_model.hidden_size)
-    for embeddings, inputs in ((language_model.embed_tokens(ids), {"input_ids": ids}), (prefix, {"inputs_embeds": prefix})):
+    for embeddings, inputs in (
+        (language_model.embed_tokens(ids), {"input_ids": ids}),
+        (prefix, {"inputs_embeds": prefix}),
+    ):
         expected = model(**inputs).logits
-        found = language_model.lm_head(language_model.hidden_states(embeddings, torch.ones(ROWS, PREFIX, dtype=torch.long)))
+        found = language_model.lm_head(
+            language_model.hidden_states(embeddings, torch.ones(ROWS, PREFIX, dtype=torch.long))
+        )
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     plain = {"attention_mask": torch.ones(ROWS, PREFIX, dtype=torch.long), "max_new_tokens": STEPS, "pad_token_id": 0}
     free = model.generate(inputs_embeds=prefix, eos_token_id=None, **plain)

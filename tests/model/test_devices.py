@@ -16,7 +16,7 @@ from sca_registry.spec import ModelSpec
 from tiny import FAMILIES, tiny
 from torch import nn
 
-from sca.composition import build
+from sca.builder import build
 from sca.data.scenes import Scenes
 from sca.inference.automatic import caption_everything
 from sca.inference.factory import captioner
@@ -25,8 +25,8 @@ from sca.mixers.resampler import ResamplerMixer
 from sca.nn.masks import pool_under_masks
 from sca.nn.roi_align import roi_align
 from sca.testing.tiny import tiny_options
-from sca.training.auxiliary import AttributeValues
-from sca.training.features import FeatureCache
+from sca.training.auxiliary_losses import AttributeValues
+from sca.training.feature_cache import FeatureCache
 from sca.training.module import TrainingModule
 
 TRAINABLE = ["neck", "mixer", "projection", "task_tokens", "lora", "segmenter"]
@@ -382,11 +382,11 @@ def test_a_step_of_adamw_needs_nothing_from_the_host(small):
 
 
 def test_auxiliary_losses_run_on_an_accelerator(small):
-    attributes = AttributeValues({"colour": ("red", "blue")}, {"side": ("left", "right")})
+    attributes = AttributeValues({"color": ("red", "blue")}, {"side": ("left", "right")})
     model = small()
     lesson = TrainingModule(model, {"attributes": 1.0, "features": 1.0}, attributes)
     batch = batch_of(model)
-    batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("colour", "side")}
+    batch.extra = {name: torch.tensor([0, 1, -100, 0, 1]) for name in ("color", "side")}
     with simulated_cuda(), torch.autocast("cuda", torch.bfloat16):
         lesson.to("cuda")
         loss = lesson(batch.to("cuda"), {"regions": 1.0})
@@ -405,7 +405,7 @@ def test_features_are_kept_from_an_accelerator(small, picture, tmp_path):
     assert torch.allclose(here[picture], there[picture], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbour"])
+@pytest.mark.parametrize("name", ["crop-captioner", "vlm", "nearest-neighbor"])
 def test_baseline_captions_on_an_accelerator(name):
     sample = Scenes("test", count=1, size=64)[0]
     prompts = [Prompt(box=region.box) for region in sample.regions]

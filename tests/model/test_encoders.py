@@ -64,7 +64,7 @@ def test_a_clip_gives_the_patches_of_its_image_tower(clip):
 
 
 @torch.no_grad()
-def test_a_backbone_of_timm_gives_its_normalised_patches(vit):
+def test_a_backbone_of_timm_gives_its_normalized_patches(vit):
     folder, model = vit
     pixels = torch.randn(2, 3, 64, 64)
     tokens = model.forward_features(pixels)[:, 1:]
@@ -179,12 +179,12 @@ def test_other_packages_logging_is_left_alone():
     assert (list(logging.root.handlers), logging.root.level, logging.root.disabled) == before
 
 
-def test_each_name_has_a_licence_a_source_and_the_extra_that_brings_it():
+def test_each_name_has_a_license_a_source_and_the_extra_that_brings_it():
     names = sca_registry.encoders.list_names()
     assert len(names) >= 40
     for name in names:
         card = sca_registry.encoders.get_card(name)
-        assert card.licence
+        assert card.license
         assert "arXiv" in card.source or name in ("open-clip", "timm")
         assert card.extra == {"open_clip": "clip", "timm": "timm"}.get(card.factory.split(".")[2].partition(":")[0], "")
 

@@ -9,7 +9,9 @@ def batch():
     draw = torch.Generator().manual_seed(0)
     return Batch(
         pixel_values=torch.randn(2, 3, 64, 64, generator=draw),
-        prompts=PromptBatch(torch.tensor([0, 1, 1]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 9, 9]])),
+        prompts=PromptBatch(
+            torch.tensor([0, 1, 1]), boxes=torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 9, 9]])
+        ),
         task_ids=torch.tensor([0, 1, 1]),
         input_ids=torch.tensor([[5, 6, 7], [8, 0, 0], [9, 3, 0]]),
         attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
@@ -18,9 +20,9 @@ def batch():
 
 def step(model):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
     model(batch()).loss.backward()
-    optimiser.step()
+    optimizer.step()
 
 
 @pytest.mark.parametrize(

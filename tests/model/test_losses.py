@@ -80,7 +80,13 @@ def batch(ids, mask):
     draw = torch.Generator().manual_seed(5)
     boxes = torch.tensor([[4.0, 4, 30, 30], [8, 8, 60, 50], [0, 0, 19, 29]])
     pixels = torch.randn(2, 3, 64, 64, generator=draw)
-    return Batch(PromptBatch(torch.tensor([0, 1, 1]), boxes=boxes), torch.tensor([0, 1, 1]), pixels, input_ids=ids, attention_mask=mask)
+    return Batch(
+        PromptBatch(torch.tensor([0, 1, 1]), boxes=boxes),
+        torch.tensor([0, 1, 1]),
+        pixels,
+        input_ids=ids,
+        attention_mask=mask,
+    )
 
 
 @torch.no_grad()
@@ -115,7 +121,13 @@ def test_the_loss_is_the_sum_of_the_losses_by_their_weights(small):
     output = model(given, {"mask": 0.5, "iou": 0.0})
     assert output.losses.keys() == {"caption", "mask", "iou"}
     assert torch.allclose(output.loss, output.losses["caption"] + 0.5 * output.losses["mask"])
-    features = Batch(given.prompts, given.task_ids, features=model.encode(given.pixel_values), input_ids=given.input_ids, attention_mask=given.attention_mask)
+    features = Batch(
+        given.prompts,
+        given.task_ids,
+        features=model.encode(given.pixel_values),
+        input_ids=given.input_ids,
+        attention_mask=given.attention_mask,
+    )
     assert torch.equal(model(features).loss, output.losses["caption"])
     assert model(Batch(given.prompts, given.task_ids, given.pixel_values)).loss is None
 
@@ -141,7 +153,15 @@ def regions(masks, scores):
     count = len(masks)
     nothing = torch.zeros(count, 1, 1)
     return SegmenterOutput(
-        torch.zeros(count, dtype=torch.long), nothing, 8, nothing, nothing, nothing, nothing, masks=masks, iou_scores=scores
+        torch.zeros(count, dtype=torch.long),
+        nothing,
+        8,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        masks=masks,
+        iou_scores=scores,
     )
 
 

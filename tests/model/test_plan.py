@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from sca_bench.memory import compare_plan
+from sca_bench.plan_accuracy import compare_plan
 from sca_registry.spec import ModelSpec
 from tiny import SAM, tiny
 

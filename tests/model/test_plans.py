@@ -5,7 +5,7 @@ from sca_registry.spec import ModelSpec
 
 import sca.plan
 from sca.cli import run_command
-from sca.plan_cache import MAX_CACHED_PLANS, compute_plan_key, read_plan, hash_source_files, write_plan
+from sca.plan_cache import MAX_CACHED_PLANS, compute_plan_key, hash_source_files, read_plan, write_plan
 
 TINY = "tiny-vit+query+tiny-gpt2"
 
@@ -44,7 +44,10 @@ def test_source_fingerprint_changes_with_a_source_file(files, tmp_path, monkeypa
 @pytest.mark.parametrize("spec", ["tiny-vit+query+hf weights=./folder", "tiny-vit+unknown+tiny-gpt2"])
 def test_plan_key_is_none_for_files_and_unknown_components(spec):
     name, *changes = spec.split()
-    assert compute_plan_key(ModelSpec.parse(name).apply_overrides([f"language_model.{each}" for each in changes]), {}) is None
+    assert (
+        compute_plan_key(ModelSpec.parse(name).apply_overrides([f"language_model.{each}" for each in changes]), {})
+        is None
+    )
 
 
 def test_plan_command_computes_once(capsys, monkeypatch, cache):

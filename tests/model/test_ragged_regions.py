@@ -41,7 +41,7 @@ def same(found, expected):
     assert torch.allclose(scores, expected[3], atol=1e-4)
 
 
-def test_a_region_does_not_depend_on_its_neighbours(small, features, prompts):
+def test_a_region_does_not_depend_on_its_neighbors(small, features, prompts):
     model, task = small(), torch.tensor([1, 0, 1, 1, 0, 1])
     together = answers(model, features, prompts, task)
     for row, owner in enumerate(OWNER.tolist()):

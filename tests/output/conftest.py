@@ -34,7 +34,9 @@ def captions():
         Caption("a disc", 0.75, masks.mask_to_box(disc), masks.encode_rle(disc), 0.5, points, 0),
         Caption("a box", 0.5, (1.5, 2.0, 10.0, 12.25), None, None, Prompt(box=(1.5, 2.0, 10.0, 12.25)), 1),
         Caption("a point", np.float32(0.25), None, None, None, Prompt(points=((5, 6, 1),)), 2),
-        Caption("a square", 1.0, masks.mask_to_box(square), masks.encode_rle(square), np.float32(1), Prompt(mask=square), 3),
+        Caption(
+            "a square", 1.0, masks.mask_to_box(square), masks.encode_rle(square), np.float32(1), Prompt(mask=square), 3
+        ),
     ]
 
 

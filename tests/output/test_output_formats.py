@@ -10,11 +10,11 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.io.annotations.brush import encode_brush_rle, decode_brush_rle
+from sca.io.annotations.brush_rle import decode_brush_rle, encode_brush_rle
 from sca.io.errors import InputError
 from sca.output import OUTPUT_FORMATS, MultiFormatWriter
-from sca.output.outline import rings_to_mask, mask_to_polygons
-from sca.output.read import read_captions
+from sca.output.contours import mask_to_polygons, rings_to_mask
+from sca.output.reader import read_captions
 
 READ = {
     "jsonl": "captions.jsonl",

@@ -11,8 +11,8 @@ from PIL import Image
 from viewer_page import ViewerPage
 
 from sca.output import MultiFormatWriter
-from sca.output.read import read_captions
-from sca.output.view import write_viewer
+from sca.output.reader import read_captions
+from sca.output.viewer import write_viewer
 
 # fmt: off
 ELEMENTS = {
@@ -123,5 +123,5 @@ def test_tints_of_regions_leave_the_colors_of_the_image(page, captions):
 
 
 def test_jinja2_is_imported_when_a_page_is_written():
-    program = "import sys, sca, sca.output, sca.output.page, sca.output.view; print('jinja2' in sys.modules)"
+    program = "import sys, sca, sca.output, sca.output.html_page, sca.output.viewer; print('jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

@@ -8,7 +8,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io.errors import DifferentRunError, OutputError
-from sca.output.journal import CAPTION_JOURNAL_NAME, CaptionJournal, count_journal_images
+from sca.output.caption_journal import CAPTION_JOURNAL_NAME, CaptionJournal, count_journal_images
 
 RUN = {"model": "x"}
 IMAGE = Image.new("RGB", (8, 8))
@@ -54,7 +54,9 @@ def test_journal_resumes_after_a_torn_or_zeroed_tail(tmp_path, tail):
 
 def test_journal_of_another_run_is_refused(tmp_path):
     add(tmp_path, ["0.png"], resume=False)
-    with pytest.raises(DifferentRunError, match=r"journal contains another run \(model: .*x.* there, .*y.* now\); choose"):
+    with pytest.raises(
+        DifferentRunError, match=r"journal contains another run \(model: .*x.* there, .*y.* now\); choose"
+    ):
         CaptionJournal(tmp_path, {"model": "y"}, resume=True)
 
 

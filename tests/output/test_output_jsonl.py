@@ -72,7 +72,10 @@ def test_what_was_asked_can_be_asked_again(tmp_path, picture, captions):
 
 def test_a_stream_gets_the_same_lines_and_stays_open(tmp_path, picture, captions, hostile):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with MultiFormatWriter(tmp_path, model="m") as to_file, MultiFormatWriter.from_stream(stream, model="m") as to_stream:
+    with (
+        MultiFormatWriter(tmp_path, model="m") as to_file,
+        MultiFormatWriter.from_stream(stream, model="m") as to_stream,
+    ):
         for writers in (to_file, to_stream):
             writers.add("a.png", picture, captions + hostile)
     assert stream.buffer.getvalue() == (tmp_path / "captions.jsonl").read_bytes()

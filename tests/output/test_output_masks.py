@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sca.io import masks
-from sca.output.outline import mask_to_svg_path
+from sca.output.contours import mask_to_svg_path
 
 mask_arrays = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 

@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io import masks
-from sca.output.colours import REGION_COLORS, INSIDE_COLOR, OUTSIDE_COLOR, choose_text_color
-from sca.output.labels import MAX_LABEL_LINES, LabelBlock, LabelPlacer
-from sca.output.png import MIN_CANVAS_SIZE, MASK_OPACITY, draw_captions
+from sca.output.colors import INSIDE_COLOR, OUTSIDE_COLOR, REGION_COLORS, choose_text_color
+from sca.output.label_layout import MAX_LABEL_LINES, LabelBlock, LabelPlacer
+from sca.output.png import MASK_OPACITY, MIN_CANVAS_SIZE, draw_captions
 
 
 def changed(image: Image.Image, captions) -> np.ndarray:
@@ -41,7 +41,7 @@ def test_extreme_pictures_leave_room_for_words(size):
 
 
 def test_masks_are_tinted_inside_and_nowhere_else():
-    """Black under a translucent colour is the dimmed colour, under the contour the colour itself."""
+    """Black under a translucent color is the dimmed color, under the contour the color itself."""
     mask = np.zeros((600, 600), bool)
     mask[200:400, 300:500] = True
     caption = Caption("x", 1.0, None, masks.encode_rle(mask), 1.0, Prompt(mask=mask), 0)
@@ -72,7 +72,7 @@ def test_labels_stay_inside_and_apart():
             assert x2 <= a or c <= x1 or y2 <= b or d <= y1
 
 
-def test_a_label_leaves_its_neighbours_in_sight():
+def test_a_label_leaves_its_neighbors_in_sight():
     """Above and below the region are small ones: of the places close by, the label takes one that hides nothing."""
     shown = near, above, below = (100, 100, 200, 140), (100, 78, 190, 98), (100, 142, 190, 162)
     x1, y1, x2, y2 = LabelPlacer((600, 400), [], shown).place_label((90, 20), near)
@@ -133,12 +133,12 @@ def test_a_long_caption_ends_in_an_ellipsis():
 
 
 def test_words_stand_out_from_every_background():
-    def light(colour):
-        linear = [(c / 255 + 0.055) ** 2.4 / 1.055**2.4 if c > 10 else c / 255 / 12.92 for c in colour]
+    def light(color):
+        linear = [(c / 255 + 0.055) ** 2.4 / 1.055**2.4 if c > 10 else c / 255 / 12.92 for c in color]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
 
-    for colour in REGION_COLORS:
-        pair = sorted((light(colour), light(choose_text_color(colour))))
+    for color in REGION_COLORS:
+        pair = sorted((light(color), light(choose_text_color(color))))
         assert pair[1] / pair[0] > 3
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from viewer_page import ViewerPage
 
 from sca.io.annotations.annotation import SkipCounter
-from sca.output.read import read_captions
-from sca.output.view import write_viewer
+from sca.output.reader import read_captions
+from sca.output.viewer import write_viewer
 
 SIZE = {"width": 60, "height": 40}
 HEAD = {"original_width": 60, "original_height": 40, "type": "rectanglelabels", "to_name": "image"}

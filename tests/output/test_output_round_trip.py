@@ -14,7 +14,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io import masks
 from sca.io.annotations.annotation import SkipCounter
 from sca.output import MultiFormatWriter
-from sca.output.read import read_captions
+from sca.output.reader import read_captions
 
 WIDTH, HEIGHT = 23, 17
 FORMATS = ("coco", "label-studio", "labelme", "jsonl", "geojson")

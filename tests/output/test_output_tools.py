@@ -12,7 +12,7 @@ from sca_registry.contracts import Caption, Prompt
 from sca.io import masks
 from sca.io.annotations import coco, label_studio, labelme
 from sca.io.annotations.annotation import SkipCounter
-from sca.io.annotations.brush import decode_brush_rle
+from sca.io.annotations.brush_rle import decode_brush_rle
 from sca.output import MultiFormatWriter
 from sca.output.label_studio import LABELING_CONFIG
 
@@ -45,7 +45,9 @@ def test_other_tools_read_what_is_written_for_them(tmp_path, monkeypatch, pictur
             noise = [rng.random((height, width)) < share for share in (0.02, 0.5, 0.98)]
             full = np.ones((height, width), bool)
             regions = [
-                Caption(f"{n} of {name}", 0.5, masks.mask_to_box(mask), masks.encode_rle(mask), 0.5, Prompt(mask=mask), n)
+                Caption(
+                    f"{n} of {name}", 0.5, masks.mask_to_box(mask), masks.encode_rle(mask), 0.5, Prompt(mask=mask), n
+                )
                 for n, mask in enumerate((*noise, full))
             ]
             writers.add(name, drawn, captions if name == "a.png" else regions)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sca.io.errors import OutputError
 from sca.output import OUTPUT_FORMATS, MultiFormatWriter
-from sca.output.read import read_captions
+from sca.output.reader import read_captions
 
 
 def names(folder) -> list[str]:

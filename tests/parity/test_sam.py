@@ -99,7 +99,9 @@ def test_everything_encodes_a_large_image_once_and_writes_for_survivors_only(sam
     predictor = sca.Predictor(model)
     draw = np.random.default_rng(0)
     predictor.set_image(Image.fromarray(draw.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)))
-    options = sca.EverythingOptions(points_per_side=8, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.7)
+    options = sca.EverythingOptions(
+        points_per_side=8, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.7
+    )
     found = sca.caption_everything(predictor, options=options)
     assert calls == {"encode": 1, "generate": len(found)}
     assert 0 < len(found) < 64 * 3

@@ -191,7 +191,8 @@ def test_everything_equals_the_original_region_by_region(trained, search, nms, s
     for mask in found:
         inside = decode_rle(mask.rle)
         apart = [
-            abs(min(each["predicted_iou"], 1.0) - mask.predicted_iou) * 1e3 + (each["segmentation"] != inside).mean() * 1e3
+            abs(min(each["predicted_iou"], 1.0) - mask.predicted_iou) * 1e3
+            + (each["segmentation"] != inside).mean() * 1e3
             for each in rest
         ]
         nearest = int(np.argmin(apart))

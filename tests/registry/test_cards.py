@@ -17,7 +17,7 @@ def test_a_card_says_what_it_is_where_it_comes_from_and_on_what_terms(kind, card
     assert card.summary.endswith(".")
     assert "\n" not in card.summary
     assert card.source
-    assert card.licence
+    assert card.license
 
 
 @each_card

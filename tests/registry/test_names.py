@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from sca_registry import REGISTRIES, RegistryError, encoders, language_models, metrics, mixers, get_registry, segmenters
+from sca_registry import REGISTRIES, RegistryError, encoders, get_registry, language_models, metrics, mixers, segmenters
 from sources import MIXER
 
 

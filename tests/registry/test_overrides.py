@@ -17,7 +17,7 @@ RECIPE = {
         "language_model": "tiny-gpt2",
     },
     "data": {"train": "scenes", "val": {"name": "coco", "root": "here"}},
-    "train": {"steps": 100, "optimiser": {"rate": 0.1}},
+    "train": {"steps": 100, "optimizer": {"rate": 0.1}},
     "loss": {"caption": 1.0, "mask": 1.0},
 }
 
@@ -111,7 +111,10 @@ def test_what_can_be_read_two_ways_is_refused(assignment):
 
 def test_replacing_a_part_drops_its_options():
     assert apply_overrides(RECIPE, ["mixer=roi-pool"])["model"]["mixer"] == "roi-pool"
-    assert apply_overrides(RECIPE, ["mixer=roi-pool", "mixer.depth=2"])["model"]["mixer"] == {"name": "roi-pool", "depth": 2}
+    assert apply_overrides(RECIPE, ["mixer=roi-pool", "mixer.depth=2"])["model"]["mixer"] == {
+        "name": "roi-pool",
+        "depth": 2,
+    }
     assert apply_overrides(RECIPE, ["data.val=scenes"])["data"]["val"] == "scenes"
 
 
@@ -126,14 +129,14 @@ def test_a_part_that_is_only_a_name_takes_options():
 
 
 def test_a_recipe_s_own_tables_are_set():
-    changed = apply_overrides(RECIPE, ["train.steps=5", "train.optimiser.rate=1", "loss.mask=0.5"])
-    assert changed["train"] == {"steps": 5, "optimiser": {"rate": 1}}
+    changed = apply_overrides(RECIPE, ["train.steps=5", "train.optimizer.rate=1", "loss.mask=0.5"])
+    assert changed["train"] == {"steps": 5, "optimizer": {"rate": 1}}
     assert changed["loss"] == {"caption": 1.0, "mask": 0.5}
 
 
 def test_a_table_within_a_table_is_replaced_as_a_whole():
-    changed = apply_overrides(RECIPE, ["train.optimiser={name='lion', rate=2}"])
-    assert changed["train"]["optimiser"] == {"name": "lion", "rate": 2}
+    changed = apply_overrides(RECIPE, ["train.optimizer={name='lion', rate=2}"])
+    assert changed["train"]["optimizer"] == {"name": "lion", "rate": 2}
     assert changed["train"]["steps"] == 100
 
 
@@ -143,9 +146,9 @@ def test_a_table_within_a_table_is_replaced_as_a_whole():
         ("mixr.depth=2", "Did you mean 'mixer'"),
         ("model.mixr=x", "Did you mean 'mixer'"),
         ("train.stpes=2", "Did you mean 'steps'"),
-        ("train.optimiser.rat=2", "train.optimiser has no 'rat'. Did you mean 'rate'"),
+        ("train.optimizer.rat=2", "train.optimizer has no 'rat'. Did you mean 'rate'"),
         ("trian.steps=2", "Did you mean 'train'"),
-        ("train=2", "train is a table; set one of: steps, optimiser"),
+        ("train=2", "train is a table; set one of: steps, optimizer"),
         ("model=x", "model is a table"),
         ("train.steps.x=2", "steps is 100"),
     ],

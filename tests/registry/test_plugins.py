@@ -9,7 +9,7 @@ CARDS = """
     factory = "shade.parts:Mean"
     summary = "Soft."
     source = "arXiv 0000.00000"
-    licence = "MIT"
+    license = "MIT"
     parameters = 12
     options = { depth = 5 }
     gives = ["boxes"]
@@ -40,7 +40,7 @@ def test_a_card_file_brings_many_names_and_their_facts(site):
     site.install("shade", "[sca_mixers]\nlabel = shade:mixers.toml\n", files)
     listed = {entry.name: entry for entry in mixers.list_entries()}
     assert "label" not in listed
-    assert (listed["soft"].summary, listed["soft"].licence, listed["soft"].parameters) == ("Soft.", "MIT", 12)
+    assert (listed["soft"].summary, listed["soft"].license, listed["soft"].parameters) == ("Soft.", "MIT", 12)
     assert mixers.get_card("soft").gives == ("boxes",)
     assert mixers.build("soft", None).depth == 5
     assert mixers.build("soft", None, depth=6).depth == 6

@@ -85,7 +85,9 @@ def served(tiny):
         door, limits, scheduler = socket.socket(), limits or ServerLimits(), RequestScheduler(captioner, **options)
         door.bind(("127.0.0.1", 0))
         app = create_app(scheduler, "sca-tiny", limits, allowed_hosts=())
-        server = make_server(app, scheduler, write_timeout=limits.timeout, max_connections=limits.max_connections, log_requests=False)
+        server = make_server(
+            app, scheduler, write_timeout=limits.timeout, max_connections=limits.max_connections, log_requests=False
+        )
         thread = threading.Thread(target=server.run, args=([door],), daemon=True)
         thread.start()
         while not server.started:

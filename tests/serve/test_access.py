@@ -7,9 +7,9 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from sca.cli import run_command
-from sca.serve.access import HostCheckMiddleware, KeyCheckMiddleware
-from sca.serve.keys import find_key_index, read_keys
-from sca.serve.listening import is_loopback
+from sca.serve.access_control import HostCheckMiddleware, KeyCheckMiddleware
+from sca.serve.api_keys import find_key_index, read_keys
+from sca.serve.sockets import is_loopback
 
 
 @pytest.fixture

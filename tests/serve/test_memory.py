@@ -12,7 +12,7 @@ from sca.serve import service as module
 from sca.serve.memory import BudgetError, ByteBudget, is_out_of_memory
 from sca.serve.schema import ServerLimits
 from sca.serve.service import CaptionService
-from sca.serve.tickets import RequestDone, InsufficientMemoryError, InferenceRequest
+from sca.serve.tickets import InferenceRequest, InsufficientMemoryError, RequestDone
 
 MIB = 2**20
 
@@ -90,7 +90,9 @@ def test_service_decodes_no_image_for_a_request_that_has_ended(service, request_
 @pytest.mark.parametrize("counts", [1000, 100_000])
 def test_events_that_nobody_reads_are_part_of_the_memory_of_their_request(service, request_of, monkeypatch, counts):
     mask = {"size": [9, 9], "counts": "x" * counts}
-    caption = Caption("a cat", 0.5, mask=mask, box=None, predicted_iou=None, prompt=Prompt(box=(0, 0, 9, 9)), region_id=0)
+    caption = Caption(
+        "a cat", 0.5, mask=mask, box=None, predicted_iou=None, prompt=Prompt(box=(0, 0, 9, 9)), region_id=0
+    )
     told = threading.Event()
 
     def ask(question, tell):

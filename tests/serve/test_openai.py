@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sca_registry.contracts import Prompt
 
-from sca.captioners.regions import RegionCaptioner
+from sca.captioners.region_captioner import RegionCaptioner
 from sca.cli import run_command
-from sca.serve.chat import NEUTRAL_VALUES, IGNORED_FIELDS
+from sca.serve.chat import IGNORED_FIELDS, NEUTRAL_VALUES
 from sca.serve.root_path import check_root_path
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.schema import ServerLimits
@@ -110,7 +110,9 @@ def test_openai_client_shows_the_reason_of_an_error(openai_client, user, fields,
 )
 def test_every_error_of_the_api_is_an_error_object(client, method, path, sent, status):
     headers = {"Authorization": "Bearer right", **sent.get("headers", {})}
-    response = client(ServerLimits(max_body_bytes=9_000), keys=["right"]).request(method, path, **{**sent, "headers": headers})
+    response = client(ServerLimits(max_body_bytes=9_000), keys=["right"]).request(
+        method, path, **{**sent, "headers": headers}
+    )
     assert response.status_code == status
     assert response.json().keys() == {"error"}
     error = response.json()["error"]
@@ -224,7 +226,9 @@ def test_n_is_1_whatever_the_checkpoint_has_as_default(ask, user, tiny, monkeypa
 def test_captions_of_a_region_count_in_what_a_turn_may_cost(scheduler, scene):
     def cost(**generation):
         prompt = Prompt(box=BOX)
-        ticket = Ticket(InferenceRequest(scene.image, [prompt], generation=generation, return_masks=False), lambda _: None)
+        ticket = Ticket(
+            InferenceRequest(scene.image, [prompt], generation=generation, return_masks=False), lambda _: None
+        )
         return RequestScheduler._make_cost_function(scheduler, ticket)(prompt)
 
     assert cost(sample=True, captions=16) == 16 * cost(sample=True)
@@ -308,7 +312,8 @@ def test_fields_that_ask_for_nothing_are_accepted(ask, user):
     neutral = {name: values[0] for name, values in NEUTRAL_VALUES.items()}
     assert ask([user()], **neutral).status_code == 200
     assert (
-        ask([user()], **dict.fromkeys((*NEUTRAL_VALUES, "n", "stop", "seed", "top_p", "stream", "unknown"))).status_code == 200
+        ask([user()], **dict.fromkeys((*NEUTRAL_VALUES, "n", "stop", "seed", "top_p", "stream", "unknown"))).status_code
+        == 200
     )
     assert ask([user()], **dict.fromkeys(IGNORED_FIELDS, "x")).status_code == 200
 

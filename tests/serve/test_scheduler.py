@@ -14,15 +14,15 @@ from sca.serve import scheduler as module
 from sca.serve.feature_store import FeatureStore
 from sca.serve.scheduler import RequestScheduler
 from sca.serve.tickets import (
-    QueueFullError,
-    UnsupportedRequestError,
-    SchedulerClosedError,
-    RequestDone,
-    RegionsFound,
     DeadlineExceededError,
-    InsufficientMemoryError,
     InferenceRequest,
+    InsufficientMemoryError,
+    QueueFullError,
+    RegionsFound,
+    RequestDone,
+    SchedulerClosedError,
     SchedulerError,
+    UnsupportedRequestError,
 )
 
 
@@ -126,7 +126,9 @@ def test_a_search_for_everything_does_not_keep_short_questions_waiting(tiny, sce
     monkeypatch.setattr("sca.serve.scheduler.SEARCH_SECONDS", 0.0)
     scheduler, order = RequestScheduler(tiny), []
     search, options = Listener(), EverythingOptions(**{**vars(tiny.everything), "points": 32})
-    scheduler.submit(InferenceRequest(scene.image, everything=options), lambda event: (order.append("search"), search(event)))
+    scheduler.submit(
+        InferenceRequest(scene.image, everything=options), lambda event: (order.append("search"), search(event))
+    )
     for number in range(5):
         short = Listener()
         scheduler.submit(InferenceRequest(scene.image, boxes(scene)[:1]), short)
@@ -169,7 +171,13 @@ def test_a_search_with_too_many_masks_is_refused(tiny, scene, monkeypatch):
     assert module.MAX_CONCURRENT_SEARCHES * module.SEARCH_BYTES <= 512 * 2**20
     monkeypatch.setattr(module, "SEARCH_BYTES", 2**16)
     scheduler, listener = RequestScheduler(tiny), Listener()
-    scheduler.submit(InferenceRequest(scene.image, everything=EverythingOptions(points_per_side=16, pred_iou_thresh=0.0, stability_score_thresh=0.0)), listener)
+    scheduler.submit(
+        InferenceRequest(
+            scene.image,
+            everything=EverythingOptions(points_per_side=16, pred_iou_thresh=0.0, stability_score_thresh=0.0),
+        ),
+        listener,
+    )
     assert listener.captions == []
     assert "too many masks pass the filters" in str(listener.events[-1])
     scheduler.close()
@@ -197,7 +205,9 @@ def test_who_has_had_no_turn_alternates_with_others_and_clients_take_turns(held,
     prompts = boxes(scene)[:1]
 
     def ask(name, client, words, count=1):
-        question = InferenceRequest(scene.image, prompts * count, generation={"max_new_tokens": words}, client_id=client)
+        question = InferenceRequest(
+            scene.image, prompts * count, generation={"max_new_tokens": words}, client_id=client
+        )
         scheduler.submit(question, lambda event: order.append(name) if isinstance(event, Caption) else None)
 
     occupy(scheduler, held, InferenceRequest(scene.image, prompts))

@@ -263,7 +263,7 @@ def test_find_region_refuses_four_bare_numbers_in_a_sentence(text):
 
 
 WORDS = st.sampled_from(
-    ["what is", "the dog", "please", "in 2 words", "at", "colour?", "\n", "it's", "(here)", "é", "-"]
+    ["what is", "the dog", "please", "in 2 words", "at", "color?", "\n", "it's", "(here)", "é", "-"]
 )
 
 

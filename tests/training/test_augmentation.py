@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import Region, Sample
 
-from sca.data.points import sample_point_prompt
-from sca.data.scenes import Scenes, parse_statement, is_relation_true
-from sca.io.masks import compute_mask_area, mask_to_box, decode_rle, encode_rle
+from sca.data.point_prompts import sample_point_prompt
+from sca.data.scenes import Scenes, is_relation_true, parse_statement
+from sca.io.masks import compute_mask_area, decode_rle, encode_rle, mask_to_box
 from sca.training.augmentation import PADDING_COLOR, Augmentation, crop_region, flip_horizontally
 
 
@@ -47,7 +47,11 @@ def test_boxes_and_masks_stay_on_what_they_show(sample, seed):
         assert region.box == mask_to_box(region.mask)
         assert compute_mask_area(region.mask) >= 0.4 * compute_mask_area(before.mask)
     lost = {region.id for region in sample.regions} - {region.id for region in changed.regions}
-    assert all(shown(changed, region).sum() < 0.4 * compute_mask_area(region.mask) for region in sample.regions if region.id in lost)
+    assert all(
+        shown(changed, region).sum() < 0.4 * compute_mask_area(region.mask)
+        for region in sample.regions
+        if region.id in lost
+    )
 
 
 @given(samples())
@@ -73,8 +77,8 @@ def test_the_places_that_phrases_of_a_flipped_scene_state_are_true():
         _, regions = flip_horizontally(sample.image, list(sample.regions))
         places = []
         for region in regions:
-            x, y = region.attributes["centre"]
-            attributes = {**region.attributes, "centre": (sample.image.width - x, y)}
+            x, y = region.attributes["center"]
+            attributes = {**region.attributes, "center": (sample.image.width - x, y)}
             places.append(Region(region.id, region.box, region.mask, region.name, region.phrases, attributes))
         for region in places:
             for phrase in region.phrases[1:]:
@@ -94,15 +98,15 @@ def test_a_region_without_a_mask_is_dropped_by_what_is_left_of_its_box():
 
 def test_nothing_asked_for_changes_nothing():
     sample = Scenes("train", count=1, size=64)[0]
-    plain = Augmentation(flip=0.0, crop=1.0, colour=0.0)(sample, np.random.default_rng(0))
+    plain = Augmentation(flip=0.0, crop=1.0, color=0.0)(sample, np.random.default_rng(0))
     assert np.array_equal(plain.image, sample.image)
     assert plain.regions == sample.regions
 
 
-@pytest.mark.parametrize("colour", [0.3, 0.9])
-def test_colours_stray_and_regions_stay(colour):
+@pytest.mark.parametrize("color", [0.3, 0.9])
+def test_colors_stray_and_regions_stay(color):
     sample = Scenes("train", count=1, size=64)[0]
-    changed = Augmentation(flip=0.0, colour=colour)(sample, np.random.default_rng(0))
+    changed = Augmentation(flip=0.0, color=color)(sample, np.random.default_rng(0))
     assert changed.image.size == sample.image.size
     assert not np.array_equal(changed.image, sample.image)
     assert changed.regions == sample.regions
@@ -127,7 +131,9 @@ def test_large_scale_jitter_takes_boxes_and_masks_along(sample, seed, scale):
             assert np.abs(seen - 50 * (region.id + 1)).min() <= 2
     if scale == (1.0, 1.0):
         assert len(changed.regions) == len(sample.regions)
-        assert [compute_mask_area(r.mask) for r in changed.regions] == [compute_mask_area(r.mask) for r in sample.regions]
+        assert [compute_mask_area(r.mask) for r in changed.regions] == [
+            compute_mask_area(r.mask) for r in sample.regions
+        ]
 
 
 @settings(deadline=None)
@@ -167,7 +173,7 @@ def test_a_crop_and_jitter_together_keep_no_region_that_lost_most_of_its_area(ma
 def test_padding_is_at_the_right_and_below_whatever_else_happens():
     sample = Scenes("train", count=1, size=64)[0]
     for seed in range(10):
-        changed = Augmentation(flip=0.5, colour=0.5, scale=(0.5, 0.5))(sample, np.random.default_rng(seed))
+        changed = Augmentation(flip=0.5, color=0.5, scale=(0.5, 0.5))(sample, np.random.default_rng(seed))
         pixels = np.asarray(changed.image)
         assert (pixels[32:] == PADDING_COLOR).all()
         assert (pixels[:, 32:] == PADDING_COLOR).all()

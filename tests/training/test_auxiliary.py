@@ -9,23 +9,23 @@ from sca_registry.contracts import Batch, PromptBatch, Targets
 from torch.nn import functional as F
 
 from sca.data.scenes import Scenes
-from sca.training.auxiliary import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
+from sca.training.auxiliary_losses import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.module import TrainingModule
 
-OWN = {"colour": ("red", "blue"), "form": ("circle", "square", "star")}
+OWN = {"color": ("red", "blue"), "form": ("circle", "square", "star")}
 ATTRIBUTES = AttributeValues(OWN, {"relation": ("above", "below")})
 
 
-def labels(colours, forms):
-    return {"colour": torch.tensor(colours), "form": torch.tensor(forms)}
+def labels(colors, forms):
+    return {"color": torch.tensor(colors), "form": torch.tensor(forms)}
 
 
 def test_each_attribute_adds_its_cross_entropy_and_an_unknown_one_adds_nothing():
     torch.manual_seed(0)
     head, vectors = AttributeHead(4, 2, OWN), torch.randn(3, 2, 4)
     known = labels([0, 1, UNKNOWN_LABEL], [2, UNKNOWN_LABEL, UNKNOWN_LABEL])
-    colours, forms = (head.heads[name](vectors.flatten(1)) for name in OWN)
-    by_hand = F.cross_entropy(colours[:1], known["colour"][:1]) + F.cross_entropy(colours[1:2], known["colour"][1:2])
+    colors, forms = (head.heads[name](vectors.flatten(1)) for name in OWN)
+    by_hand = F.cross_entropy(colors[:1], known["color"][:1]) + F.cross_entropy(colors[1:2], known["color"][1:2])
     by_hand += F.cross_entropy(forms[:1], known["form"][:1])
     assert head(vectors, known).item() == pytest.approx(by_hand.item() / 3, rel=1e-5)
 
@@ -69,7 +69,7 @@ def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(s
 def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
     attributes = AttributeValues.from_datasets([Scenes("val"), Scenes("val")])
     lesson = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
-    assert lesson.heads["features"].heads.keys() == {"colour", "form", "size", "texture"}
+    assert lesson.heads["features"].heads.keys() == {"color", "form", "size", "texture"}
     assert lesson.heads["attributes"].heads.keys() == Scenes.attributes.keys()
 
 

@@ -13,7 +13,7 @@ from sca.inference.processor import Processor
 from sca.io.masks import decode_rle
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
-from sca.training.examples import Example, ExampleStream, ExampleMixture, collate_examples
+from sca.training.examples import Example, ExampleMixture, ExampleStream, collate_examples
 from sca.training.recipe import SamplingOptions
 
 
@@ -37,7 +37,9 @@ def same(one, other):
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b) for a, b in values)
 
 
-VARIED = SamplingOptions(prompts={"box": 0.5, "point": 0.5}, class_name_prob=0.5, longest_caption_prob=0.5, box_jitter=0.1)
+VARIED = SamplingOptions(
+    prompts={"box": 0.5, "point": 0.5}, class_name_prob=0.5, longest_caption_prob=0.5, box_jitter=0.1
+)
 
 
 def test_an_example_is_a_function_of_the_seed_and_the_place(stream):
@@ -62,7 +64,8 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
     """Every row's phrase is one of the phrases of the region whose box it has, and its point lies in that region."""
     dataset = Scenes("train", count=8, size=64)
     by_pixels = {
-        Processor(ImageFormat(size=64), 8).preprocess_images([sample.image]).numpy().tobytes(): sample for sample in dataset
+        Processor(ImageFormat(size=64), 8).preprocess_images([sample.image]).numpy().tobytes(): sample
+        for sample in dataset
     }
     examples = stream(SamplingOptions(class_name_prob=0.3), dataset=dataset)
     for place in range(16):
@@ -81,7 +84,9 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
 
 
 def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, tokenizer):
-    examples = stream(SamplingOptions(class_name_warmup=0.25, short_caption_warmup=0.25, longest_caption_prob=1.0), length=40)
+    examples = stream(
+        SamplingOptions(class_name_warmup=0.25, short_caption_warmup=0.25, longest_caption_prob=1.0), length=40
+    )
     for place in range(40):
         for words, task in zip(examples[place].ids, examples[place].task.tolist(), strict=True):
             text = tokenizer.decode(words)
@@ -97,7 +102,10 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
 
 def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, tokenizer):
     dataset = Scenes("train", count=8, size=64)
-    several = [stream(SamplingOptions(captions_per_region=9, class_name_prob=0.3), dataset=dataset)[place] for place in range(8)]
+    several = [
+        stream(SamplingOptions(captions_per_region=9, class_name_prob=0.3), dataset=dataset)[place]
+        for place in range(8)
+    ]
     for example in several:
         texts = [
             (place, tokenizer.decode(ids)) for place, ids in zip(example.region.tolist(), example.ids, strict=True)
@@ -118,7 +126,9 @@ def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
     tasks = torch.cat([example.task for example in examples]).float()
     assert 0.44 < tasks.mean() < 0.56
-    mixture = ExampleMixture([stream(VARIED, length=2400)], [1.0], 2400, prompt_shares=VARIED.prompts, examples_per_step=8)
+    mixture = ExampleMixture(
+        [stream(VARIED, length=2400)], [1.0], 2400, prompt_shares=VARIED.prompts, examples_per_step=8
+    )
     kinds = [str(kind) for kind in mixture._prompt_kinds]
     assert len(kinds) == 300
     assert 0.4 < np.mean([kind == "box" for kind in kinds]) < 0.6
@@ -144,8 +154,8 @@ def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
 
 def test_attributes_are_labeled_by_their_place_in_the_list(stream):
     dataset = Scenes("train", count=8, size=64)
-    example = stream(dataset=dataset, attributes={"colour": COLORS, "name": ("square",), "mood": ("sad",)})[0]
-    assert ((example.labels["colour"] >= 0) & (example.labels["colour"] < len(COLORS))).all()
+    example = stream(dataset=dataset, attributes={"color": COLORS, "name": ("square",), "mood": ("sad",)})[0]
+    assert ((example.labels["color"] >= 0) & (example.labels["color"] < len(COLORS))).all()
     assert set(example.labels["name"].tolist()) <= {0, -100}
     assert set(example.labels["mood"].tolist()) == {-100}
 

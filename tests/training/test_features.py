@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sca_registry import RegistryError
 
-from sca.training.features import FeatureCache
+from sca.training.feature_cache import FeatureCache
 from sca.training.recipe import Recipe
 from sca.training.train import train
 
@@ -29,7 +29,9 @@ def counted(monkeypatch):
     from sca.model import SegmentationModel
 
     encode, seen = SegmentationModel.encode, []
-    monkeypatch.setattr(SegmentationModel, "encode", lambda self, pixels: (seen.extend(pixels), encode(self, pixels))[1])
+    monkeypatch.setattr(
+        SegmentationModel, "encode", lambda self, pixels: (seen.extend(pixels), encode(self, pixels))[1]
+    )
     return seen
 
 

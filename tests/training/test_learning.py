@@ -11,7 +11,7 @@ from sca_registry.contracts import Sample
 from sca.data.scenes import Scenes
 from sca.inference.processor import Processor
 from sca.training.examples import ExampleStream, collate_examples
-from sca.training.recipe import SamplingOptions, Recipe
+from sca.training.recipe import Recipe, SamplingOptions
 from sca.training.train import train
 
 SCENES = Scenes("train", count=16, size=64, seed=3)
@@ -86,7 +86,9 @@ def learned(tmp_path, monkeypatch):
 @torch.no_grad()
 def judge(model, samples):
     tokenizer = model.language_model.tokenizer
-    stream = ExampleStream(Fixed(samples), Processor.from_encoder(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16)
+    stream = ExampleStream(
+        Fixed(samples), Processor.from_encoder(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16
+    )
     batch = collate_examples([stream[place] for place in range(16)], tokenizer.pad)
     output = model(batch)
     words = batch.attention_mask.bool()
@@ -118,7 +120,7 @@ def test_sixteen_scenes_are_learned_by_heart_in_two_hundred_steps(learned):
 def test_captions_permuted_among_the_regions_are_not_told_truly(learned):
     """Words reach a region only through its own prompt.
 
-    A model that was taught each region its neighbour's caption learns those; the true captions must then cost it more
+    A model that was taught each region its neighbor's caption learns those; the true captions must then cost it more
     than they would cost one that cannot tell regions apart (`guess`), and more than what it was taught by far. A lower
     loss would mean that words leak in from elsewhere: from the words that are to be predicted, from the other rows of
     the batch, or from an order of rows that is not the order of the words.

@@ -11,8 +11,8 @@ from sca.inference.processor import Processor
 from sca.language_models.tiny_gpt2 import TinyGpt2
 from sca.training.augmentation import Augmentation
 from sca.training.examples import ExampleStream
-from sca.training.phrases import make_template_phrases, add_template_phrases
 from sca.training.recipe import SamplingOptions
+from sca.training.template_phrases import add_template_phrases, make_template_phrases
 
 
 def sample(*regions):
@@ -41,7 +41,9 @@ def test_a_crop_is_told_by_what_is_left_of_it():
     processor, drawing = Processor(ImageFormat(size=32), 4), SamplingOptions(max_tokens=40)
     picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
     augment = Augmentation(flip=0.0, crop=0.3)
-    stream = ExampleStream([picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="rule")
+    stream = ExampleStream(
+        [picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="rule"
+    )
     seen = set()
     for place in range(60):
         draw = np.random.default_rng([0, 1, place])  # what the stream draws from

@@ -11,8 +11,16 @@ from sca_registry.spec import Part
 
 import sca
 from sca.training.augmentation import Augmentation
-from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, MAX_SEED, Recipe, DataSource, TrainOptions, ValidationOptions, list_recipes
-from sca.training.sources import open_training_datasets, open_validation_dataset
+from sca.training.datasets import open_training_datasets, open_validation_dataset
+from sca.training.recipe import (
+    DEFAULT_LOSS_WEIGHTS,
+    MAX_SEED,
+    DataSource,
+    Recipe,
+    TrainOptions,
+    ValidationOptions,
+    list_recipes,
+)
 from sca.training.train import check_recipe
 
 

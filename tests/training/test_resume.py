@@ -22,7 +22,7 @@ def plan(small_table):
         table = {
             "model": small_table,
             "data": {
-                "scenes": {"name": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "colour": 0.2}},
+                "scenes": {"name": "scenes", "count": 9, "size": 64, "augment": {"crop": 0.8, "color": 0.2}},
                 "more": {"name": "scenes", "count": 5, "size": 64, "seed": 7, "weight": 0.5},
             },
             "train": {"steps": 6, "images": 2, "warmup": 2, "save": 2, "recognition": 0.5, "jitter": 0.05, **options},

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from sca_registry import RegistryError
-from sca_registry.contracts import Region, MetricOutput
+from sca_registry.contracts import MetricOutput, Region
 
 from sca.checkpoints.load import load
 from sca.checkpoints.state import hash_weights
-from sca.evaluation.journal import read_predictions
+from sca.evaluation.predictions_file import read_predictions
+from sca.training.datasets import open_validation_dataset
 from sca.training.recipe import Recipe, ValidationOptions
-from sca.training.sources import open_validation_dataset
 from sca.training.train import train
 from sca.training.validation import ValidationCallback
 
@@ -54,7 +54,9 @@ def test_the_best_of_the_validated_models_is_kept(plan, tmp_path):
 
 def test_train_opens_the_dataset_of_validate_once(plan, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr("sca.training.train.open_validation", lambda each: opened.append(each) or open_validation_dataset(each))
+    monkeypatch.setattr(
+        "sca.training.train.open_validation", lambda each: opened.append(each) or open_validation_dataset(each)
+    )
     recipe = plan({"every": 4, "limit": 1})
     train(recipe, tmp_path, quiet=True)
     assert opened == [recipe.validate]
@@ -136,7 +138,7 @@ def test_validation_rejects_data_without_captions_and_names(plan, monkeypatch):
         def annotations_of_all(self):
             return iter([(Region(0, (0.0, 0.0, 9.0, 9.0)),)])
 
-    monkeypatch.setattr("sca.training.sources.datasets", SimpleNamespace(build=lambda *_, **__: Wordless()))
+    monkeypatch.setattr("sca.training.datasets.datasets", SimpleNamespace(build=lambda *_, **__: Wordless()))
     with pytest.raises(ValueError, match=r"nothing to evaluate: no region of validate \(val\) has what"):
         open_validation_dataset(plan({}).validate)
 

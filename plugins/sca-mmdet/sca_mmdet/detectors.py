@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sca_registry.messages import suggest_name
+from sca_registry.errors import suggest_name
 from torch import nn
 
 from sca.io.hub import find_local_file
 from sca.io.weight_files import translate_load_errors
-from sca_mmdet.operators import install_operators, check_operators
+from sca_mmdet.operators import check_operators, install_operators
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -67,7 +67,10 @@ def build_detector(config: Config, name: str, weights: str | None) -> tuple[nn.M
             for key, tensor in content.get("state_dict", content).items()
             if key in detector_tensors or not (key.startswith("ema_") or key.endswith("num_batches_tracked"))
         }
-        missing, unexpected = sorted(detector_tensors.keys() - tensors.keys()), sorted(tensors.keys() - detector_tensors.keys())
+        missing, unexpected = (
+            sorted(detector_tensors.keys() - tensors.keys()),
+            sorted(tensors.keys() - detector_tensors.keys()),
+        )
         if missing or unexpected:
             problem = f"it lacks {missing[0]!r}" if missing else f"it has no place for {unexpected[0]!r}"
             raise ValueError(f"it does not fit {name}: {problem}, of {len(missing)} and {len(unexpected)} such tensors")

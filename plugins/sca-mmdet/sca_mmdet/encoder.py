@@ -5,14 +5,14 @@ from __future__ import annotations
 from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
 
-from sca.nn.probe import probe_feature_shape, freeze_unused_parameters
+from sca.nn.feature_shape import freeze_unused_parameters, probe_feature_shape
 from sca_mmdet.detectors import build_detector, load_mmdet_config, silence_mmdet
 
 TARGET_STRIDE = 16  # that of SAM's grid: the level nearest to it is taken unless another is named
 
 
 class MmdetEncoder(nn.Module):
-    """(B, 3, S, S) normalised pixels -> (B, C, S/stride, S/stride): one level of what backbone and neck give.
+    """(B, 3, S, S) normalized pixels -> (B, C, S/stride, S/stride): one level of what backbone and neck give.
 
     config: the name of one of mmdet's configs, or a file. weights: a file or a URL, in mmdet's format; with
     `pretrained=False` they are random. size: S. level: which of the levels, from the finest, 0, or from the end; None

@@ -125,7 +125,10 @@ def softnms(
         dets[len(selected_rows), :4], dets[len(selected_rows), 4] = boxes[best], scores[best]
         selected_rows.append(best)
         is_left[best] = False
-        top_left, bottom_right = torch.maximum(boxes[best, :2], boxes[:, :2]), torch.minimum(boxes[best, 2:], boxes[:, 2:])
+        top_left, bottom_right = (
+            torch.maximum(boxes[best, :2], boxes[:, :2]),
+            torch.minimum(boxes[best, 2:], boxes[:, 2:]),
+        )
         intersection = (bottom_right - top_left + offset).clamp(min=0).prod(1)
         iou = intersection / (area[best] + area - intersection)
         if method == 2:

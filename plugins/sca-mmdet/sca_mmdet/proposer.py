@@ -49,7 +49,10 @@ class MmdetProposer:
         is_kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1) & (detections.scores.cpu() >= self.score_thresh)
         order = detections.scores.cpu().masked_fill(~is_kept, -1).argsort(descending=True, stable=True)
         rows = order[: min(self.largest, int(is_kept.sum()))].tolist()
-        names = [self.class_names[label] if label < len(self.class_names) else None for label in detections.labels[rows].tolist()]
+        names = [
+            self.class_names[label] if label < len(self.class_names) else None
+            for label in detections.labels[rows].tolist()
+        ]
         return Proposals(
             tuple(Prompt(box=tuple(boxes[row].tolist())) for row in rows),
             tuple(float(detections.scores[row]) for row in rows),

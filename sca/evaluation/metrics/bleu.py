@@ -9,7 +9,7 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, collect_region_ids
-from sca.evaluation.texts import CAPTION_NEEDS, tokenize_pairs
+from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 MAX_NGRAM = 4
 DENOMINATOR_EPSILON, NUMERATOR_EPSILON = 1e-9, 1e-15  # as pycocoevalcap keeps from dividing by zero
@@ -54,7 +54,9 @@ def _flatten_counts(counts: dict) -> list[int]:
 def _make_bleu_function(max_ngram: int):
     def compute_bleu(sums: np.ndarray) -> np.ndarray:
         length, closest_length = sums[..., 0], sums[..., 1]
-        precision = (sums[..., 2 : 2 + max_ngram] + NUMERATOR_EPSILON) / (sums[..., 2 + MAX_NGRAM : 2 + MAX_NGRAM + max_ngram] + DENOMINATOR_EPSILON)
+        precision = (sums[..., 2 : 2 + max_ngram] + NUMERATOR_EPSILON) / (
+            sums[..., 2 + MAX_NGRAM : 2 + MAX_NGRAM + max_ngram] + DENOMINATOR_EPSILON
+        )
         ratio = (length + NUMERATOR_EPSILON) / (closest_length + DENOMINATOR_EPSILON)
         brevity_penalty = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
         return precision.prod(-1) ** (1 / max_ngram) * brevity_penalty

@@ -9,9 +9,9 @@ from importlib.metadata import version
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
+from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record
-from sca.evaluation.scores import make_mean_output
-from sca.evaluation.texts import CAPTION_NEEDS, tokenize_pairs
+from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 MAX_NGRAM = 4
 SINGLE_REGION_NOTE = "not a number for a single region: how rare an n-gram is takes the references of at least two"
@@ -63,19 +63,29 @@ class Cider:
         if len(scored_records) < 2:
             return _make_undefined_output("cider", scored_records)
         reference_counts = [[_count_ngrams(text) for text in each] for each in references]
-        document_frequency = Counter(ngram for each in reference_counts for ngram in {ngram for counts in each for ngram in counts})
+        document_frequency = Counter(
+            ngram for each in reference_counts for ngram in {ngram for counts in each for ngram in counts}
+        )
         log_num_regions = np.log(len(scored_records))
         values = np.empty(len(scored_records))
         for row, (caption, each) in enumerate(zip(captions, reference_counts, strict=True)):
             caption_vectors = _weight_ngrams(_count_ngrams(caption), document_frequency, log_num_regions)
             reference_vectors = [_weight_ngrams(counts, document_frequency, log_num_regions) for counts in each]
-            values[row] = 10 * np.mean([_compute_cosine(a, b) for other in reference_vectors for a, b in zip(caption_vectors, other, strict=True)])
+            values[row] = 10 * np.mean(
+                [
+                    _compute_cosine(a, b)
+                    for other in reference_vectors
+                    for a, b in zip(caption_vectors, other, strict=True)
+                ]
+            )
         return make_mean_output({"cider": values}, scored_records)
 
 
 def _make_undefined_output(name: str, scored_records: Sequence[Record]) -> MetricOutput:
     """NaN, with the reason: the logarithm of one region is 0, and so would be the weight of every n-gram."""
-    return make_mean_output({name: np.full(len(scored_records), np.nan)}, scored_records)._replace(notes={name: SINGLE_REGION_NOTE})
+    return make_mean_output({name: np.full(len(scored_records), np.nan)}, scored_records)._replace(
+        notes={name: SINGLE_REGION_NOTE}
+    )
 
 
 def _count_ngrams(text: str) -> Counter[tuple[str, ...]]:
@@ -87,7 +97,9 @@ def _count_ngrams(text: str) -> Counter[tuple[str, ...]]:
     )
 
 
-def _weight_ngrams(counts: Counter, document_frequency: Counter, log_num_regions: float) -> list[dict[tuple[str, ...], float]]:
+def _weight_ngrams(
+    counts: Counter, document_frequency: Counter, log_num_regions: float
+) -> list[dict[tuple[str, ...], float]]:
     """Counts of n-grams by length, each times the log of the share of regions that it is not found in."""
     vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_NGRAM)]
     for ngram, count in counts.items():

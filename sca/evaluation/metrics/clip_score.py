@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from sca_registry.contracts import MetricOutput
 
+from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record, require_records
-from sca.evaluation.scores import make_mean_output
 
 SCALE = 2.5
 TEXT_PREFIX = "A photo depicts "
@@ -26,7 +26,9 @@ class ClipScore:
 
     needs = ("image", "task=caption", "caption", "truth.box")
 
-    def __init__(self, model: str = "ViT-B-32", pretrained: str | None = None, batch_size: int = 64, device: str = "cpu"):
+    def __init__(
+        self, model: str = "ViT-B-32", pretrained: str | None = None, batch_size: int = 64, device: str = "cpu"
+    ):
         if pretrained is None and not model.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(
                 "needs weights: give clip-score.pretrained=openai (which are fetched), a file, or "
@@ -50,7 +52,9 @@ class ClipScore:
         values = []
         for start in range(0, len(scored_records), self.batch_size):
             chunk = scored_records[start : start + self.batch_size]
-            crops = torch.stack([self.transform(_crop_region(load_image(record), record["truth"]["box"])) for record in chunk])
+            crops = torch.stack(
+                [self.transform(_crop_region(load_image(record), record["truth"]["box"])) for record in chunk]
+            )
             texts = self.tokenizer([TEXT_PREFIX + " ".join(record["caption"].split()) for record in chunk])
             image_embeddings = self.model.encode_image(crops.to(self.device), normalize=True)
             text_embeddings = self.model.encode_text(texts.to(self.device), normalize=True)

@@ -17,7 +17,7 @@ from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.metrics.meteor import align_captions, compute_meteor
 from sca.evaluation.records import Record, require_records
-from sca.evaluation.texts import choose_default_tokenizer, find_java_problem, tokenize_texts
+from sca.evaluation.tokenization import choose_default_tokenizer, find_java_problem, tokenize_texts
 
 IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 CAPTION_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
@@ -74,17 +74,25 @@ class DenseCapMap:
             caption_scores[scored_indices] = self._score_tokenized(score_captions, captions, references, scored_indices)
             total[name] = compute_mean_precision(scores, ious, is_first, caption_scores, num_true_boxes)
         box_caption_scores = np.where(box >= 0, 1.0, -1.0)
-        total["densecap-map/boxes"] = compute_mean_precision(scores, ious, is_first, box_caption_scores, num_true_boxes, caption_thresholds=(0.0,))
+        total["densecap-map/boxes"] = compute_mean_precision(
+            scores, ious, is_first, box_caption_scores, num_true_boxes, caption_thresholds=(0.0,)
+        )
         return MetricOutput(total | {"densecap-map/proposals": len(scores), "densecap-map/true-boxes": num_true_boxes})
 
     def _list_caption_scorers(self) -> list[tuple[str, CaptionScorer]]:
         scorers: list[tuple[str, CaptionScorer]] = [("densecap-map/rouge-l", _compute_rouge_l)]
         if not find_java_problem():
-            scorers.insert(0, ("densecap-map", lambda captions, references: compute_meteor(align_captions(captions, references))))
+            scorers.insert(
+                0, ("densecap-map", lambda captions, references: compute_meteor(align_captions(captions, references)))
+            )
         return scorers
 
     def _score_tokenized(
-        self, score_captions: CaptionScorer, captions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
+        self,
+        score_captions: CaptionScorer,
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        indices: np.ndarray,
     ) -> np.ndarray:
         if not len(indices):
             return np.empty(0)
@@ -92,7 +100,9 @@ class DenseCapMap:
         texts = [captions[row] for row in indices] + [phrase for row in indices for phrase in references[row]]
         tokenized = tokenize_texts(tuple(texts), self.tokenizer or choose_default_tokenizer())
         tokenized_phrases = iter(tokenized[len(indices) :])
-        return score_captions(tokenized[: len(indices)], [[next(tokenized_phrases) for _ in range(count)] for count in counts])
+        return score_captions(
+            tokenized[: len(indices)], [[next(tokenized_phrases) for _ in range(count)] for count in counts]
+        )
 
 
 def merge_true_boxes(boxes: np.ndarray, phrases: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[list[str]]]:
@@ -147,7 +157,9 @@ def compute_mean_precision(
     order = np.argsort(-scores, kind="stable")
     ious, is_first, caption_scores = ious[order], is_first[order], caption_scores[order]
     precisions = [
-        _compute_average_precision(is_first & (ious > iou_threshold) & (caption_scores > caption_threshold), num_true_boxes)
+        _compute_average_precision(
+            is_first & (ious > iou_threshold) & (caption_scores > caption_threshold), num_true_boxes
+        )
         for iou_threshold in IOU_THRESHOLDS
         for caption_threshold in caption_thresholds
     ]
@@ -160,7 +172,9 @@ def _compute_average_precision(is_correct: np.ndarray, num_true_boxes: int) -> f
     if not len(hits):
         return 0.0
     num_found = np.arange(1, len(hits) + 1)
-    best_precision = np.maximum.accumulate((num_found / (hits + 1))[::-1])[::-1]  # precision is greatest where something was found
+    best_precision = np.maximum.accumulate((num_found / (hits + 1))[::-1])[
+        ::-1
+    ]  # precision is greatest where something was found
     recall_index = np.searchsorted(num_found / num_true_boxes, np.linspace(0, 1, NUM_RECALLS), side="left")
     return float(np.append(best_precision, 0.0)[recall_index].mean())
 

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as rle
 from sca_registry.contracts import MetricOutput
 
-from sca.evaluation.records import Record, filter_records, collect_region_ids, require_records
+from sca.evaluation.records import Record, collect_region_ids, filter_records, require_records
 
 
 class MaskIou:
@@ -30,7 +30,9 @@ class MaskIou:
         ious = np.array([_compute_iou(record) for record in scored_records])
         per_record = {"mask-iou/mean": ious, "mask-iou/over-0.5": (ious > 0.5).astype(float)}
         total = {name: float(values.mean()) for name, values in per_record.items()}
-        return MetricOutput(total | {"mask-iou/regions": len(scored_records)}, per_record | collect_region_ids(scored_records))
+        return MetricOutput(
+            total | {"mask-iou/regions": len(scored_records)}, per_record | collect_region_ids(scored_records)
+        )
 
 
 def _compute_iou(record: Record) -> float:

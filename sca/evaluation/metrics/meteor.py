@@ -15,7 +15,13 @@ import numpy as np
 from sca_registry.contracts import MetricOutput
 
 from sca.evaluation.records import Record, collect_region_ids
-from sca.evaluation.texts import CAPTION_NEEDS, get_jar_path, build_java_command, find_java_problem, tokenize_pairs
+from sca.evaluation.tokenization import (
+    CAPTION_NEEDS,
+    build_java_command,
+    find_java_problem,
+    get_jar_path,
+    tokenize_pairs,
+)
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # of METEOR 1.5 for English
 STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
@@ -42,7 +48,9 @@ class Meteor:
         statistics = align_captions(captions, references)
         summable = make_summable(statistics)
         per_record = {"meteor": compute_meteor(statistics)} | collect_region_ids(scored_records)
-        return MetricOutput({"meteor": float(compute_meteor(summable.sum(0)))}, per_record, {"meteor": (summable, compute_meteor)})
+        return MetricOutput(
+            {"meteor": float(compute_meteor(summable.sum(0)))}, per_record, {"meteor": (summable, compute_meteor)}
+        )
 
 
 def align_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -104,7 +112,9 @@ class MeteorProgram:
         return outputs
 
     def _start(self) -> None:
-        command = build_java_command("-jar", str(get_jar_path("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm")
+        command = build_java_command(
+            "-jar", str(get_jar_path("meteor", "meteor-1.5.jar")), "-", "-", "-stdio", "-l", "en", "-norm"
+        )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C is not meant for it
         self._last_error = b""
@@ -137,11 +147,15 @@ if hasattr(os, "register_at_fork"):
 def compute_meteor(statistics: np.ndarray) -> np.ndarray:
     """(..., 23) figures, of one caption or summed over several by `addable`, -> (...) scores."""
     length, reference_length, function_words, reference_function_words = (statistics[..., index] for index in range(4))
-    stage_matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)  # (..., stage, content and function words by turns)
+    stage_matches = statistics[..., 4:20].reshape(
+        *statistics.shape[:-1], 4, 4
+    )  # (..., stage, content and function words by turns)
     chunks, matched, reference_matched = (statistics[..., index] for index in range(20, 23))
     with np.errstate(invalid="ignore", divide="ignore"):
         weight = np.array([DELTA, 1 - DELTA])
-        precision = (stage_matches[..., [0, 2]] @ weight @ STAGE_WEIGHTS) / (DELTA * (length - function_words) + (1 - DELTA) * function_words)
+        precision = (stage_matches[..., [0, 2]] @ weight @ STAGE_WEIGHTS) / (
+            DELTA * (length - function_words) + (1 - DELTA) * function_words
+        )
         recall = (stage_matches[..., [1, 3]] @ weight @ STAGE_WEIGHTS) / (
             DELTA * (reference_length - reference_function_words) + (1 - DELTA) * reference_function_words
         )

@@ -9,9 +9,17 @@ import numpy as np
 from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.data.scenes import Statement, parse_statement
-from sca.evaluation.metrics.attributes import ATTRIBUTES
-from sca.evaluation.records import Record, group_by_image, filter_records, normalize_text, collect_region_ids, require_records, compute_nanmean
-from sca.evaluation.texts import WORD_PATTERN
+from sca.evaluation.metrics.attribute_accuracy import ATTRIBUTES
+from sca.evaluation.records import (
+    Record,
+    collect_region_ids,
+    compute_nanmean,
+    filter_records,
+    group_by_image,
+    normalize_text,
+    require_records,
+)
+from sca.evaluation.tokenization import WORD_PATTERN
 
 PROMPT_CONTROLS = ("wrong-region", "shuffled-mask")  # controls in which the prompt is another and the truth stays
 
@@ -25,7 +33,7 @@ class RegionSensitivity:
     shuffled-mask), the share of regions is given, by the control's name, whose own prompt had an answer that agrees
     better with the truth than the answer to the moved one.
 
-    Agreement: for recognition, whether the name is right. For captions of drawn scenes, how many of colour, form, size
+    Agreement: for recognition, whether the name is right. For captions of drawn scenes, how many of color, form, size
     and texture are right (read by `sca.data.scenes.parse`), of those in which the two truths differ. For other
     captions, the F-measure of the words with those of the closest phrase.
     """
@@ -33,7 +41,7 @@ class RegionSensitivity:
     needs = (
         "caption",
         "truth.name or task=caption",
-        "truth.phrases or truth.attributes.colour or task=recognition",
+        "truth.phrases or truth.attributes.color or task=recognition",
     )
     whole = True  # controls, too
 
@@ -51,7 +59,9 @@ class RegionSensitivity:
                     is_followed.append(is_better)
             for control in PROMPT_CONTROLS:
                 control_records = {
-                    _get_region_key(per_record): per_record for per_record in scored_records if per_record.get("control") == control and per_record["task"] == task
+                    _get_region_key(per_record): per_record
+                    for per_record in scored_records
+                    if per_record.get("control") == control and per_record["task"] == task
                 }
                 for record in uncontrolled_records:
                     if record["task"] == task and _get_region_key(record) in control_records:
@@ -59,7 +69,11 @@ class RegionSensitivity:
                         comparison_names.append(f"{task}/{control}")
                         is_followed.append(_agrees_better(record, control_records[_get_region_key(record)]))
         name_per_row, followed_per_row = np.array(comparison_names, dtype=str), np.array(is_followed, dtype=float)
-        names = [f"{task}{suffix}" for task in reversed(TASKS) for suffix in ("", *(f"/{control}" for control in PROMPT_CONTROLS))]
+        names = [
+            f"{task}{suffix}"
+            for task in reversed(TASKS)
+            for suffix in ("", *(f"/{control}" for control in PROMPT_CONTROLS))
+        ]
         tasks = {record["task"] for record in uncontrolled_records}
         per_record = {
             f"region-sensitivity/{name}": np.where(name_per_row == name, followed_per_row, np.nan)
@@ -82,9 +96,13 @@ def _compare_pairs(regions: Sequence[Record], task: str) -> Iterable[tuple[int, 
     """For each pair whose truths differ, the place of i and whether its answer is about i."""
     if _has_true_attributes(regions, task):
         truth = np.array([_get_true_attributes(record, task) for record in regions])  # (R, F) text
-        stated = np.array([_parse_stated_attributes(record, task) for record in regions])  # (R, F) text, empty where nothing is said
+        stated = np.array(
+            [_parse_stated_attributes(record, task) for record in regions]
+        )  # (R, F) text, empty where nothing is said
         different = truth[:, None] != truth[None]  # (R, R, F)
-        own_agreement = (different & (stated == truth)[:, None]).sum(2)  # (R, R) facts of i that the answer for i has right
+        own_agreement = (different & (stated == truth)[:, None]).sum(
+            2
+        )  # (R, R) facts of i that the answer for i has right
         other_agreement = (different & (stated[:, None] == truth[None])).sum(2)  # (R, R) facts of j in the answer for i
         is_different_pair = different.any(2)
     else:
@@ -103,10 +121,14 @@ def _agrees_better(record: Record, control_record: Record) -> bool:
     task = record["task"]
     if _has_true_attributes([record], task):
         truth = np.array(_get_true_attributes(record, task))
-        agreement, control_agreement = (int((np.array(_parse_stated_attributes(each, task)) == truth).sum()) for each in (record, control_record))
+        agreement, control_agreement = (
+            int((np.array(_parse_stated_attributes(each, task)) == truth).sum()) for each in (record, control_record)
+        )
     else:
         phrases = record["truth"]["phrases"]
-        agreement, control_agreement = _compute_word_overlap([record["caption"], control_record["caption"]], [phrases])[:, 0].tolist()
+        agreement, control_agreement = _compute_word_overlap([record["caption"], control_record["caption"]], [phrases])[
+            :, 0
+        ].tolist()
     return agreement > control_agreement
 
 
@@ -132,7 +154,10 @@ def _compute_word_overlap(captions: Sequence[str], phrases: Sequence[Sequence[st
     """(A, T) F-measures of the words of A captions with those of the closest of T regions' phrases."""
     caption_words = [frozenset(WORD_PATTERN.findall(caption.lower())) for caption in captions]
     phrase_words = [[frozenset(WORD_PATTERN.findall(phrase.lower())) for phrase in each] for each in phrases]
-    word_index = {word: index for index, word in enumerate({word for each in chain(caption_words, *phrase_words) for word in each})}
+    word_index = {
+        word: index
+        for index, word in enumerate({word for each in chain(caption_words, *phrase_words) for word in each})
+    }
     caption_vectors = _make_word_vectors(caption_words, word_index)  # (A, V)
     f_measures = np.zeros((len(captions), len(phrases)))
     for column, each in enumerate(phrase_words):

@@ -8,9 +8,9 @@ from importlib.metadata import version
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
+from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record
-from sca.evaluation.scores import make_mean_output
-from sca.evaluation.texts import CAPTION_NEEDS, tokenize_pairs
+from sca.evaluation.tokenization import CAPTION_NEEDS, tokenize_pairs
 
 
 class RougeL:

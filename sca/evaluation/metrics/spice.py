@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from sca_registry.contracts import MetricOutput
 
+from sca.evaluation.metric_output import make_mean_output
 from sca.evaluation.records import Record
-from sca.evaluation.scores import make_mean_output
-from sca.evaluation.texts import CAPTION_NEEDS, find_java_problem, tokenize_pairs
+from sca.evaluation.tokenization import CAPTION_NEEDS, find_java_problem, tokenize_pairs
 
 JAR_NAME = "spice-1.0.jar"
 ADD_OPENS_VALUE = "java.base/{}=ALL-UNNAMED"  # packages that its old libraries reach into
@@ -51,15 +51,29 @@ class Spice:
         with tempfile.TemporaryDirectory(prefix="sca-") as folder:
             input_path, output_path = Path(folder, "in.json"), Path(folder, "out.json")
             input_path.write_text(json.dumps(inputs), "utf-8")
-            add_opens = [argument for name in OPENED_PACKAGES for argument in ("--add-opens", ADD_OPENS_VALUE.replace("{}", name))]
+            add_opens = [
+                argument
+                for name in OPENED_PACKAGES
+                for argument in ("--add-opens", ADD_OPENS_VALUE.replace("{}", name))
+            ]
             classpath = f"{self.jars}/*:{self.jars}/lib/*:{self.jars.parent}/lib/*"
-            command = ["java", *add_opens, "-Xmx4G", "-Dfile.encoding=UTF-8", "-cp", classpath, "edu.anu.spice.SpiceScorer"]
+            command = [
+                "java",
+                *add_opens,
+                "-Xmx4G",
+                "-Dfile.encoding=UTF-8",
+                "-cp",
+                classpath,
+                "edu.anu.spice.SpiceScorer",
+            ]
             options = [str(input_path), "-out", str(output_path), "-subset", "-silent"]
             result = subprocess.run([*command, *options], capture_output=True, check=False)
             if result.returncode or not output_path.is_file():
                 error_lines = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
                 raise ValueError(f"SPICE ended with status {result.returncode}: {error_lines[0]}")
-            f_scores = {each["image_id"]: each["scores"]["All"]["f"] for each in json.loads(output_path.read_text("utf-8"))}
+            f_scores = {
+                each["image_id"]: each["scores"]["All"]["f"] for each in json.loads(output_path.read_text("utf-8"))
+            }
         values = [float("nan") if f_scores[row] is None else float(f_scores[row]) for row in range(len(scored_records))]
         return make_mean_output({"spice": np.array(values)}, scored_records)
 

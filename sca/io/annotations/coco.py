@@ -11,7 +11,7 @@ from sca.io.annotations.annotation import Annotation, ImageSize, SkipCallback, d
 from sca.io.annotations.shapes import Points, compute_bounding_box, fill_polygons
 from sca.io.coordinates import Box
 from sca.io.errors import InputError
-from sca.io.validation import check_numbers, xywh_to_xyxy, is_finite_number, parse_texts
+from sca.io.validation import check_numbers, is_finite_number, parse_texts, xywh_to_xyxy
 
 SHORT_POLYGON = "polygon with fewer than three points"
 CountCallback = Callable[[str], None]  # counts a reason
@@ -46,7 +46,9 @@ def read_annotation(
     texts = record.get("caption")
     captions = () if texts is None else tuple(parse_texts(f"{location}, 'caption'", texts))
     unread_caption = describe_unread_caption(record, ("caption",))
-    return Annotation(location, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread_caption)
+    return Annotation(
+        location, box, mask, None, label, captions, record.get("score"), record.get("iou"), unread_caption
+    )
 
 
 def _parse_nonempty_bbox(value: Any, location: str, skip: SkipCallback) -> Box | None:
@@ -58,7 +60,9 @@ def _parse_nonempty_bbox(value: Any, location: str, skip: SkipCallback) -> Box |
     return None
 
 
-def _parse_nonempty_segmentation(value: Any, size: ImageSize, location: str, skip: SkipCallback) -> dict[str, Any] | None:
+def _parse_nonempty_segmentation(
+    value: Any, size: ImageSize, location: str, skip: SkipCallback
+) -> dict[str, Any] | None:
     mask = parse_segmentation(value, size, partial(_count_reason, skip, location))
     if mask is None or masks.compute_mask_area(mask):
         return mask
@@ -72,8 +76,14 @@ def _count_reason(skip: SkipCallback, location: str, reason: str) -> None:
 def map_category_names(content: Mapping[str, Any]) -> dict[str, str]:
     """Return the name of each category of a file by its id, written as text."""
     categories = content.get("categories")
-    named_categories = [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
-    return {str(each.get("id")): clean_category_name(each["name"]) for each in named_categories if isinstance(each.get("name"), str)}
+    named_categories = (
+        [each for each in categories if isinstance(each, Mapping)] if isinstance(categories, list) else []
+    )
+    return {
+        str(each.get("id")): clean_category_name(each["name"])
+        for each in named_categories
+        if isinstance(each.get("name"), str)
+    }
 
 
 def clean_category_name(name: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sca.io import masks
-from sca.io.annotations import brush
 from sca.io.annotations.annotation import AnnotatedImage, Annotation, ImageSize, SkipCallback, describe_unread_caption
 from sca.io.annotations.shapes import (
     Points,
@@ -26,12 +25,12 @@ from sca.io.images import IMAGE_SUFFIXES
 from sca.io.validation import (
     check_image_name,
     check_numbers,
+    check_object,
     check_type,
     is_finite_number,
-    read_field,
-    check_object,
-    read_recorded_size,
     parse_texts,
+    read_field,
+    read_recorded_size,
 )
 
 Results = Sequence[Mapping[str, Any]]
@@ -66,7 +65,9 @@ def read_tasks(
             yield from images
 
 
-def _read_task(task: Any, location: str, skip: SkipCallback, measure: MeasureCallback, reject: RejectCallback) -> list[AnnotatedImage]:
+def _read_task(
+    task: Any, location: str, skip: SkipCallback, measure: MeasureCallback, reject: RejectCallback
+) -> list[AnnotatedImage]:
     if "data" not in check_object(task, location):
         raise InputError(f"{location}: no 'data'; export the tasks as JSON (JSON-MIN and COCO results have none)")
     data = check_object(task["data"], f"{location}, 'data'")
@@ -80,7 +81,9 @@ def _read_task(task: Any, location: str, skip: SkipCallback, measure: MeasureCal
         recorded_size, image_results = resolve_image_size(image_results, data, len(images) == 1, location, reject)
         size = recorded_size or (measure(name) if any(map(_get_shape_type, image_results)) else None)
         regions = read_regions(image_results, size, location, skip, reject)
-        annotated_images.append(AnnotatedImage(location, name, size, regions, model, is_size_recorded=recorded_size is not None))
+        annotated_images.append(
+            AnnotatedImage(location, name, size, regions, model, is_size_recorded=recorded_size is not None)
+        )
     return annotated_images
 
 
@@ -177,14 +180,18 @@ def resolve_image_size(
     return size, accepted
 
 
-def _read_shape_image_size(result: Mapping[str, Any], number: int, previous_size: ImageSize | None, location: str) -> ImageSize | None:
+def _read_shape_image_size(
+    result: Mapping[str, Any], number: int, previous_size: ImageSize | None, location: str
+) -> ImageSize | None:
     """Return the size that a shape records; None for one without, and for a result without a shape."""
     if not _get_shape_type(result):
         return None
     result_location = f"{location}, {_describe_region(result, number)}"
     size = read_recorded_size(result, result_location, ("original_width", "original_height"))
     if size and previous_size and size != previous_size:
-        raise InputError(f"{result_location}: an image of {size[0]} x {size[1]}, and {previous_size[0]} x {previous_size[1]} in a result before")
+        raise InputError(
+            f"{result_location}: an image of {size[0]} x {size[1]}, and {previous_size[0]} x {previous_size[1]} in a result before"
+        )
     return size
 
 
@@ -227,7 +234,9 @@ def read_regions(
     return annotations
 
 
-def _read_region(results: Results, shapes: Results, size: ImageSize | None, location: str, skip: SkipCallback) -> Annotation | None:
+def _read_region(
+    results: Results, shapes: Results, size: ImageSize | None, location: str, skip: SkipCallback
+) -> Annotation | None:
     if size is None:
         raise InputError(f"{location}: no 'original_width' and 'original_height', and no image to measure")
     geometry = _read_geometry(shapes, size, location, skip)
@@ -292,7 +301,9 @@ def read_shape(
             case "ellipse":
                 x, y, radius_x, radius_y = _read_value_numbers(value, ("x", "y", "radiusX", "radiusY"))
                 (degrees,) = _read_value_numbers({"rotation": 0, **_drop_null_values(value)}, ("rotation",))
-                ellipse_points = trace_ellipse(x * x_scale, y * y_scale, radius_x * x_scale, radius_y * y_scale, degrees)
+                ellipse_points = trace_ellipse(
+                    x * x_scale, y * y_scale, radius_x * x_scale, radius_y * y_scale, degrees
+                )
                 return _fill_shape(ellipse_points, size, location, skip)
             case "polygon":
                 corners = [_parse_point(each) for each in value["points"]]
@@ -306,7 +317,7 @@ def read_shape(
                 return _fill_shape([(x * x_scale, y * y_scale) for x, y in corners], size, location, skip)
             case "brush":
                 brush_rle = read_field(value, "rle", list, "'value'")
-                return None, masks.encode_rle(brush.decode_brush_rle(brush_rle, *size)), None
+                return None, masks.encode_rle(brush_rle.decode_brush_rle(brush_rle, *size)), None
             case "bitmask":
                 bitmask = decode_base64_mask(value.get("imageDataURL"), "'imageDataURL'", size)
                 if bitmask.shape != size[::-1]:
@@ -361,7 +372,9 @@ def _belongs_to_image(result: Mapping[str, Any], key: str, index: int, images: M
     """Whether a result is of this image of its task."""
     has_several_keys = len({key for key, _ in images}) > 1
     item_index = result.get("item_index") if isinstance(result.get("item_index"), int) else 0
-    return (not has_several_keys or result.get("to_name") == key) and (item_index == index or (key, item_index) not in images)
+    return (not has_several_keys or result.get("to_name") == key) and (
+        item_index == index or (key, item_index) not in images
+    )
 
 
 def _is_image_reference(value: Any) -> bool:

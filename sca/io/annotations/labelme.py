@@ -18,10 +18,16 @@ from PIL import Image, ImageDraw
 
 from sca.io import masks
 from sca.io.annotations.annotation import Annotation, ImageSize, SkipCallback, describe_unread_caption
-from sca.io.annotations.shapes import Points, compute_bounding_box, check_points_near_image, decode_base64_image, decode_base64_mask
+from sca.io.annotations.shapes import (
+    Points,
+    check_points_near_image,
+    compute_bounding_box,
+    decode_base64_image,
+    decode_base64_mask,
+)
 from sca.io.errors import InputError, RejectCallback, raise_error
 from sca.io.images import open_image, read_image
-from sca.io.validation import check_numbers, check_type, read_field, check_object, read_recorded_size
+from sca.io.validation import check_numbers, check_object, check_type, read_field, read_recorded_size
 
 IGNORED_LABEL = "__ignore__"  # the label of pixels that count for nothing
 POLYGON_TYPES = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")  # the latter two: X-AnyLabeling's names
@@ -82,7 +88,11 @@ def open_embedded_image(content: Mapping[str, Any], display_name: str) -> Image.
 
 
 def read_annotations(
-    content: Mapping[str, Any], size: ImageSize, display_name: str, skip: SkipCallback, reject: RejectCallback = raise_error
+    content: Mapping[str, Any],
+    size: ImageSize,
+    display_name: str,
+    skip: SkipCallback,
+    reject: RejectCallback = raise_error,
 ) -> list[Annotation]:
     """Read the regions of a file, in order. Shapes with the same label and `group_id` are one region.
 
@@ -177,7 +187,9 @@ def _read_group(shapes: Sequence[LabelMeShape], size: ImageSize, skip: SkipCallb
     return annotation
 
 
-def _read_filled_shapes(shapes: Sequence[LabelMeShape], filled_shapes: Sequence[LabelMeShape], size: ImageSize, skip: SkipCallback) -> Annotation | None:
+def _read_filled_shapes(
+    shapes: Sequence[LabelMeShape], filled_shapes: Sequence[LabelMeShape], size: ImageSize, skip: SkipCallback
+) -> Annotation | None:
     if len(filled_shapes) == 1 and filled_shapes[0].shape_type == "rectangle":
         return _make_annotation(shapes, box=compute_bounding_box(filled_shapes[0].points))
     mask = np.zeros(size[::-1], bool)
@@ -214,4 +226,12 @@ def _make_annotation(shapes: Sequence[LabelMeShape], **geometry: Any) -> Annotat
     captions = tuple(dict.fromkeys(texts))
     unread_caption = next(filter(None, (describe_unread_caption(record, ("description",)) for record in records)), None)
     unread_caption = None if captions else unread_caption
-    return Annotation(first.location, label=label, captions=captions, score=score, predicted_iou=iou, unread_caption=unread_caption, **geometry)
+    return Annotation(
+        first.location,
+        label=label,
+        captions=captions,
+        score=score,
+        predicted_iou=iou,
+        unread_caption=unread_caption,
+        **geometry,
+    )

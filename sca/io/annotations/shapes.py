@@ -21,7 +21,9 @@ from sca.io.errors import InputError
 from sca.io.images import open_image_header
 
 Points = Sequence[tuple[float, float]]
-MAX_POINT_DISTANCE = 4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
+MAX_POINT_DISTANCE = (
+    4  # points may lie outside by up to 4 times the longer side of the image: farther ones take long to draw
+)
 ROUNDING_TOLERANCE = 1e-6  # pixels by which a box may leave the image uncounted
 NUM_ELLIPSE_CORNERS = 360
 MAX_EMBEDDED_BYTES = 64 * 2**20  # of an image inside an annotation file, as base64
@@ -110,7 +112,9 @@ def rotate_rectangle(x: float, y: float, width: float, height: float, degrees: f
     """Return the corners of a rectangle turned clockwise about its first corner (x, y), in pixels."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     offsets = ((0, 0), (width, 0), (width, height), (0, height))
-    return [(x + x_offset * cos - y_offset * sin, y + x_offset * sin + y_offset * cos) for x_offset, y_offset in offsets]
+    return [
+        (x + x_offset * cos - y_offset * sin, y + x_offset * sin + y_offset * cos) for x_offset, y_offset in offsets
+    ]
 
 
 def trace_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> Points:
@@ -118,7 +122,9 @@ def trace_ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees:
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     angles = (2 * math.pi * step / NUM_ELLIPSE_CORNERS for step in range(NUM_ELLIPSE_CORNERS))
     offsets = ((radius_x * math.cos(angle), radius_y * math.sin(angle)) for angle in angles)
-    return [(x + x_offset * cos - y_offset * sin, y + x_offset * sin + y_offset * cos) for x_offset, y_offset in offsets]
+    return [
+        (x + x_offset * cos - y_offset * sin, y + x_offset * sin + y_offset * cos) for x_offset, y_offset in offsets
+    ]
 
 
 def decode_base64_image(text: Any, subject: str) -> bytes:

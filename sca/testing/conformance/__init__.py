@@ -30,8 +30,8 @@ from sca.testing.conformance import (  # noqa: F401 (their promises)
     proposers,
     segmenters,
 )
-from sca.testing.conformance.promises import CHECKS, DoesNotApply, CheckResult, ConformanceCheck
-from sca.testing.conformance.trials import HARNESSES, PartHarness
+from sca.testing.conformance.checks import CHECKS, CheckResult, ConformanceCheck, DoesNotApply
+from sca.testing.conformance.harnesses import HARNESSES, PartHarness
 
 __all__ = ["CHECKS", "CheckResult", "check_part"]
 
@@ -61,7 +61,9 @@ def check_part(kind: str, part: str | Callable[..., Any], /, **options: Any) -> 
 
 def _format_error_location(error: BaseException) -> str:
     """The last line of somebody's own code that an error passed through, that of libraries and of this kit aside."""
-    plugin_frames = [frame for frame in extract_tb(error.__traceback__) if not set(Path(frame.filename).parts) & LIBRARY_FOLDERS]
+    plugin_frames = [
+        frame for frame in extract_tb(error.__traceback__) if not set(Path(frame.filename).parts) & LIBRARY_FOLDERS
+    ]
     return f" ({Path(plugin_frames[-1].filename).name}:{plugin_frames[-1].lineno})" if plugin_frames else ""
 
 
@@ -71,7 +73,11 @@ def _run_check(conformance_check: ConformanceCheck, harness: PartHarness) -> Che
     try:
         problem = conformance_check.function(harness)
     except DoesNotApply as exception:
-        return CheckResult(conformance_check.name, True, conformance_check.expected, f"does not apply: {exception}", source)
+        return CheckResult(
+            conformance_check.name, True, conformance_check.expected, f"does not apply: {exception}", source
+        )
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}{_format_error_location(error)}"
-    return CheckResult(conformance_check.name, problem is None, conformance_check.expected, problem or "as expected", source)
+    return CheckResult(
+        conformance_check.name, problem is None, conformance_check.expected, problem or "as expected", source
+    )

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import TASKS, Caption, Prompt
 
-from sca.testing.conformance.promises import register_check
-from sca.testing.conformance.trials import PartHarness
+from sca.testing.conformance.checks import register_check
+from sca.testing.conformance.harnesses import PartHarness
 
 EXAMPLE_IMAGE_SIZE = (48, 32)  # width, height
 EXAMPLE_BOXES = ((2.0, 3.0, 20.0, 30.0), (10.0, 4.0, 44.0, 28.0), (0.0, 0.0, 48.0, 32.0))
@@ -76,7 +76,7 @@ def alone_as_together(harness: PartHarness) -> str | None:
 def what_is_unknown_is_refused(harness: PartHarness) -> str | None:
     """A task or an option of generation that there is not raises ValueError, which names it."""
     image, prompts = make_example()
-    for unknown_value, kwargs in (("translation", {"task": "translation"}), ("colour_of_ink", {"colour_of_ink": 3})):
+    for unknown_value, kwargs in (("translation", {"task": "translation"}), ("color_of_ink", {"color_of_ink": 3})):
         try:
             harness.part.describe(image, prompts, **kwargs)
         except (ValueError, TypeError) as error:

@@ -14,10 +14,10 @@ from sca_registry.contracts import COMPONENT_KINDS
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from torch import nn
 
-from sca.testing.conformance.comparison import clone_tensors, describe_difference, format_names, compute_weighted_sum
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.settings import CHANGED_BY_IMPORTS, capture_process_state
-from sca.testing.conformance.trials import TENSOR_KINDS, PartHarness
+from sca.testing.conformance.checks import DoesNotApply, register_check
+from sca.testing.conformance.comparison import clone_tensors, compute_weighted_sum, describe_difference, format_names
+from sca.testing.conformance.harnesses import TENSOR_KINDS, PartHarness
+from sca.testing.conformance.process_state import CHANGED_BY_IMPORTS, capture_process_state
 
 
 @register_check(*COMPONENT_KINDS)
@@ -30,7 +30,9 @@ def builds(harness: PartHarness) -> str | None:
 def attributes(harness: PartHarness) -> str | None:
     """The part has what its protocol lists, of the types given there."""
     protocol = COMPONENT_KINDS[harness.kind].protocol
-    member_names = [name for name, value in vars(protocol).items() if getattr(value, "__module__", "") == protocol.__module__]
+    member_names = [
+        name for name, value in vars(protocol).items() if getattr(value, "__module__", "") == protocol.__module__
+    ]
     methods = [name for name in member_names if inspect.isfunction(getattr(protocol, name))]
     missing = [name for name in (*protocol.__annotations__, *methods) if not hasattr(harness.part, name)]
     if missing:
@@ -57,7 +59,9 @@ def eval_is_deterministic(harness: PartHarness) -> str | None:
     """In eval mode the same inputs give the same outputs to the last bit, whatever the random state."""
     first_outputs = harness.compute_outputs(harness.part, harness.make_inputs())
     torch.manual_seed(99)
-    return describe_difference(first_outputs, harness.compute_outputs(harness.part, harness.make_inputs()), tolerance=0.0)
+    return describe_difference(
+        first_outputs, harness.compute_outputs(harness.part, harness.make_inputs()), tolerance=0.0
+    )
 
 
 @register_check(*TENSOR_KINDS)
@@ -71,7 +75,9 @@ def eval_changes_nothing(harness: PartHarness) -> str | None:
     changed = [name for name, value in initial_state.items() if not torch.equal(value, part.state_dict()[name])]
     if changed:
         return f"changed: {format_names(changed)}"
-    are_inputs_unchanged = all(torch.equal(old, new) for old, new in zip(initial_inputs, harness.list_upstream_tensors(inputs), strict=True))
+    are_inputs_unchanged = all(
+        torch.equal(old, new) for old, new in zip(initial_inputs, harness.list_upstream_tensors(inputs), strict=True)
+    )
     return None if are_inputs_unchanged else "the tensors that were given are changed in place"
 
 
@@ -83,7 +89,9 @@ def alone_as_together(harness: PartHarness) -> str | None:
     batch_outputs = harness.compute_outputs(harness.part, inputs)
     for row in range(harness.count_rows(inputs)):
         row_outputs = harness.compute_outputs(harness.part, harness.select_rows(inputs, [row]))
-        difference = describe_difference({name: value[row : row + 1] for name, value in batch_outputs.items()}, row_outputs)
+        difference = describe_difference(
+            {name: value[row : row + 1] for name, value in batch_outputs.items()}, row_outputs
+        )
         if difference:
             return f"row {row} alone: {difference}"
     return None
@@ -106,14 +114,18 @@ def dtype_is_kept(harness: PartHarness) -> str | None:
     """Moved to bfloat16 or float64, the part gives finite outputs of that type; float64 agrees with float32."""
     float32_outputs = harness.compute_outputs(harness.build_module(), harness.make_inputs())
     for dtype in (torch.bfloat16, torch.float64):
-        outputs = harness.compute_outputs(harness.build_module().to(dtype), harness.cast_inputs(harness.make_inputs(), dtype))
+        outputs = harness.compute_outputs(
+            harness.build_module().to(dtype), harness.cast_inputs(harness.make_inputs(), dtype)
+        )
         for name, value in outputs.items():
             if not name.startswith("boxes") and value.dtype != dtype:  # boxes are coordinates: they stay exact
                 return f"{name} is {value.dtype} in a part of {dtype}"
             if not value.isfinite().all():
                 return f"{name} is not finite in {dtype}"
     compared_outputs = {name: value for name, value in outputs.items() if not name.startswith("boxes")}
-    return describe_difference({name: float32_outputs[name].double() for name in compared_outputs}, compared_outputs, tolerance=1e-2)
+    return describe_difference(
+        {name: float32_outputs[name].double() for name in compared_outputs}, compared_outputs, tolerance=1e-2
+    )
 
 
 @register_check(*TENSOR_KINDS)
@@ -139,7 +151,9 @@ def gradients_pass_upstream(harness: PartHarness) -> str | None:
     inputs = harness.make_inputs()
     input_tensors = [leaf.requires_grad_() for leaf in harness.list_upstream_tensors(inputs)]
     compute_weighted_sum(harness.compute_outputs(harness.part, inputs)).backward()
-    return None if any(leaf.grad is not None and leaf.grad.any() for leaf in input_tensors) else "no gradient comes back"
+    return (
+        None if any(leaf.grad is not None and leaf.grad.any() for leaf in input_tensors) else "no gradient comes back"
+    )
 
 
 @register_check(*TENSOR_KINDS)
@@ -148,10 +162,14 @@ def reloads_equal(harness: PartHarness) -> str | None:
     """Built anew with other random numbers and given the `state_dict`, the part gives equal outputs to the last bit."""
     first, second = harness.build_module(seed=0), harness.build_module(seed=1)
     second.load_state_dict(clone_tensors(first.state_dict()), strict=True)
-    return describe_difference(harness.compute_outputs(first, harness.make_inputs()), harness.compute_outputs(second, harness.make_inputs()), tolerance=0.0)
+    return describe_difference(
+        harness.compute_outputs(first, harness.make_inputs()),
+        harness.compute_outputs(second, harness.make_inputs()),
+        tolerance=0.0,
+    )
 
 
-@register_check(*TENSOR_KINDS, source="sca.composition.compose")
+@register_check(*TENSOR_KINDS, source="sca.builder.compose")
 def builds_on_meta(harness: PartHarness) -> str | None:
     """Under `torch.device("meta")` the same tensors are made and nothing is allocated."""
     expected_shapes = {name: value.shape for name, value in harness.build_module().state_dict().items()}
@@ -161,7 +179,11 @@ def builds_on_meta(harness: PartHarness) -> str | None:
     if allocated:
         return f"allocated: {format_names(allocated)}"
     shapes = {name: value.shape for name, value in meta_tensors.items()}
-    return None if shapes == expected_shapes else f"other tensors than usual: {format_names(sorted(set(shapes) ^ set(expected_shapes)))}"
+    return (
+        None
+        if shapes == expected_shapes
+        else f"other tensors than usual: {format_names(sorted(set(shapes) ^ set(expected_shapes)))}"
+    )
 
 
 OPTIONAL_PACKAGES = (  # packages that no part needs unless it is used
@@ -171,7 +193,7 @@ OPTIONAL_PACKAGES = (  # packages that no part needs unless it is used
 IMPORT_SCRIPT = """
 import json, sys
 import sca.language_models.hf, sca_registry
-from sca.testing.conformance.settings import FILTERS, RANDOM, settings
+from sca.testing.conformance.process_state import FILTERS, RANDOM, settings
 parts = sca_registry.registry(sys.argv[1])
 known, before = set(sys.modules), settings()
 factory = parts.get(sys.argv[2])
@@ -214,13 +236,17 @@ def the_process_is_left_alone(harness: PartHarness) -> str | None:
         harness.compute_outputs(part, harness.make_inputs())
     state_after = capture_process_state()
     changed = {name for name, value in state_before.items() if state_after[name] != value}
-    changed |= {name for name, value in harness.initial_state.items() if state_after[name] != value and name not in CHANGED_BY_IMPORTS}
+    changed |= {
+        name
+        for name, value in harness.initial_state.items()
+        if state_after[name] != value and name not in CHANGED_BY_IMPORTS
+    }
     return f"it changes {format_names(sorted(changed))}" if changed else None
 
 
 @register_check(*TENSOR_KINDS)
 @torch.no_grad()
-def options_are_honoured(harness: PartHarness) -> str | None:
+def options_are_honored(harness: PartHarness) -> str | None:
     """An option that is a whole number changes the part's tensors, or what it gives, when it is another number."""
     options = harness.collect_integer_options()
     if not options:
@@ -232,10 +258,16 @@ def options_are_honoured(harness: PartHarness) -> str | None:
             varied_harness = harness.with_options({name: new_value})
             try:
                 part = varied_harness.build()
-                varied_result = _collect_shapes(part), varied_harness.compute_outputs(part, varied_harness.make_inputs())
+                varied_result = (
+                    _collect_shapes(part),
+                    varied_harness.compute_outputs(part, varied_harness.make_inputs()),
+                )
             except (ValueError, RuntimeError, AssertionError):  # not every number is good
                 continue
-            if varied_result[0] == default_result[0] and describe_difference(default_result[1], varied_result[1], tolerance=0.0) is None:
+            if (
+                varied_result[0] == default_result[0]
+                and describe_difference(default_result[1], varied_result[1], tolerance=0.0) is None
+            ):
                 return f"{name}={new_value} gives the same part as {name}={value}"
             break
     return None

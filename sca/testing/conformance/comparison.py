@@ -12,7 +12,9 @@ from torch import Tensor
 RELATIVE_TOLERANCE = 1e-3  # differences up to this share of the largest value may come from the order of additions
 
 
-def describe_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], tolerance: float = RELATIVE_TOLERANCE) -> str | None:
+def describe_difference(
+    expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], tolerance: float = RELATIVE_TOLERANCE
+) -> str | None:
     """The first tensor that is further off than `share` of its largest value, or None. 0: equal to the last bit."""
     if expected.keys() != actual.keys():
         return f"other outputs: {format_names(sorted(expected.keys() ^ actual.keys()))}"
@@ -35,7 +37,7 @@ def describe_shape_mismatch(name: str, value: Any, shape: tuple[int | None, ...]
 
 
 def compute_weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
-    """A scalar whose gradient is not made zero by a normalisation at the end."""
+    """A scalar whose gradient is not made zero by a normalization at the end."""
     generator = torch.Generator().manual_seed(2)
     differentiable = [value for value in outputs.values() if value.requires_grad]
     return sum((value * torch.randn(value.shape, generator=generator)).sum() for value in differentiable)

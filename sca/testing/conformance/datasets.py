@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from PIL import Image
 
-from sca.io.masks import mask_to_box, decode_rle
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.trials import DatasetHarness
+from sca.io.masks import decode_rle, mask_to_box
+from sca.testing.conformance.checks import DoesNotApply, register_check
+from sca.testing.conformance.harnesses import DatasetHarness
 
 
 @register_check("datasets", source="sca_registry.contracts.Sample")

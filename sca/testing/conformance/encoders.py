@@ -9,9 +9,9 @@ import torch
 from sca_registry import get_registry
 from sca_registry.contracts import ImageFormat
 
+from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import describe_shape_mismatch
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.trials import EncoderHarness, PartHarness
+from sca.testing.conformance.harnesses import EncoderHarness, PartHarness
 
 
 @register_check("encoders", source="sca_registry.contracts.ImageFormat")

@@ -9,9 +9,9 @@ import torch
 from sca_registry.contracts import GenerationOutput
 from transformers import PreTrainedModel
 
-from sca.testing.conformance.comparison import describe_difference, format_names, describe_shape_mismatch
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.trials import LanguageModelHarness
+from sca.testing.conformance.checks import DoesNotApply, register_check
+from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch, format_names
+from sca.testing.conformance.harnesses import LanguageModelHarness
 
 MAX_NEW_TOKENS = 4
 EXAMPLE_TEXTS = ("a small striped red circle left of a blue square", "car", "two words")
@@ -26,10 +26,18 @@ def states_and_logits_shape(harness: LanguageModelHarness) -> str | None:
     embedded = part.embed(inputs.input_ids)
     problem = describe_shape_mismatch("embed(ids)", embedded, (num_texts, length, part.width))
     hidden_states = part.hidden(embedded, inputs.attention_mask)
-    problem = problem or describe_shape_mismatch("hidden(embeddings, mask)", hidden_states, (num_texts, length, part.width))
-    problem = problem or describe_shape_mismatch("head(states)", part.head(hidden_states), (num_texts, length, harness.vocab_size))
-    problem = problem or describe_shape_mismatch("head(states[0, 0])", part.head(hidden_states[0, 0]), (harness.vocab_size,))
-    return problem or describe_shape_mismatch("embed of no ids", part.embed(inputs.input_ids[:, :0]), (num_texts, 0, part.width))
+    problem = problem or describe_shape_mismatch(
+        "hidden(embeddings, mask)", hidden_states, (num_texts, length, part.width)
+    )
+    problem = problem or describe_shape_mismatch(
+        "head(states)", part.head(hidden_states), (num_texts, length, harness.vocab_size)
+    )
+    problem = problem or describe_shape_mismatch(
+        "head(states[0, 0])", part.head(hidden_states[0, 0]), (harness.vocab_size,)
+    )
+    return problem or describe_shape_mismatch(
+        "embed of no ids", part.embed(inputs.input_ids[:, :0]), (num_texts, 0, part.width)
+    )
 
 
 @register_check("language_models")
@@ -43,7 +51,10 @@ def later_words_are_unseen(harness: LanguageModelHarness) -> str | None:
     changed_states = part.hidden(part.embed(changed_ids), inputs.attention_mask)
     if torch.equal(hidden_states[:, -1], changed_states[:, -1]):
         return "the last state does not depend on its own word"
-    return describe_difference({"states before a changed word": hidden_states[:, :-1]}, {"states before a changed word": changed_states[:, :-1]})
+    return describe_difference(
+        {"states before a changed word": hidden_states[:, :-1]},
+        {"states before a changed word": changed_states[:, :-1]},
+    )
 
 
 @register_check("language_models")
@@ -56,7 +67,9 @@ def agrees_with_transformers(harness: LanguageModelHarness) -> str | None:
     part, inputs = harness.part, harness.select_rows(harness.make_inputs(), [0])
     model = next(each for each in part.children() if isinstance(each, PreTrainedModel))
     expected = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
-    return describe_difference({"logits": expected}, {"logits": part.head(part.hidden(part.embed(inputs.input_ids), inputs.attention_mask))})
+    return describe_difference(
+        {"logits": expected}, {"logits": part.head(part.hidden(part.embed(inputs.input_ids), inputs.attention_mask))}
+    )
 
 
 @register_check("language_models")
@@ -68,7 +81,9 @@ def generates_new_words_only(harness: LanguageModelHarness) -> str | None:
         generation_output = harness.part.generate(inputs.prefix, max_new_tokens=max_new_tokens)
         if not isinstance(generation_output, GenerationOutput):
             return f"a {type(generation_output).__name__} and not a Generated"
-        num_prefixes, num_captions, length = generation_output.sequences.shape if generation_output.sequences.dim() == 3 else (0, 0, 0)
+        num_prefixes, num_captions, length = (
+            generation_output.sequences.shape if generation_output.sequences.dim() == 3 else (0, 0, 0)
+        )
         if num_prefixes != len(inputs.prefix) or not num_captions or not 1 <= length <= max_new_tokens:
             return f"ids {tuple(generation_output.sequences.shape)} for {len(inputs.prefix)} prefixes and {max_new_tokens} new tokens"
         if generation_output.scores.shape != (num_prefixes, num_captions) or not (generation_output.scores <= 0).all():
@@ -95,7 +110,10 @@ def generates_the_likeliest_word(harness: LanguageModelHarness) -> str | None:
             expected_ids.append(int(logits.argmax()))
             log_probs.append(float(logits.float().log_softmax(0)[expected_ids[-1]]))
             embeddings = torch.cat((embeddings, part.embed(torch.tensor([expected_ids[-1:]]))), dim=1)
-        generated_ids, score = generation_output.ids[row, 0].tolist()[: len(expected_ids)], float(generation_output.scores[row, 0])
+        generated_ids, score = (
+            generation_output.ids[row, 0].tolist()[: len(expected_ids)],
+            float(generation_output.scores[row, 0]),
+        )
         if generated_ids != expected_ids:
             return f"ids {generated_ids} where {expected_ids} are the likeliest"
         if not math.isclose(score, sum(log_probs) / len(log_probs), rel_tol=1e-3, abs_tol=1e-3):
@@ -116,7 +134,9 @@ def adapts_gently(harness: LanguageModelHarness) -> str | None:
         part.adapt(rank=2, alpha=4, dropout=0.0, targets=None)
     except ValueError as error:
         raise DoesNotApply(f"it says: {error}") from error
-    added = [(name, parameter) for name, parameter in part.named_parameters() if id(parameter) not in initial_parameters]
+    added = [
+        (name, parameter) for name, parameter in part.named_parameters() if id(parameter) not in initial_parameters
+    ]
     if not added or not all("lora_" in name and parameter.requires_grad for name, parameter in added):
         return f"added: {format_names([name for name, _ in added])}"
     frozen = [trainable[id(p)] for p in part.parameters() if id(p) in trainable and not p.requires_grad]
@@ -139,7 +159,11 @@ def words_end_and_do_not_begin(harness: LanguageModelHarness) -> str | None:
         if not all(isinstance(word, int) and 0 <= word < harness.vocab_size for word in ids):
             return f"{text!r} is {ids}, in a vocabulary of {harness.vocab_size}"
         truncated_ids = tokenizer.encode(text, 2)
-        if len(truncated_ids) > 2 or truncated_ids[-1] != tokenizer.eos or truncated_ids[:-1] != ids[: len(truncated_ids) - 1]:
+        if (
+            len(truncated_ids) > 2
+            or truncated_ids[-1] != tokenizer.eos
+            or truncated_ids[:-1] != ids[: len(truncated_ids) - 1]
+        ):
             return f"{text!r} with a limit of 2 is {truncated_ids}"
     return None
 

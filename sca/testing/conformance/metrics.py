@@ -9,8 +9,8 @@ from typing import Any
 from sca_registry.contracts import TASKS, MetricOutput
 
 from sca.evaluation.records import describe_missing_needs
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.trials import PartHarness
+from sca.testing.conformance.checks import DoesNotApply, register_check
+from sca.testing.conformance.harnesses import PartHarness
 
 RECORD_FIELDS = (
     *("index", "image_id", "region_id", "task", "control", "prompt", "caption", "score", "mask", "iou", "truth"),
@@ -28,7 +28,7 @@ def make_example_records() -> list[dict[str, Any]]:
         "mask": EMPTY_RLE,
         "box": [4.0, 4.0, 20.0, 20.0],
         "area": 0.0,
-        "attributes": {"colour": "red", "form": "circle", "size": "small", "texture": "striped", "relations": []},
+        "attributes": {"color": "red", "form": "circle", "size": "small", "texture": "striped", "relations": []},
     }
     return [
         {

@@ -7,16 +7,18 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.trials import IMAGE_INDEX, MixerHarness, PartHarness
+from sca.testing.conformance.harnesses import IMAGE_INDEX, MixerHarness, PartHarness
 
 
 @register_check("mixers")
 @torch.no_grad()
 def queries_shape(harness: MixerHarness) -> str | None:
     """Regions give queries (N, queries, width)."""
-    return describe_shape_mismatch("queries", harness.part(harness.make_inputs()), (len(IMAGE_INDEX), harness.part.queries, harness.part.width))
+    return describe_shape_mismatch(
+        "queries", harness.part(harness.make_inputs()), (len(IMAGE_INDEX), harness.part.queries, harness.part.width)
+    )
 
 
 @register_check("mixers")
@@ -49,7 +51,9 @@ def uses_grid_is_true(harness: MixerHarness) -> str | None:
     if harness.part.uses_grid:
         raise DoesNotApply("it uses the grid")
     inputs = harness.make_inputs()
-    return describe_difference({"queries": harness.part(inputs)}, {"queries": harness.part(replace(inputs, grid=None))}, tolerance=0.0)
+    return describe_difference(
+        {"queries": harness.part(inputs)}, {"queries": harness.part(replace(inputs, grid=None))}, tolerance=0.0
+    )
 
 
 @register_check("mixers")
@@ -64,14 +68,16 @@ def prepared_or_not(harness: MixerHarness) -> str | None:
     problem = describe_difference({"queries": part(inputs)}, {"queries": part(inputs, prepared)})
     if problem:
         return problem
-    selected_inputs = replace(inputs, owner=inputs.image_index[1:3], **{name: getattr(inputs, name)[1:3] for name in harness.REGION_FIELDS})
+    selected_inputs = replace(
+        inputs, owner=inputs.image_index[1:3], **{name: getattr(inputs, name)[1:3] for name in harness.REGION_FIELDS}
+    )
     return describe_difference({"queries": part(inputs)[1:3]}, {"queries": part(selected_inputs, prepared)})
 
 
 @register_check("mixers")
 @torch.no_grad()
 def alone_as_together_in_training(harness: PartHarness) -> str | None:
-    """In training, dropout aside, a region has the queries that it has alone: none sees its neighbours."""
+    """In training, dropout aside, a region has the queries that it has alone: none sees its neighbors."""
     inputs, part = harness.make_inputs(), harness.build_module().train()
     for module in part.modules():
         if isinstance(module, nn.Dropout):
@@ -80,9 +86,11 @@ def alone_as_together_in_training(harness: PartHarness) -> str | None:
     for row in range(harness.count_rows(inputs)):
         try:
             row_outputs = harness.compute_outputs(part, harness.select_rows(inputs, [row]))
-        except ValueError as error:  # as batch normalisation raises for a single region
+        except ValueError as error:  # as batch normalization raises for a single region
             return f"row {row} alone: {error}"
-        difference = describe_difference({name: value[row : row + 1] for name, value in batch_outputs.items()}, row_outputs)
+        difference = describe_difference(
+            {name: value[row : row + 1] for name, value in batch_outputs.items()}, row_outputs
+        )
         if difference:
             return f"row {row} alone: {difference}"
     return None

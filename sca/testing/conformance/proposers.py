@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 from sca_registry.contracts import Prompt
 
-from sca.testing.conformance.promises import register_check
-from sca.testing.conformance.trials import PartHarness
+from sca.testing.conformance.checks import register_check
+from sca.testing.conformance.harnesses import PartHarness
 
 
 @register_check("proposers", source="sca_registry.contracts.Proposals")
@@ -36,7 +36,9 @@ def proposals_are_fixed(harness: PartHarness) -> str | None:
     """The same image has the same proposals."""
     image = Image.new("RGB", (48, 32), "grey")
     first_proposals, second_proposals = (harness.part(image, "image.png") for _ in range(2))
-    are_equal = first_proposals[1:] == second_proposals[1:] and len(first_proposals.prompts) == len(second_proposals.prompts)
+    are_equal = first_proposals[1:] == second_proposals[1:] and len(first_proposals.prompts) == len(
+        second_proposals.prompts
+    )
     are_equal = are_equal and all(map(_is_same_prompt, first_proposals.prompts, second_proposals.prompts))
     return None if are_equal else "other proposals the second time"
 

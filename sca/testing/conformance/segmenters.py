@@ -9,9 +9,16 @@ from sca_registry.contracts import SegmenterOutput, Targets
 from torch import Tensor
 
 from sca.io.masks import mask_to_box
+from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
-from sca.testing.conformance.promises import DoesNotApply, register_check
-from sca.testing.conformance.trials import GRID_SIZE, NUM_IMAGES, IMAGE_INDEX, MASK_SIZE, IMAGE_SIZE, SegmenterHarness
+from sca.testing.conformance.harnesses import (
+    GRID_SIZE,
+    IMAGE_INDEX,
+    IMAGE_SIZE,
+    MASK_SIZE,
+    NUM_IMAGES,
+    SegmenterHarness,
+)
 
 
 @register_check("segmenters", source="sca_registry.contracts.Regions")
@@ -25,7 +32,9 @@ def regions(harness: SegmenterHarness) -> str | None:
             return f"by {prompt_type}: owner {output.owner.tolist()}, size {output.size}; asked with {prompts.image_index.tolist()}"
         num_tokens, num_prompt_tokens = output.tokens.shape[1], output.prompt_tokens.shape[1]
         num_masks = output.masks.shape[1] if output.masks is not None else None
-        dense_shape = (hidden_size, 1, 1) if output.dense.dim() == 3 else (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
+        dense_shape = (
+            (hidden_size, 1, 1) if output.dense.dim() == 3 else (num_regions, hidden_size, GRID_SIZE, GRID_SIZE)
+        )
         shapes = {
             "image": (NUM_IMAGES, hidden_size, GRID_SIZE, GRID_SIZE),
             "dense": dense_shape,
@@ -41,7 +50,11 @@ def regions(harness: SegmenterHarness) -> str | None:
         optional = ("mask_tokens", "grid", "masks", "scores", "boxes")
         for name, shape in shapes.items():
             value = getattr(output, name)
-            problem = None if value is None and name in optional else describe_shape_mismatch(f"{name} by {prompt_type}", value, shape)
+            problem = (
+                None
+                if value is None and name in optional
+                else describe_shape_mismatch(f"{name} by {prompt_type}", value, shape)
+            )
             if problem:
                 return problem
         if (output.masks is None) != (output.scores is None):
@@ -61,7 +74,9 @@ def given_boxes_are_kept(harness: SegmenterHarness) -> str | None:
         if prompts.boxes is None and output.boxes is not None and output.masks is not None:
             best_masks = output.masks[torch.arange(len(prompts)), output.scores.argmax(1)] > 0
             tight_boxes = [mask_to_box(mask.numpy()) or (0, 0, 0, 0) for mask in best_masks]
-            if not torch.allclose(output.boxes, torch.tensor(tight_boxes, dtype=torch.float32) * IMAGE_SIZE / MASK_SIZE):
+            if not torch.allclose(
+                output.boxes, torch.tensor(tight_boxes, dtype=torch.float32) * IMAGE_SIZE / MASK_SIZE
+            ):
                 return f"by {prompt_type}: boxes that are not tight around the best masks"
     return None
 
@@ -97,7 +112,9 @@ def prompts_are_heard(harness: SegmenterHarness) -> str | None:
     inputs = harness.make_inputs()
     for prompt_type, prompts in inputs.prompts.items():
         output = harness.part(inputs.features, prompts)
-        if torch.allclose(output.tokens[0], output.tokens[1]) and torch.allclose(_get_region_view(output, 0), _get_region_view(output, 1)):
+        if torch.allclose(output.tokens[0], output.tokens[1]) and torch.allclose(
+            _get_region_view(output, 0), _get_region_view(output, 1)
+        ):
             return f"by {prompt_type}: two regions of one image with the same tokens and grid"
     return None
 
@@ -132,7 +149,11 @@ def loss_counts_only_truth(harness: SegmenterHarness) -> str | None:
 
 def _get_region_view(output: SegmenterOutput, row: int) -> Tensor:
     """The image as one region sees it, or its dense prompt where there is no grid."""
-    return output.grid[row] if output.grid is not None else output.dense_embeddings[row if output.dense_embeddings.dim() == 4 else slice(None)]
+    return (
+        output.grid[row]
+        if output.grid is not None
+        else output.dense_embeddings[row if output.dense_embeddings.dim() == 4 else slice(None)]
+    )
 
 
 def _make_targets() -> Targets:

@@ -27,7 +27,9 @@ def write_plugin_package(kind: str, name: str, folder: Path | None = None) -> Pa
         raise ValueError(f"there is no template for a {kind_info.singular}: there are {', '.join(TEMPLATE_KINDS)}")
     if name in get_registry(kind):
         distribution_name = get_registry(kind).load_entry(name).distribution
-        raise ValueError(f"there is a {kind_info.singular} {name!r} already, from {distribution_name}: choose another name")
+        raise ValueError(
+            f"there is a {kind_info.singular} {name!r} already, from {distribution_name}: choose another name"
+        )
     module_name = "sca_" + re.sub(r"\W+", "_", name.lower()).strip("_")
     placeholders = {
         "NAME": name,

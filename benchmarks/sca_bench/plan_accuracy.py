@@ -1,0 +1,159 @@
+"""What `sca plan` says beside what a run takes: `python -m sca_bench.plan_accuracy [--device cuda] [--out FILE] [MODEL...]`.
+
+Each model is built with random weights, answers for a few regions and takes a step of training; operations are counted
+by torch, and memory is the most that its allocator gave out. Prints a Markdown table of ratios, planned to measured,
+and writes the rows with device and versions as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sca_registry.contracts import PromptBatch
+from sca_registry.spec import ModelSpec
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sca.builder import build
+from sca.inference.engine import REGION_BATCH_SIZE
+from sca.io.atomic import write_file
+from sca.model import SegmentCaptioner
+from sca.plan import plan_model
+from sca_bench.timing import make_random_inputs, make_training_batch
+from sca_bench.worker import collect_environment, run_measurement
+
+FULL_SIZE_MODELS = (
+    "sam-vit-b+query+gpt2",
+    "sam-vit-h+query+gpt2-large",
+    "sam-vit-l+resampler+qwen3-0.6b",
+    "clip-vit-l-14-336+query+gpt2",
+    "dinov2-vit-b-14+query+smollm2-360m",
+    "sam-vit-h+query+mistral-7b",
+)
+
+
+@torch.no_grad()
+def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, max_new_tokens: int) -> None:
+    """As `Predictor` goes about it; no caption ends early."""
+    features = model.encode(pixels)
+    prefixes, prepared_features = [], None
+    for chunk in prompts.iter_chunks(REGION_BATCH_SIZE):
+        segmenter_output = model.segment(features, chunk)
+        prepared_features = model.prepare_mixer(segmenter_output) if prepared_features is None else prepared_features
+        prefixes.append(
+            model.build_prefix(model.mix(segmenter_output, prepared_features), torch.zeros_like(chunk.image_index))
+        )
+        del segmenter_output
+    model.language_model._ends = lambda: (0, [])
+    model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=max_new_tokens)
+
+
+def run_training_step(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch, num_tokens: int) -> None:
+    """A forward and a backward pass with one text a region."""
+    model.train()
+    model(make_training_batch(model, pixels, prompts, num_tokens)).loss.backward()
+
+
+def measure_peak_allocation(function: Callable[[], None], device: torch.device) -> int:
+    """The most bytes at once that torch's allocator gave out while some work was done, beyond what there was."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    current = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def compare_plan(
+    spec: ModelSpec,
+    images: int,
+    regions: int,
+    words: int,
+    train: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Planned and measured parameters, operations and memory of one model. dtype: of weights that do not train."""
+    plan_dtype = torch.float32 if train else dtype
+    planned = plan_model(spec, images, regions, words, train, plan_dtype, on_gpu=device.startswith("cuda"))
+    model = build(spec, device, weights=False)
+    model = model.to(dtype=torch.float32 if train else dtype)
+    static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    static_bytes += 8 * planned.trainable if train else 0  # what AdamW keeps
+    pixels, prompts = make_random_inputs(model, images, regions)
+    run_step = run_training_step if train else run_captioning
+    allocated_bytes = measure_peak_allocation(lambda: run_step(model, pixels, prompts, words), torch.device(device))
+    model.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        run_step(model, pixels, prompts, words)
+    return {
+        "model": planned.model,
+        "images": images,
+        "regions": regions,
+        "words": words,
+        "train": train,
+        "dtype": planned.dtype,
+        "parameters": [sum(planned.parameters.values()), sum(p.numel() for p in model.parameters())],
+        "flops": [sum(planned.flops.values()), counter.get_total_flops()],
+        "memory": [planned.peak, static_bytes + pixels.nbytes + allocated_bytes],
+    }
+
+
+def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Compare one model as a job of a launcher: `model` and the options of `compare`."""
+    options = {key: value for key, value in config.items() if key != "model"}
+    options["dtype"] = getattr(torch, options["dtype"])
+    spec = ModelSpec.parse(config["model"])
+    return run_measurement(lambda row: row.update(plan=compare_plan(spec, **options)), config["device"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What sca plan says beside what a run takes.")
+    parser.add_argument(
+        "models", nargs="*", default=FULL_SIZE_MODELS, help="encoder+mixer+language-model (default: six of real size)"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--regions", type=int, default=16)
+    parser.add_argument("--words", type=int, default=8)
+    parser.add_argument("--train", action="store_true", help="also a step of training")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="Time budget; no model is started after it.")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+    args = parser.parse_args()
+    rows, start = [], time.monotonic()
+    print("| model | what | memory, planned : measured | operations, planned : measured |\n| --- | --- | ---: | ---: |")
+    for model_name in args.models:
+        for train in (False, True) if args.train else (False,):
+            if time.monotonic() - start >= args.seconds:
+                break
+            spec, dtype = ModelSpec.parse(model_name), getattr(torch, args.dtype)
+            row = compare_plan(spec, 1, args.regions, args.words, train, args.device, dtype)
+            rows.append(row)
+            mode = "training" if train else "captioning"
+            ratios = [f"{row[quantity][0] / row[quantity][1]:.3f}" for quantity in ("memory", "flops")]
+            print(f"| {row['model']} | {mode} | {' | '.join(ratios)} |", flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {**collect_environment(args.device), "rows": rows}
+        write_file(args.out, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

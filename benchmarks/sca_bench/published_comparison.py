@@ -1,0 +1,359 @@
+"""How much faster than the published procedure: `sca bench published [PART...] [--out FILE]`
+
+The published implementation of SCA (arXiv 2312.00869) is repeated here with the same weights: eight regions at a time
+through transformers' own two-way blocks, each with a copy of its image's grid, attention written out, and `generate`
+for each eight. Both are timed in turn in one run, and what they say is compared. Prints a Markdown table of ratios.
+
+captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
+training     a step with 16 regions; ours with the encoder's features kept
+resampler    the mix stage of `resampler` beside that of `query`, and how it grows with regions
+tiny         64 regions of sca-tiny at once beside one after the other
+everything   the captions of an image, from the times of its parts: published for all 1,024 points, with the encoder run
+             again for each 64; ours for 100 that are left of them
+
+On a GPU the published procedure may take a minute where ours takes a second: `beside` limits the regions that it
+captions, and its rate is theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sca_registry.contracts import Prompt, PromptBatch
+from sca_registry.errors import make_unknown_name_error
+from torch import Tensor
+from transformers.models.sam.modeling_sam import SamTwoWayTransformer
+
+import sca
+from sca.inference.engine import REGION_BATCH_SIZE
+from sca.model import SegmentCaptioner
+from sca.nn.two_way import TwoWayTransformer
+from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
+from sca_bench.worker import run_measurement
+
+PUBLISHED_REGIONS_PER_CALL, MAX_NEW_TOKENS, REGIONS_PER_STEP, NUM_GRID_POINTS, NUM_KEPT_REGIONS = 8, 20, 16, 1024, 100
+RatioRow = tuple[str, str, float, float, str]  # what, unit, ours, published or other, a remark
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What is measured, and on what.
+
+    Args:
+        encoder: A SAM by name.
+        language_model: A language model by name.
+        images: Images per batch of captions.
+        regions: Regions per image.
+        beside: Regions that the published procedure captions; 0 for all.
+        repeats: Repeats of each way after a warm-up; the fastest counts.
+        device: A torch device.
+        dtype: Data type of the weights and activations.
+        seconds: Time budget; a part is not started after it.
+    """
+
+    encoder: str | Mapping[str, Any] = "sam-vit-b"
+    language_model: str | Mapping[str, Any] = "gpt2"
+    images: int = 1
+    regions: int = 32
+    beside: int = 0
+    repeats: int = 3
+    device: str = "cpu"
+    dtype: str = "float32"
+    seconds: float = math.inf
+
+    def prepare_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
+        """Move a model to the device and data type, in eval mode."""
+        return model.to(device=self.device, dtype=getattr(torch, self.dtype)).eval()
+
+
+@contextmanager
+def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
+    """Within it the model computes as the published one does."""
+
+    def forward(
+        self: TwoWayTransformer,
+        tokens: Tensor,
+        grid: Tensor,
+        position: Tensor,
+        image_index: Tensor | None = None,
+        grids: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        grid = grid if image_index is None else grid[image_index]
+        fused, keys = SamTwoWayTransformer.forward(self, tokens.unsqueeze(1), grid, position.unsqueeze(0), None)
+        return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
+
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    attention_implementations = [
+        config._attn_implementation for config in configs if hasattr(config, "_attn_implementation")
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(TwoWayTransformer, "forward", forward))
+        stack.enter_context(patch("sca.language_models.causal.plain", lambda model: False))
+        for config in configs:
+            if hasattr(config, "_attn_implementation"):
+                config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            for config, implementation in zip(
+                (c for c in configs if hasattr(c, "_attn_implementation")), attention_implementations, strict=True
+            ):
+                config._attn_implementation = implementation
+
+
+def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]) -> list[float]:
+    """Return the least seconds of each way. The ways take turns; the first round is a warm-up and does not count."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repeat in range(settings.repeats + 1):
+        for function, function_seconds in zip(functions, seconds, strict=True):
+            synchronize(settings.device)
+            start = time.perf_counter()
+            function()
+            synchronize(settings.device)
+            if repeat:
+                function_seconds.append(time.perf_counter() - start)
+    return [min(function_seconds) for function_seconds in seconds]
+
+
+def generate_ids(
+    model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions_per_call: int, generate_together: bool
+) -> Tensor:
+    """Word ids (N, T), `regions` at a time through segmenter and mixer; `together`: all at once through the rest."""
+    prefixes = []
+    for chunk in prompts.iter_chunks(regions_per_call):
+        queries = model.mix(model.segment(features, chunk))
+        prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))
+    if generate_together:
+        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0]
+    return torch.cat(
+        [model.language_model.generate(prefix, max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0] for prefix in prefixes]
+    )
+
+
+def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    num_images, num_regions = settings.images, settings.regions
+    pixels, prompts = make_random_inputs(model, num_images, num_regions)
+    published_prompts = prompts[: settings.beside or None]
+    num_captions, num_published_captions = len(prompts), len(published_prompts)
+    num_published_images = int(published_prompts.image_index[-1]) + 1  # images of theirs
+    token_ids: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        features = model.encode(pixels)
+
+        def caption_here() -> None:
+            token_ids["ours"] = generate_ids(model, features, prompts, REGION_BATCH_SIZE, generate_together=True)
+
+        def caption_published() -> None:
+            with use_published_procedure(model):
+                token_ids["published"] = generate_ids(
+                    model,
+                    features[:num_published_images],
+                    published_prompts,
+                    PUBLISHED_REGIONS_PER_CALL,
+                    generate_together=False,
+                )
+
+        seconds, published_seconds, encoding_seconds = time_alternately(
+            settings, caption_here, caption_published, lambda: model.encode(pixels)
+        )
+    share_identical = float(
+        (token_ids["ours"][:num_published_captions] == token_ids["published"]).all(dim=1).float().mean()
+    )
+    note = f"{num_images} x {num_regions} regions beside {num_published_captions}; identical ids: {share_identical:.1%}"
+    published_total_seconds = published_seconds + encoding_seconds * num_published_images / num_images
+    return [
+        (
+            "captions of encoded images",
+            "regions/s",
+            num_captions / seconds,
+            num_published_captions / published_seconds,
+            note,
+        ),
+        (
+            "captions, encoding included",
+            "regions/s",
+            num_captions / (seconds + encoding_seconds),
+            num_published_captions / published_total_seconds,
+            note,
+        ),
+    ]
+
+
+def compare_training(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    pixels, prompts = make_random_inputs(model, 1, REGIONS_PER_STEP)
+    batch = make_training_batch(model, pixels, prompts, MAX_NEW_TOKENS)
+    model.train()
+    with torch.no_grad():
+        features = model.encode(pixels)
+    cached_batch = make_training_batch(model, pixels, prompts, MAX_NEW_TOKENS)
+    cached_batch.pixel_values, cached_batch.features = None, features
+
+    def train_cached() -> None:
+        model(cached_batch).loss.backward()
+
+    def train_uncached() -> None:
+        model(batch).loss.backward()
+
+    def train_published() -> None:
+        with use_published_procedure(model):
+            model(batch).loss.backward()
+
+    cached_seconds, uncached_seconds, published_seconds = time_alternately(
+        settings, train_cached, train_uncached, train_published
+    )
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    note = f"{REGIONS_PER_STEP} regions, forward and backward"
+    return [
+        ("a step of training, features kept", "steps/s", 1 / cached_seconds, 1 / published_seconds, note),
+        ("the same with and without features kept", "steps/s", 1 / cached_seconds, 1 / uncached_seconds, "ours both"),
+    ]
+
+
+def compare_mixers(settings: ComparisonSettings) -> list[RatioRow]:
+    options = {"language_model": "tiny-gpt2", "weights": False}
+    models = [
+        settings.prepare_model(sca.compose(settings.encoder, mixer, **options)) for mixer in ("resampler", "query")
+    ]
+    mix_functions = []
+    with torch.inference_mode():
+        for model, region_counts in zip(models, ((64, 1), (64,)), strict=True):
+            features = model.encode(make_random_inputs(model, 1, 1)[0])
+            for num_regions in region_counts:
+                segmenter_output = model.segment(features, make_random_inputs(model, 1, num_regions)[1])
+                mix_functions.append(
+                    lambda model=model, segmenter_output=segmenter_output: model.mix(
+                        segmenter_output, model.prepare_mixer(segmenter_output)
+                    )
+                )
+        seconds_64, seconds_1, query_seconds = time_alternately(settings, *mix_functions)
+    return [
+        ("mix stage, resampler beside query", "regions/s", 64 / seconds_64, 64 / query_seconds, "64 regions"),
+        ("mix stage of resampler, 64 regions beside 1", "seconds", seconds_64, seconds_1, "linear would be 64"),
+    ]
+
+
+def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
+    from PIL import Image
+
+    predictor = sca.Predictor(settings.prepare_model(sca.load("sca-tiny")))
+    predictor.set_image(Image.new("RGB", (512, 512), "grey"))
+    boxes = [Prompt(box=(x * 60.0, y * 60.0, x * 60.0 + 70, y * 60.0 + 70)) for x in range(8) for y in range(8)]
+    texts: dict[str, list[str]] = {}
+
+    def caption_together() -> None:
+        texts["ours"] = [each.text for each in predictor.predict(boxes)]
+
+    def caption_one_by_one() -> None:
+        texts["loop"] = [predictor.predict([box])[0].text for box in boxes]
+
+    together_seconds, loop_seconds = time_alternately(settings, caption_together, caption_one_by_one)
+    note = f"64 regions; same captions: {texts['ours'] == texts['loop']}"
+    return [("sca-tiny, all at once beside a loop", "regions/s", 64 / together_seconds, 64 / loop_seconds, note)]
+
+
+def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
+    pixels, box_prompts = make_random_inputs(model, 1, 16)
+    point_prompts = PromptBatch(
+        box_prompts.image_index, points=box_prompts.boxes[:, None, :2], labels=box_prompts.image_index.new_ones(16, 1)
+    )
+    with torch.inference_mode():
+        features = model.encode(pixels)
+
+        def caption_published() -> None:
+            with use_published_procedure(model):
+                generate_ids(model, features, point_prompts, PUBLISHED_REGIONS_PER_CALL, generate_together=False)
+
+        encode_seconds, segment_seconds, caption_seconds, published_seconds = time_alternately(
+            settings,
+            lambda: model.encode(pixels),
+            lambda: model.segment(features, point_prompts),
+            lambda: generate_ids(model, features, point_prompts, REGION_BATCH_SIZE, generate_together=True),
+            caption_published,
+        )
+    total_seconds = encode_seconds + NUM_GRID_POINTS * segment_seconds / 16 + NUM_KEPT_REGIONS * caption_seconds / 16
+    published_total_seconds = NUM_GRID_POINTS / 64 * encode_seconds + NUM_GRID_POINTS * published_seconds / 16
+    return [
+        (
+            "everything in an image (estimated)",
+            "images/s",
+            1 / total_seconds,
+            1 / published_total_seconds,
+            f"{NUM_KEPT_REGIONS} of {NUM_GRID_POINTS} left",
+        )
+    ]
+
+
+COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
+
+
+def choose_parts(names: Sequence[str]) -> list[str]:
+    """Return the named parts in the order of `PARTS`, or all of them.
+
+    Raises:
+        RegistryError: A part that does not exist.
+    """
+    for name in names:
+        if name not in COMPARISON_PARTS:
+            raise make_unknown_name_error(f"no part {name!r}", name, COMPARISON_PARTS)
+    return [part for part in COMPARISON_PARTS if part in names or not names]
+
+
+def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Iterator[RatioRow]:
+    """Measure parts, one row at a time."""
+    start = time.monotonic()
+    torch.manual_seed(0)
+    model = None
+    if {"captions", "training", "everything"} & set(parts):
+        options = {"device": settings.device, "weights": False}
+        model = settings.prepare_model(sca.compose(settings.encoder, "query", settings.language_model, **options))
+    comparisons: dict[str, Callable[[], list[RatioRow]]] = {
+        "captions": lambda: compare_captioning(model, settings),
+        "training": lambda: compare_training(model, settings),
+        "resampler": lambda: compare_mixers(settings),
+        "tiny": lambda: compare_batching(settings),
+        "everything": lambda: compare_everything(model, settings),
+    }
+    for part in parts:
+        if time.monotonic() - start < settings.seconds:
+            yield from comparisons[part]()
+
+
+def convert_row_to_dict(row: RatioRow) -> dict[str, Any]:
+    """Return a row as plain values."""
+    return dict(zip(("what", "unit", "ours", "published", "note"), row, strict=True))
+
+
+def print_table(rows: Iterable[RatioRow]) -> list[RatioRow]:
+    """Print a Markdown table of ratios, each row when it is measured, and return the rows."""
+    print("| quantity | unit | ours | published | ratio | |\n| --- | --- | ---: | ---: | ---: | --- |")
+    measured_rows = []
+    for row in rows:
+        quantity, unit, ours, published_value, note = row
+        print(
+            f"| {quantity} | {unit} | {ours:.4g} | {published_value:.4g} | {ours / published_value:.2f} | {note} |",
+            flush=True,
+        )
+        measured_rows.append(row)
+    return measured_rows
+
+
+def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Measure in a process of its own, as a job of a launcher: `parts` and the fields of `Setting`."""
+    options = dict(config)
+    parts = options.pop("parts", ())
+
+    def measure_ratios(row: dict[str, Any]) -> None:
+        row["ratios"] = [
+            convert_row_to_dict(each)
+            for each in print_table(run_comparisons(choose_parts(parts), ComparisonSettings(**options)))
+        ]
+
+    return run_measurement(measure_ratios, config["device"])

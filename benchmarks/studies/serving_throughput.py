@@ -1,0 +1,184 @@
+"""How much faster many clients are answered than one: `python benchmarks/studies/serving_throughput.py [--clients 32]`.
+
+Starts `sca serve`, asks it for one caption after another, then from many clients at once for as long, of the same
+drawn scenes; prints requests a second of both, their ratio, how long a request took, and the memory of the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sca_bench.worker import collect_environment
+
+from sca.io.atomic import write_file
+
+NUM_IMAGES = 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="sca-tiny")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of the many; a quarter of it for the one")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="a file for what was measured")
+    args = parser.parse_args()
+    request_bodies = make_request_bodies()
+    with ServerProcess(args.model, args.device) as server:
+        send_requests(server, request_bodies, 1, 3.0)  # to warm up
+        single_client = send_requests(server, request_bodies, 1, args.seconds / 4)
+        memory_before = server.get_memory()
+        halves = [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
+        halves += [send_requests(server, request_bodies, args.clients, args.seconds / 2), server.get_memory()]
+    many_clients = {name: halves[0][name] + halves[2][name] for name in ("answered", "failed", "seconds")}
+    many_clients["latencies"] = halves[0]["latencies"] + halves[2]["latencies"]
+    measurements = {
+        "one": summarize_requests(single_client),
+        "many": {"clients": args.clients, **summarize_requests(many_clients)},
+        "ratio": compute_request_rate(many_clients) / compute_request_rate(single_client),
+        "memory": {"before": memory_before, "half way": halves[1], "after": halves[3]},
+        "environment": collect_environment(args.device),
+    }
+    print(
+        f"one client: {compute_request_rate(single_client):.1f} requests/s, {median(single_client['latencies']) * 1000:.0f} ms each"
+    )
+    print(
+        f"{args.clients} clients: {compute_request_rate(many_clients):.1f} requests/s, {median(many_clients['latencies']) * 1000:.0f} ms each, "
+        f"{many_clients['failed']} failed: {measurements['ratio']:.2f} times as many"
+    )
+    print(
+        "memory of the server, MiB: "
+        + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in measurements["memory"].items())
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, f"{json.dumps(measurements, indent=1)}\n")
+
+
+def make_request_bodies() -> list[bytes]:
+    """A request for one region of each of some scenes."""
+    from sca.data.scenes import Scenes
+
+    request_bodies = []
+    for sample in map(Scenes("test", count=NUM_IMAGES).__getitem__, range(NUM_IMAGES)):
+        file = io.BytesIO()
+        sample.image.save(file, "PNG")
+        image = base64.b64encode(file.getvalue()).decode()
+        request_bodies += [
+            json.dumps({"image": image, "prompts": [{"box": region.box}]}).encode() for region in sample.regions[:2]
+        ]
+    return request_bodies
+
+
+class ServerProcess:
+    """`sca serve` in a process of its own."""
+
+    def __init__(self, model: str, device: str):
+        command = [sys.executable, "-m", "sca", "serve", "--model", model, "--device", device, "--port", "0", "--quiet"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> ServerProcess:
+        for line in self.process.stderr:
+            if match := re.search(r"http://([\d.]+):(\d+)", line):
+                self.host, self.port = match[1], int(match[2])
+                break
+        else:
+            raise SystemExit("the server did not start")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                line = http.client.HTTPConnection(self.host, self.port, timeout=5)
+                line.request("GET", "/health")
+                if line.getresponse().status == 200:
+                    return self
+            except OSError:
+                time.sleep(0.1)
+        raise SystemExit("the server does not answer")
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def get_memory(self) -> int:
+        """Bytes in memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def send_requests(
+    server: ServerProcess, request_bodies: list[bytes], num_clients: int, seconds: float
+) -> dict[str, Any]:
+    """What so many clients got in that time, each asking again as soon as it has its answer."""
+    latencies: list[list[float]] = [[] for _ in range(num_clients)]
+    failures = [0] * num_clients
+    end = time.monotonic() + seconds
+
+    def run_client(client_index: int) -> None:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+        index = client_index
+        while time.monotonic() < end:
+            start = time.monotonic()
+            try:
+                connection.request(
+                    "POST",
+                    "/v1/captions",
+                    request_bodies[index % len(request_bodies)],
+                    {"Content-Type": "application/json"},
+                )
+                response = connection.getresponse()
+                content = json.loads(response.read())
+                is_valid = response.status == 200 and len(content["regions"]) == 1
+            except (OSError, http.client.HTTPException):
+                is_valid = False
+                connection.close()  # the next request opens it again
+            if is_valid:
+                latencies[client_index].append(time.monotonic() - start)
+            else:
+                failures[client_index] += 1
+            index += num_clients
+
+    start = time.monotonic()
+    threads = [threading.Thread(target=run_client, args=(number,)) for number in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    all_latencies = [latency for one in latencies for latency in one]
+    return {
+        "answered": len(all_latencies),
+        "failed": sum(failures),
+        "seconds": time.monotonic() - start,
+        "latencies": all_latencies,
+    }
+
+
+def compute_request_rate(counts: dict[str, Any]) -> float:
+    return counts["answered"] / counts["seconds"]
+
+
+def summarize_requests(counts: dict[str, Any]) -> dict[str, Any]:
+    latencies = sorted(counts["latencies"])
+    return {
+        "answered": counts["answered"],
+        "failed": counts["failed"],
+        "seconds": counts["seconds"],
+        "requests_per_second": compute_request_rate(counts),
+        "latency": {"median": median(latencies), "p99": latencies[int(0.99 * len(latencies))]},
+    }
+
+
+if __name__ == "__main__":
+    main()

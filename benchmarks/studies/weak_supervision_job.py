@@ -1,0 +1,74 @@
+"""Models that learn class names of many scenes and then captions of few, or the few captions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MODEL_SPEC = {
+    "encoder": {"name": "tiny-vit", "size": 128},
+    "segmenter": {"name": "sam", "depth": 2, "heads": 4, "mlp": 256, "drawn": True},
+    "mixer": {"name": "query", "queries": 4, "depth": 2, "heads": 4, "mlp": 256, "pooled": True},
+    "language_model": "tiny-gpt2",
+    "task_tokens": 2,
+    "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
+}
+SHARED_OPTIONS = {
+    "images": 8,
+    "learning_rate": 1e-3,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.02,
+    "warmup": 30,
+    "jitter": 0.03,
+}
+NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES, IMAGE_SIZE = 8, 4000, 128  # scenes with captions, scenes with names, pixels
+METHODS = ("names, then captions", "captions", "captions, as many steps")
+METRICS = ("cider-d", "attributes", "mask-iou")
+
+
+def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_scenes: int | None) -> dict[str, Any]:
+    """The table of a recipe: captions of few scenes, or names of many."""
+    learns_names = num_captioned_scenes is None
+    source = {
+        "name": "scenes",
+        "size": IMAGE_SIZE,
+        "count": num_captioned_scenes or NUM_NAMED_SCENES,
+        "seed": 1 if learns_names else 2,
+    }
+    if learns_names:
+        source["names"] = "caption"
+    options = {
+        **SHARED_OPTIONS,
+        "steps": steps,
+        "seed": seed,
+        "save": steps,
+        "recognition": 1.0 if learns_names else 0.0,
+    }
+    return {"model": initial_model, "data": {"scenes": source}, "train": options}
+
+
+def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """One model, trained and evaluated in a process of its own; leaves `predictions.jsonl` in the folder."""
+    import torch
+
+    from sca.evaluation.evaluate import evaluate
+    from sca.training.recipe import Recipe
+    from sca.training.train import train
+
+    torch.set_num_threads(1)
+    folder_path, name_steps, caption_steps, seed = Path(folder), config["first"], config["second"], config["seed"]
+    initial_model: Any = MODEL_SPEC
+    if config["way"] == METHODS[0]:
+        train(
+            Recipe.from_dict("names", make_stage_recipe(MODEL_SPEC, name_steps, seed, None)),
+            folder_path / "names",
+            resume=False,
+        )
+        initial_model = str(folder_path / "names/model")
+    steps = name_steps + caption_steps if config["way"] == METHODS[2] else caption_steps
+    recipe = Recipe.from_dict("captions", make_stage_recipe(initial_model, steps, seed, config["few"]))
+    model = train(recipe, folder_path / "few", resume=False)
+    dataset = {"name": "scenes", "size": IMAGE_SIZE, "count": config["scenes"]}
+    report = evaluate(model, dataset, "val", metrics=METRICS, folder=folder)
+    return {"state": "done", "scores": report.scores}

@@ -1,0 +1,100 @@
+"""From names to a built model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import sca_registry
+import torch
+from sca_registry import RegistryError, get_registry
+from sca_registry.compatibility import check_compatible
+from sca_registry.contracts import Encoder, LanguageModel, Mixer
+from sca_registry.overrides import MODEL_PARTS
+from sca_registry.spec import ModelSpec, Part, check_generation
+
+from sca.devices import resolve_device
+from sca.model import SegmentCaptioner
+
+
+def compose(
+    encoder: str | Mapping[str, Any],
+    mixer: str | Mapping[str, Any],
+    language_model: str | Mapping[str, Any],
+    *,
+    device: str | torch.device = "cpu",
+    weights: bool = True,
+    **fields: Any,
+) -> SegmentCaptioner:
+    """A model of the named parts: `compose("tiny-vit", "query", "tiny-gpt2", task_tokens=2)`.
+
+    Other fields of `ModelSpec` go by keyword (segmenter, projection, task_tokens, trainable, lora, generation), and the
+    options of a part with its name in a table: `compose({"name": "tiny-vit", "size": 96}, ...)`. weights: False for
+    random ones where pretrained ones would be fetched. On `device="meta"` nothing is allocated and no weights are
+    fetched (of a part without a card of its own, the configuration is): for counting parameters.
+    """
+    spec = ModelSpec.from_dict({"encoder": encoder, "mixer": mixer, "language_model": language_model, **fields})
+    return build(spec, device, weights)
+
+
+def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = True) -> SegmentCaptioner:
+    """The step below `compose`. Raises RegistryError for unknown names, options, and parts that do not fit together."""
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(
+            f"the spec is of type {type(spec).__name__}; give a sca.ModelSpec, such as sca.ModelSpec.parse('a+b+c')"
+        )
+    if not isinstance(weights, bool):
+        raise ValueError(f"weights is {weights!r:.80}; give True or False, and a file as the option of a component")
+    target_device = resolve_device(device, allow_meta=True)
+    check_compatible(spec)
+    use_random_weights = not weights or target_device.type == "meta"
+    if use_random_weights:
+        spec = disable_pretrained_weights(spec)
+    with (
+        target_device if use_random_weights else contextlib.nullcontext()
+    ):  # random weights are drawn where they are used
+        encoder = sca_registry.encoders.build(spec.encoder.name, **spec.encoder.options)
+        segmenter_part = resolve_parts(spec, encoder)["segmenter"]
+        segmenter = sca_registry.segmenters.build(segmenter_part.name, encoder, **segmenter_part.options)
+        mixer = sca_registry.mixers.build(spec.mixer.name, segmenter, **spec.mixer.options)
+        language_model = sca_registry.language_models.build(spec.language_model.name, **spec.language_model.options)
+        check_generation("generation", spec.generation, language_model.generate)
+        _check_prefix_fits(spec, mixer, language_model)
+        if spec.lora:
+            language_model.adapt(**spec.lora)
+        model = SegmentCaptioner(spec, encoder, segmenter, mixer, language_model)
+    return model.to(target_device).eval()
+
+
+def _check_prefix_fits(spec: ModelSpec, mixer: Mixer, language_model: LanguageModel) -> None:
+    """Raises RegistryError if the prefix leaves a language model no position for words."""
+    max_positions, prefix_length = getattr(language_model, "positions", None), spec.task_tokens + mixer.num_queries
+    if max_positions is not None and prefix_length >= max_positions:
+        raise RegistryError(
+            f"the mixer {spec.mixer.name!r} gives {mixer.num_queries} queries, which with {spec.task_tokens} task tokens "
+            f"are a prefix of {prefix_length}; the language model {spec.language_model.name!r} has {max_positions} positions in "
+            "all: choose fewer queries or another language model"
+        )
+
+
+def disable_pretrained_weights(spec: ModelSpec) -> ModelSpec:
+    """The spec with random weights in every part that would have pretrained ones."""
+    changed_parts = {}
+    for kind in MODEL_PARTS:
+        part = getattr(spec, kind)
+        if part is not None and "pretrained" in get_registry(kind).load_entry(part.name).options:
+            changed_parts[kind] = Part(part.name, {**part.options, "pretrained": False})
+    return replace(spec, **changed_parts)
+
+
+def resolve_parts(spec: ModelSpec, encoder: Encoder) -> dict[str, Part]:
+    """The part of each kind, the encoder's own segmenter where the spec names none."""
+    segmenter = spec.segmenter or Part(encoder.default_segmenter)
+    return {
+        "encoder": spec.encoder,
+        "segmenter": segmenter,
+        "mixer": spec.mixer,
+        "language_model": spec.language_model,
+    }

@@ -1,0 +1,154 @@
+"""Floors: what can be had without looking, and by looking at what was seen in training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import sca_registry
+import torch
+from PIL import Image
+from sca_registry.contracts import TASKS, Caption, Dataset, Prompt, Region, Sample
+from sca_registry.spec import DEFAULT_GENERATION
+from torch import Tensor
+from torch.nn import functional as F
+
+from sca.captioners.region_captioner import Box, RegionCaptioner, RegionView, ScoredText, resolve_generation_options
+from sca.data.summary import check_dataset_not_empty
+from sca.inference.engine import EncodedImages
+from sca.inference.prompt_arguments import check_task
+from sca.io.masks import encode_rle, mask_to_box
+from sca.nn.roi_align import roi_align
+
+ENCODE_BATCH_SIZE = 16  # images encoded at a time
+
+
+class MostFrequent:
+    """Says of every region what is said most often in training, without a look at it: for recognition the name that
+    most regions have, for a caption the phrase that occurs most often; of several the one that came first.
+
+    dataset, split, options: whose regions; the dataset's own options go into the table `options`. limit: how many of
+    its images are read, from the first on; 0 for all. The score is the share of names, or of phrases, that it is.
+    """
+
+    generation_options = tuple(DEFAULT_GENERATION)  # that `generation_of` takes
+
+    def __init__(self, dataset: str, split: str = "train", options: Mapping[str, Any] | None = None, limit: int = 1000):
+        self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
+        self.facts = {"captioner": "most-frequent", **self.training_regions.facts}
+
+    @cached_property
+    def most_frequent_texts(self) -> dict[str, tuple[str, float]]:
+        """The text and its share by task; nothing where no region has words for it."""
+        counts: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
+        for sample in self.training_regions.iter_samples():
+            for region in sample.regions:
+                counts["recognition"].update([region.name] if region.name else [])
+                counts["caption"].update(region.phrases)
+        most_common = {task: texts.most_common(1)[0] for task, texts in counts.items() if texts}
+        return {task: (text, count / counts[task].total()) for task, (text, count) in most_common.items()}
+
+    def caption(
+        self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
+    ) -> list[Caption]:
+        check_task(task)
+        resolve_generation_options(generation)  # makes no difference, but is not anything
+        self.training_regions.check_has_text(task, self.most_frequent_texts)
+        captions = []
+        for index, prompt in enumerate(prompts):
+            rle = None if prompt.mask is None else encode_rle(prompt.mask)
+            box = prompt.box or (rle and mask_to_box(rle))
+            captions.append(Caption(*self.most_frequent_texts[task], box, rle, None, prompt, index))
+        return captions
+
+
+class NearestNeighbor(RegionCaptioner):
+    """Says of a region what is said in training of the region that looks most alike: by the cosine of the encoder's
+    features, averaged over the box by ROIAlign. A caption is that region's last phrase, the most telling.
+
+    encoder: any, also one without masks; points need masks, see `RegionCaptioner`. dataset, split, options, limit: as
+    for `MostFrequent`. Training images are encoded when the first question comes. The score is the cosine.
+    """
+
+    def __init__(
+        self,
+        encoder: str | Mapping[str, Any],
+        dataset: str,
+        split: str = "train",
+        options: Mapping[str, Any] | None = None,
+        limit: int = 1000,
+        device: str = "cpu",
+    ):
+        super().__init__(encoder, device, masks=False)
+        self.training_regions = TrainingRegions(dataset, split, options or {}, limit)
+        self.facts = {"captioner": "nearest-neighbor", "encoder": encoder, **self.training_regions.facts}
+
+    @torch.inference_mode()
+    def caption_regions(
+        self, regions: Sequence[RegionView], task: str, encoded: EncodedImages, **generation: Any
+    ) -> list[ScoredText]:
+        resolve_generation_options(generation)  # makes no difference, but is not anything
+        indexed_regions, features = self.training_index
+        rows = [row for row, region in enumerate(indexed_regions) if _get_text(region, task)]
+        self.training_regions.check_has_text(task, [task] if rows else [])
+        if not regions:
+            return []
+        boxes = [view.prompt.box or view.tight_box for view in regions]
+        query_features = self._pool_box_features(encoded, [view.image_index for view in regions], boxes)
+        similarities, nearest = (query_features @ features[rows].T).clamp(-1, 1).max(1)  # (N,)
+        texts = [_get_text(indexed_regions[rows[index]], task) for index in nearest.tolist()]
+        return [ScoredText(*each) for each in zip(texts, similarities.tolist(), strict=True)]
+
+    @cached_property
+    def training_index(self) -> tuple[list[Region], Tensor]:
+        """The R regions of the training images, and their features (R, C)."""
+        indexed_regions, features = [], []
+        samples_left = self.training_regions.iter_samples()
+        while samples := list(islice(samples_left, ENCODE_BATCH_SIZE)):
+            regions = [(image_index, region) for image_index, sample in enumerate(samples) for region in sample.regions]
+            encoded = self.encode([sample.image for sample in samples])
+            boxes = [region.box for _, region in regions]
+            features.append(self._pool_box_features(encoded, [image_index for image_index, _ in regions], boxes))
+            indexed_regions += [region for _, region in regions]
+        return indexed_regions, torch.cat(features) if features else torch.empty(0, self.model.encoder.channels)
+
+    def _pool_box_features(self, encoded: EncodedImages, image_index: Sequence[int], boxes: Iterable[Box]) -> Tensor:
+        """(N, C) of length 1, for boxes in image pixels."""
+        scales = torch.tensor([encoded.frames[index].scale for index in image_index]).reshape(-1, 2).repeat(1, 2)
+        cells = torch.tensor(list(boxes)).reshape(-1, 4) * scales / self.model.encoder.stride  # (N, 4)
+        image_index_tensor = torch.tensor(image_index, dtype=torch.long, device=self.device)
+        return F.normalize(
+            roi_align(encoded.features, image_index_tensor, cells.to(self.device), 1).flatten(1).float(), dim=1
+        )
+
+
+class TrainingRegions:
+    """The regions that a floor has seen: the first `limit` images of a dataset's split, 0 for all."""
+
+    def __init__(self, dataset: str, split: str, options: Mapping[str, Any], limit: int):
+        if limit < 0:
+            raise ValueError(f"limit is {limit}: give a whole number, 0 for all")
+        self.facts = {"dataset": dataset, "split": split, "options": dict(options), "limit": limit}
+        self.dataset: Dataset = sca_registry.datasets.build(dataset, split, **options)
+        check_dataset_not_empty(self.dataset, f"{dataset} {split}")
+
+    def iter_samples(self) -> Iterator[Sample]:
+        """Those whose pictures can be read."""
+        read_sample = getattr(self.dataset, "read", self.dataset.__getitem__)
+        return filter(None, map(read_sample, range(self.facts["limit"] or len(self.dataset))[: len(self.dataset)]))
+
+    def check_has_text(self, task: str, available: Iterable[str]) -> None:
+        """Raises ValueError unless a task is among those that there are words for."""
+        if task not in available:
+            missing = {"recognition": "name, which recognition says", "caption": "phrase, which captions say"}[task]
+            raise ValueError(
+                f"no region of {self.facts['dataset']} {self.facts['split']} that was read has a {missing}"
+            )
+
+
+def _get_text(region: Region, task: str) -> str | None:
+    """What is said of a region."""
+    return region.name if task == "recognition" else next(reversed(region.phrases), None)

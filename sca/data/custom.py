@@ -1,0 +1,171 @@
+"""A person's own annotated pictures, recognized by what lies there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sca.data.json_stream import iter_members
+from sca.io.errors import InputError
+from sca.io.json import is_json_lines_name
+from sca.io.paths import expand_user
+
+SOURCE_DEFAULTS = {"names": "both", "augment": {"flip": 0.5, "crop": 0.7, "color": 0.2}}  # of a source in a recipe
+DEFAULT_HOLD_OUT = 0.1  # the share of the images of a single file that a model is not trained on
+MIN_HELD_OUT = 4  # images, unless that is more than a third of all
+SPLIT_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}  # that tools write, too
+SPLIT_LAYOUTS = (  # annotations and images of exports with splits: of Roboflow, and of CVAT
+    ("{split}/_annotations.coco.json", "{split}"),
+    ("annotations/instances_{split}.json", "images/{split}"),
+    ("annotations/instances_{split}.json", "images"),
+)
+
+
+def detect_data_source(path: str | Path) -> dict[str, Any]:
+    """The table of a recipe's data for `path`: a `.jsonl` or `.ndjson` file, a `.json` file of COCO, Label Studio or
+    LabelMe, or a folder with one of these, with LabelMe files, or with `train.json`, `train/`, `val.json` and `val/`,
+    or an export in COCO's format of Label Studio, CVAT or Roboflow. Suffixes may be in upper case.
+    Pictures lie where the file says, from its folder or from `images/` beside it. Of a file without splits, `HOLD_OUT`
+    are kept for "val", as `choose_split` says.
+
+    InputError if there is nothing, or more than one file to choose from.
+    """
+    path = expand_user(path)
+    if not path.exists():
+        raise InputError(f"data={path}: there is no such file or folder")
+    if path.is_dir():
+        if (path / "train.json").is_file() and (path / "train").is_dir():
+            return {"name": "coco", "root": str(path), **SOURCE_DEFAULTS}
+        if table := _find_split_export(path):
+            return {**table, **SOURCE_DEFAULTS}
+        if _is_labelme_folder(path):
+            return {"name": "annotations", "file": str(path), "hold_out": DEFAULT_HOLD_OUT, **SOURCE_DEFAULTS}
+        path = _find_single_file(path)
+    images = _find_image_folder(path)
+    if is_json_lines_name(path):
+        return {
+            "name": "jsonl",
+            "file": str(path),
+            "images": str(images),
+            "hold_out": DEFAULT_HOLD_OUT,
+            **SOURCE_DEFAULTS,
+        }
+    if _is_json_name(path):
+        tool = _detect_tool(path)
+        if tool == "LabelMe":  # whose images are named from its own folder
+            return {"name": "annotations", "file": str(path), "hold_out": DEFAULT_HOLD_OUT, **SOURCE_DEFAULTS}
+        if tool == "Label Studio":
+            return {
+                "name": "annotations",
+                "file": str(path),
+                "images": str(images),
+                "hold_out": DEFAULT_HOLD_OUT,
+                **SOURCE_DEFAULTS,
+            }
+        return {
+            "name": "coco-json",
+            "annotations": str(path),
+            "images": str(images),
+            "hold_out": DEFAULT_HOLD_OUT,
+            **SOURCE_DEFAULTS,
+        }
+    raise InputError(f"data={path}: a .jsonl file, a .json file of a labeling tool or a folder with one is wanted")
+
+
+def _is_labelme_folder(folder: Path) -> bool:
+    """Whether all files of a folder that could be annotations are LabelMe's."""
+    files = _list_annotation_files(folder)
+    return bool(files) and all(_is_json_name(file) and _detect_tool(file) == "LabelMe" for file in files)
+
+
+def _list_annotation_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _is_json_name(file) or is_json_lines_name(file))
+
+
+def _is_json_name(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
+
+
+def _detect_tool(path: Path) -> str:
+    """The tool that a .json file is of, by its first members; a file that cannot be read counts as COCO's."""
+    with suppress(ValueError):
+        for key, *_ in iter_members(path):
+            if key in (None, "data"):
+                return "Label Studio"
+            if key in ("shapes", "imagePath", "imageData"):
+                return "LabelMe"
+            if key in ("images", "categories"):
+                return "COCO"
+    return "COCO"
+
+
+def _find_split_export(folder: Path) -> dict[str, Any] | None:
+    """The source of an export that has a file for "train" and one for "val"; None if it has not."""
+    for file, images in SPLIT_LAYOUTS:
+        paths = [resolve_split_path(f"{folder}/{each}", split) for each in (file, images) for split in ("train", "val")]
+        if all(each.exists() for each in paths):
+            return {"name": "coco-json", "annotations": f"{folder}/{file}", "images": f"{folder}/{images}"}
+    return None
+
+
+def _find_single_file(folder: Path) -> Path:
+    """The one file of annotations in a folder. Raises InputError."""
+    files = _list_annotation_files(folder)
+    if not files:  # CVAT, whatever its subset is called; and an export of Roboflow without splits
+        files = sorted([*folder.glob("annotations/*.json"), *folder.glob("*/_annotations.coco.json")])
+        train_files = [resolve_split_path(f"{folder}/{file}", "train") for file, _ in SPLIT_LAYOUTS]
+        files = [file for file in files if file in train_files] or files
+    if len(files) != 1:
+        file_names = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "none"
+        raise InputError(f"data={folder}: a folder with one .jsonl or .json file is wanted, and it has {file_names}")
+    return files[0]
+
+
+def _find_image_folder(file: Path) -> Path:
+    """The folder that the images of a file are named in."""
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    subset = file.stem.partition("_")[2]  # of instances_default.json
+    candidates = [root / "images" / subset, root / "images"] if subset else [root / "images"]
+    return next((folder for folder in candidates if folder.is_dir()), root)
+
+
+def resolve_split_path(path: str, split: str) -> Path:
+    """The path with the name of a split in place of `{split}`, in the spelling that exists: "val", "valid", "Val"."""
+    names = (split, *SPLIT_ALIASES.get(split, ()))
+    candidates = [path.replace("{split}", form) for name in names for form in (name, name.capitalize())]
+    return next((each for each in map(Path, candidates) if each.exists()), Path(candidates[0]))
+
+
+def choose_split(names: Iterable[str], split: str, hold_out: float) -> tuple[set[str], list[str]]:
+    """Choose the images of a split of a file that has none.
+
+    "val" has the first images by a hash of their names: the share `hold_out`, at least `MIN_HELD_OUT` images (or a
+    third of all, if that is fewer). "train" has the others.
+
+    Args:
+        names: File names of the images, one for each file.
+        split: "train" or "val".
+        hold_out: Share of the images, from 0 to below 1; 0 if the file is of one split.
+
+    Returns:
+        The names of the split, and remarks: how many are held out.
+    """
+    unique_names = set(names)
+    if not hold_out:
+        return unique_names, []
+    ordered = sorted(unique_names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest())
+    count = max(int(hold_out * len(ordered)), min(MIN_HELD_OUT, len(ordered) // 3))
+    split_names = ordered[:count] if split == "val" else ordered[count:]
+    return set(split_names), [f"{count} of {len(ordered)} images held out for validation"]
+
+
+def make_hold_out_key(split: str, hold_out: float) -> str:
+    """What a table's key has to know. ValueError for a split that there is not, or no share."""
+    if not 0 <= hold_out < 1:
+        raise ValueError(f"hold_out={hold_out}: give the share of the images that are kept for val, from 0 to 1")
+    if hold_out and split not in ("train", "val"):
+        raise ValueError(f"with hold_out={hold_out} the splits are train and val, and {split!r} was asked for")
+    return f"{split} {hold_out}" if hold_out else ""

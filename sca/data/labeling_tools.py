@@ -1,0 +1,128 @@
+"""Datasets in the files of labeling tools: exports of Label Studio, and folders of LabelMe files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sca.data.custom import choose_split, make_hold_out_key, resolve_split_path
+from sca.data.record_parsing import read_dataset_json
+from sca.data.table import TableDataset
+from sca.io.annotations import label_studio, labelme
+from sca.io.annotations.annotation import AnnotatedImage
+from sca.io.errors import InputError
+from sca.io.image_names import ImageNameResolver, read_named_image_size
+from sca.io.paths import expand_user, normalize_name
+from sca.io.validation import check_object, read_field, read_recorded_size
+
+
+class LabelingToolDataset(TableDataset):
+    """Dataset: `Annotations("val", file=PATH, hold_out=0.1)[i]` -> `Sample`: a JSON export of Label Studio, a LabelMe
+    file, or a folder of LabelMe files.
+
+    A region's name is its label, and its phrases are its texts: Label Studio's text areas, LabelMe's description. What
+    cannot be a region, such as a keypoint or a relation, is counted. An image is named relative to `images` if given,
+    else to the file's folder; where LabelMe's image is missing, it is the one inside its file (`imageData`). Images and
+    regions are numbered from 0. `hold_out` is that of `CocoJson`. The rest is that of `TableDataset`.
+    """
+
+    reader = "annotations"
+
+    def __init__(
+        self,
+        split: str,
+        file: str | Path,
+        images: str | Path | None = None,
+        hold_out: float = 0.0,
+        max_bad: int = 100,
+    ):
+        self.hold_out = hold_out
+        self.file = resolve_split_path(str(expand_user(file)), split)
+        files = labelme.list_labelme_files(self.file) if self.file.is_dir() else [self.file]
+        if not files or not files[0].is_file():
+            raise InputError(f"{self.file} is neither a .json file nor a folder of LabelMe files; give file=PATH")
+        folder = files[0].parent if images is None else expand_user(images)
+        super().__init__(split, folder, files, max_bad, make_hold_out_key(split, hold_out))
+
+    def _iter_entries(self, bar: tqdm) -> Iterator[Any]:
+        """The number of an image, that of its first region, and the image with its regions."""
+        name_resolver = ImageNameResolver(self._resolve_image_path)
+        annotated_images = self._merge_images(self._iter_annotated_images(), name_resolver)
+        bar.reset(len(annotated_images))
+        names = (each.label for image in annotated_images for each in image.annotations)
+        self.attributes = {"name": tuple(sorted({name.strip() for name in names if name and name.strip()}))}
+        names = [name_resolver.identify_file(image.name) for image in annotated_images]
+        split_names, self.remarks = choose_split(names, self.split, self.hold_out)
+        first_region_id = 0
+        for number, (image, name) in enumerate(zip(annotated_images, names, strict=True)):
+            if name in split_names:
+                yield number, first_region_id, image
+            first_region_id += len(image.annotations)
+
+    def _build_row(self, entry: Any) -> dict[str, Any] | None:
+        number, first_region_id, annotated = entry
+        if annotated.size is None:  # of a task without regions
+            return self._skip("image without regions", annotated.name)
+        row = self._create_row(number, annotated.name, *annotated.size, annotated.is_size_recorded)
+        for region_id, region in enumerate(annotated.annotations, first_region_id):
+            if region.box is None:
+                self._skip("region without a box or mask", region.place)
+                continue
+            if region.unread:
+                self._skip(region.unread, region.place)
+            captions = [text.strip() for text in region.captions]
+            self._add_region(row, region_id, region.box, region.place, region.mask, name=region.label, phrases=captions)
+        return row
+
+    def _open_image(self, name: str) -> Image.Image:
+        if not name.endswith(".json"):
+            return super()._open_image(name)
+        return labelme.open_embedded_image(read_dataset_json(Path(name)), name)
+
+    def _merge_images(
+        self, annotated: Iterable[AnnotatedImage], name_resolver: ImageNameResolver
+    ) -> list[AnnotatedImage]:
+        """Merge the regions of each image file, in whatever spelling and in however many tasks it occurs."""
+        merged: dict[str, AnnotatedImage] = {}
+        for image in annotated:
+            name = name_resolver.unify_spelling(image.name)
+            first = merged.setdefault(name, image)
+            if first is image:
+                continue
+            if first.size and image.size and first.size != image.size:
+                sizes = " and ".join(f"{width} x {height}" for width, height in (first.size, image.size))
+                self._reject_image(f"{image.location}: {name!r} is recorded with two sizes, {sizes}")
+                continue
+            regions = [*first.annotations, *image.annotations]
+            merged[name] = first._replace(size=first.size or image.size, annotations=regions)
+        return list(merged.values())
+
+    def _iter_annotated_images(self) -> Iterator[AnnotatedImage]:
+        for file in self.sources:
+            content = read_dataset_json(file)
+            if isinstance(content, list) or label_studio.is_task(content):
+                measure = partial(read_named_image_size, roots=[self.images])
+                yield from label_studio.read_tasks(content, str(file), self._skip, measure, self._reject_region)
+                continue
+            name = read_field(check_object(content, str(file)), "imagePath", str, str(file))
+            try:
+                image = self._read_labelme_image(content, normalize_name(name), file)
+            except InputError as error:
+                self._skip_image("image without data", str(file), str(error), stop=False)
+            else:
+                yield image
+
+    def _read_labelme_image(self, content: dict[str, Any], name: str, file: Path) -> AnnotatedImage:
+        """An image; one that is inside the file is named by the file."""
+        path = self._resolve_image_path(name)
+        size = labelme.find_image_size(content, path, str(file))
+        if not path.is_file() and content.get("imageData"):
+            name = str(file.absolute())
+        shapes = labelme.read_annotations(content, size, str(file), self._skip, self._reject_region)
+        is_recorded = read_recorded_size(content, str(file), labelme.SIZE_FIELDS) is not None
+        return AnnotatedImage(str(file), name, size, shapes, is_size_recorded=is_recorded)

@@ -1,0 +1,101 @@
+"""Starts the page."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from sca.demo.app import CSS, THEME, ModelPool, build_page
+from sca.serve.access_control import HostCheckMiddleware
+from sca.serve.api_keys import find_key_index
+from sca.serve.sockets import bind_socket
+
+EXAMPLE_SEEDS = (29, 4, 11)  # seeds of drawn scenes
+
+
+def run_demo(
+    model_names: Sequence[str],
+    device: Any,
+    dtype: str | None,
+    host: str,
+    port: int,
+    allow_any_model: bool,
+    open_browser: bool,
+    on_ready: Callable[[str], None],
+    *,
+    trust_options: Mapping[str, Mapping[str, bool]] | None = None,
+    max_body_bytes: int,
+    max_pixels: int,
+    allowed_hosts: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
+    root_path: str = "",
+) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        names: Models to choose from.
+        device: Device of the models.
+        dtype: Type of their parameters, None for their own.
+        host: Address to listen at.
+        port: Port to listen at, 0 for any that is free.
+        any_model: Whether other names and folders, without options, may be entered.
+        browser: Whether to open the page.
+        report: Called with a line when the page is there.
+        agreed: What each model may do, see `Models`.
+        body: Maximum bytes of an upload.
+        pixels: Maximum pixels of an image.
+        hosts: Names accepted in the Host header.
+        keys: API keys, one of which is the password; none if there are none.
+        root_path: Path below which a proxy shows the page.
+
+    Raises:
+        ValueError: For a port that cannot be had, and for a model.
+    """
+    with bind_socket(host, port) as bound_socket:
+        port = bound_socket.getsockname()[1]
+    models = ModelPool(device, dtype, model_names, allow_any_model=allow_any_model, trust_options=trust_options)
+    with models.scheduler(model_names[0]):
+        pass  # a mistake in its name is told before anybody comes, and the first answer does not wait for it
+    with tempfile.TemporaryDirectory(prefix="sca-demo-") as folder:
+        blocks = build_page(models, model_names, _draw_examples(Path(folder)), max_pixels)
+        try:
+            _, url, _ = blocks.queue(default_concurrency_limit=8).launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                show_error=True,
+                inbrowser=open_browser,
+                prevent_thread_lock=True,
+                max_file_size=max_body_bytes,
+                auth=(lambda _, password: find_key_index(password, api_keys) is not None) if api_keys else None,
+                auth_message="The user name can be anything; the password is an API key." if api_keys else None,
+                app_kwargs={"middleware": [Middleware(HostCheckMiddleware, hosts=allowed_hosts)]},
+                allowed_paths=[folder],
+                footer_links=[],
+                theme=THEME,
+                css=CSS,
+                ssr_mode=False,
+                root_path=root_path or None,
+            )
+            on_ready(f"the demo is at {url}; Ctrl+C ends it")
+            blocks.block_thread()
+        finally:
+            blocks.close(verbose=False)
+            models.close()
+
+
+def _draw_examples(folder: Path) -> list[tuple[str, str]]:
+    """Drawn scenes: what the shipped model knows."""
+    from sca.data.scenes import Scenes
+
+    examples = []
+    for index, seed in enumerate(EXAMPLE_SEEDS, 1):
+        path = folder / f"scene-{index}.png"
+        Scenes("test", count=1, size=512, seed=seed)[0].image.save(path)
+        examples.append((str(path), path.name))
+    return examples

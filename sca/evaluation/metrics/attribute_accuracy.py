@@ -1,0 +1,36 @@
+"""Whether a caption says what a drawn shape looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sca_registry.contracts import MetricOutput
+
+from sca.data.scenes import Statement, parse_statement
+from sca.evaluation.records import Record, collect_region_ids, require_records
+
+ATTRIBUTES = ("color", "form", "size", "texture")
+
+
+class Attributes:
+    """The share of captions that name the true color, form, size and texture: each alone, and `all` four.
+
+    A caption is read by `sca.data.scenes.parse`; what it does not say counts as wrong.
+    """
+
+    needs = ("task=caption", "caption", *(f"truth.attributes.{fact}" for fact in ATTRIBUTES))
+
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
+        scored_records = require_records(records, self.needs, "attributes")
+        correct = {attribute: np.zeros(len(scored_records)) for attribute in ATTRIBUTES}
+        for row, record in enumerate(scored_records):
+            statement = parse_statement(record["caption"]) or Statement()
+            for attribute in ATTRIBUTES:
+                correct[attribute][row] = getattr(statement, attribute) == record["truth"]["attributes"][attribute]
+        per_record = {"attributes/all": np.minimum.reduce([*correct.values()])}
+        per_record |= {f"attributes/{attribute}": values for attribute, values in correct.items()}
+        total = {name: float(values.mean()) for name, values in per_record.items()}
+        return MetricOutput(
+            total | {"attributes/captions": len(scored_records)}, per_record | collect_region_ids(scored_records)
+        )

@@ -1,0 +1,43 @@
+"""Whether a region is called by the name of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sca_registry.contracts import MetricOutput
+
+from sca.evaluation.records import Record, collect_region_ids, normalize_text, require_records
+
+SUMMARY_NAMES = ("count", "area", "mean", "regions")
+
+
+class Classes:
+    """The share of regions whose name is right, letter case and spacing aside.
+
+    `count`: every region counts as one. `area`: by its area in pixels, so that the large ones decide. `mean`: the mean
+    over classes of the share within each, so that the rare ones count as much as the common. Then each class by its
+    own name, with its number of regions; a class that is called like one of the words above stands in quotes.
+    """
+
+    needs = ("task=recognition", "caption", "truth.name", "truth.area")
+
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
+        scored_records = require_records(records, self.needs, "class")
+        true_names = np.array([normalize_text(record["truth"]["name"]) for record in scored_records])
+        predicted_names = np.array([normalize_text(record["caption"]) for record in scored_records])
+        areas = np.array([float(record["truth"]["area"]) for record in scored_records])
+        correct = (true_names == predicted_names).astype(float)
+        correct_by_class = {str(name): correct[true_names == name] for name in np.unique(true_names)}
+        total: dict[str, float] = {
+            "class/count": float(correct.mean()),
+            "class/area": float(correct @ areas / areas.sum()) if areas.any() else float("nan"),
+            "class/mean": float(np.mean([values.mean() for values in correct_by_class.values()])),
+            "class/regions": len(scored_records),
+        }
+        for name, values in correct_by_class.items():
+            label = f'"{name}"' if name in SUMMARY_NAMES else name
+            total |= {f"class/{label}": float(values.mean()), f"class/{label}/regions": len(values)}
+        return MetricOutput(
+            total, {"class/count": correct, "area": areas, "name": true_names} | collect_region_ids(scored_records)
+        )

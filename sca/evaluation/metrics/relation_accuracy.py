@@ -1,0 +1,53 @@
+"""Whether what a caption says about a shape's place is true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sca_registry.contracts import MetricOutput, Region
+
+from sca.data.scenes import Statement, is_relation_true, parse_statement
+from sca.evaluation.records import (
+    Record,
+    collect_region_ids,
+    compute_nanmean,
+    filter_records,
+    group_by_image,
+    require_records,
+)
+
+TRUTH_NEEDS = tuple(f"truth.attributes.{fact}" for fact in ("color", "form", "center"))
+
+
+class Relations:
+    """`stated`: the share of captions that state a relation. `right`: the share of those for which it holds.
+
+    It holds if some other region of the image is of the stated color and form and lies on the stated side
+    (`sca.data.scenes.relation_holds`), whatever the caption says of the region itself.
+    """
+
+    needs = ("task=caption", "caption", *TRUTH_NEEDS)
+
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
+        scored_records = require_records(records, self.needs, "relations")
+        regions_by_image = {
+            image: [_make_region(per_record) for per_record in image_records]
+            for image, image_records in group_by_image(filter_records(records, TRUTH_NEEDS)).items()
+        }
+        stated, correct = np.zeros(len(scored_records)), np.full(len(scored_records), np.nan)
+        for row, record in enumerate(scored_records):
+            statement = parse_statement(record["caption"]) or Statement()
+            if statement.relation:
+                stated[row] = 1
+                correct[row] = is_relation_true(statement, _make_region(record), regions_by_image[record["image_id"]])
+        per_record = {"relations/right": correct, "relations/stated": stated}
+        total = {name: compute_nanmean(values) for name, values in per_record.items()}
+        return MetricOutput(
+            total | {"relations/captions": len(scored_records)}, per_record | collect_region_ids(scored_records)
+        )
+
+
+def _make_region(record: Record) -> Region:
+    truth = record["truth"]
+    return Region(record["region_id"], tuple(truth["box"]), attributes=truth["attributes"])

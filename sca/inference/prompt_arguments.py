@@ -1,0 +1,86 @@
+"""From the arguments of a call to prompts that fit their image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from sca_registry.contracts import TASKS, Prompt
+
+from sca.io.errors import InputError
+from sca.io.masks import RLE, decode_rle, parse_rle
+from sca.io.prompts import check_prompt
+
+
+def collect_prompts(
+    prompts: Sequence[Prompt],
+    boxes: Sequence[Sequence[float]],
+    points: Sequence[Sequence[float]],
+    masks: Sequence[np.ndarray | RLE],
+    image_size: tuple[int, int],
+) -> list[Prompt]:
+    """Return the prompts of a call in one list, checked against the image.
+
+    Args:
+        prompts: Regions with any combination of a box, points and a mask.
+        boxes: (N, 4) x1 y1 x2 y2.
+        points: (N, 2) x y.
+        masks: (height, width) arrays, or COCO RLEs.
+        size: Width and height of the image.
+
+    Raises:
+        InputError: No region, or one that does not fit the image.
+    """
+    collected = [*_check_is_list("prompts", prompts)]
+    collected += [Prompt(box=_to_list(box)) for box in _check_is_list("boxes", boxes)]
+    collected += [Prompt(points=(_to_list(point),)) for point in _check_is_list("points", points)]
+    collected += [Prompt(mask=mask) for mask in _check_is_list("masks", masks)]
+    if not collected:
+        raise InputError("no region; give prompts, boxes, points or masks")
+    return check_prompts(collected, *image_size)
+
+
+def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> list[Prompt]:
+    """Check prompts against their image, see `sca.io.prompts.check`; a message names the index of its prompt."""
+    checked_prompts = []
+    for index, prompt in enumerate(_check_is_list("prompts", prompts)):
+        try:
+            if not isinstance(prompt, Prompt):
+                raise InputError(f"{type(prompt).__name__} is not a prompt; give sca.Prompt(box=(x1, y1, x2, y2))")
+            if isinstance(prompt.mask, Mapping):
+                prompt = replace(prompt, mask=_decode_rle(prompt.mask))
+            checked_prompts.append(check_prompt(prompt, width, height))
+        except InputError as error:
+            raise InputError(f"prompt {index}: {error}") from error
+    return checked_prompts
+
+
+def _check_is_list(name: str, values: Any) -> Sequence[Any]:
+    """The regions of an argument; None is none. Raises InputError for one region in place of a list."""
+    if values is None:
+        return ()
+    if isinstance(values, Prompt | Mapping | str) or not hasattr(values, "__len__"):
+        raise InputError(f"{name} is of type {type(values).__name__}; give a list of {name}")
+    if name in ("boxes", "points") and len(values) and not hasattr(values[0], "__len__"):
+        raise InputError(f"{name} is a list of numbers; give a list of {name}: {name}=[{list(map(_to_list, values))}]")
+    return values
+
+
+def _decode_rle(rle: RLE) -> np.ndarray:
+    try:
+        return decode_rle(parse_rle(rle))
+    except ValueError as error:
+        raise InputError(f"the mask is unusable: {error}") from error
+
+
+def _to_list(values: Any) -> Any:
+    """Of an array or tensor its numbers."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def check_task(task: str) -> None:
+    """Raise ValueError for an unknown task."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(map(repr, TASKS))}")

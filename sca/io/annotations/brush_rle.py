@@ -1,0 +1,73 @@
+"""Label Studio's code for brush strokes: thi.ng/rle-pack of an RGBA image.
+
+The count of values (32 bits), the bits of a value less one (5), four sizes less one (4 bits each); then runs: a bit
+whether the value repeats, two for which of the sizes its length has, the length less one, the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sca.io.errors import InputError
+
+RUN_LENGTH_BITS = (3, 4, 8, 16)  # bits of a run's length; each run says which of them it has
+
+
+def encode_brush_rle(mask: np.ndarray) -> list[int]:
+    """(height, width) bool -> the bytes of the code."""
+    channels = np.repeat(mask.ravel(), 4)
+    ends = np.flatnonzero(np.diff(channels)) + 1
+    starts = np.concatenate(([0], ends))
+    lengths = np.diff(np.concatenate((starts, [len(channels)])))
+    bits = [f"{len(channels):032b}{7:05b}", *(f"{size - 1:04b}" for size in RUN_LENGTH_BITS)]
+    max_run = 1 << RUN_LENGTH_BITS[-1]
+    for length, inside in zip(lengths.tolist(), channels[starts].tolist(), strict=True):
+        value = "11111111" if inside else "00000000"
+        while length:
+            run = min(length, max_run)
+            size_index = next(place for place, size in enumerate(RUN_LENGTH_BITS) if run <= 1 << size)
+            bits.append(f"1{size_index:02b}{run - 1:0{RUN_LENGTH_BITS[size_index]}b}{value}")
+            length -= run
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))
+
+
+def decode_brush_rle(code: Sequence[int], width: int, height: int) -> np.ndarray:
+    """The bytes of a code -> (height, width) bool, true where the image is not transparent.
+
+    Raises:
+        InputError: If they are not the code of an image of that size.
+    """
+    text = "".join(f"{byte:08b}" for byte in bytes(code))
+    offset = 0
+
+    def read_bits(count: int) -> int:
+        nonlocal offset
+        offset += count
+        if offset > len(text):
+            raise InputError("the run-length code is cut short")
+        return int(text[offset - count : offset], 2)
+
+    count, value_bits = read_bits(32), read_bits(5) + 1
+    if count != 4 * width * height:
+        raise InputError(
+            f"the run-length code has {count} values, and an image of {width} x {height} {4 * width * height}"
+        )
+    sizes = [read_bits(4) + 1 for _ in range(4)]
+    alpha = np.zeros(width * height, bool)
+    done = 0
+    while done < count:
+        is_run, length = read_bits(1), read_bits(sizes[read_bits(2)]) + 1
+        end = min(done + length, count)
+        if is_run:
+            alpha[done // 4 : end // 4] = (
+                read_bits(value_bits) > 0
+            )  # whose alpha, the last of four values, is in the run
+        else:
+            for each in range(done, end):
+                alpha[each // 4 : (each + 1) // 4] = read_bits(value_bits) > 0
+        done = end
+    return alpha.reshape(height, width)

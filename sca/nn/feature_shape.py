@@ -1,0 +1,46 @@
+"""What a network of someone else's would give, without computing it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@torch.no_grad()
+def probe_feature_shape(network: nn.Module, image_size: int, stride: int | None = None) -> tuple[int, int]:
+    """The channels and the stride of the features (1, C, size/stride, size/stride) that pixels (1, 3, size, size) give.
+
+    Raises ValueError if they are not square, the stride is no whole number, or not the network's own, where that is
+    known: then it would leave out an edge of the image.
+    """
+    with torch.device("meta"):
+        shape = functional_call(
+            network, _copy_tensors_to_meta(network), (torch.empty(1, 3, image_size, image_size),)
+        ).shape
+    if len(shape) != 4 or shape[2] != shape[3] or image_size % shape[2]:
+        raise ValueError(
+            f"images of {image_size} pixels give features of shape {tuple(shape)}, and a square grid whose side divides "
+            "the image's is needed: choose another size or layer"
+        )
+    actual_stride = image_size // shape[2]
+    if stride is not None and actual_stride != stride:
+        raise ValueError(f"size {image_size} must be a multiple of the stride {stride}")
+    return shape[1], actual_stride
+
+
+def freeze_unused_parameters(network: nn.Module, image_size: int) -> None:
+    """Parameters that have no part in what pixels (1, 3, size, size) give shall not ask for gradients."""
+    meta_tensors = _copy_tensors_to_meta(network)
+    parameters = {name: meta_tensors[name].requires_grad_() for name, _ in network.named_parameters()}
+    with torch.device("meta"), torch.enable_grad():
+        features = functional_call(network, meta_tensors, (torch.empty(1, 3, image_size, image_size),))
+        gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            network.get_parameter(name).requires_grad_(False)
+
+
+def _copy_tensors_to_meta(network: nn.Module) -> dict[str, Tensor]:
+    tensors = [*network.named_parameters(), *network.named_buffers()]  # one that is shared, once
+    return {name: tensor.detach().to("meta") for name, tensor in tensors}

@@ -1,0 +1,50 @@
+"""Regions of a batch: those of one image, and those that were looked at in parts as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from sca_registry.contracts import SegmenterOutput
+from torch import Tensor
+
+PER_REGION_FIELDS = (
+    "owner",
+    "prompt_tokens",
+    "tokens",
+    "mask_tokens",
+    "grid",
+    "masks",
+    "scores",
+    "boxes",
+)  # rows of each region
+
+
+def concat_segmenter_outputs(outputs: Sequence[SegmenterOutput]) -> SegmenterOutput:
+    """Regions of the same images, in the order of the parts."""
+
+    def concat_field(name: str) -> Tensor | None:
+        values = [getattr(output, name) for output in outputs]
+        return None if values[0] is None else torch.cat(values)
+
+    dense_embeddings = (
+        concat_field("dense") if outputs[0].dense_embeddings.dim() == 4 else outputs[0].dense_embeddings
+    )  # (N, D, h, w), or one for all
+    return replace(outputs[0], dense=dense_embeddings, **{name: concat_field(name) for name in PER_REGION_FIELDS})
+
+
+def iter_rows_by_image(image_index: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each image that has regions, with the rows of its regions.
+
+    On an accelerator the host waits once for all images; choosing rows by truth values would wait for each.
+
+    Args:
+        owner: (N,) the image of each region, sorted.
+    """
+    start = 0
+    for index, group in groupby(image_index.tolist()):
+        end = start + len(list(group))
+        yield index, slice(start, end)
+        start = end

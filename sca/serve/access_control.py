@@ -1,0 +1,72 @@
+"""Who may use a server: the hosts that it is reached as, and who has a key."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+
+from sca.serve.api_keys import find_key_index
+from sca.serve.errors import ApiError, make_error_response
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+PUBLIC_PATHS = ("/health",)  # that are answered without a key
+
+
+class HostCheckMiddleware:
+    """ASGI middleware that answers only requests whose Host header is an IP address or one of `hosts`.
+
+    A page of a stranger whose name was bound to this address (DNS rebinding) has another Host. An address cannot be
+    bound to another, so any address is allowed. "*" in `hosts` allows every name.
+    """
+
+    def __init__(self, app: Any, hosts: Sequence[str] = ()):
+        self.app = app
+        self.allows_every_host = "*" in hosts
+        self.allowed_hosts = {name.lower().rstrip(".") for name in (*LOCAL_HOSTS, socket.gethostname(), *hosts)}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket") or self.allows_every_host:
+            return await self.app(scope, receive, send)
+        host_header = Headers(scope=scope).get("host", "")
+        if self._is_allowed(host_header):
+            return await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        message = f"the host {host_header[:100]!r} is not served here; start with --allow-host NAME to allow it"
+        await make_error_response(ApiError(403, message))(scope, receive, send)
+
+    def _is_allowed(self, host_header: str) -> bool:
+        try:
+            host_name = (urlsplit(f"//{host_header}").hostname or "").rstrip(".")
+            if host_name in self.allowed_hosts:
+                return True
+            ipaddress.ip_address(host_name)
+        except ValueError:
+            return False
+        return True
+
+
+class KeyCheckMiddleware:
+    """ASGI middleware that answers only requests with a key, sent as `Authorization: Bearer KEY`.
+
+    Clients with the same key count as one client: `scope["state"]["client"]`.
+    """
+
+    def __init__(self, app: Any, keys: Sequence[str]):
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in PUBLIC_PATHS:
+            return await self.app(scope, receive, send)
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        key_index = find_key_index(key.strip(), self.keys) if scheme.lower() == "bearer" else None
+        if key_index is None:
+            error = ApiError(401, "no valid API key; send Authorization: Bearer KEY")
+            return await make_error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        scope.setdefault("state", {})["client"] = f"key {key_index}"
+        await self.app(scope, receive, send)

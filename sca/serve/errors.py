@@ -1,0 +1,134 @@
+"""HTTP errors in the OpenAI format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from sca.io.errors import ImageMemoryError, InputError, TooLargeError
+from sca.serve.memory import BudgetError
+from sca.serve.tickets import (
+    DeadlineExceededError,
+    InsufficientMemoryError,
+    QueueFullError,
+    SchedulerClosedError,
+    SchedulerError,
+    UnsupportedRequestError,
+)
+
+_FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
+MAX_REPORTED_PROBLEMS = 3  # problems of one request in its answer
+_STATUS_BY_ERROR = {
+    QueueFullError: 503,
+    SchedulerClosedError: 503,
+    InsufficientMemoryError: 503,
+    DeadlineExceededError: 504,
+    UnsupportedRequestError: 422,
+}
+_CODE_BY_STATUS = {
+    400: "bad_request",
+    401: "invalid_api_key",
+    403: "host_not_allowed",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_value",
+    500: "internal_error",
+    503: "overloaded",
+    504: "timeout",
+}
+
+
+class ApiError(Exception):
+    """A status and a line.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to do, in one line.
+        code: What programs compare; None for the usual one of the status.
+        param: The field of the request that is wrong, if it is one.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.param = status, param
+        self.code = code or _CODE_BY_STATUS.get(status, "error")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"} if self.status == 503 else {}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The body of the answer, an error object of the OpenAI API."""
+        error_type = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
+
+
+def make_error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Build the HTTP answer for an error, with further headers."""
+    return JSONResponse(error.content, error.status, {**error.headers, **(headers or {})})
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Convert an error to an HTTP status and a line.
+
+    Raises:
+        TypeError: For an error that no request causes.
+    """
+    match error:
+        case ApiError():
+            return error
+        case SchedulerError():
+            return ApiError(_STATUS_BY_ERROR.get(type(error), 500), str(error))
+        case MemoryError():
+            return ApiError(503, "not enough memory for this request: ask for less, or later")
+        case BudgetError() | ImageMemoryError():
+            return ApiError(503, str(error))
+        case TooLargeError():
+            return ApiError(413, str(error))
+        case InputError():
+            return ApiError(422, str(error))
+        case ValidationError():
+            return _make_field_error(error.errors(include_url=False, include_context=False, include_input=False))
+        case RequestValidationError():
+            return _make_field_error(error.errors())
+    raise TypeError(type(error).__name__)
+
+
+def _make_field_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first problems, each with the field that has it."""
+    locations, messages = [], []
+    errors = [each for each in errors if not _is_other_branch_error(each, errors)]
+    for each in errors[:MAX_REPORTED_PROBLEMS]:
+        location = ".".join(str(part) for part in each["loc"] if part != "body" and not _is_union_branch(part))
+        message = " ".join(each["msg"].removeprefix("Value error, ").split())
+        locations.append(location)
+        messages.append(f"{location}: {message}" if location else message)
+    return ApiError(422, "; ".join(messages)[:1000], param=locations[0][:100] or None)
+
+
+def _is_union_branch(name: str | int) -> bool:
+    """Whether a part of a place is pydantic's name of a branch of a union, such as "str" or "list[Part]"."""
+    return name in ("str", "bool", "int", "float") or (isinstance(name, str) and not _FIELD_NAME.fullmatch(name))
+
+
+def _is_other_branch_error(error: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an error is that a value has not the type of a branch of a union, while it has that of another."""
+    *union_location, branch = error["loc"] or ("",)
+    if not (_is_union_branch(branch) and error["type"].endswith("_type")):
+        return False
+    depth = len(union_location)
+    sibling_errors = [
+        each
+        for each in errors
+        if list(each["loc"][:depth]) == union_location and each["loc"][depth : depth + 1] != (branch,)
+    ]
+    return any(len(each["loc"]) > depth + 1 or not each["type"].endswith("_type") for each in sibling_errors)

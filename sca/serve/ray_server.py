@@ -1,0 +1,92 @@
+"""Copies of a model on a Ray cluster (arXiv 1712.05889)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sca.serve.config import ServerConfig
+from sca.serve.sockets import bind_socket
+
+
+def serve_on_ray(
+    config: ServerConfig,
+    host: str,
+    port: int,
+    replicas: int,
+    on_ready: Callable[[str], None],
+    address: str | None = None,
+    num_cpus: int = 1,
+) -> None:
+    """Serve copies of a model with Ray Serve until interrupted; every node passes requests to any copy.
+
+    Args:
+        hosted: The model, and how to serve it.
+        host: The address to listen at, on every node.
+        port: 0 for any free port, on this machine alone.
+        replicas: Copies of the model.
+        report: Called with the URL.
+        address: Of a cluster; None starts one on this machine.
+        cores: CPU cores of a copy.
+
+    Raises:
+        ValueError: The address cannot be listened at, or there are too few cores or GPUs; and what `hosted.captioner`
+            raises.
+    """
+    import ray
+
+    if address is None:  # on this machine, where it can be seen beforehand
+        with bind_socket(host, port) as bound_socket:
+            port = bound_socket.getsockname()[1]
+    started_ray = not ray.is_initialized()
+    if started_ray:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+    from ray import serve
+
+    actor_resources = {"num_cpus": num_cpus, "num_gpus": int(config.device.startswith("cuda"))}
+
+    def create_app() -> Any:  # without parameters: Ray takes any other function for the application itself
+        return config.create_app()
+
+    try:
+        if address is None:  # another cluster may grow
+            _check_cluster_capacity(actor_resources, replicas, ray.cluster_resources())
+        ray.get(ray.remote(**actor_resources)(_load_captioner).remote(config))
+        serve.start(http_options={"host": host, "port": port})
+        deployment = serve.deployment(
+            num_replicas=replicas,
+            ray_actor_options=actor_resources,
+            max_ongoing_requests=config.max_connections,
+        )(serve.ingress(create_app)())
+        serve.run(deployment.bind(), name="sca")
+        on_ready(f"http://{host}:{port}")
+        while True:
+            time.sleep(3600)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        serve.shutdown()
+        if started_ray:
+            ray.shutdown()
+
+
+def _check_cluster_capacity(
+    actor_resources: Mapping[str, int], replicas: int, cluster_resources: Mapping[str, float]
+) -> None:
+    """Raise ValueError for replicas that would wait forever for cores or GPUs."""
+    for label, resource in (("GPUs", "GPU"), ("cores", "CPU")):
+        required, available = (
+            replicas * actor_resources[f"num_{resource.lower()}s"],
+            int(cluster_resources.get(resource, 0)),
+        )
+        if required > available:
+            raise ValueError(
+                f"{replicas} replicas need {required} {label} and this machine has {available}: ask for fewer, or name a "
+                "cluster with 'ray address=...'"
+            )
+
+
+def _load_captioner(config: ServerConfig) -> None:
+    """Load the model on a node, so that its errors are raised before the server starts."""
+    config.load_captioner()

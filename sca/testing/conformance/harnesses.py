@@ -1,0 +1,372 @@
+"""What each kind of part is tried with: stand-ins for the parts upstream, and inputs that fit into a thimble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from sca_registry import get_registry
+from sca_registry.contracts import ImageFormat, PromptBatch, Region, SegmenterOutput
+from sca_registry.options import get_factory_options
+from torch import Tensor, nn
+
+from sca.testing.conformance.checks import DoesNotApply
+from sca.testing.conformance.process_state import capture_process_state
+
+NUM_IMAGES, IMAGE_INDEX = 3, (0, 0, 0, 2, 2)  # the second image has no region
+IMAGE_SIZE, STRIDE, HIDDEN_SIZE, NUM_MASKS = 64, 8, 32, 3
+GRID_SIZE, MASK_SIZE = IMAGE_SIZE // STRIDE, 4 * IMAGE_SIZE // STRIDE
+MAX_SAMPLES = 8  # how much of a dataset is read
+
+
+class StandInEncoder:
+    """As much of an encoder as a segmenter may rely on."""
+
+    image = ImageFormat(size=IMAGE_SIZE)
+    channels = HIDDEN_SIZE
+    stride = STRIDE
+    default_segmenter = "box"
+    checkpoint = None
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return pixels.new_zeros(len(pixels), HIDDEN_SIZE, GRID_SIZE, GRID_SIZE)
+
+
+class StandInSegmenter:
+    """As much of a segmenter as a mixer may rely on."""
+
+    channels = HIDDEN_SIZE
+
+    def __call__(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        return make_random_regions(prompts.image_index, len(features))
+
+
+def make_random_regions(image_index: Tensor, num_images: int) -> SegmenterOutput:
+    """Regions with every field that a segmenter can give."""
+    num_regions, tokens = len(image_index), torch.randn(len(image_index), 3 + NUM_MASKS, HIDDEN_SIZE)
+    corner = torch.rand(num_regions, 2) * IMAGE_SIZE / 2
+    return SegmenterOutput(
+        image_index=image_index,
+        image_embeddings=torch.randn(num_images, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
+        image_size=IMAGE_SIZE,
+        dense_embeddings=torch.randn(num_regions, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
+        positional_encoding=torch.randn(HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
+        prompt_tokens=tokens[:, NUM_MASKS:],
+        tokens=tokens,
+        mask_tokens=tokens[:, :NUM_MASKS],
+        grid=torch.randn(num_regions, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE),
+        masks=torch.randn(num_regions, NUM_MASKS, MASK_SIZE, MASK_SIZE),
+        iou_scores=torch.rand(num_regions, NUM_MASKS),
+        boxes=torch.cat((corner, corner + IMAGE_SIZE / 4), dim=1),
+    )
+
+
+class PartHarness:
+    """A part on trial: how to build it, and what it is tried with.
+
+    `inputs()` are the same at every call; `take(inputs, rows)` are those of some rows alone, and `outputs` are tensors
+    by name, each with one row for each row of the inputs.
+    """
+
+    upstream: tuple[Any, ...] = ()
+
+    def __init__(self, kind: str, part: str | Callable[..., Any], options: Mapping[str, Any]):
+        self.kind = kind
+        self.name = part if isinstance(part, str) else None
+        self.factory = partial(get_registry(kind).build, part) if isinstance(part, str) else part
+        self.options = dict(options)
+        self.initial_state = (
+            capture_process_state()
+        )  # where nothing of the part is imported yet, if this process has not used it
+
+    def build(self, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        part = self.factory(*self.upstream, **self.options)
+        return part.eval() if isinstance(part, nn.Module) else part
+
+    @cached_property
+    def part(self) -> Any:
+        return self.build()
+
+    def build_module(self, seed: int = 0) -> nn.Module:
+        """Built anew, for checks that change it."""
+        part = self.build(seed)
+        if not isinstance(part, nn.Module):
+            raise DoesNotApply(f"a {type(part).__name__} is no torch module")
+        return part
+
+    def get_declared_value(self, field: str) -> Any:
+        """What the card or the class says of `gives` or `needs`."""
+        return (
+            get_registry(self.kind).get_declared(self.name, field) if self.name else getattr(self.factory, field, None)
+        )
+
+    def collect_integer_options(self) -> dict[str, int]:
+        """The options that are whole numbers, as they are on trial."""
+        num_upstream = len(self.upstream)
+        default_options = (
+            get_registry(self.kind).load_entry(self.name).options
+            if self.name
+            else get_factory_options(self.factory, num_upstream)
+        )
+        options = {**default_options, **self.options}
+        return {
+            name: value for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)
+        }
+
+    def with_options(self, options: Mapping[str, Any]) -> PartHarness:
+        """The same part with other options."""
+        return type(self)(self.kind, self.name or self.factory, {**self.options, **options})
+
+    # what the checks that several kinds share are made of
+
+    def make_inputs(self) -> Any:
+        raise NotImplementedError
+
+    def count_rows(self, inputs: Any) -> int:
+        return len(inputs)
+
+    def select_rows(self, inputs: Any, rows: Sequence[int]) -> Any:
+        return inputs[rows]
+
+    def cast_inputs(self, inputs: Any, dtype: torch.dtype) -> Any:
+        return inputs.to(dtype)
+
+    def list_upstream_tensors(self, inputs: Any) -> list[Tensor]:
+        """The floating tensors that come from the parts upstream."""
+        return [inputs]
+
+    def compute_outputs(self, part: Any, inputs: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class EncoderHarness(PartHarness):
+    def make_inputs(self) -> Tensor:
+        size = self.part.image.size
+        return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+    def compute_outputs(self, part: Any, inputs: Tensor) -> dict[str, Tensor]:
+        return {"features": part(inputs)}
+
+
+@dataclass
+class SegmenterInputs:
+    """The inputs of a segmenter: the same regions asked for in every way that it takes."""
+
+    features: Tensor
+    prompts: dict[str, PromptBatch]
+
+
+class SegmenterHarness(PartHarness):
+    upstream = (StandInEncoder(),)
+    OUTPUT_FIELDS = ("prompt_tokens", "tokens", "mask_tokens", "grid", "masks", "scores", "boxes")
+
+    def make_all_inputs(self) -> SegmenterInputs:
+        """Ragged regions of a batch, by every kind of prompt."""
+        generator = torch.Generator().manual_seed(1)
+        image_index, num_regions = torch.tensor(IMAGE_INDEX), len(IMAGE_INDEX)
+        corner = torch.rand(num_regions, 2, generator=generator) * IMAGE_SIZE / 2
+        boxes = torch.cat(
+            (corner, corner + 8 + torch.rand(num_regions, 2, generator=generator) * IMAGE_SIZE / 4), dim=1
+        )
+        points = torch.rand(num_regions, 2, 2, generator=generator) * IMAGE_SIZE
+        positive_labels, mixed_labels = (
+            torch.ones(num_regions, 1, dtype=torch.long),
+            torch.tensor([[1, 0]]).expand(num_regions, 2),
+        )
+        masks = torch.randn(num_regions, 1, MASK_SIZE, MASK_SIZE, generator=generator) * 5
+        prompts = {
+            "box": PromptBatch(image_index, boxes=boxes),
+            "point": PromptBatch(image_index, points=points[:, :1], labels=positive_labels),
+            "two points": PromptBatch(image_index, points=points, labels=mixed_labels),
+            "box and points": PromptBatch(image_index, boxes=boxes, points=points, labels=mixed_labels),
+            "mask": PromptBatch(image_index, masks=masks),
+            "box and mask": PromptBatch(image_index, boxes=boxes, masks=masks),
+        }
+        return SegmenterInputs(torch.randn(NUM_IMAGES, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE, generator=generator), prompts)
+
+    @cached_property
+    def accepted_prompt_types(self) -> tuple[str, ...]:
+        """The kinds of prompt that the segmenter does not refuse with a ValueError; boxes always."""
+        all_inputs, accepted = self.make_all_inputs(), ["box"]
+        for prompt_type, prompts in all_inputs.prompts.items():
+            if prompt_type != "box":
+                try:
+                    self.part(all_inputs.features, prompts)
+                    accepted.append(prompt_type)
+                except ValueError:
+                    continue
+        return tuple(accepted)
+
+    def make_inputs(self) -> SegmenterInputs:
+        all_inputs = self.make_all_inputs()
+        return SegmenterInputs(
+            all_inputs.features, {kind: all_inputs.prompts[kind] for kind in self.accepted_prompt_types}
+        )
+
+    def count_rows(self, inputs: SegmenterInputs) -> int:
+        return len(IMAGE_INDEX)
+
+    def select_rows(self, inputs: SegmenterInputs, rows: Sequence[int]) -> SegmenterInputs:
+        image_index = torch.tensor(IMAGE_INDEX)[rows]
+        kept_images = image_index.unique()
+        prompts = {kind: each[rows] for kind, each in inputs.prompts.items()}
+        prompts = {
+            kind: replace(each, owner=torch.searchsorted(kept_images, each.image_index))
+            for kind, each in prompts.items()
+        }
+        return SegmenterInputs(inputs.features[kept_images], prompts)
+
+    def cast_inputs(self, inputs: SegmenterInputs, dtype: torch.dtype) -> SegmenterInputs:
+        return SegmenterInputs(inputs.features.to(dtype), inputs.prompts)  # coordinates stay exact
+
+    def list_upstream_tensors(self, inputs: SegmenterInputs) -> list[Tensor]:
+        return [inputs.features]
+
+    def compute_outputs(self, part: Any, inputs: SegmenterInputs) -> dict[str, Tensor]:
+        outputs = {}
+        runs = [(prompt_type, prompt_type, True) for prompt_type in inputs.prompts]
+        for name, prompt_type, multimask in [*runs, ("box, one mask", "box", False)]:
+            segmenter_output = part(inputs.features, inputs.prompts[prompt_type], multimask)
+            values = {field: getattr(segmenter_output, field) for field in self.OUTPUT_FIELDS}
+            values["image"] = segmenter_output.image[segmenter_output.owner]
+            dense_embeddings = segmenter_output.dense
+            values["dense"] = (
+                dense_embeddings
+                if dense_embeddings.dim() == 4
+                else dense_embeddings.expand(len(segmenter_output), *dense_embeddings.shape)
+            )
+            outputs |= {f"{field} by {name}": value for field, value in values.items() if value is not None}
+        return outputs
+
+
+class MixerHarness(PartHarness):
+    upstream = (StandInSegmenter(),)
+    REGION_FIELDS = tuple(
+        each.name for each in fields(SegmenterOutput) if each.name not in ("owner", "image", "size", "position")
+    )
+
+    def make_inputs(self) -> SegmenterOutput:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return make_random_regions(torch.tensor(IMAGE_INDEX), NUM_IMAGES)
+
+    def select_rows(self, inputs: SegmenterOutput, rows: Sequence[int]) -> SegmenterOutput:
+        kept_images = inputs.image_index[rows].unique()
+        fields_of_rows = {name: getattr(inputs, name)[rows] for name in self.REGION_FIELDS}
+        image_index = torch.searchsorted(kept_images, inputs.image_index[rows])
+        return replace(inputs, owner=image_index, image=inputs.image_embeddings[kept_images], **fields_of_rows)
+
+    def cast_inputs(self, inputs: SegmenterOutput, dtype: torch.dtype) -> SegmenterOutput:
+        field_names = [each.name for each in fields(SegmenterOutput) if each.name not in ("owner", "size", "boxes")]
+        return replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in field_names})
+
+    def list_upstream_tensors(self, inputs: SegmenterOutput) -> list[Tensor]:
+        return [
+            inputs.image_embeddings,
+            inputs.tokens,
+            inputs.grid,
+            inputs.prompt_tokens,
+            inputs.mask_tokens,
+            inputs.masks,
+        ]
+
+    def compute_outputs(self, part: Any, inputs: SegmenterOutput) -> dict[str, Tensor]:
+        return {"queries": part(inputs)}
+
+    def collect_needs(self) -> set[str]:
+        """What the part says it needs of masks, boxes and grid, with the options it has."""
+        required = set(self.get_declared_value("needs") or ())
+        if self.name:
+            card = get_registry(self.kind).get_card(self.name)
+            options = {**card.options, **self.options}
+            required.update(
+                thing for option, things in card.needs_with.items() if options.get(option) for thing in things
+            )
+        return required
+
+
+@dataclass
+class LanguageModelInputs:
+    """The inputs of a language model: ids padded right, and what is seen of them."""
+
+    input_ids: Tensor  # (N, L)
+    attention_mask: Tensor  # (N, L)
+    prefix: Tensor  # (N, K, E)
+
+
+class LanguageModelHarness(PartHarness):
+    LENGTHS = (6, 3, 1)
+
+    def make_inputs(self) -> LanguageModelInputs:
+        generator = torch.Generator().manual_seed(1)
+        num_texts, max_length = len(self.LENGTHS), max(self.LENGTHS)
+        tokenizer = self.part.tokenizer
+        vocab_size = self.vocab_size
+        input_ids = torch.randint(vocab_size, (num_texts, max_length), generator=generator)
+        attention_mask = (torch.arange(max_length) < torch.tensor(self.LENGTHS)[:, None]).long()
+        input_ids = input_ids.masked_fill(attention_mask == 0, tokenizer.pad if tokenizer is not None else 0)
+        embedding_std = self.part.embed(torch.arange(min(vocab_size, 64))[None]).float().std().item()
+        return LanguageModelInputs(
+            input_ids, attention_mask, torch.randn(num_texts, 3, self.part.width, generator=generator) * embedding_std
+        )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self.part.head(torch.zeros(1, self.part.width)).shape[-1]
+
+    def count_rows(self, inputs: LanguageModelInputs) -> int:
+        return len(inputs.input_ids)
+
+    def select_rows(self, inputs: LanguageModelInputs, rows: Sequence[int]) -> LanguageModelInputs:
+        max_length = int(inputs.attention_mask[rows].sum(1).max())
+        return LanguageModelInputs(
+            inputs.input_ids[rows][:, :max_length], inputs.attention_mask[rows][:, :max_length], inputs.prefix[rows]
+        )
+
+    def cast_inputs(self, inputs: LanguageModelInputs, dtype: torch.dtype) -> LanguageModelInputs:
+        return replace(inputs, prefix=inputs.prefix.to(dtype))
+
+    def list_upstream_tensors(self, inputs: LanguageModelInputs) -> list[Tensor]:
+        return [inputs.prefix]
+
+    def compute_outputs(self, part: Any, inputs: LanguageModelInputs) -> dict[str, Tensor]:
+        embeddings = part.embed(inputs.input_ids)
+        attention_mask = torch.cat(
+            (inputs.attention_mask.new_ones(inputs.prefix.shape[:2]), inputs.attention_mask), dim=1
+        )
+        hidden_states = part.hidden(
+            torch.cat((inputs.prefix, embeddings.to(inputs.prefix.dtype)), dim=1), attention_mask
+        )
+        outputs = {
+            "embeddings": embeddings * inputs.attention_mask[..., None],
+            "states": hidden_states * attention_mask[..., None],
+        }
+        outputs["logits"] = part.head(hidden_states) * attention_mask[..., None]
+        padding = max(self.LENGTHS) - inputs.input_ids.shape[1]
+        return {name: nn.functional.pad(value, (0, 0, 0, padding)) for name, value in outputs.items()}
+
+
+class DatasetHarness(PartHarness):
+    def __init__(self, kind: str, part: str | Callable[..., Any], options: Mapping[str, Any]):
+        super().__init__(kind, part, {name: value for name, value in options.items() if name != "split"})
+        self.upstream = (options.get("split", "val"),)
+
+    def read_samples(self) -> list[Any]:
+        return [self.part[index] for index in range(min(MAX_SAMPLES, len(self.part)))]
+
+    def iter_regions(self) -> Iterator[tuple[Any, Region]]:
+        return ((sample, region) for sample in self.read_samples() for region in sample.regions)
+
+
+HARNESSES = {
+    "encoders": EncoderHarness,
+    "segmenters": SegmenterHarness,
+    "mixers": MixerHarness,
+    "language_models": LanguageModelHarness,
+    "datasets": DatasetHarness,
+}
+TENSOR_KINDS = ("encoders", "segmenters", "mixers", "language_models")

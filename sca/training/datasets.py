@@ -1,0 +1,61 @@
+"""The datasets that a recipe names, opened and checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sca_registry import datasets
+from sca_registry.contracts import Dataset
+from sca_registry.spec import Part
+
+from sca.data.summary import check_dataset_not_empty, count_skipped, summarize_dataset
+from sca.training.recipe import Recipe, ValidationOptions
+
+
+def open_training_datasets(recipe: Recipe) -> dict[str, Dataset]:
+    """Open the datasets of a recipe.
+
+    Returns:
+        Each dataset by what messages call it, such as "data.scenes (train)", in the recipe's order.
+
+    Raises:
+        EmptyDatasetError: One has no image that can be used.
+        ValueError: Whatever else a dataset raises for what the recipe asks of it.
+    """
+    datasets_by_name = {}
+    for name, source in recipe.data.items():
+        dataset = datasets.build(source.dataset.name, source.split, **source.dataset.options)
+        check_dataset_not_empty(dataset, f"data.{name} ({source.split})")
+        datasets_by_name[f"data.{name} ({source.split})"] = dataset
+    return datasets_by_name
+
+
+def open_validation_dataset(validation: ValidationOptions) -> Dataset:
+    """Open the dataset of [validate], which may be empty, and check what is asked and scored.
+
+    Raises:
+        ValueError: An unknown prompt, metric or score, a metric whose extra is not installed or which does not find
+            what it needs in the dataset, no score that can choose the best model, or what the dataset raises.
+    """
+    from sca.evaluation.predictions import PromptingOptions
+    from sca.evaluation.requirements import check_best_scores, check_has_truth, check_metric_needs
+    from sca.evaluation.scoring import check_metrics
+
+    PromptingOptions(prompt=validation.prompt)
+    check_metrics(validation.metrics or None, None)
+    part = Part.from_dict(validation.dataset, "dataset of validate")
+    dataset = datasets.build(part.name, validation.split, **part.options)
+    if len(dataset):
+        check_has_truth(dataset, f"validate ({validation.split})", limit=validation.limit)
+        check_metric_needs(validation.metrics, dataset, limit=validation.limit)
+        check_best_scores(validation.best, validation.metrics or None, dataset, validation.limit)
+    return dataset
+
+
+def report_datasets(
+    datasets_by_name: Mapping[str, Dataset], report: Callable[[str], None], only_skipped: bool = False
+) -> None:
+    """Report one line for each dataset; with `quiet` only for those of which something was left out."""
+    for name, dataset in datasets_by_name.items():
+        if not only_skipped or count_skipped(dataset):
+            report(f"{name}: {summarize_dataset(dataset)}")

@@ -1,0 +1,92 @@
+"""What a frozen encoder makes of pictures, kept on disk: later epochs, and other mixers and language models, skip it.
+
+Good where augmentation leaves the pictures alone, as in SCA's weak supervision (arXiv 2312.00869). SAM's features of a
+picture take 2 MiB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sca.checkpoints.state import hash_tensors
+from sca.inference.processor import Processor
+from sca.io.atomic import remove_drafts, translate_output_errors, write_file
+from sca.io.paths import expand_user
+from sca.model import SegmentCaptioner
+
+
+class FeatureCache:
+    """A folder with a file for each picture, (C, h, w) in float16, mapped into memory when it is read.
+
+    Files lie under a key for the encoder's spec and weights, and are named after the picture's content, so that models,
+    data sets and processes may share one folder. A file is there whole or not at all.
+    """
+
+    def __init__(self, folder: str | Path, model: SegmentCaptioner):
+        encoder_identity = json.dumps(model.spec.to_dict()["encoder"], sort_keys=True) + hash_tensors(
+            model.encoder.state_dict()
+        )
+        self.folder = expand_user(folder) / hashlib.sha256(encoder_identity.encode()).hexdigest()[:24]
+
+    def get_path(self, image: Image.Image) -> Path:
+        digest = hashlib.sha256(f"{image.size}".encode())
+        digest.update(np.ascontiguousarray(image.convert("RGB")).data)
+        name = digest.hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.npy"
+
+    def __getitem__(self, image: Image.Image) -> Tensor:
+        """(C, h, w) in float32. KeyError if `fill` was not given this picture."""
+        try:
+            return torch.from_numpy(np.load(self.get_path(image), mmap_mode="r").astype(np.float32))
+        except FileNotFoundError as error:
+            raise KeyError(f"no features of this {image.size} picture in {self.folder}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.get_path(image)} is broken ({error}): remove it, and it is made again") from error
+
+    @torch.no_grad()
+    def encode_missing(
+        self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch_size: int = 4
+    ) -> None:
+        """Encodes the pictures whose features are not there. Calls `progress` for each picture.
+
+        ValueError if features are too large for float16, OutputError if they cannot be written.
+        """
+        processor, pending = Processor.from_encoder(model.encoder), dict[Path, Image.Image]()
+        for folder in self.folder.glob("*"):
+            remove_drafts(folder)
+
+        def encode_pending() -> None:
+            pixels = processor.preprocess_images(list(pending.values())).to(model.task_tokens.device)
+            for path, features in zip(pending, model.encode(pixels), strict=True):
+                _write_features(path, features)
+            pending.clear()
+
+        for image in images:
+            path = self.get_path(image)
+            if not path.exists():
+                pending[path] = image
+            if len(pending) == batch_size:
+                encode_pending()
+            progress()
+        if pending:
+            encode_pending()
+
+
+def _write_features(path: Path, features: Tensor) -> None:
+    array = features.half().cpu()
+    if not array.isfinite().all():
+        raise ValueError("the encoder gives features that float16 does not hold: train without train.cache_features")
+    content = io.BytesIO()
+    np.save(content, array.numpy())
+    with translate_output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content.getbuffer())
