@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import choice_table
+import model_table
 import results_table
 from markers import read_between
 from sca import cli
@@ -153,4 +153,6 @@ def test_a_page_without_markers_or_a_folder_without_reports_is_refused_in_one_li
 
 def test_the_table_of_combinations_is_what_is_planned():
     pytest.importorskip("open_clip", reason="the extra clip is not installed", exc_type=Exception)
-    assert read_between(TEXT, choice_table.START, choice_table.END) == choice_table.table(), "run: make choice"
+    assert read_between(TEXT, model_table.START, model_table.END) == model_table.render_model_table(), (
+        "run: make choice"
+    )

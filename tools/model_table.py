@@ -31,7 +31,7 @@ CHOICES = {  # spec -> what speaks for it
 }
 
 
-def render_choice_table() -> str:
+def render_model_table() -> str:
     """In Markdown."""
     rows = [["model", "for", "parameters", "memory", "GFLOP an image", "GFLOP a region", "licenses"]]
     rows.append(["---", "---", *["---:"] * 4, "---"])
@@ -63,7 +63,7 @@ def _format_giga(num_operations: float) -> str:
 
 def main(readme: str = "README.md") -> None:
     try:
-        write_between(Path(readme), START, END, render_choice_table())
+        write_between(Path(readme), START, END, render_model_table())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

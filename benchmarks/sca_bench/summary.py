@@ -73,9 +73,9 @@ class CombinationSummary:
             quality=mean(values) if values else None,
             low=min(low for low, _ in bounds) if bounds else None,
             high=max(high for _, high in bounds) if bounds else None,
-            seeds=tuple(values),
+            seed_scores=tuple(values),
             scores=_average_scores(rows),
-            curve={
+            regions_per_second={
                 regions: median(
                     p["regions_per_second"] for curve in throughput_curves for p in curve if p["regions"] == regions
                 )

@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 from sca_bench.worker import collect_environment
 
-from serving import _ask, _bodies, _Server, _told
+from serving_throughput import _ask, _bodies, _Server, _told
 
 NUM_SILENT_CONNECTIONS = 600  # connections
 REQUEST_TIMEOUT = 5.0  # seconds after which the heavy client goes on to its next request

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sca.io.atomic import write_file
-from two_stages import FEW, MANY, METRICS, WAYS
+from weak_supervision_job import FEW, MANY, METRICS, WAYS
 
 SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for (method, seed), folder in folders.items():
             folder.mkdir()
             config = {"way": method, "seed": seed, "device": "cpu", **steps}
-            tasks.append(Task(folder.name, "two_stages:work", config, str(folder)))
+            tasks.append(Task(folder.name, "weak_supervision_job:work", config, str(folder)))
         launcher = sca_registry.launchers.build("local", **parse_assignments(args.options))
         scores_by_run = {}
         for outcome in launcher.map(tasks):

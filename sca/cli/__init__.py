@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sca.cli import caption, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train, weights
+from sca.cli import caption, checkpoints, compare, convert, data, demo, evaluate, listing, plan, plugins, serve, train
 from sca.cli.options import print_stderr
 from sca.cli.plugin_commands import CommandGroup
 from sca.io.errors import DifferentRunError
@@ -41,10 +41,10 @@ app.command("convert")(convert.convert)
 app.command("view")(convert.view)
 app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
-app.command("pull")(weights.pull)
-app.command("push")(weights.push)
-app.command("import")(weights.import_)
-app.command("export")(weights.export)
+app.command("pull")(checkpoints.pull)
+app.command("push")(checkpoints.push)
+app.command("import")(checkpoints.import_)
+app.command("export")(checkpoints.export)
 app.command("plan")(plan.plan)
 app.command("check")(plugins.check)
 app.command("doctor")(plugins.doctor)

@@ -13,6 +13,7 @@ import numpy as np
 import sca_registry
 from PIL import Image
 from sca_registry.contracts import Metric, MetricOutput
+from sca_registry.errors import make_unknown_name_error
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 
 from sca.evaluation.bootstrap import (
@@ -180,9 +181,9 @@ def _check_metric_options(metric_options: Mapping[str, Any], metrics: Sequence[s
     for key in metric_options:
         metric, _, option = key.partition(".")
         if option and metric not in names:
-            raise sca_registry.errors.unknown(f"no metric {metric!r} for {key}", metric, names)
+            raise make_unknown_name_error(f"no metric {metric!r} for {key}", metric, names)
         if not option and key not in SHARED_OPTIONS:
-            raise sca_registry.errors.unknown(f"scores have no option {key!r}", key, SHARED_OPTIONS)
+            raise make_unknown_name_error(f"scores have no option {key!r}", key, SHARED_OPTIONS)
         if option and metrics is not None and metric not in metrics:
             raise sca_registry.RegistryError(f"{key} is given, and {metric!r} is not among the metrics")
     return metric_options

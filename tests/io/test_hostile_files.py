@@ -12,7 +12,7 @@ from sca_registry import RegistryError, datasets
 from sca_registry.overrides import parse_assignments
 
 from sca.checkpoints.push import _read_scores
-from sca.data import fields, json_stream, records
+from sca.data import json_stream, record_index, record_parsing
 from sca.evaluation.evaluate import score_file
 from sca.evaluation.predictions_file import read_predictions
 from sca.io.errors import InputError
@@ -37,7 +37,7 @@ def read_dataset(path):
 
 
 def read_index(path):
-    return records.index_json_lists(path, {"images": ["id"]}, (), "should be COCO")
+    return record_index.index_json_lists(path, {"images": ["id"]}, (), "should be COCO")
 
 
 READERS = {  # by the name of the file
@@ -48,10 +48,10 @@ READERS = {  # by the name of the file
     "predictions.jsonl": read_predictions,
     "scored.jsonl": score_file,
     "scores.json": _read_scores,
-    "lines.jsonl": lambda path: list(records.read_jsonl_records(path)),
+    "lines.jsonl": lambda path: list(record_index.read_jsonl_records(path)),
     "list.json": lambda path: list(json_stream.iter_list_elements(path)),
     "index.json": read_index,
-    "whole.json": fields.read_dataset_json,
+    "whole.json": record_parsing.read_dataset_json,
     "data.jsonl": read_dataset,
     "results.jsonl": lambda path: ResultStore(path.parent).read_rows(),
 }

@@ -3,7 +3,7 @@
 import pytest
 
 from heavy_client import describe, measure
-from serving import _Server
+from serving_throughput import _Server
 
 
 @pytest.mark.all
