@@ -15,21 +15,16 @@ from sca_registry.overrides import MODEL_PARTS, apply_overrides, parse_assignmen
 from sca_registry.plugins import BUILTIN_DISTRIBUTION
 from sca_registry.registry import get_registry
 
-SPEC_FORMAT = 1
+SPEC_FORMAT = 2
 ARGUMENT_PATTERN = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")  # of a part with its options, on one line
 TRAINABLE_GROUPS = ("mixer", "projection", "task_tokens", "neck", "lora", "encoder", "segmenter", "language_model")
 DEFAULT_PROJECTION = {"kind": "linear", "norm": "none"}
 PROJECTION_CHOICES = {"kind": ("linear", "mlp"), "norm": ("none", "pre", "post", "both")}
-PEFT_OPTION_NAMES = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-}  # its names
-DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": None}
+PEFT_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}  # names of peft, with ours
+DEFAULT_LORA = {"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": None}
 CAPTION_FROM_CHOICES = ("box-and-point", "box", "point")
-DEFAULT_GENERATION = {"max_new_tokens": 20, "beams": 1}
-MAX_GENERATION = {"max_new_tokens": 4096, "beams": 64, "captions": 64}
+DEFAULT_GENERATION = {"max_new_tokens": 20, "num_beams": 1}
+MAX_GENERATION = {"max_new_tokens": 4096, "num_beams": 64, "num_captions": 64}
 MAX_CROP_LAYERS = 4  # layers
 MAX_GRID_POINTS = 2**20  # of the grids of an image and all its crops
 
@@ -238,7 +233,7 @@ def check_generation(
             _check_number(subject, name, checked_options[name], is_integer=False, minimum=0, maximum=upper_bound)
     if checked_options.get("temperature") == 0:
         raise RegistryError(f"{subject}.temperature is 0: give a number above 0, or leave out sample")
-    if not isinstance(checked_options.get("sample", False), bool):
+    if not isinstance(checked_options.get("do_sample", False), bool):
         raise RegistryError(f"{subject}.sample is {checked_options['sample']!r:.80}: give true or false")
     if "seed" in checked_options:
         _check_number(subject, "seed", checked_options["seed"], is_integer=True, minimum=-(2**63), maximum=2**63 - 1)
@@ -267,22 +262,22 @@ def _complete_everything(value: Any) -> dict[str, Any]:
                     f"everything.caption_from is {setting!r}", str(setting), CAPTION_FROM_CHOICES
                 )
         else:
-            maximum = MAX_CROP_LAYERS if key == "crops" else math.inf
+            maximum = MAX_CROP_LAYERS if key == "crop_n_layers" else math.inf
             _check_number(
                 "everything",
                 key,
                 setting,
-                is_integer=key in ("points", "crops"),
-                minimum=key == "points",
+                is_integer=key in ("points_per_side", "crop_n_layers"),
+                minimum=key == "points_per_side",
                 maximum=maximum,
             )
-    if not options.get("crop_overlap", 0) < 1:
-        raise RegistryError(f"everything.crop_overlap is {options['crop_overlap']}: give a share of the image, below 1")
+    if not options.get("crop_overlap_ratio", 0) < 1:
+        raise RegistryError(f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}: give a share of the image, below 1")
     completed = defaults | options
-    num_points = completed["points"] ** 2 * sum(4**layer for layer in range(completed["crops"] + 1))
+    num_points = completed["points_per_side"] ** 2 * sum(4**layer for layer in range(completed["crop_n_layers"] + 1))
     if num_points > MAX_GRID_POINTS:
         raise RegistryError(
-            f"everything.points and everything.crops ask for more than {MAX_GRID_POINTS:,} points; lower one of them"
+            f"everything.points_per_side and everything.crop_n_layers ask for more than {MAX_GRID_POINTS:,} points; lower one of them"
         )
     return completed
 
@@ -327,7 +322,7 @@ def _complete_lora(value: Any) -> dict[str, Any] | None:
     completed = DEFAULT_LORA | {"alpha": 2 * rank} | options
     for key, maximum in (("alpha", math.inf), ("dropout", 1)):
         _check_number("lora", key, completed[key], is_integer=False, minimum=0, maximum=maximum)
-    target_modules = completed["targets"]
+    target_modules = completed["target_modules"]
     if not (
         target_modules is None
         or (isinstance(target_modules, list | tuple) and all(isinstance(each, str) for each in target_modules))
