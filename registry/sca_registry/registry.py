@@ -104,7 +104,8 @@ class Registry(catalogue.Registry):
                 conflicts.append(_describe_location(previous))
             if conflicts:
                 raise RegistryError(
-                    f"{self._singular} {name!r} is already registered by {conflicts[0]}: give {_describe_location(factory)} another name"
+                    f"{self._singular} {name!r} is already registered by {conflicts[0]}; give "
+                    f"{_describe_location(factory)} another name"
                 )
             return super(Registry, self).register(name)(factory)
 
@@ -197,9 +198,7 @@ class Registry(catalogue.Registry):
         card = offer.card
         default_options: Mapping[str, Any] = card.default_options
         if "weights" in options and options["weights"] != card.options.get("weights"):
-            default_options = {
-                key: value for key, value in card.options.items() if key != "revision"
-            }  # of its own weights
+            default_options = {key: value for key, value in card.options.items() if key != "revision"}
         factory = _bind_options(self._load_factory(offer), default_options)
         check_options(f"{self._singular} {name!r}", factory, self._num_positional, options)
         try:
@@ -210,12 +209,10 @@ class Registry(catalogue.Registry):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # other people's code: whatever it raises is the failure of this one name
-            if isinstance(error, ValueError) and (upstream or options):  # so a factory refuses what it was given
+            if isinstance(error, ValueError | OSError) and (upstream or options):  # a factory rejects its options
                 raise RegistryError(f"{self._describe_offer(offer)} cannot be built: {error}") from error
             option_text = ", ".join(f"{option}={value!r}" for option, value in options.items())
-            is_component_fault = not (
-                options or offer.is_builtin or is_memory_error(error)
-            )  # else it says nothing of the part by itself
+            is_component_fault = not (options or offer.is_builtin or is_memory_error(error))
             self._raise_failure(
                 offer,
                 f"cannot be built with {option_text}" if option_text else "cannot be built",
@@ -255,7 +252,7 @@ class Registry(catalogue.Registry):
         try:
             factory = self._load_factory(offer)
         except RegistryError as error:
-            state = classify_failure(offer, error.__cause__) if error.__cause__ else infer_state(offer)
+            state = classify_failure(offer, error.__cause__) if error.__cause__ is not None else infer_state(offer)
             return self._make_entry(name, offer, offer.card.default_options, state)
         options = get_factory_options(_bind_options(factory, offer.card.default_options), self._num_positional)
         state = infer_state(offer)
@@ -344,7 +341,8 @@ class Registry(catalogue.Registry):
                 f"{len(qualified_names)} {self._plural} are named {name!r}. Say which: {' or '.join(qualified_names)}"
             )
         raise RegistryError(
-            f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), offers_by_name)}{format_choices(sorted(offers_by_name))}  "
+            f"no {self._plural} named {name!r}.{self._suggest_meaning(str(name), offers_by_name)}"
+            f"{format_choices(sorted(offers_by_name))}  "
             f"A plugin adds one with an entry point in {self.kind.entry_point_group!r}."
         )
 
@@ -384,9 +382,8 @@ class Registry(catalogue.Registry):
         state = classify_failure(offer, error)
         if state.name != "broken":
             raise RegistryError(f"{self._describe_offer(offer)} {state.name}. Install it: {state.reason}") from error
-        raise RegistryError(
-            f"{self._describe_offer(offer)} {problem}: {state.reason}.{_suggest_remedy(offer) if is_component_fault else ''}"
-        ) from error
+        remedy = _suggest_remedy(offer) if is_component_fault else ""
+        raise RegistryError(f"{self._describe_offer(offer)} {problem}: {state.reason}.{remedy}") from error
 
     # --- words --------------------------------------------------------------------------------------------------------
 

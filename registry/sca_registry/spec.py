@@ -159,7 +159,7 @@ class ModelSpec:
         spec_format = table.pop("format", SPEC_FORMAT)
         if spec_format != SPEC_FORMAT:
             raise RegistryError(
-                f"the spec has format {spec_format!r} and this version reads {SPEC_FORMAT}: pip install -U {BUILTIN_DISTRIBUTION}"
+                f"the spec has format {spec_format!r}, and this version reads {SPEC_FORMAT}; {_suggest_fix(spec_format)}"
             )
         field_names = [each.name for each in fields(cls)]
         for key in table:
@@ -186,6 +186,12 @@ class ModelSpec:
     def apply_overrides(self, assignments: Iterable[str]) -> ModelSpec:
         """Changed by `key=value`, see `overrides`. Raises RegistryError for an assignment or a result that is wrong."""
         return self.from_dict(apply_overrides({"model": self.to_dict()}, assignments)["model"])
+
+
+def _suggest_fix(spec_format: Any) -> str:
+    if isinstance(spec_format, int) and spec_format > SPEC_FORMAT:
+        return f"pip install -U {BUILTIN_DISTRIBUTION}"
+    return "save the model again with this version"
 
 
 def _suggest_registered_name(subject: str, factory: Any) -> str:
@@ -272,12 +278,15 @@ def _complete_everything(value: Any) -> dict[str, Any]:
                 maximum=maximum,
             )
     if not options.get("crop_overlap_ratio", 0) < 1:
-        raise RegistryError(f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}: give a share of the image, below 1")
+        raise RegistryError(
+            f"everything.crop_overlap_ratio is {options['crop_overlap_ratio']}; give a fraction of the image below 1"
+        )
     completed = defaults | options
     num_points = completed["points_per_side"] ** 2 * sum(4**layer for layer in range(completed["crop_n_layers"] + 1))
     if num_points > MAX_GRID_POINTS:
         raise RegistryError(
-            f"everything.points_per_side and everything.crop_n_layers ask for more than {MAX_GRID_POINTS:,} points; lower one of them"
+            "everything.points_per_side and everything.crop_n_layers ask for more than "
+            f"{MAX_GRID_POINTS:,} points; lower one of them"
         )
     return completed
 
