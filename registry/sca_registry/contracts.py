@@ -1,12 +1,24 @@
-"""What each kind of part takes and gives.
+"""Contracts: the inputs and outputs of each kind of component.
 
-The shapes on this page are the whole agreement between encoders, segmenters, mixers, language models, data and metrics.
-Nothing here imports torch: the dataclasses call methods of the tensors they are given, and the protocols are for
-readers and type checkers. Letters: B images, N regions over the whole batch, P points a region, M candidate masks, D
-the segmenter's width, Q queries, E the language model's width, L words of the longest caption, V vocabulary, S side of
-the square input frame in pixels, h and w the feature grid (S divided by the encoder's stride).
+The shapes in this module are the complete agreement between encoders, segmenters, mixers, language models, datasets and
+metrics. The module does not import torch: the dataclasses call tensor methods, and the protocols are for readers and
+type checkers.
 
-Regions are flat: N counts regions over the whole batch, and a sorted `owner` says which image each belongs to.
+Shape legend:
+    B: images in a batch.
+    N: regions over the whole batch.
+    P: points per region.
+    M: candidate masks per region.
+    D: hidden size of the segmenter.
+    Q: queries per region.
+    K: prefix length of the language model (task tokens and queries).
+    E: hidden size of the language model.
+    L: tokens of the longest caption.
+    V: vocabulary size.
+    S: side of the square input frame in pixels.
+    h, w: height and width of the feature grid (S divided by the encoder's stride).
+
+Regions are flat: N counts regions over the whole batch, and a sorted `image_index` maps each region to its image.
 """
 
 from __future__ import annotations
@@ -26,10 +38,16 @@ TASKS = ("recognition", "caption")
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How an encoder wants its pictures.
+    """Input format of an image encoder.
 
-    `mean` and `std` are for channel values in 0..1. `fit="pad"` scales the longest side to `size` and fills right and
-    below with zeros after normalizing; `fit="stretch"` scales both sides to `size`.
+    Attributes:
+        size: Side S of the square input frame in pixels.
+        mean: Channel means for values in 0..1.
+        std: Channel standard deviations for values in 0..1.
+        order: Channel order.
+        resample: Interpolation used for resizing.
+        fit: "pad" scales the longest side to `size` and pads right and bottom with zeros after normalization;
+            "stretch" scales both sides to `size`.
     """
 
     size: int
@@ -48,11 +66,11 @@ class _TensorRows:
         return len(getattr(self, fields(self)[0].name))
 
     def __getitem__(self, rows: Any):
-        """The chosen rows (a slice, an index tensor or a boolean tensor), all fields together."""
+        """Select rows of every field by a slice, an index tensor or a boolean tensor."""
         return self._map_tensors(lambda value: value[rows])
 
     def to(self, *args: Any, **kwargs: Any):
-        """Moved like `Tensor.to`; a dtype is given to the floating fields only."""
+        """Move every tensor as `Tensor.to` does; a dtype applies to floating-point fields only."""
         return self._map_tensors(lambda value: _move_tensor(value, args, kwargs))
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]):
@@ -67,77 +85,77 @@ def _move_tensor(value: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tenso
 
 @dataclass
 class PromptBatch(_TensorRows):
-    """What a user points at, in pixels of the SxS input frame. Homogeneous: every row has the same kinds of prompt.
+    """Prompts of N regions in pixels of the S x S input frame.
 
-    A mixed request is bucketed by the Processor, so that nothing is ever padded: SAM's attention is unmasked and its
-    label -1 is a learned token, not filler.
+    A batch is homogeneous: every row has the same kinds of prompt and the same number of points. The Processor groups
+    mixed requests, so prompts are never padded: SAM's attention is unmasked, and its label -1 is a learned token.
     """
 
-    image_index: Tensor  # (N,) long, sorted: the image each region belongs to
+    image_index: Tensor  # (N,) long, sorted: the image of each region
     boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2
     points: Tensor | None = None  # (N, P, 2) x y
     labels: Tensor | None = None  # (N, P) 1 inside, 0 outside, -1 SAM's "not a point"
     masks: Tensor | None = None  # (N, 1, 4h, 4w) logits
 
     def iter_chunks(self, chunk_size: int) -> Iterator[PromptBatch]:
-        """At most `size` regions at a time, in order."""
+        """Yield consecutive batches of at most `chunk_size` regions."""
         for start in range(0, len(self), chunk_size):
             yield self[start : start + chunk_size]
 
 
 @dataclass
 class SegmenterOutput:
-    """What a segmenter knows of each prompted region, before a caption is thought of."""
+    """Masks, scores, tokens and features of N prompted regions."""
 
     image_index: Tensor  # (N,)
-    image_embeddings: Tensor  # (B, D, h, w) the encoder's features at the segmenter's width, before any prompt
+    image_embeddings: Tensor  # (B, D, h, w) image features before any prompt
     image_size: int  # S
-    dense_embeddings: Tensor  # (D, 1, 1) or (N, D, h, w) the dense prompt
-    positional_encoding: Tensor  # (D, h, w) the position code of the grid
-    prompt_tokens: Tensor  # (N, P', D) the prompt as raw tokens
-    tokens: Tensor  # (N, T, D) tokens after they have looked at the image
-    mask_tokens: Tensor | None = None  # (N, M, D) the fused tokens of the masks, aligned with `masks`
-    grid: Tensor | None = None  # (N, D, h, w) the image as each region sees it
+    dense_embeddings: Tensor  # (D, 1, 1) or (N, D, h, w) dense prompt embeddings
+    positional_encoding: Tensor  # (D, h, w) positional encoding of the grid
+    prompt_tokens: Tensor  # (N, P', D) prompt tokens before the mask decoder
+    tokens: Tensor  # (N, T, D) output tokens of the mask decoder
+    mask_tokens: Tensor | None = None  # (N, M, D) output tokens of the masks, aligned with `masks`
+    grid: Tensor | None = None  # (N, D, h, w) image features of the mask decoder, per region
     masks: Tensor | None = None  # (N, M, 4h, 4w) logits
     iou_scores: Tensor | None = None  # (N, M) predicted IoU
-    boxes: Tensor | None = None  # (N, 4) the given box, else the tight box of the best mask; input frame
+    boxes: Tensor | None = None  # (N, 4) x1 y1 x2 y2 in the input frame: the box prompt, else the box of the best mask
 
     def __len__(self) -> int:
         return len(self.image_index)
 
 
 class GenerationOutput(NamedTuple):
-    """Word ids without the prefix, and how sure the model was."""
+    """Generated token ids without the prefix, and their scores."""
 
-    sequences: Tensor  # (N, R, T) R captions a region, best first; after the end only `tokenizer.eos` or pad
-    scores: Tensor  # (N, R) mean log-probability a token, the end counted
+    sequences: Tensor  # (N, R, T) R captions per region, best first, filled with EOS or padding after their end
+    scores: Tensor  # (N, R) mean log-probability per token, EOS included
 
 
 @dataclass
 class Targets(_TensorRows):
-    """The truth a segmenter learns from."""
+    """Ground-truth masks to train a segmenter on."""
 
-    masks: Tensor  # (N, 4h, 4w) in 0..1: the share of each cell that the region covers
-    valid_pixels: Tensor  # (N, 4h, 4w) bool: cells that show the image and not its padding
-    has_mask: Tensor  # (N,) bool: regions whose truth has a mask
+    masks: Tensor  # (N, 4h, 4w) in 0..1: fraction of each cell that the region covers
+    valid_pixels: Tensor  # (N, 4h, 4w) bool: cells inside the image, not its padding
+    has_mask: Tensor  # (N,) bool: regions with a ground-truth mask
 
 
 @dataclass
 class Batch:
-    """Images, N prompts and, when there is something to learn, M texts. Pixels or features, never both."""
+    """Images, N prompts and, for training, M captions. Exactly one of `pixel_values` and `features` is set."""
 
     prompts: PromptBatch
     task_ids: Tensor  # (M,) 0 recognition, 1 caption
     pixel_values: Tensor | None = None  # (B, 3, S, S)
     features: Tensor | None = None  # (B, C, h, w)
-    input_ids: Tensor | None = None  # (M, L) words and the end, padded right
-    attention_mask: Tensor | None = None  # (M, L) 1 where `ids` is a word or the end
-    region_index: Tensor | None = None  # (M,) the prompt that each text is of; None: one text for each, in order
+    input_ids: Tensor | None = None  # (M, L) caption tokens and EOS, padded on the right
+    attention_mask: Tensor | None = None  # (M, L) 1 for caption tokens and EOS, 0 for padding
+    region_index: Tensor | None = None  # (M,) prompt of each caption; None: one caption per prompt, in order
     targets: Targets | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)  # what auxiliary losses of the recipe ask for, (N, ...)
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) targets of auxiliary losses
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """Every tensor moved like `Tensor.to`."""
+        """Move every tensor as `Tensor.to` does."""
 
         def move(value: Any) -> Any:
             if isinstance(value, dict):
@@ -149,18 +167,18 @@ class Batch:
 
 @dataclass
 class ModelOutput:
-    """What one forward pass gives: `loss` is the weighted sum of `losses`."""
+    """Output of a forward pass. `loss` is the weighted sum of `losses`."""
 
     loss: Tensor | None
     losses: dict[str, Tensor]
-    logits: Tensor | None  # (W, V) of the words and ends of all texts, in order; None if they are too many
+    logits: Tensor | None  # (tokens, V) of all captions in order, EOS included; None for large batches
     regions: SegmenterOutput
     queries: Tensor  # (N, Q, D)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What was asked about one region, in pixels of the image as its viewer sees it (EXIF rotation applied)."""
+    """Prompt of one region in image pixels, with the EXIF orientation applied."""
 
     box: tuple[float, float, float, float] | None = None  # x1 y1 x2 y2
     points: tuple[tuple[float, float, int], ...] = ()  # x, y, label 1 inside or 0 outside
@@ -173,30 +191,28 @@ class Prompt:
 class TokenUsage(NamedTuple):
     """Tokens of one region's captions."""
 
-    prompt_tokens: int  # positions of the prefix that the language model reads
-    completion_tokens: tuple[int, ...]  # tokens of the caption and each of `others`, the end counted
-    is_truncated: tuple[bool, ...]  # whether each was cut at the token limit before it ended
+    prompt_tokens: int  # prefix length
+    completion_tokens: tuple[int, ...]  # tokens of the caption and of each alternative, EOS included
+    is_truncated: tuple[bool, ...]  # whether each reached the token limit before EOS
 
 
 @dataclass(frozen=True)
 class Caption:
-    """The answer for one region, in the image's own pixels."""
+    """Caption of one region, with its box and mask in image pixels."""
 
     text: str
-    score: float  # exp of the mean token log-probability, 0..1; NaN of what a person said
-    box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the given box, else the tight box of the mask
+    score: float  # exp of the mean token log-probability, in 0..1; NaN for a caption written by a person
+    box: tuple[float, float, float, float] | None  # x1 y1 x2 y2: the box prompt, else the box of the mask
     mask: dict[str, Any] | None  # COCO RLE {"size": [height, width], "counts": str}
-    predicted_iou: float | None  # predicted by the segmenter for this mask
+    predicted_iou: float | None  # mask quality predicted by the segmenter
     prompt: Prompt
-    region_id: int  # the prompt's place in the request
-    alternatives: tuple[
-        tuple[str, float], ...
-    ] = ()  # further captions that were asked for, and their scores, best first
-    usage: TokenUsage | None = None  # None where no language model wrote the captions, or its tokens are not counted
+    region_id: int  # index of the prompt in the request
+    alternatives: tuple[tuple[str, float], ...] = ()  # further captions and their scores, best first
+    usage: TokenUsage | None = None  # None if no language model generated the captions
 
     @property
     def array(self) -> np.ndarray | None:
-        """The mask as (height, width) bool, in the image's own pixels; None without a mask."""
+        """Mask as a (height, width) bool array in image pixels; None without a mask."""
         if self.mask is None:
             return None
         from pycocotools import mask as coco
@@ -211,19 +227,21 @@ class Region:
     id: int
     box: tuple[float, float, float, float]  # x1 y1 x2 y2, image pixels
     mask: dict[str, Any] | None = None  # COCO RLE
-    name: str | None = None  # the class name: what the task `recognition` learns
-    phrases: tuple[str, ...] = ()  # true sentences, the most telling last: what the task `caption` learns
-    attributes: dict[str, Any] = field(default_factory=dict)  # exact facts, where a dataset has them
+    name: str | None = None  # class name, the target of the task `recognition`
+    phrases: tuple[str, ...] = ()  # true captions, the most specific last, the targets of the task `caption`
+    attributes: dict[str, Any] = field(default_factory=dict)  # exact attributes, if the dataset has them
 
 
 class Sample(NamedTuple):
+    """One image of a dataset with its annotated regions."""
+
     image: Image.Image
     image_id: int
     regions: tuple[Region, ...]
 
 
 class Proposals(NamedTuple):
-    """Regions that nobody asked for by hand: prompts in image pixels, how good each is, and names where known."""
+    """Proposed regions: prompts in image pixels, a score for each, and class names where available."""
 
     prompts: tuple[Prompt, ...]
     scores: tuple[float, ...]
@@ -231,14 +249,17 @@ class Proposals(NamedTuple):
 
 
 class MetricOutput(NamedTuple):
-    """What a metric found.
+    """Scores of a metric.
 
-    total: shares in 0..1 (or what else the metric says) as floats, NaN where nothing was there to be counted, and
-    counts as whole numbers. each: arrays with one row a thing that was judged (a record, a region, a pair), with
-    `image_id` and `region_id` to say which; an array named like a share of `total` has that share as its mean over the
-    rows that are not NaN, unless `sums` has the name, too. sums: of a score that is no mean, what each row adds (R, F),
-    and the function that gives the score (...) of summed rows (..., F): with it the score of any choice of rows can be
-    told. notes: by the name of a score, why it is not a number.
+    Attributes:
+        values: Scores by name. Floats are fractions in 0..1 unless the metric documents another range, NaN if nothing
+            could be scored. Counts are integers.
+        per_record: Arrays with one row per judged unit (a record, a region or a pair), with `image_id` and `region_id`
+            to identify it. An array named like a score has that score as its mean over the rows that are not NaN,
+            unless `statistics` contains the score.
+        statistics: For a score that is not a mean: the summands of each row, (rows, F), and a function that maps summed
+            rows (..., F) to scores (...). The bootstrap resamples rows with it.
+        notes: Reasons why a score is NaN, by the name of the score.
     """
 
     values: dict[str, float]
@@ -247,12 +268,20 @@ class MetricOutput(NamedTuple):
     notes: dict[str, str] | None = None
 
 
-# --- what a part of each kind must do -------------------------------------------------------------------------------
+# --- protocols ------------------------------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """factory(**options). Called with (B, 3, S, S) pixels, gives (B, C, S/stride, S/stride) features."""
+    """Image encoder, built by `factory(**options)`.
+
+    Attributes:
+        image_format: Input format.
+        channels: Feature channels C.
+        stride: Input pixels per feature cell.
+        default_segmenter: Segmenter used if a spec names none.
+        checkpoint: Hub id or folder of the pretrained weights; None for random weights.
+    """
 
     image_format: ImageFormat
     channels: int
@@ -260,132 +289,182 @@ class Encoder(Protocol):
     default_segmenter: str
     checkpoint: str | None
 
-    def __call__(self, pixel_values: Tensor) -> Tensor: ...
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Encode images: (B, 3, S, S) -> (B, C, S / stride, S / stride)."""
 
 
 @runtime_checkable
 class Segmenter(Protocol):
-    """factory(encoder, **options). May have `loss(regions, targets) -> dict` when it can be trained."""
+    """Promptable segmenter, built by `factory(encoder, **options)`.
+
+    A trainable segmenter has a method `loss(regions: SegmenterOutput, targets: Targets) -> dict[str, Tensor]`.
+
+    Attributes:
+        channels: Hidden size D.
+    """
 
     channels: int
 
-    def __call__(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput: ...
+    def __call__(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
+        """Segment regions.
+
+        Args:
+            features: (B, C, h, w) features of the encoder.
+            prompts: N prompts.
+            multimask_output: Return three masks per region instead of one.
+        """
 
 
 @runtime_checkable
 class Mixer(Protocol):
-    """factory(segmenter, **options). Gives (N, Q, D).
+    """Feature mixer, built by `factory(segmenter, **options)`: it turns regions into queries for the language model.
 
-    May have `prepare(image, position)`, of the whole images' features (B, D, h, w) and the position code (D, h, w):
-    what is computed once an image. What it gives may then be a second argument, for any regions of the same images.
+    A mixer may have a method `prepare(image_embeddings, positional_encoding)` that computes what all regions of an
+    image share, from (B, D, h, w) and (D, h, w). Its result is then passed to the mixer as a second argument.
+
+    Attributes:
+        hidden_size: Width D of the queries.
+        num_queries: Queries Q per region.
+        uses_grid: Whether the mixer reads `SegmenterOutput.grid`.
     """
 
     hidden_size: int
     num_queries: int
     uses_grid: bool
 
-    def __call__(self, regions: SegmenterOutput) -> Tensor: ...
+    def __call__(self, regions: SegmenterOutput) -> Tensor:
+        """Return the queries of each region, (N, Q, D)."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Words to ids and back. `encode` ends with `eos` and adds no beginning: the visual prefix stands in its place."""
+    """Converts text to token ids and back.
+
+    Attributes:
+        pad_token_id: Id of the padding token.
+        eos_token_id: Id of the end-of-sequence token.
+    """
 
     pad_token_id: int
     eos_token_id: int
 
-    def encode(self, text: str, max_length: int | None = None) -> list[int]: ...
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Return at most `max_length` ids that end with EOS and have no BOS, which the visual prefix replaces."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text up to EOS."""
 
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """factory(**options). A causal language model fed with embeddings."""
+    """Causal language model with embedding inputs, built by `factory(**options)`.
+
+    Attributes:
+        hidden_size: Width E of the embeddings.
+        tokenizer: Its tokenizer; None if the checkpoint has none.
+    """
 
     hidden_size: int
     tokenizer: Tokenizer | None
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """(N, L) ids -> (N, L, E)."""
+        """Embed token ids: (N, L) -> (N, L, E)."""
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """(N, S, E), (N, S) -> (N, S, E): the last layer's states."""
+        """Return the hidden states of the last layer: (N, L, E) and (N, L) -> (N, L, E)."""
 
     def lm_head(self, hidden_states: Tensor) -> Tensor:
-        """(..., E) -> (..., V)."""
+        """Return the logits of hidden states: (..., E) -> (..., V)."""
 
     def generate(self, prefix: Tensor, max_new_tokens: int, **generation: Any) -> GenerationOutput:
-        """(N, K, E) -> at most `max_new_tokens` ids a caption, the prefix not counted."""
+        """Generate captions of at most `max_new_tokens` tokens from prefixes (N, K, E)."""
 
-    def add_lora(self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> None:
-        """Adds LoRA to the named linear layers (or those that suit the architecture)."""
+    def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | None) -> None:
+        """Add LoRA adapters to the named linear layers, by default to those that suit the architecture."""
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """factory(split, **options).
+    """Dataset of images with annotated regions, built by `factory(split, **options)`.
 
-    May have `attributes`, the values that each attribute of its regions can have, for auxiliary losses to name; and
-    `between`, those of them that are about a region and another one, and so not to be seen in the region itself.
+    A dataset may have `attributes`, the possible values of each attribute of its regions, for auxiliary losses; and
+    `between`, the names of those attributes that relate a region to another one and so are not visible in it alone.
     """
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of images."""
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample:
+        """Return one image with its regions."""
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """factory(**options). `needs`: what must be in a record, such as "mask", "truth.mask" or "task=caption".
+    """Metric over prediction records, built by `factory(**options)`.
 
-    One that needs "image" is called with a second argument, which gives the picture of a record: (records, images).
-    Options that are called `references` and `tokenizer` are the protocol's. May have `implementation`, whose code it is
-    with its version; `whole = True` to be given the answers to misleading prompts (controls) with the others, and not
-    by themselves; and, in its class or its card, `scores`, the names of its scores (`class/*` for any that begin so),
-    by which a score is known before it is computed.
+    A metric that needs "image" is called with a second argument, a function from a record to its image. Options named
+    `references` and `tokenizer` are set by the evaluation protocol. A metric may also have:
+
+    - `implementation`: the package that computes it, with its version;
+    - `whole = True`: records of controls (adversarial prompts) are passed together with the others;
+    - `scores`, in its class or card: the names of its scores, `class/*` for all with a prefix.
+
+    Attributes:
+        needs: Required fields of a record, such as "mask", "truth.mask" or "task=caption".
     """
 
     needs: tuple[str, ...]
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> MetricOutput: ...
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> MetricOutput:
+        """Score records."""
 
 
 @runtime_checkable
 class Proposer(Protocol):
-    """factory(**options)."""
+    """Region proposer, built by `factory(**options)`."""
 
-    def __call__(self, image: Image.Image, image_id: int | str) -> Proposals: ...
+    def __call__(self, image: Image.Image, image_id: int | str) -> Proposals:
+        """Propose regions of an image."""
 
 
 @runtime_checkable
 class Captioner(Protocol):
-    """factory(**options). What evaluate, demo and serve use: a composed model is one, so are the baselines."""
+    """Captioner of regions, built by `factory(**options)`: a composed model or a baseline."""
 
     def caption(
         self, image: Image.Image, prompts: Sequence[Prompt], task: str = "caption", **generation: Any
-    ) -> list[Caption]: ...
+    ) -> list[Caption]:
+        """Return one caption per prompt, in order."""
 
 
 @runtime_checkable
 class Launcher(Protocol):
-    """factory(**options). Runs tasks, see `sca.launchers.task`, and yields their outcomes as they end."""
+    """Launcher of tasks, built by `factory(**options)`. See `sca.launchers.task`."""
 
-    def map(self, tasks: Sequence[Any]) -> Iterator[Any]: ...
+    def map(self, tasks: Sequence[Any]) -> Iterator[Any]:
+        """Run tasks and yield their outcomes in the order in which they finish."""
 
 
 class ComponentKind(NamedTuple):
-    """One kind of part: how people name it, where plugins offer it, and what a built one must be."""
+    """Kind of component.
+
+    Attributes:
+        plural: Name of its registry, such as "encoders".
+        singular: Name of one component, such as "encoder".
+        protocol: Protocol that a component implements.
+        upstream_kind: Kind of the component that the factory receives as its first argument.
+        first_argument: Name of another required first argument of the factory.
+    """
 
     plural: str
     singular: str
     protocol: type
-    upstream_kind: str | None = None  # the kind whose built part is the factory's first argument
-    first_argument: str | None = None  # another required first argument
+    upstream_kind: str | None = None
+    first_argument: str | None = None
 
     @property
     def entry_point_group(self) -> str:
-        """The entry-point group that plugins use."""
+        """Entry-point group of plugins."""
         return f"sca_{self.plural}"
 
 

@@ -159,7 +159,7 @@ class ModelSpec:
         spec_format = table.pop("format", SPEC_FORMAT)
         if spec_format != SPEC_FORMAT:
             raise RegistryError(
-                f"the spec has format {spec_format!r}, and this version reads {SPEC_FORMAT}; {_suggest_fix(spec_format)}"
+                f"the spec has format {spec_format!r}, this version reads {SPEC_FORMAT}; {_suggest_fix(spec_format)}"
             )
         field_names = [each.name for each in fields(cls)]
         for key in table:
