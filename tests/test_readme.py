@@ -108,7 +108,7 @@ def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
     listed = {row["name"]: row for row in json.loads(run("sca", "list", "mixers", "--json"))}
     assert listed["mean"]["distribution"] == "my-mixers"
     (training,) = (command for command in commands("sca", TEXT) if "mixer=mean" in command)
-    short = ["train.steps=1", "train.images=2", "train.processes=1"]
+    short = ["train.steps=1", "train.batch_size=2", "train.num_processes=1"]
     run(*shlex.split(training), *short, "--quiet")
     assert (tmp_path / "runs/mean/model/spec.json").is_file()
 
@@ -116,7 +116,7 @@ def test_the_plugin_of_the_readme_installs_is_listed_and_trains(tmp_path):
 def test_the_table_is_the_one_that_the_measured_results_give():
     shown = read_between(TEXT, results_table.START, results_table.END)
     reports = results_table.read_reports(ROOT / "benchmarks" / "results")
-    assert shown == (results_table.table(reports) if reports else ""), "run: make results"
+    assert shown == (results_table.render_results_table(reports) if reports else ""), "run: make results"
 
 
 def test_results_become_a_table_between_the_markers(tmp_path):

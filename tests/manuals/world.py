@@ -25,7 +25,7 @@ from sca.data.scenes import Scenes
 from sca.testing.tiny import tiny_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FEW = "train.steps=2 train.images=2 train.processes=1 train.workers=0 train.save=2"
+FEW = "train.steps=2 train.batch_size=2 train.num_processes=1 train.num_workers=0 train.save_steps=2"
 SMALLER = (  # what is said, and how it is done here: in seconds, on a CPU
     (r"^sca train (?!own-data)[^#]*", rf"\g<0> {FEW}"),
     (r"^(sca train own-data [^#]*?)(train\.steps=\d+)?([^#]*)$", rf"\1\3 {FEW}"),
@@ -47,7 +47,7 @@ ELSEWHERE = (  # lines that are not run, and why
 )
 RECIPE = """
 [model]
-encoder = {name = "tiny-vit", size = 64}
+encoder = {name = "tiny-vit", image_size = 64}
 mixer = {name = "query", depth = 1}
 language_model = "tiny-gpt2"
 
@@ -61,7 +61,7 @@ summary = "one row"
 seeds = [0]
 
 [model]
-encoder = {name = "tiny-vit", size = 64}
+encoder = {name = "tiny-vit", image_size = 64}
 mixer = "masked-pool"
 language_model = "tiny-gpt2"
 task_tokens = 2
@@ -178,7 +178,7 @@ def stock(hub, sam, folder):
     shipped = sca.load("sca-tiny")
     words = write_language_model(shipped, folder / "words")
     parts = {"encoder": {"name": "sam", "weights": str(sam)}, "language_model": {"name": "hf", "weights": str(words)}}
-    mixer = {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 48}
+    mixer = {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 48}
     published = build(ModelSpec.from_dict({**parts, "mixer": mixer, "task_tokens": 2}))
     hub.models["xk-huang/segment-caption-anything-gpt2_large-vg"] = write_published_checkpoint(
         published, folder / "published"
@@ -187,7 +187,7 @@ def stock(hub, sam, folder):
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam
     for name, kind in (("blip-base", "blip-base"), ("florence-2-base", "vlm")):
-        reader = sca_registry.captioners.build(kind, **tiny_options("captioner", kind)).reader
+        reader = sca_registry.captioners.build(kind, **tiny_options("captioner", kind)).image_text_model
         reader.model.save_pretrained(folder / name)
         reader.processor.save_pretrained(folder / name)
         hub.models[sca_registry.captioners.get_card(name).options["weights"]] = folder / name
