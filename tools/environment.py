@@ -61,11 +61,13 @@ def check_python(lowest):
     current_version, oldest_version = (".".join(map(str, version[:2])) for version in (sys.version_info, OLDEST_PYTHON))
     if sys.version_info < OLDEST_PYTHON:
         exit_with_error(
-            f"this is Python {current_version}, and {oldest_version} or newer is needed; name one: make PYTHON=python{oldest_version} demo"
+            f"this is Python {current_version}, and {oldest_version} or newer is needed; "
+            f"name one: make PYTHON=python{oldest_version} demo"
         )
     if lowest and sys.version_info[:2] != OLDEST_PYTHON:
         exit_with_error(
-            f"the lowest versions need Python {oldest_version}, not {current_version}; run: make PYTHON=python{oldest_version} test-lowest"
+            f"the lowest versions need Python {oldest_version}, not {current_version}; "
+            f"run: make PYTHON=python{oldest_version} test-lowest"
         )
 
 

@@ -128,7 +128,8 @@ def render_headline(rows: Sequence[ResultRow]) -> str:
         for each in row.get("ratios", ()):
             if row["part"] == "published" and each["what"] == "captions, encoding included":
                 sentences.append(
-                    f"On one {_get_device(row)}, {row['label'].removeprefix('captions: ')} with random weights captions "
+                    f"On one {_get_device(row)}, {row['label'].removeprefix('captions: ')} with random weights "
+                    "captions "
                     f"{each['ours']:,.0f} regions/s, encoding included; the published procedure in the same process "
                     f"{each['published']:,.0f} ({each['ours'] / each['published']:.1f}x). All rows: "
                     "[benchmarks](benchmarks/README.md#on-a-gpu)."

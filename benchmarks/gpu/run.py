@@ -36,10 +36,17 @@ FINAL_STATES = ("done", "impossible", "skipped", "out-of-memory")  # states that
 SHUTDOWN_SECONDS = 8.0  # seconds kept for ending
 MEASUREMENT_TIMEOUT = 150.0  # seconds that one measurement may take
 MAX_NEW_TOKENS = 20
-TINY_VIT = {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]}
+TINY_VIT = {
+    "name": "tiny-vit",
+    "image_size": 64,
+    "hidden_size": 32,
+    "depth": 1,
+    "output_channels": 32,
+    "stem_channels": [8, 16],
+}
 TINY_SAM = {"name": "sam", "pretrained": False, "config": {"hidden_size": 32, "num_hidden_layers": 1}}
-TINY_LM = {"name": "tiny-gpt2", "width": 32, "depth": 2, "heads": 2, "positions": 64}
-TINY_MIXERS = [{"name": name, "queries": 2, "depth": 1, "heads": 2} for name in ("query", "resampler")]
+TINY_LM = {"name": "tiny-gpt2", "hidden_size": 32, "depth": 2, "num_heads": 2, "max_positions": 64}
+TINY_MIXERS = [{"name": name, "num_queries": 2, "depth": 1, "num_heads": 2} for name in ("query", "resampler")]
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ def main() -> None:
     ]
     missing = [each for each in all_measurements if each.key not in final_keys]
     print(
-        f"{len(all_measurements)} rows on {device}: {len(all_measurements) - len(missing)} known, {len(missing)} to measure",
+        f"{len(all_measurements)} rows on {device}: {len(all_measurements) - len(missing)} known, "
+        f"{len(missing)} to measure",
         flush=True,
     )
     deadline = args.started + args.seconds - SHUTDOWN_SECONDS
@@ -249,14 +257,15 @@ def make_training_measurement(device: str, use_tiny_models: bool) -> Measurement
     recipe = Recipe.read("sca-tiny")
     model = (
         replace(
-            recipe.model, encoder=replace(recipe.model.encoder, options={**recipe.model.encoder.options, "size": 64})
+            recipe.model,
+            encoder=replace(recipe.model.encoder, options={**recipe.model.encoder.options, "image_size": 64}),
         )
         if use_tiny_models
         else recipe.model
     )
-    train_options = {"recipe": "sca-tiny", "steps": 2, "images": 2, "workers": 0}
+    train_options = {"recipe": "sca-tiny", "steps": 2, "batch_size": 2, "num_workers": 0}
     if not use_tiny_models:
-        train_options |= {"steps": 800, "images": 64, "workers": 12, "precision": "bfloat16"}
+        train_options |= {"steps": 800, "batch_size": 64, "num_workers": 12, "precision": "bfloat16"}
     evaluate_options = {
         "dataset": {"name": "scenes", "count": 2 if use_tiny_models else 300},
         "split": "test",

@@ -11,17 +11,17 @@ import typer
 
 from sca.devices import DTYPES, resolve_device
 
-app = typer.Typer(
-    help="Sweeps over combinations of parts: run, status, report, diff.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Benchmark combinations of components.", no_args_is_help=True, rich_markup_mode=None)
 
-SWEEP_HELP = "a shipped sweep (smoke, mixers, ...) or a TOML file"
-OUT_HELP = "the folder of results (default: runs/bench/SWEEP)"
+SWEEP_HELP = "Bundled sweep (smoke, mixers, ...) or a TOML file."
+OUT_HELP = "Results folder. Defaults to runs/bench/SWEEP."
+DEVICE_HELP = "Device: cpu or cuda."
+MODEL, METRICS, OUTPUT, ROWS, RUNTIME, WORKLOAD = "Model", "Metrics", "Output", "Rows", "Runtime", "Workload"
 
 
 @app.callback()
 def _show_bench_help() -> None:
-    """Sweeps over combinations of parts."""
+    """Benchmark combinations of components."""
 
 
 @app.command()
@@ -29,30 +29,42 @@ def run(
     sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="options of the launcher: workers=2; device=cpu"),
+        typer.Argument(metavar="[key=value]...", help="Launcher options, such as workers=2."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
-    launcher: Annotated[str, typer.Option(help="where rows are made: local, ray, or a plugin's")] = "local",
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    timeout: Annotated[float, typer.Option(help="seconds that a row has", min=1.0)] = 3600.0,
-    retry: Annotated[list[str] | None, typer.Option(help="make rows of this state again; may be repeated")] = None,
-    force: Annotated[bool, typer.Option("--force", help="try rows that are predicted not to fit")] = False,
-    seconds: Annotated[
-        float, typer.Option(help="Time budget of the run: no row starts after it, and rows that it cuts stay missing.")
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP, rich_help_panel=OUTPUT)] = None,
+    launcher: Annotated[
+        str, typer.Option(help="Launcher that runs the rows: local, ray or a plugin's.", rich_help_panel=RUNTIME)
+    ] = "local",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=RUNTIME)] = "cpu",
+    timeout: Annotated[float, typer.Option(help="Maximum seconds per row.", min=1.0, rich_help_panel=RUNTIME)] = 3600.0,
+    retry_state: Annotated[
+        list[str] | None, typer.Option(help="Run rows in this state again. Repeatable.", rich_help_panel=ROWS)
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run rows that are predicted to exceed memory.", rich_help_panel=ROWS)
+    ] = False,
+    time_budget: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which no row starts. Rows that are stopped stay missing.", rich_help_panel=RUNTIME
+        ),
     ] = math.inf,
-    order: Annotated[str, typer.Option(help="Order of rows: cheapest first, or listed as in the sweep.")] = "cheapest",
-    quiet: Annotated[bool, typer.Option("--quiet", help="no line for every row")] = False,
+    order: Annotated[
+        str,
+        typer.Option(help="Order of the rows: cheapest (first) or listed (as in the sweep).", rich_help_panel=ROWS),
+    ] = "cheapest",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not log each row.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Makes the rows of a sweep that are missing; what is there stays, whatever happens.
+    """Run the missing rows of a sweep.
 
-    Exit status 1 if rows are missing at the end.
+    The exit status is 1 if rows are missing at the end.
     """
     from sca.cli.options import check_option_choice, parse_part_options, print_stderr
     from sca_bench.row_states import ROW_STATES
-    from sca_bench.runner import run_sweep as make
+    from sca_bench.runner import run_sweep
     from sca_bench.sweep import ROW_ORDERS, Sweep, list_sweeps
 
-    for state in retry or ():
+    for state in retry_state or ():
         check_option_choice("state", state, ROW_STATES)
     check_option_choice("order", order, ROW_ORDERS)
     launcher_options = parse_part_options("launchers", launcher, options or ())
@@ -63,17 +75,16 @@ def run(
         sweep = f"{sweep}-cpu"
         log(f"on a CPU the sweep is {sweep}; `sca bench published` prints the ratios to the published procedure")
     loaded_sweep = Sweep.read(sweep, device)
-    retry_states = tuple(retry or ())
-    sweep_status = make(
+    sweep_status = run_sweep(
         loaded_sweep,
         _get_results_folder(loaded_sweep.name, out),
         launcher,
         launcher_options,
         timeout,
-        retry_states,
+        tuple(retry_state or ()),
         force,
         log,
-        budget_seconds=seconds,
+        budget_seconds=time_budget,
         order=order,
     )
     _print_status(sweep_status)
@@ -83,23 +94,26 @@ def run(
 @app.command()
 def status(
     sweep: Annotated[str, typer.Argument(help=SWEEP_HELP)],
-    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP, rich_help_panel=OUTPUT)] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=RUNTIME)] = "cpu",
 ) -> None:
-    """How far a sweep is; it may be running meanwhile."""
-    from sca_bench.runner import read_sweep_status as look
+    """Show the progress of a sweep."""
+    from sca_bench.runner import read_sweep_status
     from sca_bench.sweep import Sweep
 
     loaded_sweep = Sweep.read(sweep, device)
-    _print_status(look(loaded_sweep, _get_results_folder(loaded_sweep.name, out)))
+    _print_status(read_sweep_status(loaded_sweep, _get_results_folder(loaded_sweep.name, out)))
 
 
 @app.command()
 def row(
-    config: Annotated[str, typer.Argument(help="of a row, as JSON: its `config` in results.jsonl")],
-    force: Annotated[bool, typer.Option("--force", help="try it even if it is predicted not to fit")] = False,
+    config: Annotated[str, typer.Argument(help="Configuration of a row as JSON: the `config` field in results.jsonl.")],
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Run the row even if it is predicted to exceed memory.", rich_help_panel=ROWS),
+    ] = False,
 ) -> None:
-    """Makes one row here and now, and prints it: the command that is given with each row."""
+    """Run one row and print its result as JSON."""
     import contextlib
     import sys
     import tempfile
@@ -120,11 +134,24 @@ def row(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="of results, such as runs/bench/smoke")],
-    out: Annotated[Path | None, typer.Option(help="the page (default: report.html in the folder)")] = None,
-    score: Annotated[str | None, typer.Option(help="what counts as quality (default: the most telling)")] = None,
+    folder: Annotated[Path, typer.Argument(help="Results folder, such as runs/bench/smoke.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML page to write; the Markdown and CSV files are stored next to it. Defaults to report.html in "
+            "the results folder.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="Score that measures quality. Defaults to the most informative one available.",
+            rich_help_panel=METRICS,
+        ),
+    ] = None,
 ) -> None:
-    """One page, offline, with Markdown (.md) and CSV (.csv) beside it."""
+    """Write an HTML, Markdown and CSV report of a sweep."""
     from sca.cli.options import print_stderr
     from sca.io.atomic import create_writable_folder, write_file
     from sca.io.run_folder import check_not_inputs
@@ -154,35 +181,53 @@ def report(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(help="a folder of results")],
-    second: Annotated[Path, typer.Argument(help="of another run of the same sweep")],
+    first: Annotated[Path, typer.Argument(help="Results folder of the first run.")],
+    second: Annotated[Path, typer.Argument(help="Results folder of a second run of the same sweep.")],
 ) -> None:
-    """Whether a second run timed the same, and which states and scores are others."""
+    """Compare the timings, states and scores of two runs of a sweep."""
     from sca.cli.options import print_line
-    from sca_bench.diff import diff_rows as compare
+    from sca_bench.diff import diff_rows
     from sca_bench.store import ResultStore
 
-    for line in compare(ResultStore(first).read_rows(), ResultStore(second).read_rows()).format_lines():
+    for line in diff_rows(ResultStore(first).read_rows(), ResultStore(second).read_rows()).format_lines():
         print_line(line)
 
 
 @app.command()
 def published(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="of captions, training, resampler, tiny, everything (default: all)")
+        list[str] | None,
+        typer.Argument(help="Parts to measure: captions, training, resampler, tiny, everything. Defaults to all."),
     ] = None,
-    encoder: Annotated[str, typer.Option(help="A SAM by name.")] = "sam-vit-b",
-    language_model: Annotated[str, typer.Option(help="A language model by name.")] = "gpt2",
-    images: Annotated[int, typer.Option(help="Images per batch of captions.", min=1)] = 1,
-    regions: Annotated[int, typer.Option(help="Regions per image.", min=1)] = 32,
-    beside: Annotated[int, typer.Option(help="Regions that the published procedure captions; 0 for all.", min=0)] = 0,
-    repeats: Annotated[int, typer.Option(help="Repeats of each way; the fastest counts.", min=1)] = 3,
-    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Data type of weights: float32, bfloat16 or float16.")] = "float32",
-    seconds: Annotated[float, typer.Option(help="Time budget; no part is started after it.", min=1.0)] = math.inf,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the measurements.")] = None,
+    encoder: Annotated[str, typer.Option(help="SAM encoder name.", rich_help_panel=MODEL)] = "sam-vit-b",
+    language_model: Annotated[str, typer.Option(help="Language model name.", rich_help_panel=MODEL)] = "gpt2",
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1, rich_help_panel=WORKLOAD)] = 1,
+    regions_per_image: Annotated[int, typer.Option(help="Regions per image.", min=1, rich_help_panel=WORKLOAD)] = 32,
+    published_regions: Annotated[
+        int,
+        typer.Option(
+            help="Regions captioned with the published procedure; 0 captions all of them.",
+            min=0,
+            rich_help_panel=WORKLOAD,
+        ),
+    ] = 0,
+    num_repeats: Annotated[
+        int, typer.Option(help="Repeats of each method; the fastest counts.", min=1, rich_help_panel=RUNTIME)
+    ] = 3,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=MODEL)] = "cpu",
+    dtype: Annotated[
+        str,
+        typer.Option(help="Data type of the weights: float32, bfloat16 or float16.", rich_help_panel=MODEL),
+    ] = "float32",
+    time_budget: Annotated[
+        float, typer.Option(help="Seconds after which no part starts.", min=1.0, rich_help_panel=RUNTIME)
+    ] = math.inf,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the measurements.", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """How much faster than the published procedure, both in this run: a table of ratios. Ten minutes for all."""
+    """Measure the speedup over the published procedure.
+
+    Prints a table of ratios; all parts take about ten minutes.
+    """
     from dataclasses import asdict
 
     from sca.cli.options import check_option_choice
@@ -198,7 +243,17 @@ def published(
 
     resolve_device(device)
     check_option_choice("dtype", dtype, DTYPES)
-    settings = ComparisonSettings(encoder, language_model, images, regions, beside, repeats, device, dtype, seconds)
+    settings = ComparisonSettings(
+        encoder,
+        language_model,
+        batch_size,
+        regions_per_image,
+        published_regions,
+        num_repeats,
+        device,
+        dtype,
+        time_budget,
+    )
     rows = print_table(run_comparisons(choose_parts(parts or ()), settings))
     if out:
         measurements = {key: value for key, value in asdict(settings).items() if key != "seconds"}

@@ -25,8 +25,8 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Measure one way as a job of a launcher.
 
     Args:
-        config: `language_model` (a name, or a name with options), `way` of `WAYS`, `rows`, `prefix` (positions),
-            `steps`, `repeats`, `device` and `dtype`.
+        config: `language_model` (a name, or a name with options), `way` of `DECODING_METHODS`, `rows`, `prefix`
+            (positions), `steps`, `repeats`, `device` and `dtype`.
         folder: Not used.
     """
 
@@ -38,7 +38,7 @@ def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         device, dtype = config["device"], getattr(torch, config["dtype"])
         with torch.device(device):
             language_model = language_models.build(name, **options, **get_untrained_options(name)).to(dtype).eval()
-            prefix = torch.randn(config["rows"], config["prefix"], language_model.width, dtype=dtype)
+            prefix = torch.randn(config["rows"], config["prefix"], language_model.hidden_size, dtype=dtype)
         row["decoding"] = measure_method(language_model, prefix, config["steps"], config["way"], config["repeats"])
 
     return run_measurement(measure_decoding, config["device"])
@@ -53,7 +53,7 @@ def get_untrained_options(name: str) -> dict[str, bool]:
 def measure_method(
     language_model: nn.Module, prefix: Tensor, num_steps: int, method: str, repeats: int
 ) -> dict[str, Any]:
-    """Time the decoding of `steps` tokens for each row of a prefix.
+    """Time the decoding of `num_steps` tokens for each row of a prefix.
 
     Returns:
         Seconds of preparation (capture or compilation), the spread of the decoding in seconds, tokens per second, and
@@ -81,9 +81,9 @@ def measure_method(
 
 
 def _decode_with_growing_cache(language_model: nn.Module, prefix: Tensor, num_steps: int) -> Tensor:
-    """Decode as captions are: (N, K, E) -> ids (N, steps). No caption ends early."""
-    language_model._ends = lambda: (0, [])
-    return language_model.generate(prefix, max_new_tokens=num_steps).ids[:, 0]
+    """Decode as captions are: (N, K, E) -> ids (N, num_steps). No caption ends early."""
+    language_model._resolve_special_tokens = lambda: (0, [])
+    return language_model.generate(prefix, max_new_tokens=num_steps).sequences[:, 0]
 
 
 def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int, method: str) -> Callable[[], Tensor]:
@@ -96,7 +96,7 @@ def _prepare_decoding(language_model: nn.Module, prefix: Tensor, num_steps: int,
 
     def predict_token(**inputs: Tensor) -> None:
         states = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        token.copy_(language_model.head(states).float().argmax(dim=1, keepdim=True))
+        token.copy_(language_model.lm_head(states).float().argmax(dim=1, keepdim=True))
 
     def decode_step() -> None:
         predict_token(input_ids=token)

@@ -32,12 +32,14 @@ class SweepDiff:
     def format_lines(self) -> list[str]:
         """What is to be printed, a line each."""
         output_lines = [
-            f"{self.num_rows} rows in both, {self.num_unmatched[0]} only in the first, {self.num_unmatched[1]} only in the second"
+            f"{self.num_rows} rows in both, {self.num_unmatched[0]} only in the first, "
+            f"{self.num_unmatched[1]} only in the second"
         ]
         if self.num_timings:
             output_lines.append(
-                f"{self.num_timings} timings: {self.share_inside:.1%} of the second's medians lie between the first's least and "
-                f"most, whose median width is {self.median_width:.1%}; the second takes {self.median_ratio:.3f} times as long"
+                f"{self.num_timings} timings: {self.share_inside:.1%} of the second's medians lie between the first's "
+                f"least and most, whose median width is {self.median_width:.1%}; the second takes "
+                f"{self.median_ratio:.3f} times as long"
             )
         return [*output_lines, *self.score_lines, *self.change_lines]
 

@@ -86,14 +86,14 @@ def compare_golden(folder: Path, device: str, dtype: torch.dtype) -> dict[str, f
                 prompts, task_ids, pixels, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
             )
             output, name = model(batch), f"{prompt_type}.{task}"
-            record_difference("scores", output.regions.scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
+            record_difference("scores", output.regions.iou_scores, recorded[f"{name}.iou_scores"].flatten(0, 1))
             record_difference("masks", output.regions.masks, recorded[f"{name}.pred_masks"].flatten(0, 1))
             record_difference("queries", output.queries, recorded[f"{name}.query_outputs"])
             record_difference("logits", output.logits, recorded[f"{name}.logits"][:, :-1][batch.attention_mask.bool()])
             record_difference("loss", output.loss, recorded[f"{name}.loss"])
             for num_beams in RECORDED_NUM_BEAMS:
                 ids = model.generate(
-                    features, prompts, task_ids, beams=num_beams, max_new_tokens=RECORDED_MAX_NEW_TOKENS
+                    features, prompts, task_ids, num_beams=num_beams, max_new_tokens=RECORDED_MAX_NEW_TOKENS
                 ).sequences[:, 0]
                 recorded_ids = recorded[f"{name}.generated.beams{num_beams}"].flatten(0, 2)[
                     :, 1:
@@ -113,7 +113,7 @@ def _truncate_after_eos(ids: Sequence[int], eos_token_id: int) -> Sequence[int]:
 
 
 def compare_scenes(num_scenes: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare sca-tiny on a device and in a data type with itself in float32 on the CPU, on `count` drawn scenes.
+    """Compare sca-tiny on a device and in a data type with itself in float32 on the CPU, on `num_scenes` drawn scenes.
 
     Returns:
         regions; `captions`, the share with identical token ids; the least and the mean IoU of the chosen masks on the

@@ -1,4 +1,4 @@
-"""What `sca plan` says beside what a run takes: `python -m sca_bench.plan_accuracy [--device cuda] [--out FILE] [MODEL...]`.
+"""Compare `sca plan` with measurements: `python -m sca_bench.plan_accuracy [--device cuda] [--out FILE] [MODEL...]`.
 
 Each model is built with random weights, answers for a few regions and takes a step of training; operations are counted
 by torch, and memory is the most that its allocator gave out. Prints a Markdown table of ratios, planned to measured,
@@ -52,7 +52,7 @@ def run_captioning(model: SegmentCaptioner, pixels: Tensor, prompts: PromptBatch
             model.build_prefix(model.mix(segmenter_output, prepared_features), torch.zeros_like(chunk.image_index))
         )
         del segmenter_output
-    model.language_model._ends = lambda: (0, [])
+    model.language_model._resolve_special_tokens = lambda: (0, [])
     model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=max_new_tokens)
 
 
@@ -117,7 +117,7 @@ def compare_plan(
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Compare one model as a job of a launcher: `model` and the options of `compare`."""
+    """Compare one model as a job of a launcher: `model` and the options of `compare_plan`."""
     options = {key: value for key, value in config.items() if key != "model"}
     options["dtype"] = getattr(torch, options["dtype"])
     spec = ModelSpec.parse(config["model"])

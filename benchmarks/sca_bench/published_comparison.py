@@ -81,12 +81,14 @@ def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
         self: TwoWayTransformer,
         tokens: Tensor,
         grid: Tensor,
-        position: Tensor,
+        positional_encoding: Tensor,
         image_index: Tensor | None = None,
-        grids: bool = True,
+        return_grids: bool = True,
     ) -> tuple[Tensor, Tensor]:
         grid = grid if image_index is None else grid[image_index]
-        fused, keys = SamTwoWayTransformer.forward(self, tokens.unsqueeze(1), grid, position.unsqueeze(0), None)
+        fused, keys = SamTwoWayTransformer.forward(
+            self, tokens.unsqueeze(1), grid, positional_encoding.unsqueeze(0), None
+        )
         return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
 
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
@@ -95,7 +97,7 @@ def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         stack.enter_context(patch.object(TwoWayTransformer, "forward", forward))
-        stack.enter_context(patch("sca.language_models.causal.plain", lambda model: False))
+        stack.enter_context(patch("sca.language_models.causal.has_plain_greedy_settings", lambda model: False))
         for config in configs:
             if hasattr(config, "_attn_implementation"):
                 config._attn_implementation = "eager"
@@ -125,7 +127,8 @@ def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]
 def generate_ids(
     model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions_per_call: int, generate_together: bool
 ) -> Tensor:
-    """Word ids (N, T), `regions` at a time through segmenter and mixer; `together`: all at once through the rest."""
+    """Token ids (N, T): `regions_per_call` at a time through segmenter and mixer; `generate_together`: all at once
+    through the language model."""
     prefixes = []
     for chunk in prompts.iter_chunks(regions_per_call):
         queries = model.mix(model.segment(features, chunk))
@@ -295,7 +298,7 @@ COMPARISON_PARTS = ("captions", "training", "resampler", "tiny", "everything")
 
 
 def choose_parts(names: Sequence[str]) -> list[str]:
-    """Return the named parts in the order of `PARTS`, or all of them.
+    """Return the named parts in the order of `COMPARISON_PARTS`, or all of them.
 
     Raises:
         RegistryError: A part that does not exist.
@@ -346,7 +349,7 @@ def print_table(rows: Iterable[RatioRow]) -> list[RatioRow]:
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Measure in a process of its own, as a job of a launcher: `parts` and the fields of `Setting`."""
+    """Measure in a process of its own, as a job of a launcher: `parts` and the fields of `ComparisonSettings`."""
     options = dict(config)
     parts = options.pop("parts", ())
 

@@ -96,7 +96,8 @@ def run_sweep(
                 overhead_seconds.append(result["seconds"]["process"] - result["seconds"]["whole"])
         if overhead_seconds:
             report(
-                f"a row took {median(overhead_seconds):.2f} s beyond its own work (the median of {len(overhead_seconds)})"
+                f"a row took {median(overhead_seconds):.2f} s beyond its own work "
+                f"(the median of {len(overhead_seconds)})"
             )
     return read_sweep_status(sweep, folder)
 

@@ -11,7 +11,7 @@ A sweep is a TOML file, shipped in `benchmarks/sweeps` or your own:
 
     [axes]                    # by the field of the model, or a dotted option: every combination is a row
     mixer = ["query", { name = "resampler", depth = 2 }]
-    "encoder.size" = [64, 96]
+    "encoder.image_size" = [64, 96]
 
     [train]                   # optional: a recipe by name and what differs from it ([train] of recipes)
     recipe = "sca-tiny"
@@ -56,10 +56,10 @@ from sca.training.recipe import MAX_SEED, Recipe, TrainOptions
 
 SECTION_KEYS = {
     "train": (
-        *("recipe", "steps", "images", "learning_rate", "warmup"),
-        *("regions", "texts", "precision", "prompts", "workers"),
+        *("recipe", "steps", "batch_size", "learning_rate", "warmup_steps"),
+        *("max_regions", "captions_per_region", "precision", "prompts", "num_workers"),
     ),
-    "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch", "generation"),
+    "evaluate": ("dataset", "split", "prompt", "tasks", "metrics", "limit", "batch_size", "generation"),
     "measure": ("regions", "words", "repeats", "dtype", "training", "images", "plan"),
 }
 PART_KINDS = ("encoder", "segmenter", "mixer", "language_model")
@@ -86,8 +86,8 @@ class SweepRow:
         options = dict(self.config["train"])
         name = options.pop("recipe", "sca-tiny")
         table = Recipe.read(name).to_dict() | {"model": self.config["model"]}
-        table["train"] |= {**options, "seed": self.config["seed"], "processes": 1}
-        table["train"]["save"] = table["train"]["steps"]
+        table["train"] |= {**options, "seed": self.config["seed"], "num_processes": 1}
+        table["train"]["save_steps"] = table["train"]["steps"]
         return Recipe.from_dict(name, table)
 
     @property
@@ -222,7 +222,7 @@ def _check_train_value(location: str, key: str, value: Any) -> None:
 def _check_evaluate_value(location: str, key: str, value: Any) -> None:
     if key == "dataset":
         Part.from_dict(value, "dataset of evaluate")
-    elif key in ("limit", "batch"):
+    elif key in ("limit", "batch_size"):
         check_range(location, value, int, 1)
     elif key in ("tasks", "metrics"):
         check_list(location, value, str, minimum=1)
@@ -258,7 +258,7 @@ def _get_sweeps_folder():
 
 
 def _set_axis_value(model: dict[str, Any], axis: str, value: Any) -> None:
-    """A field of the model, or an option of a part: `encoder.size`."""
+    """A field of the model, or an option of a part: `encoder.image_size`."""
     field_name, _, option = axis.partition(".")
     if not option:
         model[field_name] = value

@@ -23,7 +23,7 @@ def summarize_seconds(seconds: list[float]) -> dict[str, Any]:
 
 
 def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: int) -> tuple[Tensor, PromptBatch]:
-    """Pixels and boxes without meaning, on the model's device; `regions` of each image."""
+    """Pixels and boxes without meaning, on the model's device; `num_regions` of each image."""
     size, reference_tensor = model.encoder.image_format.size, model.task_tokens
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(num_images * num_regions, 2, generator=generator) * size / 2
@@ -38,13 +38,13 @@ def make_random_inputs(model: SegmentCaptioner, num_images: int, num_regions: in
 def measure_stages(
     model: SegmentCaptioner, num_images: int, num_regions: int, max_new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds by stage for `images` with `regions` each, and what they make together.
+    """Seconds by stage for `num_images` with `num_regions` each, and what they make together.
 
-    encode, segment and mix are those of `Predictor`, `REGIONS` at a time; prefill is what the language model does up
-    to the first word, decode the other words. No caption ends early.
+    encode, segment and mix are those of `Predictor`, `REGION_BATCH_SIZE` at a time; prefill is what the language
+    model computes up to the first token, decode the other tokens. No caption ends early.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
-    model.language_model._ends = lambda: (0, [])
+    model.language_model._resolve_special_tokens = lambda: (0, [])
     clock, generate = _DeviceClock(pixels.device), model.language_model.generate
     repeat_seconds: list[dict[str, float]] = []
     for repeat in range(repeats + 1):
@@ -97,7 +97,7 @@ def measure_training_step(
 ) -> dict[str, Any]:
     """Seconds of a step: forward, backward and AdamW over what trains, with one text a region.
 
-    cached: the encoder's features are kept, so that a step does not compute them.
+    use_cached_features: the encoder's features are computed once, before the steps.
     """
     pixels, prompts = make_random_inputs(model, num_images, num_regions)
     batch = make_training_batch(model, pixels, prompts, num_tokens)

@@ -41,10 +41,11 @@ OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "cannot allo
 
 
 def work(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Makes a row; whatever goes wrong is typed and told.
+    """Make a row; whatever goes wrong becomes its state and reason.
 
-    config: of a `sca_bench.sweep.Row`, and `force` for one that is tried though memory is predicted not to suffice.
-    folder: for what the row leaves behind. What is printed goes to the caller's standard output.
+    Args:
+        config: That of a `sca_bench.sweep.SweepRow`, and `force` to run it even if it is predicted to exceed memory.
+        folder: For the files of the row. What is printed goes to the caller's standard output.
     """
     config = dict(config)
     force = config.pop("force", False)
@@ -177,7 +178,7 @@ def _evaluate_model(model: Any, evaluate_options: Mapping[str, Any], config: Map
         evaluate_options.get("split", "val"),
         prompting=PromptingOptions(**prompting_options, seed=config["seed"]),
         metrics=evaluate_options.get("metrics"),
-        batch_size=evaluate_options.get("batch", 8),
+        batch_size=evaluate_options.get("batch_size", 8),
         limit=evaluate_options.get("limit"),
     )
     return [each.to_dict() for each in report.scoring.scores]

@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 from sca_bench.worker import collect_environment
 
-from serving_throughput import _ask, _bodies, _Server, _told
+from serving_throughput import ServerProcess, make_request_bodies, send_requests, summarize_requests
 
 NUM_SILENT_CONNECTIONS = 600  # connections
 REQUEST_TIMEOUT = 5.0  # seconds after which the heavy client goes on to its next request
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--out", type=Path, help="A file for the measurements.")
     args = parser.parse_args()
-    with _Server(args.model, args.device) as server:
+    with ServerProcess(args.model, args.device) as server:
         measurements = measure_impact(server, args.clients, args.seconds, args.pause)
     measurements["environment"] = collect_environment(args.device)
     for line in describe_measurements(measurements):
@@ -52,10 +52,10 @@ def main() -> None:
 
 def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) -> dict[str, Any]:
     """Latency and statuses of the others without and beside the heavy client, and the memory of the server in bytes."""
-    request_bodies = _bodies()
-    _ask(server, request_bodies, num_clients, 3.0)  # to warm up
-    memory_before = server.memory()
-    counts_alone = _ask(server, request_bodies, num_clients, seconds / 2)
+    request_bodies = make_request_bodies()
+    send_requests(server, request_bodies, num_clients, 3.0)  # to warm up
+    memory_before = server.get_memory()
+    counts_alone = send_requests(server, request_bodies, num_clients, seconds / 2)
     statuses: dict[str, Counter[Any]] = {}
     peak_memory, stop = [memory_before], threading.Event()
     threads = [
@@ -64,18 +64,19 @@ def measure_impact(server: Any, num_clients: int, seconds: float, pause: float) 
     ]
     for thread in threads:
         thread.start()
-    counts_beside = _ask(server, request_bodies, num_clients, seconds)
+    counts_beside = send_requests(server, request_bodies, num_clients, seconds)
     stop.set()
     for thread in threads:
         thread.join()
     time.sleep(pause)
     return {
         "clients": num_clients,
-        "alone": _told(counts_alone),
-        "beside": _told(counts_beside),
-        "ratio": _told(counts_beside)["latency"]["p99"] / _told(counts_alone)["latency"]["p99"],
+        "alone": summarize_requests(counts_alone),
+        "beside": summarize_requests(counts_beside),
+        "ratio": summarize_requests(counts_beside)["latency"]["p99"]
+        / summarize_requests(counts_alone)["latency"]["p99"],
         "heavy": {name: {str(status): count for status, count in each.items()} for name, each in statuses.items()},
-        "memory": {"before": memory_before, "highest": peak_memory[0], "after": server.memory()},
+        "memory": {"before": memory_before, "highest": peak_memory[0], "after": server.get_memory()},
     }
 
 
@@ -105,17 +106,24 @@ def _run_heavy_client(server: Any, stop: threading.Event, statuses: dict[str, Co
 def _make_heavy_requests() -> dict[str, Callable[[Any], Any]]:
     small, large = _encode_png(256), _encode_png(7000)
     box = {"box": [10, 10, 200, 200]}
-    grid = {"points": 64, "crops": 2, "iou": 0, "stability": 0, "nms": 1}
+    default_grid = {"points_per_side": 64, "crop_n_layers": 2}
+    grid = {
+        "points_per_side": 64,
+        "crop_n_layers": 2,
+        "pred_iou_thresh": 0,
+        "stability_score_thresh": 0,
+        "box_nms_thresh": 1,
+    }
     request_tables = {
         "most points": {"image": small, "prompts": [{"points": [[n % 256, n % 199, 1] for n in range(256)]}] * 64},
         "too many points": {"image": small, "prompts": [{"points": [[n % 256, 9, 1] for n in range(45_000)]}]},
         "most prompts": {"image": small, "prompts": [box] * 4096},
         "everything": {"image": small, "everything": grid},
-        "everything with its own thresholds": {"image": small, "everything": {"points": 64, "crops": 2}},
+        "everything with its own thresholds": {"image": small, "everything": default_grid},
         "largest image": {"image": large, "prompts": [box] * 4},
-        "everything in the largest image": {"image": large, "everything": {"points": 64, "crops": 2}},
-        "most beams": {"image": small, "prompts": [box] * 64, "beams": 10, "max_new_tokens": 128},
-        "10 beams of 512 tokens": {"image": small, "prompts": [box] * 64, "beams": 10, "max_new_tokens": 512},
+        "everything in the largest image": {"image": large, "everything": default_grid},
+        "most beams": {"image": small, "prompts": [box] * 64, "num_beams": 10, "max_new_tokens": 128},
+        "10 beams of 512 tokens": {"image": small, "prompts": [box] * 64, "num_beams": 10, "max_new_tokens": 512},
     }
     requests: dict[str, Callable[[Any], Any]] = {}
     for name, body in request_tables.items():
@@ -168,7 +176,7 @@ def _hold_silent_connections(server: Any) -> str:
 
 def _track_peak_memory(server: Any, stop: threading.Event, peak_memory: list[int]) -> None:
     while not stop.wait(0.05):
-        peak_memory[0] = max(peak_memory[0], server.memory())
+        peak_memory[0] = max(peak_memory[0], server.get_memory())
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = sca.compose(args.encoder, "query", args.language_model, weights=False).eval()
-    model.language_model._ends = lambda: (0, [])  # no caption ends early
+    model.language_model._resolve_special_tokens = lambda: (0, [])  # no caption ends early
     flops_per_second, bytes_per_second = _measure_flops_per_second(), _measure_copy_bandwidth()
     with use_published_procedure(model):
         published_seconds = _measure_stages(model, args.regions, PUBLISHED_REGIONS_PER_CALL, args.repeats)

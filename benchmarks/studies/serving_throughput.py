@@ -53,11 +53,13 @@ def main() -> None:
         "environment": collect_environment(args.device),
     }
     print(
-        f"one client: {compute_request_rate(single_client):.1f} requests/s, {median(single_client['latencies']) * 1000:.0f} ms each"
+        f"one client: {compute_request_rate(single_client):.1f} requests/s, "
+        f"{median(single_client['latencies']) * 1000:.0f} ms each"
     )
     print(
-        f"{args.clients} clients: {compute_request_rate(many_clients):.1f} requests/s, {median(many_clients['latencies']) * 1000:.0f} ms each, "
-        f"{many_clients['failed']} failed: {measurements['ratio']:.2f} times as many"
+        f"{args.clients} clients: {compute_request_rate(many_clients):.1f} requests/s, "
+        f"{median(many_clients['latencies']) * 1000:.0f} ms each, {many_clients['failed']} failed: "
+        f"{measurements['ratio']:.2f} times as many"
     )
     print(
         "memory of the server, MiB: "

@@ -31,8 +31,8 @@ from sca_registry.contracts import Prompt
 model = sca.compose("sam-vit-b", "query", "gpt2", weights=False)
 predictor = sca.Predictor(model)
 predictor.set_image(Image.new("RGB", (1024, 1024), "grey"))
-model.language_model._ends = lambda: (0, [])
-predictor._texts = lambda ids: ["" for _ in ids]
+model.language_model._resolve_special_tokens = lambda: (0, [])
+predictor.engine._decode_texts = lambda sequences: ["" for _ in sequences]
 boxes = [(x * 50.0, y * 50.0, x * 50.0 + 99, y * 50.0 + 99) for x in range(16) for y in range(16)]
 predictor.predict([Prompt(box=box) for box in boxes])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sca.io.atomic import write_file
-from weak_supervision_job import FEW, MANY, METRICS, WAYS
+from weak_supervision_job import METHODS, METRICS, NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES
 
 SCORE_LABELS = {"cider-d": "CIDEr-D", "attributes/all": "all attributes", "mask-iou/mean": "mask IoU"}
 
@@ -34,9 +34,9 @@ def compute_differences(
     differences_by_score = {}
     reports = {key: score_file(folder / "predictions.jsonl", METRICS) for key, folder in folders.items()}
     for name in SCORE_LABELS:
-        values = [reports[WAYS[0], seed].scores[name] - reports[other_method, seed].scores[name] for seed in seeds]
+        values = [reports[METHODS[0], seed].scores[name] - reports[other_method, seed].scores[name] for seed in seeds]
         resampled_differences = [
-            bootstrap_scores(*collect_bootstrap_inputs(reports[WAYS[0], seed])[name])
+            bootstrap_scores(*collect_bootstrap_inputs(reports[METHODS[0], seed])[name])
             - bootstrap_scores(*collect_bootstrap_inputs(reports[other_method, seed])[name])
             for seed in seeds
         ]
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("options", nargs="*", help="of the local launcher: workers=2")
     parser.add_argument("--first", type=int, default=250, help="steps of names")
     parser.add_argument("--second", type=int, default=150, help="steps of captions")
-    parser.add_argument("--few", type=int, default=FEW, help="scenes with captions")
+    parser.add_argument("--few", type=int, default=NUM_CAPTIONED_SCENES, help="scenes with captions")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=150, help="unseen scenes to be asked about")
     parser.add_argument("--out", type=Path, help="a JSON file")
@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = {"first": args.first, "second": args.second, "scenes": args.scenes, "few": args.few}
     with TemporaryDirectory() as temporary_folder:
         folders = {
-            (method, seed): Path(temporary_folder, f"{WAYS.index(method)}-{seed}") for method in WAYS for seed in seeds
+            (method, seed): Path(temporary_folder, f"{METHODS.index(method)}-{seed}")
+            for method in METHODS
+            for seed in seeds
         }
         tasks = []
         for (method, seed), folder in folders.items():
@@ -81,17 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         launcher = sca_registry.launchers.build("local", **parse_assignments(args.options))
         scores_by_run = {}
         for outcome in launcher.map(tasks):
-            if outcome.made["state"] != "done":
-                raise SystemExit(f"{outcome.task.key}: {outcome.made}")
-            scores_by_run[outcome.task.config["way"], outcome.task.config["seed"]] = outcome.made["scores"]
+            if outcome.result["state"] != "done":
+                raise SystemExit(f"{outcome.task.key}: {outcome.result}")
+            scores_by_run[outcome.task.config["way"], outcome.task.config["seed"]] = outcome.result["scores"]
         results = {
             **steps,
-            "many": MANY,
+            "many": NUM_NAMED_SCENES,
             "scores": {
                 method: [{name: scores_by_run[method, seed][name] for name in SCORE_LABELS} for seed in seeds]
-                for method in WAYS
+                for method in METHODS
             },
-            "differences": {method: compute_differences(folders, method, seeds) for method in WAYS[1:]},
+            "differences": {method: compute_differences(folders, method, seeds) for method in METHODS[1:]},
             "environment": collect_environment("cpu"),
         }
     print(render_results(results))

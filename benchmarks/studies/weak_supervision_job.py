@@ -7,20 +7,27 @@ from pathlib import Path
 from typing import Any
 
 MODEL_SPEC = {
-    "encoder": {"name": "tiny-vit", "size": 128},
-    "segmenter": {"name": "sam", "depth": 2, "heads": 4, "mlp": 256, "drawn": True},
-    "mixer": {"name": "query", "queries": 4, "depth": 2, "heads": 4, "mlp": 256, "pooled": True},
+    "encoder": {"name": "tiny-vit", "image_size": 128},
+    "segmenter": {"name": "sam", "depth": 2, "num_heads": 4, "mlp_dim": 256, "box_masks": True},
+    "mixer": {
+        "name": "query",
+        "num_queries": 4,
+        "depth": 2,
+        "num_heads": 4,
+        "mlp_dim": 256,
+        "mask_pooling": True,
+    },
     "language_model": "tiny-gpt2",
     "task_tokens": 2,
     "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
 }
 SHARED_OPTIONS = {
-    "images": 8,
+    "batch_size": 8,
     "learning_rate": 1e-3,
     "adam_beta2": 0.98,
     "weight_decay": 0.02,
-    "warmup": 30,
-    "jitter": 0.03,
+    "warmup_steps": 30,
+    "box_jitter": 0.03,
 }
 NUM_CAPTIONED_SCENES, NUM_NAMED_SCENES, IMAGE_SIZE = 8, 4000, 128  # scenes with captions, scenes with names, pixels
 METHODS = ("names, then captions", "captions", "captions, as many steps")
@@ -42,8 +49,8 @@ def make_stage_recipe(initial_model: Any, steps: int, seed: int, num_captioned_s
         **SHARED_OPTIONS,
         "steps": steps,
         "seed": seed,
-        "save": steps,
-        "recognition": 1.0 if learns_names else 0.0,
+        "save_steps": steps,
+        "class_name_prob": 1.0 if learns_names else 0.0,
     }
     return {"model": initial_model, "data": {"scenes": source}, "train": options}
 

@@ -201,7 +201,8 @@ def _check_same_regions(reports: Sequence[EvaluationReport], paths: Sequence[str
         if unmatched_keys:
             image, region, task = min(unmatched_keys, key=str)
             raise InputError(
-                f"{len(unmatched_keys)} answers are only in {name}, the first for region {region} of image {image} ({task}): "
+                f"{len(unmatched_keys)} answers are only in {name}, the first for region {region} of image {image} "
+                f"({task}): "
                 "runs are compared on the same regions"
             )
     if hash_truth(reports[0].records) != hash_truth(reports[1].records):

@@ -23,7 +23,7 @@ def check_has_truth(
 
     Args:
         dataset: Any dataset, see `draft_records`.
-        what: What the message calls it.
+        dataset_name: Name of the dataset in the message.
         tasks: What every region is asked.
         limit: Only the first images; by default all.
 
@@ -37,8 +37,8 @@ def check_has_truth(
 def describe_missing_truth(dataset: Dataset, dataset_name: str, tasks: Sequence[str]) -> str:
     """Return the error for a dataset without a region that has what tasks ask for."""
     return (
-        f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(tasks)} asks for (phrases for captions, a "
-        f"name for recognition); {summarize_dataset(dataset)}"
+        f"nothing to evaluate: no region of {dataset_name} has what {' or '.join(tasks)} asks for (phrases for "
+        f"captions, a name for recognition); {summarize_dataset(dataset)}"
     )
 
 
@@ -68,7 +68,7 @@ def check_best_scores(
     """Check that the scores of `validate.best` exist and that at least one can be computed on a dataset.
 
     Args:
-        names: Scores such as "class/count".
+        score_names: Scores such as "class/count".
         metrics: Those that are computed; None for all that can be.
         dataset: Any dataset, see `draft_records`.
         limit: Only the first images; by default all.
@@ -93,7 +93,8 @@ def check_best_scores(
     if all(problems.values()):
         reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise RegistryError(
-            f"validate.best is {list(score_names)}, and none of these scores is computed ({reasons}); name another score"
+            f"validate.best is {list(score_names)}, and none of these scores is computed ({reasons}); "
+            "name another score"
         )
 
 

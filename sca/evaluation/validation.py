@@ -35,7 +35,8 @@ def check_predictions(predictions: Predictions, location: str) -> list[str]:
     duplicates = [key for key, count in key_counts.items() if count > 1]
     if duplicates:
         raise InputError(
-            f"{location}: {len(duplicates)} regions are there more than once: {_join_first(map(_format_record_key, duplicates))}"
+            f"{location}: {len(duplicates)} regions are there more than once: "
+            f"{_join_first(map(_format_record_key, duplicates))}"
         )
     if end and end["records"] != len(records):
         comparison = "fewer" if len(records) < end["records"] else "more"
@@ -105,7 +106,7 @@ def _fill_record_defaults(record: Mapping[str, Any], location: str) -> dict[str,
     }
     if task == "dense":
         full_truth = dict(truth)
-    defaults = {"control": None, "prompt": {}, "score": None, "mask": None, "iou": None}
+    defaults = {"control": None, "prompt": {}, "score": None, "mask": None, "predicted_iou": None}
     fields = {key: value for key, value in record.items() if key != "references"}
     return {**defaults, **fields, "task": task, "truth": full_truth}
 

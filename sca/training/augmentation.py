@@ -118,7 +118,8 @@ def _compute_area(region: Region) -> float:
 def crop_region(
     region: Region, window: tuple[int, int, int, int], original_area: float, min_area_fraction: float
 ) -> Region | None:
-    """The region as seen through a window x1 y1 x2 y2, or None if less than `keep` of its `whole` area is left."""
+    """The region as seen through a window x1 y1 x2 y2, or None if less than `min_area_fraction` of
+    its `original_area` is left."""
     left, top, right, bottom = window
     x1, y1, x2, y2 = region.box
     box = (max(x1, left) - left, max(y1, top) - top, min(x2, right) - left, min(y2, bottom) - top)
@@ -137,8 +138,8 @@ def crop_region(
 def resize_region(
     region: Region, size: tuple[int, int], new_size: tuple[int, int], frame_size: tuple[int, int]
 ) -> Region | None:
-    """The region of a picture of `size` (width, height) that is resized to `new` and lies in the corner of a `frame`;
-    None if its mask is left without a pixel.
+    """The region of a picture of `size` (width, height) that is resized to `new_size` and placed in the corner of
+    `frame_size`; None if its mask is left without a pixel.
     """
     x1, y1, x2, y2 = region.box
     scale_x, scale_y = new_size[0] / size[0], new_size[1] / size[1]

@@ -24,7 +24,7 @@ class AttributeValues(NamedTuple):
 
     @classmethod
     def from_datasets(cls, datasets: Iterable[Dataset]) -> AttributeValues:
-        """All that the datasets have, as their `attributes` and `between` say."""
+        """All that the datasets have, as their `attributes` and `between` list."""
         attribute_groups: tuple[dict[str, tuple[str, ...]], ...] = {}, {}
         for dataset in datasets:
             for name, values in getattr(dataset, "attributes", {}).items():
@@ -47,7 +47,7 @@ class AttributeHead(nn.Module):
         )
 
     def forward(self, vectors: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
-        """labels: (N,) for each attribute, the place of its value, `UNKNOWN` where it is."""
+        """labels: (N,) for each attribute, the index of its value, or `UNKNOWN_LABEL`."""
         flat = vectors.flatten(1)
         losses = [
             F.cross_entropy(head(flat).float(), labels[name], ignore_index=UNKNOWN_LABEL, reduction="sum")

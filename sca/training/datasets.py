@@ -55,7 +55,7 @@ def open_validation_dataset(validation: ValidationOptions) -> Dataset:
 def report_datasets(
     datasets_by_name: Mapping[str, Dataset], report: Callable[[str], None], only_skipped: bool = False
 ) -> None:
-    """Report one line for each dataset; with `quiet` only for those of which something was left out."""
+    """Report one line for each dataset; with `only_skipped` only for those of which something was left out."""
     for name, dataset in datasets_by_name.items():
         if not only_skipped or count_skipped(dataset):
             report(f"{name}: {summarize_dataset(dataset)}")

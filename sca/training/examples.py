@@ -55,7 +55,7 @@ class Example:
     input_ids: list[list[int]]  # T
     task_ids: Tensor  # (T,)
     region_index: Tensor  # (T,) the place of the region that each text is of, in 0..R-1
-    labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, `UNKNOWN` where it is
+    labels: dict[str, Tensor]  # (R,) the place of each attribute's value in its list, or `UNKNOWN_LABEL`
     image_size: int  # S
     prompt_kind: str = "box"  # the kind drawn for this step
 
@@ -65,9 +65,9 @@ class Example:
         return replace(
             self,
             **{name: getattr(self, name)[:count] for name in ("boxes", "points", "masks", "has_mask")},
-            ids=[tokens for tokens, keep in zip(self.input_ids, is_kept.tolist(), strict=True) if keep],
-            task=self.task_ids[is_kept],
-            region=self.region_index[is_kept],
+            input_ids=[tokens for tokens, keep in zip(self.input_ids, is_kept.tolist(), strict=True) if keep],
+            task_ids=self.task_ids[is_kept],
+            region_index=self.region_index[is_kept],
             labels={name: labels[:count] for name, labels in self.labels.items()},
         )
 
@@ -85,7 +85,7 @@ class ExampleStream(torch.utils.data.Dataset):
         seed: int = 0,
         attributes: Mapping[str, Sequence[str]] | None = None,
         augment: AugmentFunction | None = None,
-        phrase_mode: str = "given",
+        phrase_mode: str = "dataset",
         class_name_task: str = "recognition",
         cache: FeatureCache | None = None,
     ):
@@ -113,7 +113,7 @@ class ExampleStream(torch.utils.data.Dataset):
         return int(self._epoch_order[1][offset])
 
     def get_sample_indices(self, count: int) -> set[int]:
-        """The samples that have their turn in the first `places`."""
+        """The samples that have their turn in the first `count` positions."""
         return (
             set(range(len(self.dataset)))
             if count >= len(self.dataset)
@@ -126,7 +126,7 @@ class ExampleStream(torch.utils.data.Dataset):
         if self.augment:
             augmented = self.augment(original, rng)
             sample = augmented if augmented.regions else original  # a crop may have lost them all
-        if self.phrase_mode == "rule":
+        if self.phrase_mode == "template":
             sample = add_template_phrases(sample, original)
         return self._build_example(sample, rng, position / self.length)
 
@@ -184,7 +184,7 @@ class ExampleStream(torch.utils.data.Dataset):
 
 class ExampleMixture(torch.utils.data.Dataset):
     """Several streams in one, in proportion to their weights. Whose turn it is at a place is drawn from the seed, and,
-    once for every `step` places, how regions are prompted: all processes of a step prompt alike.
+    once for every `examples_per_step` positions, how regions are prompted: all processes of a step prompt alike.
     """
 
     def __init__(
@@ -225,12 +225,12 @@ class ExampleMixture(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> Example:
         example = self.streams[self._stream_indices[position]][int(self._stream_positions[position])]
-        return replace(example, prompt=str(self._prompt_kinds[position // self.examples_per_step]))
+        return replace(example, prompt_kind=str(self._prompt_kinds[position // self.examples_per_step]))
 
 
 def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions: int = 0) -> Batch:
-    """Examples with any number of regions -> one flat batch, prompted as the first example says, of at most `budget`
-    regions (0: all).
+    """Examples with any number of regions -> one flat batch, prompted as the first example says, of at most
+    `max_regions` regions (0: all).
     """
     examples = _limit_regions(examples, max_regions)
     counts = torch.tensor([len(example.boxes) for example in examples])
@@ -261,7 +261,7 @@ def collate_examples(examples: Sequence[Example], pad_token_id: int, max_regions
 
 
 def _limit_regions(examples: Sequence[Example], max_regions: int) -> Sequence[Example]:
-    """Examples with at most `budget` regions together: those with few keep theirs, the others share what is left."""
+    """Examples with at most `max_regions` regions together: those with few keep theirs, the others share the rest."""
     counts = [len(example.boxes) for example in examples]
     if not 0 < max_regions < sum(counts):
         return examples

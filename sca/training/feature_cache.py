@@ -44,7 +44,7 @@ class FeatureCache:
         return self.folder / name[:2] / f"{name}.npy"
 
     def __getitem__(self, image: Image.Image) -> Tensor:
-        """(C, h, w) in float32. KeyError if `fill` was not given this picture."""
+        """(C, h, w) in float32. KeyError if `encode_missing` did not encode this image."""
         try:
             return torch.from_numpy(np.load(self.get_path(image), mmap_mode="r").astype(np.float32))
         except FileNotFoundError as error:

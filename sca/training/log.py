@@ -18,8 +18,8 @@ class TrainingLog(TrainerCallback):
     """Print one line on standard error per logging step and validation, and a progress bar on a terminal.
 
     Args:
-        losses: Names of the losses that `loss` is the sum of.
-        best: Names of scores; of a validation, the first that is a number is shown.
+        loss_names: Names of the losses that `loss` is the sum of.
+        best_metrics: Names of scores; of a validation, the first that is a number is shown.
     """
 
     def __init__(self, loss_names: Sequence[str], best_metrics: Sequence[str] = ()):
@@ -63,9 +63,9 @@ def format_logs(
         logs: As transformers' Trainer passes them to `on_log`.
         step: Steps done.
         steps: Total steps.
-        remaining: Seconds left, if known.
-        losses: See `TrainingLog`.
-        best: See `TrainingLog`.
+        remaining_seconds: Seconds left, if known.
+        loss_names: See `TrainingLog`.
+        best_metrics: See `TrainingLog`.
     """
     step_text = f"step {step:>{len(str(steps))}}/{steps}"
     if "loss" in logs:

@@ -69,7 +69,7 @@ class TrainingModule(nn.Module):
 
 
 def check_lr_multipliers(options: TrainOptions, module: TrainingModule) -> None:
-    """Raise RegistryError for a rate of something that does not train."""
+    """Raise RegistryError for a multiplier of a group that does not train."""
     for name in options.lr_multipliers:
         if name not in (groups := module.group_trainable_parameters()):
-            raise make_unknown_name_error(f"train.rates.{name} is for nothing that trains", name, groups)
+            raise make_unknown_name_error(f"train.lr_multipliers.{name} is for nothing that trains", name, groups)

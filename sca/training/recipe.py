@@ -1,9 +1,9 @@
 """Recipes: what is trained, on what, how long and by which losses, in one TOML file.
 
-[model]          a `ModelSpec`; or `model = "NAME"`, a checkpoint or a model of the zoo to go on from
-[data.NAME]      a `Source`: name of a dataset, split, weight, augment, phrases, and the dataset's own options
+[model]          a `ModelSpec`; or `model = "NAME"`, a checkpoint or a model of the zoo to start from
+[data.NAME]      a `DataSource`: name of a dataset, split, weight, augment, phrases, and the dataset's own options
 [train]          `TrainOptions`
-[validate]       `Validation`; without the table there is none
+[validate]       `ValidationOptions`; without the table the model is not validated
 [loss]           a weight for each loss; `attributes` and `features` name what a region is like, from its queries and
                  from the encoder's features under its mask, by auxiliary heads that only training has
 """
@@ -37,44 +37,49 @@ if TYPE_CHECKING:
 SECTIONS = ("model", "data", "train", "loss", "validate")
 DEFAULT_LOSS_WEIGHTS = {"caption": 1.0, "mask": 1.0, "iou": 1.0, "attributes": 0.0, "features": 0.0}
 PROMPT_KINDS = ("box", "point", "mask", "box-and-point")
-PHRASE_MODES = ("given", "rule")
+PHRASE_MODES = ("dataset", "template")
 SIDE_MODES = ("swap", "drop")
 CLASS_NAME_TASKS = ("recognition", "caption", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
-POSITIVE_COUNT_OPTIONS = (
+POSITIVE_COUNT_OPTIONS = (  # integers of at least 1
     "steps",
-    "images",
-    "accumulate",
-    "texts",
-    "regions",
-    "words",
-    "processes",
-    "save",
-)  # of at least one
-COUNT_OPTIONS = ("budget", "chunk", "warmup", "workers", "seed")  # counts that may be 0
-NON_NEGATIVE_OPTIONS = (
-    "learning_rate",
-    "adam_beta2",
-    "weight_decay",
-    "clip",
-    "jitter",
-)  # numbers that are not negative
-MAX_SEED = 2**32 - 1  # that NumPy takes
-FRACTION_OPTIONS = ("recognition", "names_first", "plain_first", "telling")  # from 0 to 1
+    "batch_size",
+    "gradient_accumulation_steps",
+    "captions_per_region",
+    "max_regions",
+    "max_tokens",
+    "num_processes",
+    "save_steps",
+)
+COUNT_OPTIONS = ("max_regions_per_step", "chunk_size", "warmup_steps", "num_workers", "seed")  # integers of at least 0
+NON_NEGATIVE_OPTIONS = ("learning_rate", "adam_beta2", "weight_decay", "max_grad_norm", "box_jitter")
+MAX_SEED = 2**32 - 1  # NumPy's largest
+FRACTION_OPTIONS = (  # numbers from 0 to 1
+    "class_name_prob",
+    "class_name_warmup",
+    "short_caption_warmup",
+    "longest_caption_prob",
+)
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What is drawn at random for a region.
+    """What is sampled for each region.
 
-    prompts: how often a step is prompted by "box", "point", "mask" and "box-and-point"; a filled box is the mask of
-    a region that has none. texts: how often a text is drawn for each region; those that differ are all
-    learned, from one look at the region. recognition: the share of the texts that are its class name, the others are
-    phrases. names_first: the share of the stream, at its beginning, in which
-    all are names (SCA's weak supervision, arXiv 2312.00869). plain_first: the share of the stream after that in which
-    phrases are a region's first and plainest. telling: the share of the phrases after that which are its last and most
-    telling one rather than any. regions: at most so many of an image. jitter: standard deviation of a box's corners, as
-    a share of its sides. words: at most so many tokens, the end included.
+    Args:
+        prompts: Sampling weights of the prompt kinds "box", "point", "mask" and "box-and-point", drawn once per step.
+            A region without a mask uses its filled box as the mask.
+        class_name_prob: Probability that a sampled text is the region's class name instead of a phrase.
+        class_name_warmup: Fraction of training, from the start, in which every text is a class name (the weak
+            supervision of SCA, arXiv 2312.00869).
+        short_caption_warmup: Fraction of training, after the class names, in which every phrase is the region's first
+            and shortest.
+        longest_caption_prob: Probability, after both warmups, that a phrase is the region's last and longest instead
+            of a random one.
+        captions_per_region: Texts sampled per region; distinct ones are all trained on, from one forward pass.
+        max_regions: Maximum regions per image.
+        box_jitter: Standard deviation of the noise on box corners, as a fraction of the box sides.
+        max_tokens: Maximum tokens per text, including the end token.
     """
 
     prompts: Mapping[str, float] = field(default_factory=lambda: {"box": 1.0})
@@ -90,17 +95,26 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(SamplingOptions):
-    """steps: optimizer steps. images: of a step, over all processes and accumulated parts. budget: regions of a step at
-    most, shared out likewise; images with few keep all they have, the others share what is left; 0: no limit.
-    learning_rate: the peak, after `warmup` steps (at most `steps` - 1) and before a cosine to zero. rates: factors of
-    it by what trains (`spec.trainable`, and `heads`), 1 where nothing is said. chunk: regions that are worked on at
-    once, their activations computed again for the gradients, which saves memory; 0: all. cache_features: a folder for
-    what a frozen encoder makes of the pictures, as `FeatureCache` says; "": none. report_to: "tensorboard", "wandb",
-    "trackio" or another of transformers', with commas between several, "none", or "auto" for TensorBoard where it is
-    installed.
-    processes: started on this machine unless a launcher did it; with GPUs, one for each instead. sharded: processes
-    share out what trains, see `sca.training.sharding`. save: steps between checkpoints to resume from. workers:
-    processes that prepare data. The rest: see `Drawing`.
+    """The options of [train].
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Images per step, over all processes and accumulated batches.
+        max_regions_per_step: Maximum regions per step, over all processes and accumulated batches; images with few
+            regions keep all of them and the others share the rest. 0 for no limit.
+        learning_rate: Peak learning rate, after `warmup_steps` and before a cosine decay to zero.
+        lr_multipliers: Factors of the learning rate by trainable group (`spec.trainable`, and "heads"); 1 by default.
+        warmup_steps: Steps of linear warmup, at most `steps` - 1.
+        max_grad_norm: Maximum gradient norm.
+        gradient_accumulation_steps: Batches per step that are computed one after another.
+        chunk_size: Regions per forward pass, with activations recomputed for the gradients to save memory; 0 for all.
+        cache_features: Folder for the features of a frozen encoder, see `FeatureCache`; "" for none.
+        report_to: "tensorboard", "wandb", "trackio" or another integration of transformers, comma-separated; "none";
+            or "auto" for TensorBoard if it is installed.
+        sharded: Shard trainable parameters over the processes, see `sca.training.sharding`.
+        num_processes: Processes started on this machine, unless a launcher started them; on GPUs, one per GPU instead.
+        num_workers: Processes that load data.
+        save_steps: Steps between checkpoints to resume from.
     """
 
     steps: int = 1000
@@ -126,22 +140,29 @@ class TrainOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where examples come from: a dataset with its options, how often relative to the other sources it is drawn from,
-    and what is changed at random in what it gives. phrases: "given", or "rule" for `told_by_rule` where none is given.
-    names: the task of a class name, "recognition", "caption" as in SCA's released recipe, or "both": one of the two at
-    random where a region has no phrase, else the former.
+    """A source of examples.
+
+    Args:
+        dataset: Name and options of the dataset.
+        split: Split of the dataset.
+        weight: Sampling weight relative to the other sources.
+        augment: Random augmentation of the samples.
+        phrases: "dataset" for the phrases of the dataset, or "template" to add `add_template_phrases` to regions
+            without a phrase.
+        names: Task of a class name: "recognition", "caption" as in the released recipe of SCA, or "both" for a random
+            one of the two if the region has no phrase and "recognition" otherwise.
     """
 
     dataset: Part
     split: str = "train"
     weight: float = 1.0
     augment: Augmentation | None = None
-    phrases: str = "given"
+    phrases: str = "dataset"
     names: str = "recognition"
 
     @classmethod
     def from_dict(cls, table: Any, location: str) -> DataSource:
-        """From a table [data.NAME]. Raises RegistryError, opening with `what`, for a value that is wrong."""
+        """From a table [data.NAME]. Raises RegistryError, opening with `location`, for a value that is wrong."""
         part = Part.from_dict(table, f"dataset of {location}")
         options = dict(part.options)
         option_names = ("split", "weight", "augment", "phrases", "names")
@@ -302,7 +323,7 @@ def _replace_sections(table: Mapping[str, Any], assignments: Iterable[str]) -> t
     """
     replaced, remaining = dict(table), []
     for assignment in assignments:
-        path, value = parse_assignment(assignment, lambda path: True)  # `override` reads the others
+        path, value = parse_assignment(assignment, lambda path: True)  # `apply_overrides` reads the others
         if path == ("model",) or (len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping)):
             replaced[path[0]] = value
         elif path == ("data",) and isinstance(value, str):
@@ -365,8 +386,8 @@ def _check_train_options(train: Mapping[str, Any]) -> None:
         check_range(f"train.{key}", train[key], float)
     if train["adam_beta2"] >= 1:
         raise RegistryError(f"train.adam_beta2 is {train['adam_beta2']}; give a number below 1")
-    for part, rate in train["rates"].items():
-        check_range(f"train.rates.{part}", rate, float)
+    for part, multiplier in train["lr_multipliers"].items():
+        check_range(f"train.lr_multipliers.{part}", multiplier, float)
     for key in FRACTION_OPTIONS:
         check_range(f"train.{key}", train[key], float, 0, 1)
     _check_prompts(train["prompts"])
@@ -382,7 +403,7 @@ def _check_prompts(prompts: Mapping[str, Any]) -> None:
 
 
 def parse_augmentation(table: Any, location: str) -> Augmentation:
-    """From a table of options. Raises RegistryError, opening with `what`, for one that is wrong."""
+    """From a table of options. Raises RegistryError, opening with `location`, for one that is wrong."""
     from sca.training.augmentation import Augmentation  # listing the recipes imports no numpy
 
     defaults = {each.name: getattr(Augmentation(), each.name) for each in fields(Augmentation)}

@@ -14,13 +14,12 @@ def add_template_phrases(sample: Sample, original: Sample) -> Sample:
 
         ARTICLE [SIZE] NAME;  ARTICLE NAME PLACE;  ARTICLE [SIZE] NAME PLACE         each once, in this order
 
-    ARTICLE is "the" for the only one of its class in `whole` (the sample before anything was cut off; crowds that the
-    dataset leaves out are not known of), else "a" or "an"
-    by the next letter. SIZE is "large" for a box that covers at least an eighth of the image, "small" for at most a
-    hundredth, nothing between. PLACE is where the box's center lies on the image cut into three by three: "at the top
-    left", "at the top", "on the right", "in the middle", ... So: "a car on the left", "a large building at the top
-    right", "the road at the bottom". Size and place are those in `sample`: what is true of a picture need not be true
-    of a crop of it.
+    ARTICLE is "the" for the only one of its class in `original` (the sample before augmentation, without the
+    crowds that the dataset leaves out), else "a" or "an" by the next letter. SIZE is "large" for a box that covers at
+    least an eighth of the image, "small" for at most a hundredth, nothing between. PLACE is where the box's center is
+    on the image cut into three by three: "at the top left", "at the top", "on the right", "in the middle", ... So: "a
+    car on the left", "a large building at the top right", "the road at the bottom". Size and place are those in
+    `sample`: what is true of an image need not be true of a crop of it.
     """
     names = Counter(region.name for region in original.regions)
     regions = tuple(

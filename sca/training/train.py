@@ -40,9 +40,18 @@ MODEL_FILES = ("spec.json", "weights.safetensors", "origin.json", "tokenizer/*")
 RESUME_FILES = ("best.json", "checkpoint-#/*", "validation/step-#/*")  # of a run that is not finished
 OUTPUT_FILES = (*RESUME_FILES, *(f"{folder}/{name}" for folder in ("model", "best") for name in MODEL_FILES))
 NO_TOKENIZER_MESSAGE = "the language model has no tokenizer to learn words with: language_model.tokenizer=FOLDER"
-RESULT_NEUTRAL_OPTIONS = tuple(  # what changes no step
+RESULT_NEUTRAL_OPTIONS = tuple(  # options that do not change the result of a step
     f"train.{name}"
-    for name in ("accumulate", "cache_features", "chunk", "processes", "report_to", "save", "sharded", "workers")
+    for name in (
+        "cache_features",
+        "chunk_size",
+        "gradient_accumulation_steps",
+        "num_processes",
+        "num_workers",
+        "report_to",
+        "save_steps",
+        "sharded",
+    )
 )
 
 
@@ -198,8 +207,8 @@ def compute_images_per_process(options: TrainOptions, num_processes: int) -> int
     num_parts = num_processes * options.gradient_accumulation_steps
     if options.batch_size % num_parts:
         raise RegistryError(
-            f"train.images={options.batch_size} is no multiple of {num_processes} processes x "
-            f"train.accumulate={options.gradient_accumulation_steps}"
+            f"train.batch_size={options.batch_size} is not a multiple of {num_processes} processes x "
+            f"train.gradient_accumulation_steps={options.gradient_accumulation_steps}"
         )
     return options.batch_size // num_parts
 
@@ -209,8 +218,8 @@ def compute_regions_per_process(options: TrainOptions, num_processes: int) -> in
     num_parts = num_processes * options.gradient_accumulation_steps
     if 0 < options.max_regions_per_step < num_parts:
         raise RegistryError(
-            f"train.budget={options.max_regions_per_step} is less than a region for each of {num_processes} processes x "
-            f"train.accumulate={options.gradient_accumulation_steps}"
+            f"train.max_regions_per_step={options.max_regions_per_step} is less than one region for each of "
+            f"{num_processes} processes x train.gradient_accumulation_steps={options.gradient_accumulation_steps}"
         )
     return options.max_regions_per_step // num_parts
 
@@ -245,7 +254,7 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
     """Check everything in a recipe that needs no weights, before several processes load them.
 
     Args:
-        recipe: As for `prepare`, like the others.
+        recipe: As for `prepare_training`, like the others.
 
     Raises:
         ValueError: What components, checkpoints and datasets raise for what the recipe asks of them.

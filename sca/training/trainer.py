@@ -42,9 +42,11 @@ def count_loss_terms(batch: Batch) -> dict[str, int]:
 
 
 class CaptionTrainer(Trainer):
-    """The Trainer of transformers, told how a flat batch of regions travels, and in which order examples come.
+    """The Trainer of transformers for flat batches of regions, with examples in the order of the stream.
 
-    rates: factors of the learning rate, by group of what trains. sharded: over processes, see `sca.training.sharding`.
+    Args:
+        lr_multipliers: Factors of the learning rate, by trainable group.
+        sharded: Shard over the processes, see `sca.training.sharding`.
     """
 
     def __init__(self, *args: Any, lr_multipliers: Mapping[str, float], sharded: bool, **options: Any):
@@ -75,7 +77,7 @@ class CaptionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Adds the mean of every loss since the last line."""
-        recent_losses = self.model.recent
+        recent_losses = self.model.recent_losses
         if "loss" in logs:
             means = {name: torch.stack(values).float().mean() for name, values in recent_losses.items()}
             means = {name: self.accelerator.reduce(mean, "mean") for name, mean in means.items()}
@@ -90,7 +92,7 @@ class CaptionTrainer(Trainer):
             decaying_names = set(self.get_decay_parameter_names(module))
             names = {id(parameter): name for name, parameter in module.named_parameters()}
             parameter_groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-            for group, parameters in module.groups().items():
+            for group, parameters in module.group_trainable_parameters().items():
                 rate = self.args.learning_rate * self.lr_multipliers.get(group, 1.0)
                 for parameter in parameters:
                     parameter_groups.setdefault((rate, names[id(parameter)] in decaying_names), []).append(parameter)

@@ -16,13 +16,13 @@ from sca_bench.sweep import Sweep
 TINY = """
 seeds = [0, 1]
 [model]
-encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
-language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
+language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
 trainable = ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"]
 [axes]
-mixer = [{ name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }, "mask-tokens", "roi-pool"]
-segmenter = [{ name = "sam", depth = 1, heads = 2, mlp = 64 }, "box"]
+mixer = [{ name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }, "mask-tokens", "roi-pool"]
+segmenter = [{ name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }, "box"]
 [evaluate]
 dataset = { name = "scenes", count = 2, size = 64 }
 metrics = ["attributes", "class"]

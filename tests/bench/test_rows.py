@@ -51,10 +51,10 @@ class Raises(RoiPool):
 """
 JOB = "sca_bench.worker:work"
 BASE = {
-    "encoder": {"name": "tiny-vit", "size": 64, "width": 32, "depth": 1, "channels": 32, "stem": [8, 16]},
+    "encoder": {"name": "tiny-vit", "image_size": 64, "hidden_size": 32, "depth": 1, "output_channels": 32, "stem_channels": [8, 16]},
     "segmenter": "box",
     "mixer": "roi-pool",
-    "language_model": {"name": "tiny-gpt2", "width": 32, "depth": 1, "heads": 2, "positions": 96},
+    "language_model": {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2, "max_positions": 96},
     "task_tokens": 2,
     "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
 }
@@ -116,8 +116,8 @@ def test_each_end_of_a_row_is_typed_and_the_others_go_on(hostile, tmp_path):
 
 @pytest.mark.all
 def test_a_model_that_becomes_infinite_is_told(tmp_path):
-    config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "heads": 2, "mlp": 64}).config)
-    config["train"] = {"recipe": "sca-tiny", "steps": 3, "images": 1, "learning_rate": 1e38, "warmup": 1}
+    config = dict(task(tmp_path, segmenter={"name": "sam", "depth": 1, "num_heads": 2, "mlp_dim": 64}).config)
+    config["train"] = {"recipe": "sca-tiny", "steps": 3, "batch_size": 1, "learning_rate": 1e38, "warmup_steps": 1}
     row = SweepRow(config)
     (outcome,) = Local(workers=1).map([Task(row.key, JOB, config, str(tmp_path / "row"), 300.0)])
     assert outcome.result["state"] == "not-finite", outcome.result["reason"]
@@ -168,7 +168,7 @@ def test_a_row_has_all_that_was_asked(tmp_path):
 
 @pytest.mark.all
 def test_workers_change_nothing_but_how_many_go_together(tmp_path):
-    sweep = Sweep("two", BASE, {"encoder.size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
+    sweep = Sweep("two", BASE, {"encoder.image_size": [64, 96]}, seeds=(0, 1), measure={"regions": [1], "words": 2})
     keys = []
     for workers in (1, 2, 4):
         tasks = [Task(row.key, JOB, row.config, str(tmp_path / f"{workers}-{row.key}")) for row in sweep.list_rows()]

@@ -19,9 +19,9 @@ from sca.io.errors import InputError, LockedError, OutputError
 
 BASE = """
 [model]
-encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
 segmenter = "box"
-language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
 """
 SMALL = (

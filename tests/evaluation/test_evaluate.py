@@ -30,10 +30,10 @@ def scenes():
 def model():
     torch.manual_seed(0)
     return sca.compose(
-        {"name": "tiny-vit", "size": 64},
-        {"name": "query", "queries": 4, "depth": 1, "heads": 4, "mlp": 64, "pooled": True},
+        {"name": "tiny-vit", "image_size": 64},
+        {"name": "query", "num_queries": 4, "depth": 1, "num_heads": 4, "mlp_dim": 64, "mask_pooling": True},
         "tiny-gpt2",
-        segmenter={"name": "sam", "heads": 4, "mlp": 64, "drawn": True},
+        segmenter={"name": "sam", "num_heads": 4, "mlp_dim": 64, "box_masks": True},
         task_tokens=2,
     )
 

@@ -49,28 +49,28 @@ def batch():
 def test_features_are_averaged_where_the_region_truly_is(small, batch):
     model = small()
     with torch.no_grad():
-        regions = model.segment(model.encode(batch.pixels), batch.prompts)
+        regions = model.segment(model.encode(batch.pixel_values), batch.prompts)
         found = pool_ground_truth_features(regions, batch.targets)
-    image = regions.image[0]  # (D, 8, 8)
+    image = regions.image_embeddings[0]  # (D, 8, 8)
     halves = torch.stack((image[:, :, :4].mean((1, 2)), image[:, :, 4:].mean((1, 2))))
     assert torch.allclose(found[:, 0], halves, atol=1e-3)
 
 
 def test_auxiliary_losses_are_weighted_into_the_loss_and_reach_what_they_shape(small, batch):
     model = small(trainable=["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"])
-    lesson = TrainingModule(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
-    lesson(batch).backward()
+    training_module = TrainingModule(model, {"caption": 0.0, "mask": 0.0, "iou": 0.0, "features": 0.5}, ATTRIBUTES)
+    training_module(batch).backward()
     touched = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"encoder"}  # the features themselves, and no way round them
-    (features,) = lesson.recent_losses["features"]
-    assert lesson(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
+    (features,) = training_module.recent_losses["features"]
+    assert training_module(batch).item() == pytest.approx(0.5 * features.item(), rel=1e-5)
 
 
 def test_a_region_is_not_asked_to_show_what_is_about_another_one(small):
     attributes = AttributeValues.from_datasets([Scenes("val"), Scenes("val")])
-    lesson = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
-    assert lesson.heads["features"].heads.keys() == {"color", "form", "size", "texture"}
-    assert lesson.heads["attributes"].heads.keys() == Scenes.attributes.keys()
+    training_module = TrainingModule(small(), {"features": 1.0, "attributes": 1.0}, attributes)
+    assert training_module.heads["features"].heads.keys() == {"color", "form", "size", "texture"}
+    assert training_module.heads["attributes"].heads.keys() == Scenes.attributes.keys()
 
 
 def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
@@ -81,12 +81,12 @@ def test_attributes_that_the_data_does_not_have_cannot_be_named(small):
 
 
 def test_a_region_without_a_true_mask_teaches_no_features(small, batch):
-    lesson = TrainingModule(small(), {"features": 1.0}, ATTRIBUTES)
-    lesson(batch)
+    training_module = TrainingModule(small(), {"features": 1.0}, ATTRIBUTES)
+    training_module(batch)
     batch.targets.has_mask[1] = False
-    lesson(batch)
-    both, one = lesson.recent_losses["features"]
+    training_module(batch)
+    both, one = training_module.recent_losses["features"]
     assert 0 < one < both
     batch.targets.has_mask[0] = False
-    assert math.isfinite(lesson(batch).item())
-    assert lesson.recent_losses["features"][-1] == 0
+    assert math.isfinite(training_module(batch).item())
+    assert training_module.recent_losses["features"][-1] == 0

@@ -75,8 +75,8 @@ def test_words_masks_boxes_and_points_of_a_row_belong_to_one_region(stream, toke
         assert sorted(map(tuple, example.boxes.tolist())) == sorted(boxes)
         for row, box in enumerate(example.boxes.tolist()):
             region = boxes[tuple(box)]
-            text = tokenizer.decode(example.ids[row])
-            assert text == region.name if example.task[row] == RECOGNITION_TASK_ID else text in region.phrases
+            text = tokenizer.decode(example.input_ids[row])
+            assert text == region.name if example.task_ids[row] == RECOGNITION_TASK_ID else text in region.phrases
             x, y = map(int, example.points[row, 0].tolist())
             assert decode_rle(region.mask)[y, x]
             covered = example.masks[row].sum() * (64 / example.masks.shape[-1]) ** 2
@@ -88,7 +88,7 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
         SamplingOptions(class_name_warmup=0.25, short_caption_warmup=0.25, longest_caption_prob=1.0), length=40
     )
     for place in range(40):
-        for words, task in zip(examples[place].ids, examples[place].task.tolist(), strict=True):
+        for words, task in zip(examples[place].input_ids, examples[place].task_ids.tolist(), strict=True):
             text = tokenizer.decode(words)
             if place < 10:
                 assert task == RECOGNITION_TASK_ID
@@ -96,7 +96,7 @@ def test_names_come_first_then_plain_phrases_then_the_telling_ones(stream, token
             else:
                 assert task == CAPTION_TASK_ID
                 assert place >= 20 or " of " not in text
-    late = [tokenizer.decode(words) for place in range(20, 40) for words in examples[place].ids]
+    late = [tokenizer.decode(words) for place in range(20, 40) for words in examples[place].input_ids]
     assert sum(any(word in text for word in (" of ", "above", "below")) for text in late) > len(late) / 2
 
 
@@ -108,12 +108,12 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
     ]
     for example in several:
         texts = [
-            (place, tokenizer.decode(ids)) for place, ids in zip(example.region.tolist(), example.ids, strict=True)
+            (place, tokenizer.decode(ids)) for place, ids in zip(example.region_index.tolist(), example.input_ids, strict=True)
         ]
         assert len(set(texts)) == len(texts) > len(example.boxes)
         assert [place for place, _ in texts] == sorted(place for place, _ in texts)
-        assert set(example.region.tolist()) == set(range(len(example.boxes)))
-    batch = collate_examples(several, tokenizer.pad)
+        assert set(example.region_index.tolist()) == set(range(len(example.boxes)))
+    batch = collate_examples(several, tokenizer.pad_token_id)
     assert batch.region_index.tolist() == sorted(batch.region_index.tolist())
     told = {row: set() for row in range(len(batch.prompts))}
     for row, ids, mask in zip(batch.region_index.tolist(), batch.input_ids, batch.attention_mask, strict=True):
@@ -124,7 +124,7 @@ def test_a_region_teaches_as_many_texts_as_are_drawn_and_none_twice(stream, toke
 
 def test_shares_are_kept(stream):
     examples = [stream(VARIED, length=300)[place] for place in range(300)]
-    tasks = torch.cat([example.task for example in examples]).float()
+    tasks = torch.cat([example.task_ids for example in examples]).float()
     assert 0.44 < tasks.mean() < 0.56
     mixture = ExampleMixture(
         [stream(VARIED, length=2400)], [1.0], 2400, prompt_shares=VARIED.prompts, examples_per_step=8
@@ -148,8 +148,8 @@ def test_jitter_moves_boxes_and_keeps_them_in_the_frame(stream):
 def test_no_more_regions_and_words_than_asked_for(stream, tokenizer):
     for place in range(10):
         example = stream(SamplingOptions(max_regions=2, max_tokens=4))[place]
-        assert len(example.ids) == 2 == len(example.boxes) == len(example.masks)
-        assert all(len(words) <= 4 and words[-1] == tokenizer.eos for words in example.ids)
+        assert len(example.input_ids) == 2 == len(example.boxes) == len(example.masks)
+        assert all(len(words) <= 4 and words[-1] == tokenizer.eos_token_id for words in example.input_ids)
 
 
 def test_attributes_are_labeled_by_their_place_in_the_list(stream):
@@ -164,7 +164,7 @@ def test_a_region_without_a_mask_is_pointed_at_inside_its_box_and_teaches_no_mas
     box = (10.0, 20.0, 30.0, 25.0)
     sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, box, None, "car"), Region(2, (0, 0, 9, 9))))
     example = stream(dataset=[sample])[0]
-    assert len(example.ids) == 1  # one has nothing to say
+    assert len(example.input_ids) == 1  # one has nothing to say
     assert not example.has_mask.any()
     (x, y) = example.points[0, 0].tolist()
     assert 10 <= x <= 30
@@ -187,7 +187,7 @@ def test_a_mixture_draws_each_stream_in_proportion_and_in_its_own_order(stream):
 def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokenizer):
     nothing = Sample(Image.new("RGB", (64, 40)), 7, ())
     examples = [stream()[0], stream(dataset=[nothing])[0], stream()[1]]
-    batch = collate_examples(examples, tokenizer.pad)
+    batch = collate_examples(examples, tokenizer.pad_token_id)
     counts = [len(example.boxes) for example in examples]
     assert batch.region_index.tolist() == list(range(sum(counts)))
     assert counts[1] == 0
@@ -198,17 +198,17 @@ def test_a_batch_has_all_regions_in_rows_and_says_whose_they_are(stream, tokeniz
     assert batch.prompts.points is None
     assert batch.targets.masks.shape == batch.targets.valid_pixels.shape == (rows, 32, 32)
     assert len(batch.task_ids) == len(batch.targets.has_mask) == rows
-    words = [ids for example in examples for ids in example.ids]
+    words = [ids for example in examples for ids in example.input_ids]
     longest = max(map(len, words))
     for row, given in enumerate(words):
-        assert batch.input_ids[row].tolist() == given + [tokenizer.pad] * (longest - len(given))
+        assert batch.input_ids[row].tolist() == given + [tokenizer.pad_token_id] * (longest - len(given))
         assert batch.attention_mask[row].tolist() == [1] * len(given) + [0] * (longest - len(given))
 
 
 @pytest.mark.parametrize("kind", ["box", "point", "mask", "box-and-point"])
 def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, tokenizer, kind):
     mixture = ExampleMixture([stream()], [1.0], 4, prompt_shares={kind: 1.0})
-    batch = collate_examples([mixture[0], mixture[1]], tokenizer.pad)
+    batch = collate_examples([mixture[0], mixture[1]], tokenizer.pad_token_id)
     prompts = batch.prompts
     assert (prompts.boxes is not None) == ("box" in kind)
     assert (prompts.points is not None) == ("point" in kind) == (prompts.labels is not None)
@@ -223,7 +223,7 @@ def test_a_batch_is_prompted_by_the_kind_that_is_drawn_for_its_step(stream, toke
 def test_a_region_without_a_mask_is_prompted_by_its_box_filled(stream, tokenizer):
     sample = Sample(Image.new("RGB", (64, 64)), 1, (Region(1, (10.0, 20.0, 30.0, 40.0), None, "car"),))
     example = ExampleMixture([stream(dataset=[sample])], [1.0], 1, prompt_shares={"mask": 1.0})[0]
-    cells = collate_examples([example], tokenizer.pad).prompts.masks[0, 0] > 0
+    cells = collate_examples([example], tokenizer.pad_token_id).prompts.masks[0, 0] > 0
     assert cells.sum() == 10 * 10
     assert cells[10:20, 5:15].all()
 
@@ -232,7 +232,7 @@ def test_a_region_without_a_mask_is_prompted_by_its_box_filled(stream, tokenizer
 def test_a_budget_is_shared_out_and_wastes_nothing(stream, tokenizer, budget):
     examples = [stream()[place] for place in range(5)]
     counts = [len(example.boxes) for example in examples]
-    batch = collate_examples(examples, tokenizer.pad, budget)
+    batch = collate_examples(examples, tokenizer.pad_token_id, budget)
     assert len(batch.prompts) == min(budget, sum(counts)) == len(batch.targets.masks)
     kept = torch.bincount(batch.prompts.image_index, minlength=5).tolist()
     most = max(kept)

@@ -21,28 +21,28 @@ TABLE = {
     "model": {
         "encoder": {
             "name": "tiny-vit",
-            "size": 64,
-            "width": 64,
+            "image_size": 64,
+            "hidden_size": 64,
             "depth": 1,
-            "heads": 4,
-            "channels": 64,
-            "stem": [16, 32],
+            "num_heads": 4,
+            "output_channels": 64,
+            "stem_channels": [16, 32],
         },
-        "segmenter": {"name": "sam", "depth": 1, "heads": 4, "mlp": 128, "drawn": True},
-        "mixer": {"name": "query", "queries": 2, "depth": 1, "heads": 4, "mlp": 128, "pooled": True},
-        "language_model": {"name": "tiny-gpt2", "width": 64, "depth": 1, "heads": 4, "positions": 32},
+        "segmenter": {"name": "sam", "depth": 1, "num_heads": 4, "mlp_dim": 128, "box_masks": True},
+        "mixer": {"name": "query", "num_queries": 2, "depth": 1, "num_heads": 4, "mlp_dim": 128, "mask_pooling": True},
+        "language_model": {"name": "tiny-gpt2", "hidden_size": 64, "depth": 1, "num_heads": 4, "max_positions": 32},
         "task_tokens": 1,
         "trainable": ["encoder", "segmenter", "mixer", "projection", "task_tokens", "language_model"],
     },
     "data": {"fixed": {"name": "fixed"}},
     "train": {
         "steps": 200,
-        "images": 16,
+        "batch_size": 16,
         "learning_rate": 5e-3,
         "adam_beta2": 0.98,
-        "warmup": 10,
-        "telling": 1.0,
-        "save": 1000,
+        "warmup_steps": 10,
+        "longest_caption_prob": 1.0,
+        "save_steps": 1000,
     },
 }
 
@@ -89,12 +89,12 @@ def judge(model, samples):
     stream = ExampleStream(
         Fixed(samples), Processor.from_encoder(model.encoder), tokenizer, SamplingOptions(longest_caption_prob=1.0), 16
     )
-    batch = collate_examples([stream[place] for place in range(16)], tokenizer.pad)
+    batch = collate_examples([stream[place] for place in range(16)], tokenizer.pad_token_id)
     output = model(batch)
     words = batch.attention_mask.bool()
     logs = torch.zeros(words.shape)
     logs[words] = output.logits.log_softmax(-1).gather(1, batch.input_ids[words][:, None])[:, 0]
-    best = output.regions.masks[torch.arange(len(logs)), output.regions.scores.argmax(1)] > 0
+    best = output.regions.masks[torch.arange(len(logs)), output.regions.iou_scores.argmax(1)] > 0
     true = batch.targets.masks > 0.5
     iou = (best & true).sum((1, 2)) / (best | true).sum((1, 2))
     return float(-logs.sum() / batch.attention_mask.sum()), float(-logs.sum(1).mean()), float(iou.mean())

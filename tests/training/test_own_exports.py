@@ -106,8 +106,8 @@ def test_own_data_learns_the_word_of_each_region_of_an_export(write, annotated, 
     data = write(tmp_path / "data", annotated)
     changes = [
         f"train.steps={STEPS}",
-        "train.images=4",
-        "train.processes=1",
+        "train.batch_size=4",
+        "train.num_processes=1",
         "validate.every=1000",
         "validate.limit=4",
         "--out",

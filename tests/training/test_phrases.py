@@ -42,7 +42,7 @@ def test_a_crop_is_told_by_what_is_left_of_it():
     picture = sample(Region(1, (20, 20, 44, 44), None, "owl"))
     augment = Augmentation(flip=0.0, crop=0.3)
     stream = ExampleStream(
-        [picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="rule"
+        [picture], processor, language_model.tokenizer, drawing, 60, augment=augment, phrase_mode="template"
     )
     seen = set()
     for place in range(60):

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 RECIPE = """
 [model]
-encoder = { name = "tiny-vit", size = 64, width = 32, depth = 1, channels = 32, stem = [8, 16] }
-segmenter = { name = "sam", depth = 1, heads = 2, mlp = 64 }
-mixer = { name = "query", queries = 2, depth = 1, heads = 2, mlp = 64 }
-language_model = { name = "tiny-gpt2", width = 32, depth = 1, heads = 2, positions = 40 }
+encoder = { name = "tiny-vit", image_size = 64, hidden_size = 32, depth = 1, output_channels = 32, stem_channels = [8, 16] }
+segmenter = { name = "sam", depth = 1, num_heads = 2, mlp_dim = 64 }
+mixer = { name = "query", num_queries = 2, depth = 1, num_heads = 2, mlp_dim = 64 }
+language_model = { name = "tiny-gpt2", hidden_size = 32, depth = 1, num_heads = 2, max_positions = 40 }
 task_tokens = 2
 lora = { rank = 2 }
 [data.scenes]
@@ -99,15 +99,15 @@ def history(folder):
 
 TRAIN = ("-m", "sca", "train", "recipe.toml", "--quiet", "--out")
 WAYS = {
-    "pieces of a step": (*TRAIN, "other", "train.accumulate=4"),
-    "chunks": (*TRAIN, "other", "train.chunk=3"),
-    "two processes": (*TRAIN, "other", "train.processes=2"),
+    "pieces of a step": (*TRAIN, "other", "train.gradient_accumulation_steps=4"),
+    "chunks": (*TRAIN, "other", "train.chunk_size=3"),
+    "two processes": (*TRAIN, "other", "train.num_processes=2"),
     "accelerate": (
         *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, "other"),
     ),
-    "two that share out what trains": (*TRAIN, "other", "train.processes=2", "train.sharded=true"),
-    "two, and pieces": (*TRAIN, "other", "train.processes=2", "train.accumulate=2", "train.sharded=true"),
+    "two that share out what trains": (*TRAIN, "other", "train.num_processes=2", "train.sharded=true"),
+    "two, and pieces": (*TRAIN, "other", "train.num_processes=2", "train.gradient_accumulation_steps=2", "train.sharded=true"),
 }
 
 
@@ -162,7 +162,7 @@ def test_a_sharded_run_that_is_killed_goes_on(run, alone, tmp_path):
 
 @pytest.mark.parametrize(("kills", "steps"), [(1, 40), pytest.param(20, 600, marks=pytest.mark.all)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tmp_path, kills, steps):
-    options = (f"train.steps={steps}", "train.save=5", "train.images=2")
+    options = (f"train.steps={steps}", "train.save_steps=5", "train.batch_size=2")
     run(*TRAIN, "whole", *options)
     draw, done = random.Random(kills), 0
     while done < kills:
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(run, tm
 def test_several_processes_validate_one_model_whose_encoder_has_statistics_of_its_batches(run, tmp_path):
     (tmp_path / "recipe.toml").write_text(f"{RECIPE}[validate]\nevery = 2\nlimit = 4\n")
     trained = 'trainable=["encoder", "mixer", "projection", "task_tokens"]'
-    run(*TRAIN, "other", "train.processes=2", "train.steps=4", "lora=0", trained)
+    run(*TRAIN, "other", "train.num_processes=2", "train.steps=4", "lora=0", trained)
     assert sorted(path.name for path in (tmp_path / "other/validation").iterdir()) == ["step-2", "step-4"]
     assert json.loads((tmp_path / "other/best.json").read_text())["step"] in (2, 4)
 
@@ -232,7 +232,7 @@ def listening(process):
 @pytest.mark.all
 def test_training_processes_listen_on_loopback_only(run, tmp_path):
     shell = {"GLOO_SOCKET_IFNAME": "elsewhere0", "NCCL_SOCKET_IFNAME": "elsewhere0"}  # of a machine in a cluster
-    process = run.start(*TRAIN, "other", "train.processes=2", "train.steps=10", **shell)
+    process = run.start(*TRAIN, "other", "train.num_processes=2", "train.steps=10", **shell)
     addresses = set()
     while process.poll() is None:
         addresses |= listening(process.pid)

@@ -8,7 +8,7 @@ from sca_registry import RegistryError
 import sca
 from sca.training.recipe import Recipe
 
-FEW = ["train.steps=1", "train.images=2", "data.scenes.size=64", "data.scenes.count=2", "train.report_to=none"]
+FEW = ["train.steps=1", "train.batch_size=2", "data.scenes.size=64", "data.scenes.count=2", "train.report_to=none"]
 
 
 def test_train_takes_a_recipe_by_name_and_evaluate_the_model(tmp_path, monkeypatch):

@@ -85,14 +85,14 @@ def test_a_file_is_a_recipe_of_its_own_name(tmp_path):
         ("train.steps=many", "train.steps is 'many'; give a whole number"),
         ("train.steps=1.5", "train.steps is 1.5; give a whole number"),
         ("train.steps=0", "train.steps is 0; give a whole number, 1 or more"),
-        ("train.images=-4", "train.images is -4"),
+        ("train.batch_size=-4", "train.batch_size is -4"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; give a number"),
-        ("train.warmup=true", "train.warmup is True"),
+        ("train.warmup_steps=true", "train.warmup_steps is True"),
         ("train.prompts={circle=1.0}", "train.prompts has no 'circle'"),
         ("train.prompts={box=0}", "none of them ever is"),
         ("train.prompts.box=-1", "train.prompts.box is -1"),
         ("train.precision=fp16", "train.precision is 'fp16'.*There are: float32"),
-        ("train.telling=2", "train.telling is 2; give a number from 0 to 1"),
+        ("train.longest_caption_prob=2", "train.longest_caption_prob is 2; give a number from 0 to 1"),
         ("data.scenes.weight=0", "data.scenes.weight is 0; give a number above 0"),
         ("data.scenes.weight=much", "data.scenes.weight is 'much'; give a number"),
         ("data.scenes.augment={flop=1}", "data.scenes.augment has no 'flop'.*Did you mean 'flip'"),
@@ -186,7 +186,7 @@ def test_recipe_rejects_a_wrong_type_in_any_field(small_table, section, name, de
 
 SIGNS = {float: (-1.0, math.inf, -math.inf, math.nan), int: (-1,)}
 NUMBERS = [(section, name, default) for section, name, default in FIELDS if type(default) in SIGNS]
-NUMBERS += [("train.rates", "mixer", 1.0), ("train.prompts", "box", 1.0)]
+NUMBERS += [("train.lr_multipliers", "mixer", 1.0), ("train.prompts", "box", 1.0)]
 
 
 @pytest.mark.parametrize(("section", "name", "default"), NUMBERS)
@@ -235,7 +235,7 @@ def test_recipe_model_table_replaces_a_name(tmp_path):
 
 
 def test_recipe_takes_whole_tables_as_assignments(tmp_path):
-    written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.images=2", "loss={mask=0.5}"]
+    written = ['data={x={name="scenes", count=3}}', "train={steps=7}", "train.batch_size=2", "loss={mask=0.5}"]
     recipe = Recipe.read("sca-tiny", written)
     assert recipe.data == {"x": DataSource(Part("scenes", {"count": 3}))}
     assert recipe.train == TrainOptions(steps=7, batch_size=2)
@@ -332,7 +332,7 @@ def test_recipe_is_checked_without_weights(model, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": {"rates": {"nothing": 1.0}}}, "nothing"),
+        ({"train": {"lr_multipliers": {"nothing": 1.0}}}, "nothing"),
         ({"train": {"cache_features": "features"}}, "cache_features"),
         ({"train": {"report_to": "nobody"}}, "nothing is called 'nobody'"),
         ({"model": {**LARGE, "language_model": {"name": "hf", "config": {"model_type": "gpt2"}}}}, "no tokenizer"),

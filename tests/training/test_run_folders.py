@@ -18,7 +18,7 @@ def plan(small_table):
         table = {
             "model": small_table,
             "data": {"scenes": {"name": "scenes", "count": 2, "size": 64}},
-            "train": {"steps": 1, "images": 1, "warmup": 0, "save": 1, **options},
+            "train": {"steps": 1, "batch_size": 1, "warmup_steps": 0, "save_steps": 1, **options},
         }
         return Recipe.from_dict(name, table)
 
@@ -54,7 +54,7 @@ def test_train_refuses_a_folder_of_another_run(plan, tmp_path):
     with pytest.raises(OutputError, match=r"another run \(train\.learning_rate: .* there, .* now\).*replace the run"):
         train(plan(learning_rate=1e-2), tmp_path, quiet=True)
     assert weights(tmp_path) == before
-    train(plan(workers=0, save=7), tmp_path, quiet=True)
+    train(plan(num_workers=0, save_steps=7), tmp_path, quiet=True)
     assert weights(tmp_path) == before, "what changes no step may differ"
     train(plan(learning_rate=1e-2), tmp_path, quiet=True, overwrite=True)
     assert weights(tmp_path) != before
@@ -91,8 +91,8 @@ def test_train_sets_the_folder_of_another_run_aside_when_told(plan, tmp_path):
 
 
 def test_a_run_shorter_than_its_warmup_trains(plan, tmp_path):
-    train(plan(warmup=50, learning_rate=0.0), tmp_path / "still", quiet=True)
-    train(plan(warmup=50), tmp_path / "moved", quiet=True)
+    train(plan(warmup_steps=50, learning_rate=0.0), tmp_path / "still", quiet=True)
+    train(plan(warmup_steps=50), tmp_path / "moved", quiet=True)
     still, moved = (load_file(tmp_path / each / "model/weights.safetensors") for each in ("still", "moved"))
     assert any(not still[name].equal(moved[name]) for name in still)
 

@@ -25,7 +25,7 @@ def plan(small_table):
         table = {
             "model": small_table,
             "data": {"scenes": {"name": "scenes", "count": 6, "size": 64}},
-            "train": {"steps": 4, "images": 2, "warmup": 1, "save": 2, **options},
+            "train": {"steps": 4, "batch_size": 2, "warmup_steps": 1, "save_steps": 2, **options},
             "loss": loss or {},
         }
         return Recipe.from_dict("validated", table | ({} if validate is None else {"validate": validate}))
@@ -154,7 +154,7 @@ def test_validation_rejects_an_empty_best(plan):
 
 def test_a_part_learns_at_its_own_rate(plan, tmp_path):
     start = train(plan(steps=1, learning_rate=1e-30), tmp_path / "start", quiet=True).state_dict()
-    model = train(plan(steps=3, rates={"language_model": 0.0, "mixer": 1.0}), tmp_path / "run", quiet=True)
+    model = train(plan(steps=3, lr_multipliers={"language_model": 0.0, "mixer": 1.0}), tmp_path / "run", quiet=True)
     changes = {name: (tensor - start[name]).abs().max() for name, tensor in model.state_dict().items()}
     moved = {name.split(".")[0] for name, change in changes.items() if change > 1e-20}
     assert "mixer" in moved
@@ -162,8 +162,8 @@ def test_a_part_learns_at_its_own_rate(plan, tmp_path):
 
 
 def test_a_rate_for_what_does_not_train_is_refused(plan, tmp_path):
-    with pytest.raises(RegistryError, match=r"train\.rates\.mixr is for nothing that trains\. Did you mean 'mixer'"):
-        train(plan(rates={"mixr": 2.0}), tmp_path, quiet=True)
+    with pytest.raises(RegistryError, match=r"train\.lr_multipliers\.mixr is for nothing that trains\. Did you mean 'mixer'"):
+        train(plan(lr_multipliers={"mixr": 2.0}), tmp_path, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_train_reports_images_that_it_finds_damaged(plan, tmp_path, small_table)
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "b.png").write_bytes(b"damaged")
     data = {"own": {"name": "jsonl", "file": str(tmp_path / "mine.jsonl")}}
-    recipe = Recipe.from_dict("mine", {"model": small_table, "data": data, "train": {"steps": 2, "images": 2}})
+    recipe = Recipe.from_dict("mine", {"model": small_table, "data": data, "train": {"steps": 2, "batch_size": 2}})
     told = []
     train(recipe, tmp_path / "run", report=told.append)
     summary = "data.own (train): 2 regions, 2 with captions, 0 class names, 2 images"
